@@ -1,29 +1,21 @@
-"""The models of a chat: a sparse one, and the dense one that it was pruned from, loaded when it is first asked."""
+"""The models of a chat: a sparse one, and the dense one that it was pruned from, with their tokenizers."""
 
 from collections.abc import Mapping
-from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, find_dtype
-from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.checkpoints.checkpoint import Released
+from atp_tune.checkpoints.classes import check_language
+from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.events import EventHandler
 from atp_tune.generation.conversation import Speaker
-from atp_tune.generation.prompts import WeightsOf
-from atp_tune.inputs import KINDS
+from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
-from atp_tune.search.kept_blocks import prune_whole
-from atp_tune.sparse.applying import check_model, plan_of
-from atp_tune.sparse.continuations import open_config
-from atp_tune.sparse.packed_models import pack_if_faster
-from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.study import ModelConfig, of_model
-
-COPIED = ("chat", "chat DIR")  # what needs a pruned copy, and what needs none
+from atp_tune.sparse.both_models import BothModels, Use
+from atp_tune.spec.config import Config
+from atp_tune.spec.images import CLASSES
 
 
 class ChatModels(Released):
@@ -31,74 +23,28 @@ class ChatModels(Released):
 
     def __init__(self, place: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]) -> None:
         """`allowed`: keys of `study.ModelConfig`, as for `apply`."""
-        self._place = place
-        self._device = device
-        self._watch = watch
-        self._allowed = allowed
-        self._open: list[Released] = []
-        if not place.is_dir() and not place.is_file():
-            raise UserError(f"{place}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        use = Use("chat", "chat DIR", _tokens, _check, packs=True)
+        self._models = BothModels(place, use, device, watch, allowed)
+        self._speakers: dict[Side, Speaker] = {}
 
     def speaker(self, side: Side) -> Speaker:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
-        if self._place.is_file():
-            return self._pair[side]
-        return self._dense if side == "dense" else self._sparse
+        if side not in self._speakers:
+            own = self._models.model(side)
+            tokenizer = load_tokenizer(own.folder.path, own.folder.trusted)
+            self._speakers[side] = Speaker(own.opened, own.device, tokenizer, own.bos)
+        return self._speakers[side]
 
     def release(self) -> None:
         """Frees the models."""
-        while self._open:
-            self._open.pop().release()
+        self._models.release()
 
-    @cached_property
-    def _pair(self) -> dict[Side, Speaker]:
-        """Both models of a configuration, in one checkpoint: the sparse one has linears of its own."""
-        config = read_config(self._place)
-        context = open_config(config, self._place.parent / config.folder, self._device, self._watch, self._allowed)
-        self._open.append(context)
-        plan = plan_of(config, context)
-        self._watch(TrialStarted("pruning", plan))
-        sparse, folder = prune_whole(context, plan, *COPIED), context.folder
-        tokenizer = load_tokenizer(folder.path, folder.trusted)
-        weights: dict[Side, WeightsOf] = {"sparse": sparse, "dense": context.checkpoint.weights}
-        device, whole = context.checkpoint.device, context.replay.whole
-        return {side: Speaker(partial(whole, own), device, tokenizer, config.bos) for side, own in weights.items()}
 
-    @cached_property
-    def _sparse(self) -> Speaker:
-        source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
-        model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
-        return self._load(model, resolve(model, Path(), self._note), has_zeros=True)
+def _tokens(folder: ModelFolder) -> InputKind[Any]:
+    check_language(folder.path, "chat: is of language models, take `classify`")
+    return KINDS["tokens"]
 
-    @cached_property
-    def _dense(self) -> Speaker:
-        if self._about is None:
-            raise UserError(f"{self._place}: has no {ABOUT}, so its dense model is not known")
-        model = self._about.model.model(self._allowed)
-        folder = resolve(model, self._place / self._about.folder, self._note)
-        check_model(self._about, folder)
-        return self._load(model, folder)
 
-    @cached_property
-    def _about(self) -> Config | None:
-        """The configuration in the folder; None without one."""
-        file = self._place / ABOUT
-        return read_config(file) if file.is_file() else None
-
-    def _load(self, model: ModelConfig, folder: ModelFolder, has_zeros: bool = False) -> Speaker:
-        device = find_device(self._device)
-        self._note(f"loading {model.source}")
-        checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
-        self._open.append(checkpoint)
-        tokenizer = load_tokenizer(folder.path, folder.trusted)
-        if has_zeros:
-            pack_if_faster(checkpoint)
-        replay = Replay(checkpoint, KINDS["tokens"])
-        return Speaker(partial(replay.whole, checkpoint.weights), device, tokenizer, self._bos)
-
-    @property
-    def _bos(self) -> bool:
-        return bool(self._about and self._about.bos)
-
-    def _note(self, text: str) -> None:
-        self._watch(Message(text))
+def _check(config: Config) -> None:
+    if config.score == CLASSES:
+        raise UserError(f"chat: {config.model.id} is an image classifier, which has no text; take `classify`")

@@ -33,10 +33,11 @@ class Step:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial ended with its values (perplexity `value`, and `kl` if minimised), or None and the reason.
+    """A trial ended with its values (perplexity `value`, and `kl` or `error` if minimised), or None and the reason.
 
-    `best` and `best_kl`: the study's best, the second only if the study minimises KL alone; `best_sparsity`: its
-    sparsity, where the study searches for it. `what`: `trial`, or `screening` for a trial of a screening.
+    `best`, `best_kl` and `best_error`: the study's best, the second only if the study minimises KL alone, the third if
+    it minimises the top-1 error; `best_sparsity`: its sparsity, where the study searches for it. `what`: `trial`, or
+    `screening` for a trial of a screening.
     """
 
     number: int
@@ -49,6 +50,8 @@ class TrialEnded:
     kl: float | None = None
     best_kl: float | None = None
     best_sparsity: float | None = None
+    error: float | None = None
+    best_error: float | None = None
 
 
 Event = Message | TrialStarted | Step | TrialEnded

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import sqlite3
 import struct
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -591,6 +592,45 @@ SPARSE = [
     Input("a study name with markup", about(study=MARKUP), "treated as text"),
 ]  # fmt: skip
 
+# --- pictures
+
+
+def _bomb(place: Path) -> None:
+    """A picture of a few kB that claims 4·10⁸ pixels."""
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 10_000)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in chunks]
+    (place / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def _cut_picture(place: Path) -> None:
+    content = (place / "picture.png").read_bytes()
+    (place / "picture.png").write_bytes(content[: len(content) // 2])
+
+
+PICTURES = [
+    Input("a pipe", fifo("picture.png")),
+    Input("a folder", folder("picture.png")),
+    Input("a link to a device", linked("picture.png", "/dev/zero")),
+    Input("a link to ~/.ssh", linked("picture.png", "~/.ssh/id_rsa")),
+    Input("a link to itself", linked("picture.png", "picture.png")),
+    Input("empty", replaced("picture.png", "")),
+    Input("half a picture", _cut_picture),
+    Input("a text", replaced("picture.png", MARKUP)),
+    Input("4·10⁸ pixels", _bomb),
+    Input("classes with markup and escapes", edited("vit/config.json", id2label={"0": MARKUP, "1": "[/red]|"}),
+          "treated as text"),
+    Input("classes that are a list", edited("vit/config.json", id2label=[1, 2])),
+    Input("a class too few", edited("vit/config.json", id2label={"0": "cat"})),
+    Input("a processor with invalid JSON", replaced("vit/preprocessor_config.json", DEEP)),
+    Input("a processor of its own code", edited(
+        "vit/preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"}), "code not run"),
+    Input("a processor of 10¹² pixels", edited(
+        "vit/preprocessor_config.json", size={"height": 1_000_000, "width": 1_000_000})),
+    Input("a processor with a mean that is NaN", edited(
+        "vit/preprocessor_config.json", image_mean=[float("nan")] * 3)),
+]  # fmt: skip
+
 KINDS = {
     "study file": STUDY,
     "database": DATABASE,
@@ -598,6 +638,7 @@ KINDS = {
     "model folder": MODEL,
     "sparse folder": SPARSE,
     "texts": TEXTS,
+    "pictures": PICTURES,
 }
 
 

@@ -124,3 +124,16 @@ def context_of(family: str, model: nn.Module | None = None, **prune: Any) -> Tri
     folder, checkpoint = ModelFolder(Path(), family, family), Checkpoint(model or make(family), CPU)
     settings = PruneConfig.model_validate(prune)
     return TrialContext(folder, checkpoint, items, settings, ignore_events, inputs="images", score="classes")
+
+
+def write_classifier(folder: Path, names: dict[int, str] | None = None, family: str = "vit") -> Path:
+    """A folder with a tiny random classifier and its processor."""
+    found = names or {0: "cat", 1: "dog"}
+    labels = {"id2label": found, "label2id": {name: index for index, name in found.items()}}
+    config, model, settings, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    made = getattr(transformers, model)(getattr(transformers, config)(**{**settings, **labels}))
+    torch.nn.init.normal_(made.classifier.weight)
+    made.save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder

@@ -33,6 +33,16 @@ def wanda_scores(weight: Tensor, x: Tensor) -> list[list[Any]]:
     return [[np.float32(abs(w)) * norm for w, norm in zip(row, norms, strict=True)] for row in weight.double().tolist()]
 
 
+def wanda_matrix_mask(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
+    """Mask of the lowest |W|·‖X‖ of a whole matrix, the first of equal ones, one weight at a time."""
+    norms = x.float().square().sum(0).sqrt()
+    scores = [float(value) for row in weight.abs().float() * norms for value in row]
+    order = sorted(range(len(scores)), key=lambda place: (scores[place], place))
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[order[: int(weight.numel() * sparsity)]] = True
+    return mask.reshape(weight.shape)
+
+
 def wanda_variant_mask(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
     """The smallest of all rows' cumulated shares, each in float32."""
     shares = []

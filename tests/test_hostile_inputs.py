@@ -25,8 +25,10 @@ import hostile
 import pytest
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
 from huggingface_hub import constants
+from image_families import write_classifier
 from localhub import Uploads
 from localhub import serve as serve_hub
+from PIL import Image
 from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.api.configuration import Configuration
@@ -97,6 +99,10 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         **dict.fromkeys(("configuration", "model folder", "texts"),
                         "{study}/tiny.best.json --max-new-tokens 2 --device cpu"),
         "sparse folder": "{study}/sparse --max-new-tokens 2 --device cpu"}),
+    "classify": ("", {
+        "configuration": "{study}/picture.png --config {study}/tiny.best.json --both --device cpu",
+        "sparse folder": "{study}/picture.png --model {study}/sparse --device cpu",
+        "pictures": "{study}/picture.png --model {study}/vit --device cpu"}),
     **dict.fromkeys(("pack", "unpack"), (OUT, {"sparse folder": "{study}/sparse --out out"})),
     "push": ("", {"sparse folder": "{study}/sparse alice/tiny"}),
     "prune": (OUT, dict.fromkeys(
@@ -129,6 +135,8 @@ def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
         apply(read_config(place / "tiny.best.json"), place, place / "sparse", "cpu", ignore_events)
+    write_classifier(place / "vit")
+    Image.effect_noise((9, 7), 50).save(place / "picture.png")
     gc.collect()
     gc.freeze()  # what was imported for it: each model that is let go would have all of it looked at again
     return place

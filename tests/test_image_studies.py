@@ -1,16 +1,20 @@
 """Studies of image classifiers, run for real: a small ViT trained in this test, on images in MNIST's format."""
 
+import base64
 import gzip
+import io
 import json
 import re
 import shutil
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_images import write_folder
 from test_runner import reopen
 from tinystudy import CommandLine, run
@@ -122,19 +126,25 @@ def place(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "vit"))
 
 
+def images_of(place: Path) -> np.ndarray:
+    raw = gzip.decompress((place / "t10k-images-idx3-ubyte.gz").read_bytes())
+    return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, SIDE, SIDE)
+
+
+def own_pixels(folder: Path, place: Path) -> torch.Tensor:
+    """Pixels of all test images, by the processor of transformers."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    made = [processor(np.stack([each] * 3, 2), return_tensors="pt")["pixel_values"] for each in images_of(place)]
+    return torch.cat(made)
+
+
 def own_scores(folder: Path, place: Path) -> tuple[list[float], list[int]]:
     """Cross-entropies and hits of all test images, by transformers alone."""
-    model, processor = (
-        kind.from_pretrained(folder, **more)
-        for kind, more in ((AutoModelForImageClassification, {}), (AutoImageProcessor, {"backend": "pil"}))
-    )
-    raw = gzip.decompress((place / "t10k-images-idx3-ubyte.gz").read_bytes())
-    images = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, SIDE, SIDE)
+    model = AutoModelForImageClassification.from_pretrained(folder)
     labels = gzip.decompress((place / "t10k-labels-idx1-ubyte.gz").read_bytes())
     classes = torch.tensor(list(labels[8:]))
-    pixels = torch.cat([processor(np.stack([each] * 3, 2), return_tensors="pt")["pixel_values"] for each in images])
     with torch.inference_mode():
-        logits = model(pixel_values=pixels).logits
+        logits = model(pixel_values=own_pixels(folder, place)).logits
     return functional.cross_entropy(logits, classes, reduction="none").tolist(), (
         logits.argmax(1) == classes
     ).int().tolist()
@@ -188,8 +198,16 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert evaluated.code == 0 and "test images, top-1" in evaluated.out and "test images, top-5" in evaluated.out
     alone = tune("evaluate", "--model", "sparse", "--limit", "10")
     assert alone.code == 0 and "| 10 " in alone.out
+    seen = tune("classify", *write_pictures(place), "--model", "sparse", "--both", "--json")
+    pruned = tune("classify", *write_pictures(place), "--config", "tiny.best.json", "--both", "--json")
+    assert seen.code == pruned.code == 0 and answers(seen) == pytest.approx(answers(pruned), rel=1e-5)
+    assert answers(seen) == pytest.approx(
+        [*own_probabilities(place / "sparse", place), *own_probabilities(place / "model", place)], rel=1e-4
+    )
     assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
-    assert "validation accuracy" in (place / "r.html").read_text()
+    page = (place / "r.html").read_text()
+    assert "validation accuracy" in page
+    check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
         (("pack", "sparse", "--out", "packed"), "pack: writes language models: the model in .*sparse is an image"),
@@ -198,10 +216,60 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
         (("generate", "--config", "tiny.best.json", "--prompt", "x"), "the tokenizer: .* is an image classifier"),
         (("export", "--study", "tiny.toml", "--format", "llm-compressor"), "calibrates on texts"),
         (("evaluate", "--config", "tiny.best.json", "--tasks", "piqa"), "--tasks: are of texts"),
+        (("chat", "sparse"), "chat: model is an image classifier, which has no text; take `classify`"),
+        (("chat", "tiny.best.json"), "chat: model is an image classifier, which has no text; take `classify`"),
         (("model", "--sparsity", "0.5"), r"model: needs a study file with the tables \[images"),
     ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))  # of `chat`
         refused(tune(*arguments), said)
     assert not (place / "packed").exists() and not (place / "tuned").exists()
+
+
+def write_pictures(place: Path) -> list[Path]:
+    """The first test images as files."""
+    files = [place / f"{index}.png" for index in range(3)]
+    for file, image in zip(files, images_of(place), strict=False):
+        Image.fromarray(image).save(file)
+    return files
+
+
+def answers(printed: Any) -> list[float]:
+    """The probabilities of all classes of all pictures, by class: the sparse model's, then the dense one's."""
+    found = json.loads(printed.out)
+    return [
+        guess["probability"]
+        for side in ("classes", "dense")
+        for one in found
+        for guess in sorted(one[side], key=lambda guess: guess["index"])
+    ]
+
+
+def own_probabilities(folder: Path, place: Path) -> list[float]:
+    model, pixels = AutoModelForImageClassification.from_pretrained(folder), own_pixels(folder, place)[:3]
+    with torch.inference_mode():
+        return [value for row in model(pixel_values=pixels).logits.softmax(1).tolist() for value in row]
+
+
+def check_answers(page: str, place: Path) -> None:
+    """The report shows the first test images with their classes, and what each model sees in them."""
+    found = summarise(reopen(place)).answers
+    assert found is not None and len(found.pictures) == 10
+    pixels, labels = (
+        own_pixels(place / "model", place),
+        gzip.decompress((place / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:],
+    )
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()[:10]
+    assert found.labels == tuple(f"LABEL_{labels[index]}" for index in order)
+    for folder, answers in (("model", found.dense), ("sparse", found.best)):
+        with torch.inference_mode():
+            own = AutoModelForImageClassification.from_pretrained(place / folder)(pixels[order]).logits.softmax(1)
+        assert [answer.name for answer in answers] == [f"LABEL_{index}" for index in own.argmax(1).tolist()]
+        assert [answer.probability for answer in answers] == pytest.approx(own.amax(1).tolist(), rel=1e-4)
+    for picture, index in zip(found.pictures, order, strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
+        assert np.array_equal(shown, images_of(place)[index])
+        assert f"data:image/png;base64,{picture}" in page
+    assert page.count("<figcaption>LABEL_") == 10
 
 
 def refused(answer: Any, said: str) -> None:
@@ -363,7 +431,6 @@ def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
             "images.validation: reads the same images as model.probe",
         ),
         ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
-        ("trials = 6", "trials = 6\nobjective = 'accuracy'", "search.objective: accuracy is measured and shown"),
     ],
 )
 def test_study_files_that_are_refused(place: Path, old: str, new: str, said: str) -> None:

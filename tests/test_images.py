@@ -18,6 +18,7 @@ import transformers
 from families import CPU, few
 from image_families import CLASSES, FAMILIES, context_of, images, make
 from PIL import Image
+from tinystudy import CommandLine
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -89,6 +90,30 @@ def test_wanda_is_a_naive_loop(family: str, statistics: str) -> None:
                 weight.data[row, gone] = 0
             assert (found[name] == weight).float().mean() > 0.99, name  # a near-tie may fall otherwise in other batches
             weight.data.copy_(found[name])
+
+
+@pytest.mark.parametrize("family", few(["vit", *STAGED], ["convnext"]))
+def test_the_papers_code_for_images_is_a_naive_loop(family: str) -> None:
+    """All inputs are those of the dense model, and the lowest scores of each whole matrix go, whatever its stage."""
+    work = context_of(family, statistics="dense", wanda={"compare": "matrix"})
+    linears, names = work.checkpoint.linears, work.checkpoint.block_names
+    plan = Plan("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
+    model, calibration = make(family), images(family, 6, 1)
+    for block in work.prune(plan):
+        norms, sparsity = _norms(model, names[block.index], calibration), plan.sparsities[block.index]
+        for linear in linears[block.index]:
+            weight = model.get_submodule(f"{names[block.index]}.{linear.name}").weight
+            scores = [
+                (abs(float(value)) * float(norms[linear.name][column]), row, column)
+                for row, values in enumerate(weight)
+                for column, value in enumerate(values)
+            ]
+            expected = weight.clone()
+            for _, row, column in sorted(scores)[: int(weight.numel() * sparsity)]:
+                expected[row, column] = 0
+            found = block.weights[linear.key]
+            assert int((found == 0).sum()) == int(weight.numel() * sparsity)
+            assert (found == expected).float().mean() > 0.99, linear.name  # near-ties: norms of other batches
 
 
 def _norms(model: Any, block: str, batch: Any) -> dict[str, torch.Tensor]:
@@ -619,6 +644,42 @@ def test_a_backbone_in_onnx_is_that_of_transformers(tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, 28, 28)
     with torch.inference_mode():
         assert torch.equal(found(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+PAPER = ["imagenet-deit", "imagenet-convnext"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_studies_of_the_papers_protocol(
+    name: str, command: CommandLine, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    """They are read, and without a hub their forecast ends in one line."""
+    study = load(name).study
+    assert study.protocol == "paper-images" and study.prune.statistics == "dense" and study.images is not None
+    assert study.test_text == study.images.validation and study.prune.settings("wanda")["compare"] == "matrix"
+    assert "huggingface.co" in load(name).path.read_text() and study.beta == "both"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for arguments in (("plan", "--study", name), ("--study", name)):
+        answer = command(*arguments, "--storage", f"sqlite:///{tmp_path}/x.db")
+        assert answer.code == 2 and len(answer.err.splitlines()) == 1, answer
+        assert "facebook/" in answer.err and "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prune.statistics=block"], 'prune.statistics: protocol = "paper-images" has "dense", not "block"; set it'),
+        (["images.test={source = 'idx:x'}"], 'images.test: protocol = "paper-images" reports on the validation image'),
+    ],
+)
+def test_what_the_papers_protocol_for_images_refuses(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(PAPER[0], overrides)
+
+
+def test_a_study_of_texts_has_another_protocol() -> None:
+    with pytest.raises(UserError, match="protocol: paper-images is of image classifiers, and this study has texts"):
+        load("paper-smol", ["protocol=paper-images"])
 
 
 @pytest.mark.parametrize("name", ["fashion", "imagenet-vit"])

@@ -57,6 +57,7 @@ LAYERS = [
     "zeroshot",
     "classification",
     "chatting",
+    "classifying",
     "exporting",
     "tracking",
     "serving",

@@ -428,8 +428,8 @@ def test_what_needs_one_value_is_refused(
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("ppl", 'search.objective[0]: must be one of perplexity, kl, got "ppl"'),
-        ('["kl", "nll"]', 'search.objective[1]: must be one of perplexity, kl, got "nll"'),
+        ("ppl", 'search.objective[0]: must be one of perplexity, kl, accuracy, got "ppl"'),
+        ('["kl", "nll"]', 'search.objective[1]: must be one of perplexity, kl, accuracy, got "nll"'),
         ("[]", "search.objective: must hold at least 1 value, got []"),
         ("7", "search.objective: must be a list, got 7"),
     ],

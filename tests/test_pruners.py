@@ -239,6 +239,13 @@ def test_the_variant_of_wanda_is_its_loop(case: Problem, dtype: torch.dtype, spa
     assert same_bits(pruned, weight.masked_fill(naive.wanda_variant_mask(weight, x, sparsity), 0))
 
 
+@given(problems() | tied_problems, dtypes, sparsities)
+def test_wanda_over_a_matrix_is_its_loop(case: Problem, dtype: torch.dtype, sparsity: float) -> None:
+    weight, x = case[0].to(dtype), case[1]
+    pruned = Wanda(compare="matrix").prune(weight, sparsity, norms_of(x))
+    assert same_bits(pruned, weight.masked_fill(naive.wanda_matrix_mask(weight, x, sparsity), 0))
+
+
 def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
     """One threshold for the share of every row, and as many zeros as were asked for."""
     weight, x = problem((13, 40))

@@ -49,6 +49,7 @@ def test_ranks_are_found_at_the_second_trial_and_once(monkeypatch: pytest.Monkey
     [
         ("wanda", {}, True),
         ("wanda", {"compare": "row-variant"}, False),
+        ("wanda", {"compare": "matrix"}, False),
         ("wanda", {"group": 8}, False),
         ("magnitude", {}, False),
         ("sparsegpt", {}, False),
@@ -73,7 +74,7 @@ def test_other_settings_of_wanda_take_the_norms() -> None:
     weight, norms = torch.randn(5, 12), InputNorms(12, torch.device("cpu"))
     norms.add(torch.randn(9, 12))
     found = Ranks.of(weight, norms)
-    for settings in ({"compare": "row-variant"}, {"group": 4}, {}):
+    for settings in ({"compare": "row-variant"}, {"compare": "matrix"}, {"group": 4}, {}):
         pruner = make_pruner("wanda", settings)
         assert torch.equal(pruner.prune(weight, 0.4, found), pruner.prune(weight, 0.4, norms))
 

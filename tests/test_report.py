@@ -10,12 +10,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
+from pydantic import ValidationError
 from synthetic import made_up, new_study
 from test_summary import stored
 from tinystudy import Answer, CommandLine, quiet
 
 from atp_tune import report
 from atp_tune.errors import UserError
+from atp_tune.metrics.answers import Answers
 from atp_tune.report import html, latex, machine, markdown, tables
 from atp_tune.report.contents import gather, toml
 from atp_tune.spec.studyfile import load, settings
@@ -408,3 +410,15 @@ def test_the_picture_is_drawn_where_there_is_a_browser(found: optuna.Study, tmp_
 def test_an_ending_that_is_no_format() -> None:
     with pytest.raises(UserError, match=r"--out x\.pdf: its ending must be one of html, md, json, png, tex"):
         report.kind_of(None, Path("x.pdf"))
+
+
+def test_answers_are_pictures_and_words_alone() -> None:
+    answer = {"name": "cat", "probability": 0.5}
+    good = {"pictures": ["aGk="], "labels": ["dog"], **{key: [answer] for key in ("dense", "uniform", "best")}}
+    assert Answers.model_validate(good).best[0].name == "cat"
+    for wrong in (
+        {"pictures": ['x" onerror="alert(1)']}, {"pictures": ["aGk=", "aGk="]}, {"best": []}, {"labels": ["x" * 1001]},
+        {"dense": [{"name": "cat", "probability": 2}]}, {"pictures": []},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError):
+            Answers.model_validate({**good, **wrong})

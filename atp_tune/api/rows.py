@@ -13,7 +13,7 @@ Row = dict[str, Any]
 def trials(summary: Summary) -> list[Row]:
     """A row for each trial: number, state, plan, sparsity, perplexities with errors, seconds and parameters."""
     status = status_of(summary, datetime.now())
-    has_kl = "kl" in status.objective
+    has_kl, has_hits = "kl" in status.objective, bool(summary.hits)
     return [
         {
             "trial": trial.number,
@@ -25,6 +25,11 @@ def trials(summary: Summary) -> list[Row]:
             "test_perplexity": trial.test and trial.test.value,
             "test_stderr": trial.test and trial.test.stderr,
             **({"kl": trial.kl and trial.kl.validation and trial.kl.validation.value} if has_kl else {}),
+            **(
+                {"accuracy": trial.accuracy and trial.accuracy.validation and trial.accuracy.validation.value}
+                if has_hits
+                else {}
+            ),
             "seconds": trial.seconds,
             **trial.params,
             "remark": trial.remark,

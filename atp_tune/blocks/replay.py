@@ -169,6 +169,11 @@ class Replay:
                 del self._calls[next(iter(self._calls))]
         return self._calls[shape]
 
+    def is_as_examples(self, batch: Batch) -> bool:
+        """Whether the blocks are called on a batch with the arguments that examples of its shape have."""
+        hidden, calls = self._enter(batch)
+        return _same(calls, self._calls_for(*hidden.shape[:2]))
+
     def _outputs_of_all(self) -> list[tuple[Any, ...] | None]:
         """The outputs of each block after the hidden states, from one run of the model."""
         found: dict[int, Any] = {}

@@ -75,6 +75,31 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
     return replay
 
 
+@torch.inference_mode()
+def check_batch(replay: Replay, batch: Batch, where: str) -> None:
+    """UserError, which begins with `where`, unless blocks can be replayed on items of a batch as on examples.
+
+    Of the whole batch the arguments of the blocks are compared, which may depend on images; of its first two items also
+    the hidden states between the blocks, into which a model may write again what it saw.
+    """
+    kind = type(replay.checkpoint.model).__name__
+    try:
+        for index in range(len(batch)):
+            if not replay.is_as_examples(batch[index : index + 1]):
+                raise Difference("passes its blocks values that depend on the image")
+        walk = _BlockComparison(replay, [batch[:2]])
+        with bypassed(replay.checkpoint.blocks, walk.step):
+            replay.forward(batch[:2])
+    except Difference as difference:
+        raise UserError(f"{where}: {kind} {difference}; leave the images out, it is calibrated on texts") from None
+    except UserError:
+        raise
+    except Exception as error:  # models raise many types
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{where}: {kind} cannot be run on its pairs: {one_line(error)}") from error
+
+
 def _check_own_weights(checkpoint: Checkpoint) -> None:
     """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
     owners: dict[int, int] = {}

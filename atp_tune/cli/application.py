@@ -11,6 +11,7 @@ from atp_tune.cli import completion
 from atp_tune.cli.commands import (
     apply,
     chat,
+    classify,
     env,
     evaluate,
     export,
@@ -45,8 +46,8 @@ app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(
 app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(model.model)
 for command in (  # in the order of `--help`
     init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, pack.pack,
-    pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, prune.prune, finetune.finetune,
-    speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
+    pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, classify.classify, prune.prune,
+    finetune.finetune, speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
 ):  # fmt: skip
     app.command(help=as_typed(str(command.__doc__)))(command)
 

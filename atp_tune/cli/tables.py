@@ -220,6 +220,8 @@ def progress_line(status: Status) -> str:
     if status.best and score:
         kl = status.best.kl and status.best.kl.validation
         value = f"KL {kl.value:.4f}" if kl and status.objective[0] == "kl" else f"{score.value:.2f}"
+        best_hits = status.accuracy and status.accuracy.best.validation
+        value = str(best_hits) if best_hits and status.objective[0] == "accuracy" else value
         at = "" if status.best.sparsity is None else f" at {percent(status.best.sparsity)}"
         best = f"best {value}{at} (trial {status.best.trial})"
     running = [

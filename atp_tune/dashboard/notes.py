@@ -10,6 +10,7 @@ from atp_tune.extras import as_typed
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
+from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import wanted
 from atp_tune.results.formatting import (
     cells,
@@ -24,7 +25,7 @@ from atp_tune.results.formatting import (
 )
 from atp_tune.results.outcome import limit_of, outcome_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, score_of, uniform_among
+from atp_tune.results.trials import error_of, is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.former import present_facts
 from atp_tune.spec.plugged import permission
@@ -72,7 +73,10 @@ def _what(summary: Summary) -> str:
     settings = f"pattern {escaped(spec.prune.pattern)}"
     if spec.by_bits:
         settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
-    objectives = {"kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)"}
+    objectives = {
+        "kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)",
+        "accuracy": "top-1 error (1 - accuracy, with half an image added)",
+    }  # fmt: skip
     objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
     data = "text" if spec.images is None else "images"
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
@@ -127,6 +131,8 @@ def _gain(summary: Summary) -> str:
     if summary.interval:
         said = escaped(outcome_of(summary))
         return f"**{said[:1].upper()}{said[1:]}.** {errors}"
+    if summary.by_accuracy:
+        return f"{gained(summary) or 'No trial is better than uniform so far.'} {errors}"
     rank, by_kl = summary.ranks[0], summary.by_kl
     against = rank.kl_against if by_kl else rank.against
     if is_uniform(summary.best_trial) or against is None:
@@ -201,6 +207,8 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
     uniform = score_of(beside) if beside is not None and not is_uniform(trial) else None
     against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
     parts = [f"Perplexity on the validation text {score}{against}."] if score else []
+    error = error_of(trial)
+    parts += [f"Top-1 error on the validation images {error:.1%}."] if error is not None else []
     return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])
 
 
@@ -239,7 +247,7 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     """The columns of a trial's measurement, which are stored too."""
     found: dict[str, Any] = {}
     if "stderr" in attrs:
-        found["± stderr"] = round(attrs["stderr"], 2)
+        found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
         found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)

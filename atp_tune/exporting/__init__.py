@@ -171,6 +171,8 @@ def _head(config: Config) -> str:
         raise UserError(
             "--format llm-compressor: calibrates on texts, and this is an image classifier; take yaml or csv"
         )
+    if text.images is not None:
+        raise UserError("--format llm-compressor: calibrates on texts, not on pairs with images; take yaml or csv")
     amount = f"{config.sparsity.target:.4g}" if config.bits is None else f"{config.bits.target:g} bits"
     return HEAD.format(
         pruner=config.pruner, amount=amount, allocation=config.allocation.name,

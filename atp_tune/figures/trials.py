@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, kl_of, levels_of, score_of, uniform_among
+from atp_tune.results.trials import is_by_accuracy, is_uniform, kl_of, levels_of, score_of, uniform_among
 from atp_tune.storage.progress import ranked, values_of
 
 
@@ -17,23 +17,25 @@ def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """Perplexity on the validation text, or KL if the study minimises only KL; NaN without a value."""
+    """Perplexity on the validation text, or KL or top-1 error if the study minimises only that; NaN without a value."""
     return values_of(trial)[0] if trial.values else float("nan")
 
 
 def measure_of(summary: Summary) -> str:
     """The name of that value."""
-    return "KL divergence" if summary.by_kl else "perplexity"
+    return "KL divergence" if summary.by_kl else "top-1 error" if summary.by_accuracy else "perplexity"
 
 
 def written(value: float, summary: Summary) -> str:
-    """That value as text: 4 digits for KL, 2 for perplexity."""
+    """That value as text: 4 digits for KL, 2 for perplexity, per cents for errors."""
+    if summary.by_accuracy:
+        return f"{value:.1%}"
     return f"{value:.4f}" if summary.by_kl else f"{value:.2f}"
 
 
 def uniform_value(summary: Summary) -> float | None:
     """That value of uniform."""
-    if summary.by_kl:
+    if summary.by_kl or summary.by_accuracy:
         uniform = uniform_of(summary)
         return value_of(uniform) if uniform else None
     return summary.uniform.validation.value if summary.uniform.validation else None
@@ -77,6 +79,7 @@ def told(trial: FrozenTrial) -> str:
     """Number, plan and values of a trial in two lines, for its hover text."""
     kl = kl_of(trial)
     more = f", KL {kl}" if kl else ""
+    more += f", top-1 error {value_of(trial):.1%}" if is_by_accuracy(trial) else ""
     return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
 
 

@@ -24,6 +24,7 @@ from atp_tune.spec.images import ARCHIVES, ImageSet
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST_IDX = 1 << 33  # bytes of an idx file
 LARGEST = 1 << 28  # pixels of a picture; a file of a few bytes may claim more
+LONGEST = 200  # times as wide as high, or the reverse: a processor may enlarge the shorter side to hundreds of pixels
 DEEP = ("I", "F")  # modes of Pillow whose pixels have more than 8 bits; their conversion to RGB would clip
 IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # first four bytes of idx files of images and of labels
 
@@ -33,7 +34,7 @@ class Pictures:
     """Labelled pictures: their labels, names by which messages call them, and how each is read.
 
     A label is a name or a number. `classes`: the names of all classes, if labels are names; `names`: those of the
-    numbers 0, 1, …, if the source has them.
+    numbers 0, 1, …, if the source has them; `key`: of a study file, or the argument, before the colon in messages.
     """
 
     labels: Sequence[str | int]
@@ -41,6 +42,7 @@ class Pictures:
     read: Callable[[int], Any]  # bytes of a file, or an array [height, width] of uint8
     classes: frozenset[str] = frozenset()
     names: tuple[str, ...] = ()
+    key: str = "source"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,13 +66,13 @@ class Pictures:
             return Image.fromarray(found).convert("RGB")
         try:
             with Image.open(io.BytesIO(found)) as opened:
-                if opened.width * opened.height > LARGEST:
+                if opened.width * opened.height > LARGEST or max(opened.size) > LONGEST * min(opened.size):
                     raise ValueError(f"has {opened.width}×{opened.height} pixels")
                 if opened.mode.startswith(DEEP):
                     raise ValueError(f"its pixels are of mode {opened.mode}, of more than 8 bits; convert it")
                 return ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # decoders raise many types
-            raise UserError(f"source: {self.name(index)} is no picture that can be read: {_why(error)}") from error
+            raise UserError(f"{self.key}: {self.name(index)} is no picture that can be read: {_why(error)}") from error
 
 
 def pictures(wanted: ImageSet, base: Path) -> Pictures:
@@ -86,6 +88,16 @@ def pictures(wanted: ImageSet, base: Path) -> Pictures:
     if kind == "package":
         return _local(path, wanted)
     return {"folder": _folder, "idx": _idx, "parquet": _parquet}[kind](path, wanted)
+
+
+def pictures_of(files: Sequence[Path], key: str) -> Pictures:
+    """Pictures in files, without labels; UserError that starts with `key` for a path that holds no file."""
+    require("images", key)
+    for file in files:
+        if is_special(written(str(file), Path(), key)) or not file.is_file():
+            raise UserError(f"{key}: there is no file {file}; give pictures ({', '.join(SUFFIXES)})")
+    names = list(map(str, files))
+    return Pictures([""] * len(files), lambda index: names[index], lambda index: _bytes(files[index], key), key=key)
 
 
 def _local(path: Path, wanted: ImageSet) -> Pictures:
@@ -125,11 +137,11 @@ def _folder(path: Path, wanted: ImageSet) -> Pictures:
     return Pictures(labels, lambda index: str(files[index]), lambda index: _bytes(files[index]), frozenset(labels))
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, key: str = "source") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"source: {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
 
 
 def _idx(path: Path, wanted: ImageSet) -> Pictures:

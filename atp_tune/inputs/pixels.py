@@ -20,6 +20,7 @@ from atp_tune.extras import require
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.spec.images import ImageSet
 
+LARGEST_SIDE = 8192  # pixels: a processor may ask for pictures that fill the memory
 UNNAMED = "LABEL_"  # before the number of a class without a name
 
 
@@ -49,6 +50,14 @@ class ImageProcessor:
             raise UserError(
                 f"source: the image processor of the model in {folder} cannot be loaded: {one_line(error)}"
             ) from error
+        for key in ("size", "crop_size"):
+            given = getattr(own, key, None) or {}
+            largest = max((side for side in dict(given).values() if isinstance(side, int | float)), default=0)
+            if largest > LARGEST_SIDE:
+                raise UserError(
+                    f"source: the image processor of the model in {folder} asks for a {key} of {largest:.6g}, and "
+                    f"{LARGEST_SIDE} is the largest; correct its preprocessor_config.json"
+                )
         if size is not None:
             own.size, own.do_resize, own.do_center_crop = SizeDict(height=size, width=size), True, False
         return cls(own, folder)
@@ -66,18 +75,31 @@ class ImageProcessor:
             whole = whole if index else part.new_empty(len(found), *part.shape)  # once: it may be most of the memory
             if part.shape != whole.shape[1:]:
                 raise UserError(
-                    f"source: {found.name(index)} is {_size(part)} after the model's processor, others are "
+                    f"{found.key}: {found.name(index)} is {_size(part)} after the model's processor, others are "
                     f"{_size(whole[0])}; a preprocessor_config.json with one size is needed"
                 )
             whole[index] = part
         return whole
+
+    def colours(self, pixels: Tensor) -> Any:
+        """The picture of pixels [channels, height, width]: an array [height, width, 3] of uint8, for people.
+
+        Without normalisation, as far as the processor says what its own is; else from the darkest to the brightest.
+        """
+        mean, deviation = (getattr(self.own, key, None) for key in ("image_mean", "image_std"))
+        if getattr(self.own, "do_normalize", False) and mean and deviation and len(mean) == len(pixels):
+            pixels = pixels * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+        else:
+            pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
+        shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return shown.expand(-1, -1, 3).contiguous().numpy()
 
     def _one(self, found: Pictures, index: int) -> Tensor:
         picture = found.picture(index)
         try:
             pixels = self.own(picture, return_tensors="pt")["pixel_values"]
         except Exception as error:  # processors raise many types
-            raise UserError(f"source: the processor cannot read {found.name(index)}: {one_line(error)}") from error
+            raise UserError(f"{found.key}: the processor cannot read {found.name(index)}: {one_line(error)}") from error
         return torch.as_tensor(pixels, dtype=torch.float32)[0]
 
 

@@ -14,6 +14,7 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
+from atp_tune.inputs.pairs import PairBatch, Pairs, read_pairs
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.texts import Text
@@ -29,10 +30,10 @@ class TokenWindows:
         """The kind itself, whatever the length of the windows."""
         return self
 
-    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows]:
+    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows | Pairs]:
         """The windows of each text; UserError for bad input, or if two texts share a window."""
-        found = {role: read_text(role, text, folder, base, bos) for role, text in texts.items()}
-        check_disjoint(found)
+        found = {role: read_items(role, text, folder, base, bos) for role, text in texts.items()}
+        self.check_disjoint(found)
         return found
 
     def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Windows]:
@@ -60,9 +61,9 @@ class TokenWindows:
             return read_text("calibration", more, folder, base, bos)
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
-    def check_disjoint(self, items: Mapping[str, Windows]) -> None:
+    def check_disjoint(self, items: Mapping[str, Windows | Pairs]) -> None:
         """UserError if two texts share a window."""
-        check_disjoint(items)
+        check_disjoint({role: windows for role, windows in items.items() if isinstance(windows, Windows)})
 
     def check_fit(
         self, checkpoint: Checkpoint, items: Mapping[str, Windows], embed: Callable[[Tensor], Tensor]
@@ -80,8 +81,10 @@ class TokenWindows:
         """The fact whether windows begin with BOS."""
         return {BOS: any(windows.bos for windows in items.values())}
 
-    def forward(self, model: nn.Module, batch: Tensor) -> Any:
+    def forward(self, model: nn.Module, batch: Tensor | PairBatch) -> Any:
         """The output of the model for ids, without a cache, so that each window starts without state."""
+        if isinstance(batch, PairBatch):
+            return model(**in_dtype(batch, model), use_cache=False)
         return model(input_ids=batch, use_cache=False)
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +96,23 @@ class TokenWindows:
         return torch.zeros_like(up), up, up.flip(1)
 
 
-TOKEN_WINDOWS: InputKind[Windows] = TokenWindows()
+TOKEN_WINDOWS: InputKind[Any] = TokenWindows()
+
+
+def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows | Pairs:
+    """The windows of the text of one role, or its pairs of image and text; UserError that names the key."""
+    if text.images is None:
+        return read_text(role, text, folder, base, bos)
+    try:
+        return read_pairs(text, folder, base)
+    except UserError as error:
+        raise UserError(f"texts.{role}.{error}") from None
+
+
+def in_dtype(batch: PairBatch, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a batch, pixels in the number format of a model."""
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    return {name: found.to(dtype) if found.is_floating_point() else found for name, found in batch.tensors.items()}
 
 
 def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows:

@@ -86,6 +86,7 @@ def token_windows(
 
     Errors: UserError that starts with a key of the text, or if there is no BOS.
     """
+    _check_text(text)
     stored = cache_dir("windows") / f"{_key(text, folder, base, trusted, bos)}.npy"
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
@@ -101,6 +102,7 @@ def token_windows(
 
 def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
     """At most the first `most` windows of a consecutive text; UserError if the text is shorter than a window."""
+    _check_text(text)
     encode, first = _encoder(folder, trusted, bos)
     ids = _head(documents(text, base), encode, most * text.seqlen)
     count = min(most, len(ids) // (text.seqlen - len(first)))
@@ -109,6 +111,12 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
             f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
         )
     return Windows.of(_cut(ids, count, text.seqlen, first), bos)
+
+
+def _check_text(text: Text) -> None:
+    """UserError for pairs of image and text, of which only a calibration takes the images too."""
+    if text.images is not None:
+        raise UserError("images: pairs of image and text are for calibration; give another text")
 
 
 def stretches(windows: Windows, count: int) -> list[Windows]:

@@ -4,6 +4,11 @@
 
 rank 0 is the most probable class; sd standard deviation of n hits (0 or 1). The difference of two models is paired by
 image: its standard error is that of the mean of differences of hits.
+
+A study by accuracy minimises the top-1 error of n images, k of them wrong, with half an image added, so that its
+logarithm, which samplers and figures use, is finite. It orders models as accuracy does:
+
+    E = (k + ½) / (n + 1)
 """
 
 import math
@@ -28,6 +33,13 @@ class Gain(Estimate):
         return f"{100 * self.value:+.1f} ± {100 * self.stderr:.1f} points"
 
 
+class ErrorRate(Estimate):
+    """A share of images whose most probable class is wrong, with half an image added, and its standard error."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ± {self.stderr:.1%}"
+
+
 class Accuracies(FrozenModel):
     """Top-1 accuracies on the validation and test images, as far as measured, and top-5 on the latter."""
 
@@ -40,6 +52,12 @@ def accuracy(ranks: Sequence[int], top: int = 1) -> Accuracy:
     """The share of ranks [n] below `top`."""
     value, stderr = _mean([float(rank < top) for rank in ranks])
     return Accuracy(value=value, stderr=stderr)
+
+
+def error_rate(misses: Sequence[float], items: int | None = None) -> ErrorRate:
+    """The error rate of misses [n], 1 for a wrong image; `items`: of so many images that have their mean."""
+    (mean, stderr), count = _mean(misses), items or len(misses)
+    return ErrorRate(value=(min(max(mean, 0.0), 1.0) * count + 0.5) / (count + 1), stderr=stderr)
 
 
 def gain(before: Sequence[int], after: Sequence[int], top: int = 1) -> Gain:

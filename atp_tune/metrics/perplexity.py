@@ -70,6 +70,6 @@ def reach_of(windows: int) -> float:
     return float(stdtrit(windows - 1, 0.975))
 
 
-def may_be_chance(change: Change, windows: int) -> bool:
+def may_be_chance(change: Estimate, windows: int) -> bool:
     """Whether 0 lies in the 95 % interval of a change over n windows; False if its error is not known."""
     return windows > 1 and change.stderr > 0 and abs(change.value) <= reach_of(windows) * change.stderr

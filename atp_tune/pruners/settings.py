@@ -12,9 +12,10 @@ from atp_tune.registry import Origin
 class WandaSettings(SettingsTable):
     """Settings of Wanda (Sun et al. 2024)."""
 
-    compare: Literal["row", "row-variant"] = Field(
+    compare: Literal["row", "row-variant", "matrix"] = Field(
         "row",
-        description="prune the lowest scores of each row, or the smallest cumulative shares of row sums in the matrix",
+        description="prune the lowest scores of each row, the smallest cumulative shares of row sums in the matrix, or "
+        "the lowest scores of the matrix",
     )
 
 

@@ -10,7 +10,11 @@ divided by the sum of the row. Zeroes the ⌊out·in·s⌋ smallest shares of th
 more weights. The authors bisect a threshold α on that share until the matrix is within 0.001 of the model's sparsity;
 here each linear meets its own sparsity exactly, the limit of that bisection. Rows of zeros go first, as in theirs.
 
-In groups of M inputs both zero the ⌊M·s⌋ lowest scores of each group, since shares increase with scores.
+`matrix`: zeroes the ⌊out·in·s⌋ lowest scores of the matrix, as `prune_granularity = "layer"` of the authors' code for
+image classifiers, and as AlphaPruning's. Theirs zeroes all scores up to a threshold, ours exactly so many: of equal
+scores the first.
+
+In groups of M inputs all zero the ⌊M·s⌋ lowest scores of each group, since shares increase with scores.
 
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1; the
 variant is `use_variant` of their code.
@@ -46,7 +50,7 @@ class Wanda(WandaSettings):
         if self.compare == "row" or self.group is not None:
             mask = lowest_in_rows(scores, sparsity, self.group)
         else:
-            mask = lowest_in_matrix(_shares(scores), sparsity)
+            mask = lowest_in_matrix(scores if self.compare == "matrix" else _shares(scores), sparsity)
         return zeroed(weight, mask)
 
     @staticmethod

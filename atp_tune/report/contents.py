@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import amount_of
 from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, study_remarks
 from atp_tune.results.outcome import draws_said, outcome_of
@@ -142,6 +143,8 @@ class Contents:
             return f"{said[:1].upper()}{said[1:]}."
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
+        if summary.by_accuracy:
+            return gained(summary) or "Uniform has not been measured yet."
         by_kl = summary.by_kl
         rank = summary.ranks[0] if summary.ranks else None
         paired = (rank.kl_against if by_kl else rank.against) if rank else None

@@ -14,9 +14,12 @@ import atp_tune
 from atp_tune import figures
 from atp_tune.figures import overlay
 from atp_tune.figures.history import draw_history
+from atp_tune.metrics.answers import Answer
+from atp_tune.metrics.continuations import NAMES
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import continuations_note
+from atp_tune.results.summary import Summary
 
 TITLE = 32  # px of a figure's title, which the page shows instead
 HERE = Path(__file__).parent
@@ -78,12 +81,24 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
         "speed": tables.speed(summary.speed) if summary.speed else None,
         "continuations": tables.continuations(summary.continuations) if summary.continuations else None,
+        "answers": _answers(summary),
         "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
         "trials": tables.trials(summary),
         "fingerprint": tables.fingerprint(contents),
         "commands": tables.commands(summary),
         "file_name": f"{tables.plain_name(summary.name)}.toml",
     }
+
+
+def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, Answer]]]]:
+    """PNG, class and the answer of each model for the test images of an image classifier."""
+    found = summary.answers
+    if found is None:
+        return []
+    return [
+        (picture, label, [(name, found.of(name)[index]) for name in NAMES])
+        for index, (picture, label) in enumerate(zip(found.pictures, found.labels, strict=True))
+    ]
 
 
 def _drawn(made: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:

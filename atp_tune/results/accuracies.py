@@ -8,9 +8,9 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.metrics.accuracy import Accuracies, Gain, accuracy, gain
-from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.metrics.perplexity import Estimate, may_be_chance
 from atp_tune.results.pairing import Role, change_on, kl_change_on
-from atp_tune.results.trials import is_by_kl, is_uniform, kl_of, score_of, uniform_among, uniform_of
+from atp_tune.results.trials import is_by_accuracy, is_by_kl, is_uniform, kl_of, score_of, uniform_among, uniform_of
 from atp_tune.spec.config import ModelAccuracies
 from atp_tune.storage import progress
 
@@ -90,20 +90,30 @@ def sign_of_beta(study: optuna.Study) -> str:
     if other is None:
         return ""
     word = "positive, which keeps early blocks denser," if is_positive else "negative, which keeps late blocks denser,"
-    by_kl = is_by_kl(better)
-    change = (kl_change_on if by_kl else change_on)(study, "validation", other, better)
-    is_chance = change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ())))
-    said = [f"β = {trial.params['beta']:.4g} has {_value(trial, by_kl)}" for trial in (better, other)]
+    said = [f"β = {trial.params['beta']:.4g} has {_value(trial)}" for trial in (better, other)]
     uniform = uniform_of(study, better)
-    beside = f", uniform {_value(uniform, by_kl)}" if uniform is not None else ""
+    beside = f", uniform {_value(uniform)}" if uniform is not None else ""
+    measure = "accuracy" if is_by_accuracy(better) else "KL" if is_by_kl(better) else "perplexity"
     return (
         f"Sign of β: {word} is better: {said[0]}, the best of the other sign, {said[1]}{beside} "
-        f"({'KL' if by_kl else 'perplexity'}, validation){', a difference that may be chance' * is_chance}."
+        f"({measure}, validation){', a difference that may be chance' * _is_chance(study, other, better)}."
     )
 
 
-def _value(trial: FrozenTrial, by_kl: bool) -> str:
-    return str(kl_of(trial) if by_kl else score_of(trial))
+def _is_chance(study: optuna.Study, other: FrozenTrial, better: FrozenTrial) -> bool:
+    if is_by_accuracy(better):
+        change: Estimate | None = gain(other.user_attrs["ranks"], better.user_attrs["ranks"])
+        if change is not None and not change.value:
+            return True  # of equal accuracies the cross-entropy has decided
+    else:
+        change = (kl_change_on if is_by_kl(better) else change_on)(study, "validation", other, better)
+    return change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ())))
+
+
+def _value(trial: FrozenTrial) -> str:
+    if is_by_accuracy(trial):
+        return str(accuracy(trial.user_attrs["ranks"]))
+    return str(kl_of(trial) if is_by_kl(trial) else score_of(trial))
 
 
 def accuracies_of(summary: "Summary", trial: FrozenTrial | None = None) -> ModelAccuracies | None:
@@ -116,3 +126,15 @@ def accuracies_of(summary: "Summary", trial: FrozenTrial | None = None) -> Model
     return ModelAccuracies(
         dense=summary.hits.trial(None), uniform=beside, best=summary.hits.trial(best) if best else Accuracies()
     )
+
+
+def gained(summary: "Summary") -> str:
+    """The best trial's gain of accuracy over uniform in a sentence; "" without both."""
+    found = summary.hits.gains.get(str(summary.best_trial.number)) if summary.best_trial else None
+    if found is None:
+        return ""
+    gain, role = found
+    is_chance = may_be_chance(gain, summary.windows.get(role, 0))
+    chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
+    said = str(gain).replace(" ", "\u00a0")
+    return f"The best plan’s accuracy differs from uniform’s by {said} on the {role} images.{chance}"

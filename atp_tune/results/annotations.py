@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.trial import FrozenTrial
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.cache import write_atomically
 from atp_tune.errors import UserError
+from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.trials import levels_of
@@ -129,6 +131,15 @@ def speed_of(study: optuna.Study, trial: int) -> Speed | None:
     """The speed of a trial's model, if `speedup` measured it."""
     found = attached(study, trial).get("speed")
     return None if found is None else Speed.model_validate(found)
+
+
+def answers_of(study: optuna.Study, trial: FrozenTrial) -> Answers | None:
+    """The answers of a trial's model on test images, beside dense's and uniform's, if this version can read them."""
+    known = study.user_attrs.get("answers")
+    try:
+        return Answers.model_validate(known[str(trial.number)]) if known and str(trial.number) in known else None
+    except ValidationError:
+        return None
 
 
 def _in_file(config: Config, out: Path) -> dict[Key, Any]:

@@ -50,6 +50,7 @@ def trial_line(event: TrialEnded, plan: str, seconds: float, left: str = "") -> 
     """The line of a trial that ended: its values or the reason, its time, and the best so far; `left`: time to go."""
     values = [] if event.value is None else [f"perplexity {event.value:.2f}"]
     values += [] if event.kl is None else [f"KL {event.kl:.4f}"]
+    values += [] if event.error is None else [f"top-1 error {event.error:.1%}"]
     value = ", ".join(values) or f"failed: {event.reason}"
     title = f"[{event.done}/{event.total}] {event.what} {event.number}: {plan}"
     return f"{title}: {value} in {seconds:.0f} s ({best_so_far(event)}{left})"
@@ -59,6 +60,7 @@ def best_so_far(event: TrialEnded) -> str:
     """The best value when a trial ended: `best 60.33`, with its sparsity where that is searched."""
     best = f"best {event.best:.2f}" if event.best is not None else "no best yet"
     best = f"best KL {event.best_kl:.4f}" if event.best_kl is not None else best
+    best = f"best {event.best_error:.1%}" if event.best_error is not None else best
     return best + ("" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}")
 
 

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
@@ -16,7 +17,7 @@ from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
-from atp_tune.results.annotations import attached, speed_of
+from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.front import Point, points_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import (
@@ -29,6 +30,7 @@ from atp_tune.results.trials import (
     uniforms_of,
 )
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
+from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
@@ -84,6 +86,7 @@ class Summary:
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
+    answers       of an image classifier, what dense, uniform and best see in a few test images
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -125,6 +128,7 @@ class Summary:
     rounded: str = ""
     hits: Hits = field(default_factory=Hits)
     sign: str = ""
+    answers: Answers | None = None
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -135,6 +139,11 @@ class Summary:
     def by_kl(self) -> bool:
         """Whether KL is the only measure that is minimised, beside the density."""
         return self.objectives[0] == "kl"
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the top-1 error is minimised."""
+        return self.objectives[0] == ACCURACY
 
     @property
     def text(self) -> Role:
@@ -194,6 +203,7 @@ def summarise(study: optuna.Study) -> Summary:
         rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
+        answers=answers_of(study, best) if best else None,
     )
 
 

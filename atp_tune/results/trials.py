@@ -1,5 +1,6 @@
 """A stored trial's allocation and scores, and the uniform trial to compare it with."""
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,10 +48,10 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
 
 
 def score_of(trial: FrozenTrial) -> Perplexity | None:
-    """A trial's validation perplexity with its error; None without one, e.g. if it minimises KL and was stopped."""
+    """A trial's validation perplexity with its error; None without one, e.g. if it is by KL and was stopped."""
     if trial.values is None:
         return None
-    if "kls" not in trial.user_attrs:
+    if "kls" not in trial.user_attrs and not is_by_accuracy(trial):
         return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
     nlls = trial.user_attrs.get("nlls")
     return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
@@ -78,6 +79,18 @@ def divergences_of(study: optuna.Study) -> dict[int, Divergences]:
 def is_by_kl(trial: FrozenTrial) -> bool:
     """Whether a trial's only value, or its only one beside the density, is its KL."""
     return len(progress.values_of(trial)) - ("sparsity" in trial.params) == 1 and "kls" in trial.user_attrs
+
+
+def is_by_accuracy(trial: FrozenTrial) -> bool:
+    """Whether a trial's value is its top-1 error."""
+    return "misses" in trial.user_attrs
+
+
+def error_of(trial: FrozenTrial) -> float | None:
+    """A trial's top-1 error on the validation images, estimated if it was stopped; None if it is not minimised."""
+    if not trial.values or not is_by_accuracy(trial):
+        return None
+    return trial.values[0] if "stopped_after" in trial.user_attrs else statistics.fmean(trial.user_attrs["misses"])
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:

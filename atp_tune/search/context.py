@@ -22,7 +22,7 @@ from atp_tune.blocks.channel_pruning import ChannelPruner, too_sparse
 from atp_tune.blocks.channels import find_channels
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.verification import verified
+from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -151,6 +151,8 @@ class TrialContext(Released):
         checkpoint = _load_checkpoint(setup.model, folder, device, watch)
         context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
         inputs.check_fit(checkpoint, windows, context.replay.embed)
+        if getattr(setup.texts.get("calibration"), "images", None) is not None:
+            check_batch(context.replay, context.items("calibration"), "texts.calibration.images")
         context = context._with_bos_if_better(setup) if setup.bos is None else context
         context.begin(setup.batches)
         context.quantize, context.bits = setup.quantize, setup.bits

@@ -5,7 +5,7 @@ objective measures them while it has the pruned blocks, since all of them are co
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import sleep
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import optuna
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import PROMPTS, ModelName
 from atp_tune.plan import Plan
-from atp_tune.results.annotations import Key, attached
+from atp_tune.results.annotations import Key, answers_of, attached
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import undrawn, unreported
 from atp_tune.results.trials import uniform_of
@@ -27,10 +27,13 @@ from atp_tune.storage.validation import TRIAL, checked
 if TYPE_CHECKING:
     from atp_tune.scores import WindowScores
     from atp_tune.scores.evaluation import Block
+    from atp_tune.search.answers import StudyAnswers
     from atp_tune.search.context import TrialContext
+    from atp_tune.search.continuations import StudyContinuations
     from atp_tune.search.runner import StudyRun
 
 CONTINUATIONS: Key = "continuations"  # user attribute of a study: texts by trial
+ANSWERS = "answers"  # the same of an image classifier: answers on test images by trial
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
@@ -93,18 +96,16 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
 
 
 class _Texts:
-    """Continuations by dense, uniform and best, stored on the study once all three are there."""
+    """Continuations by dense, uniform and best, or answers on images, stored on the study once all three are there."""
 
     def __init__(self, run: "StudyRun", study: optuna.Study, context: "TrialContext", is_missing: bool) -> None:
         """`is_missing`: numbers on the test text are; else the study ended without these texts, or has them."""
-        from atp_tune.search.continuations import StudyContinuations
-
         asked, best = run.file.study.continuations, progress.best_trial(study)
         uniform = uniform_of(study, best)
         self._run, self._study, self._context = run, study, context
         self._best, self._uniform = best, uniform
-        tokens = asked.tokens if is_missing and best and uniform and not self._known() else 0
-        self.work = StudyContinuations(context, (*PROMPTS, *asked.prompts), tokens)
+        is_wanted = bool(is_missing and best and uniform and not self._known())
+        self.work = _work(run, context, is_wanted, (*PROMPTS, *asked.prompts))
         self._names: dict[str, ModelName] = {"dense": "dense"}
         if best and uniform:
             self._names |= {str(best.number): "best", str(uniform.number): "uniform"}
@@ -126,11 +127,31 @@ class _Texts:
             self.work.repeat("best", "uniform")
         found = self.work.result()
         if found and self._best:
-            known = self._study.user_attrs.get(CONTINUATIONS, {})
-            self._study.set_user_attr(CONTINUATIONS, {**known, str(self._best.number): found.model_dump(mode="json")})
+            known = self._study.user_attrs.get(self._key, {})
+            self._study.set_user_attr(self._key, {**known, str(self._best.number): found.model_dump(mode="json")})
+
+    @property
+    def _key(self) -> str:
+        return CONTINUATIONS if self._run.file.study.images is None else ANSWERS
 
     def _known(self) -> bool:
-        return self._best is not None and CONTINUATIONS in attached(self._study, self._best.number)
+        if self._best is None:
+            return False
+        known = CONTINUATIONS in attached(self._study, self._best.number)
+        return known or answers_of(self._study, self._best) is not None
+
+
+def _work(
+    run: "StudyRun", context: "TrialContext", is_wanted: bool, prompts: Sequence[str]
+) -> "StudyContinuations | StudyAnswers":
+    """What collects continuations or answers between the final scores; nothing unless it `is_wanted`."""
+    from atp_tune.search.answers import StudyAnswers
+    from atp_tune.search.continuations import StudyContinuations
+
+    study = run.file.study
+    if study.images is not None and is_wanted:
+        return StudyAnswers(context, "validation" if study.images.test is None else "test")
+    return StudyContinuations(context, prompts, study.continuations.tokens if is_wanted else 0)
 
 
 def _measure(

@@ -5,6 +5,7 @@ weights     ← dense weights, pruned block by block by the plan
 NLLs        ← windows of the validation text, group by group; the stopper may end the trial between groups
 perplexity  ← exp(mean NLL)
 KL          ← mean over windows, against the dense model, if the study minimises it
+error rate  ← of images, if the study is by accuracy
 
 A plan that an earlier trial measured, or failed on, is not measured again.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import clear_frames
-from typing import Any
+from typing import Any, Literal
 
 from optuna import Trial
 from optuna.exceptions import OptunaError
@@ -28,8 +29,9 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.metrics.kl import Divergence, divergence
-from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.metrics.accuracy import error_rate
+from atp_tune.metrics.kl import divergence
+from atp_tune.metrics.perplexity import Estimate, perplexity
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
@@ -39,11 +41,14 @@ from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.scoring import GROUPS
 from atp_tune.search.space import Space
 from atp_tune.search.task_accuracy import TaskAccuracy
+from atp_tune.spec.search import ACCURACY
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process_identity import identity, versions
 from atp_tune.storage.progress import best_trial, counts
+
+Kind = Literal["nlls", "kls", "misses"]  # what trials are compared by, window by window
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Objective:
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
         context, batches = self.context, batches_of(trial.study)
         context.begin(batches)
-        record = Record(context)
+        record = Record(context, self.objectives)
         pruned = record.follow(context.prune(plan))
         pruned = self.tasks.follow(pruned) if self.tasks else pruned
         test = context.alongside("test", "kl" in self.objectives) if self.tests else None
@@ -82,8 +87,8 @@ class Objective:
             record.add(scores)
             if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
                 self._store(trial, record)
-                return (estimate(trial, record.kls or record.nlls, "kls" if record.kls else "nlls"),)
-        results = record.results(self.objectives)
+                return (estimate(trial, record.compared, record.kind),)
+        results = record.results()
         if self.tasks:
             set_attributes(trial, {"accuracies": self.tasks.measure()})
         if test:
@@ -97,7 +102,7 @@ class Objective:
 
     def _is_hopeless(self, trial: Trial, record: "Record", new: int) -> bool:
         """Whether the stopper would end the trial now; False after its last windows."""
-        windows, seen = len(self.context.windows["validation"]), record.kls or record.nlls
+        windows, seen = len(self.context.windows["validation"]), record.compared
         return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
@@ -141,8 +146,10 @@ def reasons(trial: Trial) -> Iterator[None]:
 class Record:
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
-    def __init__(self, context: TrialContext) -> None:
+    def __init__(self, context: TrialContext, objectives: Sequence[str] = PERPLEXITY) -> None:
         self._context = context
+        self._objectives = objectives
+        self.kind: Kind = "nlls" if "perplexity" in objectives else "kls" if "kl" in objectives else "misses"
         self.nlls: list[float] = []
         self.kls: list[float] = []
         self.ranks: list[int] = []
@@ -197,10 +204,25 @@ class Record:
         self.kls += scores.kls
         self.ranks += scores.ranks
 
-    def results(self, objectives: Sequence[str]) -> list[Perplexity | Divergence]:
-        """The trial's result in each objective; TrialError if one is not finite."""
-        found = [divergence(self.kls) if objective == "kl" else perplexity(self.nlls) for objective in objectives]
-        for objective, result in zip(objectives, found, strict=True):
+    @property
+    def misses(self) -> list[int]:
+        """1 for each image whose class is wrong, else 0."""
+        return [int(rank > 0) for rank in self.ranks]
+
+    @property
+    def compared(self) -> list[Any]:
+        """What the stopper compares, by window or image."""
+        found: list[Any] = getattr(self, self.kind)
+        return found
+
+    def results(self) -> list[Estimate]:
+        """The trial's result in each objective; TrialError if one, or the perplexity, is not finite."""
+        own: dict[str, Estimate] = {"perplexity": perplexity(self.nlls)}
+        own |= {"kl": divergence(self.kls)} if "kl" in self._objectives else {}
+        own |= {ACCURACY: error_rate(self.misses)} if ACCURACY in self._objectives else {}
+        found = [own[objective] for objective in self._objectives]
+        checked = found if ACCURACY not in self._objectives else [*found, own["perplexity"]]
+        for objective, result in zip([*self._objectives, "perplexity"], checked, strict=False):
             if not math.isfinite(result.value):
                 raise TrialError(
                     f"{objective} is {result.value}: the pruned model's numbers overflow or are not defined"
@@ -225,6 +247,7 @@ class Record:
             **self._quantized(),
             **({"kls": self.kls} if self.kls else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
+            **({"misses": self.misses} if self.kind == "misses" else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }
 
@@ -266,11 +289,11 @@ def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups:
     return trial.should_prune()
 
 
-def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
+def estimate(trial: Trial, seen: list[float], kind: Kind = "nlls") -> float:
     """The value of a stopped trial, comparable with full measurements.
 
-    The best trial's mean NLL or KL over all windows, plus the mean difference from it on the windows seen: a mean over
-    the seen windows alone would depend on how hard those windows are.
+    The best trial's mean NLL, KL or error over all windows, plus the mean difference from it on the windows seen: a
+    mean over the seen windows alone would depend on how hard those windows are.
     """
     best = best_trial(trial.study)
     assert best is not None
@@ -278,4 +301,6 @@ def estimate(trial: Trial, seen: list[float], kind: str = "nlls") -> float:
     difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
     trial.set_user_attr("stopped_after", len(seen))
     mean = statistics.fmean(full) + difference
+    if kind == "misses":
+        return error_rate([mean], len(full)).value
     return max(0.0, mean) if kind == "kls" else perplexity([mean]).value

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
-from atp_tune.results.trials import is_by_kl, kl_of, score_of
+from atp_tune.results.trials import error_of, is_by_kl, kl_of, score_of
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, progress
@@ -156,6 +156,7 @@ def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, don
         trial.number, value, reason, best_value.value if best_value else None, done, total,
         kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
         best_sparsity=progress.sparsity_of(best) if best else None,
+        error=error_of(trial), best_error=error_of(best) if best else None,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from atp_tune.frozen import SettingsTable
-from atp_tune.spec.search import Share
+from atp_tune.spec.search import ACCURACY, Share
 
 if TYPE_CHECKING:
     from atp_tune.spec.study import Study
@@ -128,9 +128,18 @@ class Probe(ImageSet):
 def check_study(study: "Study") -> None:
     """ValueError for settings that do not go with an image classifier, or with a language model."""
     probe, images = study.model.probe, study.images
+    if study.protocol == "paper-images" and images is None:
+        raise ValueError("protocol: paper-images is of image classifiers, and this study has texts; take paper")
+    if study.protocol == "paper-images" and study.prune.statistics != "dense":
+        given = study.prune.statistics
+        raise ValueError(
+            f'prune.statistics: protocol = "paper-images" has "dense", not "{given}"; set it, or take paper'
+        )
     if images is None:
         if probe is not None:
             raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")
+        if ACCURACY in study.search.objective:
+            raise ValueError("search.objective: accuracy is of images, and this study has texts; take perplexity or kl")
         if study.search.score == CLASSES:
             raise ValueError("search.score: classes is the score of images, and this study has texts; leave it out")
         return

@@ -11,11 +11,12 @@ from atp_tune.registry import Registry
 from atp_tune.spec.prune import check_names
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Objective = Literal["perplexity", "kl"]
+Objective = Literal["perplexity", "kl", "accuracy"]
 MIN = Field(min_length=1)
 Objectives = Annotated[tuple[Objective, ...], MIN]
+ACCURACY = "accuracy"  # of images: minimised is the top-1 error
 CROSS_ENTROPY = "cross-entropy"  # of images: another name of the perplexity, which is its exponential
-Named = Literal["perplexity", "kl", "cross-entropy"]
+Named = Literal["perplexity", "kl", "accuracy", "cross-entropy"]
 DENSITY = "density"  # 1 - S, which a study over an interval of sparsities minimises beside its objective
 STEP = 0.005  # of the sparsities in an interval
 # Functions from a seed to the Optuna sampler that proposes an allocation's parameters.
@@ -59,7 +60,7 @@ class SearchConfig(SettingsTable):
     objective: Objectives = Field(
         ("perplexity",),
         description="values to minimise; cross-entropy of images is shown as its exponential, the perplexity over "
-        "classes; kl: divergence from the dense predictions",
+        "classes; kl: divergence from the dense predictions; accuracy of images: the top-1 error, alone",
     )
     sampler: Annotated[str, OneOf(SAMPLERS, IN_SCHEMA)] = Field("gp", description="gp, tpe, grid or random")
     score: Annotated[str, OneOf(SCORES, IN_SCHEMA)] = Field(
@@ -73,18 +74,6 @@ class SearchConfig(SettingsTable):
         description="end the study when a better point would gain less than 2% of the value, at 90% confidence",
     )
     screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_steps(cls, data: Any) -> Any:
-        """Explains why accuracy, which is measured too, is no objective."""
-        asked = data.get("objective") if isinstance(data, dict) else None
-        if asked == "accuracy" or (isinstance(asked, list | tuple) and "accuracy" in asked):
-            raise ValueError(
-                "objective: accuracy is measured and shown for every trial, but it moves in steps of one image; search "
-                'by "cross-entropy"'
-            )
-        return data
 
     @field_validator("screen", mode="before", json_schema_input_type=ScreenConfig | Literal["none"])
     @classmethod
@@ -125,6 +114,23 @@ class SearchConfig(SettingsTable):
             first, *others = [key for key, is_given in given.items() if is_given]
             listed = " and ".join(["it", *(f"search.{key}" for key in others)])
             raise ValueError(f"{first}: compares by one value; leave {listed} out, or give search.objective one name")
+        return self
+
+    @model_validator(mode="after")
+    def _by_steps(self) -> Self:
+        """Refuses what has to tell plans apart more finely than accuracy, which moves in steps of one image."""
+        if ACCURACY not in self.objective:
+            return self
+        for key, is_given in (
+            ("objective", len(self.objective) > 1),
+            ("screen", self.screen is not None),
+            ("early_termination", self.early_termination),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"{key}: accuracy moves in steps of one image, too coarse for this; "
+                    + ("give it alone" if key == "objective" else f'leave {key} out, or search by "{CROSS_ENTROPY}"')
+                )
         return self
 
 

@@ -19,8 +19,8 @@ from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_stud
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
-from atp_tune.spec.search import DENSITY, STEP, LimitConfig, SearchConfig
-from atp_tune.spec.texts import Text, Texts
+from atp_tune.spec.search import ACCURACY, DENSITY, STEP, LimitConfig, SearchConfig
+from atp_tune.spec.texts import Text, Texts, check_pairs
 
 AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
@@ -111,8 +111,10 @@ class Study(SettingsTable):
         }
     )
     description: str = Field("", description="of the study, for people")
-    protocol: Literal["held-out", "paper"] = Field(
-        "held-out", description="paper: β is chosen on the text it is tested on"
+    protocol: Literal["held-out", "paper", "paper-images"] = Field(
+        "held-out",
+        description="paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with "
+        "dense statistics",
     )
     bits: float | None = Field(
         None, ge=2, le=8, description="in the place of sparsity: bits per weight over all linears, without scales"
@@ -167,15 +169,19 @@ class Study(SettingsTable):
     def _of_kind(self) -> Self:
         check_study(self)
         check_bits(self)
+        if self.texts is not None:
+            check_pairs(self.texts, "prices" in self.allocation.names)
         return self
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
         calibration, search, report = self.data.calibration, self.data.validation, self.data.test
         data = "texts" if self.images is None else "images"
-        if self.protocol == "paper":
+        if self.is_by_paper:
             if report is not None:
-                raise ValueError(f'{data}.test: protocol = "paper" reports on the validation {data[:-1]}; leave it out')
+                raise ValueError(
+                    f'{data}.test: protocol = "{self.protocol}" reports on the validation {data[:-1]}; leave it out'
+                )
             if self.texts is not None and self.texts.bos is True:
                 raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
             return self
@@ -208,6 +214,7 @@ class Study(SettingsTable):
         search = self.search
         for key, is_given, reason in (
             ("search.objective", len(search.objective) > 1, "must be one name"),
+            ("search.objective", ACCURACY in search.objective, 'must be "cross-entropy" or "kl"'),
             ("search.sampler", search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
             ("search.stopper", search.stopper != "none", "must be left out"),
             ("search.early_termination", search.early_termination, "must be left out"),
@@ -255,6 +262,11 @@ class Study(SettingsTable):
             if is_given:
                 raise ValueError(f'{key}: {reason} where prune.pattern = "channels"')
         return self
+
+    @property
+    def is_by_paper(self) -> bool:
+        """Whether β is chosen on the items of the final numbers, as in the papers."""
+        return self.protocol != "held-out"
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -320,7 +332,7 @@ class Study(SettingsTable):
     @property
     def bos(self) -> bool | None:
         """Whether windows begin with BOS; None if a measurement decides."""
-        if self.protocol == "paper" or self.texts is None:
+        if self.is_by_paper or self.texts is None:
             return False
         return None if self.texts.bos == "auto" else self.texts.bos
 

@@ -1,8 +1,8 @@
 """The tables `[texts.*]` of a study of a language model."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
 from atp_tune.frozen import SettingsTable
 from atp_tune.spec.search import Share
@@ -34,6 +34,12 @@ class Text(SettingsTable):
     stride: int = Field(1, ge=1, description="use every stride-th window only, from the first")
     seqlen: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="seed of random sampling")
+    images: str | None = Field(
+        None,
+        min_length=1,
+        description="of calibration: column of an image beside each text (file:X.parquet, hub:), for models that read "
+        "images too",
+    )
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
@@ -42,6 +48,12 @@ class Text(SettingsTable):
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `images` out where there are none, so that files and keys of the cache stay as they were."""
+        found: dict[str, Any] = inner(self)
+        return found if self.images is not None else {key: value for key, value in found.items() if key != "images"}
 
     def overlaps(self, other: "Text") -> bool:
         """Whether both texts share documents of the same source."""
@@ -83,6 +95,31 @@ class Texts(SettingsTable):
         description="every window begins with BOS, and the prediction of the token after it counts; auto: if the dense "
         'model is much better with BOS (measured once per study), but never with protocol = "paper"',
     )
+
+
+def check_pairs(texts: Texts, prices: bool) -> None:
+    """ValueError for settings that do not go with a calibration on pairs of image and text."""
+    for role, text in (("validation", texts.validation), ("test", texts.test)):
+        if text is not None and text.images is not None:
+            raise ValueError(
+                f"texts.{role}.images: models are measured on text; give images to texts.calibration alone"
+            )
+    own = texts.calibration
+    if own.images is None:
+        return
+    for key, is_given, reason in (
+        ("source", not own.source.startswith("hub:") and not own.source.endswith(".parquet"),
+         "pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
+        ("shuffle", own.shuffle, 'is of documents; take sampling = "random" for pairs'),
+        ("draws", own.draws > 1, "are of texts; leave it out for pairs"),
+        ("nsamples", own.nsamples is None, "is needed, the number of pairs"),
+    ):  # fmt: skip
+        if is_given:
+            raise ValueError(f"texts.calibration.{key}: {reason}")
+    if texts.bos == "auto":
+        raise ValueError("texts.bos: is measured on texts, and texts.calibration has images; give true or false")
+    if prices:
+        raise ValueError("allocation.names: prices goes down on texts, and texts.calibration has images; take another")
 
 
 def short_source(source: str) -> str:

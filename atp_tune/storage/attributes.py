@@ -30,7 +30,7 @@ OF_TRIAL = frozenset(
     {
         "batch_windows", "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
         "sparsities", "linear_sparsities", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
-        "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks",
+        "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
         "bits", "quantized_bytes",
     }
 )  # fmt: skip
@@ -38,7 +38,7 @@ OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:1
     {
         "sizes", "blocks", "linears", "terminated_early", "dense", "test_nlls", "test_kls", "draws", "zero_shot",
         "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
-        "limit", "dense_bytes", "dense_ranks", "test_ranks",
+        "limit", "dense_bytes", "dense_ranks", "test_ranks", "answers",
     }
 )  # fmt: skip
 

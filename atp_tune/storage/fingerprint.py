@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.former import LACKING, present_key, present_value
-from atp_tune.spec.search import DENSITY
+from atp_tune.spec.search import ACCURACY, DENSITY
 from atp_tune.spec.study import Study
 from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
@@ -23,6 +23,7 @@ from atp_tune.storage.validation import ValidatedStudy
 DTYPE = "model.dtype"
 OBJECTIVE = "search.objective"
 PLUGINS = "plugins."  # before the name of a plug-in and `.content`, its hash
+METRICS = {ACCURACY: "top-1 error"}  # what Optuna calls an objective, where it is not called so itself
 PERPLEXITY = ("perplexity",)  # the objective of studies from before the key
 SUFFIX = ".screen"  # of a screening's name, after its main study's
 # Keys in which a screening differs from its main study.
@@ -44,7 +45,7 @@ def create_study(storage: BaseStorage, name: str, facts: Facts, any_dtype: bool 
             raise UserError(f"study {name}: was begun with another {OBJECTIVE}; start another with --study-name NAME")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(list(objectives))  # for the axes of Optuna's plots
+            study.set_metric_names([METRICS.get(name, name) for name in objectives])  # for the axes of Optuna's plots
         study.set_user_attr("fingerprint", dict(facts))
     study = ValidatedStudy(name, study._storage)
     check_facts(study, facts, any_dtype=any_dtype)
@@ -65,7 +66,7 @@ def has_bos(study: optuna.Study) -> bool:
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
-    found, known = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"])
+    found, known = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
     objectives = tuple(found) if found in known else PERPLEXITY
     return (*objectives, DENSITY) if isinstance(facts.get("sparsity"), list) else objectives
 

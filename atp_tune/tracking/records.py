@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import kl_of, parameters_of, score_of
+from atp_tune.results.trials import error_of, kl_of, parameters_of, score_of
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ def final_numbers(summary: Summary) -> dict[str, float]:
 
 
 def _values(trial: FrozenTrial) -> dict[str, float]:
-    """A trial's perplexity and KL with their standard errors, as far as it has them."""
+    """A trial's perplexity and KL with their standard errors, and its top-1 error, as far as it has them."""
     both = {"perplexity": score_of(trial), "kl": kl_of(trial)}
     found: dict[str, float] = {}
     for name, score in both.items():
         if score is not None and math.isfinite(score.value):
             found |= {name: score.value, f"{name}_stderr": score.stderr}
-    return found
+    error = error_of(trial)
+    return found if error is None else {**found, "top1_error": error}
 
 
 def _named(prefix: str, scores: dict[str, object]) -> dict[str, float]:

@@ -1,0 +1,79 @@
+"""`tune.py classify`: what a sparse image classifier, and its dense model, see in pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atp_tune.cli.options import AllowPickle, Device, Json, TrustPlugins, TrustRemoteCode, permissions
+from atp_tune.cli.terminal import console, markdown
+from atp_tune.errors import printable
+
+if TYPE_CHECKING:
+    from atp_tune.classifying import Classified
+
+
+def classify(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures: .png, .jpg and others.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of an image classifier, as `apply` writes it.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration, to which is pruned in memory.")
+    ] = None,
+    both: Annotated[
+        bool, typer.Option("--both", metavar="", help="Also the dense model's answers, beside the sparse model's.")
+    ] = False,
+    device: Device = None,
+    json: Json = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
+) -> None:
+    """Name what is in pictures, by a sparse image classifier: its five most probable classes.
+
+    The dense model of `--both` is the one that the configuration, or the folder's atp_tune.json, names.
+
+    Example: `python tune.py classify photo.jpg --model vit-sparse --both`
+    """
+    if (config is None) == (model is None):
+        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--model")
+    if model is not None and not model.is_dir():
+        raise typer.BadParameter(f"there is no folder {model}", param_hint="--model")
+    if config is not None and not config.is_file():
+        raise typer.BadParameter(f"there is no file {config}", param_hint="--config")
+    from atp_tune import classifying
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+    from atp_tune.events import ignore_events
+
+    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
+    place = model or config or Path()
+    with quiet(), Display() as display:
+        watch = ignore_events if json else display
+        found = classifying.classify(files, place, both, device or "auto", watch, allowed)
+    _show(found, json)
+
+
+def _show(found: "tuple[Classified, ...]", json: bool) -> None:
+    from atp_tune.results.status import to_json
+
+    if json:
+        console.print(to_json(found))
+        return
+    rows = []
+    for one in found:
+        answers = [one.classes] if one.dense is None else [one.dense, one.classes]
+        for name, guesses in zip(("dense", "sparse"), answers, strict=False):
+            label = [] if one.dense is None else [name]
+            rows.append([_cell(one.file), *label, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
+    model = [] if found[0].dense is None else ["model"]
+    places = [str(place + 1) for place in range(len(found[0].classes))]
+    console.print(markdown(["picture", *model, *places], rows))
+
+
+def _cell(text: str) -> str:
+    """A name of a file or a class, which a stranger may have given, as it is."""
+    from rich.markup import escape
+
+    return escape(printable(text).replace("|", "\\|"))

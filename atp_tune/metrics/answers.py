@@ -1,0 +1,41 @@
+"""The first test images of a study of an image classifier with the answers of dense, uniform and best, for reports."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.continuations import NAMES, ModelName
+
+COUNT = 10  # images
+SIDE = 64  # pixels of the longer side, at most
+
+Words = Annotated[str, Field(max_length=1000)]
+Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$", max_length=100_000)]  # base64 of a PNG
+
+
+class Answer(FrozenModel):
+    """A model's most probable class of an image."""
+
+    name: Words
+    probability: float = Field(ge=0, le=1)
+
+
+class Answers(FrozenModel):
+    """Images as PNG in base64, the name of each one's class, and the answer of each model, in the same order."""
+
+    pictures: tuple[Picture, ...] = Field(min_length=1, max_length=100)
+    labels: tuple[Words, ...]
+    dense: tuple[Answer, ...]
+    uniform: tuple[Answer, ...]
+    best: tuple[Answer, ...]
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if {len(self.labels), *(len(self.of(name)) for name in NAMES)} != {len(self.pictures)}:
+            raise ValueError("not one label and one answer of each model for each picture")
+        return self
+
+    def of(self, name: ModelName) -> tuple[Answer, ...]:
+        """The answers of a model."""
+        return {"dense": self.dense, "uniform": self.uniform, "best": self.best}[name]

@@ -1,0 +1,86 @@
+"""Answers of dense, uniform and best on a few test images, collected while the final scores of a study prune."""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_tune.blocks.prune_pass import embed
+from atp_tune.checkpoints.classes import model_config
+from atp_tune.inputs.images import Images
+from atp_tune.inputs.pixels import ImageProcessor
+from atp_tune.metrics.answers import COUNT, SIDE, Answer, Answers
+from atp_tune.metrics.continuations import NAMES, ModelName
+from atp_tune.scores.evaluation import Block, passing
+from atp_tune.search.context import TrialContext
+
+
+class StudyAnswers:
+    """What each model sees in the first test images; the study's numbers do not depend on it."""
+
+    def __init__(self, context: TrialContext, role: str) -> None:
+        """`role`: of the images, `test`, or `validation` without any."""
+        self._context = context
+        self._batch = context.batch(role)
+        self._images: Images = context.items(role)[:COUNT]
+        config = model_config(context.folder.path, context.folder.trusted)
+        self._names = {index: str(name)[:100] for index, name in config.id2label.items()}
+        self._answers: dict[ModelName, tuple[Answer, ...]] = {}
+        self._states: Tensor | None = None
+
+    @property
+    def wanted(self) -> tuple[ModelName, ...]:
+        """The models that have not answered yet."""
+        return tuple(name for name in NAMES if name not in self._answers)
+
+    @torch.inference_mode()
+    def follow(self, name: ModelName | None, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Yields the blocks of a model after the images have gone through them, if it is wanted."""
+        self._states = None
+        if name not in self.wanted:
+            yield from blocks
+            return
+        states = [embed(self._context.replay, self._batch, self._images)]
+        yield from passing(self._context.replay, self._batch, blocks, states)
+        self._states = states[0]
+
+    @torch.inference_mode()
+    def say(self, name: ModelName | None) -> None:
+        """Keeps the answers of the model whose blocks have passed by, if it is wanted."""
+        states, self._states = self._states, None
+        if name is None or states is None:
+            return
+        logits = self._context.replay.logits(self._images, states).float()
+        found = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
+        self._answers[name] = tuple(
+            Answer(name=self._names[index], probability=min(1.0, value)) for index, value in found
+        )
+
+    def repeat(self, name: ModelName, other: ModelName) -> None:
+        """Copies the answers of an equal model."""
+        if other in self._answers:
+            self._answers[name] = self._answers[other]
+
+    def result(self) -> Answers | None:
+        """All answers; None if a model is missing."""
+        if self.wanted:
+            return None
+        folder = self._context.folder
+        processor = ImageProcessor.of(folder.path, folder.trusted)
+        labels = tuple(self._names[index] for index in self._images.classes.tolist())
+        pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.pixels.cpu())
+        return Answers(pictures=pictures, labels=labels, **self._answers)
+
+
+def _png(colours: Any) -> str:
+    """A small PNG in base64 of an array [height, width, channels] of uint8."""
+    from PIL import Image
+
+    picture = Image.fromarray(colours)
+    picture.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,136 @@
+"""Studies of image classifiers that search by accuracy: values, the order of trials, and what is shown of them."""
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial
+from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
+from tinystudy import CommandLine, run
+
+from atp_tune.blocks import batching
+from atp_tune.dashboard.notes import columns, study_note, trial_note
+from atp_tune.figures.trials import told, value_of
+from atp_tune.metrics.accuracy import accuracy, error_rate
+from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.report.contents import gather
+from atp_tune.results.summary import summarise
+from atp_tune.results.trials import error_of, is_uniform, score_of
+from atp_tune.search.objective import estimate
+from atp_tune.storage.progress import ranked
+
+HARD = ("sparsity=0.9", "search.objective=accuracy")
+
+
+def test_the_error_rate_has_half_an_image_more() -> None:
+    misses = [1, 0, 0, 1, 0, 0, 0]
+    found = error_rate(misses)
+    assert found.value == pytest.approx(2.5 / 8) and found.stderr == pytest.approx(accuracy(misses).stderr)
+    assert error_rate([0, 0]).value == pytest.approx(0.5 / 3) and error_rate([1, 1]).value == pytest.approx(2.5 / 3)
+    assert error_rate([0.25], 100).value == pytest.approx(25.5 / 101)
+    assert error_rate([-0.1], 100).value == pytest.approx(0.5 / 101)  # an estimate beyond the ends
+    assert str(found) == "31.2% ± 18.4%"
+
+
+def made(value: float, misses: list[int], nlls: list[float], **more: object) -> FrozenTrial:
+    attrs = {"misses": misses, "nlls": nlls, "ranks": misses, **more}
+    return optuna.create_trial(value=value, user_attrs=attrs, params={}, distributions={})
+
+
+def test_of_equal_accuracies_the_lower_cross_entropy_leads() -> None:
+    first, second = made(0.3, [1, 0], [2.0, 1.0]), made(0.3, [0, 1], [1.0, 1.5])
+    worse, stopped = made(0.5, [1, 1], [0.1, 0.1]), made(0.1, [0], [0.1], stopped_after=1)
+    assert ranked([worse, first, stopped, second]) == [second, first, worse]
+    found = score_of(first)
+    assert found is not None and found.value == pytest.approx(math.exp(1.5)) and score_of(stopped) is None
+    assert error_of(first) == 0.5 and error_of(stopped) == 0.1
+
+
+def test_a_stopped_trial_is_estimated_from_the_best() -> None:
+    study = optuna.create_study()
+    study.add_trial(made(0.3, [1, 0, 0, 0, 1, 0, 0, 0], [1.0] * 8))
+    trial = study.ask()
+    value = estimate(trial, [1, 1, 0, 0], "misses")  # one more than the best has of these four
+    assert value == error_rate([0.25 + 0.25], 8).value == pytest.approx(4.5 / 9)
+    assert trial.user_attrs["stopped_after"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> None:  # noqa: F811
+    study = run(place, *HARD, f"search.sampler={sampler}", "search.trials=8")
+    assert study.metric_names == ["top-1 error"] and study.user_attrs["fingerprint"]["search.objective"] == ["accuracy"]
+    for trial in study.trials:
+        wrong = [int(rank > 0) for rank in trial.user_attrs["ranks"]]
+        assert trial.user_attrs["misses"] == wrong and trial.value == pytest.approx((sum(wrong) + 0.5) / 61)
+        assert trial.user_attrs["stderr"] == accuracy(wrong).stderr
+    summary = summarise(study)
+    best = summary.best_trial
+    assert best is not None and summary.by_accuracy and summary.complete
+    assert best == min(study.trials, key=lambda trial: (trial.value, fmean(trial.user_attrs["nlls"])))
+    assert "(accuracy, validation)" in summary.sign
+    note, contents = study_note(summary, "x", "x", []), gather(study, best.datetime_complete)
+    assert "top-1 error (1 - accuracy" in note and "Top-1 error on the validation images" in trial_note(best, summary)
+    assert columns(best)["± stderr"] == round(best.user_attrs["stderr"], 4)
+    if not is_uniform(best):
+        gain, role = summary.hits.gains[str(best.number)]
+        said = f"The best plan’s accuracy differs from uniform’s by {gain} on the {role} images.".replace("\u00a0", " ")
+        assert contents.verdict.replace("\u00a0", " ").startswith(said) and said in note.replace("\u00a0", " ")
+        assert ("may be chance" in contents.verdict) == may_be_chance(gain, summary.windows[role])
+    assert told(best).endswith(f", top-1 error {value_of(best):.1%}")
+    again = ("--set", "sparsity=0.9", "--set", "search.objective=accuracy", "--set", f"search.sampler={sampler}")
+    shown = tune("--study", place / "tiny.toml", *again, "--trials", "9")
+    assert shown.code == 0 and re.search(r"\[9/9\] trial 8: .*perplexity .*, top-1 error \d+\.\d% in", shown.out), shown
+    status = tune("status", "--study", place / "tiny.toml")
+    assert status.code == 0, status
+    reported = tune("report", "--study", place / "tiny.toml", "--out", place / "r.html")
+    assert reported.code == 0 and "Top-1 error against β" in (place / "r.html").read_text()
+    other = tune("--study", place / "tiny.toml", "--trials", "10", "--set", "sparsity=0.9")
+    assert other.code == 2 and "search.objective is" in other.err
+
+
+@pytest.mark.slow
+def test_the_stopper_compares_errors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setitem(batching.TOKENS, "cpu", 5 * 17)  # five images of 17 positions: the stopper comes to word often
+    more = ("prune.pruners=['wanda','magnitude']", "search.stopper=wilcoxon", "search.trials=10", "search.seed=1")
+    study = run(place, *HARD, *more)
+    stopped = [trial for trial in study.trials if "stopped_after" in trial.user_attrs]
+    assert stopped
+    for trial in stopped:
+        count, earlier = trial.user_attrs["stopped_after"], study.trials[: trial.number]
+        best = ranked(earlier)[0].user_attrs["misses"]
+        mean = fmean(best) + fmean(trial.user_attrs["misses"]) - fmean(best[:count])
+        assert trial.value == pytest.approx((min(max(mean, 0), 1) * 60 + 0.5) / 61)
+    summary = summarise(study)
+    assert summary.complete and "stopped_after" not in summary.best_trial.user_attrs  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"search.objective": ["accuracy", "kl"]}, "objective: accuracy moves in steps of one image.* give it alone"),
+        ({"search.screen.trials": 4, "search.screen.stride": 2}, "screen: accuracy moves in steps .* leave screen out"),
+        ({"search.early_termination": True}, 'early_termination: accuracy moves in steps .* by "cross-entropy"'),
+        ({"sparsity": [0.3, 0.6]}, 'search.objective: must be "cross-entropy" or "kl" where sparsity is an interval'),
+    ],
+)
+def test_what_accuracy_does_not_go_with(
+    more: dict[str, object], said: str, tmp_path: Path, command: CommandLine
+) -> None:
+    file = tmp_path / "tiny.toml"
+    file.write_text(
+        'sparsity = 0.5\n[model]\nsource = "m"\n[images.calibration]\nsource = "idx:a"\n[images.validation]\n'
+        'source = "idx:b"\n[images.test]\nsource = "idx:c"\n[search]\ntrials = 6\nobjective = "accuracy"\n'
+    )
+    options = [word for key, value in more.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    answer = command("plan", "--study", file, *options)
+    assert answer.code == 2 and re.search(said, answer.err) and len(answer.err.splitlines()) == 1, answer
+
+
+def test_a_study_of_texts_has_no_accuracy(tiny_place: Path, command: CommandLine) -> None:
+    answer = command("plan", "--study", tiny_place / "tiny.toml", "--set", "search.objective=accuracy")
+    assert answer.code == 2 and "search.objective: accuracy is of images" in answer.err, answer

@@ -1,0 +1,105 @@
+"""`classify`: the classes that a classifier sees in pictures, against transformers alone, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_families import write_classifier
+from PIL import Image
+from tinystudy import CommandLine
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+from atp_tune.chatting import ChatModels
+from atp_tune.classifying import TOP, _first, classify
+from atp_tune.errors import UserError
+from atp_tune.events import ignore_events
+
+CLASSES = 7
+NAMES = {0: "cat", 1: "a | b", 2: "[red]", 3: "\x1b[2Jdog", 4: "e", 5: "f", 6: "g"}
+
+
+@pytest.fixture(scope="module", params=["vit", "swin"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random classifier with its processor."""
+    return write_classifier(tmp_path_factory.mktemp(request.param) / "model", NAMES, request.param)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    draw = np.random.default_rng(0)
+    files = [tmp_path / f"{index}.png" for index in range(35)]
+    for index, file in enumerate(files):
+        Image.fromarray(draw.integers(0, 256, (9 + index, 20, 3)).astype(np.uint8)).save(file)
+    return files
+
+
+def test_classes_are_those_of_transformers(folder: Path, pictures: list[Path], command: CommandLine) -> None:
+    found = classify(pictures, folder, False, "cpu", ignore_events, {})
+    assert [one.file for one in found] == list(map(str, pictures))
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(folder),
+        ViTImageProcessorPil.from_pretrained(folder),
+    )
+    for one, file in zip(found, pictures, strict=True):
+        with torch.inference_mode():
+            pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+            own = model(pixel_values=pixels).logits[0].softmax(0)
+        order = sorted(range(CLASSES), key=lambda index: (-own[index], index))[:TOP]
+        assert [guess.index for guess in one.classes] == order and one.dense is None
+        assert [guess.name for guess in one.classes] == [NAMES[index] for index in order]
+        assert [guess.probability for guess in one.classes] == pytest.approx(own[order].tolist(), rel=1e-4)
+    shown = command("classify", pictures[0], "--model", folder)
+    assert shown.code == 0 and "\x1b" not in shown.out
+    for guess in found[0].classes:
+        name = guess.name.replace("|", "\\|").replace("\x1b", "\\x1b")
+        assert f"| {name} {guess.probability:.1%} " in shown.out
+    printed = json.loads(command("classify", *pictures[:2], "--model", folder, "--json").out)
+    alone = classify(pictures[:2], folder, False, "cpu", ignore_events, {})  # a batch of another size: other last bits
+    assert printed == [one.model_dump(mode="json") for one in alone]
+
+
+def test_of_equal_classes_the_first_comes_first() -> None:
+    places, values = _first(torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0, 0.0], [1.0] * 6]))
+    assert places.tolist() == [[1, 2, 4, 3, 0], [0, 1, 2, 3, 4]]
+    assert values[1].tolist() == pytest.approx([1 / 6] * 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("missing.png", "--model", "model"), r"FILE: there is no file missing.png; give pictures"),
+        ((".", "--model", "model"), r"FILE: there is no file \.; give pictures"),
+        (("0.png", "notes.txt", "--model", "nowhere"), "--model: there is no folder nowhere"),
+        (("0.png", "notes.txt", "--model", "model"), "FILE: notes.txt is no picture that can be read: unknown format"),
+        (("0.png", "cut.png", "--model", "model"), "FILE: cut.png is no picture that can be read: "),
+        (("0.png", "--config", "notes.txt"), "notes.txt: "),
+        (("0.png", "--config", "nowhere.json"), "--config: there is no file nowhere.json"),
+        (("0.png",), "--model: give either --config FILE or --model DIR"),
+        (("0.png", "--model", "model", "--config", "notes.txt"), "--model: give either"),
+        (("0.png", "--model", "model", "--both"), "model: has no atp_tune.json, so its dense model is not known"),
+        (("0.png", "--model", "text"), "text is no image classifier of transformers"),
+        (("--model", "model"), "Missing argument 'FILE...'"),
+    ],
+)
+def test_what_is_refused(
+    options: tuple[str, ...], said: str, folder: Path, pictures: list[Path], command: CommandLine, tiny_place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = pictures[0].parent
+    (place / "notes.txt").write_text("no picture")
+    (place / "cut.png").write_bytes(pictures[0].read_bytes()[:200])
+    (place / "model").symlink_to(folder)
+    (place / "text").symlink_to(tiny_place / "model")
+    monkeypatch.chdir(place)
+    answer = command("classify", *options)
+    assert answer.code == 2 and re.search(said, answer.err) and len(answer.err.splitlines()) == 1, answer
+    assert "|" not in answer.out
+
+
+def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:
+    models = ChatModels(folder, "cpu", ignore_events, {})
+    with pytest.raises(UserError, match=r"^chat: is of language models, take `classify`: .* is an image classifier"):
+        models.speaker("sparse")

@@ -1,0 +1,371 @@
+"""Calibration on pairs of image and text: the replay of the models themselves, studies, and what is refused."""
+
+import copy
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from families import CPU, multimodal
+from PIL import Image
+from tinystudy import CommandLine, make_tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from atp_tune.blocks.verification import check_batch, verified
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs.pairs import PairBatch, _stacked, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
+from atp_tune.plan import make_plan
+from atp_tune.scores import SCORES
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.spec.config import read_config
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.studyfile import load
+from atp_tune.spec.texts import Text
+
+SIDE, PATCH, TOKENS = 16, 8, 24
+TEXT: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "patch_size": PATCH,
+}  # fmt: skip
+SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+
+
+WORDS = "The import statement combines two operations; it searches for the named module, then it binds"
+
+
+def tokenizer() -> Any:
+    made = copy.deepcopy(make_tokenizer())
+    made.add_special_tokens({
+        "additional_special_tokens": SPECIAL, "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>",
+    })  # fmt: skip
+    return made
+
+
+def llava(words: Any) -> tuple[Any, Any]:
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        words, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    tower = {**TOWER, "model_type": "clip_vision_model"}
+    return processor, {"vision_config": tower, "text": {"model_type": "llama"}}
+
+
+def idefics3(words: Any) -> tuple[Any, Any]:
+    size = {"longest_edge": SIDE}
+    image = transformers.Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    processor = transformers.Idefics3Processor(image, words, image_seq_len=4)
+    return processor, {"vision_config": TOWER, "text": {"model_type": "llama"}, "scale_factor": 1}
+
+
+FAMILIES = {"llava": llava, "idefics3": idefics3}
+
+
+def write_model(family: str, place: Path) -> Path:
+    """A tiny random model with its processor."""
+    words = tokenizer()
+    processor, config = FAMILIES[family](words)
+    text = {
+        **TEXT, "vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id, **config.pop("text"),
+    }  # fmt: skip
+    image = words.convert_tokens_to_ids("<image>")
+    tokens = {"image_token_id": image}
+    torch.manual_seed(0)
+    made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, text_config=text, **tokens, **config))
+    with torch.no_grad():
+        for tensor in made.parameters():
+            if tensor.dim() >= 2:
+                tensor.copy_(torch.randn_like(tensor) * 2 / tensor[0].numel() ** 0.5)
+    made.eval().save_pretrained(place)
+    processor.save_pretrained(place)
+    return place
+
+
+def write_pairs(file: Path, count: int = 12, side: tuple[int, int] = (20, 20)) -> Path:
+    """Images of noise, and texts of which every third is too short."""
+    draw = np.random.default_rng(0)
+    images, texts = [], []
+    words = WORDS.split()
+    for index in range(count):
+        stream = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (*side, 3)).astype(np.uint8)).save(stream, "PNG")
+        images.append({"bytes": stream.getvalue(), "path": None})
+        texts.append(
+            " ".join(draw.permutation(words)[: 3 if index % 3 == 2 else 60].repeat(1 if index % 3 == 2 else 4))
+        )
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "caption": texts}), file)
+    return file
+
+
+def wanted(file: Path, **more: Any) -> Text:
+    found = {"source": f"file:{file}", "images": "image", "column": "caption", "nsamples": 5, "seqlen": TOKENS}
+    return Text.model_validate({**found, **more})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: write_model(family, tmp_path_factory.mktemp(family) / "model") for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_the_replay_is_the_model_itself(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = ModelFolder(models[family], "content", family)
+    pairs = read_pairs(wanted(write_pairs(tmp_path / "p.parquet")), folder, tmp_path)
+    assert len(pairs) == 5 and pairs.positions == TOKENS
+    checkpoint = Checkpoint.load(folder.path, torch.float32, CPU)
+    replay, batch = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"]), pairs.batch(CPU)
+    check_batch(replay, batch, "texts.calibration.images")
+    with torch.inference_mode():
+        own = checkpoint.model(**in_dtype(batch, checkpoint.model)).logits
+        blind = checkpoint.model(input_ids=batch.tensors["input_ids"]).logits if family == "llava" else None
+        hidden = replay.embed(batch)
+        for index in range(len(checkpoint.blocks)):
+            hidden = replay.run(index, checkpoint.weights(index), hidden)
+        assert torch.equal(replay.logits(batch, hidden), own)
+    assert blind is None or not torch.allclose(blind, own)  # the images reach the language model
+
+
+def test_pairs_are_those_of_the_processor(models: dict[str, Path], tmp_path: Path) -> None:
+    """Cut to one length; too short ones are left out; drawn by the seed, in the part."""
+    file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
+    table = pyarrow.parquet.read_table(file).to_pydict()
+    processor = transformers.AutoProcessor.from_pretrained(models["llava"], backend="pil")
+
+    def own(index: int) -> Any:
+        image = Image.open(io.BytesIO(table["image"][index]["bytes"]))
+        return processor(text=f"<image>{table['caption'][index]}", images=[image], return_tensors="pt")
+
+    found = read_pairs(wanted(file), folder, tmp_path)
+    for row, index in enumerate((0, 1, 3, 4, 6)):
+        assert found.ids[row].tolist() == own(index)["input_ids"][0, :TOKENS].tolist()
+        assert torch.equal(found.tensors["pixel_values"][row], own(index)["pixel_values"][0])
+    assert set(found.tensors) == {"input_ids", "pixel_values"} and own(2)["input_ids"].shape[1] < TOKENS
+    assert found.content == read_pairs(wanted(file), folder, tmp_path).content
+    later = read_pairs(wanted(file, part=[0.5, 1.0], nsamples=3), folder, tmp_path)
+    assert later.ids[0].tolist() == own(6)["input_ids"][0, :TOKENS].tolist()
+    drawn = [read_pairs(wanted(file, sampling="random", seed=seed), folder, tmp_path) for seed in (0, 1)]
+    assert drawn[0].content != drawn[1].content and len(drawn[0].thinned(2)) == 3
+
+
+def test_a_chat_template_puts_the_image_before_the_text(models: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers does it itself; a BOS that the template writes is not written twice."""
+    place = tmp_path / "model"
+    shutil.copytree(models["idefics3"], place)
+    processor = transformers.AutoProcessor.from_pretrained(place, backend="pil")
+    processor.chat_template = (
+        "<bos>{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor.save_pretrained(place)
+    file = write_pairs(tmp_path / "p.parquet")
+    found = read_pairs(wanted(file), ModelFolder(place, "content", "idefics3"), tmp_path)
+    table = pyarrow.parquet.read_table(file).to_pydict()
+    image = Image.open(io.BytesIO(table["image"][0]["bytes"]))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": table["caption"][0]}]
+    own = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert found.ids[0].tolist() == own["input_ids"][0, :TOKENS].tolist()
+    assert torch.equal(found.tensors["pixel_values"][0], own["pixel_values"][0])
+    assert found.ids[0].tolist().count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path) -> None:
+    """Each linear loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far, on images and text."""
+    text = Text(source="package:pydoc_data.topics:topics", nsamples=2, seqlen=TOKENS)
+    texts = {"calibration": wanted(write_pairs(tmp_path / "p.parquet")), "validation": text}
+    setup = ContextConfig(
+        ModelConfig(source=str(models["idefics3"]), dtype="float32"), PruneConfig(), texts, tmp_path, "cpu"
+    )
+    with TrialContext.open(setup) as work:
+        batch, plan = work.items("calibration"), make_plan("wanda", "uniform", work.budget(0.5), {}, work.pattern)
+        model: Any = AutoModelForImageTextToText.from_pretrained(models["idefics3"], dtype=torch.float32)
+        for block in work.prune(plan):
+            name = work.checkpoint.block_names[block.index]
+            norms = norms_of(model, model.get_submodule(name), in_dtype(batch, model))
+            for linear in work.checkpoint.linears[block.index]:
+                weight = model.get_submodule(f"{name}.{linear.name}").weight
+                expected, scores = weight.detach().clone(), weight.abs() * norms[linear.name]
+                for row in range(len(weight)):
+                    expected[row, scores[row].sort(stable=True)[1][: weight.shape[1] // 2]] = 0
+                found = block.weights[linear.key]
+                assert (found == expected).float().mean() > 0.99, linear.name  # near-ties: other batches
+                weight.data.copy_(found)
+
+
+def norms_of(model: Any, block: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: found.update(
+                {name: args[0].reshape(-1, args[0].shape[-1]).square().sum(0).sqrt()}
+            )
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(**tensors, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_model_whose_masks_depend_on_the_image_is_refused() -> None:
+    model = multimodal("gemma3")
+    checkpoint, ids = Checkpoint(model, CPU), torch.arange(24).reshape(2, 12)
+    ids[:, 3:7] = model.config.image_token_id
+    types = (ids == model.config.image_token_id).long()
+    batch = PairBatch({"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": types})
+    replay = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"])
+    said = r"^x: Gemma3ForConditionalGeneration passes its blocks values that depend on the image; leave the images out"
+    with pytest.raises(UserError, match=said):
+        check_batch(replay, batch, "x")
+
+
+def test_a_model_that_adds_the_image_again_between_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """As Qwen3-VL does: no block is called otherwise, but what enters one is not what left the one before."""
+    pairs = read_pairs(
+        wanted(write_pairs(tmp_path / "p.parquet")), ModelFolder(models["llava"], "content", "llava"), tmp_path
+    )
+    checkpoint, seen = Checkpoint.load(models["llava"], torch.float32, CPU), list[int]()
+    checkpoint.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
+    checkpoint.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * bool(seen), *args[1:]))
+    replay = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"])
+    said = r"^x: LlavaForConditionalGeneration gives block 1 other hidden states than those that leave block 0"
+    with pytest.raises(UserError, match=said):
+        check_batch(replay, pairs.batch(CPU), "x")
+
+
+def test_pixels_without_a_row_for_each_image_are_refused() -> None:
+    """Such as the patches of all images in one tensor, as Qwen-VL's processor makes them."""
+    row = {"input_ids": torch.zeros(1, 6), "pixel_values": torch.zeros(16, 8)}
+    with pytest.raises(UserError, match=r"^images: pixel_values of the processor has not one row for each image"):
+        _stacked([row, row])
+    with pytest.raises(UserError, match=r"^images: the processor cuts images of other sizes otherwise"):
+        _stacked([row, {**row, "pixel_values": torch.zeros(12, 8)}])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"seqlen": 3}, r"seqlen: 3 tokens do not hold the image of row 0 of .*; raise seqlen"),
+        ({"nsamples": 11}, "nsamples: 8 of 12 pairs have 24 tokens with their image, 11 are asked for; lower it"),
+        ({"images": "picture"}, 'column: .* has no "picture"; it has image, caption'),
+        ({"column": "words"}, 'label: .* has no "words"; it has image, caption'),
+        ({"source": "file:nix.parquet"}, "source: there is no file .*nix.parquet"),
+    ],
+)
+def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[str, Path], tmp_path: Path) -> None:
+    file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
+    with pytest.raises(UserError, match=f"^{said}"):
+        read_pairs(wanted(file, **more), folder, tmp_path)
+
+
+def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^images: tiny reads text alone"):
+        read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(tiny_place / "model", "content", "tiny"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("texts.bos=auto", "texts.bos: is measured on texts, and texts.calibration has images; give true or false"),
+        ("texts.calibration.draws=2", "texts.calibration.draws: are of texts"),
+        ("texts.calibration.source=c4", r"texts.calibration.source: pairs .* file:X.parquet or hub:ORG/NAME"),
+        ("texts.calibration.shuffle=true", "texts.calibration.shuffle: is of documents"),
+        ("allocation=prices", "allocation.names: prices goes down on texts"),
+        ("texts.validation.images=image", "texts.validation.images: models are measured on text"),
+    ],
+)
+def test_settings_that_do_not_go_with_pairs(override: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text(STUDY)
+    with pytest.raises(UserError, match=said):
+        load(str(tmp_path / "pairs.toml"), [override])
+
+
+STUDY = """\
+sparsity = 0.5
+device = "cpu"
+
+[model]
+source = "model"
+dtype = "float32"
+
+[texts]
+bos = false
+
+[texts.calibration]
+source = "file:pairs.parquet"
+images = "image"
+column = "caption"
+nsamples = 5
+seqlen = 24
+
+[texts.validation]
+source = "package:pydoc_data.topics:topics"
+part = [0.0, 0.5]
+nsamples = 4
+seqlen = 24
+
+[texts.test]
+source = "package:pydoc_data.topics:topics"
+part = [0.5, 1.0]
+nsamples = 4
+seqlen = 24
+
+[search]
+trials = 4
+sampler = "random"
+
+[continuations]
+tokens = 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_a_study_calibrated_on_pairs(
+    family: str, models: dict[str, Path], tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds a plan, `apply` gives the same model, and other images make it another study."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(models[family])
+    (tmp_path / "pairs.toml").write_text(STUDY)
+    write_pairs(tmp_path / "pairs.parquet")
+    ran = command("--study", "pairs.toml")
+    assert ran.code == 0 and "best:" in ran.out, ran
+    config = read_config(tmp_path / "pairs.best.json")
+    assert config.calibration.images == "image"  # type: ignore[union-attr]
+    applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
+    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse") is not None
+    tuned = command("finetune", "--model", "sparse", "--out", "tuned", "--steps", "1", "--batch", "1", "--tokens", "32")
+    assert tuned.code == 2 and "images: pairs of image and text are for calibration" in tuned.err, tuned
+    recipe = command("export", "--study", "pairs.toml", "--format", "llm-compressor", "--out", "recipe")
+    assert recipe.code == 2 and len(recipe.err.splitlines()) == 1, recipe
+    owl = command(
+        "--study", "pairs.toml", "--study-name", "owl", "--set", 'allocation=["owl"]', "--set", "prune.statistics=dense"
+    )
+    assert owl.code == 0, owl
+    write_pairs(tmp_path / "pairs.parquet", count=10)
+    other = command("--study", "pairs.toml", "--trials", "5", "--set", "texts.calibration.nsamples=5")
+    assert other.code == 0, other  # the first five pairs are the same
+    write_pairs(tmp_path / "pairs.parquet", side=(20, 21))
+    other = command("--study", "pairs.toml", "--trials", "6")
+    assert other.code == 2 and "texts.calibration.content is" in other.err, other
