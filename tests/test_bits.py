@@ -373,6 +373,7 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
         ("gptqmodel", {"pruner": "rtn"}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
         ("gptqmodel", {"block_bits": (5, 3, 4)}, "block_bits = 5: gptqmodel has 2, 3, 4, 8 bits alone"),
         ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
+        ("torchao", {"pruner": "rtn", "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
         ("llama.cpp", {"block_bits": (7, 3, 4)}, "block_bits = 7: llama.cpp has k-quants of"),
         *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
         ("torchao", {"blocks": "a'b\n", "pruner": "rtn"}, "is not the name of a module"),

@@ -96,7 +96,8 @@ def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path,
 
 def test_an_ending_that_no_format_has_is_refused() -> None:
     said = error(lambda: kind_of(None, Path("x.xyz")))
-    assert said == "--out x.xyz: must end in one of .json, .recipe.yaml, .yaml, .csv, or give --format"
+    endings = ".json, .recipe.yaml, .gptqmodel.json, .torchao.py, .tensor-types.txt, .yaml, .csv"
+    assert said == f"--out x.xyz: must end in one of {endings}, or give --format"
     assert kind_of("json", Path("x.xyz")) == "json"
 
 

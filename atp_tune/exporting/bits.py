@@ -44,7 +44,7 @@ def config(model: torch.nn.Module) -> FqnToConfig:
             found[name] = IntxWeightOnlyConfig(
                 weight_dtype=getattr(torch, f"int{{bits_of[int(place)]}}"),
                 granularity={granularity},
-                mapping_type=MappingType.{mapping},
+                mapping_type=MappingType.ASYMMETRIC,
             )
     return FqnToConfig(found)
 
@@ -102,13 +102,14 @@ def as_torchao(config: Config) -> str:
     quantize = _asked(config, "torchao")
     if config.pruner != "rtn":
         raise _cannot("torchao", "pruner", config.pruner, "rounds to nearest alone")
+    if quantize.symmetric:
+        raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
     assert config.bits is not None
     study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
     size = quantize.group_size
     return TORCHAO.format(
         study=study, bits=config.bits.target, blocks=_blocks(config), place=f"{_place(config)}.",
         granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
-        mapping="SYMMETRIC" if quantize.symmetric else "ASYMMETRIC",
     )  # fmt: skip
 
 
