@@ -158,6 +158,7 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
     assert perplexity(without).value > 1.5 * perplexity(study.user_attrs["dense"]).value
 
 
+@pytest.mark.slow
 def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
     found = BosEffect.model_validate(reopen(finished).user_attrs["bos"])
     windows = by_hand(finished, "calibration", bos=True, windows=8)

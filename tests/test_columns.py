@@ -39,7 +39,7 @@ def by_hand(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", few(SHAPES, [(3, 7), (17, 30)]))
 @pytest.mark.parametrize("way", [plain, strips, sweep])
 def test_by_hand(way: Callable[..., Tensor], shape: tuple[int, int], share: float) -> None:
     W, U, G = problem(shape, share)

@@ -102,6 +102,7 @@ def test_another_device(began: Path, command: CommandLine) -> None:
     assert [("Remark: on cpu." in trial["note"]["body"]) for trial in shown["trials"]] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_a_complete_study_is_shown_anywhere(began: Path, command: CommandLine) -> None:
     on_gpu(began)
     assert command("--study", began / "tiny.toml", "--trials", "2").code == 0

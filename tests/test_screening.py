@@ -105,6 +105,7 @@ def test_a_screening_is_what_its_keys_say(screened_place: Path) -> None:
     assert twin.user_attrs["fingerprint"] == screened.user_attrs["fingerprint"]
 
 
+@pytest.mark.slow
 def test_it_runs_no_calibration_pass(ran: Run) -> None:
     assert ran.passes == [("dense", 0)] * 5 + [("block", 8)] * 5  # three trials and two reports
 
