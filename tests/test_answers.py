@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from atp_tune.metrics.continuations import NAMES
 from atp_tune.report.html import _answers
 from atp_tune.search.answers import StudyAnswers
 from atp_tune.search.context import TrialContext
+from atp_tune.search.final_scores import _work
 from atp_tune.spec.prune import PruneConfig
 
 CPU = torch.device("cpu")
@@ -120,3 +122,11 @@ def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
     )
     shown = _answers(type("Summary", (), {"answers": found})())  # type: ignore[arg-type]
     assert [is_right for _, _, is_right in shown[0][2]] == [True, False, True]
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_the_strip_is_turned_off_with_the_continuations(tokens: int, folder: Path) -> None:
+    study = SimpleNamespace(images=SimpleNamespace(test=1), continuations=SimpleNamespace(tokens=tokens))
+    run: Any = SimpleNamespace(file=SimpleNamespace(study=study))
+    work = _work(run, Strip(folder).context, True, ())
+    assert work.wanted == (NAMES if tokens else ())

@@ -27,6 +27,7 @@ from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
 from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
@@ -303,6 +304,10 @@ def test_a_processor_without_an_id_of_its_image_token(models: dict[str, Path]) -
     assert _image_token(bare) == _image_token(own) == own.image_token_id
     with pytest.raises(UserError, match=r"^images: the processor names no image token"):
         _image_token(SimpleNamespace(tokenizer=own.tokenizer))
+
+
+def test_a_card_names_pairs() -> None:
+    assert words(wanted(Path("p.parquet"))) == "file:p.parquet, 5 pairs of image and text of 24 tokens"
 
 
 def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
