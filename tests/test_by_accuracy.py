@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -19,6 +20,7 @@ from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.trials import off_scale, told, uniform_line, written_of
 from atp_tune.metrics.accuracy import accuracy, error_rate
 from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.report import latex
 from atp_tune.report.contents import gather
 from atp_tune.results.accuracies import sign_of_beta
 from atp_tune.results.summary import summarise
@@ -70,6 +72,17 @@ def test_errors_are_shown_without_the_half_image() -> None:
     assert summary.by_accuracy and told(first).endswith(", top-1 error 50.0%")
     assert (written_of(first, summary), off_scale(second, summary)) == ("50.0%", "100.0%")
     assert uniform_line(summary, first.values[0]) == "50.0%"
+
+
+def test_a_latex_table_has_accuracies() -> None:
+    study = by_error()
+    misses = [1, 0]
+    study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0]))
+    summary = replace(summarise(study), objectives=("accuracy",))
+    text = latex.make([replace(gather(study, datetime.now()), summary=summary)]).decode()
+    assert "Against uniform & Validation accuracy & Test accuracy" in text and "Perplexity and accuracy" in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line]
+    assert {line.count("&") for line in rows} == {6} and r"$50.0 \pm 50.0\,\%$" in text
 
 
 @pytest.mark.parametrize("ranks", [None, [0, 1], []])
