@@ -3,21 +3,26 @@
 import json
 import math
 import re
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
-from tinystudy import CommandLine, run
+from tinystudy import CommandLine, quiet, run
 
 from atp_tune.blocks import batching
 from atp_tune.dashboard.notes import columns, study_note, trial_note
-from atp_tune.figures.trials import told, value_of
+from atp_tune.figures.trials import off_scale, told, uniform_line, written_of
 from atp_tune.metrics.accuracy import accuracy, error_rate
 from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.report import latex
 from atp_tune.report.contents import gather
+from atp_tune.results.accuracies import sign_of_beta
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import error_of, is_uniform, score_of
 from atp_tune.search.objective import estimate
@@ -48,6 +53,60 @@ def test_of_equal_accuracies_the_lower_cross_entropy_leads() -> None:
     found = score_of(first)
     assert found is not None and found.value == pytest.approx(math.exp(1.5)) and score_of(stopped) is None
     assert error_of(first) == 0.5 and error_of(stopped) == 0.1
+
+
+def by_error() -> optuna.Study:
+    study = optuna.create_study()
+    with quiet():
+        study.set_metric_names(["top-1 error"])
+    return study
+
+
+def test_errors_are_shown_without_the_half_image() -> None:
+    """The tables' 50 %, not the objective's; off the scale too, where perplexities have no digits."""
+    study = by_error()
+    for misses in ([1, 0], [1, 1]):
+        study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0], allocation="uniform"))
+    summary = replace(summarise(study), objectives=("accuracy",))
+    first, second = study.trials
+    assert summary.by_accuracy and told(first).endswith(", top-1 error 50.0%")
+    assert (written_of(first, summary), off_scale(second, summary)) == ("50.0%", "100.0%")
+    assert uniform_line(summary, first.values[0]) == "50.0%"
+
+
+def test_a_latex_table_has_accuracies() -> None:
+    study = by_error()
+    misses = [1, 0]
+    study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0]))
+    summary = replace(summarise(study), objectives=("accuracy",))
+    text = latex.make([replace(gather(study, datetime.now()), summary=summary)]).decode()
+    assert "Against uniform & Validation accuracy & Test accuracy" in text and "Perplexity and accuracy" in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line]
+    assert {line.count("&") for line in rows} == {6} and r"$50.0 \pm 50.0\,\%$" in text
+
+
+@pytest.mark.parametrize("ranks", [None, [0, 1], []])
+def test_the_sign_of_beta_in_a_tampered_database(ranks: list[int] | None) -> None:
+    study = by_error()
+    for beta, misses in ((0.1, [0, 0, 1]), (-0.1, [1, 0, 1])):
+        attrs = {"misses": misses, "nlls": [1.0] * 3} | ({} if ranks is None else {"ranks": ranks})
+        kinds = {"beta": FloatDistribution(-1, 1)}
+        value = error_rate(misses).value
+        study.add_trial(optuna.create_trial(value=value, user_attrs=attrs, params={"beta": beta}, distributions=kinds))
+    assert sign_of_beta(study).startswith("Sign of β: positive") and "66.7%" in sign_of_beta(study)
+
+
+def test_misses_of_other_numbers_do_not_compare() -> None:
+    study = optuna.create_study()
+    kinds = {"beta": FloatDistribution(-1, 1)}
+    for beta, misses in ((0.1, [0, 0, 1]), (-0.1, [1])):
+        attrs = {"misses": misses, "nlls": [1.0] * len(misses), "ranks": misses}
+        study.add_trial(
+            optuna.create_trial(
+                value=error_rate(misses).value, user_attrs=attrs, params={"beta": beta}, distributions=kinds
+            )
+        )
+    assert "may be chance" not in sign_of_beta(study)
 
 
 def test_a_stopped_trial_is_estimated_from_the_best() -> None:
@@ -81,7 +140,7 @@ def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> No
         said = f"The best plan’s accuracy differs from uniform’s by {gain} on the {role} images.".replace("\u00a0", " ")
         assert contents.verdict.replace("\u00a0", " ").startswith(said) and said in note.replace("\u00a0", " ")
         assert ("may be chance" in contents.verdict) == may_be_chance(gain, summary.windows[role])
-    assert told(best).endswith(f", top-1 error {value_of(best):.1%}")
+    assert told(best).endswith(f", top-1 error {fmean(best.user_attrs['misses']):.1%}")
     again = ("--set", "sparsity=0.9", "--set", "search.objective=accuracy", "--set", f"search.sampler={sampler}")
     shown = tune("--study", place / "tiny.toml", *again, "--trials", "9")
     assert shown.code == 0 and re.search(r"\[9/9\] trial 8: .*perplexity .*, top-1 error \d+\.\d% in", shown.out), shown

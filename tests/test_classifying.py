@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from image_families import write_classifier
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tinystudy import CommandLine
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
@@ -97,6 +98,41 @@ def test_what_is_refused(
     answer = command("classify", *options)
     assert answer.code == 2 and re.search(said, answer.err) and len(answer.err.splitlines()) == 1, answer
     assert "|" not in answer.out
+
+
+@pytest.mark.parametrize("side", [3, 24])
+def test_a_processor_that_does_not_fit_its_model_is_refused(
+    side: int, folder: Path, pictures: list[Path], command: CommandLine, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "other"))
+    ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(place)
+    answer = command("classify", pictures[0], "--model", place)
+    assert answer.code == 2 and re.search(r"model .*: cannot be run on an image: ", answer.err), answer
+    assert len(answer.err.splitlines()) == 1 and "|" not in answer.out
+
+
+def test_a_class_without_a_name_has_its_number(tmp_path: Path, pictures: list[Path], command: CommandLine) -> None:
+    place = write_classifier(tmp_path / "gap", {0: "a", 1: "b", 7: "c"})
+    answer = command("classify", pictures[0], "--model", place)
+    assert answer.code == 0 and "| LABEL_2 " in answer.out, answer
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path: Path, folder: Path, command: CommandLine) -> None:
+    with (tmp_path / "big.png").open("wb") as stream:
+        stream.truncate(1 << 40)  # without blocks on the disk
+    answer = command("classify", tmp_path / "big.png", "--model", folder)
+    assert answer.code == 2 and re.search(r"FILE: .*big.png has 1.1e\+12 bytes, and .* is the most", answer.err), answer
+
+
+def test_a_file_of_another_format_starts_no_program(
+    tmp_path: Path, folder: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow gives EPS to Ghostscript, whatever the file's name is."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", "EPS")
+    called = list[object]()
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words, **_: called.append(words))
+    answer = command("classify", tmp_path / "x.png", "--model", folder)
+    assert answer.code == 2 and "x.png is no picture that can be read: unknown format" in answer.err and not called
 
 
 def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:

@@ -99,9 +99,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         **dict.fromkeys(("configuration", "model folder", "texts"),
                         "{study}/tiny.best.json --max-new-tokens 2 --device cpu"),
         "sparse folder": "{study}/sparse --max-new-tokens 2 --device cpu"}),
-    "classify": ("", {
-        "configuration": "{study}/picture.png --config {study}/tiny.best.json --both --device cpu",
-        "sparse folder": "{study}/picture.png --model {study}/sparse --device cpu",
+    "classify": ("", {  # configurations and sparse folders are of a language model here
         "pictures": "{study}/picture.png --model {study}/vit --device cpu"}),
     **dict.fromkeys(("pack", "unpack"), (OUT, {"sparse folder": "{study}/sparse --out out"})),
     "push": ("", {"sparse folder": "{study}/sparse alice/tiny"}),

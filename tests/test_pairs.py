@@ -4,6 +4,7 @@ import copy
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs.pairs import PairBatch, _stacked, read_pairs
+from atp_tune.inputs.pairs import PairBatch, _image_token, _stacked, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
 from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
@@ -266,8 +268,8 @@ def test_pixels_without_a_row_for_each_image_are_refused() -> None:
     [
         ({"seqlen": 3}, r"seqlen: 3 tokens do not hold the image of row 0 of .*; raise seqlen"),
         ({"nsamples": 11}, "nsamples: 8 of 12 pairs have 24 tokens with their image, 11 are asked for; lower it"),
-        ({"images": "picture"}, 'column: .* has no "picture"; it has image, caption'),
-        ({"column": "words"}, 'label: .* has no "words"; it has image, caption'),
+        ({"images": "picture"}, 'images: .* has no "picture"; it has image, caption'),
+        ({"column": "words"}, 'column: .* has no "words"; it has image, caption'),
         ({"source": "file:nix.parquet"}, "source: there is no file .*nix.parquet"),
     ],
 )
@@ -275,6 +277,37 @@ def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[st
     file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
     with pytest.raises(UserError, match=f"^{said}"):
         read_pairs(wanted(file, **more), folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "said"),
+    [
+        ({"bytes": b"x", "path": None}, None, r"column: row 0 of .* has None in caption, no text$"),
+        ({"bytes": None, "path": None}, "a", "images: row 0 of .* holds no encoded image in image"),
+    ],
+)
+def test_messages_name_the_keys_of_a_text(
+    image: dict[str, Any], text: str | None, said: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = pyarrow.table({
+        "image": pyarrow.array([image], pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
+        "caption": pyarrow.array([text], pyarrow.string()),
+    })  # fmt: skip
+    pyarrow.parquet.write_table(rows, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=f"^{said}"):
+        read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava"), tmp_path)
+
+
+def test_a_processor_without_an_id_of_its_image_token(models: dict[str, Path]) -> None:
+    own = transformers.AutoProcessor.from_pretrained(models["llava"], backend="pil")
+    bare = SimpleNamespace(tokenizer=own.tokenizer, image_token="<image>")
+    assert _image_token(bare) == _image_token(own) == own.image_token_id
+    with pytest.raises(UserError, match=r"^images: the processor names no image token"):
+        _image_token(SimpleNamespace(tokenizer=own.tokenizer))
+
+
+def test_a_card_names_pairs() -> None:
+    assert words(wanted(Path("p.parquet"))) == "file:p.parquet, 5 pairs of image and text of 24 tokens"
 
 
 def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
@@ -288,6 +321,10 @@ def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> N
         ("texts.bos=auto", "texts.bos: is measured on texts, and texts.calibration has images; give true or false"),
         ("texts.calibration.draws=2", "texts.calibration.draws: are of texts"),
         ("texts.calibration.source=c4", r"texts.calibration.source: pairs .* file:X.parquet or hub:ORG/NAME"),
+        *(
+            (f"texts.calibration.source={source}", "texts.calibration.source: pairs .* file:X.parquet or hub:ORG/NAME")
+            for source in ("pairs.parquet", "memory:abc.parquet", "http:x.parquet", "pypi:a==1.parquet")
+        ),
         ("texts.calibration.shuffle=true", "texts.calibration.shuffle: is of documents"),
         ("allocation=prices", "allocation.names: prices goes down on texts"),
         ("texts.validation.images=image", "texts.validation.images: models are measured on text"),

@@ -18,7 +18,7 @@ from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
 from atp_tune.search import samplers
-from atp_tune.search.proposals import _grid, around_best
+from atp_tune.search.proposals import _grid, around_best, branch_study
 from atp_tune.search.samplers import (
     STARTS,
     BranchSampler,
@@ -179,6 +179,30 @@ def test_proposals_stay_near_the_best_where_parameters_are_many() -> None:
     assert all((near[name].low, near[name].high) == (0.0, pytest.approx(0.45)) for name in "abc")
     two = {name: kinds[name] for name in "ab"}
     assert around_best(study, two) == two
+
+
+def test_of_equal_errors_the_lower_cross_entropy_leads() -> None:
+    space = space_of(allocation={"names": ["atp", "curve", "uniform"]})
+    study, better = optuna.create_study(), {}
+    for point in space.starts():
+        study.enqueue_trial(point)
+        trial = study.ask()
+        space.suggest(trial)
+        trial.set_user_attr("misses", [1, 0])
+        trial.set_user_attr("nlls", [1.0 / (trial.number + 1)] * 2)
+        study.tell(trial, 0.4)
+        better = trial.params
+        if len(study.trials) % 2:
+            assert whose_turn(study.trials, space) == better["allocation"]
+    kinds = {"pruner": CategoricalDistribution(space.pruners)}
+    shadow = branch_study(study.trials, space, "curve", kinds)
+    assert [trial.user_attrs for trial in shadow.trials] and all("nlls" in trial.user_attrs for trial in shadow.trials)
+    three, points = {name: FloatDistribution(0, 1) for name in "abc"}, optuna.create_study()
+    for share, nll in ((0.1, 2.0), (0.9, 1.0), (0.5, 3.0)):
+        attrs = {"misses": [1], "nlls": [nll]}
+        params = dict.fromkeys("abc", share)
+        points.add_trial(optuna.create_trial(value=0.4, params=params, distributions=three, user_attrs=attrs))
+    assert around_best(points, three)["a"].low > 0.5
 
 
 class Spy(BaseSampler):

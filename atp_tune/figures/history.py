@@ -18,7 +18,17 @@ from atp_tune.figures.style import (
     rounded,
     set_range,
 )
-from atp_tune.figures.trials import finite, measure_of, role, told, uniform_of, uniform_value, value_of, written
+from atp_tune.figures.trials import (
+    finite,
+    measure_of,
+    off_scale,
+    role,
+    told,
+    uniform_line,
+    uniform_of,
+    uniform_value,
+    value_of,
+)
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import kl_of, score_of
 
@@ -45,8 +55,8 @@ def draw_history(summary: Summary) -> go.Figure | None:
     )  # fmt: skip
     value = uniform_value(summary)
     if value is not None:
-        level(figure, value, f"uniform {written(value, summary)}{seen.arrow(value)}", UNIFORM)
-    hidden = [f"trial {trial.number}: {value_of(trial):.0f} ↑" for trial in done if seen.hides(trial)]
+        level(figure, value, f"uniform {uniform_line(summary, value)}{seen.arrow(value)}", UNIFORM)
+    hidden = [f"trial {trial.number}: {off_scale(trial, summary)} ↑" for trial in done if seen.hides(trial)]
     set_range(seen, figure, hidden)
     return figure
 

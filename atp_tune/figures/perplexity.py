@@ -27,7 +27,7 @@ from atp_tune.figures.style import (
     rounded,
     set_range,
 )
-from atp_tune.figures.trials import finite, measure_of, role, told, uniform_value, value_of, written
+from atp_tune.figures.trials import finite, measure_of, off_scale, role, told, uniform_line, uniform_value, value_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform
 
@@ -63,7 +63,7 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     _mark(figure, done[0], panels)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
-    set_range(seen, figure, [f"{_place(t, panels)}: {value_of(t):.0f} ↑" for t in done if seen.hides(t)])
+    set_range(seen, figure, [f"{_place(t, panels)}: {off_scale(t, summary)} ↑" for t in done if seen.hides(t)])
     return figure
 
 
@@ -172,7 +172,7 @@ def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: floa
     if uniform is not None and best:
         several = len({trial.params.get("pruner") for trial in summary.trials}) > 1
         name = f"uniform, {best.params.get('pruner')}" if several else "uniform"
-        level(figure, uniform, f"{name} {written(uniform, summary)}{seen.arrow(uniform)}", UNIFORM)
+        level(figure, uniform, f"{name} {uniform_line(summary, uniform)}{seen.arrow(uniform)}", UNIFORM)
     if dense is not None:
         level(figure, dense, f"dense {dense:.2f}{seen.arrow(dense)}", DENSE, "dot")
 

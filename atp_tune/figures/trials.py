@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_by_accuracy, is_uniform, kl_of, levels_of, score_of, uniform_among
+from atp_tune.results.trials import error_of, is_uniform, kl_of, levels_of, score_of, uniform_among
 from atp_tune.storage.progress import ranked, values_of
 
 
@@ -31,6 +31,24 @@ def written(value: float, summary: Summary) -> str:
     if summary.by_accuracy:
         return f"{value:.1%}"
     return f"{value:.4f}" if summary.by_kl else f"{value:.2f}"
+
+
+def written_of(trial: FrozenTrial, summary: Summary) -> str:
+    """A trial's value as text; its error without the half image that keeps the value above 0."""
+    error = error_of(trial)
+    return written(value_of(trial) if error is None else error, summary)
+
+
+def off_scale(trial: FrozenTrial, summary: Summary) -> str:
+    """The same, of a trial above the axis: perplexities are large there, and need no digits."""
+    is_perplexity = not (summary.by_kl or summary.by_accuracy)
+    return f"{value_of(trial):.0f}" if is_perplexity else written_of(trial, summary)
+
+
+def uniform_line(summary: Summary, value: float) -> str:
+    """That value of uniform as text."""
+    uniform = uniform_of(summary) if summary.by_accuracy else None
+    return written_of(uniform, summary) if uniform else written(value, summary)
 
 
 def uniform_value(summary: Summary) -> float | None:
@@ -79,7 +97,8 @@ def told(trial: FrozenTrial) -> str:
     """Number, plan and values of a trial in two lines, for its hover text."""
     kl = kl_of(trial)
     more = f", KL {kl}" if kl else ""
-    more += f", top-1 error {value_of(trial):.1%}" if is_by_accuracy(trial) else ""
+    error = error_of(trial)
+    more += f", top-1 error {error:.1%}" if error is not None else ""
     return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
 
 

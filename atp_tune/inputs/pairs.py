@@ -20,11 +20,12 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.extras import require
-from atp_tune.inputs.pictures import Pictures, pictures
+from atp_tune.inputs.pictures import NO_CLASS, Pictures, pictures
 from atp_tune.paths import written
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.texts import Text
 
+KEYS = {"column": "images", "label": "column"}  # of images and of their labels → of a text
 IDS, MASK = "input_ids", "attention_mask"
 
 
@@ -106,7 +107,16 @@ def _source(text: Text, base: Path) -> Pictures:
     kind, _, place = text.source.partition(":")
     source = f"parquet:{written(place, base, 'source')}" if kind == "file" else text.source
     options = {"config": text.config, "split": text.split, "revision": text.revision} if kind == "hub" else {}
-    return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
+    try:
+        return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
+    except UserError as error:
+        raise _renamed(error) from None
+
+
+def _renamed(error: UserError) -> UserError:
+    """A message about images by the keys of a text: `images` is the column of images, `column` that of their texts."""
+    key, colon, rest = str(error).partition(":")
+    return UserError(KEYS.get(key, key) + colon + rest.replace(NO_CLASS, "no text"))
 
 
 def _order(count: int, text: Text) -> list[int]:
@@ -137,7 +147,10 @@ def _processor(folder: ModelFolder) -> Any:
 
 def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
     """What the model is called with for one pair, cut to `tokens`; None if the pair is shorter."""
-    picture, words = found.picture(index), str(found.labels[index])
+    try:
+        picture, words = found.picture(index), str(found.labels[index])
+    except UserError as error:
+        raise _renamed(error) from None
     try:
         with quiet("transformers"):
             text = _written(processor, words)
@@ -147,7 +160,7 @@ def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str,
     except Exception as error:  # processors raise many types
         raise UserError(f"images: the processor does not take {found.name(index)}: {one_line(error)}") from error
     made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    ids, image = made[IDS], getattr(processor, "image_token_id", None)
+    ids, image = made[IDS], _image_token(processor)
     if not bool((ids == image).any()):
         raise UserError(f"images: the processor makes no image token of {found.name(index)}")
     if ids.shape[1] < tokens:
@@ -163,6 +176,17 @@ def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str,
     if mask is not None and not bool((mask == 1).all()):
         raise UserError(f"images: the processor pads {found.name(index)}; not supported")
     return cut
+
+
+def _image_token(processor: Any) -> int:
+    """The id of the image token; UserError for a processor that names none."""
+    own = getattr(processor, "image_token_id", None)
+    token = getattr(processor, "image_token", None)
+    if own is None and isinstance(token, str):
+        own = processor.tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(own, int):
+        raise UserError("images: the processor names no image token; leave the images out")
+    return own
 
 
 def _written(processor: Any, words: str) -> str:

@@ -21,8 +21,11 @@ from atp_tune.inputs.archives import unpacked
 from atp_tune.paths import is_special, written
 from atp_tune.spec.images import ARCHIVES, ImageSet
 
+NO_CLASS = "no class"  # of a label in a message
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST_IDX = 1 << 33  # bytes of an idx file
+LARGEST_FILE = 1 << 30  # bytes of the file of a picture: uncompressed ones of `LARGEST` pixels fit
 LARGEST = 1 << 28  # pixels of a picture; a file of a few bytes may claim more
 LONGEST = 200  # times as wide as high, or the reverse: a processor may enlarge the shorter side to hundreds of pixels
 DEEP = ("I", "F")  # modes of Pillow whose pixels have more than 8 bits; their conversion to RGB would clip
@@ -65,7 +68,7 @@ class Pictures:
         if isinstance(found, np.ndarray):
             return Image.fromarray(found).convert("RGB")
         try:
-            with Image.open(io.BytesIO(found)) as opened:
+            with Image.open(io.BytesIO(found), formats=FORMATS) as opened:
                 if opened.width * opened.height > LARGEST or max(opened.size) > LONGEST * min(opened.size):
                     raise ValueError(f"has {opened.width}×{opened.height} pixels")
                 if opened.mode.startswith(DEEP):
@@ -139,6 +142,9 @@ def _folder(path: Path, wanted: ImageSet) -> Pictures:
 
 def _bytes(path: Path, key: str = "source") -> bytes:
     try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise UserError(f"{key}: {path} has {size:.4g} bytes, and {LARGEST_FILE:.4g} is the most of a picture")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
@@ -238,7 +244,7 @@ def _hub(wanted: ImageSet) -> Pictures:
 def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: ImageSet) -> Pictures:
     for index, label in enumerate(labels):
         if not isinstance(label, str | int) or isinstance(label, bool):
-            raise UserError(f"label: row {index} of {where} has {label!r} in {wanted.label}, no class")
+            raise UserError(f"label: row {index} of {where} has {label!r} in {wanted.label}, {NO_CLASS}")
     classes = frozenset(label for label in labels if isinstance(label, str))
     return Pictures(labels, lambda index: f"row {index} of {where}", read, classes)
 

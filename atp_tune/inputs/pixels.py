@@ -87,8 +87,8 @@ class ImageProcessor:
         Without normalisation, as far as the processor says what its own is; else from the darkest to the brightest.
         """
         mean, deviation = (getattr(self.own, key, None) for key in ("image_mean", "image_std"))
-        if getattr(self.own, "do_normalize", False) and mean and deviation and len(mean) == len(pixels):
-            pixels = pixels * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+        if getattr(self.own, "do_normalize", False) and mean is not None and deviation is not None:
+            pixels = pixels * _by_channel(deviation) + _by_channel(mean)  # numbers of each channel, or of all
         else:
             pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-6)
         shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
@@ -170,6 +170,10 @@ def _unnamed(found: Pictures, names: dict[int, str]) -> dict[str, int]:
 
 def _plain(name: str) -> str:
     return name.strip().casefold().replace("_", " ")
+
+
+def _by_channel(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def _size(shape: Any) -> str:

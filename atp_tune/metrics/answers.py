@@ -18,22 +18,24 @@ class Answer(FrozenModel):
     """A model's most probable class of an image."""
 
     name: Words
+    index: int = Field(ge=0)  # of the class: names may be equal
     probability: float = Field(ge=0, le=1)
 
 
 class Answers(FrozenModel):
-    """Images as PNG in base64, the name of each one's class, and the answer of each model, in the same order."""
+    """Images as PNG in base64, name and index of each one's class, and the answer of each model, in the same order."""
 
     pictures: tuple[Picture, ...] = Field(min_length=1, max_length=100)
     labels: tuple[Words, ...]
+    indices: tuple[int, ...]
     dense: tuple[Answer, ...]
     uniform: tuple[Answer, ...]
     best: tuple[Answer, ...]
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
-        if {len(self.labels), *(len(self.of(name)) for name in NAMES)} != {len(self.pictures)}:
-            raise ValueError("not one label and one answer of each model for each picture")
+        if {len(self.labels), len(self.indices), *(len(self.of(name)) for name in NAMES)} != {len(self.pictures)}:
+            raise ValueError("not one label, one index and one answer of each model for each picture")
         return self
 
     def of(self, name: ModelName) -> tuple[Answer, ...]:

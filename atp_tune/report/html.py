@@ -90,14 +90,14 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     }
 
 
-def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, Answer]]]]:
-    """PNG, class and the answer of each model for the test images of an image classifier."""
+def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, Answer, bool]]]]:
+    """PNG, class and the answer of each model, and whether it is right, for the test images of an image classifier."""
     found = summary.answers
     if found is None:
         return []
     return [
-        (picture, label, [(name, found.of(name)[index]) for name in NAMES])
-        for index, (picture, label) in enumerate(zip(found.pictures, found.labels, strict=True))
+        (picture, label, [(name, (own := found.of(name)[index]), own.index == right) for name in NAMES])
+        for index, (picture, label, right) in enumerate(zip(found.pictures, found.labels, found.indices, strict=True))
     ]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
+from atp_tune.metrics.accuracy import Accuracy
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.plan import percent
@@ -25,11 +26,14 @@ _SPECIAL = {
 def make(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies; it needs \usepackage{booktabs}."""
     has_kl = any("kl" in contents.summary.objectives for contents in studies)
-    rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl)) for contents in studies)
+    has_hits = any(contents.summary.hits for contents in studies)
+    rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl, has_hits)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
     what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
     errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else "standard error over windows")
     more = " & KL, validation text & KL, test text" if has_kl else ""
+    if has_hits:
+        what, columns, more = f"{what} and accuracy", columns + "rr", f"{more} & Validation accuracy & Test accuracy"
     return f"""\
 % \\usepackage{{booktabs}}
 \\begin{{table}}
@@ -46,31 +50,34 @@ Pruner & Allocation & Validation text & Test text & Against uniform{more} \\\\
 """.encode()
 
 
-def _rows(contents: Contents, titled: bool, has_kl: bool) -> list[str]:
+def _rows(contents: Contents, titled: bool, has_kl: bool, has_hits: bool) -> list[str]:
     summary, sparsity = contents.summary, contents.sparsity
     rows = []
     if titled:
         what = "" if summary.bits is not None else "sparsity "
         at = f", {what}{sparsity}" if sparsity else ""
-        rows.append(f"\\multicolumn{{{7 if has_kl else 5}}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
-    rows.append(_row("", "dense", summary.dense, None, ["0", "0"] if has_kl else []))
+        rows.append(f"\\multicolumn{{{5 + 2 * has_kl + 2 * has_hits}}}{{l}}{{{escaped(summary.name + at)}}} \\\\")
+    rows.append(
+        _row("", "dense", summary.dense, None, [*(["0", "0"] if has_kl else []), *_hits(summary, None, has_hits)])
+    )
     if summary.interval:
-        return [*rows, *(_point(summary, point, has_kl) for point in summary.points)]
+        return [*rows, *(_point(summary, point, has_kl, has_hits) for point in summary.points)]
     best = summary.best_trial
     if best is not None:
         pruner = escaped(str(best.params.get("pruner", "")))
-        kls = _kls(summary.kl(summary.uniform_trial), has_kl)
+        kls = _more(summary, summary.uniform_trial, has_kl, has_hits)
         rows.append(_row(pruner, "uniform", summary.uniform, None, kls))
     for rank in summary.ranks:
         if not is_uniform(rank.trial):
-            rows.append(_plan_row(rank.trial, "", rank.scores, rank.against, _kls(summary.kl(rank.trial), has_kl)))
+            more = _more(summary, rank.trial, has_kl, has_hits)
+            rows.append(_plan_row(rank.trial, "", rank.scores, rank.against, more))
     return rows
 
 
-def _point(summary: Summary, point: Point, has_kl: bool) -> str:
+def _point(summary: Summary, point: Point, has_kl: bool, has_hits: bool) -> str:
     """The row of a point of a study over an interval of sparsities."""
     against = point.against.change if point.against else None
-    kls = _kls(summary.kl(point.trial), has_kl)
+    kls = _more(summary, point.trial, has_kl, has_hits)
     return _plan_row(point.trial, f"{percent(point.sparsity)} ", point.scores, against, kls)
 
 
@@ -83,6 +90,20 @@ def _plan_row(trial: FrozenTrial, before: str, scores: Scores, against: Change |
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
     change = f"${100 * against.value:+.1f} \\pm {100 * against.stderr:.1f}\\,\\%$" if against else "--"
     return " & ".join((pruner, name, _score(scores.validation), _score(scores.test), change, *kls)) + r" \\"
+
+
+def _more(summary: Summary, trial: FrozenTrial | None, has_kl: bool, has_hits: bool) -> list[str]:
+    """The cells of KL and accuracy of a trial, as far as the table has them."""
+    return [*_kls(summary.kl(trial), has_kl), *(_hits(summary, trial, has_hits) if trial else ["--"] * 2 * has_hits)]
+
+
+def _hits(summary: Summary, trial: FrozenTrial | None, has_hits: bool) -> list[str]:
+    found = summary.hits.trial(trial)
+    return [_share(found.validation), _share(found.test)] if has_hits else []
+
+
+def _share(found: Accuracy | None) -> str:
+    return f"${100 * found.value:.1f} \\pm {100 * found.stderr:.1f}\\,\\%$" if found else "--"
 
 
 def _kls(found: Divergences, has_kl: bool) -> list[str]:

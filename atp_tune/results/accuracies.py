@@ -101,8 +101,11 @@ def sign_of_beta(study: optuna.Study) -> str:
 
 
 def _is_chance(study: optuna.Study, other: FrozenTrial, better: FrozenTrial) -> bool:
-    if is_by_accuracy(better):
-        change: Estimate | None = gain(other.user_attrs["ranks"], better.user_attrs["ranks"])
+    if is_by_accuracy(better):  # misses are the ranks above 0, of trials of a stranger too
+        old, new = other.user_attrs.get("misses", []), better.user_attrs["misses"]
+        if len(old) != len(new):
+            return False
+        change: Estimate | None = gain(old, new)
         if change is not None and not change.value:
             return True  # of equal accuracies the cross-entropy has decided
     else:
@@ -112,7 +115,7 @@ def _is_chance(study: optuna.Study, other: FrozenTrial, better: FrozenTrial) -> 
 
 def _value(trial: FrozenTrial) -> str:
     if is_by_accuracy(trial):
-        return str(accuracy(trial.user_attrs["ranks"]))
+        return str(accuracy(trial.user_attrs["misses"]))
     return str(kl_of(trial) if is_by_kl(trial) else score_of(trial))
 
 

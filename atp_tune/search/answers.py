@@ -10,8 +10,11 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import embed
 from atp_tune.checkpoints.classes import model_config
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.errors import UserError
+from atp_tune.events import Message
 from atp_tune.inputs.images import Images
-from atp_tune.inputs.pixels import ImageProcessor
+from atp_tune.inputs.pixels import UNNAMED, ImageProcessor
 from atp_tune.metrics.answers import COUNT, SIDE, Answer, Answers
 from atp_tune.metrics.continuations import NAMES, ModelName
 from atp_tune.scores.evaluation import Block, passing
@@ -19,7 +22,10 @@ from atp_tune.search.context import TrialContext
 
 
 class StudyAnswers:
-    """What each model sees in the first test images; the study's numbers do not depend on it."""
+    """What each model sees in the first test images; the study's numbers do not depend on it.
+
+    What fails ends in one line, and the study goes on without them.
+    """
 
     def __init__(self, context: TrialContext, role: str) -> None:
         """`role`: of the images, `test`, or `validation` without any."""
@@ -30,11 +36,12 @@ class StudyAnswers:
         self._names = {index: str(name)[:100] for index, name in config.id2label.items()}
         self._answers: dict[ModelName, tuple[Answer, ...]] = {}
         self._states: Tensor | None = None
+        self._is_left_out = False
 
     @property
     def wanted(self) -> tuple[ModelName, ...]:
-        """The models that have not answered yet."""
-        return tuple(name for name in NAMES if name not in self._answers)
+        """The models that have not answered yet; none where all is left out."""
+        return () if self._is_left_out else tuple(name for name in NAMES if name not in self._answers)
 
     @torch.inference_mode()
     def follow(self, name: ModelName | None, blocks: Iterable[Block]) -> Iterator[Block]:
@@ -53,11 +60,15 @@ class StudyAnswers:
         states, self._states = self._states, None
         if name is None or states is None:
             return
+        try:
+            self._answers[name] = self._seen(states)
+        except Exception as error:  # a model's own code may raise anything
+            self._leave_out(error)
+
+    def _seen(self, states: Tensor) -> tuple[Answer, ...]:
         logits = self._context.replay.logits(self._images, states).float()
         found = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
-        self._answers[name] = tuple(
-            Answer(name=self._names[index], probability=min(1.0, value)) for index, value in found
-        )
+        return tuple(Answer(name=self._name(index), index=index, probability=min(1.0, value)) for index, value in found)
 
     def repeat(self, name: ModelName, other: ModelName) -> None:
         """Copies the answers of an equal model."""
@@ -65,14 +76,30 @@ class StudyAnswers:
             self._answers[name] = self._answers[other]
 
     def result(self) -> Answers | None:
-        """All answers; None if a model is missing."""
-        if self.wanted:
+        """All answers; None if a model is missing, or its images cannot be shown."""
+        if self.wanted or self._is_left_out:
             return None
+        try:
+            return self._made()
+        except Exception as error:  # processors raise many types
+            self._leave_out(error)
+            return None
+
+    def _made(self) -> Answers:
         folder = self._context.folder
         processor = ImageProcessor.of(folder.path, folder.trusted)
-        labels = tuple(self._names[index] for index in self._images.classes.tolist())
+        indices = tuple(self._images.classes.tolist())
+        labels = tuple(map(self._name, indices))
         pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.pixels.cpu())
-        return Answers(pictures=pictures, labels=labels, **self._answers)
+        return Answers(pictures=pictures, labels=labels, indices=indices, **self._answers)
+
+    def _name(self, index: int) -> str:
+        return self._names.get(index, f"{UNNAMED}{index}")
+
+    def _leave_out(self, error: Exception) -> None:
+        self._is_left_out = True
+        reason = str(error) if isinstance(error, UserError) else one_line(error)
+        self._context.watch(Message(f"answers on images: left out, {reason}"))
 
 
 def _png(colours: Any) -> str:

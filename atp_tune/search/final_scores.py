@@ -149,7 +149,7 @@ def _work(
     from atp_tune.search.continuations import StudyContinuations
 
     study = run.file.study
-    if study.images is not None and is_wanted:
+    if study.images is not None and is_wanted and study.continuations.tokens:
         return StudyAnswers(context, "validation" if study.images.test is None else "test")
     return StudyContinuations(context, prompts, study.continuations.tokens if is_wanted else 0)
 

@@ -19,12 +19,13 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.search import STEP
-from atp_tune.storage.progress import values_of
+from atp_tune.storage.progress import place
 
 LEAST = 1e-6  # nats per token: a smaller KL is raised to this before its log is taken
 NEAR = 1 / 500  # of an interval: two β of SmolLM2 at 60 % this near differ by less than one weight per row
 REACH = 1 / 40  # of an interval, for the first draw
 DRAWS = 20
+ORDER = ("misses", "nlls")  # attributes by which equal values are ordered
 GRID = 40  # steps of β at which the posterior is stored
 
 Distributions = dict[str, BaseDistribution]
@@ -41,7 +42,7 @@ def kinds_of(space: Space, branch: str) -> Distributions:
 def branch_study(
     trials: list[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
 ) -> optuna.Study:
-    """An in-memory study of an allocation's points, with the logs of their first values."""
+    """An in-memory study of an allocation's points, with the logs of their first values and what `place` reads."""
     shadow = optuna.create_study(directions=["minimize"] * objectives)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
@@ -49,7 +50,10 @@ def branch_study(
             done = [] if trial.values is None else trial.values[:objectives]
             logs = [math.log(max(value, LEAST)) for value in done] or None
             own = {name: params[name] for name in kinds}
-            shadow.add_trial(optuna.create_trial(state=trial.state, values=logs, params=own, distributions=kinds))
+            attrs = {key: trial.user_attrs[key] for key in ORDER if key in trial.user_attrs}
+            shadow.add_trial(
+                optuna.create_trial(state=trial.state, values=logs, params=own, distributions=kinds, user_attrs=attrs)
+            )
     return shadow
 
 
@@ -89,7 +93,7 @@ def around_best(study: Study, kinds: Distributions) -> Distributions:
     done = [trial for trial in study.trials if trial.values is not None]
     if len(intervals) <= 2 or not done or len(study.directions) > 1:
         return kinds
-    best, reach = min(done, key=values_of).params, 0.5 / math.sqrt(len(done))
+    best, reach = min(done, key=place).params, 0.5 / math.sqrt(len(done))
     return kinds | {name: within_reach(best[name], kind, reach) for name, kind in intervals.items()}
 
 

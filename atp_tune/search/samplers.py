@@ -21,7 +21,7 @@ from atp_tune.search.proposals import around_best, branch_study, gp_posterior, k
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
-from atp_tune.storage.progress import counts, running, values_of
+from atp_tune.storage.progress import counts, place, running
 
 PATIENCE = 5  # seconds that a trial waits for the proposals of earlier trials
 LOOK = 0.02  # seconds between looks at them
@@ -191,7 +191,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
     if len(trials) % 2 == 0 or not done or space.sparsities is not None:  # one leads at one sparsity alone
         return fewest
-    return str(min(done, key=values_of).params["allocation"])
+    return str(min(done, key=place).params["allocation"])
 
 
 def make_stopper(search: SearchConfig) -> BasePruner:

@@ -12,7 +12,8 @@ from torch import nn
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, find_dtype
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
@@ -124,8 +125,20 @@ class BothModels(Released):
         self._open.append(checkpoint)
         if has_zeros and self._use.packs:
             pack_if_faster(checkpoint)
-        whole = partial(Replay(checkpoint, inputs).whole, checkpoint.weights)
+        whole = partial(_replay(checkpoint, inputs, folder).whole, checkpoint.weights)
         return WholeModel(whole, folder, device, bool(self._about and self._about.bos))
 
     def _note(self, text: str) -> None:
         self._watch(Message(text))
+
+
+def _replay(checkpoint: Checkpoint, inputs: InputKind[Any], folder: ModelFolder) -> Replay:
+    """The replay of a model; UserError where it does not take the inputs, such as images of its processor's size."""
+    try:
+        return Replay(checkpoint, inputs)
+    except UserError:
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error

@@ -288,7 +288,8 @@ def words(text: Data) -> str:
     source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
     split = f" {text.split}" if text.split else ""
-    return f"{source}{split}{part}, {text.nsamples or 'all'} windows of {text.seqlen} tokens"
+    items = "windows" if text.images is None else "pairs of image and text"
+    return f"{source}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
 
 
 def _is_uniform(config: Config) -> bool:

@@ -108,7 +108,8 @@ def check_pairs(texts: Texts, prices: bool) -> None:
     if own.images is None:
         return
     for key, is_given, reason in (
-        ("source", not own.source.startswith("hub:") and not own.source.endswith(".parquet"),
+        ("source", not own.source.startswith("hub:")
+         and not (own.source.startswith("file:") and own.source.endswith(".parquet")),
          "pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
         ("shuffle", own.shuffle, 'is of documents; take sampling = "random" for pairs'),
         ("draws", own.draws > 1, "are of texts; leave it out for pairs"),

@@ -25,10 +25,11 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     Of equal accuracies, which are common, the one with the lower cross-entropy.
     """
     done = (trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values is not None)
-    return sorted((trial for trial in done if "stopped_after" not in trial.user_attrs), key=_place)
+    return sorted((trial for trial in done if "stopped_after" not in trial.user_attrs), key=place)
 
 
-def _place(trial: FrozenTrial) -> list[float]:
+def place(trial: FrozenTrial) -> list[float]:
+    """By what trials are ordered: the values, then, of accuracies, the cross-entropy."""
     nlls = trial.user_attrs.get("nlls") if "misses" in trial.user_attrs else None
     return [*values_of(trial), *([statistics.fmean(nlls)] if nlls else [])]
 

@@ -1,0 +1,132 @@
+"""The strip of test images with the answers of dense, uniform and best: what it shows, and that it stops no study."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_families import SIZE, write_classifier
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.events import Message
+from atp_tune.inputs.images import Images
+from atp_tune.metrics.answers import Answer, Answers
+from atp_tune.metrics.continuations import NAMES
+from atp_tune.report.html import _answers
+from atp_tune.search.answers import StudyAnswers
+from atp_tune.search.context import TrialContext
+from atp_tune.search.final_scores import _work
+from atp_tune.spec.prune import PruneConfig
+
+CPU = torch.device("cpu")
+
+
+class Strip:
+    """A strip over a classifier whose folder a test has changed, and the messages that it gave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.said: list[str] = []
+        draw = torch.Generator().manual_seed(0)
+        self.colours = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=draw)
+        pixels = (self.colours / 255 - 0.3) / 0.2
+        model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
+        items = {"test": Images.of(pixels, torch.tensor([0, 1, 0, 1]), (SIZE // 4) ** 2 + 1)}
+        self.context = TrialContext(
+            ModelFolder(folder, "content", "vit"), Checkpoint(model, CPU), items, PruneConfig(), self._hear,
+            inputs="images", score="classes",
+        )  # fmt: skip
+        self.work = StudyAnswers(self.context, "test")
+
+    def _hear(self, event: Any) -> None:
+        if isinstance(event, Message):
+            self.said.append(event.text)
+
+    def all(self) -> Answers | None:
+        for name in NAMES:
+            for _ in self.work.follow(name, self._blocks()):
+                pass
+            self.work.say(name)
+        return self.work.result()
+
+    def _blocks(self) -> Iterator[Any]:
+        checkpoint = self.context.checkpoint
+        for index in range(len(checkpoint.blocks)):
+            yield index, checkpoint.weights(index)
+
+
+def change(folder: Path, name: str, **more: Any) -> Path:
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_classifier(tmp_path / "vit", {0: "crane", 1: "crane"})
+
+
+@pytest.mark.parametrize("mean", [0.3, [0.3], [0.3] * 3])
+def test_pictures_have_their_own_colours(mean: Any, folder: Path) -> None:
+    """By one mean for all channels too, which transformers takes."""
+    deviation = 0.2 if isinstance(mean, float) else [0.2] * len(mean)
+    strip = Strip(change(folder, "preprocessor_config.json", image_mean=mean, image_std=deviation))
+    found = strip.all()
+    assert found is not None and found.indices == (0, 1, 0, 1) and not strip.said
+    for picture, own in zip(found.pictures, strip.colours, strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+        assert np.array_equal(shown, own.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    "more", [{"image_mean": [0.3] * 2, "image_std": [0.2] * 2}, {"image_processor_type": "NoneSuch"}]
+)
+def test_what_fails_leaves_the_strip_out_in_one_line(more: dict[str, Any], folder: Path) -> None:
+    strip = Strip(change(folder, "preprocessor_config.json", **more))
+    assert strip.all() is None and strip.work.wanted == ()
+    assert len(strip.said) == 1 and strip.said[0].startswith("answers on images: left out, ")
+    assert len(strip.said[0].splitlines()) == 1
+
+
+def test_logits_that_fail_leave_it_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Strip(folder)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(type(strip.context.replay), "logits", fails)
+    assert strip.all() is None and len(strip.said) == 1 and "\n" not in strip.said[0]
+
+
+def test_a_class_without_a_name_has_its_number(folder: Path) -> None:
+    strip = Strip(folder)
+    strip.work._names = {0: "crane"}
+    found = strip.all()
+    assert found is not None and found.labels == ("crane", "LABEL_1", "crane", "LABEL_1")
+
+
+def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
+    """ImageNet has "crane" twice."""
+    right, wrong = (Answer(name="crane", index=index, probability=1) for index in (0, 1))
+    picture = base64.b64encode(b"x").decode()
+    found = Answers(
+        pictures=(picture,), labels=("crane",), indices=(0,), dense=(right,), uniform=(wrong,), best=(right,)
+    )
+    shown = _answers(type("Summary", (), {"answers": found})())  # type: ignore[arg-type]
+    assert [is_right for _, _, is_right in shown[0][2]] == [True, False, True]
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_the_strip_is_turned_off_with_the_continuations(tokens: int, folder: Path) -> None:
+    study = SimpleNamespace(images=SimpleNamespace(test=1), continuations=SimpleNamespace(tokens=tokens))
+    run: Any = SimpleNamespace(file=SimpleNamespace(study=study))
+    work = _work(run, Strip(folder).context, True, ())
+    assert work.wanted == (NAMES if tokens else ())
