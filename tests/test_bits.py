@@ -26,8 +26,10 @@ from atp_tune.plan import make_plan
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
 from atp_tune.spec.study import Study
+from atp_tune.spec.texts import Text
 from atp_tune.storage.progress import measured
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
@@ -292,7 +294,8 @@ def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
 
 ROUNDED: dict[str, Any] = {
     "quantize": QuantizeConfig(group_size=32), "block_bits": (4, 3, 4), "bits": Bits(target=3.7, nominal=11 / 3),
-    "block_sparsities": (0.0,) * 3, "pruner": "gptq", "linears": (("attn.q", "mlp.up"),) * 2 + (("mlp.up",),),
+    "block_sparsities": (0.0,) * 3, "pruner": "gptq", "prune": PruneConfig(),
+    "linears": (("attn.q", "mlp.up"),) * 2 + (("mlp.up",),),
 }  # fmt: skip
 
 
@@ -364,6 +367,12 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     assert group["weights"]["strategy"] == "channel"
     found = json.loads(made("gptqmodel"))
     assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)
+    assert found["act_group_aware"] is False
+    said = found["meta"]["calibration"]
+    assert Text.model_validate({k: v for k, v in said.items() if k != "bos"}) == config().calibration
+    assert {"source", "part", "nsamples", "seqlen"} < said.keys()
+    assert said["bos"] is False
+    assert json.loads(made("gptqmodel", bos=True))["meta"]["calibration"]["bos"] is True
     assert list(found["dynamic"].values()) == [{"bits": 3}, {"bits": 4}, {}]
     assert made("llama.cpp").splitlines() == [
         r"blk\.(1)\.(attn|ffn)_.*=q3_k", r"blk\.(0|2)\.(attn|ffn)_.*=q4_k",
@@ -378,6 +387,7 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     [
         ("gptqmodel", {"pruner": "rtn"}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
         ("gptqmodel", {"block_bits": (5, 3, 4)}, "block_bits = 5: gptqmodel has 2, 3, 4, 8 bits alone"),
+        ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
         ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
         ("torchao", {"pruner": "rtn", "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
         ("llama.cpp", {"block_bits": (7, 3, 4)}, "block_bits = 7: llama.cpp has k-quants of"),

@@ -2,7 +2,8 @@
 
 llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier` without
                 activation order, whose grids are those of the dense weights; RTN: `QuantizationModifier` with the
-                observer `memoryless_minmax`. Its weights are those of `apply`, but for rounding.
+                observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+                scales and levels in bfloat16, and some weights are on another level.
 gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each linear, and leaves out all others.
 torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
 llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
@@ -74,6 +75,8 @@ def as_gptqmodel(config: Config) -> str:
     quantize = _asked(config, "gptqmodel")
     if config.pruner != "gptq":
         raise _cannot("gptqmodel", "pruner", config.pruner, "quantizes by gptq alone")
+    if config.prune.statistics == "dense":
+        raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
     by_bits = _linears(config, "gptqmodel")
     wrong = next((bits for bits in by_bits if bits not in OF_GPTQMODEL), None)
     if wrong is not None:
@@ -87,8 +90,9 @@ def as_gptqmodel(config: Config) -> str:
     dynamic["-:.*"] = {}  # all others stay as they are: the first that fits counts
     made = {
         "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
-        "desc_act": False, "static_groups": True, "damp_percent": quantize.damping,
+        "desc_act": False, "act_group_aware": False, "static_groups": True, "damp_percent": quantize.damping,
         "true_sequential": config.prune.statistics == "sequential",
+        "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
     return json.dumps(made, indent=2) + "\n"
 
