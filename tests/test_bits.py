@@ -26,6 +26,7 @@ from atp_tune.plan import make_plan
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
+from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
 from atp_tune.spec.study import Study
@@ -71,6 +72,23 @@ def test_uniform_alternates() -> None:
     assert bits.rounded([7.0] * 4, [1] * 4, WIDTHS) == (8, 6, 8, 6)
     for count in range(1, 40):
         assert sorted(bits.evenly(count)) == list(range(count))
+
+
+@pytest.mark.parametrize(("blocks", "target", "beta"), [(30, 3.0, 0.00575), (30, 3.5, 0.00862), (12, 3.0, 0.01515)])
+def test_plans_of_both_signs_are_mirror_images(blocks: int, target: float, beta: float) -> None:
+    """Some b_i lie exactly in the middle between two widths."""
+    budget = Budget(bits.share_of(target, WIDTHS), (10,) * blocks, widths=WIDTHS)
+    middle = 1 / (3 * (blocks - 1)) / 2  # the first and last block at ±half a bit
+    for step in (beta, middle, 2 * middle):
+        early, late = (make_plan("gptq", "atp", budget, {"beta": sign * step}).bits for sign in (1, -1))
+        assert early is not None
+        assert late == early[::-1], step
+
+
+def test_of_ties_at_one_half_the_larger_number_is_raised() -> None:
+    wanted = [3.5, *[3.0] * 28, 2.5]
+    assert bits.rounded(wanted, [7] * 30, WIDTHS) == (4, *[3] * 28, 2)
+    assert bits.rounded(wanted[::-1], [7] * 30, WIDTHS) == (2, *[3] * 28, 4)
 
 
 def test_a_plan_has_bits_where_the_budget_has_widths() -> None:
@@ -318,6 +336,15 @@ def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: st
     values |= {key: value for key, value in changes.items() if value is None or key != "quantize"}
     with pytest.raises(ValidationError, match=re.escape(reason)):
         Config.model_validate(values)
+
+
+def test_a_pruner_that_is_called_like_a_quantizer_prunes() -> None:
+    plugin = {"rtn": PluginRef(kind="pruner", place="x.py:rtn", sha256="0" * 64)}
+    values = {**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "rtn", "linears": None}
+    both = config(**values, plugins=plugin)
+    assert (both.by_bits, both.fixed_bits) == (False, 4)
+    allocation = {"rtn": PluginRef(kind="allocation", place="x.py:rtn", sha256="0" * 64)}
+    assert config(**{**ROUNDED, "pruner": "rtn"}, plugins=allocation).by_bits
 
 
 def test_attributes_of_a_stranger_are_left_out() -> None:

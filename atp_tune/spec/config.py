@@ -297,7 +297,9 @@ class Config(FrozenModel):
     @property
     def by_bits(self) -> bool:
         """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
-        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner)
+        plugin = self.plugins.get(self.pruner)  # a pruner may be called like a quantizer
+        is_plugged = plugin is not None and plugin.kind == "pruner"
+        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner) and not is_plugged
 
     @property
     def fixed_bits(self) -> int | None:
