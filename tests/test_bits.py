@@ -20,6 +20,7 @@ from test_config import config
 from tinystudy import CommandLine, stored, study_file
 
 from atp_tune.allocations import Budget, bits
+from atp_tune.api import rows as api_rows
 from atp_tune.errors import UserError
 from atp_tune.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import make_plan
@@ -145,6 +146,7 @@ def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) ->
         assert sum(trial.user_attrs["bits"]) == 14
         assert trial.user_attrs["effective_bits"] == pytest.approx(3.5 + 19.5 / 16)
         assert "sparsities" not in trial.user_attrs
+    assert {round(row["effective_bits"], 3) for row in api_rows.trials(summarise(study))} == {round(3.5 + 19.5 / 16, 3)}
     dense = study.user_attrs["dense_bytes"]
     linears = 4 * sum(study.user_attrs["sizes"])
     assert trials[0].user_attrs["quantized_bytes"] == dense - linears + round(linears / 32 * (3.5 + 19.5 / 16))
