@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+import sys
 from itertools import product
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from families import checkpoint_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -17,14 +20,18 @@ from test_config import config
 from tinystudy import CommandLine, stored, study_file
 
 from atp_tune.allocations import Budget, bits
+from atp_tune.api import rows as api_rows
 from atp_tune.errors import UserError
 from atp_tune.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import make_plan
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
+from atp_tune.spec.plugged import PluginRef
+from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
 from atp_tune.spec.study import Study
+from atp_tune.spec.texts import Text
 from atp_tune.storage.progress import measured
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
@@ -66,6 +73,23 @@ def test_uniform_alternates() -> None:
     assert bits.rounded([7.0] * 4, [1] * 4, WIDTHS) == (8, 6, 8, 6)
     for count in range(1, 40):
         assert sorted(bits.evenly(count)) == list(range(count))
+
+
+@pytest.mark.parametrize(("blocks", "target", "beta"), [(30, 3.0, 0.00575), (30, 3.5, 0.00862), (12, 3.0, 0.01515)])
+def test_plans_of_both_signs_are_mirror_images(blocks: int, target: float, beta: float) -> None:
+    """Some b_i lie exactly in the middle between two widths."""
+    budget = Budget(bits.share_of(target, WIDTHS), (10,) * blocks, widths=WIDTHS)
+    middle = 1 / (3 * (blocks - 1)) / 2  # the first and last block at ±half a bit
+    for step in (beta, middle, 2 * middle):
+        early, late = (make_plan("gptq", "atp", budget, {"beta": sign * step}).bits for sign in (1, -1))
+        assert early is not None
+        assert late == early[::-1], step
+
+
+def test_of_ties_at_one_half_the_larger_number_is_raised() -> None:
+    wanted = [3.5, *[3.0] * 28, 2.5]
+    assert bits.rounded(wanted, [7] * 30, WIDTHS) == (4, *[3] * 28, 2)
+    assert bits.rounded(wanted[::-1], [7] * 30, WIDTHS) == (2, *[3] * 28, 4)
 
 
 def test_a_plan_has_bits_where_the_budget_has_widths() -> None:
@@ -122,6 +146,7 @@ def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) ->
         assert sum(trial.user_attrs["bits"]) == 14
         assert trial.user_attrs["effective_bits"] == pytest.approx(3.5 + 19.5 / 16)
         assert "sparsities" not in trial.user_attrs
+    assert {round(row["effective_bits"], 3) for row in api_rows.trials(summarise(study))} == {round(3.5 + 19.5 / 16, 3)}
     dense = study.user_attrs["dense_bytes"]
     linears = 4 * sum(study.user_attrs["sizes"])
     assert trials[0].user_attrs["quantized_bytes"] == dense - linears + round(linears / 32 * (3.5 + 19.5 / 16))
@@ -289,7 +314,8 @@ def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
 
 ROUNDED: dict[str, Any] = {
     "quantize": QuantizeConfig(group_size=32), "block_bits": (4, 3, 4), "bits": Bits(target=3.7, nominal=11 / 3),
-    "block_sparsities": (0.0,) * 3, "pruner": "gptq",
+    "block_sparsities": (0.0,) * 3, "pruner": "gptq", "prune": PruneConfig(),
+    "linears": (("attn.q", "mlp.up"),) * 2 + (("mlp.up",),),
 }  # fmt: skip
 
 
@@ -312,6 +338,15 @@ def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: st
     values |= {key: value for key, value in changes.items() if value is None or key != "quantize"}
     with pytest.raises(ValidationError, match=re.escape(reason)):
         Config.model_validate(values)
+
+
+def test_a_pruner_that_is_called_like_a_quantizer_prunes() -> None:
+    plugin = {"rtn": PluginRef(kind="pruner", place="x.py:rtn", sha256="0" * 64)}
+    values = {**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "rtn", "linears": None}
+    both = config(**values, plugins=plugin)
+    assert (both.by_bits, both.fixed_bits) == (False, 4)
+    allocation = {"rtn": PluginRef(kind="allocation", place="x.py:rtn", sha256="0" * 64)}
+    assert config(**{**ROUNDED, "pruner": "rtn"}, plugins=allocation).by_bits
 
 
 def test_attributes_of_a_stranger_are_left_out() -> None:
@@ -350,20 +385,29 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     (stage,) = yaml.safe_load(made("llm-compressor")).values()
     modifier = stage["bits_modifiers"]["GPTQModifier"]
     assert (modifier["actorder"], modifier["dampening_frac"]) == (None, 0.01)
-    by_bits = {group["weights"]["num_bits"]: group["targets"][0] for group in modifier["config_groups"].values()}
-    assert by_bits == {3: r"re:model\.layers\.(1)\..*", 4: r"re:model\.layers\.(0|2)\..*"}
+    by_bits = {group["weights"]["num_bits"]: group["targets"] for group in modifier["config_groups"].values()}
+    linears = {
+        3: ["model.layers.1.attn.q", "model.layers.1.mlp.up"],
+        4: ["model.layers.0.attn.q", "model.layers.0.mlp.up", "model.layers.2.mlp.up"],
+    }
+    assert by_bits == linears
     (stage,) = yaml.safe_load(made("llm-compressor", pruner="rtn", quantize=QuantizeConfig(group_size=-1))).values()
     (group, _) = stage["bits_modifiers"]["QuantizationModifier"]["config_groups"].values()
     assert group["weights"]["strategy"] == "channel"
     found = json.loads(made("gptqmodel"))
     assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)
-    assert found["dynamic"] == {r"+:^model\.layers\.(1)\..*": {"bits": 3}}
+    assert found["act_group_aware"] is False
+    said = found["meta"]["calibration"]
+    assert Text.model_validate({k: v for k, v in said.items() if k != "bos"}) == config().calibration
+    assert {"source", "part", "nsamples", "seqlen"} < said.keys()
+    assert said["bos"] is False
+    assert json.loads(made("gptqmodel", bos=True))["meta"]["calibration"]["bos"] is True
+    assert list(found["dynamic"].values()) == [{"bits": 3}, {"bits": 4}, {}]
     assert made("llama.cpp").splitlines() == [
         r"blk\.(1)\.(attn|ffn)_.*=q3_k", r"blk\.(0|2)\.(attn|ffn)_.*=q4_k",
     ]  # fmt: skip
     script = made("torchao", pruner="rtn")
     compile(script, "torchao.py", "exec")
-    assert "BLOCKS = {3: [1], 4: [0, 2]}" in script
     assert "PerGroup(32)" in script
 
 
@@ -372,9 +416,11 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     [
         ("gptqmodel", {"pruner": "rtn"}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
         ("gptqmodel", {"block_bits": (5, 3, 4)}, "block_bits = 5: gptqmodel has 2, 3, 4, 8 bits alone"),
+        ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
         ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
         ("torchao", {"pruner": "rtn", "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
         ("llama.cpp", {"block_bits": (7, 3, 4)}, "block_bits = 7: llama.cpp has k-quants of"),
+        *((kind, {"linears": None}, "linears: the configuration lacks") for kind in ("gptqmodel", "llm-compressor")),
         *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
         ("torchao", {"blocks": "a'b\n", "pruner": "rtn"}, "is not the name of a module"),
     ],
@@ -382,6 +428,68 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
 def test_what_recipes_cannot_say(kind: str, changes: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         made(kind, **changes)
+
+
+# What reads a recipe: the linears that it names, by number of bits.
+
+
+def of_llm_compressor(text: str, names: list[str]) -> dict[int, set[str]]:
+    (stage,) = yaml.safe_load(text).values()
+    (modifier,) = stage["bits_modifiers"].values()
+    return {group["weights"]["num_bits"]: set(group["targets"]) for group in modifier["config_groups"].values()}
+
+
+def of_gptqmodel(text: str, names: list[str]) -> dict[int, set[str]]:
+    dynamic, found = json.loads(text)["dynamic"], dict[int, set[str]]()
+    for name in names:
+        pattern = next(pattern for pattern in dynamic if re.match(pattern[2:], name))
+        if pattern.startswith("+:"):
+            found.setdefault(dynamic[pattern]["bits"], set()).add(name)
+    return found
+
+
+def of_torchao(text: str, names: list[str], model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, set[str]]:
+    quantization: Any = ModuleType("torchao.quantization")
+    quantization.FqnToConfig, quantization.IntxWeightOnlyConfig, quantization.quantize_ = dict, dict, None
+    granularity: Any = ModuleType("granularity")
+    granularity.PerAxis = granularity.PerGroup = int
+    primitives: Any = ModuleType("quant_primitives")
+    primitives.MappingType = SimpleNamespace(ASYMMETRIC=0)
+    for module in (quantization, granularity, primitives):
+        name = "torchao.quantization"
+        monkeypatch.setitem(sys.modules, name if module is quantization else f"{name}.{module.__name__}", module)
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    script: dict[str, Any] = {}
+    exec(compile(text, "torchao.py", "exec"), script)
+    found: dict[int, set[str]] = {}
+    for name, asked in script["config"](model).items():
+        found.setdefault(int(str(asked["weight_dtype"]).removeprefix("torch.int")), set()).add(name)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llm-compressor", "gptqmodel", "torchao"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen2_moe"])
+def test_recipes_name_the_linears_that_apply_rounds(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family)
+    checkpoint = checkpoint_of(model)
+    own = tuple((3, 4, 4, 3)[: len(checkpoint.blocks)])
+    known = {"block_bits": own, "block_sparsities": (0.0,) * len(own), "blocks": checkpoint.blocks_name}
+    known |= {"linears": tuple(map(tuple, checkpoint.linear_names)), "conv1d": checkpoint.has_conv1d}
+    known |= {"pruner": "rtn"} if kind == "torchao" else {}
+    if family != "llama":
+        reason = "this model has Conv1D" if family == "gpt2" else "no name for a single expert"
+        with pytest.raises(UserError, match=f"--format {kind}: .*{reason}") as caught:
+            made(kind, **known)
+        assert "\n" not in str(caught.value)
+        return
+    text, names = made(kind, **known), [name for name, _ in model.named_modules()]
+    rounded: dict[int, set[str]] = {}
+    for i, linears in enumerate(checkpoint.linears):
+        rounded.setdefault(own[i], set()).update(f"{checkpoint.blocks_name}.{i}.{linear.name}" for linear in linears)
+    if kind == "torchao":
+        assert of_torchao(text, names, model, monkeypatch) == rounded
+    else:
+        assert (of_gptqmodel if kind == "gptqmodel" else of_llm_compressor)(text, names) == rounded
 
 
 @pytest.mark.parametrize("kind", ["gptqmodel", "torchao", "llama.cpp"])

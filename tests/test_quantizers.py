@@ -13,6 +13,8 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.plan import Plan, make_plan
+from atp_tune.pruners.refinement import Refined
+from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.quantizers import QUANTIZERS, make_quantizer
 from atp_tune.quantizers.gptq import GPTQ, plain, strips
@@ -118,6 +120,21 @@ def test_after_a_pruner_zeros_stay(name: str) -> None:
     sparse = Wanda().prune(weight, 0.5, norms_of(x))
     alone = make_quantizer(name, 8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
     assert same_bits(found, alone)
+
+
+@pytest.mark.parametrize("inner", [Wanda(), SparseGPT()])
+def test_a_refined_pruner_and_gptq_share_one_hessian(inner: Any) -> None:
+    weight, x = problem((17, 29))
+    pruner = Refined(inner, 3)
+    both = Quantizing(GPTQ(8, False), pruner, bits=3)
+    assert both.measures is pruner.measures
+    assert both.measures is not None
+    statistics = both.measures(29, torch.device("cpu"))
+    statistics.add(x)
+    both.prepare(statistics)
+    sparse = pruner.prune(weight, 0.5, statistics)
+    alone = GPTQ(8, False).quantize(sparse, 3, hessian_of(x), sparse == 0)
+    assert same_bits(both.prune(weight, 0.5, statistics), alone)
 
 
 def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:

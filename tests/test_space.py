@@ -176,6 +176,21 @@ def test_the_grid_goes_to_the_bound(step: float, values: list[float]) -> None:
     assert all(space.plan(params) for params in grid)
 
 
+def test_a_grid_of_both_signs() -> None:
+    texts = {"calibration": {"source": "a"}, "validation": {"source": "b"}, "test": {"source": "c"}}
+    of_bits = Study.model_validate(
+        {"bits": 3.5, "model": {"source": "x"}, "texts": texts, "search": {"trials": 1}, "quantize": {"widths": [3, 4]}}
+    )
+    budget = Budget(0.5, SIZES, ((Shape(1, 100, False),),) * 5, widths=(3, 4))
+    space = make_space(of_bits, budget)
+    assert space.both_signs
+    found = [params["beta"] for params in space.grid(0.1)]
+    assert found == [0.1, 0.2, -0.1, -0.2]
+    assert all(space.plan(params) for params in space.grid(0.1))
+    one = replace(space, both_signs=False)
+    assert [params["beta"] for params in one.grid(0.1)] == [0.1, 0.2]
+
+
 def test_a_bound_that_floats_miss_is_on_the_grid() -> None:
     """(1 - 0.9) / 2 is a little less than 0.05."""
     space = space_for(study_of(sparsity=0.9), SIZES)

@@ -31,8 +31,9 @@ def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]
     """Rounds bits, one number per block, to `widths`; the mean weighted by size is at most that of `wanted`.
 
     By largest remainder: each is rounded down. Then each, the largest remainder first, is raised to the next width if
-    the mean stays within. Equal remainders are raised in an order that spreads them evenly over the blocks, so that a
-    uniform 3.5 alternates between 4 and 3 bits.
+    the mean stays within. Of equal remainders the larger number is raised first, so that plans of β and -β are mirror
+    images; equal numbers in an order that spreads them evenly over the blocks, so that a uniform 3.5 alternates between
+    4 and 3 bits.
     """
     steps = sorted(widths)
     below = [max((w for w in steps if w <= b + SLACK), default=steps[0]) for b in wanted]
@@ -40,7 +41,7 @@ def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]
     missing = sum((b - low) * size for b, low, size in zip(wanted, below, sizes, strict=True))
     rests = [(b - low) / ((high - low) or 1) for b, low, high in zip(wanted, below, above, strict=True)]
     spread = {i: rank for rank, i in enumerate(evenly(len(below)))}
-    for i in sorted(range(len(below)), key=lambda i: (-round(rests[i], 9), spread[i])):
+    for i in sorted(range(len(below)), key=lambda i: (-round(rests[i], 9), -round(wanted[i], 9), spread[i])):
         jump = (above[i] - below[i]) * sizes[i]
         if rests[i] > SLACK and jump <= missing + SLACK * sum(sizes):
             below[i] = above[i]

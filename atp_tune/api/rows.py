@@ -11,7 +11,10 @@ Row = dict[str, Any]
 
 
 def trials(summary: Summary) -> list[Row]:
-    """A row for each trial: number, state, plan, sparsity, perplexities with errors, seconds and parameters."""
+    """A row for each trial: number, state, plan, sparsity, perplexities with errors, seconds and parameters.
+
+    Where weights are rounded alone `effective_bits` are in the place of sparsity: per weight, with scales.
+    """
     status = status_of(summary, datetime.now())
     has_kl, has_hits = "kl" in status.objective, bool(summary.hits)
     return [
@@ -19,7 +22,7 @@ def trials(summary: Summary) -> list[Row]:
             "trial": trial.number,
             "state": trial.state.lower(),
             "plan": trial.plan,
-            **({"sparsity": trial.realised} if trial.bits is None else {"bits": trial.effective_bits}),
+            **({"sparsity": trial.realised} if trial.bits is None else {"effective_bits": trial.effective_bits}),
             "perplexity": trial.value,
             "stderr": trial.stderr,
             "test_perplexity": trial.test and trial.test.value,

@@ -142,6 +142,11 @@ class Checkpoint(Released):
         """Names of the linears of each block, relative to the block."""
         return [[linear.name for linear in linears] for linears in self.linears]
 
+    @property
+    def has_conv1d(self) -> bool:
+        """Whether a linear is a `Conv1D`, whose weight is stored [in, out]."""
+        return any(linear.transposed and linear.expert is None for linears in self.linears for linear in linears)
+
     @cached_property
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:
         """Shape of each linear of each block, for allocations."""

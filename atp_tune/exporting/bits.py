@@ -2,8 +2,9 @@
 
 llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier` without
                 activation order, whose grids are those of the dense weights; RTN: `QuantizationModifier` with the
-                observer `memoryless_minmax`. Its weights are those of `apply`, but for rounding.
-gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of blocks that differ from the most frequent.
+                observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+                scales and levels in bfloat16, and some weights are on another level.
+gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each linear, and leaves out all others.
 torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
 llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
                 other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
@@ -12,6 +13,7 @@ llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits 
 import json
 import re
 from collections.abc import Mapping
+from pprint import pformat
 from typing import Any
 
 from atp_tune.errors import UserError
@@ -31,18 +33,17 @@ from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
-BLOCKS = {blocks}  # bits: blocks
+LINEARS = {linears}  # bits: names
 
 
 def config(model: torch.nn.Module) -> FqnToConfig:
-    """The configuration of each linear in the blocks."""
-    bits_of = {{block: bits for bits, blocks in BLOCKS.items() for block in blocks}}
+    """The configuration of each linear; AttributeError if the model lacks one."""
     found = {{}}
-    for name, module in model.named_modules():
-        place, _, rest = name.removeprefix({place!r}).partition(".")
-        if isinstance(module, torch.nn.Linear) and name.startswith({place!r}) and place.isdigit() and rest:
+    for bits, names in LINEARS.items():
+        for name in names:
+            model.get_submodule(name)
             found[name] = IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, f"int{{bits_of[int(place)]}}"),
+                weight_dtype=getattr(torch, f"int{{bits}}"),
                 granularity={granularity},
                 mapping_type=MappingType.ASYMMETRIC,
             )
@@ -59,13 +60,11 @@ def modifier(config: Config) -> dict[str, Any]:
     """llm-compressor's modifier by name, with its arguments."""
     quantize, groups = _asked(config, "llm-compressor"), dict[str, Any]()
     is_row = quantize.group_size == -1
-    for index, (bits, blocks) in enumerate(_blocks(config).items()):
+    for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
         weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
         weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
         weights["observer"] = "memoryless_minmax"
-        places = "|".join(map(str, blocks))
-        target = rf"re:{re.escape(_place(config))}\.({places})\..*"
-        groups[f"group_{index}"] = {"targets": [target], "weights": weights}
+        groups[f"group_{index}"] = {"targets": linears, "weights": weights}
     if config.pruner == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
     return {"GPTQModifier": {"config_groups": groups, "actorder": None, "dampening_frac": quantize.damping}}
@@ -76,23 +75,24 @@ def as_gptqmodel(config: Config) -> str:
     quantize = _asked(config, "gptqmodel")
     if config.pruner != "gptq":
         raise _cannot("gptqmodel", "pruner", config.pruner, "quantizes by gptq alone")
-    by_bits = _blocks(config)
+    if config.prune.statistics == "dense":
+        raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
+    by_bits = _linears(config, "gptqmodel")
     wrong = next((bits for bits in by_bits if bits not in OF_GPTQMODEL), None)
     if wrong is not None:
         kinds = ", ".join(map(str, OF_GPTQMODEL))
         more = f"has {kinds} bits alone; a study with quantize.widths = [{kinds}] has no others"
         raise _cannot("gptqmodel", "block_bits", str(wrong), more)
     most = max(by_bits, key=lambda bits: len(by_bits[bits]))
-    prefix = re.escape(_place(config))
-    dynamic = {
-        rf"+:^{prefix}\.({'|'.join(map(str, blocks))})\..*": {"bits": bits}
-        for bits, blocks in by_bits.items()
-        if bits != most
+    dynamic: dict[str, dict[str, int]] = {
+        f"+:^({'|'.join(map(re.escape, linears))})$": {"bits": bits} for bits, linears in by_bits.items()
     }
+    dynamic["-:.*"] = {}  # all others stay as they are: the first that fits counts
     made = {
         "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
-        "desc_act": False, "static_groups": True, "damp_percent": quantize.damping,
+        "desc_act": False, "act_group_aware": False, "static_groups": True, "damp_percent": quantize.damping,
         "true_sequential": config.prune.statistics == "sequential",
+        "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
     return json.dumps(made, indent=2) + "\n"
 
@@ -108,7 +108,7 @@ def as_torchao(config: Config) -> str:
     study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
     size = quantize.group_size
     return TORCHAO.format(
-        study=study, bits=config.bits.target, blocks=_blocks(config), place=f"{_place(config)}.",
+        study=study, bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
         granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
     )  # fmt: skip
 
@@ -125,11 +125,18 @@ def as_llama_cpp(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _place(config: Config) -> str:
-    """The model's name of its list of blocks."""
-    found = str(names(config, "blocks"))
-    if not NAME.fullmatch(found):
-        raise UserError(f"blocks: {found} is not the name of a module")
+def _linears(config: Config, kind: str) -> dict[int, list[str]]:
+    """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
+    if config.conv1d:
+        raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
+    place, found = names(config, "blocks"), dict[int, list[str]]()
+    for bits, blocks in _blocks(config).items():
+        found[bits] = [f"{place}.{index}.{linear}" for index in blocks for linear in names(config, "linears")[index]]
+    for name in (name for own in found.values() for name in own):
+        if not NAME.fullmatch(name):
+            raise UserError(f"linears: {name} is not the name of a module")
+        if name.endswith("]"):
+            raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
     return found
 
 

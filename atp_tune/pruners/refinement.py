@@ -115,9 +115,9 @@ class WithHessian:
 
 @cache
 def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
-    """The kind of statistics with a `Hessian` beside it; `Hessian` itself is enough."""
-    if kind is Hessian:
-        return Hessian
+    """The kind of statistics with a `Hessian` beside it; one that is or has a `Hessian` is enough."""
+    if kind is Hessian or (kind is not None and issubclass(kind, WithHessian)):
+        return kind
     name = "Hessian alone" if kind is None else f"{kind.__name__} with Hessian"
     module = Hessian.__module__ if kind is None else kind.__module__  # whose code determines the tensors
     return type(name, (WithHessian,), {"kind": kind, "__module__": module})

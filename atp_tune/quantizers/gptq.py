@@ -5,9 +5,9 @@ the left:
 
     e = (W_j - Ŵ_j) / U_jj        W_k ← W_k - e U_jk  for all k > j
 
-Ŵ_j are the values of the grid nearest to W_j as updated. Each group's grid is that of the dense weights, as RTN's
-(`static_groups` of the authors' code; llm-compressor does the same), and columns keep their order (no act-order), so
-that a group is consecutive inputs. Weights on inputs that were always zero become 0, as in the authors' code.
+Ŵ_j are the values of the grid nearest to W_j as updated. Each group's grid is that of the dense weights, as RTN's and
+llm-compressor's; the authors' `static_groups` zero weights on dead inputs first. Columns keep their order (no
+act-order), so that a group is consecutive inputs. Weights on inputs that were always zero become 0.
 
 As in `pruners.sparsegpt` H is not inverted: R = U⁻¹ comes from one Cholesky factorisation, and a block of columns is
 updated by all blocks to its left at once. Within a block the loop goes column by column: `plain` on any device,

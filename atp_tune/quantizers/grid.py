@@ -8,7 +8,8 @@
 max and min over the group: consecutive inputs of one row, the last group may be smaller. z is an integer, so that 0 is
 one of the values in both. A group of zeros stays zero. `round` rounds halves to the even neighbour.
 
-Source: Frantar et al., "GPTQ", ICLR 2023, and their code (quant.py); gptqmodel and compressed-tensors have the same.
+As compressed-tensors, which llm-compressor uses. Source: Frantar et al., "GPTQ", ICLR 2023, and their code (quant.py),
+where the Δ of a symmetric group whose weights have one sign is half of this.
 """
 
 from dataclasses import dataclass

@@ -61,4 +61,5 @@ class Quantizing:
             return None, statistics
         if self.quantizer.measures is None:
             return statistics, None
-        return parts_of(statistics)
+        own, hessian = parts_of(statistics)
+        return (statistics if self.measures is self.pruner.measures else own), hessian

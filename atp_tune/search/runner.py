@@ -262,6 +262,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
     plugged = records(spec, run.file.folder)
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
+        **({"conv1d": True} if spec.by_bits and model.has_conv1d else {}),
         "dense_bytes": context.stored_bytes[0], "total": total, "made_from": settings(run.file),
         **({} if "batches" in study.user_attrs else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),

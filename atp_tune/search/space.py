@@ -56,7 +56,7 @@ class Space:
     """A search space; `intervals`: allocation → parameter → interval, of shares if `sparsities` is given.
 
     `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest. `both_signs`:
-    the initial points of an allocation with β are repeated with the other sign.
+    the initial points of an allocation with β, and those of a grid, are repeated with the other sign.
     """
 
     budget: Budget
@@ -194,7 +194,7 @@ class Space:
         return not any(params.get(name, 0.0) for name in self.intervals[allocation])
 
     def grid(self, step: float) -> list[Params]:
-        """The points of a grid, without uniform: β = step, 2·step, … up to the bound."""
+        """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
         betas = {allocation: self._betas(allocation, step) for allocation in self.intervals}
         return [
             {"pruner": pruner, "allocation": allocation, **beta}
@@ -209,11 +209,11 @@ class Space:
             raise UserError(f'search.sampler: a grid has steps of β alone, {allocation} has more; take "gp"')
         if not intervals:
             return [] if allocation == "uniform" else [{}]
-        high = intervals["beta"][1]
-        count = int(high / step + 1e-9)
+        low, high = intervals["beta"]
+        count, below = (int(end / step + 1e-9) for end in (high, -low if self.both_signs else 0))
         if not count:
             raise UserError(f"search.step: {step:g} is larger than the bound of beta, {high:.6g}")
-        return [{"beta": round(k * step, 10)} for k in range(1, count + 1)]
+        return [{"beta": round(k * step, 10)} for k in (*range(1, count + 1), *range(-1, -below - 1, -1))]
 
     def _starts(self, allocation: str) -> list[dict[str, float]]:
         bounds, budget = self.intervals[allocation], self.budget

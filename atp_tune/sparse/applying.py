@@ -202,7 +202,8 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, o
         known = {
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
-            "linears": checkpoint.linear_names if config.linear_sparsities else None,
+            "linears": checkpoint.linear_names if config.linear_sparsities or config.by_bits else None,
+            "conv1d": config.by_bits and checkpoint.has_conv1d,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
             "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),

@@ -237,8 +237,9 @@ class Config(FrozenModel):
     )
     blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
     linears: tuple[tuple[str, ...], ...] | None = Field(
-        None, description="names within their block of the linears in `linear_sparsities`"
+        None, description="names within their block of the linears, with `linear_sparsities` or where bits are given"
     )
+    conv1d: bool = Field(False, description="where weights are rounded: whether linears are `Conv1D`, as GPT-2's")
     sparsity: Sparsity
     quantize: QuantizeConfig | None = Field(
         None, description="where weights are rounded: settings of the quantizer; `pruner` names it, else `quantizers`"
@@ -286,14 +287,19 @@ class Config(FrozenModel):
             raise ValueError("block_sparsities: must be 0 where weights are rounded alone")
         if not self.by_bits and len(set(self.block_bits or ())) > 1:
             raise ValueError("block_bits: must be equal where weights are pruned too")
-        if self.linears and [len(row) for row in self.linears] != [len(row) for row in self.linear_sparsities or ()]:
+        if self.linears and self.by_bits and len(self.linears) != len(self.block_sparsities):
+            raise ValueError("linears: not the names of each block")
+        rows = self.linear_sparsities or ()
+        if self.linears and not self.by_bits and [len(row) for row in self.linears] != [len(row) for row in rows]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
 
     @property
     def by_bits(self) -> bool:
         """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
-        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner)
+        plugin = self.plugins.get(self.pruner)  # a pruner may be called like a quantizer
+        is_plugged = plugin is not None and plugin.kind == "pruner"
+        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner) and not is_plugged
 
     @property
     def fixed_bits(self) -> int | None:

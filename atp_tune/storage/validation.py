@@ -106,6 +106,7 @@ STUDY = _kinds(
         "dense_bytes": Count,
         "blocks": Words,
         "linears": list[list[Words]],
+        "conv1d": bool,
         "total": Total,
         "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
