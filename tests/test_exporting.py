@@ -75,8 +75,11 @@ def test_tables_say_that_shares_are_of_whole_channels() -> None:
     assert "shares_of" not in as_csv(config()) + as_yaml(config())
 
 
+OF_BITS = ("gptqmodel", "torchao", "llama.cpp")  # formats that have no place for zeros
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in OF_BITS])
 def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
     ending = FORMATS[kind].ending
     config, made = done / "tiny.best.json", done / f"tiny.best{ending}"
@@ -92,6 +95,15 @@ def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path,
     out = done / "sub" / f"x{ending}"
     assert command("export", "--config", done / "tiny.best.json", "--out", out).out == f"{out}\n"
     assert out.read_bytes() == one or (kind == "json" and read_config(out).folder == "..")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OF_BITS)
+def test_a_format_of_rounded_weights_is_refused_for_zeros(kind: str, done: Path, command: CommandLine) -> None:
+    answer = command("export", "--config", done / "tiny.best.json", "--format", kind)
+    assert answer.code == 2
+    assert answer.error.startswith(f"--format {kind}: ")
+    assert not (done / f"tiny.best{FORMATS[kind].ending}").exists()
 
 
 def test_an_ending_that_no_format_has_is_refused() -> None:
