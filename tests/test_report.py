@@ -413,12 +413,13 @@ def test_an_ending_that_is_no_format() -> None:
 
 
 def test_answers_are_pictures_and_words_alone() -> None:
-    answer = {"name": "cat", "probability": 0.5}
-    good = {"pictures": ["aGk="], "labels": ["dog"], **{key: [answer] for key in ("dense", "uniform", "best")}}
+    answer = {"name": "cat", "index": 1, "probability": 0.5}
+    models = {key: [answer] for key in ("dense", "uniform", "best")}
+    good = {"pictures": ["aGk="], "labels": ["dog"], "indices": [0], **models}
     assert Answers.model_validate(good).best[0].name == "cat"
     for wrong in (
         {"pictures": ['x" onerror="alert(1)']}, {"pictures": ["aGk=", "aGk="]}, {"best": []}, {"labels": ["x" * 1001]},
-        {"dense": [{"name": "cat", "probability": 2}]}, {"pictures": []},
+        {"dense": [{**answer, "probability": 2}]}, {"pictures": []}, {"indices": [0, 1]},
     ):  # fmt: skip
         with pytest.raises(ValidationError):
             Answers.model_validate({**good, **wrong})

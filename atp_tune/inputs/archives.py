@@ -74,7 +74,19 @@ def _unpack(file: Path, folder: Path) -> None:
         inner.seek(0)
         with tarfile.open(fileobj=inner) as archive:
             _check_size(sum(entry.size for entry in archive.getmembers()))
-            archive.extractall(folder, filter="data")
+            for entry in archive:
+                _extract(archive, entry, folder)
+
+
+def _extract(archive: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> None:
+    """Writes a regular file of an archive into the folder, and nothing else: no links, devices or rights."""
+    file = (folder / entry.name).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise ValueError(f"{entry.name} lies out of its folder")
+    if entry.isfile() and (opened := archive.extractfile(entry)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with opened, file.open("wb") as out:
+            shutil.copyfileobj(opened, out)
 
 
 def _data_of(stream: BinaryIO, out: BinaryIO) -> None:
