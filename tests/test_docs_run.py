@@ -44,6 +44,7 @@ ELSEWHERE = {  # words of commands that another test runs
     "grpcs://HOST:443": "needs a server: test_network.py",
     "postgresql+psycopg://ada@HOST/trials": "needs a server: test_database.py",
     "texts.bos=true": "needs a tokenizer with BOS: test_bos.py",
+    "classify": "needs an image classifier: test_classifying.py, test_image_studies.py",
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
 }
