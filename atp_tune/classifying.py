@@ -20,7 +20,7 @@ from atp_tune.frozen import FrozenModel
 from atp_tune.inputs import InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES, Images, check_classifier
 from atp_tune.inputs.pictures import Pictures, pictures_of
-from atp_tune.inputs.pixels import UNNAMED, ImageProcessor
+from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.sparse.both_models import BothModels, Use, WholeModel
 from atp_tune.spec.config import Config
 from atp_tune.spec.images import CLASSES
@@ -93,7 +93,7 @@ class _Found:
                 raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
             for places, values in zip(*_first(logits), strict=True):
                 yield tuple(
-                    Guess(index=index, name=str(names.get(index, f"{UNNAMED}{index}")), probability=value)
+                    Guess(index=index, name=class_name(names, index), probability=value)
                     for index, value in zip(places.tolist(), values.tolist(), strict=True)
                 )
 

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import Message
 from atp_tune.inputs.images import Images
-from atp_tune.metrics.answers import Answer, Answers
+from atp_tune.metrics.answers import Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report.html import _answers
 from atp_tune.search.answers import StudyAnswers
@@ -115,7 +115,7 @@ def test_a_class_without_a_name_has_its_number(folder: Path) -> None:
 
 def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
     """ImageNet has "crane" twice."""
-    right, wrong = (Answer(name="crane", index=index, probability=1) for index in (0, 1))
+    right, wrong = (ImageAnswer(name="crane", index=index, probability=1) for index in (0, 1))
     picture = base64.b64encode(b"x").decode()
     found = Answers(
         pictures=(picture,), labels=("crane",), indices=(0,), dense=(right,), uniform=(wrong,), best=(right,)

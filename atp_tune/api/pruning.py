@@ -135,7 +135,7 @@ def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> Context
     study, score = file.study, file.study.score
     place, kind = file.folder, inputs_of(score)
     made = ContextConfig(study.model, study.prune, texts, place, study.device, bos=bos, inputs=kind, score=score)
-    return made if study.bits is None else replace(made, quantize=study.quantize, bits=study.fixed_bits)
+    return made.rounding(study)
 
 
 def _stored_bos(file: StudyFile) -> bool | None:

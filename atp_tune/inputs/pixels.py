@@ -6,7 +6,7 @@ machines.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +188,8 @@ def labels_of(found: Pictures, wanted: ImageSet) -> tuple[str, ...]:
         return found.names or tuple(sorted(found.classes))
     numbers: Sequence[Any] = found.labels
     return tuple(map(str, range(max(numbers) + 1)))
+
+
+def class_name(names: Mapping[int, Any], index: int) -> str:
+    """The name of a class in a model's config, `id2label`, which may have gaps."""
+    return str(names.get(index, f"{UNNAMED}{index}"))

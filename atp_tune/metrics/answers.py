@@ -14,7 +14,7 @@ Words = Annotated[str, Field(max_length=1000)]
 Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$", max_length=100_000)]  # base64 of a PNG
 
 
-class Answer(FrozenModel):
+class ImageAnswer(FrozenModel):
     """A model's most probable class of an image."""
 
     name: Words
@@ -28,9 +28,9 @@ class Answers(FrozenModel):
     pictures: tuple[Picture, ...] = Field(min_length=1, max_length=100)
     labels: tuple[Words, ...]
     indices: tuple[int, ...]
-    dense: tuple[Answer, ...]
-    uniform: tuple[Answer, ...]
-    best: tuple[Answer, ...]
+    dense: tuple[ImageAnswer, ...]
+    uniform: tuple[ImageAnswer, ...]
+    best: tuple[ImageAnswer, ...]
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
@@ -38,6 +38,6 @@ class Answers(FrozenModel):
             raise ValueError("not one label, one index and one answer of each model for each picture")
         return self
 
-    def of(self, name: ModelName) -> tuple[Answer, ...]:
+    def of(self, name: ModelName) -> tuple[ImageAnswer, ...]:
         """The answers of a model."""
         return {"dense": self.dense, "uniform": self.uniform, "best": self.best}[name]

@@ -14,7 +14,7 @@ import atp_tune
 from atp_tune import figures
 from atp_tune.figures import overlay
 from atp_tune.figures.history import draw_history
-from atp_tune.metrics.answers import Answer
+from atp_tune.metrics.answers import ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
@@ -90,7 +90,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     }
 
 
-def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, Answer, bool]]]]:
+def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, ImageAnswer, bool]]]]:
     """PNG, class and the answer of each model, and whether it is right, for the test images of an image classifier."""
     found = summary.answers
     if found is None:

@@ -14,8 +14,8 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.events import Message
 from atp_tune.inputs.images import Images
-from atp_tune.inputs.pixels import UNNAMED, ImageProcessor
-from atp_tune.metrics.answers import COUNT, SIDE, Answer, Answers
+from atp_tune.inputs.pixels import ImageProcessor, class_name
+from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES, ModelName
 from atp_tune.scores.evaluation import Block, passing
 from atp_tune.search.context import TrialContext
@@ -34,7 +34,7 @@ class StudyAnswers:
         self._images: Images = context.items(role)[:COUNT]
         config = model_config(context.folder.path, context.folder.trusted)
         self._names = {index: str(name)[:100] for index, name in config.id2label.items()}
-        self._answers: dict[ModelName, tuple[Answer, ...]] = {}
+        self._answers: dict[ModelName, tuple[ImageAnswer, ...]] = {}
         self._states: Tensor | None = None
         self._is_left_out = False
 
@@ -65,10 +65,12 @@ class StudyAnswers:
         except Exception as error:  # a model's own code may raise anything
             self._leave_out(error)
 
-    def _seen(self, states: Tensor) -> tuple[Answer, ...]:
+    def _seen(self, states: Tensor) -> tuple[ImageAnswer, ...]:
         logits = self._context.replay.logits(self._images, states).float()
         found = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
-        return tuple(Answer(name=self._name(index), index=index, probability=min(1.0, value)) for index, value in found)
+        return tuple(
+            ImageAnswer(name=self._name(index), index=index, probability=min(1.0, value)) for index, value in found
+        )
 
     def repeat(self, name: ModelName, other: ModelName) -> None:
         """Copies the answers of an equal model."""
@@ -94,7 +96,7 @@ class StudyAnswers:
         return Answers(pictures=pictures, labels=labels, indices=indices, **self._answers)
 
     def _name(self, index: int) -> str:
-        return self._names.get(index, f"{UNNAMED}{index}")
+        return class_name(self._names, index)
 
     def _leave_out(self, error: Exception) -> None:
         self._is_left_out = True

@@ -83,7 +83,11 @@ class ContextConfig:
             texts["test"] = data.test
         kind, draws, score = inputs_of(study.score), data.calibration.draws, study.score
         made = cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
-        return made if study.bits is None else replace(made, quantize=study.quantize, bits=study.fixed_bits)
+        return made.rounding(study)
+
+    def rounding(self, study: Study) -> "ContextConfig":
+        """The same, with weights rounded as a study asks."""
+        return self if study.bits is None else replace(self, quantize=study.quantize, bits=study.fixed_bits)
 
     @classmethod
     def of_config(

@@ -151,17 +151,12 @@ class Study(SettingsTable):
         """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
         return {"names": value} if isinstance(value, str | list | tuple) else value
 
-    @field_validator("sparsity", mode="before")
-    @classmethod
-    def _asked(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and info.data.get("bits", info) is None:
-            raise PydanticKnownError("missing")
-        return value
-
-    @field_validator("texts", mode="before")
+    @field_validator("sparsity", "texts", mode="before")
     @classmethod
     def _needed(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and info.data.get("images", info) is None:
+        """Missing, unless what may stand in its place is there, or is wrong itself."""
+        instead = "bits" if info.field_name == "sparsity" else "images"
+        if value is None and info.data.get(instead, info) is None:
             raise PydanticKnownError("missing")
         return value
 
