@@ -104,12 +104,15 @@ def namespace() -> Iterator[Namespace]:
         pytest.skip("needs the right to make network namespaces")
     try:
         ip("link", "add", f"{name}h", "type", "veth", "peer", "name", f"{name}w", "netns", name)
-        ip("addr", "add", f"{HERE}/24", "dev", f"{name}h")
-        ip("link", "set", f"{name}h", "up")
-        ip("-n", name, "addr", "add", f"{THERE}/24", "dev", f"{name}w")
-        ip("-n", name, "link", "set", f"{name}w", "up")
-        ip("-n", name, "link", "set", "lo", "up")
-        yield Namespace(name, f"{name}h")
+        try:
+            ip("addr", "add", f"{HERE}/24", "dev", f"{name}h")
+            ip("link", "set", f"{name}h", "up")
+            ip("-n", name, "addr", "add", f"{THERE}/24", "dev", f"{name}w")
+            ip("-n", name, "link", "set", f"{name}w", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            yield Namespace(name, f"{name}h")
+        finally:
+            ip("link", "delete", f"{name}h")  # at once: with its namespace it goes some time later
     finally:
         ip("netns", "delete", name)
 
