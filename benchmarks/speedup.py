@@ -6,6 +6,8 @@
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --batch 4               four texts at once, as lines of their own
     python benchmarks/speedup.py --large                 16 blocks of width 2048, 4 of 4096; 12 GB of memory, 40 of disk
+    python benchmarks/speedup.py --only 70 --tokens 512 --steps 64   longer texts at one sparsity, as lines of their own
+    ATP_TUNE_ISA=avx2 python benchmarks/speedup.py       by another kernel than the processor's best, likewise
     python benchmarks/speedup.py --show                  measures nothing, writes the tables of the runs that are there
     python benchmarks/speedup.py --csr                   CSR matrices of torch and scipy against dense ones; a minute
 
@@ -16,11 +18,11 @@ between the marks in docs/speedup.md.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
-from itertools import product
 from operator import matmul
 from pathlib import Path
 from statistics import median
@@ -56,7 +58,11 @@ LARGE = {
     "16 blocks of width 2048": {**WIDE, "num_hidden_layers": 16},
     "4 blocks of width 4096": {**WIDE, "hidden_size": 4096, "intermediate_size": 11008},
 }
+ISA = "ATP_TUNE_ISA"
 CSR = (5632, 2048)  # [out, in] of the linear that is multiplied by CSR
+
+
+Models = dict[str, Callable[[int, EventHandler], Pair]]  # by name: what makes one of a percentage of zeros
 
 
 def main() -> None:
@@ -66,8 +72,8 @@ def main() -> None:
         print("\n".join(csr()))
         return
     with quiet(), Display() as display:
-        task = Workload(options.tokens, 32, options.runs, options.batch)
-        for name, make in () if options.show else lines(options.engine, options.batch, options.large):
+        task = Workload(options.tokens, options.steps, options.runs, options.batch)
+        for name, make in () if options.show else lines(options):
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), options.engine, task, "cpu", display))
     page = PAGE.read_text(encoding="utf-8")
@@ -82,26 +88,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--csr", action="store_true")
     parser.add_argument("--engine", choices=("packed", "deepsparse"), default="packed")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=Workload.tokens)
+    parser.add_argument("--steps", type=int, default=Workload.steps)
+    parser.add_argument("--only", type=int, metavar="PERCENT")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--large", action="store_true")
     return parser.parse_args()
 
 
-def lines(engine: str, batch: int, large: bool) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
+def lines(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
-    after = f"threads: {torch.get_num_threads()}" + (", packed" if engine == "packed" else "")
-    after += f", batch {batch}" if batch > 1 else ""
-    if large:
-        for percent, (name, shape) in product((70, 80, 60, 50) if batch == 1 else (70,), LARGE.items()):
-            yield f"random Llama, {name}, {percent} %, {after}", partial(wide, percent, shape)
-        return
-    several = batch == 1  # sparsities
-    for percent in (50, 60, 70, *([80] if engine == "packed" else [])) if several else (70,):
-        yield f"SmolLM2-135M, {percent} %, {after}", partial(smol, percent)
-    for percent in (50, 60, 70, 80) if several and engine == "packed" else (70,):
-        yield f"random Llama, 4 blocks of width 2048, {percent} %, {after}", partial(wide, percent, WIDE)
+    packed, after = options.engine == "packed", of_runs(options)
+    small: Models = {"SmolLM2-135M": smol, "random Llama, 4 blocks of width 2048": partial(wide, WIDE)}
+    large: Models = {f"random Llama, {name}": partial(wide, shape) for name, shape in LARGE.items()}
+    percents = (70, 80, 60, 50) if packed else (50, 60, 70)
+    for name, make in (large if options.large else small).items():
+        alone = options.batch > 1 or not (packed or make is smol)
+        for percent in (options.only,) if options.only else (70,) if alone else percents:
+            yield f"{name}, {percent} %, {after}", partial(make, percent)
+
+
+def of_runs(options: argparse.Namespace) -> str:
+    """How a model is run, where that is told by the names of lines."""
+    parts = [f"threads: {torch.get_num_threads()}"]
+    if options.engine == "packed":
+        parts.append("packed")
+        if (options.tokens, options.steps) != (Workload.tokens, Workload.steps):
+            parts.append(f"{options.tokens} + {options.steps} tokens")
+        if isa := os.environ.get(ISA):
+            parts.append(f"kernel {isa}")
+    if options.batch > 1:
+        parts.append(f"batch {options.batch}")
+    return ", ".join(parts)
 
 
 def smol(percent: int, watch: EventHandler) -> Pair:
@@ -113,7 +132,7 @@ def smol(percent: int, watch: EventHandler) -> Pair:
     return find_pair(config, out / config.folder, out, "cpu", watch, {})
 
 
-def wide(percent: int, shape: Mapping[str, int], watch: EventHandler) -> Pair:
+def wide(shape: Mapping[str, int], percent: int, watch: EventHandler) -> Pair:
     """A random Llama, and the same with zeros anywhere in its linears."""
     name = f"wide-{shape['hidden_size']}-{shape['num_hidden_layers']}"
     folders = {share: cache_dir("sparse") / f"{name}-{share}" for share in (0, percent)}
