@@ -1,4 +1,4 @@
-"""Every test has a cache of its own and one thread; hypothesis draws the same in every run."""
+"""Every test has a cache of its own, it and what it starts one thread; hypothesis draws the same in every run."""
 
 import gc
 import os
@@ -38,6 +38,7 @@ settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a script's `pytest &`: commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["OMP_NUM_THREADS"] = "1"  # two that wait for each other on busy cores take two thirds more of them
 os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themselves would count no more
 
 
@@ -69,14 +70,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """What was frozen is freed at the end, or extensions complain of leaks."""
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Of torch, which the process that only hands out the tests need not import."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 model, windows, jobs = sys.argv[1:]
-torch.set_num_threads(1)
 rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.from_numpy(np.load(windows))]
 for job in json.loads(Path(jobs).read_text()):
     reset_session()

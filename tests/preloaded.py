@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import sleep
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,6 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.storage import fingerprint, opening, remote
 
 __all__ = ["atp_tune", "transformers"]
-torch.set_num_threads(1)
 TUNE = Path(__file__).parents[1] / "tune.py"
 CLONE_NEWNET = 0x40000000
 QUICK = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.max_reconnect_backoff_ms": 500}
@@ -179,8 +179,14 @@ def abort() -> None:
     os.abort()
 
 
-def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
-    """The trial that was first given this number ends its process each time: at the same block, or anywhere."""
+def wait_while(file: Path) -> None:
+    """Returns when the file is gone."""
+    while file.exists():
+        sleep(0.01)
+
+
+def doom(number: int, end: Callable[[], None], block: int = 3) -> None:
+    """The trial that was first given this number ends its process each time, or does something else, at a block."""
 
     def measure(objective: Any, trial: Any, plan: Any) -> Any:
         attrs = trial.study.get_trials(deepcopy=False)[trial.number].system_attrs
@@ -192,7 +198,6 @@ def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
             end()
         return advance(one, plan, index, hidden)
 
-    block = int.from_bytes(os.urandom(2)) % 24 if anywhere else 3
     is_doomed: list[bool] = []
     whole, advance = atp_tune.search.objective.Objective._measure, prune_pass.Pass.step
     atp_tune.search.objective.Objective._measure = measure  # type: ignore[method-assign]
@@ -202,4 +207,4 @@ def doom(number: int, end: Callable[[], None], anywhere: bool = False) -> None:
 def doom_with_patience(number: int, most: int) -> None:
     """The trial ends its process anywhere, and is given up after so many times."""
     atp_tune.storage.lost_trials.MOST = most
-    doom(number, kill, anywhere=True)
+    doom(number, kill, block=int.from_bytes(os.urandom(2)) % 24)

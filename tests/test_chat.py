@@ -73,7 +73,7 @@ def piped(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
+    return {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
 
 
 class Person:

@@ -1,6 +1,5 @@
 """The examples run: each script on a tiny model, the notebook as a whole."""
 
-import os
 import runpy
 import subprocess
 import sys
@@ -50,8 +49,7 @@ def test_there_are_five() -> None:
 def test_tune_a_model(place: Path) -> None:
     """As a person runs it, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / "tune_a_model.py"), str(place / "model"), str(place / "out")]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the other cores
-    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "<Result model-60-packaged: 12 of 12 trials" in said or "<Result model-60: 12 of 12 trials" in said
@@ -97,7 +95,6 @@ def test_the_notebook(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     from nbclient import NotebookClient
 
     monkeypatch.setenv("ATP_TUNE_CACHE", str(smollm2))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests use the other cores
     book = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     for words, fewer in FEWER.items():
         cells = [cell for cell in book.cells if cell.cell_type == "code" and words in cell.source]

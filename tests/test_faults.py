@@ -543,7 +543,6 @@ import preloaded
 from tinystudy import run
 from atp_tune.search import context
 from atp_tune.events import TrialEnded, TrialStarted
-torch.set_num_threads(1)
 context.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
 
 def watch(event):
@@ -577,7 +576,6 @@ import psutil, torch
 sys.path.insert(0, sys.argv[1])
 from tinystudy import Path, run
 from atp_tune.events import TrialEnded
-torch.set_num_threads(1)
 sizes = []
 run(Path(sys.argv[2]), "search.trials=100", watch=lambda e: isinstance(e, TrialEnded) and sizes.append(
     psutil.Process().memory_info().rss))

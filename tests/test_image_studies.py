@@ -117,7 +117,6 @@ def make_place(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """To be read only."""
-    torch.set_num_threads(1)
     return make_place(tmp_path_factory.mktemp("vit"))
 
 

@@ -20,7 +20,7 @@ import pytest
 import tinystudy
 from faults import DOCUMENT, Command, Rows, check_equal, measured
 from optuna.trial import TrialState
-from preloaded import abort, doom, doom_with_patience, kill
+from preloaded import abort, doom, doom_with_patience, kill, wait_while
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
 from atp_tune.storage import lost_trials, progress
@@ -163,13 +163,17 @@ def wait_for_some_steps(crew: WorkerPool, rng: random.Random) -> None:
 
 
 def test_the_same_trial_is_hit_each_time(deep: Path, undisturbed: optuna.Study) -> None:
-    rng, crew = random.Random(0), WorkerPool(deep)
+    """It goes past its middle only when the kills are over: however slow this process is, it finds it running."""
+    hunt, rng = deep / "hunt", random.Random(0)
+    hunt.touch()
+    crew = WorkerPool(deep, partial(doom, HUNTED, partial(wait_while, hunt), BLOCKS // 2))
     crew.begin()
     for _ in range(KILLS):
         crew.refill()
         wait_until(lambda: HUNTED in crew.running(), PATIENCE)
         (command, number), last = crew.running()[HUNTED], rng.randrange(STEPS // 2)
         assert command.kill_when(lambda: steps(number, command.pid) >= last)  # noqa: B023
+    hunt.unlink()
     hit = [trial for trial in stored(deep).trials if trial.system_attrs.get("failed_trial") == HUNTED]
     assert len(hit) >= KILLS - 1
     fault = "kill -9 of each process that runs a certain trial, at a random step of it"

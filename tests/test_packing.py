@@ -318,7 +318,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoConfig
 model = AutoModelForCausalLM.from_pretrained({str(packed)!r}, trust_remote_code={trusted})
 ids = torch.randint(2, {VOCABULARY - 7}, (2, {TOKENS}), generator=torch.Generator().manual_seed(1))
-torch.set_num_threads(1)
 save_file({{"logits": model(input_ids=ids).logits.detach()}}, {str(out)!r})
 model.generate(ids, max_new_tokens=2, do_sample=False)
 model.save_pretrained({str(tmp_path / "saved")!r})
@@ -487,7 +486,6 @@ def test_it_is_pickled(name: str, make: Make) -> None:
 UNPICKLE = """
 import pickle, sys
 import torch
-torch.set_num_threads(1)
 model = pickle.load(open(sys.argv[1], "rb"))
 with torch.inference_mode():
     torch.save(model(torch.tensor([[5, 6, 7]])).logits, sys.argv[2])
