@@ -71,8 +71,8 @@ metric_list: [{{metric: acc}}]
 # command → what it may write, and the kinds of input that it reads with its options for them
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "tune": (rf"{DATABASE}(-journal)?|{BEST}|{ARTIFACTS}", dict.fromkeys(
-        ("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml --trials 7")
-        | {"configuration": "--study {study}/tiny.toml"}),
+        ("study file", "model folder", "texts"), "--study {study}/tiny.toml --trials 2")
+        | {"database": "--study {study}/tiny.toml --trials 7", "configuration": "--study {study}/tiny.toml"}),
     MODEL: (rf"work/studies|work/studies/{MADE}\.(toml|db|db-journal|best\.json|{FILES})", dict.fromkeys(
         ("model folder", "texts"), f"{{study}}/model --texts {{text}} --preset quick --device cpu {FEW}")),
     "plan": ("", dict.fromkeys(("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml")),
