@@ -91,3 +91,10 @@ def language_model(model: nn.Module) -> nn.Module:
     if config is None or find is None or config.get_text_config() is config:
         return model
     return find() or model
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The tower of a model that reads images beside text; None if transformers knows of none."""
+    find: Any = getattr(model, "get_encoder", None)
+    found: nn.Module | None = None if find is None else find(modality="image")
+    return None if found is None or language_model(model) in found.modules() else found

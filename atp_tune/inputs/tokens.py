@@ -14,7 +14,7 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
-from atp_tune.inputs.pairs import PairBatch, Pairs, read_pairs
+from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.texts import Text
@@ -62,8 +62,9 @@ class TokenWindows:
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: Mapping[str, Windows | Pairs]) -> None:
-        """UserError if two texts share a window."""
+        """UserError if two texts share a window, or a pair of image and text."""
         check_disjoint({role: windows for role, windows in items.items() if isinstance(windows, Windows)})
+        check_distinct({role: pairs for role, pairs in items.items() if isinstance(pairs, Pairs)})
 
     def check_fit(
         self, checkpoint: Checkpoint, items: Mapping[str, Windows], embed: Callable[[Tensor], Tensor]

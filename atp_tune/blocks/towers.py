@@ -1,0 +1,150 @@
+"""Runs a model that reads images beside text block by block, its vision tower before its language model.
+
+The blocks of the tower and those of the language model are replayed apart. What lies between them, such as a projector,
+and which hidden states of the tower the language model gets, is the model's own code: it runs with the tower's weights,
+dense or pruned, up to the first block of the language model.
+
+Hidden states are [images, patches, width] in the tower and [pairs, tokens, width] behind it; each pair has one image.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp_tune.blocks.replay import Replay, bypassed, hidden_of, split
+from atp_tune.blocks.verification import Head, check_batch, is_equal, missing_calls, verified
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import UserError
+from atp_tune.inputs import Batch, InputKind
+from atp_tune.inputs.pairs import IDS, PairBatch
+
+ONLY = 'take model.prune = ["language"]'
+
+
+class TowerReplay(Replay):
+    """The replay of a tower and a language model, in one list of blocks; `logits` is of texts and of pairs alike."""
+
+    def __init__(self, checkpoint: Checkpoint, tower: Replay, language: Replay) -> None:
+        """`tower`, `language`: replays of the two parts of the checkpoint."""
+        self.checkpoint = checkpoint
+        self.inputs = language.inputs
+        self._tower = tower
+        self._language = language
+        self._steps = set()
+
+    def embed(self, batch: Batch, tower: Sequence[dict[str, Tensor]] = ()) -> Tensor:
+        """Hidden states [images, patches, width] that enter the tower; with its weights those that leave it."""
+        if not tower:
+            return self._tower.embed(batch)
+        with self._tower.whole(tower.__getitem__):
+            return self._language.embed(batch)
+
+    def step(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states after block `index` with its current weights."""
+        if index < self.in_tower:
+            return self._tower.step(index, hidden)
+        return self._language.step(index - self.in_tower, hidden)
+
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Logits [pairs, tokens, vocabulary] from the hidden states after the last block."""
+        return self._language.logits(batch, hidden)
+
+
+class OfPairs:
+    """What the replay of a tower needs of an `InputKind`: examples are a pair with other pixels."""
+
+    called = "a pair of image and text"
+    has_steps = False
+
+    def __init__(self, inputs: InputKind[Any], pairs: PairBatch) -> None:
+        """`pairs`: some, of which the first is the example."""
+        self._inputs = inputs
+        self._pair = pairs[:1]
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The output of the model for a batch."""
+        return self._inputs.forward(model, batch)
+
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[PairBatch, PairBatch, PairBatch]:
+        """Three batches of one shape: pixels of one value, and two of noise."""
+
+        def filled(seed: int) -> PairBatch:
+            draw = torch.Generator().manual_seed(seed)
+            found = {}
+            for name, tensor in self._pair.tensors.items():
+                rows = tensor.expand(items, *tensor.shape[1:]).clone()
+                if tensor.is_floating_point():
+                    noise = torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape)
+                    rows.copy_(noise)
+                found[name] = rows
+            return PairBatch(found)
+
+        return filled(0), filled(1), filled(2)
+
+
+@torch.inference_mode()
+def verified_with_tower(
+    checkpoint: Checkpoint, inputs: InputKind[Any], head: Head, items: dict[str, Batch]
+) -> TowerReplay:
+    """The verified replay of a model whose vision tower is pruned too; UserError that names the first difference.
+
+    `items`: pairs by role, on which the tower is compared with the model's own forward.
+    """
+    first, kind = checkpoint.in_tower, type(checkpoint.model).__name__
+    language = verified(checkpoint.part(first, len(checkpoint.blocks)), inputs, head)
+    pairs = next(iter(items.values()))
+    replay = TowerReplay(checkpoint, _tower_of(checkpoint, inputs, pairs), language)
+    for role, batch in items.items():
+        where = f"texts.{role}.images"
+        _check_tower(replay._tower, batch, where)
+        check_batch(language, batch, where)
+        dense = [checkpoint.weights(index) for index in range(first)]
+        if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
+            raise UserError(f"{where}: {kind} gives its language model other numbers when its tower is run by blocks")
+    return replay
+
+
+def _tower_of(checkpoint: Checkpoint, inputs: InputKind[Any], pairs: PairBatch) -> Replay:
+    """The replay of the tower; UserError for one that has not one image for each pair, or does not call its linears."""
+    kind = type(checkpoint.model).__name__
+    tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
+    hidden = tower.embed(pairs[:2])
+    if hidden.dim() != 3 or len(hidden) != len(pairs[:2].tensors[IDS]):
+        raise UserError(
+            f"model {kind}: its vision tower runs on {tuple(hidden.shape)} for 2 pairs, not on one image for each "
+            f"[images, patches, width], so it cannot be pruned block by block; {ONLY}"
+        )
+    if missing := missing_calls(tower, pairs[:2]):
+        raise UserError(f"model {kind}: does not call {min(missing)} of its vision tower; {ONLY}")
+    return tower
+
+
+def _check_tower(tower: Replay, batch: Batch, where: str) -> None:
+    """UserError unless the blocks of a tower, replayed one by one, compute what they do when the model runs.
+
+    They are replayed after the model has run: while it runs, transformers collects what its blocks return.
+    """
+    ran: list[tuple[int, Tensor, Tensor]] = []
+    own = [block.forward for block in tower.checkpoint.blocks]
+    kind, weights = type(tower.checkpoint.model).__name__, tower.checkpoint.weights
+
+    def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+        output = tower.within(index, weights(index), partial(own[index], *args, **kwargs))
+        ran.append((index, split(args, kwargs)[0].clone(), hidden_of(output).clone()))
+        return output
+
+    if not all(tower.is_as_examples(batch[row : row + 1]) for row in range(len(batch))):
+        raise UserError(f"{where}: {kind} passes the blocks of its tower values that depend on the image; {ONLY}")
+    with bypassed(tower.checkpoint.blocks, stand_in):
+        tower.forward(batch[:2])
+    if [index for index, *_ in ran] != list(range(len(own))):
+        raise UserError(f"{where}: {kind} does not run each block of its vision tower once, in their order; {ONLY}")
+    hidden = tower.embed(batch[:2])
+    for index, given, output in ran:
+        found = tower.alone(index, weights(index), hidden)
+        if not is_equal(given, hidden) or not is_equal(found, output):
+            raise UserError(f"{where}: block {index} of {kind}'s tower has other numbers when it is run alone; {ONLY}")
+        hidden = found
