@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.api.configuration import load_config
 from atp_tune.errors import UserError
 from atp_tune.inputs import probe as probes
 from atp_tune.metrics.accuracy import accuracy, gain
@@ -204,6 +205,10 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert answers(seen) == pytest.approx(
         [*own_probabilities(place / "sparse", place), *own_probabilities(place / "model", place)], rel=1e-4
     )
+    loaded = load_config(place / "tiny.best.json", device="cpu")
+    own = loaded.classify(write_pictures(place), both=True)
+    assert json.loads(pruned.out) == [one.model_dump(mode="json") for one in own]
+    assert loaded.classify(str(place / "0.png"))[0].dense is None
     assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
     page = (place / "r.html").read_text()
     assert "validation accuracy" in page

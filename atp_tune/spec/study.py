@@ -246,7 +246,8 @@ class Study(SettingsTable):
             if is_given:
                 raise ValueError(f"{key}: {reason} where sparsity is an interval")
         limit, is_by_kl = self.limit, "kl" in search.objective
-        if limit is not None and limit.min_accuracy is None and (limit.max_kl is not None) != is_by_kl:
+        by_hits = limit is not None and (limit.min_accuracy is not None or limit.max_drop is not None)
+        if limit is not None and not by_hits and (limit.max_kl is not None) != is_by_kl:
             raise ValueError('limit: max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"')
         return self
 
