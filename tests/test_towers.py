@@ -141,6 +141,7 @@ def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str
         (["texts.validation.shuffle=true"], "texts.validation.shuffle: is of documents"),
         (["texts.test.part=[0.0, 0.5]"], "texts.test: reads the same documents as texts.calibration"),
         (["prune.pattern=channels"], "prune.pattern: channels are of language models alone where model.prune"),
+        (["texts.bos=true"], "texts.bos: the processor writes what pairs begin with"),
         (["bits=4"], "bits: are of language models alone where model.prune"),
         (["allocation=prices"], "allocation.names: prices goes down on texts"),
     ],
@@ -173,7 +174,7 @@ def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Pa
     with Checkpoint.load(models["idefics3"], torch.float32, CPU, with_tower=True) as checkpoint:
         image = checkpoint.config.image_token_id
         batch["input_ids"][:, 1:9] = image
-        with pytest.raises(UserError, match=r"its vision tower runs on \(4, 4, 32\) for 2 pairs, not on one image"):
+        with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
             verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": PairBatch(batch, image)})
 
 
@@ -184,10 +185,22 @@ def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, 
     )
     with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
         checkpoint.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1, *args[1:]))
-        said = r"^texts.test.images: block 1 of LlavaForConditionalGeneration's tower has other numbers"
+        said = r"^texts.test.images: LlavaForConditionalGeneration: gives block 1 of its tower other numbers than when"
         items = {"test": pairs.batch(CPU)}
         with pytest.raises(UserError, match=said):
             verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
+
+
+def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path]) -> None:
+    """Images of another size than the tower was made for: one line, whatever transformers raises."""
+    with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
+        ids = torch.full((2, TOKENS), checkpoint.config.image_token_id)
+        items = {"test": PairBatch({"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}, int(ids[0, 0]))}
+        with pytest.raises(
+            UserError, match=r"^model LlavaForCond.*: cannot be run block by block on its pairs: "
+        ) as raised:
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
@@ -203,6 +216,21 @@ def test_pairs_of_two_roles_are_distinct() -> None:
     check_distinct({"test": Pairs.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
     with pytest.raises(UserError, match=r"^texts.test: pair 1 is also in texts.calibration"):
         check_distinct({"calibration": pairs, "test": other})
+
+
+def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing of them would be predicted; as calibration they may be."""
+    file = write_pairs(tmp_path / "p.parquet")
+    texts = {"calibration": wanted(file, part=(0, 0.5), nsamples=2), "test": wanted(file, part=(0.5, 1), nsamples=2)}
+    folder = ModelFolder(models["llava"], "x", "llava")
+    pairs = read_pairs(texts["calibration"], folder, tmp_path)
+    assert pairs.has_text() and pairs.image is not None
+    ids = torch.full_like(pairs.tensors["input_ids"], pairs.image)
+    blank = Pairs.of({**pairs.tensors, "input_ids": ids}, pairs.image)
+    with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
+        TOKEN_WINDOWS.check_fit(checkpoint, {"calibration": blank}, lambda batch: torch.zeros(1))
+        with pytest.raises(UserError, match=r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):
+            TOKEN_WINDOWS.check_fit(checkpoint, {"test": blank}, lambda batch: torch.zeros(1))
 
 
 def test_names_of_blocks() -> None:

@@ -15,8 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.blocks.replay import Replay, bypassed, hidden_of, split
-from atp_tune.blocks.verification import Head, check_batch, is_equal, missing_calls, verified
+from atp_tune.blocks.verification import (
+    Difference,
+    Head,
+    check_batch,
+    check_own_weights,
+    is_equal,
+    missing_calls,
+    verified,
+)
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import UserError
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.pairs import IDS, PairBatch
@@ -93,43 +103,50 @@ def verified_with_tower(
 
     `items`: pairs by role, on which the tower is compared with the model's own forward.
     """
-    first, kind = checkpoint.in_tower, type(checkpoint.model).__name__
-    language = verified(checkpoint.part(first, len(checkpoint.blocks)), inputs, head)
-    pairs = next(iter(items.values()))
-    replay = TowerReplay(checkpoint, _tower_of(checkpoint, inputs, pairs), language)
-    for role, batch in items.items():
-        where = f"texts.{role}.images"
-        _check_tower(replay._tower, batch, where)
-        check_batch(language, batch, where)
-        dense = [checkpoint.weights(index) for index in range(first)]
-        if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
-            raise UserError(f"{where}: {kind} gives its language model other numbers when its tower is run by blocks")
+    language = verified(checkpoint.part(checkpoint.in_tower, len(checkpoint.blocks)), inputs, head)
+    where = f"model {type(checkpoint.model).__name__}"
+    try:
+        replay = TowerReplay(checkpoint, _tower_of(checkpoint, inputs, next(iter(items.values()))), language)
+        dense = [checkpoint.weights(index) for index in range(checkpoint.in_tower)]
+        for role, batch in items.items():
+            where = f"texts.{role}.images: {type(checkpoint.model).__name__}"
+            _check_tower(replay._tower, batch)
+            check_batch(language, batch, f"texts.{role}.images", ONLY)
+            if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
+                raise Difference("gives its language model other numbers when its tower is run by blocks")
+    except Difference as difference:
+        raise UserError(f"{where}: {difference}; {ONLY}") from None
+    except UserError:
+        raise
+    except Exception as error:  # models raise many types
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{where}: cannot be run block by block on its pairs: {one_line(error)}; {ONLY}") from error
     return replay
 
 
 def _tower_of(checkpoint: Checkpoint, inputs: InputKind[Any], pairs: PairBatch) -> Replay:
-    """The replay of the tower; UserError for one that has not one image for each pair, or does not call its linears."""
-    kind = type(checkpoint.model).__name__
+    """The replay of the tower; Difference if it has not one image for each pair, or does not call its linears."""
     tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
     hidden = tower.embed(pairs[:2])
     if hidden.dim() != 3 or len(hidden) != len(pairs[:2].tensors[IDS]):
-        raise UserError(
-            f"model {kind}: its vision tower runs on {tuple(hidden.shape)} for 2 pairs, not on one image for each "
-            f"[images, patches, width], so it cannot be pruned block by block; {ONLY}"
+        raise Difference(
+            f"runs its vision tower on {tuple(hidden.shape)} for {len(pairs[:2])} pairs, not on one image for each"
         )
+    check_own_weights(tower.checkpoint)
     if missing := missing_calls(tower, pairs[:2]):
-        raise UserError(f"model {kind}: does not call {min(missing)} of its vision tower; {ONLY}")
+        raise Difference(f"does not call {min(missing)} of its vision tower")
     return tower
 
 
-def _check_tower(tower: Replay, batch: Batch, where: str) -> None:
-    """UserError unless the blocks of a tower, replayed one by one, compute what they do when the model runs.
+def _check_tower(tower: Replay, batch: Batch) -> None:
+    """Difference unless the blocks of a tower, replayed one by one, compute what they do when the model runs.
 
     They are replayed after the model has run: while it runs, transformers collects what its blocks return.
     """
     ran: list[tuple[int, Tensor, Tensor]] = []
     own = [block.forward for block in tower.checkpoint.blocks]
-    kind, weights = type(tower.checkpoint.model).__name__, tower.checkpoint.weights
+    weights = tower.checkpoint.weights
 
     def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
         output = tower.within(index, weights(index), partial(own[index], *args, **kwargs))
@@ -137,14 +154,14 @@ def _check_tower(tower: Replay, batch: Batch, where: str) -> None:
         return output
 
     if not all(tower.is_as_examples(batch[row : row + 1]) for row in range(len(batch))):
-        raise UserError(f"{where}: {kind} passes the blocks of its tower values that depend on the image; {ONLY}")
+        raise Difference("passes the blocks of its tower values that depend on the image")
     with bypassed(tower.checkpoint.blocks, stand_in):
         tower.forward(batch[:2])
     if [index for index, *_ in ran] != list(range(len(own))):
-        raise UserError(f"{where}: {kind} does not run each block of its vision tower once, in their order; {ONLY}")
+        raise Difference("does not run each block of its vision tower once, in their order")
     hidden = tower.embed(batch[:2])
     for index, given, output in ran:
         found = tower.alone(index, weights(index), hidden)
         if not is_equal(given, hidden) or not is_equal(found, output):
-            raise UserError(f"{where}: block {index} of {kind}'s tower has other numbers when it is run alone; {ONLY}")
+            raise Difference(f"gives block {index} of its tower other numbers than when it is run alone")
         hidden = found

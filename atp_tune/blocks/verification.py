@@ -61,7 +61,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
     """The verified replay of a model; UserError that names the first difference."""
     kind = type(checkpoint.model).__name__
     try:
-        _check_own_weights(checkpoint)
+        check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
         _compare(replay, head)
     except Difference as difference:
@@ -108,7 +108,7 @@ def missing_calls(replay: Replay, batch: Batch) -> set[str]:
     return calls.missing
 
 
-def _check_own_weights(checkpoint: Checkpoint) -> None:
+def check_own_weights(checkpoint: Checkpoint) -> None:
     """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
     owners: dict[int, int] = {}
     for index, block in enumerate(checkpoint.blocks):

@@ -85,6 +85,11 @@ class Checkpoint(Released):
         self._first = 0  # the place of block 0 in the whole model's blocks
         self.linears = [find_linears(block, has_others) for block in self.blocks]
         self.offload = offload or self._choose()
+        if self.in_tower and self.offload != "none" and device.type != "cpu":
+            raise UserError(
+                f"model.offload: a model whose vision tower is pruned too must lie on {device.type} as a whole, and "
+                'does not; leave the key out, take model.prune = ["language"], a larger device or the CPU'
+            )
         self._stream = self._place(ahead)
 
     @classmethod

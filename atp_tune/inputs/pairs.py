@@ -85,6 +85,10 @@ class Pairs:
         """Every stride-th pair, from the first."""
         return Pairs.of({name: tensor[::stride].contiguous() for name, tensor in self.tensors.items()}, self.image)
 
+    def has_text(self) -> bool:
+        """Whether each pair has a token, after its first, that stands for no image."""
+        return self.image is None or bool(torch.ne(self.tensors[IDS][:, 1:], self.image).any(1).all())
+
     def digests(self) -> list[bytes]:
         """A SHA-256 of each pair, of its ids and its image."""
         names = sorted(self.tensors)

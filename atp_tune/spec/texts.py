@@ -117,6 +117,8 @@ def check_pairs(texts: Texts, prices: bool, with_tower: bool) -> None:
         return
     if texts.bos == "auto":
         raise ValueError("texts.bos: is measured on texts, and texts.calibration has images; give true or false")
+    if with_tower and texts.bos:
+        raise ValueError("texts.bos: the processor writes what pairs begin with; set it to false")
     if prices:
         raise ValueError("allocation.names: prices goes down on texts, and texts.calibration has images; take another")
 
