@@ -192,7 +192,7 @@ def _bytes_column(summary: Summary) -> str:
 
 
 def _has_bytes(summary: Summary) -> bool:
-    return not summary.hits and any(point.packed_bytes is not None for point in summary.points)  # classifiers: no pack
+    return any(point.packed_bytes is not None for point in summary.points)
 
 
 def dense_speed(summary: Summary) -> float | None:
