@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_families import write_classifier
 from PIL import Image
 from test_images import write_folder
 from test_runner import reopen
@@ -24,6 +25,8 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     Dinov2Config,
     Dinov2Model,
     SwinConfig,
@@ -34,6 +37,7 @@ from transformers import (
 )
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.api.configuration import load_config
 from atp_tune.errors import UserError
 from atp_tune.inputs import probe as probes
 from atp_tune.metrics.accuracy import accuracy, gain
@@ -41,6 +45,7 @@ from atp_tune.metrics.perplexity import perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform
+from atp_tune.sparse.packing import pack_folder
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 
@@ -203,13 +208,16 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert answers(seen) == pytest.approx(
         [*own_probabilities(place / "sparse", place), *own_probabilities(place / "model", place)], rel=1e-4
     )
+    loaded = load_config(place / "tiny.best.json", device="cpu")
+    own = loaded.classify(write_pictures(place), both=True)
+    assert json.loads(pruned.out) == [one.model_dump(mode="json") for one in own]
+    assert loaded.classify(str(place / "0.png"))[0].dense is None
     assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
     page = (place / "r.html").read_text()
     assert "validation accuracy" in page
     check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
-        (("pack", "sparse", "--out", "packed"), "pack: writes language models: the model in .*sparse is an image"),
         (("finetune", "--model", "sparse", "--out", "tuned"), "finetune: trains language models: .* is an image"),
         (("speedup", "--config", "tiny.best.json"), "speedup: measures language models: .* is an image classifier"),
         (("generate", "--config", "tiny.best.json", "--prompt", "x"), "the tokenizer: .* is an image classifier"),
@@ -221,7 +229,69 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))  # of `chat`
         refused(tune(*arguments), said)
-    assert not (place / "packed").exists() and not (place / "tuned").exists()
+    assert not (place / "tuned").exists()
+
+
+def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain transformers loads it; `classify`, `evaluate` and `unpack` take it; rounding is measured on images."""
+    monkeypatch.chdir(place)
+    assert tune("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.6").code == 0
+    packed = tune("pack", "sparse", "--out", "packed")
+    assert packed.code == 0 and 'AutoModelForImageClassification.from_pretrained("packed")' in packed.out, packed
+    sparse, own = (AutoModelForImageClassification.from_pretrained(place / name) for name in ("sparse", "packed"))
+    assert type(own).__name__ == "PackedViTForImageClassification"
+    pixels = own_pixels(place / "packed", place)
+    with torch.inference_mode():
+        expected, found = sparse(pixel_values=pixels).logits, own(pixel_values=pixels).logits
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    files = write_pictures(place)
+    seen = [answers(tune("classify", *files, "--model", name, "--both", "--json")) for name in ("sparse", "packed")]
+    assert seen[0] == seen[1]
+    scores = [tune("evaluate", "--model", name).out.splitlines()[-4:] for name in ("sparse", "packed")]
+    assert "test images, top-1" in "".join(scores[0])
+    assert [line for line in scores[0] if "top-" in line] == [line for line in scores[1] if "top-" in line]
+    assert tune("unpack", "packed", "--out", "again").code == 0
+    for file in (place / "sparse").iterdir():
+        assert file.read_bytes() == (place / "again" / file.name).read_bytes(), file.name
+    rounded = tune("pack", "sparse", "--out", "int8", "--values", "int8")
+    assert rounded.code == 0 and "perplexity on the test images: " in rounded.out, rounded
+    applied = tune("apply", "--config", "sparse/atp_tune.json", "--out", "both", "--packed")
+    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    assert "atp_sparse" in (place / "both/config.json").read_text()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    refused(tune("chat", "packed"), "image classifier")
+    refused(tune("finetune", "--model", "packed", "--out", "tuned"), "finetune: ")
+
+
+@pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
+def test_packed_families(family: str, tmp_path: Path) -> None:
+    """Logits of the packed model are those of the sparse one, also where shapes change between stages."""
+    source = write_classifier(tmp_path / "model", {index: str(index) for index in range(CLASSES)}, family)
+    sparse = AutoModelForImageClassification.from_pretrained(source)
+    with torch.no_grad():
+        for module in sparse.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight[torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6] = 0
+    sparse.save_pretrained(source)
+    assert pack_folder(source, tmp_path / "packed").packed_bytes
+    own = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+    side = getattr(sparse.config, "image_size", 32)
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, found = sparse(pixel_values=pixels).logits, own(pixel_values=pixels).logits
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_a_teacher_is_not_packed(tmp_path: Path) -> None:
+    """Transformers' auto class would load the packed folder as a DeiT without one."""
+    config = DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4,
+        num_labels=CLASSES,
+    )  # fmt: skip
+    DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"is a DeiTForImageClassificationWithTeacher, and of its family only DeiTFor"):
+        pack_folder(tmp_path / "model", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def write_pictures(place: Path) -> list[Path]:

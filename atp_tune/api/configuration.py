@@ -18,6 +18,7 @@ from atp_tune.spec.images import CLASSES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from atp_tune.classifying import Classified
     from atp_tune.metrics.continuations import Continuations
     from atp_tune.sparse.applying import Write
 
@@ -109,6 +110,28 @@ class Configuration:
 
         with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
             return continuations(self.config, self._base, prompts, tokens, device, watch, self._allowed)
+
+    def classify(self, files: str | Path | Sequence[str | Path], *, both: bool = False) -> "tuple[Classified, ...]":
+        """The five most probable classes of each picture by this configuration, pruned in memory.
+
+        Args:
+            files: Pictures, or one of them.
+            both: By the dense model too.
+
+        Raises:
+            UserError: For a file that is no picture, and if the model is no image classifier.
+        """
+        from atp_tune import classifying
+
+        paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
+        with (
+            TemporaryDirectory(prefix="atp_tune.") as place,
+            self._working() as watch,
+            models.lent_as(self.config, self._lender, self._device) as device,
+        ):
+            self.write(Path(place) / "configuration.json")
+            found = Path(place) / "configuration.json"
+            return classifying.classify(paths, found, both, device, watch, self._allowed)
 
     def evaluate(
         self,

@@ -35,7 +35,8 @@ class Result:
     """A study and what it found; of a study that still runs, what it found so far.
 
     Methods that prune take the best trial, or another: `trial`, its number; over an interval of sparsities also
-    `sparsity`, for the nearest point of the front, or `max_increase`, for the sparsest plan within it.
+    `sparsity`, for the nearest point of the front, or `max_increase`, for the sparsest plan within it (of image
+    classifiers also `max_drop`, of accuracy).
     """
 
     def __init__(self, study: "optuna.Study", file: StudyFile, lender: Lender | None = None) -> None:
@@ -125,20 +126,23 @@ class Result:
         return self.configuration(device=device, **choice).push(repository, private=private)
 
     def _config(
-        self, *, trial: int | None = None, sparsity: float | None = None, max_increase: float | str | None = None
+        self,
+        *,
+        trial: int | None = None,
+        sparsity: float | None = None,
+        max_increase: float | str | None = None,
+        max_drop: float | str | None = None,
     ) -> Config:
         """The configuration of a trial; UserError for two choices, and for one that is not there."""
-        given = [
-            name
-            for name, value in (("trial", trial), ("sparsity", sparsity), ("max_increase", max_increase))
-            if value is not None
-        ]
+        limits = {"max_increase": max_increase, "max_drop": max_drop}
+        choices = {"trial": trial, "sparsity": sparsity, **limits}
+        given = [name for name, value in choices.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
         with as_arguments():
             if sparsity is not None:
                 trial = at_sparsity(self.study, str(sparsity)).trial.number
-            elif limit := only_limit({"max_increase": None if max_increase is None else str(max_increase)}):
+            elif limit := only_limit({key: None if value is None else str(value) for key, value in limits.items()}):
                 trial = within(self.study, limit).trial.number
             return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
 

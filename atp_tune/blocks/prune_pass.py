@@ -66,15 +66,19 @@ class Pass:
     channels: ChannelPruner | None = None  # whole channels go, in the place of single weights
     after: Tensor = field(init=False)
 
-    def run(self, plan: Plan, hidden: Tensor) -> Iterator[PrunedBlock]:
+    def run(self, plan: Plan, hidden: Tensor, items: Batch = None) -> Iterator[PrunedBlock]:
         """Prunes block after block; overwrites `hidden` [windows, tokens, width] with the states after each block.
 
         `hidden` has no windows if neither the pruner nor an error curve needs them. Where a block changes the shape of
-        the states, they are a new tensor.
+        the states, they are a new tensor. `items`: those of `hidden`, needed where a vision tower is pruned too.
         """
+        tower: list[dict[str, Tensor]] = []
         for index in range(len(self.replay.checkpoint.linears)):
+            hidden = entering(self.replay, self.batch, index, hidden, items, tower)
             block = self.step(plan, index, hidden)
             hidden = self.after
+            if index < self.replay.in_tower:
+                tower.append(block.weights)
             yield block
 
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
@@ -196,21 +200,38 @@ class Pruning:
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
-def embed(replay: Replay, batch: AutoBatch, items: Batch) -> Tensor:
+def embed(replay: Replay, batch: AutoBatch, items: Batch, tower: Sequence[dict[str, Tensor]] = ()) -> Tensor:
     """Hidden states [items, positions, width] that enter block 0, computed batch by batch; empty without items.
 
-    Batches matter here too, since the masks of some families take more memory than all else.
+    `tower`: as for `Replay.embed`. Batches matter here too, since the masks of some families take more memory than all
+    else.
     """
     hidden = torch.empty(0, device=replay.checkpoint.device)
 
     def step(rows: slice) -> None:
         nonlocal hidden
-        found = replay.embed(items[rows])
+        found = replay.embed(items[rows], tower)
         hidden = hidden if rows.start else found.new_empty(len(items), *found.shape[1:])
         hidden[rows] = found
 
     batch.over(len(items), step)
     return hidden
+
+
+def entering(
+    replay: Replay,
+    batch: AutoBatch,
+    index: int,
+    hidden: Tensor,
+    items: Batch,
+    tower: Sequence[dict[str, Tensor]],
+) -> Tensor:
+    """Hidden states that enter block `index`, from those that left the block before.
+
+    They are the same but where a vision tower ends: from there the model's own code leads to the language model, with
+    the weights `tower` of the tower's blocks.
+    """
+    return embed(replay, batch, items, tower) if 0 < index == replay.in_tower else hidden
 
 
 def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:

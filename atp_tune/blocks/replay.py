@@ -9,7 +9,7 @@ model, for texts with token ids [windows, tokens]. In image classifiers with sta
 and there are steps between blocks, such as downsampling: those are run by a bypassed model too (`cross`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,8 +55,16 @@ class Replay:
         self._steps: set[int] = set()  # blocks after which the model computes something before the next block
         self._rest = self._outputs_of_all() if inputs.has_steps else self._outputs_beside_hidden()
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Hidden states [items, positions, width] that enter block 0."""
+    @property
+    def in_tower(self) -> int:
+        """The number of blocks, the first, that are of a vision tower: see `towers`."""
+        return self.checkpoint.in_tower
+
+    def embed(self, batch: Batch, tower: Sequence[dict[str, Tensor]] = ()) -> Tensor:
+        """Hidden states [items, positions, width] that enter block 0.
+
+        `tower`: the weights of a tower's blocks; then those that enter the first block of the language model.
+        """
         return self._enter(batch)[0]
 
     def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.errors import UserError
 from atp_tune.inputs import Batch, InputKind
 
+TEXTS_ALONE = "leave the images out, it is calibrated on texts"
 UNITS = 32  # tolerance in units in the last place, on devices with varying order of sums
 
 
@@ -60,7 +61,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
     """The verified replay of a model; UserError that names the first difference."""
     kind = type(checkpoint.model).__name__
     try:
-        _check_own_weights(checkpoint)
+        check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
         _compare(replay, head)
     except Difference as difference:
@@ -76,7 +77,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Repl
 
 
 @torch.inference_mode()
-def check_batch(replay: Replay, batch: Batch, where: str) -> None:
+def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_ALONE) -> None:
     """UserError, which begins with `where`, unless blocks can be replayed on items of a batch as on examples.
 
     Of the whole batch the arguments of the blocks are compared, which may depend on images; of its first two items also
@@ -91,7 +92,7 @@ def check_batch(replay: Replay, batch: Batch, where: str) -> None:
         with bypassed(replay.checkpoint.blocks, walk.step):
             replay.forward(batch[:2])
     except Difference as difference:
-        raise UserError(f"{where}: {kind} {difference}; leave the images out, it is calibrated on texts") from None
+        raise UserError(f"{where}: {kind} {difference}; {remedy}") from None
     except UserError:
         raise
     except Exception as error:  # models raise many types
@@ -100,7 +101,14 @@ def check_batch(replay: Replay, batch: Batch, where: str) -> None:
         raise UserError(f"{where}: {kind} cannot be run on its pairs: {one_line(error)}") from error
 
 
-def _check_own_weights(checkpoint: Checkpoint) -> None:
+def missing_calls(replay: Replay, batch: Batch) -> set[str]:
+    """The modules with prunable weights that the model does not call on a batch."""
+    with _CallRecorder(replay.checkpoint, 1) as calls:
+        replay.forward(batch)
+    return calls.missing
+
+
+def check_own_weights(checkpoint: Checkpoint) -> None:
     """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
     owners: dict[int, int] = {}
     for index, block in enumerate(checkpoint.blocks):

@@ -1,5 +1,6 @@
 """The blocks of a model: one list, or several lists in the stages of an image classifier.
 
+Of a model that reads images beside text those of its vision tower may come before those of its language model.
 Between the stages of an image classifier lie steps such as downsampling, which belong to no block and stay dense.
 """
 
@@ -8,33 +9,39 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from atp_tune.checkpoints.classes import is_image_classifier, language_model
+from atp_tune.checkpoints.classes import is_image_classifier, language_model, vision_tower
 from atp_tune.errors import UserError
+from atp_tune.spec.block_names import joined
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The blocks in the order in which they run, and the name in the model of each.
 
-    `name`: of their list; of several lists with `*` where they differ, such as swin.encoder.layers.*.blocks.
+    `name`: of their list; of several lists with `*` where they differ, such as swin.encoder.layers.*.blocks;
+    see also `spec.block_names`. `in_tower`: so many of them, the first, are of the vision tower.
     """
 
     name: str
     names: tuple[str, ...]
     modules: nn.ModuleList
+    in_tower: int = 0
+
+    def __add__(self, other: "Blocks") -> "Blocks":
+        """The blocks of a vision tower, and behind them those of the language model."""
+        modules = nn.ModuleList([*self.modules, *other.modules])
+        name = joined(self.name, len(self.names), other.name)
+        return Blocks(name, (*self.names, *other.names), modules, len(self.names))
 
 
-def find_blocks(model: nn.Module) -> Blocks:
+def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     """The blocks: the `nn.ModuleList` with the most parameters, or the lists in it; UserError if there is none.
 
-    In a model that also reads images, only its language model is searched.
+    In a model that also reads images, only its language model is searched; `with_tower`: its vision tower too.
     """
-    inside = set(language_model(model).modules())
-    named = ((name, module) for name, module in model.named_modules() if module in inside)
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
-    name, found = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    if with_tower:
+        return _of_tower(model) + find_blocks(model)
+    name, found = _largest(model, language_model(model))
     if not is_image_classifier(model):
         return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found)
     leaves = list(_leaves(name, found))
@@ -47,6 +54,27 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(_common([name for name, _ in leaves]), tuple(name for name, _ in leaves), nn.ModuleList(
         block for _, block in leaves
     ))  # fmt: skip
+
+
+def _of_tower(model: nn.Module) -> Blocks:
+    """The blocks of a model's vision tower; UserError if it has none."""
+    tower = vision_tower(model)
+    if tower is None:
+        raise UserError(
+            f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
+        )
+    name, found = _largest(model, tower)
+    return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found)
+
+
+def _largest(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name in the model, and list, of the most parameters in a part of it; UserError if it has no list."""
+    inside = set(part.modules())
+    named = ((name, module) for name, module in model.named_modules() if module in inside)
+    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def _leaves(name: str, members: nn.ModuleList | nn.Sequential) -> Iterator[tuple[str, nn.Module]]:

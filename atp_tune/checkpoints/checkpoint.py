@@ -8,6 +8,7 @@ activations.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -58,9 +59,17 @@ class Checkpoint(Released):
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, offload: Offload | None = None, ahead: bool = True
+        self,
+        model: nn.Module,
+        device: torch.device,
+        offload: Offload | None = None,
+        ahead: bool = True,
+        with_tower: bool = False,
     ) -> None:
-        """`offload`: place of the blocks, None: by free memory; `ahead`: copy the next block while one is used."""
+        """`offload`: place of the blocks, None: by free memory; `ahead`: copy the next block while one is used.
+
+        `with_tower`: the blocks of the vision tower come before those of the language model.
+        """
         tensors = (*model.parameters(), *model.buffers())
         self._modes = [(module, module.training) for module in model.modules()]
         self._places = [(tensor, tensor.device) for tensor in tensors]
@@ -70,10 +79,17 @@ class Checkpoint(Released):
         if self._gives_router_logits:
             self.config.output_router_logits = False  # used for training only, and bypassed blocks have none
         self.device = device
-        found, has_others = find_blocks(model), is_image_classifier(model)
+        found, has_others = find_blocks(model, with_tower), is_image_classifier(model)
         self.blocks_name, self.block_names, self.blocks = found.name, found.names, found.modules
+        self.in_tower = found.in_tower  # so many blocks, the first, are of the vision tower
+        self._first = 0  # the place of block 0 in the whole model's blocks
         self.linears = [find_linears(block, has_others) for block in self.blocks]
         self.offload = offload or self._choose()
+        if self.in_tower and self.offload != "none" and device.type != "cpu":
+            raise UserError(
+                f"model.offload: a model whose vision tower is pruned too must lie on {device.type} as a whole, and "
+                'does not; leave the key out, take model.prune = ["language"], a larger device or the CPU'
+            )
         self._stream = self._place(ahead)
 
     @classmethod
@@ -84,8 +100,12 @@ class Checkpoint(Released):
         device: torch.device,
         trusted: bool = False,
         offload: Offload | None = None,
+        with_tower: bool = False,
     ) -> "Checkpoint":
-        """Loads a folder of safetensors; UserError if that fails. `trusted`: code in the folder may run."""
+        """Loads a folder of safetensors; UserError if that fails. `trusted`: code in the folder may run.
+
+        `with_tower`: as for the class.
+        """
         check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -101,7 +121,7 @@ class Checkpoint(Released):
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        checkpoint = cls(model.requires_grad_(False), device, offload)
+        checkpoint = cls(model.requires_grad_(False), device, offload, with_tower=with_tower)
         checkpoint._is_loaded = True
         return checkpoint
 
@@ -123,6 +143,15 @@ class Checkpoint(Released):
         self._stream = None
         self.model, self.blocks, self._modes, self._places = nn.Module(), nn.ModuleList(), [], []
         return model
+
+    def part(self, start: int, stop: int) -> "Checkpoint":
+        """The same model with these blocks alone, in the same places; not to be released."""
+        part = copy(self)
+        for name in ("sizes", "shapes"):
+            vars(part).pop(name, None)
+        part.blocks, part.block_names = self.blocks[start:stop], self.block_names[start:stop]
+        part.linears, part.in_tower, part._first = self.linears[start:stop], 0, self._first + start
+        return part
 
     def _restore(self) -> None:
         for module, training in self._modes:
@@ -173,7 +202,7 @@ class Checkpoint(Released):
 
         Callers may keep them, but must not write to them.
         """
-        return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(index)
+        return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(self._first + index)
 
     def key(self, index: int, linear: Linear) -> str:
         """Name in the model of the tensor that holds the weight of a linear."""

@@ -22,6 +22,8 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.trust import read_table
 from atp_tune.errors import UserError
 
+PACKED = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports more
+
 
 def auto_class(folder: Path) -> Any:
     """The auto class that loads a folder: of language models, of models that also read images, of classifiers."""
@@ -71,9 +73,12 @@ def is_image_classifier(model: nn.Module) -> bool:
 
 
 def classifies_images(folder: Path) -> bool:
-    """Whether a folder was saved from an image classifier of transformers."""
+    """Whether a folder was saved from an image classifier of transformers, or packed from such a folder."""
     file = folder / "config.json"
     config = read_table(file) if file.is_file() else {}
+    if config.get("model_type") == PACKED:
+        table = config.get(PACKED)
+        return isinstance(table, dict) and table.get("class") == AutoModelForImageClassification.__name__
     names = config.get("architectures")
     return isinstance(names, list) and len(names) == 1 and names[0] in _classifiers() and "auto_map" not in config
 
@@ -91,3 +96,10 @@ def language_model(model: nn.Module) -> nn.Module:
     if config is None or find is None or config.get_text_config() is config:
         return model
     return find() or model
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The tower of a model that reads images beside text; None if transformers knows of none."""
+    find: Any = getattr(model, "get_encoder", None)
+    found: nn.Module | None = None if find is None else find(modality="image")
+    return None if found is None or language_model(model) in found.modules() else found

@@ -45,7 +45,7 @@ class LentModel(ModelFolder):
                 f"model.dtype: the model in memory is {str(own).removeprefix('torch.')}; leave the key out, or convert "
                 f"the model with model.to(torch.{config.dtype})"
             )
-        return Checkpoint(self.model, device, "none")
+        return Checkpoint(self.model, device, "none", with_tower=config.has_tower)
 
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of all parameters, and of a value."""

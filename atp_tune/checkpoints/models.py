@@ -65,7 +65,8 @@ class ModelFolder:
         from atp_tune.checkpoints.devices import find_dtype
 
         offload = None if config.offload == "auto" else config.offload
-        return Checkpoint.load(self.path, find_dtype(config.dtype, device), device, self.trusted, offload)
+        dtype = find_dtype(config.dtype, device)
+        return Checkpoint.load(self.path, dtype, device, self.trusted, offload, config.has_tower)
 
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of all weights in the files, and of a value of the blocks."""

@@ -25,6 +25,7 @@ class ChoiceOptions:
     max_increase: str | None
     max_perplexity: str | None
     max_kl: str | None
+    max_drop: str | None = None
 
     def check(self) -> None:
         """BadParameter if two are given."""
@@ -48,7 +49,7 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
     from atp_tune.storage.validation import StudySnapshot
 
     study = StudySnapshot(stored)
-    limits = {key: getattr(choice, key) for key in ("max_increase", "max_perplexity", "max_kl")}
+    limits = {key: getattr(choice, key) for key in ("max_increase", "max_perplexity", "max_kl", "max_drop")}
     limit = only_limit(limits)
     if choice.trial is not None:
         return choice.trial

@@ -126,7 +126,11 @@ def _notes(summary: Summary) -> list[str]:
     if summary.hits:
         notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
     if summary.limit:
-        where = "at the lower end" if "min_accuracy" in summary.limit else "validation text, at the upper end"
+        where = (
+            "at the lower end"
+            if "min_accuracy" in summary.limit
+            else f"validation {'images' if summary.hits else 'text'}, at the upper end"
+        )
         notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
     return [note for note in notes if note]
 

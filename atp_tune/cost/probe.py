@@ -1,6 +1,7 @@
 """The probe: times one batch in three blocks for a few seconds, from which a study's cost is forecast."""
 
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -12,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.prune_pass import Pass, advance
+from atp_tune.blocks.prune_pass import Pass, advance, embed, entering
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
@@ -89,15 +90,27 @@ def _entering(context: TrialContext, role: str, probed: list[int]) -> dict[int, 
 
     Those of block 0 will do for all, unless blocks change their shape.
     """
-    hidden = context.replay.embed(context.items(role)[: context.batch(role).windows]).clone()
-    if not context.inputs.has_steps:
-        return dict.fromkeys(probed, hidden)
-    found = {}
-    for index in range(probed[-1] + 1):
-        if index in probed:
-            found[index] = hidden
-        hidden = context.replay.run(index, context.checkpoint.weights(index), hidden)
-    return found
+    items = context.items(role)[: context.batch(role).windows]
+    if not _is_shaped(context):
+        return dict.fromkeys(probed, context.replay.embed(items).clone())
+    return dict(pair for pair in enumerate(_dense_states(context, role, items)) if pair[0] in probed)
+
+
+def _is_shaped(context: TrialContext) -> bool:
+    """Whether the hidden states of some blocks have another shape than those of block 0."""
+    return context.inputs.has_steps or context.replay.in_tower > 0
+
+
+def _dense_states(context: TrialContext, role: str, items: Batch) -> Iterator[Tensor]:
+    """Hidden states of the dense model before each block, then those after the last."""
+    replay, checkpoint, batch = context.replay, context.checkpoint, context.batch(role)
+    tower = [checkpoint.weights(index) for index in range(replay.in_tower)]
+    hidden = embed(replay, batch, items)
+    for index in range(len(checkpoint.blocks)):
+        hidden = entering(replay, batch, index, hidden, items, tower)
+        yield hidden.clone()
+        hidden = replay.run(index, checkpoint.weights(index), hidden)
+    yield hidden
 
 
 def _probe_block(
@@ -114,14 +127,6 @@ def _probe_block(
     for role, states in batches.items():
         moved = states[index].clone()
         clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
-
-
-def _final(context: TrialContext, items: Batch) -> Tensor:
-    """Hidden states of the dense model after its last block."""
-    hidden = context.replay.embed(items)
-    for index in range(len(context.checkpoint.blocks)):
-        hidden = context.replay.run(index, context.checkpoint.weights(index), hidden)
-    return hidden
 
 
 def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
@@ -141,7 +146,7 @@ def _probe_ends(context: TrialContext, kl: bool) -> float:
     heads, clock = context.heads, Clock(context.checkpoint.device)
     role = "validation" if "validation" in context.windows else "test"
     items = context.items(role)[: heads.windows]
-    final = _final(context, items) if context.inputs.has_steps else None
+    final = deque(_dense_states(context, role, items), maxlen=1)[0] if _is_shaped(context) else None
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first turn is a warm-up

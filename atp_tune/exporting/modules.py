@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from atp_tune.errors import UserError
+from atp_tune.spec.block_names import block_name
 from atp_tune.spec.config import Config
 
 NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` it, and export --config {}"
@@ -21,7 +22,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
             names(config, "linears")[index], config.linear_sparsities[index], strict=True
         )
         for linear, share in linears or [("", sparsity)]:
-            name = f"{names(config, 'blocks')}.{index}" + (f".{linear}" if linears else "")
+            name = block_name(names(config, "blocks"), index) + (f".{linear}" if linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
             amount = (

@@ -23,8 +23,8 @@ from atp_tune.plan import percent
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import levels_of
 
-SPARSITY = "Sparsity of each block", "block", "sparsity (share of zeros)"
-BITS = "Bits of each block", "block", "bits per weight, without scales"
+SPARSITY = "Sparsity of each block", "sparsity (share of zeros)"
+BITS = "Bits of each block", "bits per weight, without scales"
 
 
 def draw_sparsity(summary: Summary) -> go.Figure | None:
@@ -35,7 +35,8 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
     ]
-    figure = new_figure(*(SPARSITY if summary.bits is None else BITS))
+    title, amount = SPARSITY if summary.bits is None else BITS
+    figure = new_figure(title, _axis(summary), amount)
     for name, trial, colour, dash in shown:
         levels = levels_of(trial)
         if trial is None or not levels:
@@ -68,7 +69,8 @@ def draw_error(summary: Summary) -> go.Figure | None:
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
         ("worst", None if worst == uniform else worst, WORST, "dot"),
     ]
-    figure = new_figure("Error of the hidden states after each block", "block", "error, relative to the dense model")
+    title = "Error of the hidden states after each block"
+    figure = new_figure(title, _axis(summary), "error, relative to the dense model")
     for name, trial, colour, dash in shown:
         if trial is not None and any(_errors(trial)):
             figure.add_scatter(
@@ -82,6 +84,11 @@ def draw_error(summary: Summary) -> go.Figure | None:
     figure.update_yaxes(log_axis(min(values), max(values)))
     blocks = max(len(trace.y) for trace in figure.data)
     return figure.update_layout(legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5])
+
+
+def _axis(summary: Summary) -> str:
+    """The title of the axis of blocks, which says how many of them are of a vision tower."""
+    return f"block (0 to {summary.in_tower - 1}: vision tower)" if summary.in_tower else "block"
 
 
 def _along(summary: Summary) -> list[tuple[str, FrozenTrial | None, str, str]]:

@@ -5,6 +5,7 @@ from itertools import accumulate
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
+from atp_tune.figures.accuracy import show_accuracies
 from atp_tune.figures.style import (
     BEST,
     CYCLE,
@@ -19,14 +20,15 @@ from atp_tune.figures.style import (
     set_range,
 )
 from atp_tune.figures.trials import (
+    axis_of,
     finite,
-    measure_of,
     off_scale,
     role,
     told,
     uniform_line,
     uniform_of,
     uniform_value,
+    validation,
     value_of,
 )
 from atp_tune.results.summary import Summary
@@ -40,8 +42,8 @@ def draw_history(summary: Summary) -> go.Figure | None:
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
     if not done or summary.interval:  # values at different sparsities do not compare
         return None
-    seen = range_of(done, None)
-    figure = new_figure("How the search went", "trial", f"{measure_of(summary)}, validation text")
+    seen = range_of(done, None, summary.by_accuracy)
+    figure = new_figure("How the search went", "trial", axis_of(summary))
     shown = [trial for trial in done if not seen.hides(trial)]
     figure.add_scatter(
         x=[trial.number for trial in shown], y=rounded(map(value_of, shown)), name="each trial", mode="markers",
@@ -58,6 +60,8 @@ def draw_history(summary: Summary) -> go.Figure | None:
         level(figure, value, f"uniform {uniform_line(summary, value)}{seen.arrow(value)}", UNIFORM)
     hidden = [f"trial {trial.number}: {off_scale(trial, summary)} ↑" for trial in done if seen.hides(trial)]
     set_range(seen, figure, hidden)
+    if summary.by_accuracy:
+        show_accuracies(figure, done, seen)
     return figure
 
 
@@ -92,8 +96,8 @@ def draw_front(summary: Summary) -> go.Figure | None:
     front = finite(list(summary.front))
     if not front or summary.interval:
         return None
-    figure = new_figure("Perplexity and KL divergence", "", "KL divergence, validation text")
-    figure.update_xaxes(axis("perplexity, validation text"))
+    figure = new_figure("Perplexity and KL divergence", "", f"KL divergence, {validation(summary)}")
+    figure.update_xaxes(axis(f"perplexity, {validation(summary)}"))
     numbers = {trial.number for trial in front}
     _add_points(figure, [t for t in finite(summary.trials) if t.number not in numbers], "other trials", INK)
     _add_points(

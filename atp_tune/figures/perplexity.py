@@ -1,4 +1,4 @@
-"""Perplexity, or KL, against β: measured trials, the search's Gaussian process, lines at uniform and dense."""
+"""Perplexity, KL or accuracy against β: measured trials, the search's Gaussian process, lines at uniform and dense."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget, atp
+from atp_tune.figures.accuracy import error_of_dense, show_accuracies
 from atp_tune.figures.style import (
     DENSE,
     INK,
@@ -27,9 +28,19 @@ from atp_tune.figures.style import (
     rounded,
     set_range,
 )
-from atp_tune.figures.trials import finite, measure_of, off_scale, role, told, uniform_line, uniform_value, value_of
+from atp_tune.figures.trials import (
+    axis_of,
+    finite,
+    measure_of,
+    off_scale,
+    role,
+    told,
+    uniform_line,
+    uniform_value,
+    value_of,
+)
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform
+from atp_tune.results.trials import is_by_accuracy, is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
@@ -50,11 +61,11 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     if not done or summary.interval:  # the bounds of β depend on the sparsity
         return None
     measure = measure_of(summary)
-    dense = summary.dense.validation.value if summary.dense.validation and measure == "perplexity" else None
-    seen, panels = range_of(done, dense), split(done)
+    dense = _dense(summary, done)
+    seen, panels = range_of(done, dense, summary.by_accuracy), split(done)
     name = measure[0].upper() + measure[1:]
     title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
-    figure = new_figure(title, "", f"{measure}, validation text")
+    figure = new_figure(title, "", axis_of(summary))
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
         add_gp_posterior(figure, summary.gp_posterior)
@@ -64,7 +75,18 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
     set_range(seen, figure, [f"{_place(t, panels)}: {off_scale(t, summary)} ↑" for t in done if seen.hides(t)])
+    if summary.by_accuracy:
+        show_accuracies(figure, done, seen)
     return figure
+
+
+def _dense(summary: Summary, trials: list[FrozenTrial]) -> float | None:
+    """The dense model's value in the figure; none for KL, which is 0."""
+    if summary.by_accuracy:
+        found = summary.hits.trial(None).validation
+        images = next((len(t.user_attrs["misses"]) for t in trials if is_by_accuracy(t)), 0)
+        return error_of_dense(images, found.value) if found and images else None
+    return summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
 
 
 def split(trials: list[FrozenTrial]) -> Panels:
@@ -174,7 +196,9 @@ def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: floa
         name = f"uniform, {best.params.get('pruner')}" if several else "uniform"
         level(figure, uniform, f"{name} {uniform_line(summary, uniform)}{seen.arrow(uniform)}", UNIFORM)
     if dense is not None:
-        level(figure, dense, f"dense {dense:.2f}{seen.arrow(dense)}", DENSE, "dot")
+        known = summary.hits.trial(None).validation if summary.by_accuracy else None
+        said = f"{known.value:.1%}" if known else f"{dense:.2f}"
+        level(figure, dense, f"dense {said}{seen.arrow(dense)}", DENSE, "dot")
 
 
 def _mark(figure: go.Figure, best: FrozenTrial, panels: Panels) -> None:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import BEST, DENSE, INK, UNIFORM, WORST, faint, level, log_axis, new_figure, rounded
-from atp_tune.figures.trials import measure_of, role, told, value_of, written
+from atp_tune.figures.trials import axis_of, measure_of, role, told, value_of, written
 from atp_tune.metrics.perplexity import Estimate
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, kl_of, score_of
@@ -32,8 +32,7 @@ def draw_points(summary: Summary) -> go.Figure | None:
     around = {point.uniform.number: point.uniform for point in summary.points if point.uniform is not None}
     uniform = _marks(summary, [trial for trial in summary.trials if trial.number in around])
     found = [mark for mark in shown if not is_uniform(mark.trial)] if summary.limit else shown
-    measure = measure_of(summary)
-    figure = new_figure(f"Sparsity and {measure}", "sparsity (%)", f"{measure}, validation text")
+    figure = new_figure(f"Sparsity and {measure_of(summary)}", "sparsity (%)", axis_of(summary))
     _add(figure, uniform, "uniform", UNIFORM, "square", "dot")
     _add(figure, found, "searched" if summary.limit else "Pareto front", BEST, "circle", "solid")
     best = next((mark for mark in shown if summary.best_trial and mark.trial.number == summary.best_trial.number), None)
@@ -76,7 +75,7 @@ def _add_levels(figure: go.Figure, summary: Summary) -> list[float]:
     dense = summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
     limit = None
     for key, value in (summary.limit or {}).items():
-        if not isinstance(value, Mapping) and summary.by_kl == (key == "max_kl"):
+        if not isinstance(value, Mapping) and key != "max_drop" and summary.by_kl == (key == "max_kl"):
             limit = value if key != "max_increase" else (1 + value) * dense if dense else None
     if dense is not None:
         level(figure, dense, f"dense {written(dense, summary)}", DENSE, "dot")

@@ -7,7 +7,7 @@ import statistics
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import log10
+from math import inf, log10
 from typing import Any
 
 import plotly.graph_objects as go
@@ -116,9 +116,12 @@ class AxisRange:
         return " ↓" if value < self.low else " ↑" if value > self.high else ""
 
 
-def range_of(trials: list[FrozenTrial], dense: float | None) -> AxisRange:
-    """The range of all trials with their errors, without those above `EXPLODES` times the median."""
-    limit = EXPLODES * statistics.median(value_of(trial) for trial in trials)
+def range_of(trials: list[FrozenTrial], dense: float | None, bounded: bool = False) -> AxisRange:
+    """The range of all trials with their errors, without those above `EXPLODES` times the median.
+
+    `bounded`: values, such as errors, are at most 1, and none is left out.
+    """
+    limit = inf if bounded else EXPLODES * statistics.median(value_of(trial) for trial in trials)
     shown = [trial for trial in trials if value_of(trial) <= limit]
     errors = [min(float(trial.user_attrs.get("stderr") or 0.0), value_of(trial) / 3) for trial in shown]
     low = min(value_of(trial) - error for trial, error in zip(shown, errors, strict=True))

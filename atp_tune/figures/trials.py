@@ -23,18 +23,28 @@ def value_of(trial: FrozenTrial) -> float:
 
 def measure_of(summary: Summary) -> str:
     """The name of that value."""
-    return "KL divergence" if summary.by_kl else "top-1 error" if summary.by_accuracy else "perplexity"
+    return "KL divergence" if summary.by_kl else "accuracy" if summary.by_accuracy else "perplexity"
+
+
+def axis_of(summary: Summary) -> str:
+    """The title of an axis of that value."""
+    return f"{measure_of(summary)}, {validation(summary)}"
+
+
+def validation(summary: Summary) -> str:
+    """What trials are measured on."""
+    return "validation images" if summary.hits else "validation text"
 
 
 def written(value: float, summary: Summary) -> str:
-    """That value as text: 4 digits for KL, 2 for perplexity, per cents for errors."""
+    """That value as text: 4 digits for KL, 2 for perplexity, accuracy in per cent for an error."""
     if summary.by_accuracy:
-        return f"{value:.1%}"
+        return f"{1 - value:.1%}"
     return f"{value:.4f}" if summary.by_kl else f"{value:.2f}"
 
 
 def written_of(trial: FrozenTrial, summary: Summary) -> str:
-    """A trial's value as text; its error without the half image that keeps the value above 0."""
+    """A trial's value as text; its accuracy without the half image that keeps the minimised error above 0."""
     error = error_of(trial)
     return written(value_of(trial) if error is None else error, summary)
 
@@ -98,7 +108,7 @@ def told(trial: FrozenTrial) -> str:
     kl = kl_of(trial)
     more = f", KL {kl}" if kl else ""
     error = error_of(trial)
-    more += f", top-1 error {error:.1%}" if error is not None else ""
+    more += f", accuracy {1 - error:.1%}" if error is not None else ""
     return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
 
 

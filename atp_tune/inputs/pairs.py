@@ -31,33 +31,38 @@ IDS, MASK = "input_ids", "attention_mask"
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """What the model is called with, by name: ids int64 [pairs, tokens], and tensors of images [pairs, …]."""
+    """What the model is called with, by name: ids int64 [pairs, tokens], and tensors of images [pairs, …].
+
+    `image`: the id of the tokens that stand for images.
+    """
 
     tensors: Mapping[str, Tensor]
+    image: int | None = None
 
     def __len__(self) -> int:
         return len(self.tensors[IDS])
 
     def __getitem__(self, rows: slice) -> "PairBatch":
-        return PairBatch({name: tensor[rows] for name, tensor in self.tensors.items()})
+        return PairBatch({name: tensor[rows] for name, tensor in self.tensors.items()}, self.image)
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of one length, as `Windows`; `content`: SHA-256 of all tensors."""
+    """Pairs of one length, as `Windows`; `content`: SHA-256 of all tensors; `image`: as of `PairBatch`."""
 
     tensors: Mapping[str, Tensor]
     content: str
+    image: int | None = None
     bos = False  # the processor writes what the model's texts begin with
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Pairs":
+    def of(cls, tensors: Mapping[str, Tensor], image: int | None = None) -> "Pairs":
         """Makes pairs, with their SHA-256."""
         found = hashlib.sha256()
         for name in sorted(tensors):
             found.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
             found.update(tensors[name].contiguous().numpy().reshape(-1).data)
-        return cls(tensors, found.hexdigest())
+        return cls(tensors, found.hexdigest(), image)
 
     def __len__(self) -> int:
         return len(self.tensors[IDS])
@@ -74,11 +79,21 @@ class Pairs:
 
     def batch(self, device: torch.device) -> PairBatch:
         """The pairs on a device."""
-        return PairBatch({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return PairBatch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.image)
 
     def thinned(self, stride: int) -> "Pairs":
         """Every stride-th pair, from the first."""
-        return Pairs.of({name: tensor[::stride].contiguous() for name, tensor in self.tensors.items()})
+        return Pairs.of({name: tensor[::stride].contiguous() for name, tensor in self.tensors.items()}, self.image)
+
+    def has_text(self) -> bool:
+        """Whether each pair has a token, after its first, that stands for no image."""
+        return self.image is None or bool(torch.ne(self.tensors[IDS][:, 1:], self.image).any(1).all())
+
+    def digests(self) -> list[bytes]:
+        """A SHA-256 of each pair, of its ids and its image."""
+        names = sorted(self.tensors)
+        rows = zip(*(self.tensors[name].contiguous().flatten(1).numpy() for name in names), strict=True)
+        return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in rows]
 
 
 def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Pairs:
@@ -99,7 +114,20 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Pairs:
             f"nsamples: {len(rows)} of {len(found)} pairs have {text.seqlen} tokens with their image, {wanted} are "
             "asked for; lower it or seqlen"
         )
-    return Pairs.of(_stacked(rows[:: text.stride]))
+    return Pairs.of(_stacked(rows[:: text.stride]), _image_token(processor))
+
+
+def check_distinct(named: Mapping[str, Pairs]) -> None:
+    """UserError if two roles share a pair."""
+    seen: dict[bytes, str] = {}
+    for role, pairs in named.items():
+        found = pairs.digests() if len(named) > 1 else []
+        for index, digest in enumerate(found):
+            if digest in seen:
+                raise UserError(
+                    f"texts.{role}: pair {index} is also in texts.{seen[digest]}; give them other files or parts"
+                )
+        seen |= dict.fromkeys(found, role)
 
 
 def _source(text: Text, base: Path) -> Pictures:

@@ -13,8 +13,8 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs import InputKind
-from atp_tune.inputs.pairs import PairBatch, Pairs, read_pairs
+from atp_tune.inputs import Batch, InputKind
+from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.texts import Text
@@ -62,18 +62,21 @@ class TokenWindows:
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
     def check_disjoint(self, items: Mapping[str, Windows | Pairs]) -> None:
-        """UserError if two texts share a window."""
+        """UserError if two texts share a window, or a pair of image and text."""
         check_disjoint({role: windows for role, windows in items.items() if isinstance(windows, Windows)})
+        check_distinct({role: pairs for role, pairs in items.items() if isinstance(pairs, Pairs)})
 
     def check_fit(
-        self, checkpoint: Checkpoint, items: Mapping[str, Windows], embed: Callable[[Tensor], Tensor]
+        self, checkpoint: Checkpoint, items: Mapping[str, Windows | Pairs], embed: Callable[[Batch], Tensor]
     ) -> None:
-        """UserError if a model has no embedding of a token or too few positions for a window."""
+        """UserError if a model has no embedding of a token or too few positions for a window, or nothing to predict."""
         for role, windows in items.items():
             if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
                 raise UserError(
                     f"texts.bos: the model has no embedding of its tokenizer's BOS, {first}; set it to false"
                 )
+            if role != "calibration" and isinstance(windows, Pairs) and not windows.has_text():
+                raise UserError(f"texts.{role}.seqlen: {windows.positions} tokens of a pair hold no text; raise seqlen")
             check_known(checkpoint.model, int(windows.ids.max()), f"texts.{role}")
             check_length(checkpoint, windows, embed, f"texts.{role}")
 
@@ -135,7 +138,7 @@ def has_embedding(checkpoint: Checkpoint, token: int) -> bool:
 
 
 @torch.inference_mode()
-def check_length(checkpoint: Checkpoint, windows: Windows, embed: Callable[[Tensor], Tensor], what: str) -> None:
+def check_length(checkpoint: Checkpoint, windows: Windows | Pairs, embed: Callable[[Batch], Tensor], what: str) -> None:
     """UserError if the windows of a text are too long for a model, such as for its learned positions."""
     try:
         embed(windows.batch(checkpoint.device)[:1])

@@ -49,6 +49,7 @@ WEIGHTS, INDEX = "model.packed.safetensors", "model.safetensors.index.packed.jso
 AUTO_CLASSES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 }
 PARTS = VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
 _OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
@@ -284,6 +285,12 @@ def groups_of(columns: int, size: int | None) -> int:
     return columns // size if size is not None and columns % size == 0 else 1
 
 
+def class_of(family: Any, auto_class: str) -> Any:
+    """The model class that an auto class loads for a config's class; the first, where a family has several."""
+    found: Any = AUTO_CLASSES[auto_class][family]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
 class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """What `AutoConfig` takes for a packed folder: `from_dict` returns the config of the model's own family."""
 
@@ -333,7 +340,7 @@ def packed_config(family: Any, auto_class: str) -> Any:
 
     methods = {"to_dict": to_dict, "of_family": of_family, "__reduce_ex__": reduce, "__module__": __name__}
     made: Any = type(f"Packed{family.__name__}", (family,), methods)
-    model = packed_model(made, AUTO_CLASSES[auto_class][family], auto_class)
+    model = packed_model(made, class_of(family, auto_class), auto_class)
     getattr(transformers, auto_class).register(made, model, exist_ok=True)
     return made
 
@@ -341,7 +348,7 @@ def packed_config(family: Any, auto_class: str) -> Any:
 def _blank(family: Any, auto_class: str, is_model: bool) -> Any:
     """An object without state, which pickle fills: a config, or a model; their classes have no names of their own."""
     config = packed_config(family, auto_class)
-    kind = packed_model(config, AUTO_CLASSES[auto_class][family], auto_class) if is_model else config
+    kind = packed_model(config, class_of(family, auto_class), auto_class) if is_model else config
     return kind.__new__(kind)
 
 

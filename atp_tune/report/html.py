@@ -66,10 +66,6 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     drawn = figures.draw(summary)
     went = draw_history(summary)
     made = _drawn({**drawn, **({"history": went} if went else {})})
-    if summary.hits:  # axes name the validation text
-        made = {
-            name: (title, data.replace("validation text", "validation images")) for name, (title, data) in made.items()
-        }
     return {
         "id": f"study-{index + 1}",
         "contents": contents,

@@ -30,8 +30,10 @@ def make(studies: Sequence[Contents]) -> bytes:
     rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl, has_hits)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
     what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
-    errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else "standard error over windows")
-    more = " & KL, validation text & KL, test text" if has_kl else ""
+    data = " or ".join(dict.fromkeys("images" if contents.summary.hits else "text" for contents in studies))
+    over = {"text": "windows", "images": "images"}.get(data, "windows or images")
+    errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {over}")
+    more = f" & KL, validation {data} & KL, test {data}" if has_kl else ""
     if has_hits:
         what, columns, more = f"{what} and accuracy", columns + "rr", f"{more} & Validation accuracy & Test accuracy"
     return f"""\
@@ -41,7 +43,7 @@ def make(studies: Sequence[Contents]) -> bytes:
 \\caption{{{what} ($\\pm$: {errors}) of {names}.}}
 \\begin{{tabular}}{{{columns}}}
 \\toprule
-Pruner & Allocation & Validation text & Test text & Against uniform{more} \\\\
+Pruner & Allocation & Validation {data} & Test {data} & Against uniform{more} \\\\
 \\midrule
 {rows}
 \\bottomrule

@@ -188,7 +188,7 @@ def trials(summary: Summary) -> ReportTable:
     rows = [_row(trial, summary, has_kl) for trial in summary.trials]
     numbers = [trial.number for trial in summary.trials]
     best = numbers.index(summary.best_trial.number) if summary.best_trial else None
-    kl = ("KL",) if has_kl else ()
+    kl = (*(("KL",) if has_kl else ()), *(("accuracy",) if summary.hits else ()))
     amount = "zeros" if summary.bits is None else "bits"
     head = ("trial", "plan", "perplexity", "±", *kl, amount, "time (s)", "state", "remark")
     return ReportTable(head, rows, (1, len(head) - 2, len(head) - 1), best)
@@ -197,7 +197,8 @@ def trials(summary: Summary) -> ReportTable:
 def comparison(studies: Sequence[Contents]) -> ReportTable:
     """One row per study, all on one text: test if all are measured on it, else validation."""
     on = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
-    columns = (f"dense, {on} text", "uniform", "best", "against uniform")
+    data = " or ".join(dict.fromkeys("images" if contents.summary.hits else "text" for contents in studies))
+    columns = (f"dense, {on} {data}", "uniform", "best", "against uniform")
     kinds = dict.fromkeys(amounts.column(contents.summary) for contents in studies)
     head = ("study", " or ".join(kinds), *columns, "trials", "time", "device")
     return ReportTable(head, [_study_row(contents, on) for contents in studies], (0, 8))
@@ -243,6 +244,7 @@ def _row(trial: FrozenTrial, summary: Summary, has_kl: bool) -> tuple[str, ...]:
         f"{score.value:.2f}" if score else "",
         f"{score.stderr:.2f}" if score and "stderr" in attrs else "",
         *((str(summary.kl(trial).validation or ""),) if has_kl else ()),
+        *((str(summary.hits.trial(trial).validation or ""),) if summary.hits else ()),
         _amount(trial, summary),
         f"{sum(spent(trial).values()):.1f}" if spent(trial) else "",
         trial.state.name.lower(),

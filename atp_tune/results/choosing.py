@@ -42,7 +42,8 @@ def at_sparsity(study: optuna.Study, text: str) -> Choice:
 def within(study: optuna.Study, limit: Limit) -> Choice:
     """The sparsest trial within a limit; UserError if none is, or if the study lacks the numbers."""
     found, excess = sparsest_within(study, limit)
-    words = f"{limit_of(limit)} on the validation text"
+    data = "images" if study.user_attrs.get("dense_ranks") else "text"
+    words = f"{limit_of(limit)} on the validation {data}"
     if excess > 0:
         nearest_one = Choice(found, "it is exported by its number")
         raise UserError(f"study {study.study_name}: no trial is within {words}; the nearest is {nearest_one}")

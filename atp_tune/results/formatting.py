@@ -150,7 +150,8 @@ def points_head(summary: Summary) -> list[str]:
     sizes = [_bytes_column(summary)] * _has_bytes(summary) + [SPEED_COLUMN] * (dense_speed(summary) is not None)
     dense = "against dense, validation" if summary.limit else "against dense"
     columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
-    return ["sparsity", "method", "trial", *columns, *kls, *sizes, *limit]
+    accuracies = ACCURACY[:2] if summary.hits else ()
+    return ["sparsity", "method", "trial", *columns, *kls, *accuracies, *sizes, *limit]
 
 
 def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
@@ -162,14 +163,16 @@ def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
     if summary.limit:  # it holds on the validation text
         changes = str(point.dense.perplexity.get("validation", NOTHING)), changes[1]
     scores = [*cells(point.scores), *changes, *kls]
-    return [percent(point.sparsity), method_of(point.trial), number, *scores, *_sizes(summary, point), *limit]
+    hits = hit_cells(summary, point.trial)[:2] if summary.hits else ()
+    return [percent(point.sparsity), method_of(point.trial), number, *scores, *hits, *_sizes(summary, point), *limit]
 
 
 def dense_row(summary: Summary) -> list[str]:
     """The cells of the dense model in the table of points."""
     kls = ["0", "0", NOTHING] if "kl" in summary.objectives else []
     scores = [*cells(summary.dense), NOTHING, NOTHING, *kls]
-    return ["0%", "dense", "", *scores, *_sizes(summary), *([""] if summary.limit else [])]
+    hits = hit_cells(summary, None)[:2] if summary.hits else ()
+    return ["0%", "dense", "", *scores, *hits, *_sizes(summary), *([""] if summary.limit else [])]
 
 
 def _sizes(summary: Summary, point: Point | None = None) -> list[str]:
@@ -189,7 +192,7 @@ def _bytes_column(summary: Summary) -> str:
 
 
 def _has_bytes(summary: Summary) -> bool:
-    return not summary.hits and any(point.packed_bytes is not None for point in summary.points)  # classifiers: no pack
+    return any(point.packed_bytes is not None for point in summary.points)
 
 
 def dense_speed(summary: Summary) -> float | None:

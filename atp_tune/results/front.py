@@ -125,7 +125,10 @@ def sparsest_within(study: optuna.Study, limit: Limit) -> tuple[FrozenTrial, flo
     excess = progress.excess_of(study, found, limit)
     if excess == inf:
         key = next(iter(limit))
-        lacking = "KL divergence; its search.objective has none" if key == "max_kl" else "perplexity beside dense"
+        lacking = {
+            "max_kl": "KL divergence; its search.objective has none",
+            "max_drop": "accuracy beside dense; --max-drop is of image classifiers",
+        }.get(key, "perplexity beside dense")
         raise UserError(f"study {study.study_name}: no trial has a finite {lacking}")
     return found, excess
 

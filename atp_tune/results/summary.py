@@ -29,6 +29,7 @@ from atp_tune.results.trials import (
     uniform_of,
     uniforms_of,
 )
+from atp_tune.spec.block_names import in_tower
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
 from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
@@ -68,7 +69,7 @@ class Summary:
 
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
-    sizes         weights per block
+    sizes         weights per block; `in_tower`: so many, the first, are of a vision tower
     uniform       the uniform trial with the best trial's pruner; `uniforms`: of each pruner
     reports       perplexity on the test text by trial
     gp_posterior  the GP's posterior of perplexity over β; None without a GP
@@ -106,6 +107,7 @@ class Summary:
     reports: dict[int, Perplexity]
     complete: bool
     requested: int | None = None
+    in_tower: int = 0
     gp_posterior: dict[str, Any] | None = None
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
@@ -177,6 +179,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=[_rank(study, trial) for trial in best_of_each(study)],
         made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
+        in_tower=in_tower(study.user_attrs.get("blocks")),
         uniforms=uniforms_of(study),
         reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.prune_pass import advance, embed
+from atp_tune.blocks.prune_pass import advance, embed, entering
 from atp_tune.blocks.replay import Replay
 from atp_tune.inputs import Batch
 from atp_tune.scores import Score, WindowScores, joined
@@ -50,19 +50,28 @@ def final_scores(
 def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], groups: Sequence[Batch]) -> list[Tensor]:
     """Hidden states [items, positions, width] after the last block, of each group."""
     states = [embed(replay, batch, group) for group in groups]
-    for _ in passing(replay, batch, blocks, states):
+    for _ in passing(replay, batch, blocks, states, groups):
         pass
     return states
 
 
-def passing(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], states: list[Tensor]) -> Iterator[Block]:
+def passing(
+    replay: Replay, batch: AutoBatch, blocks: Iterable[Block], states: list[Tensor], groups: Sequence[Batch]
+) -> Iterator[Block]:
     """Yields the blocks after hidden states [items, positions, width] of several groups have gone through them.
 
-    `states` then holds those after the block.
+    `states` then holds those after the block; in a vision tower those before it, since the model's own code runs a
+    tower as a whole when all of its blocks are known.
     """
+    tower: list[dict[str, Tensor]] = []
     for index, weights in blocks:
+        if index < replay.in_tower:
+            tower.append(weights)
+            yield index, weights
+            continue
         for group, hidden in enumerate(states):
-            states[group] = advance(replay, batch, index, weights, hidden)
+            entered = entering(replay, batch, index, hidden, groups[group], tower)
+            states[group] = advance(replay, batch, index, weights, entered)
         yield index, weights
 
 

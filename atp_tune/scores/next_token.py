@@ -16,6 +16,7 @@ from torch.nn import functional
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.inputs.pairs import IDS, PairBatch
 from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
 
@@ -53,8 +54,13 @@ class NextToken:
         """Number of positions of a window whose logits are computed at a time, and bytes for each."""
         return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
 
-    def items(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """Scores of each window in nats per token; norm and head are applied to slices of positions."""
+    def items(self, replay: Replay, batch: Tensor | PairBatch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+        """Scores of each window in nats per token; norm and head are applied to slices of positions.
+
+        Of pairs of image and text, tokens that stand for an image are not predicted.
+        """
+        if isinstance(batch, PairBatch):
+            return self._of_pairs(replay, batch, hidden, dense)
         predicted = batch.shape[1] - 1
         nlls, kls = torch.zeros(2, len(batch), dtype=torch.float32, device=batch.device)
         for start in range(0, predicted, POSITIONS):
@@ -65,6 +71,23 @@ class NextToken:
             if dense is not None:
                 others = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
                 kls += token_kls(others, logits).view(len(batch), -1).sum(1)
+        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
+
+    def _of_pairs(self, replay: Replay, batch: PairBatch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+        ids = batch.tensors[IDS]
+        assert batch.image is not None
+        counted = torch.ne(ids[:, 1:], batch.image)
+        nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
+        for start in range(0, counted.shape[1], POSITIONS):
+            here = slice(start, min(start + POSITIONS, counted.shape[1]))
+            of_text = counted[:, here]
+            logits = replay.logits(ids[:, here], hidden[:, here]).flatten(0, 1)
+            targets = ids[:, here.start + 1 : here.stop + 1].flatten()
+            nlls += (token_nlls(logits, targets).view_as(of_text) * of_text).sum(1)
+            if dense is not None:
+                others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
+                kls += (token_kls(others, logits).view_as(of_text) * of_text).sum(1)
+        predicted = counted.sum(1)
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
     def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class StudyAnswers:
             yield from blocks
             return
         states = [embed(self._context.replay, self._batch, self._images)]
-        yield from passing(self._context.replay, self._batch, blocks, states)
+        yield from passing(self._context.replay, self._batch, blocks, states, [self._images])
         self._states = states[0]
 
     @torch.inference_mode()

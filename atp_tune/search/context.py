@@ -22,6 +22,7 @@ from atp_tune.blocks.channel_pruning import ChannelPruner, too_sparse
 from atp_tune.blocks.channels import find_channels
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.towers import verified_with_tower
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
@@ -133,8 +134,8 @@ class TrialContext(Released):
         self.bos_effect: BosEffect | None = None  # None if not measured
         self.watch = watch
         self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
-        self.replay = replay or verified(checkpoint, self.inputs, self.score)
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
+        self.replay = replay or self._verified(items)
         positions = {role: each.positions for role, each in windows.items()}
         batches = {role: self._auto_batch(length, block_bytes(checkpoint)) for role, length in positions.items()}
         self.heads = self._auto_batch(*self.score.head_cost(checkpoint, max(positions.values())))
@@ -155,7 +156,8 @@ class TrialContext(Released):
         checkpoint = _load_checkpoint(setup.model, folder, device, watch)
         context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
         inputs.check_fit(checkpoint, windows, context.replay.embed)
-        if getattr(setup.texts.get("calibration"), "images", None) is not None:
+        has_images = getattr(setup.texts.get("calibration"), "images", None) is not None
+        if has_images and not checkpoint.in_tower:
             check_batch(context.replay, context.items("calibration"), "texts.calibration.images")
         context = context._with_bos_if_better(setup) if setup.bos is None else context
         context.begin(setup.batches)
@@ -170,6 +172,12 @@ class TrialContext(Released):
             for drawn in context._draws:
                 inputs.check_disjoint({**context.windows, "calibration": drawn})
         return context
+
+    def _verified(self, items: dict[str, Batch]) -> Replay:
+        """The replay of the model, compared with its own forward; UserError that names the first difference."""
+        if self.checkpoint.in_tower:
+            return verified_with_tower(self.checkpoint, self.inputs, self.score, items)
+        return verified(self.checkpoint, self.inputs, self.score)
 
     def release(self) -> None:
         """Frees the measurements and the checkpoint."""
@@ -340,7 +348,8 @@ class TrialContext(Released):
         measures = (work.channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
         windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)
-        for block in work.run(plan, embed(self.replay, batch, calibration[:windows])):
+        items = calibration[:windows]
+        for block in work.run(plan, embed(self.replay, batch, items), items):
             self.watch(Step("prune", block.index + 1, len(self.checkpoint.blocks)))
             yield block
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.dense_metrics import Cache, DenseMetrics, Priced
 from atp_tune.blocks.dense_statistics import CachedStatistics, Ranked, can_rank, is_room, save_all
-from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, measure_and_advance
+from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering, measure_and_advance
 from atp_tune.blocks.replay import Replay
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -80,9 +80,10 @@ class DenseMeasurements:
     @cached_property
     def states(self) -> list[Tensor]:
         """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
-        hidden = embed(self._replay, self._batch, self._calibration[: self.curve_windows])
-        states = []
+        items = self._calibration[: self.curve_windows]
+        hidden, states = embed(self._replay, self._batch, items), []
         for index, weights in dense_blocks(self._replay.checkpoint):
+            hidden = entering(self._replay, self._batch, index, hidden, items, self._tower())
             hidden = advance(self._replay, self._batch, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
@@ -113,6 +114,7 @@ class DenseMeasurements:
         prepared = (kind is Hessian or not is_own) and f"{pruner!r}{'' if is_own else code_of(kind)}"
         batch = min(self._batch.windows, len(self._items))
         device = checkpoint.device.type
+        model |= {"model.in_tower": str(checkpoint.in_tower)} if checkpoint.in_tower else {}
         return sha256_of_json([model, self._items.content, kind.__name__, prepared, device, batch, versions()])
 
     def _read_or_measure(
@@ -134,11 +136,16 @@ class DenseMeasurements:
     def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = embed(self._replay, self._batch, self._calibration)
         for index, weights in dense_blocks(self._replay.checkpoint):
+            hidden = entering(self._replay, self._batch, index, hidden, self._calibration, self._tower())
             found, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found
             self._step(index + 1)
+
+    def _tower(self) -> list[dict[str, Tensor]]:
+        """The weights of the blocks of a vision tower that is pruned too."""
+        return [self._replay.checkpoint.weights(index) for index in range(self._replay.in_tower)]
 
     def _step(self, done: int) -> None:
         self._watch(Step("measure", done, len(self._replay.checkpoint.blocks)))

@@ -152,7 +152,7 @@ class LimitSearch:
 
     def _excess(self, increase: float) -> float | None:
         key, value = next(iter(self.limit.items()))
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or key == "max_drop":
             return None
         if key == "max_kl":
             return increase - value

@@ -109,7 +109,7 @@ class Alongside:
     def follow(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Yields the blocks after the items have gone through them."""
         self._states = [embed(self._replay, self._batch, part) for part in self._parts]
-        yield from passing(self._replay, self._batch, blocks, self._states)
+        yield from passing(self._replay, self._batch, blocks, self._states, self._parts)
 
     @torch.inference_mode()
     def scores(self) -> WindowScores:

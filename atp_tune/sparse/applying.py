@@ -149,6 +149,7 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         model=ModelRef(
             id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
             fingerprint=context.folder.content, dtype=context.dtype, probe=study.model.probe,
+            prune=study.model.prune,
         ),
         pruner=plan.pruner,
         prune=study.prune,

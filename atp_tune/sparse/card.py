@@ -62,7 +62,7 @@ WIDTH = 40  # characters of a bar of sparsity 1
 class Dense:
     """The dense model of a sparse checkpoint: its folder, and its commit if it is from the hub.
 
-    `reads_images`: it reads images too, and only its language model was pruned.
+    `reads_images`: it reads images too; without a pruned tower only its language model was pruned.
     """
 
     folder: Path
@@ -157,6 +157,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
         "classifies": isinstance(text, ImageSet),
         "reads_images": dense.reads_images,
+        "with_tower": "vision" in config.model.prune,
         "probe": escaped(words(config.model.probe)) if config.model.probe else "",
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.cache import sha256_of
-from atp_tune.checkpoints.classes import auto_class, check_language, model_config
+from atp_tune.checkpoints.classes import auto_class, classifies_images, model_config
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.models import resolve
@@ -47,11 +47,12 @@ from atp_tune.packed.modeling_atp_sparse import (
     VERSION,
     PackedConfig,
     PackedModel,
+    class_of,
     is_packable,
     unpack_as,
 )
 from atp_tune.plan import Plan
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import ContextConfig, TrialContext, inputs_of
 from atp_tune.sparse.applying import folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
@@ -67,6 +68,7 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 NOT_STORED = (
     "**The zeros are not stored**: this folder is smaller than the dense model's. Below, *Packed* says how to load it."
 )
+IMAGES = "AutoModelForImageClassification"
 AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 SAID = """## Packed
@@ -86,7 +88,7 @@ model = {auto}.from_pretrained("DIR")
 @dataclass(frozen=True)
 class Packed:
     """Numbers of tensors packed as linears, and in the file alone; their bytes, and those of all weights, before and
-    after; the perplexity on the test text before and after rounding, if values were rounded.
+    after; the perplexity on the test text before and after rounding, if values were rounded. `auto`: what loads it.
     """
 
     linears: int
@@ -96,6 +98,7 @@ class Packed:
     before: int
     after: int
     rounding: tuple[Perplexity, Perplexity] | None = None
+    auto: str = "AutoModelForCausalLM"
 
 
 def pack_folder(
@@ -129,6 +132,18 @@ def pack_folder(
         return work.packed(folder, rounding)
 
 
+def _check_class(source: Path) -> None:
+    """UserError for a classifier of another class than transformers' auto class loads for its family.
+
+    Such as a DeiT with a teacher: a packed folder would be loaded as another model.
+    """
+    if not classifies_images(source):
+        return
+    own, first = read_table(source / CONFIG)["architectures"][0], class_of(type(model_config(source, False)), IMAGES)
+    if own != first.__name__:
+        raise UserError(f"pack: {source} is a {own}, and of its family only {first.__name__} can be packed")
+
+
 def check_packable(folder: Path, named: object) -> None:
     """UserError if a folder, which errors call `named`, holds a slim model: no reader knows a packed one."""
     if is_slim(folder):
@@ -145,8 +160,11 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
     if (made := origin(source)) is None:
         return None
-    model = ModelConfig(source=str(source.absolute()), dtype=made.dtype)
-    setup = ContextConfig(model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos)
+    model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
+    kind, score = inputs_of(made.config.score), made.config.score
+    setup = ContextConfig(
+        model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos, inputs=kind, score=score
+    )
     before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
     with TemporaryDirectory(dir=folder.parent, prefix=".rounded.") as place:
         unpack_folder(folder, Path(place) / "rounded")
@@ -159,7 +177,7 @@ class _Packing:
             raise UserError(f"{source}: is packed already")
         check_packable(source, source)
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
-        check_language(self.source, "pack: writes language models")
+        _check_class(self.source)
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
         if self.records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
@@ -259,7 +277,8 @@ class _Packing:
     def packed(self, out: Path, rounding: tuple[Perplexity, Perplexity] | None) -> Packed:
         """What was packed."""
         before, after = (sum(map(_size, one.glob("*.safetensors"))) for one in (self.source, out))
-        return Packed(len(self.linears), len(self.stored), *self._bytes, before, after, rounding)
+        auto = auto_class(self.source).__name__
+        return Packed(len(self.linears), len(self.stored), *self._bytes, before, after, rounding, auto)
 
     def _change(self, folder: Path, name: str, text: str) -> None:
         """Writes a small file anew, and keeps what it was."""

@@ -17,7 +17,9 @@ from pydantic import (
     FiniteFloat,
     JsonValue,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -97,6 +99,7 @@ class ModelRef(FrozenModel):
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"]
     probe: Probe | None = Field(None, description="the classifier that was fitted to a model without one")
+    prune: tuple[str, ...] = Field(("language",), description="the parts that are pruned, of a model that reads images")
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
@@ -106,11 +109,17 @@ class ModelRef(FrozenModel):
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
         keys: dict[str, Any] = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
-        keys |= {"dtype": self.dtype, "probe": self.probe}
+        keys |= {"dtype": self.dtype, "probe": self.probe, "prune": self.prune}
         try:
             return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
+        found: dict[str, Any] = inner(self)
+        return {key: value for key, value in found.items() if key != "prune" or self.prune != ("language",)}
 
 
 class AllocationRef(FrozenModel):

@@ -93,6 +93,7 @@ DEFAULTS = {
     **dict(_flat(PruneConfig().model_dump(mode="json"), "prune.")),
     **dict(_flat(ScreenConfig(trials=1).model_dump(mode="json"), "search.screen.")),
     "model.trust_remote_code": False,
+    "model.prune": ["language"],
     "search.objective": ["perplexity"],
     "search.score": NEXT_TOKEN,
     **{

@@ -140,6 +140,10 @@ def check_study(study: "Study") -> None:
             raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")
         if ACCURACY in study.search.objective:
             raise ValueError("search.objective: accuracy is of images, and this study has texts; take perplexity or kl")
+        if study.limit is not None and study.limit.max_drop is not None:
+            raise ValueError(
+                "limit.max_drop: is of the accuracy on images, and this study has texts; take max_increase"
+            )
         if study.search.score == CLASSES:
             raise ValueError("search.score: classes is the score of images, and this study has texts; leave it out")
         return
@@ -150,7 +154,7 @@ def check_study(study: "Study") -> None:
         ("continuations", study.continuations.prompts != (), "a classifier continues no prompts; leave it out"),
         (
             "limit.min_accuracy", limit is not None and limit.min_accuracy is not None,
-            "is measured on tasks of texts; take max_increase, of the perplexity over classes",
+            "is measured on tasks of texts; take max_drop, of the accuracy on images",
         ),
     ):  # fmt: skip
         if is_given:

@@ -144,6 +144,13 @@ class LimitConfig(SettingsTable):
     max_kl: float | None = Field(
         None, gt=0, description='nats per token from the dense predictions; with search.objective = "kl"'
     )
+    max_drop: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of image classifiers: of accuracy on the validation images against the dense model, as a share: "
+        "0.01 is one point",
+    )
     min_accuracy: dict[str, Share] | None = Field(
         None, min_length=1, description="on tasks of lm-eval, by name or path; all of them must reach it"
     )

@@ -19,7 +19,7 @@ from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_stud
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
-from atp_tune.spec.search import ACCURACY, DENSITY, STEP, LimitConfig, SearchConfig
+from atp_tune.spec.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts, check_pairs
 
 AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
@@ -44,6 +44,20 @@ class ModelConfig(SettingsTable):
     allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
     probe: Probe | None = Field(None, description="of a model of images without a classifier: fit a linear one")
+    prune: tuple[Literal["language", "vision"], ...] = Field(
+        ("language",), description='of a model that reads images beside text: ["language", "vision"] for its tower too'
+    )
+
+    @model_validator(mode="after")
+    def _of_parts(self) -> Self:
+        if self.prune not in (("language",), ("language", "vision")):
+            raise ValueError('prune: must be ["language"] or ["language", "vision"], in this order')
+        return self
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the blocks of the vision tower are pruned, before those of the language model."""
+        return "vision" in self.prune
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -165,8 +179,21 @@ class Study(SettingsTable):
         check_study(self)
         check_bits(self)
         if self.texts is not None:
-            check_pairs(self.texts, "prices" in self.allocation.names)
+            check_pairs(self.texts, "prices" in self.allocation.names, self.model.has_tower)
+        if self.model.has_tower:
+            self._check_tower()
         return self
+
+    def _check_tower(self) -> None:
+        """ValueError for a setting that does not go with a pruned vision tower."""
+        for key, is_given, reason in (
+            ("images", self.images is not None, "a classifier has no language model; leave model.prune out"),
+            ("bits", self.bits is not None, "are of language models alone"),
+            ("prune.pattern", parse(self.prune.pattern).channels, "channels are of language models alone"),
+            ("search.score", self.search.score != NEXT_TOKEN, "plug-ins score texts, and these are pairs"),
+        ):
+            if is_given:
+                raise ValueError(f'{key}: {reason} where model.prune = ["language", "vision"]')
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
@@ -219,7 +246,8 @@ class Study(SettingsTable):
             if is_given:
                 raise ValueError(f"{key}: {reason} where sparsity is an interval")
         limit, is_by_kl = self.limit, "kl" in search.objective
-        if limit is not None and limit.min_accuracy is None and (limit.max_kl is not None) != is_by_kl:
+        by_hits = limit is not None and (limit.min_accuracy is not None or limit.max_drop is not None)
+        if limit is not None and not by_hits and (limit.max_kl is not None) != is_by_kl:
             raise ValueError('limit: max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"')
         return self
 

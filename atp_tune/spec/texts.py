@@ -97,30 +97,44 @@ class Texts(SettingsTable):
     )
 
 
-def check_pairs(texts: Texts, prices: bool) -> None:
-    """ValueError for settings that do not go with a calibration on pairs of image and text."""
-    for role, text in (("validation", texts.validation), ("test", texts.test)):
-        if text is not None and text.images is not None:
+def check_pairs(texts: Texts, prices: bool, with_tower: bool) -> None:
+    """ValueError for settings that do not go with pairs of image and text; `with_tower`: a vision tower is pruned."""
+    given = {role: text for role, text in texts if isinstance(text, Text)}
+    for role, text in given.items():
+        if with_tower and text.images is None:
+            raise ValueError(
+                f"texts.{role}.images: is needed, the column of images, where the vision tower is pruned "
+                '(model.prune = ["language", "vision"]), which without images has no inputs and changes no score'
+            )
+        if not with_tower and role != "calibration" and text.images is not None:
             raise ValueError(
                 f"texts.{role}.images: models are measured on text; give images to texts.calibration alone"
             )
+        if text.images is not None:
+            _check_pairs_of(role, text)
     own = texts.calibration
     if own.images is None:
         return
-    for key, is_given, reason in (
-        ("source", not own.source.startswith("hub:")
-         and not (own.source.startswith("file:") and own.source.endswith(".parquet")),
-         "pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
-        ("shuffle", own.shuffle, 'is of documents; take sampling = "random" for pairs'),
-        ("draws", own.draws > 1, "are of texts; leave it out for pairs"),
-        ("nsamples", own.nsamples is None, "is needed, the number of pairs"),
-    ):  # fmt: skip
-        if is_given:
-            raise ValueError(f"texts.calibration.{key}: {reason}")
     if texts.bos == "auto":
         raise ValueError("texts.bos: is measured on texts, and texts.calibration has images; give true or false")
+    if with_tower and texts.bos:
+        raise ValueError("texts.bos: the processor writes what pairs begin with; set it to false")
     if prices:
         raise ValueError("allocation.names: prices goes down on texts, and texts.calibration has images; take another")
+
+
+def _check_pairs_of(role: str, text: Text) -> None:
+    """ValueError for settings of one text that do not go with images."""
+    for key, is_given, reason in (
+        ("source", not text.source.startswith("hub:")
+         and not (text.source.startswith("file:") and text.source.endswith(".parquet")),
+         "pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
+        ("shuffle", text.shuffle, 'is of documents; take sampling = "random" for pairs'),
+        ("draws", getattr(text, "draws", 1) > 1, "are of texts; leave it out for pairs"),
+        ("nsamples", text.nsamples is None, "is needed, the number of pairs"),
+    ):  # fmt: skip
+        if is_given:
+            raise ValueError(f"texts.{role}.{key}: {reason}")
 
 
 def short_source(source: str) -> str:

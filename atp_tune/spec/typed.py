@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 WHOLE: Interval = (0.1, 0.9)
 AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
 SPARSITY = 0.6  # where neither a sparsity nor a limit is given
-LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0}  # a limit must be greater
+LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop": 0.0}  # a limit must be greater
 
 
 def parse_sparsity(text: str) -> float | Interval:
@@ -44,13 +44,15 @@ def one_sparsity(text: str) -> float:
 
 def parse_limit(key: str, text: str) -> float:
     """The value of a key of `LimitConfig`; ValueError for anything else."""
-    is_share = key == "max_increase"
+    is_share = key in ("max_increase", "max_drop")
     try:
         value = share(text) if is_share else float(text)
     except ValueError:
         raise ValueError(f"must be a number{', such as 5% or 0.05' * is_share}, got {text}") from None
     if not LOWEST[key] < value < math.inf:
         raise ValueError(f"must be a finite number greater than {LOWEST[key]:g}, got {text}")
+    if key == "max_drop" and value >= 1:
+        raise ValueError(f"must be less than 100%: 1% is one point of accuracy, got {text}")
     if is_share and value >= 1 and "%" not in text:
         raise ValueError(f"{text} is {100 * value:g}%; write {value:g}% or {value / 100:g}, or {100 * value:g}%")
     return value

@@ -62,7 +62,9 @@ def best_of(study: optuna.Study, trials: Iterable[FrozenTrial], limit: Limit | N
 def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
     """How far a trial is beyond the study's limit, or this one: see `metrics.limits`; infinite if not known."""
     limit, dense = limit or study.user_attrs["limit"], study.user_attrs.get("dense")
-    found = excess(limit, dense, *(trial.user_attrs.get(name) for name in ("nlls", "kls", "accuracies")))
+    own = trial.user_attrs
+    ranks = study.user_attrs.get("dense_ranks"), own.get("ranks")
+    found = excess(limit, dense, own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks)
     return math.inf if found is None else found
 
 

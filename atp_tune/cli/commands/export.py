@@ -58,6 +58,12 @@ def export(
         str | None,
         typer.Option("--max-kl", metavar="NUMBER", help="The sparsest plan with at most this KL, in nats per token."),
     ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Of images: the sparsest plan that loses at most 1% (one point) of accuracy."
+        ),
+    ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
@@ -91,7 +97,7 @@ def export(
     if (study is None) == (config is None):
         raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
     kind = kind_of("json" if json and format_ is None else format_, out)
-    choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl)
+    choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl, max_drop)
     choice.check()
     if config is not None and choice.options:
         raise typer.BadParameter("only with --study", param_hint=choice.options[0])

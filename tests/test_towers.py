@@ -1,0 +1,272 @@
+"""Pruning of vision towers: the replay of both parts, a study on pairs, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CPU, few
+from test_pairs import FAMILIES, STUDY, TOKENS, norms_of, wanted, write_model, write_pairs
+from tinystudy import CommandLine
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText
+
+from atp_tune.blocks.towers import verified_with_tower
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
+from atp_tune.plan import make_plan
+from atp_tune.scores import SCORES
+from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.spec.block_names import block_name, in_tower, joined
+from atp_tune.spec.config import ModelRef, read_config
+from atp_tune.spec.facts import facts
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.study import ModelConfig
+from atp_tune.spec.studyfile import load
+
+BOTH = ("language", "vision")
+PAIRS = """source = "file:pairs.parquet"
+images = "image"
+column = "caption"
+"""
+TEXT = 'source = "package:pydoc_data.topics:topics"\n'
+STUDY_OF_BOTH = (
+    STUDY.replace('source = "model"', 'source = "model"\nprune = ["language", "vision"]')
+    .replace("nsamples = 5\n", "nsamples = 5\npart = [0.0, 0.4]\n")
+    .replace(f"{TEXT}part = [0.0, 0.5]", f"{PAIRS}part = [0.4, 0.7]")
+    .replace(f"{TEXT}part = [0.5, 1.0]", f"{PAIRS}part = [0.7, 1.0]")
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: write_model(family, tmp_path_factory.mktemp(family) / "model") for family in FAMILIES}
+
+
+def context(folder: Path, place: Path, **prune: Any) -> TrialContext:
+    file = write_pairs(place / "p.parquet", count=24)
+    texts = {
+        "calibration": wanted(file, part=(0, 0.5), nsamples=5),
+        "validation": wanted(file, part=(0.5, 1), nsamples=7),
+    }
+    model = ModelConfig(source=str(folder), dtype="float32", prune=BOTH)
+    return TrialContext.open(ContextConfig(model, PruneConfig(**prune), texts, place, "cpu"))
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, ("llava",)))
+def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Weights of both parts go into the model itself: its loss on the text of the pairs is the score."""
+    with context(models[family], tmp_path) as work:
+        assert work.checkpoint.in_tower == 2 and len(work.checkpoint.blocks) == 5
+        plan = make_plan("wanda", "atp", work.budget(0.5), {"beta": 0.1}, work.pattern)
+        blocks = [(block.index, block.weights) for block in work.prune(plan)]
+        scores = work.all_scores(blocks, "validation", kl=True)
+        model: Any = AutoModelForImageTextToText.from_pretrained(models[family], dtype=torch.float32)
+        batch = work.items("validation")
+        with torch.no_grad():
+            dense = model(**in_dtype(batch, model), use_cache=False).logits
+            for index, weights in blocks:
+                model.get_submodule(work.checkpoint.block_names[index]).load_state_dict(weights)
+            logits = model(**in_dtype(batch, model), use_cache=False).logits
+        ids, nlls, kls = batch.tensors["input_ids"], [], []
+        for row in range(len(ids)):
+            places = [k for k in range(TOKENS - 1) if ids[row, k + 1] != batch.image]
+            assert len(places) < TOKENS - 1
+            nlls.append(sum(float(functional.cross_entropy(logits[row, k], ids[row, k + 1])) for k in places))
+            own, true = logits[row, places].log_softmax(-1), dense[row, places].log_softmax(-1)
+            kls.append(float((true.exp() * (true - own)).sum()) / len(places))
+            nlls[-1] /= len(places)
+        assert scores.nlls == pytest.approx(nlls, rel=1e-5) and scores.kls == pytest.approx(kls, rel=1e-3, abs=1e-6)
+        other = work.all_nlls([*((i, work.checkpoint.weights(i)) for i in range(2)), *blocks[2:]], "validation")
+        assert other != scores.nlls  # the tower's zeros count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
+def test_wanda_in_a_tower_is_a_naive_loop(statistics: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Each linear, of the tower first, loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far."""
+    with context(models["llava"], tmp_path, statistics=statistics) as work:
+        plan = make_plan("wanda", "uniform", work.budget(0.5), {}, work.pattern)
+        model: Any = AutoModelForImageTextToText.from_pretrained(models["llava"], dtype=torch.float32)
+        tensors = in_dtype(work.items("calibration"), model)
+        dense = {name: norms_of(model, model.get_submodule(name), tensors) for name in work.checkpoint.block_names}
+        for block in work.prune(plan):
+            name = work.checkpoint.block_names[block.index]
+            norms = dense[name] if statistics == "dense" else norms_of(model, model.get_submodule(name), tensors)
+            for linear in work.checkpoint.linears[block.index]:
+                if statistics == "sequential":
+                    norms = norms_of(model, model.get_submodule(name), tensors)
+                weight = model.get_submodule(f"{name}.{linear.name}").weight
+                expected, scores = weight.detach().clone(), weight.abs() * norms[linear.name]
+                for row in range(len(weight)):
+                    expected[row, scores[row].sort(stable=True)[1][: weight.shape[1] // 2]] = 0
+                found = block.weights[linear.key]
+                assert (found == expected).float().mean() > 0.99, linear.name  # near-ties: other batches
+                weight.data.copy_(found)
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, ("llava",)))
+def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """To the last bit: block by block through the tower, and from what the model makes of it through the rest."""
+    pairs = read_pairs(wanted(write_pairs(tmp_path / "p.parquet")), ModelFolder(models[family], "x", family), tmp_path)
+    with Checkpoint.load(models[family], torch.float32, CPU, with_tower=True) as checkpoint, torch.inference_mode():
+        batch, first = pairs.batch(CPU), checkpoint.in_tower
+        replay = verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"calibration": batch})
+        seen: list[Any] = []
+        last = checkpoint.blocks[first - 1].register_forward_hook(lambda *args: seen.append(args[-1]))
+        own = checkpoint.model(**in_dtype(batch, checkpoint.model), use_cache=False).logits
+        last.remove()
+        weights = [checkpoint.weights(index) for index in range(len(checkpoint.blocks))]
+        hidden = replay.embed(batch)
+        for index in range(first):
+            hidden = replay.run(index, weights[index], hidden)
+        assert torch.equal(hidden, seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0])
+        hidden = replay.embed(batch, weights[:first])
+        for index in range(first, len(weights)):
+            hidden = replay.run(index, weights[index], hidden)
+        assert torch.equal(replay.logits(batch, hidden), own)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (['model.prune=["vision"]'], r'model.prune: must be \["language"\] or \["language", "vision"\]'),
+        (['model.prune=["language"]'], "texts.validation.images: models are measured on text"),
+        (["texts.calibration.images="], "texts.calibration.images: is needed, the column of images"),
+        (["texts.validation.images="], "texts.validation.images: is needed.* changes no score"),
+        (["texts.test.images="], "texts.test.images: is needed"),
+        (["texts.test.source=c4"], "texts.test.source: pairs of image and text are read from"),
+        (["texts.validation.shuffle=true"], "texts.validation.shuffle: is of documents"),
+        (["texts.test.part=[0.0, 0.5]"], "texts.test: reads the same documents as texts.calibration"),
+        (["prune.pattern=channels"], "prune.pattern: channels are of language models alone where model.prune"),
+        (["texts.bos=true"], "texts.bos: the processor writes what pairs begin with"),
+        (["bits=4"], "bits: are of language models alone where model.prune"),
+        (["allocation=prices"], "allocation.names: prices goes down on texts"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_tower(overrides: list[str], said: str, tmp_path: Path) -> None:
+    text = STUDY_OF_BOTH
+    for override in [x for x in overrides if x.endswith("images=")]:
+        role = override.split(".")[1]
+        start = text.index(f"[texts.{role}]")
+        text = text[:start] + text[start:].replace('images = "image"\n', "", 1)
+    (tmp_path / "pairs.toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(str(tmp_path / "pairs.toml"), [x for x in overrides if not x.endswith("images=")])
+
+
+def test_the_default_is_no_fact_and_in_no_file(tmp_path: Path) -> None:
+    """Studies and configurations of language models alone stay as they were."""
+    (tmp_path / "one.toml").write_text(STUDY)
+    (tmp_path / "both.toml").write_text(STUDY_OF_BOTH)
+    one, both = (load(str(tmp_path / f"{name}.toml"), []).study for name in ("one", "both"))
+    assert "model.prune" not in facts(one) and facts(both)["model.prune"] == ["language", "vision"]
+    ref = {"id": "model", "revision": None, "fingerprint": "0", "dtype": "float32"}
+    assert "prune" not in ModelRef.model_validate(ref).model_dump()
+    told = ModelRef.model_validate({**ref, "prune": BOTH})
+    assert ModelRef.model_validate_json(told.model_dump_json()).model().has_tower
+
+
+def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    batch = {"input_ids": torch.zeros(3, TOKENS, dtype=torch.long), "pixel_values": torch.randn(3, 2, 3, 16, 16)}
+    with Checkpoint.load(models["idefics3"], torch.float32, CPU, with_tower=True) as checkpoint:
+        image = checkpoint.config.image_token_id
+        batch["input_ids"][:, 1:9] = image
+        with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": PairBatch(batch, image)})
+
+
+def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """What enters a block is not what left the one before: the replay would measure other inputs."""
+    pairs = read_pairs(
+        wanted(write_pairs(tmp_path / "p.parquet")), ModelFolder(models["llava"], "x", "llava"), tmp_path
+    )
+    with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
+        checkpoint.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1, *args[1:]))
+        said = r"^texts.test.images: LlavaForConditionalGeneration: gives block 1 of its tower other numbers than when"
+        items = {"test": pairs.batch(CPU)}
+        with pytest.raises(UserError, match=said):
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
+
+
+def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path]) -> None:
+    """Images of another size than the tower was made for: one line, whatever transformers raises."""
+    with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
+        ids = torch.full((2, TOKENS), checkpoint.config.image_token_id)
+        items = {"test": PairBatch({"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}, int(ids[0, 0]))}
+        with pytest.raises(
+            UserError, match=r"^model LlavaForCond.*: cannot be run block by block on its pairs: "
+        ) as raised:
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
+    with pytest.raises(UserError, match=r"^model.prune: LlamaForCausalLM has no vision tower"):
+        Checkpoint.load(tiny_place / "model", torch.float32, CPU, with_tower=True)
+
+
+def test_pairs_of_two_roles_are_distinct() -> None:
+    """By ids and image together; one role alone is not compared with itself."""
+    ids, image = torch.arange(6).reshape(3, 2), torch.randn(3, 1, 2, 2)
+    pairs = Pairs.of({"input_ids": ids, "pixel_values": image})
+    other = Pairs.of({"input_ids": ids.flip(0), "pixel_values": image})
+    check_distinct({"test": Pairs.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
+    with pytest.raises(UserError, match=r"^texts.test: pair 1 is also in texts.calibration"):
+        check_distinct({"calibration": pairs, "test": other})
+
+
+def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing of them would be predicted; as calibration they may be."""
+    file = write_pairs(tmp_path / "p.parquet")
+    texts = {"calibration": wanted(file, part=(0, 0.5), nsamples=2), "test": wanted(file, part=(0.5, 1), nsamples=2)}
+    folder = ModelFolder(models["llava"], "x", "llava")
+    pairs = read_pairs(texts["calibration"], folder, tmp_path)
+    assert pairs.has_text() and pairs.image is not None
+    ids = torch.full_like(pairs.tensors["input_ids"], pairs.image)
+    blank = Pairs.of({**pairs.tensors, "input_ids": ids}, pairs.image)
+    with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
+        TOKEN_WINDOWS.check_fit(checkpoint, {"calibration": blank}, lambda batch: torch.zeros(1))
+        with pytest.raises(UserError, match=r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):
+            TOKEN_WINDOWS.check_fit(checkpoint, {"test": blank}, lambda batch: torch.zeros(1))
+
+
+def test_names_of_blocks() -> None:
+    both = joined("tower.layers", 2, "model.layers")
+    assert [block_name(both, index) for index in (1, 2)] == ["tower.layers.1", "model.layers.0"]
+    assert (in_tower(both), in_tower("model.layers"), in_tower(None)) == (2, 0, 0)
+    assert block_name("model.layers", 3) == "model.layers.3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_study_of_both_parts(
+    family: str, models: dict[str, Path], tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds a plan, `apply` writes both parts and measures the same, and the answers name the blocks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(models[family])
+    (tmp_path / "pairs.toml").write_text(STUDY_OF_BOTH)
+    write_pairs(tmp_path / "pairs.parquet", count=24)
+    ran = command("--study", "pairs.toml", "--set", 'allocation=["atp", "owl"]')
+    assert ran.code == 0 and "best:" in ran.out, ran
+    config = read_config(tmp_path / "pairs.best.json")
+    assert len(config.block_sparsities) == 5 and config.model.prune == BOTH
+    applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
+    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse")
+    table = command("export", "--config", "sparse/atp_tune.json", "--format", "csv", "--out", "table.csv")
+    assert table.code == 0, table
+    rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()[1:]]
+    for row in rows:
+        block = model.get_submodule(row[1])
+        linears = [x.weight for x in block.modules() if isinstance(x, torch.nn.Linear)]
+        zeros = sum(int((weight == 0).sum()) for weight in linears) / sum(weight.numel() for weight in linears)
+        assert zeros == pytest.approx(float(row[2]), abs=0.05), row
+    assert "the blocks of its vision tower and its language model" in (tmp_path / "sparse/README.md").read_text()
+    page = command("report", "--study", "pairs.toml", "--out", "page.html")
+    assert page.code == 0 and "block (0 to 1: vision tower)" in (tmp_path / "page.html").read_text(), page
+    assert command("plan", "--study", "pairs.toml").code == 0
