@@ -265,7 +265,10 @@ def test_a_task_that_is_not_there_is_named(
     ("words", "message"),
     [
         (["limit.max_increase=0.1"], "limit: needs an interval of sparsities"),
-        ([INTERVAL, "limit={}"], "limit.max_increase: give one of max_increase, max_perplexity, max_kl, min_accuracy"),
+        (
+            [INTERVAL, "limit={}"],
+            "limit.max_increase: give one of max_increase, max_perplexity, max_kl, max_drop, min_accuracy",
+        ),
         ([INTERVAL, "limit.items=3"], "limit.max_increase: give one of"),
         ([INTERVAL, "limit.max_increase=0.1", "limit.max_kl=0.1"], "give one of"),
         ([INTERVAL, "limit.max_increase=-0.1"], "limit.max_increase: must be greater than 0"),

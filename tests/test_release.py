@@ -122,8 +122,8 @@ def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeyp
     held: list[Callable[[], Tensor | None]] = []
     original = Pass.run
 
-    def running(self: Pass, plan: Plan, hidden: Tensor) -> Any:
-        for block in original(self, plan, hidden):
+    def running(self: Pass, plan: Plan, hidden: Tensor, items: Any) -> Any:
+        for block in original(self, plan, hidden, items):
             if plan.is_uniform:
                 yield block
                 continue

@@ -42,9 +42,9 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     ran = Run(tmp_path_factory.mktemp("screened") / "tiny", [], [], [])
     original, measure = Pass.run, dense_model.measure_and_advance
 
-    def run_pass(self: Pass, plan: Any, hidden: Any) -> Any:
+    def run_pass(self: Pass, plan: Any, hidden: Any, items: Any) -> Any:
         ran.passes.append(("dense" if self.dense_statistics is not None else "block", len(hidden)))
-        return original(self, plan, hidden)
+        return original(self, plan, hidden, items)
 
     shutil.copytree(tiny_place, ran.place)
     with pytest.MonkeyPatch.context() as patch:
