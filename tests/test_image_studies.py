@@ -275,8 +275,9 @@ def test_packed_families(family: str, tmp_path: Path) -> None:
     sparse.save_pretrained(source)
     assert pack_folder(source, tmp_path / "packed").packed_bytes
     own = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
-    side = getattr(sparse.config, "image_size", 32)
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    size = getattr(sparse.config, "image_size", 32)
+    sides = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected, found = sparse(pixel_values=pixels).logits, own(pixel_values=pixels).logits
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
