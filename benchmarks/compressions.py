@@ -95,6 +95,7 @@ def set_up(context: TrialContext, study: Study) -> None:
 
 def measure_missing(base: StudyFile, display: Display, only: str = "") -> None:
     """Measures the points that are not kept yet, and keeps each at once."""
+    there = {(one.facts, one.values) for one in page.known()}
     with opened_context(base, display) as context:
         for point in points():
             if only not in point.title:
@@ -102,7 +103,6 @@ def measure_missing(base: StudyFile, display: Display, only: str = "") -> None:
             file = point.study_file(base)
             facts = [point.keys, point.values, point.beta, PATH, context.contents()]
             key = sha256_of_json(facts)
-            there = {(one.facts, one.values) for one in page.known()}
             if all((key, values) in there for values in point.values):
                 continue
             set_up(context, file.study)

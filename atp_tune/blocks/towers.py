@@ -18,6 +18,7 @@ from atp_tune.blocks.replay import Replay, bypassed, hidden_of, split
 from atp_tune.blocks.verification import (
     Difference,
     Head,
+    as_user_error,
     check_batch,
     check_own_weights,
     is_equal,
@@ -25,9 +26,6 @@ from atp_tune.blocks.verification import (
     verified,
 )
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import is_out_of_memory
-from atp_tune.errors import UserError
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.pairs import IDS, PairBatch
 
@@ -104,24 +102,17 @@ def verified_with_tower(
     `items`: pairs by role, on which the tower is compared with the model's own forward.
     """
     language = verified(checkpoint.part(checkpoint.in_tower, len(checkpoint.blocks)), inputs, head)
-    where = f"model {type(checkpoint.model).__name__}"
-    try:
+    kind, failed = type(checkpoint.model).__name__, f"cannot be run block by block on its pairs: {{}}; {ONLY}"
+    with as_user_error(f"model {kind}: ", ONLY, failed):
         replay = TowerReplay(checkpoint, _tower_of(checkpoint, inputs, next(iter(items.values()))), language)
-        dense = [checkpoint.weights(index) for index in range(checkpoint.in_tower)]
-        for role, batch in items.items():
-            where = f"texts.{role}.images: {type(checkpoint.model).__name__}"
+        dense = checkpoint.tower_weights()
+    for role, batch in items.items():
+        where = f"texts.{role}.images"
+        with as_user_error(f"{where}: {kind}: ", ONLY, failed):
             _check_tower(replay._tower, batch)
-            check_batch(language, batch, f"texts.{role}.images", ONLY)
+            check_batch(language, batch, where, ONLY)
             if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
                 raise Difference("gives its language model other numbers when its tower is run by blocks")
-    except Difference as difference:
-        raise UserError(f"{where}: {difference}; {ONLY}") from None
-    except UserError:
-        raise
-    except Exception as error:  # models raise many types
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{where}: cannot be run block by block on its pairs: {one_line(error)}; {ONLY}") from error
     return replay
 
 

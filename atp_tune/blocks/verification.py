@@ -56,23 +56,33 @@ class Head(Protocol):
         """
 
 
+@contextmanager
+def as_user_error(what: str, remedy: str, failed: str) -> Iterator[None]:
+    """Turns a Difference into a UserError of `what` and `remedy`, and other errors but a lack of memory into `failed`.
+
+    `failed`: follows `what`; the error, in one line, stands in the place of {}.
+    """
+    try:
+        yield
+    except Difference as difference:
+        raise UserError(f"{what}{difference}; {remedy}") from None
+    except UserError:
+        raise
+    except Exception as error:  # models, such as those that need more inputs than a text, raise many types
+        if is_out_of_memory(error):
+            raise
+        raise UserError(what + failed.format(one_line(error))) from error
+
+
 @torch.inference_mode()
 def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Replay:
     """The verified replay of a model; UserError that names the first difference."""
-    kind = type(checkpoint.model).__name__
-    try:
+    what = f"model {type(checkpoint.model).__name__}: "
+    failed = f"cannot be run block by block on {inputs.called} alone: {{}}"
+    with as_user_error(what, "such a model cannot be pruned block by block", failed):
         check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
         _compare(replay, head)
-    except Difference as difference:
-        raise UserError(f"model {kind}: {difference}; such a model cannot be pruned block by block") from None
-    except UserError:
-        raise
-    except Exception as error:  # models that need more inputs than a text raise many types
-        if is_out_of_memory(error):
-            raise
-        on = inputs.called
-        raise UserError(f"model {kind}: cannot be run block by block on {on} alone: {one_line(error)}") from error
     return replay
 
 
@@ -84,21 +94,13 @@ def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_AL
     the hidden states between the blocks, into which a model may write again what it saw.
     """
     kind = type(replay.checkpoint.model).__name__
-    try:
+    with as_user_error(f"{where}: {kind} ", remedy, "cannot be run on its pairs: {}"):
         for index in range(len(batch)):
             if not replay.is_as_examples(batch[index : index + 1]):
                 raise Difference("passes its blocks values that depend on the image")
         walk = _BlockComparison(replay, [batch[:2]])
         with bypassed(replay.checkpoint.blocks, walk.step):
             replay.forward(batch[:2])
-    except Difference as difference:
-        raise UserError(f"{where}: {kind} {difference}; {remedy}") from None
-    except UserError:
-        raise
-    except Exception as error:  # models raise many types
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{where}: {kind} cannot be run on its pairs: {one_line(error)}") from error
 
 
 def missing_calls(replay: Replay, batch: Batch) -> set[str]:

@@ -204,6 +204,10 @@ class Checkpoint(Released):
         """
         return tensors_of(self.blocks[index]) if self._stream is None else self._stream.get(self._first + index)
 
+    def tower_weights(self) -> list[Tensors]:
+        """The tensors of the blocks of a vision tower that is pruned too, as `weights`; else none."""
+        return [self.weights(index) for index in range(self.in_tower)]
+
     def key(self, index: int, linear: Linear) -> str:
         """Name in the model of the tensor that holds the weight of a linear."""
         return f"{self.block_names[index]}.{linear.key}"

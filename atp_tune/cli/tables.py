@@ -118,7 +118,7 @@ def _points(summary: Summary) -> str:
 
 def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
-    items = "images" if summary.hits else "windows"
+    items = summary.items
     what = "pruner" if summary.bits is None else "quantizer"
     same = f"same {what}{' and sparsity' * bool(summary.interval)}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
@@ -126,11 +126,8 @@ def _notes(summary: Summary) -> list[str]:
     if summary.hits:
         notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
     if summary.limit:
-        where = (
-            "at the lower end"
-            if "min_accuracy" in summary.limit
-            else f"validation {'images' if summary.hits else 'text'}, at the upper end"
-        )
+        by_tasks = "min_accuracy" in summary.limit
+        where = "at the lower end" if by_tasks else f"validation {summary.data}, at the upper end"
         notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
     return [note for note in notes if note]
 

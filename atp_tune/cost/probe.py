@@ -104,7 +104,7 @@ def _is_shaped(context: TrialContext) -> bool:
 def _dense_states(context: TrialContext, role: str, items: Batch) -> Iterator[Tensor]:
     """Hidden states of the dense model before each block, then those after the last."""
     replay, checkpoint, batch = context.replay, context.checkpoint, context.batch(role)
-    tower = [checkpoint.weights(index) for index in range(replay.in_tower)]
+    tower = checkpoint.tower_weights()
     hidden = embed(replay, batch, items)
     for index in range(len(checkpoint.blocks)):
         hidden = entering(replay, batch, index, hidden, items, tower)

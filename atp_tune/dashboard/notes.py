@@ -93,7 +93,7 @@ def _what(summary: Summary) -> str:
 def _scores(summary: Summary) -> str:
     if summary.interval:
         return table(points(summary), GAP)
-    rows, data = [("dense", summary.dense, "–")], "images" if summary.hits else "text"
+    rows, data = [("dense", summary.dense, "–")], summary.data
     for rank in summary.ranks:
         best = "**best** " if rank.trial == summary.best_trial else ""
         name = f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
@@ -109,7 +109,7 @@ def _kls(summary: Summary) -> list[str]:
     """A table of KL divergences, of the Pareto front too, if the study minimises them."""
     if "kl" not in summary.objectives:
         return []
-    data = "images" if summary.hits else "text"
+    data = summary.data
     lines = ["", f"| KL from the dense model | {GAP}validation {data} | {GAP}test {data} |", "|---|---:|---:|"]
     shown = [rank.trial for rank in summary.ranks]
     shown += [summary.uniform_trial] if summary.uniform_trial and summary.uniform_trial not in shown else []
@@ -207,8 +207,7 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
     beside = uniform_among(summary.trials, trial) if summary.interval else summary.uniform_trial
     uniform = score_of(beside) if beside is not None and not is_uniform(trial) else None
     against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
-    data = "images" if summary.hits else "text"
-    parts = [f"Perplexity on the validation {data} {score}{against}."] if score else []
+    parts = [f"Perplexity on the validation {summary.data} {score}{against}."] if score else []
     error = error_of(trial)
     parts += [f"Top-1 error on the validation images {error:.1%}."] if error is not None else []
     return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])

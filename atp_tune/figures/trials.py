@@ -33,7 +33,7 @@ def axis_of(summary: Summary) -> str:
 
 def validation(summary: Summary) -> str:
     """What trials are measured on."""
-    return "validation images" if summary.hits else "validation text"
+    return f"validation {summary.data}"
 
 
 def written(value: float, summary: Summary) -> str:

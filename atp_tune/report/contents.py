@@ -157,7 +157,7 @@ class Contents:
         draws = f" Over {drawn(summary)} draws of the calibration text the difference is {over}." if over else ""
         is_chance = may_be_chance(paired, summary.windows.get(text, 0))
         chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
-        data = "images" if self.summary.hits else "text"
+        data = self.summary.data
         change = f"{abs(paired.value):.1%}{error} {side} uniform’s on the {text} {data}"
         return f"The best plan’s {what} is {change}.{chance}{draws}"
 

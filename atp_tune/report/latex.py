@@ -30,7 +30,7 @@ def make(studies: Sequence[Contents]) -> bytes:
     rows = "\n\\midrule\n".join("\n".join(_rows(contents, len(studies) > 1, has_kl, has_hits)) for contents in studies)
     names = ", ".join(escaped(contents.summary.name) for contents in studies)
     what, columns = ("Perplexity and KL divergence", "llrrrrr") if has_kl else ("Perplexity", "llrrr")
-    data = " or ".join(dict.fromkeys("images" if contents.summary.hits else "text" for contents in studies))
+    data = " or ".join(dict.fromkeys(contents.summary.data for contents in studies))
     over = {"text": "windows", "images": "images"}.get(data, "windows or images")
     errors = escaped(errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {over}")
     more = f" & KL, validation {data} & KL, test {data}" if has_kl else ""

@@ -70,7 +70,7 @@ def headline(summary: Summary) -> ReportTable:
     over = (f"test text, {draws} draws",) if draws else ()
     kls = ("KL, validation text", "KL, test text") if has_kl else ()
     accuracy = ACCURACY[:2] if summary.hits else ()
-    data = "images" if summary.hits else "text"
+    data = summary.data
     head = ("perplexity", f"validation {data}", f"test {data}", *over, *kls, *accuracy)
     return ReportTable(head, rows, best=2 if best else None)
 
@@ -102,7 +102,7 @@ def ranks(summary: Summary) -> ReportTable:
         hits = hit_cells(summary, rank.trial) if summary.hits else ()
         change = changed(rank.against, rank.on)
         rows.append((name, str(rank.trial.number), *cells(rank.scores), change, *over, *kls, *hits))
-    data = "images" if summary.hits else "text"
+    data = summary.data
     head = ("best of", "trial", f"validation {data}", f"test {data}", "against uniform")
     over = (f"test text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
     more = ("KL, validation text", "KL, test text", "KL against uniform") if has_kl else ()
@@ -197,7 +197,7 @@ def trials(summary: Summary) -> ReportTable:
 def comparison(studies: Sequence[Contents]) -> ReportTable:
     """One row per study, all on one text: test if all are measured on it, else validation."""
     on = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
-    data = " or ".join(dict.fromkeys("images" if contents.summary.hits else "text" for contents in studies))
+    data = " or ".join(dict.fromkeys(contents.summary.data for contents in studies))
     columns = (f"dense, {on} {data}", "uniform", "best", "against uniform")
     kinds = dict.fromkeys(amounts.column(contents.summary) for contents in studies)
     head = ("study", " or ".join(kinds), *columns, "trials", "time", "device")

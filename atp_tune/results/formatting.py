@@ -106,7 +106,7 @@ def errors_of(summary: Summary) -> str:
         return said.replace("windows", "images") if summary.hits else said
     counts = " and ".join(f"{count} {role}" for role, count in known.items())
     factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
-    items = "images" if summary.hits else "windows"
+    items = summary.items
     return f"standard error over {counts} {items} (× {factors} for 95 %)"
 
 

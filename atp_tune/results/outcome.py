@@ -52,7 +52,7 @@ def _within(summary: Summary, best: Point, limit: Limit) -> str:
     key, words = next(iter(limit)), limit_of(limit)
     name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
     search, test = _measured(summary, best, key, "validation"), _measured(summary, best, key, "test")
-    data = "images" if summary.hits else "text"
+    data = summary.data
     on_test = f"; on the test {data} {test}" if test else ""
     on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
     if best.excess is not None and best.excess <= 0:

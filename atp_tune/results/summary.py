@@ -148,6 +148,16 @@ class Summary:
         return self.objectives[0] == ACCURACY
 
     @property
+    def data(self) -> str:
+        """What plans are measured on: text or images."""
+        return "images" if self.hits else "text"
+
+    @property
+    def items(self) -> str:
+        """What errors are over: windows of a text, or images."""
+        return "images" if self.hits else "windows"
+
+    @property
     def text(self) -> Role:
         """The text on which to compare dense, uniform and best: test once all of them have it."""
         scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]

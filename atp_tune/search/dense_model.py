@@ -82,8 +82,9 @@ class DenseMeasurements:
         """Hidden states [`curve_windows`, tokens, width] after each dense block, in host memory."""
         items = self._calibration[: self.curve_windows]
         hidden, states = embed(self._replay, self._batch, items), []
+        tower = self._replay.checkpoint.tower_weights()
         for index, weights in dense_blocks(self._replay.checkpoint):
-            hidden = entering(self._replay, self._batch, index, hidden, items, self._tower())
+            hidden = entering(self._replay, self._batch, index, hidden, items, tower)
             hidden = advance(self._replay, self._batch, index, weights, hidden)
             states.append(hidden.cpu().clone())
         return states
@@ -135,17 +136,14 @@ class DenseMeasurements:
 
     def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = embed(self._replay, self._batch, self._calibration)
+        tower = self._replay.checkpoint.tower_weights()
         for index, weights in dense_blocks(self._replay.checkpoint):
-            hidden = entering(self._replay, self._batch, index, hidden, self._calibration, self._tower())
+            hidden = entering(self._replay, self._batch, index, hidden, self._calibration, tower)
             found, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
             for statistics in set(found.values()):
                 pruner.prepare(statistics)
             yield found
             self._step(index + 1)
-
-    def _tower(self) -> list[dict[str, Tensor]]:
-        """The weights of the blocks of a vision tower that is pruned too."""
-        return [self._replay.checkpoint.weights(index) for index in range(self._replay.in_tower)]
 
     def _step(self, done: int) -> None:
         self._watch(Step("measure", done, len(self._replay.checkpoint.blocks)))

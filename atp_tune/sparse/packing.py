@@ -100,6 +100,11 @@ class Packed:
     rounding: tuple[Perplexity, Perplexity] | None = None
     auto: str = "AutoModelForCausalLM"
 
+    @property
+    def data(self) -> str:
+        """What it was measured on: text or images."""
+        return "images" if self.auto == IMAGES else "text"
+
 
 def pack_folder(
     source: Path,

@@ -69,8 +69,7 @@ def _show(done: "Packed", out: Path) -> None:
     console.print(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
     if done.rounding is not None:
         before, after = done.rounding
-        data = "images" if done.auto == "AutoModelForImageClassification" else "text"
-        console.print(f"perplexity on the test {data}: {before} before rounding, {after} after")
+        console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
     console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}")')
 
 
