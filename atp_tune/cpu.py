@@ -10,8 +10,9 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """The model name of the CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """The model name of the CPU, and whether it has AMX: virtual machines give one name to CPUs with and without."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in cpu_flags() else name
 
 
 def is_amd() -> bool:

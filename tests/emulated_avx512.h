@@ -1,5 +1,5 @@
-/* The AVX-512 intrinsics of kernel.c on a CPU without them: by SIMDe, and the four that it lacks by loops as Intel's
-   guide to the intrinsics describes them. Compile with -mavx2 -mfma -mf16c. */
+/* The AVX-512 and AMX intrinsics of kernel.c on a CPU without them: by SIMDe, and those that it lacks by loops as
+   Intel's guide to the intrinsics describes them. Compile with -mavx2 -mfma -mf16c. */
 
 #include <immintrin.h>
 #include <string.h>
@@ -34,3 +34,54 @@ EMULATED_EXPAND(epi8, simde__m512i, uint8_t, uint64_t)
 #define _mm512_maskz_expand_ps emulated_maskz_expand_ps
 #define _mm512_maskz_expand_epi16 emulated_maskz_expand_epi16
 #define _mm512_maskz_expand_epi8 emulated_maskz_expand_epi8
+
+/* Tiles of 16 rows of 64 bytes, the only ones that kernel_amx.h has; a program that did not ask for them is ended. */
+static _Thread_local struct {
+  uint8_t configured, bytes[8][16][64];
+} emulated_tiles;
+
+static inline void emulated_tile_loadconfig(const void *config) {
+  const uint8_t *of = config;
+  emulated_tiles.configured = of[0] == 1;
+  for (int tile = 0; tile < 8; tile++)
+    if (of[16 + 2 * tile] != 64 || of[17 + 2 * tile] != 0 || of[48 + tile] != 16) emulated_tiles.configured = 0;
+}
+static inline void emulated_tile_release(void) { memset(&emulated_tiles, 0, sizeof emulated_tiles); }
+static inline void emulated_tile_zero(int tile) { memset(emulated_tiles.bytes[tile], 0, 1024); }
+static inline void emulated_tile_loadd(int tile, const void *from, long stride) {
+  if (!emulated_tiles.configured) __builtin_trap();
+  for (int row = 0; row < 16; row++) memcpy(emulated_tiles.bytes[tile][row], (const char *)from + row * stride, 64);
+}
+static inline void emulated_tile_stored(int tile, void *to, long stride) {
+  for (int row = 0; row < 16; row++) memcpy((char *)to + row * stride, emulated_tiles.bytes[tile][row], 64);
+}
+static inline float emulated_bf16(const uint8_t *at) {
+  const uint32_t bits = (uint32_t)(at[0] | at[1] << 8) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+static inline void emulated_tile_dpbf16ps(int sums, int rows, int pairs) {
+  for (int row = 0; row < 16; row++)
+    for (int column = 0; column < 16; column++) {
+      float sum;
+      memcpy(&sum, emulated_tiles.bytes[sums][row] + 4 * column, sizeof sum);
+      for (int k = 0; k < 32; k++)
+        sum += emulated_bf16(emulated_tiles.bytes[rows][row] + 2 * k) *
+               emulated_bf16(emulated_tiles.bytes[pairs][k / 2] + 4 * column + 2 * (k % 2));
+      memcpy(emulated_tiles.bytes[sums][row] + 4 * column, &sum, sizeof sum);
+    }
+}
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig emulated_tile_loadconfig
+#define _tile_release emulated_tile_release
+#define _tile_zero emulated_tile_zero
+#define _tile_loadd emulated_tile_loadd
+#define _tile_stored emulated_tile_stored
+#define _tile_dpbf16ps emulated_tile_dpbf16ps

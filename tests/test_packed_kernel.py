@@ -20,7 +20,7 @@ from torch import Tensor
 
 from atp_tune import cpu
 from atp_tune.packed import kernel, kernel_dense, library
-from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, kernel_name, multiplies, row_offsets
+from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, by_tiles, kernel_name, multiplies, row_offsets
 
 TYPES = (*FLOATS, torch.int8)
 SHAPES = [(1, 1), (3, 7), (5, 31), (1, 33), (5, 64), (3, 576), (5, 1000), (150, 1000)]
@@ -71,7 +71,7 @@ def test_many_tokens(shape: tuple[int, int], dtype: torch.dtype, variant: str) -
     for inputs, tokens in product(FLOATS, MANY[shape[0] % 3 :: 3]):
         x = torch.randn(tokens, shape[1]).to(inputs)
         y, other = matrix.product(x), biased.product(x)
-        if not multiplies(None if variant == "torch" else variant, inputs, tokens):
+        if not multiplies(None if variant == "torch" else variant, inputs, tokens, dtype):
             assert y is None and other is None
             continue
         assert y is not None and other is not None
@@ -86,6 +86,9 @@ def test_many_tokens_with_scales_of_groups(variant: str) -> None:
         full = weight * scales.repeat_interleave(columns // groups, dim=1)
         x = torch.randn(20, columns)
         close(operator(pack(weight, scales), x), x, full)
+        rounded = full.bfloat16() if by_tiles(variant, torch.bfloat16, torch.int8) else full
+        if multiplies(variant, torch.bfloat16, 20, torch.int8):
+            close(pack(weight, scales).product(x.bfloat16()), x.bfloat16(), rounded)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
@@ -243,11 +246,43 @@ def test_the_same_bits_of_many_tokens(variant: str, threads: None) -> None:
             assert torch.equal(matrix.product(x[:tokens]), torch.cat(few)[:tokens])
 
 
+def test_the_same_bits_by_tiles(variant: str, threads: None) -> None:
+    """Wherever a token lies, in tiles that are full or not."""
+    if variant != "amx":
+        pytest.skip("has no tiles")
+    for rows, columns in ((130, 1300), (20, 100)):
+        plain, rounded = (sparse((rows, columns), dtype) for dtype in (torch.bfloat16, torch.int8))
+        for matrix in (pack(plain), pack(rounded, torch.rand(rows, 1))):
+            x = torch.randn(600, columns).bfloat16()
+            torch.set_num_threads(1)
+            expected = matrix.product(x)
+            assert expected is not None
+            for number in (2, 3, 1):
+                torch.set_num_threads(number)
+                assert torch.equal(matrix.product(x), expected)
+                for first, tokens in ((0, 9), (0, 33), (13, 40), (100, 97), (83, 517)):
+                    assert torch.equal(matrix.product(x[first : first + tokens]), expected[first : first + tokens])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_tiles_multiply_what_is_not_finite(bad: float, variant: str) -> None:
+    """By zeros too, which makes no numbers, as in a dense product; only in the rows of that token."""
+    if variant != "amx":
+        pytest.skip("has no tiles")
+    weight, x = sparse((20, 70), torch.bfloat16), torch.randn(40, 70).bfloat16()
+    x[11, 69] = bad
+    y, dense = pack(weight).product(x), x.float() @ weight.float().T
+    assert y is not None
+    assert torch.equal(y.isfinite(), dense.isfinite()) and torch.equal(y.isnan(), dense.isnan())
+    assert not y[11].isfinite().any()
+
+
 @pytest.mark.parametrize(
     "vendor, flags, name, by_torch",
     [
         ("GenuineIntel", "avx512_vbmi2 avx512_bf16", "avx512-vbmi2", False),
-        ("GenuineIntel", "avx512_vbmi2 avx512_bf16 amx_bf16", "avx512-vbmi2", True),
+        ("GenuineIntel", "avx512_vbmi2 avx512_bf16 amx_tile amx_bf16", "amx", False),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", "avx512", True),
         ("GenuineIntel", "avx512_vbmi2", "avx512-vbmi2", False),  # Ice Lake
         ("GenuineIntel", "avx512_bf16", "avx512", False),  # Cooper Lake
         ("AuthenticAMD", "avx512_vbmi2 avx512_bf16", "avx512-bf16", True),
@@ -262,10 +297,14 @@ def test_the_variant_of_a_cpu(
         pytest.skip("needs the library for x86")
     fields = {"vendor_id": vendor, "flags": f"{' '.join(library._AVX512)} {flags}"}
     monkeypatch.setattr(cpu, "_cpuinfo", fields.get)
+    compiled = library._compiled() | 1 << library.VARIANTS["amx"]  # which the system may have refused here
+    monkeypatch.setattr(library, "_compiled", lambda: compiled)
     assert library.variants.__wrapped__()[0] == name
     monkeypatch.setattr(kernel, "torch_multiplies_bf16_fast", cpu.multiplies_bf16_fast)
-    assert multiplies(name, torch.bfloat16, 100) is not by_torch
-    assert multiplies(name, torch.bfloat16, BATCH + 1) and multiplies(name, torch.float32, 100)
+    bf16, wide = torch.bfloat16, torch.float32
+    assert multiplies(name, bf16, 100, bf16) is multiplies(name, bf16, 100, torch.int8) is not by_torch
+    assert multiplies(name, bf16, 100, wide) is not cpu.multiplies_bf16_fast()
+    assert multiplies(name, bf16, BATCH + 1, bf16) and multiplies(name, wide, 100, wide)
 
 
 def test_the_threads_are_torchs() -> None:
@@ -494,11 +533,14 @@ for variant in sys.argv[2:]:
                 assert torch.equal(matrix.rows(0, shape[0]), full)
                 several = (1, 3, 8, 11, *((50, 130, 400) if density == 0.3 else ()))
                 types = (*FLOATS, *FLOATS, torch.float32)[: len(several)]
+                if variant == "amx":
+                    several, types = (11, 16, 50), (torch.bfloat16,) * 3
+                    full = full.bfloat16() if groups > 1 and scales is not None else full
                 for inputs, tokens in zip(types, several, strict=True):
                     x = guarded.place(torch.randn(tokens, shape[1]).to(inputs))
                     y = matrix.product(x)
                     if y is None:
-                        assert not multiplies(variant, inputs, tokens)
+                        assert not multiplies(variant, inputs, tokens, dtype)
                     else:
                         close(y, x, full)
     library._chosen = lambda asked: variant
@@ -542,7 +584,7 @@ def test_avx512_emulated(tmp_path: Path) -> None:
     header = HERE / "emulated_avx512.h"
     options = ("-O1", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2", "-fno-strict-aliasing")
     build(tmp_path / "emulated.so", *options, f'-DEMULATED_AVX512="{header}"')
-    done = python(OTHERS, tmp_path / "emulated.so", "avx512", "avx512-vbmi2", "avx512-bf16")
+    done = python(OTHERS, tmp_path / "emulated.so", "avx512", "avx512-vbmi2", "avx512-bf16", "amx")
     assert done.stdout == "done\n", done.stderr[-3000:]
 
 

@@ -17,6 +17,11 @@
    Each sum is made by one thread in an order that depends on the columns only: bits do not depend on the number of
    threads, nor on how many tokens go together. */
 
+#if defined(__linux__)
+#define _GNU_SOURCE /* syscall */
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -42,7 +47,7 @@ enum { AHEAD = 2048 }; /* bytes; see PRODUCT */
 /* Of products of many tokens, see there. STRIDE is no power of 2: the cache would have few places for its columns. */
 enum { PART = 64, TOGETHER = 64, MANY = 384, STRIDE = MANY + 16 };
 enum type { BF16, HALF, FLOAT, INT8, GROUPED_INT8, DENSE_BF16, DENSE_FLOAT, TYPES };
-enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, AVX512_VBMI2, ISAS };
+enum isa { PORTABLE, AVX2, AVX512, AVX512_BF16, NEON, AVX512_VBMI2, AMX, ISAS };
 enum error { FINE, WRONG_ARGUMENT, NO_MEMORY, NOT_FINITE };
 
 /* The same as kernel.py's Structure. For a dense weight, `bitmask` and `offsets` are not read. */
@@ -203,6 +208,10 @@ static struct {
   uint8_t counts[256];
 } tables;
 
+#if defined(__x86_64__)
+static int amx_allowed(void);
+#endif
+
 /* Fills the tables; returns bit 1 << isa for each instruction set that was compiled. Call it once, before all else. */
 int32_t atp_setup(void) {
   for (int bits = 0; bits < 256; bits++) {
@@ -224,7 +233,7 @@ int32_t atp_setup(void) {
   }
   int32_t compiled = 1 << PORTABLE;
 #if defined(__x86_64__)
-  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16 | 1 << AVX512_VBMI2;
+  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16 | 1 << AVX512_VBMI2 | amx_allowed() << AMX;
 #elif defined(__aarch64__)
   compiled |= 1 << NEON;
 #endif
@@ -438,13 +447,14 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
           }                                                                                                           \
         }                                                                                                             \
       }                                                                                                               \
-      ISA##_finish(job, start, rows, sums);                                                                           \
+      ISA##_finish(job, start, rows, sums[0], STRIDE);                                                                \
     }                                                                                                                 \
   }
 
 /* Sums to y: rows become columns. */
 #define FINISH(ISA)                                                                                                   \
-  ISA##_TARGET static void ISA##_finish(const struct job *job, int64_t start, int64_t rows, float (*sums)[STRIDE]) {  \
+  ISA##_TARGET static void ISA##_finish(const struct job *job, int64_t start, int64_t rows, const float *sums,        \
+                                        int64_t stride) {                                                             \
     const struct matrix *matrix = job->matrix;                                                                        \
     const int64_t size = size_of(job->y_type);                                                                        \
     float scales[TOGETHER], biases[TOGETHER];                                                                         \
@@ -455,7 +465,8 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
     }                                                                                                                 \
     for (int64_t first = 0; first < job->tokens; first += 8) {                                                        \
       _Alignas(64) float lines[8][TOGETHER];                                                                          \
-      for (int64_t i = 0; i < rows; i += 8) ISA##_transpose(sums[i] + first, STRIDE, lines[0] + i, TOGETHER);         \
+      for (int64_t i = 0; i < rows; i += 8)                                                                           \
+        ISA##_transpose(sums + i * stride + first, stride, lines[0] + i, TOGETHER);                                   \
       for (int64_t t = 0; t < 8 && first + t < job->tokens; t++) {                                                    \
         uint8_t *to = job->y + ((first + t) * matrix->rows + start) * size;                                           \
         uint16_t narrow[TOGETHER];                                                                                    \
@@ -464,7 +475,12 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
           ISA##_narrow(lines[t], narrow);                                                                             \
         else if (job->y_type == BF16)                                                                                 \
           for (int i = 0; i < TOGETHER; i++) narrow[i] = bf16_of(lines[t][i]);                                        \
-        memcpy(to, job->y_type == FLOAT ? (void *)lines[t] : (void *)narrow, (size_t)(rows * size));                  \
+        if (job->y_type == FLOAT)                                                                                     \
+          memcpy(to, lines[t], (size_t)(rows * size));                                                                \
+        else if (rows == TOGETHER)                                                                                    \
+          memcpy(to, narrow, sizeof narrow); /* two registers */                                                      \
+        else                                                                                                          \
+          memcpy(to, narrow, (size_t)(rows * size));                                                                  \
       }                                                                                                               \
     }                                                                                                                 \
   }
@@ -918,6 +934,8 @@ words_TARGET static void bytes_sort(float *line, int64_t width) {
   }
 }
 
+#include "kernel_amx.h"
+
 #elif defined(__aarch64__)
 
 /* --- NEON: the same shuffles as AVX2, two vectors of 4 floats at a time */
@@ -1072,6 +1090,7 @@ static const struct {
                 avx512_WIDE, avx512_FEW},
     [AVX512_BF16] = WITH_VBMI2, /* but for `dots` */
     [AVX512_VBMI2] = WITH_VBMI2,
+    [AMX] = WITH_VBMI2, /* but for bfloat16 by `amx_product` */
 #elif defined(__aarch64__)
     [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen, FOR_MANY(neon), neon_tiles, neon_WIDE},
 #endif
@@ -1136,7 +1155,7 @@ int32_t atp_product(const struct matrix *matrix, const uint8_t *x, int32_t type,
   int64_t columns = matrix->columns, width = (columns + BLOCK - 1) / BLOCK * BLOCK, work_to_do = matrix->rows * columns;
   int which = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens - 1, padded = 1 << which;
   int32_t isa = matrix->isa, dot = 0;
-  const int vbmi2 = isa == AVX512_VBMI2 || isa == AVX512_BF16;
+  const int vbmi2 = isa == AVX512_VBMI2 || isa == AVX512_BF16 || isa == AMX;
   if (vbmi2 && matrix->type == GROUPED_INT8 && columns / matrix->groups % BLOCK) isa = AVX512;
   loop chosen = variants[isa].product[matrix->type][which];
 #if defined(__x86_64__)
@@ -1173,6 +1192,10 @@ int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32
   if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || variants[matrix->isa].many[matrix->type] == NULL)
     return WRONG_ARGUMENT;
   if (tokens == 0 || matrix->rows == 0) return FINE;
+#if defined(__x86_64__)
+  if (matrix->isa == AMX && type == BF16 && matrix->type != HALF && matrix->type != FLOAT)
+    return amx_product(matrix, x, tokens, y, threads);
+#endif
   const int64_t columns = matrix->columns, wide = variants[matrix->isa].wide, size = size_of(type);
   if (tokens <= variants[matrix->isa].few) {
     for (int64_t start = 0; start < tokens; start += MOST_TOKENS) {

@@ -9,7 +9,8 @@ A packed weight [R, C] is
 `offsets` [R + 1]           int64, never stored: where each row's values start, and at the end their count
 
 All sums are in float32. The same input gives the same bits at every run, with any number of threads, and whatever
-tokens are beside it, up to BATCH in all (of a variant in FEW: up to its number), or more. Without the library, or with
+tokens are beside it, up to BATCH in all (of a variant in FEW: up to its number, but where `by_tiles`), or more. Tiles
+multiply by the weights in bfloat16: those of int8 values with scales of groups are rounded to it. Without the library, or with
 ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
 """
 
@@ -29,7 +30,7 @@ INTERFACE = 4  # of what modeling_atp_sparse.py calls; a copy of it lies in each
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 # Tokens up to which they go BATCH by BATCH, as in kernel.c.
-FEW = dict.fromkeys(("avx512-vbmi2", "avx512-bf16", "avx512"), 32)
+FEW = dict.fromkeys(("amx", "avx512-vbmi2", "avx512-bf16", "avx512"), 32)
 FOR_MANY = (*FEW, "avx2", "neon")  # variants with a loop for more tokens
 INT8, GROUPED_INT8 = 3, 4
 
@@ -81,7 +82,7 @@ class PackedMatrix:
         if kind is None or len(shape) != 2 or shape[1] != self.shape[1] or not x.is_cpu:
             needed = f"[tokens, {self.shape[1]}] of a float type on the CPU"
             raise ValueError(f"packed weight: x is {_words(x)}; needed: {needed}")
-        if not multiplies(self._name, x.dtype, shape[0]):
+        if not multiplies(self._name, x.dtype, shape[0], self.values.dtype):
             return None
         if self._library is not None:
             return product(self._library, self._at, x, kind, self.shape[0])
@@ -143,7 +144,7 @@ def linear(
     """
     columns, rows = x.shape[-1], len(bitmask)
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
-    if name is None or loaded is None or not multiplies(name, x.dtype, len(flat)):
+    if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
         return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
     known = (
         name, columns, values.data_ptr(), values.dtype, values.shape, bitmask.data_ptr(), bitmask.shape,
@@ -166,12 +167,20 @@ def linear(
     return y.view(*x.shape[:-1], rows)
 
 
-def multiplies(name: str | None, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether a variant multiplies so many tokens of a type; more than a few bfloat16 ones only where torch is slow."""
-    if tokens <= BATCH:
+def multiplies(name: str | None, dtype: torch.dtype, tokens: int, values: torch.dtype) -> bool:
+    """Whether a variant multiplies so many tokens of a type; more than a few bfloat16 ones only where torch is slow.
+
+    By tiles it does: those are faster than torch's own, which first puts the unpacked weight into another order.
+    """
+    if tokens <= BATCH or by_tiles(name, dtype, values):
         return True
     slower = dtype == torch.bfloat16 and torch_multiplies_bf16_fast()
     return name in FOR_MANY and (tokens <= FEW.get(name, 0) or not slower)
+
+
+def by_tiles(name: str | None, dtype: torch.dtype, values: torch.dtype) -> bool:
+    """Whether many tokens are multiplied by the tiles of AMX, in bfloat16."""
+    return name == "amx" and dtype == torch.bfloat16 and values in (torch.bfloat16, torch.int8)
 
 
 @cache

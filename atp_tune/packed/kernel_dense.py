@@ -12,7 +12,7 @@ from atp_tune.packed.kernel import BATCH, FLOATS, product
 from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel
 
 DENSE = {torch.bfloat16: 5, torch.float32: 6}  # the numbers are those of kernel.c
-FASTER = ("avx512-vbmi2", "avx512-bf16", "avx512", "avx2")  # variants that were measured to be so
+FASTER = ("amx", "avx512-vbmi2", "avx512-bf16", "avx512", "avx2")  # variants that were measured to be so
 PLAIN = (Tensor, nn.Parameter)
 BLOCK = 64  # columns that it reads at once; a row of another length would be multiplied with what follows it
 

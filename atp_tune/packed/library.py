@@ -20,14 +20,22 @@ TORCH = "torch"  # ATP_TUNE_ISA: no variant
 ALONE = 1 << 18  # multiplications of a product that one thread makes, in 30 µs: others would have to be woken
 
 # The numbers are those of kernel.c; flags as in /proc/cpuinfo.
-VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "neon": 4, "avx512-vbmi2": 5}
+VARIANTS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "neon": 4, "avx512-vbmi2": 5, "amx": 6}
 _OTHERS = ("avx512", "avx2", "neon", "portable")
-_FASTEST_FIRST = ("avx512-vbmi2", "avx512-bf16", *_OTHERS)  # dot products of bfloat16 take Intel's CPUs twice as long
+_FASTEST_FIRST = (
+    "amx",
+    "avx512-vbmi2",
+    "avx512-bf16",
+    *_OTHERS,
+)  # dot products of bfloat16 take Intel's CPUs twice as long
 _FASTEST_ON_AMD = ("avx512-bf16", "avx512-vbmi2", *_OTHERS)
 _AVX2 = frozenset(("avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"))
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _VBMI2 = _AVX512 | {"avx512_vbmi2"}
-_NEEDS = {"avx2": _AVX2, "avx512": _AVX512, "avx512-vbmi2": _VBMI2, "avx512-bf16": _VBMI2 | {"avx512_bf16"}}
+_NEEDS = {
+    "avx2": _AVX2, "avx512": _AVX512, "avx512-vbmi2": _VBMI2, "avx512-bf16": _VBMI2 | {"avx512_bf16"},
+    "amx": _VBMI2 | {"amx_tile", "amx_bf16"},
+}  # fmt: skip
 _NO_MEMORY, _NOT_FINITE = 2, 3
 
 
