@@ -16,6 +16,16 @@ static inline simde__m512i emulated_cvtepi8_epi32(__m128i in) {
   return out;
 }
 
+static inline __m256i emulated_cvtepi32_epi16(simde__m512i in) {
+  int32_t numbers[16];
+  int16_t low[16];
+  __m256i out;
+  memcpy(numbers, &in, sizeof numbers);
+  for (int k = 0; k < 16; k++) low[k] = (int16_t)numbers[k];
+  memcpy(&out, low, sizeof out);
+  return out;
+}
+
 #define EMULATED_EXPAND(NAME, VECTOR, NUMBER, MASK)                                    \
   static inline VECTOR emulated_maskz_expand_##NAME(MASK mask, VECTOR in) {            \
     enum { LANES = 64 / sizeof(NUMBER) };                                              \
@@ -30,6 +40,7 @@ EMULATED_EXPAND(ps, simde__m512, float, uint16_t)
 EMULATED_EXPAND(epi16, simde__m512i, uint16_t, uint32_t)
 EMULATED_EXPAND(epi8, simde__m512i, uint8_t, uint64_t)
 
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_maskz_expand_ps emulated_maskz_expand_ps
 #define _mm512_maskz_expand_epi16 emulated_maskz_expand_epi16

@@ -74,24 +74,23 @@ amx_TARGET INLINE void amx_expand_bf16(const uint8_t *from, uint64_t mask, const
   _mm512_store_si512(to + amx_TILE, _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(from)));
 }
 
-INLINE void amx_narrow(const float *in, uint16_t *to) { /* 32 numbers */
-  for (int k = 0; k < amx_DEPTH; k++) to[k] = bf16_of(in[k]);
-}
-
-amx_TARGET INLINE void amx_expand_grouped(const uint8_t *from, uint64_t mask, const float *scales, uint16_t *to) {
-  _Alignas(64) float wide[BLOCK];
-  UNROLL for (int k = 0; k < BLOCK; k += 16, mask >>= 16) {
-    _mm512_store_ps(wide + k, avx512_times(avx512_expand_int8(from, mask & avx512_BITS), scales[k / GROUP]));
-    from += avx512_count(mask & avx512_BITS);
+/* Of int8 values: `scales` of the block's groups, or NULL, as sums are multiplied by scales of rows: a whole number up to
+   127 is exact in bfloat16, other numbers are rounded to it. */
+amx_TARGET INLINE void amx_expand_codes(const uint8_t *from, uint64_t mask, const float *scales, uint16_t *to) {
+  _Alignas(64) int8_t codes[BLOCK];
+  _mm512_store_si512(codes, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from)));
+  UNROLL for (int k = 0; k < BLOCK; k += 16) {
+    __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)(codes + k))));
+    if (scales != NULL) wide = avx512_times(wide, scales[k / GROUP]);
+    const __m512i bits = _mm512_castps_si512(wide), half = _mm512_set1_epi32(0x7fff);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd); /* of two as near the even one */
+    _mm256_store_si256((__m256i *)(to + k / amx_DEPTH * amx_TILE + k % amx_DEPTH),
+                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
-  amx_narrow(wide, to);
-  amx_narrow(wide + amx_DEPTH, to + amx_TILE);
 }
-
-amx_TARGET INLINE void amx_expand_int8(const uint8_t *from, uint64_t mask, const float *scales, uint16_t *to) {
-  (void)scales; /* of rows: the sums are multiplied by them. A whole number up to 127 is exact in bfloat16. */
-  amx_expand_grouped(from, mask, (const float[]){1, 1}, to);
-}
+#define amx_expand_int8 amx_expand_codes
+#define amx_expand_grouped amx_expand_codes
 
 /* The products of two tiles of weights, and one or two of x, over some steps; the sums go on from those there. */
 amx_TARGET INLINE void amx_add(float *sums, const uint16_t *weights, const float *x, int64_t steps, int go_on,
@@ -156,7 +155,7 @@ INLINE void amx_ask(const struct matrix *matrix, int64_t row, int64_t column, ui
                                 : bounded(matrix->values, *at, limit, SIZE_##TYPE, buffer);                           \
       for (int k = 0; SCALED_##TYPE == 2 && k < BLOCK / GROUP && column + k * GROUP < matrix->columns; k++)           \
         of_groups[k] = scales[(column + k * GROUP) / group_width];                                                    \
-      amx_expand_##TYPE(from, mask, of_groups, to);                                                                   \
+      amx_expand_##TYPE(from, mask, SCALED_##TYPE == 2 ? of_groups : NULL, to);                                       \
       *at += (uint64_t)__builtin_popcountll(mask);                                                                    \
     }                                                                                                                 \
   }
