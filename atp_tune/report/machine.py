@@ -134,7 +134,7 @@ def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     attrs = trial.user_attrs
     kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
-    rounded = ("bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
+    rounded = ("bits", "linear_bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),

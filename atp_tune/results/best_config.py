@@ -103,7 +103,8 @@ def _of_bits(spec: Study, attrs: Mapping[str, Any], sizes: Sequence[int]) -> dic
         return {}
     bits = (spec.fixed_bits,) * len(sizes) if spec.fixed_bits else tuple(attrs["bits"])
     found = Bits(target=spec.bits, nominal=mean_of(bits, sizes), effective=attrs["effective_bits"])
-    return {"quantize": spec.quantize, "block_bits": bits, "bits": found}
+    linears = attrs.get("linear_bits")
+    return {"quantize": spec.quantize, "block_bits": bits, "linear_bits": linears, "bits": found}
 
 
 def _allocation(trial: FrozenTrial) -> AllocationRef:

@@ -88,7 +88,7 @@ class TrialStatus(FrozenModel):
     sparsity: float | None = None
     packed_bytes: int | None = None
     accuracy: Accuracies | None = None
-    bits: tuple[int, ...] | None = None
+    bits: tuple[int | float, ...] | None = None
     effective_bits: float | None = None
     quantized_bytes: int | None = None
 

@@ -22,11 +22,11 @@ def is_uniform(trial: FrozenTrial) -> bool:
     numbers = [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
     if allocation == "uniform" or is_zero(allocation, numbers):
         return True
-    return "linear_sparsities" not in attrs and len(set(levels_of(trial) or ())) == 1
+    return not {"linear_sparsities", "linear_bits"} & attrs.keys() and len(set(levels_of(trial) or ())) == 1
 
 
 def levels_of(trial: FrozenTrial | None) -> list[float] | None:
-    """A trial's bits of each block, else its sparsity of each block; None before it has a plan."""
+    """A trial's bits of each block, means of its linears', else its sparsity of each block; None before it has a plan."""
     attrs = trial.user_attrs if trial else {}
     return attrs.get("bits") or attrs.get("sparsities")
 

@@ -115,10 +115,17 @@ class Space:
 
     def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
         """The plan of a trial that rounds weights, with the bits that it stored."""
-        plan, bits = self.plan(trial.params), trial.user_attrs.get("bits")
-        if bits is not None and (len(bits) != len(self.budget.sizes) or not set(bits) <= set(self.budget.widths)):
+        params, stored = trial.params, trial.user_attrs
+        if "bits" not in stored:
+            return self.plan(params)
+        bits, rows = tuple(stored["bits"]), tuple(map(tuple, stored.get("linear_bits", ())))
+        shapes = [len(row) for row in self.budget.linears] if rows else []
+        known = {b for row in rows for b in row} if rows else set(bits)
+        if len(bits) != len(self.budget.sizes) or [*map(len, rows)] != shapes or not known <= set(self.budget.widths):
             raise UserError(f"trial {trial.number}: its stored bits are not those of this model")
-        return plan if bits is None else replace(plan, bits=tuple(bits))
+        own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
+        none = (0.0,) * len(bits)
+        return Plan(params["pruner"], params["allocation"], none, own, bits=bits, linear_bits=rows or None)
 
     def _fits(self, blocks: tuple[float, ...], rows: LinearSparsities | None) -> bool:
         """Whether stored sparsities of blocks, and of their linears, are those that this model can have."""

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 QuantizerName = Literal["rtn", "gptq"]
 Width = Annotated[int, Field(ge=2, le=8)]
+MeanBits = Annotated[float, Field(ge=2, le=8)]  # of the linears of a block
 WIDTHS = (2, 3, 4, 5, 6, 8)
-PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
+OF_ZEROS = ("er", "erk", "global")  # allocations that no number of bits follows from
+PER_LINEAR = ("prices", *OF_ZEROS)  # those that differ within blocks
 
 
 class QuantizeConfig(SettingsTable):
@@ -123,12 +125,12 @@ def check_bits(study: "Study") -> None:
     if study.sparsity is not None:
         _check_both(study, bits)
         return
-    by_linears = [name for name in study.allocation.names if name in PER_LINEAR]
-    own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
+    of_zeros = [name for name in study.allocation.names if name in OF_ZEROS]
+    other = f"{(*of_zeros, '')[0]} is of zeros; take prices, atp or another that shares out bits too,"
     for key, is_given, reason in (
         (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
         ("limit", study.limit is not None, "needs an interval of sparsities; leave it out"),
-        ("allocation.names", by_linears, own),
+        ("allocation.names", of_zeros, other),
     ):
         if is_given:
             raise ValueError(f"{key}: {reason} where bits are given")
