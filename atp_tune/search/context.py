@@ -288,9 +288,10 @@ class TrialContext(Released):
 
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
-        evidence = self.measured.evidence(self._priced, self._path)
         if self.quantize is not None and self.bits is None:
+            evidence = self.measured.evidence(self._priced, (), repr(self.quantize))
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
+        evidence = self.measured.evidence(self._priced, self._path)
         if not self.pattern.channels:
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
