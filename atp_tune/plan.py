@@ -1,7 +1,8 @@
 """The plan of a trial: pruner, allocation and sparsities, enough for `apply` to prune again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Sparsities
 from atp_tune.allocations import bits as of_bits
@@ -10,6 +11,7 @@ from atp_tune.allocations.channels import means, rounded
 from atp_tune.errors import UserError
 from atp_tune.spec.patterns import Pattern
 
+METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
 LinearBits = tuple[tuple[int, ...], ...]  # one per linear of each block
 
 
@@ -64,6 +66,14 @@ class Plan:
         if self.is_uniform:
             return f"{level}{self.pruner} uniform"
         return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+
+
+def method_in(params: Mapping[str, Any]) -> str:
+    """The pruner that a trial's parameters name, or where weights are rounded alone the quantizer; "" without any.
+
+    Studies of bits that are older than the name `quantizer` call theirs `pruner`.
+    """
+    return str(next((params[name] for name in METHODS if name in params), ""))
 
 
 def is_zero(allocation: str, values: Iterable[float]) -> bool:

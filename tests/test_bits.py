@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sqlite3
 import sys
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -191,7 +193,8 @@ def bits_done(ran: Path, tmp_path: Path, windows: None) -> Path:
 def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) -> None:
     study = stored(bits_done)
     trials = measured(study)
-    assert {trial.params["pruner"] for trial in trials} == {"rtn", "gptq"}
+    assert {trial.params["quantizer"] for trial in trials} == {"rtn", "gptq"}
+    assert not [trial for trial in trials if "pruner" in trial.params]
     betas = {trial.params.get("beta", 0.0) for trial in trials}
     assert min(betas) < 0 < max(betas)
     for trial in trials:
@@ -226,6 +229,26 @@ def test_a_study_goes_on(bits_done: Path, command: CommandLine) -> None:
         refused = command("--study", bits_done / "tiny.toml", "--set", key)
         assert refused.code == 2
         assert re.search(rf"study tiny: {key.partition('=')[0]} is .*, was ", refused.err)
+
+
+@pytest.mark.slow
+def test_a_study_that_calls_the_quantizer_a_pruner_goes_on(bits_done: Path, command: CommandLine) -> None:
+    shown = command("status", "--study", bits_done / "tiny.toml").out
+    before = command("status", "--study", bits_done / "tiny.toml", "--json").out
+    with closing(sqlite3.connect(bits_done / "tiny.db")) as db, db:
+        assert db.execute("UPDATE trial_params SET param_name = 'pruner' WHERE param_name = 'quantizer'").rowcount
+        attributes = (
+            "UPDATE trial_system_attributes SET value_json = replace(value_json, '\"quantizer\"', '\"pruner\"')"
+        )
+        db.execute(f"{attributes} WHERE key = 'fixed_params'")
+    assert command("status", "--study", bits_done / "tiny.toml").out == shown
+    said = command("status", "--study", bits_done / "tiny.toml", "--json").out
+    assert said == before.replace('"quantizer": ', '"pruner": ')
+    assert command("--study", bits_done / "tiny.toml", "--trials", "8").code == 0
+    trials = stored(bits_done).get_trials()
+    assert (len(trials), {"pruner" in trial.params for trial in trials}) == (8, {True})
+    assert summarise(stored(bits_done)).complete
+    assert "(+0.000%)" in command("apply", "--config", bits_done / "tiny.best.json", "--out", bits_done / "out").out
 
 
 @pytest.mark.slow
@@ -516,12 +539,12 @@ def test_recipes_of_bits_by_linear() -> None:
         8: ["model.layers.2.mlp.up_proj"],
     }
     assert made("llama.cpp", **BY_LINEAR).splitlines() == [
-        r"blk\.(1)\.attn_q\.weight=q3_k", r"blk\.(0|1)\.ffn_up\.weight=q3_k", r"blk\.(0)\.attn_q\.weight=q4_k",
+        r"blk\.(0|1)\.ffn_up\.weight=q3_k", r"blk\.(1)\.attn_q\.weight=q3_k", r"blk\.(0)\.attn_q\.weight=q4_k",
         r"blk\.(2)\.ffn_up\.weight=q8_0",
     ]  # fmt: skip
     rows = as_csv(config(**{**ROUNDED, **BY_LINEAR})).splitlines()
     assert rows[:3] == ["block,module,bits", "0,model.layers.0.attn.q_proj,4", "0,model.layers.0.mlp.up_proj,3"]
-    with pytest.raises(UserError, match="linears = attn.q: llama.cpp is told the tensors of the families of Llama"):
+    with pytest.raises(UserError, match=r"linears = attn\.q: llama\.cpp is told the tensors of the families of Llama"):
         made("llama.cpp", **{**BY_LINEAR, "linears": ROUNDED["linears"]})
 
 

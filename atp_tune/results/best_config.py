@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations.bits import mean_of
 from atp_tune.errors import UserError
+from atp_tune.plan import method_in
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.summary import summarise
@@ -71,7 +72,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
             fingerprint=facts["model.content"],
             dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],
         ),
-        pruner=best.params["pruner"],
+        pruner=method_in(best.params),
         prune=spec.prune,
         allocation=_allocation(best),
         block_sparsities=(0.0,) * len(attrs["bits"]) if spec.by_bits else tuple(attrs["sparsities"]),

@@ -33,7 +33,7 @@ from atp_tune.metrics.accuracy import error_rate
 from atp_tune.metrics.kl import divergence
 from atp_tune.metrics.perplexity import Estimate, perplexity
 from atp_tune.packed.layout import matrix_bytes
-from atp_tune.plan import Plan
+from atp_tune.plan import Plan, method_in
 from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
@@ -275,7 +275,7 @@ def is_trial_of(trial: FrozenTrial, plan: Plan) -> bool:
     """Whether a trial has this plan: a pattern may round several points of the space to one plan."""
     kinds = ("sparsities", "linear_sparsities", "bits", "linear_bits")
     own = {key: trial.user_attrs[key] for key in kinds if key in trial.user_attrs}
-    return trial.params.get("pruner") == plan.pruner and own == planned(plan)
+    return method_in(trial.params) == plan.pruner and own == planned(plan)
 
 
 def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups: int) -> bool:

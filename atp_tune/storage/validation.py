@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
+from atp_tune.plan import METHODS
 from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
 from atp_tune.spec.plugged import PluginRef
@@ -243,7 +244,7 @@ def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
 
 def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
     """Whether a trial's parameters and values can be atp_tune's; `may_be_zero`: a KL may be 0."""
-    names = {name: value for name, value in trial.params.items() if name in ("pruner", "allocation")}
+    names = {name: value for name, value in trial.params.items() if name in (*METHODS, "allocation")}
     numbers = [value for name, value in trial.params.items() if name not in names]
     values = trial.values or []
     return (
