@@ -225,7 +225,13 @@ def test_a_study_goes_on(bits_done: Path, command: CommandLine) -> None:
     after = stored(bits_done).get_trials()
     assert [trial.params for trial in after[:-1]] == before
     assert summarise(stored(bits_done)).complete
-    for key in ("bits=3", "quantize.group_size=8", "quantize.quantizers=['rtn']", "prune.statistics=dense"):
+    for key in (
+        "bits=3",
+        "quantize.act_order=true",
+        "quantize.group_size=8",
+        "quantize.quantizers=['rtn']",
+        "prune.statistics=dense",
+    ):
         refused = command("--study", bits_done / "tiny.toml", "--set", key)
         assert refused.code == 2
         assert re.search(rf"study tiny: {key.partition('=')[0]} is .*, was ", refused.err)
@@ -415,6 +421,9 @@ def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
     found = facts(Study.model_validate(toml))
     assert found["bits"] == 3
     assert found["quantize.widths"] == list(WIDTHS)
+    assert "quantize.act_order" not in found  # a key that is younger than such studies
+    ordered = facts(Study.model_validate({**toml, "quantize": {"act_order": True}}))
+    assert ordered == {**found, "quantize.act_order": True}
     assert not [key for key in found if key.startswith("prune.") and key != "prune.statistics"]
 
 
@@ -509,7 +518,13 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     assert group["weights"]["strategy"] == "channel"
     found = json.loads(made("gptqmodel"))
     assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)
-    assert found["act_group_aware"] is False
+    assert (found["act_group_aware"], found["desc_act"]) == (False, False)
+    ordered = QuantizeConfig(group_size=32, act_order=True)
+    assert json.loads(made("gptqmodel", quantize=ordered))["desc_act"] is True
+    (stage,) = yaml.safe_load(made("llm-compressor", quantize=ordered)).values()
+    assert stage["bits_modifiers"]["GPTQModifier"]["actorder"] == "weight"
+    settings = yaml.safe_load(as_yaml(config(**{**ROUNDED, "quantize": ordered})))["settings"]
+    assert settings == {"group_size": 32, "symmetric": False, "damping": 0.01, "act_order": True}
     said = found["meta"]["calibration"]
     assert Text.model_validate({k: v for k, v in said.items() if k != "bos"}) == config().calibration
     assert {"source", "part", "nsamples", "seqlen"} < said.keys()

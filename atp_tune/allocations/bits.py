@@ -1,4 +1,4 @@
-"""Bits of blocks: what an allocation gives, rounded to the numbers of bits that a block may have.
+"""Bits of blocks or linears: what an allocation gives, rounded to the numbers of bits that they may have.
 
     b_i = b_max - s_i (b_max - b_min)        s_i the allocation's share of block i, in [0, 1]
 

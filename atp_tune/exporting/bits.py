@@ -1,8 +1,8 @@
 """Recipes of a configuration that rounds weights, for what stores the bits themselves.
 
-llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier` without
-                activation order, whose grids are those of the dense weights; RTN: `QuantizationModifier` with the
-                observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier`, whose
+                grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
+                the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
                 scales and levels in bfloat16, and some weights are on another level.
 gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each linear, and leaves out all others.
 torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
@@ -70,7 +70,8 @@ def modifier(config: Config) -> dict[str, Any]:
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}
     if config.pruner == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
-    return {"GPTQModifier": {"config_groups": groups, "actorder": None, "dampening_frac": quantize.damping}}
+    order = "weight" if quantize.act_order else None  # the groups of the dense weights, then the order
+    return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": quantize.damping}}
 
 
 def as_gptqmodel(config: Config) -> str:
@@ -93,7 +94,8 @@ def as_gptqmodel(config: Config) -> str:
     dynamic["-:.*"] = {}  # all others stay as they are: the first that fits counts
     made = {
         "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
-        "desc_act": False, "act_group_aware": False, "static_groups": True, "damp_percent": quantize.damping,
+        "desc_act": quantize.act_order, "act_group_aware": False, "static_groups": True,
+        "damp_percent": quantize.damping,
         "true_sequential": config.prune.statistics == "sequential",
         "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
