@@ -1,14 +1,18 @@
 """The plan of a trial: pruner, allocation and sparsities, enough for `apply` to prune again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities
+from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Sparsities
 from atp_tune.allocations import bits as of_bits
 from atp_tune.allocations.budget import SYMBOLS, Score
 from atp_tune.allocations.channels import means, rounded
 from atp_tune.errors import UserError
 from atp_tune.spec.patterns import Pattern
+
+METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
+LinearBits = tuple[tuple[int, ...], ...]  # one per linear of each block
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Plan:
     """A pruner and one sparsity per block (share of zeros), with the allocation and parameters that they come from.
 
     `linear_sparsities`: one per linear of each block, if they differ within blocks. `target`: the sparsity, where the
-    study searches for it. `bits`: one number per block, where weights are rounded (by `pruner`, then a quantizer).
+    study searches for it. `bits`: one number per block, where weights are rounded (by `pruner`, then a quantizer);
+    `linear_bits`: one per linear of each block, if they differ within blocks, and `bits` are then means.
     """
 
     pruner: str
@@ -25,12 +30,13 @@ class Plan:
     parameters: dict[str, float] = field(default_factory=dict)
     linear_sparsities: LinearSparsities | None = None
     target: float | None = None
-    bits: tuple[int, ...] | None = None
+    bits: tuple[float, ...] | None = None
+    linear_bits: LinearBits | None = None
 
     @property
     def levels(self) -> tuple[object, ...]:
         """What it does to each block, whatever it comes from."""
-        return self.sparsities, self.linear_sparsities, self.bits
+        return self.sparsities, self.linear_sparsities, self.bits, self.linear_bits
 
     @property
     def is_uniform(self) -> bool:
@@ -38,7 +44,7 @@ class Plan:
         if self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()):
             return True
         levels = self.bits if self.bits is not None and not self.prunes else self.sparsities
-        return self.linear_sparsities is None and len(set(levels)) == 1
+        return self.linear_sparsities is None and self.linear_bits is None and len(set(levels)) == 1
 
     @property
     def prunes(self) -> bool:
@@ -49,11 +55,25 @@ class Plan:
         """The sparsity of each linear of block `index`."""
         return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
 
+    def bits_of(self, index: int, linears: int) -> tuple[int, ...]:
+        """The bits of each linear of block `index`, where weights are rounded."""
+        if self.linear_bits is not None:
+            return self.linear_bits[index]
+        return () if self.bits is None else (int(self.bits[index]),) * linears
+
     def __str__(self) -> str:
         level = "" if self.target is None else f"{percent(self.target)} "
         if self.is_uniform:
             return f"{level}{self.pruner} uniform"
         return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+
+
+def method_in(params: Mapping[str, Any]) -> str:
+    """The pruner that a trial's parameters name, or where weights are rounded alone the quantizer; "" without any.
+
+    Studies of bits that are older than the name `quantizer` call theirs `pruner`.
+    """
+    return str(next((params[name] for name in METHODS if name in params), ""))
 
 
 def is_zero(allocation: str, values: Iterable[float]) -> bool:
@@ -98,21 +118,31 @@ def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, fl
         linears = rounded(_one_per_block(allocation, blocks, budget), budget.channels, budget.target)
         return Plan(pruner, allocation, means(linears, budget.channels), parameters, linears)
     if budget.widths:
-        wanted = [of_bits.bits_of(s, budget.widths) for s in _one_per_block(allocation, blocks, budget)]
-        bits = of_bits.rounded(wanted, budget.sizes, budget.widths)
-        return Plan(pruner, allocation, (0.0,) * len(bits), parameters, bits=bits)
+        return _rounding(Plan(pruner, allocation, (0.0,) * len(budget.sizes), parameters), shared, budget)
     if blocks:
         return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
     linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
     return Plan(pruner, allocation, budget.block_means(linears), parameters, linears)
 
 
+def _rounding(plan: Plan, shared: Sparsities, budget: Budget) -> Plan:
+    """A plan with the bits of its blocks, or of their linears."""
+    blocks = tuple(s for s in shared if not isinstance(s, tuple))
+    if blocks:
+        wanted = [of_bits.bits_of(s, budget.widths) for s in blocks]
+        return replace(plan, bits=of_bits.rounded(wanted, budget.sizes, budget.widths))
+    rows = [[of_bits.bits_of(s, budget.widths) for s in row] for row in shared if isinstance(row, tuple)]
+    sizes = [shape.size for shapes in budget.linears for shape in shapes]
+    found = iter(of_bits.rounded([b for row in rows for b in row], sizes, budget.widths))
+    linears = tuple(tuple(next(found) for _ in row) for row in rows)
+    return replace(plan, bits=budget.block_means(linears), linear_bits=linears)
+
+
 def _one_per_block(allocation: str, blocks: tuple[float, ...], budget: Budget) -> tuple[float, ...]:
     if len(blocks) != len(budget.sizes):
         raise UserError(
-            f"allocation: {allocation} gives the linears of a block different sparsities, and "
-            + ("all of them have the same bits" if budget.widths else "channels go from all of them at once")
-            + "; take uniform, atp, curve, owl or alphapruning"
+            f"allocation: {allocation} gives the linears of a block different sparsities, and channels go from all of "
+            "them at once; take uniform, atp, curve, owl or alphapruning"
         )
     return blocks
 

@@ -143,13 +143,13 @@ def stored(context: TrialContext, block: PrunedBlock, values: Values, counted: l
     weights = block.weights | {linear.key: block.weights[linear.key].clone() for linear in linears}
     for linear in linears:
         matrix = linear.matrix(block.weights[linear.key])
-        if block.bits is None:
+        if not block.bits:
             again, bits = in_format(matrix, values, block.zeros.get(linear.name, 0) if block.channels else None)
             linear.matrix(weights[linear.key]).copy_(again)
         else:
             assert context.quantize is not None
             gone = 0 if context.bits is None else block.zeros[linear.name]
-            bits = context.quantize.stored_bits(linear.out_features, linear.in_features, block.bits, gone)
+            bits = context.quantize.stored_bits(linear.out_features, linear.in_features, block.bits[linear.name], gone)
         counted.append(bits)
     return block.index, weights
 

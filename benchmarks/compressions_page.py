@@ -31,6 +31,7 @@ FORMATS = {"bf16": "", "int8": ", int8", "bits": ""}
 STYLES = {  # colour and symbol
     DENSE: (INK, "star"),
     "bits, GPTQ": (BLUE, "circle"),
+    "bits, GPTQ, prices": (PURPLE, "circle"),
     "bits, RTN": (BLUE, "circle-open"),
     "zeros and bits": (PINK, "diamond-open"),
     "zeros and bits, prices": (PINK, "diamond"),

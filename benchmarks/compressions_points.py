@@ -87,6 +87,12 @@ def rounded(bits: float, quantizer: str, sign: int = 0) -> Point:
     return Point(f"bits, {quantizer.upper()}", name, keys, ("bits",), sign)
 
 
+def by_prices(bits: float) -> Point:
+    """Fewer bits by GPTQ, those of each linear by prices."""
+    keys = {**rounded(bits, "gptq").keys, "allocation": "prices"}
+    return Point("bits, GPTQ, prices", f"{bits:g}", keys, ("bits",))
+
+
 def zeros_and_bits(percent: int, bits: int, pruner: str = "wanda", allocation: str = "uniform") -> Point:
     """Zeros, and the others rounded by GPTQ."""
     name = f"{percent} %, {bits} bits" + (", SparseGPT" if pruner != "wanda" else "")
@@ -105,6 +111,7 @@ def points() -> Iterator[Point]:
     yield zeros_and_bits(50, 4)
     yield Point("channels", "25 %", channels(25), beta=1)
     yield rounded(3.5, "gptq", -1)
+    yield from (by_prices(bits) for bits in (3.5, 3))
     yield Point("zeros", "70 %", zeros(70), both)
     yield Point("zeros", "60 %", zeros(60), both)
     yield Point("2:4", "Wanda", pattern("wanda", refine=5))

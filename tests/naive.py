@@ -345,22 +345,31 @@ def rtn(weight: Tensor, bits: int, size: int, symmetric: bool) -> Tensor:
 
 
 def gptq(
-    weight: Tensor, x: Tensor, bits: int, size: int, symmetric: bool, damping: float, zeros: Tensor | None = None
+    weight: Tensor,
+    x: Tensor,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    damping: float,
+    zeros: Tensor | None = None,
+    order: list[int] | None = None,
 ) -> Tensor:
-    """Optimal brain quantization in the order of columns, with the inverse of what remains of the Hessian made afresh.
+    """Optimal brain quantization column by column, with the inverse of what remains of the Hessian made afresh.
 
-    In float64, but for the grids.
+    In float64, but for the grids. `order`: of the columns, else as they stand.
     """
     W, H = weight.double().clone(), hessian(x)
     grids = grids_of(weight, bits, size, symmetric)
     W[:, (x == 0).all(0)] = 0
     H += damping * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
-    for j in range(len(H)):
-        inverse = torch.linalg.inv(H[j:, j:])
+    left = list(range(len(H))) if order is None else order
+    while left:
+        j, *left = left
+        inverse = torch.linalg.inv(H[[j, *left]][:, [j, *left]])
         values = [nearest(w, *row[j], bits) for w, row in zip(W[:, j].tolist(), grids, strict=True)]
         rounded = torch.tensor(values, dtype=torch.float64)
         if zeros is not None:
             rounded[zeros[:, j]] = 0
-        W[:, j + 1 :] -= torch.outer((W[:, j] - rounded) / inverse[0, 0], inverse[0, 1:])
+        W[:, left] -= torch.outer((W[:, j] - rounded) / inverse[0, 0], inverse[0, 1:])
         W[:, j] = rounded
     return W

@@ -224,8 +224,8 @@ def test_compressions(
     """Every kind of point; bytes are those of the folders; what is kept is not measured again; then speed."""
     command, page = compressions
     shown = (
-        "dense, 16 bits", "bits, GPTQ, 3", "zeros, 50 %", "zeros, prices, 50 %", "zeros and bits, 50 %, 4 bits",
-        "channels, 25 %", "2:4, Wanda",
+        "dense, 16 bits", "bits, GPTQ, 3", "bits, GPTQ, prices, 3", "zeros, 50 %", "zeros, prices, 50 %",
+        "zeros and bits, 50 %, 4 bits", "channels, 25 %", "2:4, Wanda",
     )  # fmt: skip
     points = [point for point in command.points() if point.title in shown]
     monkeypatch.setattr(command, "points", lambda: points)
@@ -233,9 +233,10 @@ def test_compressions(
     monkeypatch.setattr(sys, "argv", words)
     command.main()
     found = {(one.series, one.name, one.values): one for one in page.known()}
-    assert len(found) == sum(len(point.values) for point in points) == 9
+    assert len(found) == sum(len(point.values) for point in points) == 10
     dense = found["dense", "16 bits", "bf16"]
     assert all(one.bytes < dense.bytes for one in found.values() if one is not dense)
+    assert found["bits, GPTQ, prices", "3", "bits"].bits <= found["bits, GPTQ", "3", "bits"].bits
     assert found["2:4", "Wanda", "bf16"].bits == 9  # of 16: half the values, and a bit for each weight
     assert found["channels", "25 %", "bf16"].bits == pytest.approx(12, abs=0.5)
     kept = page.POINTS.read_text()

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sqlite3
 import sys
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 from test_config import config
 from tinystudy import CommandLine, stored, study_file
 
-from atp_tune.allocations import Budget, bits
+from atp_tune.allocations import Budget, Shape, bits
 from atp_tune.api import rows as api_rows
 from atp_tune.errors import UserError
 from atp_tune.exporting import FORMATS, as_csv, as_yaml
@@ -102,8 +104,60 @@ def test_a_plan_has_bits_where_the_budget_has_widths() -> None:
     assert late.sparsities == (0.0,) * 8
     assert make_plan("gptq", "uniform", budget, {}).is_uniform
     assert not late.is_uniform
-    with pytest.raises(UserError, match="all of them have the same bits; take uniform, atp"):
-        make_plan("gptq", "er", Budget(0.5, (12,), (), widths=WIDTHS), {})
+
+
+def by_price(costs: list[list[float]], sizes: list[int], price: float) -> list[int]:
+    """For each linear on its own, the fewest bits at the least cost plus price for all bits of its weights."""
+    pairs = zip(costs, sizes, strict=True)
+    return [min(WIDTHS, key=lambda b: (row[WIDTHS.index(b)] + price * b * size, b)) for row, size in pairs]
+
+
+cost = st.floats(0, 1).map(lambda value: round(value, 4))
+priced = st.lists(st.tuples(st.lists(cost, min_size=6, max_size=6), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@given(priced, st.floats(0.0001, 0.2))
+def test_the_cheapest_bits_are_those_of_all_plans(found: Any, price: float) -> None:
+    """At the bits of a price none of all plans with as many bits or fewer costs less; of others, none that is kept."""
+    costs, sizes = [list(row) for row, _ in found], [size for _, size in found]
+
+    def cost_of(plan: Any) -> float:
+        return sum(row[WIDTHS.index(b)] for row, b in zip(costs, plan, strict=True))
+
+    def bits_in(plan: Any) -> int:
+        return sum(b * size for b, size in zip(plan, sizes, strict=True))
+
+    target = bits_in(by_price(costs, sizes, price)) / sum(sizes)
+    plan = bits.cheapest(costs, sizes, WIDTHS, target)
+    assert bits_in(plan) <= target * sum(sizes) + 1e-6
+    least = min(cost_of(other) for other in product(WIDTHS, repeat=len(sizes)) if bits_in(other) <= bits_in(plan))
+    assert cost_of(plan) == pytest.approx(least, abs=1e-9)
+
+
+@given(priced, st.floats(2, 8))
+def test_bits_are_not_left_over(found: Any, target: float) -> None:
+    """Costs that fall with each bit: nothing fits in any more."""
+    costs = [sorted(row, reverse=True) for row, _ in found]
+    falling = [[value + (8 - b) ** 2 for value, b in zip(row, WIDTHS, strict=True)] for row in costs]
+    sizes = [size for _, size in found]
+    plan = bits.cheapest(falling, sizes, WIDTHS, target)
+    left = target * sum(sizes) - sum(b * size for b, size in zip(plan, sizes, strict=True))
+    assert left > -1e-6
+    for b, size in zip(plan, sizes, strict=True):
+        assert b == 8 or (min(w for w in WIDTHS if w > b) - b) * size > left - 1e-6
+
+
+def test_linears_have_bits_where_an_allocation_shares_them_out_by_linear() -> None:
+    shapes = ((Shape(4, 4, True), Shape(8, 4, False)), (Shape(4, 4, True), Shape(8, 4, False)))
+    shares = ((0.0, 1.0), (0.5, bits.share_of(4.25, WIDTHS)))
+    known = SimpleNamespace(priced_sparsities=lambda target, score: shares)
+    budget = Budget(bits.share_of(49 / 12, WIDTHS), (48, 48), shapes, known, widths=WIDTHS)  # type: ignore[arg-type]
+    plan = make_plan("gptq", "prices", budget, {"kappa": 1.0})
+    assert plan.linear_bits == ((8, 2), (5, 4))
+    assert plan.bits == (4.0, pytest.approx(13 / 3))
+    assert [plan.bits_of(index, 2) for index in (0, 1)] == [(8, 2), (5, 4)]
+    assert not plan.is_uniform
+    assert make_plan("gptq", "prices", budget, {"kappa": 0.0}).bits == (4, 4)
 
 
 @pytest.mark.parametrize(("group", "symmetric", "expected"), [(16, False, 3 + 3 * 19 / 40), (-1, True, 3 + 16 / 40)])
@@ -139,7 +193,8 @@ def bits_done(ran: Path, tmp_path: Path, windows: None) -> Path:
 def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) -> None:
     study = stored(bits_done)
     trials = measured(study)
-    assert {trial.params["pruner"] for trial in trials} == {"rtn", "gptq"}
+    assert {trial.params["quantizer"] for trial in trials} == {"rtn", "gptq"}
+    assert not [trial for trial in trials if "pruner" in trial.params]
     betas = {trial.params.get("beta", 0.0) for trial in trials}
     assert min(betas) < 0 < max(betas)
     for trial in trials:
@@ -170,10 +225,36 @@ def test_a_study_goes_on(bits_done: Path, command: CommandLine) -> None:
     after = stored(bits_done).get_trials()
     assert [trial.params for trial in after[:-1]] == before
     assert summarise(stored(bits_done)).complete
-    for key in ("bits=3", "quantize.group_size=8", "quantize.quantizers=['rtn']", "prune.statistics=dense"):
+    for key in (
+        "bits=3",
+        "quantize.act_order=true",
+        "quantize.group_size=8",
+        "quantize.quantizers=['rtn']",
+        "prune.statistics=dense",
+    ):
         refused = command("--study", bits_done / "tiny.toml", "--set", key)
         assert refused.code == 2
         assert re.search(rf"study tiny: {key.partition('=')[0]} is .*, was ", refused.err)
+
+
+@pytest.mark.slow
+def test_a_study_that_calls_the_quantizer_a_pruner_goes_on(bits_done: Path, command: CommandLine) -> None:
+    shown = command("status", "--study", bits_done / "tiny.toml").out
+    before = command("status", "--study", bits_done / "tiny.toml", "--json").out
+    with closing(sqlite3.connect(bits_done / "tiny.db")) as db, db:
+        assert db.execute("UPDATE trial_params SET param_name = 'pruner' WHERE param_name = 'quantizer'").rowcount
+        attributes = (
+            "UPDATE trial_system_attributes SET value_json = replace(value_json, '\"quantizer\"', '\"pruner\"')"
+        )
+        db.execute(f"{attributes} WHERE key = 'fixed_params'")
+    assert command("status", "--study", bits_done / "tiny.toml").out == shown
+    said = command("status", "--study", bits_done / "tiny.toml", "--json").out
+    assert said == before.replace('"quantizer": ', '"pruner": ')
+    assert command("--study", bits_done / "tiny.toml", "--trials", "8").code == 0
+    trials = stored(bits_done).get_trials()
+    assert (len(trials), {"pruner" in trial.params for trial in trials}) == (8, {True})
+    assert summarise(stored(bits_done)).complete
+    assert "(+0.000%)" in command("apply", "--config", bits_done / "tiny.best.json", "--out", bits_done / "out").out
 
 
 @pytest.mark.slow
@@ -226,6 +307,37 @@ def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine)
 
 
 @pytest.mark.slow
+def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
+    words = ["--study", bits_done / "tiny.toml", "--study-name", "priced", "--set", "allocation.names=['prices']"]
+    answer = command(*words, "--trials", "6", "--set", "quantize.quantizers=['rtn']")
+    assert (answer.code, answer.err) == (0, "")
+    study = stored(bits_done, "priced", bits_done / "tiny.db")
+    assert [trial.params.get("kappa") for trial in study.trials][:3] == [0.0, 1.0, 0.6]
+    rows = study.trials[1].user_attrs["linear_bits"]
+    assert len({b for row in rows for b in row}) > 1
+    sizes = study.user_attrs["sizes"]
+    assert all(bits.mean_of(trial.user_attrs["bits"], sizes) <= 3.5 for trial in measured(study))
+    assert bits.mean_of(study.trials[1].user_attrs["bits"], sizes) > 3.4
+    assert "prices" in command("status", "--study", bits_done / "tiny.toml", "--study-name", "priced").out
+    assert command("report", *words[:4], "--out", bits_done / "r.html").code == 0
+    found = bits_done / "found.json"
+    exported = command("export", *words[:4], "--trial", "1", "--out", found)
+    assert exported.code == 0
+    best = read_config(found)
+    assert best.linear_bits == tuple(map(tuple, rows))
+    assert command("export", "--config", found, "--format", "llm-compressor", "--out", bits_done / "r.yaml").code == 0
+    assert "(+0.000%)" in command("apply", "--config", found, "--out", bits_done / "out").out
+    assert read_config(bits_done / "out" / "atp_tune.json").linear_bits == best.linear_bits
+    assert command("apply", "--verify", bits_done / "out").code == 0
+    weights = load_file(bits_done / "out" / "model.safetensors")
+    for row, names in zip(rows, best.linears or (), strict=True):
+        for bits_of, name in zip(row, names, strict=True):
+            index = rows.index(row)
+            groups = weights[f"model.layers.{index}.{name}.weight"].reshape(-1, 16)
+            assert max(len(group.unique()) for group in groups) <= 2**bits_of
+
+
+@pytest.mark.slow
 def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
     """Of a study with a sparsity and bits: the pruner's zeros, then at most 2^b values in each group."""
     lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'prices']"
@@ -275,8 +387,8 @@ REFUSED = [
     ("bits = [3, 4]", "bits: must be a number, got [3, 4]"),
     ("bits = true", "bits: must be a number, got true"),
     ("bits = 3.5\nlimit = {max_increase = 0.1}", f"limit: needs an interval of sparsities; {BELONGS}"),
-    ("bits = 3.5\nallocation = 'prices'", "allocation.names: prices gives each linear a sparsity of its own; take atp "
-     "or another that does not, where bits are given"),
+    ("bits = 3.5\nallocation = 'global'", "allocation.names: global is of zeros; take prices, atp or another that "
+     "shares out bits too, where bits are given"),
     ("bits = 3.5\nprune = {pruners = ['wanda']}", f"prune.pruners: {ZEROS}"),
     ("bits = 3.5\nprune = {pattern = '2:4'}", f"prune.pattern: {ZEROS}"),
     ("bits = 3.5\nquantize = {widths = [4, 8]}", "bits: must be from 4 to 8, as quantize.widths allows, got 3.5"),
@@ -309,6 +421,9 @@ def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
     found = facts(Study.model_validate(toml))
     assert found["bits"] == 3
     assert found["quantize.widths"] == list(WIDTHS)
+    assert "quantize.act_order" not in found  # a key that is younger than such studies
+    ordered = facts(Study.model_validate({**toml, "quantize": {"act_order": True}}))
+    assert ordered == {**found, "quantize.act_order": True}
     assert not [key for key in found if key.startswith("prune.") and key != "prune.statistics"]
 
 
@@ -329,6 +444,10 @@ ROUNDED: dict[str, Any] = {
         ({"block_bits": (4, 3, 1)}, "greater than or equal to 2"),
         ({"block_sparsities": (0.0, 0.5, 0.0)}, "block_sparsities: must be 0 where weights are rounded"),
         ({"pruner": "wanda"}, "block_bits: must be equal where weights are pruned too"),
+        ({"block_bits": (4, 3, 3.5)}, "block_bits: must be whole numbers without linear_bits"),
+        ({"linear_bits": ((4, 4), (3, 3))}, "linear_bits: not the bits of each block"),
+        ({"linear_bits": ((4, 4), (3, 3), (4, 4))}, "linears: not one name for each of linear_bits"),
+        ({"linear_bits": ((4, 4), (3, 9), (4,))}, "less than or equal to 8"),
         ({"pruner": "awq"}, "Input should be 'magnitude', 'wanda'"),
         ({"quantize": None, "block_bits": None, "bits": None}, "Input should be 'magnitude', 'wanda'"),
     ],
@@ -352,9 +471,12 @@ def test_a_pruner_that_is_called_like_a_quantizer_prunes() -> None:
 def test_attributes_of_a_stranger_are_left_out() -> None:
     from atp_tune.storage.validation import TRIAL, checked
 
-    wrong: list[Any] = [[], [1], [9], [2.5], ["4"], 4, [[4]], [True]]
+    wrong: list[Any] = [[], [1], [9], [1.5], ["4"], 4, [[4]], [True]]
     for value in wrong:
         assert checked({"bits": value}, TRIAL) == {}, value
+    for rows in ([], [[]], [4], [[2.5]], [[4], [9]]):
+        assert checked({"linear_bits": rows}, TRIAL) == {}, rows
+    assert checked({"bits": [2.5], "linear_bits": [[2, 3]]}, TRIAL) == {"bits": [2.5], "linear_bits": [[2, 3]]}
     assert checked({"bits": [2, 8], "effective_bits": 4.5}, TRIAL) == {"bits": [2, 8], "effective_bits": 4.5}
 
 
@@ -396,7 +518,13 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     assert group["weights"]["strategy"] == "channel"
     found = json.loads(made("gptqmodel"))
     assert (found["bits"], found["group_size"], found["sym"]) == (4, 32, False)
-    assert found["act_group_aware"] is False
+    assert (found["act_group_aware"], found["desc_act"]) == (False, False)
+    ordered = QuantizeConfig(group_size=32, act_order=True)
+    assert json.loads(made("gptqmodel", quantize=ordered))["desc_act"] is True
+    (stage,) = yaml.safe_load(made("llm-compressor", quantize=ordered)).values()
+    assert stage["bits_modifiers"]["GPTQModifier"]["actorder"] == "weight"
+    settings = yaml.safe_load(as_yaml(config(**{**ROUNDED, "quantize": ordered})))["settings"]
+    assert settings == {"group_size": 32, "symmetric": False, "damping": 0.01, "act_order": True}
     said = found["meta"]["calibration"]
     assert Text.model_validate({k: v for k, v in said.items() if k != "bos"}) == config().calibration
     assert {"source", "part", "nsamples", "seqlen"} < said.keys()
@@ -409,6 +537,30 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     script = made("torchao", pruner="rtn")
     compile(script, "torchao.py", "exec")
     assert "PerGroup(32)" in script
+
+
+BY_LINEAR: dict[str, Any] = {
+    "linear_bits": ((4, 3), (3, 3), (8,)), "block_bits": (3.25, 3, 8),
+    "linears": (("attn.q_proj", "mlp.up_proj"),) * 2 + (("mlp.up_proj",),),
+}  # fmt: skip
+
+
+def test_recipes_of_bits_by_linear() -> None:
+    (stage,) = yaml.safe_load(made("llm-compressor", **BY_LINEAR)).values()
+    groups = stage["bits_modifiers"]["GPTQModifier"]["config_groups"].values()
+    assert {group["weights"]["num_bits"]: group["targets"] for group in groups} == {
+        3: ["model.layers.0.mlp.up_proj", "model.layers.1.attn.q_proj", "model.layers.1.mlp.up_proj"],
+        4: ["model.layers.0.attn.q_proj"],
+        8: ["model.layers.2.mlp.up_proj"],
+    }
+    assert made("llama.cpp", **BY_LINEAR).splitlines() == [
+        r"blk\.(0|1)\.ffn_up\.weight=q3_k", r"blk\.(1)\.attn_q\.weight=q3_k", r"blk\.(0)\.attn_q\.weight=q4_k",
+        r"blk\.(2)\.ffn_up\.weight=q8_0",
+    ]  # fmt: skip
+    rows = as_csv(config(**{**ROUNDED, **BY_LINEAR})).splitlines()
+    assert rows[:3] == ["block,module,bits", "0,model.layers.0.attn.q_proj,4", "0,model.layers.0.mlp.up_proj,3"]
+    with pytest.raises(UserError, match=r"linears = attn\.q: llama\.cpp is told the tensors of the families of Llama"):
+        made("llama.cpp", **{**BY_LINEAR, "linears": ROUNDED["linears"]})
 
 
 @pytest.mark.parametrize(

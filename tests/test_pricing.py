@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.blocks.pricing import BAND, Pricing
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners.selection import ranks
@@ -45,7 +46,8 @@ def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True) -
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
     places = wanda if by_wanda else by_magnitude
-    return Pricing(context.checkpoint, context.inputs, context.score.gradient, places, batch, context.heads)
+    gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
+    return Pricing(gradients, places)
 
 
 def uneven(context: TrialContext) -> LinearSparsities:
@@ -168,7 +170,8 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
 def test_out_of_memory_is_retried_with_half_the_windows() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
     pricing, failures = pricing_of(context, 8), [1, 1]
-    expected, run = pricing_of(context, 8).prices(uneven(context), ids), pricing._replay.run
+    gradients = pricing._gradients
+    expected, run = pricing_of(context, 8).prices(uneven(context), ids), gradients._replay.run
 
     def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
         if len(hidden) > 4 and torch.is_grad_enabled() and failures:
@@ -176,9 +179,9 @@ def test_out_of_memory_is_retried_with_half_the_windows() -> None:
             raise torch.OutOfMemoryError
         return run(index, weights, hidden)
 
-    pricing._replay.run = short  # type: ignore[method-assign]
+    gradients._replay.run = short  # type: ignore[method-assign]
     assert close(pricing.prices(uneven(context), ids), expected)
-    assert pricing._batch.windows == 4
+    assert gradients._batch.windows == 4
 
 
 def test_nothing_of_the_model_changes() -> None:
@@ -401,7 +404,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         second = pool.submit(workers[1].ends, [0.5], "wanda", "")
         assert first.result() == second.result() == (((0.25, 0.75),),)
     lock = cache / "prices" / f".{'ab' * 32}.json.lock"
-    waited = "waiting for the descent by prices of another process; if none is running, remove"
+    waited = "waiting for the prices of another process; if none is running, remove"
     assert (made, said) == ([1], [f"{waited} {lock}"])
 
 

@@ -38,20 +38,36 @@ def test_rtn_is_its_loop(case: Problem, dtype: torch.dtype, bits: int, size: int
     assert not rounded[weight == 0].any()
 
 
-@given(problems(small), widths, sizes, st.booleans(), st.booleans())
-def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, sparse: bool) -> None:
+@given(problems(small), widths, sizes, st.booleans(), st.booleans(), st.booleans())
+def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, sparse: bool, ordered: bool) -> None:
     weight, x = case
     zeros = weight < weight.median() if sparse else None
     weight = weight if zeros is None else weight.masked_fill(zeros, 0)
-    expected = naive.gptq(weight, x, bits, size, symmetric, DAMPING, zeros)
+    order = hessian_of(x, 3).order().tolist() if ordered else None
+    expected = naive.gptq(weight, x, bits, size, symmetric, DAMPING, zeros, order)
     noise = 1 + 1e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    near = naive.gptq(weight * noise, x, bits, size, symmetric, DAMPING, zeros)
+    near = naive.gptq(weight * noise, x, bits, size, symmetric, DAMPING, zeros, order)
     assume(torch.allclose(near, expected, atol=1e-3, rtol=1e-3))  # else a weight lies between two values
-    found = GPTQ(size, symmetric, DAMPING).quantize(weight, bits, hessian_of(x, 3), zeros)
+    found = GPTQ(size, symmetric, DAMPING, ordered).quantize(weight, bits, hessian_of(x, 3), zeros)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
     if zeros is not None:
         assert not found[zeros].any()
     assert not found[:, (x == 0).all(0)].any()
+
+
+def test_columns_are_ordered_by_their_inputs() -> None:
+    """The largest sum of squares first, dead inputs last, ties as they stand; a restored factor is the same."""
+    x = torch.tensor([[1.0, 0.0, -3.0, 2.0, 1.0], [1.0, 0.0, 0.0, 2.0, -1.0]])
+    hessian = hessian_of(x, 1)
+    assert hessian.order().tolist() == [2, 3, 0, 4, 1]
+    R = hessian.factor(DAMPING, ordered=True)
+    expected = hessian.matrix()[hessian.order()][:, hessian.order()]
+    expected += DAMPING * expected.diagonal().mean() * torch.eye(5)
+    torch.testing.assert_close(R @ R.T, expected)
+    assert not torch.equal(R, hessian.factor(DAMPING))
+    again = type(hessian).restored(hessian.tensors())
+    assert torch.equal(again.factor(DAMPING, ordered=True), R)
+    assert torch.equal(again.factor(DAMPING), hessian.factor(DAMPING))
 
 
 @given(problems() | tied_problems, st.integers(2, 4), sizes, st.booleans())
@@ -177,7 +193,7 @@ def test_blocks_are_rounded_in_order(family: str, name: str) -> None:
                 assert same_bits(now.contiguous(), naive.rtn(was, plan.bits[block.index], 12, False))
             for row in now[:3]:
                 assert max(len(part.unique()) for part in row.split(12)) <= 2 ** plan.bits[block.index]
-        seen.append(block.bits)
+        seen += set(block.bits.values())
     assert tuple(seen) == plan.bits
 
 

@@ -1,4 +1,4 @@
-"""Bits of blocks: what an allocation gives, rounded to the numbers of bits that a block may have.
+"""Bits of blocks or linears: what an allocation gives, rounded to the numbers of bits that they may have.
 
     b_i = b_max - s_i (b_max - b_min)        s_i the allocation's share of block i, in [0, 1]
 
@@ -49,6 +49,40 @@ def rounded(wanted: Sequence[float], sizes: Sequence[int], widths: Sequence[int]
     return tuple(below)
 
 
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], widths: Sequence[int], bits: float) -> list[int]:
+    """The widths of linears that cost least, their mean weighted by size at most `bits`.
+
+    `costs`: of each linear, one for each of the ascending `widths`. All begin with the fewest bits; steps to more are
+    taken in the order of what they save for each bit, the most first. So each plan on the way is the cheapest of all
+    that take no more bits than it (Everett, "Generalized Lagrange multiplier method", Operations Research 1963). The
+    steps of a linear are those of its lower convex hull. One that exceeds the bits ends its linear; others go on.
+    """
+    found, left = [widths[0]] * len(costs), (bits - widths[0] + SLACK) * sum(sizes)
+    steps = [
+        (-saved / (widths[above] - widths[below]) / size, linear, widths[below], widths[above])
+        for linear, (row, size) in enumerate(zip(costs, sizes, strict=True))
+        for below, above, saved in _falls(row, widths)
+    ]
+    for _, linear, below, above in sorted(steps):
+        needed = (above - below) * sizes[linear]
+        if found[linear] == below and needed <= left:
+            found[linear], left = above, left - needed
+    return found
+
+
+def _falls(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[int, int, float]]:
+    """The steps down the lower convex hull of costs over widths: places of both ends, and what the step saves."""
+    found, here = list[tuple[int, int, float]](), 0
+    while here + 1 < len(costs):
+        slopes = {to: (costs[here] - costs[to]) / (widths[to] - widths[here]) for to in range(here + 1, len(costs))}
+        best = max(slopes, key=lambda to: (slopes[to], to))
+        if slopes[best] <= 0:
+            break
+        found.append((here, best, costs[here] - costs[best]))
+        here = best
+    return found
+
+
 def evenly(count: int) -> list[int]:
     """The numbers below `count`, so ordered that the first few, however many, are spread evenly (van der Corput)."""
     digits = max(1, (count - 1).bit_length())
@@ -56,7 +90,7 @@ def evenly(count: int) -> list[int]:
     return [i for i in reversed_ if i < count]
 
 
-def mean_of(bits: Sequence[int], sizes: Sequence[int]) -> float:
+def mean_of(bits: Sequence[float], sizes: Sequence[int]) -> float:
     """The mean of one number of bits per block, weighted by size."""
     return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
 

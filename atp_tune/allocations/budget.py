@@ -49,7 +49,7 @@ class DenseMetricsProtocol(Protocol):
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
 
     def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
-        """For each linear of each block, its sparsity after the descent by prices from uniform at this target."""
+        """For each linear of each block, its sparsity by prices at this target; see `allocations.prices`."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.
@@ -106,8 +106,8 @@ class Budget:
         """Mean of one sparsity per block weighted by size: the share of zeros in all blocks."""
         return sum(s * size for s, size in zip(sparsities, self.sizes, strict=True)) / sum(self.sizes)
 
-    def block_means(self, sparsities: LinearSparsities) -> tuple[float, ...]:
-        """Sparsity of each block, from the sparsities of its linears."""
+    def block_means(self, sparsities: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """Sparsity, or bits, of each block, from those of its linears."""
         return tuple(
             sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
             for row, shapes in zip(sparsities, self.linears, strict=True)

@@ -14,7 +14,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plugins import guarded
 from atp_tune.registry import Origin
 
-TAKEN = ("pruner", "allocation", "sparsity")  # names of a trial's other parameters
+TAKEN = ("pruner", "quantizer", "allocation", "sparsity")  # names of a trial's other parameters
 UNITS = 1e-6  # least tolerance of the mean, beside one weight
 Bounds = dict[str, tuple[float, float]]
 

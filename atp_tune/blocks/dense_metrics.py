@@ -6,7 +6,7 @@ W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration t
     outliers    share of a block's scores above `threshold` times their mean, which is float64
     exponents   α of a power law λ^-α fitted to the tail of the eigenvalues λ of WᵀW
     global      share of a linear's scores among the lowest of the model
-    priced      the end of the descent of `allocations.prices`, whose gradients `blocks.pricing` measures
+    priced      the plan of `allocations.prices`, whose gradients `blocks.pricing` and `blocks.bit_pricing` measure
     of_blocks   what a plug-in computes from the weights and the statistics of each block
 
 Blocks are used one at a time and nothing of their size is kept, so no more memory is needed than for pruning.
@@ -43,7 +43,8 @@ Sweep = Callable[[], Iterator[list[Tensor]]]
 class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
 
-    `priced` makes descents by prices; `path`: the targets of the one descent for all budgets, else each has its own.
+    `priced` finds sparsities by prices, `priced_by` names what else they depend on; `path`: the targets of the one
+    descent for all budgets, else each has its own.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class DenseMetrics:
         step: Callable[[int], None],
         priced: Priced,
         path: Sequence[float] = (),
+        priced_by: str = "",
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
@@ -61,6 +63,7 @@ class DenseMetrics:
         self._step = step
         self._priced = priced
         self._path = tuple(path)
+        self._priced_by = priced_by
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
@@ -86,9 +89,9 @@ class DenseMetrics:
         return self._once(("global", target, score), measure)
 
     def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
-        """For each linear of each block, its sparsity after the descent by prices."""
+        """For each linear of each block, its sparsity by prices."""
         targets = self._path or (target,)
-        ends = self._once(("priced", targets, score), lambda: self._priced(targets, score))
+        ends = self._once(("priced", targets, score, self._priced_by), lambda: self._priced(targets, score))
         return between(targets, ends, target)
 
     def of_blocks(

@@ -46,7 +46,7 @@ class PrunedBlock:
     seconds: dict[str, float]
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
     channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
-    bits: int | None = None  # of each weight, where they are rounded
+    bits: Mapping[str, int] = field(default_factory=dict)  # of each linear, where weights are rounded
 
 
 @dataclass
@@ -99,16 +99,14 @@ class Pass:
         zeros = pruned.zeros()
         timer.lap("calibrate")
         lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
-        bits = None if plan.bits is None else plan.bits[index]
+        bits = {x.name: b for x, b in zip(linears, plan.bits_of(index, len(linears)), strict=False)}
         return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits)
 
     def _pruning(self, plan: Plan, index: int, weights: dict[str, Tensor]) -> "Pruning":
         """The pruning of block `index`, before its first linear."""
-        linears, pruner = self.replay.checkpoint.linears[index], self.pruner
-        if plan.bits is not None:
-            assert isinstance(pruner, Quantizing)
-            pruner = pruner.at(plan.bits[index])
-        return Pruning(linears, weights, pruner, plan.of(index, len(linears)))
+        linears = self.replay.checkpoint.linears[index]
+        count = len(linears)
+        return Pruning(linears, weights, self.pruner, plan.of(index, count), plan.bits_of(index, count))
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
@@ -171,8 +169,14 @@ class Pruning:
     """The tensors of a block, whose linears are pruned one by one; the dense weights are not changed."""
 
     def __init__(
-        self, linears: list[Linear], weights: dict[str, Tensor], pruner: Pruner, sparsities: tuple[float, ...]
+        self,
+        linears: list[Linear],
+        weights: dict[str, Tensor],
+        pruner: Pruner,
+        sparsities: tuple[float, ...],
+        bits: tuple[int, ...] = (),
     ) -> None:
+        """`bits`: of each linear, where weights are rounded; the pruner is then a `Quantizing`."""
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
@@ -180,6 +184,7 @@ class Pruning:
         self._dense = weights
         self._pruner = pruner
         self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
+        self._bits = dict(zip((linear.name for linear in linears), bits, strict=False))
         self._kept: dict[str, Tensor] = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 
@@ -189,6 +194,8 @@ class Pruning:
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
             self.experts_without_tokens.append(linear.name)
+        if isinstance(rule, Quantizing):
+            rule = rule.at(self._bits[linear.name])
         sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
         linear.matrix(self.weights[linear.key]).copy_(sparse)
         self._kept[linear.name] = nonzeros(sparse)

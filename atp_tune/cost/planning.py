@@ -242,11 +242,14 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
 
 
 def _step_tokens(known: Known) -> int:
-    """Tokens of a step by prices; 0 without that allocation."""
+    """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
     from atp_tune.search.priced import windows_of_step
+    from atp_tune.search.priced_bits import items_of_costs
 
     length = known.tokens.calibration // known.windows
-    return windows_of_step(length, _path(known)) * length if "prices" in known.study.allocation.short_names else 0
+    if "prices" not in known.study.allocation.short_names:
+        return 0
+    return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
 
 
 def _path(known: Known) -> tuple[float, ...]:
@@ -261,7 +264,7 @@ def _descents(known: Known) -> int:
     from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import PASSES
 
-    steps = steps_along(_path(known))
+    steps = 1 if known.study.by_bits else steps_along(_path(known))
     return len({ranked_by(name) for name in known.study.methods.short_names}) * steps * PASSES * _step_tokens(known)
 
 
@@ -271,7 +274,8 @@ def _descent_bytes(known: Known) -> int:
         return 0
     sizes = known.sizes.blocks
     states = (len(sizes) + 1) * tokens * known.width * known.itemsize
-    return states + max(sizes) * (2 * known.itemsize + FLOAT32)
+    errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
+    return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 
 
 def _pruned_again(study: Study, trials: int) -> int:

@@ -216,7 +216,7 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
 def _sparsities(attrs: Attributes) -> str:
     if bits := attrs.get("bits"):
         effective = f" With scales: {attrs['effective_bits']:.2f} a weight." if "effective_bits" in attrs else ""
-        return f"Bits by block: {' '.join(map(str, bits))}.{effective}"
+        return f"Bits by block: {' '.join(f'{b:.3g}' for b in bits)}.{effective}"
     plan = attrs.get("sparsities")
     if not plan:
         return ""

@@ -1,8 +1,8 @@
 """Recipes of a configuration that rounds weights, for what stores the bits themselves.
 
-llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier` without
-                activation order, whose grids are those of the dense weights; RTN: `QuantizationModifier` with the
-                observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier`, whose
+                grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
+                the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
                 scales and levels in bfloat16, and some weights are on another level.
 gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each linear, and leaves out all others.
 torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
@@ -12,7 +12,6 @@ llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits 
 
 import json
 import re
-from collections.abc import Mapping
 from pprint import pformat
 from typing import Any
 
@@ -24,6 +23,10 @@ from atp_tune.spec.texts import Text
 
 K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 OF_GPTQMODEL = (2, 3, 4, 8)
+TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
 OF_LANGUAGE = ("gptqmodel", "llama.cpp")
 TORCHAO = '''\
 """Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
@@ -67,7 +70,8 @@ def modifier(config: Config) -> dict[str, Any]:
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}
     if config.pruner == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
-    return {"GPTQModifier": {"config_groups": groups, "actorder": None, "dampening_frac": quantize.damping}}
+    order = "weight" if quantize.act_order else None  # the groups of the dense weights, then the order
+    return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": quantize.damping}}
 
 
 def as_gptqmodel(config: Config) -> str:
@@ -90,7 +94,8 @@ def as_gptqmodel(config: Config) -> str:
     dynamic["-:.*"] = {}  # all others stay as they are: the first that fits counts
     made = {
         "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
-        "desc_act": False, "act_group_aware": False, "static_groups": True, "damp_percent": quantize.damping,
+        "desc_act": quantize.act_order, "act_group_aware": False, "static_groups": True,
+        "damp_percent": quantize.damping,
         "true_sequential": config.prune.statistics == "sequential",
         "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
@@ -116,11 +121,12 @@ def as_torchao(config: Config) -> str:
 def as_llama_cpp(config: Config) -> str:
     """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
     _asked(config, "llama.cpp")
-    if wrong := next((bits for bits in _blocks(config) if bits not in K_QUANTS), None):
+    found = _blocks_of_tensors(config)
+    if wrong := next((bits for _, bits in found if bits not in K_QUANTS), None):
         raise _cannot("llama.cpp", "block_bits", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     lines = (
-        rf"blk\.({'|'.join(map(str, blocks))})\.(attn|ffn)_.*={K_QUANTS[bits]}"
-        for bits, blocks in _blocks(config).items()
+        rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
+        for (tensor, bits), blocks in sorted(found.items(), key=lambda row: row[0][1])
     )
     return "\n".join(lines) + "\n"
 
@@ -130,8 +136,11 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     if config.conv1d:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
     place, found = names(config, "blocks"), dict[int, list[str]]()
-    for bits, blocks in _blocks(config).items():
-        found[bits] = [f"{place}.{index}.{linear}" for index in blocks for linear in names(config, "linears")[index]]
+    for index, linears in enumerate(names(config, "linears")):
+        own = config.linear_bits[index] if config.linear_bits else (_block_bits(config, index),) * len(linears)
+        for linear, bits in zip(linears, own, strict=True):
+            found.setdefault(bits, []).append(f"{place}.{index}.{linear}")
+    found = dict(sorted(found.items()))
     for name in (name for own in found.values() for name in own):
         if not NAME.fullmatch(name):
             raise UserError(f"linears: {name} is not the name of a module")
@@ -140,12 +149,25 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     return found
 
 
-def _blocks(config: Config) -> Mapping[int, list[int]]:
-    """The blocks that have each number of bits, the fewest first."""
-    found: dict[int, list[int]] = {}
-    for index, bits in enumerate(config.block_bits or ()):
-        found.setdefault(bits, []).append(index)
-    return dict(sorted(found.items()))
+def _blocks_of_tensors(config: Config) -> dict[tuple[str, int], list[int]]:
+    """The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for index in range(len(config.block_sparsities)):
+        if config.linear_bits is None:
+            found.setdefault(("(attn|ffn)_.*", _block_bits(config, index)), []).append(index)
+            continue
+        for linear, bits in zip(names(config, "linears")[index], config.linear_bits[index], strict=True):
+            tensor = TENSORS.get(linear.rpartition(".")[2])
+            if tensor is None:
+                raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
+            found.setdefault((rf"{tensor}\.weight", bits), []).append(index)
+    return found
+
+
+def _block_bits(config: Config, index: int) -> int:
+    """The bits of a block whose linears have equal bits."""
+    assert config.block_bits is not None
+    return int(config.block_bits[index])
 
 
 def refuse_both(config: Config, kind: str) -> None:

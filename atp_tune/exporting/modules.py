@@ -18,19 +18,15 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
     """
     for index, sparsity in enumerate(config.block_sparsities):
-        linears = config.linear_sparsities and zip(
-            names(config, "linears")[index], config.linear_sparsities[index], strict=True
-        )
-        for linear, share in linears or [("", sparsity)]:
+        rows, level, kind = config.linear_sparsities, sparsity, "sparsity"
+        if config.by_bits and config.block_bits is not None:
+            rows, level, kind = config.linear_bits, config.block_bits[index], "bits"
+        linears = rows and zip(names(config, "linears")[index], rows[index], strict=True)
+        for linear, amount in linears or [("", level)]:
             name = block_name(names(config, "blocks"), index) + (f".{linear}" if linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
-            amount = (
-                {"sparsity": share}
-                if not config.by_bits or config.block_bits is None
-                else {"bits": config.block_bits[index]}
-            )
-            yield {"block": index, "module": name, **amount}
+            yield {"block": index, "module": name, kind: amount}
 
 
 def names(config: Config, key: Literal["blocks", "linears"]) -> Any:

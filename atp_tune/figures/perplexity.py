@@ -39,6 +39,7 @@ from atp_tune.figures.trials import (
     uniform_value,
     value_of,
 )
+from atp_tune.plan import method_in
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_by_accuracy, is_uniform
 
@@ -160,7 +161,7 @@ def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:
 
 def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str, str], list[FrozenTrial]]]:
     def key(trial: FrozenTrial) -> tuple[str, str]:
-        return str(trial.params.get("pruner", "")), _allocation(trial) if apart else ""
+        return method_in(trial.params), _allocation(trial) if apart else ""
 
     for name, group in groupby(sorted(trials, key=key), key=key):
         yield name, sorted(group, key=_beta)
@@ -183,7 +184,7 @@ def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, se
     if trials:
         figure.add_scatter(
             x=[_position(trial, axis_name) for trial in trials], y=[seen.high] * len(trials), mode="markers",
-            marker={"color": colour_of(str(trials[0].params.get("pruner"))), "size": 11, "symbol": "triangle-up"},
+            marker={"color": colour_of(method_in(trials[0].params)), "size": 11, "symbol": "triangle-up"},
             text=[told(trial) for trial in trials], hovertemplate="%{text}<extra></extra>", showlegend=False,
             xaxis=axis_name, name="off the scale",
         )  # fmt: skip
@@ -192,8 +193,8 @@ def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, se
 def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: float | None) -> None:
     uniform, best = uniform_value(summary), summary.best_trial
     if uniform is not None and best:
-        several = len({trial.params.get("pruner") for trial in summary.trials}) > 1
-        name = f"uniform, {best.params.get('pruner')}" if several else "uniform"
+        several = len({method_in(trial.params) for trial in summary.trials}) > 1
+        name = f"uniform, {method_in(best.params)}" if several else "uniform"
         level(figure, uniform, f"{name} {uniform_line(summary, uniform)}{seen.arrow(uniform)}", UNIFORM)
     if dense is not None:
         known = summary.hits.trial(None).validation if summary.by_accuracy else None

@@ -5,6 +5,7 @@ from math import isfinite
 
 from optuna.trial import FrozenTrial
 
+from atp_tune.plan import method_in
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import error_of, is_uniform, kl_of, levels_of, score_of, uniform_among
@@ -82,8 +83,8 @@ def uniform_of(summary: Summary) -> FrozenTrial | None:
     best = best_of(summary)
     if summary.interval:
         return uniform_among(finite(summary.trials), best) if best else None
-    pruner = best.params.get("pruner") if best else None
-    found = (t for t in finite(summary.trials) if is_uniform(t) and t.params.get("pruner") == pruner)
+    pruner = method_in(best.params) if best else None
+    found = (t for t in finite(summary.trials) if is_uniform(t) and method_in(t.params) == pruner)
     return min(found, key=lambda trial: trial.number, default=None)
 
 

@@ -137,7 +137,7 @@ class Hessian:
             inputs, inputs, dtype=torch.float32, device=device
         )  # n/2 H; invalid below the diagonal
         self._tokens = 0
-        self._factors: dict[float, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
         self._scaled: dict[float, Scaled] = {}
 
     def add(self, x: Tensor) -> None:
@@ -159,7 +159,7 @@ class Hessian:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sum Xᵀ X [in, in], the number of tokens, and the computed factors."""
-        factors = {f"factor {damping!r}": factor for damping, factor in self._factors.items()}
+        factors = {f"factor {name}": factor for name, factor in self._factors.items()}
         return {"gram": self._gram, "tokens": torch.tensor(self._tokens), **factors}
 
     @staticmethod
@@ -172,7 +172,8 @@ class Hessian:
         """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._gram, found._tokens, found._scaled = tensors["gram"], int(tensors["tokens"]), {}
-        found._factors = {float(name.split()[1]): part for name, part in tensors.items() if name.startswith("factor")}
+        factors = {name: part for name, part in tensors.items() if name.startswith("factor ")}
+        found._factors = {name.removeprefix("factor "): part for name, part in factors.items()}
         return found
 
     def matrix(self) -> Tensor:
@@ -187,14 +188,24 @@ class Hessian:
         """Mask [in] of the inputs that were zero at every token."""
         return self._gram.diagonal() == 0
 
-    def factor(self, damping: float) -> Tensor:
+    def order(self) -> Tensor:
+        """The inputs [in] by the sums of their squares, the largest first; of equal ones the first."""
+        return torch.argsort(self._gram.diagonal(), descending=True, stable=True)
+
+    def factor(self, damping: float, ordered: bool = False) -> Tensor:
         """Upper triangular R [in, in] with R Rᵀ = H + damping · mean(diag H) · I, computed once per damping.
 
-        If H is not positive definite in float32, the damping is multiplied by 10, up to four times; then TrialError.
+        `ordered`: of H with its inputs in `order`. If H is not positive definite in float32, the damping is multiplied
+        by 10, up to four times; then TrialError.
         """
-        if damping not in self._factors:
-            self._factors[damping] = _factor(self.matrix(), damping)
-        return self._factors[damping]
+        name = f"{damping!r}{' ordered' * ordered}"
+        if name not in self._factors:
+            hessian = self.matrix()
+            if ordered:
+                order = self.order()
+                hessian = hessian[order][:, order]
+            self._factors[name] = _factor(hessian, damping)
+        return self._factors[name]
 
     def scaled(self, damping: float) -> Scaled:
         """H + damping · mean(diag H) · I, scaled; computed once per damping.

@@ -1,7 +1,7 @@
 """Quantizers round the weights of one linear to few values; what comes out are the values, as floats.
 
-A quantizer is a class registered in `QUANTIZERS`, made from `group_size`, `symmetric` and `damping`. It takes and
-returns tensors, and knows no model, study or trial. Importing this package loads no torch.
+A quantizer is a class registered in `QUANTIZERS`, made from `group_size`, `symmetric`, `damping` and `act_order`. It
+takes and returns tensors, and knows no model, study or trial. Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -37,6 +37,6 @@ QUANTIZERS = Registry[type[Quantizer]](
 )
 
 
-def make_quantizer(name: str, group_size: int, symmetric: bool, damping: float) -> Quantizer:
+def make_quantizer(name: str, group_size: int, symmetric: bool, damping: float, act_order: bool = False) -> Quantizer:
     """Makes a quantizer by name; KeyError if the name is not registered."""
-    return QUANTIZERS[name](group_size, symmetric, damping)  # type: ignore[call-arg]
+    return QUANTIZERS[name](group_size, symmetric, damping, act_order)  # type: ignore[call-arg]

@@ -6,15 +6,16 @@ the left:
     e = (W_j - Ŵ_j) / U_jj        W_k ← W_k - e U_jk  for all k > j
 
 Ŵ_j are the values of the grid nearest to W_j as updated. Each group's grid is that of the dense weights, as RTN's and
-llm-compressor's; the authors' `static_groups` zero weights on dead inputs first. Columns keep their order (no
-act-order), so that a group is consecutive inputs. Weights on inputs that were always zero become 0.
+llm-compressor's; the authors' `static_groups` zero weights on dead inputs first. Weights on inputs that were always
+zero become 0. With `act_order` the columns go by the sums of squares of their inputs, the largest first, so that those
+which matter most are rounded while the most others can make up for them; a group stays consecutive inputs.
 
 As in `pruners.sparsegpt` H is not inverted: R = U⁻¹ comes from one Cholesky factorisation, and a block of columns is
 updated by all blocks to its left at once. Within a block the loop goes column by column: `plain` on any device,
 `strips` on the CPU.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023,
-algorithm 1.
+algorithm 1; act-order is from their code.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class GPTQ(RTN):
     def prepare(self, statistics: Statistics) -> None:
         """Factorises the Hessian."""
         assert isinstance(statistics, Hessian)
-        statistics.factor(self.damping)
+        statistics.factor(self.damping, self.act_order)
 
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; statistics are the inputs' `Hessian`.
@@ -51,10 +52,14 @@ class GPTQ(RTN):
         `zeros`: mask [out, in] of weights that are 0 and stay 0; the others make up for them too.
         """
         assert isinstance(statistics, Hessian)
-        R = statistics.factor(self.damping)
+        R = statistics.factor(self.damping, self.act_order)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         grids = self._grids(W, bits)
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
+        order = statistics.order() if self.act_order else None
+        if order is not None:
+            W, grids = W[order], [grids[j] for j in order.tolist()]
+            zeros = None if zeros is None else zeros[:, order]
         changes = torch.empty_like(W)  # W - Ŵ of finished blocks
         for a in range(0, len(W), COLUMNS):
             here = slice(a, a + COLUMNS)
@@ -63,6 +68,8 @@ class GPTQ(RTN):
             rounded = _round_block(updated, U, grids[here], None if zeros is None else zeros.T[here])
             torch.sub(W[here], rounded, out=changes[here])
             W[here] = rounded
+        if order is not None:
+            W = torch.empty_like(W).index_copy_(0, order, W)
         return W.to(weight.dtype).T
 
     def _grids(self, W: Tensor, bits: int) -> list[Grid]:

@@ -17,6 +17,7 @@ class RTN:
     group_size: int
     symmetric: bool
     damping: float = 0.01  # of GPTQ
+    act_order: bool = False  # of GPTQ
 
     measures: ClassVar[type[Statistics] | None] = None
 

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.metrics.accuracy import Accuracy
 from atp_tune.metrics.kl import Divergence
 from atp_tune.metrics.perplexity import Change, Perplexity
-from atp_tune.plan import percent
+from atp_tune.plan import method_in, percent
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
 from atp_tune.results.front import Point
@@ -66,7 +66,7 @@ def _rows(contents: Contents, titled: bool, has_kl: bool, has_hits: bool) -> lis
         return [*rows, *(_point(summary, point, has_kl, has_hits) for point in summary.points)]
     best = summary.best_trial
     if best is not None:
-        pruner = escaped(str(best.params.get("pruner", "")))
+        pruner = escaped(method_in(best.params))
         kls = _more(summary, summary.uniform_trial, has_kl, has_hits)
         rows.append(_row(pruner, "uniform", summary.uniform, None, kls))
     for rank in summary.ranks:
@@ -86,7 +86,7 @@ def _point(summary: Summary, point: Point, has_kl: bool, has_hits: bool) -> str:
 def _plan_row(trial: FrozenTrial, before: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
     beta = None if is_uniform(trial) else parameters_of(trial).get("beta")
     name = escaped(before + allocation_of(trial)) + (f" ($\\beta={beta:.4f}$)" if beta is not None else "")
-    return _row(escaped(str(trial.params.get("pruner", ""))), name, scores, against, kls)
+    return _row(escaped(method_in(trial.params)), name, scores, against, kls)
 
 
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:

@@ -48,6 +48,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel
 
 from atp_tune.metrics.perplexity import Change
+from atp_tune.plan import method_in
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import plan_of, remark_of
 from atp_tune.results.status_points import point_of
@@ -113,7 +114,7 @@ def _study(contents: Contents) -> dict[str, Any]:
 def _rank(rank: Rank, summary: Summary) -> dict[str, Any]:
     return {
         "trial": rank.trial.number,
-        "pruner": rank.trial.params.get("pruner"),
+        "pruner": method_in(rank.trial.params) or None,
         "allocation": allocation_of(rank.trial),
         **rank.scores.model_dump(),
         "change": _change(rank.against, rank.on),
@@ -134,13 +135,13 @@ def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     attrs = trial.user_attrs
     kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
-    rounded = ("bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
+    rounded = ("bits", "linear_bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
         "plan": plan_of(trial),
         "sparsity": sparsity_of(trial),
-        "pruner": trial.params.get("pruner"),
+        "pruner": method_in(trial.params) or None,
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),
         "perplexity": _dumped(score_of(trial)),

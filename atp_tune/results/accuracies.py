@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.metrics.accuracy import Accuracies, Gain, accuracy, gain
 from atp_tune.metrics.perplexity import Estimate, may_be_chance
+from atp_tune.plan import METHODS
 from atp_tune.results.pairing import Role, change_on, kl_change_on
 from atp_tune.results.trials import is_by_accuracy, is_by_kl, is_uniform, kl_of, score_of, uniform_among, uniform_of
 from atp_tune.spec.config import ModelAccuracies
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 TOP = 5
-METHOD = ("pruner", "allocation")  # parameters of a trial
+METHOD = (*METHODS, "allocation")  # parameters of a trial
 
 
 @dataclass(frozen=True)

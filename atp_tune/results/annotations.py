@@ -19,6 +19,7 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
+from atp_tune.plan import method_in
 from atp_tune.results.trials import levels_of
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
@@ -68,7 +69,7 @@ def _with(config: Config, found: Mapping[Key, Any]) -> Config:
 
 def is_same(one: Config, other: Config) -> bool:
     """Whether two configurations are of one trial of one study."""
-    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities", "block_bits")
+    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities", "block_bits", "linear_bits")
     return one.model.fingerprint == other.model.fingerprint and all(
         getattr(one, part) == getattr(other, part) for part in parts
     )
@@ -104,7 +105,7 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
         return None
     wanted = (config.trial, config.pruner, config.block_bits if config.by_bits else config.block_sparsities)
     kept = (
-        (trial.number, trial.params.get("pruner"), tuple(levels_of(trial) or ()))
+        (trial.number, method_in(trial.params), tuple(levels_of(trial) or ()))
         for trial in study.get_trials(deepcopy=False)
     )
     return study if any(one == wanted for one in kept) else None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations.bits import mean_of
 from atp_tune.errors import UserError
+from atp_tune.plan import method_in
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.summary import summarise
@@ -71,7 +72,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
             fingerprint=facts["model.content"],
             dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],
         ),
-        pruner=best.params["pruner"],
+        pruner=method_in(best.params),
         prune=spec.prune,
         allocation=_allocation(best),
         block_sparsities=(0.0,) * len(attrs["bits"]) if spec.by_bits else tuple(attrs["sparsities"]),
@@ -103,7 +104,8 @@ def _of_bits(spec: Study, attrs: Mapping[str, Any], sizes: Sequence[int]) -> dic
         return {}
     bits = (spec.fixed_bits,) * len(sizes) if spec.fixed_bits else tuple(attrs["bits"])
     found = Bits(target=spec.bits, nominal=mean_of(bits, sizes), effective=attrs["effective_bits"])
-    return {"quantize": spec.quantize, "block_bits": bits, "bits": found}
+    linears = attrs.get("linear_bits")
+    return {"quantize": spec.quantize, "block_bits": bits, "linear_bits": linears, "bits": found}
 
 
 def _allocation(trial: FrozenTrial) -> AllocationRef:

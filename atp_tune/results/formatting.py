@@ -11,7 +11,7 @@ from atp_tune.events import TrialEnded
 from atp_tune.extras import as_typed
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
-from atp_tune.plan import percent, shown
+from atp_tune.plan import method_in, percent, shown
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
@@ -28,7 +28,7 @@ SPEED_COLUMN = "tokens/s"
 
 def plan_of(trial: FrozenTrial) -> str:
     """A trial's plan, `wanda atp β=0.00569`, as far as it is drawn yet; first its sparsity, where that is searched."""
-    pruner, sparsity = str(trial.params.get("pruner", "")), sparsity_of(trial)
+    pruner, sparsity = method_in(trial.params), sparsity_of(trial)
     if sparsity is not None:
         pruner = f"{percent(sparsity)} {pruner}"
     if "allocation" not in trial.params:
@@ -43,7 +43,7 @@ def method_of(trial: FrozenTrial) -> str:
     allocation = allocation_of(trial)
     parameters = "" if allocation == "uniform" else shown(parameters_of(trial))
     listed = ", ".join(part.replace("=", " = ") for part in parameters.split())
-    return f"{trial.params.get('pruner', '')} + {allocation}" + (f" ({listed})" if listed else "")
+    return f"{method_in(trial.params)} + {allocation}" + (f" ({listed})" if listed else "")
 
 
 def trial_line(event: TrialEnded, plan: str, seconds: float, left: str = "") -> str:

@@ -16,6 +16,7 @@ from pydantic import Field
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.accuracy import Accuracies
 from atp_tune.metrics.draws import OverDraws
+from atp_tune.plan import method_in
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.formatting import dense_speed, plan_of, remark_of
 from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of
@@ -88,7 +89,7 @@ class TrialStatus(FrozenModel):
     sparsity: float | None = None
     packed_bytes: int | None = None
     accuracy: Accuracies | None = None
-    bits: tuple[int, ...] | None = None
+    bits: tuple[int | float, ...] | None = None
     effective_bits: float | None = None
     quantized_bytes: int | None = None
 
@@ -231,7 +232,7 @@ def _best(rank: Rank, summary: Summary) -> Best:
     against, kl_against = (against_of(change, rank.on) for change in (rank.against, rank.kl_against))
     return Best(
         trial=rank.trial.number,
-        pruner=rank.trial.params.get("pruner", ""),
+        pruner=method_in(rank.trial.params),
         allocation=allocation_of(rank.trial),
         parameters=parameters_of(rank.trial),
         validation=rank.scores.validation,

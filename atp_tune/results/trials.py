@@ -9,11 +9,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.metrics.kl import Divergence, divergence
 from atp_tune.metrics.perplexity import Perplexity, perplexity
-from atp_tune.plan import is_zero
+from atp_tune.plan import METHODS, is_zero, method_in
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress
 
-NO_PARAMETERS = ("pruner", "allocation", "sparsity")  # of an allocation, among a trial's parameters
+NO_PARAMETERS = (*METHODS, "allocation", "sparsity")  # of an allocation, among a trial's parameters
 
 
 def is_uniform(trial: FrozenTrial) -> bool:
@@ -22,11 +22,11 @@ def is_uniform(trial: FrozenTrial) -> bool:
     numbers = [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
     if allocation == "uniform" or is_zero(allocation, numbers):
         return True
-    return "linear_sparsities" not in attrs and len(set(levels_of(trial) or ())) == 1
+    return not {"linear_sparsities", "linear_bits"} & attrs.keys() and len(set(levels_of(trial) or ())) == 1
 
 
 def levels_of(trial: FrozenTrial | None) -> list[float] | None:
-    """A trial's bits of each block, else its sparsity of each block; None before it has a plan."""
+    """A trial's bits of each block, or means of its linears, else sparsities of each block; None without a plan."""
     attrs = trial.user_attrs if trial else {}
     return attrs.get("bits") or attrs.get("sparsities")
 
@@ -109,12 +109,12 @@ def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
     found: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if is_uniform(trial):
-            found.setdefault(trial.params.get("pruner", ""), trial)
+            found.setdefault(method_in(trial.params), trial)
     return list(found.values())
 
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
-    return trial.params.get("pruner"), progress.sparsity_of(trial)
+    return method_in(trial.params), progress.sparsity_of(trial)
 
 
 def best_of_each(study: optuna.Study) -> list[FrozenTrial]:

@@ -38,6 +38,7 @@ from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.priced import POOL, Descent
+from atp_tune.search.priced_bits import BitCosts, priced_shares
 from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
@@ -287,9 +288,10 @@ class TrialContext(Released):
 
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
-        evidence = self.measured.evidence(self._priced, self._path)
         if self.quantize is not None and self.bits is None:
-            return Budget(target, self.checkpoint.sizes, (), evidence, widths=self.quantize.widths)
+            evidence = self.measured.evidence(self._priced, (), repr(self.quantize))
+            return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
+        evidence = self.measured.evidence(self._priced, self._path)
         if not self.pattern.channels:
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
@@ -322,6 +324,10 @@ class TrialContext(Released):
         """Ends of descents by prices, measured on windows that no other text shares."""
         pool, wanda = self._pool(), Wanda()
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
+        if self.quantize is not None and self.bits is None:
+            costs = BitCosts(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
+            found = costs.of(self.quantize, self.measured.key_of(wanda, InputNorms))
+            return tuple(priced_shares(found, self.checkpoint.shapes, self.quantize.widths, s) for s in targets)
         statistics = self.measured.fast_statistics(wanda)
         descent = Descent(
             self.checkpoint, self.inputs, self.score, pool, lambda index: statistics[index], self.heads, self.watch

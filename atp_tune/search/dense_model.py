@@ -61,16 +61,16 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self, priced: Priced, path: Sequence[float]) -> DenseMetrics:
+    def evidence(self, priced: Priced, path: Sequence[float], priced_by: str = "") -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
-        `priced`, `path`: descents by prices, and the targets of the one for all budgets, see `DenseMetrics`.
+        `priced`, `path`, `priced_by`: of sparsities by prices, see `DenseMetrics`.
         """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, path)
+        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, path, priced_by)
 
     @cached_property
     def curve_windows(self) -> int:

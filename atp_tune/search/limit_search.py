@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import perplexity
+from atp_tune.plan import method_in
 from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import wait_for_earlier
@@ -166,7 +167,7 @@ class LimitSearch:
         if best is None or is_uniform(best) or uniform_of(study, best) is not None:
             return None
         points = self.space.uniform(progress.sparsity_of(best))
-        point = next(point for point in points if point["pruner"] == best.params["pruner"])
+        point = next(point for point in points if method_in(point) == method_in(best.params))
         states = (TrialState.RUNNING, TrialState.FAIL)
         others = study.get_trials(deepcopy=False, states=states)
         return None if any(other.params == point for other in others) else point

@@ -33,7 +33,7 @@ from atp_tune.metrics.accuracy import error_rate
 from atp_tune.metrics.kl import divergence
 from atp_tune.metrics.perplexity import Estimate, perplexity
 from atp_tune.packed.layout import matrix_bytes
-from atp_tune.plan import Plan
+from atp_tune.plan import Plan, method_in
 from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
@@ -183,9 +183,10 @@ class Record:
         packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
         if not block.channels:
             packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
-        if block.bits is not None and (quantize := self._context.quantize) is not None:
+        bits = block.bits.get(linear.name)
+        if bits is not None and (quantize := self._context.quantize) is not None:
             gone = 0 if self._context.bits is None else zeros
-            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, block.bits, gone)
+            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, bits, gone)
         self._packed += packed - linear.size * self._itemsize
         self._zeros += zeros
         self._weights += linear.size
@@ -253,9 +254,10 @@ class Record:
 
 
 def planned(plan: Plan) -> dict[str, object]:
-    """A plan's bits, or its sparsities per block and, where they differ within a block, per linear, as attributes."""
+    """A plan's bits, or sparsities, per block and, where they differ within a block, per linear, as attributes."""
     if plan.bits is not None and not plan.prunes:
-        return {"bits": list(plan.bits)}
+        rows = {"linear_bits": [list(row) for row in plan.linear_bits]} if plan.linear_bits else {}
+        return {"bits": list(plan.bits), **rows}
     linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
     return {"sparsities": list(plan.sparsities), **linears}
 
@@ -271,9 +273,9 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
 
 def is_trial_of(trial: FrozenTrial, plan: Plan) -> bool:
     """Whether a trial has this plan: a pattern may round several points of the space to one plan."""
-    kinds = ("sparsities", "linear_sparsities", "bits")
+    kinds = ("sparsities", "linear_sparsities", "bits", "linear_bits")
     own = {key: trial.user_attrs[key] for key in kinds if key in trial.user_attrs}
-    return trial.params.get("pruner") == plan.pruner and own == planned(plan)
+    return method_in(trial.params) == plan.pruner and own == planned(plan)
 
 
 def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups: int) -> bool:

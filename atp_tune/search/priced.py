@@ -6,6 +6,7 @@ The result is kept in the cache by everything that determines it, so that later 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from atp_tune.allocations.prices import (
     steps_along,
 )
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.pricing import ACTIVATIONS, BAND, Pricing
+from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients
+from atp_tune.blocks.pricing import BAND, Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -78,22 +80,13 @@ class Descent:
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        file = cache_dir("prices") / f"{self._key(targets, score, measured)}.json"
-        with made_once(file, self._wait):
-            if file.is_file():
-                stored = json.loads(file.read_text(encoding="utf-8"))
-                return tuple(tuple(tuple(row) for row in end) for end in stored)
-            found = self._descend(targets, score)
-            self._keep(file, found)
-        return found
-
-    def _wait(self, lock: Path) -> None:
-        said = "waiting for the descent by prices of another process"
-        self._watch(Message(f"{said}; if none is running, remove {lock}"))
+        found = kept(self._key(targets, score, measured), lambda: self._descend(targets, score), self._watch)
+        return tuple(tuple(tuple(row) for row in end) for end in found)
 
     def _descend(self, targets: Sequence[float], score: RankedBy) -> Ends:
         places = self._by_wanda if score == "wanda" else by_magnitude
-        pricing = Pricing(self._checkpoint, self._inputs, self._score.gradient, places, self._batch, self._heads)
+        gradients = (self._checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
+        pricing = Pricing(BlockGradients(*gradients), places)
         items = self._pool.batch(self._checkpoint.device)
         many = min(len(items), windows_of_step(self._pool.positions, targets))
         draw = torch.Generator().manual_seed(0)
@@ -124,11 +117,23 @@ class Descent:
         ]
         return sha256_of_json([*facts, list(CONSTANTS), versions()])
 
-    def _keep(self, file: Path, found: Ends) -> None:
+
+def kept(key: str, measure: Callable[[], Any], watch: EventHandler) -> Any:
+    """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there under this key."""
+    file = cache_dir("prices") / f"{key}.json"
+
+    def wait(lock: Path) -> None:
+        watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
+
+    with made_once(file, wait):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        found = measure()
         try:
             write_atomically(file, json.dumps(found).encode())
         except OSError as error:
-            self._watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+            watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+    return found
 
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:

@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
+from atp_tune.plan import METHODS
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import place
@@ -32,8 +33,8 @@ Distributions = dict[str, BaseDistribution]
 
 
 def kinds_of(space: Space, branch: str) -> Distributions:
-    """Distributions of the pruner, the sparsity if it is a parameter, and an allocation's parameters."""
-    kinds: Distributions = {"pruner": CategoricalDistribution(space.pruners)}
+    """Distributions of the pruner or quantizer, the sparsity if it is a parameter, and an allocation's parameters."""
+    kinds: Distributions = {space.method: CategoricalDistribution(space.pruners)}
     if space.sparsities is not None:
         kinds["sparsity"] = FloatDistribution(*space.sparsities, step=STEP)
     return kinds | {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
@@ -163,5 +164,5 @@ def _grid(kind: BaseDistribution) -> list[float]:
 
 
 def _at(beta: float, pruner: str, kinds: Distributions) -> FrozenTrial:
-    params = {name: pruner if name == "pruner" else beta for name in kinds}
+    params = {name: pruner if name in METHODS else beta for name in kinds}
     return optuna.create_trial(value=0.0, params=params, distributions=kinds)

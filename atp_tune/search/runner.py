@@ -203,6 +203,7 @@ def _search(
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **context.contents()}
     study = fingerprint.create_study(db, run.name, known, run.mix)
+    space = space.of_stored(progress.points_of(study))
     _describe(run, study, context, total, batches)
     _compare_versions(run, study)
     study.pruner = make_stopper(search)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
+from atp_tune.plan import method_in
 from atp_tune.search import proposals
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
@@ -48,7 +49,7 @@ def over_interval(surrogate: Surrogate, space: Space, count: int) -> list[Params
     points: list[Params] = []
     for level in space.levels(count):
         best = surrogate.best_at(level).params
-        uniform = next(point for point in space.uniform(level) if point["pruner"] == best["pruner"])
+        uniform = next(point for point in space.uniform(level) if method_in(point) == method_in(best))
         points += [best] if uniform == best else [best, uniform]
     return points
 

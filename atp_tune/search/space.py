@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, contains_uniform, contents_of
 from atp_tune.allocations.channels import is_whole
 from atp_tune.errors import UserError
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan, make_plan, method_in
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.search import STEP
 from atp_tune.spec.study import Study
@@ -56,7 +56,8 @@ class Space:
     """A search space; `intervals`: allocation → parameter → interval, of shares if `sparsities` is given.
 
     `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest. `both_signs`:
-    the initial points of an allocation with β, and those of a grid, are repeated with the other sign.
+    the initial points of an allocation with β, and those of a grid, are repeated with the other sign. `method`: what
+    Optuna calls the parameter that chooses one of `pruners`, which are quantizers where weights are rounded alone.
     """
 
     budget: Budget
@@ -66,6 +67,11 @@ class Space:
     sparsities: Interval | None = None
     bounds_at: Callable[[str, Budget], dict[str, Interval]] | None = None
     both_signs: bool = False
+    method: str = "pruner"
+
+    def of_stored(self, points: Iterable[Params]) -> "Space":
+        """The space as the stored points of a study call its parameters: older studies of bits have a `pruner`."""
+        return replace(self, method="pruner") if any("pruner" in point for point in points) else self
 
     def is_open(self, allocation: str) -> bool:
         """Whether an allocation has a parameter to search."""
@@ -73,7 +79,7 @@ class Space:
 
     def suggest(self, trial: Suggests) -> Plan:
         """A trial's plan; only the parameters of the suggested allocation are suggested."""
-        params: Params = {"pruner": trial.suggest_categorical("pruner", self.pruners)}
+        params: Params = {self.method: trial.suggest_categorical(self.method, self.pruners)}
         params["allocation"] = trial.suggest_categorical("allocation", tuple(self.intervals))
         if self.sparsities is not None:
             params["sparsity"] = trial.suggest_float("sparsity", *self.sparsities, step=STEP)
@@ -90,7 +96,7 @@ class Space:
             budget = replace(budget, target=round(params["sparsity"], 6))
             bounds = self.bounds_at(allocation, budget)
             values = {name: _value(share, *bounds[name]) for name, share in values.items()}
-        plan = make_plan(params["pruner"], allocation, budget, values, self.pattern)
+        plan = make_plan(method_in(params), allocation, budget, values, self.pattern)
         return plan if self.sparsities is None else replace(plan, target=budget.target)
 
     def plan_of(self, trial: MeasuredTrial) -> Plan:
@@ -110,15 +116,22 @@ class Space:
         own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
         target = None if self.sparsities is None else round(params["sparsity"], 6)
         parameters = own if target is None else dict(stored.get("parameters", own))
-        plan = Plan(params["pruner"], params["allocation"], blocks, parameters, linears, target)
+        plan = Plan(method_in(params), params["allocation"], blocks, parameters, linears, target)
         return plan if self.budget.bits is None else replace(plan, bits=(self.budget.bits,) * len(blocks))
 
     def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
         """The plan of a trial that rounds weights, with the bits that it stored."""
-        plan, bits = self.plan(trial.params), trial.user_attrs.get("bits")
-        if bits is not None and (len(bits) != len(self.budget.sizes) or not set(bits) <= set(self.budget.widths)):
+        params, stored = trial.params, trial.user_attrs
+        if "bits" not in stored:
+            return self.plan(params)
+        bits, rows = tuple(stored["bits"]), tuple(map(tuple, stored.get("linear_bits", ())))
+        shapes = [len(row) for row in self.budget.linears] if rows else []
+        known = {b for row in rows for b in row} if rows else set(bits)
+        if len(bits) != len(self.budget.sizes) or [*map(len, rows)] != shapes or not known <= set(self.budget.widths):
             raise UserError(f"trial {trial.number}: its stored bits are not those of this model")
-        return plan if bits is None else replace(plan, bits=tuple(bits))
+        own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
+        none = (0.0,) * len(bits)
+        return Plan(method_in(params), params["allocation"], none, own, bits=bits, linear_bits=rows or None)
 
     def _fits(self, blocks: tuple[float, ...], rows: LinearSparsities | None) -> bool:
         """Whether stored sparsities of blocks, and of their linears, are those that this model can have."""
@@ -134,7 +147,7 @@ class Space:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""
         allocation = min(baselines(self.intervals), key=lambda name: len(contents_of(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
-        points = [{"pruner": pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
+        points = [{self.method: pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
         return points if self.sparsities is None else [self.at(point, sparsity) for point in points]
 
     def at(self, params: Params, sparsity: float | None = None) -> Params:
@@ -159,7 +172,7 @@ class Space:
         points: list[Params] = []
         for allocation in self.intervals:
             for start in self._starts(allocation):
-                points += [{"pruner": pruner, "allocation": allocation, **start} for pruner in self.pruners]
+                points += [{self.method: pruner, "allocation": allocation, **start} for pruner in self.pruners]
         if self.sparsities is not None:
             middle = sum(self.sparsities) / 2
             points = [self.at(point, middle) for point in points]
@@ -183,8 +196,8 @@ class Space:
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
         if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
             return None
-        kept: Params = {name: params[name] for name in ("pruner", "sparsity") if name in params}
-        return {**kept, "allocation": allocation, **moved}
+        kept: Params = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
+        return {self.method: method_in(params), **kept, "allocation": allocation, **moved}
 
     def _is_uniform(self, params: Params) -> bool:
         """Whether all parameters of a point are 0, where that is uniform."""
@@ -197,7 +210,7 @@ class Space:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
         betas = {allocation: self._betas(allocation, step) for allocation in self.intervals}
         return [
-            {"pruner": pruner, "allocation": allocation, **beta}
+            {self.method: pruner, "allocation": allocation, **beta}
             for pruner in self.pruners
             for allocation in self.intervals
             for beta in betas[allocation]
@@ -245,8 +258,9 @@ def make_space(study: Study, budget: Budget) -> Space:
     pruners, pattern = study.methods.short_names, parse(study.prune.pattern)
     bounds = {str(name): _intervals(study, name, budget) for name in names}
     both = (study.images is not None or study.by_bits) and study.beta == "both"
+    method = "quantizer" if study.by_bits else "pruner"
     if study.interval is None:
-        return Space(budget, pruners, bounds, pattern, both_signs=both)
+        return Space(budget, pruners, bounds, pattern, both_signs=both, method=method)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
     return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study), both)
 

@@ -28,6 +28,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.plan import method_in
 from atp_tune.search.proposals import branch_study, kinds_of
 from atp_tune.search.space import Space
 from atp_tune.storage.progress import ranked
@@ -82,8 +83,8 @@ def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -
     `points`: an allocation's trials with the logs of their values; `kinds`: its distributions.
     """
     limit = min(point.value for point in points if point.value is not None) + NEAR
-    for pruner in {point.params["pruner"] for point in points}:
-        own = [point for point in points if point.params["pruner"] == pruner]
+    for pruner in {method_in(point.params) for point in points}:
+        own = [point for point in points if method_in(point.params) == pruner]
         for name, kind in kinds.items():
             if isinstance(kind, FloatDistribution) and any(
                 width > GAP * (kind.high - kind.low) and value < limit for width, value in _stretches(own, name, kind)

@@ -114,7 +114,10 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     if parse(config.prune.pattern).channels:
         _check_channels(config, context)
     name, values = config.allocation.name, config.allocation.parameters
-    return Plan(config.pruner, name, config.block_sparsities, values, found, bits=config.block_bits)
+    rows, bits = config.linear_bits, config.block_bits
+    if rows is not None and [len(row) for row in rows] != [len(row) for row in context.checkpoint.linears]:
+        raise UserError("linear_bits: not one value for each linear of the model's blocks")
+    return Plan(config.pruner, name, config.block_sparsities, values, found, bits=bits, linear_bits=rows)
 
 
 def _check_channels(config: Config, context: TrialContext) -> None:
@@ -178,12 +181,13 @@ def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
     if study.bits is None or plan.bits is None:
         return {}
     checkpoint, total = context.checkpoint, 0
-    for bits, linears in zip(plan.bits, checkpoint.linears, strict=True):
-        total += sum(study.quantize.stored_bits(x.out_features, x.in_features, bits) for x in linears)
+    for index, linears in enumerate(checkpoint.linears):
+        for x, bits in zip(linears, plan.bits_of(index, len(linears)), strict=True):
+            total += study.quantize.stored_bits(x.out_features, x.in_features, bits)
     nominal = mean_of(plan.bits, checkpoint.sizes)
     effective = total / sum(checkpoint.sizes) if study.by_bits else None  # else the zeros are not counted yet
     found = Bits(target=study.bits, nominal=nominal, effective=effective)
-    return {"quantize": study.quantize, "block_bits": plan.bits, "bits": found}
+    return {"quantize": study.quantize, "block_bits": plan.bits, "linear_bits": plan.linear_bits, "bits": found}
 
 
 def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, on_gone: OnGone | None = None) -> Dense:

@@ -296,8 +296,7 @@ def words(text: Data) -> str:
 def _is_uniform(config: Config) -> bool:
     if config.allocation.name == "uniform":
         return True  # also of whole channels, which round
-    levels = config.block_bits if config.by_bits and config.block_bits else config.block_sparsities
-    return config.linear_sparsities is None and len(set(levels)) == 1
+    return config.has_equal_blocks
 
 
 def _allocation(config: Config) -> str:

@@ -17,13 +17,13 @@ def values(config: Config) -> dict[str, Any]:
     if not config.by_bits:
         return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}, as floats."}
     effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
-    bars = "\n".join(f"block {k:>3}  {b}  {'█' * (4 * b)}" for k, b in enumerate(config.block_bits))
+    bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.block_bits))
     return {
         "bits": f"{config.bits.nominal:.2f} bits each{effective}",
         "dense_files": FILES,
         "equal": "Every tensor that was not rounded is equal to the dense model's byte for byte.",
         "updated": config.pruner == "gptq",
-        "rounded": len(set(config.block_bits)) > 1,
+        "rounded": not config.has_equal_blocks,
         "chart": fenced("text", bars),
     }
 

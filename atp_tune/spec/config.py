@@ -39,7 +39,7 @@ from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.quantize import Bits, QuantizeConfig, Width
+from atp_tune.spec.quantize import Bits, MeanBits, QuantizeConfig, Width
 from atp_tune.spec.search import NEXT_TOKEN, Share
 from atp_tune.spec.study import Data, ModelConfig, of_model
 
@@ -253,7 +253,12 @@ class Config(FrozenModel):
     quantize: QuantizeConfig | None = Field(
         None, description="where weights are rounded: settings of the quantizer; `pruner` names it, else `quantizers`"
     )
-    block_bits: tuple[Width, ...] | None = Field(None, description="bits of each block, where weights are rounded")
+    block_bits: tuple[Width | MeanBits, ...] | None = Field(
+        None, description="bits of each block, where weights are rounded; with `linear_bits` means, weighted by size"
+    )
+    linear_bits: tuple[tuple[Width, ...], ...] | None = Field(
+        None, description="bits of each linear of each block, if they differ within blocks"
+    )
     bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
     perplexity: Scores
     baselines: Baselines
@@ -296,8 +301,14 @@ class Config(FrozenModel):
             raise ValueError("block_sparsities: must be 0 where weights are rounded alone")
         if not self.by_bits and len(set(self.block_bits or ())) > 1:
             raise ValueError("block_bits: must be equal where weights are pruned too")
+        if self.linear_bits is None and any(isinstance(bits, float) for bits in self.block_bits or ()):
+            raise ValueError("block_bits: must be whole numbers without linear_bits")
+        if self.linear_bits is not None and (not self.by_bits or len(self.linear_bits) != len(self.block_sparsities)):
+            raise ValueError("linear_bits: not the bits of each block, where weights are rounded alone")
         if self.linears and self.by_bits and len(self.linears) != len(self.block_sparsities):
             raise ValueError("linears: not the names of each block")
+        if self.linears and self.linear_bits and [*map(len, self.linears)] != [*map(len, self.linear_bits)]:
+            raise ValueError("linears: not one name for each of linear_bits")
         rows = self.linear_sparsities or ()
         if self.linears and not self.by_bits and [len(row) for row in self.linears] != [len(row) for row in rows]:
             raise ValueError("linears: not one name for each of linear_sparsities")
@@ -313,7 +324,7 @@ class Config(FrozenModel):
     @property
     def fixed_bits(self) -> int | None:
         """The bits of every block, where weights are pruned too."""
-        return None if self.by_bits or self.block_bits is None else self.block_bits[0]
+        return None if self.by_bits or self.block_bits is None else int(self.block_bits[0])
 
     @property
     def target(self) -> float:
@@ -321,6 +332,12 @@ class Config(FrozenModel):
         if self.by_bits and self.bits is not None and self.quantize is not None:
             return share_of(self.bits.target, self.quantize.widths)
         return self.sparsity.target
+
+    @property
+    def has_equal_blocks(self) -> bool:
+        """Whether all linears of all blocks have the same sparsity, or the same bits."""
+        levels = self.block_bits if self.by_bits and self.block_bits else self.block_sparsities
+        return self.linear_sparsities is None and self.linear_bits is None and len(set(levels)) == 1
 
     def seen_from(self, base: Path, place: Path) -> Self:
         """The configuration for a file in the folder `place`, with relative paths that start at `base`."""

@@ -96,6 +96,7 @@ DEFAULTS = {
     "model.prune": ["language"],
     "search.objective": ["perplexity"],
     "search.score": NEXT_TOKEN,
+    "quantize.act_order": False,
     **{
         f"texts.{role}.{key}": Text.model_fields[key].default
         for role in ("calibration", "validation", "test")

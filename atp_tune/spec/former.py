@@ -55,7 +55,7 @@ LACKING: dict[str, Any] = {"texts.bos": False}  # values of facts that are missi
 LATER = (
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
     "model.prune", "prune.swaps", "prune.refine", "prune.channels.", "search.screen.", "search.objective",
-    "search.score",
+    "search.score", "quantize.act_order",
     *(f"texts.{role}.{key}" for role in ("calibration", "validation", "test") for key in ("stride", "shuffle")),
 )  # fmt: skip
 

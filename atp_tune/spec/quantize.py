@@ -1,4 +1,4 @@
-"""The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that a block may have."""
+"""The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that blocks may have."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 QuantizerName = Literal["rtn", "gptq"]
 Width = Annotated[int, Field(ge=2, le=8)]
+MeanBits = Annotated[float, Field(ge=2, le=8)]  # of the linears of a block
 WIDTHS = (2, 3, 4, 5, 6, 8)
-PER_LINEAR = ("prices", "er", "erk", "global")  # allocations that differ within blocks
+OF_ZEROS = ("er", "erk", "global")  # allocations that no number of bits follows from
+PER_LINEAR = ("prices", *OF_ZEROS)  # those that differ within blocks
 
 
 class QuantizeConfig(SettingsTable):
@@ -33,7 +35,8 @@ class QuantizeConfig(SettingsTable):
     damping: float = Field(
         0.01, gt=0, description="of gptq, added to the diagonal of the Hessian, as a share of its mean"
     )
-    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block may have")
+    act_order: bool = Field(False, description="of gptq: columns in the order of their inputs' size, not as they stand")
+    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block, or a linear, may have")
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -51,7 +54,8 @@ class QuantizeConfig(SettingsTable):
 
     def told(self, quantizer: str) -> dict[str, Any]:
         """The settings that determine what a quantizer does; rtn has no `damping`."""
-        return self.model_dump(include={"group_size", "symmetric", *(["damping"] if quantizer == "gptq" else [])})
+        of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if quantizer == "gptq" else []
+        return self.model_dump(include={"group_size", "symmetric", *of_gptq})
 
     def stored_bits(self, rows: int, columns: int, bits: int, zeros: int = 0) -> int:
         """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""
@@ -61,7 +65,8 @@ class QuantizeConfig(SettingsTable):
         """The quantizer as the pass over the blocks uses it, after a pruner if there is one."""
         from atp_tune.quantizers.quantizing import Quantizing
 
-        return Quantizing(make_quantizer(name, self.group_size, self.symmetric, self.damping), after)
+        how = self.group_size, self.symmetric, self.damping, self.act_order
+        return Quantizing(make_quantizer(name, *how), after)
 
     def measures(self, name: str) -> bool:
         """Whether a quantizer needs statistics of inputs."""
@@ -123,12 +128,12 @@ def check_bits(study: "Study") -> None:
     if study.sparsity is not None:
         _check_both(study, bits)
         return
-    by_linears = [name for name in study.allocation.names if name in PER_LINEAR]
-    own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
+    of_zeros = [name for name in study.allocation.names if name in OF_ZEROS]
+    other = f"{(*of_zeros, '')[0]} is of zeros; take prices, atp or another that shares out bits too,"
     for key, is_given, reason in (
         (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
         ("limit", study.limit is not None, "needs an interval of sparsities; leave it out"),
-        ("allocation.names", by_linears, own),
+        ("allocation.names", of_zeros, other),
     ):
         if is_given:
             raise ValueError(f"{key}: {reason} where bits are given")

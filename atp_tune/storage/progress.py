@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -102,6 +103,12 @@ def counted(study: optuna.Study) -> int:
 def running(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that run now, in this process or another."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def points_of(study: optuna.Study) -> list[dict[str, Any]]:
+    """The parameters of all trials, of a queued one those that it is to have."""
+    trials = study.get_trials(deepcopy=False)
+    return [{**trial.system_attrs.get("fixed_params", {}), **trial.params} for trial in trials]
 
 
 def terminate_early(study: optuna.Study, total: int) -> None:

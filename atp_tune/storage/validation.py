@@ -18,9 +18,11 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
+from atp_tune.plan import METHODS
 from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
 from atp_tune.spec.plugged import PluginRef
+from atp_tune.spec.quantize import MeanBits, Width
 from atp_tune.spec.search import Share
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
@@ -87,7 +89,8 @@ TRIAL = _kinds(
         "ranks": Ranks,
         "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
         "sparsities": Shares,
-        "bits": Annotated[list[Annotated[int, Field(ge=2, le=8)]], Field(min_length=1)],
+        "bits": Annotated[list[Width | MeanBits], Field(min_length=1)],
+        "linear_bits": Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)],
         "effective_bits": Annotated[float, Field(ge=0, le=64)],
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
         "seconds": dict[Words, Amount],
@@ -241,7 +244,7 @@ def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
 
 def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
     """Whether a trial's parameters and values can be atp_tune's; `may_be_zero`: a KL may be 0."""
-    names = {name: value for name, value in trial.params.items() if name in ("pruner", "allocation")}
+    names = {name: value for name, value in trial.params.items() if name in (*METHODS, "allocation")}
     numbers = [value for name, value in trial.params.items() if name not in names]
     values = trial.values or []
     return (

@@ -1,0 +1,106 @@
+"""Costs of bits against gradients of the whole model, window by window, and the plan that follows from them."""
+
+import math
+from typing import Any
+
+import naive
+import pytest
+import torch
+from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
+from torch import Tensor
+from torch.nn import functional
+
+from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.bit_pricing import BitPricing, Costs
+from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.quantizers.rtn import RTN
+from atp_tune.search.context import TrialContext
+from atp_tune.search.priced_bits import BitCosts, items_of_costs, priced_shares
+from atp_tune.spec.quantize import QuantizeConfig
+
+WIDTHS, GROUP = (2, 3, 5), 8
+
+
+def costs_of(context: TrialContext, ids: Tensor, windows: int = 4) -> Costs:
+    """The costs of asymmetric groups of 8, a few windows at a time."""
+    batch = AutoBatch(CPU, 1, 1, lambda text: None)
+    batch.windows = windows
+    gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
+    return BitPricing(gradients, lambda w, bits: RTN(GROUP, False).quantize(w, bits, None), WIDTHS).costs(ids)
+
+
+def naive_costs(model: Any, context: TrialContext, ids: Tensor) -> list[list[list[float]]]:
+    """The formula, weight by weight, with the gradients of the whole model."""
+    checkpoint, total = context.checkpoint, dict[tuple[int, int, int], float]()
+    model.requires_grad_(True)
+    for window in ids:
+        model.zero_grad()
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        functional.cross_entropy(logits, window[1:]).backward()
+        for i, linears in enumerate(checkpoint.linears):
+            for k, linear in enumerate(linears):
+                parameter = model.get_parameter(checkpoint.key(i, linear))
+                weight = linear.matrix(parameter.data)
+                gradient = None if parameter.grad is None else linear.matrix(parameter.grad)
+                for b, bits in enumerate(WIDTHS):
+                    error = (naive.rtn(weight, bits, GROUP, False) - weight).flatten().tolist()
+                    slopes = [0.0] * len(error) if gradient is None else gradient.flatten().tolist()
+                    found = math.fsum(e * g for e, g in zip(error, slopes, strict=True))
+                    total[i, k, b] = total.get((i, k, b), 0.0) + found**2 / len(ids)
+    model.requires_grad_(False)
+    return [
+        [[total[i, k, b] for b in range(len(WIDTHS))] for k in range(len(linears))]
+        for i, linears in enumerate(checkpoint.linears)
+    ]
+
+
+def flat(costs: Any) -> list[float]:
+    return [cost for block in costs for linear in block for cost in linear]
+
+
+@pytest.mark.parametrize("family", few([*FAMILIES, *MIXTURES], ("llama", "gpt2", "mixtral")))
+def test_costs_are_by_gradients_of_the_whole_model(family: str) -> None:
+    model = tiny(family)
+    context, ids = bench_of(model), random_ids(3, seed=5)
+    expected = flat(naive_costs(model, context, ids))
+    assert flat(costs_of(context, ids)) == pytest.approx(expected, rel=2e-3, abs=1e-6 * max(expected))
+    assert min(expected) >= 0
+
+
+def test_offload_and_batches_change_nothing_but_rounding() -> None:
+    ids = random_ids(5, seed=5)
+    one, other, streamed = (
+        flat(costs_of(bench_of(tiny("llama"), offload=offload), ids, windows))
+        for windows, offload in ((1, "none"), (8, "none"), (1, "cpu"))
+    )
+    assert one == pytest.approx(other, rel=1e-3)
+    assert one == streamed
+
+
+def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
+    context = bench_of(tiny("llama").requires_grad_(False))
+    said: list[Any] = []
+    quantize = QuantizeConfig(group_size=GROUP, widths=WIDTHS)
+    pool = context.windows["calibration"]
+    costs = BitCosts(context.checkpoint, context.inputs, context.score, pool, context.heads, said.append)
+    with torch.inference_mode():
+        found = costs.of(quantize, "model")
+    assert said
+    said.clear()
+    assert flat(costs.of(quantize, "model")) == flat(found)
+    assert not said
+    shapes = context.checkpoint.shapes
+    shares = priced_shares(found, shapes, WIDTHS, 0.5)
+    assert [len(row) for row in shares] == [len(row) for row in shapes]
+    sizes = [shape.size for row in shapes for shape in row]
+    mean = sum(s * size for s, size in zip((s for row in shares for s in row), sizes, strict=True)) / sum(sizes)
+    assert 0.5 - 1e-9 <= mean < 0.55
+    assert {round(s, 9) for row in shares for s in row} <= {0.0, round(2 / 3, 9), 1.0}
+    for other in (QuantizeConfig(group_size=4, widths=WIDTHS), QuantizeConfig(group_size=GROUP, symmetric=True)):
+        assert len(costs.of(other, "model")[0][0]) == len(other.widths)
+        assert said
+        said.clear()
+
+
+def test_long_windows_are_fewer() -> None:
+    assert [items_of_costs(positions) for positions in (128, 256, 2048)] == [96, 48, 16]
