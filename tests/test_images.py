@@ -28,7 +28,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.onnx_backbone import RENAMED, onnx_to_folder
 from atp_tune.errors import UserError
-from atp_tune.inputs import archives
+from atp_tune.inputs import archives, pixel_cache
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
@@ -366,6 +366,76 @@ def test_pixels_are_those_of_the_processor(classifier: ModelFolder, tmp_path: Pa
     assert found.classes.tolist() == [k % CLASSES for k in order]
     assert found.positions == 5
     assert found.thinned(5).classes.tolist() == found.classes[::5].tolist()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each picture that a processor gets."""
+    seen = list[int]()
+    own = Pictures.picture
+    monkeypatch.setattr(Pictures, "picture", lambda self, index: (seen.append(index), own(self, index))[1])
+    return seen
+
+
+def test_pixels_come_from_the_cache_to_the_last_bit(
+    classifier: ModelFolder, tmp_path: Path, cache: Path, decoded: list[int]
+) -> None:
+    place = write_folder(tmp_path)
+    for number, name in enumerate(("cat", "Dog")):
+        (place / name).rename(place / f"kind {number}")
+    first = read(classifier, tmp_path, source="folder:photos")
+    again = read(classifier, tmp_path, source="folder:photos")
+    assert len(decoded) == 8 and torch.equal(first.pixels, again.pixels) and first.content == again.content
+    assert [file.suffix for file in (cache / "pixels").iterdir()] == [".npy"]
+    read(classifier, tmp_path, source="folder:photos", nsamples=3)  # another selection
+    assert len(decoded) == 11
+    (place / "kind 0" / "1.png").write_bytes(png((1, 2, 3)))  # another picture of the same name
+    other = read(classifier, tmp_path, source="folder:photos")
+    assert len(decoded) == 19 and not torch.equal(other.pixels, first.pixels)
+
+
+def test_pixels_of_another_processor_are_not_those_of_the_cache(
+    classifier: ModelFolder, tmp_path: Path, decoded: list[int]
+) -> None:
+    source = f"idx:{write_idx(tmp_path)}"
+    first = read(classifier, tmp_path, source=source)
+    other = ModelFolder(shutil.copytree(classifier.path, tmp_path / "other"), "content", "vit")
+    assert torch.equal(read(other, tmp_path, source=source).pixels, first.pixels) and len(decoded) == 12
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(other.path)
+    assert not torch.equal(read(other, tmp_path, source=source).pixels, first.pixels) and len(decoded) == 24
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the end", "all"])
+def test_damaged_pixels_are_made_anew(
+    damage: str, classifier: ModelFolder, tmp_path: Path, cache: Path, decoded: list[int]
+) -> None:
+    source = f"idx:{write_idx(tmp_path)}"
+    first = read(classifier, tmp_path, source=source)
+    (file,) = (cache / "pixels").iterdir()
+    content = bytearray(whole := file.read_bytes())
+    content[-200] ^= 1
+    file.write_bytes({"a bit": bytes(content), "the end": whole[:-1], "all": b""}[damage])
+    assert torch.equal(read(classifier, tmp_path, source=source).pixels, first.pixels)
+    assert len(decoded) == 24 and file.read_bytes() == whole
+
+
+def test_many_pixels_are_not_kept(
+    classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "LARGEST", 1000)
+    read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
+    assert not list((cache / "pixels").iterdir())
+
+
+def test_on_a_full_disk_nothing_is_kept(
+    classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")) == 12
+    assert not list((cache / "pixels").iterdir())
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

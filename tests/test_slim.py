@@ -6,15 +6,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import image_families
 import pytest
 import torch
 from families import CPU, bench_of, few, random_ids, tiny
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, LlamaForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
@@ -118,6 +121,50 @@ def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path)
     assert torch.equal(folder.generate(ids, **options), expected)  # with cached keys and values
     folder.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(tmp_path / "again")), logits(folder), rtol=0, atol=0)
+
+
+CLASSIFIERS = ("vit", "deit", "dinov2", "beit", "convnext", "swin", "swinv2", "hiera")
+WITH_HEADS = ("vit", "deit", "dinov2", "beit")  # of the others heads are refused
+
+
+def classifier(family: str, place: Path, heads: bool) -> tuple[TrialContext, Plan, Config]:
+    """A tiny classifier in `place`, and what to prune of it."""
+    model: Any = image_families.make(family)
+    model.save_pretrained(place / "dense")
+    work = image_families.context_of(family, model, pattern="channels", channels={"round_to": 2, "heads": heads})
+    work.folder = replace(work.folder, path=place / "dense")
+    plan = make_plan("wanda", "atp", work.budget(0.3), {"beta": -0.03}, parse("channels"))
+    return work, plan, config_of(work.prune_settings, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "heads"), [*((name, False) for name in CLASSIFIERS), *((name, True) for name in WITH_HEADS)]
+)
+def test_a_slim_classifier_is_the_masked_one(family: str, heads: bool, tmp_path: Path) -> None:
+    pixels = image_families.images(family, 3, 3).pixels
+    with quiet():
+        work, plan, config = classifier(family, tmp_path, heads)
+        write_sparse(work, plan, tmp_path / "masked", config)
+        write_slim(work, plan, tmp_path / "slim", config)
+        load_ = partial(AutoModelForImageClassification.from_pretrained, dtype=torch.float64)
+        masked, slim = load_(tmp_path / "masked").eval(), load_(tmp_path / "slim").eval()
+        slim.save_pretrained(tmp_path / "again")
+        again = load_(tmp_path / "again").eval()
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in masked.parameters())
+    with torch.inference_mode():
+        expected, found, third = (each(pixel_values=pixels.double()).logits for each in (masked, slim, again))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    assert torch.equal(third, found)
+
+
+@pytest.mark.slow
+def test_a_classifier_with_convolutions_over_its_channels_is_refused(tmp_path: Path) -> None:
+    with quiet():
+        work, plan, config = classifier("segformer", tmp_path, False)
+        with pytest.raises(UserError, match=r"--slim: this model cannot run with fewer channels: .*groups"):
+            write_slim(work, plan, tmp_path / "slim", config)
+    assert not (tmp_path / "slim").exists()
 
 
 def test_tensors_that_lost_nothing_are_those_of_the_dense_model(llama: tuple[Path, ...]) -> None:

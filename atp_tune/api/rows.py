@@ -63,6 +63,7 @@ def points(summary: Summary) -> list[Row]:
             "excess": point.excess,
             "packed_bytes": point.packed_bytes,
             "tokens_per_second": point.tokens_per_second,
+            "images_per_second": point.images_per_second,
             "best": point.best,
         }
         for point in status_of(summary, datetime.now()).points

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.trust import read_table
+from atp_tune.checkpoints.trust import SLIM, read_table
 from atp_tune.errors import UserError
 
 PACKED = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports more
@@ -73,11 +73,11 @@ def is_image_classifier(model: nn.Module) -> bool:
 
 
 def classifies_images(folder: Path) -> bool:
-    """Whether a folder was saved from an image classifier of transformers, or packed from such a folder."""
+    """Whether a folder was saved from an image classifier of transformers, or is packed or slim from such a folder."""
     file = folder / "config.json"
     config = read_table(file) if file.is_file() else {}
-    if config.get("model_type") == PACKED:
-        table = config.get(PACKED)
+    if (kind := config.get("model_type")) in (PACKED, SLIM):
+        table = config.get(kind)
         return isinstance(table, dict) and table.get("class") == AutoModelForImageClassification.__name__
     names = config.get("architectures")
     return isinstance(names, list) and len(names) == 1 and names[0] in _classifiers() and "auto_map" not in config

@@ -23,7 +23,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
     if made is None or summary.best.test is None or not is_there:
         return
-    is_slim = summary.of_channels and not summary.hits  # an image classifier cannot be slim yet
+    is_slim = summary.of_channels
     form = "slim" if is_slim else "sparse" if summary.bits is None else "rounded"
     config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-{form}")
     study = ["--study", *study_words(summary, file)]

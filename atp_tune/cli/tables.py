@@ -9,7 +9,7 @@ from atp_tune.cli.next_commands import show_next
 from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import printable
 from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.speed import PHASES, Measured, Phase, Speed
+from atp_tune.metrics.speed import Measured, MeasuredImages, Phase, Speed
 from atp_tune.plan import percent
 from atp_tune.results.amounts import amount_of, asked, column, dense_amount
 from atp_tune.results.formatting import (
@@ -59,8 +59,10 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if (scores := summary.zero_shot) is not None and scores.mean:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
         console.print(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
-    if summary.speed is not None and summary.speed.engines:
-        console.print(f"tokens per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)")
+    if summary.speed is not None and summary.speed.rows:
+        console.print(
+            f"{summary.speed.unit} per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)"
+        )
     for remark in study_remarks(summary):
         console.print(remark)
     if summary.continuations:
@@ -150,10 +152,10 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
 def _ratios(found: Speed) -> str:
     """Speed of the sparse model over the dense one in each engine, in one line."""
 
-    def ratio(row: Measured, phase: Phase) -> str:
+    def ratio(row: Measured | MeasuredImages, phase: Phase) -> str:
         return f"{phase} {statistics.median(row.rates(phase).ratios):.2f}×"
 
-    return "; ".join(f"{row.name}: {', '.join(ratio(row, phase) for phase in PHASES)}" for row in found.engines)
+    return "; ".join(f"{row.name}: {', '.join(ratio(row, phase) for phase in row.phases)}" for row in found.rows)
 
 
 def _front(summary: Summary) -> str:

@@ -7,17 +7,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
+from atp_tune.metrics.accuracy import accuracy
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
 from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import wanted
 from atp_tune.results.formatting import (
+    ACCURACY,
     cells,
     command_of,
     drawn,
     draws_of,
     errors_of,
+    hit_cells,
     method_of,
     plan_of,
     remark_of,
@@ -93,15 +96,20 @@ def _what(summary: Summary) -> str:
 def _scores(summary: Summary) -> str:
     if summary.interval:
         return table(points(summary), GAP)
-    rows, data = [("dense", summary.dense, "–")], summary.data
+    rows: list[tuple[str, Scores, str, FrozenTrial | None]] = [("dense", summary.dense, "–", None)]
+    data = summary.data
     for rank in summary.ranks:
         best = "**best** " if rank.trial == summary.best_trial else ""
         name = f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
-        rows.append((name, rank.scores, f"{rank.against} ({rank.on} {data})" if rank.against else "–"))
+        rows.append((name, rank.scores, f"{rank.against} ({rank.on} {data})" if rank.against else "–", rank.trial))
     if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.validation:
-        rows.insert(1, ("uniform", summary.uniform, "–"))
-    lines = [f"| | {GAP}validation {data} | {GAP}test {data} | {GAP}against uniform |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | {GAP}{_cells(scores)} | {GAP}{change} |" for name, scores, change in rows]
+        rows.insert(1, ("uniform", summary.uniform, "–", summary.uniform_trial))
+    accuracies = ACCURACY if summary.hits else ()
+    head = (f"validation {data}", f"test {data}", "against uniform", *accuracies)
+    lines = [f"| | {GAP}{f' | {GAP}'.join(head)} |", "|---|" + "---:|" * len(head)]
+    for name, scores, change, trial in rows:
+        hits = hit_cells(summary, trial) if summary.hits else ()
+        lines.append(f"| {name} | {GAP}{f' | {GAP}'.join((*cells(scores), change, *hits))} |")
     return "\n".join([*lines, *_kls(summary)])
 
 
@@ -128,7 +136,7 @@ def _cells(scores: Scores | Divergences) -> str:
 def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
-    errors = f"± is the {errors_of(summary)}; that of a change is paired by windows."
+    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.items}."
     if summary.interval:
         said = escaped(outcome_of(summary))
         return f"**{said[:1].upper()}{said[1:]}.** {errors}"
@@ -140,10 +148,11 @@ def _gain(summary: Summary) -> str:
         return f"No trial is better than uniform so far. {errors}"
     side = "below" if against.value < 0 else "above"
     what = " in KL" if by_kl else ""
-    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} text"
+    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} {summary.data}"
     over = "" if by_kl else draws_of(summary, summary.best_trial)[1]
     draws = (
-        f" Over {drawn(summary)} draws of the calibration text the difference is {over} (mean ± standard deviation)."
+        f" Over {drawn(summary)} draws of the calibration {summary.data} the difference is {over} "
+        "(mean ± standard deviation)."
     )
     if may_be_chance(against, summary.windows.get(rank.on, 0)):
         return (
@@ -210,6 +219,8 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
     parts = [f"Perplexity on the validation {summary.data} {score}{against}."] if score else []
     error = error_of(trial)
     parts += [f"Top-1 error on the validation images {error:.1%}."] if error is not None else []
+    hits = summary.hits.trial(trial).validation
+    parts += [f"Accuracy on the validation images {hits}."] if hits else []
     return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])
 
 
@@ -249,6 +260,8 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "stderr" in attrs:
         found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
+    if ranks := attrs.get("ranks"):
+        found["accuracy %"] = round(100 * accuracy(ranks).value, 2)
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
         found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)

@@ -15,6 +15,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind
 from atp_tune.inputs.pictures import Pictures, pictures
+from atp_tune.inputs.pixel_cache import cached_pixels
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.spec.images import ImageSet
 
@@ -170,11 +171,19 @@ def check_classifier(folder: ModelFolder) -> None:
 def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
     """The images of one role, as the model's processor makes them; UserError that names the key."""
     try:
-        found = chosen(pictures(wanted, base), wanted, at_most)
-        classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
-        pixels = ImageProcessor.of(folder.path, folder.trusted).pixels(found)
+        return images_of(wanted, folder, base, at_most)
     except UserError as error:
         raise UserError(f"images.{role}.{error}") from None
+
+
+def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
+    """The images of a set, as the model's processor makes them; UserError that starts with a key of the set.
+
+    `at_most`: fewer than `nsamples`, if the part has fewer.
+    """
+    found = chosen(pictures(wanted, base), wanted, at_most)
+    classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
+    pixels = cached_pixels(ImageProcessor.of(folder.path, folder.trusted), found)
     return Images.of(pixels, torch.tensor(classes, dtype=torch.int64), _positions(folder, pixels))
 
 

@@ -30,6 +30,7 @@ class ImageProcessor:
 
     own: Any
     folder: Path
+    trusted: bool = False  # code in the folder may run
 
     @classmethod
     def of(cls, folder: Path, trusted: bool, size: int | None = None) -> "ImageProcessor":
@@ -60,7 +61,7 @@ class ImageProcessor:
                 )
         if size is not None:
             own.size, own.do_resize, own.do_center_crop = SizeDict(height=size, width=size), True, False
-        return cls(own, folder)
+        return cls(own, folder, trusted)
 
     @property
     def settings(self) -> dict[str, Any]:

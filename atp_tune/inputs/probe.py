@@ -28,6 +28,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, chosen
 from atp_tune.inputs.pictures import Pictures, pictures
+from atp_tune.inputs.pixel_cache import cached_pixels
 from atp_tune.inputs.pixels import ImageProcessor, labels_of
 from atp_tune.spec.images import ARCHIVES, Probe
 from atp_tune.storage.process_identity import versions
@@ -50,7 +51,7 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
         found = chosen(pictures(probe, base), probe)
         names = labels_of(found, probe)
         processor = ImageProcessor.of(folder.path, folder.trusted, probe.size)
-        pixels = processor.pixels(found)
+        pixels = processor.pixels(found) if known else cached_pixels(processor, found)  # pinned ones are read once
     except UserError as error:
         raise UserError(f"model.probe.{error}") from None
     images = Images.of(pixels, torch.tensor(_numbers(found, names), dtype=torch.int64), 1)

@@ -1,4 +1,4 @@
-"""Results of the command `speedup`, as stored in a configuration: bytes, zeros, tokens per second."""
+"""Results of the command `speedup`, as stored in a configuration: bytes, zeros, tokens or images per second."""
 
 from statistics import median
 from typing import Literal
@@ -8,9 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from atp_tune.frozen import FrozenModel
 
 Side = Literal["dense", "sparse"]
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "classify"]
 SIDES: tuple[Side, ...] = ("dense", "sparse")
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")  # of a language model
+CLASSIFY: tuple[Phase, ...] = ("classify",)  # of an image classifier
 ROUNDING = "packed "  # begins the names of engines that round the weights: packed bf16, packed int8
 Values = tuple[PositiveFloat, ...]
 
@@ -26,7 +27,7 @@ class Sizes(FrozenModel, allow_inf_nan=False):
 
 
 class Rates(FrozenModel, allow_inf_nan=False):
-    """Tokens per second of each run; the runs of both models alternate."""
+    """Tokens, or images, per second of each run; the runs of both models alternate."""
 
     dense: Values = Field(min_length=1)
     sparse: Values = Field(min_length=1)
@@ -37,24 +38,16 @@ class Rates(FrozenModel, allow_inf_nan=False):
         return tuple(sparse / dense for dense, sparse in zip(self.dense, self.sparse, strict=True))
 
 
-class Measured(FrozenModel, allow_inf_nan=False):
-    """Rates of one engine; `logits`: the largest difference from the logits of transformers, over the largest logit."""
+class EngineRun(FrozenModel, allow_inf_nan=False):
+    """An engine and its device; `logits`: the largest difference from those of transformers, over the largest logit."""
 
     engine: str
     version: str
     dtype: str
     device: str
     cores: PositiveInt | None
-    tokens: PositiveInt = Field(description="of the prompt")
-    steps: PositiveInt = Field(description="tokens decoded after the prompt in a run, one at a time")
-    batch: PositiveInt = Field(1, description="texts that are read and decoded at once; rates are of all together")
+    batch: PositiveInt = Field(1, description="texts or images that are computed at once; rates are of all together")
     logits: float | None
-    prefill: Rates
-    decode: Rates
-
-    def rates(self, phase: Phase) -> Rates:
-        """The rates of a phase."""
-        return self.prefill if phase == "prefill" else self.decode
 
     @property
     def name(self) -> str:
@@ -67,27 +60,74 @@ class Measured(FrozenModel, allow_inf_nan=False):
         return self.device if self.cores is None else f"{self.device}, {self.cores} core" + "s" * (self.cores != 1)
 
 
+class Measured(EngineRun):
+    """Rates of a language model in one engine."""
+
+    tokens: PositiveInt = Field(description="of the prompt")
+    steps: PositiveInt = Field(description="tokens decoded after the prompt in a run, one at a time")
+    prefill: Rates
+    decode: Rates
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that were measured; the last is the one that is compared."""
+        return PHASES
+
+    def rates(self, phase: Phase) -> Rates:
+        """The rates of a phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+
+class MeasuredImages(EngineRun):
+    """Rates of an image classifier in one engine."""
+
+    classify: Rates
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The one phase."""
+        return CLASSIFY
+
+    def rates(self, phase: Phase) -> Rates:
+        """The rates of that phase."""
+        return self.classify
+
+
 class Speed(FrozenModel, allow_inf_nan=False):
-    """Sizes, share of zeros by kind of linear, and one row per engine; torch is always among them."""
+    """Sizes, share of zeros by kind of linear, and one row per engine; torch is always among them.
+
+    `engines` are of a language model, `images` of an image classifier.
+    """
 
     sizes: Sizes
     zeros: dict[str, float]
-    engines: tuple[Measured, ...]
+    engines: tuple[Measured, ...] = ()
+    images: tuple[MeasuredImages, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Measured | MeasuredImages, ...]:
+        """The engines of either."""
+        return (*self.engines, *self.images)
+
+    @property
+    def unit(self) -> str:
+        """What is counted per second."""
+        return "images" if self.images else "tokens"
 
     def torch_dense(self, phase: Phase) -> float:
-        """Median tokens per second of the dense model in torch, in its fastest number format."""
-        return max(median(row.rates(phase).dense) for row in self.engines if row.engine == "torch")
+        """Median rate of the dense model in torch, in its fastest number format."""
+        return max(median(row.rates(phase).dense) for row in self.rows if row.engine == "torch")
 
     @property
     def fastest(self) -> float | None:
         """Median tokens per second of the sparse model while it decodes one at a time, in its fastest engine.
 
-        Engines that round its weights are left out: it would be another model.
+        Of an image classifier images per second. Engines that round weights are left out: it would be another model.
         """
-        exact = (row for row in self.engines if not row.engine.startswith(ROUNDING))
-        return max((median(row.decode.sparse) for row in exact), default=None)
+        exact = (row for row in self.rows if not row.engine.startswith(ROUNDING))
+        return max((median(row.rates(row.phases[-1]).sparse) for row in exact), default=None)
 
-    def over_torch(self, row: Measured, phase: Phase) -> float:
+    def over_torch(self, row: Measured | MeasuredImages, phase: Phase) -> float:
         """Median speed of an engine's sparse model over `torch_dense`."""
         return median(row.rates(phase).sparse) / self.torch_dense(phase)
 

@@ -1,7 +1,7 @@
 """Loads a slim checkpoint of atp_tune with transformers; a copy of this file lies in each slim folder.
 
     import atp_tune                                        # or trust_remote_code=True in the call
-    model = AutoModelForCausalLM.from_pretrained("DIR")
+    model = AutoModelForCausalLM.from_pretrained("DIR")    # of a classifier: AutoModelForImageClassification
 
 A slim model is a model of its family whose blocks have lost channels: some of its linears are narrower, and each block
 has widths of its own. All linears are dense, so every device and library multiplies by them fast. The config has a
@@ -22,7 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "atp_slim"  # of the config, and the name of its table
 VERSION = 1  # of the format
-AUTO_CLASS = "AutoModelForCausalLM"
+AUTO_CLASSES = {  # the class is a key of the table, but for language models
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
+LANGUAGE = "AutoModelForCausalLM"
 STD = 0.02  # of random weights
 
 
@@ -31,9 +35,11 @@ def checked_table(config: dict[str, Any]) -> dict[str, Any]:
     table = config.get(MODEL_TYPE)
     if not isinstance(table, dict) or table.get("version") != VERSION:
         raise ValueError(f"slim folder: its config has no table {MODEL_TYPE} of version {VERSION}")
-    family = table.get("family")
+    family, auto_class = table.get("family"), table.get("class", LANGUAGE)
+    if not isinstance(auto_class, str) or auto_class not in AUTO_CLASSES:
+        raise ValueError(f"slim folder: the table {MODEL_TYPE} in its config is damaged")
     kind: Any = CONFIG_MAPPING[family] if isinstance(family, str) and family in CONFIG_MAPPING else None
-    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind not in AUTO_CLASSES[auto_class]:
         raise ValueError(f"slim folder: transformers {transformers.__version__} has no models {family}")
     linears = table.get("linears")
     if not isinstance(linears, dict) or not all(map(_is_shape, linears.values())):
@@ -81,7 +87,8 @@ class SlimConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         """A config of the family's class with the table of linears; ValueError for another format."""
         table = checked_table(config_dict)
         kind: Any = CONFIG_MAPPING[table["family"]]
-        return slim_config(kind).from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
+        own = slim_config(kind, table.get("class", LANGUAGE))
+        return own.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
 
 
 class SlimModel:
@@ -93,39 +100,46 @@ class SlimModel:
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The model of a slim folder."""
         config = SlimConfig.from_pretrained(path) if config is None else config
-        return getattr(transformers, AUTO_CLASS).from_pretrained(path, *args, config=config, **kwargs)
+        auto_class = getattr(config, MODEL_TYPE).get("class", LANGUAGE)
+        return getattr(transformers, auto_class).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Transformers asks it of a class that comes with a folder; `slim_config` registers its own."""
 
 
-def places() -> dict[str, str]:
+def places(auto_class: str = LANGUAGE) -> dict[str, str]:
     """The `auto_map` of a slim folder."""
     stem = Path(__file__).stem
-    return {"AutoConfig": f"{stem}.{SlimConfig.__name__}", AUTO_CLASS: f"{stem}.{SlimModel.__name__}"}
+    return {"AutoConfig": f"{stem}.{SlimConfig.__name__}", auto_class: f"{stem}.{SlimModel.__name__}"}
+
+
+def _model_class(family: Any, auto_class: str) -> Any:
+    """The class of transformers that loads a family; DeiT has a second one, with a teacher, which cannot be slim."""
+    found = AUTO_CLASSES[auto_class][family]
+    return found[0] if isinstance(found, tuple) else found
 
 
 @cache
-def slim_config(family: Any) -> Any:
+def slim_config(family: Any, auto_class: str = LANGUAGE) -> Any:
     """A subclass of a family's config that is saved as a slim one; its model class is registered."""
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return {**super(made, self).to_dict(), "model_type": MODEL_TYPE, "auto_map": places()}
+        return {**super(made, self).to_dict(), "model_type": MODEL_TYPE, "auto_map": places(auto_class)}
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return _reduced(self, made, (family, False), protocol)
+        return _reduced(self, made, (family, auto_class, False), protocol)
 
     made: Any = type(
         f"Slim{family.__name__}", (family,), {"to_dict": to_dict, "__reduce_ex__": reduce, "__module__": __name__}
     )
-    model = slim_model(made, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[family])
-    getattr(transformers, AUTO_CLASS).register(made, model, exist_ok=True)
+    model = slim_model(made, _model_class(family, auto_class), auto_class)
+    getattr(transformers, auto_class).register(made, model, exist_ok=True)
     return made
 
 
 @cache
-def slim_model(config_class: Any, family: Any) -> Any:
+def slim_model(config_class: Any, family: Any, auto_class: str) -> Any:
     """A subclass of a family's model class, with narrower linears."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -148,7 +162,7 @@ def slim_model(config_class: Any, family: Any) -> Any:
         super(made, self).save_pretrained(folder, *args, **options)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return _reduced(self, made, (config_class.__base__, True), protocol)
+        return _reduced(self, made, (config_class.__base__, auto_class, True), protocol)
 
     methods = {
         "__reduce_ex__": reduce,
@@ -166,14 +180,14 @@ def slim_model(config_class: Any, family: Any) -> Any:
     return made
 
 
-def _blank(family: Any, is_model: bool) -> Any:
+def _blank(family: Any, auto_class: str, is_model: bool) -> Any:
     """An object without state, which pickle fills: a config, or a model; their classes have no names of their own."""
-    config = slim_config(family)
-    kind = slim_model(config, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[family]) if is_model else config
+    config = slim_config(family, auto_class)
+    kind = slim_model(config, _model_class(family, auto_class), auto_class) if is_model else config
     return kind.__new__(kind)
 
 
-def _reduced(found: Any, made: Any, words: tuple[Any, bool], protocol: Any) -> Any:
+def _reduced(found: Any, made: Any, words: tuple[Any, str, bool], protocol: Any) -> Any:
     """What pickle and `copy` make an object of a class `made` from; one of a subclass as usual."""
     if type(found) is not made:
         return super(made, found).__reduce_ex__(protocol)

@@ -17,7 +17,8 @@
                             validation, test, against_dense, against_uniform, uniform (number of the uniform trial at
                             the same sparsity), kl, kl_against_uniform, excess (over the limit; at most 0: within),
                             best, packed_bytes (of all weights in a packed folder), tokens_per_second (decoded one at
-                            a time, weights not rounded, by the fastest engine that `speedup` measured)
+                            a time, weights not rounded, by the fastest engine that `speedup` measured),
+                            images_per_second (of an image classifier, in its place)
       kl                    uniform and best: validation and test: {value, stderr} of a KL divergence; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null

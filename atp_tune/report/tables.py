@@ -13,7 +13,7 @@ from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
 from atp_tune.metrics.continuations import NAMES, Continuations
-from atp_tune.metrics.speed import PHASES, Speed, spread
+from atp_tune.metrics.speed import Speed, spread
 from atp_tune.report.contents import Contents
 from atp_tune.results import amounts
 from atp_tune.results.amounts import amount_of
@@ -147,16 +147,16 @@ def continuations(found: Continuations) -> ReportTable:
 
 
 def speed(found: Speed) -> ReportTable:
-    """Bytes of the compressed weight files; tokens per second of each engine, dense and sparse; the runs' ratios."""
+    """Bytes of the compressed weight files; rates of each engine, dense and sparse; the runs' ratios."""
     sizes = found.sizes
     smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
     rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.1f}", f"{sizes.sparse_zstd / 1e6:.1f}", smaller)]
-    for row in found.engines:
-        for phase in PHASES:
+    for row in found.rows:
+        for phase in row.phases:
             rates = row.rates(phase)
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
             ratio = f"{spread(rates.ratios, '.2f')}× as fast"
-            rows.append((f"{phase}, tokens per second: {row.name}, {row.where}", dense, sparse, ratio))
+            rows.append((f"{phase}, {found.unit} per second: {row.name}, {row.where}", dense, sparse, ratio))
     return ReportTable(("speed", "dense", "with zeros", "sparse against dense"), rows)
 
 

@@ -23,7 +23,6 @@ from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
 NOTHING = "–"  # an empty cell of a table
-SPEED_COLUMN = "tokens/s"
 
 
 def plan_of(trial: FrozenTrial) -> str:
@@ -147,7 +146,8 @@ def points_head(summary: Summary) -> list[str]:
     """The columns of the table of points, over an interval of sparsities; `points_row` has their cells."""
     kls = ["validation KL", "test KL", "KL against uniform"] if "kl" in summary.objectives else []
     limit = ["limit"] if summary.limit else []
-    sizes = [_bytes_column(summary)] * _has_bytes(summary) + [SPEED_COLUMN] * (dense_speed(summary) is not None)
+    sizes = [_bytes_column(summary)] * _has_bytes(summary)
+    sizes += [_speed_column(summary)] * (dense_speed(summary) is not None)
     dense = "against dense, validation" if summary.limit else "against dense"
     columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
     accuracies = ACCURACY[:2] if summary.hits else ()
@@ -176,7 +176,7 @@ def dense_row(summary: Summary) -> list[str]:
 
 
 def _sizes(summary: Summary, point: Point | None = None) -> list[str]:
-    """Bytes and tokens per second of a point or of the dense model, for the columns of `points_head`."""
+    """Bytes and rate of a point or of the dense model, for the columns of `points_head`."""
     found, dense = [], dense_speed(summary)
     if _has_bytes(summary):
         size = point.packed_bytes if point else summary.dense_bytes
@@ -185,6 +185,10 @@ def _sizes(summary: Summary, point: Point | None = None) -> list[str]:
         rate = dense if point is None else point.speed and point.speed.fastest
         found.append(NOTHING if rate is None else f"{rate:.1f}")
     return found
+
+
+def _speed_column(summary: Summary) -> str:
+    return "images/s" if summary.hits else "tokens/s"
 
 
 def _bytes_column(summary: Summary) -> str:
@@ -196,10 +200,11 @@ def _has_bytes(summary: Summary) -> bool:
 
 
 def dense_speed(summary: Summary) -> float | None:
-    """Tokens per second of the dense model in torch, the median over the measured points; None if none is measured."""
+    """Tokens, or images, per second of the dense model in torch, the median over points; None if none is measured."""
     speeds = [point.speed for point in summary.points if point.speed]
-    found = [speed.torch_dense("decode") for speed in speeds if any(row.engine == "torch" for row in speed.engines)]
-    return median(found) if found else None
+    rows = [(speed, row) for speed in speeds for row in speed.rows if row.engine == "torch"]
+    found = {id(speed): speed.torch_dense(row.phases[-1]) for speed, row in rows}
+    return median(found.values()) if found else None
 
 
 def megabytes(size: int) -> str:
@@ -212,7 +217,8 @@ def sizes_note(summary: Summary) -> str:
     column = _bytes_column(summary)
     writer = {"packed": "pack", "slim": "apply --slim"}[column]
     packed = f"{column}: bytes of the weights as `{writer}` writes them" if _has_bytes(summary) else ""
-    rates = f"{SPEED_COLUMN}: decoded one at a time, weights not rounded, by the fastest engine that `speedup` measured"
+    how = "one image at a time" if summary.hits else "decoded one at a time"
+    rates = f"{_speed_column(summary)}: {how}, weights not rounded, by the fastest engine that `speedup` measured"
     return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 
 

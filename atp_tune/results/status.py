@@ -19,7 +19,7 @@ from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import method_in
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.formatting import dense_speed, plan_of, remark_of
-from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of
+from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of, rate_of
 from atp_tune.results.summary import Rank, ScreeningProgress, Summary
 from atp_tune.results.trials import allocation_of, parameters_of, score_of
 from atp_tune.spec.config import Divergences, ModelAccuracies, Score, Scores, dumps
@@ -102,7 +102,8 @@ class Status(FrozenModel):
     the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval in which
     the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
-    where `speedup` measured points. `requested`: trials that were asked for, if the study ended after fewer.
+    where `speedup` measured points; of an image classifier `dense_images_per_second`. `requested`: trials
+    that were asked for, if the study ended after fewer.
     `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better. `bits`:
     target in bits per weight, in the place of a sparsity.
     """
@@ -130,6 +131,7 @@ class Status(FrozenModel):
     points: tuple[PointStatus, ...] = ()
     dense_bytes: int | None = None
     dense_tokens_per_second: float | None = None
+    dense_images_per_second: float | None = None
     requested: int | None = None
     accuracy: ModelAccuracies | None = None
     sign: str | None = None
@@ -187,7 +189,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         limit=None if summary.limit is None else dict(summary.limit),
         points=tuple(point_of(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
-        dense_tokens_per_second=dense_speed(summary),
+        **{f"dense_{key}": rate for key, rate in rate_of(summary, dense_speed(summary)).items()},
         requested=summary.requested,
         accuracy=accuracies_of(summary),
         sign=summary.sign or None,

@@ -29,7 +29,7 @@ class PointStatus(FrozenModel):
 
     `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
     `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time, weights not rounded,
-    by the fastest engine that `speedup` measured.
+    by the fastest engine that `speedup` measured; of an image classifier `images_per_second`, one at a time.
     """
 
     trial: int
@@ -46,6 +46,12 @@ class PointStatus(FrozenModel):
     best: bool
     packed_bytes: int | None = None
     tokens_per_second: float | None = None
+    images_per_second: float | None = None
+
+
+def rate_of(summary: Summary, rate: float | None) -> dict[str, float | None]:
+    """A rate under the name of what is counted: tokens, or the images of an image classifier."""
+    return {"images_per_second" if summary.hits else "tokens_per_second": rate}
 
 
 def point_of(summary: Summary, point: Point) -> PointStatus:
@@ -65,7 +71,7 @@ def point_of(summary: Summary, point: Point) -> PointStatus:
         excess=point.excess,
         best=point.is_best,
         packed_bytes=point.packed_bytes,
-        tokens_per_second=point.speed and point.speed.fastest,
+        **rate_of(summary, point.speed.fastest if point.speed else None),
     )
 
 

@@ -16,6 +16,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
+from atp_tune.scores import WindowScores
 from atp_tune.search.context import ContextConfig, TrialContext
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
@@ -246,9 +247,14 @@ def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventH
 
 def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> list[float]:
     """Window NLLs on the test text of a folder, loaded like any model."""
+    return folder_scores(setup, folder, watch, title).nlls
+
+
+def folder_scores(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> WindowScores:
+    """Scores on the test text, or the test images, of a folder, loaded like any model."""
     model = setup.model.model_copy(
         update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
     )
     with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
-        return context.all_nlls(context.dense(), "test")
+        return context.all_scores(context.dense(), "test")

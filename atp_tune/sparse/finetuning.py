@@ -1,4 +1,4 @@
-"""LoRA after pruning: trains a sparse checkpoint on a text, and writes another with the same zeros."""
+"""LoRA after pruning: trains a sparse checkpoint on a text, or images, and writes another with the same zeros."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import check_language
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -21,14 +20,26 @@ from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.extras import require
+from atp_tune.inputs.images import Images, doubles_of, images_of
 from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
+from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
-from atp_tune.search.context import ContextConfig
-from atp_tune.sparse.applying import folder_nlls
+from atp_tune.search.context import ContextConfig, inputs_of
+from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.card import amend, words
-from atp_tune.sparse.provenance import FINETUNED, Finetuned, PrunedWith, Settings, Zeros, manifest_of, origin
+from atp_tune.sparse.provenance import (
+    FINETUNED,
+    AccuracyChange,
+    Finetuned,
+    PrunedWith,
+    Settings,
+    Zeros,
+    manifest_of,
+    origin,
+)
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
@@ -49,8 +60,8 @@ class FinetuningJob:
     setup: ContextConfig
     folder: ModelFolder
     out: Path
-    text: Text
-    windows: Windows
+    text: Data
+    items: Windows | Images
     settings: Settings
     dense: Perplexity | None
     watch: EventHandler
@@ -64,8 +75,8 @@ class FinetuningJob:
 def finetune(
     model: Path,
     out: Path,
-    text: Text | None,
-    test: Text | None,
+    text: Data | None,
+    test: Data | None,
     settings: Settings,
     device: str,
     watch: EventHandler,
@@ -73,15 +84,15 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
-    `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin with BOS
-    if they did when it was pruned. `trusts_plugins`: the code of sources of texts that it was pruned with may run.
+    Of an image classifier both are images. `text` and `test` default to the calibration and test text that the folder
+    was pruned with. Windows begin with BOS if they did when it was pruned. `trusts_plugins`: the code of sources of
+    texts that it was pruned with may run.
     UserError if `out` exists, or if the training text shares documents with the validation or test text.
     """
     require("finetune", "finetune")
     check_free(out)
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
-    check_language(model, "finetune: trains language models")
     made = origin(model)
     if made:
         own: dict[str, Data] = {"text": made.calibration} if text is None else {}
@@ -95,17 +106,26 @@ def finetune(
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     bos = made is not None and made.bos
     base = made.base if made else Path()
-    windows = read_windows(text, test, folder.path, settings, bos, base)
+    items: Windows | Images
+    if isinstance(text, ImageSet) and isinstance(test, ImageSet):
+        settings, score = settings.model_copy(update={"seqlen": None}), CLASSES
+        items = read_training_images(text, test, folder, settings, base)
+    elif isinstance(text, ImageSet) or isinstance(test, ImageSet):
+        raise UserError(f"--model {model}: is measured on images, or on text, and was given both; give one kind")
+    else:
+        score = "next-token"
+        items = read_windows(text, test, folder.path, settings, bos, base)
     dense = made.dense if made and made.test == test else None
-    setup = ContextConfig(named, PruneConfig(), {"test": test}, base, device, bos=bos)
+    setup = ContextConfig(
+        named, PruneConfig(), {"test": test}, base, device, bos=bos, inputs=inputs_of(score), score=score
+    )
     with oom_as_user_error("finetune"):
-        return _run(FinetuningJob(setup, folder, out, text, windows, settings, dense, watch))
+        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, watch))
 
 
-def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tuple[Text, Text]:
-    """The text to train on and the test text; UserError if there is none, or if they share documents."""
+def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tuple[Data, Data]:
+    """The text to train on and the test text, or images; UserError if there is none, or if they share documents."""
     if made:
-        assert isinstance(made.calibration, Text) and isinstance(made.test, Text)
         text, test = text or made.calibration, test or made.test
     if text is None:
         raise UserError(
@@ -119,11 +139,30 @@ def choose(text: Text | None, test: Text | None, made: PrunedWith | None) -> tup
     if made:
         kept |= {"validation": made.validation, "study's test": made.test}
     for role, other in kept.items():
-        if isinstance(other, Text) and text.overlaps(other):
+        if _share(text, other):
+            what = ("documents", "text") if isinstance(text, Text) else ("images", "images")
             raise UserError(
-                f"--text: {text.source} shares documents with the {role} text; give another source, split or part"
+                f"--text: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or part"
             )
     return text, test
+
+
+def _share(one: Data, other: Data) -> bool:
+    if isinstance(one, Text):
+        return isinstance(other, Text) and one.overlaps(other)
+    return isinstance(other, ImageSet) and one.overlaps(other)
+
+
+def read_training_images(text: ImageSet, test: ImageSet, folder: ModelFolder, settings: Settings, base: Path) -> Images:
+    """The images to train on, as many as the steps need, but those of the test; UserError if it has many of them."""
+    needed = settings.steps * settings.batch
+    with _naming("--text"):
+        whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
+        found = images_of(whole, folder, base, at_most=text.nsamples is None)
+    with _naming("--test-text"):
+        measured = images_of(test, folder, base)
+    doubles = doubles_of({"test": measured, "training": found})["training"]
+    return found.without(doubles) if doubles else found
 
 
 def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool, base: Path) -> Windows:
@@ -131,12 +170,13 @@ def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: 
 
     `base`: where plug-ins read from; the files of other texts are absolute.
     """
+    seqlen = settings.seqlen or text.seqlen
     with _naming("--text"):
-        whole = text.model_copy(update={"seqlen": settings.seqlen})
+        whole = text.model_copy(update={"seqlen": seqlen})
         found = first_windows(whole, folder, base, settings.steps * settings.batch, bos=bos)
     with _naming("--test-text"):
         measured = token_windows(test, folder, base, bos=bos)
-    tokens = min(settings.seqlen, test.seqlen) - bos
+    tokens = min(seqlen, test.seqlen) - bos
     known = {row.tobytes() for row in recut(measured, tokens).ids}
     if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
         raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
@@ -154,11 +194,12 @@ def _naming(option: str) -> Iterator[None]:
 def _run(job: FinetuningJob) -> Finetuned:
     from atp_tune.sparse.training import Trainer, stored_format
 
-    before = folder_nlls(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
+    before = folder_scores(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
     device = find_device(job.setup.device)
     reset_peak_memory(device)
     checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
-    trainer = Trainer(checkpoint, torch.from_numpy(job.windows.ids), job.settings)
+    items = torch.from_numpy(job.items.ids) if isinstance(job.items, Windows) else job.items
+    trainer = Trainer(checkpoint, items, job.settings)
     job.watch(TrialStarted(f"fine-tuning {job.out}", None))
     began = monotonic()
     _train(trainer, job)
@@ -167,12 +208,14 @@ def _run(job: FinetuningJob) -> Finetuned:
         zeros = _write(trainer, checkpoint, job, folder)
         del trainer
         checkpoint.release()
-        after = folder_nlls(job.setup, folder, job.watch, f"checking {job.out}")
+        after = folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
         done = Finetuned(
-            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.windows.ids),
+            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.items),
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
-            before=perplexity(before), after=perplexity(after), change=change(before, after),
-            seconds=seconds, memory=memory, device=device_name(device), versions=versions(), bos=job.windows.bos,
+            before=perplexity(before.nlls), after=perplexity(after.nlls), change=change(before.nlls, after.nlls),
+            accuracy=_accuracies(before.ranks, after.ranks),
+            seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
+            bos=isinstance(job.items, Windows) and job.items.bos,
             manifest=manifest_of(folder, device_name(device)),
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -181,11 +224,18 @@ def _run(job: FinetuningJob) -> Finetuned:
     return done
 
 
+def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
+    """Accuracies from the ranks of the right classes; None of a language model."""
+    if not before:
+        return None
+    return AccuracyChange(before=accuracy(before), after=accuracy(after), change=gain(before, after))
+
+
 def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     """Runs the remaining steps, and saves the adapters every `SAVED` steps."""
     from atp_tune.sparse.training import facts_of
 
-    facts, total = facts_of(job.settings, model=job.folder.content, text=job.windows.content), job.settings.steps
+    facts, total = facts_of(job.settings, model=job.folder.content, text=job.items.content), job.settings.steps
     if job.part.exists():
         trainer.restore(job.part, facts)
         job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
@@ -217,12 +267,14 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
 
 def _said(done: Finetuned) -> str:
     """The section of the model card."""
-    settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump().items())
+    settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump(exclude_none=True).items())
     zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
-    trained = done.text.model_copy(update={"nsamples": done.windows, "seqlen": done.settings.seqlen})
+    own = {} if done.settings.seqlen is None else {"seqlen": done.settings.seqlen}
+    trained = done.text.model_copy(update={"nsamples": done.windows, **own})
+    hits = done.accuracy and f"Accuracy: {done.accuracy.before} before, {done.accuracy.after} after. "
     return (
         f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
         f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
-        f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). "
+        f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). {hits or ''}"
         f"The sections below describe the model before fine-tuning; {FINETUNED} has the rest."
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atp_tune.checkpoints.trust import CODE, read_table
 from atp_tune.packed import modeling_atp_slim
-from atp_tune.packed.modeling_atp_slim import places
+from atp_tune.packed.modeling_atp_slim import LANGUAGE, checked_table, places
 
 OURS = Path(modeling_atp_slim.__file__)
 CONFIG = "config.json"
@@ -25,6 +25,6 @@ def bring_own_code(folder: Path) -> None:
         table = read_table(file)
         kept = {key: value for key, value in table.items() if key not in NAMING}
         if file.name == CONFIG:
-            kept["auto_map"] = places()
+            kept["auto_map"] = places(checked_table(table).get("class", LANGUAGE))
         if kept != table:
             file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

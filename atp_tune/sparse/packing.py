@@ -137,16 +137,16 @@ def pack_folder(
         return work.packed(folder, rounding)
 
 
-def _check_class(source: Path) -> None:
-    """UserError for a classifier of another class than transformers' auto class loads for its family.
+def check_class(source: Path, what: str) -> None:
+    """UserError, which begins with `what`, for a classifier of another class than the auto class loads for its family.
 
-    Such as a DeiT with a teacher: a packed folder would be loaded as another model.
+    Such as a DeiT with a teacher: a folder of a model type of its own would be loaded as another model.
     """
-    if not classifies_images(source):
+    if not classifies_images(source) or is_slim(source):
         return
     own, first = read_table(source / CONFIG)["architectures"][0], class_of(type(model_config(source, False)), IMAGES)
     if own != first.__name__:
-        raise UserError(f"pack: {source} is a {own}, and of its family only {first.__name__} can be packed")
+        raise UserError(f"{what}: {source} is a {own}, and of its family only {first.__name__} would be loaded again")
 
 
 def check_packable(folder: Path, named: object) -> None:
@@ -182,7 +182,7 @@ class _Packing:
             raise UserError(f"{source}: is packed already")
         check_packable(source, source)
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
-        _check_class(self.source)
+        check_class(self.source, "pack")
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
         if self.records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes

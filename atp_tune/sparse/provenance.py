@@ -10,11 +10,13 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
+from atp_tune.metrics.accuracy import Accuracy, Gain
 from atp_tune.metrics.perplexity import Change, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.former import present_keys
+from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text
@@ -72,9 +74,15 @@ def read_text(option: str, value: str, seqlen: int) -> Text:
 
     `seqlen`: tokens per window, unless the table says it. UserError that names the option.
     """
+    return _read(option, value, {"seqlen": seqlen}, Text)
+
+
+def _read(option: str, value: str, own: dict[str, int], kind: type[T]) -> T:
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        return rooted(Text.model_validate({"seqlen": seqlen, **present_keys(table, "texts.test")}), Path())
+        known = present_keys(table, "texts.test") if kind is Text else table
+        read: T = kind.model_validate({**own, **known})  # type: ignore[assignment]
+        return rooted(read, Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
     except ValidationError as error:
@@ -83,14 +91,19 @@ def read_text(option: str, value: str, seqlen: int) -> Text:
         raise UserError(f"{option}: {place}: {first['msg']}") from None
 
 
+def read_image_set(option: str, value: str) -> ImageSet:
+    """Images from an option, in the same forms."""
+    return _read(option, value, {}, ImageSet)
+
+
 class Settings(FrozenModel):
-    """The settings of `finetune`, which with model and text determine the weights."""
+    """The settings of `finetune`, which with model and text determine the weights; no `seqlen` for images."""
 
     steps: int
     rank: int
     alpha: int
     learning_rate: float
-    seqlen: int
+    seqlen: int | None
     batch: int
     seed: int
 
@@ -103,18 +116,27 @@ class Zeros(FrozenModel):
     weights: int
 
 
+class AccuracyChange(FrozenModel):
+    """Accuracy before and after fine-tuning, and its gain, paired by image."""
+
+    before: Accuracy
+    after: Accuracy
+    change: Gain
+
+
 class Finetuned(FrozenModel):
     """The record of `finetune`, a published JSON format: new keys do not change its number.
 
-    `bos`: all windows, of training too, begin with BOS. `manifest`: of the fine-tuned folder.
+    `bos`: all windows, of training too, begin with BOS. `manifest`: of the fine-tuned folder. Of an image classifier
+    `text` and `test` are images, `windows` their number, and `accuracy` is on the test images.
     """
 
     format: Literal["atp_tune.finetune/2"] = "atp_tune.finetune/2"
     model: str
     fingerprint: str
-    text: Text
+    text: Data
     windows: int
-    test: Text
+    test: Data
     settings: Settings
     losses: tuple[float, ...]
     before: Perplexity
@@ -128,6 +150,7 @@ class Finetuned(FrozenModel):
     versions: dict[str, str]
     bos: bool = False
     manifest: Manifest | None = None
+    accuracy: AccuracyChange | None = None
 
 
 def stored_manifest(folder: Path) -> Manifest | None:

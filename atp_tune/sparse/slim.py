@@ -29,17 +29,17 @@ from atp_tune.checkpoints.headers import read_header
 from atp_tune.checkpoints.trust import CODE, is_slim, read_table
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
-from atp_tune.packed.modeling_atp_slim import MODEL_TYPE, VERSION
+from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.sparse.applying import write_sparse
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.own_code import CONFIG, bring_own_code
+from atp_tune.sparse.packing import check_class
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import check_free, sparse_folder
 from atp_tune.sparse.slim_check import check_equal
 from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.images import CLASSES
 from atp_tune.spec.patterns import parse
 
 INDEX = "model.safetensors.index.json"
@@ -64,9 +64,7 @@ class Cut:
 
 
 def check_pattern(config: Config) -> None:
-    """UserError if a configuration prunes no channels, or those of a classifier; called before a model is loaded."""
-    if config.score == CLASSES:
-        raise UserError("--slim: an image classifier cannot be slim yet; `apply` without --slim writes it")
+    """UserError if a configuration prunes no channels; called before a model is loaded."""
     if not parse(config.prune.pattern).channels:
         raise UserError(
             f'--slim: only whole channels can be cut, and prune.pattern is "{config.prune.pattern}"; '
@@ -79,6 +77,7 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
     check_pattern(config)
     if reads_images(context.folder.path):
         raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
+    check_class(context.folder.path, "--slim")
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     cuts = _Cuts(context)
@@ -144,7 +143,7 @@ class _Cuts:
         return self.counts[0] if all(counts == self.counts[0] for counts in self.counts) else None
 
     def _name(self, index: int, linear: str) -> str:
-        return f"{self.checkpoint.blocks_name}.{index}.{linear}"
+        return f"{self.checkpoint.block_names[index]}.{linear}"
 
 
 def _write_weights(source: Path, out: Path, cuts: dict[str, Cut]) -> None:
@@ -176,7 +175,7 @@ def _write_config(folder: Path, cuts: _Cuts, trusted: bool) -> None:
     if plain is None:
         if trusted and not is_slim(folder) and any(folder.glob(CODE)):
             raise UserError(OWN_CODE)
-        plain = config | _slim_keys(config, wanted)
+        plain = config | _slim_keys(config, wanted, auto_class(folder).__name__)
     (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     if is_slim(folder):
         bring_own_code(folder)
@@ -186,7 +185,7 @@ def _write_config(folder: Path, cuts: _Cuts, trusted: bool) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]]) -> dict[str, Any]:
+def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]], auto_class: str) -> dict[str, Any]:
     """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
     if config["model_type"] == MODEL_TYPE:
         table = config[MODEL_TYPE]
@@ -194,6 +193,8 @@ def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]]) -> dict[st
     if "auto_map" in config:
         raise UserError(OWN_CODE)
     table = {"version": VERSION, "family": config["model_type"], "linears": linears}
+    if auto_class != LANGUAGE:
+        table["class"] = auto_class
     classes = [f"Slim{name}" for name in config.get("architectures") or ()]
     return {"model_type": MODEL_TYPE, "architectures": classes, MODEL_TYPE: table}
 

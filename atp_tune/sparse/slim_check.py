@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import free_memory, host_memory
 from atp_tune.checkpoints.offload import FITS
@@ -37,8 +38,9 @@ def check_equal(context: TrialContext, masked: Path, slim: Path) -> None:
         said = f"float32 does not fit into memory: compared in {name}, where {tolerance:.0%} of difference passes"
         context.watch(Message(f"--slim: {said}"))
     expected = _logits(context, masked, dtype)[0]
-    logits, cached, reason = _logits(context, slim, dtype, True)
-    if cached is None:
+    has_cache = not classifies_images(slim)
+    logits, cached, reason = _logits(context, slim, dtype, has_cache)
+    if cached is None and has_cache:
         context.watch(Message(f"--slim: not compared with cached keys and values: {reason}"))
     for what, found in (("without", logits), ("with", cached)):
         if found is None:

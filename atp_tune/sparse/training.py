@@ -7,7 +7,7 @@ product needs a matrix of W's size: LoRA's usual B (A x) cannot apply the mask, 
 would change the trained model. So each forward, like the merge, computes the sum in float32 and rounds it once to W's
 format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
 
-    loss   mean NLL of a batch of windows, nats per token
+    loss   mean NLL of a batch of windows, nats per token; of an image classifier the mean cross-entropy of its images
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
 
@@ -36,6 +36,7 @@ from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
 from atp_tune.errors import UserError
+from atp_tune.inputs.images import Images
 from atp_tune.sparse.provenance import Settings
 
 ADAPTER = "default"  # what peft calls an adapter
@@ -118,18 +119,19 @@ def recompute_blocks(blocks: nn.ModuleList) -> None:
 
 
 class Trainer:
-    """Trains adapters on the linears of a checkpoint with token ids [windows, tokens]."""
+    """Trains adapters on the linears of a checkpoint with token ids [windows, tokens], or with labelled images."""
 
-    def __init__(self, checkpoint: Checkpoint, ids: Tensor, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, items: Tensor | Images, settings: Settings) -> None:
         """UserError if memory is too small, or windows exceed the model's positions."""
-        check_length(checkpoint, settings.seqlen)
+        if settings.seqlen is not None:
+            check_length(checkpoint, settings.seqlen)
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
-        if must_recompute(checkpoint, settings):
+        if must_recompute(checkpoint, settings, items.positions if isinstance(items, Images) else None):
             recompute_blocks(checkpoint.blocks)
         self.adapters = Adapters(checkpoint, settings.rank, settings.alpha, settings.seed)
         self._parameters = self.adapters.parameters()
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
-        self._ids, self._order = ids, order(len(ids), settings)
+        self._items, self._order = items, order(len(items), settings)
         fast = find_dtype("auto", checkpoint.device)
         self._mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=fast == torch.bfloat16 and checkpoint.dtype == torch.float32
@@ -137,13 +139,11 @@ class Trainer:
         self.losses: list[float] = []
 
     def step(self) -> float:
-        """One step on the next batch; its loss in nats per token."""
+        """One step on the next batch; its loss in nats per token, or per image."""
         done, settings = len(self.losses), self._settings
-        batch = self._ids[self._order[done * settings.batch :][: settings.batch]].to(self._device)
+        rows = self._order[done * settings.batch :][: settings.batch]
         self._optimizer.zero_grad()
-        with self._mixed:
-            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = self._loss_of_images(self._items, rows) if isinstance(self._items, Images) else self._loss(rows)
         if not loss.isfinite():
             raise UserError(f"finetune: the loss is {loss.item()} at step {done + 1}; lower --learning-rate")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -153,6 +153,20 @@ class Trainer:
         self._optimizer.step()
         self.losses.append(loss.item())
         return self.losses[-1]
+
+    def _loss(self, rows: Tensor) -> Tensor:
+        assert isinstance(self._items, Tensor)
+        batch = self._items[rows].to(self._device)
+        with self._mixed:
+            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def _loss_of_images(self, images: Images, rows: Tensor) -> Tensor:
+        pixels, classes = images.pixels[rows].to(self._device), images.classes[rows].to(self._device)
+        dtype: Any = self._model.dtype
+        with self._mixed:
+            logits = self._model(pixel_values=pixels.to(dtype)).logits
+        return nn.functional.cross_entropy(logits.float(), classes)
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
         """Writes adapters, moments and losses; `facts` identify the run. UserError if it cannot be written."""
@@ -197,12 +211,15 @@ def rate(done: int, settings: Settings) -> float:
     return settings.learning_rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
 
 
-def must_recompute(checkpoint: Checkpoint, settings: Settings) -> bool:
-    """Whether to recompute blocks in the backward pass; UserError if memory is too small even then."""
+def must_recompute(checkpoint: Checkpoint, settings: Settings, positions: int | None = None) -> bool:
+    """Whether to recompute blocks in the backward pass; UserError if memory is too small even then.
+
+    `positions`: hidden states of an image in the first block, of an image classifier.
+    """
     free = free_memory(checkpoint.device)
-    if bytes_needed(checkpoint, settings, recompute=False) < SHARE * free:
+    if bytes_needed(checkpoint, settings, False, positions) < SHARE * free:
         return False
-    needed = bytes_needed(checkpoint, settings, recompute=True)
+    needed = bytes_needed(checkpoint, settings, True, positions)
     if needed > free:
         raise UserError(
             f"finetune: needs about {needed / GIB:.1f} GiB beside the weights, {free / GIB:.1f} GiB are free; lower "
@@ -211,15 +228,21 @@ def must_recompute(checkpoint: Checkpoint, settings: Settings) -> bool:
     return True
 
 
-def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool) -> int:
+def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool, positions: int | None = None) -> int:
     """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
-    config, tokens = checkpoint.config.get_text_config(), settings.batch * settings.seqlen
+    tokens = settings.batch * (positions or settings.seqlen or 1)
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
     sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
     adapters = settings.rank * sum(map(sum, widths)) * ADAPTER_BYTES
     blocks = [size * WEIGHT_BYTES + tokens * sum(w) * 8 for size, w in zip(sizes, widths, strict=True)]
-    kept = max(blocks) + len(blocks) * tokens * config.hidden_size * 4 if recompute else sum(blocks)
-    return int(adapters + kept + tokens * config.vocab_size * LOGIT_BYTES)
+    if positions:  # of an image classifier, whose stages may have other widths
+        width = max(x.in_features for linears in checkpoint.linears for x in linears)
+        logits = settings.batch * checkpoint.config.num_labels
+    else:
+        config = checkpoint.config.get_text_config()
+        width, logits = config.hidden_size, tokens * config.vocab_size
+    kept = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
+    return int(adapters + kept + logits * LOGIT_BYTES)
 
 
 def check_length(checkpoint: Checkpoint, tokens: int) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed
-from atp_tune.speed.throughput import Opening, Workload, measured
+from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
 CHUNK = 16 << 20  # bytes per read
@@ -44,11 +45,16 @@ def default_engine(device: str, pattern: str) -> str:
     return PACKED if is_fast(find_device(device)) and not parse(pattern).channels else "torch"
 
 
-def check(engine: str, pattern: str, device: str) -> None:
-    """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
+def check(engine: str, pattern: str, device: str, of_images: bool = False) -> None:
+    """UserError if an engine cannot run here or not with this pattern; called before a model is pruned.
+
+    `of_images`: the model is an image classifier.
+    """
     if engine != "torch" and parse(pattern).channels:
         raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
     if engine == "deepsparse":
+        if of_images:
+            raise UserError("--engine deepsparse: runs language models, and this is an image classifier; take packed")
         check_onnx()
         deepsparse_engine.python_of()
     if engine == PACKED:
@@ -59,6 +65,8 @@ def check(engine: str, pattern: str, device: str) -> None:
 
 def check_positions(pair: Pair, task: Workload) -> None:
     """UserError if the prompt and the tokens after it exceed the model's positions."""
+    if task.of_images:
+        return
     config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and task.tokens + task.steps > positions:
@@ -70,6 +78,7 @@ def check_positions(pair: Pair, task: Workload) -> None:
 
 def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHandler) -> Speed:
     """Measures sizes, zeros and rates of a pair of models; torch is measured beside every engine, for comparison."""
+    task = replace(task, of_images=pair.of_images)
     check_positions(pair, task)
     place = find_device("cpu" if engine == "deepsparse" else device)
     first = ENGINES[engine](pair, task, place, watch) if engine != "torch" else []
@@ -78,9 +87,13 @@ def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHa
         found = sizes(pair.dense, pair.sparse, watch)
         with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
             zeros = zeros_by_kind(sparse)
-        rows = [measured(each, "torch", task, watch) for each in ENGINES["torch"](pair, task, place, watch)]
-        rows += [measured(each, engine, task, watch) for each in first]
-    return Speed(sizes=found, zeros=zeros, engines=tuple(rows))
+        openings = [("torch", each) for each in ENGINES["torch"](pair, task, place, watch)]
+        openings += [(engine, each) for each in first]
+        if task.of_images:
+            images = tuple(measured_images(opening, name, task, watch) for name, opening in openings)
+            return Speed(sizes=found, zeros=zeros, images=images)
+        engines = tuple(measured(opening, name, task, watch) for name, opening in openings)
+        return Speed(sizes=found, zeros=zeros, engines=engines)
 
 
 def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 
 from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import check_language
+from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import check_files, resolve
 from atp_tune.checkpoints.unpacking import is_packed
@@ -38,6 +38,11 @@ class Pair:
     sparse: Path
     pattern: str = "unstructured"
     trusted: bool = False
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the models are image classifiers."""
+        return classifies_images(self.dense)
 
     def load(self, side: Side, dtype: torch.dtype, device: torch.device) -> Checkpoint:
         """Loads one of the models, whole on the device."""
@@ -69,7 +74,6 @@ def find_pair(
             "`export` writes recipes for engines that store bits"
         )
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
-    check_language(dense.path, "speedup: measures language models")
     check_model(config, dense)
     if sparse is not None and is_packed(sparse):
         sparse = resolve(ModelConfig(source=str(sparse.absolute())), base, lambda text: watch(Message(text))).path

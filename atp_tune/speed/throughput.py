@@ -1,4 +1,4 @@
-"""Tokens per second of two models that take turns, in any engine."""
+"""Tokens, or images, per second of two models that take turns, in any engine."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -6,17 +6,30 @@ from itertools import product
 from typing import Protocol
 
 from atp_tune.events import EventHandler, Step, TrialStarted
-from atp_tune.metrics.speed import PHASES, SIDES, Measured, Phase, Rates, Side
+from atp_tune.metrics.speed import CLASSIFY, PHASES, SIDES, Measured, MeasuredImages, Phase, Rates, Side
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Measured `runs` times: `batch` prompts of `tokens` at once, then `steps` tokens of each, one at a time."""
+    """Measured `runs` times: `batch` prompts of `tokens` at once, then `steps` tokens of each, one at a time.
+
+    `of_images`: `batch` images at once instead.
+    """
 
     tokens: int = 128
     steps: int = 32
     runs: int = 5
     batch: int = 1
+    of_images: bool = False
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What is measured in a run."""
+        return CLASSIFY if self.of_images else PHASES
+
+    def amount(self, phase: Phase) -> int:
+        """Tokens, or images, of a run of a phase."""
+        return self.batch * {"prefill": self.tokens, "decode": self.steps, "classify": 1}[phase]
 
 
 @dataclass(frozen=True)
@@ -46,19 +59,27 @@ Opening = AbstractContextManager[SpeedEngine]
 
 
 def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -> Measured:
-    """Opens an engine and measures both models in turns; the first round is a warm-up."""
+    """Opens an engine and measures both language models in turns; the first round is a warm-up."""
+    about, rates = _rates(opening, name, task, watch)
+    length = {"tokens": task.tokens, "steps": task.steps, "batch": task.batch}
+    return Measured(**vars(about), **length, prefill=rates["prefill"], decode=rates["decode"])
+
+
+def measured_images(opening: Opening, name: str, task: Workload, watch: EventHandler) -> MeasuredImages:
+    """The same of two image classifiers."""
+    about, rates = _rates(opening, name, task, watch)
+    return MeasuredImages(**vars(about), batch=task.batch, classify=rates["classify"])
+
+
+def _rates(opening: Opening, name: str, task: Workload, watch: EventHandler) -> tuple[About, dict[Phase, Rates]]:
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
         about = engine.about
-        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(PHASES, SIDES)}
+        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(task.phases, SIDES)}
         for run in range(task.runs + 1):
-            for phase, side in product(PHASES, SIDES):  # dense, sparse, dense, sparse
+            for phase, side in product(task.phases, SIDES):  # dense, sparse, dense, sparse
                 seconds = engine.seconds(side, phase)
                 if run:
-                    found[phase, side].append(
-                        task.batch * (task.tokens if phase == "prefill" else task.steps) / seconds
-                    )
+                    found[phase, side].append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
-    prefill, decode = (Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in PHASES)
-    length = {"tokens": task.tokens, "steps": task.steps, "batch": task.batch}
-    return Measured(**vars(about), **length, prefill=prefill, decode=decode)
+    return about, {phase: Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in task.phases}

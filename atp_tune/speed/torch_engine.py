@@ -11,6 +11,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
@@ -21,18 +22,43 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_dtype
 from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
+from atp_tune.inputs.pictures import Pictures
+from atp_tune.inputs.pixels import ImageProcessor
 from atp_tune.metrics.speed import Phase, Side
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
 
 SEMI_STRUCTURED = "semi-structured"
+PICTURE = 256  # pixels a side of a picture from which the size of a classifier's images is learnt
 FEW = 4  # tokens by which a changed model is compared: as few as in decoding
 CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
 Change = Callable[[Checkpoint], None]
 
 
+class EagerClassifiers:
+    """Both image classifiers in memory."""
+
+    def __init__(self, about: About, models: Mapping[Side, Any], pixels: Tensor) -> None:
+        """`pixels` [batch, channels, height, width] on the device of the models, in their number format."""
+        self.about = about
+        self._models, self._pixels = models, pixels
+
+    @torch.inference_mode()
+    def seconds(self, side: Side, phase: Phase) -> float:
+        """Seconds of the logits of the batch."""
+        wait_for(self._pixels.device)
+        began = perf_counter()
+        self._models[side](pixel_values=self._pixels)
+        wait_for(self._pixels.device)
+        return perf_counter() - began
+
+    def close(self) -> None:
+        """Frees the models."""
+        self._models = {}
+
+
 class Eager:
-    """Both models in memory, with the cached keys and values of the prompt."""
+    """Both language models in memory, with the cached keys and values of the prompt."""
 
     def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
         """`ids` [batch, tokens + steps] on the device of the models."""
@@ -91,23 +117,28 @@ def opened(
         torch.get_num_threads() if cpu else None,
     )  # fmt: skip
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
-        ids = random_ids(dense, task).to(device)
+        batch = (random_pixels(pair, task).to(dtype) if task.of_images else random_ids(dense, task)).to(device)
         if change is not None:
-            about = replace(about, logits=_difference(sparse, change, ids[:1, :FEW], limit))
-        with closing(Eager(about, {"dense": dense.model, "sparse": sparse.model}, ids, task)) as engine:
+            few = {"pixel_values": batch[:1]} if task.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
+            about = replace(about, logits=_difference(sparse, change, few, limit))
+        models: dict[Side, Any] = {"dense": dense.model, "sparse": sparse.model}
+        made = EagerClassifiers(about, models, batch) if task.of_images else Eager(about, models, batch, task)
+        with closing(made) as engine:
             yield engine
 
 
 @torch.inference_mode()
-def _difference(checkpoint: Checkpoint, change: Change, ids: Tensor, limit: float | None) -> float | None:
+def _difference(
+    checkpoint: Checkpoint, change: Change, arguments: Mapping[str, Any], limit: float | None
+) -> float | None:
     """Modifies a model; the largest difference of its logits by it, over the largest logit; None for infinite logits.
 
     UserError above the limit.
     """
     model: Any = checkpoint.model
-    before = model(input_ids=ids, use_cache=False).logits.float()
+    before = model(**arguments).logits.float()
     change(checkpoint)
-    after = model(input_ids=ids, use_cache=False).logits.float()
+    after = model(**arguments).logits.float()
     if not before.isfinite().all():
         return None
     found = float((after - before).abs().max() / before.abs().max())
@@ -120,6 +151,17 @@ def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
     """Token ids [batch, tokens + steps], the same for all engines."""
     words = int(checkpoint.config.get_text_config().vocab_size)
     return torch.randint(words, (task.batch, task.tokens + task.steps), generator=torch.Generator().manual_seed(0))
+
+
+def random_pixels(pair: Pair, task: Workload) -> Tensor:
+    """Pixels [batch, channels, height, width] of the size that the dense model's image processor makes."""
+    grey = np.full((PICTURE, PICTURE), 128, np.uint8)
+    try:
+        one = Pictures([""], lambda _: "a grey picture", lambda _: grey)
+        shape = ImageProcessor.of(pair.dense, pair.trusted).pixels(one).shape[1:]
+    except UserError as error:
+        raise UserError(f"speedup: {error}") from None
+    return torch.randn(task.batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def opened_semi_structured(pair: Pair, task: Workload, device: torch.device) -> AbstractContextManager[SpeedEngine]:

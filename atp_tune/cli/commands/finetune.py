@@ -21,13 +21,19 @@ def finetune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fine-tuned checkpoint; new or empty.")],
     text: Annotated[
         str | None,
-        typer.Option(metavar=TEXT, help="Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
+        typer.Option(
+            "--text",
+            "--images",
+            metavar=TEXT,
+            help="Text to train on: hub:ORG/NAME, file:PATH, …, or images: folder:PATH, …; default: calibration.",
+        ),
     ] = None,
     test_text: Annotated[
         str | None,
         typer.Option(
             "--test-text",
             "--report-text",
+            "--test-images",
             metavar=TEXT,
             help="Text to measure on; default: the checkpoint's test text.",
         ),
@@ -46,6 +52,8 @@ def finetune(
 ) -> None:
     """Fine-tune a sparse checkpoint with LoRA, keep every zero, and measure perplexity before and after.
 
+    An image classifier is trained on labelled images, in the forms of `[images.*]`, and its accuracy is measured too.
+
     The adapters are masked during training and merged at the end, so the result is an ordinary Hugging Face folder.
     The same command resumes a run that was interrupted. Needs the extra `finetune`.
 
@@ -53,7 +61,7 @@ def finetune(
 
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
-    from atp_tune.sparse.provenance import Settings, read_text
+    from atp_tune.sparse.provenance import Settings, read_image_set, read_text
 
     if not 0 < learning_rate < float("inf"):
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
@@ -61,8 +69,13 @@ def finetune(
     settings = Settings(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed
     )
-    named = text and read_text("--text", text, seqlen)
-    measured = test_text and read_text("--test-text", test_text, seqlen)
+    from atp_tune.checkpoints.classes import classifies_images
+
+    of_images = classifies_images(model)
+    named, measured = (
+        value and (read_image_set(option, value) if of_images else read_text(option, value, seqlen))
+        for option, value in (("--text", text), ("--test-text", test_text))
+    )
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.sparse.finetuning import finetune as tune
@@ -81,10 +94,14 @@ def _show(done: "Finetuned", out: Path) -> None:
     """Prints perplexities and zeros before and after as a Markdown table, then time and memory."""
     from atp_tune.results.formatting import duration
 
-    rows = [("dense", "", str(done.dense), "–")] if done.dense else []
-    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–"))
-    rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change)))
-    console.print(markdown(("model", "zeros", "test perplexity", "against pruned"), rows))
-    trained = f"{done.settings.steps} steps on {done.windows} windows of {printable(done.text.source)}"
+    hits = done.accuracy
+    rows: list[tuple[str, ...]] = [("dense", "", str(done.dense), "–", *[""] * bool(hits))] if done.dense else []
+    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–", *([str(hits.before)] if hits else [])))
+    tuned = [f"{hits.after} ({hits.change})"] if hits else []
+    rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change), *tuned))
+    head = ("model", "zeros", "test perplexity", "against pruned", *["test accuracy"] * bool(hits))
+    console.print(markdown(head, rows))
+    items = "windows" if hits is None else "images"
+    trained = f"{done.settings.steps} steps on {done.windows} {items} of {printable(done.text.source)}"
     console.print(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
     console.print(f"sparse checkpoint: {out}")

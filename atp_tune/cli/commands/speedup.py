@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from enum import StrEnum
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +20,7 @@ from atp_tune.cli.options import (
     stored_study,
 )
 from atp_tune.cli.terminal import console, markdown
+from atp_tune.errors import UserError
 from atp_tune.plan import percent
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ PLAIN = (
 )
 
 
+TOKENS = 128  # of the prompt, by default
 STRAY = 0.01  # largest share of zeros of a dense or slim model
 
 
@@ -62,9 +63,11 @@ def speedup(
         bool, typer.Option("--setup", metavar="", help="First install DeepSparse, in an environment of its own.")
     ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="Length of the prompt in tokens.")] = 128,
+    tokens: Annotated[
+        int | None, typer.Option(min=4, help=f"Length of a language model's prompt in tokens, by default {TOKENS}.")
+    ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Texts at once; rates are of all together, and are not stored.")
+        int, typer.Option(min=1, help="Texts or images at once; rates are of all together, and are not stored.")
     ] = 1,
     device: Device = None,
     storage: Storage = None,
@@ -73,14 +76,14 @@ def speedup(
     trust_remote_code: TrustRemoteCode = False,
     trust_plugins: TrustPlugins = False,
 ) -> None:
-    """Measure file size and tokens per second of a sparse model against the dense one, on this machine.
+    """Measure file size and tokens, or images, per second of a sparse model against the dense one, on this machine.
 
     Zeros in a dense file make nothing smaller or faster by themselves: a smaller file needs compression, and a faster
     model needs an engine that skips zeros. The numbers are stored in the configuration and in its study.
     docs/speedup.md says what to expect.
 
     With `--study` each point of a front that has no speed yet, or the best of a study at one sparsity, is pruned,
-    measured and removed again; the front's table then has a column of tokens per second.
+    measured and removed again; the front's table then has a column of tokens, or images, per second.
 
     Example: `python tune.py speedup --config studies/smol.best.json`
 
@@ -116,19 +119,22 @@ def speedup(
         path, place = about(model) if model is not None else config or Path(), device or "auto"
         read = read_config(path)
         named = default_engine(place, read.prune.pattern) if engine is None else engine.value
-        check(named, read.prune.pattern, place)
+        of_images = _of_images(read.score, tokens)
+        check(named, read.prune.pattern, place, of_images)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
-        found = measure(pair, named, Workload(tokens=tokens, runs=runs, batch=batch), place, display)
+        task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
+        found = measure(pair, named, task, place, display)
         places = attach(path, read, "speed", found, storage) if batch == 1 else []
     _show(found)
-    console.print(f"stored in {', '.join(places)}" if places else "not stored: only rates of one text at a time are")
+    one = "image" if of_images else "text"
+    console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
 
 
 def _measure_points(
     study: str,
     study_name: str | None,
     engine: EngineName | None,
-    length: tuple[int, int],
+    length: tuple[int | None, int],
     device: str | None,
     storage: str | None,
     allowed: dict[str, bool],
@@ -156,7 +162,7 @@ def _measure_points(
 
         pattern = file.study.prune.pattern
         named = default_engine(place, pattern) if engine is None else engine.value
-        check(named, pattern, place)
+        check(named, pattern, place, _of_images(file.study.score, length[0]))
         path = file.best_of(name)
         for count, trial in enumerate(trials, 1):
             config = best_config(file, stored, path, trial.number)
@@ -165,10 +171,19 @@ def _measure_points(
             )
             dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
             with passing_pair(config, path.parent / config.folder, place, display, allowed) as pair:
-                task = Workload(tokens=length[0], runs=length[1])
+                task = Workload(tokens=length[0] or TOKENS, runs=length[1])
                 measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, display)
             attach(path, config, "speed", measured, file.storage_url)
     show_summary(summarise(stored), file)
+
+
+def _of_images(score: str, tokens: int | None) -> bool:
+    """Whether a score is that of an image classifier; UserError if a number of tokens was asked for then."""
+    from atp_tune.spec.images import CLASSES
+
+    if score == CLASSES and tokens is not None:
+        raise UserError("--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once")
+    return score == CLASSES
 
 
 def _set_up() -> None:
@@ -183,7 +198,7 @@ def _set_up() -> None:
 
 
 def _show(found: "Speed") -> None:
-    """Prints bytes, zeros and tokens per second as Markdown tables."""
+    """Prints bytes, zeros and rates as Markdown tables."""
     sizes = found.sizes
     files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
     has_zeros = max(found.zeros.values(), default=0.0) > STRAY
@@ -206,27 +221,34 @@ def _show(found: "Speed") -> None:
 
 def summary_of(found: "Speed") -> Iterator[str]:
     """What was measured: a line for all engines, and a line for each."""
-    row = found.engines[0]
-    texts = "a prompt" if row.batch == 1 else f"{row.batch} prompts at once, each"
+    first = found.rows[0]
+    if first in found.engines:
+        row = found.engines[0]
+        texts = "a prompt" if row.batch == 1 else f"{row.batch} prompts at once, each"
+        what = f"prefill: {texts} of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
+    else:
+        what = "classify: an image" if first.batch == 1 else f"classify: {first.batch} images at once"
+    runs = len(first.rates(first.phases[0]).dense)
     yield (
-        f"tokens per second, median (lowest to highest) of {len(row.decode.dense)} runs in which dense and sparse took "
-        f"turns; prefill: {texts} of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
+        f"{found.unit} per second, median (lowest to highest) of {runs} runs in which dense and sparse took turns; "
+        f"{what}"
     )
-    for row in found.engines:
-        exact = "" if row.logits is None else f"; logits are transformers' within {row.logits:.0e} of the largest"
-        yield f"{row.name}: version {row.version} on {row.where}{exact}"
+    for one in found.rows:
+        exact = "" if one.logits is None else f"; logits are transformers' within {one.logits:.0e} of the largest"
+        yield f"{one.name}: version {one.version} on {one.where}{exact}"
 
 
 def rates_table(found: "Speed") -> str:
     """A row for each engine and phase: rates of dense and sparse, sparse / dense, sparse / torch's best dense."""
-    from atp_tune.metrics.speed import PHASES, spread
+    from atp_tune.metrics.speed import spread
 
     rows = []
-    for row, phase in product(found.engines, PHASES):
-        rates = row.rates(phase)
-        both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
-        ratio = spread(rates.ratios, ".2f")
-        rows.append((row.name, phase, *both, f"{ratio}×", f"{found.over_torch(row, phase):.2f}×"))
+    for row in found.rows:
+        for phase in row.phases:
+            rates = row.rates(phase)
+            both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
+            ratio = spread(rates.ratios, ".2f")
+            rows.append((row.name, phase, *both, f"{ratio}×", f"{found.over_torch(row, phase):.2f}×"))
     return markdown(("engine", "phase", "dense", "sparse", "sparse / dense", "sparse / torch's best dense"), rows)
 
 
