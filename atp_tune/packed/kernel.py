@@ -10,8 +10,8 @@ A packed weight [R, C] is
 
 All sums are in float32. The same input gives the same bits at every run, with any number of threads, and whatever
 tokens are beside it, up to BATCH in all (of a variant in FEW: up to its number, but where `by_tiles`), or more. Tiles
-multiply by the weights in bfloat16: those of int8 values with scales of groups are rounded to it. Without the library, or with
-ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
+multiply by the weights in bfloat16: those of int8 values with scales of groups are rounded to it. Without the library,
+or with ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
 """
 
 import ctypes
