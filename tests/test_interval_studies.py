@@ -86,9 +86,11 @@ def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: Comma
     found = summarise(reopen(place))
     assert found.speed is not None
     names = [[row.engine for row in point.speed.engines] for point in found.points if point.speed]
-    assert names[0] == ["torch"]
-    assert names[-1] == ["torch", *["packed", "packed bf16", "packed int8"][: len(names[-1]) - 1]]
-    assert len(names[-1]) > 2
+    dense_rows = names[0]
+    assert set(dense_rows) == {"torch"}  # in float32, and in bfloat16 where that is fast
+    packed = names[-1][len(dense_rows) :]
+    assert names[-1][: len(dense_rows)] == dense_rows
+    assert packed in (["packed", "packed bf16", "packed int8"], ["packed", "packed int8"], ["packed", "packed bf16"])
     head, _, dense_row, *rows = [line.split("|") for line in answer.out.splitlines() if line.startswith("|")]
     column = [cell.strip() for cell in head].index("tokens/s")
     assert all(float(row[column]) > 0 for row in [dense_row, *rows[: len(points)]])

@@ -41,6 +41,9 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11) /* older ones have no tiles */
+#define WITH_AMX
+#endif
 
 enum { BLOCK = 64, MOST_TOKENS = 8, GROUP = 32 }; /* columns; tokens; columns that divide every group of scales */
 enum { AHEAD = 2048 }; /* bytes; see PRODUCT */
@@ -208,7 +211,7 @@ static struct {
   uint8_t counts[256];
 } tables;
 
-#if defined(__x86_64__)
+#if defined(WITH_AMX)
 static int amx_allowed(void);
 #endif
 
@@ -233,7 +236,10 @@ int32_t atp_setup(void) {
   }
   int32_t compiled = 1 << PORTABLE;
 #if defined(__x86_64__)
-  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16 | 1 << AVX512_VBMI2 | amx_allowed() << AMX;
+  compiled |= 1 << AVX2 | 1 << AVX512 | 1 << AVX512_BF16 | 1 << AVX512_VBMI2;
+#if defined(WITH_AMX)
+  compiled |= amx_allowed() << AMX;
+#endif
 #elif defined(__aarch64__)
   compiled |= 1 << NEON;
 #endif
@@ -934,7 +940,9 @@ words_TARGET static void bytes_sort(float *line, int64_t width) {
   }
 }
 
+#if defined(WITH_AMX)
 #include "kernel_amx.h"
+#endif
 
 #elif defined(__aarch64__)
 
@@ -1090,7 +1098,9 @@ static const struct {
                 avx512_WIDE, avx512_FEW},
     [AVX512_BF16] = WITH_VBMI2, /* but for `dots` */
     [AVX512_VBMI2] = WITH_VBMI2,
+#if defined(WITH_AMX)
     [AMX] = WITH_VBMI2, /* but for bfloat16 by `amx_product` */
+#endif
 #elif defined(__aarch64__)
     [NEON] = {FOR_TYPES(neon), UNPACKING(neon), neon_widen, FOR_MANY(neon), neon_tiles, neon_WIDE},
 #endif
@@ -1192,7 +1202,7 @@ int32_t atp_product_of_many(const struct matrix *matrix, const uint8_t *x, int32
   if (wrong(matrix) || type < BF16 || type > FLOAT || tokens < 0 || variants[matrix->isa].many[matrix->type] == NULL)
     return WRONG_ARGUMENT;
   if (tokens == 0 || matrix->rows == 0) return FINE;
-#if defined(__x86_64__)
+#if defined(WITH_AMX)
   if (matrix->isa == AMX && type == BF16 && matrix->type != HALF && matrix->type != FLOAT)
     return amx_product(matrix, x, tokens, y, threads);
 #endif
