@@ -85,7 +85,8 @@ def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: P
     answer = command("speedup", "--config", done / "tiny.best.json", "--tokens", "8", "--runs", "1", "--device", "cpu")
     assert answer.code == 0, answer.err
     assert loads[:4] == TWICE  # to be pruned, and to be counted
-    assert loads[4:] == 4 * PAIR  # torch in one number format and packed in three, or two of each
+    # torch in one number format and packed in three, or two of each; where bfloat16 is fast two and three
+    assert loads[4:] in (4 * PAIR, 5 * PAIR)
 
 
 @pytest.mark.slow

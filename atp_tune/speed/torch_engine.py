@@ -121,10 +121,13 @@ def opened(
         if change is not None:
             few = {"pixel_values": batch[:1]} if task.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
             about = replace(about, logits=_difference(sparse, change, few, limit))
-        models: dict[Side, Any] = {"dense": dense.model, "sparse": sparse.model}
-        made = EagerClassifiers(about, models, batch) if task.of_images else Eager(about, models, batch, task)
-        with closing(made) as engine:
+        # The engine alone has the models, or they would outlive its closing.
+        with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
             yield engine
+
+
+def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> "Eager | EagerClassifiers":
+    return EagerClassifiers(about, models, batch) if task.of_images else Eager(about, models, batch, task)
 
 
 @torch.inference_mode()
