@@ -14,8 +14,9 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.bit_pricing import BitPricing, Costs
 from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.quantizers.rtn import RTN
+from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.context import TrialContext
-from atp_tune.search.priced_bits import BitCosts, items_of_costs, priced_shares
+from atp_tune.search.priced_bits import bit_costs, items_of_costs, priced_shares
 from atp_tune.spec.quantize import QuantizeConfig
 
 WIDTHS, GROUP = (2, 3, 5), 8
@@ -82,12 +83,13 @@ def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     said: list[Any] = []
     quantize = QuantizeConfig(group_size=GROUP, widths=WIDTHS)
     pool = context.windows["calibration"]
-    costs = BitCosts(context.checkpoint, context.inputs, context.score, pool, context.heads, said.append)
+    parts = (context.checkpoint, context.inputs, context.score, pool, context.heads, said.append)
+    gradients = CalibrationGradients(*parts)
     with torch.inference_mode():
-        found = costs.of(quantize, "model")
+        found = bit_costs(gradients, quantize, "model")
     assert said
     said.clear()
-    assert flat(costs.of(quantize, "model")) == flat(found)
+    assert flat(bit_costs(gradients, quantize, "model")) == flat(found)
     assert not said
     shapes = context.checkpoint.shapes
     shares = priced_shares(found, shapes, WIDTHS, 0.5)
@@ -97,7 +99,7 @@ def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     assert 0.5 - 1e-9 <= mean < 0.55
     assert {round(s, 9) for row in shares for s in row} <= {0.0, round(2 / 3, 9), 1.0}
     for other in (QuantizeConfig(group_size=4, widths=WIDTHS), QuantizeConfig(group_size=GROUP, symmetric=True)):
-        assert len(costs.of(other, "model")[0][0]) == len(other.widths)
+        assert len(bit_costs(gradients, other, "model")[0][0]) == len(other.widths)
         assert said
         said.clear()
 

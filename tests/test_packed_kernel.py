@@ -227,20 +227,25 @@ def test_the_same_bits(variant: str, threads: None) -> None:
                 assert torch.equal(matrix.product(x[:tokens]), expected[:tokens])
 
 
+def check_same_bits(matrix: PackedMatrix, x: Tensor, parts: tuple[tuple[int, int], ...]) -> None:
+    """Of all tokens, and of each part (its first token, how many), with any number of threads."""
+    torch.set_num_threads(1)
+    expected = matrix.product(x)
+    assert expected is not None
+    for number in (2, 3, 1):
+        torch.set_num_threads(number)
+        assert torch.equal(matrix.product(x), expected)
+        for first, tokens in parts:
+            assert torch.equal(matrix.product(x[first : first + tokens]), expected[first : first + tokens])
+
+
 def test_the_same_bits_of_many_tokens(variant: str, threads: None) -> None:
     """Wherever a token lies, too."""
     if variant in ("torch", "portable"):
         pytest.skip("torch's own order")
     for shape in ((130, 640), (20, 100)):
         matrix, x = pack(sparse(shape, torch.bfloat16)), torch.randn(500, shape[1]).half()
-        torch.set_num_threads(1)
-        expected = matrix.product(x)
-        assert expected is not None
-        for number in (2, 3, 1):
-            torch.set_num_threads(number)
-            assert torch.equal(matrix.product(x), expected)
-            for first, tokens in ((0, 33), (13, 40), (100, 97), (383, 117)):
-                assert torch.equal(matrix.product(x[first : first + tokens]), expected[first : first + tokens])
+        check_same_bits(matrix, x, ((0, 33), (13, 40), (100, 97), (383, 117)))
         few = [matrix.product(x[first : first + BATCH]) for first in range(0, FEW.get(variant, 0), BATCH)]
         for tokens in range(BATCH + 1, FEW.get(variant, 0) + 1):
             assert torch.equal(matrix.product(x[:tokens]), torch.cat(few)[:tokens])
@@ -254,14 +259,7 @@ def test_the_same_bits_by_tiles(variant: str, threads: None) -> None:
         plain, rounded = (sparse((rows, columns), dtype) for dtype in (torch.bfloat16, torch.int8))
         for matrix in (pack(plain), pack(rounded, torch.rand(rows, 1))):
             x = torch.randn(600, columns).bfloat16()
-            torch.set_num_threads(1)
-            expected = matrix.product(x)
-            assert expected is not None
-            for number in (2, 3, 1):
-                torch.set_num_threads(number)
-                assert torch.equal(matrix.product(x), expected)
-                for first, tokens in ((0, 9), (0, 33), (13, 40), (100, 97), (83, 517)):
-                    assert torch.equal(matrix.product(x[first : first + tokens]), expected[first : first + tokens])
+            check_same_bits(matrix, x, ((0, 9), (0, 33), (13, 40), (100, 97), (83, 517)))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])

@@ -28,6 +28,7 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners.selection import ranks
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.search import priced
+from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.context import TrialContext
 from atp_tune.search.priced import by_magnitude
 from atp_tune.spec.config import read_config
@@ -394,10 +395,10 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         return (((0.25, 0.75),),)
 
     monkeypatch.setattr(priced.Descent, "_descend", descend)
-    monkeypatch.setattr(priced.Descent, "_key", lambda *_: "ab" * 32)
-    workers = [priced.Descent.__new__(priced.Descent) for _ in range(2)]
-    for worker in workers:
-        worker._watch = lambda event: said.append(event.text)
+    monkeypatch.setattr(CalibrationGradients, "_key", lambda *_: "ab" * 32)
+    gradients = CalibrationGradients.__new__(CalibrationGradients)
+    gradients.watch = lambda event: said.append(event.text)
+    workers = [priced.Descent(gradients, lambda index: {}) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(workers[0].ends, [0.5], "wanda", "")
         assert begun.wait(60)

@@ -191,6 +191,13 @@ static __attribute__((noinline)) const uint8_t *bounded(const uint8_t *values, u
   return buffer;
 }
 
+/* Where the BLOCK values from number `at` on are read: in the array, or at its end in the buffer. */
+INLINE const uint8_t *block_at(const struct matrix *matrix, uint64_t at, uint64_t size, uint8_t *buffer) {
+  const uint64_t limit = (uint64_t)matrix->count;
+  return at < limit && limit - at >= BLOCK ? matrix->values + at * size
+                                           : bounded(matrix->values, at, limit, size, buffer);
+}
+
 /* Where the values of a row that begin with number `at` are read: in the array, or in the tail. */
 INLINE const uint8_t *values_of(const struct job *job, int64_t at, int64_t size) {
   const uint64_t place = (uint64_t)at, count = (uint64_t)job->matrix->count;
@@ -322,16 +329,13 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
     const struct matrix *matrix = job->matrix;                                                                        \
     const int64_t columns = matrix->columns, stride = (columns + 7) / 8, size = size_of(job->y_type);                 \
     const int64_t group_width = SCALED_##TYPE ? columns / matrix->groups : 1;                                         \
-    const uint64_t limit = (uint64_t)matrix->count;                                                                   \
     for (int64_t row = first; row < last; row++) {                                                                    \
       uint64_t at = (uint64_t)matrix->offsets[row];                                                                   \
       for (int64_t column = 0; column < columns; column += BLOCK) {                                                   \
         uint64_t mask = load_mask(matrix->bitmask + row * stride + column / 8, stride - column / 8);                  \
         uint8_t buffer[BLOCK * SIZE_##TYPE];                                                                          \
         _Alignas(64) float weights[BLOCK];                                                                            \
-        const uint8_t *from = at < limit && limit - at >= BLOCK                                                       \
-                                  ? matrix->values + at * SIZE_##TYPE                                                 \
-                                  : bounded(matrix->values, at, limit, SIZE_##TYPE, buffer);                          \
+        const uint8_t *from = block_at(matrix, at, SIZE_##TYPE, buffer);                                              \
         at += (uint64_t)__builtin_popcountll(mask);                                                                   \
         ISA##_STEPS for (int step = 0; step < BLOCK; step += ISA##_LANES) {                                           \
           uint64_t bits = rotated_left(mask, ISA##_SHIFT + BLOCK - step) & ISA##_BITS;                                \
@@ -371,15 +375,12 @@ enum { SIZE_dense32 = 4, SCALED_dense32 = 0, DENSE_dense32 = 1 };
   ISA##_TARGET INLINE int32_t ISA##_read_##TYPE(const struct matrix *matrix, int64_t row, int64_t column, uint64_t *at,\
                                                 float *weights, uint16_t *places) {                                   \
     const int64_t stride = (matrix->columns + 7) / 8, group_width = matrix->columns / matrix->groups;                 \
-    const uint64_t limit = (uint64_t)matrix->count;                                                                   \
     int32_t count = 0;                                                                                                \
     for (int64_t step = 0; step < PART && column + step < matrix->columns; step += GROUP) {                           \
       const int64_t byte = (column + step) / 8;                                                                       \
       const uint32_t mask = load_mask32(matrix->bitmask + row * stride + byte, stride - byte);                        \
       uint8_t buffer[BLOCK * SIZE_##TYPE];                                                                            \
-      const uint8_t *from = *at < limit && limit - *at >= BLOCK                                                       \
-                                ? matrix->values + *at * SIZE_##TYPE                                                  \
-                                : bounded(matrix->values, *at, limit, SIZE_##TYPE, buffer);                           \
+      const uint8_t *from = block_at(matrix, *at, SIZE_##TYPE, buffer);                                               \
       float scale = 1;                                                                                                \
       if (SCALED_##TYPE == 2) {                                                                                       \
         int64_t group = (column + step) / group_width;                                                                \

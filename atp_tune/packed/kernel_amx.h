@@ -144,15 +144,12 @@ INLINE void amx_ask(const struct matrix *matrix, int64_t row, int64_t column, ui
   amx_TARGET INLINE void amx_read_##TYPE(const struct matrix *matrix, int64_t row, int64_t column, int64_t length,    \
                                          uint64_t *at, uint16_t *to) {                                                \
     const int64_t stride = (matrix->columns + 7) / 8, group_width = matrix->columns / matrix->groups;                 \
-    const uint64_t limit = (uint64_t)matrix->count;                                                                   \
     const float *scales = (const float *)(const void *)matrix->scales + row * matrix->groups;                         \
     for (int64_t end = column + length; column < end; column += BLOCK, to += 2 * amx_TILE) {                          \
       const uint64_t mask = load_mask(matrix->bitmask + row * stride + column / 8, stride - column / 8);              \
       float of_groups[BLOCK / GROUP] = {0};                                                                           \
       uint8_t buffer[BLOCK * SIZE_##TYPE];                                                                            \
-      const uint8_t *from = *at < limit && limit - *at >= BLOCK                                                       \
-                                ? matrix->values + *at * SIZE_##TYPE                                                  \
-                                : bounded(matrix->values, *at, limit, SIZE_##TYPE, buffer);                           \
+      const uint8_t *from = block_at(matrix, *at, SIZE_##TYPE, buffer);                                               \
       for (int k = 0; SCALED_##TYPE == 2 && k < BLOCK / GROUP && column + k * GROUP < matrix->columns; k++)           \
         of_groups[k] = scales[(column + k * GROUP) / group_width];                                                    \
       amx_expand_##TYPE(from, mask, SCALED_##TYPE == 2 ? of_groups : NULL, to);                                       \

@@ -36,9 +36,10 @@ from atp_tune.pruners.wanda import Wanda
 from atp_tune.scores import SCORES, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
+from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.priced import POOL, Descent
-from atp_tune.search.priced_bits import BitCosts, priced_shares
+from atp_tune.search.priced_bits import bit_costs, priced_shares
 from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
@@ -324,15 +325,13 @@ class TrialContext(Released):
         """Ends of descents by prices, measured on windows that no other text shares."""
         pool, wanda = self._pool(), Wanda()
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
+        gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
+        measured = self.measured.key_of(wanda, InputNorms)
         if self.quantize is not None and self.bits is None:
-            costs = BitCosts(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
-            found = costs.of(self.quantize, self.measured.key_of(wanda, InputNorms))
+            found = bit_costs(gradients, self.quantize, measured)
             return tuple(priced_shares(found, self.checkpoint.shapes, self.quantize.widths, s) for s in targets)
         statistics = self.measured.fast_statistics(wanda)
-        descent = Descent(
-            self.checkpoint, self.inputs, self.score, pool, lambda index: statistics[index], self.heads, self.watch
-        )
-        return descent.ends(targets, score, self.measured.key_of(wanda, InputNorms))
+        return Descent(gradients, lambda index: statistics[index]).ends(targets, score, measured)
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""

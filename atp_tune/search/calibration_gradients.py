@@ -1,0 +1,81 @@
+"""Gradients of the loss on calibration items, and results by them that are kept in the cache."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atp_tune.blocks.batching import AutoBatch, block_bytes
+from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients
+from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.events import EventHandler, Message
+from atp_tune.inputs import Batch, InputKind, Items
+from atp_tune.scores import Score
+from atp_tune.storage.process_identity import versions
+
+
+class CalibrationGradients:
+    """Gradients for one checkpoint and calibration text; `pool`: the items that are drawn from."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inputs: InputKind[Items],
+        score: Score,
+        pool: Items,
+        heads: AutoBatch,
+        watch: EventHandler,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.pool = pool
+        self.watch = watch
+        self._inputs = inputs
+        self._score = score
+        self._heads = heads
+        needed = ACTIVATIONS * block_bytes(checkpoint)
+        self._batch = AutoBatch(checkpoint.device, pool.positions, needed, lambda text: watch(Message(text)))
+
+    @cached_property
+    def of_blocks(self) -> BlockGradients:
+        """The gradients; made when they are first asked for, which runs the model."""
+        return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
+
+    def drawing(self, many: int) -> Callable[[], Batch]:
+        """A function that draws so many items of the pool at each call; all if it has fewer."""
+        items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
+
+        def drawn() -> Batch:
+            chosen = torch.randperm(len(items), generator=draw)[: min(len(items), many)]
+            return items[chosen.to(self.checkpoint.device)]
+
+        return drawn
+
+    def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[], Any]) -> Any:
+        """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.
+
+        `measured`: SHA-256 of all that determines the dense model and the calibration windows; `own`, `constants`: what
+        else the result depends on.
+        """
+        file = cache_dir("prices") / f"{self._key(measured, own, constants)}.json"
+
+        def wait(lock: Path) -> None:
+            self.watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
+
+        with made_once(file, wait):
+            if file.is_file():
+                return json.loads(file.read_text(encoding="utf-8"))
+            found = measure()
+            try:
+                write_atomically(file, json.dumps(found).encode())
+            except OSError as error:
+                self.watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+        return found
+
+    def _key(self, measured: str, own: Sequence[Any], constants: Sequence[Any]) -> str:
+        score = getattr(self._score, "content", type(self._score).__name__)
+        facts = [measured, self.pool.content, score, *own, self._batch.windows, self._heads.windows, *constants]
+        return sha256_of_json([*facts, versions()])
