@@ -10,7 +10,18 @@ import pytest
 from families import few
 from pydantic import ValidationError
 
-from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape, alphapruning, atp, er, owl, uniform
+from atp_tune.allocations import (
+    ALLOCATIONS,
+    Budget,
+    LinearSparsities,
+    Shape,
+    alphapruning,
+    alphapruning_linear,
+    atp,
+    er,
+    owl,
+    uniform,
+)
 from atp_tune.allocations.budget import level, proportional
 from atp_tune.spec.study import AllocationConfig
 
@@ -40,7 +51,8 @@ def admissible(budget: Budget, beta: float) -> bool:
 
 def test_the_table_is_what_a_study_may_name() -> None:
     names = tuple(ALLOCATIONS)
-    assert names[:9] == ("uniform", "atp", "curve", "owl", "alphapruning", "er", "erk", "prices", "global")
+    assert names[:6] == ("uniform", "atp", "curve", "owl", "alphapruning", "alphapruning-linear")
+    assert names[6:10] == ("er", "erk", "prices", "global")
     assert AllocationConfig(names=names).names == names
     with pytest.raises(ValidationError, match=r"Input should be 'uniform', .* or 'global'"):
         AllocationConfig(names=("none",))
@@ -159,7 +171,7 @@ class Given:
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         return tuple(ratio / threshold for ratio in self.ratios)
 
-    def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
+    def tail_exponents(self, start: str = "peak") -> tuple[tuple[float, ...], ...]:
         return self.exponents
 
     def global_sparsities(self, target: float, score: str) -> LinearSparsities:
@@ -233,7 +245,7 @@ def admissible_of(budget: Budget, name: str) -> dict[str, tuple[float, float]]:
     """Where the sparsities are shares; the authors' intervals, which are searched, are narrower."""
     if name == "owl":
         return {"M": (0.0, math.inf), "lam": (0.0, min(budget.target, 1 - budget.target) / 2)}
-    return {"epsilon": (0.0, 1.0)} if name == "alphapruning" else ALLOCATIONS[name].bounds(budget)
+    return {"epsilon": (0.0, 1.0)} if name.startswith("alphapruning") else ALLOCATIONS[name].bounds(budget)
 
 
 @pytest.mark.parametrize("name", few(ALLOCATIONS, ["owl"]))
@@ -250,7 +262,7 @@ def test_outside_an_interval(name: str) -> None:
                     ALLOCATIONS[name].sparsities(budget, **inside | {parameter: value})
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning", "prices", "global"])
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "prices", "global"])
 def test_what_is_measured_needs_a_model(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))
@@ -309,6 +321,27 @@ def test_alphapruning_of_a_few_blocks() -> None:
     budget = Budget(0.6, (10, 10, 10), dense_metrics=metrics)
     assert alphapruning.sparsities(budget) == pytest.approx((0.42, 0.78, 0.6), abs=1e-12)
     assert alphapruning.sparsities(replace(budget, target=0.9)) == pytest.approx((0.7, 1.0, 1.0), abs=1e-12)
+
+
+def test_alphapruning_by_linear_is_the_map_with_a_cap() -> None:
+    """The authors' map over all linears, whatever their blocks."""
+    generator, capped = random.Random(5), 0
+    for budget in measured_budgets()[:60]:
+        exponents = [a for block in budget.dense_metrics.exponents for a in block]  # type: ignore[union-attr]
+        if len(exponents) == 1 or budget.target in (0, 1):
+            continue
+        epsilon, sizes = generator.uniform(0, 0.5), tuple(s.size for block in budget.linears for s in block)
+        found = by_linear(budget, alphapruning_linear.sparsities(budget, epsilon))
+        expected = naive.alphapruning([[a] for a in exponents], sizes, budget.target, epsilon)
+        assert [s for s, _ in found] == pytest.approx(expected, abs=1e-12)
+        capped += max(expected) == 1
+    assert capped > 3  # or the cap was not tried
+
+
+def test_linears_that_do_not_differ_get_the_target() -> None:
+    linears = ((Shape(2, 3, True),), (Shape(4, 5, True), Shape(6, 7, False)))
+    budget = Budget(0.6, (6, 62), linears, Given((), ((2.0,), (2.0, 2.0))))
+    assert alphapruning_linear.sparsities(budget) == (0.6, 0.6)
 
 
 @pytest.mark.slow

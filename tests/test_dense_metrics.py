@@ -94,6 +94,17 @@ def test_exponents_equal_a_fit_by_search(family: str) -> None:
         assert exponents == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_exponents_of_the_upper_half(family: str) -> None:
+    work = bench_of(tiny(family))
+    metrics = metrics_of(work)
+    for exponents, block in zip(metrics.tail_exponents("middle"), naive.linears_of(work.checkpoint), strict=True):
+        spectra = [naive.spectrum(naive.matrix(tiny(family), *linear)) for linear in block]
+        expected = [naive.pareto_exponent(spectrum[len(spectrum) // 2 :]) for spectrum in spectra]
+        assert exponents == pytest.approx(expected, rel=1e-6)
+    assert metrics.tail_exponents() != metrics.tail_exponents("middle")  # each is kept under its own name
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_exponents_of_heavy_tails(scale: float) -> None:
     """Small eigenvalues leave the lower side open, large ones close it: both ways of the authors' bound."""
@@ -126,7 +137,8 @@ def test_zeros_are_no_eigenvalues() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
 def test_a_spectrum_without_a_tail(values: list[float]) -> None:
-    assert math.isnan(dense_metrics.tail_exponent(torch.tensor(values, dtype=torch.float64)))
+    spectrum = torch.tensor(values, dtype=torch.float64)
+    assert math.isnan(dense_metrics.tail_exponent(spectrum)) and math.isnan(dense_metrics.middle_exponent(spectrum))
 
 
 def test_a_dead_linear_ends_the_trial() -> None:
@@ -228,7 +240,9 @@ def test_nothing_is_measured_before_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     ALLOCATIONS["er"].sparsities(budget)
 
 
-@pytest.mark.parametrize("allocation", few(["owl", "alphapruning", "er", "erk", "global"], ["owl"]))
+@pytest.mark.parametrize(
+    "allocation", few(["owl", "alphapruning", "alphapruning-linear", "er", "erk", "global"], ["owl"])
+)
 def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
     """At once, not when the garbage collector comes by: its memory is wanted for what is loaded next."""
     gc.collect()
@@ -244,7 +258,7 @@ def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "er", "global"])
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "alphapruning-linear", "er", "global"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_meets_the_target(family: str, allocation: str) -> None:
     work = bench_of(tiny(family))

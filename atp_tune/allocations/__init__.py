@@ -45,6 +45,7 @@ ALLOCATIONS = Registry[Allocation](
         "curve": "atp_tune.allocations.curve",
         "owl": "atp_tune.allocations.owl",
         "alphapruning": "atp_tune.allocations.alphapruning",
+        "alphapruning-linear": "atp_tune.allocations.alphapruning_linear",
         "er": "atp_tune.allocations.er",
         "erk": "atp_tune.allocations.er",
         "prices": "atp_tune.allocations.prices",

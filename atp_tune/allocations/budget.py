@@ -15,6 +15,7 @@ HALVINGS = 60  # bisection steps for a shift, enough for the precision of a floa
 
 Measured = TypeVar("Measured")
 Score = Literal["magnitude", "wanda"]
+TailStart = Literal["peak", "middle"]  # of a spectrum: near its most frequent eigenvalues, or its upper half
 LinearSparsities = tuple[tuple[float, ...], ...]  # one per linear of each block
 Sparsities = tuple[float, ...] | LinearSparsities  # one per block if its linears do not differ
 
@@ -42,8 +43,8 @@ class DenseMetricsProtocol(Protocol):
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         """For each block, the share of its Wanda scores above `threshold` times their mean."""
 
-    def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
-        """For each linear of each block, the exponent α of the tail of its eigenvalue spectrum."""
+    def tail_exponents(self, start: TailStart = "peak") -> tuple[tuple[float, ...], ...]:
+        """For each linear of each block, the exponent α of the tail of its eigenvalue spectrum, from `start` on."""
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
@@ -145,6 +146,12 @@ def proportional(weights: Sequence[float], sizes: Sequence[int], mean: float) ->
             break
         full |= exceeding
     return tuple(1.0 if i in full else min(1.0, max(0.0, scale * weight)) for i, weight in enumerate(weights))
+
+
+def rows_of(values: Sequence[float], linears: Sequence[Sequence[Shape]]) -> LinearSparsities:
+    """Values of all linears, one after the other, as one row for each block."""
+    flat = iter(values)
+    return tuple(tuple(next(flat) for _ in row) for row in linears)
 
 
 def level(

@@ -33,7 +33,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level
+from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level, rows_of
 
 contains = ("uniform",)
 measures_inputs = True
@@ -67,7 +67,7 @@ def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[f
         return (budget.target,) * len(budget.sizes)
     found = budget.require_dense_metrics("prices").priced_sparsities(budget.target, budget.score)
     wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(found)]
-    return _rows(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+    return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 
 
 def path(low: float, high: float) -> tuple[float, ...]:
@@ -104,13 +104,13 @@ def descend(
         low, high = min(LIMITS[0], target), max(LIMITS[1], target)
         found = _levelled(found, sizes, target, low, high) if ends else found
         for step in range(STEPS - _steps(targets, place), STEPS):
-            prices = chain.from_iterable(prices_at(done, _rows(found, linears)))
+            prices = chain.from_iterable(prices_at(done, rows_of(found, linears)))
             smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
             distance = FIRST * (1 - step / STEPS) + LAST
             wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
             found = _levelled(wanted, sizes, target, low, high)
             done += 1
-        ends.append(_rows(found, linears))
+        ends.append(rows_of(found, linears))
     return tuple(ends)
 
 
@@ -146,8 +146,3 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 def _sizes(linears: Sequence[Sequence[Shape]]) -> list[int]:
     return [shape.size for shape in chain.from_iterable(linears)]
-
-
-def _rows(values: Sequence[float], linears: Sequence[Sequence[Shape]]) -> LinearSparsities:
-    flat = iter(values)
-    return tuple(tuple(next(flat) for _ in row) for row in linears)

@@ -4,7 +4,7 @@ W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration t
 
     scores      |W_ij| (magnitude) or |W_ij| ‖X_j‖₂ (wanda), float32, as in the pruners
     outliers    share of a block's scores above `threshold` times their mean, which is float64
-    exponents   α of a power law λ^-α fitted to the tail of the eigenvalues λ of WᵀW
+    exponents   α of a power law λ^-α fitted to the tail, or to the upper half, of the eigenvalues λ of WᵀW
     global      share of a linear's scores among the lowest of the model
     priced      the plan of `allocations.prices`, whose gradients `blocks.pricing` and `blocks.bit_pricing` measure
     of_blocks   what a plug-in computes from the weights and the statistics of each block
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
-from atp_tune.allocations.budget import Score
+from atp_tune.allocations.budget import Score, TailStart
 from atp_tune.allocations.prices import between
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
@@ -72,10 +72,12 @@ class DenseMetrics:
             ("outliers", threshold), lambda: tuple(outlier_ratio(block, threshold) for block in self._scores("wanda"))
         )
 
-    def tail_exponents(self) -> tuple[tuple[float, ...], ...]:
+    def tail_exponents(self, start: TailStart = "peak") -> tuple[tuple[float, ...], ...]:
         """For each linear of each block, the exponent α; TrialError if a spectrum has no tail."""
+        fit = {"peak": tail_exponent, "middle": middle_exponent}[start]
         return self._once(
-            ("exponents",), lambda: tuple(tuple(self._exponents(index, block)) for index, block in self._blocks())
+            ("exponents", start),
+            lambda: tuple(tuple(self._exponents(index, block, fit)) for index, block in self._blocks()),
         )
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
@@ -140,9 +142,11 @@ class DenseMetrics:
             return magnitudes
         return magnitudes * statistics.norms().to(self._device)
 
-    def _exponents(self, index: int, block: list[tuple[Linear, Tensor]]) -> Iterator[float]:
+    def _exponents(
+        self, index: int, block: list[tuple[Linear, Tensor]], fit: Callable[[Tensor], float]
+    ) -> Iterator[float]:
         for linear, weight in block:
-            exponent = tail_exponent(eigenvalues(weight))
+            exponent = fit(eigenvalues(weight))
             if not math.isfinite(exponent):
                 raise TrialError(
                     f"linear {linear.name} of block {index}: its spectrum has no tail to fit an exponent to"
@@ -245,6 +249,16 @@ def tail_exponent(spectrum: Tensor) -> float:
         return math.nan
     exponents = 1 + (total - starts) / excess
     return float(exponents[distances(logs, starts, exponents).argmin()])
+
+
+def middle_exponent(spectrum: Tensor) -> float:
+    """α of the power law of the upper half of eigenvalues (ascending, positive, float64); NaN without a tail.
+
+    Hill's estimator from the middle on: `tail_exponent`'s α_i at i = ⌊N / 2⌋, AlphaPruning's `alpha_mid`.
+    """
+    tail = spectrum[len(spectrum) // 2 :].log()
+    excess = float((tail - tail[0]).sum()) if len(tail) else 0.0
+    return 1 + len(tail) / excess if excess > 0 else math.nan
 
 
 def near_peak(logs: Tensor) -> tuple[float, float]:

@@ -109,7 +109,8 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="atp, uniform, curve, prices, owl, alphapruning, er, erk, global or a plug-in; several are compared.",
+            help="atp, uniform, curve, prices, owl, alphapruning, alphapruning-linear, er, erk, global or a plug-in; "
+            "several are compared.",
             autocompletion=completion.allocations,
         ),
     ] = None,
