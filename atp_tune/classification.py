@@ -10,7 +10,8 @@ from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import origin
 from atp_tune.spec.config import Compared, Config, Measure, TaskScores, ZeroShot

@@ -33,7 +33,8 @@ from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
 from atp_tune.scores.accuracy import difference, mean
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
 from atp_tune.sparse.provenance import ABOUT

@@ -36,7 +36,8 @@ from atp_tune.metrics.perplexity import perplexity
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack_as
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import config_of
 from atp_tune.spec.config import Config
 from atp_tune.spec.study import Study

@@ -27,7 +27,8 @@ from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import make_plan
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 
 PAGE, KEPT = ROOT / "docs" / "images.md", ROOT / "docs" / "images.json"
 MARKS = ("<!-- benchmarks/images.py -->", "<!-- end -->")

@@ -17,7 +17,8 @@ from time import perf_counter
 from atp_tune.cli.runtime import quiet
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.plan import make_plan
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.studyfile import StudyFile, load
 

@@ -88,7 +88,8 @@ def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
-    from atp_tune.search.context import ContextConfig, TrialContext
+    from atp_tune.search.context import TrialContext
+    from atp_tune.search.context_config import ContextConfig
     from atp_tune.spec.study import Data
     from atp_tune.spec.studyfile import load
     from atp_tune.spec.texts import Text

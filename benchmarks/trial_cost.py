@@ -27,7 +27,8 @@ from atp_tune.events import ignore_events
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import make_plan
 from atp_tune.scores.next_token import POSITIONS
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.studyfile import load

@@ -26,7 +26,8 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import apply, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
 

@@ -20,7 +20,8 @@ from atp_tune.events import ignore_events
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import apply
 from atp_tune.spec.config import read_config
 

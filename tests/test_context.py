@@ -10,7 +10,7 @@ from atp_tune.events import Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.search import context, scoring
+from atp_tune.search import context, context_config, scoring
 from atp_tune.search.context import TrialContext
 from atp_tune.search.scoring import can_keep
 from atp_tune.spec import prune
@@ -129,7 +129,7 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = ModelFolder(tmp_path / "model", "sha", "model")
     monkeypatch.setattr(context, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
     monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Windows(ids, "windows"))
-    setup = context.ContextConfig(
+    setup = context_config.ContextConfig(
         ModelConfig(source="model", dtype="bfloat16"),
         PruneConfig(),
         {"calibration": Text(source="c4")},

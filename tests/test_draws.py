@@ -23,7 +23,8 @@ from atp_tune.metrics.perplexity import perplexity, reach_of
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.config import read_config
 from atp_tune.spec.texts import Calibration
 

@@ -26,7 +26,8 @@ from atp_tune.inputs.pairs import PairBatch, _image_token, _stacked, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig

@@ -19,7 +19,8 @@ from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.block_names import block_name, in_tower, joined
 from atp_tune.spec.config import ModelRef, read_config
 from atp_tune.spec.facts import facts

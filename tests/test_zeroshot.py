@@ -20,7 +20,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search import kept_blocks
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.spec.config import Measure, read_config
 from atp_tune.zeroshot import TaskOptions, evaluate, evaluate_folder

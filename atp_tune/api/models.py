@@ -18,7 +18,8 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import Write, apply, plan_of
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT

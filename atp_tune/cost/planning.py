@@ -26,7 +26,8 @@ from atp_tune.storage.fingerprint import SUFFIX
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
-    from atp_tune.search.context import ContextConfig, TrialContext
+    from atp_tune.search.context import TrialContext
+    from atp_tune.search.context_config import ContextConfig
 
 FLOAT32 = 4  # bytes
 
@@ -76,7 +77,8 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     """
     from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
     from atp_tune.checkpoints.models import resolve
-    from atp_tune.search.context import ContextConfig, TrialContext
+    from atp_tune.search.context import TrialContext
+    from atp_tune.search.context_config import ContextConfig
 
     # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
     setup = ContextConfig.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))

@@ -5,9 +5,7 @@ Windows are evaluated in the same batches with and without a stopper, so trials 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,76 +35,17 @@ from atp_tune.scores import SCORES, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.calibration_gradients import CalibrationGradients
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
 from atp_tune.search.priced import POOL, Descent
 from atp_tune.search.priced_bits import bit_costs, priced_shares
 from atp_tune.search.scoring import Alongside, RoleScorer
-from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
-from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
-from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
-from atp_tune.spec.study import Data, ModelConfig, Study
+from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.texts import Text
-from atp_tune.spec.typed import Interval
-
-
-@dataclass(frozen=True)
-class ContextConfig:
-    """The settings of a context: model, pruners, texts by role, and the folder of relative paths (`base`).
-
-    `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text. `bos`: windows begin with BOS; None if
-    the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
-    `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`: weights are rounded,
-    after pruning to `bits` in every block.
-    """
-
-    model: ModelConfig
-    prune: PruneConfig
-    texts: dict[str, Data]
-    base: Path
-    device: str
-    batches: Mapping[str, int] = field(default_factory=dict)
-    draws: int = 1
-    bos: bool | None = False
-    inputs: str = "tokens"
-    score: str = "next-token"
-    sparsities: Interval | None = None
-    quantize: QuantizeConfig | None = None
-    bits: int | None = None
-
-    @classmethod
-    def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
-        """The settings for a study's trials."""
-        data, model, interval = study.data, study.model, study.interval
-        texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation}
-        if data.test is not None:
-            texts["test"] = data.test
-        kind, draws, score = inputs_of(study.score), data.calibration.draws, study.score
-        made = cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
-        return made.rounding(study)
-
-    def rounding(self, study: Study) -> "ContextConfig":
-        """The same, with weights rounded as a study asks."""
-        return self if study.bits is None else replace(self, quantize=study.quantize, bits=study.fixed_bits)
-
-    @classmethod
-    def of_config(
-        cls, config: Config, texts: dict[str, Data], base: Path, device: str, allowed: Mapping[str, bool]
-    ) -> "ContextConfig":
-        """The settings for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
-        plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
-        model, batches, bos = config.model.model(allowed), config.batches, config.bos
-        kind, score = inputs_of(config.score), config.score
-        made = cls(model, config.prune, texts, base, device, batches=batches, bos=bos, inputs=kind, score=score)
-        return replace(made, quantize=config.quantize, bits=config.fixed_bits)
-
-
-def inputs_of(score: str) -> str:
-    """The kind of input that a score is of: a row of `inputs.KINDS`."""
-    return IMAGES if score == CLASSES else "tokens"
 
 
 class TrialContext(Released):

@@ -248,7 +248,8 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
 def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
     """Loads the model and the texts; windows begin with BOS if those of an existing study do."""
     from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.search.context import ContextConfig, TrialContext
+    from atp_tune.search.context import TrialContext
+    from atp_tune.search.context_config import ContextConfig
 
     spec = run.file.study
     run.note(f"loading the model and the {spec.items}")

@@ -17,7 +17,8 @@ from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of

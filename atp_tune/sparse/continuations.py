@@ -7,7 +7,8 @@ from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import make_plan
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.continuations import Continuing
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of

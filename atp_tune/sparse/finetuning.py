@@ -25,7 +25,7 @@ from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
-from atp_tune.search.context import ContextConfig, inputs_of
+from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.card import amend, words
 from atp_tune.sparse.provenance import (

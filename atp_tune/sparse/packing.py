@@ -52,7 +52,8 @@ from atp_tune.packed.modeling_atp_sparse import (
     unpack_as,
 )
 from atp_tune.plan import Plan
-from atp_tune.search.context import ContextConfig, TrialContext, inputs_of
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
