@@ -2,11 +2,12 @@
 
 import gc
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,12 @@ LONGEST = (
     "network", "termination", "database", "examples", "interval_studies", "site", "model_command", "api", "cli",
     "zeroshot", "finetuning", "example_plugins", "every_family",
 )  # fmt: skip
+# The run of the slow tests leaves out files whose text names none, the fast run those that are slow as a whole: to
+# import them takes each process seconds.
+MAY_BE_SLOW = re.compile(r"\bslow\b|\bfew\b")  # the mark, under whatever name, and `families.few`
+IS_SLOW = re.compile(r"^pytestmark = \[?pytest\.mark\.slow\b", re.M)
+MANY_MODULES = 100  # that tests have imported since; then they are frozen too
+frozen = [0]  # modules when the imported was frozen
 settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s
@@ -45,23 +52,45 @@ os.environ.pop("COLUMNS", None)  # xdist sets it, and what the tests set themsel
 @pytest.fixture(autouse=True)
 def ended() -> Iterator[None]:
     """Processes and plug-ins of a test end with it, so that one that fails is one failure."""
+    if len(sys.modules) > frozen[-1] + MANY_MODULES:
+        freeze()
     with scope(), forgotten():
         yield
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
-    """What is imported stays: the collector goes over it once, neither all the while nor later."""
-    gc.disable()
-    result = yield
+def freeze() -> None:
+    """What is imported stays: the collector goes over it once, not each time that a command lets go of its model."""
+    frozen.append(len(sys.modules))
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing is collected while all is imported."""
+    gc.disable()
+    result = yield
+    freeze()
     gc.enable()
     return result
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether a file has no test for this run; one that the command line names is looked at in any case."""
+    is_named = any(collection_path == config.invocation_params.dir / word.partition("::")[0] for word in config.args)
+    if is_named or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    has_none = {"slow": not MAY_BE_SLOW.search(text), "not slow and not gpu": bool(IS_SLOW.search(text))}
+    return has_none.get(config.option.markexpr) or None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Hands out the longest files first."""
+    """Hands out the longest files first; a slow test that the run of the slow ones would not see is an error."""
+    files = {item.path for item in items if item.get_closest_marker("slow")}
+    if unseen := sorted(file.name for file in files if not MAY_BE_SLOW.search(file.read_text(encoding="utf-8"))):
+        raise pytest.UsageError(f"slow tests in files that do not name the mark: {', '.join(unseen)}")
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
@@ -107,12 +136,27 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path,
         yield root, asked
 
 
+def made_once(name: str, make: Callable[[Path], object], factory: pytest.TempPathFactory) -> Path:
+    """A folder that the first of all processes of this run makes, and all others wait for; to be read only."""
+    from filelock import FileLock
+
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (whole := folder / "whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its texts and the study tiny.toml; to be read only."""
     from tinystudy import make_place
 
-    return make_place(tmp_path_factory.mktemp("tiny"))
+    return made_once("tiny", lambda folder: make_place(folder / "tiny"), tmp_path_factory) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -120,32 +164,31 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The same with a finished study of two pruners whose best is not uniform; to be read only."""
     from tinystudy import run
 
-    place = tmp_path_factory.mktemp("done") / "tiny"
-    shutil.copytree(tiny_place, place)
-    toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6\nseed = 2").replace("= 0.6", "= 0.5")
-    tables = '\n[prune]\npruners = ["wanda", "magnitude"]\n\n[allocation]\nbeta = [0.0, 0.1]\n'
-    (place / "tiny.toml").write_text(toml + tables)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        run(place)
-    return place
+    def make(folder: Path) -> None:
+        place = Path(shutil.copytree(tiny_place, folder / "tiny"))
+        toml = (place / "tiny.toml").read_text().replace("trials = 3", "trials = 6\nseed = 2").replace("= 0.6", "= 0.5")
+        tables = '\n[prune]\npruners = ["wanda", "magnitude"]\n\n[allocation]\nbeta = [0.0, 0.1]\n'
+        (place / "tiny.toml").write_text(toml + tables)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ATP_TUNE_CACHE", str(folder / "cache"))
+            run(place)
+
+    return made_once("done", make, tmp_path_factory) / "tiny"
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the 135M model of `studies/smol.toml`, which is downloaded and converted once for all processes."""
-    from filelock import FileLock
-
     from atp_tune.checkpoints.models import resolve
     from atp_tune.spec.studyfile import load
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
-    file = load("smol", ())
-    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(folder))
-        resolve(file.study.model, file.folder)
-    return folder
+    def make(folder: Path) -> None:
+        file = load("smol", ())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ATP_TUNE_CACHE", str(folder))
+            resolve(file.study.model, file.folder)
+
+    return made_once("smollm2", make, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

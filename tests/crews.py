@@ -5,8 +5,6 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import settings, stored
 
-# Together they take as long as a start of Python with all libraries: every worker comes to its turn, however fast a
-# core is, unless others want it; where two must, they meet.
 TOTAL = 12
 MEETING = '''
 import os
@@ -26,6 +24,8 @@ class Meeting(Wanda):
             sleep(0.05)
         return super().prune(weight, sparsity, statistics)
 '''
+# Together the trials take as long as a start of Python with all libraries: every worker comes to its turn, however fast
+# a core is, unless others want it. Where two must, they meet, and the trials may be short.
 LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.nsamples=2000", "texts.validation.nsamples=250")
 
 

@@ -3,10 +3,14 @@
 The commands that the tests start are forked from a process that has imported this, so it imports no test.
 """
 
+import atexit
 import ctypes
+import fcntl
+import gc
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,11 +24,19 @@ from sqlalchemy.engine import Engine
 from atp_tune.cli.runtime import quiet
 
 with quiet():  # which libraries read as they are imported
+    import alembic.migration
     import optuna
     import torch
     import transformers.models.llama.modeling_llama
+    from plotly.graph_objects import Bar, Figure, Scatter
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    import atp_tune.api.configuration
+    import atp_tune.api.tuning
+    import atp_tune.cli.application
+    import atp_tune.inputs.local
     import atp_tune.report
+    import atp_tune.search.continuations
     import atp_tune.search.objective
     import atp_tune.search.runner
     import atp_tune.serving.serve
@@ -36,7 +48,12 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.scores import evaluation
     from atp_tune.storage import fingerprint, opening, remote
 
-__all__ = ["atp_tune", "transformers"]
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, once
+gc.collect()
+gc.freeze()  # else each collection of a forked process looks at all of it, and has it copied
+atexit.register(gc.unfreeze)  # or extensions complain of leaks
+
+__all__ = ["Bar", "Figure", "Scatter", "alembic", "atp_tune", "transformers"]
 TUNE = Path(__file__).parents[1] / "tune.py"
 CLONE_NEWNET = 0x40000000
 QUICK = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 1000, "grpc.max_reconnect_backoff_ms": 500}
@@ -166,6 +183,17 @@ def add_trials(address: str, number: int) -> None:
         study.sampler = optuna.samplers.RandomSampler()
         study.optimize(objective, number)
     raise SystemExit(0)
+
+
+def at_terminal(name: str) -> None:
+    """The process is at this terminal, whose Ctrl-C it hears, as if it had been started there."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin = os.fdopen(0, encoding="utf-8")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
 
 
 def say(letters: int) -> None:

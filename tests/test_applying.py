@@ -334,15 +334,17 @@ MANY = 28  # blocks
 LEAN = "import atp_tune.search.context as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
 
 
-def large(place: Path) -> int:
-    """Puts a model of random bf16 numbers in six shards in the place of the tiny one; bytes of a block."""
-    shape = LlamaConfig.from_pretrained(place / "model")
+@pytest.fixture(scope="module")
+def large(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of a model of random bf16 numbers in six shards, to be read only; bytes of a block."""
+    folder = Path(shutil.copytree(tiny_place / "model", tmp_path_factory.mktemp("large") / "model"))
+    shape = LlamaConfig.from_pretrained(folder)
     shape.update({"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": MANY, "head_dim": 256})
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16)
-    (place / "model" / "model.safetensors").unlink()
-    model.save_pretrained(place / "model", max_shard_size="120MB")
-    return sum(tensor.numel() * 2 for tensor in model.model.layers[0].parameters())
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="120MB")
+    return folder, sum(tensor.numel() * 2 for tensor in model.model.layers[0].parameters())
 
 
 def anonymous(process: int) -> int:
@@ -356,9 +358,13 @@ def anonymous(process: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", ["disk", "auto"])
-def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(offload: str, place: Path, tmp_path: Path) -> None:
+def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(
+    offload: str, large: tuple[Path, int], place: Path, tmp_path: Path
+) -> None:
     """Written and measured again: the model is not in memory, it lies in mapped files."""
-    block, out = large(place), tmp_path / "sparse"
+    (model, block), out = large, tmp_path / "sparse"
+    shutil.rmtree(place / "model")
+    (place / "model").symlink_to(model)
     few = [f"texts.{role}.{key}" for role in ("calibration", "test") for key in ("nsamples=2", "seqlen=8")]
     words = ["prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", out]
     words += settings(f"model.offload={offload}", "model.dtype=bfloat16", *few)

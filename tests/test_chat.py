@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
 import torch
+from forking import Forked
+from preloaded import at_terminal
 from processes import popen
-from tinystudy import HANGS, TUNE, Answer, CommandLine, make_tokenizer
+from tinystudy import HANGS, TUNE, Answer, CommandLine, Process, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from atp_tune.packed.kernel import PackedMatrix
@@ -79,16 +82,21 @@ def environment() -> dict[str, str]:
 class Person:
     """Someone at a terminal of this command."""
 
-    def __init__(self, *arguments: str | Path) -> None:
-        self._terminal, other = pty.openpty()
-        command = [sys.executable, "-c", AT_TERMINAL, str(TUNE), "chat", *map(str, arguments)]
-        self.process = popen(command, stdin=other, stdout=other, stderr=other, env=environment())
-        os.close(other)
+    def __init__(self, *arguments: str | Path, alone: bool = False) -> None:
+        self._terminal, self._other = pty.openpty()
+        words = ["chat", *map(str, arguments)]
+        self.process: Process
+        if alone:  # started as a user does
+            command, other = [sys.executable, "-c", AT_TERMINAL, str(TUNE), *words], self._other
+            self.process = popen(command, stdin=other, stdout=other, stderr=other, env=environment())
+        else:
+            self.process = Forked(words, environment(), inject=partial(at_terminal, os.ttyname(self._other)))
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self._terminal)
+        os.close(self._other)
 
     def types(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
@@ -128,8 +136,8 @@ class Person:
 def person(request: pytest.FixtureRequest) -> Iterator[Any]:
     opened: list[Person] = []
 
-    def sit_down(*arguments: str | Path) -> Person:
-        opened.append(Person(*arguments))
+    def sit_down(*arguments: str | Path, alone: bool = False) -> Person:
+        opened.append(Person(*arguments, alone=alone))
         return opened[-1]
 
     yield sit_down
@@ -276,7 +284,7 @@ def test_the_conversation_goes_on_until_it_is_reset(sparse: Path, person: Any) -
 
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> None:
-    one = person(endless, "--max-new-tokens", "1000000")
+    one = person(endless, "--max-new-tokens", "1000000", alone=True)
     one.sees("\n> ")
     one.begins(LINE)  # it streams: this answer has no end
     one.types("\x03")

@@ -115,8 +115,9 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
 
 @pytest.mark.slow
 def test_bad_input_as_a_process(place: Path) -> None:
+    """The first as a user starts it."""
     for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "--model", "no"]):
-        answer = finish(start(*arguments, alone=True))
+        answer = finish(start(*arguments, alone=arguments[0] == "--study"))
         assert answer.error
         assert answer.out in {"", "loading the model and the texts\n"}
 

@@ -21,13 +21,13 @@ from atp_tune.spec.finding import finished_trials, known
 BASH = shutil.which("bash")
 # The function that bash calls for a Tab, on words that bash has split.
 TAB = """
-words=("$@")
-COMP_WORDS=("${words[@]}")
-COMP_CWORD=$(( ${#words[@]} - 1 ))
-spec=$(complete -p "$(basename "$1")") || exit 3
-function=${spec#*-F }
-${function%% *} "$1"
-printf '%s\\n' "${COMPREPLY[@]}"
+tab() {
+  COMP_WORDS=("$@") COMP_CWORD=$(( $# - 1 )) COMPREPLY=()
+  spec=$(complete -p "$(basename "$1")") || exit 3
+  function=${spec#*-F }
+  ${function%% *} "$1"
+  printf '%s\\n' "${COMPREPLY[@]}"
+}
 """
 BREAKS = "=:"  # of COMP_WORDBREAKS: characters that are words of their own
 
@@ -66,12 +66,20 @@ def bash(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def tab(program: str, line: str, cwd: Path) -> list[str]:
-    """What Tab offers at the end of the line."""
-    script = f"source <({shlex.quote(program)} --show-completion)\n{TAB}"
-    done = bash(script, program, *split(line), cwd=cwd)
+def tabs(program: str, lines: list[str], cwd: Path, script: str = "") -> list[list[str]]:
+    """What Tab offers at the end of each line, in one shell, which has read the command's script."""
+    calls = [f"tab {shlex.join([program, *split(line)])}; echo --" for line in lines]
+    source = script or f"source <({shlex.quote(program)} --show-completion)"
+    done = bash("\n".join([source, TAB, *calls]), cwd=cwd)
     assert (done.returncode, done.stderr) == (0, "")
-    return [line for line in done.stdout.split("\n") if line]
+    *found, rest = done.stdout.split("--\n")
+    assert (len(found), rest) == (len(lines), "")
+    return [[line for line in offered.split("\n") if line] for offered in found]
+
+
+def tab(program: str, line: str, cwd: Path) -> list[str]:
+    """The same of one line."""
+    return tabs(program, [line], cwd)[0]
 
 
 @pytest.mark.slow
@@ -79,7 +87,7 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
     names = [path.stem for path in known()]
     trials = [str(trial.number) for trial in stored(done).trials if trial.state.name == "COMPLETE"]
     assert trials
-    for line, expected in (
+    cases = (
         ("--study smol", [name for name in names if name.startswith("smol")]),
         ("--study=smol-fa", ["smol-fast"]),
         ("status --study paper-s", ["paper-smol"]),
@@ -99,9 +107,11 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
         ("prune --device c", ["cpu", "cuda", "cuda:0"]),
         (f"export --study {done / 'tiny.toml'} --trial ", trials),
         (f"export --study {done / 'tiny.toml'} --study-name other --trial ", []),
-    ):
-        assert tab("atp-tune", line, done) == expected, line
-    assert set(ALLOCATIONS) == set(tab("atp-tune", "prune --allocation ", done))
+    )
+    *offered, allocations = tabs("atp-tune", [*(line for line, _ in cases), "prune --allocation "], done)
+    for (line, expected), found in zip(cases, offered, strict=True):
+        assert found == expected, line
+    assert set(ALLOCATIONS) == set(allocations)
 
 
 @pytest.mark.slow
@@ -123,8 +133,7 @@ def test_it_is_installed_for_the_next_shell(programs: Path, tmp_path: Path) -> N
     done = bash("atp-tune --install-completion", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"bash completion installed in {home}/.bash_completions/atp-tune.sh" in done.stdout
-    tabbed = bash(f"source ~/.bashrc\n{TAB}", "atp-tune", "--study", "smol-fa", cwd=tmp_path)
-    assert (tabbed.stdout, tabbed.stderr) == ("smol-fast\n", "")
+    assert tabs("atp-tune", ["--study smol-fa"], tmp_path, "source ~/.bashrc") == [["smol-fast"]]
 
 
 @pytest.mark.slow

@@ -294,52 +294,59 @@ def test_other_classes_refuse_it(other: Any, make: Make) -> None:
         other.from_pretrained(make())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "trusted", "error"),
-    [
-        ("import atp_tune; import transformers", None, None),
-        ("import transformers.models.auto.modeling_auto; import atp_tune", None, None),
-        ("import sys; sys.modules['atp_tune'] = None", True, None),
-        ("import sys; sys.modules['atp_tune'] = None", None, "trust_remote_code"),
-        ("import sys; sys.modules['atp_tune'] = None", False, "trust_remote_code"),
-        ("import atp_tune", True, None),
-        ("import atp_tune", False, None),
-    ],
-)
-def test_with_and_without_atp_tune(
-    lines: str, trusted: bool | None, error: str | None, make: Make, tmp_path: Path
-) -> None:
-    packed, out = make(), tmp_path / "logits.safetensors"
-    code = f"""
-{lines}
+LOADS = """
+import json, sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoConfig
-model = AutoModelForCausalLM.from_pretrained({str(packed)!r}, trust_remote_code={trusted})
-ids = torch.randint(2, {VOCABULARY - 7}, (2, {TOKENS}), generator=torch.Generator().manual_seed(1))
-save_file({{"logits": model(input_ids=ids).logits.detach()}}, {str(out)!r})
-model.generate(ids, max_new_tokens=2, do_sample=False)
-model.save_pretrained({str(tmp_path / "saved")!r})
-AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code={trusted})
-import sys
-assert not {{"optuna", "datasets"}} & set(sys.modules)
+from transformers import AutoModelForCausalLM
+packed, out, trusts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+said = []
+for number, trusted in enumerate(trusts):
+    try:
+        model = AutoModelForCausalLM.from_pretrained(packed, trust_remote_code=trusted)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+        said.append("refused")
+        continue
+    ids = torch.randint(2, VOCABULARY - 7, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    save_file({"logits": model(input_ids=ids).logits.detach()}, f"{out}/{number}.safetensors")
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    model.save_pretrained(f"{out}/saved{number}")
+    AutoModelForCausalLM.from_pretrained(f"{out}/saved{number}", trust_remote_code=trusted)
+    said.append("loaded")
+json.dump(said, open(f"{out}/said.json", "w"))
+assert not {"optuna", "datasets"} & set(sys.modules)
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("import atp_tune; import transformers", ["loaded"] * 3),
+        ("import transformers.models.auto.modeling_auto; import atp_tune", ["loaded"] * 3),
+        ("import sys; sys.modules['atp_tune'] = None", ["refused", "refused", "loaded"]),
+    ],
+)
+def test_with_and_without_atp_tune(lines: str, said: list[str], make: Make, tmp_path: Path) -> None:
+    """In a process that has imported nothing; without trust in the folder's code first, then with it."""
+    packed = make()
+    words = [str(packed), str(tmp_path), json.dumps([False, None, True])]
+    code = f"{lines}\nVOCABULARY, TOKENS = {VOCABULARY}, {TOKENS}{LOADS}"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *words],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    if error is not None:
-        assert done.returncode == 1 and error in done.stderr and not out.exists()
-        return
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "said.json").read_text()) == said
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"))
-    assert torch.equal(load_file(out)["logits"], expected)
+    for number, word in enumerate(said):
+        if word == "loaded":
+            assert torch.equal(load_file(tmp_path / f"{number}.safetensors")["logits"], expected)
 
 
 def test_a_device_map(make: Make, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def add_node(cluster: Any, **resources: int) -> Any:
     return cluster.add_node(object_store_memory=STORE, **(resources or {"num_cpus": 1}))
 
 
-def begin(place: Path, cluster: Any, *more: str) -> Process:
-    words = ["--engine", "ray", "--ray-address", cluster.address, *settings(*LONG, f"search.trials={TOTAL}"), *more]
+def begin(place: Path, cluster: Any, *more: str, texts: tuple[str, ...] = LONG) -> Process:
+    words = ["--engine", "ray", "--ray-address", cluster.address, *settings(*texts, f"search.trials={TOTAL}"), *more]
     return start("--study", place / "tiny.toml", *words)
 
 
@@ -82,7 +82,7 @@ def begin(place: Path, cluster: Any, *more: str) -> Process:
 def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     add_node(cluster)
     add_node(cluster)
-    answer = finish(begin(place, cluster, "--workers", "2", *meeting(place)))  # its code goes by its place
+    answer = finish(begin(place, cluster, "--workers", "2", *meeting(place), texts=()))  # its code goes by its place
     assert (answer.code, answer.err) == (0, "")
     check_whole(place)
     assert {trial.params["pruner"] for trial in measured(place)} == {"meeting"}
@@ -183,7 +183,7 @@ def test_a_task_that_begins_after_the_stop_runs_nothing(place: Path, joined: Non
 @pytest.mark.slow
 def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=1, num_gpus=1)
-    answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto"))
+    answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto", texts=()))
     assert (answer.code, answer.err) == (0, "")
     assert "the cluster has 1 GPUs for 2 workers: the others wait until there are more" in answer.out
     check_whole(place)
@@ -219,7 +219,7 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
         there = ("ip", "netns", "exec", namespace.name)
         nodes.enter_context(ray_start(f"--address={cluster}", f"--node-ip-address={THERE}", *node, before=there))
         wait_for_nodes(cluster, 2)
-        words = ["--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), "--engine", "ray"]
+        words = ["--study", place / "tiny.toml", *settings(f"search.trials={TOTAL}"), "--engine", "ray"]
         words += ["--ray-address", cluster, "--workers", "2", *meeting(place)]
         answer = finish(start(*words))
         assert "a file of one machine, and the cluster has several; start `python tune.py serve" in answer.error

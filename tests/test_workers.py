@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, Process, finish, run, settings, start, wait_for, wait_until
 
 
-def begin(place: Path, *more: str) -> Process:
-    return start("--study", place / "tiny.toml", *settings(*LONG, f"search.trials={TOTAL}"), *more)
+def begin(place: Path, *more: str, texts: tuple[str, ...] = LONG) -> Process:
+    return start("--study", place / "tiny.toml", *settings(*texts, f"search.trials={TOTAL}"), *more)
 
 
 def workers_of(process: Process) -> list[psutil.Process]:
@@ -20,7 +20,7 @@ def workers_of(process: Process) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_three_workers_share_a_study(place: Path) -> None:
-    answer = finish(begin(place, "--workers", "3", *meeting(place)))
+    answer = finish(begin(place, "--workers", "3", *meeting(place), texts=()))
     assert answer.code == 0, answer.err
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) > 1
@@ -28,7 +28,7 @@ def test_three_workers_share_a_study(place: Path) -> None:
     assert answer.out.count("| meeting + uniform ") == 1
     assert f"[{TOTAL}/{TOTAL}]" in answer.out
     values = {trial.params["beta"]: trial.value for trial in measured(place)}
-    alone = run(place, *LONG, f"search.trials={TOTAL}", name="alone")
+    alone = run(place, f"search.trials={TOTAL}", name="alone")
     assert {trial.params["beta"]: trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
 
 

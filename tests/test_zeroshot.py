@@ -137,7 +137,8 @@ def test_lm_eval_reads_a_packed_folder_as_the_sparse_one(
 
         found = simple_evaluate(
             "hf", {"pretrained": str(folder), "dtype": "float32", "prefix_token_id": 0}, device="cpu",
-            tasks=["offline_far", "offline_near"], task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+            tasks=["offline_far", "offline_near"], bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         )  # fmt: skip
         assert found
         return {

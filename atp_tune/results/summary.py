@@ -290,7 +290,8 @@ def unreported(study: optuna.Study) -> list[str]:
     """
     if is_screening(study):
         return []
-    return [name for name in ("dense", *_compared(study)) if name not in study.user_attrs.get("test_nlls", {})]
+    found = study.user_attrs.get("test_nlls", {})
+    return [name for name in ("dense", *_compared(study)) if name not in found]
 
 
 def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:

@@ -261,22 +261,22 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
 def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
     spec, model, is_new_limit = run.file.study, context.checkpoint, _has_other_limit(study, run.file)
     total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
-    plugged = records(spec, run.file.folder)
+    plugged, known = records(spec, run.file.folder), study.user_attrs
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         **({"conv1d": True} if spec.by_bits and model.has_conv1d else {}),
         "dense_bytes": context.stored_bytes[0], "total": total, "made_from": settings(run.file),
-        **({} if "batches" in study.user_attrs else {"batches": batches}),
+        **({} if "batches" in known else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
         **({"limit": spec.limit.given if spec.limit else None} if is_new_limit and not run.screens else {}),
         "model.source": spec.model.source,
         **({"plugins": plugged} if plugged else {}),
-        **facts_of({"total": total, "fingerprint": study.user_attrs["fingerprint"]}),
+        **facts_of({"total": total, "fingerprint": known["fingerprint"]}),
     }  # fmt: skip
     if context.bos_effect is not None:
         attributes["bos"] = context.bos_effect.model_dump()
     for name, value in attributes.items():
-        if study.user_attrs.get(name) != value:
+        if known.get(name) != value:
             study.set_user_attr(name, value)
 
 
