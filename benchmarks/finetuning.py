@@ -188,8 +188,8 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     for name, rows in kept.items():
         about = rows["about"]
         lines += [
-            f"**{TITLES[name]}**, β = {about['beta']:.4g}; {about['minutes']:g} minutes of processor time for training, "
-            f"{about['cpu']}, {about['threads']} thread{'s' * (about['threads'] != 1)}, torch {about['torch'].partition('+')[0]}.",
+            f"**{TITLES[name]}**, β = {about['beta']:.4g}; {about['minutes']:g} min of processor time for training, "
+            f"{about['cpu']}, threads: {about['threads']}, torch {about['torch'].partition('+')[0]}.",
             "",
             "| trained, learnt | steps, best | s | held-out loss | validation | | test | | news | |",
             "|---|---|---|---|---|---|---|---|---|---|",
