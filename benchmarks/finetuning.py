@@ -87,7 +87,7 @@ class Measuring:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._name, self._minutes = options.model, options.minutes
-        self._place = BUILD / options.model
+        self._place: Path = BUILD / options.model
         self._rows = read().get(options.model, {})
         self._sparse = self._pruned(options.gguf)
         made = origin(self._sparse)

@@ -142,7 +142,8 @@ def _run(job: FinetuningJob) -> Finetuned:
     reset_peak_memory(device)
     checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
     items, held_out = divided(job.items, job.settings)
-    trainer = Trainer(checkpoint, items, job.settings, held_out, job.teacher and Teacher(job.teacher, device))
+    teacher = Teacher(job.teacher, device) if job.teacher else None
+    trainer = Trainer(checkpoint, items, job.settings, held_out, teacher)
     job.watch(TrialStarted(f"fine-tuning {job.out}", None))
     job.watch(Message(f"training needs {trainer.memory}"))
     if held_out is None and job.settings.patience:

@@ -60,7 +60,7 @@ class Trainer:
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         positions = items.positions if isinstance(items, Images) else None
         self.memory = memory_needed(checkpoint, settings, positions, teacher.bytes if teacher else 0)
-        self._teacher = teacher and teacher.load()
+        self._teacher = teacher.load() if teacher is not None else None
         if self.memory.recompute:
             recompute_blocks(checkpoint.blocks)
         self.adapters = make_adapters(checkpoint, settings)

@@ -110,11 +110,7 @@ def finetune(
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
     if teacher is not None and loss == Loss.next_token:
         raise typer.BadParameter("is read with --loss kl alone", param_hint="--teacher")
-    if train == Train.scales and (given := "--rank" if rank else "--alpha" if alpha else None):
-        raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=given)
-    if train == Train.lora:
-        rank = rank or RANK
-        alpha = alpha or 2 * rank
+    rank, alpha = _size(train, rank, alpha)
     settings = Settings(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
         loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
@@ -139,6 +135,16 @@ def finetune(
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)
+
+
+def _size(train: Train, rank: int | None, alpha: int | None) -> tuple[int | None, int | None]:
+    """LoRA's rank and α; none of scales."""
+    if train == Train.scales:
+        if given := "--rank" if rank else "--alpha" if alpha else None:
+            raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=given)
+        return None, None
+    rank = rank or RANK
+    return rank, alpha or 2 * rank
 
 
 def _show(done: "Finetuned", out: Path) -> None:
