@@ -90,6 +90,65 @@ def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: Comm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "scales"])
+def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLine, train: str) -> None:
+    longer = (*SHORT, "--steps", "30", "--text", f"file:{place / 'long.txt'}", "--eval-every", "10")
+    answer = command(
+        "finetune", "--model", place / "sparse", "--out", place / "out", *longer, "--loss", "kl", "--train", train
+    )
+    assert (answer.code, answer.err) == (0, "")
+    check_kept(place / "sparse", place / "out")
+    done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
+    assert (done.settings.loss, done.settings.train, done.settings.rank) == ("kl", train, {"lora": 8}.get(train))
+    assert done.teacher == read_config(place / "sparse" / ABOUT).model.fingerprint
+    assert done.change.value < 0
+    held = done.held_out
+    assert held is not None
+    assert [step for step, _ in held.losses] == [0, 10, 20, 30]
+    by_hand = [ByHand(place, place / name).model for name in ("model", "sparse", "out")]
+    ids = ByHand(place, place / "sparse").tokenizer((place / "long.txt").read_text(), verbose=False).input_ids
+    rows = torch.tensor(ids[: 134 * TOKENS]).reshape(-1, TOKENS)[-held.windows :]
+    dense, before, after = (model(input_ids=rows).logits[:, :-1].log_softmax(-1).detach() for model in by_hand)
+    for found, (_, loss) in ((before, held.losses[0]), (after, min(held.losses, key=lambda each: each[1]))):
+        assert loss == pytest.approx(float((dense.exp() * (dense - found)).sum(-1).mean()), rel=5e-2)  # bfloat16
+    fell = f"loss on {held.windows} held-out windows: {held.losses[0][1]:.4f} → "
+    assert fell in answer.out
+    assert "held-out loss before training: " in answer.out
+    assert f"(lowest after step {held.best})" in answer.out
+    assert "training needs about " in answer.out
+    card = (place / "out" / "README.md").read_text()
+    assert f"The weights are those after step {held.best} of 30" in card
+    assert ("LoRA" if train == "lora" else "Scales of the rows and columns") in card
+    assert "loss kl" in card
+
+
+@pytest.mark.slow
+def test_training_that_helps_nothing_writes_nothing(place: Path, command: CommandLine) -> None:
+    """At a rate that destroys the model: it stops before all steps, with one line, and leaves nothing."""
+    words = ("--model", place / "sparse", "--out", place / "out", *SHORT, "--steps", "90", "--learning-rate", "3")
+    answer = command("finetune", *words, "--eval-every", "2", "--patience", "2")
+    assert answer.code == 2
+    assert answer.error.startswith("finetune: no step lowered the loss on the ")
+    assert " at best), so nothing was written; lower --learning-rate, or give more or other text" in answer.error
+    assert "stopped: the held-out loss has not fallen in 2 measurements" in answer.out
+    assert "step 4 of 90: " in answer.out
+    assert "step 6 of 90: " not in answer.out
+    assert not [file.name for file in place.iterdir() if "out" in file.name]
+
+
+@pytest.mark.slow
+def test_a_text_that_is_too_short_is_not_divided(place: Path) -> None:
+    (place / "short.txt").write_text("A short text about zeros. " * 20)
+    notes: list[Event] = []
+    text = read_text("--text", f"file:{place / 'short.txt'}", TOKENS)
+    settings = SETTINGS.model_copy(update={"steps": 2, "patience": 2})
+    done = finetune(place / "sparse", place / "out", text, None, settings, "cpu", notes.append)
+    assert done.held_out is None
+    assert done.windows < 16
+    assert any("too few to hold some out" in note.text for note in notes if isinstance(note, Message))
+
+
+@pytest.mark.slow
 def test_the_folder_says_what_was_done(place: Path) -> None:
     done = run(place)
     written = json.loads((place / "out" / FINETUNED).read_text())
@@ -159,7 +218,9 @@ def test_what_was_pruned_without_a_search_is_tuned_too(place: Path, command: Com
 @pytest.mark.slow
 def test_it_can_be_tuned_again(place: Path, command: CommandLine) -> None:
     run(place)
-    answer = command("finetune", "--model", place / "out", "--out", place / "again", *SHORT, "--seed", "1")
+    answer = command(
+        "finetune", "--model", place / "out", "--out", place / "again", *SHORT, "--seed", "1", "--patience", "0"
+    )
     assert answer.code == 0
     check_kept(place / "sparse", place / "again")
 
@@ -250,6 +311,56 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path, command: Comm
     assert not list(place.glob(".*")) and not (place / "out.part").exists()
 
 
+# --- the dense model of `--loss kl`
+
+
+def without_record(place: Path) -> tuple[str, ...]:
+    """Options that need no `atp_tune.json`, which is removed."""
+    (place / "sparse" / ABOUT).unlink()
+    return (*SHORT, "--text", f"file:{place / 'long.txt'}", "--test-text", f"file:{place / 'test.txt'}")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_named(place: Path, command: CommandLine) -> None:
+    options = without_record(place)
+    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *options, "--loss", "kl")
+    said = f"--loss kl: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
+    assert command(*words).error == said
+    answer = command(*words, "--teacher", place / "model")
+    assert (answer.code, answer.err) == (0, "")
+    check_kept(place / "sparse", place / "out")
+
+
+def test_a_teacher_of_another_vocabulary(place: Path, command: CommandLine) -> None:
+    other = Path(shutil.copytree(place / "model", place / "other"))
+    config = json.loads((other / "config.json").read_text())
+    vocabulary = config["vocab_size"]
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary - 7}))
+    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
+    assert command(*words, "--teacher", other).error == (
+        f"--teacher {other}: has a vocabulary of {vocabulary - 7:,} tokens, the sparse model one of {vocabulary:,}; "
+        "give the model that it was pruned from"
+    )
+    (other / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words_of = tokenizer["model"]["vocab"]
+    first, second, *_ = sorted(words_of, key=words_of.get)[-2:]
+    words_of[first], words_of[second] = words_of[second], words_of[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert command(*words, "--teacher", other).error.startswith(f"--teacher {other}: its tokenizer has other tokens")
+
+
+def test_a_dense_model_that_is_gone_or_another(place: Path, command: CommandLine) -> None:
+    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
+    save_file({"a": torch.ones(1)}, place / "model" / "more.safetensors")
+    assert command(*words).error.startswith("model.fingerprint: ")
+    shutil.rmtree(place / "model")
+    error = command(*words).error
+    assert error.startswith("--loss kl: the dense model: model.source: ")
+    assert error.endswith(", or name it by --teacher")
+    assert command(*words, "--teacher", place / "none").error.startswith("--teacher: model.source: ")
+
+
 # --- what is refused, with nothing left behind
 
 
@@ -332,6 +443,13 @@ def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.M
         ("--tokens", "1"),
         ("--batch", "0"),
         ("--seed", "-1"),
+        ("--patience", "-1"),
+        ("--eval-every", "0"),
+        ("--loss", "mse"),
+        ("--train", "all"),
+        ("--teacher", "model"),
+        ("--rank", "4", "--train", "scales"),
+        ("--alpha", "4", "--train", "scales"),
     ],
 )
 def test_options_that_make_no_sense(options: tuple[str, str], place: Path, command: CommandLine) -> None:

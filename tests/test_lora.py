@@ -10,7 +10,7 @@ from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from atp_tune.sparse.training import Adapters, recompute_blocks
+from atp_tune.sparse.adapters import Adapters, Lora, recompute_blocks
 
 FEW = ("llama", "gpt2", "falcon", "gemma3", "qwen2_moe", "gpt_oss")  # in the fast suite
 
@@ -28,7 +28,7 @@ def with_zeros(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def trained(model: Any, rank: int = 2) -> tuple[Adapters, dict[str, nn.Parameter]]:
     """Adapters that are not zero any more."""
-    adapters = Adapters(checkpoint_of(model), rank, alpha=3, seed=0)
+    adapters = Lora(checkpoint_of(model), rank, alpha=3, seed=0)
     parameters = adapters.parameters()
     with torch.no_grad():
         for parameter in parameters.values():
@@ -75,7 +75,7 @@ def test_in_bfloat16_they_are_equal_too() -> None:
 def test_adapters_begin_without_an_effect() -> None:
     model = with_zeros("gpt2")
     before = model(input_ids=random_ids(2)).logits
-    adapters = Adapters(checkpoint_of(model), 2, 4, seed=0)
+    adapters = Lora(checkpoint_of(model), 2, 4, seed=0)
     assert torch.equal(model(input_ids=random_ids(2)).logits, before)
     assert all(torch.equal(was, tuned) for _, was, tuned in adapters.merged())
 
@@ -84,7 +84,7 @@ def test_the_seed_draws_them_and_nothing_else() -> None:
     models = [tiny("llama") for _ in range(3)]
     state = torch.get_rng_state()
     one, same, other = (
-        Adapters(checkpoint_of(model), 2, 4, seed).parameters() for model, seed in zip(models, (0, 0, 1), strict=True)
+        Lora(checkpoint_of(model), 2, 4, seed).parameters() for model, seed in zip(models, (0, 0, 1), strict=True)
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one[name], same[name]) for name in one)

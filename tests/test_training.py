@@ -1,20 +1,23 @@
 """The training against a naive one: a plain model, its weights summed by hand, Adam and the clip written out."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from families import checkpoint_of, random_ids
+from families import checkpoint_of, random_ids, tiny
 from safetensors.torch import save_file
 from test_lora import with_zeros
 from torch import Tensor
 from torch.func import functional_call
 
 from atp_tune.errors import UserError
-from atp_tune.sparse import training
+from atp_tune.sparse import training, training_memory
 from atp_tune.sparse.provenance import Settings
-from atp_tune.sparse.training import Trainer, bytes_needed, order, rate, stored_format
+from atp_tune.sparse.training import Trainer, order, rate, stored_format
+from atp_tune.sparse.training_memory import bytes_needed, memory_needed
 
 SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, seqlen=13, batch=2, seed=3)
 FACTS = {"rank": "2"}
@@ -82,6 +85,136 @@ def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.Monkey
     ours = trainer(SETTINGS.model_copy(update={"steps": 12, "batch": 7}))
     losses = [ours.step() for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+# --- the dense model's predictions
+
+
+def kl_trainer(held_out: Tensor | None = None, **settings: object) -> Trainer:
+    """One whose teacher is the model before anything was zeroed."""
+    ours = Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), with_loss("kl", **settings), held_out)
+    ours._teacher = tiny("llama").requires_grad_(False)
+    return ours
+
+
+def with_loss(loss: str, **settings: object) -> Settings:
+    return SETTINGS.model_copy(update={"loss": loss, **settings})
+
+
+def naive_kl(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Mean over predicted tokens of Σ p ln(p / q)."""
+    model, dense = with_zeros("llama"), tiny("llama")
+    p = dense(input_ids=ids).logits[:, :-1].softmax(-1).detach()
+    q = functional_call(model, weights, kwargs={"input_ids": ids}).logits[:, :-1].softmax(-1)
+    return (p * (p / q).log()).sum(-1).mean()
+
+
+def test_kl_and_its_gradient_are_the_naive_ones() -> None:
+    ours = kl_trainer()
+    with torch.no_grad():
+        for parameter in ours._parameters.values():
+            parameter.normal_(0, 0.1)
+    rows = order(7, SETTINGS)[:2]
+    loss = ours._loss(random_ids(7)[rows])
+    loss.backward()
+    merged = {name: tuned.clone().requires_grad_() for name, _, tuned in ours.adapters.merged()}
+    expected = naive_kl(merged, random_ids(7)[rows])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    expected.backward()
+    for name, weight in merged.items():
+        masked = weight.grad * (weight != 0)
+        b = ours._parameters[f"{name}.lora_B"].detach()
+        mine = ours._parameters[f"{name}.lora_A"].grad
+        assert torch.allclose(mine, 1.5 * b.T @ masked, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing() -> None:
+    ours = kl_trainer()
+    ours._teacher = with_zeros("llama")
+    assert ours.step() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_of(with_zeros("llama"))
+    plain = bytes_needed(checkpoint, SETTINGS, recompute=False)
+    assert bytes_needed(checkpoint, with_loss("kl"), recompute=False) == plain + 16 * 26 * checkpoint.config.vocab_size
+    alone = memory_needed(checkpoint, SETTINGS).needed
+    assert memory_needed(checkpoint, SETTINGS, teacher=1000).needed == alone + 1000
+    monkeypatch.setattr(training_memory, "free_memory", lambda device: 2**30)
+    with pytest.raises(
+        UserError, match=r"with 2\.0 GiB of the dense model; lower --batch, --seqlen or --rank, or take"
+    ):
+        memory_needed(checkpoint, SETTINGS, teacher=2**31)
+
+
+# --- held-out windows
+
+
+def held_out_trainer(**settings: object) -> Trainer:
+    made = with_loss("next-token", patience=2, eval_every=2, **settings)
+    return Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), made, random_ids(12)[7:])
+
+
+def run(ours: Trainer) -> Trainer:
+    """To its end, as `finetune` does."""
+    if ours.must_measure:
+        ours.measure()
+    while not ours.has_ended:
+        ours.step()
+        if ours.must_measure:
+            ours.measure()
+    return ours
+
+
+def test_the_held_out_loss_is_the_mean_over_windows() -> None:
+    """Of 5 windows in batches of 2, so that the last batch is smaller."""
+    ids = random_ids(12)[7:]
+    with torch.no_grad():
+        logits = with_zeros("llama")(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, ids[:, 1:, None]).mean()
+    assert held_out_trainer().measure() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_is_measured_at_the_start_every_few_steps_and_at_the_end() -> None:
+    ours = run(held_out_trainer(learning_rate=1e-4))
+    assert [step for step, _ in ours.early_stop.losses] == [0, 2, 4, 5]
+
+
+def test_it_ends_when_the_held_out_loss_rises_and_takes_the_best() -> None:
+    """Random windows have nothing in common, so that training on some raises the loss of others."""
+    ours = held_out_trainer(steps=40, learning_rate=0.05)
+    kept = {}
+    while not ours.has_ended:
+        if ours.must_measure:
+            ours.measure()
+            kept[len(ours.losses)] = values(ours)
+        if not ours.has_ended:
+            ours.step()
+    step, _ = ours.early_stop.best
+    assert len(ours.losses) == step + 4 < 40
+    ours.take_best()
+    assert all(torch.equal(value, kept[step][name]) for name, value in values(ours).items())
+    assert not all(torch.equal(value, kept[step + 4][name]) for name, value in values(ours).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [held_out_trainer, partial(held_out_trainer, rank=None, alpha=None)])
+def test_held_out_losses_and_the_best_go_on_to_the_same_bits(made: Callable[..., Trainer], tmp_path: Path) -> None:
+    settings = {"steps": 12, "learning_rate": 0.02}
+    whole, half, rest = run(made(**settings)), made(**settings), made(**settings)
+    half.measure()
+    for _ in range(3):
+        half.step()
+        if half.must_measure:
+            half.measure()
+    half.save(tmp_path / "part", FACTS)
+    rest.restore(tmp_path / "part", FACTS)
+    run(rest)
+    assert rest.losses == whole.losses
+    assert rest.early_stop.losses == whole.early_stop.losses
+    for trained in (whole, rest):
+        trained.take_best()
+    assert all(torch.equal(value, values(whole)[name]) for name, value in values(rest).items())
 
 
 # --- a run that was cut off
@@ -152,7 +285,7 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
     checkpoint = checkpoint_of(with_zeros("llama"))
     needed = bytes_needed(checkpoint, SETTINGS, recompute=False)
     assert bytes_needed(checkpoint, SETTINGS, recompute=True) < needed
-    monkeypatch.setattr(training, "free_memory", lambda device: needed)
+    monkeypatch.setattr(training_memory, "free_memory", lambda device: needed)
     tight = trainer()
     assert "partial" in str(tight._model.model.layers[0].forward)
     assert "partial" not in str(roomy._model.model.layers[0].forward)
@@ -160,7 +293,7 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
 
 
 def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(training_memory, "free_memory", lambda device: 1000)
     with pytest.raises(
         UserError, match=r"^finetune: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
     ):

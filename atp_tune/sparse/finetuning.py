@@ -1,15 +1,13 @@
-"""LoRA after pruning: trains a sparse checkpoint on a text, or images, and writes another with the same zeros."""
+"""Training after pruning: trains a sparse checkpoint on a text, or images, and writes another with the same zeros."""
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -20,42 +18,49 @@ from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.extras import require
-from atp_tune.inputs.images import Images, doubles_of, images_of
-from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
+from atp_tune.inputs.images import Images
+from atp_tune.inputs.windows import Windows
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.results.formatting import duration
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.card import amend, words
+from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
 from atp_tune.sparse.provenance import (
     FINETUNED,
     AccuracyChange,
     Finetuned,
-    PrunedWith,
+    HeldOut,
     Settings,
     Zeros,
     manifest_of,
     origin,
 )
 from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.sparse.teacher import Teacher, find_teacher
 from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
-from atp_tune.spec.texts import Text
 from atp_tune.storage.process_identity import versions
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
 
-HELD_OUT = 0.1  # of the training text: the test text, where no other is known
 SAVED = 20  # steps between two writes of the adapters
+TRAINED = {
+    "lora": "The weights that are not zero were trained with LoRA",
+    "scales": "Scales of the rows and columns of each linear were trained, and multiplied into its weights,",
+}
 
 
 @dataclass(frozen=True)
 class FinetuningJob:
-    """One run of `finetune`; `dense` is the dense model's perplexity on the test text, if known."""
+    """One run of `finetune`; `dense` is the dense model's perplexity on the test text, if known.
+
+    `teacher`: the dense model whose predictions are learnt, None if the next tokens are.
+    """
 
     setup: ContextConfig
     folder: ModelFolder
@@ -64,6 +69,7 @@ class FinetuningJob:
     items: Windows | Images
     settings: Settings
     dense: Perplexity | None
+    teacher: ModelFolder | None
     watch: EventHandler
 
     @property
@@ -81,13 +87,16 @@ def finetune(
     device: str,
     watch: EventHandler,
     trusts_plugins: bool = False,
+    teacher: str | None = None,
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
     Of an image classifier both are images. `text` and `test` default to the calibration and test text that the folder
     was pruned with. Windows begin with BOS if they did when it was pruned. `trusts_plugins`: the code of sources of
-    texts that it was pruned with may run.
-    UserError if `out` exists, or if the training text shares documents with the validation or test text.
+    texts that it was pruned with may run. `teacher`: source of the dense model for the loss `kl`; by default the model
+    that the folder was pruned from.
+    UserError if `out` exists, if the training text shares documents with the validation or test text, or if no step
+    lowers the loss on held-out windows.
     """
     require("finetune", "finetune")
     check_free(out)
@@ -104,6 +113,8 @@ def finetune(
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
+    learns = settings.loss == "kl"
+    dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line))) if learns else None
     bos = made is not None and made.bos
     base = made.base if made else Path()
     items: Windows | Images
@@ -120,75 +131,7 @@ def finetune(
         named, PruneConfig(), {"test": test}, base, device, bos=bos, inputs=inputs_of(score), score=score
     )
     with oom_as_user_error("finetune"):
-        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, watch))
-
-
-def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tuple[Data, Data]:
-    """The text to train on and the test text, or images; UserError if there is none, or if they share documents."""
-    if made:
-        text, test = text or made.calibration, test or made.test
-    if text is None:
-        raise UserError(
-            "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
-        )
-    if test is None:
-        start, end = text.part
-        cut = end - HELD_OUT * (end - start)
-        text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept: dict[str, Data] = {"test": test}
-    if made:
-        kept |= {"validation": made.validation, "study's test": made.test}
-    for role, other in kept.items():
-        if _share(text, other):
-            what = ("documents", "text") if isinstance(text, Text) else ("images", "images")
-            raise UserError(
-                f"--text: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or part"
-            )
-    return text, test
-
-
-def _share(one: Data, other: Data) -> bool:
-    if isinstance(one, Text):
-        return isinstance(other, Text) and one.overlaps(other)
-    return isinstance(other, ImageSet) and one.overlaps(other)
-
-
-def read_training_images(text: ImageSet, test: ImageSet, folder: ModelFolder, settings: Settings, base: Path) -> Images:
-    """The images to train on, as many as the steps need, but those of the test; UserError if it has many of them."""
-    needed = settings.steps * settings.batch
-    with _naming("--text"):
-        whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
-        found = images_of(whole, folder, base, at_most=text.nsamples is None)
-    with _naming("--test-text"):
-        measured = images_of(test, folder, base)
-    doubles = doubles_of({"test": measured, "training": found})["training"]
-    return found.without(doubles) if doubles else found
-
-
-def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool, base: Path) -> Windows:
-    """The windows to train on, as many as the steps need; UserError if the test text has one of them too.
-
-    `base`: where plug-ins read from; the files of other texts are absolute.
-    """
-    seqlen = settings.seqlen or text.seqlen
-    with _naming("--text"):
-        whole = text.model_copy(update={"seqlen": seqlen})
-        found = first_windows(whole, folder, base, settings.steps * settings.batch, bos=bos)
-    with _naming("--test-text"):
-        measured = token_windows(test, folder, base, bos=bos)
-    tokens = min(seqlen, test.seqlen) - bos
-    known = {row.tobytes() for row in recut(measured, tokens).ids}
-    if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
-        raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
-    return found
-
-
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from None
+        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch))
 
 
 def _run(job: FinetuningJob) -> Finetuned:
@@ -198,11 +141,16 @@ def _run(job: FinetuningJob) -> Finetuned:
     device = find_device(job.setup.device)
     reset_peak_memory(device)
     checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
-    items = torch.from_numpy(job.items.ids) if isinstance(job.items, Windows) else job.items
-    trainer = Trainer(checkpoint, items, job.settings)
+    items, held_out = divided(job.items, job.settings)
+    teacher = Teacher(job.teacher, device) if job.teacher else None
+    trainer = Trainer(checkpoint, items, job.settings, held_out, teacher)
     job.watch(TrialStarted(f"fine-tuning {job.out}", None))
+    job.watch(Message(f"training needs {trainer.memory}"))
+    if held_out is None and job.settings.patience:
+        job.watch(Message(f"{len(items)} {_called(job)} are too few to hold some out: all steps are done, and count"))
     began = monotonic()
     _train(trainer, job)
+    kept = _chosen(trainer, job, len(held_out) if held_out is not None else 0)
     seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
     with sparse_folder(job.folder.path, job.out) as folder:
         zeros = _write(trainer, checkpoint, job, folder)
@@ -210,18 +158,44 @@ def _run(job: FinetuningJob) -> Finetuned:
         checkpoint.release()
         after = folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
         done = Finetuned(
-            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(job.items),
+            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(items),
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             before=perplexity(before.nlls), after=perplexity(after.nlls), change=change(before.nlls, after.nlls),
             accuracy=_accuracies(before.ranks, after.ranks),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
             bos=isinstance(job.items, Windows) and job.items.bos,
-            manifest=manifest_of(folder, device_name(device)),
+            manifest=manifest_of(folder, device_name(device)), held_out=kept,
+            teacher=job.teacher and job.teacher.content,
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
         amend(folder, "Fine-tuned after pruning", _said(done))
     job.part.unlink(missing_ok=True)
     return done
+
+
+def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | None:
+    """Takes the best adapters, and says what was measured for that; None if nothing was held out.
+
+    UserError, and nothing is left of the run, if no step was better than the model before.
+    """
+    losses = tuple(trainer.early_stop.losses)
+    if not losses:
+        return None
+    (step, _), (_, first) = trainer.early_stop.best, losses[0]
+    if step == 0:
+        job.part.unlink(missing_ok=True)
+        last, loss = min(losses[1:], key=lambda each: each[1])
+        raise UserError(
+            f"finetune: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
+            f"{loss:.4f} after step {last} at best), so nothing was written; lower --learning-rate, or give more or "
+            f"other {'text' if isinstance(job.items, Windows) else 'images'}"
+        )
+    trainer.take_best()
+    return HeldOut(windows=windows, losses=losses, best=step)
+
+
+def _called(job: FinetuningJob) -> str:
+    return "windows" if isinstance(job.items, Windows) else "images"
 
 
 def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
@@ -232,23 +206,33 @@ def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
 
 
 def _train(trainer: "Trainer", job: FinetuningJob) -> None:
-    """Runs the remaining steps, and saves the adapters every `SAVED` steps."""
+    """Runs the remaining steps until early stopping ends them, and saves the adapters every `SAVED` steps."""
     from atp_tune.sparse.training import facts_of
 
-    facts, total = facts_of(job.settings, model=job.folder.content, text=job.items.content), job.settings.steps
+    contents = {"model": job.folder.content, "text": job.items.content}
+    facts = facts_of(job.settings, **contents, **({"teacher": job.teacher.content} if job.teacher else {}))
+    total = job.settings.steps
     if job.part.exists():
         trainer.restore(job.part, facts)
         job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
+    if trainer.must_measure:
+        job.watch(Message(f"held-out loss before training: {trainer.measure():.4f}"))
     before, began = len(trainer.losses), monotonic()
-    for done in range(before + 1, total + 1):
+    while not trainer.has_ended:
         loss = trainer.step()
+        done, said = len(trainer.losses), ""
+        if trainer.must_measure:
+            said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
         job.watch(Step(f"loss {loss:.3f}", done, total))
-        if done % SAVED == 0 or done == total:
+        if done % SAVED == 0 or trainer.has_ended:
             trainer.save(job.part, facts)
+        if said or done % SAVED == 0 or trainer.has_ended:
             left = (monotonic() - began) / (done - before) * (total - done)
-            job.watch(
-                Message(f"step {done} of {total}: loss {fmean(trainer.losses[-SAVED:]):.3f}, {duration(left)} left")
-            )
+            mean = fmean(trainer.losses[-SAVED:])
+            job.watch(Message(f"step {done} of {total}: loss {mean:.3f}{said}, {duration(left)} left"))
+    if len(trainer.losses) < total:
+        waited = job.settings.patience
+        job.watch(Message(f"stopped: the held-out loss has not fallen in {waited} measurements"))
 
 
 def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:
@@ -267,14 +251,26 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
 
 def _said(done: Finetuned) -> str:
     """The section of the model card."""
-    settings = ", ".join(f"{key} {value:g}" for key, value in done.settings.model_dump(exclude_none=True).items())
+    given = done.settings.model_dump(exclude_none=True, exclude={"train"})
+    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
     zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
     own = {} if done.settings.seqlen is None else {"seqlen": done.settings.seqlen}
     trained = done.text.model_copy(update={"nsamples": done.windows, **own})
     hits = done.accuracy and f"Accuracy: {done.accuracy.before} before, {done.accuracy.after} after. "
     return (
-        f"The weights that are not zero were trained with LoRA on {words(trained)}{bos} ({settings}). "
-        f"{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
+        f"{TRAINED[done.settings.train]} on {words(trained)}{bos} ({settings}). "
+        f"{_held_out(done)}{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
         f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). {hits or ''}"
         f"The sections below describe the model before fine-tuning; {FINETUNED} has the rest."
+    )
+
+
+def _held_out(done: Finetuned) -> str:
+    if done.held_out is None:
+        return ""
+    losses = dict(done.held_out.losses)
+    return (
+        f"The weights are those after step {done.held_out.best} of {len(done.losses)}, where the loss on "
+        f"{done.held_out.windows} held-out windows of the same text was lowest ({losses[0]:.4f} before, "
+        f"{losses[done.held_out.best]:.4f} then). "
     )

@@ -97,15 +97,23 @@ def read_image_set(option: str, value: str) -> ImageSet:
 
 
 class Settings(FrozenModel):
-    """The settings of `finetune`, which with model and text determine the weights; no `seqlen` for images."""
+    """The settings of `finetune`, which with model, dense model and text determine the weights.
+
+    No `seqlen` for images, no `rank` and `alpha` where scales are trained. The loss on held-out windows is measured
+    every `eval_every` steps; training ends if `patience` measurements do not lower it; 0: nothing is held out.
+    """
 
     steps: int
-    rank: int
-    alpha: int
+    rank: int | None
+    alpha: int | None
     learning_rate: float
     seqlen: int | None
     batch: int
     seed: int
+    loss: Literal["next-token", "kl"] = "next-token"
+    train: Literal["lora", "scales"] = "lora"
+    eval_every: int = 20
+    patience: int = 0
 
 
 class Zeros(FrozenModel):
@@ -124,11 +132,20 @@ class AccuracyChange(FrozenModel):
     change: Gain
 
 
+class HeldOut(FrozenModel):
+    """The losses on held-out windows, or images, by step, from step 0; `best`: the step whose weights were written."""
+
+    windows: int
+    losses: tuple[tuple[int, float], ...]
+    best: int
+
+
 class Finetuned(FrozenModel):
     """The record of `finetune`, a published JSON format: new keys do not change its number.
 
     `bos`: all windows, of training too, begin with BOS. `manifest`: of the fine-tuned folder. Of an image classifier
-    `text` and `test` are images, `windows` their number, and `accuracy` is on the test images.
+    `text` and `test` are images, `windows` their number, and `accuracy` is on the test images. `held_out`: None if
+    nothing was. `teacher`: the SHA-256 of the dense model whose predictions were learnt, with the loss `kl`.
     """
 
     format: Literal["atp_tune.finetune/2"] = "atp_tune.finetune/2"
@@ -151,6 +168,8 @@ class Finetuned(FrozenModel):
     bos: bool = False
     manifest: Manifest | None = None
     accuracy: AccuracyChange | None = None
+    held_out: HeldOut | None = None
+    teacher: str | None = None
 
 
 def stored_manifest(folder: Path) -> Manifest | None:

@@ -1,15 +1,12 @@
-"""LoRA that keeps zeros, on peft's layers: masked adapters, training steps, saving and resuming.
+"""Trains adapters on a sparse checkpoint that keep its zeros: steps, held-out losses, saving and resuming.
 
-    y = (W + M ⊙ s B A) x        M = [W ≠ 0], s = α / r
-
-W is the frozen weight of a linear [out, in] with its zeros; A [r, in] and B [out, r] are trained in float32. The masked
-product needs a matrix of W's size: LoRA's usual B (A x) cannot apply the mask, and a mask applied only at the merge
-would change the trained model. So each forward, like the merge, computes the sum in float32 and rounds it once to W's
-format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
-
-    loss   mean NLL of a batch of windows, nats per token; of an image classifier the mean cross-entropy of its images
+    loss   next-token: mean NLL of a batch of windows, nats per token; of images mean cross-entropy of their classes
+           kl: mean of KL(p ‖ q), p the dense model's distribution of the next token, or class, and q this model's;
+           its gradient by the logits is (q - p) / positions. Source: Hinton et al., Distilling the Knowledge in a
+           Neural Network, 2015, with temperature 1
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
+    stop   the loss on held-out windows chooses the step whose adapters are merged (`early_stop`)
 
 Dropout is off and the seed fixes the order of the windows, so a run that was interrupted and resumed ends with the same
 weights as one that was not.
@@ -17,135 +14,86 @@ weights as one that was not.
 
 import json
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint as recomputed
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import GIB, find_dtype, free_memory
+from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
+from atp_tune.sparse.adapters import make_adapters, recompute_blocks
+from atp_tune.sparse.early_stop import EarlyStop
 from atp_tune.sparse.provenance import Settings
+from atp_tune.sparse.teacher import Teacher
+from atp_tune.sparse.training_memory import memory_needed
 
-ADAPTER = "default"  # what peft calls an adapter
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARE = 0.5  # of free memory; if a step needs more, the backward pass recomputes blocks
-ADAPTER_BYTES = 16  # per trained number: value, gradient and two moments in float32
-WEIGHT_BYTES = 16  # per weight in a forward pass: sum, mask, rounded sum, and their gradients
-LOGIT_BYTES = 16  # per logit: as computed, in float32, softmax and gradient
-
-
-class MaskedLinear(LoraLinear):
-    """peft's LoRA layer with the mask in its forward pass."""
-
-    def tuned(self) -> Tensor:
-        """W + M ⊙ s B A in W's own shape and format."""
-        weight: Any = self.get_base_layer().weight
-        with torch.autocast(weight.device.type, enabled=False):
-            fixed = weight.float()
-            mask = fixed.sign().abs()  # several times as fast as a comparison
-            tuned: Tensor = (fixed + mask * self.get_delta_weight(ADAPTER)).to(weight.dtype)
-        return tuned
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Outputs [..., out] of inputs [..., in]."""
-        y: Tensor = functional_call(self.get_base_layer(), {"weight": self.tuned()}, (x, *args), kwargs)
-        return y
-
-
-class Adapters:
-    """Adapters on all linears of a checkpoint's blocks, except experts of a mixture, which are no modules.
-
-    The checkpoint's model is changed: its linears become `MaskedLinear`.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
-        """`seed` initialises A; B is zero, so training starts from the pruned model."""
-        self._checkpoint = checkpoint
-        found = [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
-        places = [f"{i}.{linear.name}" for i, linear in found]
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
-        config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # into the blocks alone: for some whole models peft rewrites target_modules
-            inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
-        self._layers: dict[str, Any] = {}
-        for place, (i, linear) in zip(places, found, strict=True):
-            layer: Any = checkpoint.blocks.get_submodule(place)
-            layer.fan_in_fan_out = linear.transposed
-            self._layers[checkpoint.key(i, linear)] = layer
-
-    @property
-    def names(self) -> set[str]:
-        """Names in a checkpoint of the tensors that have an adapter."""
-        weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
-        return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every linear, in float32, by name."""
-        found = {}
-        for name, layer in self._layers.items():
-            for side in ("lora_A", "lora_B"):
-                matrix = getattr(layer, side)[ADAPTER].float()
-                found[f"{name}.{side}"] = matrix.weight.requires_grad_()
-        return found
-
-    @torch.no_grad()
-    def merged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name on disk, weight before and weight with the adapter merged, linear by linear."""
-        for name, layer in self._layers.items():
-            tuned = self._checkpoint.as_saved(name, layer.tuned().cpu())
-            for part, was in self._checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
-                yield part, was, tuned[part]
-
-
-def recompute_blocks(blocks: nn.ModuleList) -> None:
-    """Gradient checkpointing: each block keeps only its inputs, and is recomputed in the backward pass."""
-    for block in blocks:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
+Items = Tensor | Images  # token ids [windows, tokens], or labelled images
 
 
 class Trainer:
-    """Trains adapters on the linears of a checkpoint with token ids [windows, tokens], or with labelled images."""
+    """Trains adapters on the linears of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, items: Tensor | Images, settings: Settings) -> None:
-        """UserError if memory is too small, or windows exceed the model's positions."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        items: Items,
+        settings: Settings,
+        held_out: Items | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """`held_out`: what early stopping measures on; `teacher`: the dense model of the loss `kl`.
+
+        UserError if memory is too small, or windows exceed the model's positions.
+        """
         if settings.seqlen is not None:
             check_length(checkpoint, settings.seqlen)
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
-        if must_recompute(checkpoint, settings, items.positions if isinstance(items, Images) else None):
+        positions = items.positions if isinstance(items, Images) else None
+        self.memory = memory_needed(checkpoint, settings, positions, teacher.bytes if teacher else 0)
+        self._teacher = teacher.load() if teacher is not None else None
+        if self.memory.recompute:
             recompute_blocks(checkpoint.blocks)
-        self.adapters = Adapters(checkpoint, settings.rank, settings.alpha, settings.seed)
+        self.adapters = make_adapters(checkpoint, settings)
         self._parameters = self.adapters.parameters()
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
-        self._items, self._order = items, order(len(items), settings)
+        self._items, self._held_out, self._order = items, held_out, order(len(items), settings)
         fast = find_dtype("auto", checkpoint.device)
         self._mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=fast == torch.bfloat16 and checkpoint.dtype == torch.float32
         )
         self.losses: list[float] = []
+        self.early_stop = EarlyStop(settings.patience)
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps were done, or the held-out loss has not fallen for long enough."""
+        return len(self.losses) == self._settings.steps or self.early_stop.has_ended
+
+    @property
+    def must_measure(self) -> bool:
+        """Whether the held-out loss is due: before the first step, every `eval_every` steps, after the last."""
+        done = len(self.losses)
+        is_due = done % self._settings.eval_every == 0 or done == self._settings.steps
+        return self._held_out is not None and is_due and done not in dict(self.early_stop.losses)
 
     def step(self) -> float:
         """One step on the next batch; its loss in nats per token, or per image."""
         done, settings = len(self.losses), self._settings
         rows = self._order[done * settings.batch :][: settings.batch]
         self._optimizer.zero_grad()
-        loss = self._loss_of_images(self._items, rows) if isinstance(self._items, Images) else self._loss(rows)
-        if not loss.isfinite():
-            raise UserError(f"finetune: the loss is {loss.item()} at step {done + 1}; lower --learning-rate")
+        loss = self._loss(self._items[rows])  # type: ignore[index]
+        self._check(loss, f"the loss is {loss.item()} at step {done + 1}")
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         for group in self._optimizer.param_groups:
@@ -154,19 +102,49 @@ class Trainer:
         self.losses.append(loss.item())
         return self.losses[-1]
 
-    def _loss(self, rows: Tensor) -> Tensor:
-        assert isinstance(self._items, Tensor)
-        batch = self._items[rows].to(self._device)
-        with self._mixed:
-            logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The mean loss on the held-out windows, batch by batch; the adapters of the lowest one are kept."""
+        assert self._held_out is not None
+        total, done, size = 0.0, len(self.losses), self._settings.batch
+        for start in range(0, len(self._held_out), size):
+            batch = self._held_out[start : start + size]
+            loss = self._loss(batch)
+            self._check(loss, f"the held-out loss is {loss.item()} after step {done}")
+            total += loss.item() * len(batch)
+        if self.early_stop.add(done, total / len(self._held_out)):
+            self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        return self.early_stop.losses[-1][1]
 
-    def _loss_of_images(self, images: Images, rows: Tensor) -> Tensor:
-        pixels, classes = images.pixels[rows].to(self._device), images.classes[rows].to(self._device)
-        dtype: Any = self._model.dtype
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Gives the adapters the values of the step with the lowest held-out loss; of the last step without one."""
+        for name, value in self._best.items():
+            self._parameters[name].copy_(value)
+
+    def _check(self, loss: Tensor, said: str) -> None:
+        if not loss.isfinite():
+            raise UserError(f"finetune: {said}; lower --learning-rate")
+
+    def _loss(self, items: Items) -> Tensor:
+        """The mean loss of a batch."""
+        batch = items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
+        logits = self._logits(self._model, batch)
+        if self._teacher is not None:
+            with torch.no_grad():
+                dense = self._logits(self._teacher, batch).log_softmax(-1)
+            return functional.kl_div(logits.log_softmax(-1), dense, reduction="batchmean", log_target=True)
+        targets = batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
+        return functional.cross_entropy(logits, targets)
+
+    def _logits(self, model: nn.Module, batch: Items) -> Tensor:
+        """Logits in float32 [predicted tokens, vocabulary], or [images, classes]."""
         with self._mixed:
-            logits = self._model(pixel_values=pixels.to(dtype)).logits
-        return nn.functional.cross_entropy(logits.float(), classes)
+            if isinstance(batch, Images):
+                dtype: Any = model.dtype
+                found: Tensor = model(pixel_values=batch.pixels.to(dtype)).logits
+                return found.float()
+            return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
         """Writes adapters, moments and losses; `facts` identify the run. UserError if it cannot be written."""
@@ -174,6 +152,8 @@ class Trainer:
         for name, parameter in self._parameters.items():
             tensors[name] = parameter.detach()
             tensors |= {f"{name} {moment}": self._optimizer.state[parameter][moment] for moment in MOMENTS}
+        tensors |= {f"{name} {BEST}": value for name, value in self._best.items()}
+        tensors["held-out losses"] = torch.tensor(self.early_stop.losses, dtype=torch.float64)
         write_out(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, facts))
 
     @torch.no_grad()
@@ -187,10 +167,14 @@ class Trainer:
                         f"{path}: was begun with another {differing[0]}; give the same options, or remove the file"
                     )
                 self.losses = stored.get_tensor("losses").tolist()
+                measured = stored.get_tensor("held-out losses").tolist()
+                self.early_stop.losses = [(int(step), loss) for step, loss in measured]
                 for name, parameter in self._parameters.items():
                     parameter.copy_(stored.get_tensor(name))
                     moments = {moment: stored.get_tensor(f"{name} {moment}") for moment in MOMENTS}
                     self._optimizer.state[parameter] = {"step": torch.tensor(float(len(self.losses))), **moments}
+                if measured:
+                    self._best = {name: stored.get_tensor(f"{name} {BEST}") for name in self._parameters}
         except SafetensorError:
             raise UserError(f"{path}: was not written by an earlier run; remove it") from None
 
@@ -209,40 +193,6 @@ def rate(done: int, settings: Settings) -> float:
     if done < warm:
         return settings.learning_rate * (done + 1) / warm
     return settings.learning_rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
-
-
-def must_recompute(checkpoint: Checkpoint, settings: Settings, positions: int | None = None) -> bool:
-    """Whether to recompute blocks in the backward pass; UserError if memory is too small even then.
-
-    `positions`: hidden states of an image in the first block, of an image classifier.
-    """
-    free = free_memory(checkpoint.device)
-    if bytes_needed(checkpoint, settings, False, positions) < SHARE * free:
-        return False
-    needed = bytes_needed(checkpoint, settings, True, positions)
-    if needed > free:
-        raise UserError(
-            f"finetune: needs about {needed / GIB:.1f} GiB beside the weights, {free / GIB:.1f} GiB are free; lower "
-            "--batch, --seqlen or --rank, or take a larger device"
-        )
-    return True
-
-
-def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool, positions: int | None = None) -> int:
-    """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
-    tokens = settings.batch * (positions or settings.seqlen or 1)
-    widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
-    sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
-    adapters = settings.rank * sum(map(sum, widths)) * ADAPTER_BYTES
-    blocks = [size * WEIGHT_BYTES + tokens * sum(w) * 8 for size, w in zip(sizes, widths, strict=True)]
-    if positions:  # of an image classifier, whose stages may have other widths
-        width = max(x.in_features for linears in checkpoint.linears for x in linears)
-        logits = settings.batch * checkpoint.config.num_labels
-    else:
-        config = checkpoint.config.get_text_config()
-        width, logits = config.hidden_size, tokens * config.vocab_size
-    kept = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
-    return int(adapters + kept + logits * LOGIT_BYTES)
 
 
 def check_length(checkpoint: Checkpoint, tokens: int) -> None:

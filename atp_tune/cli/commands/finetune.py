@@ -1,6 +1,7 @@
 """`tune.py finetune`: fine-tunes a sparse checkpoint and keeps its zeros."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,22 @@ if TYPE_CHECKING:
     from atp_tune.sparse.provenance import Finetuned
 
 TEXT = "SOURCE|TABLE"
+RANK = 8
+RATES = {"lora": 1e-4, "scales": 1e-3}  # default learning rates
+
+
+class Loss(StrEnum):
+    """What is minimised."""
+
+    next_token = "next-token"
+    kl = "kl"
+
+
+class Train(StrEnum):
+    """What is trained."""
+
+    lora = "lora"
+    scales = "scales"
 
 
 def finetune(
@@ -41,16 +58,39 @@ def finetune(
     steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 8,
     seqlen: Annotated[int, typer.Option("--seqlen", "--tokens", min=2, help="Tokens per window.")] = 512,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank r.")] = 8,
+    loss: Annotated[
+        Loss, typer.Option(help="next-token: NLL of the text; kl: KL divergence from the dense model's predictions.")
+    ] = Loss.next_token,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Dense model for `--loss kl`; default: the one that DIR was pruned from."),
+    ] = None,
+    train: Annotated[
+        Train, typer.Option(help="lora: masked LoRA; scales: a scale for each row and column of each linear.")
+    ] = Train.lora,
+    rank: Annotated[int | None, typer.Option(min=1, help=f"LoRA rank r; default: {RANK}.")] = None,
     alpha: Annotated[
         int | None, typer.Option(min=1, help="LoRA α: adapters are scaled by α / r; default: twice the rank.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, reached after the warm-up.")] = 1e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.0001, of scales 0.001."),
+    ] = None,
+    eval_every: Annotated[
+        int, typer.Option("--eval-every", min=1, help="Steps between two measurements on held-out windows.")
+    ] = 20,
+    patience: Annotated[
+        int,
+        typer.Option(min=0, help="Stop after so many measurements without a lower loss; 0: hold out nothing."),
+    ] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters and of the order of the windows.")] = 0,
     device: Device = None,
     trust_plugins: TrustPlugins = False,
 ) -> None:
-    """Fine-tune a sparse checkpoint with LoRA, keep every zero, and measure perplexity before and after.
+    """Fine-tune a sparse checkpoint, keep every zero, and measure perplexity before and after.
+
+    The last windows of the text are held out; training ends when their loss stops falling, and the step where it was
+    lowest is written. If no step lowers it, nothing is written.
 
     An image classifier is trained on labelled images, in the forms of `[images.*]`, and its accuracy is measured too.
 
@@ -59,16 +99,22 @@ def finetune(
 
     Example: `python tune.py finetune --model smol-sparse --out smol-tuned --text file:articles.txt`
 
+    Example: `python tune.py finetune --model smol-sparse --out smol-tuned --train scales --loss kl`
+
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
     from atp_tune.sparse.provenance import Settings, read_image_set, read_text
 
+    learning_rate = RATES[train] if learning_rate is None else learning_rate
     if not 0 < learning_rate < float("inf"):
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
-    alpha = alpha or 2 * rank
+    if teacher is not None and loss == Loss.next_token:
+        raise typer.BadParameter("is read with --loss kl alone", param_hint="--teacher")
+    rank, alpha = _size(train, rank, alpha)
     settings = Settings(
-        steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed
-    )
+        steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
+        loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
+    )  # fmt: skip
     from atp_tune.checkpoints.classes import classifies_images
 
     of_images = classifies_images(model)
@@ -82,12 +128,23 @@ def finetune(
 
     with quiet(), interruptible(), Display() as display:
         try:
-            done = tune(model, out, named or None, measured or None, settings, device or "auto", display, trust_plugins)
+            texts, where = (named or None, measured or None), device or "auto"
+            done = tune(model, out, *texts, settings, where, display, trust_plugins, teacher)
         except KeyboardInterrupt:
             display.close()
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)
+
+
+def _size(train: Train, rank: int | None, alpha: int | None) -> tuple[int | None, int | None]:
+    """LoRA's rank and α; none of scales."""
+    if train == Train.scales:
+        if given := "--rank" if rank else "--alpha" if alpha else None:
+            raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=given)
+        return None, None
+    rank = rank or RANK
+    return rank, alpha or 2 * rank
 
 
 def _show(done: "Finetuned", out: Path) -> None:
@@ -102,6 +159,10 @@ def _show(done: "Finetuned", out: Path) -> None:
     head = ("model", "zeros", "test perplexity", "against pruned", *["test accuracy"] * bool(hits))
     console.print(markdown(head, rows))
     items = "windows" if hits is None else "images"
-    trained = f"{done.settings.steps} steps on {done.windows} {items} of {printable(done.text.source)}"
+    trained = f"{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}"
     console.print(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
+    if held := done.held_out:
+        losses = dict(held.losses)
+        fell = f"{losses[0]:.4f} → {losses[held.best]:.4f}"
+        console.print(f"loss on {held.windows} held-out {items}: {fell} after step {held.best}, which was written")
     console.print(f"sparse checkpoint: {out}")

@@ -1,0 +1,177 @@
+"""What `finetune` trains in the linears of a sparse checkpoint while every zero stays: masked LoRA, or scales.
+
+    LoRA     y = (W + M ⊙ s B A) x        M = [W ≠ 0], s = α / r
+    scales   y = eᵃ ⊙ W (eᵇ ⊙ x)          W' = diag(eᵃ) W diag(eᵇ)
+
+W is the frozen weight of a linear [out, in] with its zeros; A [r, in], B [out, r], a [out] and b [in] are trained in
+float32. A bias is not trained.
+
+LoRA: the masked product needs a matrix of W's size: LoRA's usual B (A x) cannot apply the mask, and a mask applied only
+at the merge would change the trained model. So each forward, like the merge, computes the sum in float32 and rounds it
+once to W's format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
+
+Scales: the exponentials are never 0, so that W' has W's zeros and signs. The forward multiplies inputs and outputs, and
+needs no gradient of W's size; W' is rounded to W's format at the merge alone. Norm gains are not trained: a gain is a
+scale of the columns of all linears behind the norm.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.sparse.provenance import Settings
+
+ADAPTER = "default"  # what peft calls an adapter
+
+
+class Adapters(ABC):
+    """Trained numbers in all linears of a checkpoint's blocks, except experts of a mixture, which are no modules."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._layers: dict[str, Any] = {}  # by the name of their weight in the model
+
+    @property
+    def names(self) -> set[str]:
+        """Names in a checkpoint of the tensors that are trained."""
+        weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
+        return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, in float32, by name."""
+
+    @torch.no_grad()
+    def merged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name on disk, weight before and weight as trained, linear by linear."""
+        for name, layer in self._layers.items():
+            tuned = self._checkpoint.as_saved(name, layer.tuned().cpu())
+            for part, was in self._checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
+                yield part, was, tuned[part]
+
+
+class MaskedLinear(LoraLinear):
+    """peft's LoRA layer with the mask in its forward pass."""
+
+    def tuned(self) -> Tensor:
+        """W + M ⊙ s B A in W's own shape and format."""
+        weight: Any = self.get_base_layer().weight
+        with torch.autocast(weight.device.type, enabled=False):
+            fixed = weight.float()
+            mask = fixed.sign().abs()  # several times as fast as a comparison
+            tuned: Tensor = (fixed + mask * self.get_delta_weight(ADAPTER)).to(weight.dtype)
+        return tuned
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Outputs [..., out] of inputs [..., in]."""
+        y: Tensor = functional_call(self.get_base_layer(), {"weight": self.tuned()}, (x, *args), kwargs)
+        return y
+
+
+class Lora(Adapters):
+    """LoRA; the checkpoint's model is changed: its linears become `MaskedLinear`."""
+
+    def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
+        """`seed` initialises A; B is zero, so training starts from the pruned model."""
+        super().__init__(checkpoint)
+        found = linears_of(checkpoint)
+        places = [f"{i}.{linear.name}" for i, linear in found]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
+        config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # into the blocks alone: for some whole models peft rewrites target_modules
+            inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
+        for place, (i, linear) in zip(places, found, strict=True):
+            layer: Any = checkpoint.blocks.get_submodule(place)
+            layer.fan_in_fan_out = linear.transposed
+            self._layers[checkpoint.key(i, linear)] = layer
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """A and B of every linear."""
+        found = {}
+        for name, layer in self._layers.items():
+            for side in ("lora_A", "lora_B"):
+                matrix = getattr(layer, side)[ADAPTER].float()
+                found[f"{name}.{side}"] = matrix.weight.requires_grad_()
+        return found
+
+
+class ScaledLinear(nn.Module):
+    """A linear with scales of its rows and columns, whose logarithms `rows` [out] and `columns` [in] are trained."""
+
+    def __init__(self, base: nn.Module, linear: Linear) -> None:
+        super().__init__()
+        self.base: Any = base
+        self._transposed, place = linear.transposed, self.weight.device
+        self.rows = nn.Parameter(torch.zeros(linear.out_features, device=place))
+        self.columns = nn.Parameter(torch.zeros(linear.in_features, device=place))
+
+    def get_base_layer(self) -> Any:
+        """The linear itself, as in peft's layers."""
+        return self.base
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for models that read its format or device."""
+        found: Tensor = self.base.weight
+        return found
+
+    def tuned(self) -> Tensor:
+        """diag(eᵃ) W diag(eᵇ) in W's own shape and format."""
+        scales = self.rows.exp()[:, None] * self.columns.exp()
+        return (self.weight.float() * (scales.T if self._transposed else scales)).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., out] of inputs [..., in]; of a class with a forward of its own by that, with W'."""
+        if type(self.base).forward not in (nn.Linear.forward, Conv1D.forward):
+            return functional_call(self.base, {"weight": self.tuned()}, (x,))  # type: ignore[no-any-return]
+        rows, bias = self.rows.exp(), self.base.bias
+        own = {} if bias is None else {"bias": (bias / rows).to(bias.dtype)}
+        y: Tensor = functional_call(self.base, own, ((x * self.columns.exp()).to(x.dtype),))
+        return (y * rows).to(y.dtype)
+
+
+class Scales(Adapters):
+    """Scales; the checkpoint's model is changed: its linears become `ScaledLinear`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        for i, linear in linears_of(checkpoint):
+            base = checkpoint.blocks[i].get_submodule(linear.name)
+            layer = ScaledLinear(base, linear)
+            checkpoint.blocks[i].set_submodule(linear.name, layer)
+            self._layers[checkpoint.key(i, linear)] = layer
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Both vectors of every linear."""
+        sides = ("rows", "columns")
+        return {f"{name}.{side}": getattr(layer, side) for name, layer in self._layers.items() for side in sides}
+
+
+def linears_of(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
+    """The linears that are modules, each with the index of its block."""
+    return [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
+
+
+def make_adapters(checkpoint: Checkpoint, settings: Settings) -> Adapters:
+    """What the settings train."""
+    if settings.rank is None or settings.alpha is None:
+        return Scales(checkpoint)
+    return Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
+
+
+def recompute_blocks(blocks: nn.ModuleList) -> None:
+    """Gradient checkpointing: each block keeps only its inputs, and is recomputed in the backward pass."""
+    for block in blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)

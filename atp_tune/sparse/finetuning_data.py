@@ -1,0 +1,95 @@
+"""What `finetune` trains and measures on: its texts, or images, which may not share documents, and their windows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.errors import UserError
+from atp_tune.inputs.images import Images, doubles_of, images_of
+from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
+from atp_tune.sparse.early_stop import windows_held_out, windows_read
+from atp_tune.sparse.provenance import PrunedWith, Settings
+from atp_tune.spec.images import ImageSet
+from atp_tune.spec.study import Data
+from atp_tune.spec.texts import Text
+
+TEST_SHARE = 0.1  # of the training text: the test text, where no other is known
+
+
+def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tuple[Data, Data]:
+    """The text to train on and the test text, or images; UserError if there is none, or if they share documents."""
+    if made:
+        text, test = text or made.calibration, test or made.test
+    if text is None:
+        raise UserError(
+            "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
+        )
+    if test is None:
+        start, end = text.part
+        cut = end - TEST_SHARE * (end - start)
+        text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
+    kept: dict[str, Data] = {"test": test}
+    if made:
+        kept |= {"validation": made.validation, "study's test": made.test}
+    for role, other in kept.items():
+        if _share(text, other):
+            what = ("documents", "text") if isinstance(text, Text) else ("images", "images")
+            raise UserError(
+                f"--text: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or part"
+            )
+    return text, test
+
+
+def _share(one: Data, other: Data) -> bool:
+    if isinstance(one, Text):
+        return isinstance(other, Text) and one.overlaps(other)
+    return isinstance(other, ImageSet) and one.overlaps(other)
+
+
+def read_training_images(text: ImageSet, test: ImageSet, folder: ModelFolder, settings: Settings, base: Path) -> Images:
+    """The images to train on and to hold out, but those of the test; UserError if it has many of them."""
+    needed = windows_read(settings)
+    with _naming("--text"):
+        whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
+        found = images_of(whole, folder, base, at_most=text.nsamples is None)
+    with _naming("--test-text"):
+        measured = images_of(test, folder, base)
+    doubles = doubles_of({"test": measured, "training": found})["training"]
+    return found.without(doubles) if doubles else found
+
+
+def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool, base: Path) -> Windows:
+    """The windows to train on and to hold out; UserError if the test text has one of them too.
+
+    `base`: where plug-ins read from; the files of other texts are absolute.
+    """
+    seqlen = settings.seqlen or text.seqlen
+    with _naming("--text"):
+        whole = text.model_copy(update={"seqlen": seqlen})
+        found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
+    with _naming("--test-text"):
+        measured = token_windows(test, folder, base, bos=bos)
+    tokens = min(seqlen, test.seqlen) - bos
+    known = {row.tobytes() for row in recut(measured, tokens).ids}
+    if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
+        raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
+    return found
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def divided(items: Windows | Images, settings: Settings) -> tuple[Tensor | Images, Tensor | Images | None]:
+    """What is trained on, and what is held out, at the end of it; None if nothing is."""
+    found = torch.from_numpy(items.ids) if isinstance(items, Windows) else items
+    count = windows_held_out(len(items), settings)
+    return (found[:-count], found[-count:]) if count else (found, None)
