@@ -362,8 +362,8 @@ def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch:
         assert torch.equal(was, tuned) != (was.dim() == 2 and ".layers." in name)
         assert was.dim() != 2 or torch.equal((was == 0), (tuned == 0))
     assert done.held_out is not None and done.held_out.windows == 20
-    learnt = tune(*words, "--steps", "4", "--learning-rate", "0.01", "--loss", "kl", "--out", "learnt")
-    assert learnt.code == 0 and "loss on 20 held-out images: " in learnt.out, learnt
+    learnt = tune(*words, "--steps", "2", "--loss", "kl", "--patience", "0", "--out", "learnt")
+    assert learnt.code == 0 and "2 steps on 32 images of " in learnt.out, learnt
     refused(tune(*words, "--out", "no", "--loss", "kl", "--teacher", "no-model"), "--teacher: model.source: ")
 
 

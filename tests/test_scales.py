@@ -58,7 +58,7 @@ def test_each_weight_is_multiplied_by_its_row_and_column() -> None:
     for name, was, tuned in scales.merged():
         rows, columns = (parameters[f"{name}.{side}"].detach() for side in ("rows", "columns"))
         for i, j in ((0, 0), (1, 3), (4, 2), (7, 7)):
-            expected = float(was[j, i]) * float(rows[i].exp()) * float(columns[j].exp())
+            expected = float(was[j, i].detach()) * float(rows[i].exp()) * float(columns[j].exp())
             assert float(tuned[j, i]) == pytest.approx(expected, rel=1e-5)
 
 
