@@ -96,6 +96,7 @@ class TextFitness:
 
     def __init__(self, context: TrialContext, pool: Tensor, level: Level, kind: str) -> None:
         self.stitched = Stitched(context, level)
+        self._level = level
         self._context = context
         self._replay = context.replay
         self._pool = pool
@@ -105,6 +106,11 @@ class TextFitness:
     def __call__(self, states: Sequence[State], windows: Sequence[int]) -> list[float]:
         """The mean over windows, for each state."""
         return self._of(states, windows, (self._kind,))[self._kind]
+
+    @property
+    def free_seconds(self) -> float:
+        """Seconds that levels took which EvoPress has made before its search."""
+        return self._level.seconds if isinstance(self._level, BySparseGPT) else 0.0
 
     def both(self, state: State) -> dict[str, float]:
         """KL and NLL on the whole pool."""
@@ -152,7 +158,7 @@ class TextFitness:
                 hidden = torch.cat([tensors[tensor] for tensor in entering])
                 for part in by_powers(hidden, batch.windows):
                     advance(self._replay, batch, index, self.stitched.block(index, row), part)
-                for tensor, part in zip(entering, hidden.split(len(ids)), strict=True):
+                for tensor, part in zip(entering, torch.split(hidden, len(ids)), strict=True):
                     after[row, tensor] = part
             places = {pair: place for place, pair in enumerate(after)}
             tensors, own = list(after.values()), [places[pair] for pair in pairs]
@@ -178,7 +184,7 @@ def divergence(p: Tensor, information: Tensor, logits: Tensor) -> float:
     """The sum over tokens of KL(p ‖ q) in nats, q by logits z [tokens, vocabulary]; `information`: Σ p ln p."""
     rows = rows_at_a_time(logits) or len(logits)
     total = float(information.sum(dtype=torch.float64))
-    for one, part in zip(p.split(rows), logits.split(rows), strict=True):
+    for one, part in zip(torch.split(p, rows), torch.split(logits, rows), strict=True):
         z = part.float()
         total += float((z.logsumexp(1) - (one * z).sum(1)).sum(dtype=torch.float64))
     return total

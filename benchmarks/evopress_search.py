@@ -17,7 +17,7 @@ Source: Sieberling et al., "EvoPress: Accurate Dynamic Model Compression via Evo
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from atp_tune.allocations import LinearSparsities, Shape
@@ -93,47 +93,46 @@ class Generation:
     windows: int
 
 
-@dataclass
-class Mark:
-    """What a search has come to; `kl`, `nll`: on all windows of the pool, in nats per token."""
+@dataclass(frozen=True)
+class Moment:
+    """A search after a generation: seconds so far, of the processor and as they pass by; `tokens` of the windows on
+    which candidates were measured; fitness on the last of them, 0 at the start.
+    """
 
-    multiple: float
     seconds: float
-    generation: int
+    wall: float
     tokens: int
-    kl: float
-    nll: float
+    fitness: float
     state: State
 
 
 @dataclass
 class Run:
-    """One search; `tokens`: of the windows on which candidates were measured, `wall`: seconds that passed by."""
+    """One search: what was asked for, and each generation, after the start."""
 
     pruner: str
     fitness: str
     start: str
     settings: Settings
-    state: State
-    generation: int = 0
-    seconds: float = 0.0
-    wall: float = 0.0
-    tokens: int = 0
-    marks: list[Mark] = field(default_factory=list)
+    moments: list[Moment]
 
     @property
     def request(self) -> tuple[object, ...]:
         """What determines the search."""
-        return self.pruner, self.fitness, self.start, self.settings
+        return self.pruner, self.fitness, self.start, self.settings, self.moments[0].state
+
+    def at(self, seconds: float) -> int | None:
+        """The generation at this time, from 0; None before the search has come to it."""
+        if self.moments[-1].seconds < seconds:
+            return None
+        return max(number for number, moment in enumerate(self.moments) if moment.seconds <= seconds)
 
 
-def read_run(stored: Any) -> Run | None:
-    """A search from the record."""
-    if stored is None or isinstance(stored, Run):
-        return stored
-    settings = Settings(**{**stored["settings"], "stages": tuple(map(tuple, stored["settings"]["stages"]))})
-    marks = [Mark(**{**mark, "state": tuple(map(tuple, mark["state"]))}) for mark in stored["marks"]]
-    return Run(**{**stored, "settings": settings, "marks": marks, "state": tuple(map(tuple, stored["state"]))})
+def read_run(stored: dict[str, Any]) -> Run:
+    """A search from JSON."""
+    stages = tuple(map(tuple, stored["settings"]["stages"]))
+    moments = [Moment(**{**each, "state": tuple(map(tuple, each["state"]))}) for each in stored["moments"]]
+    return Run(**{**stored, "settings": Settings(**{**stored["settings"], "stages": stages}), "moments": moments})
 
 
 def share_of(zeros: int, columns: int) -> float:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import bench_of, few, random_ids, tiny
 from test_benchmarks import BENCHMARKS, rows
+from tinystudy import CommandLine
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,7 +65,7 @@ def from_scratch(model: Any, context: TrialContext, state: Any) -> Any:
             weight = linear.matrix(pruned.get_parameter(context.checkpoint.key(i, linear)).data)
             rows = (weight.abs() * known[i][linear.name].norms()).tolist()
             for row, scores in enumerate(rows):
-                weight[row, sorted(range(len(scores)), key=lambda j: (scores[j], j))[:zeros]] = 0  # noqa: B023
+                weight[row, sorted(range(len(scores)), key=lambda j: (scores[j], j))[:zeros]] = 0
     return pruned
 
 
@@ -187,37 +188,50 @@ def test_sparsities_give_back_the_state(evopress: Any) -> None:
 
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, evopress: Any
+    place: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    evopress: Any,
+    command: CommandLine,
 ) -> None:
-    """A search that is cut off after every generation finds what an undisturbed one finds; both are measured."""
+    """A search that is cut off after every generation finds what an undisturbed one finds; both are measured.
+
+    Prices are those of the package.
+    """
     page = place / "evopress.md"
     page.write_text(f"before\n{evopress.page.MARKS[0]}\nold\n{evopress.page.MARKS[1]}\nafter\n")
     monkeypatch.setattr(evopress.page, "PAGE", page)
-    monkeypatch.setattr(evopress, "BUILD", place)
-    monkeypatch.setattr(evopress, "POOL", 256)
+    monkeypatch.setattr(evopress, "BUILD", place / "build")
+    for module in (evopress, importlib.import_module("atp_tune.search.context")):
+        monkeypatch.setattr(module, "POOL", 256)
     monkeypatch.setattr(evopress, "process_time", itertools.count(0.0).__next__)
 
-    def command(*more: str) -> None:
-        words = f"--study {place}/tiny.toml --multiples 1 5 --stages 2 1 1 2 --offspring 4 --share 0.01".split()
-        words += ["--threads", str(torch.get_num_threads())]
-        monkeypatch.setattr(sys, "argv", ["evopress.py", *words, *more])
+    def searched(*more: str) -> None:
+        words = f"--study {place}/tiny.toml --multiples 1 3 --stages 2 1 1 2 --offspring 4 --share 0.01".split()
+        monkeypatch.setattr(sys, "argv", ["evopress.py", *words, "--threads", str(torch.get_num_threads()), *more])
         evopress.main()
 
-    command("--name", "whole")
+    monkeypatch.setattr(evopress.prices, "STEPS", 2)
+    searched("--name", "whole")
     monkeypatch.setattr(evopress, "SAVED", -1)
-    for _ in range(6):
-        command("--name", "pieces", "--minutes", "0")
+    for _ in range(10):
+        searched("--name", "pieces", "--minutes", "0")
     assert "the time is over" in capsys.readouterr().out
-    command("--name", "pieces")
-    whole, pieces = (json.loads((place / f"{name}.json").read_text()) for name in ("whole", "pieces"))
-    assert states(whole) == states(pieces)
-    assert whole["points"] == pieces["points"]
-    searched = ["kl from uniform, 1×", "kl from uniform, 5×"]
-    assert list(whole["points"]["wanda"]) == ["uniform", "prices, κ = 1", "prices, κ = 0.776", *searched]
+    searched("--name", "pieces")
+    whole, pieces = (evopress.page.Record(place / "build" / name).parts for name in ("whole", "pieces"))
+    assert states(whole) == states(pieces) and len(states(whole)) == 7
+    for part in ("points wanda", "fitness kl from uniform"):
+        assert whole[part] == pieces[part]
+    found = ["kl from uniform, 1×", "kl from uniform, 3×"]
+    assert list(whole["points wanda"]) == ["uniform", "prices, κ = 1", "prices, κ = 0.776", *found]
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
-    assert [row[0] for row in rows(text) if row[0].startswith("kl")][:2] == searched
+    assert [row[0] for row in rows(text) if row[0].startswith("kl")][:2] == found
+    assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").code == 0
+    [kept] = (cache / "prices").glob("*.json")
+    assert json.loads(kept.read_text()) == [whole["prices"]["end"]]
 
 
 def states(record: dict[str, Any]) -> Sequence[Any]:
-    return [mark["state"] for mark in record["runs"]["kl from uniform"]["marks"]]
+    return [moment["state"] for moment in record["search kl from uniform"]["moments"]]
