@@ -146,19 +146,19 @@ def test_a_search_on_the_whole_pool_never_gets_worse(evopress: Any) -> None:
 
     context = bench_of(tiny("llama"))
     shapes, text = context.checkpoint.shapes, fitness_of(context, evopress)
-    settings = evopress.Settings(offspring=6, stages=((2, 3), (1, 12)), share=0.01)
+    settings = evopress.Settings(offspring=5, stages=((2, 3), (1, 12)), share=0.01)
     levels, state = evopress.Levels.of(shapes, settings.share), some_states(context, evopress, 1)[0]
     zeros, last, seen = zeros_of(state, shapes), text([state], range(12))[0], {state}
     first = last
-    for number in range(8):
+    for number in range(4):
         found = next_generation(state, number, levels, settings, 12, text)
         assert found.fitness <= found.before == pytest.approx(last, abs=1e-6)
         state, last = found.state, found.fitness
         text.stitched.keep(state)
         seen.add(state)
         assert zeros_of(state, shapes) == zeros
-        assert found.windows == 6 * 3 + 3 * 12
-    assert len(seen) > 2 and last < first
+        assert found.windows == 5 * 3 + 3 * 12
+    assert len(seen) > 1 and last < first
 
 
 def test_mutations_switch_levels_within_rows(evopress: Any) -> None:
