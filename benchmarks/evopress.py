@@ -45,7 +45,7 @@ from atp_tune.search.priced import POOL, windows_of_step
 from atp_tune.spec.studyfile import StudyFile, load
 
 BUILD = Path(__file__).parents[1] / "build" / "evopress"
-SHOWN = (0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0)  # multiples of the seconds of prices at which a search is looked at
+SHOWN = (0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0)  # multiples of the seconds of prices at which a search is looked at
 TUNED = {"wanda": 0.776, "sparsegpt": 0.773}  # κ that the studies of docs/allocations.md chose on the validation text
 SAVED = 5  # seconds between two times that a search is written
 

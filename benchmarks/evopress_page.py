@@ -91,9 +91,11 @@ def settings(titled: tuple[str, Run]) -> str:
     """What a search was run with."""
     title, run = titled
     kept, windows = zip(*run.settings.stages, strict=True)
+    last = run.moments[-1]
     return (
         f"{title}: {run.settings.offspring} offspring, survivors {', '.join(map(str, kept))} on "
-        f"{', '.join(map(str, windows))} windows, a level {run.settings.share:.2%} of a block's weights."
+        f"{', '.join(map(str, windows))} windows, a level {run.settings.share:.2%} of a block's weights; so far "
+        f"{len(run.moments) - 1} generations and {last.tokens:,} tokens of candidates in {last.seconds:.0f} s."
     )
 
 
