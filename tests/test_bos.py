@@ -399,6 +399,7 @@ def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -
 def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: CommandLine) -> None:
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     short = ("--steps", "2", "--batch", "2", "--tokens", "16", "--text", f"file:{finished / 'long.txt'}")
+    short += ("--patience", "0")
     answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
     assert (answer.code, answer.err) == (0, "")
     done = Finetuned.model_validate_json((finished / "out" / FINETUNED).read_text())

@@ -56,7 +56,7 @@ SHORTER = {  # options that make a command as short as the tiny model
         "texts.test.nsamples=4",
         "continuations.tokens=0",
     ),
-    "finetune": ["--steps", "2", "--seqlen", "32", "--batch", "2", "--text", "file:long.txt"],
+    "finetune": ["--steps", "2", "--seqlen", "32", "--batch", "2", "--text", "file:long.txt", "--patience", "0"],
     "evaluate": ["--limit", "2"],
     "speedup": ["--tokens", "8", "--runs", "1"],
     "--workers": ["--workers", "2"],

@@ -67,6 +67,6 @@ def test_a_configuration_makes_its_folder_again(former: Path, command: CommandLi
 
 def test_a_sparse_folder_is_fine_tuned(former: Path, command: CommandLine) -> None:
     text = ("--text", f"file:{former}/calibration.txt")
-    options = ("--out", former / "tuned", "--steps", "2", "--batch", "2", "--tokens", "32")
+    options = ("--out", former / "tuned", "--steps", "2", "--batch", "2", "--tokens", "32", "--patience", "0")
     answer = command("finetune", "--model", former / "sparse", *text, *options)
     assert answer.code == 0, answer.err

@@ -74,7 +74,7 @@ def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], 
     assert command("apply", "--config", best, "--out", sparse).code == 0
     assert loads == TWICE
     loads.clear()
-    options = ("--steps", "2", "--tokens", "32", "--batch", "2")
+    options = ("--steps", "2", "--tokens", "32", "--batch", "2", "--patience", "0")
     answer = command("finetune", "--model", sparse, "--out", tmp_path / "tuned", *options)
     assert answer.code == 0, answer.err
     assert loads == THRICE
