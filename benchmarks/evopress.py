@@ -40,7 +40,8 @@ from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context import ContextConfig, TrialContext
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.priced import POOL, windows_of_step
 from atp_tune.spec.studyfile import StudyFile, load
 
