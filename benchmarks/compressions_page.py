@@ -32,6 +32,7 @@ STYLES = {  # colour and symbol
     DENSE: (INK, "star"),
     "bits, GPTQ": (BLUE, "circle"),
     "bits, GPTQ, prices": (PURPLE, "circle"),
+    "bits, GPTQ, act-order": (BLUE, "circle-dot"),
     "bits, RTN": (BLUE, "circle-open"),
     "zeros and bits": (PINK, "diamond-open"),
     "zeros and bits, prices": (PINK, "diamond"),

@@ -93,6 +93,12 @@ def by_prices(bits: float) -> Point:
     return Point("bits, GPTQ, prices", f"{bits:g}", keys, ("bits",))
 
 
+def in_order(bits: float) -> Point:
+    """Fewer bits by GPTQ, columns in the order of their inputs' size."""
+    keys = {**rounded(bits, "gptq").keys, "quantize": {"quantizers": ["gptq"], **GROUPS, "act_order": True}}
+    return Point("bits, GPTQ, act-order", f"{bits:g}", keys, ("bits",))
+
+
 def zeros_and_bits(percent: int, bits: int, pruner: str = "wanda", allocation: str = "uniform") -> Point:
     """Zeros, and the others rounded by GPTQ."""
     name = f"{percent} %, {bits} bits" + (", SparseGPT" if pruner != "wanda" else "")
@@ -111,10 +117,12 @@ def points() -> Iterator[Point]:
     yield zeros_and_bits(50, 4)
     yield Point("channels", "25 %", channels(25), beta=1)
     yield rounded(3.5, "gptq", -1)
-    yield from (by_prices(bits) for bits in (3.5, 3))
+    yield in_order(3)
+    yield from (by_prices(bits) for bits in (3.5, 3, 4.5))
     yield Point("zeros", "70 %", zeros(70), both)
     yield Point("zeros", "60 %", zeros(60), both)
     yield Point("2:4", "Wanda", pattern("wanda", refine=5))
+    yield in_order(3.5)
     yield zeros_and_bits(50, 8)
     yield from (Point("channels", f"{percent} %", channels(percent), beta=1) for percent in (15, 35))
     yield from (rounded(bits, "rtn") for bits in (3, 4))
