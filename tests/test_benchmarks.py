@@ -72,7 +72,7 @@ def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     for row in measured:
         found = dict(zip(head, row, strict=True))
         assert float(found["× weights"]) < 1.1
-        assert float(found["copies"]) < 2.3  # two, and what the allocator takes
+        assert float(found["copies"]) < 2.5  # two, and what the allocator takes: up to 2.3 beside other jobs
         if found["weights lie"] in ("none", "disk"):
             assert float(found["loading"]) < 0.1 * float(found["weights"])
     assert len(measured) == 6
