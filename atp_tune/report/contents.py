@@ -154,7 +154,8 @@ class Contents:
         side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
         what = "KL divergence" if by_kl else "perplexity"
         over = "" if by_kl else draws_of(summary, summary.best_trial)[1].replace(" ± ", "\u00a0±\u00a0")
-        draws = f" Over {drawn(summary)} draws of the calibration text the difference is {over}." if over else ""
+        calibrated = f" Over {drawn(summary)} draws of the calibration {summary.data} the difference is {over}."
+        draws = calibrated if over else ""
         is_chance = may_be_chance(paired, summary.windows.get(text, 0))
         chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
         data = self.summary.data

@@ -67,10 +67,10 @@ def headline(summary: Summary) -> ReportTable:
         uniform = f"uniform, {best.params.get('pruner', '')}"
         rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
-    over = (f"test text, {draws} draws",) if draws else ()
-    kls = ("KL, validation text", "KL, test text") if has_kl else ()
-    accuracy = ACCURACY[:2] if summary.hits else ()
     data = summary.data
+    over = (f"test {data}, {draws} draws",) if draws else ()
+    kls = (f"KL, validation {data}", f"KL, test {data}") if has_kl else ()
+    accuracy = ACCURACY[:2] if summary.hits else ()
     head = ("perplexity", f"validation {data}", f"test {data}", *over, *kls, *accuracy)
     return ReportTable(head, rows, best=2 if best else None)
 
@@ -104,8 +104,8 @@ def ranks(summary: Summary) -> ReportTable:
         rows.append((name, str(rank.trial.number), *cells(rank.scores), change, *over, *kls, *hits))
     data = summary.data
     head = ("best of", "trial", f"validation {data}", f"test {data}", "against uniform")
-    over = (f"test text, {draws} draws", f"against uniform, {draws} draws") if draws else ()
-    more = ("KL, validation text", "KL, test text", "KL against uniform") if has_kl else ()
+    over = (f"test {data}, {draws} draws", f"against uniform, {draws} draws") if draws else ()
+    more = (f"KL, validation {data}", f"KL, test {data}", "KL against uniform") if has_kl else ()
     accuracy = ACCURACY if summary.hits else ()
     return ReportTable((*head, *over, *more, *accuracy), rows, best=0 if rows else None)
 
