@@ -1,7 +1,6 @@
 """What benchmarks/compressions.py has measured: its files, and the tables and the figure that it writes of them."""
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import plotly.graph_objects as go
+from marked_page import write_between
 
 from atp_tune.cli.terminal import markdown
 from atp_tune.figures.sheet import svg
@@ -124,10 +124,8 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 def write_page() -> None:
     """Writes the tables of all studies between the marks of the page, and the figure."""
     studies = {name: [one for one in known() if one.study == name] for name in dict.fromkeys(x.study for x in known())}
-    page = PAGE.read_text(encoding="utf-8")
-    inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
     text = "\n\n".join(f"### {TITLES.get(name, name)}\n\n{table(found)}" for name, found in studies.items())
-    PAGE.write_text(inside.sub(lambda _: f"\n\n{text}\n\n", page), encoding="utf-8")
+    write_between(PAGE, MARKS, text)
     PICTURE.write_text(svg([figure(TITLES.get(name, name), found) for name, found in studies.items()]))
 
 

@@ -1,13 +1,13 @@
 """The tables of docs/evopress.md, from the records that benchmarks/evopress.py wrote."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from evopress_search import Run, read_run
+from marked_page import write_between
 
 from atp_tune.cache import write_atomically
 from atp_tune.metrics.draws import over_draws
@@ -58,10 +58,7 @@ def write(folder: Path) -> None:
     records = {each.name: Record(each) for each in sorted(folder.glob("*/"))}
     parts = [section(name, record) for name, record in records.items() if "prices" in record.parts]
     if parts:
-        inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
-        text = "\n\n".join(parts)
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(inside.sub(lambda _: f"\n\n{text}\n\n", page), encoding="utf-8")
+        write_between(PAGE, MARKS, "\n\n".join(parts))
 
 
 def section(name: str, record: Record) -> str:

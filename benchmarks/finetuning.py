@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marked_page import write_between
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -217,9 +218,7 @@ def _line(row: str, rows: dict[str, Any]) -> str:
 
 def write_page(kept: dict[str, dict[str, Any]]) -> None:
     """Puts the table between its marks."""
-    inside = re.compile(f"(?<={re.escape(MARKS[0])}).*?(?={re.escape(MARKS[1])})", re.DOTALL)
-    text = inside.sub(lambda _: f"\n\n{table(kept)}\n\n", PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
+    write_between(PAGE, MARKS, table(kept))
 
 
 if __name__ == "__main__":

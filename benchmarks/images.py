@@ -11,13 +11,13 @@ uniform and the best of each row are measured on the test images. Everything mea
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from image_classifiers import CLASSIFIERS, ROOT, study_of
+from marked_page import write_between
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cache import write_out
@@ -175,9 +175,7 @@ def _line(row: Row) -> str:
 
 def write_page(kept: dict[str, dict[str, Row]]) -> None:
     """Puts the table between its marks."""
-    inside = re.compile(f"(?<={re.escape(MARKS[0])}).*?(?={re.escape(MARKS[1])})", re.DOTALL)
-    text = inside.sub(lambda _: f"\n\n{table(kept)}\n\n", PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(text, encoding="utf-8")
+    write_between(PAGE, MARKS, table(kept))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ between the marks in docs/speedup.md.
 import argparse
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -29,6 +28,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from marked_page import write_between
 from scipy.sparse import csr_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,9 +76,7 @@ def main() -> None:
         for name, make in () if options.show else lines(options):
             if (name, cpu_name()) not in known():
                 keep(name, measure(make(display), options.engine, task, "cpu", display))
-    page = PAGE.read_text(encoding="utf-8")
-    inside = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
-    PAGE.write_text(inside.sub(lambda _: f"\n\n{tables()}\n\n", page), encoding="utf-8")
+    write_between(PAGE, MARKS, tables())
     print(tables())
 
 

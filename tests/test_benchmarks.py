@@ -84,6 +84,7 @@ def test_speedup_shows_its_runs(
     """The tables between the marks are those of the runs, and the rest of the page stays."""
     from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     speedup = benchmark("speedup")
     page, runs = tmp_path / "speedup.md", tmp_path / "speedup" / "runs.jsonl"
     page.write_text(f"before\n{speedup.MARKS[0]}\nold\n{speedup.MARKS[1]}\nafter\n")
@@ -109,7 +110,8 @@ def test_speedup_shows_its_runs(
     assert head[-1] == "sparse / torch's best dense"
 
 
-def test_random_llama_has_zeros_anywhere() -> None:
+def test_random_llama_has_zeros_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     speedup = benchmark("speedup")
     small = {**speedup.WIDE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 32}
     dense, sparse = (speedup.random_llama(share, small) for share in (0.0, 0.7))

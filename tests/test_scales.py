@@ -6,7 +6,7 @@ import families
 import pytest
 import torch
 from families import checkpoint_of, copy_of, random_ids
-from test_lora import FEW, with_zeros
+from test_lora import FEW, merge, with_zeros
 from torch import nn
 
 from atp_tune.sparse.adapters import Scales, recompute_blocks
@@ -23,17 +23,6 @@ def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:
     return scales, parameters
 
 
-def folded(family: str, scales: Scales, dtype: torch.dtype = torch.float32) -> Any:
-    """The plain model with what a folder would hold."""
-    model = with_zeros(family, dtype)
-    tensors = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, was, tuned in scales.merged():
-            assert torch.equal(was, tensors[name])
-            tensors[name].copy_(tuned)
-    return model
-
-
 @pytest.mark.parametrize("family", families.few(families.ALL, FEW))
 def test_folded_weights_are_the_scaled_model(family: str) -> None:
     model = with_zeros(family)
@@ -42,7 +31,7 @@ def test_folded_weights_are_the_scaled_model(family: str) -> None:
     scales, _ = trained(model)
     scaled = model(input_ids=random_ids(2)).logits
     assert not torch.allclose(scaled, plain, atol=1e-2)
-    merged = folded(family, scales)
+    merged = merge(family, scales)
     assert torch.allclose(merged(input_ids=random_ids(2)).logits, scaled, rtol=1e-4, atol=1e-4)
     after = merged.state_dict()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -67,7 +56,7 @@ def test_gradients_are_those_of_the_folded_weights(family: str) -> None:
     """da = (G ⊙ W') 1, db = (G ⊙ W')ᵀ 1, with G the gradient of a plain weight W' in the same place."""
     model = with_zeros(family)
     scales, parameters = trained(model)
-    merged = folded(family, scales)
+    merged = merge(family, scales)
     merged.requires_grad_(True)
     for one in (model, merged):
         one(input_ids=random_ids(3)).logits.logsumexp(-1).sum().backward()
@@ -102,7 +91,7 @@ def test_a_linear_with_a_forward_of_its_own() -> None:
 
     model = clipped(with_zeros("llama"))
     scales, _ = trained(model)
-    merged = clipped(folded("llama", scales))
+    merged = clipped(merge("llama", scales))
     ids = random_ids(2)
     assert torch.allclose(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
