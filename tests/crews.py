@@ -26,7 +26,7 @@ class Meeting(Wanda):
 '''
 # Together the trials take as long as a start of Python with all libraries: every worker comes to its turn, however fast
 # a core is, unless others want it. Where two must, they meet, and the trials may be short.
-LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.nsamples=2000", "texts.validation.nsamples=250")
+LONG = ("texts.calibration.source=file:long.txt", "texts.calibration.nsamples=800", "texts.validation.nsamples=250")
 
 
 def meeting(place: Path) -> list[str]:

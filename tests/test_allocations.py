@@ -323,6 +323,7 @@ def test_alphapruning_of_a_few_blocks() -> None:
     assert alphapruning.sparsities(replace(budget, target=0.9)) == pytest.approx((0.7, 1.0, 1.0), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_alphapruning_by_linear_is_the_map_with_a_cap() -> None:
     """The authors' map over all linears, whatever their blocks."""
     generator, capped = random.Random(5), 0

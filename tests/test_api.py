@@ -145,6 +145,7 @@ def test_a_study_by_its_file(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert are_equal(weights(loaded.apply()), weights(more.apply()))
 
 
+@pytest.mark.slow
 def test_a_study_object_needs_no_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = study_file(place).study.model_dump(exclude_unset=True, mode="json")
     data["model"]["source"] = str(place / "model")
@@ -222,6 +223,7 @@ def test_the_model_is_left_as_it_was_after_an_error(
     assert state(model) == own and are_equal(weights(model), before)
 
 
+@pytest.mark.slow
 def test_in_place_writes_into_the_parameters(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     own = state(model)
     copied = atp_tune.prune(model, tokenizer, sparsity=0.5, texts=texts["calibration"], nsamples=4, seqlen=32)
@@ -232,6 +234,7 @@ def test_in_place_writes_into_the_parameters(model: Any, tokenizer: Any, texts: 
     assert are_equal(weights(model), weights(copied))
 
 
+@pytest.mark.slow
 def test_a_model_that_changed_is_refused(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     result = tuned(model, tokenizer, texts, trials=1)
     with torch.no_grad():
@@ -241,6 +244,7 @@ def test_a_model_that_changed_is_refused(model: Any, tokenizer: Any, texts: dict
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_while_it_is_measured(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def train(*_: object) -> None:
         with torch.no_grad():
@@ -280,6 +284,7 @@ def found(
     return tuned(trained, tokenizer, texts)
 
 
+@pytest.mark.slow
 def test_trials_are_rows(found: atp_tune.Result) -> None:
     table = found.trials
     assert isinstance(table, pd.DataFrame)
@@ -383,6 +388,7 @@ def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> Non
     assert "outside the study's interval" in said(lambda: result.configuration(sparsity=0.9))
 
 
+@pytest.mark.slow
 def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], found: atp_tune.Result) -> None:
     measured = atp_tune.perplexity(model, tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
     dense = found.summary.dense.test
@@ -424,6 +430,7 @@ def test_callbacks_can_stop_a_study(model: Any, tokenizer: Any, texts: dict[str,
     assert len(result.study.trials) == 2 and result.is_complete
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("of mine"), AssertionError("of mine"), UserError("of mine")])
 def test_an_error_of_a_callback_is_raised(
     model: Any, tokenizer: Any, texts: dict[str, list[str]], error: Exception
@@ -525,6 +532,7 @@ def test_progress_without_a_terminal_is_lines_on_stderr(place: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
@@ -546,6 +554,7 @@ def test_bars_and_verbosity_of_libraries_are_as_before(
     assert (hf_logging.get_verbosity(), dict(os.environ)) == before
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     found: list[atp_tune.Result] = []
     thread = Thread(target=lambda: found.append(tuned(model, tokenizer, texts, trials=1)))

@@ -270,6 +270,7 @@ def test_a_failure_half_way_leaves_nothing(
 # --- prune, without a study
 
 
+@pytest.mark.slow
 def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert config.allocation.beta is not None
     assert config.perplexity.test

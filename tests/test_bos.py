@@ -247,6 +247,7 @@ def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLin
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trials", [3, 4])
 def test_another_value_is_another_study(trials: int, finished: Path, command: CommandLine) -> None:
     before = (finished / "tiny.db").read_bytes()

@@ -38,6 +38,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     return files
 
 
+@pytest.mark.slow
 def test_classes_are_those_of_transformers(
     folder: Path, pictures: list[Path], command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

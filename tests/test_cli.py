@@ -184,6 +184,7 @@ def test_another_storage_and_another_name(
     assert command("status", "--study", place / "tiny.toml").code == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     from atp_tune.cli import display
 

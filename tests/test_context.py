@@ -100,6 +100,7 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
     assert bench_of(model).heads.windows == 2
 
 
+@pytest.mark.slow
 def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial, `apply` and `evaluate` load other texts beside it, of other lengths."""
     monkeypatch.setitem(batching.TOKENS, "cpu", 4 * TOKENS)

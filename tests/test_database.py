@@ -279,6 +279,7 @@ def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: Postg
         database.set_attributes(trial, {"a": 2})
 
 
+@pytest.mark.slow
 def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     db = opened(postgres.new())
     study = fingerprint.create_study(db, "s", {})

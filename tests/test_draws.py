@@ -317,6 +317,7 @@ def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypat
     assert len(written) == 4
 
 
+@pytest.mark.slow
 def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> None:
     names = {name for name in raw(drawn) if name.startswith(("test_nlls", "draws"))}
     study = stored(drawn)

@@ -331,6 +331,7 @@ def test_a_teacher_that_is_named(place: Path, command: CommandLine) -> None:
     check_kept(place / "sparse", place / "out")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_vocabulary(place: Path, command: CommandLine) -> None:
     other = Path(shutil.copytree(place / "model", place / "other"))
     config = json.loads((other / "config.json").read_text())

@@ -268,6 +268,7 @@ def test_the_summary_of_a_limit(tmp_path: Path, command: CommandLine) -> None:
     assert "limit: 35% more perplexity than dense, validation text, at the upper end of the standard error" in said
 
 
+@pytest.mark.slow
 def test_the_commands_that_come_next(tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     with_test_text(made_front(tmp_path), *range(8))
     toml = tmp_path / "made.toml"
@@ -402,6 +403,7 @@ def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
 # A uniform best is uniform
 
 
+@pytest.mark.slow
 def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
     study = with_test_text(made_front(tmp_path), *range(8))
     config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")

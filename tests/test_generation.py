@@ -102,6 +102,7 @@ def test_streamed_blocks_say_the_same(offload: Any, tmp_path: Any) -> None:
         assert said(work.replay) == expected
 
 
+@pytest.mark.slow
 def test_prompts_begin_with_bos_where_windows_do() -> None:
     model = tiny("llama")
     ends = end_tokens(model, Letters())
@@ -208,6 +209,7 @@ def test_without_a_template_only_the_last_line_counts() -> None:
     assert answer(who, "one", "two", "the import statement") == answer(who, "the import statement")
 
 
+@pytest.mark.slow
 def test_a_template_writes_the_whole_conversation() -> None:
     who = speaker(TEMPLATE)
     assert who.has_template
@@ -220,6 +222,7 @@ def test_a_broken_template_is_one_line() -> None:
         answer(speaker("{{ raise_exception('no') }}"), "one")
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_a_person_stops_it() -> None:
     asked: list[int] = []
 

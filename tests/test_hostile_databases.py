@@ -111,6 +111,7 @@ def name_in(place: Path) -> str:
         return str(connection.execute("SELECT study_name FROM studies").fetchone()[0])
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_it_and_does_not_act_on_it(hostile: Path, command: CommandLine) -> None:
     words = ("--study", hostile / "tiny.toml", "--study-name", name_in(hostile))
     for answer in (command("status", *words), command("status", *words, "--json"), command("export", *words)):

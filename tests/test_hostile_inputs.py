@@ -23,6 +23,7 @@ from typing import Any
 
 import hostile
 import pytest
+from cases import EVERY
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
 from huggingface_hub import constants
 from image_families import write_classifier
@@ -338,11 +339,18 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return begin
 
 
+def inputs_of(name: str, kind: str) -> list[Input]:
+    """What this run has a command try: of each `EVERY` inputs one, another than the command before it."""
+    commands = [command for command, other in CELLS if other == kind]
+    step = 1 if WRITES else min(EVERY, len(commands))
+    return KINDS[kind][commands.index(name) % step :: step]
+
+
 def check(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     only = os.environ.get("ATP_TUNE_HOSTILE", "")
     if kind == "database":
         measured_once()
-    inputs = [one for one in KINDS[kind] if only in one.name]
+    inputs = [one for one in KINDS[kind] if only in one.name] if only else inputs_of(name, kind)
     said = {one.name: sandbox.run(name, kind, one) for one in inputs}
     wrong = {one: words for one, words in said.items() if words not in ("refused", *hostile.SURE)}
     assert not wrong, "\n".join(f"{one}: {words}" for one, words in wrong.items())
@@ -351,7 +359,9 @@ def check(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], No
     cell = seen(list(said.values()))
     if WRITES:
         write_cells(DOCUMENT, {**known_cells(DOCUMENT), **empty(), (name, kind): cell}, list(COMMANDS))
-    assert known_cells(DOCUMENT).get((name, kind)) == cell
+    known = known_cells(DOCUMENT)[name, kind]
+    assert set(cell.split(", ")) <= set(known.split(", "))
+    assert cell == known or len(inputs) < len(KINDS[kind])
 
 
 def empty() -> dict[tuple[str, str], str]:
@@ -369,6 +379,12 @@ def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox, measure
 @pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
 def test_a_command(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     check(name, kind, sandbox, measured_once)
+
+
+def test_some_command_tries_each_input() -> None:
+    for kind, known in KINDS.items():
+        tried = {one.name for name, other in CELLS if other == kind for one in inputs_of(name, kind)}
+        assert tried == {one.name for one in known}
 
 
 def test_the_table_has_every_command_and_every_input() -> None:

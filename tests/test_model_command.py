@@ -57,6 +57,7 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert command("status", "--study", name).code == 0
 
 
+@pytest.mark.slow
 def test_kept_weights_are_refined_but_for_experts(here: Path) -> None:
     tiny("mixtral").save_pretrained(here / "Mixture")
     for file in (here / "Tiny_Llama").glob("token*"):

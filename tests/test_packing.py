@@ -235,6 +235,7 @@ def test_other_number_formats(dtype: torch.dtype, make: Make, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 32}])
 def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
     packed = make(**options)
@@ -521,6 +522,7 @@ def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:
     assert_close(linear(x), x @ linear.weight.T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"kind": "int8"}])
 def test_a_model_is_cast(options: dict[str, Any], make: Make) -> None:
     """And the kernel, which knew the weights by their addresses, takes the new ones."""
@@ -669,6 +671,7 @@ def test_small_files_keep_their_bytes(make: Make, tmp_path: Path) -> None:
     assert same_files(tmp_path / "sparse", tmp_path / "unpacked")
 
 
+@pytest.mark.slow
 def test_what_a_model_saved_is_unpacked(make: Make, tmp_path: Path) -> None:
     for options in ({}, {"kind": "int8"}):
         make("gpt2") if not options else make_again(tmp_path, **options)

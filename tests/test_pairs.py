@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from families import CPU, multimodal
+from families import CPU, few, multimodal
 from PIL import Image
 from tinystudy import CommandLine, make_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -125,7 +125,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_model(family, tmp_path_factory.mktemp(family) / "model") for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("family", few(["llava", "idefics3"], ["idefics3"]))
 def test_the_replay_is_the_model_itself(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     folder = ModelFolder(models[family], "content", family)
     pairs = read_pairs(wanted(write_pairs(tmp_path / "p.parquet")), folder, tmp_path)
@@ -188,6 +188,7 @@ def test_a_chat_template_puts_the_image_before_the_text(models: dict[str, Path],
     assert found.ids[0].tolist().count(processor.tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.slow
 def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path) -> None:
     """Each linear loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far, on images and text."""
     text = Text(source="package:pydoc_data.topics:topics", nsamples=2, seqlen=TOKENS)

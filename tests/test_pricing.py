@@ -153,6 +153,7 @@ def test_nothing_and_everything_pruned(sparsity: float) -> None:
     assert all(math.isfinite(price) for row in found for price in row)
 
 
+@pytest.mark.slow
 def test_a_streamed_model_has_the_same_prices() -> None:
     found = []
     for offload in ("none", "cpu"):
@@ -161,6 +162,7 @@ def test_a_streamed_model_has_the_same_prices() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_but_rounding() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(6, seed=5)
     one, other = (pricing_of(context, windows).prices(uneven(context), ids) for windows in (1, 8))
@@ -375,6 +377,7 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
     assert compared
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
     found = [
         json.loads(command("plan", "--study", place / "tiny.toml", *settings(f"allocation=[{names}]"), "--json").out)

@@ -38,6 +38,7 @@ def test_rtn_is_its_loop(case: Problem, dtype: torch.dtype, bits: int, size: int
     assert not rounded[weight == 0].any()
 
 
+@pytest.mark.slow
 @given(problems(small), widths, sizes, st.booleans(), st.booleans(), st.booleans())
 def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, sparse: bool, ordered: bool) -> None:
     weight, x = case

@@ -231,6 +231,7 @@ def test_a_recipe_cannot_say_it(place: Path, command: CommandLine) -> None:
     assert "refine: 5" in (place / "x.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_passes_that_measure_hessians(place: Path, command: CommandLine) -> None:
     """A pruner without statistics measures some when it is refined."""
     words = ("plan", "--study", place / "tiny.toml", "--json", *settings("prune.pruners=['magnitude']"))

@@ -105,6 +105,7 @@ def test_a_real_study(done: Path, kind: str) -> None:
     assert f"{best.test.value:.2f}" in made or str(best.test.value) in made
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_line_of_the_search_is(found: optuna.Study) -> None:
     words = "the thin line and its band are the mean of the search’s Gaussian process ± 2 standard deviations"
     assert words not in page(found)

@@ -132,6 +132,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     assert "model.source" not in attrs["fingerprint"]
 
 
+@pytest.mark.slow
 def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     """NLLs are compared window by window."""
     study = reopen(done)

@@ -110,6 +110,7 @@ def test_it_runs_no_calibration_pass(ran: Run) -> None:
     assert ran.passes == [("dense", 0)] * 5 + [("block", 8)] * 5  # three trials and two reports
 
 
+@pytest.mark.slow
 def test_dense_statistics_are_measured_once(ran: Run) -> None:
     assert len(ran.measured) == BLOCKS
 

@@ -210,6 +210,7 @@ VALUES = st.one_of(  # many ties, few, and what is not finite
     derandomize=True, deadline=None, max_examples=500,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
+@pytest.mark.slow
 def test_torch_selects_as_a_stable_sort_does(
     values: list[float], rows: int, share: float, dtype: torch.dtype, transposed: bool
 ) -> None:

@@ -167,6 +167,7 @@ def test_a_classifier_with_convolutions_over_its_channels_is_refused(tmp_path: P
     assert not (tmp_path / "slim").exists()
 
 
+@pytest.mark.slow
 def test_tensors_that_lost_nothing_are_those_of_the_dense_model(llama: tuple[Path, ...]) -> None:
     before, masked, folder = llama
     dense, cut = load_file(before / "model.safetensors"), load_file(folder / "model.safetensors")
@@ -325,6 +326,7 @@ def test_code_of_a_stranger_is_not_handed_on(folder: Path, tmp_path: Path) -> No
     assert logits(load(tmp_path / "out")).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_slim_folder_of_a_plain_one_has_our_code_alone(tmp_path: Path) -> None:
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3, heads=False)
     (tmp_path / "dense/evil.py").write_text("raise SystemExit")
@@ -349,6 +351,7 @@ def test_a_slim_model_is_not_packed(folder: Path, tmp_path: Path) -> None:
 # what is not exact is not written
 
 
+@pytest.mark.slow
 def test_a_slim_model_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3)
     real = slim._cut

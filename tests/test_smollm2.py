@@ -38,12 +38,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # In float32 also where bfloat16 is fast: the references compute in it.
 SHORT = [
-    "model.dtype=float32", "texts.calibration.nsamples=4", "texts.validation.nsamples=2", "continuations.tokens=4",
-    "texts.test.nsamples=2", "texts.calibration.draws=1",
+    "model.dtype=float32", "texts.calibration.nsamples=4", "texts.validation.nsamples=2", "texts.validation.seqlen=128",
+    "continuations.tokens=4", "texts.test.nsamples=2", "texts.test.seqlen=128", "texts.calibration.draws=1",
 ]  # fmt: skip
 MEASURED = '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], nsamples = 6, tokens = 128}'
 STRIDE = 4  # rows of a linear are looked at: each is pruned by itself
-ITEMS = 24  # of a task, with four continuations each
+ITEMS = 16  # of a task, with four continuations each
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -168,7 +168,7 @@ def test_the_grid_of_the_paper_equals_prune(tmp_path: Path) -> None:
     """A β of a paper-protocol study, against a command of its own that loads and prunes once."""
     path = tmp_path / "paper-smol.toml"
     path.write_text((ROOT / "studies" / "paper-smol.toml").read_text())
-    overrides = [word for key in (*SHORT[:4], "search.step=0.027") for word in ("--set", key)]
+    overrides = [word for key in (*SHORT[:5], "search.step=0.027") for word in ("--set", key)]
     run("--study", str(path), *overrides)
     trials = optuna.load_study(study_name="paper-smol", storage=storage_in(tmp_path / "paper-smol.db")).trials
     trial = max(trials, key=lambda trial: trial.params["beta"])

@@ -339,6 +339,7 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
     assert {trial.params["beta"] for trial in study.trials} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lost_trials, "MOST", 8)
     for number in range(7):

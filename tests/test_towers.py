@@ -57,7 +57,8 @@ def context(folder: Path, place: Path, **prune: Any) -> TrialContext:
     return TrialContext.open(ContextConfig(model, PruneConfig(**prune), texts, place, "cpu"))
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ("llava",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     """Weights of both parts go into the model itself: its loss on the text of the pairs is the score."""
     with context(models[family], tmp_path) as work:

@@ -79,6 +79,7 @@ def test_steps_are_those_of_plain_torch() -> None:
     assert ours.losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "find_dtype", lambda name, device: dtype)

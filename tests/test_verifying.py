@@ -62,6 +62,7 @@ def flip(file: Path) -> None:
 # --- files
 
 
+@pytest.mark.slow
 def test_what_was_written_is_what_sha256sum_says(sparse: Path) -> None:
     manifest = read_config(sparse / "atp_tune.json").manifest
     assert manifest is not None

@@ -333,6 +333,7 @@ def test_a_task_without_its_data_is_named_and_the_others_run(
     assert "offline_far" in answer.out
 
 
+@pytest.mark.slow
 def test_nothing_to_run_is_one_line(
     done: Path, tmp_path: Path, command: CommandLine, no_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +433,7 @@ def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pyte
 # --- the tasks; tests/test_smollm2.py has the real model
 
 
+@pytest.mark.slow
 def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Path) -> None:
     again = make_tasks(tmp_path / "again", 20)
     for name in ("far", "near"):
