@@ -2,7 +2,7 @@
 
     python benchmarks/compressions.py                      SmolLM2-135M; goes on where it was stopped
     python benchmarks/compressions.py --study fashion      an image classifier with float32 weights, DINOv2-small
-    python benchmarks/compressions.py --speed              tokens, or images, per second of zeros and channels, on idle cores
+    python benchmarks/compressions.py --speed              tokens or images per second of zeros and channels; idle cores
     python benchmarks/compressions.py --show               measures nothing: writes tables and figure again
 
 A point is one plan that no search has chosen, measured once on both texts: a line in docs/compressions/points.jsonl,

@@ -204,10 +204,15 @@ def figure(title: str, found: Sequence[Measured]) -> go.Figure:
 def by_speed(study: str, found: Sequence[Measured], measured: dict[Key, Rate]) -> go.Figure:
     """How many times the dense model's speed against the perplexity of the test text: what was measured."""
     ran = [one for one in found if one.series == DENSE or one.key in measured]
-    drawn = new_figure(f"{TITLES.get(study, study)}: speed", "times the dense model's speed, CPU", "perplexity, test text")
+    title = f"{TITLES.get(study, study)}: speed"
+    drawn = new_figure(title, "times the dense model's speed, CPU", "perplexity, test text")
+
+    def ratio(one: Measured) -> float:
+        return 1.0 if one.series == DENSE else median(measured[one.key].last.ratios)
+
     order = sorted(ran, key=lambda one: (list(STYLES).index(one.series), one.values, one.bytes))
     for name, group in groupby(order, key=lambda one: one.legend):
-        _add(drawn, name, list(group), lambda one: 1.0 if one.series == DENSE else median(measured[one.key].last.ratios))
+        _add(drawn, name, list(group), ratio)
     _finish(drawn, ran)
     return drawn
 
