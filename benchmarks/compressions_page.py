@@ -19,6 +19,7 @@ from atp_tune.figures.style import BLUE, GOLD, GREEN, INK, ORANGE, PINK, PURPLE,
 from atp_tune.metrics import speed
 from atp_tune.metrics.accuracy import accuracy
 from atp_tune.metrics.perplexity import Estimate, change, perplexity
+from atp_tune.metrics.speed import Rates
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE = DOCS / "compressions.md", DOCS / "compressions.svg"
@@ -91,7 +92,7 @@ class Rate:
     speed: speed.Measured | speed.MeasuredImages
 
     @property
-    def last(self) -> speed.Rates:
+    def last(self) -> Rates:
         """What is compared: decoding, or classifying."""
         return self.speed.rates(self.speed.phases[-1])
 
