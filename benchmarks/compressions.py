@@ -2,7 +2,7 @@
 
     python benchmarks/compressions.py                      SmolLM2-135M; goes on where it was stopped
     python benchmarks/compressions.py --study fashion      an image classifier with float32 weights, DINOv2-small
-    python benchmarks/compressions.py --speed              tokens per second of zeros and channels, on idle cores
+    python benchmarks/compressions.py --speed              tokens or images per second of zeros and channels; idle cores
     python benchmarks/compressions.py --show               measures nothing: writes tables and figure again
 
 A point is one plan that no search has chosen, measured once on both texts: a line in docs/compressions/points.jsonl,
@@ -45,7 +45,7 @@ from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.speed.benchmark import check_positions
 from atp_tune.speed.model_pair import passing_pair
 from atp_tune.speed.packed_engine import PACKED, packed
-from atp_tune.speed.throughput import Workload, measured
+from atp_tune.speed.throughput import Workload, measured, measured_images
 from atp_tune.speed.torch_engine import opened
 
 ITEM = 2  # bytes of a weight that is not rounded further
@@ -179,13 +179,14 @@ def measure_speed(base: StudyFile, display: Display, task: Workload, only: str) 
     device = find_device("cpu")
     for config, (_, left) in zip(configs(base, display, [point for point, _ in missing]), missing, strict=True):
         with passing_pair(config, base.folder, "cpu", display, {}) as pair:
-            check_positions(pair, task)
+            work, measure = replace(task, of_images=pair.of_images), measured_images if pair.of_images else measured
+            check_positions(pair, work)
             for key, values in left.items():
                 dtype, change = find_dtype("auto", device), partial(packed, kind=cast(Kind, values))
                 is_slim = config.prune.pattern == "channels"
                 name = "torch" if is_slim else f"{PACKED} {values}"
-                opening = opened(pair, task, device, dtype, name, None if is_slim else change)
-                page.keep_rate(Rate(key, str(date.today()), measured(opening, name, task, display)))
+                opening = opened(pair, work, device, dtype, name, None if is_slim else change)
+                page.keep_rate(Rate(key, str(date.today()), measure(opening, name, work, display)))
                 print(*key, flush=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 from marked_page import write_between
+from pydantic import TypeAdapter
 
 from atp_tune.cli.terminal import markdown
 from atp_tune.figures.sheet import svg
@@ -18,6 +19,7 @@ from atp_tune.figures.style import BLUE, GOLD, GREEN, INK, ORANGE, PINK, PURPLE,
 from atp_tune.metrics import speed
 from atp_tune.metrics.accuracy import accuracy
 from atp_tune.metrics.perplexity import Estimate, change, perplexity
+from atp_tune.metrics.speed import Rates
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE = DOCS / "compressions.md", DOCS / "compressions.svg"
@@ -25,6 +27,7 @@ POINTS, RATES = (DOCS / "compressions" / f"{name}.jsonl" for name in ("points", 
 MARKS = ("<!-- measured: python benchmarks/compressions.py -->", "<!-- end -->")
 TITLES = {"smol-bits": "SmolLM2-135M", "fashion": "DINOv2-small, Fashion-MNIST"}
 DENSE = "dense"
+SPEED = TypeAdapter[speed.Measured | speed.MeasuredImages](speed.Measured | speed.MeasuredImages)
 Key = tuple[str, ...]  # study, series, name, values
 HEAD = ("kept as", "MB", "bits", "validation", "test", "nats, validation", "nats, test")
 FORMATS = {"bf16": "", "int8": ", int8", "bits": ""}
@@ -82,11 +85,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second of a point and of the dense model, which took turns."""
+    """Tokens, or images, per second of a point and of the dense model, which took turns."""
 
     key: Key
     date: str
-    speed: speed.Measured
+    speed: speed.Measured | speed.MeasuredImages
+
+    @property
+    def last(self) -> Rates:
+        """What is compared: decoding, or classifying."""
+        return self.speed.rates(self.speed.phases[-1])
 
 
 def keep(found: Measured) -> None:
@@ -106,8 +114,8 @@ def known() -> list[Measured]:
 
 
 def rates() -> list[Rate]:
-    """Tokens per second that are measured; of each point the last line."""
-    found = (Rate(tuple(x["key"]), x["date"], speed.Measured.model_validate(x["speed"])) for x in _lines(RATES))
+    """Rates that are measured; of each point the last line."""
+    found = (Rate(tuple(x["key"]), x["date"], SPEED.validate_python(x["speed"])) for x in _lines(RATES))
     return list({rate.key: rate for rate in found}.values())
 
 
@@ -126,7 +134,9 @@ def write_page() -> None:
     studies = {name: [one for one in known() if one.study == name] for name in dict.fromkeys(x.study for x in known())}
     text = "\n\n".join(f"### {TITLES.get(name, name)}\n\n{table(found)}" for name, found in studies.items())
     write_between(PAGE, MARKS, text)
-    PICTURE.write_text(svg([figure(TITLES.get(name, name), found) for name, found in studies.items()]))
+    measured = {rate.key: rate for rate in rates()}
+    drawn = [figure(TITLES.get(name, name), found) for name, found in studies.items()]
+    PICTURE.write_text(svg([*drawn, *(by_speed(name, found, measured) for name, found in studies.items())]))
 
 
 def envelope(points: Sequence[Measured], value: Callable[[Measured], float]) -> list[Measured]:
@@ -148,7 +158,7 @@ def table(found: Sequence[Measured]) -> str:
     dense = next((one for one in found if one.series == DENSE), None)
     lowest, measured = envelope(found, on_validation), {rate.key: rate for rate in rates()}
     is_image = any(one.ranks for one in found)
-    head = ["", *HEAD, *(["accuracy, test"] if is_image else ["tokens/s", "of dense"])]
+    head = ["", *HEAD, *(["accuracy, test", "images/s"] if is_image else ["tokens/s"]), "of dense"]
     rows = []
     order = sorted(found, key=lambda one: (list(STYLES).index(one.series), one.values, one.bytes))
     for one in order:
@@ -156,8 +166,8 @@ def table(found: Sequence[Measured]) -> str:
         row = [f"**{name}**" if one in lowest else name, one.values, f"{one.bytes / 1e6:.1f}", f"{one.bits:.2f}"]
         row += [str(perplexity(one.nlls[role])) for role in ("validation", "test")]
         row += ["–" if dense in (None, one) else _signed(one.nats(dense, role)) for role in ("validation", "test")]
-        more = [str(accuracy(one.ranks["test"]))] if is_image else _rate(one, measured)
-        rows.append([*row, *more])
+        row += [str(accuracy(one.ranks["test"]))] if is_image else []
+        rows.append([*row, *_rate(one, measured)])
     return markdown(head, rows)
 
 
@@ -166,14 +176,14 @@ def _signed(found: Estimate) -> str:
 
 
 def _rate(one: Measured, measured: dict[Key, Rate]) -> list[str]:
-    """Median tokens per second in decoding, and how many times the dense model's; empty where nothing is measured."""
+    """Median rate, and how many times the dense model's; empty where nothing is measured."""
     if one.series == DENSE:
-        own = [x for key, rate in measured.items() if key[0] == one.study for x in rate.speed.decode.dense]
+        own = [x for key, rate in measured.items() if key[0] == one.study for x in rate.last.dense]
         return [f"{median(own):.1f}", "1"] if own else ["", ""]
     if one.key not in measured:
         return ["", ""]
-    decode = measured[one.key].speed.decode
-    return [f"{median(decode.sparse):.1f}", f"{speed.spread(decode.ratios, '.2f')}×"]
+    found = measured[one.key].last
+    return [f"{median(found.sparse):.1f}", f"{speed.spread(found.ratios, '.2f')}×"]
 
 
 def figure(title: str, found: Sequence[Measured]) -> go.Figure:
@@ -188,21 +198,46 @@ def figure(title: str, found: Sequence[Measured]) -> go.Figure:
     order = sorted(found, key=lambda one: (list(STYLES).index(one.series), one.values, one.bytes))
     for name, group in groupby(order, key=lambda one: one.legend):
         _add(drawn, name, list(group))
-    values = [perplexity(one.nlls["test"]) for one in found]
-    low, high = min(x.value - x.stderr for x in values), max(x.value + x.stderr for x in values)
-    drawn.update_yaxes(log_axis(low, high))
-    drawn.update_layout(legend={"font": {"size": 10}, "entrywidth": 145}, margin={"b": 110})
+    _finish(drawn, found)
     return drawn
 
 
-def _add(drawn: go.Figure, name: str, group: Sequence[Measured]) -> None:
+def by_speed(study: str, found: Sequence[Measured], measured: dict[Key, Rate]) -> go.Figure:
+    """How many times the dense model's speed against the perplexity of the test text: what was measured."""
+    ran = [one for one in found if one.series == DENSE or one.key in measured]
+    title = f"{TITLES.get(study, study)}: speed"
+    drawn = new_figure(title, "times the dense model's speed, CPU", "perplexity, test text")
+
+    def ratio(one: Measured) -> float:
+        return 1.0 if one.series == DENSE else median(measured[one.key].last.ratios)
+
+    order = sorted(ran, key=lambda one: (list(STYLES).index(one.series), one.values, one.bytes))
+    for name, group in groupby(order, key=lambda one: one.legend):
+        _add(drawn, name, list(group), ratio)
+    _finish(drawn, ran)
+    return drawn
+
+
+def _finish(drawn: go.Figure, shown: Sequence[Measured]) -> None:
+    values = [perplexity(one.nlls["test"]) for one in shown]
+    low, high = min(x.value - x.stderr for x in values), max(x.value + x.stderr for x in values)
+    drawn.update_yaxes(log_axis(low, high))
+    drawn.update_layout(legend={"font": {"size": 10}, "entrywidth": 145}, margin={"b": 110})
+
+
+def megabytes(one: Measured) -> float:
+    """Bytes of the whole model / 10⁶."""
+    return one.bytes / 1e6
+
+
+def _add(drawn: go.Figure, name: str, group: Sequence[Measured], x: Callable[[Measured], float] = megabytes) -> None:
     colour, symbol = STYLES[group[0].series]
     values = [perplexity(one.nlls["test"]) for one in group]
     drawn.add_scatter(
-        x=[one.bytes / 1e6 for one in group], y=rounded(x.value for x in values), name=name, mode="lines+markers",
+        x=rounded(map(x, group)), y=rounded(x.value for x in values), name=name, mode="lines+markers",
         line={"color": colour, "width": 1.2, "dash": "dot" if group[0].values == "int8" else "solid"},
         marker={"color": colour, "size": 8, "symbol": symbol},
         error_y={"array": rounded((x.stderr for x in values), 4), "color": faint(colour, 0.6), "thickness": 1.2,
                  "width": 0},
-        text=[one.name for one in group], hovertemplate="%{text}: %{x:.1f} MB, %{y:.2f}<extra></extra>",
+        text=[one.name for one in group], hovertemplate="%{text}: %{x}, %{y:.2f}<extra></extra>",
     )  # fmt: skip

@@ -42,7 +42,7 @@ class Point:
     @property
     def runs(self) -> bool:
         """Whether tokens per second are measured: of channels, and of zeros, which do not depend on the pruner."""
-        return self.series in ("zeros", "channels") or self.title == "2:4, Wanda"
+        return self.series in ("zeros", "zeros, prices", "channels") or self.title == "2:4, Wanda"
 
     @property
     def is_dense(self) -> bool:
