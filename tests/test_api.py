@@ -203,6 +203,7 @@ def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any, texts: dict[str
     assert zeros / (4 * 7680) == pytest.approx(result.best.sparsity.realised, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was_after_an_error(
     model: Any, tokenizer: Any, texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_an_empty_folder_is_free(done: Path, config: Config, tmp_path: Path) -> 
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_is_written_with_one_copy_of_each_block(
     done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +220,7 @@ def edit_weights(place: Path) -> None:
     save_file(edited, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
     edit_weights(done)
     said = message(lambda: applied(config, done, tmp_path / "out"))
@@ -304,12 +306,14 @@ def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path
     assert all(same_bytes(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
     file = study_file(done, "allocation.names=['uniform']", "sparsity=0.25")
     plan, _ = prune_study(file, {}, None, ignore_events)
     assert plan.sparsities == (0.25,) * BLOCKS
 
 
+@pytest.mark.slow
 def test_prune_once_takes_the_allocation_that_has_a_beta(done: Path) -> None:
     plan, _ = prune_study(study_file(done, "allocation.names=['uniform', 'atp']"), {"beta": 0.1}, None, ignore_events)
     assert (plan.allocation, plan.parameters) == ("atp", {"beta": 0.1})

@@ -203,6 +203,7 @@ def test_a_folder_in_its_place(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == ["best.json"]
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # as fast as can be, so that there is much to see
     path = tmp_path / "best.json"

@@ -191,6 +191,7 @@ def test_scores_that_differ_in_their_last_bits_alone() -> None:
         assert dense_metrics.lowest_counts(lambda: iter(scores), count) == expected
 
 
+@pytest.mark.slow
 def test_a_share_gives_its_count_again() -> None:
     assert int(49 * (1 / 49)) == 0  # the rounding that is meant
     for size in range(1, 200):

@@ -189,6 +189,7 @@ def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -
     assert all(found.count == 3 for found in summarise(study).over_draws.values())
 
 
+@pytest.mark.slow
 def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path, command: CommandLine) -> None:
     tokens = len(token_windows(Calibration(source="file:calibration.txt", seqlen=2), place / "model", place).ids) * 2
     answer = command("--study", place / "tiny.toml", *settings("texts.calibration.draws=100"))

@@ -102,6 +102,7 @@ def test_stitched_weights_are_those_of_the_package(pruner: str, evopress: Any) -
             text.stitched.keep(state)
 
 
+@pytest.mark.slow
 def test_fitness_is_that_of_whole_models(evopress: Any) -> None:
     """KL and NLL of candidates that share blocks, by the logits of whole pruned copies."""
     model = tiny("llama")
@@ -140,6 +141,7 @@ def test_candidates_share_what_is_equal(evopress: Any, monkeypatch: pytest.Monke
     assert sum(seen) == 2 * len(prefixes)
 
 
+@pytest.mark.slow
 def test_a_search_on_the_whole_pool_never_gets_worse(evopress: Any) -> None:
     """Each generation has as many zeros as the first, and is at least as fit as its parent on the same windows."""
     from evopress_search import next_generation, zeros_of

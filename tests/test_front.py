@@ -236,6 +236,7 @@ def test_a_limit_that_nothing_meets() -> None:
 # The screen
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     with_test_text(made_front(tmp_path), *range(8))
     said = command("status", "--study", tmp_path / "made.toml").out
@@ -252,6 +253,7 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     assert "no trial is better than uniform" not in said
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_limit(tmp_path: Path, command: CommandLine) -> None:
     made_front(tmp_path, {"max_increase": 0.35})
     said = command("status", "--study", tmp_path / "made.toml").out

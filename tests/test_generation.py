@@ -111,6 +111,7 @@ def test_prompts_begin_with_bos_where_windows_do() -> None:
     assert found == expected != [cut(tokens, ends) for tokens in said(replay_of(model))]
 
 
+@pytest.mark.slow
 def test_settings_of_the_model_do_not_change_texts() -> None:
     """A chat model's folder may ask for drawing at random, and for penalties."""
     model = tiny("llama")
@@ -195,6 +196,7 @@ def by_hand(who: Speaker, text: str, count: int) -> str:
     return str(who.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_an_answer_comes_in_pieces() -> None:
     who = speaker()
     found, pieces = answer(who, "the import statement")
@@ -204,6 +206,7 @@ def test_an_answer_comes_in_pieces() -> None:
     assert len(pieces) > 1
 
 
+@pytest.mark.slow
 def test_without_a_template_only_the_last_line_counts() -> None:
     who = speaker()
     assert answer(who, "one", "two", "the import statement") == answer(who, "the import statement")

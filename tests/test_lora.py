@@ -107,6 +107,7 @@ def test_gradients_are_those_of_the_formula() -> None:
         assert torch.allclose(b.grad, 1.5 * masked @ a.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_zeros_they_are_pefts_own() -> None:
     ours, theirs = tiny("llama"), tiny("llama")
     _, parameters = trained(ours)

@@ -377,6 +377,7 @@ def test_what_optuna_cannot_read_is_one_line(table: str, tmp_path: Path) -> None
 # --- what is refused
 
 
+@pytest.mark.slow
 def test_other_facts_are_named(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0))
     study = made(tmp_path / "b.db", made_up(0.0))
@@ -404,6 +405,7 @@ def test_which_study(tmp_path: Path) -> None:
     assert united(tmp_path / "other.db", b, c).study.study_name == "three"
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for name in "ab":
         made(tmp_path / f"{name}.db", made_up(0.0))
@@ -417,6 +419,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         united(a / "out.db", a, b)
 
 
+@pytest.mark.slow
 def test_a_study_of_others(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0))
     optuna.create_study(study_name="made-up", storage=storage_in(tmp_path / "b.db"))

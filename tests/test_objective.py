@@ -66,6 +66,7 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 # --- one trial
 
 
+@pytest.mark.slow
 def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
     [value] = Objective(context, space, False, ignore_events)(trial)

@@ -181,6 +181,7 @@ def test_bits_that_disagree_with_the_values_are_refused() -> None:
         unpack(torch.ones(5), found[BITMASK], 9)
 
 
+@pytest.mark.slow
 def test_the_reader_in_the_documentation(make: Make, tmp_path: Path) -> None:
     text = (REPO / "docs/formats.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
@@ -201,9 +202,7 @@ def test_the_reader_in_the_documentation(make: Make, tmp_path: Path) -> None:
 # every family
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in KNOWN]
-)
+@pytest.mark.parametrize("name", few(KNOWN, ("llama-tied", "mixtral")))
 def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp_path: Path) -> None:
     packed = make(name)
     sparse, load = tmp_path / "sparse", auto(name).from_pretrained
@@ -356,6 +355,7 @@ def test_a_device_map(make: Make, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
 
 
+@pytest.mark.slow
 def test_tokens_one_by_one_are_the_dense_ones(make: Make, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make())
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")

@@ -277,6 +277,7 @@ def test_dsnot_is_its_loop(case: Problem, dtype: torch.dtype, sparsity: float, i
     assert set((pruned == 0).sum(1).tolist()) == {int(x.shape[1] * sparsity)}
 
 
+@pytest.mark.slow
 @given(tied_problems, sparsities, st.sampled_from([None, 4]))
 def test_dsnot_with_ties_and_dead_inputs(case: Problem, sparsity: float, group: int | None) -> None:
     weight, x = case

@@ -116,6 +116,7 @@ def test_static_activations_and_kept_modules(tmp_path: Path) -> None:
     check_same(found(source).path, plain, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_one_scale_for_a_matrix(tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((128, 128), {"quant_method": "fp8"}, dtype=torch.bfloat16))
     for shape in ((), (1,)):
@@ -148,6 +149,7 @@ def test_scales_may_lie_in_another_file(tmp_path: Path) -> None:
     assert index == {name: places[name] for name in q.read(plain)}
 
 
+@pytest.mark.slow
 def test_a_mixture_of_fp8_experts(tmp_path: Path) -> None:
     """DeepSeek's form; its 12 rows of `kv_a_proj_with_mqa` are no multiple of a tile, as the 576 of the real one."""
     source, plain = q.pair(dense(tmp_path, "deepseek_v3"), as_fp8((8, 8), fp8_table((8, 8)), dtype=torch.bfloat16))

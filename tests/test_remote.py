@@ -134,6 +134,7 @@ def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.Monkey
     server.start()
 
 
+@pytest.mark.slow
 def test_parameters_keep_their_order(server: Server) -> None:
     """Whether a worker draws them, or stores a trial that has them."""
     study, trial = started(server)

@@ -226,6 +226,7 @@ def test_hostile_names_and_failures_are_text() -> None:
     assert len(scripts) == 5 + 2  # the figures, plotly.js and the page's own
 
 
+@pytest.mark.slow
 def test_several_studies_are_compared() -> None:
     studies = [new_study(None, name) for name in ("first", "second")]
     for study in studies:

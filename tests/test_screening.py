@@ -311,6 +311,7 @@ def test_levels() -> None:
     assert levelled([], measured(full)) == []
 
 
+@pytest.mark.slow
 def test_other_keys_of_a_screening_are_refused(screened_place: Path) -> None:
     """By the keys that a user wrote, whether the screening is complete or not; more points are no other keys."""
     place = screened_place

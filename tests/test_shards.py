@@ -157,6 +157,7 @@ def check_that_anybody_can_load(out: Path, work: TrialContext, blocks: list[Any]
         assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     folder, out = SOURCES["many shards"](tmp_path / "dense"), tmp_path / "deep" / "sparse"
     for name in ("pytorch_model.bin", "model.gguf", "old.pt"):
@@ -177,6 +178,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     assert [file.name for file in out.parent.iterdir()] == ["sparse"]
 
 
+@pytest.mark.slow
 def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
     folder, out = SOURCES["a shard per tensor"](tmp_path / "dense"), tmp_path / "sparse"
     write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, config())
@@ -184,6 +186,7 @@ def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
     assert (out / embedding).read_bytes() == (folder / embedding).read_bytes()
 
 
+@pytest.mark.slow
 def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_path: Path) -> None:
     """float32 on disk, computed in bf16: what stays is the source's float32."""
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"

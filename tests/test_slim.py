@@ -313,6 +313,7 @@ def check_own(folder: Path) -> None:
     assert "evil" not in "".join(file.read_text() for file in folder.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_code_of_a_stranger_is_not_handed_on(folder: Path, tmp_path: Path) -> None:
     """A model card that recommends `trust_remote_code` lies beside code of ours alone."""
     stranger_s(folder)

@@ -275,6 +275,7 @@ def test_facts_are_equal_after_the_way_through_the_database(study: optuna.Study)
 # --- trials that are lost, that run, that count
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> None:
     number = add(study, **DEAD, sparsities=[0.5])
     add(study, **identity())
@@ -352,6 +353,7 @@ def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatc
     assert counted(study) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
     for number in range(3):
         place = f"after prune {number} of 30".encode().ljust(trace.WIDTH)
@@ -377,6 +379,7 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
     assert not any(lost_trials.is_given_up(trial) for trial in lost)
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
     """Its third deaths ended trials, and still do; of those that wait no more is known than how often they died."""
     for first, state, attrs in ((40, TrialState.FAIL, {"lost": "its process died"}), (50, TrialState.WAITING, {})):
@@ -393,6 +396,7 @@ def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
     assert len(cut_offs_of(study.trials[3])) == 5
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_no_death(study: optuna.Study) -> None:
     add(study, state=TrialState.FAIL, lost="interrupted")
     for number in range(5):
@@ -404,6 +408,7 @@ def test_ctrl_c_is_no_death(study: optuna.Study) -> None:
     assert counted(study) == 0
 
 
+@pytest.mark.slow
 def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.Study) -> None:
     """Between a trial's end and its place in the queue lies a moment in which a process can be killed."""
     add(study, state=TrialState.FAIL, lost="its process died")
@@ -415,6 +420,7 @@ def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.
     assert states(study)[4:] == ["WAITING"] * 2
 
 
+@pytest.mark.slow
 def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.Study) -> None:
     add(study, state=TrialState.FAIL, lost="its process died")
     for _ in range(2):  # two processes at the same moment
@@ -461,6 +467,7 @@ def beat(file: Path, when: str) -> None:
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', ?)", (when,))
 
 
+@pytest.mark.slow
 def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process on this host that lives and is silent keeps its trial; one elsewhere does not."""
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
@@ -482,6 +489,7 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     assert study.trials[0].state == TrialState.RUNNING
 
 
+@pytest.mark.slow
 def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +509,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
+@pytest.mark.slow
 def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study, db: RDBStorage, file: Path) -> None:
     """Another process there sees that it is gone, and what it left, which nobody else can."""
     for pid in (1, 2):
@@ -533,6 +542,7 @@ def test_a_silent_trial_that_two_workers_find_is_queued_once(
     assert states(study) == ["FAIL", "WAITING"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
     study.enqueue_trial({"beta": 0.7})
     trial = study.ask()
@@ -541,6 +551,7 @@ def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued
     assert study.ask().suggest_float("beta", 0, 1) == 0.7
 
 
+@pytest.mark.slow
 def test_what_counts(study: optuna.Study) -> None:
     add(study, 1.0)
     add(study, 2.0, stopped_after=4)
@@ -555,6 +566,7 @@ def test_what_counts(study: optuna.Study) -> None:
     assert [trial.number for trial in running(study)] == [number]
 
 
+@pytest.mark.slow
 def test_the_best_is_the_lowest_of_those_measured_in_full(study: optuna.Study) -> None:
     assert best_trial(study) is None
     add(study, state=TrialState.FAIL, failure="no")

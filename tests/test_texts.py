@@ -179,6 +179,7 @@ def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path
     assert list(half) == list(found)[-len(half) :]
 
 
+@pytest.mark.slow
 def test_c4_downloads_one_file(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder = hub[0] / "datasets/allenai/c4/en"
     folder.mkdir(parents=True)

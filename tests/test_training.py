@@ -181,6 +181,7 @@ def test_it_is_measured_at_the_start_every_few_steps_and_at_the_end() -> None:
     assert [step for step, _ in ours.early_stop.losses] == [0, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_it_ends_when_the_held_out_loss_rises_and_takes_the_best() -> None:
     """Random windows have nothing in common, so that training on some raises the loss of others."""
     ours = held_out_trainer(steps=40, learning_rate=0.05)

@@ -226,6 +226,7 @@ def test_a_hub_dataset_in_the_cache_needs_no_hub(
     assert hub[1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_every_setting_and_file_counts(folder: Path, unsplit: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *TOPICS[:5])
