@@ -198,7 +198,7 @@ class ProcessWorker(StudyWorker):
 def _work(job: WorkerJob, index: int, devices: Sequence[str], news: Connection) -> None:
     """The process of a worker: runs the study and sends events to the parent."""
     os.setpgid(0, 0)  # Ctrl-C goes only to the parent, which passes it on
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # while it imports: KeyboardInterrupt in C++ code aborts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it imports: a KeyboardInterrupt within C++ code aborts
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so does SIGTERM, which Slurm sends to every process
     Thread(target=_stop_with_the_parent, daemon=True).start()
     with suppress(KeyboardInterrupt):
