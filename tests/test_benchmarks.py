@@ -253,6 +253,7 @@ def test_compressions(
     engines = {rate.key[1:]: rate.speed.engine for rate in page.rates()}
     assert engines == {
         ("zeros", "50 %", "bf16"): "packed bf16", ("zeros", "50 %", "int8"): "packed int8",
+        ("zeros, prices", "50 %", "bf16"): "packed bf16", ("zeros, prices", "50 %", "int8"): "packed int8",
         ("channels", "25 %", "bf16"): "torch", ("2:4", "Wanda", "bf16"): "packed bf16",
     }  # fmt: skip
     assert "### tiny" in page.PAGE.read_text()
