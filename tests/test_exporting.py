@@ -353,26 +353,29 @@ def check_same(way: str, ours: Tensor, theirs: Tensor) -> None:
 def test_llm_compressor_rounds_as_apply_does(
     place: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path, symmetric: bool
 ) -> None:
-    """The same bits, of RTN and GPTQ."""
+    """The same bits, of RTN and GPTQ, also with the columns in the order of their inputs."""
     rounds = f"[quantize]\ngroup_size = 16\nsymmetric = {str(symmetric).lower()}\n"
     toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", "bits = 3.5")
     (place / "tiny.toml").write_text(f"{toml}\n{rounds}")
     jobs, windows = [], tmp_path / "windows.npy"
-    for name, beta in (("rtn", 0.1), ("gptq", -0.1)):
-        file, out = study_file(place, f"quantize.quantizers=['{name}']"), tmp_path / name
+    ways = {"rtn": ("rtn", "false", 0.1), "gptq": ("gptq", "false", -0.1), "ordered": ("gptq", "true", -0.1)}
+    for way, (name, order, beta) in ways.items():
+        file, out = study_file(place, f"quantize.quantizers=['{name}']", f"quantize.act_order={order}"), tmp_path / way
         with quiet():
             prune_study(file, {"beta": beta}, out, ignore_events)
         assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
-        recipe, theirs = str(out / "atp_tune.recipe.yaml"), str(tmp_path / f"{name}.theirs")
+        recipe, theirs = str(out / "atp_tune.recipe.yaml"), str(tmp_path / f"{way}.theirs")
         jobs.append({"recipe": recipe, "out": theirs, "arguments": {"pipeline": "sequential"}})
         np.save(windows, token_windows(file.study.texts.calibration, place / "model", place).ids)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     words = [Path(__file__).with_name("llmcompress.py"), place / "model", windows, tmp_path / "jobs.json"]
     ran = subprocess.run([llmcompressor, *words], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    for name in ("rtn", "gptq"):
-        ours, theirs_ = load_file(tmp_path / name / "model.safetensors"), load_file(tmp_path / f"{name}.theirs")
+    for way in ways:
+        ours, theirs_ = load_file(tmp_path / way / "model.safetensors"), load_file(tmp_path / f"{way}.theirs")
         rounded = [key for key in ours if key.endswith("_proj.weight")]
         assert len(rounded) == 7 * BLOCKS
         for key in rounded:
-            assert torch.equal(ours[key], theirs_[key]), (name, key)
+            assert torch.equal(ours[key], theirs_[key]), (way, key)
+    ordered, plain = (load_file(tmp_path / way / "model.safetensors") for way in ("ordered", "gptq"))
+    assert not all(torch.equal(ordered[key], plain[key]) for key in rounded)

@@ -4,7 +4,8 @@ llm-compressor  one modifier, with a group of its configuration for each number 
                 grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
                 the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
                 scales and levels in bfloat16, and some weights are on another level.
-gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each linear, and leaves out all others.
+gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each block, or of each linear. It quantizes no
+                linears outside of the blocks. A pattern for them, "-:", would be tried before all others.
 torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
 llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
                 other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
@@ -22,7 +23,6 @@ from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.spec.texts import Text
 
 K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
-OF_GPTQMODEL = (2, 3, 4, 8)
 TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
@@ -82,24 +82,33 @@ def as_gptqmodel(config: Config) -> str:
     if config.prune.statistics == "dense":
         raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
     by_bits = _linears(config, "gptqmodel")
-    wrong = next((bits for bits in by_bits if bits not in OF_GPTQMODEL), None)
-    if wrong is not None:
-        kinds = ", ".join(map(str, OF_GPTQMODEL))
-        more = f"has {kinds} bits alone; a study with quantize.widths = [{kinds}] has no others"
-        raise _cannot("gptqmodel", "block_bits", str(wrong), more)
     most = max(by_bits, key=lambda bits: len(by_bits[bits]))
-    dynamic: dict[str, dict[str, int]] = {
-        f"+:^({'|'.join(map(re.escape, linears))})$": {"bits": bits} for bits, linears in by_bits.items()
-    }
-    dynamic["-:.*"] = {}  # all others stay as they are: the first that fits counts
+    of_blocks = config.linear_bits is None
     made = {
-        "bits": most, "dynamic": dynamic, "group_size": quantize.group_size, "sym": quantize.symmetric,
+        "bits": most,
+        "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
+        "group_size": quantize.group_size, "sym": quantize.symmetric,
         "desc_act": quantize.act_order, "act_group_aware": False, "static_groups": True,
         "damp_percent": quantize.damping,
         "true_sequential": config.prune.statistics == "sequential",
         "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
     return json.dumps(made, indent=2) + "\n"
+
+
+def _pattern(linears: list[str], of_blocks: bool) -> str:
+    """A regular expression of linears, short for large models too; or of all that their blocks hold, since vLLM joins
+    linears under names of its own.
+    """
+    numbers: dict[tuple[str, str], dict[str, None]] = {}
+    for name in linears:
+        place, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        numbers.setdefault((place, "" if of_blocks else linear), {})[number] = None
+    ways = (
+        rf"{re.escape(place)}\.({'|'.join(found)})\.{re.escape(linear)}{'$' * bool(linear)}"
+        for (place, linear), found in numbers.items()
+    )
+    return f"^({'|'.join(ways)})"
 
 
 def as_torchao(config: Config) -> str:
