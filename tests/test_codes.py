@@ -1,30 +1,31 @@
 """Codes of rounded weights: bit packing and decoding against loops, packed folders with codes, damaged ones."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from families import bench_of, few, same_bits
+from families import ALL, bench_of, few, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_packing import Make, bytes_of, changed_tensor, edited, first, logits, registered, same_files, sparse_model
+from test_packing import bytes_of, changed_tensor, edited, first, logits, registered, same_files, sparse_model
 from test_pruners import Problem, dtypes, hessian_of, problem, problems, tied_problems
 from test_quantizers import DAMPING, sizes, widths
-from tinystudy import CommandLine, stored
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.allocations.bits import stored_bits
 from atp_tune.checkpoints.unpacking import unpack_folder
 from atp_tune.errors import UserError
-from atp_tune.packed.codes import Coded, encode, fits_kernel, in_16_bits, pack_codes
+from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
 from atp_tune.plan import Plan
 from atp_tune.quantizers import make_quantizer
@@ -33,11 +34,10 @@ from atp_tune.search.objective import Record
 from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.packing import pack_folder
 from atp_tune.sparse.shards import Shards
-from atp_tune.spec.config import read_config
 from atp_tune.spec.quantize import QuantizeConfig
-from atp_tune.storage.progress import measured
 
 __all__ = ["registered"]  # a fixture of each test here
+REPO = Path(__file__).parents[1]
 STEP = 2.0**-11  # largest relative change of a scale by float16
 
 
@@ -80,7 +80,7 @@ def test_codes_are_packed_bit_by_bit(bits: int) -> None:
         packed = pack_codes(codes, bits)
         assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
         assert naive_codes(packed, bits, count) == codes.tolist() == unpack_codes(packed, bits, count).tolist()
-        with pytest.raises(ValueError, match="codes .* are not"):
+        with pytest.raises(ValueError, match=r"codes .* are not"):
             unpack_codes(packed, bits, count + 8)
 
 
@@ -134,11 +134,11 @@ def test_scales_keep_eleven_bits_however_small() -> None:
 
 
 def folders(
-    place: Path, name: str, quantize: QuantizeConfig, shares: tuple[float, ...], bits: tuple[int, ...],
+    place: Path, name: Any, quantize: QuantizeConfig, shares: tuple[float, ...], bits: tuple[int, ...],
     dtype: torch.dtype = torch.float32, change: Callable[[Any], None] = lambda model: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the dense, the sparse and the packed folder; returns what a trial of the same plan records."""
-    model = sparse_model(name, 0.0).to(dtype)
+    model = (sparse_model(name, 0.0) if isinstance(name, str) else name).to(dtype)
     change(model)
     model.save_pretrained(place / "dense", max_shard_size="40KB")
     context = bench_of(model, folder=place / "dense")
@@ -212,3 +212,112 @@ def test_a_folder_is_packed_loaded_saved_and_unpacked(case: Any, dtype: torch.dt
         assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
     unpack_folder(packed, tmp_path / "unpacked")
     assert same_files(tmp_path / "sparse", tmp_path / "unpacked")
+    if dtype == torch.float32:
+        found, dense = read_by_documentation(packed), tensors_of(tmp_path / "unpacked")
+        assert found.keys() == dense.keys()
+        for key, tensor in dense.items():
+            assert np.array_equal(found[key], tensor.numpy()), key
+
+
+def read_by_documentation(folder: Path) -> Any:
+    """The tensors of a packed folder by the reader in docs/formats.md."""
+    text = (REPO / "docs/formats.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {"sys": None}
+    exec(code.replace("sys.argv[1]", repr(str(folder))), found)
+    return found["tensors"]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def in_groups(place: Path, group_size: int, symmetric: bool, bits: int) -> Any:
+    """A wide tiny Llama with codes, as it is loaded."""
+    config = {**ALL["llama"][1], "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    quantize = QuantizeConfig(group_size=group_size, symmetric=symmetric)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
+    blocks = len(model.model.layers)
+    folders(place, model, quantize, (0.6,) * blocks, (bits,) * blocks)
+    return AutoModelForCausalLM.from_pretrained(place / "packed")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "bits", "dtype"),
+    [(32, False, 4, torch.int8), (-1, True, 8, torch.int8), (16, False, 4, torch.float32), (32, False, 8, None)],
+)
+def test_the_kernel_multiplies_by_codes(
+    group_size: int, symmetric: bool, bits: int, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """As int8 values without loss where its groups and numbers allow."""
+    found = in_groups(tmp_path, group_size, symmetric, bits)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dequantize=True)
+    linears = {name: module for name, module in found.named_modules() if isinstance(module, SparseLinear)}
+    assert len(linears) == 7 * len(found.model.layers)
+    for name, linear in linears.items():
+        assert torch.equal(linear.weight, dense.get_submodule(name).weight)
+        assert linear.weight_values.dtype == dtype or dtype is None
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert_close(found(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-6)
+    found.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same_bits(logits(again), logits(found))
+    unpack_folder(tmp_path / "saved", tmp_path / "unpacked")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")), logits(found))
+
+
+def form_of(table: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = first(table)["codes"]
+    return found
+
+
+DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
+    ("version", lambda f: edited(f, lambda t: t["atp_sparse"].update(version=3)), "of version 1 or 2"),
+    ("bits", lambda f: edited(f, lambda t: form_of(t).update(bits=3)), "are not .* of 3 bits"),
+    ("9 bits", lambda f: edited(f, lambda t: form_of(t).update(bits=9)), "is damaged"),
+    ("a word", lambda f: edited(f, lambda t: form_of(t).update(group_size="8")), "is damaged"),
+    ("no exponent", lambda f: edited(f, lambda t: form_of(t).pop("exponent")), "is damaged"),
+    ("groups", lambda f: edited(f, lambda t: form_of(t).update(group_size=5)), "scales .* are not of"),
+    ("count", lambda f: edited(f, lambda t: first(t).update(nonzeros=5)), "are not 5 of"),
+    ("cut codes", lambda f: changed_tensor(f, CODES, lambda t: t[:-1].clone()), "codes .* are not"),
+    ("no codes", lambda f: changed_tensor(f, CODES, lambda _: None), "has no tensor"),
+    ("no scales", lambda f: changed_tensor(f, SCALES, lambda _: None), "has no tensor"),
+    ("scales", lambda f: changed_tensor(f, SCALES, lambda t: t.float()), "scales .* are not of"),
+    ("no zeros", lambda f: changed_tensor(f, ZEROS, lambda _: None), "has no tensor"),
+    ("zeros", lambda f: changed_tensor(f, ZEROS, lambda t: t[1:].clone()), "codes .* are not"),
+    ("mask", lambda f: changed_tensor(f, BITMASK, lambda t: t ^ 1), "but the bitmask has|codes are not 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("coded")
+    blocks = len(sparse_model("llama-tied").model.layers)
+    folders(place, "llama-tied", QuantizeConfig(group_size=8), (0.6,) * blocks, (4,) * blocks)
+    return place / "packed"
+
+
+@pytest.mark.parametrize(("change", "said"), [row[1:] for row in DAMAGED], ids=[row[0] for row in DAMAGED])
+def test_a_damaged_folder_is_refused(change: Callable[[Path], None], said: str, coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    change(folder)
+    with pytest.raises(ValueError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match=said) as error:
+        unpack_folder(folder, tmp_path / "unpacked")
+    assert "\n" not in str(error.value)
+
+
+def test_other_codes_are_not_what_was_packed(coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    changed_tensor(folder, SCALES, lambda t: t * 2)
+    with pytest.raises(UserError, match="is not what was packed"):
+        unpack_folder(folder, tmp_path / "unpacked")
+
+
+def test_int8_values_that_codes_do_not_fit_are_refused(coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    edited(folder, lambda t: t["atp_sparse"].update(values="int8"))
+    with pytest.raises(ValueError, match="cannot be kept as int8 values"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -59,9 +59,9 @@ class Configuration:
     def save(self, folder: str | Path, *, packed: bool = False, slim: bool = False) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
 
-        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
-        transformers where atp_tune is imported; rounded weights as codes of their bits. `slim`: without the channels that `pattern = "channels"` prunes,
-        smaller and usually faster. UserError if the folder exists.
+        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
+        as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
+        channels that `pattern = "channels"` prunes, smaller and usually faster. UserError if the folder exists.
         """
         out = Path(folder).expanduser()
         if slim:

@@ -67,7 +67,7 @@ def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bo
 
 
 def multiples_of(weight: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Integers from `low` to `high` whose products with the scales are the weights, in their number format, bit for bit.
+    """Integers from `low` to `high` whose products with the scales are the weights, bit for bit, in their dtype.
 
     In bfloat16 two products above 128 may be the same weight; either is right. Errors: ValueError if there are none.
     """

@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained("DIR")    # dequantize=True: with dense weights
 
 A packed linear keeps its nonzero weights and one bit for each weight. It multiplies by atp_tune's kernel where that is
-installed, and by torch elsewhere. Weights that were rounded to few bits lie in the files as codes of so many bits. The config has a model type of its own and the weights have a variant of their own,
-`model.packed*.safetensors`, so that nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
+installed, and by torch elsewhere. Weights that were rounded to few bits lie in the files as codes of so many bits. The
+config has a model type of its own and the weights have a variant of their own, `model.packed*.safetensors`, so that
+nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
 """
 
 import shutil
@@ -195,8 +196,7 @@ def _expanded(
 def in_memory(table: dict[str, Any]) -> dict[str, Any]:
     """The table of a model that was loaded: what no packed linear keeps is dense, and codes are expanded."""
     linears = {
-        name: {key: value for key, value in about.items() if key != "codes"}
-        for name, about in table["linears"].items()
+        name: {key: value for key, value in about.items() if key != "codes"} for name, about in table["linears"].items()
     }
     return {**table, "version": VERSION, "linears": linears, "stored": {}}
 

@@ -29,8 +29,8 @@ from atp_tune.checkpoints.unpacking import (
     PACKED_INDEX,
     Original,
     as_bytes,
-    bytes_of,
     as_text,
+    bytes_of,
     dtypes,
     is_packed,
     sha256_of_tensor,
@@ -173,9 +173,7 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def write_to_pack(
-    context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None
-) -> Dense:
+def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None) -> Dense:
     """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be.
 
     codes: of rounded weights, which are kept there.

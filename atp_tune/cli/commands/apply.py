@@ -26,7 +26,7 @@ def apply(
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", metavar="", help="Write the folder without its zeros, as `pack` does.")
+        bool, typer.Option("--packed", metavar="", help="Write no zeros, and rounded weights in their number of bits.")
     ] = False,
     slim: Annotated[
         bool,
@@ -52,8 +52,9 @@ def apply(
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
-    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. `--slim` makes that of pruned channels
-    smaller and usually faster: docs/channels.md.
+    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. Weights that were rounded to few bits are
+    stored in so many bits: docs/bits.md. `--slim` makes the folder of pruned channels smaller and usually faster:
+    docs/channels.md.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
