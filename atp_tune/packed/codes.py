@@ -115,6 +115,6 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def fits_kernel(about: dict[str, Any]) -> bool:
     """Whether the kernel of int8 values has scales for such groups."""
-    size = about["codes"]["group_size"]
-    columns = about["shape"][-2 if about.get("transposed") else -1]
+    size: int = about["codes"]["group_size"]
+    columns: int = about["shape"][-2 if about.get("transposed") else -1]
     return size == -1 or size >= columns or (size % GROUP == 0 and columns % size == 0)

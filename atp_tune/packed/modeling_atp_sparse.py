@@ -226,11 +226,10 @@ def _is_form(form: Any) -> bool:
     """Whether it says how codes lie in a file."""
     if not isinstance(form, dict) or any(type(form.get(key)) is not bool for key in ("symmetric", "mask")):
         return False
-    numbers = [form.get(key) for key in ("bits", "group_size", "exponent")]
-    if any(type(number) is not int for number in numbers):
+    if any(type(form.get(key)) is not int for key in ("bits", "group_size", "exponent")):
         return False
-    bits, size, exponent = numbers
-    return 2 <= bits <= 8 and (size == -1 or size > 0) and -149 <= exponent < 128
+    size = form["group_size"]
+    return form["bits"] in range(2, 9) and (size == -1 or size > 0) and form["exponent"] in range(-149, 128)
 
 
 class SparseLinear(nn.Module):

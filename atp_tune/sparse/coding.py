@@ -38,9 +38,8 @@ class Codes:
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
         found: dict[str, Tensor] = {}
         for part, weight in weights.items():
-            one = [tensor.mT if turned else tensor for tensor in (weight, *(grid[part] for grid in grids))]
             try:
-                coded = _encoded(*one, self._quantize, turned)
+                coded = _encoded([weight, *(grid[part] for grid in grids)], self._quantize, turned)
             except ValueError as error:
                 raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
             found[part] = coded.decoded()
@@ -85,12 +84,12 @@ def _of_weights(group_size: int, block: PrunedBlock, linears: list[Linear], weig
     return scales, zeros, bits
 
 
-def _encoded(
-    weight: Tensor, scales: Tensor, zeros: Tensor, bits: Tensor, quantize: QuantizeConfig, turned: bool
-) -> Coded:
-    """The codes of weights [..., rows, columns] with a scale, a zero point and bits each; ValueError if groups of
-    consecutive columns do not share them.
+def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
+    """The codes of weights; ValueError if groups of consecutive inputs do not share scales, zero points and bits.
+
+    saved: weights, and scale, zero point and bits of each, [..., rows, columns], or if `turned` the other way round.
     """
+    weight, scales, zeros, bits = (tensor.mT if turned else tensor for tensor in saved)
     columns = weight.shape[-1]
     size = columns if quantize.group_size == -1 else quantize.group_size
     groups = [part[..., ::size].contiguous() for part in (scales, zeros)]
@@ -100,5 +99,5 @@ def _encoded(
     width = int(bits.max())
     if int(bits.min()) != width:
         raise ValueError("its experts have different numbers of bits")
-    grid = Grid(*groups, float(2**width - 1))
+    grid = Grid(groups[0], groups[1], float(2**width - 1))
     return encode(weight.contiguous(), grid, width, quantize.group_size, quantize.symmetric, turned)

@@ -106,7 +106,7 @@ def _write(
 
     with quiet(), Display() as display:
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
-    show(measured, found.perplexity.test, out)
+    show(measured, found.perplexity.test, out, packed and found.quantize is not None)
     if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)
 
@@ -130,7 +130,7 @@ def _verify(folder: Path) -> None:
     console.print(markdown(("", "there", "here", "effect"), rows))
 
 
-def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:
+def show(measured: "Perplexity", promised: "Perplexity | None", out: Path, codes: bool = False) -> None:
     """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
     console.print(f"sparse checkpoint: {out}")
     if promised is None:
@@ -139,5 +139,6 @@ def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> No
     change = measured.value / promised.value - 1
     console.print(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
     if abs(change) > TOLERANCE:
-        warning = "warning: they differ by more than 0.1 %; another device, number format or number of threads?"
+        why = "scales of 16 bits, " if codes else ""
+        warning = f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?"
         console.print(warning, style="yellow")
