@@ -316,6 +316,8 @@ def check_codes(place: Path, command: CommandLine, zeros: bool) -> None:
     assert "codes" in card and "as floats" not in card and NEEDED in card
     again = command("apply", "--config", codes / "atp_tune.json", "--out", place / "again", "--packed").out
     assert "byte for byte" in again and "(+0.000%)" in again
+    rates = command("speedup", "--model", codes, "--engine", "packed", "--tokens", "8", "--runs", "1")
+    assert ("packed" in rates.out) if zeros else ("run as floats" in rates.err)
     assert command("unpack", codes, "--out", place / "unpacked").code == 0
     found, loaded = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("unpacked", "codes"))
     ids = torch.tensor([[5, 6, 7, 8]])
