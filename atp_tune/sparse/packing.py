@@ -239,6 +239,7 @@ class _Packing:
                 if found is None and self.kind != "same":
                     self.original.tensors[name] = sha256_of_tensor(dense)
         save_file(tensors, out, metadata={"format": "pt"})
+        out.chmod(0o644)  # as the others; safetensors lets only the owner read it
         self._places.update(dict.fromkeys(tensors, out.name))
         self.original.sha256[shard] = sha256_of(file) if self.kind == "same" else None
 
