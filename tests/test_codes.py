@@ -25,13 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atp_tune.allocations.bits import stored_bits
 from atp_tune.checkpoints.unpacking import unpack_folder
 from atp_tune.errors import UserError
-from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes
+from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
 from atp_tune.plan import Plan
 from atp_tune.quantizers import make_quantizer
 from atp_tune.quantizers.grid import Grid
 from atp_tune.search.objective import Record
-from atp_tune.sparse.coding import Codes
+from atp_tune.sparse.coding import Codes, _encoded
 from atp_tune.sparse.packing import pack_folder
 from atp_tune.sparse.shards import Shards
 from atp_tune.spec.quantize import QuantizeConfig
@@ -321,3 +321,33 @@ def test_int8_values_that_codes_do_not_fit_are_refused(coded: Path, tmp_path: Pa
     edited(folder, lambda t: t["atp_sparse"].update(values="int8"))
     with pytest.raises(ValueError, match="cannot be kept as int8 values"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_no_group_of_the_disk_has_is_refused() -> None:
+    """Matrices whose inputs lie in another order there, and experts of one tensor with different bits."""
+    quantize, quantizer = QuantizeConfig(group_size=4), make_quantizer("rtn", 4, False, DAMPING)
+    weight, _ = problem((6, 10))
+    rounded, grid = quantizer.quantize(weight, 3, None), quantizer.grid(weight, 3)
+    scales, zeros = (spread(part, 4, 10) for part in (grid.scale, grid.zero))
+    saved = [rounded, scales, zeros, torch.full((6, 10), 3.0)]
+    assert_close(_encoded(saved, quantize, False).decoded(), rounded, rtol=STEP, atol=0)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="lie in another order"):
+        _encoded([part[:, order] for part in saved], quantize, False)
+    saved[3][0] = 4
+    with pytest.raises(ValueError, match="different numbers of bits"):
+        _encoded(saved, quantize, False)
+
+
+def test_codes_that_no_tensor_asks_for_are_an_error(tmp_path: Path) -> None:
+    context = bench_of(sparse_model("llama-tied", 0.0))
+    context.quantize = QuantizeConfig(group_size=8)
+    blocks = len(context.checkpoint.blocks)
+    codes = Codes(tmp_path, context.quantize)
+    block = next(iter(context.prune(Plan("rtn", "uniform", (0.0,) * blocks, bits=(4,) * blocks), grids=True)))
+    (name,) = codes.save(context.checkpoint, block, context.checkpoint.linears[0][0].key)
+    assert codes.find(("other",)) is None
+    with pytest.raises(UserError, match=f"has no tensor {name}"):
+        codes.check_all_stored()
+    assert codes.find((f"x.{name}", name)) is not None
+    codes.check_all_stored()
