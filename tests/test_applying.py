@@ -254,7 +254,7 @@ def test_a_model_that_is_gone(done: Path, config: Config, tmp_path: Path) -> Non
 def test_a_failure_half_way_leaves_nothing(
     error: BaseException, done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(bench: TrialContext, plan: Plan) -> Iterator[Any]:
+    def half(bench: TrialContext, plan: Plan, grids: bool = False) -> Iterator[Any]:
         for block in prune(bench, plan):
             if block.index == 2:
                 raise error

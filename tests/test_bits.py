@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from families import checkpoint_of, tiny
 from hypothesis import given
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from test_config import config
 from tinystudy import CommandLine, stored, study_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from atp_tune.allocations import Budget, Shape, bits
 from atp_tune.api import rows as api_rows
@@ -28,6 +30,7 @@ from atp_tune.errors import UserError
 from atp_tune.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import make_plan
 from atp_tune.results.summary import summarise
+from atp_tune.sparse.packing import NEEDED
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import PluginRef
@@ -274,17 +277,17 @@ def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandL
     made = read_config(bits_done / "out" / "atp_tune.json")
     assert (made.block_bits, made.quantize, made.bits) == (best.block_bits, best.quantize, best.bits)
     assert command("apply", "--verify", bits_done / "out").code == 0
+    check_codes(bits_done, command, zeros=False)
     beta = f"--beta={best.allocation.beta or 0.01}"
     words = ["prune", "--study", bits_done / "tiny.toml", beta, "--out", bits_done / "pruned"]
     assert "3.5 bits: perplexity" in command(*words).out
     for words, reason in (
-        (["apply", "--packed", "--config", bits_done / "tiny.best.json"], "these weights are rounded; leave it out"),
         (["apply", "--slim", "--config", bits_done / "tiny.best.json"], "only whole channels can be cut"),
         (
             ["finetune", "--model", bits_done / "out", "--seqlen", "32"],
             "its weights are rounded, and training would undo",
         ),
-        (["speedup", "--model", bits_done / "out"], "weights are rounded, but lie in the folder as floats"),
+        (["speedup", "--model", bits_done / "out"], "weights are rounded, and run as floats"),
         (
             ["prune", "--study", bits_done / "tiny.toml", "--pruner", "wanda", "--beta", "0.1"],
             "is of zeros; leave it out",
@@ -295,6 +298,32 @@ def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandL
         assert refused.code == 2, words
         assert reason in refused.err
         assert not (bits_done / "no").exists()
+
+
+def check_codes(place: Path, command: CommandLine, zeros: bool) -> None:
+    """The folder of codes of a study's best trial: its bytes, its perplexity, and all that reads it."""
+    best, codes = read_config(place / "tiny.best.json"), place / "codes"
+    said = command("apply", "--config", place / "tiny.best.json", "--out", codes, "--packed").out
+    change = re.search(r"\(([+-]\d+\.\d+)%\)", said)
+    assert change and abs(float(change[1])) < 0.5  # by scales of 16 bits alone
+    assert command("apply", "--verify", codes).code == 0
+    trial = next(trial for trial in stored(place).get_trials() if trial.number == best.trial)
+    tensors = {name: tensor for file in codes.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    rows = sum(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("_bitmask"))
+    more = sum(tensor.nbytes for tensor in tensors.values()) - trial.user_attrs["quantized_bytes"]
+    assert 0 <= more <= rows + 2 * sum(name.endswith("_codes") for name in tensors)
+    assert bool(rows) == zeros
+    card = (codes / "README.md").read_text()
+    assert "codes" in card and "as floats" not in card and NEEDED in card
+    again = command("apply", "--config", codes / "atp_tune.json", "--out", place / "again", "--packed").out
+    assert "byte for byte" in again and "(+0.000%)" in again
+    rates = command("speedup", "--model", codes, "--engine", "packed", "--tokens", "8", "--runs", "1")
+    assert ("packed" in rates.out) if zeros else ("run as floats" in rates.err)
+    assert command("unpack", codes, "--out", place / "unpacked").code == 0
+    found, loaded = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("unpacked", "codes"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, found(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -358,6 +387,7 @@ def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
         assert max(len(group.unique()) for group in groups) <= 8
     assert sum(trial.user_attrs["realised"] for trial in measured(stored(place))) / len(measured(stored(place))) > 0.49
     assert command("pack", out, "--out", place / "packed").code == 0
+    check_codes(place, command, zeros=True)
     for kind in ("llm-compressor", "gptqmodel"):
         refused = command("export", "--config", place / "tiny.best.json", "--format", kind)
         assert (refused.code, "says zeros or bits" in refused.err) == (2, True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -58,9 +59,9 @@ class Configuration:
     def save(self, folder: str | Path, *, packed: bool = False, slim: bool = False) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
 
-        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
-        transformers where atp_tune is imported. `slim`: without the channels that `pattern = "channels"` prunes,
-        smaller and usually faster. UserError if the folder exists.
+        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
+        as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
+        channels that `pattern = "channels"` prunes, smaller and usually faster. UserError if the folder exists.
         """
         out = Path(folder).expanduser()
         if slim:
@@ -72,17 +73,18 @@ class Configuration:
             return self._save(out, write_slim)
         if not packed:
             return self._save(out)
-        if self.config.by_bits:
-            raise UserError("packed: leaves zeros out, and these weights are rounded; leave it out")
+        from atp_tune.sparse.coding import Codes
         from atp_tune.sparse.packing import pack_folder, write_to_pack
         from atp_tune.sparse.shards import check_free
 
         check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sparse:
-            measured = self._save(Path(sparse), write_to_pack)
+        beside = partial(TemporaryDirectory, dir=out.parent, prefix=f".{out.name}.")  # relative paths stay right
+        with beside() as sparse, beside() as parts:
+            codes = None if self.config.quantize is None else Codes(Path(parts), self.config.quantize)
+            measured = self._save(Path(sparse), partial(write_to_pack, codes=codes))
             with self._working() as watch:
-                pack_folder(Path(sparse), out, watch=watch)
+                pack_folder(Path(sparse), out, watch=watch, codes=codes)
         return measured
 
     def _save(self, out: Path, write: "Write | None" = None) -> Perplexity:

@@ -112,8 +112,9 @@ class Result:
     ) -> "Perplexity":
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
-        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, smaller, and loaded by
-        transformers where atp_tune is imported. `slim`: without the channels that `pattern = "channels"` prunes.
+        The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
+        as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
+        channels that `pattern = "channels"` prunes.
         UserError if the folder exists.
         """
         return self.configuration(device=device, **choice).save(folder, packed=packed, slim=slim)

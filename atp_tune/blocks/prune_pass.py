@@ -30,6 +30,7 @@ from atp_tune.inputs import Batch
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.selection import nonzeros
+from atp_tune.quantizers.grid import Grid
 from atp_tune.quantizers.quantizing import Quantizing
 
 BlockStatistics = Mapping[str, Statistics]
@@ -47,6 +48,7 @@ class PrunedBlock:
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
     channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
     bits: Mapping[str, int] = field(default_factory=dict)  # of each linear, where weights are rounded
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # the same, if the pass keeps them
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Pass:
     dense_statistics: Sequence[BlockStatistics] | None = None
     in_one_pass: bool = False
     channels: ChannelPruner | None = None  # whole channels go, in the place of single weights
+    keeps_grids: bool = False
     after: Tensor = field(init=False)
 
     def run(self, plan: Plan, hidden: Tensor, items: Batch = None) -> Iterator[PrunedBlock]:
@@ -100,13 +103,14 @@ class Pass:
         timer.lap("calibrate")
         lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
         bits = {x.name: b for x, b in zip(linears, plan.bits_of(index, len(linears)), strict=False)}
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits)
+        grids = getattr(pruned, "grids", {})
+        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits, grids)
 
     def _pruning(self, plan: Plan, index: int, weights: dict[str, Tensor]) -> "Pruning":
         """The pruning of block `index`, before its first linear."""
         linears = self.replay.checkpoint.linears[index]
-        count = len(linears)
-        return Pruning(linears, weights, self.pruner, plan.of(index, count), plan.bits_of(index, count))
+        shares, bits = plan.of(index, len(linears)), plan.bits_of(index, len(linears))
+        return Pruning(linears, weights, self.pruner, shares, bits, self.keeps_grids)
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
@@ -175,8 +179,11 @@ class Pruning:
         pruner: Pruner,
         sparsities: tuple[float, ...],
         bits: tuple[int, ...] = (),
+        keeps_grids: bool = False,
     ) -> None:
-        """`bits`: of each linear, where weights are rounded; the pruner is then a `Quantizing`."""
+        """`bits`: of each linear, where weights are rounded; the pruner is then a `Quantizing`, whose grids are kept
+        if `keeps_grids`.
+        """
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
@@ -185,6 +192,8 @@ class Pruning:
         self._pruner = pruner
         self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
         self._bits = dict(zip((linear.name for linear in linears), bits, strict=False))
+        self.grids: dict[str, Grid] = {}
+        self._keeps_grids = keeps_grids
         self._kept: dict[str, Tensor] = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 
@@ -194,9 +203,15 @@ class Pruning:
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
             self.experts_without_tokens.append(linear.name)
+        dense, sparsity = linear.matrix(self._dense[linear.key]), self._sparsities[linear.name]
         if isinstance(rule, Quantizing):
             rule = rule.at(self._bits[linear.name])
-        sparse = rule.prune(linear.matrix(self._dense[linear.key]), self._sparsities[linear.name], statistics)
+            pruned = rule.sparse(dense, sparsity, statistics)
+            sparse = rule.rounded(pruned, statistics)
+            if self._keeps_grids:
+                self.grids[linear.name] = rule.grid(pruned)
+        else:
+            sparse = rule.prune(dense, sparsity, statistics)
         linear.matrix(self.weights[linear.key]).copy_(sparse)
         self._kept[linear.name] = nonzeros(sparse)
 

@@ -132,7 +132,7 @@ class _Tensors:
         import torch
         from safetensors.torch import save_file
 
-        from atp_tune.packed.modeling_atp_sparse import PARTS, VALUES
+        from atp_tune.packed.modeling_atp_sparse import CODES, PARTS, VALUES
 
         kept = {key: value for key, value in self._config.items() if key not in (MODEL_TYPE, "auto_map")}
         classes = [str(name).removeprefix("Packed") for name in self._config.get("architectures") or ()]
@@ -140,7 +140,7 @@ class _Tensors:
         (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         dtype = getattr(torch, str(kept.get("dtype")), None)
         parts = {f"{name}{end}" for name in self._packed for end in PARTS}
-        ends = {f"{name}{VALUES}": name for name in self._packed}
+        ends = {f"{name}{end}": name for name in self._packed for end in (VALUES, CODES)}
         places: dict[str, str] = {}
         for number, opened in enumerate(self._files.values(), 1):
             shard = "model.safetensors"

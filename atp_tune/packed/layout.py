@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, SparseLinear, groups_of
+from atp_tune.packed.modeling_atp_sparse import (
+    BITMASK,
+    SCALES,
+    VALUES,
+    SparseLinear,
+    bitmask_of,
+    groups_of,
+)
 
 Kind = Literal["same", "bf16", "int8"]  # number format of the values
 LARGEST = 127  # code of int8
@@ -28,9 +35,7 @@ def pack(dense: Tensor, kind: Kind, group_size: int | None = None) -> dict[str, 
     `group_size`: columns that share a scale of int8 codes, where it divides the columns; None: all of a row.
     """
     kept, (*rows, columns) = _kept(dense), dense.shape
-    bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(*rows, -1, 8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=dense.device)
-    packed = {BITMASK: (bits * powers).sum(-1, dtype=torch.uint8)}
+    packed = {BITMASK: bitmask_of(kept)}
     if kind != "int8":
         return {VALUES: dense[kept].to(torch.bfloat16 if kind == "bf16" else dense.dtype), **packed}
     grouped = dense.float().reshape(*rows, groups_of(columns, group_size), -1)

@@ -4,14 +4,16 @@
     model = AutoModelForCausalLM.from_pretrained("DIR")    # dequantize=True: with dense weights
 
 A packed linear keeps its nonzero weights and one bit for each weight. It multiplies by atp_tune's kernel where that is
-installed, and by torch elsewhere. The config has a model type of its own and the weights have a variant of their own,
-`model.packed*.safetensors`, so that nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
+installed, and by torch elsewhere. Weights that were rounded to few bits lie in the files as codes of so many bits. The
+config has a model type of its own and the weights have a variant of their own, `model.packed*.safetensors`, so that
+nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
 """
 
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +45,7 @@ TILE = 4 << 20  # bytes of unpacked rows: 3.4 ms for a weight of 46 MB, of which
 GROUP = 32  # columns that every group of scales has a multiple of
 
 MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
-VERSION = 1  # of the format
+VERSION, WITH_CODES = 1, 2  # of the format; the second of folders that have codes
 VARIANT = "packed"
 WEIGHTS, INDEX = "model.packed.safetensors", "model.safetensors.index.packed.json"
 AUTO_CLASSES = {
@@ -51,7 +53,7 @@ AUTO_CLASSES = {
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 }
-PARTS = VALUES, BITMASK, SCALES = "_values", "_bitmask", "_scales"  # ends of the names of the tensors of a packed one
+PARTS = VALUES, BITMASK, SCALES, CODES, ZEROS = "_values", "_bitmask", "_scales", "_codes", "_zeros"  # ends of names
 _OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -62,15 +64,9 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     values [nonzeros], row by row; bitmask uint8 [..., ⌈columns/8⌉], the lowest bit first; scales [..., groups] of int8
     values, each for columns/groups columns. Errors: ValueError if they disagree.
     """
-    if bitmask.dtype != torch.uint8 or bitmask.dim() < 2 or bitmask.shape[-1] != -(-columns // 8) or values.dim() != 1:
-        raise ValueError(f"packed weight: a bitmask {list(bitmask.shape)} {bitmask.dtype} is not of {columns} columns")
-    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
-    kept = bits.flatten(-2).bool()
-    if int(kept.sum()) != len(values) or bool(kept[..., columns:].any()):
-        raise ValueError(
-            f"packed weight: {len(values)} values of {columns} columns, but the bitmask has {int(kept.sum())} bits"
-        )
-    kept = kept[..., :columns]
+    kept = kept_by(bitmask, columns, values.numel())
+    if values.dim() != 1:
+        raise ValueError(f"packed weight: values {list(values.shape)} are no list")
     if scales is None:
         return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
     if scales.shape[:-1] != kept.shape[:-1] or not scales.shape[-1] or columns % scales.shape[-1]:
@@ -80,29 +76,136 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     return (codes.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(kept.shape)
 
 
+def bitmask_of(kept: Tensor) -> Tensor:
+    """The bits of a mask [..., columns], uint8 [..., ⌈columns/8⌉], the lowest bit first."""
+    bits = nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).view(*kept.shape[:-1], -1, 8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
+    return (bits * powers).sum(-1, dtype=torch.uint8)
+
+
+def kept_by(bitmask: Tensor, columns: int, count: int) -> Tensor:
+    """The mask [..., columns] of bits; ValueError if they are not of so many columns and kept weights."""
+    if bitmask.dtype != torch.uint8 or bitmask.dim() < 2 or bitmask.shape[-1] != -(-columns // 8):
+        raise ValueError(f"packed weight: a bitmask {list(bitmask.shape)} {bitmask.dtype} is not of {columns} columns")
+    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
+    kept = bits.flatten(-2).bool()
+    if int(kept.sum()) != count or bool(kept[..., columns:].any()):
+        raise ValueError(
+            f"packed weight: {count} values of {columns} columns, but the bitmask has {int(kept.sum())} bits"
+        )
+    return kept[..., :columns]
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """`count` codes of `bits` ≤ 8 bits each, int16; packed uint8 [⌈count·bits/8⌉], the lowest bit first.
+
+    Errors: ValueError if there are more or fewer.
+    """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
+        raise ValueError(f"packed weight: codes {list(packed.shape)} {packed.dtype} are not {count} of {bits} bits")
+    eights = -(-count // 8)  # 8 codes take `bits` bytes
+    octets = nn.functional.pad(packed, (0, eights * bits - len(packed))).view(eights, bits).short()
+    found = torch.empty(eights, 8, dtype=torch.int16, device=packed.device)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        word = octets[:, first] | octets[:, first + 1] << 8 if shift + bits > 8 else octets[:, first]
+        found[:, place] = word >> shift & 2**bits - 1
+    return found.flatten()[:count]
+
+
+def read_codes(place: dict[str, Any], name: str, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A tensor of codes q in opened files, as integers k = q - z, int16 [..., rows, columns], 0 where no code is kept,
+    and scales, float32 of the same shape: a weight is k times its scale.
+
+    about: its entry in the table of a config. Errors: ValueError if a part is missing, or if they disagree.
+    """
+    form = about["codes"]
+    bits, columns = form["bits"], _packed_shape(about)[-1]
+    rows, count = _packed_shape(about)[:-1], about["nonzeros"] if form["mask"] else prod(about["shape"])
+    size = columns if form["group_size"] == -1 else form["group_size"]
+    codes = unpack_codes(_part(place, name + CODES), bits, count)
+    scales = _part(place, name + SCALES)
+    if scales.dtype != torch.float16 or [*scales.shape] != [*rows, -(-columns // size)]:
+        raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {about['shape']} weights")
+    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
+    if not form["symmetric"]:
+        zeros = unpack_codes(_part(place, name + ZEROS), bits, scales.numel()).view(scales.shape)
+    of_weights = [part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales)]
+    found = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
+    if form["mask"]:
+        found.masked_scatter_(kept_by(_part(place, name + BITMASK), columns, count), codes)
+    found = found - of_weights[0]
+    if int(found.count_nonzero()) != about["nonzeros"]:
+        raise ValueError(f"packed weight: {int(found.count_nonzero())} codes are not 0, not {about['nonzeros']}")
+    return found, of_weights[1].float() * 2.0 ** form["exponent"]
+
+
+def _part(place: dict[str, Any], name: str) -> Tensor:
+    if name not in place:
+        raise ValueError(f"packed folder: it has no tensor {name}")
+    found: Tensor = place[name].get_tensor(name)
+    return found
+
+
+def _packed_shape(about: dict[str, Any]) -> list[int]:
+    """The shape of a packed tensor in its file; `transposed`: the last two sides are exchanged there."""
+    *more, rows, columns = about["shape"]
+    return [*more, columns, rows] if about.get("transposed", False) else [*more, rows, columns]
+
+
 def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Tensor | None = None) -> Tensor:
     """The dense tensor by its entry in the table of a config; a `Conv1D`'s is packed transposed."""
-    turned = about.get("transposed", False)
-    dense = unpack(values, bitmask, about["shape"][0 if turned else -1], scales)
-    if [*dense.shape] != (about["shape"][::-1] if turned else about["shape"]):
+    dense = unpack(values, bitmask, _packed_shape(about)[-1], scales)
+    if [*dense.shape] != _packed_shape(about):
         raise ValueError(f"packed weight: has the shape {list(dense.shape)}, not {about['shape']}")
-    return dense.T.contiguous() if turned else dense
+    return dense.mT.contiguous() if about.get("transposed", False) else dense
 
 
 def read_packed(place: dict[str, Any], name: str, about: dict[str, Any]) -> Tensor:
-    """A packed tensor of opened files, dense; `place`: the file of each tensor. ValueError if a part is missing."""
-    parts = [f"{name}{end}" for end in PARTS]
-    values, bitmask, scales = (place[part].get_tensor(part) if part in place else None for part in parts)
-    if values is None or bitmask is None:
-        raise ValueError(f"packed folder: it has no tensor {name}")
-    return unpack_as(about, values, bitmask, scales)
+    """A packed tensor of opened files, dense; `place`: the file of each tensor. ValueError if a part is missing.
+
+    One of codes is float32.
+    """
+    if "codes" in about:
+        codes, scales = read_codes(place, name, about)
+        dense = codes * scales
+        return dense.mT.contiguous() if about.get("transposed", False) else dense
+    scaled = name + SCALES in place
+    parts = [_part(place, name + end) for end in (VALUES, BITMASK, *([SCALES] if scaled else []))]
+    return unpack_as(about, *parts)
+
+
+def _expanded(
+    place: dict[str, Any], name: str, about: dict[str, Any], table: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in memory of a linear whose file has codes: int8 values are the integers, others weights."""
+    codes, scales = read_codes(place, name, about)
+    kept = codes != 0
+    yield name + BITMASK, bitmask_of(kept)
+    if table["values"] != "int8":
+        yield name + VALUES, (codes * scales)[kept]
+        return
+    columns = codes.shape[-1] // groups_of(codes.shape[-1], table["group_size"])
+    values, groups = codes[kept].to(torch.int8), scales[..., ::columns].contiguous()
+    if not torch.equal(values.short(), codes[kept]) or not torch.equal(groups.repeat_interleave(columns, -1), scales):
+        raise ValueError(f"packed folder: {name} cannot be kept as int8 values with scales of {columns} columns")
+    yield name + VALUES, values
+    yield name + SCALES, groups
+
+
+def in_memory(table: dict[str, Any]) -> dict[str, Any]:
+    """The table of a model that was loaded: what no packed linear keeps is dense, and codes are expanded."""
+    linears = {
+        name: {key: value for key, value in about.items() if key != "codes"} for name, about in table["linears"].items()
+    }
+    return {**table, "version": VERSION, "linears": linears, "stored": {}}
 
 
 def checked_table(config: dict[str, Any]) -> dict[str, Any]:
     """The table of packed tensors in a `config.json`; ValueError if it is not what this version writes."""
     table = config.get(MODEL_TYPE)
-    if not isinstance(table, dict) or table.get("version") != VERSION:
-        raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION}")
+    if not isinstance(table, dict) or table.get("version") not in (VERSION, WITH_CODES):
+        raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION} or {WITH_CODES}")
     entries = [table.get(key) for key in ("linears", "stored")]
     right = table.get("class") in AUTO_CLASSES and table.get("family") in CONFIG_MAPPING
     right = right and table.get("values") in ("same", *DTYPES) and type(table.get("group_size")) in (int, type(None))
@@ -115,7 +218,18 @@ def _is_entry(about: Any) -> bool:
     """Whether shape and number of nonzeros of a packed tensor are numbers."""
     shape = about.get("shape") if isinstance(about, dict) else None
     sides = isinstance(shape, list) and len(shape) > 1 and all(type(side) is int and side > 0 for side in shape)
-    return sides and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
+    right = sides and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
+    return right and ("codes" not in about or _is_form(about["codes"]))
+
+
+def _is_form(form: Any) -> bool:
+    """Whether it says how codes lie in a file."""
+    if not isinstance(form, dict) or any(type(form.get(key)) is not bool for key in ("symmetric", "mask")):
+        return False
+    if any(type(form.get(key)) is not int for key in ("bits", "group_size", "exponent")):
+        return False
+    size = form["group_size"]
+    return form["bits"] in range(2, 9) and (size == -1 or size > 0) and form["exponent"] in range(-149, 128)
 
 
 class SparseLinear(nn.Module):
@@ -421,10 +535,11 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     config = PackedConfig.from_pretrained(path, **hub) if config is None else config
     table = getattr(config, MODEL_TYPE)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
-    if not dequantize and not table["stored"]:
+    coded = any("codes" in about for about in table["linears"].values())
+    if not dequantize and not table["stored"] and not coded:
         return load(path, *args, **{**options, "config": config, "variant": VARIANT})
     state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
-    setattr(config, MODEL_TYPE, {**table, "stored": {}})  # so it is in memory, and is saved
+    setattr(config, MODEL_TYPE, in_memory(table))  # and so it is saved
     given = {key: value for key, value in options.items() if key not in (*hub, "variant")}
     with suppress(OSError):  # the folder has none
         given.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
@@ -481,11 +596,14 @@ def _weight_files(path: Any, hub: dict[str, Any]) -> list[str]:
 def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of files; stored tensors are unpacked, and with `linears` those of packed linears too."""
     packed = {**table["stored"], **(table["linears"] if linears else {})}
+    coded = {name: about for name, about in table["linears"].items() if name not in packed and "codes" in about}
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
-        for name in place.keys() - {f"{name}{end}" for name in packed for end in PARTS}:
+        for name in place.keys() - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
             yield name, place[name].get_tensor(name)
+        for name, about in coded.items():
+            yield from _expanded(place, name, about, table)
         for name, about in packed.items():
             yield name, read_packed(place, name, about)
 

@@ -12,6 +12,8 @@ from atp_tune.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from atp_tune.quantizers.grid import Grid
+
 
 class Quantizer(Protocol):
     """The interface of a quantizer."""
@@ -30,6 +32,9 @@ class Quantizer(Protocol):
 
         `zeros`: mask [out, in] of weights that are 0 and stay 0.
         """
+
+    def grid(self, weight: "Tensor", bits: int) -> "Grid":
+        """The scale and zero point [out, groups] of each group, as `quantize` takes them for this weight."""
 
 
 QUANTIZERS = Registry[type[Quantizer]](

@@ -7,6 +7,7 @@ from torch import Tensor
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.refinement import parts_of, with_hessian
 from atp_tune.quantizers import Quantizer
+from atp_tune.quantizers.grid import Grid
 from atp_tune.quantizers.rtn import RTN
 
 
@@ -49,11 +50,20 @@ class Quantizing:
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A rounded copy of weight [out, in], pruned to a sparsity in [0, 1] before if there is a pruner."""
-        own, hessian = self._parts(statistics)
-        if self.pruner is None:
-            return self.quantizer.quantize(weight, self.bits, hessian)
-        sparse = self.pruner.prune(weight, sparsity, own)
-        return self.quantizer.quantize(sparse, self.bits, hessian, sparse == 0)
+        return self.rounded(self.sparse(weight, sparsity, statistics), statistics)
+
+    def sparse(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """The pruned copy that is rounded next; the weight itself without a pruner."""
+        return weight if self.pruner is None else self.pruner.prune(weight, sparsity, self._parts(statistics)[0])
+
+    def rounded(self, sparse: Tensor, statistics: Statistics | None) -> Tensor:
+        """A rounded copy of a weight that is pruned already, if there is a pruner; its zeros stay."""
+        zeros = None if self.pruner is None else sparse == 0
+        return self.quantizer.quantize(sparse, self.bits, self._parts(statistics)[1], zeros)
+
+    def grid(self, sparse: Tensor) -> Grid:
+        """The grid on which `rounded` puts it."""
+        return self.quantizer.grid(sparse, self.bits)
 
     def _parts(self, statistics: Statistics | None) -> tuple[Statistics | None, Statistics | None]:
         """The statistics of the pruner, and of the quantizer."""

@@ -31,3 +31,12 @@ class RTN:
             groups = weight[:, columns].float().reshape(len(weight), -1, size)
             found[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
         return found.to(weight.dtype)
+
+    def grid(self, weight: Tensor, bits: int) -> Grid:
+        """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
+        found = [
+            Grid.of(weight[:, columns].float().reshape(len(weight), -1, size), bits, self.symmetric)
+            for columns, size in parts_of(weight.shape[1], self.group_size)
+        ]
+        scale, zero = torch.cat([one.scale for one in found], 1), torch.cat([one.zero for one in found], 1)
+        return Grid(scale.squeeze(-1), zero.squeeze(-1), found[0].top)

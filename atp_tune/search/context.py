@@ -280,15 +280,18 @@ class TrialContext(Released):
         return {"model.content": self.folder.content, "model.dtype": self.dtype, **facts, **texts}
 
     @torch.inference_mode()
-    def prune(self, plan: Plan) -> Iterator[PrunedBlock]:
-        """Prunes the blocks in order by the plan; the dense checkpoint is not changed."""
+    def prune(self, plan: Plan, grids: bool = False) -> Iterator[PrunedBlock]:
+        """Prunes the blocks in order by the plan; the dense checkpoint is not changed.
+
+        `grids`: rounded blocks have the scales and zero points of their linears too.
+        """
         pruner, batch = self.methods.pruner(plan.pruner), self.batch("calibration")
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self.measured.states if self._has_error_curve else None
         work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self.items("calibration")
-        work.channels = self.channel_pruner(plan.pruner)
+        work.channels, work.keeps_grids = self.channel_pruner(plan.pruner), grids
         measures = (work.channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
         windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)

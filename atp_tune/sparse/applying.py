@@ -9,6 +9,8 @@ from torch import Tensor
 
 from atp_tune.allocations.bits import mean_of
 from atp_tune.allocations.channels import check_whole, means
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import device_name
 from atp_tune.checkpoints.models import ModelFolder
@@ -42,6 +44,7 @@ from atp_tune.storage.process_identity import versions
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[[TrialContext, Plan, Path, Config], Dense]
+Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
 SAID = 1e-6  # difference of sparsities that rounding may make
 
 
@@ -192,19 +195,27 @@ def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
     return {"quantize": study.quantize, "block_bits": plan.bits, "linear_bits": plan.linear_bits, "bits": found}
 
 
-def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, on_gone: OnGone | None = None) -> Dense:
+def write_sparse(
+    context: TrialContext,
+    plan: Plan,
+    out: Path,
+    config: Config,
+    on_gone: OnGone | None = None,
+    save: Save | None = None,
+) -> Dense:
     """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros.
 
-    `on_gone` gets the channels of each block that are gone, by the linear that reads them.
+    `on_gone` gets the channels of each block that are gone, by the linear that reads them; `save` gets blocks with
+    the grids on which their weights were rounded, and says what is written in the place of the weights.
     """
     checkpoint, zeros = context.checkpoint, list[int]()
-    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix))
+    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix), whole=save is not None)
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     context.watch(TrialStarted(f"writing {out}", plan))
     dense = Dense(context.folder.path, context.folder.revision, reads_images(context.folder.path))
     with sparse_folder(context.folder.path, out) as folder:
-        shards.write(folder, names, _pruned(context, plan, zeros, on_gone))
+        shards.write(folder, names, _pruned(context, plan, zeros, on_gone, save))
         context.folder.check_unchanged()
         known = {
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
@@ -220,11 +231,11 @@ def write_sparse(context: TrialContext, plan: Plan, out: Path, config: Config, o
 
 
 def _pruned(
-    context: TrialContext, plan: Plan, zeros: list[int], on_gone: OnGone | None
+    context: TrialContext, plan: Plan, zeros: list[int], on_gone: OnGone | None, save: Save | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name on disk, dense and pruned weight of each linear, in the order of the pass; appends counts of zeros."""
     checkpoint = context.checkpoint
-    for block in context.prune(plan):
+    for block in context.prune(plan, grids=save is not None):
         zeros.append(sum(block.zeros.values()))
         if on_gone is not None:
             on_gone(block.index, block.channels)
@@ -232,7 +243,7 @@ def _pruned(
         for key, linear in linears.items():
             name = checkpoint.key(block.index, linear)
             dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies, not by the device
-            saved = checkpoint.as_saved(name, block.weights[key].cpu())
+            saved = save(checkpoint, block, key) if save else checkpoint.as_saved(name, block.weights[key].cpu())
             for part, was in checkpoint.as_saved(name, dense).items():
                 yield part, was, saved[part]
 

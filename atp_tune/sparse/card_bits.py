@@ -7,7 +7,8 @@ from atp_tune.spec.config import Config
 
 FILES = """\
 **The rounded weights are stored as floats**: this folder is as large as the dense model's and runs at the same speed.
-`tune.py export` writes recipes for engines that store the bits themselves."""
+`tune.py apply --packed` makes a folder that stores the bits, and `tune.py export` recipes for engines that do."""
+AS_FLOATS, AS_CODES = ", as floats.", ", and stored as codes."
 
 
 def values(config: Config) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def values(config: Config) -> dict[str, Any]:
     if config.bits is None or config.block_bits is None:
         return {}
     if not config.by_bits:
-        return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}, as floats."}
+        return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}{AS_FLOATS}"}
     effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
     bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.block_bits))
     return {

@@ -1,7 +1,8 @@
 """Packs the folder of a sparse checkpoint: smaller on disk and in memory, and loaded by transformers.
 
 A tensor with a share of `LEAST` zeros is packed: as a linear, which stays packed in memory, or, such as the matrix of
-an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory.
+an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory. Of rounded
+weights codes are stored where they are known: of all tensors that have any, and of no others.
 `checkpoints.unpacking` is the inverse. Layout: docs/formats.md.
 """
 
@@ -29,6 +30,7 @@ from atp_tune.checkpoints.unpacking import (
     Original,
     as_bytes,
     as_text,
+    bytes_of,
     dtypes,
     is_packed,
     sha256_of_tensor,
@@ -38,6 +40,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
+from atp_tune.packed.codes import fits_kernel
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -45,6 +48,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     SCALES,
     VALUES,
     VERSION,
+    WITH_CODES,
     PackedConfig,
     PackedModel,
     class_of,
@@ -54,8 +58,10 @@ from atp_tune.packed.modeling_atp_sparse import (
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
+from atp_tune.sparse import card_bits
 from atp_tune.sparse.applying import folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
+from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.sparse.shards import check_free, sparse_folder
@@ -70,11 +76,18 @@ NOT_STORED = (
     "**The zeros are not stored**: this folder is smaller than the dense model's. Below, *Packed* says how to load it."
 )
 IMAGES = "AutoModelForImageClassification"
+FLOATS = {
+    card_bits.FILES: "**The rounded weights are stored as codes**: this folder is smaller than the dense model's. "
+    "Below, *Packed* says how to load it.",
+    card_bits.AS_FLOATS: card_bits.AS_CODES,
+}
 AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
+OF_VALUES = "The sparse matrices keep their nonzero weights{rounded} and one bit for each weight"
+OF_CODES = "The rounded matrices keep their codes, and of each group its scale in 16 bits"
 SAID = """## Packed
 
-The sparse matrices keep their nonzero weights{rounded} and one bit for each weight, {share:.2f} of their dense bytes.
+{how}, {share:.2f} of their dense bytes.
 
 ```python
 import atp_tune  # pip install atp-tune; without it: trust_remote_code=True below
@@ -114,20 +127,24 @@ def pack_folder(
     group_size: int | None = None,
     device: str = "auto",
     watch: EventHandler = ignore_events,
+    codes: Codes | None = None,
 ) -> Packed:
     """Writes the packed folder of the sparse checkpoint `source` into the new folder `out`.
 
     kind: number format of the nonzero values; group_size: columns that share a scale of int8. Where values are rounded,
     the perplexity on the test text is measured before and after, on `device`, if the folder says with which text.
+    codes: of the weights of `source`, which are then stored in the place of values.
     Errors: UserError if `source` cannot be packed exactly, if nothing in it is sparse, or if `out` cannot be written.
     """
     check_free(out)
-    work = _Packing(source, kind, group_size)
+    work = _Packing(source, kind, group_size, codes)
     watch(TrialStarted(f"packing {out}", None))
     with sparse_folder(work.source, out) as folder:
         for number, shard in enumerate(work.shards, 1):
             work.pack_shard(shard, folder / work.packed_name(shard))
             watch(Step("packing", number, len(work.shards)))
+        if codes is not None:
+            codes.check_all_stored()
         if not work.linears and not work.stored:
             raise UserError(f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one")
         work.describe(folder)
@@ -156,10 +173,13 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
-    """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be."""
+def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None) -> Dense:
+    """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be.
+
+    codes: of rounded weights, which are kept there.
+    """
     check_packable(context.folder.path, f"--packed: {config.model.id}")
-    return write_sparse(context, plan, out, config)
+    return write_sparse(context, plan, out, config, save=None if codes is None else codes.save)
 
 
 def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
@@ -178,7 +198,7 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
 
 
 class _Packing:
-    def __init__(self, source: Path, kind: Kind, group_size: int | None) -> None:
+    def __init__(self, source: Path, kind: Kind, group_size: int | None, codes: Codes | None) -> None:
         if source.is_dir() and is_packed(source):
             raise UserError(f"{source}: is packed already")
         check_packable(source, source)
@@ -187,7 +207,8 @@ class _Packing:
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
         if self.records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
-        self.kind, self.group_size = kind, group_size
+        self.kind, self.group_size, self._codes = kind, group_size, codes
+        self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, dict[str, Any]] = {}
         self.stored: dict[str, dict[str, Any]] = {}
@@ -218,28 +239,38 @@ class _Packing:
                 if found is None and self.kind != "same":
                     self.original.tensors[name] = sha256_of_tensor(dense)
         save_file(tensors, out, metadata={"format": "pt"})
+        out.chmod(0o644)  # as the others; safetensors lets only the owner read it
         self._places.update(dict.fromkeys(tensors, out.name))
         self.original.sha256[shard] = sha256_of(file) if self.kind == "same" else None
 
     def _pack(self, name: str, dense: Tensor, dtype: str) -> dict[str, Tensor] | None:
-        """The tensors in the place of a sparse one; None for one that stays."""
-        if dtype not in dtypes() or dense.dim() < 2 or zeros_of(dense) < LEAST:
-            return None
+        """The tensors in the place of a sparse or a coded one; None for one that stays."""
         prefix = f"{self._model.base_model_prefix}."
-        known = (other for other in (name, name.removeprefix(prefix), prefix + name) if other in self._packable)
-        linear = next(known, None)
+        names, coded = (name, name.removeprefix(prefix), prefix + name), None
+        if self._codes is not None:
+            coded = self._codes.find(names)
+            if coded is None:
+                return None
+        elif dtype not in dtypes() or dense.dim() < 2 or zeros_of(dense) < LEAST:
+            return None
+        is_sparse = zeros_of(dense) >= LEAST
+        linear = next((other for other in names if other in self._packable), None) if is_sparse else None
         about: dict[str, Any] = {"shape": [*dense.shape]}
-        if linear is None:
-            self.stored[name] = about
-        else:
+        if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
-            self.linears[linear] = about
             if linear != name:
                 self.original.names[name] = linear
-        parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self.kind, self.group_size)
-        about["nonzeros"] = len(parts[VALUES])
-        again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES))
-        self.original.tensors[name] = sha256_of_tensor(again.to(dense.dtype))
+        if coded is None:
+            parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self.kind, self.group_size)
+            about["nonzeros"] = len(parts[VALUES])
+            again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES)).to(dense.dtype)
+        else:
+            about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
+            self._fits = self._fits and (linear is None or (coded.fits and fits_kernel(about)))
+            if bytes_of(again) != bytes_of(dense):
+                raise UserError(f"{name}: its codes do not give the weights of {self.source}")
+        (self.stored if linear is None else self.linears)[linear or name] = about
+        self.original.tensors[name] = sha256_of_tensor(again)
         before, after = self._bytes
         self._bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
         return {f"{linear or name}{end}": part for end, part in parts.items()}
@@ -252,6 +283,8 @@ class _Packing:
             "version": VERSION, "family": config["model_type"], "class": auto, "values": self.kind,
             "group_size": self.group_size, "linears": self.linears, "stored": self.stored,
         }  # fmt: skip
+        if self._codes is not None:
+            table |= {"version": WITH_CODES, **self._codes.in_memory(self._fits)}
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
         places = {"AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}", auto: f"{CODE.stem}.{PackedModel.__name__}"}
         config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places, MODEL_TYPE: table}
@@ -268,6 +301,8 @@ class _Packing:
         if (folder / CARD).is_file():
             text = as_text(folder / CARD)
             text = text.replace(DENSE_FILES, NOT_STORED).replace(ALONE, NEEDED)
+            for floats, as_codes in FLOATS.items() if self._codes is not None else ():
+                text = text.replace(floats, as_codes)
             if self.kind == "same":
                 text = text.replace(AGAIN, f"{AGAIN} --packed")
             self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
@@ -294,7 +329,8 @@ class _Packing:
     def _said(self, auto: str) -> str:
         dense, packed = self._bytes
         rounded = {"same": "", "bf16": ", rounded to bfloat16,", "int8": ", rounded to int8,"}[self.kind]
-        return SAID.format(share=packed / dense, rounded=rounded, auto=auto)
+        how = OF_VALUES.format(rounded=rounded) if self._codes is None else OF_CODES
+        return SAID.format(how=how, share=packed / dense, auto=auto)
 
 
 def _size(file: Path) -> int:

@@ -22,9 +22,13 @@ from atp_tune.sparse.own_code import bring_own_code
 
 
 class Shards:
-    """The shards of a source folder with the offsets of their tensors; `prefix`: the model's `base_model_prefix`."""
+    """The shards of a source folder with the offsets of their tensors.
 
-    def __init__(self, source: Path, prefix: str) -> None:
+    prefix: the model's `base_model_prefix`; whole: all weights of a pruned tensor are written, not only changed ones.
+    """
+
+    def __init__(self, source: Path, prefix: str, whole: bool = False) -> None:
+        self._whole = whole
         self._source = source
         self._prefix = prefix
         self._places = {shard.name: places(shard) for shard in sorted(source.glob("*.safetensors"))}
@@ -59,6 +63,8 @@ class Shards:
             source = tensors.get_tensor(key)
         if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
             raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
+        if self._whole:
+            return sparse.cpu().to(source.dtype).contiguous()
         return torch.where((sparse != dense).cpu(), sparse.cpu().to(source.dtype), source).contiguous()
 
 

@@ -70,8 +70,8 @@ def find_pair(
     """
     if config.by_bits:
         raise UserError(
-            "speedup: weights are rounded, but lie in the folder as floats, as large and as fast as the dense model's; "
-            "`export` writes recipes for engines that store bits"
+            "speedup: weights are rounded, and run as floats, as fast as the dense model's; "
+            "`export` writes recipes for engines that compute with bits"
         )
     dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
     check_model(config, dense)

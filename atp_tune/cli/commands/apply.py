@@ -26,7 +26,7 @@ def apply(
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", metavar="", help="Write the folder without its zeros, as `pack` does.")
+        bool, typer.Option("--packed", metavar="", help="Write no zeros, and rounded weights in their number of bits.")
     ] = False,
     slim: Annotated[
         bool,
@@ -52,8 +52,9 @@ def apply(
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
-    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. `--slim` makes that of pruned channels
-    smaller and usually faster: docs/channels.md.
+    `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. Weights that were rounded to few bits are
+    stored in so many bits: docs/bits.md. `--slim` makes the folder of pruned channels smaller and usually faster:
+    docs/channels.md.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
@@ -105,7 +106,7 @@ def _write(
 
     with quiet(), Display() as display:
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
-    show(measured, found.perplexity.test, out)
+    show(measured, found.perplexity.test, out, packed and found.quantize is not None)
     if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)
 
@@ -129,7 +130,7 @@ def _verify(folder: Path) -> None:
     console.print(markdown(("", "there", "here", "effect"), rows))
 
 
-def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> None:
+def show(measured: "Perplexity", promised: "Perplexity | None", out: Path, codes: bool = False) -> None:
     """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
     console.print(f"sparse checkpoint: {out}")
     if promised is None:
@@ -138,5 +139,6 @@ def show(measured: "Perplexity", promised: "Perplexity | None", out: Path) -> No
     change = measured.value / promised.value - 1
     console.print(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
     if abs(change) > TOLERANCE:
-        warning = "warning: they differ by more than 0.1 %; another device, number format or number of threads?"
+        why = "scales of 16 bits, " if codes else ""
+        warning = f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?"
         console.print(warning, style="yellow")

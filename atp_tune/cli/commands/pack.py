@@ -41,7 +41,7 @@ def pack(
     A packed matrix keeps its nonzero weights and one bit for each weight: at 70 % zeros in bfloat16, 0.36 of its bytes.
     `import atp_tune` or `trust_remote_code=True` lets `from_pretrained` load the folder; `unpack` restores DIR byte for
     byte. With `--values bf16` or `int8` the weights are rounded, and perplexity on the test text is measured before and
-    after.
+    after. Of a study with `bits`, `apply --packed` stores the bits; DIR has only the floats that they give.
 
     Example: `python tune.py pack smol-sparse --out smol-packed`
 

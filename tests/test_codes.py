@@ -1,0 +1,353 @@
+"""Codes of rounded weights: bit packing and decoding against loops, packed folders with codes, damaged ones."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import ALL, bench_of, few, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_packing import bytes_of, changed_tensor, edited, first, logits, registered, same_files, sparse_model
+from test_pruners import Problem, dtypes, hessian_of, problem, problems, tied_problems
+from test_quantizers import DAMPING, sizes, widths
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atp_tune.allocations.bits import stored_bits
+from atp_tune.checkpoints.unpacking import unpack_folder
+from atp_tune.errors import UserError
+from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
+from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
+from atp_tune.plan import Plan
+from atp_tune.quantizers import make_quantizer
+from atp_tune.quantizers.grid import Grid
+from atp_tune.search.objective import Record
+from atp_tune.sparse.coding import Codes, _encoded
+from atp_tune.sparse.packing import pack_folder
+from atp_tune.sparse.shards import Shards
+from atp_tune.spec.quantize import QuantizeConfig
+
+__all__ = ["registered"]  # a fixture of each test here
+REPO = Path(__file__).parents[1]
+STEP = 2.0**-11  # largest relative change of a scale by float16
+
+
+# bits and grids, against loops
+
+
+def naive_codes(packed: Tensor, bits: int, count: int) -> list[int]:
+    """One bit after the other, the lowest of each byte first."""
+    stream = [byte >> bit & 1 for byte in packed.tolist() for bit in range(8)]
+    return [sum(stream[i * bits + bit] << bit for bit in range(bits)) for i in range(count)]
+
+
+def naive_weights(coded: Coded) -> list[list[float]]:
+    """(q - z) Δ, weight by weight."""
+    form, parts = coded.about["codes"], coded.parts
+    columns, rows = coded.about["shape"][::-1] if not coded.about.get("transposed") else coded.about["shape"]
+    count = coded.about["nonzeros"] if form["mask"] else rows * columns
+    codes = iter(naive_codes(parts[CODES], form["bits"], count))
+    size = columns if form["group_size"] == -1 else form["group_size"]
+    groups = -(-columns // size)
+    middle = [2 ** (form["bits"] - 1)] * rows * groups
+    zeros = middle if form["symmetric"] else naive_codes(parts[ZEROS], form["bits"], rows * groups)
+    found = []
+    for row in range(rows):
+        found.append([0.0] * columns)
+        for column in range(columns):
+            if form["mask"] and not int(parts[BITMASK][row, column // 8]) >> column % 8 & 1:
+                continue
+            group = column // size
+            scale = float(parts[SCALES][row, group]) * 2.0 ** form["exponent"]
+            found[row][column] = (next(codes) - zeros[row * groups + group]) * scale
+    assert next(codes, None) is None
+    return found
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_packed_bit_by_bit(bits: int) -> None:
+    for count in (0, 1, 7, 8, 9, 33):
+        codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(count))
+        packed = pack_codes(codes, bits)
+        assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
+        assert naive_codes(packed, bits, count) == codes.tolist() == unpack_codes(packed, bits, count).tolist()
+        with pytest.raises(ValueError, match=r"codes .* are not"):
+            unpack_codes(packed, bits, count + 8)
+
+
+@given(
+    problems() | tied_problems, dtypes, widths, sizes, st.booleans(), st.booleans(), st.sampled_from([0, 0.3, 0.7, 1.0])
+)
+def test_codes_give_the_rounded_weights(
+    case: Problem, dtype: torch.dtype, bits: int, size: int, symmetric: bool, gptq: bool, share: float
+) -> None:
+    weight, x = case[0].to(dtype), case[1]
+    gone = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < share
+    weight = weight.masked_fill(gone, 0)
+    quantizer = make_quantizer("gptq" if gptq else "rtn", size, symmetric, DAMPING)
+    rounded = quantizer.quantize(weight, bits, hessian_of(x) if gptq else None, gone)
+    coded = encode(rounded, quantizer.grid(weight, bits), bits, size, symmetric, False)
+    found = coded.decoded()
+    assert torch.equal(found, torch.tensor(naive_weights(coded), dtype=torch.float32))
+    assert torch.equal(found == 0, rounded == 0)
+    loose = STEP + {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    assert_close(found, rounded.float(), rtol=loose, atol=1e-7)
+    promised = stored_bits(*weight.shape, bits, size, symmetric, int((rounded == 0).sum()))
+    rows, columns = weight.shape
+    slack = 8 * 2 + (rows * (-columns % 8) if BITMASK in coded.parts else 0)
+    assert 0 <= 8 * sum(part.nbytes for part in coded.parts.values()) - promised < slack
+
+
+def test_what_is_not_on_the_grid_is_refused() -> None:
+    weight, _ = problem((5, 24))
+    quantizer = make_quantizer("rtn", 8, False, DAMPING)
+    rounded, grid = quantizer.quantize(weight, 4, None), quantizer.grid(weight, 4)
+    for wrong in (weight, rounded * (1 + 1e-6), rounded + 100, rounded.masked_fill(rounded > 0, float("nan"))):
+        with pytest.raises(ValueError, match="not on the grid"):
+            encode(wrong, grid, 4, 8, False, False)
+    with pytest.raises(ValueError, match="not on the grid"):
+        encode(rounded, Grid(grid.scale * 2, grid.zero, grid.top), 4, 8, False, False)
+
+
+def test_scales_keep_eleven_bits_however_small() -> None:
+    used = torch.ones(1, 3, dtype=torch.bool)
+    for largest in (1e30, 3.0, 1e-3, 1e-30):
+        scale = torch.tensor([[1.0, 0.37, 1e-6]]) * largest
+        halves, exponent = in_16_bits(scale, used)
+        assert_close(halves.float() * 2.0**exponent, scale, rtol=STEP, atol=0)
+    with pytest.raises(ValueError, match="too far apart"):
+        in_16_bits(torch.tensor([[1.0, 1e-20, 1.0]]), used)
+    halves, _ = in_16_bits(torch.tensor([[1.0, 1e-20, 1e38]]), torch.tensor([[True, False, False]]))
+    assert halves.tolist() == [[2.0**14, 0, 0]]
+
+
+# folders
+
+
+def folders(
+    place: Path, name: Any, quantize: QuantizeConfig, shares: tuple[float, ...], bits: tuple[int, ...],
+    dtype: torch.dtype = torch.float32, change: Callable[[Any], None] = lambda model: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the dense, the sparse and the packed folder; returns what a trial of the same plan records."""
+    model = (sparse_model(name, 0.0) if isinstance(name, str) else name).to(dtype)
+    change(model)
+    model.save_pretrained(place / "dense", max_shard_size="40KB")
+    context = bench_of(model, folder=place / "dense")
+    context.quantize = quantize
+    pruner = "rtn"
+    if any(shares):
+        context.bits, pruner = bits[0], "magnitude"
+    plan = Plan(pruner, "uniform", shares, bits=bits)
+    record = Record(context)
+    list(record.follow(context.prune(plan)))
+    (place / "codes").mkdir()
+    codes, checkpoint = Codes(place / "codes", quantize), context.checkpoint
+
+    def weights() -> Any:
+        for block in context.prune(plan, grids=True):
+            for key in {linear.key: None for linear in checkpoint.linears[block.index]}:
+                full = checkpoint.key(block.index, next(x for x in checkpoint.linears[block.index] if x.key == key))
+                dense = checkpoint.as_saved(full, checkpoint.model.get_parameter(full).detach())
+                for part, now in codes.save(checkpoint, block, key).items():
+                    rounded = checkpoint.as_saved(full, block.weights[key])[part].float()
+                    assert_close(now, rounded, rtol=0.01, atol=1e-6)
+                    yield part, dense[part], now
+
+    shutil.copytree(place / "dense", place / "sparse")
+    found = list(weights())
+    shards = Shards(place / "dense", str(checkpoint.model.base_model_prefix), whole=True)
+    shards.write(place / "sparse", {name for name, _, _ in found}, iter(found))
+    pack_folder(place / "sparse", place / "packed", codes=codes)
+    return record.close()
+
+
+CASES = [
+    ("llama-tied", QuantizeConfig(group_size=8), (0.2, 0.6), (4, 4)),  # groups that the kernel has no scales for
+    ("llama-tied", QuantizeConfig(group_size=-1, symmetric=True), (0.6, 0.6), (3, 3)),
+    ("gpt2", QuantizeConfig(group_size=-1), (0.2, 0.6), (5, 5)),
+    ("gpt2", QuantizeConfig(group_size=7), (0.6, 0.6), (8, 8)),
+    ("mixtral", QuantizeConfig(group_size=16), (0.6, 0.6), (2, 2)),
+    ("gpt_oss", QuantizeConfig(group_size=16), (0.6, 0.2), (6, 6)),
+    ("llama", QuantizeConfig(group_size=16), (0, 0), (3, 8)),  # no zeros: every matrix is dense in memory
+]
+
+
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.float32]))
+@pytest.mark.parametrize("case", few(CASES, [CASES[0], CASES[2]]))
+def test_a_folder_is_packed_loaded_saved_and_unpacked(case: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    name, quantize, shares, bits = case
+
+    def no_zeros(model: Any) -> None:
+        for key, parameter in model.named_parameters():
+            parameter.data += 0.1 * ("bias" in key)
+
+    blocks = len(bench_of(sparse_model(name, 0.0)).checkpoint.blocks)
+    repeated = [(one * blocks)[:blocks] for one in (shares, bits)]
+    promised = folders(tmp_path, name, quantize, *repeated, dtype, no_zeros)["quantized_bytes"]
+    packed, load = tmp_path / "packed", AutoModelForCausalLM.from_pretrained
+    table = json.loads((packed / "config.json").read_text())["atp_sparse"]
+    entries = {**table["linears"], **table["stored"]}
+    assert table["version"] == 2 and all("codes" in about for about in entries.values())
+    rows = sum(prod(about["shape"]) // 8 for about in entries.values() if about["codes"]["mask"])
+    assert 0 <= bytes_of(packed) - promised <= 2 * len(entries) + rows // 8 + 8 * len(entries)
+    expected = logits(load(tmp_path / "sparse"))
+    model = load(packed, dtype=torch.float32 if table["values"] == "int8" else dtype)
+    loose = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    assert_close(logits(model).float(), expected.float(), **loose)
+    kept = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(kept) == len(table["linears"]) and bool(kept) == any(shares)
+    assert {module.weight_values.dtype for module in kept} <= {torch.int8 if table["values"] == "int8" else dtype}
+    assert torch.equal(logits(load(packed, dequantize=True, dtype=dtype)), expected)
+    model.save_pretrained(tmp_path / "saved")
+    if kept:
+        assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+    unpack_folder(packed, tmp_path / "unpacked")
+    assert same_files(tmp_path / "sparse", tmp_path / "unpacked")
+    if dtype == torch.float32:
+        found, dense = read_by_documentation(packed), tensors_of(tmp_path / "unpacked")
+        assert found.keys() == dense.keys()
+        for key, tensor in dense.items():
+            assert np.array_equal(found[key], tensor.numpy()), key
+
+
+def read_by_documentation(folder: Path) -> Any:
+    """The tensors of a packed folder by the reader in docs/formats.md."""
+    text = (REPO / "docs/formats.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {"sys": None}
+    exec(code.replace("sys.argv[1]", repr(str(folder))), found)
+    return found["tensors"]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def in_groups(place: Path, group_size: int, symmetric: bool, bits: int) -> Any:
+    """A wide tiny Llama with codes, as it is loaded."""
+    config = {**ALL["llama"][1], "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    quantize = QuantizeConfig(group_size=group_size, symmetric=symmetric)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
+    blocks = len(model.model.layers)
+    folders(place, model, quantize, (0.6,) * blocks, (bits,) * blocks)
+    return AutoModelForCausalLM.from_pretrained(place / "packed")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "bits", "dtype"),
+    [(32, False, 4, torch.int8), (-1, True, 8, torch.int8), (16, False, 4, torch.float32), (32, False, 8, None)],
+)
+def test_the_kernel_multiplies_by_codes(
+    group_size: int, symmetric: bool, bits: int, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """As int8 values without loss where its groups and numbers allow."""
+    found = in_groups(tmp_path, group_size, symmetric, bits)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dequantize=True)
+    linears = {name: module for name, module in found.named_modules() if isinstance(module, SparseLinear)}
+    assert len(linears) == 7 * len(found.model.layers)
+    for name, linear in linears.items():
+        assert torch.equal(linear.weight, dense.get_submodule(name).weight)
+        assert linear.weight_values.dtype == dtype or dtype is None
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert_close(found(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-6)
+    found.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same_bits(logits(again), logits(found))
+    unpack_folder(tmp_path / "saved", tmp_path / "unpacked")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")), logits(found))
+
+
+def form_of(table: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = first(table)["codes"]
+    return found
+
+
+DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
+    ("version", lambda f: edited(f, lambda t: t["atp_sparse"].update(version=3)), "of version 1 or 2"),
+    ("bits", lambda f: edited(f, lambda t: form_of(t).update(bits=3)), "are not .* of 3 bits"),
+    ("9 bits", lambda f: edited(f, lambda t: form_of(t).update(bits=9)), "is damaged"),
+    ("a word", lambda f: edited(f, lambda t: form_of(t).update(group_size="8")), "is damaged"),
+    ("no exponent", lambda f: edited(f, lambda t: form_of(t).pop("exponent")), "is damaged"),
+    ("groups", lambda f: edited(f, lambda t: form_of(t).update(group_size=5)), "scales .* are not of"),
+    ("count", lambda f: edited(f, lambda t: first(t).update(nonzeros=5)), "are not 5 of"),
+    ("cut codes", lambda f: changed_tensor(f, CODES, lambda t: t[:-1].clone()), "codes .* are not"),
+    ("no codes", lambda f: changed_tensor(f, CODES, lambda _: None), "has no tensor"),
+    ("no scales", lambda f: changed_tensor(f, SCALES, lambda _: None), "has no tensor"),
+    ("scales", lambda f: changed_tensor(f, SCALES, lambda t: t.float()), "scales .* are not of"),
+    ("no zeros", lambda f: changed_tensor(f, ZEROS, lambda _: None), "has no tensor"),
+    ("zeros", lambda f: changed_tensor(f, ZEROS, lambda t: t[1:].clone()), "codes .* are not"),
+    ("mask", lambda f: changed_tensor(f, BITMASK, lambda t: t ^ 1), "but the bitmask has|codes are not 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("coded")
+    blocks = len(sparse_model("llama-tied").model.layers)
+    folders(place, "llama-tied", QuantizeConfig(group_size=8), (0.6,) * blocks, (4,) * blocks)
+    return place / "packed"
+
+
+@pytest.mark.parametrize(("change", "said"), [row[1:] for row in DAMAGED], ids=[row[0] for row in DAMAGED])
+def test_a_damaged_folder_is_refused(change: Callable[[Path], None], said: str, coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    change(folder)
+    with pytest.raises(ValueError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match=said) as error:
+        unpack_folder(folder, tmp_path / "unpacked")
+    assert "\n" not in str(error.value)
+
+
+def test_other_codes_are_not_what_was_packed(coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    changed_tensor(folder, SCALES, lambda t: t * 2)
+    with pytest.raises(UserError, match="is not what was packed"):
+        unpack_folder(folder, tmp_path / "unpacked")
+
+
+def test_int8_values_that_codes_do_not_fit_are_refused(coded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
+    edited(folder, lambda t: t["atp_sparse"].update(values="int8"))
+    with pytest.raises(ValueError, match="cannot be kept as int8 values"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_no_group_of_the_disk_has_is_refused() -> None:
+    """Matrices whose inputs lie in another order there, and experts of one tensor with different bits."""
+    quantize, quantizer = QuantizeConfig(group_size=4), make_quantizer("rtn", 4, False, DAMPING)
+    weight, _ = problem((6, 10))
+    rounded, grid = quantizer.quantize(weight, 3, None), quantizer.grid(weight, 3)
+    scales, zeros = (spread(part, 4, 10) for part in (grid.scale, grid.zero))
+    saved = [rounded, scales, zeros, torch.full((6, 10), 3.0)]
+    assert_close(_encoded(saved, quantize, False).decoded(), rounded, rtol=STEP, atol=0)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="lie in another order"):
+        _encoded([part[:, order] for part in saved], quantize, False)
+    saved[3][0] = 4
+    with pytest.raises(ValueError, match="different numbers of bits"):
+        _encoded(saved, quantize, False)
+
+
+def test_codes_that_no_tensor_asks_for_are_an_error(tmp_path: Path) -> None:
+    context = bench_of(sparse_model("llama-tied", 0.0))
+    context.quantize = QuantizeConfig(group_size=8)
+    blocks = len(context.checkpoint.blocks)
+    codes = Codes(tmp_path, context.quantize)
+    block = next(iter(context.prune(Plan("rtn", "uniform", (0.0,) * blocks, bits=(4,) * blocks), grids=True)))
+    (name,) = codes.save(context.checkpoint, block, context.checkpoint.linears[0][0].key)
+    assert codes.find(("other",)) is None
+    with pytest.raises(UserError, match=f"has no tensor {name}"):
+        codes.check_all_stored()
+    assert codes.find((f"x.{name}", name)) is not None
+    codes.check_all_stored()
