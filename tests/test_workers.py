@@ -15,7 +15,14 @@ def begin(place: Path, *more: str, texts: tuple[str, ...] = LONG) -> Process:
 
 
 def workers_of(process: Process) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process(process.pid).children() if is_worker(child)]
+
+
+def is_worker(child: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(child.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 @pytest.mark.slow
