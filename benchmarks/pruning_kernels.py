@@ -1,4 +1,4 @@
-"""The pruning kernels against the plain way, in one run: `python benchmarks/kernels.py`.
+"""The pruning kernels against the plain way, in one run: `python benchmarks/pruning_kernels.py`.
 
 The plain way is what the papers' code does and what this project did before, written here: `kthvalue` and `masked_fill`
 for Wanda's mask; for SparseGPT two Cholesky factorisations with an inverse between them, and three tensor operations
