@@ -2,6 +2,7 @@
 
     python benchmarks/compressions.py                      SmolLM2-135M; goes on where it was stopped
     python benchmarks/compressions.py --study fashion      an image classifier with float32 weights, DINOv2-small
+    python benchmarks/compressions.py --study vit          one that is trained here (`image_classifiers.py`)
     python benchmarks/compressions.py --speed              tokens or images per second of zeros and channels; idle cores
     python benchmarks/compressions.py --show               measures nothing: writes tables and figure again
 
@@ -23,6 +24,7 @@ import compressions_page as page
 import torch
 from compressions_page import DENSE, Measured, Rate
 from compressions_points import PATH, Point, Values, points
+from image_classifiers import CLASSIFIERS, study_of
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
@@ -54,7 +56,8 @@ ITEM = 2  # bytes of a weight that is not rounded further
 def main() -> None:
     """Measures what is missing, then writes tables and figure."""
     options = parse()
-    base = load(options.study, ["model.dtype=float32", *options.set])
+    overrides = ["model.dtype=float32", *options.set]
+    base = study_of(options.study, overrides) if options.study in CLASSIFIERS else load(options.study, overrides)
     try:
         with quiet(), Display() as display:
             if options.speed:
@@ -69,7 +72,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="smol-bits", help="the study with the model and the texts")
+    parser.add_argument("--study", default="smol-bits", help="the study with model and texts, or a trained classifier")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--only", default="", help="points in whose series and name this stands")
     parser.add_argument("--speed", action="store_true")

@@ -25,7 +25,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE = DOCS / "compressions.md", DOCS / "compressions.svg"
 POINTS, RATES = (DOCS / "compressions" / f"{name}.jsonl" for name in ("points", "rates"))
 MARKS = ("<!-- measured: python benchmarks/compressions.py -->", "<!-- end -->")
-TITLES = {"smol-bits": "SmolLM2-135M", "fashion": "DINOv2-small, Fashion-MNIST"}
+TITLES = {
+    "smol-bits": "SmolLM2-135M",
+    "fashion": "DINOv2-small, Fashion-MNIST",
+    "vit": "ViT of width 64, trained on Fashion-MNIST",
+}
 DENSE = "dense"
 SPEED = TypeAdapter[speed.Measured | speed.MeasuredImages](speed.Measured | speed.MeasuredImages)
 Key = tuple[str, ...]  # study, series, name, values
@@ -130,13 +134,14 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_page() -> None:
-    """Writes the tables of all studies between the marks of the page, and the figure."""
+    """Writes the tables of all studies between the marks of the page, and the figure of those that have rates."""
     studies = {name: [one for one in known() if one.study == name] for name in dict.fromkeys(x.study for x in known())}
     text = "\n\n".join(f"### {TITLES.get(name, name)}\n\n{table(found)}" for name, found in studies.items())
     write_between(PAGE, MARKS, text)
     measured = {rate.key: rate for rate in rates()}
-    drawn = [figure(TITLES.get(name, name), found) for name, found in studies.items()]
-    PICTURE.write_text(svg([*drawn, *(by_speed(name, found, measured) for name, found in studies.items())]))
+    shown = {name: found for name, found in studies.items() if {one.key for one in found} & measured.keys()}
+    drawn = [figure(TITLES.get(name, name), found) for name, found in shown.items()]
+    PICTURE.write_text(svg([*drawn, *(by_speed(name, found, measured) for name, found in shown.items())]))
 
 
 def envelope(points: Sequence[Measured], value: Callable[[Measured], float]) -> list[Measured]:

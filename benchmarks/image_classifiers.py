@@ -8,7 +8,7 @@ committed: on another machine the last digits, and so the accuracies, differ a l
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -88,23 +88,24 @@ CLASSIFIERS = {
 }
 
 
-def study_of(name: str) -> StudyFile:
-    """The study of a classifier, which is trained first if it is not there yet."""
+def study_of(name: str, overrides: Sequence[str] = ()) -> StudyFile:
+    """The study of a classifier, under its name; it is trained first if it is not there yet."""
     found = CLASSIFIERS[name]
-    file = load(STUDY, [f"images.validation.nsamples={found.validation}", f"images.test.nsamples={found.test}"])
+    counts = (f"images.validation.nsamples={found.validation}", f"images.test.nsamples={found.test}")
+    file = load(STUDY, [*counts, *overrides])
     if found.make is None:
-        return file
-    model = file.study.model.model_copy(update={"source": str(trained(name, file)), "sha256": None, "probe": None})
-    return replace(file, study=file.study.model_copy(update={"model": model}))
+        return replace(file, name=name)
+    model = file.study.model.model_copy(update={"source": str(trained(name)), "sha256": None, "probe": None})
+    return replace(file, name=name, study=file.study.model_copy(update={"model": model}))
 
 
-def trained(name: str, file: StudyFile) -> Path:
+def trained(name: str) -> Path:
     """The folder of a trained classifier."""
     target = BUILD / name
     if not target.is_dir():
         BUILD.mkdir(parents=True, exist_ok=True)
         with folder_atomically(target) as place:
-            _train(CLASSIFIERS[name], file, place)
+            _train(CLASSIFIERS[name], load(STUDY, []), place)
     return target
 
 
