@@ -163,7 +163,7 @@ def table(found: Sequence[Measured]) -> str:
     dense = next((one for one in found if one.series == DENSE), None)
     lowest, measured = envelope(found, on_validation), {rate.key: rate for rate in rates()}
     is_image = any(one.ranks for one in found)
-    head = ["", *HEAD, *(["accuracy, test", "images/s"] if is_image else ["tokens/s"]), "of dense"]
+    head = ["", *HEAD, *(["accuracy, test", "images/s (dense)"] if is_image else ["tokens/s (dense)"]), "of dense"]
     rows = []
     order = sorted(found, key=lambda one: (list(STYLES).index(one.series), one.values, one.bytes))
     for one in order:
@@ -181,14 +181,14 @@ def _signed(found: Estimate) -> str:
 
 
 def _rate(one: Measured, measured: dict[Key, Rate]) -> list[str]:
-    """Median rate, and how many times the dense model's; empty where nothing is measured."""
+    """Median rate, that of the dense model beside it, and the ratio; empty where nothing is measured."""
     if one.series == DENSE:
         own = [x for key, rate in measured.items() if key[0] == one.study for x in rate.last.dense]
         return [f"{median(own):.1f}", "1"] if own else ["", ""]
     if one.key not in measured:
         return ["", ""]
     found = measured[one.key].last
-    return [f"{median(found.sparse):.1f}", f"{speed.spread(found.ratios, '.2f')}×"]
+    return [f"{median(found.sparse):.1f} ({median(found.dense):.1f})", f"{speed.spread(found.ratios, '.2f')}×"]
 
 
 def figure(title: str, found: Sequence[Measured]) -> go.Figure:

@@ -84,7 +84,10 @@ FLOATS = {
 AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
 OF_VALUES = "The sparse matrices keep their nonzero weights{rounded} and one bit for each weight"
-OF_CODES = "The rounded matrices keep their codes, and of each group its scale in 16 bits"
+OF_CODES = (
+    "The rounded matrices keep the code of each weight in its few bits, or of each nonzero one and a bit for each "
+    "weight, where that is less, and of each group its zero point and its scale in 16 bits"
+)
 SAID = """## Packed
 
 {how}, {share:.2f} of their dense bytes.
@@ -146,7 +149,10 @@ def pack_folder(
         if codes is not None:
             codes.check_all_stored()
         if not work.linears and not work.stored:
-            raise UserError(f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one")
+            raise UserError(
+                f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one, and "
+                "`apply --packed` stores rounded weights as codes"
+            )
         work.describe(folder)
         rounding = None if kind == "same" else _rounding(source, folder, device, watch)
         if rounding and (folder / CARD).is_file():

@@ -145,7 +145,7 @@ def _check_both(study: "Study", bits: float) -> None:
     known = ", ".join(map(str, quantize.widths))
     for key, is_given, reason in (
         ("bits", bits not in quantize.widths, f"must be one of {known}"),
-        ("quantize.quantizers", len(quantize.quantizers) > 1, "must be one name"),
+        ("quantize.quantizers", len(quantize.quantizers) > 1, 'must be one name, as ["gptq"],'),
         ("prune.pattern", parse(study.prune.pattern).channels, "must be of single weights"),
     ):
         if is_given:

@@ -58,6 +58,17 @@ def pack(
     with quiet(), Display() as display:
         done = pack_folder(folder, out, values.value, group_size, device or "auto", display)
     _show(done, out)
+    if bits := _rounded(folder):
+        floats = f"its weights are rounded to {bits:g} bits, and floats here; to store the bits:"
+        console.print(f"{floats} python tune.py apply --config {folder / 'atp_tune.json'} --out DIR --packed")
+
+
+def _rounded(folder: Path) -> float | None:
+    """The bits of the weights of a folder that `apply` wrote, if they are rounded."""
+    from atp_tune.sparse.provenance import origin
+
+    made = origin(folder)
+    return None if made is None or made.config.bits is None else made.config.bits.target
 
 
 def _show(done: "Packed", out: Path) -> None:
