@@ -228,6 +228,13 @@ def test_without_hashes_nothing_is_compared(done: Path, sparse: Path) -> None:
     assert compared(read_config(done / "tiny.best.json"), written) is None
 
 
+def test_a_packed_folder_is_not_compared_with_floats(sparse: Path) -> None:
+    config = read_config(sparse / "atp_tune.json")
+    assert config.manifest is not None
+    packed = {name.replace("model", "model.packed", 1): digest for name, digest in config.manifest.files.items()}
+    assert compared(config, config.manifest.model_copy(update={"files": packed})) is None
+
+
 def test_an_environment_is_its_json() -> None:
     here = environment("cpu (3 threads)")
     assert Environment.model_validate_json(here.model_dump_json()) == here

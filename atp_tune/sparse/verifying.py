@@ -1,5 +1,6 @@
 """Whether a sparse folder's files are those that were written, and how its environment differs from this one."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from atp_tune.spec.manifest import Environment, Manifest, digest, environment
 DIGITS = "digits may differ"
 NOTHING = "no matter"
 EXACT = ("atp_tune", "torch", "transformers", "tokenizers", "numpy")  # packages that compute, or make the tokens
+PACKED = re.compile(r"model\.packed\b.*\.safetensors$")
 INDEX = ".index.json"  # says in which files the weights are
 NAMED = 3  # files that a message names
 
@@ -96,10 +98,15 @@ def differences(made: Environment, here: Environment) -> Iterator[EnvironmentDif
 
 
 def compared(config: Config, written: Manifest | None) -> str | None:
-    """A sentence on whether the files that `apply` wrote are those of its configuration; None if that has no hashes."""
+    """A sentence on whether the files that `apply` wrote are those of its configuration.
+
+    None if that has no hashes, or those of a folder of another kind, packed or not.
+    """
     if config.manifest is None or written is None:
         return None
     promised = config.manifest.files
+    if any(map(PACKED.match, promised)) != any(map(PACKED.match, written.files)):
+        return None
     other = [name for name in {**promised, **written.files} if promised.get(name) != written.files.get(name)]
     if not other:
         return f"all {len(promised)} files are the configuration's, byte for byte"

@@ -107,7 +107,7 @@ def _write(
     with quiet(), Display() as display:
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
     show(measured, found.perplexity.test, out, packed and found.quantize is not None)
-    if not packed and (said := compared(found, read_config(out / ABOUT).manifest)):  # packed files are others
+    if said := compared(found, read_config(out / ABOUT).manifest):
         console.print(said)
 
 
