@@ -4,6 +4,7 @@ The sparse checkpoint that is packed gets the weights that the codes give, with 
 changes nothing, and its perplexity is that of the packed folder.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Codes:
 
     def __init__(self, place: Path, quantize: QuantizeConfig) -> None:
         self._place, self._quantize = place, quantize
-        self._known: dict[str, Coded] = {}  # without their parts
+        self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
         self._stored = set[str]()
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> dict[str, Tensor]:
@@ -43,8 +44,9 @@ class Codes:
             except ValueError as error:
                 raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
             found[part] = coded.decoded()
-            save_file(coded.parts, self._file(len(self._known)))
-            self._known[part] = Coded(coded.about, Parts(), coded.fits)
+            file = self._place / f"{len(self._known)}.safetensors"
+            save_file(coded.parts, file)
+            self._known[part] = file, replace(coded, parts=Parts())
         return found
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
@@ -53,8 +55,8 @@ class Codes:
         if name is None:
             return None
         self._stored.add(name)
-        parts = load_file(self._file([*self._known].index(name)))
-        return Coded(self._known[name].about, Parts(parts), self._known[name].fits)
+        file, coded = self._known[name]
+        return replace(coded, parts=Parts(load_file(file)))
 
     def check_all_stored(self) -> None:
         """UserError if a rounded tensor was not asked for."""
@@ -67,9 +69,6 @@ class Codes:
         """
         size = self._quantize.group_size
         return {"values": "int8" if fits else "same", "group_size": size if fits and size != -1 else None}
-
-    def _file(self, number: int) -> Path:
-        return self._place / f"{number}.safetensors"
 
 
 def _of_weights(group_size: int, block: PrunedBlock, linears: list[Linear], weights: Tensor) -> tuple[Tensor, ...]:

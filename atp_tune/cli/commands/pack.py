@@ -58,9 +58,11 @@ def pack(
     with quiet(), Display() as display:
         done = pack_folder(folder, out, values.value, group_size, device or "auto", display)
     _show(done, out)
+    from atp_tune.sparse.provenance import ABOUT
+
     if bits := _rounded(folder):
         floats = f"its weights are rounded to {bits:g} bits, and floats here; to store the bits:"
-        console.print(f"{floats} python tune.py apply --config {folder / 'atp_tune.json'} --out DIR --packed")
+        console.print(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 
 def _rounded(folder: Path) -> float | None:
