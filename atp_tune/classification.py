@@ -12,7 +12,7 @@ from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
-from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import origin
 from atp_tune.spec.config import Compared, Config, Measure, TaskScores, ZeroShot
 from atp_tune.spec.images import CLASSES, ImageSet
@@ -35,7 +35,7 @@ def evaluate_config(
     texts: dict[str, Data] = {"calibration": config.calibration, "test": config.texts.test}
     setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
     with TrialContext.open(setup, watch) as context:
-        best = plan_of(config, context)
+        best = plan_as_pruned(config, context)
         target, pattern = config.target, parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(target), {}, pattern)
         scorer = _Scorer(context, asked.limit)

@@ -48,6 +48,7 @@ PRESETS = {
     "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None, screened=48, confirmed=10),
 }
 REFINE = 5  # steps of conjugate gradients on the kept weights, see docs/refinement.md
+RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
 STRIDE = 4  # every so many-th validation window is screened
 LIMITED_TRIALS = 12  # of a search for the sparsest plan within a limit, at most: it ends when it has found the plan
 _C4: dict[str, dict[str, Any]] = {

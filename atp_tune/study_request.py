@@ -19,6 +19,7 @@ from atp_tune.presets import (
     PACKAGED,
     PARTS,
     PRESETS,
+    RECOVERED,
     REFINE,
     WHOLE,
     Preset,
@@ -43,7 +44,8 @@ class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
     S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
-    of a file, or a text in memory; or one of these for each role. UserError at the start for a wish that nothing can
+    of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan,
+    where that can be done. UserError at the start for a wish that nothing can
     meet.
     """
 
@@ -54,6 +56,7 @@ class StudyRequest:
     allocations: tuple[str, ...] = ()
     texts: str | Mapping[str, str] | None = None
     limit: Limit | None = None
+    recover: bool = True
 
     def __post_init__(self) -> None:
         for option, names, known in (
@@ -136,6 +139,7 @@ class StudyRequest:
             "allocation": {"names": list(self.allocations or ("atp",))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts),
+            **self._recovery(texts),
         }
         try:
             return Study.model_validate(settings)
@@ -156,6 +160,12 @@ class StudyRequest:
             return REFINE
         notify(f"the model has experts, so kept weights are not refined (--set prune.refine={REFINE} refines them)")
         return 0
+
+    def _recovery(self, texts: Mapping[str, Any]) -> dict[str, Any]:
+        """The table `recover`; none over an interval without a limit, which has no best plan."""
+        if not self.recover or (isinstance(self.sparsity, tuple) and not self.limit):
+            return {}
+        return {"recover": {"seqlen": min(RECOVERED, texts["validation"]["seqlen"])}}
 
     def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(self.sparsity, tuple):

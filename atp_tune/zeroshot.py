@@ -36,7 +36,7 @@ from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
-from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.patterns import parse
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
-    best = plan_of(config, context)
+    best = plan_as_pruned(config, context)
     uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, parse(config.prune.pattern))
     context.watch(TrialStarted("dense", None))
     scorer.score("dense", context.replay, context.folder, context.checkpoint.weights)

@@ -126,12 +126,13 @@ def requested(
     device: str | None,
     allowed: Mapping[str, bool],
     notify: Any,
+    recover: bool = False,
 ) -> StudyFile:
     """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent."""
     from atp_tune.study_request import StudyRequest
 
     source, where = sources.model or str(model), sources.device or device
-    request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit)
+    request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit, recover)
     label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
     study = request.study(label, where, allowed, notify)
     return StudyFile(

@@ -69,6 +69,8 @@ class Configuration:
 
             if packed:
                 raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
+            if self.config.is_trained:
+                raise UserError("slim: the configuration's weights are trained, and those of a slim folder cannot be")
             check_pattern(self.config)
             return self._save(out, write_slim)
         if not packed:

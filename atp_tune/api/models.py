@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from atp_tune.api.lender import Lender
 from atp_tune.checkpoints.classes import reads_images
+from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
@@ -21,8 +22,10 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import Write, apply, plan_of
-from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.card import Dense, amend, describe
+from atp_tune.sparse.card_finetuning import HEADING, section
 from atp_tune.sparse.provenance import ABOUT
+from atp_tune.sparse.recovering import apply_trained
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import ModelConfig
 
@@ -34,6 +37,8 @@ def pruned(
     config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
 ) -> "PreTrainedModel":
     """The model of a configuration in memory; relative paths start at `base`."""
+    if config.is_trained:
+        return _trained(config, base, device, lender, allowed, watch)
     texts = {"calibration": config.calibration}
     with lent_as(config, lender, device) as where:
         setup = ContextConfig.of_config(config, texts, base, where, allowed)
@@ -41,6 +46,25 @@ def pruned(
             weights = weights_of(context, plan_of(config, context))
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
+
+
+def _trained(
+    config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
+) -> "PreTrainedModel":
+    """The same of a configuration whose kept weights are trained, through a folder that is removed."""
+    with TemporaryDirectory(prefix="atp_tune.") as place:
+        folder = Path(place) / "trained"
+        save(config, base, folder, device, lender, allowed, watch)
+        model = config.model.model(allowed).model_copy(
+            update={"source": str(folder), "revision": None, "sha256": None, "probe": None, "offload": "none"}
+        )
+        where = find_device(device if lender.model is None else str(lender.model.device))
+        checkpoint = resolve(model, Path()).checkpoint(model, where)
+        linears = [(i, linear) for i, each in enumerate(checkpoint.linears) for linear in each]
+        keys = [checkpoint.key(i, linear) for i, linear in linears]
+        weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
+        loaded = None if lender.model is not None else checkpoint.take_model()
+        return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 
 def save(
@@ -55,21 +79,40 @@ def save(
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
-    A model in memory is first written, dense, to a temporary folder beside `out`. `write`: as of `apply`.
+    `write`: as of `apply`; not used where the kept weights are trained, as a configuration may say.
+    """
+    with in_folder(config, lender, device, out.parent) as (of_folder, where, dense):
+        trained = None
+        if config.recovered is not None and config.is_trained:
+            trained = apply_trained(of_folder, config.recovered.settings, base, out, where, watch, allowed).record
+            measured = trained.after
+        else:
+            measured = apply(of_folder, base, out, where, watch, allowed, write)
+        if dense is not None:
+            about = read_config(out / ABOUT).model_copy(update={"model": config.model})
+            describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
+            if trained is not None:
+                amend(out, HEADING, section(trained))
+        return measured
+
+
+@contextmanager
+def in_folder(
+    config: Config, lender: Lender, device: str, parent: Path
+) -> Iterator[tuple[Config, str, ModelFolder | None]]:
+    """The configuration with a model on the disk, the device to work on, and the folder of a model in memory.
+
+    Such a model is written, dense, to a temporary folder in `parent`; None for others.
     """
     with lent_as(config, lender, device) as where:
         if lender.model is None:
-            return apply(config, base, out, where, watch, allowed, write)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+            yield config, where, None
+            return
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".atp_tune.", dir=parent) as place:
             dense = _saved(lender, Path(place))
-            of_folder = config.model_copy(update={"model": config.model.model_copy(
-                update={"id": place, "fingerprint": dense.content}
-            )})  # fmt: skip
-            measured = apply(of_folder, base, out, where, watch, allowed, write)
-            about = read_config(out / ABOUT).model_copy(update={"model": config.model})
-            describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
-            return measured
+            model = config.model.model_copy(update={"id": place, "fingerprint": dense.content})
+            yield config.model_copy(update={"model": model}), where, dense
 
 
 @contextmanager

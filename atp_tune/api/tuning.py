@@ -11,6 +11,7 @@ from atp_tune.api import arguments
 from atp_tune.api.arguments import Settings, Target
 from atp_tune.api.lender import Lender, is_model, names
 from atp_tune.api.progress import working
+from atp_tune.api.recovering import recover_best
 from atp_tune.api.result import Result
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
@@ -44,6 +45,7 @@ def tune(
     pruner: str | Sequence[str] | None = None,
     allocation: str | Sequence[str] | None = None,
     texts: Any = None,
+    recover: bool | None = None,
     settings: Settings | None = None,
     storage: str | None = None,
     study_name: str | None = None,
@@ -78,6 +80,9 @@ def tune(
         texts: A list of documents or a `datasets.Dataset` with a column `text`, of which three parts are used; such
             texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet
             file; "c4", "wikitext2" or "packaged". By default C4 and WikiText-2, without a network "packaged".
+        recover: Train the kept weights of the best plan after the search, and keep every zero: scales of the rows and
+            columns of each linear, by the dense model's predictions. By default of a model, not over an interval
+            without a limit; `Result.apply` and `Result.save` give the trained model.
         settings: Further keys of the study file, as `--set` sets them: {"search.sampler": "tpe"}.
         storage: Optuna storage URL. By default a study's own; the memory of this process for a model.
         study_name: Name of the study in the storage.
@@ -102,7 +107,7 @@ def tune(
     run = partial(_run, name=study_name, timeout=timeout, callbacks=callbacks, mix=allow_device_change)
     if arguments.is_study(model):
         own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
-        _refuse({"tokenizer": tokenizer, **own, "texts": texts})
+        _refuse({"tokenizer": tokenizer, **own, "texts": texts, "recover": recover})
         if device is not None:
             more["device"] = device
         file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
@@ -120,7 +125,7 @@ def tune(
                 model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
                 allocations=names(allocation), name=study_name, device=device,
                 allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
-                notify=lambda text: watch(Message(text)),
+                notify=lambda text: watch(Message(text)), recover=recover is not False,
             )  # fmt: skip
             return run(arguments.changed(file, more, trust_plugins), lender, watch, keeps=False)
 
@@ -162,9 +167,12 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     study = finished_study(run)
     if study is not None:
         run.note(_nothing_to_do(study, run.file))
-        return Result(study, run.file, lender)
-    study = pool(run) if pool else drive(run)
-    return None if study is None else Result(study, run.file, lender)
+    else:
+        study = pool(run) if pool else drive(run)
+    if study is None:
+        return None
+    recover_best(run, study, lender)
+    return Result(study, run.file, lender)
 
 
 def _nothing_to_do(study: "optuna.Study", file: StudyFile) -> str:

@@ -32,9 +32,10 @@ from atp_tune.results.formatting import (
     points_row,
     remark_of,
     sizes_note,
-    study_remarks,
 )
 from atp_tune.results.outcome import draws_said, limit_of, outcome_of
+from atp_tune.results.recovery import trained_rows
+from atp_tune.results.remarks import study_remarks
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, score_of
@@ -109,6 +110,7 @@ def _results(summary: Summary) -> str:
         if not is_uniform(rank.trial):
             changes = (changed(against, rank.on) for against in (rank.against, rank.kl_against))
             rows.append(row(rank.trial, rank.scores, *changes))
+    rows += trained_rows(summary, len(head))
     return markdown(head, rows)
 
 

@@ -24,9 +24,9 @@ from atp_tune.results.formatting import (
     method_of,
     plan_of,
     remark_of,
-    study_remarks,
 )
 from atp_tune.results.outcome import limit_of, outcome_of
+from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import error_of, is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores

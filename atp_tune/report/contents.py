@@ -16,8 +16,9 @@ from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import amount_of
-from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, study_remarks
+from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of
 from atp_tune.results.outcome import draws_said, outcome_of
+from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings

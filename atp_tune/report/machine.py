@@ -23,6 +23,7 @@
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null
       speed                 what `speedup` measured of it, likewise; or null
+      recovered             training of the best's kept weights, as in its configuration; or null
       continuations         prompts, and what dense, uniform and best make of each; or null
       draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
                             changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
@@ -99,6 +100,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         else None,
         "zero_shot": _dumped(summary.zero_shot),
         "speed": _dumped(summary.speed),
+        "recovered": _dumped(summary.recovered),
         "continuations": _dumped(summary.continuations),
         "draws": draws if summary.over_draws else None,
         "windows": dict(summary.windows),

@@ -33,6 +33,7 @@ from atp_tune.results.formatting import (
     points_row,
     remark_of,
 )
+from atp_tune.results.recovery import scores_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
@@ -67,6 +68,9 @@ def headline(summary: Summary) -> ReportTable:
         uniform = f"uniform, {best.params.get('pruner', '')}"
         rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
+        if summary.recovered is not None and summary.recovered.kept:
+            rest = (NOTHING,) * len(own)
+            rows.append((f"best, trained (trial {best.number})", *cells(scores_of(summary.recovered)), *rest))
     data = summary.data
     over = (f"test {data}, {draws} draws",) if draws else ()
     kls = (f"KL, validation {data}", f"KL, test {data}") if has_kl else ()

@@ -1,4 +1,4 @@
-"""Findings on a configuration (zero-shot, speed, continuations), stored in its JSON file and on its study.
+"""Findings on a configuration (zero-shot, speed, continuations, recovery), stored in its JSON file and on its study.
 
 On the study each is a user attribute, named after the file's key: a table from trial number to measurement. A
 configuration that is written later for the same trial includes them.
@@ -23,13 +23,15 @@ from atp_tune.plan import method_in
 from atp_tune.results.trials import levels_of
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
+from atp_tune.spec.recover import Recovered
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 
-Key = Literal["zero_shot", "speed", "continuations"]
+Key = Literal["zero_shot", "speed", "continuations", "recovered"]
 KINDS: dict[Key, TypeAdapter[Any]] = {
     "zero_shot": TypeAdapter(ZeroShot), "speed": TypeAdapter(Speed), "continuations": TypeAdapter(Continuations),
+    "recovered": TypeAdapter(Recovered),
 }  # fmt: skip
 
 

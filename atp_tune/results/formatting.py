@@ -18,7 +18,6 @@ from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
-from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -233,39 +232,6 @@ def draws_note(summary: Summary) -> str:
     test, items = ("test images", "images") if summary.hits else ("test text", "windows")
     how = f"{test}, calibrated with other {items} each time, mean ± standard deviation"
     return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
-
-
-def study_remarks(summary: Summary) -> list[str]:
-    """Sentences on what is unusual in a study: BOS, refined weights, and trials on several devices."""
-    found = (summary.sign, _beginning(summary), _refinement(summary), summary.rounded, _mixture(summary))
-    return [remark for remark in found if remark]
-
-
-def _mixture(summary: Summary) -> str:
-    """One sentence for a study with trials on several devices, in several dtypes or batch sizes; else ""."""
-    if not summary.unlike:
-        return ""
-    others = ", ".join(dict.fromkeys(summary.unlike.values()))
-    batches = ", those of different batches by about 1 %" if "batches" in others else ""
-    return (
-        f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
-        f"in the last digits, those of different number formats by per cents{batches}."
-    )
-
-
-def _beginning(summary: Summary) -> str:
-    """One sentence for a study whose windows begin with BOS; else ""."""
-    if not summary.bos:
-        return ""
-    return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
-
-
-def _refinement(summary: Summary) -> str:
-    """One sentence for a study whose pruners are refined; else ""."""
-    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
-    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
-    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
-    return f"Pruned weights are refined by {by}, those of uniform too." if by else ""
 
 
 def _reason(trial: FrozenTrial) -> str:

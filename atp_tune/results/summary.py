@@ -31,6 +31,7 @@ from atp_tune.results.trials import (
 )
 from atp_tune.spec.block_names import in_tower
 from atp_tune.spec.config import Divergences, Scores, ZeroShot
+from atp_tune.spec.recover import Recovered
 from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
@@ -87,6 +88,8 @@ class Summary:
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
+    uniform_nlls  of windows of the test text, by `uniform_trial`
+    recovered     training of the best trial's kept weights
     answers       of an image classifier, what dense, uniform and best see in a few test images
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
@@ -131,6 +134,8 @@ class Summary:
     hits: Hits = field(default_factory=Hits)
     sign: str = ""
     answers: Answers | None = None
+    recovered: Recovered | None = None
+    uniform_nlls: Sequence[float] = ()
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -217,6 +222,8 @@ def summarise(study: optuna.Study) -> Summary:
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
         answers=answers_of(study, best) if best else None,
+        uniform_nlls=reports.get(str(uniform.number), ()) if uniform else (),
+        recovered=Recovered.model_validate(found["recovered"]) if "recovered" in found else None,
     )
 
 

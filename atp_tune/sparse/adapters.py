@@ -1,18 +1,13 @@
-"""What `finetune` trains in the linears of a sparse checkpoint while every zero stays: masked LoRA, or scales.
+"""What is trained in the linears of a sparse checkpoint while every zero stays: scales, or masked LoRA (`lora`).
 
-    LoRA     y = (W + M ⊙ s B A) x        M = [W ≠ 0], s = α / r
     scales   y = eᵃ ⊙ W (eᵇ ⊙ x)          W' = diag(eᵃ) W diag(eᵇ)
 
-W is the frozen weight of a linear [out, in] with its zeros; A [r, in], B [out, r], a [out] and b [in] are trained in
-float32. A bias is not trained.
+W is the frozen weight of a linear [out, in] with its zeros; a [out] and b [in] are trained in float32. A bias is not
+trained.
 
-LoRA: the masked product needs a matrix of W's size: LoRA's usual B (A x) cannot apply the mask, and a mask applied only
-at the merge would change the trained model. So each forward, like the merge, computes the sum in float32 and rounds it
-once to W's format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
-
-Scales: the exponentials are never 0, so that W' has W's zeros and signs. The forward multiplies inputs and outputs, and
-needs no gradient of W's size; W' is rounded to W's format at the merge alone. Norm gains are not trained: a gain is a
-scale of the columns of all linears behind the norm.
+The exponentials are never 0, so that W' has W's zeros and signs. The forward multiplies inputs and outputs, and needs
+no gradient of W's size; W' is rounded to W's format at the merge alone. Norm gains are not trained: a gain is a scale
+of the columns of all linears behind the norm.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -31,8 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.sparse.provenance import Settings
-
-ADAPTER = "default"  # what peft calls an adapter
 
 
 class Adapters(ABC):
@@ -59,52 +50,6 @@ class Adapters(ABC):
             tuned = self._checkpoint.as_saved(name, layer.tuned().cpu())
             for part, was in self._checkpoint.as_saved(name, layer.get_base_layer().weight.cpu()).items():
                 yield part, was, tuned[part]
-
-
-class MaskedLinear(LoraLinear):
-    """peft's LoRA layer with the mask in its forward pass."""
-
-    def tuned(self) -> Tensor:
-        """W + M ⊙ s B A in W's own shape and format."""
-        weight: Any = self.get_base_layer().weight
-        with torch.autocast(weight.device.type, enabled=False):
-            fixed = weight.float()
-            mask = fixed.sign().abs()  # several times as fast as a comparison
-            tuned: Tensor = (fixed + mask * self.get_delta_weight(ADAPTER)).to(weight.dtype)
-        return tuned
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Outputs [..., out] of inputs [..., in]."""
-        y: Tensor = functional_call(self.get_base_layer(), {"weight": self.tuned()}, (x, *args), kwargs)
-        return y
-
-
-class Lora(Adapters):
-    """LoRA; the checkpoint's model is changed: its linears become `MaskedLinear`."""
-
-    def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
-        """`seed` initialises A; B is zero, so training starts from the pruned model."""
-        super().__init__(checkpoint)
-        found = linears_of(checkpoint)
-        places = [f"{i}.{linear.name}" for i, linear in found]
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
-        config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # into the blocks alone: for some whole models peft rewrites target_modules
-            inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
-        for place, (i, linear) in zip(places, found, strict=True):
-            layer: Any = checkpoint.blocks.get_submodule(place)
-            layer.fan_in_fan_out = linear.transposed
-            self._layers[checkpoint.key(i, linear)] = layer
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every linear."""
-        found = {}
-        for name, layer in self._layers.items():
-            for side in ("lora_A", "lora_B"):
-                matrix = getattr(layer, side)[ADAPTER].float()
-                found[f"{name}.{side}"] = matrix.weight.requires_grad_()
-        return found
 
 
 class ScaledLinear(nn.Module):
@@ -168,6 +113,8 @@ def make_adapters(checkpoint: Checkpoint, settings: Settings) -> Adapters:
     """What the settings train."""
     if settings.rank is None or settings.alpha is None:
         return Scales(checkpoint)
+    from atp_tune.sparse.lora import Lora  # needs the extra
+
     return Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
 
 

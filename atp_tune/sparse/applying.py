@@ -15,7 +15,7 @@ from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import device_name
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, TrialStarted
+from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
@@ -123,6 +123,15 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     if rows is not None and [len(row) for row in rows] != [len(row) for row in context.checkpoint.linears]:
         raise UserError("linear_bits: not one value for each linear of the model's blocks")
     return Plan(config.pruner, name, config.block_sparsities, values, found, bits=bits, linear_bits=rows)
+
+
+def plan_as_pruned(config: Config, context: TrialContext) -> Plan:
+    """The same, with a line where `apply` trains the kept weights, which here are as they were pruned."""
+    if config.is_trained:
+        context.watch(
+            Message("the model as it was pruned: `apply` trains what is kept, and its folder goes in the place of FILE")
+        )
+    return plan_of(config, context)
 
 
 def _check_channels(config: Config, context: TrialContext) -> None:
@@ -264,9 +273,14 @@ def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: 
 
 def folder_scores(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> WindowScores:
     """Scores on the test text, or the test images, of a folder, loaded like any model."""
+    return all_folder_scores(setup, folder, watch, title)["test"]
+
+
+def all_folder_scores(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> dict[str, WindowScores]:
+    """The same on every text, or all images, of the setup, by role."""
     model = setup.model.model_copy(
         update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
     )
     with TrialContext.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
-        return context.all_scores(context.dense(), "test")
+        return {role: context.all_scores(context.dense(), role) for role in setup.texts}

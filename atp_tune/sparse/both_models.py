@@ -20,7 +20,7 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs import InputKind
 from atp_tune.metrics.speed import Side
 from atp_tune.search.kept_blocks import prune_whole
-from atp_tune.sparse.applying import check_model, plan_of
+from atp_tune.sparse.applying import check_model, plan_as_pruned
 from atp_tune.sparse.continuations import open_config
 from atp_tune.sparse.packed_models import pack_if_faster
 from atp_tune.sparse.provenance import ABOUT
@@ -85,7 +85,7 @@ class BothModels(Released):
         self._use.check(config)
         context = open_config(config, self._place.parent / config.folder, self._device, self._watch, self._allowed)
         self._open.append(context)
-        plan = plan_of(config, context)
+        plan = plan_as_pruned(config, context)
         self._watch(TrialStarted("pruning", plan))
         sparse = prune_whole(context, plan, self._use.command, self._use.with_folder)
         weights = {"sparse": sparse, "dense": context.checkpoint.weights}

@@ -11,7 +11,7 @@ from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.continuations import Continuing
 from atp_tune.search.kept_blocks import prune_whole
-from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 
@@ -40,7 +40,7 @@ def continuations(
     UserError if the model is not the configuration's.
     """
     with open_config(config, base, device, watch, allowed) as context, oom_as_user_error("generate"):
-        best = plan_of(config, context)
+        best = plan_as_pruned(config, context)
         pattern = parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, pattern)
         work = Continuing(context, prompts, tokens)

@@ -1,8 +1,10 @@
 """Training after pruning: trains a sparse checkpoint on a text, or images, and writes another with the same zeros."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from atp_tune.cache import cache_dir
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
@@ -22,16 +25,20 @@ from atp_tune.inputs.images import Images
 from atp_tune.inputs.windows import Windows
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
+from atp_tune.plugins import digest
 from atp_tune.results.formatting import duration
+from atp_tune.scores import WindowScores
 from atp_tune.search.context_config import ContextConfig, inputs_of
-from atp_tune.sparse.applying import folder_scores
-from atp_tune.sparse.card import amend, words
+from atp_tune.sparse.applying import all_folder_scores
+from atp_tune.sparse.card import amend
+from atp_tune.sparse.card_finetuning import HEADING, section
 from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
 from atp_tune.sparse.provenance import (
     FINETUNED,
     AccuracyChange,
     Finetuned,
     HeldOut,
+    PerplexityChange,
     Settings,
     Zeros,
     manifest_of,
@@ -49,17 +56,14 @@ if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
 
 SAVED = 20  # steps between two writes of the adapters
-TRAINED = {
-    "lora": "The weights that are not zero were trained with LoRA",
-    "scales": "Scales of the rows and columns of each linear were trained, and multiplied into its weights,",
-}
 
 
 @dataclass(frozen=True)
 class FinetuningJob:
     """One run of `finetune`; `dense` is the dense model's perplexity on the test text, if known.
 
-    `teacher`: the dense model whose predictions are learnt, None if the next tokens are.
+    `teacher`: the dense model whose predictions are learnt, None if the next tokens are. What is trained `stays` in the
+    cache at the end if another run may write the same folder.
     """
 
     setup: ContextConfig
@@ -71,11 +75,33 @@ class FinetuningJob:
     dense: Perplexity | None
     teacher: ModelFolder | None
     watch: EventHandler
+    stays: bool
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What identifies the run, and so its result: settings, and contents of models and text."""
+        contents = {"model": self.folder.content, "text": self.items.content}
+        named = {key.replace("_", "-"): json.dumps(value) for key, value in self.settings.model_dump().items()}
+        return {**named, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
 
     @property
     def part(self) -> Path:
         """The file from which an interrupted run resumes."""
-        return self.out.with_name(f"{self.out.name}.part")
+        if not self.stays:
+            return self.out.with_name(f"{self.out.name}.part")
+        return cache_dir("recovered") / f"{digest(json.dumps(self.facts).encode())}.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves beside its folder: its record, and the scores of the new folder by role of the text."""
+
+    record: Finetuned
+    scores: Mapping[str, WindowScores]
+
+
+class NoGainError(UserError):
+    """No step lowered the loss on held-out windows."""
 
 
 def finetune(
@@ -91,53 +117,75 @@ def finetune(
 ) -> Finetuned:
     """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
 
-    Of an image classifier both are images. `text` and `test` default to the calibration and test text that the folder
-    was pruned with. Windows begin with BOS if they did when it was pruned. `trusts_plugins`: the code of sources of
-    texts that it was pruned with may run. `teacher`: source of the dense model for the loss `kl`; by default the model
-    that the folder was pruned from.
+    Also on the validation text that the folder was pruned with, if `test` is None. Of an image classifier these are
+    images. `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin
+    with BOS if they did when it was pruned. `trusts_plugins`: the code of sources of texts that it was pruned with may
+    run. `teacher`: source of the dense model for the loss `kl`; by default the model that the folder was pruned from.
     UserError if `out` exists, if the training text shares documents with the validation or test text, or if no step
     lowers the loss on held-out windows.
     """
-    require("finetune", "finetune")
+    allowed = {"trust_plugins": trusts_plugins}
+    return train(model, out, text, test, settings, device, watch, allowed, teacher).record
+
+
+def train(
+    model: Path,
+    out: Path,
+    text: Data | None,
+    test: Data | None,
+    settings: Settings,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool],
+    teacher: str | None = None,
+    stays: bool = False,
+) -> Trained:
+    """`finetune`, with the permissions of `apply`; what is trained `stays` in the cache, for another run."""
+    if settings.train == "lora":
+        require("finetune", "finetune")
     check_free(out)
     if not model.is_dir():
         raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
     if made:
         own: dict[str, Data] = {"text": made.calibration} if text is None else {}
-        own |= {"test_text": made.test} if test is None else {}
-        plug_in_texts(made.config, own, made.base, trusts_plugins)
+        own |= {"test_text": made.test, "validation_text": made.validation} if test is None else {}
+        plug_in_texts(made.config, own, made.base, allowed.get("trust_plugins", False))
     if made and made.config.bits is not None:
         raise UserError(f"--model {model}: its weights are rounded, and training would undo that; train it before")
-    text, test = choose(text, test, made)
+    own_test, (text, test) = test is None, choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     learns = settings.loss == "kl"
-    dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line))) if learns else None
-    bos = made is not None and made.bos
-    base = made.base if made else Path()
-    items: Windows | Images
-    if isinstance(text, ImageSet) and isinstance(test, ImageSet):
-        settings, score = settings.model_copy(update={"seqlen": None}), CLASSES
-        items = read_training_images(text, test, folder, settings, base)
-    elif isinstance(text, ImageSet) or isinstance(test, ImageSet):
-        raise UserError(f"--model {model}: is measured on images, or on text, and was given both; give one kind")
-    else:
-        score = "next-token"
-        items = read_windows(text, test, folder.path, settings, bos, base)
+    dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line)), allowed) if learns else None
+    base, bos = (made.base, made.bos) if made else (Path(), False)
+    settings, items, score = _items(text, test, folder, settings, base, bos)
     dense = made.dense if made and made.test == test else None
+    texts = {"validation": made.validation} if made and own_test and made.validation != test else {}
     setup = ContextConfig(
-        named, PruneConfig(), {"test": test}, base, device, bos=bos, inputs=inputs_of(score), score=score
+        named, PruneConfig(), {**texts, "test": test}, base, device, bos=bos, inputs=inputs_of(score), score=score
     )
     with oom_as_user_error("finetune"):
-        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch))
+        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch, stays))
 
 
-def _run(job: FinetuningJob) -> Finetuned:
+def _items(
+    text: Data, test: Data, folder: ModelFolder, settings: Settings, base: Path, bos: bool
+) -> tuple[Settings, Windows | Images, str]:
+    """What is trained on, the settings for it, and the score that it has; UserError if it cannot be read."""
+    if isinstance(text, ImageSet) and isinstance(test, ImageSet):
+        settings = settings.model_copy(update={"seqlen": None})
+        return settings, read_training_images(text, test, folder, settings, base), CLASSES
+    if isinstance(text, ImageSet) or isinstance(test, ImageSet):
+        raise UserError(f"--model {folder.path}: is measured on images, or on text, and was given both; give one kind")
+    return settings, read_windows(text, test, folder.path, settings, bos, base), "next-token"
+
+
+def _run(job: FinetuningJob) -> Trained:
     from atp_tune.sparse.training import Trainer, stored_format
 
-    before = folder_scores(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
+    before = all_folder_scores(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
     device = find_device(job.setup.device)
     reset_peak_memory(device)
     checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
@@ -156,21 +204,27 @@ def _run(job: FinetuningJob) -> Finetuned:
         zeros = _write(trainer, checkpoint, job, folder)
         del trainer
         checkpoint.release()
-        after = folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
+        after = all_folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
+        changes = {role: _changed(before[role].nlls, after[role].nlls) for role in after}
         done = Finetuned(
             model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(items),
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
-            before=perplexity(before.nlls), after=perplexity(after.nlls), change=change(before.nlls, after.nlls),
-            accuracy=_accuracies(before.ranks, after.ranks),
+            **changes["test"].model_dump(), validation=changes.get("validation"),
+            accuracy=_accuracies(before["test"].ranks, after["test"].ranks),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
             bos=isinstance(job.items, Windows) and job.items.bos,
             manifest=manifest_of(folder, device_name(device)), held_out=kept,
             teacher=job.teacher and job.teacher.content,
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        amend(folder, "Fine-tuned after pruning", _said(done))
-    job.part.unlink(missing_ok=True)
-    return done
+        amend(folder, HEADING, section(done))
+    if not job.stays:
+        job.part.unlink(missing_ok=True)
+    return Trained(done, after)
+
+
+def _changed(before: list[float], after: list[float]) -> PerplexityChange:
+    return PerplexityChange(before=perplexity(before), after=perplexity(after), change=change(before, after))
 
 
 def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | None:
@@ -185,7 +239,7 @@ def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | N
     if step == 0:
         job.part.unlink(missing_ok=True)
         last, loss = min(losses[1:], key=lambda each: each[1])
-        raise UserError(
+        raise NoGainError(
             f"finetune: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
             f"{loss:.4f} after step {last} at best), so nothing was written; lower --learning-rate, or give more or "
             f"other {'text' if isinstance(job.items, Windows) else 'images'}"
@@ -207,13 +261,9 @@ def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
 
 def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     """Runs the remaining steps until early stopping ends them, and saves the adapters every `SAVED` steps."""
-    from atp_tune.sparse.training import facts_of
-
-    contents = {"model": job.folder.content, "text": job.items.content}
-    facts = facts_of(job.settings, **contents, **({"teacher": job.teacher.content} if job.teacher else {}))
     total = job.settings.steps
     if job.part.exists():
-        trainer.restore(job.part, facts)
+        trainer.restore(job.part, job.facts)
         job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
     if trainer.must_measure:
         job.watch(Message(f"held-out loss before training: {trainer.measure():.4f}"))
@@ -225,7 +275,7 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
             said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
         job.watch(Step(f"loss {loss:.3f}", done, total))
         if done % SAVED == 0 or trainer.has_ended:
-            trainer.save(job.part, facts)
+            trainer.save(job.part, job.facts)
         if said or done % SAVED == 0 or trainer.has_ended:
             left = (monotonic() - began) / (done - before) * (total - done)
             mean = fmean(trainer.losses[-SAVED:])
@@ -247,30 +297,3 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
     Shards(job.folder.path, str(checkpoint.model.base_model_prefix)).write(folder, trainer.adapters.names, counted())
     job.folder.check_unchanged()
     return Zeros(**zeros)
-
-
-def _said(done: Finetuned) -> str:
-    """The section of the model card."""
-    given = done.settings.model_dump(exclude_none=True, exclude={"train"})
-    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
-    zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
-    own = {} if done.settings.seqlen is None else {"seqlen": done.settings.seqlen}
-    trained = done.text.model_copy(update={"nsamples": done.windows, **own})
-    hits = done.accuracy and f"Accuracy: {done.accuracy.before} before, {done.accuracy.after} after. "
-    return (
-        f"{TRAINED[done.settings.train]} on {words(trained)}{bos} ({settings}). "
-        f"{_held_out(done)}{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
-        f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). {hits or ''}"
-        f"The sections below describe the model before fine-tuning; {FINETUNED} has the rest."
-    )
-
-
-def _held_out(done: Finetuned) -> str:
-    if done.held_out is None:
-        return ""
-    losses = dict(done.held_out.losses)
-    return (
-        f"The weights are those after step {done.held_out.best} of {len(done.losses)}, where the loss on "
-        f"{done.held_out.windows} held-out windows of the same text was lowest ({losses[0]:.4f} before, "
-        f"{losses[done.held_out.best]:.4f} then). "
-    )

@@ -23,6 +23,7 @@ from atp_tune.spec.texts import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"
+LORA_RANK = 8  # by default; α is twice the rank
 DESCRIPTIONS = (ABOUT, FINETUNED, CARD)  # files that commands and people change later
 
 
@@ -124,6 +125,14 @@ class Zeros(FrozenModel):
     weights: int
 
 
+class PerplexityChange(FrozenModel):
+    """Perplexity on one text before and after fine-tuning, and its change, paired by windows."""
+
+    before: Perplexity
+    after: Perplexity
+    change: Change
+
+
 class AccuracyChange(FrozenModel):
     """Accuracy before and after fine-tuning, and its gain, paired by image."""
 
@@ -145,7 +154,8 @@ class Finetuned(FrozenModel):
 
     `bos`: all windows, of training too, begin with BOS. `manifest`: of the fine-tuned folder. Of an image classifier
     `text` and `test` are images, `windows` their number, and `accuracy` is on the test images. `held_out`: None if
-    nothing was. `teacher`: the SHA-256 of the dense model whose predictions were learnt, with the loss `kl`.
+    nothing was. `before`, `after` and `change` are on the test text; `validation` is on the study's text of that
+    role, if it is another. `teacher`: the SHA-256 of the dense model whose predictions were learnt, with the loss `kl`.
     """
 
     format: Literal["atp_tune.finetune/2"] = "atp_tune.finetune/2"
@@ -169,6 +179,7 @@ class Finetuned(FrozenModel):
     manifest: Manifest | None = None
     accuracy: AccuracyChange | None = None
     held_out: HeldOut | None = None
+    validation: PerplexityChange | None = None
     teacher: str | None = None
 
 

@@ -48,7 +48,7 @@ def is_made_from(folder: Path, config: Config, slim: bool = False) -> bool:
 
     `slim`: whether it is to be without the pruned channels.
     """
-    if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists():
+    if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists() != config.is_trained:
         return False
     found = read_config(folder / ABOUT)
     return found.slim == slim and _weights_of(found) == _weights_of(config)
@@ -58,6 +58,7 @@ def _weights_of(config: Config) -> list[object]:
     """The parts of a configuration that determine the weights."""
     plan = [config.pruner, config.prune, config.allocation, config.block_sparsities, config.linear_sparsities]
     plan += [config.quantize, config.block_bits, config.linear_bits]
+    plan += [config.recovered.settings if config.recovered and config.is_trained else None]
     return [config.model.fingerprint, config.model.dtype, *plan, config.calibration, config.bos]
 
 

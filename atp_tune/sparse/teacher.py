@@ -1,6 +1,6 @@
 """The dense model whose predictions a sparse one learns, with the loss `kl`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,15 @@ class Teacher:
 
 
 def find_teacher(
-    named: str | None, made: PrunedWith | None, model: ModelFolder, notify: Callable[[str], None]
+    named: str | None,
+    made: PrunedWith | None,
+    model: ModelFolder,
+    notify: Callable[[str], None],
+    allowed: Mapping[str, bool] | None = None,
 ) -> ModelFolder:
     """The folder of the dense model that `--teacher` names, or else of the one that `model` was pruned from.
+
+    `allowed`: keys of `study.ModelConfig` that a configuration cannot set, for the latter.
 
     UserError if there is none, if it is not what the folder's configuration says, or if it has another vocabulary.
     """
@@ -55,7 +61,7 @@ def find_teacher(
         raise UserError(
             f"--loss kl: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher"
         )
-    found = _resolved("--loss kl: the dense model", made.config.model.model({}), made.base, notify)
+    found = _resolved("--loss kl: the dense model", made.config.model.model(allowed), made.base, notify)
     check_model(made.config, found)
     return found
 

@@ -12,7 +12,6 @@ Dropout is off and the seed fixes the order of the windows, so a run that was in
 weights as one that was not.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -209,9 +208,3 @@ def stored_format(folder: Path) -> torch.dtype:
         with safe_open(shard, "pt") as tensors:
             kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
-
-
-def facts_of(settings: Settings, **contents: str) -> dict[str, str]:
-    """What identifies a run: settings by the names of their options, and `contents`."""
-    named = {key.replace("_", "-"): json.dumps(value) for key, value in settings.model_dump().items()}
-    return {**named, **contents}

@@ -40,6 +40,7 @@ from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Bits, MeanBits, QuantizeConfig, Width
+from atp_tune.spec.recover import Recovered
 from atp_tune.spec.search import NEXT_TOKEN, Share
 from atp_tune.spec.study import Data, ModelConfig, of_model
 
@@ -281,6 +282,9 @@ class Config(FrozenModel):
     zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
     speed: Speed | None = Field(None, description="results of the command `speedup`")
     continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
+    recovered: Recovered | None = Field(
+        None, description="training of the kept weights, by a study with `recover`: `apply` does it again if `kept`"
+    )
     slim: bool = Field(False, description="of a folder: whether the pruned channels are cut off, not zero")
     manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
 
@@ -313,6 +317,11 @@ class Config(FrozenModel):
         if self.linears and not self.by_bits and [len(row) for row in self.linears] != [len(row) for row in rows]:
             raise ValueError("linears: not one name for each of linear_sparsities")
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the kept weights are to be trained after pruning."""
+        return self.recovered is not None and self.recovered.kept
 
     @property
     def by_bits(self) -> bool:

@@ -19,6 +19,7 @@ from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_stud
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
+from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts, check_pairs
 
@@ -148,6 +149,9 @@ class Study(SettingsTable):
     images: ImageSets | None = Field(None, description="of an image classifier, in the place of texts")
     texts: Texts | None = Field(None, validate_default=True)
     search: SearchConfig
+    recover: RecoverConfig | None = Field(
+        None, description='train the kept weights of the best plan after the search; "none": leave them'
+    )
     continuations: ContinuationsConfig = ContinuationsConfig()
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
@@ -155,6 +159,11 @@ class Study(SettingsTable):
     @field_validator("limit", mode="before", json_schema_input_type=LimitConfig | Literal["none"] | None)
     @classmethod
     def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @field_validator("recover", mode="before", json_schema_input_type=RecoverConfig | Literal["none"] | None)
+    @classmethod
+    def _unrecovered(cls, value: Any) -> Any:
         return None if value == "none" else value
 
     @field_validator(
@@ -182,7 +191,23 @@ class Study(SettingsTable):
             check_pairs(self.texts, "prices" in self.allocation.names, self.model.has_tower)
         if self.model.has_tower:
             self._check_tower()
+        if self.recover is not None:
+            self._check_recover()
         return self
+
+    def _check_recover(self) -> None:
+        """ValueError for a setting of which the best plan cannot be trained."""
+        for is_given, reason in (
+            (self.bits is not None, "bits are given, and training would undo the rounding"),
+            (parse(self.prune.pattern).channels, 'prune.pattern = "channels"; train the folder by `finetune`'),
+            (self.interval is not None and self.limit is None, "sparsity is an interval without a limit"),
+            (self.search.score != NEXT_TOKEN, "plug-ins score, and training lowers the NLL or KL of the next token"),
+            (self.model.has_tower, 'model.prune = ["language", "vision"]'),
+            (isinstance(self.data.calibration, Text) and self.data.calibration.images is not None,
+             "texts.calibration has images"),
+        ):  # fmt: skip
+            if is_given:
+                raise ValueError(f'recover: must be left out, or "none", where {reason}')
 
     def _check_tower(self) -> None:
         """ValueError for a setting that does not go with a pruned vision tower."""

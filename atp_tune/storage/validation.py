@@ -114,7 +114,7 @@ STUDY = _kinds(
         "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
         "test_nlls": dict[Role, Nlls],
-        **dict.fromkeys(("zero_shot", "speed", "continuations", "answers"), dict[Role, Found]),
+        **dict.fromkeys(("zero_shot", "speed", "continuations", "answers", "recovered"), dict[Role, Found]),
         "test_kls": dict[Role, Kls],
         "dense_ranks": Ranks,
         "test_ranks": dict[Role, Ranks],

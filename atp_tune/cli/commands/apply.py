@@ -44,6 +44,10 @@ def apply(
         str | None,
         typer.Option(metavar="ORG/NAME", help="Also upload the folder to this model repository on the hub."),
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option("--recover/--no-recover", help="Train the kept weights, where the configuration says so."),
+    ] = True,
     private: Private = False,
     device: Device = None,
     allow_pickle: AllowPickle = False,
@@ -55,6 +59,9 @@ def apply(
     `--packed` makes the folder smaller, and faster on a CPU: docs/speedup.md. Weights that were rounded to few bits are
     stored in so many bits: docs/bits.md. `--slim` makes the folder of pruned channels smaller and usually faster:
     docs/channels.md.
+
+    If the study had `recover`, the kept weights are trained as it says; what its run has trained is taken from the
+    cache. `--no-recover` leaves them as they were pruned: docs/finetune.md.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
@@ -79,6 +86,8 @@ def apply(
     if private and push is None:
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
+    if not recover:
+        found = found.model_copy(update={"recovered": None})
     if push is not None:
         from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
@@ -106,8 +115,11 @@ def _write(
 
     with quiet(), Display() as display:
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
-    show(measured, found.perplexity.test, out, packed and found.quantize is not None)
-    if said := compared(found, read_config(out / ABOUT).manifest):
+    trained = found.recovered if found.is_trained else None
+    last = trained and (trained.test or trained.validation)
+    promised = last.perplexity if last else found.perplexity.test
+    show(measured, promised, out, packed and found.quantize is not None)
+    if trained is None and (said := compared(found, read_config(out / ABOUT).manifest)):
         console.print(said)
 
 

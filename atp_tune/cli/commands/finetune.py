@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from atp_tune.sparse.provenance import Finetuned
 
 TEXT = "SOURCE|TABLE"
-RANK = 8
-RATES = {"lora": 1e-4, "scales": 1e-3}  # default learning rates
+RANK = 8  # as `provenance.LORA_RANK`
+RATES = {"lora": 1e-4, "scales": 3e-3}  # default learning rates
 
 
 class Loss(StrEnum):
@@ -74,7 +74,7 @@ def finetune(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.0001, of scales 0.001."),
+        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.0001, of scales 0.003."),
     ] = None,
     eval_every: Annotated[
         int, typer.Option("--eval-every", min=1, help="Steps between two measurements on held-out windows.")
@@ -151,12 +151,17 @@ def _show(done: "Finetuned", out: Path) -> None:
     """Prints perplexities and zeros before and after as a Markdown table, then time and memory."""
     from atp_tune.results.formatting import duration
 
-    hits = done.accuracy
-    rows: list[tuple[str, ...]] = [("dense", "", str(done.dense), "–", *[""] * bool(hits))] if done.dense else []
-    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–", *([str(hits.before)] if hits else [])))
-    tuned = [f"{hits.after} ({hits.change})"] if hits else []
+    hits, other = done.accuracy, done.validation
+    rows: list[tuple[str, ...]] = []
+    if done.dense:
+        rows.append(("dense", "", str(done.dense), "–", *["–", "–"] * bool(other), *[""] * bool(hits)))
+    more = [*([str(other.before), "–"] if other else []), *([str(hits.before)] if hits else [])]
+    rows.append(("pruned", f"{done.zeros.before:,}", str(done.before), "–", *more))
+    tuned = [*([str(other.after), str(other.change)] if other else [])]
+    tuned += [f"{hits.after} ({hits.change})"] if hits else []
     rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change), *tuned))
-    head = ("model", "zeros", "test perplexity", "against pruned", *["test accuracy"] * bool(hits))
+    head: tuple[str, ...] = ("model", "zeros", "test perplexity", "against pruned")
+    head += ("validation perplexity", "against pruned") * bool(other) + ("test accuracy",) * bool(hits)
     console.print(markdown(head, rows))
     items = "windows" if hits is None else "images"
     trained = f"{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}"

@@ -122,6 +122,14 @@ def model(
             "three parts are used; default: C4 and WikiText-2 as in the papers, packaged without a network.",
         ),
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover/--no-recover",
+            help="After the search train scales of the rows and columns of the best plan by the dense model's "
+            "predictions, and keep every zero; not over an interval without a limit.",
+        ),
+    ] = True,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the study; default: of the model and the options.")
     ] = None,
@@ -172,11 +180,13 @@ def model(
     )  # fmt: skip
     target = goal(sparsity, limit)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
-    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit)
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover)
     path = HERE / f"{name or wishes.name}.toml"
     options = RunOptions.of(context)
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)
+        if not recover:
+            options = replace(options, set_=[*(options.set_ or []), 'recover="none"'])
         _start(path, options)
         return
     made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})

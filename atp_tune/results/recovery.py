@@ -1,0 +1,45 @@
+"""The training of the best plan's kept weights, in rows and in one sentence, the same in every table and note."""
+
+from atp_tune.results.amounts import amount_of
+from atp_tune.results.formatting import NOTHING, cells, method_of
+from atp_tune.results.summary import Summary
+from atp_tune.spec.config import Scores
+from atp_tune.spec.recover import RecoverConfig, Recovered
+
+
+def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
+    """The row of the trained plan in a table of so many columns; none if it was not trained."""
+    best, found = summary.best_trial, summary.recovered
+    if best is None or found is None or not found.kept:
+        return []
+    change = NOTHING if found.against_uniform is None else str(found.against_uniform)
+    row = [f"{method_of(best)}, trained", amount_of(best, summary) or NOTHING, *cells(scores_of(found)), change]
+    return [row + [NOTHING] * (columns - len(row))]
+
+
+def scores_of(found: Recovered) -> Scores:
+    """Perplexities after training."""
+    texts = {"validation": found.validation, "test": found.test}
+    return Scores(**{name: None if each is None else each.perplexity for name, each in texts.items()})
+
+
+def recovery_said(summary: Summary) -> str:
+    """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
+    found = summary.recovered
+    if found is None:
+        return ""
+    how = _how(found.settings)
+    if not found.kept:
+        return f"Not trained after pruning: with {how}, {found.reason}."
+    texts = {"validation": found.validation, "test": found.test}
+    changes = " and ".join(f"{each.change} on the {name} {summary.data}" for name, each in texts.items() if each)
+    return (
+        f"Trained after pruning: {how}, of which step {found.step} was taken; perplexity {changes}, against the same "
+        "plan as it was pruned. `apply` writes the trained model."
+    )
+
+
+def _how(settings: RecoverConfig) -> str:
+    what = "scales of rows and columns" if settings.train == "scales" else "masked LoRA"
+    loss = "by KL from the dense model" if settings.loss == "kl" else "by the next token"
+    return f"{settings.steps} steps of {what} {loss} on the calibration text"

@@ -1,0 +1,125 @@
+"""Recovery, as `[recover]` of a study asks: a configuration is pruned, and its kept weights are trained.
+
+What was trained is kept in the cache, by what it was trained with, so that a second run of the same machine writes the
+same folder without training.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from atp_tune.errors import UserError
+from atp_tune.events import Event, EventHandler, Message, TrialStarted
+from atp_tune.metrics.perplexity import change
+from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.finetuning import NoGainError, Trained, train
+from atp_tune.sparse.provenance import LORA_RANK, PerplexityChange, Settings
+from atp_tune.sparse.shards import check_free
+from atp_tune.spec.config import Config
+from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores
+
+NO_GAIN = "no step lowered the loss on the held-out windows"
+
+
+def apply_trained(
+    config: Config,
+    recover: RecoverConfig,
+    base: Path,
+    out: Path,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool] | None = None,
+) -> Trained:
+    """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
+
+    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss. Errors of training name
+    the keys of `[recover]`.
+    """
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(recover, config)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as pruned:  # beside: relative paths stay right
+        watch = _calling(watch, pruned, "the pruned model")
+        write_applied(config, base, Path(pruned), device, watch, allowed)
+        try:
+            return train(Path(pruned), out, None, None, settings, device, watch, allowed or {}, stays=True)
+        except NoGainError:
+            raise
+        except UserError as error:
+            raise UserError(_by_keys(str(error))) from None
+
+
+def recovered(
+    config: Config,
+    recover: RecoverConfig,
+    base: Path,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool] | None = None,
+    uniform: Sequence[float] = (),
+) -> Recovered:
+    """What training of a configuration's kept weights comes to, measured on the folder that `apply` will write.
+
+    `uniform`: window NLLs of the uniform allocation on the test text, if known. The folder is removed.
+    """
+    with TemporaryDirectory(prefix="atp_tune.") as place:
+        out = Path(place) / "trained"
+        watch = _calling(watch, str(out), "the trained model")
+        try:
+            done = apply_trained(config, recover, base, out, device, watch, allowed)
+        except NoGainError:
+            return Recovered(settings=recover, kept=False, reason=NO_GAIN)
+    record, held = done.record, done.record.held_out
+    has_test = record.validation is not None
+    test = PerplexityChange(before=record.before, after=record.after, change=record.change)
+    validation = _scores(record.validation or test)
+    nlls = done.scores["test"].nlls
+    fell = validation.change.value < 0
+    return Recovered(
+        settings=recover,
+        kept=fell,
+        reason="" if fell else f"perplexity on the validation text changed by {validation.change}",
+        step=held.best if held else len(record.losses),
+        steps=len(record.losses),
+        seconds=record.seconds,
+        validation=validation,
+        test=_scores(test) if has_test else None,
+        against_uniform=change(uniform, nlls) if len(uniform) == len(nlls) else None,
+    )
+
+
+def settings_of(recover: RecoverConfig, config: Config) -> Settings:
+    """The settings of `finetune` that a table `[recover]` stands for."""
+    is_lora, texts = recover.train == "lora", config.texts.validation
+    rank = (recover.rank or LORA_RANK) if is_lora else None
+    return Settings(
+        steps=recover.steps, rank=rank, alpha=None if rank is None else 2 * rank, learning_rate=recover.rate,
+        seqlen=recover.seqlen or getattr(texts, "seqlen", None), batch=recover.batch, seed=recover.seed,
+        loss=recover.loss, train=recover.train, eval_every=recover.eval_every, patience=recover.patience,
+    )  # fmt: skip
+
+
+def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
+    """A handler that has a name for a folder that is removed in the end."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Message):
+            event = Message(event.text.replace(folder, name))
+        if isinstance(event, TrialStarted):
+            event = replace(event, title=event.title.replace(folder, name))
+        watch(event)
+
+    return on_event
+
+
+def _scores(found: PerplexityChange) -> RecoveredScores:
+    return RecoveredScores(perplexity=found.after, change=found.change)
+
+
+def _by_keys(message: str) -> str:
+    """An error of `finetune` with the keys of `[recover]` in the place of options."""
+    keys = "|".join(RecoverConfig.model_fields)
+    found = re.sub(r"--([a-z-]+)", lambda option: "recover." + option[1].replace("-", "_"), message)
+    return re.sub(rf"recover\.(?!(?:{keys})\b)([a-z_]+)", r"--\1", found).replace("finetune: ", "recover: ", 1)

@@ -1,0 +1,79 @@
+"""The table `[recover]` of a study: training of the best plan's kept weights, after the search, under guard.
+
+    recover = {}            with the defaults below
+    [recover]
+    steps = 128
+
+`recovered`, in the configuration of the best trial, holds the same settings and what they came to. See
+docs/finetune.md.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from atp_tune.frozen import FrozenModel, SettingsTable
+from atp_tune.metrics.perplexity import Change, Perplexity
+
+RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
+
+
+class RecoverConfig(SettingsTable):
+    """How the kept weights of the best plan are trained; all zeros stay. Training text: the calibration text's."""
+
+    train: Literal["scales", "lora"] = Field(
+        "scales", description="scales: one for each row and column of each linear; lora: masked LoRA"
+    )
+    loss: Literal["kl", "next-token"] = Field(
+        "kl", description="kl: KL divergence from the dense model's predictions; next-token: NLL of the text"
+    )
+    steps: int = Field(64, ge=1, description="training steps, each on one batch")
+    batch: int = Field(2, ge=1, description="windows per step; of an image classifier, images")
+    seqlen: int | None = Field(
+        None, ge=2, description="tokens per window; default: those of the validation text's windows"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="the highest, after warm-up; default: 0.003, of lora 0.001"
+    )
+    rank: int | None = Field(None, ge=1, description="of lora alone; default: 8")
+    eval_every: int = Field(8, ge=1, description="steps between two measurements of the loss on held-out windows")
+    patience: int = Field(3, ge=1, description="measurements without a lower held-out loss after which training ends")
+    seed: int = Field(0, ge=0, description="of adapters and of the order of the windows")
+
+    @model_validator(mode="after")
+    def _of_lora(self) -> Self:
+        if self.rank is not None and self.train != "lora":
+            raise ValueError('rank: is a setting of train = "lora"; leave it out')
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+
+class RecoveredScores(FrozenModel):
+    """Perplexity on one text after training, and its change from the same plan before, paired by windows."""
+
+    perplexity: Perplexity
+    change: Change
+
+
+class Recovered(FrozenModel):
+    """What training came to, by `settings`.
+
+    `kept`: whether the loss on held-out windows and the perplexity on the validation text fell, so that `apply` trains
+    the model; else `reason` says what did not, in one line. `step` is the step whose weights were best, of `steps` that
+    were done. `test` is None with the paper's protocol, `against_uniform` (on the test text) if uniform was not
+    measured.
+    """
+
+    settings: RecoverConfig
+    kept: bool
+    reason: str = ""
+    step: int = 0
+    steps: int = 0
+    seconds: FiniteFloat = 0.0
+    validation: RecoveredScores | None = None
+    test: RecoveredScores | None = None
+    against_uniform: Change | None = None
