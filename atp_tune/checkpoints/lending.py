@@ -70,7 +70,10 @@ def find(source: str) -> LentModel:
 
 @contextmanager
 def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
-    """Lends a model and its tokenizer to studies; UserError for a model that is not treated exactly."""
+    """Lends a model and its tokenizer to studies; UserError for a model that is not treated exactly.
+
+    A model may be lent again while it is lent.
+    """
     check_model(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with TemporaryDirectory(prefix="atp_tune.") as place:
@@ -79,12 +82,16 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
         (Path(place) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         content = content_of(model)
         found = LentModel(Path(place), content, MEMORY + content, model=model)
+        before = _lent.get(found.id)
         _lent[found.id] = found
         try:
             model.requires_grad_(False)
             yield found
         finally:
-            del _lent[found.id]
+            if before is None:
+                del _lent[found.id]
+            else:
+                _lent[found.id] = before
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 

@@ -242,6 +242,41 @@ def screened(
     return found.model_copy(update=more)
 
 
+@dataclass(frozen=True)
+class TrainingCost:
+    """The training of the best plan's kept weights: tokens `forward` and `backward`, those `measured`, and loads.
+
+    A token goes back through all blocks in the time of two forward passes.
+    """
+
+    forward: int
+    backward: int
+    measured: int
+    loads: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens through the blocks, a way back as two."""
+        return self.forward + 2 * self.backward + self.measured
+
+    def seconds(self, rates: ProbeRates, blocks: int) -> float:
+        """Seconds in all."""
+        return self.tokens * (blocks * rates.run["validation"] + rates.ends) + self.loads * rates.load
+
+
+def trained(
+    found: StudyCost, training: TrainingCost, rates: ProbeRates | None, blocks: int, is_done: bool
+) -> StudyCost:
+    """The cost of a study with the training of its best plan."""
+    more: dict[str, float] = {}
+    if found.tokens is not None:
+        more["tokens"] = found.tokens + training.tokens
+    if rates is not None and found.seconds is not None and found.seconds_left is not None:
+        own = training.seconds(rates, blocks)
+        more |= {"seconds": found.seconds + own, "seconds_left": found.seconds_left + (0 if is_done else own)}
+    return found.model_copy(update=more)
+
+
 def _plan_seconds(rates: ProbeRates, costs: dict[str, Passes], evaluated: int, blocks: int, role: str) -> float:
     """Mean seconds over the pruners of one plan, evaluated on `evaluated` tokens of a text."""
     return _mean(

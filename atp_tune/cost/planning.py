@@ -14,8 +14,8 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
+from atp_tune.cost.once import descent_bytes, descents, training
 from atp_tune.events import EventHandler, Message
-from atp_tune.plan import ranked_by
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.images import IMAGES
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.search.context import TrialContext
     from atp_tune.search.context_config import ContextConfig
-
-FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def _forecast(
     known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: ProbeRates | None
 ) -> Forecast:
     offload = context.checkpoint.offload if context else known.offload()
-    work = max(rates.work if rates else 0, _descent_bytes(known))
+    work = max(rates.work if rates else 0, descent_bytes(known))
     if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += known.held(0).blocks
     if context is not None:
@@ -233,51 +231,17 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
     plans = _compared(study)
     rows = None if study.data.test is None else _pruned_again(study, trials or 0)
-    once = known.kinds * known.tokens.calibration + _descents(known)
+    once = known.kinds * known.tokens.calibration + descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
     ends_early = study.search.early_termination or study.limit is not None
     has_tasks = study.limit is not None and study.limit.min_accuracy is not None
     found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})
+    if study.recover is not None:
+        is_done = known.main is not None and "recovered" in known.main.user_attrs
+        found = forecast.trained(found, training(known, study.recover), rates, blocks, is_done)
     screening = _screening(known)
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
-
-
-def _step_tokens(known: Known) -> int:
-    """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
-    from atp_tune.search.priced import windows_of_step
-    from atp_tune.search.priced_bits import items_of_costs
-
-    length = known.tokens.calibration // known.windows
-    if "prices" not in known.study.allocation.short_names:
-        return 0
-    return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
-
-
-def _path(known: Known) -> tuple[float, ...]:
-    """The targets of a descent by prices."""
-    from atp_tune.allocations.prices import path
-
-    return path(*known.study.interval) if known.study.interval else (known.study.highest,)
-
-
-def _descents(known: Known) -> int:
-    """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
-    from atp_tune.allocations.prices import steps_along
-    from atp_tune.search.priced import PASSES
-
-    steps = 1 if known.study.by_bits else steps_along(_path(known))
-    return len({ranked_by(name) for name in known.study.methods.short_names}) * steps * PASSES * _step_tokens(known)
-
-
-def _descent_bytes(known: Known) -> int:
-    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients."""
-    if not (tokens := _step_tokens(known)):
-        return 0
-    sizes = known.sizes.blocks
-    states = (len(sizes) + 1) * tokens * known.width * known.itemsize
-    errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
-    return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 
 
 def _pruned_again(study: Study, trials: int) -> int:

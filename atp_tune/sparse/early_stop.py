@@ -3,9 +3,7 @@
 import math
 
 from atp_tune.sparse.provenance import Settings
-
-FEWEST, MOST = 8, 32  # windows that are held out
-SHARE = 10  # one of so many windows is held out
+from atp_tune.spec.recover import FEWEST, MOST, SHARE
 
 
 class EarlyStop:

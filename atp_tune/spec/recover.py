@@ -15,6 +15,8 @@ from pydantic import Field, FiniteFloat, model_validator
 from atp_tune.frozen import FrozenModel, SettingsTable
 from atp_tune.metrics.perplexity import Change, Perplexity
 
+FEWEST, MOST = 8, 32  # windows that are held out
+SHARE = 10  # one of so many windows is held out
 RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
 
 

@@ -1,0 +1,58 @@
+"""What a study computes once beside its trials: descents by prices, and the training of its best plan."""
+
+from typing import TYPE_CHECKING
+
+from atp_tune.cost.forecast import TrainingCost
+from atp_tune.plan import ranked_by
+from atp_tune.spec.recover import FEWEST, RecoverConfig
+
+if TYPE_CHECKING:
+    from atp_tune.cost.planning import Known
+
+FLOAT32 = 4  # bytes
+
+
+def _step_tokens(known: "Known") -> int:
+    """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
+    from atp_tune.search.priced import windows_of_step
+    from atp_tune.search.priced_bits import items_of_costs
+
+    length = known.tokens.calibration // known.windows
+    if "prices" not in known.study.allocation.short_names:
+        return 0
+    return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
+
+
+def _path(known: "Known") -> tuple[float, ...]:
+    """The targets of a descent by prices."""
+    from atp_tune.allocations.prices import path
+
+    return path(*known.study.interval) if known.study.interval else (known.study.highest,)
+
+
+def descents(known: "Known") -> int:
+    """Tokens of the descents by prices, counted as forward passes; one for each score that pruners rank by."""
+    from atp_tune.allocations.prices import steps_along
+    from atp_tune.search.priced import PASSES
+
+    steps = 1 if known.study.by_bits else steps_along(_path(known))
+    return len({ranked_by(name) for name in known.study.methods.short_names}) * steps * PASSES * _step_tokens(known)
+
+
+def descent_bytes(known: "Known") -> int:
+    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients."""
+    if not (tokens := _step_tokens(known)):
+        return 0
+    sizes = known.sizes.blocks
+    states = (len(sizes) + 1) * tokens * known.width * known.itemsize
+    errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
+    return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
+
+
+def training(known: "Known", recover: RecoverConfig) -> TrainingCost:
+    """The training of the best plan's kept weights, at most; it is loaded with its dense model, and measured twice."""
+    length = recover.seqlen or known.tokens.validation // known.validation_windows
+    trained, models = recover.steps * recover.batch * length, 2 if recover.loss == "kl" else 1
+    held_out = FEWEST * length * (1 + recover.steps // recover.eval_every)
+    measured = 2 * (known.tokens.validation + known.tokens.test)
+    return TrainingCost(models * (trained + held_out), trained, measured, 3 + models)

@@ -1,0 +1,337 @@
+"""`recover`, as a user asks for it: the best plan of a study is trained at its end, and `apply` writes it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byhand import ByHand
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from test_applying import block_of, same_bytes, tensors
+from tinystudy import TOKENS, CommandLine, settings, stored, study_file
+
+from atp_tune import tune
+from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.results.recovery import recovery_said, trained_rows
+from atp_tune.results.summary import summarise
+from atp_tune.sparse import recovering
+from atp_tune.sparse.finetuning import NoGainError, Trained
+from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
+from atp_tune.sparse.recovering import NO_GAIN, recovered, settings_of
+from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.recover import RecoverConfig, Recovered
+from atp_tune.spec.study import Study
+from atp_tune.storage import opening
+
+SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
+
+
+def run(place: Path, command: CommandLine, *overrides: str) -> Any:
+    return command("--study", place / "tiny.toml", *settings(*overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished tiny study whose best plan was trained, with its cache; to be read only."""
+    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("trained") / "place"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        table = {"recover.steps": 24, "recover.batch": 4, "recover.learning_rate": 0.01}
+        tune(place / "tiny.toml", settings=table, progress=False)
+    return place
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(trained.parent / "cache", tmp_path / "cache")
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copytree(trained, tmp_path / "place"))
+
+
+def config_of(place: Path) -> Config:
+    return read_config(place / "tiny.best.json")
+
+
+@pytest.mark.slow
+def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: CommandLine) -> None:
+    answer = run(place, command, *SHORT)
+    assert (answer.code, answer.err) == (0, "")
+    assert "complete: 6 of 6 trials; nothing to do" in answer.out
+    assert "recovery of trial" not in answer.out  # it is done
+    config = config_of(place)
+    found = config.recovered
+    assert found is not None
+    assert found.kept
+    assert found.validation is not None
+    assert found.test is not None
+    (row,) = [line for line in answer.out.splitlines() if ", trained " in line]
+    assert str(found.validation.perplexity) in row
+    assert str(found.test.perplexity) in row
+    assert str(found.against_uniform) in row
+    assert f"of which step {found.step} was taken" in answer.out
+    written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
+    assert (written.code, written.err) == (0, "")
+    assert f"the configuration says {found.test.perplexity} (+0.000%)" in written.out
+    by_hand, pruned = ByHand(place, place / "out"), ByHand(place).prune(config.pruner, list(config.block_sparsities))
+    for role, scores in (("validation", found.validation), ("test", found.test)):
+        before, after = pruned.nlls(role), by_hand.nlls(role)
+        assert scores.perplexity.value == pytest.approx(perplexity(after).value, rel=1e-5)
+        assert scores.change.value == pytest.approx(change(before, after).value, rel=1e-2)
+    uniform = ByHand(place).prune(config.pruner, [0.5] * len(config.block_sparsities)).nlls("test")
+    assert found.against_uniform is not None
+    assert found.against_uniform.value == pytest.approx(change(uniform, by_hand.nlls("test")).value, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(place: Path, command: CommandLine) -> None:
+    config = place / "tiny.best.json"
+    plain = command("apply", "--config", config, "--out", place / "plain", "--no-recover")
+    known = command("apply", "--config", config, "--out", place / "known")
+    shutil.rmtree(place.parent / "cache" / "recovered")
+    anew = command("apply", "--config", config, "--out", place / "anew")
+    assert [answer.code for answer in (plain, known, anew)] == [0, 0, 0]
+    assert "resumes after step 24 of 24" in known.out
+    assert "step 24 of 24: loss" in anew.out
+    assert not (place / "plain" / FINETUNED).exists()
+    before, after, again = (tensors(place / name) for name in ("plain", "known", "anew"))
+    for name, was in before.items():
+        assert same_bytes(after[name], again[name])
+        if block_of(name) is None:
+            assert same_bytes(was, after[name])
+        else:
+            assert torch.equal(was == 0, after[name] == 0)
+            assert not torch.equal(was, after[name])
+    record = Finetuned.model_validate_json((place / "known" / FINETUNED).read_text())
+    found = config_of(place).recovered
+    assert found is not None
+    assert record.settings == settings_of(found.settings, config_of(place))
+    assert record.validation is not None
+    assert found.validation is not None
+    assert record.validation.after == found.validation.perplexity
+    assert command("apply", "--verify", place / "known").code == 0
+    assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_packed_and_given_in_memory(place: Path, command: CommandLine) -> None:
+    """`apply --packed`, then `Configuration.apply`: the weights that the folder has."""
+    import atp_tune
+
+    packed = command("apply", "--config", place / "tiny.best.json", "--out", place / "packed", "--packed")
+    assert (packed.code, packed.err) == (0, "")
+    assert command("unpack", place / "packed", "--out", place / "unpacked").code == 0
+    chosen = atp_tune.load_config(place / "tiny.best.json")
+    chosen.save(place / "folder")
+    model = chosen.apply()
+    for name, tensor in tensors(place / "folder").items():
+        assert same_bytes(tensor, tensors(place / "unpacked")[name])
+        if block_of(name) is not None:
+            assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
+
+
+@pytest.mark.slow
+def test_other_settings_train_anew_and_none_leaves_what_is_there(place: Path, command: CommandLine) -> None:
+    before = config_of(place).recovered
+    other = run(place, command, "recover.steps=8", "recover.batch=4", "recover.learning_rate=0.01")
+    assert other.code == 0
+    assert "step 8 of 8: loss" in other.out
+    now = config_of(place).recovered
+    assert before is not None
+    assert now is not None
+    assert (now.settings.steps, before.settings.steps) == (8, 24)
+    assert run(place, command, 'recover="none"').code == 0
+    assert config_of(place).recovered == now
+
+
+@pytest.mark.slow
+def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Path, command: CommandLine) -> None:
+    answer = run(place, command, "recover.steps=9", "recover.learning_rate=3", "recover.eval_every=3")
+    assert (answer.code, answer.err) == (0, "")
+    assert f"the best plan stays as it was pruned: {NO_GAIN}" in answer.out
+    assert ", trained " not in answer.out
+    how = "9 steps of scales of rows and columns by KL from the dense model on the calibration text"
+    assert f"Not trained after pruning: with {how}, {NO_GAIN}." in answer.out
+    assert not config_of(place).is_trained
+    written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
+    assert written.code == 0
+    assert not (place / "out" / FINETUNED).exists()
+
+
+@pytest.mark.slow
+def test_what_prevents_training_is_said_and_ends_no_study(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atp_tune.sparse.training_memory.free_memory", lambda device: 1000)
+    answer = run(place, command, "recover.steps=9")
+    assert (answer.code, answer.err) == (0, "")
+    (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]
+    assert line.startswith("warning: the best plan stays as it was pruned: recover: needs about ")
+    assert "lower recover.batch, recover.seqlen, or take a larger device" in line
+
+
+@pytest.mark.slow
+def test_a_model_in_memory_is_trained_too(trained: Path, cache: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(trained / "model")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    documents = (trained / "long.txt").read_text().split("\n\n")
+    sizes = {f"texts.{role}.{key}": value for role in ("calibration", "validation", "test")
+             for key, value in (("seqlen", TOKENS), ("nsamples", 8))}  # fmt: skip
+    settings_ = {**sizes, "texts.calibration.draws": 1, "recover.steps": 16, "recover.batch": 4, "recover.seqlen": 32}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = tune(
+        model, tokenizer, sparsity=0.6, trials=2, texts=documents, progress=False,
+        settings={**settings_, "recover.learning_rate": 0.01, "continuations.tokens": 0, "prune.refine": 0},
+    )  # fmt: skip
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    found = result.summary.recovered
+    assert found is not None
+    assert found.kept
+    given = result.apply()
+    measured = result.save(trained.parent / "from memory")
+    assert found.test is not None
+    assert measured == found.test.perplexity
+    folder = {
+        k: v for file in (trained.parent / "from memory").glob("*.safetensors") for k, v in load_file(file).items()
+    }
+    for name, tensor in given.state_dict().items():
+        if block_of(name) is not None:
+            assert torch.equal(tensor, folder[name])
+    assert "## Fine-tuned after pruning" in (trained.parent / "from memory" / "README.md").read_text()
+
+
+# The guard.
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, before: float, validation: PerplexityChange | None) -> Recovered:
+    """What is made of a run of training whose scores are given."""
+    after = Perplexity(value=8, stderr=1)
+    record = Finetuned.model_construct(
+        before=Perplexity(value=before, stderr=1), after=after, change=Change(value=8 / before - 1, stderr=0.1),
+        held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
+    )  # fmt: skip
+    scores = {"test": type("Scores", (), {"nlls": [2.0, 2.0]})()}
+    monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores))  # type: ignore[arg-type]
+    return recovered(None, RecoverConfig(), Path(), "cpu", print, uniform=[3.0, 3.0])  # type: ignore[arg-type]
+
+
+def changed(by: float) -> PerplexityChange:
+    return PerplexityChange(
+        before=Perplexity(value=10, stderr=1), after=Perplexity(value=10 * (1 + by), stderr=1),
+        change=Change(value=by, stderr=0.01),
+    )  # fmt: skip
+
+
+def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    worse, better = judged(monkeypatch, 10, changed(0.02)), judged(monkeypatch, 10, changed(-0.02))
+    assert (worse.kept, better.kept) == (False, True)
+    assert worse.reason == "perplexity on the validation text changed by +2.0% ± 1.0%"
+    assert better.test is not None
+    assert better.test.change.value == pytest.approx(-0.2)
+    assert better.against_uniform is not None
+    assert better.against_uniform.value == pytest.approx(2.718281828**-1 - 1)
+    assert (better.step, better.steps) == (2, 2)
+
+
+def test_with_the_papers_protocol_one_text_is_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    better, worse = judged(monkeypatch, 10, None), judged(monkeypatch, 7, None)
+    assert better.kept
+    assert not worse.kept
+    assert better.test is None
+    assert better.validation is not None
+    assert better.validation.perplexity.value == 8
+
+
+def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise NoGainError("finetune: no step …")
+
+    monkeypatch.setattr(recovering, "apply_trained", fails)
+    found = recovered(None, RecoverConfig(), Path(), "cpu", print)  # type: ignore[arg-type]
+    assert (found.kept, found.reason, found.validation) == (False, NO_GAIN, None)
+
+
+# What is asked for.
+
+
+def study(**changes: Any) -> Study:
+    text = {"source": "c4", "split": "train", "nsamples": 4}
+    texts = {
+        role: {**text, "part": [k / 3, (k + 1) / 3]} for k, role in enumerate(("calibration", "validation", "test"))
+    }
+    return Study.model_validate(
+        {"sparsity": 0.6, "model": {"source": "org/name"}, "texts": texts, "search": {"trials": 2}, "recover": {}}
+        | changes
+    )
+
+
+def test_a_table_without_keys_has_the_defaults() -> None:
+    found = study().recover
+    assert found == RecoverConfig()
+    assert found is not None
+    assert (found.rate, RecoverConfig(train="lora").rate) == (0.003, 0.001)
+    assert study(recover="none").recover is None
+    assert study(limit={"max_kl": 0.1}, sparsity=[0.1, 0.9], search={"trials": 2, "objective": ["kl"]}).recover == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"sparsity": None, "bits": 4.0}, "bits are given"),
+        ({"prune": {"pattern": "channels"}}, 'prune.pattern = "channels"'),
+        ({"sparsity": [0.1, 0.9]}, "sparsity is an interval without a limit"),
+        ({"recover": {"rank": 4}}, 'rank: is a setting of train = "lora"'),
+        ({"recover": {"steps": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=r"recover|rank|steps") as caught:
+        study(**changes)
+    assert why in str(caught.value)
+
+
+def test_settings_are_those_of_finetune() -> None:
+    texts = type("Texts", (), {"validation": type("Text", (), {"seqlen": 77})()})()
+    config: Any = type("Config", (), {"texts": texts})()
+    found = settings_of(RecoverConfig(train="lora", rank=3, seqlen=None), config)
+    assert (found.rank, found.alpha, found.seqlen, found.learning_rate, found.loss) == (3, 6, 77, 0.001, "kl")
+    scales = settings_of(RecoverConfig(seqlen=9), config)
+    assert (scales.rank, scales.alpha, scales.seqlen, scales.train) == (None, None, 9, "scales")
+
+
+def test_errors_of_training_name_the_keys_of_the_table() -> None:
+    said = "finetune: needs about 3 GiB; lower --batch, --seqlen or --rank, or take a larger device"
+    assert recovering._by_keys(said) == (
+        "recover: needs about 3 GiB; lower recover.batch, recover.seqlen or recover.rank, or take a larger device"
+    )
+    assert recovering._by_keys("--text: shares windows") == "--text: shares windows"
+
+
+# What is said.
+
+
+def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
+    study, texts = stored(done), changed(-0.3)
+    assert trained_rows(summarise(study), 8) == []
+    assert recovery_said(summarise(study)) == ""
+    best = summarise(study).best_trial
+    assert best is not None
+    one = {"perplexity": texts.after, "change": texts.change}
+    found = Recovered(
+        settings=RecoverConfig(), kept=True, step=48, steps=64, validation=one, test=one, against_uniform=texts.change
+    )  # type: ignore[arg-type]
+    study.set_user_attr("recovered", {str(best.number): found.model_dump(mode="json")})
+    db = opening.open_storage(study_file(done).storage_url, create=False)
+    assert db is not None
+    summary = summarise(opening.find_study(db, "tiny"))  # type: ignore[arg-type]
+    (row,) = trained_rows(summary, 8)
+    assert row[0].endswith(", trained")
+    assert row[2:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%", "–", "–", "–"]
+    assert recovery_said(summary) == (
+        "Trained after pruning: 64 steps of scales of rows and columns by KL from the dense model on the calibration "
+        "text, of which step 48 was taken; perplexity -30.0% ± 1.0% on the validation text and -30.0% ± 1.0% on the "
+        "test text, against the same plan as it was pruned. `apply` writes the trained model."
+    )
