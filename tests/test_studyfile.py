@@ -123,7 +123,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
         "sparsity = 0.6",
         'sparsity = 2\n"a\\nb" = 5',
         r'"a\nb": unknown key; known here are description, protocol, bits, sparsity, limit, model, prune, quantize, '
-        "allocation, images, texts, search, continuations, storage, device (and 1 more mistake)",
+        "allocation, images, texts, search, recover, continuations, storage, device (and 1 more mistake)",
     ),
     ("pruners =", "pruner =", "prune.pruner: unknown key; did you mean prune.pruners?"),
     (

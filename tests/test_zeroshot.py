@@ -23,6 +23,7 @@ from atp_tune.search import kept_blocks
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
+from atp_tune.sparse.applying import plan_of
 from atp_tune.spec.config import Measure, read_config
 from atp_tune.zeroshot import TaskOptions, evaluate, evaluate_folder
 
@@ -269,7 +270,7 @@ def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     before = {
         name: (tensor.data_ptr(), tensor.clone()) for name, tensor in context.checkpoint.model.state_dict().items()
     }
-    plan = zeroshot.plan_of(config, context)
+    plan = plan_of(config, context)
     ids = torch.arange(12)[None]
     dense = context.checkpoint.model(ids).logits
     with context.replay.whole(prune_whole(context, plan, *zeroshot.SCORED)) as model:
