@@ -330,7 +330,7 @@ def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
 @pytest.mark.slow
 def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     measured = found.save(tmp_path / "new" / "sparse")
-    assert measured.value == pytest.approx(found.best.perplexity.test.value, rel=1e-6)  # type: ignore[union-attr]
+    assert measured.value == pytest.approx(found.best.final.test.value, rel=1e-6)  # type: ignore[union-attr]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sparse"]
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "sparse")
     assert are_equal(weights(there), weights(found.apply()))
@@ -395,7 +395,7 @@ def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], fou
     dense = found.summary.dense.test
     assert dense is not None and measured.value == dense.value
     worse = atp_tune.perplexity(found.apply(), tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
-    assert worse.value == pytest.approx(found.best.perplexity.test.value, rel=1e-6)  # type: ignore[union-attr]
+    assert worse.value == pytest.approx(found.best.final.test.value, rel=1e-6)  # type: ignore[union-attr]
 
 
 # Storage

@@ -279,14 +279,14 @@ def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
-    save = finetuning.folder_scores
+    save = finetuning.all_folder_scores
 
     def interrupt(*arguments: Any) -> Any:
         if (place / "out.part").exists():
             os.kill(os.getpid(), signal.SIGINT)
         return save(*arguments)
 
-    monkeypatch.setattr(finetuning, "folder_scores", interrupt)
+    monkeypatch.setattr(finetuning, "all_folder_scores", interrupt)
     answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT)
     assert answer.code == 130
     assert f"stopped: the same command resumes from {place / 'out'}.part" in answer.out

@@ -15,7 +15,7 @@ from atp_tune.results.choosing import at_sparsity, within
 from atp_tune.results.formatting import method_of
 from atp_tune.results.stored import file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
-from atp_tune.spec.config import Config
+from atp_tune.spec.config import Config, scores_after
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.spec.typed import only_limit
 from atp_tune.storage import opening
@@ -158,9 +158,11 @@ class Result:
         done = f"{summary.done} of {summary.total} trials"
         if summary.best_trial is None:
             return f"<Result {self.name}: {done}>"
-        texts = ("validation", summary.best.validation), ("test", summary.best.test)
+        is_trained = summary.recovered is not None and summary.recovered.kept
+        best = scores_after(summary.recovered) if summary.recovered and is_trained else summary.best
+        texts = ("validation", best.validation), ("test", best.test)
         scores = ", ".join(f"{text} perplexity {score}" for text, score in texts if score)
-        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}, {scores}>"
+        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{', trained' * is_trained}, {scores}>"
 
     def _repr_html_(self) -> str:
         """The table of results, for notebooks."""

@@ -33,10 +33,9 @@ from atp_tune.results.formatting import (
     points_row,
     remark_of,
 )
-from atp_tune.results.recovery import scores_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
-from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot
+from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot, scores_after
 from atp_tune.spec.former import present_value
 from atp_tune.spec.plugged import permission
 
@@ -70,7 +69,7 @@ def headline(summary: Summary) -> ReportTable:
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
         if summary.recovered is not None and summary.recovered.kept:
             rest = (NOTHING,) * len(own)
-            rows.append((f"best, trained (trial {best.number})", *cells(scores_of(summary.recovered)), *rest))
+            rows.append((f"best, trained (trial {best.number})", *cells(scores_after(summary.recovered)), *rest))
     data = summary.data
     over = (f"test {data}, {draws} draws",) if draws else ()
     kls = (f"KL, validation {data}", f"KL, test {data}") if has_kl else ()

@@ -3,8 +3,8 @@
 from atp_tune.results.amounts import amount_of
 from atp_tune.results.formatting import NOTHING, cells, method_of
 from atp_tune.results.summary import Summary
-from atp_tune.spec.config import Scores
-from atp_tune.spec.recover import RecoverConfig, Recovered
+from atp_tune.spec.config import scores_after
+from atp_tune.spec.recover import RecoverConfig
 
 
 def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
@@ -13,14 +13,8 @@ def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
     if best is None or found is None or not found.kept:
         return []
     change = NOTHING if found.against_uniform is None else str(found.against_uniform)
-    row = [f"{method_of(best)}, trained", amount_of(best, summary) or NOTHING, *cells(scores_of(found)), change]
+    row = [f"{method_of(best)}, trained", amount_of(best, summary) or NOTHING, *cells(scores_after(found)), change]
     return [row + [NOTHING] * (columns - len(row))]
-
-
-def scores_of(found: Recovered) -> Scores:
-    """Perplexities after training."""
-    texts = {"validation": found.validation, "test": found.test}
-    return Scores(**{name: None if each is None else each.perplexity for name, each in texts.items()})
 
 
 def recovery_said(summary: Summary) -> str:

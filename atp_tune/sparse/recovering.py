@@ -4,6 +4,7 @@ What was trained is kept in the cache, by what it was trained with, so that a se
 same folder without training.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,11 +77,12 @@ def recovered(
     test = PerplexityChange(before=record.before, after=record.after, change=record.change)
     validation = _scores(record.validation or test)
     nlls = done.scores["test"].nlls
-    fell = validation.change.value < 0
+    fell = validation is not None and validation.change.value < 0
+    changed = f"by {validation.change}" if validation else "to a number that is not finite"
     return Recovered(
         settings=recover,
         kept=fell,
-        reason="" if fell else f"perplexity on the validation text changed by {validation.change}",
+        reason="" if fell else f"perplexity on the validation text changed {changed}",
         step=held.best if held else len(record.losses),
         steps=len(record.losses),
         seconds=record.seconds,
@@ -114,7 +116,10 @@ def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
     return on_event
 
 
-def _scores(found: PerplexityChange) -> RecoveredScores:
+def _scores(found: PerplexityChange) -> RecoveredScores | None:
+    """None of a perplexity that is not finite, which JSON cannot hold."""
+    if not math.isfinite(found.after.value + found.change.value):
+        return None
     return RecoveredScores(perplexity=found.after, change=found.change)
 
 

@@ -145,6 +145,12 @@ class Scores(FrozenModel):
     test: Score
 
 
+def scores_after(found: Recovered) -> Scores:
+    """Perplexities after training."""
+    texts = {"validation": found.validation, "test": found.test}
+    return Scores(**{name: None if each is None else each.perplexity for name, each in texts.items()})
+
+
 class Divergences(FrozenModel):
     """KL divergences from the dense model (nats per token) on the validation text and, once measured, the test text."""
 
@@ -324,6 +330,13 @@ class Config(FrozenModel):
         return self.recovered is not None and self.recovered.kept
 
     @property
+    def final(self) -> Scores:
+        """Perplexities of the model that `apply` writes: after training, where the kept weights are trained."""
+        if self.recovered is None or not self.recovered.kept:
+            return self.perplexity
+        return scores_after(self.recovered)
+
+    @property
     def by_bits(self) -> bool:
         """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
         plugin = self.plugins.get(self.pruner)  # a pruner may be called like a quantizer
@@ -355,8 +368,8 @@ class Config(FrozenModel):
     def __str__(self) -> str:
         """The plan and its perplexities in a line."""
         parameters = " ".join(f"{name}={value:.4g}" for name, value in self.allocation.parameters.items())
-        plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip()
-        texts = ("validation", self.perplexity.validation), ("test", self.perplexity.test)
+        plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip() + ", trained" * self.is_trained
+        texts = ("validation", self.final.validation), ("test", self.final.test)
         scores = [f"{text} perplexity {score}" for text, score in texts if score]
         if self.by_bits and self.bits is not None:
             return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])

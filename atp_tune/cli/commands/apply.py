@@ -115,11 +115,9 @@ def _write(
 
     with quiet(), Display() as display:
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
-    trained = found.recovered if found.is_trained else None
-    last = trained and (trained.test or trained.validation)
-    promised = last.perplexity if last else found.perplexity.test
+    promised = found.final.test or (found.final.validation if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
-    if trained is None and (said := compared(found, read_config(out / ABOUT).manifest)):
+    if not found.is_trained and (said := compared(found, read_config(out / ABOUT).manifest)):
         console.print(said)
 
 

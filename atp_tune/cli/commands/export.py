@@ -118,4 +118,7 @@ def export(
         found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
     if target is not PRINTED:
         write(found, kind, target)
+        if found.is_trained and kind != "json":
+            said = "note: these are the zeros of the plan; `apply` trains what it keeps, which another program does not"
+            print(said, file=sys.stderr)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
