@@ -64,7 +64,7 @@ SETTINGS = {
 
 def tuned(model: Any, tokenizer: Any, texts: Any, **more: Any) -> atp_tune.Result:
     settings = {**SETTINGS, **more.pop("settings", {})}
-    asked = {"sparsity": 0.6, "trials": 3, "progress": False} | more
+    asked = {"sparsity": 0.6, "trials": 3, "progress": False, "recover": False} | more
     return atp_tune.tune(model, tokenizer, texts=texts, settings=settings, **asked)
 
 

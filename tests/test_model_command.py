@@ -15,6 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
 from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval, texts_from, texts_from_hub
 from atp_tune.spec.config import read_config
+from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.studyfile import load
 from atp_tune.spec.texts import Text
@@ -44,14 +45,17 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert "[2/2]" in answer.out
     best = json.loads((here / "studies" / f"{name}.best.json").read_text())
     assert best["sparsity"]["target"] == 0.5
+    assert best["recovered"]["settings"]["seqlen"] == 256  # of the default [recover]
+    assert "rained after pruning: " in answer.out
     study = load(name).study
+    assert study.recover == RecoverConfig(seqlen=256)
     assert study.model.source == str(here / "Tiny_Llama")
     assert (study.search.trials, study.texts.calibration.draws) == (2, 1)  # the file says what options set
     assert command("--study", name).code == 0
     again = command(*words)
     assert "[1/2]" not in again.out
     assert "best" in again.out
-    more = command(*[word if word != "2" else "3" for word in words])
+    more = command(*[word if word != "2" else "3" for word in words], "--no-recover")
     assert "[3/3]" in more.out
     assert len(stored(here, name, here / "studies" / f"{name}.db").trials) == 3
     assert command("status", "--study", name).code == 0
@@ -96,11 +100,12 @@ def test_a_model_that_cannot_be_pruned_leaves_no_file(here: Path, command: Comma
 @pytest.mark.slow
 def test_the_packaged_text_without_a_network(here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    answer = command("./Tiny_Llama", "--device", "cpu", *QUICK)
+    answer = command("./Tiny_Llama", "--device", "cpu", "--no-recover", *QUICK)
     assert (answer.code, answer.err) == (0, "")
     assert (
         "texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)" in answer.out
     )
+    assert load("tiny_llama-60-quick").study.recover is None
     assert load("tiny_llama-60-quick").study.texts.test.source == "package:pydoc_data.topics:topics"  # type: ignore[union-attr]
 
 
@@ -256,8 +261,8 @@ def test_a_front_is_searched_and_resumed(here: Path, command: CommandLine) -> No
     assert "sparsity is 0.3..0.8 there, and 0.4..0.8 is asked for" in other.error
 
 
-LIMITED = ("--texts", "own.txt", "--preset", "quick", "--set", "search.screen={trials=8, confirm=3, stride=4}", "--set",
-           "texts.calibration.draws=1")  # fmt: skip
+LIMITED = ("--no-recover", "--texts", "own.txt", "--preset", "quick", "--set",
+           "search.screen={trials=8, confirm=3, stride=4}", "--set", "texts.calibration.draws=1")  # fmt: skip
 
 
 @pytest.mark.slow
