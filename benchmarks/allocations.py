@@ -46,7 +46,8 @@ COLUMNS = (
     "test, against uniform",
     "over draws, against uniform",
     "against atp",
-    "prices against it",
+    "prices against it, validation",
+    "prices against it, test",
     "trials",
     "s",
 )
@@ -138,7 +139,7 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
         f"the dense model: {validation} on the validation text, {test} on the test text.\n",
         "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
-        "study used to choose its best trial. They are paired by windows, so their error is that of the difference; "
+        "study used to choose its best trial, where nothing else is said. They are paired by windows, so their error is that of the difference; "
         "over draws of the calibration text it is the standard deviation. For linears, `erk` is the same as `er`. "
         "Seconds are the time of all trials, on a machine that was not idle.\n",
         *([notes.read_text(encoding="utf-8")] if notes.exists() else []),
@@ -164,6 +165,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
     own = report_of(study, best)
     seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
     from_uniform, from_atp, from_prices = (report_of_best(other, studies) for other in ("uniform", "atp", "prices"))
+    prices = best_of("prices", studies["prices"]) if "prices" in studies and name != "prices" else None
     return [
         name,
         shown(parameters_of(best)),
@@ -172,7 +174,8 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
         draws_of(summarise(study), best)[1],
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
-        str(change(own, from_prices)) if from_prices and name != "prices" else "",
+        str(change(best.user_attrs["nlls"], prices.user_attrs["nlls"])) if prices else "",
+        str(change(own, from_prices)) if prices and from_prices else "",
         str(len(study.trials)),
         f"{seconds:.0f}",
     ]
