@@ -25,6 +25,7 @@ WIDTH = 120  # columns of a line
 MARGIN = 44  # column of a comment beside its key, as in the studies that come along
 SHOWN = {  # keys that are written with their default too, unless that is no value
     "model.dtype", "prune.pruners", "prune.pattern", "allocation.names", "search.sampler", "search.objective",
+    "recover.train", "recover.loss", "recover.steps", "recover.batch",
     *(f"texts.{role}.seqlen" for role in ("calibration", "validation", "test")),
 }  # fmt: skip
 
