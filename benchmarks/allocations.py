@@ -139,7 +139,8 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
         f"the dense model: {validation} on the validation text, {test} on the test text.\n",
         "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
-        "study used to choose its best trial, where nothing else is said. They are paired by windows, so their error is that of the difference; "
+        "study used to choose its best trial, where nothing else is said. They are paired by windows, so their error "
+        "is that of the difference; "
         "over draws of the calibration text it is the standard deviation. For linears, `erk` is the same as `er`. "
         "Seconds are the time of all trials, on a machine that was not idle.\n",
         *([notes.read_text(encoding="utf-8")] if notes.exists() else []),

@@ -367,6 +367,21 @@ def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch:
     refused(tune(*words, "--out", "no", "--loss", "kl", "--teacher", "no-model"), "--teacher: model.source: ")
 
 
+def test_the_best_plan_of_a_classifier_is_trained(
+    place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    keys = ("sparsity=0.7", "recover.steps=12", "recover.batch=16", "recover.learning_rate=0.01")
+    ran = tune("--study", "tiny.toml", *(word for key in keys for word in ("--set", key)))
+    assert ran.code == 0 and "Trained after pruning: 12 steps of scales of rows and columns by KL" in ran.out, ran
+    found = read_config(place / "tiny.best.json")
+    written = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
+    assert written.code == 0 and found.final.test is not None, written
+    assert f"the configuration says {found.final.test} (+0.000%)" in written.out
+    nlls, _ = own_scores(place / "sparse", place)
+    assert found.final.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
 def test_packed_families(family: str, tmp_path: Path) -> None:
     """Logits of the packed model are those of the sparse one, also where shapes change between stages."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.api.lender import Lender
+from atp_tune.cache import cache_dir
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -52,7 +53,7 @@ def _trained(
     config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
 ) -> "PreTrainedModel":
     """The same of a configuration whose kept weights are trained, through a folder that is removed."""
-    with TemporaryDirectory(prefix="atp_tune.") as place:
+    with TemporaryDirectory(dir=cache_dir("recovered")) as place:
         folder = Path(place) / "trained"
         save(config, base, folder, device, lender, allowed, watch)
         model = config.model.model(allowed).model_copy(

@@ -1,11 +1,9 @@
 """Recovery at the end of a study with `[recover]`: the kept weights of its best plan are trained."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import optuna
 
 from atp_tune.api.lender import Lender
+from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
 from atp_tune.results.best_config import best_config
@@ -53,6 +51,7 @@ def _recovered(run: StudyRun, config: Config, asked: RecoverConfig, summary: Sum
         "trust_plugins": run.file.trusts_plugins,
     }  # fmt: skip
     base = run.file.best_of(run.name).parent / config.folder
-    with TemporaryDirectory(prefix="atp_tune.") as place, in_folder(config, lender, spec.device, Path(place)) as found:
+    place = cache_dir("recovered")
+    with in_folder(config, lender, spec.device, place) as found:
         of_folder, device, _ = found
         return recovered(of_folder, asked, base, device, run.watch, allowed, summary.uniform_nlls)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import change
@@ -65,7 +66,7 @@ def recovered(
 
     `uniform`: window NLLs of the uniform allocation on the test text, if known. The folder is removed.
     """
-    with TemporaryDirectory(prefix="atp_tune.") as place:
+    with TemporaryDirectory(dir=cache_dir("recovered")) as place:  # as large as the model
         out = Path(place) / "trained"
         watch = _calling(watch, str(out), "the trained model")
         try:
