@@ -1,21 +1,27 @@
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from atp_tune.checkpoints.headers import ModelSizes
 from atp_tune.checkpoints.offload import Free
+from atp_tune.cost import once
 from atp_tune.cost.forecast import (
     Passes,
     ProbeRates,
     PrunerRate,
     ScreeningCost,
+    TrainingCost,
     dense_seconds,
     passes,
     screened,
+    trained,
     trial_seconds,
     whole,
 )
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
+from atp_tune.spec.recover import RecoverConfig
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
 RATES = ProbeRates(
@@ -97,6 +103,24 @@ def test_a_screening_comes_on_top() -> None:
     assert (late.seconds_left or 0) - (plain.seconds_left or 0) == pytest.approx(2 * trial)
     unknown = screened(whole(None, 3, 0, costs, TOKENS, 4, once=0, rows=1), screening, None, costs, 4)
     assert unknown.seconds is None and unknown.tokens == found.tokens
+
+
+def test_the_training_of_the_best_plan_comes_on_top() -> None:
+    """64 steps of 2 windows of 32 tokens, 9 measurements of 8 held out, by both models; both texts before and after."""
+    known: Any = SimpleNamespace(tokens=TOKENS, validation_windows=10)
+    training = once.training(known, RecoverConfig(seqlen=32))
+    assert training == TrainingCost(forward=2 * (64 * 64 + 9 * 256), backward=64 * 64, measured=1000, loads=5)
+    alone = once.training(known, RecoverConfig(loss="next-token", steps=8))
+    assert alone == TrainingCost(forward=8 * 60 + 2 * 240, backward=8 * 60, measured=1000, loads=4)
+    plain = whole(RATES, 3, 0, {"wanda": passes("block", True, TOKENS, 300)}, TOKENS, 4, once=0, rows=1)
+    found, late = (trained(plain, alone, RATES, 4, is_done) for is_done in (False, True))
+    tokens = 8 * 60 + 2 * 240 + 2 * 8 * 60 + 1000
+    assert (found.tokens or 0) - (plain.tokens or 0) == tokens
+    assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(tokens * (4 * 0.002 + 0.01) + 4 * 5)
+    assert found.seconds_left == found.seconds == late.seconds
+    assert late.seconds_left == plain.seconds_left
+    unknown = plain.model_copy(update={"seconds": None, "seconds_left": None})
+    assert trained(unknown, alone, None, 4, False).seconds is None
 
 
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
