@@ -35,3 +35,9 @@ def is_special(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_free(out: Path) -> None:
+    """UserError if `out` exists and is not an empty folder; called before any work."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"--out {out}: is there already; choose another folder or remove it")

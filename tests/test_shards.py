@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
+from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.sparse.applying import write_sparse
-from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.sparse.shards import Shards, sparse_folder
 from atp_tune.spec.config import read_config
 
 

@@ -75,9 +75,9 @@ class Configuration:
             return self._save(out, write_slim)
         if not packed:
             return self._save(out)
+        from atp_tune.paths import check_free
         from atp_tune.sparse.coding import Codes
         from atp_tune.sparse.packing import pack_folder, write_to_pack
-        from atp_tune.sparse.shards import check_free
 
         check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,12 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs.windows import first_windows
 from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.metrics.perplexity import perplexity as perplexity_of
+from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.presets import HUB_TEXTS, context_length
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import config_of, measured_folder, only_plan, write_sparse
-from atp_tune.sparse.shards import check_free
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig

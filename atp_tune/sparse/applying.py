@@ -17,6 +17,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext
@@ -24,7 +25,7 @@ from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
-from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.sparse.shards import Shards, sparse_folder
 from atp_tune.spec.config import (
     AllocationRef,
     Baselines,

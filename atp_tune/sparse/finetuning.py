@@ -25,6 +25,7 @@ from atp_tune.inputs.images import Images
 from atp_tune.inputs.windows import Windows
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
+from atp_tune.paths import check_free
 from atp_tune.plugins import digest
 from atp_tune.results.formatting import duration
 from atp_tune.scores import WindowScores
@@ -44,7 +45,7 @@ from atp_tune.sparse.provenance import (
     manifest_of,
     origin,
 )
-from atp_tune.sparse.shards import Shards, check_free, sparse_folder
+from atp_tune.sparse.shards import Shards, sparse_folder
 from atp_tune.sparse.teacher import Teacher, find_teacher
 from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.plugged import plug_in_texts

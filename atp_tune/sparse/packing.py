@@ -55,6 +55,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     is_packable,
     unpack_as,
 )
+from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
@@ -64,7 +65,7 @@ from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
-from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.sparse.shards import sparse_folder
 from atp_tune.spec.config import Config
 from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig

@@ -15,10 +15,10 @@ from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import change
+from atp_tune.paths import check_free
 from atp_tune.sparse.applying import write_applied
 from atp_tune.sparse.finetuning import NoGainError, Trained, train
 from atp_tune.sparse.provenance import LORA_RANK, PerplexityChange, Settings
-from atp_tune.sparse.shards import check_free
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores
 

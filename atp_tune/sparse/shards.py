@@ -68,12 +68,6 @@ class Shards:
         return torch.where((sparse != dense).cpu(), sparse.cpu().to(source.dtype), source).contiguous()
 
 
-def check_free(out: Path) -> None:
-    """UserError if `out` exists and is not an empty folder; called before any work."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"--out {out}: is there already; choose another folder or remove it")
-
-
 @contextmanager
 def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
     """Yields a temporary folder with all files of the source but its weights; it becomes `out` at the end.

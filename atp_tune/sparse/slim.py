@@ -30,6 +30,7 @@ from atp_tune.checkpoints.trust import CODE, is_slim, read_table
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
+from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.sparse.applying import write_sparse
@@ -37,7 +38,7 @@ from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.own_code import CONFIG, bring_own_code
 from atp_tune.sparse.packing import check_class
 from atp_tune.sparse.provenance import ABOUT, manifest_of
-from atp_tune.sparse.shards import check_free, sparse_folder
+from atp_tune.sparse.shards import sparse_folder
 from atp_tune.sparse.slim_check import check_equal
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.patterns import parse

@@ -10,6 +10,7 @@ import typer
 from atp_tune.cli.options import Device, TrustPlugins
 from atp_tune.cli.terminal import console, gib, markdown
 from atp_tune.errors import printable
+from atp_tune.paths import check_free
 
 if TYPE_CHECKING:
     from atp_tune.sparse.provenance import Finetuned
@@ -103,6 +104,7 @@ def finetune(
 
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
+    check_free(out)
     from atp_tune.sparse.provenance import Settings, read_image_set, read_text
 
     learning_rate = RATES[train] if learning_rate is None else learning_rate

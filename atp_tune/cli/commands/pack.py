@@ -95,7 +95,7 @@ def unpack(
     """
     from atp_tune.checkpoints.unpacking import unpack_folder
     from atp_tune.cli.runtime import quiet
-    from atp_tune.sparse.shards import check_free
+    from atp_tune.paths import check_free
 
     with quiet():
         check_free(out)
