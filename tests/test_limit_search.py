@@ -5,11 +5,16 @@ from itertools import count
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
+from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, loss, screened, space_over
 
+from atp_tune.allocations import Budget, LinearSparsities
+from atp_tune.allocations.budget import Shape
 from atp_tune.search.limit_search import LimitSampler, LimitSearch
-from atp_tune.search.space import Space
+from atp_tune.search.proposals import kinds_of
+from atp_tune.search.space import Space, make_space
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import best_trial, excess_of
@@ -25,7 +30,13 @@ def shifted(sparsity: float, share: float) -> float:
 
 
 def searched(
-    space: Space, limit: dict[str, float], surrogate: Surrogate, most: int = 30, jump: float = 0.0, cost: float = 0.0
+    space: Space,
+    limit: dict[str, float],
+    surrogate: Surrogate,
+    most: int = 30,
+    jump: float = 0.0,
+    cost: float = 0.0,
+    name: str = "beta",
 ) -> optuna.Study:
     """A study driven until its search is idle; to the loss, `jump` is added above 40 %, and `cost` times the share."""
     search = LimitSearch(space, surrogate, limit, DENSE)
@@ -36,7 +47,8 @@ def searched(
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         plan = space.suggest(trial)
         assert plan.target is not None
-        mean = shifted(plan.target, trial.params["beta"]) + jump * (plan.target > 0.4) + cost * trial.params["beta"]
+        share = trial.params[name]
+        mean = shifted(plan.target, share) + jump * (plan.target > 0.4) + cost * share
         trial.set_user_attr("nlls", [mean - 0.1, mean + 0.1])
         return math.exp(mean), 1 - plan.target
 
@@ -76,6 +88,39 @@ def test_without_a_model_it_halves_the_bracket() -> None:
     inside = [level for level in space.levels(101) if shifted(level, 0) <= 2.8 + math.log(1.2)]
     assert best.params["sparsity"] == max(inside)
     assert len(study.trials) <= 9  # 101 levels are 7 halvings
+
+
+def test_prices_within_a_limit() -> None:
+    """At each sparsity that it measures, the plan has the sparsities of the descent there."""
+    shapes = ((Shape(10, 10, True), Shape(10, 10, False)),) * len(SIZES)
+    study = study_of(sparsity=(0.2, 0.7), search={"sampler": "tpe", "trials": 24}, allocation={"names": ["prices"]})
+    metrics = Descended(len(SIZES))
+    space = make_space(study, Budget(0.7, (200,) * len(SIZES), shapes, metrics))  # type: ignore[arg-type]
+    points = [space.at({"pruner": "wanda", "allocation": "prices", "kappa": 0.4}, level) for level in (0.2, 0.45, 0.7)]
+    distributions = {**kinds_of(space, "prices"), "allocation": CategoricalDistribution(tuple(space.intervals))}
+    done = [
+        optuna.create_trial(
+            value=math.exp(loss(point["sparsity"], point["kappa"])), params=point, distributions=distributions
+        )
+        for point in points
+    ]
+    found = searched(space, {"max_increase": 0.2}, Surrogate(space, done, 0, DENSE), name="kappa")
+    best = best_trial(found)
+    assert best is not None
+    assert excess_of(found, best) <= 0
+    assert {*metrics.targets} >= {trial.params["sparsity"] for trial in found.trials if trial.params["kappa"]} != set()
+
+
+class Descended:
+    """Stands for a model whose descent moves a tenth from the first linear of each block to the second."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self.targets: list[float] = []
+
+    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+        self.targets.append(target)
+        return ((target - 0.1, target + 0.1),) * self._blocks
 
 
 @pytest.mark.slow

@@ -40,6 +40,23 @@ def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> No
     assert plan.sparsities == (0.5, 0.5)
 
 
+class Priced:
+    """Stands for a model whose descent ends at these sparsities."""
+
+    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+        return (target - 0.21, target + 0.07), (target + 0.19, target - 0.05)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.6, 1.0])
+def test_prices_keep_to_the_pattern(kappa: float) -> None:
+    shapes = ((Shape(4, 8, True), Shape(4, 8, False)),) * 2
+    budget = Budget(0.5, (64, 64), shapes, Priced())  # type: ignore[arg-type]
+    plan = make_plan("wanda", "prices", budget, {"kappa": kappa}, parse("mixed:8"))
+    rows = {0.6: ((0.375, 0.5), (0.625, 0.5)), 1.0: ((0.25, 0.625), (0.625, 0.5))}
+    assert plan.linear_sparsities == rows.get(kappa)
+    assert sum(plan.sparsities) == 1.0
+
+
 def test_a_plan_out_of_bounds() -> None:
     with pytest.raises(ValueError, match=r"β = 0\.6 is outside the admissible interval"):
         make_plan("wanda", "atp", Budget(0.5, (4, 4, 4)), {"beta": 0.6})

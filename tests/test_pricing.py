@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +27,30 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.blocks.pricing import BAND, Pricing
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.pruners.selection import ranks
+from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.search import priced
 from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.context import TrialContext
 from atp_tune.search.priced import by_magnitude
 from atp_tune.spec.config import read_config
+from atp_tune.spec.prune import PruneConfig
 
 FAST = ("llama", "gpt2")
 
 
-def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True) -> Pricing:
+def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True, group: int | None = None) -> Pricing:
     """Prices at the context's own calibration windows, a few windows at a time."""
     with torch.inference_mode():
         statistics = context.measured.statistics(Wanda())
 
-    def wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
-        return ranks(Wanda.scores(weight, statistics[index][linear.name]))
+    def places(index: int, linear: Linear, weight: Tensor) -> Tensor:
+        if not by_wanda:
+            return by_magnitude(weight, group)
+        return order_in_rows(Wanda.scores(weight, statistics[index][linear.name]), group)
 
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
-    places = wanda if by_wanda else by_magnitude
     gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
     return Pricing(gradients, places)
 
@@ -66,8 +70,27 @@ def places_in_rows(rows: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(found)
 
 
+def places_in_groups(rows: Sequence[Sequence[float]], group: int) -> Tensor:
+    """The place of each weight in its row, ordered by the sparsity at which its group loses it, then by score."""
+    found = []
+    for row in rows:
+        goes = []
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            order = sorted(range(len(part)), key=lambda j: (part[j], j))
+            goes += [Fraction(order.index(j) + 1, len(part)) for j in range(len(part))]
+        order = sorted(range(len(row)), key=lambda j: (goes[j], row[j], j))
+        found.append([order.index(j) for j in range(len(row))])
+    return torch.tensor(found)
+
+
 def naive_prices(
-    model: Any, context: TrialContext, sparsities: LinearSparsities, ids: Tensor, by_wanda: bool
+    model: Any,
+    context: TrialContext,
+    sparsities: LinearSparsities,
+    ids: Tensor,
+    by_wanda: bool,
+    group: int | None = None,
 ) -> list[list[float]]:
     """By the gradient of a whole pruned copy of the model."""
     checkpoint = context.checkpoint
@@ -77,7 +100,8 @@ def naive_prices(
         for k, linear in enumerate(linears):
             weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
             flat, (rows, columns) = all_scores[i][k], weight.shape
-            places[i, k] = places_in_rows([flat[r * columns : (r + 1) * columns] for r in range(rows)])
+            in_rows = [flat[r * columns : (r + 1) * columns] for r in range(rows)]
+            places[i, k] = places_in_rows(in_rows) if group is None else places_in_groups(in_rows, group)
             weight[places[i, k] < int(columns * sparsities[i][k])] = 0
     logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
@@ -108,13 +132,26 @@ def close(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) ->
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, FAST))
+@pytest.mark.parametrize("group", [None, 5], ids=["unstructured", "mixed:5"])
 @pytest.mark.parametrize("by_wanda", [True, False], ids=["wanda", "magnitude"])
-def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: bool) -> None:
+def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: bool, group: int | None) -> None:
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
     sparsities = uneven(context)
-    ours = pricing_of(context, by_wanda=by_wanda).prices(sparsities, ids)
-    assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda))
+    ours = pricing_of(context, by_wanda=by_wanda, group=group).prices(sparsities, ids)
+    assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda, group))
+
+
+def test_the_descent_of_a_pattern_is_by_its_own_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups lose weights in another order than whole rows, so the descent has other prices, and a key of its own."""
+    monkeypatch.setattr(prices, "STEPS", 2)
+    found = []
+    for pattern in ("unstructured", "mixed:8"):
+        context = bench_of(tiny("llama").requires_grad_(False), PruneConfig(pattern=pattern))
+        for score in ("wanda", "magnitude"):
+            budget = replace(context.budget(0.5), score=score)
+            found.append(budget.require_dense_metrics("").priced_sparsities(0.5, score))
+    assert len(set(found)) == len(list((cache / "prices").glob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
@@ -375,6 +412,35 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
             assert kept == pytest.approx(wanted)
             compared += 1
     assert compared
+
+
+@pytest.mark.slow
+def test_a_study_with_a_pattern(place: Path, command: CommandLine) -> None:
+    wishes = settings('allocation=["prices"]', "prune.pattern=mixed:8", "sparsity=0.5", "search.trials=4")
+    answer = command("--study", place / "tiny.toml", *wishes)
+    assert (answer.code, answer.err) == (0, "")
+    different = set()
+    for trial in [trial for trial in stored(place).trials if trial.params.get("kappa")]:
+        kept = {s for row in trial.user_attrs["linear_sparsities"] for s in row}
+        assert all((8 * s).is_integer() for s in kept)
+        different |= kept
+        assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.01)
+    assert len(different) > 1
+    fixed = command("--study", place / "tiny.toml", *wishes, "--set", "prune.pattern=2:4", "--study-name", "fixed")
+    assert fixed.code == 2 and "2:4 makes 0.5 zeros in every block; set sparsity = 0.5 and allocation =" in fixed.err
+
+
+@pytest.mark.slow
+def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prices, "FURTHER", 2)
+    words = ("--max-increase", "50%", "--sparsity", "20%..60%", "--allocation", "prices", "--device", "cpu")
+    monkeypatch.chdir(place)
+    more = ("--texts", place / "long.txt", "--name", "limited", *settings("continuations.tokens=0"))
+    answer = command(place / "model", *words, *more)
+    assert answer.code == 0, answer.err
+    best = read_config(place / "studies" / "limited.best.json")
+    assert best.allocation.name == "prices"
+    assert best.linear_sparsities is not None
 
 
 @pytest.mark.slow

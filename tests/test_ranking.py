@@ -14,14 +14,17 @@ from atp_tune.pruners.wanda import Ranks
 from atp_tune.search import context, dense_model
 from atp_tune.spec.prune import PruneConfig
 
+PATTERNS = ("unstructured", "mixed:8")
+
 
 def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.Tensor]]:
     return [block.weights for block in work.prune(Plan("wanda", "uniform", (sparsity,) * len(work.checkpoint.blocks)))]
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gpt2")))
-def test_masks_are_the_same_with_ranks_and_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny(family), PruneConfig(statistics="dense"))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_are_the_same_with_ranks_and_without(family: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_of(tiny(family), PruneConfig(statistics="dense", pattern=pattern))
     ranked = {sparsity: pruned(work, sparsity) for sparsity in (0.0, 0.3, 0.5, 0.77, 1.0)}
     assert all(isinstance(x, Ranks) for (kept,) in [work.measured._ranked.values()] for b in kept for x in b.values())
     monkeypatch.setattr(dense_model, "can_rank", lambda *args: False)
@@ -50,12 +53,13 @@ def test_ranks_are_found_at_the_second_trial_and_once(monkeypatch: pytest.Monkey
         ("wanda", {}, True),
         ("wanda", {"compare": "row-variant"}, False),
         ("wanda", {"compare": "matrix"}, False),
-        ("wanda", {"group": 8}, False),
+        ("wanda", {"group": 8}, True),
+        ("wanda", {"group": 8, "compare": "matrix"}, True),
         ("magnitude", {}, False),
         ("sparsegpt", {}, False),
     ],
 )
-def test_only_what_compares_rows_is_ranked(name: str, settings: dict[str, Any], expected: bool) -> None:
+def test_only_what_compares_rows_or_groups_is_ranked(name: str, settings: dict[str, Any], expected: bool) -> None:
     assert can_rank(make_pruner(name, settings), bench_of(tiny("llama")).checkpoint) == expected
 
 
@@ -73,7 +77,11 @@ def test_without_room_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_settings_of_wanda_take_the_norms() -> None:
     weight, norms = torch.randn(5, 12), InputNorms(12, torch.device("cpu"))
     norms.add(torch.randn(9, 12))
-    found = Ranks.of(weight, norms)
+    for found in (Ranks.of(weight, norms), Ranks.of(weight, norms, 4)):
+        check_settings(weight, norms, found)
+
+
+def check_settings(weight: torch.Tensor, norms: InputNorms, found: Ranks) -> None:
     for settings in ({"compare": "row-variant"}, {"compare": "matrix"}, {"group": 4}, {}):
         pruner = make_pruner("wanda", settings)
         assert torch.equal(pruner.prune(weight, 0.4, found), pruner.prune(weight, 0.4, norms))

@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atp_tune.pruners import selection
-from atp_tune.pruners.selection import lowest, lowest_in_matrix, lowest_in_rows, nonzeros, ranks, zeroed
+from atp_tune.pruners.selection import (
+    lowest,
+    lowest_in_matrix,
+    lowest_in_rows,
+    nonzeros,
+    order_in_rows,
+    ranks,
+    zeroed,
+    zeros_in_row,
+)
 
 
 def scores(seed: int, values: int | None) -> Tensor:
@@ -167,6 +176,24 @@ def test_ranks_are_places_in_a_stable_sort(values: int | None) -> None:
         for sparsity in (0.0, 0.1, 0.29, 0.5, 0.7, 0.999, 1.0):
             expected = lowest_mask(s.tolist(), int(s.shape[1] * sparsity))
             assert torch.equal(places < int(s.shape[1] * sparsity), expected), (seed, sparsity)
+
+
+@pytest.mark.parametrize("values", [None, 2, 10])
+def test_the_order_in_which_groups_lose_weights(values: int | None) -> None:
+    for seed in range(20):
+        s = scores(seed, values)
+        for group in (None, 2, 3, 8, 100):
+            places = order_in_rows(s, group)
+            assert places.sort(1).values.tolist() == [[*range(s.shape[1])]] * len(s)
+            for sparsity in (0.0, 0.2, 1 / 3, 0.375, 0.5, 0.9, 1.0):
+                count = zeros_in_row(s.shape[1], sparsity, group)
+                assert torch.equal(places < count, lowest_in_rows(s, sparsity, group)), (seed, group, sparsity)
+
+
+def test_between_two_sparsities_groups_lose_the_lowest_scores_first() -> None:
+    """With one zero in each group of four, the next are the second lowest of each, the lowest of these first."""
+    s = torch.tensor([[9.0, 1.0, 8.0, 7.0, 2.0, 3.0, 5.0, 4.0]])
+    assert order_in_rows(s, 4).argsort(1).tolist() == [[1, 4, 5, 3, 7, 2, 6, 0]]
 
 
 def test_ranks_of_signs_infinities_and_wide_rows() -> None:

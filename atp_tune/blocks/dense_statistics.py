@@ -74,10 +74,11 @@ class Ranked(PerBlock):
     Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
 
-    def __init__(self, statistics: Sequence[BlockStatistics], checkpoint: Checkpoint) -> None:
+    def __init__(self, statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group: int | None = None) -> None:
         super().__init__(len(statistics))
         self._statistics = statistics
         self._checkpoint = checkpoint
+        self._group = group
         self._ranks: dict[int, BlockStatistics | None] = {}
 
     def of(self, index: int) -> BlockStatistics:
@@ -94,7 +95,7 @@ class Ranked(PerBlock):
     def _ranked(self, index: int) -> BlockStatistics:
         found, weights = self._statistics[index], self._checkpoint.weights(index)
         linears = [linear for linear in self._checkpoint.linears[index] if linear.name in found]
-        return {x.name: Ranks.of(x.matrix(weights[x.key]), found[x.name]) for x in linears}
+        return {x.name: Ranks.of(x.matrix(weights[x.key]), found[x.name], self._group) for x in linears}
 
 
 def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
@@ -143,6 +144,6 @@ def _read(file: Path, kind: type[Statistics], device: torch.device) -> BlockStat
 
 def can_rank(pruner: Pruner, checkpoint: Checkpoint) -> bool:
     """Whether ranks are sufficient for a pruner, and fit in memory beside the weights."""
-    is_by_row = isinstance(pruner, Wanda) and pruner.compare == "row" and pruner.group is None
+    is_by_row = isinstance(pruner, Wanda) and pruner.goes_by_row
     needed = RANK_BYTES * sum(checkpoint.sizes)
     return is_by_row and checkpoint.offload == "none" and needed < RANK_SHARE * free_memory(checkpoint.device)

@@ -73,6 +73,31 @@ def lowest_in_matrix(scores: Tensor, sparsity: float, group: int | None = None) 
     return _leftmost(threshold[None, None], scores.reshape(1, -1), count).reshape(scores.shape)
 
 
+def zeros_in_row(columns: int, sparsity: float, group: int | None = None) -> int:
+    """The number of zeros that `lowest_in_rows` makes in each row."""
+    if group is None:
+        return int(columns * sparsity)
+    whole, rest = divmod(columns, group)
+    return whole * int(group * sparsity + SLACK) + int(rest * sparsity + SLACK)
+
+
+def order_in_rows(scores: Tensor, group: int | None = None) -> Tensor:
+    """The place [rows, columns] of each score in the order in which rows lose weights as the sparsity s rises.
+
+    Places below `zeros_in_row(columns, s, group)` are `lowest_in_rows(scores, s, group)`. In groups a weight goes at
+    s = (its rank in its group of M + 1) / M; those that go at one s are in the order of the whole row.
+    """
+    places = ranks(scores)
+    if group is None:
+        return places
+    rows, columns = scores.shape
+    whole = columns - columns % group
+    parts = [part for part in (scores[:, :whole].reshape(-1, group), scores[:, whole:]) if part.numel()]
+    goes_at = torch.cat([((ranks(part).float() + 1) / part.shape[1]).reshape(rows, -1) for part in parts], 1)
+    order = places.long()
+    return ranks(torch.empty_like(goes_at).scatter_(1, order, goes_at)).gather(1, order)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """The rank [rows, columns] of each score in a stable sort of its row: `ranks(s) < count` is `lowest(s, count)`.
 

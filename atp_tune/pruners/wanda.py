@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.pruners import Statistics
-from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, ranks, zeroed
+from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, order_in_rows, zeroed, zeros_in_row
 from atp_tune.pruners.settings import WandaSettings
 from atp_tune.pruners.statistics import InputNorms
 
@@ -41,13 +41,18 @@ class Wanda(WandaSettings):
     def prepare(self, statistics: Statistics) -> None:
         """Does nothing."""
 
+    @property
+    def goes_by_row(self) -> bool:
+        """Whether a mask is the lowest scores of each row, or of each group in it."""
+        return self.compare == "row" or self.group is not None
+
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `InputNorms` of its inputs."""
-        if isinstance(statistics, Ranks) and self.compare == "row" and self.group is None:
+        if isinstance(statistics, Ranks) and self.goes_by_row and self.group == statistics.group:
             return zeroed(weight, statistics.lowest(sparsity))
         assert statistics is not None
         scores = self.scores(weight, statistics)
-        if self.compare == "row" or self.group is not None:
+        if self.goes_by_row:
             mask = lowest_in_rows(scores, sparsity, self.group)
         else:
             mask = lowest_in_matrix(scores if self.compare == "matrix" else _shares(scores), sparsity)
@@ -61,20 +66,21 @@ class Wanda(WandaSettings):
 
 
 class Ranks(InputNorms):
-    """Norms, and the rank of each weight's score in its row, which is sufficient for `compare = "row"`."""
+    """Norms, and the place of each weight in the order in which its row loses weights, as a whole or in groups."""
 
     places: Tensor
+    group: int | None
 
     @classmethod
-    def of(cls, weight: Tensor, statistics: Statistics) -> "Ranks":
+    def of(cls, weight: Tensor, statistics: Statistics, group: int | None = None) -> "Ranks":
         """Ranks the scores of weight [out, in]."""
         found = cls.restored(statistics.tensors())
-        found.places = ranks(Wanda.scores(weight, statistics))
+        found.places, found.group = order_in_rows(Wanda.scores(weight, statistics), group), group
         return found
 
     def lowest(self, sparsity: float) -> Tensor:
-        """Mask [out, in] of the ⌊in·s⌋ lowest scores of each row."""
-        return self.places < int(self.places.shape[1] * sparsity)
+        """Mask [out, in] of the ⌊in·s⌋ lowest scores of each row, or the ⌊M·s⌋ lowest of each group."""
+        return self.places < zeros_in_row(self.places.shape[1], sparsity, self.group)
 
 
 def _shares(scores: Tensor) -> Tensor:

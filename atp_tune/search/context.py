@@ -262,15 +262,15 @@ class TrialContext(Released):
 
     def _priced(self, targets: Sequence[float], score: Score) -> tuple[LinearSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares."""
-        pool, wanda = self._pool(), Wanda()
+        pool, group = self._pool(), self.pattern.group
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
         gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
-        measured = self.measured.key_of(wanda, InputNorms)
+        measured = self.measured.key_of(Wanda(), InputNorms)
         if self.quantize is not None and self.bits is None:
             found = bit_costs(gradients, self.quantize, measured)
             return tuple(priced_shares(found, self.checkpoint.shapes, self.quantize.widths, s) for s in targets)
-        statistics = self.measured.fast_statistics(wanda)
-        return Descent(gradients, lambda index: statistics[index]).ends(targets, score, measured)
+        statistics = self.measured.fast_statistics(Wanda(group=group))
+        return Descent(gradients, lambda index: statistics[index], group).ends(targets, score, measured)
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""

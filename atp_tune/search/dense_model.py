@@ -51,7 +51,7 @@ class DenseMeasurements:
         self._model = model
         self._watch = watch
         self._statistics: dict[str, Sequence[BlockStatistics]] = {}
-        self._ranked: dict[str, Ranked] = {}
+        self._ranked: dict[tuple[str, int | None], Ranked] = {}  # by statistics, and by the pattern's group
         self._metrics: Cache = {}
 
     def clear(self) -> None:
@@ -102,9 +102,10 @@ class DenseMeasurements:
         """The statistics, as ranks if the pruner can use ranks, which are faster."""
         found, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
         assert kind is not None
-        key = self.key_of(pruner, kind)
+        group = getattr(pruner, "group", None)
+        key = self.key_of(pruner, kind), group
         if key not in self._ranked and can_rank(pruner, checkpoint):
-            self._ranked[key] = Ranked(found, checkpoint)
+            self._ranked[key] = Ranked(found, checkpoint, group)
         return self._ranked.get(key, found)
 
     def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:

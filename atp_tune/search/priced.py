@@ -26,7 +26,7 @@ from atp_tune.blocks.pricing import BAND, Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.events import Step, TrialStarted
-from atp_tune.pruners.selection import ranks
+from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.search.calibration_gradients import CalibrationGradients
 
@@ -42,25 +42,31 @@ Ends = tuple[LinearSparsities, ...]
 class Descent:
     """Descends by prices, whose steps draw their items from the pool of the gradients.
 
-    `statistics`: of a block's inputs in the dense model, as norms or ranks.
+    `statistics`: of a block's inputs in the dense model, as norms or ranks; `group`: of the pattern.
     """
 
-    def __init__(self, gradients: CalibrationGradients, statistics: Callable[[int], BlockStatistics]) -> None:
+    def __init__(
+        self,
+        gradients: CalibrationGradients,
+        statistics: Callable[[int], BlockStatistics],
+        group: int | None = None,
+    ) -> None:
         self._gradients = gradients
         self._statistics = statistics
+        self._group = group
 
     def ends(self, targets: Sequence[float], score: RankedBy, measured: str) -> Ends:
         """The end of the descent at each of these ascending targets, from the cache if possible.
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        own = [list(targets), score]
+        own = [list(targets), score, *([] if self._group is None else [self._group])]
         found = self._gradients.kept(measured, own, [list(CONSTANTS)], lambda: self._descend(targets, score))
         return tuple(tuple(tuple(row) for row in end) for end in found)
 
     def _descend(self, targets: Sequence[float], score: RankedBy) -> Ends:
         gradients, watch = self._gradients, self._gradients.watch
-        pricing = Pricing(gradients.of_blocks, self._by_wanda if score == "wanda" else by_magnitude)
+        pricing = Pricing(gradients.of_blocks, self._by_wanda if score == "wanda" else self._by_magnitude)
         drawn = gradients.drawing(windows_of_step(gradients.pool.positions, targets))
         watch(TrialStarted("prices", None))
 
@@ -74,7 +80,12 @@ class Descent:
         known = self._statistics(index).get(linear.name)
         if isinstance(known, Ranks):
             return known.places
-        return by_magnitude(index, linear, weight) if known is None else ranks(Wanda.scores(weight, known))
+        if known is None:
+            return self._by_magnitude(index, linear, weight)
+        return order_in_rows(Wanda.scores(weight, known), self._group)
+
+    def _by_magnitude(self, index: int, linear: Linear, weight: Tensor) -> Tensor:
+        return by_magnitude(weight, self._group)
 
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:
@@ -83,6 +94,6 @@ def windows_of_step(positions: int, targets: Sequence[float]) -> int:
     return max(WINDOWS // share, TOKENS // share // positions)
 
 
-def by_magnitude(index: int, linear: Linear, weight: Tensor) -> Tensor:
-    """Places [out, in] of the magnitudes of a weight in its rows."""
-    return ranks(weight.abs().float())
+def by_magnitude(weight: Tensor, group: int | None = None) -> Tensor:
+    """Places [out, in] of the magnitudes of a weight in the order in which its rows lose weights."""
+    return order_in_rows(weight.abs().float(), group)
