@@ -6,11 +6,11 @@
 
 `language_texts.py` has the packages and the parts; the models see the part `training`, once. Each takes about 25
 minutes of one core. AdamW, one cycle of the learning rate, bfloat16 autocast, seed 0. Weights are not committed: on
-another machine the last digits differ. benchmarks/studies has a study of each, for `allocations.py` and `finetuning.py`.
+another machine the last digits differ. benchmarks/studies has a study of each, for `allocations.py` and
+`finetuning.py`.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atp_tune.cache import folder_atomically, sha256_of
+from atp_tune.cache import file_atomically, folder_atomically, sha256_of
 from atp_tune.cli.runtime import quiet
 from atp_tune.inputs.local import read_jsonl
 from atp_tune.spec.texts import Text
@@ -54,7 +54,7 @@ class Shape:
     blocks: int = 8
     heads: int = 5
     vocabulary: int = VOCABULARY
-    steps: int = 1600
+    steps: int = 0
 
 
 def llama(shape: Shape) -> PreTrainedModel:
@@ -79,7 +79,10 @@ def gpt_neox(shape: Shape) -> PreTrainedModel:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[Shape], PreTrainedModel]] = {"llama-small": llama, "gpt-neox-small": gpt_neox}
+MODELS: dict[str, tuple[Callable[[Shape], PreTrainedModel], Shape]] = {
+    "llama-small": (llama, Shape(steps=1600)),
+    "gpt-neox-small": (gpt_neox, Shape(steps=2400)),
+}
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def make_texts(out: Path, packages: Path, folder: Path | None = None) -> None:
     write_parts(parts, out / "texts")
     print({part: f"{len(texts)} pages, {sum(map(len, texts)):,} characters" for part, texts in parts.items()})
     if folder is None:
-        write_parts({"news": news(out)}, out / "texts")
+        write_parts({"news": news(packages)}, out / "texts")
 
 
 def pages_of(out: Path, part: str) -> list[str]:
@@ -130,7 +133,9 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
         show_progress=False,
     )  # fmt: skip
     found.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=found, eos_token=END, clean_up_tokenization_spaces=False
+    )
 
 
 def windows_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -151,17 +156,17 @@ def training_windows(out: Path, vocabulary: int) -> tuple[PreTrainedTokenizerFas
     return tokenizer, windows_of(texts, tokenizer)
 
 
-def trained(name: str, out: Path = BUILD, shape: Shape = Shape()) -> Path:
+def trained(name: str, out: Path = BUILD) -> Path:
     """The folder of a trained model."""
-    target = out / name
+    target, (make, shape) = out / name, MODELS[name]
     if not target.is_dir():
         tokenizer, windows = training_windows(out, shape.vocabulary)
         torch.manual_seed(0)
-        model = MODELS[name](shape)
+        model = make(shape)
         print(f"{name}: {sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
         train(model, windows, shape.steps, out / f"{name}.part")
         with folder_atomically(target) as place:
-            model.to(torch.bfloat16).save_pretrained(place)
+            model.to(torch.bfloat16).save_pretrained(place)  # type: ignore[arg-type]
             tokenizer.save_pretrained(place)
         (out / f"{name}.part").unlink(missing_ok=True)
     return target
@@ -176,6 +181,8 @@ def train(model: PreTrainedModel, windows: Tensor, steps: int, part: Path) -> No
     if part.is_file():
         kept = torch.load(part, weights_only=True)
         first = kept.pop("steps")
+        if kept["schedule"]["total_steps"] != steps:
+            raise SystemExit(f"{part} is of another number of steps; remove it")
         for key, state in kept.items():
             states[key].load_state_dict(state)
     model.train()
@@ -183,7 +190,7 @@ def train(model: PreTrainedModel, windows: Tensor, steps: int, part: Path) -> No
     recent: list[float] = []
     for step in range(first, steps):
         rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(windows)
-        recent.append(_step(model, windows[rows], optimizer))
+        recent.append(step_of(model, windows[rows], optimizer))
         schedule.step()
         done, passed = step + 1, monotonic() - began
         if done % 50 == 0 or done == steps:
@@ -191,12 +198,13 @@ def train(model: PreTrainedModel, windows: Tensor, steps: int, part: Path) -> No
             print(f"step {done} of {steps}: loss {np.mean(recent):.3f}, {passed:.0f} s, {left:.0f} s left", flush=True)
             recent.clear()
         if monotonic() - saved > SAVED_EVERY:
-            torch.save({"steps": done, **{key: state.state_dict() for key, state in states.items()}}, f"{part}.new")
-            os.replace(f"{part}.new", part)
+            with file_atomically(part) as place:
+                torch.save({"steps": done, **{key: state.state_dict() for key, state in states.items()}}, place)
             saved = monotonic()
 
 
-def _step(model: PreTrainedModel, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def step_of(model: PreTrainedModel, ids: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """One step on ids [BATCH, SEQLEN + 1]; the loss before it."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())

@@ -23,12 +23,11 @@ from atp_tune.checkpoints.wheels import download_wheel
 
 SHARES = {"training": 0.92, "calibration": 0.03, "validation": 0.02, "test": 0.03}  # of all characters
 SHORTEST, LONGEST = 500, 150_000  # characters of a page; others are contents, indexes and lists of changes
-NEWS_WHEEL = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
-NEWS_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"  # of the file in the wheel, 300 articles
+NEWS_WHEEL = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")  # 300 articles
+NEWS_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"  # of the file in the wheel
 OMITTED = frozenset(("head", "script", "style", "nav", "header", "footer", "svg", "title"))
-BLOCKS = frozenset(
-    "p div li ul ol dl dt dd h1 h2 h3 h4 h5 h6 pre table tr section article blockquote caption hr body".split()
-)
+HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+BLOCKS = frozenset((*HEADINGS, "p", "div", "li", "ul", "ol", "dl", "dt", "dd", "pre", "table", "tr", "caption"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def paragraphs(name: str, content: str) -> list[str]:
 
 
 def once(pages: Iterable[list[str]]) -> list[str]:
-    """Pages as texts; each paragraph stays in the first page that has it, and pages that are then short or long are left out."""
+    """Pages as texts; each paragraph stays in the first page that has it, then short and long pages are left out."""
     seen: set[str] = set()
     found = []
     for page in pages:
@@ -186,8 +185,8 @@ def fetched(package: Package, folder: Path) -> Path:
 
 
 def news(folder: Path) -> list[str]:
-    """The articles of the wheel."""
-    wheel = download_wheel(NEWS_WHEEL[0], folder)
+    """The articles of the wheel, which is downloaded if it is not in the folder."""
+    wheel = next(folder.glob("gensim-4.4.0-*.whl"), None) or download_wheel(NEWS_WHEEL[0], folder)
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(NEWS_WHEEL[1])
     if hashlib.sha256(content).hexdigest() != NEWS_SHA256:
