@@ -4,7 +4,7 @@
     python benchmarks/finetuning.py prices --news NEWS.txt            the same by prices; --rows has those to train
     python benchmarks/finetuning.py curve --rows --news NEWS.txt      the best of `curve`, which is not trained
     python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M
-    python benchmarks/finetuning.py llama-small --news NEWS.txt       a model of language_models.py; gpt-neox-small
+    python benchmarks/finetuning.py llama-small --news NEWS.txt       models of language_models.py; llama-small-80, …
     python benchmarks/finetuning.py --show                            the table of what is there
 
 `prune` writes the folder: 60 % with Wanda and the best plan of docs/results.md or docs/allocations.md, of other models
@@ -50,7 +50,6 @@ from atp_tune.spec.texts import Text
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"
 MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
-STUDIES = "benchmarks/studies"
 PLANS = {  # title, study, and the words of `prune`
     "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", "--beta 0.00579"),
     "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol", "--allocation prices --parameter kappa=0.776"),
@@ -58,8 +57,11 @@ PLANS = {  # title, study, and the words of `prune`
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               "--parameter split=-0.013 --parameter value=-0.348"),
     "gemma": ("Gemma 3 270M, uniform", "smol", "--beta 0"),
-    "llama-small": ("Llama, 11 M parameters, uniform", f"{STUDIES}/llama-small.toml", "--beta 0"),
-    "gpt-neox-small": ("GPT-NeoX, 11 M parameters, uniform", f"{STUDIES}/gpt-neox-small.toml", "--beta 0"),
+    **{
+        f"{name}{suffix}": (f"{name}, {title}", f"benchmarks/studies/{name}.toml", f"--beta 0{words}")
+        for name in ("llama-small", "gpt-neox-small")
+        for suffix, title, words in (("", "uniform", ""), ("-80", "uniform at 80 %", " --set sparsity=0.8"))
+    },
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA, next token": {"train": "lora", "rank": 8, "alpha": 16, "loss": "next-token", "learning_rate": 1e-3},

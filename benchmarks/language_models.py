@@ -4,10 +4,10 @@
     python benchmarks/language_models.py llama-small        one of them; the same command goes on where it was stopped
     python benchmarks/language_models.py --packages DIR     takes the packages from a folder, and does not call apt
 
-`language_texts.py` has the packages and the parts; the models see the part `training`, once. Each takes about 25
-minutes of one core. AdamW, one cycle of the learning rate, bfloat16 autocast, seed 0. Weights are not committed: on
-another machine the last digits differ. benchmarks/studies has a study of each, for `allocations.py` and
-`finetuning.py`.
+`language_texts.py` has the packages and the parts; the models see of the part `training` as much as their steps take,
+each token once. Each takes about ten minutes of one core. AdamW, one cycle of the learning rate, bfloat16 autocast,
+seed 0. Weights are not committed: on another machine the last digits differ. benchmarks/studies has a study of each,
+for `allocations.py` and `finetuning.py`.
 """
 
 import argparse
