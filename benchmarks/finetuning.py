@@ -50,13 +50,14 @@ from atp_tune.spec.texts import Text
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"
 MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
+FORMER = " ".join(f" --set texts.{role}.shuffle=false" for role in ("calibration", "validation", "test"))
 PLANS = {  # title, study, and the words of `prune`
-    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", "--beta 0.00579"),
-    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol", "--allocation prices --parameter kappa=0.776"),
+    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", f"--beta 0.00579{FORMER}"),
+    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol", f"--allocation prices --parameter kappa=0.776{FORMER}"),
     "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
-              "--parameter split=-0.013 --parameter value=-0.348"),
-    "gemma": ("Gemma 3 270M, uniform", "smol", "--beta 0"),
+              f"--parameter split=-0.013 --parameter value=-0.348{FORMER}"),
+    "gemma": ("Gemma 3 270M, uniform", "smol", f"--beta 0{FORMER}"),
     **{
         f"{name}{suffix}": (f"{name}, {title}", f"benchmarks/studies/{name}.toml", f"--beta 0{words}")
         for name in ("llama-small", "gpt-neox-small")
