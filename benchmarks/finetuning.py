@@ -53,7 +53,8 @@ MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
 FORMER = " ".join(f" --set texts.{role}.shuffle=false" for role in ("calibration", "validation", "test"))
 PLANS = {  # title, study, and the words of `prune`
     "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", f"--beta 0.00579{FORMER}"),
-    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol", f"--allocation prices --parameter kappa=0.776{FORMER}"),
+    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol",
+               f"--allocation prices --parameter kappa=0.776{FORMER}"),
     "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               f"--parameter split=-0.013 --parameter value=-0.348{FORMER}"),
