@@ -21,6 +21,7 @@ from atp_tune.sparse.finetuning import NoGainError, Trained
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.sparse.recovering import NO_GAIN, recovered, settings_of
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
 from atp_tune.storage import opening
@@ -59,7 +60,7 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
     answer = run(place, command, *SHORT)
     assert (answer.code, answer.err) == (0, "")
     assert "complete: 6 of 6 trials; nothing to do" in answer.out
-    assert "recovery of trial" not in answer.out  # it is done
+    assert "training the kept weights of trial" not in answer.out  # it is done
     config = config_of(place)
     found = config.recovered
     assert found is not None
@@ -136,6 +137,7 @@ def test_other_settings_train_anew_and_none_leaves_what_is_there(place: Path, co
     before = config_of(place).recovered
     other = run(place, command, "recover.steps=8", "recover.batch=4", "recover.learning_rate=0.01")
     assert other.code == 0
+    assert other.out.startswith("complete: 6 of 6 trials; the best plan is to be trained\n")
     assert "step 8 of 8: loss" in other.out
     now = config_of(place).recovered
     assert before is not None
@@ -293,6 +295,11 @@ def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], why: str) ->
     assert why in str(caught.value)
 
 
+def test_a_misspelt_key_is_sought_in_its_own_table_first() -> None:
+    assert _unknown(("recover", "step")) == "did you mean recover.steps?"
+    assert _unknown(("recover", "draws")) == "did you mean texts.calibration.draws?"
+
+
 def test_settings_are_those_of_finetune() -> None:
     texts = type("Texts", (), {"validation": type("Text", (), {"seqlen": 77})()})()
     config: Any = type("Config", (), {"texts": texts})()
@@ -317,6 +324,11 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     study, texts = stored(done), changed(-0.3)
     assert trained_rows(summarise(study), 8) == []
     assert recovery_said(summarise(study)) == ""
+    asked = {**study.user_attrs["made_from"], "overrides": ["recover.steps=9"]}
+    study.set_user_attr("made_from", asked)
+    assert recovery_said(summarise(stored(done))).startswith(
+        "Not trained yet: the same command trains the best plan, with 9 "
+    )
     best = summarise(study).best_trial
     assert best is not None
     one = {"perplexity": texts.after, "change": texts.change}

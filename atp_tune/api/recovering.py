@@ -14,6 +14,13 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 
 
+def is_pending(run: StudyRun, summary: Summary) -> bool:
+    """Whether the best plan of a study is to be trained: it is complete, and was not trained with these settings."""
+    asked, known = run.file.study.recover, summary.recovered
+    is_done = known is not None and known.settings == asked
+    return asked is not None and summary.best_trial is not None and run.reports and summary.complete and not is_done
+
+
 def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = None) -> None:
     """Trains the best plan of a complete study that asks for it, unless that is done, and stores what it came to.
 
@@ -21,11 +28,9 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     """
     asked, summary = run.file.study.recover, summarise(study)
     best = summary.best_trial
-    if asked is None or best is None or not (run.reports and summary.complete):
+    if asked is None or best is None or not is_pending(run, summary):
         return
-    if summary.recovered is not None and summary.recovered.settings == asked:
-        return
-    run.watch(TrialStarted(f"recovery of trial {best.number}", None))
+    run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
     config = best_config(run.file, study, run.file.best_of(run.name))
     try:
         found = _recovered(run, config, asked, summary, lender or Lender())

@@ -11,10 +11,11 @@ from atp_tune.api import arguments
 from atp_tune.api.arguments import Settings, Target
 from atp_tune.api.lender import Lender, is_model, names
 from atp_tune.api.progress import working
-from atp_tune.api.recovering import recover_best
+from atp_tune.api.recovering import is_pending, recover_best
 from atp_tune.api.result import Result
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
+from atp_tune.results.summary import summarise
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -166,7 +167,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     """
     study = finished_study(run)
     if study is not None:
-        run.note(_nothing_to_do(study, run.file))
+        run.note(_nothing_to_do(study, run))
     else:
         study = pool(run) if pool else drive(run)
     if study is None:
@@ -175,10 +176,13 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     return Result(study, run.file, lender)
 
 
-def _nothing_to_do(study: "optuna.Study", file: StudyFile) -> str:
+def _nothing_to_do(study: "optuna.Study", run: StudyRun) -> str:
     """What is said of a study that was complete before the call, with a way to go on if there is one."""
-    done = counted(study)
-    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; nothing to do"
+    done, file = counted(study), run.file
+    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
+    if is_pending(run, summarise(study)):
+        return f"{said}the best plan is to be trained"
+    said += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     search = file.study.search.model_copy(update={"trials": done + 1})
     space = make_space(file.study, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))

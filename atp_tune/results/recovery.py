@@ -21,7 +21,7 @@ def recovery_said(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
     found = summary.recovered
     if found is None:
-        return ""
+        return _pending(summary)
     how = _how(found.settings)
     if not found.kept:
         return f"Not trained after pruning: with {how}, {found.reason}."
@@ -31,6 +31,13 @@ def recovery_said(summary: Summary) -> str:
         f"Trained after pruning: {how}, of which step {found.step} was taken; perplexity {changes}, against the same "
         "plan as it was pruned. `apply` writes the trained model."
     )
+
+
+def _pending(summary: Summary) -> str:
+    asked = summary.made_from.study.recover if summary.made_from else None
+    if asked is None or not summary.complete or summary.best_trial is None:
+        return ""
+    return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
 
 
 def _how(settings: RecoverConfig) -> str:

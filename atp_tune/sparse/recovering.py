@@ -68,7 +68,7 @@ def recovered(
     """
     with TemporaryDirectory(dir=cache_dir("recovered")) as place:  # as large as the model
         out = Path(place) / "trained"
-        watch = _calling(watch, str(out), "the trained model")
+        watch = _calling(watch, str(out), "the best plan")
         try:
             done = apply_trained(config, recover, base, out, device, watch, allowed)
         except NoGainError:

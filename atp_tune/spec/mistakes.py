@@ -26,6 +26,7 @@ PATTERNS = {
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
+NEARLY = 0.85  # likeness of a misspelt key of the same table, before the same key of another is thought of
 _OF_NUMBERS = ("greater_than", "less_than", "finite_number", "float_type", "float_parsing")
 _RULES = {  # error type of pydantic → message, with the fields of the error's context
     "missing": "is needed",
@@ -140,7 +141,8 @@ def _unknown(place: KeyPath) -> str:
     keys = [key.split(".") for key in keys_of()]
     siblings = [own for *table, own in keys if table == parents]
     elsewhere = [".".join(path) for path in keys if path[-1] == key]
-    near = get_close_matches(dotted(place), elsewhere, n=1, cutoff=0)
+    near = [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1, cutoff=NEARLY)]
+    near = near or get_close_matches(dotted(place), elsewhere, n=1, cutoff=0)
     near = near or [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1)]
     return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings)}"
 

@@ -198,10 +198,10 @@ class Study(SettingsTable):
     def _check_recover(self) -> None:
         """ValueError for a setting of which the best plan cannot be trained."""
         for is_given, reason in (
-            (self.bits is not None, "bits are given, and training would undo the rounding"),
-            (parse(self.prune.pattern).channels, 'prune.pattern = "channels"; train the folder by `finetune`'),
+            (self.bits is not None, "bits are given, since training would undo the rounding"),
+            (parse(self.prune.pattern).channels, 'prune.pattern = "channels" (`finetune` trains the folder)'),
             (self.interval is not None and self.limit is None, "sparsity is an interval without a limit"),
-            (self.search.score != NEXT_TOKEN, "plug-ins score, and training lowers the NLL or KL of the next token"),
+            (self.search.score != NEXT_TOKEN, "plug-ins score, since training lowers the NLL or KL of the next token"),
             (self.model.has_tower, 'model.prune = ["language", "vision"]'),
             (isinstance(self.data.calibration, Text) and self.data.calibration.images is not None,
              "texts.calibration has images"),
