@@ -324,7 +324,8 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     study, texts = stored(done), changed(-0.3)
     assert trained_rows(summarise(study), 8) == []
     assert recovery_said(summarise(study)) == ""
-    asked = {**study.user_attrs["made_from"], "overrides": ["recover.steps=9"]}
+    made = study.user_attrs["made_from"]
+    asked = {**made, "settings": {**made["settings"], "recover": {"steps": 9}}}
     study.set_user_attr("made_from", asked)
     assert recovery_said(summarise(stored(done))).startswith(
         "Not trained yet: the same command trains the best plan, with 9 "
