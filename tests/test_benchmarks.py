@@ -132,7 +132,7 @@ def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     head, _, *lines = rows(out.read_text())
     cells = [dict(zip(head, line, strict=True)) for line in lines]
     assert [line["allocation"] for line in cells] == ["uniform", "atp", "lsa", "prices"]
-    assert all("±" in line["test, against uniform"] and "±" in line["prices against it"] for line in cells[1:3])
+    assert all("±" in line["test, against uniform"] and "±" in line["prices against it, test"] for line in cells[1:3])
     benchmark("allocations").main()
     assert capsys.readouterr().out == f"{out}\n"
 

@@ -4,6 +4,7 @@ to its fine-tuning, through the commands.
 
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -41,7 +42,9 @@ SHORT = [
     "model.dtype=float32", "texts.calibration.nsamples=4", "texts.validation.nsamples=2", "texts.validation.seqlen=128",
     "continuations.tokens=4", "texts.test.nsamples=2", "texts.test.seqlen=128", "texts.calibration.draws=1",
 ]  # fmt: skip
-MEASURED = '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], nsamples = 6, tokens = 128}'
+MEASURED = (
+    '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], shuffle = true, nsamples = 6, tokens = 128}'
+)
 STRIDE = 4  # rows of a linear are looked at: each is pruned by itself
 ITEMS = 16  # of a task, with four continuations each
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -199,7 +202,8 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     import pydoc_data.topics
 
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
-    documents = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
+    topics = pydoc_data.topics.topics.values()
+    documents = sorted(topics, key=lambda document: sha256(document.encode(errors="replace")).hexdigest())
     total, start, part = sum(map(len, documents)), 0, []
     for document in documents:
         if start / total >= best["texts"]["test"]["part"][0]:
