@@ -165,7 +165,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
     own = report_of(study, best)
     seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
-    from_uniform, from_atp, from_prices = (report_of_best(other, studies) for other in ("uniform", "atp", "prices"))
+    from_uniform, from_atp = (report_of_best(other, studies) for other in ("uniform", "atp"))
     prices = best_of("prices", studies["prices"]) if "prices" in studies and name != "prices" else None
     return [
         name,
@@ -176,7 +176,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
         draws_of(summarise(study), best)[1],
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
         str(change(best.user_attrs["nlls"], prices.user_attrs["nlls"])) if prices else "",
-        str(change(own, from_prices)) if prices and from_prices else "",
+        str(change(own, report_of(studies["prices"], prices))) if prices else "",
         str(len(study.trials)),
         f"{seconds:.0f}",
     ]

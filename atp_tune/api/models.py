@@ -84,8 +84,8 @@ def save(
     """
     with in_folder(config, lender, device, out.parent) as (of_folder, where, dense):
         trained = None
-        if config.recovered is not None and config.is_trained:
-            trained = apply_trained(of_folder, config.recovered.settings, base, out, where, watch, allowed).record
+        if config.trained is not None:
+            trained = apply_trained(of_folder, config.trained.settings, base, out, where, watch, allowed).record
             measured = trained.after
         else:
             measured = apply(of_folder, base, out, where, watch, allowed, write)

@@ -149,20 +149,18 @@ class Result:
 
     @property
     def _allowed(self) -> Mapping[str, bool]:
-        model = self._file.study.model
-        permissions = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
-        return {**permissions, "trust_plugins": self._file.trusts_plugins}
+        return self._file.permissions
 
     def __repr__(self) -> str:
         summary = self.summary
         done = f"{summary.done} of {summary.total} trials"
         if summary.best_trial is None:
             return f"<Result {self.name}: {done}>"
-        is_trained = summary.recovered is not None and summary.recovered.kept
-        best = scores_after(summary.recovered) if summary.recovered and is_trained else summary.best
+        best = scores_after(summary.trained) if summary.trained else summary.best
         texts = ("validation", best.validation), ("test", best.test)
         scores = ", ".join(f"{text} perplexity {score}" for text, score in texts if score)
-        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{', trained' * is_trained}, {scores}>"
+        trained = ", trained" if summary.trained else ""
+        return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{trained}, {scores}>"
 
     def _repr_html_(self) -> str:
         """The table of results, for notebooks."""

@@ -15,7 +15,6 @@ from atp_tune.api.recovering import is_pending, recover_best
 from atp_tune.api.result import Result
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
-from atp_tune.results.summary import summarise
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -180,7 +179,7 @@ def _nothing_to_do(study: "optuna.Study", run: StudyRun) -> str:
     """What is said of a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
     said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
-    if is_pending(run, summarise(study)):
+    if is_pending(run, study):
         return f"{said}the best plan is to be trained"
     said += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs

@@ -233,13 +233,8 @@ def screened(
     found: StudyCost, screening: ScreeningCost, rates: ProbeRates | None, pruners: Iterable[str], blocks: int
 ) -> StudyCost:
     """The cost of a study with its screening."""
-    more: dict[str, float] = {"screened": screening.trials}
-    if found.tokens is not None:
-        more["tokens"] = found.tokens + screening.tokens
-    if rates is not None and found.seconds is not None and found.seconds_left is not None:
-        seconds, left = screening.seconds(rates, pruners, blocks)
-        more |= {"seconds": found.seconds + seconds, "seconds_left": found.seconds_left + left}
-    return found.model_copy(update=more)
+    times = None if rates is None else screening.seconds(rates, pruners, blocks)
+    return _added(found, screening.tokens, times).model_copy(update={"screened": screening.trials})
 
 
 @dataclass(frozen=True)
@@ -268,12 +263,17 @@ def trained(
     found: StudyCost, training: TrainingCost, rates: ProbeRates | None, blocks: int, is_done: bool
 ) -> StudyCost:
     """The cost of a study with the training of its best plan."""
+    own = None if rates is None else training.seconds(rates, blocks)
+    return _added(found, training.tokens, None if own is None else (own, 0.0 if is_done else own))
+
+
+def _added(found: StudyCost, tokens: int, times: tuple[float, float] | None) -> StudyCost:
+    """The cost with more tokens and `times`, seconds in all and left; what is not known stays unknown."""
     more: dict[str, float] = {}
     if found.tokens is not None:
-        more["tokens"] = found.tokens + training.tokens
-    if rates is not None and found.seconds is not None and found.seconds_left is not None:
-        own = training.seconds(rates, blocks)
-        more |= {"seconds": found.seconds + own, "seconds_left": found.seconds_left + (0 if is_done else own)}
+        more["tokens"] = found.tokens + tokens
+    if times is not None and found.seconds is not None and found.seconds_left is not None:
+        more |= {"seconds": found.seconds + times[0], "seconds_left": found.seconds_left + times[1]}
     return found.model_copy(update=more)
 
 

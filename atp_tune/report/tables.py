@@ -67,9 +67,9 @@ def headline(summary: Summary) -> ReportTable:
         uniform = f"uniform, {best.params.get('pruner', '')}"
         rows.append((uniform, *cells(summary.uniform), *more(summary.uniform_trial)))
         rows.append((f"best, {plan_of(best)} (trial {best.number})", *cells(summary.best), *more(best)))
-        if summary.recovered is not None and summary.recovered.kept:
+        if summary.trained is not None:
             rest = (NOTHING,) * len(own)
-            rows.append((f"best, trained (trial {best.number})", *cells(scores_after(summary.recovered)), *rest))
+            rows.append((f"best, trained (trial {best.number})", *cells(scores_after(summary.trained)), *rest))
     data = summary.data
     over = (f"test {data}, {draws} draws",) if draws else ()
     kls = (f"KL, validation {data}", f"KL, test {data}") if has_kl else ()

@@ -47,10 +47,14 @@ def attach(
     places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
     study = study_of(path, config, address)
     if study is not None:
-        known = study.user_attrs.get(key, {})
-        study.set_user_attr(key, {**known, str(config.trial): found})
+        store(study, key, config.trial, found)
         places.append(f"study {study.study_name}")
     return places
+
+
+def store(study: optuna.Study, key: str, trial: int | None, found: Mapping[str, Any]) -> None:
+    """Stores a finding on a trial of its study, beside those on other trials."""
+    study.set_user_attr(key, {**study.user_attrs.get(key, {}), str(trial): found})
 
 
 def _write(path: Path, config: Config, found: Mapping[Key, Any]) -> bool:

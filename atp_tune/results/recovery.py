@@ -9,8 +9,8 @@ from atp_tune.spec.recover import RecoverConfig
 
 def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
     """The row of the trained plan in a table of so many columns; none if it was not trained."""
-    best, found = summary.best_trial, summary.recovered
-    if best is None or found is None or not found.kept:
+    best, found = summary.best_trial, summary.trained
+    if best is None or found is None:
         return []
     change = NOTHING if found.against_uniform is None else str(found.against_uniform)
     row = [f"{method_of(best)}, trained", amount_of(best, summary) or NOTHING, *cells(scores_after(found)), change]

@@ -88,7 +88,6 @@ class Summary:
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
-    uniform_nlls  of windows of the test text, by `uniform_trial`
     recovered     training of the best trial's kept weights
     answers       of an image classifier, what dense, uniform and best see in a few test images
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
@@ -135,12 +134,16 @@ class Summary:
     sign: str = ""
     answers: Answers | None = None
     recovered: Recovered | None = None
-    uniform_nlls: Sequence[float] = ()
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The interval of sparsities in which the study searches; None at one sparsity."""
         return self.sparsity if isinstance(self.sparsity, tuple) else None
+
+    @property
+    def trained(self) -> Recovered | None:
+        """How the best trial's kept weights were trained; None if they stay as they were pruned."""
+        return self.recovered if self.recovered is not None and self.recovered.kept else None
 
     @property
     def by_kl(self) -> bool:
@@ -222,7 +225,6 @@ def summarise(study: optuna.Study) -> Summary:
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
         answers=answers_of(study, best) if best else None,
-        uniform_nlls=reports.get(str(uniform.number), ()) if uniform else (),
         recovered=Recovered.model_validate(found["recovered"]) if "recovered" in found else None,
     )
 

@@ -14,7 +14,7 @@ import optuna
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import PROMPTS, ModelName
 from atp_tune.plan import Plan
-from atp_tune.results.annotations import Key, answers_of, attached
+from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import undrawn, unreported
 from atp_tune.results.trials import uniform_of
@@ -127,8 +127,7 @@ class _Texts:
             self.work.repeat("best", "uniform")
         found = self.work.result()
         if found and self._best:
-            known = self._study.user_attrs.get(self._key, {})
-            self._study.set_user_attr(self._key, {**known, str(self._best.number): found.model_dump(mode="json")})
+            store(self._study, self._key, self._best.number, found.model_dump(mode="json"))
 
     @property
     def _key(self) -> str:

@@ -58,7 +58,7 @@ def _weights_of(config: Config) -> list[object]:
     """The parts of a configuration that determine the weights."""
     plan = [config.pruner, config.prune, config.allocation, config.block_sparsities, config.linear_sparsities]
     plan += [config.quantize, config.block_bits, config.linear_bits]
-    plan += [config.recovered.settings if config.recovered and config.is_trained else None]
+    plan += [None if config.trained is None else config.trained.settings]
     return [config.model.fingerprint, config.model.dtype, *plan, config.calibration, config.bos]
 
 

@@ -325,16 +325,19 @@ class Config(FrozenModel):
         return self
 
     @property
+    def trained(self) -> Recovered | None:
+        """How the kept weights are to be trained after pruning; None if they stay as they were pruned."""
+        return self.recovered if self.recovered is not None and self.recovered.kept else None
+
+    @property
     def is_trained(self) -> bool:
         """Whether the kept weights are to be trained after pruning."""
-        return self.recovered is not None and self.recovered.kept
+        return self.trained is not None
 
     @property
     def final(self) -> Scores:
         """Perplexities of the model that `apply` writes: after training, where the kept weights are trained."""
-        if self.recovered is None or not self.recovered.kept:
-            return self.perplexity
-        return scores_after(self.recovered)
+        return self.perplexity if self.trained is None else scores_after(self.trained)
 
     @property
     def by_bits(self) -> bool:

@@ -43,6 +43,13 @@ class StudyFile:
     trusts_plugins: bool = False
 
     @property
+    def permissions(self) -> dict[str, bool]:
+        """What a configuration of the study cannot permit itself: `allowed` of `apply`."""
+        model = self.study.model
+        found = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+        return {**found, "trust_plugins": self.trusts_plugins}
+
+    @property
     def sets_trials(self) -> bool:
         """Whether an override sets the total number of trials, as `--trials` does."""
         return any(text.startswith(TRIALS) for text in self.overrides)
