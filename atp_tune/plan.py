@@ -6,7 +6,7 @@ from typing import Any
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Sparsities
 from atp_tune.allocations import bits as of_bits
-from atp_tune.allocations.budget import SYMBOLS, Score
+from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.allocations.channels import means, rounded
 from atp_tune.errors import UserError
 from atp_tune.spec.patterns import Pattern
@@ -97,11 +97,6 @@ def shown(parameters: dict[str, float]) -> str:
     )
 
 
-def ranked_by(pruner: str) -> Score:
-    """The score by which allocations rank weights for a pruner."""
-    return "magnitude" if pruner == "magnitude" else "wanda"
-
-
 def make_plan(
     pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
 ) -> Plan:
@@ -111,7 +106,7 @@ def make_plan(
 
 
 def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern) -> Plan:
-    budget = replace(budget, score=ranked_by(pruner))
+    budget = replace(budget, pruner=pruner)
     shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
     blocks = tuple(s for s in shared if not isinstance(s, tuple))
     if pattern.channels:

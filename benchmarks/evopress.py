@@ -30,6 +30,7 @@ from evopress_fitness import KINDS, BySparseGPT, Level, TextFitness, by_wanda
 from evopress_search import Levels, Moment, Run, Settings, next_generation, read_run, sparsities, state_of
 
 from atp_tune.allocations import Budget, LinearSparsities, prices
+from atp_tune.blocks.levels import ByPlaces
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.cache import sha256_of_json
 from atp_tune.cli.runtime import quiet
@@ -121,7 +122,8 @@ class Bench:
             items = drawn()
             if step == len(known):
                 began = self.clock.now()
-                pricing = Pricing(gradients.of_blocks, lambda index, linear, _: self._ranks[index][linear.name].places)
+                places = ByPlaces(lambda index, linear, _: self._ranks[index][linear.name].places)
+                pricing = Pricing(gradients.of_blocks, places)
                 costs = pricing.prices(found, items)
                 took = [after - before for before, after in zip(began, self.clock.now(), strict=True)]
                 known.append({"took": took, "prices": costs})
@@ -210,7 +212,7 @@ class Known:
     def __init__(self, end: LinearSparsities) -> None:
         self._end = end
 
-    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         """That end."""
         return self._end
 

@@ -177,7 +177,7 @@ class Given:
     def global_sparsities(self, target: float, score: str) -> LinearSparsities:
         return self.shares
 
-    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         return self.priced
 
 

@@ -118,7 +118,7 @@ class Descended:
         self._blocks = blocks
         self.targets: list[float] = []
 
-    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         self.targets.append(target)
         return ((target - 0.1, target + 0.1),) * self._blocks
 

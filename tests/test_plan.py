@@ -43,7 +43,7 @@ def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> No
 class Priced:
     """Stands for a model whose descent ends at these sparsities."""
 
-    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         return (target - 0.21, target + 0.07), (target + 0.19, target - 0.05)
 
 

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import naive
 import pytest
 import torch
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
@@ -25,8 +25,10 @@ from torch.nn import functional
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.gradients import BlockGradients
-from atp_tune.blocks.pricing import BAND, Pricing
+from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
+from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.search import priced
@@ -49,10 +51,21 @@ def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True, g
             return by_magnitude(weight, group)
         return order_in_rows(Wanda.scores(weight, statistics[index][linear.name]), group)
 
+    return pricing_at(ByPlaces(places), context, windows)
+
+
+def pricing_at(levels: Levels, context: TrialContext, windows: int = 4) -> Pricing:
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
     gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
-    return Pricing(gradients, places)
+    return Pricing(gradients, levels)
+
+
+def own_levels(context: TrialContext, pruner: Pruner, room: int = 1 << 30) -> ByPruner:
+    """What a pruner makes with its statistics of the dense model."""
+    with torch.inference_mode():
+        statistics = list(context.measured.statistics(pruner))
+    return ByPruner(pruner, lambda index: statistics[index], room)
 
 
 def uneven(context: TrialContext) -> LinearSparsities:
@@ -122,6 +135,38 @@ def naive_prices(
     return found
 
 
+def naive_own_prices(
+    model: Any, context: TrialContext, sparsities: LinearSparsities, ids: Tensor, group: int | None
+) -> list[list[float]]:
+    """Prices at SparseGPT's own weights, those of its naive form, 1/16 below and above the nearest 1/32."""
+    checkpoint, levels = context.checkpoint, group or 32
+    reach = 1 if group else 2
+    names = [[checkpoint.key(i, linear) for linear in row] for i, row in enumerate(checkpoint.linears)]
+    inputs = naive.inputs_of(
+        model, [n.removesuffix(".weight") for row in names for n in row], context.items("calibration")
+    )
+    pruned, made = copy.deepcopy(model).requires_grad_(True), {}
+    for i, linears in enumerate(checkpoint.linears):
+        for linear, name, s in zip(linears, names[i], sparsities[i], strict=True):
+            weight, at = linear.matrix(model.get_parameter(name).data), round(levels * s)
+            for level in {max(0, at - reach), at, min(levels, at + reach)}:
+                x = inputs[name.removesuffix(".weight")]
+                made[name, level] = naive.sparsegpt(weight, x, level / levels, 0.01, 128, group)[0].float()
+            linear.matrix(pruned.get_parameter(name).data).copy_(made[name, at])
+    logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    found = []
+    for i, linears in enumerate(checkpoint.linears):
+        found.append([])
+        for linear, name, s in zip(linears, names[i], sparsities[i], strict=True):
+            at = round(levels * s)
+            low, high = max(0, at - reach), min(levels, at + reach)
+            moved = made[name, high] - made[name, low]
+            gradient = linear.matrix(pruned.get_parameter(name).grad)
+            found[-1].append(float((gradient * moved).sum()) / ((high - low) / levels * moved.numel()))
+    return found
+
+
 def close(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> bool:
     size = max(abs(price) for row in theirs for price in row)
     return all(
@@ -142,15 +187,59 @@ def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: b
     assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda, group))
 
 
+@pytest.mark.parametrize("family", few(FAMILIES, FAST))
+@pytest.mark.parametrize("group", [None, 8], ids=["unstructured", "mixed:8"])
+def test_prices_at_own_weights_are_gradients_of_the_whole_pruned_model(family: str, group: int | None) -> None:
+    model = tiny(family)
+    context, ids = bench_of(model), random_ids(6, seed=5)
+    sparsities = uneven(context)
+    levels = own_levels(context, make_pruner("sparsegpt", {"group": group}))
+    ours = pricing_at(levels, context).prices(sparsities, ids)
+    assert close(ours, naive_own_prices(model, context, sparsities, ids, group))
+
+
+def test_own_weights_that_are_masks_have_the_prices_of_masks() -> None:
+    """Of 32 weights in each row a level is one weight, so that Wanda's own weights are those of its places."""
+    context = bench_of(tiny("llama"))
+    sparsities = tuple(tuple(k % 5 / 8 + 0.1 for k in range(len(row))) for row in context.checkpoint.linears)
+    levels = own_levels(context, Wanda())
+    by_own, by_places = levels, pricing_of(context)._levels
+    for index, linears in enumerate(context.checkpoint.linears):
+        for linear, s in zip(linears, sparsities[index], strict=True):
+            weight = linear.matrix(context.checkpoint.weights(index)[linear.key])
+            for level in by_own.around(weight.shape[1], s):
+                zeros = int(weight.shape[1] * level / GRID)
+                mask = by_places.pruned(index, linear, weight, zeros)
+                assert torch.equal(by_own.pruned(index, linear, weight, level), mask)
+
+
+def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room each is made anew, and prices are the same to the last bit."""
+    context, ids, pruner = bench_of(tiny("llama")), random_ids(6, seed=5), make_pruner("sparsegpt")
+    made, prune = list[float](), type(pruner).prune
+    monkeypatch.setattr(type(pruner), "prune", lambda *words: made.append(words[2]) or prune(*words))
+    linears = sum(map(len, context.checkpoint.linears))
+    found, counts, held = [], [], []
+    for room in (1 << 30, 20_000, 0):
+        levels = own_levels(context, pruner, room)
+        pricing = pricing_at(levels, context)
+        found += [pricing.prices(uneven(context), ids), pricing.prices(uneven(context), ids)]
+        counts.append(len(made))
+        held.append(sum(each.nbytes for each in levels._kept.values()))
+        made.clear()
+    assert all(each == found[0] for each in found)
+    assert counts[0] == 3 * linears < counts[1] < counts[2] == 8 * linears
+    assert held[0] > 20_000 >= held[1] > held[2] == 0
+
+
 def test_the_descent_of_a_pattern_is_by_its_own_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups lose weights in another order than whole rows, so the descent has other prices, and a key of its own."""
     monkeypatch.setattr(prices, "STEPS", 2)
     found = []
     for pattern in ("unstructured", "mixed:8"):
         context = bench_of(tiny("llama").requires_grad_(False), PruneConfig(pattern=pattern))
-        for score in ("wanda", "magnitude"):
-            budget = replace(context.budget(0.5), score=score)
-            found.append(budget.require_dense_metrics("").priced_sparsities(0.5, score))
+        for pruner in ("wanda", "magnitude"):
+            found.append(context.budget(0.5).require_dense_metrics("").priced_sparsities(0.5, pruner))
     assert len(set(found)) == len(list((cache / "prices").glob("*.json"))) == 4
 
 
@@ -194,8 +283,10 @@ def test_nothing_and_everything_pruned(sparsity: float) -> None:
 def test_a_streamed_model_has_the_same_prices() -> None:
     found = []
     for offload in ("none", "cpu"):
-        context = bench_of(tiny("llama"), offload=offload)
-        found.append(pricing_of(context).prices(uneven(context), random_ids(6, seed=5)))
+        context, ids = bench_of(tiny("llama"), offload=offload), random_ids(6, seed=5)
+        levels = own_levels(context, make_pruner("sparsegpt"))
+        each = pricing_of(context), pricing_of(context, group=8), pricing_at(levels, context)
+        found.append([pricing.prices(uneven(context), ids) for pricing in each])
     assert found[0] == found[1]
 
 
@@ -289,8 +380,8 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
 
     ends = prices.descend(budget.linears, targets, prices_at)
     assert len(seen) == steps and {s for row in seen[0] for s in row} == {budget.target}
-    for end, naive in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
-        assert [s for row in end for s in row] == pytest.approx(naive, abs=1e-9)
+    for end, expected in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
+        assert [s for row in end for s in row] == pytest.approx(expected, abs=1e-9)
     lowest = seen[: 20 if len(targets) == 1 else 4]
     for row, target in [*((row, targets[0]) for row in lowest), *zip(ends, targets, strict=True)]:
         assert budget.mean(budget.block_means(row)) == pytest.approx(target, abs=1e-12)
@@ -344,7 +435,7 @@ class Known:
     def __init__(self, found: LinearSparsities) -> None:
         self._found = found
 
-    def priced_sparsities(self, target: float, score: str) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         return self._found
 
 
@@ -390,6 +481,22 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     once = command("prune", "--study", place / "tiny.toml", "--allocation", "prices", "--parameter", "κ=1")
     assert once.code == 0 and "prices κ=1" in once.out
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
+
+
+@pytest.mark.slow
+def test_a_study_by_own_weights(place: Path, command: CommandLine, cache: Path) -> None:
+    """SparseGPT descends by what it makes, Wanda by its masks; refined, both by what they make."""
+    wishes = (*STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]', "prune.prices=own", "search.trials=8"))
+    answer = command("--study", place / "tiny.toml", *wishes)
+    assert (answer.code, answer.err) == (0, "")
+    trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
+    found = {trial.params["pruner"]: trial.user_attrs["linear_sparsities"] for trial in trials}
+    assert found["wanda"] != found["sparsegpt"] and len(list((cache / "prices").glob("*.json"))) == 2
+    words = ("prune", "--study", place / "tiny.toml", "--allocation", "prices")
+    assert command(*words, "--pruner", "wanda", *settings("prune.refine=2", "prune.prices=own")).code == 0
+    assert len(list((cache / "prices").glob("*.json"))) == 3
+    other = command("--study", place / "tiny.toml", *STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]'))
+    assert other.code == 2 and "prune.prices" in other.err
 
 
 @pytest.mark.slow
@@ -456,7 +563,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
     """The others wait for its end, and say so."""
     begun, said, made = threading.Event(), list[str](), list[int]()
 
-    def descend(self: priced.Descent, targets: Sequence[float], score: str) -> priced.Ends:
+    def descend(self: priced.Descent, targets: Sequence[float]) -> priced.Ends:
         made.append(1)
         begun.set()
         while not said:
@@ -467,11 +574,11 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(CalibrationGradients, "_key", lambda *_: "ab" * 32)
     gradients = CalibrationGradients.__new__(CalibrationGradients)
     gradients.watch = lambda event: said.append(event.text)
-    workers = [priced.Descent(gradients, lambda index: {}) for _ in range(2)]
+    workers = [priced.Descent(gradients, ByPlaces(lambda *_: torch.zeros(1)), []) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(workers[0].ends, [0.5], "wanda", "")
+        first = pool.submit(workers[0].ends, [0.5], "")
         assert begun.wait(60)
-        second = pool.submit(workers[1].ends, [0.5], "wanda", "")
+        second = pool.submit(workers[1].ends, [0.5], "")
         assert first.result() == second.result() == (((0.25, 0.75),),)
     lock = cache / "prices" / f".{'ab' * 32}.json.lock"
     waited = "waiting for the prices of another process; if none is running, remove"

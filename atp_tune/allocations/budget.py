@@ -49,7 +49,7 @@ class DenseMetricsProtocol(Protocol):
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
 
-    def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         """For each linear of each block, its sparsity by prices at this target; see `allocations.prices`."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
@@ -64,7 +64,7 @@ class DenseMetricsProtocol(Protocol):
 class Budget:
     """Target S (share of zeros over all linears, in [0, 1]) and the number of prunable weights of each block.
 
-    `linears` are the shapes of the linears of each block, `score` is the score that the pruner ranks weights by,
+    `linears` are the shapes of the linears of each block, `pruner` is the name of what prunes them,
     `channels` are those of each block where whole channels go; `widths` the bits that a block may have where weights
     are rounded: the target is then a share between the most and the fewest, see `allocations.bits`. `bits` are those
     of every block, where weights are pruned and then rounded.
@@ -74,10 +74,15 @@ class Budget:
     sizes: tuple[int, ...]
     linears: tuple[tuple[Shape, ...], ...] = ()
     dense_metrics: DenseMetricsProtocol | None = field(default=None, compare=False)
-    score: Score = "wanda"
+    pruner: str = "wanda"
     channels: tuple["BlockChannels", ...] = ()
     widths: tuple[int, ...] = ()
     bits: int | None = None
+
+    @property
+    def score(self) -> Score:
+        """The score by which allocations rank weights for the pruner."""
+        return ranked_by(self.pruner)
 
     @property
     def highest(self) -> float:
@@ -113,6 +118,11 @@ class Budget:
             sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
             for row, shapes in zip(sparsities, self.linears, strict=True)
         )
+
+
+def ranked_by(pruner: str) -> Score:
+    """The score by which allocations rank weights for a pruner."""
+    return "magnitude" if pruner == "magnitude" else "wanda"
 
 
 def no_bounds(budget: Budget) -> dict[str, tuple[float, float]]:

@@ -65,7 +65,7 @@ def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[f
     budget.check(bounds(budget), kappa=kappa)
     if kappa == 0:
         return (budget.target,) * len(budget.sizes)
-    found = budget.require_dense_metrics("prices").priced_sparsities(budget.target, budget.score)
+    found = budget.require_dense_metrics("prices").priced_sparsities(budget.target, budget.pruner)
     wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(found)]
     return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 

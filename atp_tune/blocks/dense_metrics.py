@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
-from atp_tune.allocations.budget import Score, TailStart
+from atp_tune.allocations.budget import Score, TailStart, ranked_by
 from atp_tune.allocations.prices import between
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
@@ -36,15 +36,15 @@ HALF = 16  # bits of a float32 that one sweep over the scores resolves
 T = TypeVar("T")
 StatisticsOf = Callable[[type[Statistics]], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
-Priced = Callable[[Sequence[float], Score], Sequence[LinearSparsities]]  # by ascending targets, the end at each
+Priced = Callable[[Sequence[float], str], Sequence[LinearSparsities]]  # by ascending targets and pruner, the ends
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
 
-    `priced` finds sparsities by prices, `priced_by` names what else they depend on; `path`: the targets of the one
-    descent for all budgets, else each has its own.
+    `priced` finds sparsities by prices, `priced_by` names what they depend on for a pruner; `path`: the targets of the
+    one descent for all budgets, else each has its own.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class DenseMetrics:
         cache: Cache,
         step: Callable[[int], None],
         priced: Priced,
+        priced_by: Callable[[str], str] = ranked_by,
         path: Sequence[float] = (),
-        priced_by: str = "",
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
@@ -90,10 +90,11 @@ class DenseMetrics:
 
         return self._once(("global", target, score), measure)
 
-    def priced_sparsities(self, target: float, score: Score) -> LinearSparsities:
+    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         """For each linear of each block, its sparsity by prices."""
         targets = self._path or (target,)
-        ends = self._once(("priced", targets, score, self._priced_by), lambda: self._priced(targets, score))
+        key = "priced", targets, self._priced_by(pruner)
+        ends = self._once(key, lambda: self._priced(targets, pruner))
         return between(targets, ends, target)
 
     def of_blocks(

@@ -1,40 +1,35 @@
 """Prices of linears: what one further pruned weight of each costs, by the gradient of the loss at the pruned model.
 
-    place_ij    place of a weight's score in its row, from 0 for the lowest; scores as in Wanda or by magnitude
-    k_l         ⌊in_l s_l⌋; the weights of linear l with place < k_l are zero
-    G           d loss / d W of the pruned model, also where W is zero
-    p_l         - mean of G_ij W_ij over the band |place_ij - k_l| < 0.06 in_l            W dense; nats per weight
+    Ŵ_l(k)   what the pruner makes of the dense weight W of linear l at level k of its sparsity (`blocks.levels`)
+    G        d loss / d Ŵ_l(k) of the pruned model, also where a weight is zero
+    p_l      ⟨G, Ŵ_l(k⁺) - Ŵ_l(k⁻)⟩ / (number of weights that k⁺ zeroes and k⁻ does not)         nats per weight
 
-A weight in the band is the next to go, or the last that went. To zero it changes the loss by about -G_ij W_ij.
+k⁻ and k⁺ are the levels 0.06 below and above that of the linear's sparsity. Where a pruner changes no weight that it
+keeps, such as Wanda, the price is the mean of - G_ij W_ij over the weights that go next and those that went last: to
+zero one changes the loss by about that.
 
 `blocks.gradients` has the gradients, of one block at a time.
 
 G_ij W_ij is the sensitivity of SNIP (Lee et al., ICLR 2019), which takes it at the dense model and of single weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.levels import Levels
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.inputs import Batch
 
-BAND = 0.06  # half width of the band, as a share of the inputs
-
-Places = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and matrix [out, in] of its weights
-
 
 class Pricing:
-    """Measures the prices of all linears of a dense checkpoint, pruned to given sparsities.
+    """Measures the prices of all linears of a dense checkpoint, pruned to given sparsities."""
 
-    `places`: places [out, in] of a linear's scores in their rows.
-    """
-
-    def __init__(self, gradients: BlockGradients, places: Places) -> None:
+    def __init__(self, gradients: BlockGradients, levels: Levels) -> None:
         self._gradients = gradients
-        self._places = places
+        self._levels = levels
 
     def prices(self, sparsities: Sequence[Sequence[float]], items: Batch) -> tuple[tuple[float, ...], ...]:
         """Price of each linear of each block in nats per weight, for the mean loss of the items."""
@@ -45,8 +40,8 @@ class Pricing:
         ]
 
         def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
-            kept = self._places(index, linear, weight) >= int(weight.shape[1] * shares[index][linear.name])
-            return torch.where(kept, weight, 0)
+            _, level, _ = self._levels.around(weight.shape[1], shares[index][linear.name])
+            return self._levels.pruned(index, linear, weight, level)
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)
@@ -60,8 +55,7 @@ class Pricing:
 
     def _price(self, index: int, linear: Linear, sparsity: float, weight: Tensor, gradient: Tensor) -> Tensor:
         columns = weight.shape[1]
-        zeros, reach = int(columns * sparsity), max(1, int(BAND * columns))
-        distance = self._places(index, linear, weight).int() - zeros
-        costs = torch.where(distance.abs() < reach, gradient * weight.float(), 0)
-        inside = min(zeros + reach, columns) - max(zeros - reach + 1, 0)  # places of a row in the band
-        return -costs.sum() / max(1, inside * weight.shape[0])  # none is inside where all weights of few are zero
+        low, _, high = self._levels.around(columns, sparsity)
+        before, after = (self._levels.pruned(index, linear, weight, level).float() for level in (low, high))
+        zeroed = weight.numel() * (high - low) / self._levels.number(columns)
+        return (gradient * (after - before)).sum() / max(1, zeroed)  # none where all weights of few are zero

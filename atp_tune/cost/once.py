@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from atp_tune.allocations.budget import ranked_by
 from atp_tune.cost.forecast import TrainingCost
-from atp_tune.plan import ranked_by
 from atp_tune.spec.recover import FEWEST, RecoverConfig
 
 if TYPE_CHECKING:

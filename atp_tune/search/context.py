@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations import Budget, LinearSparsities
-from atp_tune.allocations.budget import Score
+from atp_tune.allocations.budget import ranked_by
 from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
 from atp_tune.blocks.batching import AutoBatch, block_bytes
@@ -29,6 +29,7 @@ from atp_tune.events import EventHandler, Message, Step, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
+from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.scores import SCORES, WindowScores, joined
@@ -37,7 +38,7 @@ from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
-from atp_tune.search.priced import POOL, Descent
+from atp_tune.search.priced import POOL, Descent, by_pruner, by_score
 from atp_tune.search.priced_bits import bit_costs, priced_shares
 from atp_tune.search.scoring import Alongside, RoleScorer
 from atp_tune.spec.facts import BOS
@@ -229,9 +230,9 @@ class TrialContext(Released):
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         if self.quantize is not None and self.bits is None:
-            evidence = self.measured.evidence(self._priced, (), repr(self.quantize))
+            evidence = self.measured.evidence(self._priced, lambda pruner: repr(self.quantize))
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
-        evidence = self.measured.evidence(self._priced, self._path)
+        evidence = self.measured.evidence(self._priced, self._priced_by, self._path)
         if not self.pattern.channels:
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
@@ -260,7 +261,11 @@ class TrialContext(Released):
         """The channels of each block that may go; UserError if a block has none."""
         return find_channels(self.replay, self.prune_settings.channels)
 
-    def _priced(self, targets: Sequence[float], score: Score) -> tuple[LinearSparsities, ...]:
+    def _priced_by(self, pruner: str) -> str:
+        """The levels of a descent by prices: of a score, or of a pruner."""
+        return f"weights of {pruner}" if self.prune_settings.has_own_prices(pruner) else ranked_by(pruner)
+
+    def _priced(self, targets: Sequence[float], pruner: str) -> tuple[LinearSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares."""
         pool, group = self._pool(), self.pattern.group
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
@@ -269,8 +274,15 @@ class TrialContext(Released):
         if self.quantize is not None and self.bits is None:
             found = bit_costs(gradients, self.quantize, measured)
             return tuple(priced_shares(found, self.checkpoint.shapes, self.quantize.widths, s) for s in targets)
+        if self.prune_settings.has_own_prices(pruner):
+            return self._by_own_weights(gradients, self.prune_settings.pruner(pruner)).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
-        return Descent(gradients, lambda index: statistics[index], group).ends(targets, score, measured)
+        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group)
+        return descent.ends(targets, measured)
+
+    def _by_own_weights(self, gradients: CalibrationGradients, pruner: Pruner) -> Descent:
+        statistics = self.measured.statistics(pruner) if pruner.measures else [{} for _ in self.checkpoint.blocks]
+        return by_pruner(gradients, pruner, lambda index: statistics[index])
 
     def contents(self) -> dict[str, str | bool]:
         """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""

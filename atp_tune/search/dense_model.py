@@ -1,6 +1,6 @@
 """Measurements of the dense model on the calibration text, made once for all trials of a process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -61,16 +61,16 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self, priced: Priced, path: Sequence[float], priced_by: str = "") -> DenseMetrics:
+    def evidence(self, priced: Priced, priced_by: Callable[[str], str], path: Sequence[float] = ()) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
-        `priced`, `path`, `priced_by`: of sparsities by prices, see `DenseMetrics`.
+        `priced`, `priced_by`, `path`: of sparsities by prices, see `DenseMetrics`.
         """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, path, priced_by)
+        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, priced_by, path)
 
     @cached_property
     def curve_windows(self) -> int:

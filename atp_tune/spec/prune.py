@@ -63,6 +63,11 @@ class PruneConfig(SettingsTable):
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
+    prices: Literal["wanda", "own"] = Field(
+        "wanda",
+        description="levels that the allocation prices descends by: masks of Wanda (magnitude of itself), or what the "
+        "pruner itself makes of the weights, refinement included",
+    )
     channels: ChannelSettings = Field(ChannelSettings(), description='of pattern = "channels": whole channels go')
 
     @model_validator(mode="wrap")
@@ -136,6 +141,11 @@ class PruneConfig(SettingsTable):
         if parse(self.pattern).channels and self.channels.refit:
             return True
         return self.pruner(name).measures is not None
+
+    def has_own_prices(self, name: str) -> bool:
+        """Whether the allocation `prices` needs what a pruner makes of the weights: masks of scores do not tell it."""
+        by_row = name == "wanda" and (self.settings(name)["compare"] == "row" or parse(self.pattern).group is not None)
+        return self.prices == "own" and (bool(self.refinement) or not (by_row or name == "magnitude"))
 
     @property
     def refinement(self) -> dict[str, int]:
