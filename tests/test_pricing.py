@@ -28,6 +28,7 @@ from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.cost import once
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
@@ -557,6 +558,19 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
         for names in ('"owl"', '"owl", "prices"')
     ]
     assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] > 4 * prices.STEPS * 2048
+
+
+@pytest.mark.slow
+def test_a_plan_counts_what_a_pruner_makes_for_its_own_prices(
+    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(once, "LEVELS", 10**9)
+    words = ("plan", "--study", place / "tiny.toml", "--json")
+    wishes = settings('allocation=["prices"]', 'prune.pruners=["sparsegpt"]')
+    found = [json.loads(command(*words, *wishes, *settings(f"prune.prices={by}")).out) for by in ("wanda", "own")]
+    wanda, own = (each["whole"] for each in found)
+    assert own["tokens"] > wanda["tokens"]  # the Hessians of the dense model
+    assert own["seconds"] > 10**8 * found[1]["trial"][0]["seconds"]["prune"] > wanda["seconds"]
 
 
 def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,8 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "pruners =",
         "qqq =",
-        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, channels, "
-        "wanda, dsnot, alps",
+        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, prices, "
+        "channels, wanda, dsnot, alps",
     ),
     (
         '["wanda"]',

@@ -234,7 +234,7 @@ def screened(
 ) -> StudyCost:
     """The cost of a study with its screening."""
     times = None if rates is None else screening.seconds(rates, pruners, blocks)
-    return _added(found, screening.tokens, times).model_copy(update={"screened": screening.trials})
+    return added(found, screening.tokens, times).model_copy(update={"screened": screening.trials})
 
 
 @dataclass(frozen=True)
@@ -264,10 +264,10 @@ def trained(
 ) -> StudyCost:
     """The cost of a study with the training of its best plan."""
     own = None if rates is None else training.seconds(rates, blocks)
-    return _added(found, training.tokens, None if own is None else (own, 0.0 if is_done else own))
+    return added(found, training.tokens, None if own is None else (own, 0.0 if is_done else own))
 
 
-def _added(found: StudyCost, tokens: int, times: tuple[float, float] | None) -> StudyCost:
+def added(found: StudyCost, tokens: int, times: tuple[float, float] | None) -> StudyCost:
     """The cost with more tokens and `times`, seconds in all and left; what is not known stays unknown."""
     more: dict[str, float] = {}
     if found.tokens is not None:

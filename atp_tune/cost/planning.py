@@ -14,7 +14,7 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import descent_bytes, descents, training
+from atp_tune.cost.once import descent_bytes, descents, levels_seconds, training, with_own_prices
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -156,7 +156,8 @@ def _kinds(study: Study) -> int:
     if study.prune.statistics == "dense":
         return dense_kinds(study)
     names = study.allocation.short_names
-    return int(any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names))
+    own = {study.prune.pruner(name).measures for name in with_own_prices(study)} - {None}
+    return len(own) + any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names)
 
 
 def dense_kinds(study: Study) -> int:
@@ -234,6 +235,9 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     once = known.kinds * known.tokens.calibration + descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
+    if rates is not None and with_own_prices(study):
+        own = levels_seconds(known, rates)
+        found = forecast.added(found, 0, (own, 0.0 if done else own))
     ends_early = study.search.early_termination or study.limit is not None
     has_tasks = study.limit is not None and study.limit.min_accuracy is not None
     found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})

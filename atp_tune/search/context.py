@@ -232,7 +232,7 @@ class TrialContext(Released):
         if self.quantize is not None and self.bits is None:
             evidence = self.measured.evidence(self._priced, lambda pruner: repr(self.quantize))
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
-        evidence = self.measured.evidence(self._priced, self._priced_by, self._path)
+        evidence = self.measured.evidence(self._priced, self.prune_settings.priced_by, self._path)
         if not self.pattern.channels:
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
@@ -260,10 +260,6 @@ class TrialContext(Released):
     def channels(self) -> tuple[BlockChannels, ...]:
         """The channels of each block that may go; UserError if a block has none."""
         return find_channels(self.replay, self.prune_settings.channels)
-
-    def _priced_by(self, pruner: str) -> str:
-        """The levels of a descent by prices: of a score, or of a pruner."""
-        return f"weights of {pruner}" if self.prune_settings.has_own_prices(pruner) else ranked_by(pruner)
 
     def _priced(self, targets: Sequence[float], pruner: str) -> tuple[LinearSparsities, ...]:
         """Ends of descents by prices, measured on windows that no other text shares."""

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from atp_tune.allocations.budget import ranked_by
 from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
@@ -146,6 +147,10 @@ class PruneConfig(SettingsTable):
         """Whether the allocation `prices` needs what a pruner makes of the weights: masks of scores do not tell it."""
         by_row = name == "wanda" and (self.settings(name)["compare"] == "row" or parse(self.pattern).group is not None)
         return self.prices == "own" and (bool(self.refinement) or not (by_row or name == "magnitude"))
+
+    def priced_by(self, name: str) -> str:
+        """What the allocation `prices` descends by for a pruner: the places of a score, or its own weights."""
+        return f"weights of {name}" if self.has_own_prices(name) else ranked_by(name)
 
     @property
     def refinement(self) -> dict[str, int]:
