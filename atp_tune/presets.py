@@ -49,6 +49,7 @@ PRESETS = {
 }
 REFINE = 5  # steps of conjugate gradients on the kept weights, see docs/refinement.md
 RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
+WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
 STRIDE = 4  # every so many-th validation window is screened
 LIMITED_TRIALS = 12  # of a search for the sparsest plan within a limit, at most: it ends when it has found the plan
 _C4: dict[str, dict[str, Any]] = {
@@ -86,14 +87,20 @@ def texts_from(
 ) -> dict[str, dict[str, Any]]:
     """The texts of a study, from a local source and a part of it for each role, with as many windows as there are.
 
-    UserError if a part is shorter than one window.
+    Documents of a source that is cut into parts are shuffled, so that the parts are of one kind; paragraphs, where it
+    has one document, stay in their order. UserError if a part is shorter than one window.
     """
     from atp_tune.inputs.windows import first_windows
 
     sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
     for role, (source, part) in sources.items():
-        text = Text(source=source, part=part, seqlen=seqlen)
+        own = {
+            "source": source,
+            "part": part,
+            **({"shuffle": True} if part != WHOLE and _has_documents(source, base) else {}),
+        }
+        text = Text(**own, seqlen=seqlen)
         draws = preset.draws if role == "calibration" else 1
         most = (sizes[role] or 1_000_000 // draws) * draws
         try:
@@ -102,10 +109,20 @@ def texts_from(
             what = f"the part of {short_source(source)} for {role}" if part != WHOLE else f"the text for {role}"
             raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None
         draws = min(draws, there)
-        found[role] = {"source": source, "part": part, "nsamples": there // draws, "seqlen": seqlen}
+        found[role] = {**own, "nsamples": there // draws, "seqlen": seqlen}
         if role == "calibration":
             found[role]["draws"] = draws
     return found
+
+
+def _has_documents(source: str, base: Path) -> bool:
+    """Whether a local source has more than one document; False for one that cannot be read, which is said later."""
+    from atp_tune.inputs.documents import documents
+
+    try:
+        return len(documents(Text(source=source), base)) > 1
+    except UserError:
+        return False
 
 
 def search_over_interval(preset: Preset, windows: int | None, limit: Limit | None) -> dict[str, Any]:

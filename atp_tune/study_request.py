@@ -22,6 +22,7 @@ from atp_tune.presets import (
     RECOVERED,
     REFINE,
     WHOLE,
+    WORTH_TRAINING,
     Preset,
     search_over_interval,
     texts_from,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from atp_tune.events import Notify
 
 TEXTS = ("c4", "wikitext2", "packaged")
+DEFAULT = ("prices",)  # the allocation; it has one parameter, and by itself takes half as many trials
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class StudyRequest:
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": self._refinement(folder, notify)},
-            "allocation": {"names": list(self.allocations or ("atp",))},
+            "allocation": {"names": list(self.allocations or DEFAULT)},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts),
             **self._recovery(texts),
@@ -165,11 +167,13 @@ class StudyRequest:
         """The table `recover`; none over an interval without a limit, which has no best plan."""
         if not self.recover or (isinstance(self.sparsity, tuple) and not self.limit):
             return {}
-        return {"recover": {"seqlen": min(RECOVERED, texts["validation"]["seqlen"])}}
+        seqlen = min(RECOVERED, texts["validation"]["seqlen"])
+        return {"recover": {"seqlen": seqlen, "min_increase": WORTH_TRAINING}}
 
     def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(self.sparsity, tuple):
-            return {"trials": preset.trials, "sampler": "gp"}
+            is_alone = (self.allocations or DEFAULT) == DEFAULT and len(self.pruners) < 2
+            return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
         return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit)
 
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:

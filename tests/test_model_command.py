@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert best["recovered"]["settings"]["seqlen"] == 256  # of the default [recover]
     assert "rained after pruning: " in answer.out
     study = load(name).study
-    assert study.recover == RecoverConfig(seqlen=256)
+    assert study.recover == RecoverConfig(seqlen=256, min_increase=0.25)
     assert study.model.source == str(here / "Tiny_Llama")
     assert (study.search.trials, study.texts.calibration.draws) == (2, 1)  # the file says what options set
     assert command("--study", name).code == 0
@@ -84,7 +85,7 @@ def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     assert (answer.code, answer.err) == (0, "")
     assert "sparsity = 0.6" in answer.out
     assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
-    assert "12 trials" in answer.out
+    assert "6 trials" in answer.out
     assert not (here / "studies").exists()
 
 
@@ -344,7 +345,10 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
 
 def test_a_preset_without_a_gpu_is_quick(tiny_place: Path) -> None:
     request = StudyRequest(str(tiny_place / "model"), 0.5, texts=str(tiny_place / "long.txt"))
-    assert request.study("a", "cpu", {}, lambda _: None).search.trials == PRESETS["quick"].trials
+    study = request.study("a", "cpu", {}, lambda _: None)
+    assert study.allocation.names == ("prices",) and study.search.trials == PRESETS["quick"].trials // 2
+    both = replace(request, allocations=("prices", "curve")).study("a", "cpu", {}, lambda _: None)
+    assert both.search.trials == PRESETS["quick"].trials
 
 
 @pytest.mark.parametrize(

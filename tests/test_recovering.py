@@ -162,6 +162,30 @@ def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Pat
 
 
 @pytest.mark.slow
+def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLine) -> None:
+    """Where pruning raised the perplexity by less than `min_increase`, which is asked again of other settings."""
+    before = config_of(place)
+    dense, pruned = before.baselines.dense.validation, before.perplexity.validation
+    assert dense is not None
+    assert pruned is not None
+    increase = pruned.value / dense.value - 1
+    answer = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
+    assert (answer.code, answer.err) == (0, "")
+    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%} alone"
+    reason = f"{cost}, and recover.min_increase is"
+    assert f"the best plan stays as it was pruned: {reason}" in answer.out
+    assert "training the kept weights" not in answer.out
+    found = config_of(place).recovered
+    assert found is not None
+    assert (found.skipped, found.kept, found.steps) == (True, False, 0)
+    assert f"Not trained after pruning: {reason}" in command("status", "--study", place / "tiny.toml").out
+    again = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
+    assert again.out.startswith("complete: 6 of 6 trials; nothing to do")
+    least = f"recover.min_increase={max(0.0, increase - 0.001)}"
+    assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out
+
+
+@pytest.mark.slow
 def test_what_prevents_training_is_said_and_ends_no_study(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +210,8 @@ def test_a_model_in_memory_is_trained_too(trained: Path, cache: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = tune(
         model, tokenizer, sparsity=0.6, trials=2, texts=documents, progress=False,
-        settings={**settings_, "recover.learning_rate": 0.01, "continuations.tokens": 0, "prune.refine": 0},
+        settings={**settings_, "recover.learning_rate": 0.01, "recover.min_increase": 0, "continuations.tokens": 0,
+                  "prune.refine": 0},
     )  # fmt: skip
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     found = result.summary.recovered

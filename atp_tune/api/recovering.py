@@ -8,6 +8,7 @@ from atp_tune.api.lender import Lender
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
+from atp_tune.plan import percent
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import summarise
@@ -37,12 +38,11 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     asked, best = run.file.study.recover, progress.best_trial(study)
     if asked is None or best is None or not is_pending(run, study):
         return
-    run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
     config = best_config(run.file, study, run.file.best_of(run.name))
     uniform = uniform_of(study, best)
     nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
     try:
-        found = _recovered(run, config, asked, nlls, lender or Lender())
+        found = _skipped(config, asked) or _recovered(run, best.number, config, asked, nlls, lender or Lender())
     except UserError as error:
         said = str(error) if str(error).startswith("recover") else f"recover: {error}"
         run.note(f"warning: the best plan stays as it was pruned: {said}")
@@ -54,9 +54,23 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     run.publish(study)
 
 
+def _skipped(config: Config, asked: RecoverConfig) -> Recovered | None:
+    """Why the best plan is not worth training; None if it is."""
+    dense, pruned = config.baselines.dense.validation, config.perplexity.validation
+    if not asked.min_increase or dense is None or pruned is None:
+        return None
+    increase = pruned.value / dense.value - 1
+    if increase >= asked.min_increase:
+        return None
+    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%} alone"
+    reason = f"{cost}, and recover.min_increase is {percent(asked.min_increase)}"
+    return Recovered(settings=asked, kept=False, skipped=True, reason=reason)
+
+
 def _recovered(
-    run: StudyRun, config: Config, asked: RecoverConfig, uniform: Sequence[float], lender: Lender
+    run: StudyRun, trial: int, config: Config, asked: RecoverConfig, uniform: Sequence[float], lender: Lender
 ) -> Recovered:
+    run.watch(TrialStarted(f"training the kept weights of trial {trial}", None))
     from atp_tune.api.models import in_folder
     from atp_tune.sparse.recovering import recovered
 

@@ -23,6 +23,8 @@ def recovery_said(summary: Summary) -> str:
     if found is None:
         return _pending(summary)
     how = _how(found.settings)
+    if found.skipped:
+        return f"Not trained after pruning: {found.reason}."
     if not found.kept:
         return f"Not trained after pruning: with {how}, {found.reason}."
     texts = {"validation": found.validation, "test": found.test}

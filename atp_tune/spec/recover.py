@@ -40,6 +40,11 @@ class RecoverConfig(SettingsTable):
     rank: int | None = Field(None, ge=1, description="of lora alone; default: 8")
     eval_every: int = Field(8, ge=1, description="steps between two measurements of the loss on held-out windows")
     patience: int = Field(3, ge=1, description="measurements without a lower held-out loss after which training ends")
+    min_increase: float = Field(
+        0.0,
+        ge=0,
+        description="train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %",
+    )
     seed: int = Field(0, ge=0, description="of adapters and of the order of the windows")
 
     @model_validator(mode="after")
@@ -65,13 +70,14 @@ class Recovered(FrozenModel):
     """What training came to, by `settings`.
 
     `kept`: whether the loss on held-out windows and the perplexity on the validation text fell, so that `apply` trains
-    the model; else `reason` says what did not, in one line. `step` is the step whose weights were best, of `steps` that
-    were done. `test` is None with the paper's protocol, `against_uniform` (on the test text) if uniform was not
-    measured.
+    the model; else `reason` says what did not, or why there was no training (`skipped`), in one line. `step` is the
+    step whose weights were best, of `steps` that were done. `test` is None with the paper's protocol, `against_uniform`
+    (on the test text) if uniform was not measured.
     """
 
     settings: RecoverConfig
     kept: bool
+    skipped: bool = False
     reason: str = ""
     step: int = 0
     steps: int = 0

@@ -92,8 +92,8 @@ def model(
         Size | None,
         typer.Option(
             help="How much is measured; default: balanced with a GPU, else quick. quick: 12 trials on windows of 512 "
-            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers. Over an "
-            "interval 24, 36 or 48 points are screened."
+            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers. Half as "
+            "many with prices alone. Over an interval 24, 36 or 48 points are screened."
         ),
     ] = None,
     pruner: Annotated[
@@ -109,8 +109,8 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="atp, uniform, curve, prices, owl, alphapruning, alphapruning-linear, er, erk, global or a plug-in; "
-            "several are compared.",
+            help="prices by default; atp, uniform, curve, owl, alphapruning, alphapruning-linear, er, erk, global or a "
+            "plug-in; several are compared.",
             autocompletion=completion.allocations,
         ),
     ] = None,
