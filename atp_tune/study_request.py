@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from atp_tune.events import Notify
 
 TEXTS = ("c4", "wikitext2", "packaged")
-DEFAULT = ("prices",)  # the allocation; it has one parameter, and by itself takes half as many trials
+PRICES = ("prices",)  # the default; it has one parameter, and by itself takes half as many trials
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,27 @@ class StudyRequest:
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": self._refinement(folder, notify)},
-            "allocation": {"names": list(self.allocations or DEFAULT)},
+            "allocation": {"names": list(allocations := self._allocations(folder, notify))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
-            "search": self._search(PRESETS[preset], texts),
+            "search": self._search(PRESETS[preset], texts, allocations),
             **self._recovery(texts),
         }
         try:
             return Study.model_validate(settings)
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _allocations(self, folder: "ModelFolder", notify: "Notify") -> tuple[str, ...]:
+        """The allocations; without a wish prices, of a mixture of experts ATP.
+
+        A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
+        """
+        from atp_tune.checkpoints.headers import has_experts
+
+        if self.allocations or not has_experts(folder.path):
+            return self.allocations or PRICES
+        notify("the model has experts, so blocks get sparsities by ATP (--allocation prices needs gradients of all)")
+        return ("atp",)
 
     def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:
         """Steps of refinement; 0 where it costs too much for a default.
@@ -170,9 +182,9 @@ class StudyRequest:
         seqlen = min(RECOVERED, texts["validation"]["seqlen"])
         return {"recover": {"seqlen": seqlen, "min_increase": WORTH_TRAINING}}
 
-    def _search(self, preset: Preset, texts: Mapping[str, Any]) -> dict[str, Any]:
+    def _search(self, preset: Preset, texts: Mapping[str, Any], allocations: tuple[str, ...]) -> dict[str, Any]:
         if not isinstance(self.sparsity, tuple):
-            is_alone = (self.allocations or DEFAULT) == DEFAULT and len(self.pruners) < 2
+            is_alone = allocations == PRICES and len(self.pruners) < 2
             return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
         return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit)
 
