@@ -224,6 +224,18 @@ def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
     assert ("changed to make up" in body(card(config(pruner=pruner)))) == (pruner != "wanda")
 
 
+def test_prices_and_refinement_are_named() -> None:
+    linears = {"block_sparsities": (0.3, 0.2), "linear_sparsities": ((0.4, 0.2), (0.2, 0.2)), "linears": None}
+    chosen = AllocationRef(name="prices", beta=None, parameters={"kappa": 1.0})
+    text = body(card(config(**linears, allocation=chosen, prune=PruneConfig(refine=5))))
+    assert (
+        "Each linear has its own share of zeros, chosen by the allocation `prices κ=1` of atp_tune, by gradients"
+        in text
+    )
+    assert "conjugate gradients changed to make up" in text and "ICML 2025" not in text
+    assert "ICML 2025" in body(card())
+
+
 def test_a_text_that_was_searched_on_is_confessed() -> None:
     text = Text(source="wikitext2", split="test")
     assert "on this same text" in body(card(config(texts=EvaluationTexts(validation=text, test=text))))

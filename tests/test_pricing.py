@@ -501,6 +501,14 @@ def test_a_study_by_own_weights(place: Path, command: CommandLine, cache: Path) 
 
 
 @pytest.mark.slow
+def test_own_prices_without_effect_are_said(place: Path, command: CommandLine) -> None:
+    words = ("--study", place / "tiny.toml", *settings("prune.prices=own", "search.trials=1"))
+    assert 'prune.prices = "own" changes nothing without the allocation prices' in command(*words).out
+    masks = command("plan", *words[:-2], *settings('allocation=["prices"]', 'prune.pruners=["wanda"]'))
+    assert 'prune.prices = "own" changes nothing: all that these pruners make is masks' in masks.out + masks.err
+
+
+@pytest.mark.slow
 def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
     wishes = settings('allocation=["prices"]', "sparsity=[0.3, 0.45]", "search.trials=6")
     answer = command("--study", place / "tiny.toml", *wishes)

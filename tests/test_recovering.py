@@ -161,6 +161,10 @@ def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Pat
     assert not (place / "out" / FINETUNED).exists()
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLine) -> None:
     """Where pruning raised the perplexity by less than `min_increase`, which is asked again of other settings."""
@@ -171,8 +175,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     increase = pruned.value / dense.value - 1
     answer = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
     assert (answer.code, answer.err) == (0, "")
-    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%} alone"
-    reason = f"{cost}, and recover.min_increase is"
+    reason = f"pruning changes the perplexity on the validation text by {increase:+.1%}, less than recover.min_increase"
     assert f"the best plan stays as it was pruned: {reason}" in answer.out
     assert "training the kept weights" not in answer.out
     found = config_of(place).recovered
@@ -182,6 +185,10 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     again = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
     assert again.out.startswith("complete: 6 of 6 trials; nothing to do")
     least = f"recover.min_increase={max(0.0, increase - 0.001)}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp_tune.api.recovering._recovered", interrupted)
+        assert run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).code == 130
+    assert "Not trained yet: the same command" in command("status", "--study", place / "tiny.toml").out
     assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out
 
 

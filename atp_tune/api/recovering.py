@@ -8,7 +8,6 @@ from atp_tune.api.lender import Lender
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
-from atp_tune.plan import percent
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import summarise
@@ -17,6 +16,7 @@ from atp_tune.search.final_scores import write_best
 from atp_tune.search.runner import StudyRun
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
+from atp_tune.spec.studyfile import settings
 from atp_tune.storage import progress
 
 
@@ -38,6 +38,8 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     asked, best = run.file.study.recover, progress.best_trial(study)
     if asked is None or best is None or not is_pending(run, study):
         return
+    if (made := settings(run.file)) != study.user_attrs.get("made_from"):
+        study.set_user_attr("made_from", made)  # with the `recover` that is asked for now
     config = best_config(run.file, study, run.file.best_of(run.name))
     uniform = uniform_of(study, best)
     nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
@@ -62,8 +64,8 @@ def _skipped(config: Config, asked: RecoverConfig) -> Recovered | None:
     increase = pruned.value / dense.value - 1
     if increase >= asked.min_increase:
         return None
-    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%} alone"
-    reason = f"{cost}, and recover.min_increase is {percent(asked.min_increase)}"
+    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%}"
+    reason = f"{cost}, less than recover.min_increase = {asked.min_increase:g} asks for; a lower one trains it"
     return Recovered(settings=asked, kept=False, skipped=True, reason=reason)
 
 

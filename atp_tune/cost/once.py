@@ -7,7 +7,6 @@ from atp_tune.spec.recover import FEWEST, RecoverConfig
 
 if TYPE_CHECKING:
     from atp_tune.cost.planning import Known
-    from atp_tune.spec.study import Study
 
 FLOAT32 = 4  # bytes
 LEVELS = 9  # at which a descent asks for the weights of a linear, in the mean; as measured on SmolLM2 at 60 %
@@ -41,16 +40,9 @@ def descents(known: "Known") -> int:
     return len(by) * steps * PASSES * _step_tokens(known)
 
 
-def with_own_prices(study: "Study") -> tuple[str, ...]:
-    """The pruners whose descents by prices make weights at many sparsities."""
-    if study.by_bits or "prices" not in study.allocation.short_names:
-        return ()
-    return tuple(name for name in study.prune.short_names if study.prune.has_own_prices(name))
-
-
 def levels_seconds(known: "Known", rates: ProbeRates) -> float:
-    """Seconds in which pruners make the weights of those descents."""
-    pruned = sum(rates.pruners[name].prune for name in with_own_prices(known.study))
+    """Seconds in which pruners make the weights of descents by their own."""
+    pruned = sum(rates.pruners[name].prune for name in known.study.own_prices)
     return LEVELS * len(_path(known)) * len(known.sizes.blocks) * pruned
 
 

@@ -14,7 +14,7 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import descent_bytes, descents, levels_seconds, training, with_own_prices
+from atp_tune.cost.once import descent_bytes, descents, levels_seconds, training
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -82,6 +82,8 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     setup = ContextConfig.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
+    if said := file.study.without_effect:
+        watch(Message(said))
     watch(Message(f"loading the model and the {file.study.items}"))
     folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
     known = _known(file, name, setup, folder, device, dtype.itemsize)
@@ -156,7 +158,7 @@ def _kinds(study: Study) -> int:
     if study.prune.statistics == "dense":
         return dense_kinds(study)
     names = study.allocation.short_names
-    own = {study.prune.pruner(name).measures for name in with_own_prices(study)} - {None}
+    own = {study.prune.pruner(name).measures for name in study.own_prices} - {None}
     return len(own) + any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names)
 
 
@@ -235,7 +237,7 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     once = known.kinds * known.tokens.calibration + descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
-    if rates is not None and with_own_prices(study):
+    if rates is not None and study.own_prices:
         own = levels_seconds(known, rates)
         found = forecast.added(found, 0, (own, 0.0 if done else own))
     ends_early = study.search.early_termination or study.limit is not None

@@ -19,8 +19,8 @@ def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
 
 def recovery_said(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
-    found = summary.recovered
-    if found is None:
+    found, asked = summary.recovered, summary.made_from.study.recover if summary.made_from else None
+    if found is None or (not found.kept and asked is not None and asked != found.settings):
         return _pending(summary)
     how = _how(found.settings)
     if found.skipped:

@@ -252,6 +252,8 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
     from atp_tune.search.context_config import ContextConfig
 
     spec = run.file.study
+    if said := spec.without_effect:
+        run.note(said)
     run.note(f"loading the model and the {spec.items}")
     setup = ContextConfig.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
     with oom_as_user_error("loading"):

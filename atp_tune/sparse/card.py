@@ -34,6 +34,14 @@ HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the hea
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card
 RELATION = "finetune"  # the hub knows adapter, finetune, merge and quantized, and would guess without it
+_ATP = ", after [ATP](https://openreview.net/forum?id=otNB7BzsiR) (Huang et al., ICML 2025)"
+SOURCES = {  # of allocations, see docs/references.md
+    "atp": _ATP,
+    "curve": _ATP,
+    "prices": ", by gradients of the pruned model's loss",
+    "owl": ", after OWL (Yin et al., ICML 2024)",
+    **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
+}
 UPDATES = ("sparsegpt", "alps")  # pruners that also change weights that stay nonzero
 THIS = "**this model**"
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
@@ -139,6 +147,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "realised": f"{config.sparsity.realised:.1%}",
         "pruner": config.pruner,
         "allocation": _allocation(config),
+        "after": SOURCES.get(config.allocation.name, ""),
+        "by_linear": bool(config.linear_sparsities or config.linear_bits),
         "uniform": _is_uniform(config),
         "rounded": len(set(config.block_sparsities)) > 1,
         "scores": list(_scores(config)),
@@ -152,7 +162,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
         "continuations": list(_continuations(config)),
         "how": continuations_note(config.continuations) if config.continuations else "",
-        "updated": config.pruner in UPDATES,
+        "updated": _updated_by(config),
         "equal": EQUAL,
         "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
         "classifies": isinstance(text, ImageSet),
@@ -170,8 +180,14 @@ def _of_channels(config: Config) -> dict[str, Any]:
     """The values that differ where whole channels are pruned, and where they are cut off."""
     if not parse(config.prune.pattern).channels:
         return {}
-    found: dict[str, Any] = {"channels": True, "updated": config.prune.channels.refit}
+    found: dict[str, Any] = {"channels": True, "updated": "least squares" if config.prune.channels.refit else ""}
     return found | ({"dense_files": SLIM_FILES, "slim": True} if config.slim else {"dense_files": MASKED_FILES})
+
+
+def _updated_by(config: Config) -> str:
+    """What changed the weights that are kept; "" if nothing did."""
+    refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
+    return " and ".join([*([config.pruner] if config.pruner in UPDATES else []), *refined])
 
 
 def _errors(text: Data) -> str:

@@ -334,6 +334,22 @@ class Study(SettingsTable):
         return self.sparsity is None
 
     @property
+    def own_prices(self) -> tuple[str, ...]:
+        """The pruners whose descents by prices make weights at many sparsities."""
+        if self.by_bits or "prices" not in self.allocation.short_names:
+            return ()
+        return tuple(name for name in self.prune.short_names if self.prune.has_own_prices(name))
+
+    @property
+    def without_effect(self) -> str:
+        """A line on a setting that changes nothing; "" without one."""
+        if self.prune.prices == "wanda" or self.own_prices:
+            return ""
+        if "prices" not in self.allocation.short_names:
+            return 'prune.prices = "own" changes nothing without the allocation prices'
+        return 'prune.prices = "own" changes nothing: all that these pruners make is masks, as they are descended by'
+
+    @property
     def methods(self) -> Methods:
         """What is done to weights."""
         return methods_of(self.prune, None if self.bits is None else self.quantize, not self.by_bits)

@@ -127,7 +127,8 @@ def model(
         typer.Option(
             "--recover/--no-recover",
             help="After the search train scales of the rows and columns of the best plan by the dense model's "
-            "predictions, and keep every zero; not over an interval without a limit.",
+            "predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an "
+            "interval without a limit.",
         ),
     ] = True,
     name: Annotated[
