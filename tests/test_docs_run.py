@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 import plotly.io
 import pytest
 from pages import PAGES, REPO, blocks, commands, named
-from tinystudy import CommandLine, settings
+from tinystudy import CommandLine, few_steps, settings
 
 from atp_tune.cli import main
 from atp_tune.presets import PRESETS
@@ -111,6 +111,7 @@ def enter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = Path(shutil.copytree(folder, tmp_path / "reader"))
     monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    few_steps(monkeypatch)
     return place
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from tinystudy import few_steps
 
 from atp_tune.presets import PRESETS
 
@@ -25,6 +26,7 @@ class Example:
         self._place, self._monkeypatch, self._capsys = place, monkeypatch, capsys
         monkeypatch.chdir(place)
         monkeypatch.setitem(PRESETS, "quick", FEW)
+        few_steps(monkeypatch)
         monkeypatch.setattr("pydoc_data.topics.topics", {key: text[:1500] for key, text in topics.items()})
 
     def __call__(self, name: str, *arguments: str) -> str:

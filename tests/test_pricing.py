@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -566,6 +567,11 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
         for names in ('"owl"', '"owl", "prices"')
     ]
     assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] > 4 * prices.STEPS * 2048
+    assert found[0]["whole"]["descents"] is None
+    assert 0 < found[1]["whole"]["descents"] < found[1]["whole"]["seconds"]
+    words = settings('allocation=["prices"]', "recover={}")
+    text = command("plan", "--study", place / "tiny.toml", *words).out
+    assert re.search(r", about .* for prices and .* to train the best plan of it\n", text)
 
 
 @pytest.mark.slow

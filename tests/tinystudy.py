@@ -28,6 +28,7 @@ from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atp_tune.allocations import prices
 from atp_tune.blocks import batching
 from atp_tune.cli import main
 from atp_tune.cli.runtime import quiet
@@ -168,6 +169,12 @@ def run(
     """The study, driven to its total in this process."""
     with quiet():
         return tune(StudyRun(study_file(place, *overrides), name, timeout, watch, mix=mix))
+
+
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descents by prices of a few steps, where only their end is of interest; test_pricing.py has whole ones."""
+    for name, steps in (("STEPS", 4), ("FURTHER", 2), ("AT_LOWEST", 1)):
+        monkeypatch.setattr(prices, name, steps)
 
 
 def settings(*overrides: str) -> list[str]:

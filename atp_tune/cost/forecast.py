@@ -117,7 +117,8 @@ class StudyCost(FrozenModel):
 
     That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination,
     which is also the end of a search for the sparsest plan within a limit, can only lower it. `without_tasks`: each
-    trial also answers the tasks of `limit.min_accuracy`, which are not in it.
+    trial also answers the tasks of `limit.min_accuracy`, which are not in it. `descents`, `training`: seconds of it for
+    descents by prices, and for training the best plan, if it is trained; null without them, or without a probe.
     """
 
     trials: int | None
@@ -128,6 +129,8 @@ class StudyCost(FrozenModel):
     tokens: int | None
     seconds: float | None
     seconds_left: float | None
+    descents: float | None = None
+    training: float | None = None
 
 
 class Forecast(FrozenModel):
@@ -264,7 +267,8 @@ def trained(
 ) -> StudyCost:
     """The cost of a study with the training of its best plan."""
     own = None if rates is None else training.seconds(rates, blocks)
-    return added(found, training.tokens, None if own is None else (own, 0.0 if is_done else own))
+    found = added(found, training.tokens, None if own is None else (own, 0.0 if is_done else own))
+    return found.model_copy(update={"training": own})
 
 
 def added(found: StudyCost, tokens: int, times: tuple[float, float] | None) -> StudyCost:

@@ -237,9 +237,10 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     once = known.kinds * known.tokens.calibration + descents(known)
     blocks = len(known.sizes.blocks)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
-    if rates is not None and study.own_prices:
+    if rates is not None and (descended := descents(known)):
         own = levels_seconds(known, rates)
         found = forecast.added(found, 0, (own, 0.0 if done else own))
+        found = found.model_copy(update={"descents": own + blocks * descended * rates.dense})
     ends_early = study.search.early_termination or study.limit is not None
     has_tasks = study.limit is not None and study.limit.min_accuracy is not None
     found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})

@@ -81,7 +81,10 @@ def _study_cost(whole: "StudyCost") -> str:
     screened = f" after {trials(whole.screened)} of screening" if whole.screened else ""
     most = "at most " if whole.early_termination and whole.done < whole.trials else ""
     without = ", without the tasks of limit.min_accuracy" if whole.without_tasks else ""
-    return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{left}{without}"
+    parts = (("for prices", whole.descents), ("to train the best plan", whole.training))
+    own = " and ".join(f"{duration(seconds)} {what}" for what, seconds in parts if seconds)
+    of_it = f", {own} of it" if time and own else ""
+    return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{of_it}{left}{without}"
 
 
 def _memory(memory: "Memory") -> str:
