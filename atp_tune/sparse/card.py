@@ -38,7 +38,7 @@ _ATP = ", after [ATP](https://openreview.net/forum?id=otNB7BzsiR) (Huang et al.,
 SOURCES = {  # of allocations, see docs/references.md
     "atp": _ATP,
     "curve": _ATP,
-    "prices": ", by gradients of the pruned model's loss",
+    "prices": ", by gradients of the loss",
     "owl": ", after OWL (Yin et al., ICML 2024)",
     **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
 }
