@@ -31,13 +31,16 @@ def _path(known: "Known") -> tuple[float, ...]:
 
 
 def descents(known: "Known") -> int:
-    """Tokens of the descents by prices, counted as forward passes; one for each score, or pruner's own weights."""
+    """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
+
+    There is one descent for each score, and for each pruner's own weights.
+    """
     from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import PASSES
 
     steps = 1 if known.study.by_bits else steps_along(_path(known))
     by = {known.study.prune.priced_by(name) for name in known.study.methods.short_names}
-    return len(by) * steps * PASSES * _step_tokens(known)
+    return len(by) * steps * PASSES * _step_tokens(known) // 2
 
 
 def levels_seconds(known: "Known", rates: ProbeRates) -> float:
