@@ -94,12 +94,10 @@ def texts_from(
 
     sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
+    cut = {source for source, part in sources.values() if part != WHOLE}
+    shuffled = {source for source in cut if _has_documents(source, base)}
     for role, (source, part) in sources.items():
-        own = {
-            "source": source,
-            "part": part,
-            **({"shuffle": True} if part != WHOLE and _has_documents(source, base) else {}),
-        }
+        own = {"source": source, "part": part, **({"shuffle": True} if source in shuffled else {})}
         text = Text(**own, seqlen=seqlen)
         draws = preset.draws if role == "calibration" else 1
         most = (sizes[role] or 1_000_000 // draws) * draws

@@ -21,7 +21,7 @@ def recovery_said(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
     found, asked = summary.recovered, summary.made_from.study.recover if summary.made_from else None
     if found is None or (not found.kept and asked is not None and asked != found.settings):
-        return _pending(summary)
+        return _pending(summary, asked)
     how = _how(found.settings)
     if found.skipped:
         return f"Not trained after pruning: {found.reason}."
@@ -35,8 +35,7 @@ def recovery_said(summary: Summary) -> str:
     )
 
 
-def _pending(summary: Summary) -> str:
-    asked = summary.made_from.study.recover if summary.made_from else None
+def _pending(summary: Summary, asked: RecoverConfig | None) -> str:
     if asked is None or not summary.complete or summary.best_trial is None:
         return ""
     return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."

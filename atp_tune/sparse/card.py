@@ -26,6 +26,7 @@ from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import parse
+from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import MEMORY, short_source
 
@@ -42,7 +43,6 @@ SOURCES = {  # of allocations, see docs/references.md
     "owl": ", after OWL (Yin et al., ICML 2024)",
     **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
 }
-UPDATES = ("sparsegpt", "alps")  # pruners that also change weights that stay nonzero
 THIS = "**this model**"
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
 EQUAL = "Every tensor that was not pruned is equal to the dense model's byte for byte."
@@ -187,7 +187,7 @@ def _of_channels(config: Config) -> dict[str, Any]:
 def _updated_by(config: Config) -> str:
     """What changed the weights that are kept; "" if nothing did."""
     refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
-    return " and ".join([*([config.pruner] if config.pruner in UPDATES else []), *refined])
+    return " and ".join([*([config.pruner] if config.pruner in UPDATING else []), *refined])
 
 
 def _errors(text: Data) -> str:
