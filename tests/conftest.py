@@ -103,6 +103,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in less]
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Says at once what failed, in the process that prints: a run that is cut off says nothing at its end."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        reasons = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        sys.stderr.write(f"\n{report.nodeid}, {report.when}: {' '.join(reasons[:3])[:500]}\n")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
     """What was frozen is freed at the end, or extensions complain of leaks."""
