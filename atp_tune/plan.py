@@ -8,6 +8,7 @@ from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Sparsiti
 from atp_tune.allocations import bits as of_bits
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.allocations.channels import means, rounded
+from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import UserError
 from atp_tune.spec.patterns import Pattern
 
@@ -21,7 +22,8 @@ class Plan:
 
     `linear_sparsities`: one per linear of each block, if they differ within blocks. `target`: the sparsity, where the
     study searches for it. `bits`: one number per block, where weights are rounded (by `pruner`, then a quantizer);
-    `linear_bits`: one per linear of each block, if they differ within blocks, and `bits` are then means.
+    `linear_bits`: one per linear of each block, if they differ within blocks, and `bits` are then means. `row_offsets`:
+    of the rows of each linear, if they differ within linears.
     """
 
     pruner: str
@@ -32,11 +34,12 @@ class Plan:
     target: float | None = None
     bits: tuple[float, ...] | None = None
     linear_bits: LinearBits | None = None
+    row_offsets: RowOffsets | None = None
 
     @property
     def levels(self) -> tuple[object, ...]:
         """What it does to each block, whatever it comes from."""
-        return self.sparsities, self.linear_sparsities, self.bits, self.linear_bits
+        return self.sparsities, self.linear_sparsities, self.bits, self.linear_bits, self.row_offsets
 
     @property
     def is_uniform(self) -> bool:
@@ -54,6 +57,10 @@ class Plan:
     def of(self, index: int, linears: int) -> tuple[float, ...]:
         """The sparsity of each linear of block `index`."""
         return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
+
+    def offsets_of(self, index: int) -> tuple[bytes, ...]:
+        """The offsets of the rows of each linear of block `index`; none where they do not differ within linears."""
+        return () if self.row_offsets is None else self.row_offsets.blocks[index]
 
     def bits_of(self, index: int, linears: int) -> tuple[int, ...]:
         """The bits of each linear of block `index`, where weights are rounded."""
@@ -117,7 +124,9 @@ def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, fl
     if blocks:
         return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
     linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
-    return Plan(pruner, allocation, budget.block_means(linears), parameters, linears)
+    offsets = getattr(ALLOCATIONS[allocation], "row_offsets", None)  # no plug-in has it: they are checked
+    rows = None if offsets is None else offsets(budget, **parameters)
+    return Plan(pruner, allocation, budget.block_means(linears), parameters, linears, row_offsets=rows)
 
 
 def _rounding(plan: Plan, shared: Sparsities, budget: Budget) -> Plan:

@@ -52,7 +52,7 @@ def admissible(budget: Budget, beta: float) -> bool:
 def test_the_table_is_what_a_study_may_name() -> None:
     names = tuple(ALLOCATIONS)
     assert names[:6] == ("uniform", "atp", "curve", "owl", "alphapruning", "alphapruning-linear")
-    assert names[6:10] == ("er", "erk", "prices", "global")
+    assert names[6:11] == ("er", "erk", "prices", "row-prices", "global")
     assert AllocationConfig(names=names).names == names
     with pytest.raises(ValidationError, match=r"Input should be 'uniform', .* or 'global'"):
         AllocationConfig(names=("none",))

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
@@ -380,7 +381,7 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
         flat = iter(drawn[step])
         return [[next(flat) for _ in row] for row in budget.linears]
 
-    ends = prices.descend(budget.linears, targets, prices_at)
+    ends = list(prices.descend(budget.linears, targets, prices_at))
     assert len(seen) == steps and {s for row in seen[0] for s in row} == {budget.target}
     for end, expected in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
         assert [s for row in end for s in row] == pytest.approx(expected, abs=1e-9)
@@ -426,8 +427,8 @@ def test_a_path_has_equal_distances_of_at_most_a_tenth(
     ("target", "expected"), [(0.3, 0.1), (0.35, 0.2), (0.4, 0.3), (0.41, 0.34), (0.5, 0.7), (0.5 + 1e-12, 0.7)]
 )
 def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: float) -> None:
-    ends = [((0.1, 1.0),), ((0.3, 0.5),), ((0.7, 0.0),)]
-    assert prices.between((0.3, 0.4, 0.5), ends, target)[0][0] == pytest.approx(expected)
+    ends = [RowSparsities(linears) for linears in (((0.1, 1.0),), ((0.3, 0.5),), ((0.7, 0.0),))]
+    assert prices.between((0.3, 0.4, 0.5), ends, target).linears[0][0] == pytest.approx(expected)
     assert prices.between((0.4,), ends[:1], 0.4) == ends[0]
 
 
@@ -515,14 +516,14 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     [file] = (cache / "prices").glob("*.json")
-    ends = json.loads(file.read_text())
+    ends = [RowSparsities(end) for end in json.loads(file.read_text())]
     assert len(ends) == 3
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]
     assert len({trial.params["sparsity"] for trial in trials}) > 1
     compared = 0
     for trial in trials:
         target, kappa = trial.params["sparsity"], prices.FARTHEST * trial.params["kappa"]
-        end = prices.between(prices.path(0.3, 0.45), ends, target)
+        end = prices.between(prices.path(0.3, 0.45), ends, target).linears
         kept = [s for row in trial.user_attrs["linear_sparsities"] for s in row]
         wanted = [target + kappa * (s - target) for row in end for s in row]
         if min(wanted) >= 0 and max(wanted) <= 1:
@@ -591,23 +592,23 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
     """The others wait for its end, and say so."""
     begun, said, made = threading.Event(), list[str](), list[int]()
 
-    def descend(self: priced.Descent, targets: Sequence[float]) -> priced.Ends:
+    def descend(self: priced.Descent, targets: Sequence[float]) -> list[LinearSparsities]:
         made.append(1)
         begun.set()
         while not said:
             time.sleep(0.001)
-        return (((0.25, 0.75),),)
+        return [((0.25, 0.75),)]
 
     monkeypatch.setattr(priced.Descent, "_descend", descend)
     monkeypatch.setattr(CalibrationGradients, "_key", lambda *_: "ab" * 32)
     gradients = CalibrationGradients.__new__(CalibrationGradients)
     gradients.watch = lambda event: said.append(event.text)
-    workers = [priced.Descent(gradients, ByPlaces(lambda *_: torch.zeros(1)), []) for _ in range(2)]
+    workers = [priced.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(workers[0].ends, [0.5], "")
         assert begun.wait(60)
         second = pool.submit(workers[1].ends, [0.5], "")
-        assert first.result() == second.result() == (((0.25, 0.75),),)
+        assert first.result() == second.result() == (RowSparsities(((0.25, 0.75),)),)
     lock = cache / "prices" / f".{'ab' * 32}.json.lock"
     waited = "waiting for the prices of another process; if none is running, remove"
     assert (made, said) == ([1], [f"{waited} {lock}"])

@@ -12,6 +12,8 @@ middle. It may also say
 
     contains = ("uniform", …)       the allocations that it equals where its other parameters are 0
     measures_inputs = True          it needs the statistics of the dense model's inputs
+
+`row_prices` has one function more, `row_offsets`: how much sparser than its linear each row is.
 """
 
 from collections.abc import Callable
@@ -49,6 +51,7 @@ ALLOCATIONS = Registry[Allocation](
         "er": "atp_tune.allocations.er",
         "erk": "atp_tune.allocations.er",
         "prices": "atp_tune.allocations.prices",
+        "row-prices": "atp_tune.allocations.row_prices",
         "global": "atp_tune.allocations.global_",
     },
     "atp_tune.allocations",

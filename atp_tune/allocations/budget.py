@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from atp_tune.allocations.channels import BlockChannels
+    from atp_tune.allocations.rows import RowSparsities
 
 ROUNDING = 1e-9  # tolerance when a parameter is compared with its bounds
 # Names of parameters in papers and error messages.
@@ -51,6 +52,9 @@ class DenseMetricsProtocol(Protocol):
 
     def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         """For each linear of each block, its sparsity by prices at this target; see `allocations.prices`."""
+
+    def row_priced_sparsities(self, target: float, pruner: str) -> "RowSparsities":
+        """The same with offsets of rows, if the pruner takes the lowest scores of each row."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.

@@ -30,10 +30,11 @@ biased at the distance of pruning. For pruners that change the kept weights a de
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level, rows_of
+from atp_tune.allocations.rows import RowSparsities
 
 contains = ("uniform",)
 measures_inputs = True
@@ -66,7 +67,12 @@ def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[f
     if kappa == 0:
         return (budget.target,) * len(budget.sizes)
     found = budget.require_dense_metrics("prices").priced_sparsities(budget.target, budget.pruner)
-    wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(found)]
+    return at_distance(budget, found, kappa)
+
+
+def at_distance(budget: Budget, end: LinearSparsities, kappa: float) -> LinearSparsities:
+    """The sparsities at a distance κ from uniform, of which 1 is the end of the descent."""
+    wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(end)]
     return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 
 
@@ -92,17 +98,16 @@ def descend(
     linears: Sequence[Sequence[Shape]],
     targets: Sequence[float],
     prices_at: Callable[[int, LinearSparsities], Prices],
-) -> tuple[LinearSparsities, ...]:
-    """The end of the descent at each of these ascending targets, the first of which begins at uniform.
+) -> Iterator[LinearSparsities]:
+    """The end of the descent at each of these ascending targets, as it is reached; the first begins at uniform.
 
     `prices_at(step, sparsities)` measures prices, in nats per weight.
     """
     sizes, done = _sizes(linears), 0
     found, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
-    ends: list[LinearSparsities] = []
     for place, target in enumerate(targets):
         low, high = min(LIMITS[0], target), max(LIMITS[1], target)
-        found = _levelled(found, sizes, target, low, high) if ends else found
+        found = _levelled(found, sizes, target, low, high) if place else found
         for step in range(STEPS - _steps(targets, place), STEPS):
             prices = chain.from_iterable(prices_at(done, rows_of(found, linears)))
             smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
@@ -110,19 +115,17 @@ def descend(
             wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
             found = _levelled(wanted, sizes, target, low, high)
             done += 1
-        ends.append(rows_of(found, linears))
-    return tuple(ends)
+        yield rows_of(found, linears)
 
 
-def between(targets: Sequence[float], ends: Sequence[LinearSparsities], target: float) -> LinearSparsities:
+def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: float) -> RowSparsities:
     """The end of the descent at a target within a path, linear between the two ends beside it."""
     after = min(max(1, bisect_left(targets, target)), len(targets) - 1)
     if after == 0 or target >= targets[after]:
         return ends[after]
     before = after - 1
     share = max(0.0, (target - targets[before]) / (targets[after] - targets[before]))
-    rows = zip(ends[before], ends[after], strict=True)
-    return tuple(tuple(a + share * (b - a) for a, b in zip(*row, strict=True)) for row in rows)
+    return ends[before].towards(ends[after], share)
 
 
 def _levelled(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:

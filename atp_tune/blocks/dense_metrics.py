@@ -22,6 +22,7 @@ from torch import Tensor
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score, TailStart, ranked_by
 from atp_tune.allocations.prices import between
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
@@ -36,15 +37,16 @@ HALF = 16  # bits of a float32 that one sweep over the scores resolves
 T = TypeVar("T")
 StatisticsOf = Callable[[type[Statistics]], Sequence[Mapping[str, Statistics]]]
 Cache = dict[tuple[object, ...], Any]
-Priced = Callable[[Sequence[float], str], Sequence[LinearSparsities]]  # by ascending targets and pruner, the ends
+# By ascending targets, pruner, and whether rows move too: the ends.
+Priced = Callable[[Sequence[float], str, bool], Sequence[RowSparsities]]
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
 class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
 
-    `priced` finds sparsities by prices, `priced_by` names what they depend on for a pruner; `path`: the targets of the
-    one descent for all budgets, else each has its own.
+    `priced` finds sparsities by prices, `priced_by` names what they depend on for a pruner, `by_rows` says whether its
+    rows may differ; `path`: the targets of the one descent for all budgets, else each has its own.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class DenseMetrics:
         step: Callable[[int], None],
         priced: Priced,
         priced_by: Callable[[str], str] = ranked_by,
+        by_rows: Callable[[str], bool] = lambda pruner: False,
         path: Sequence[float] = (),
     ) -> None:
         self._checkpoint = checkpoint
@@ -64,6 +67,7 @@ class DenseMetrics:
         self._priced = priced
         self._path = tuple(path)
         self._priced_by = priced_by
+        self._by_rows = by_rows
         self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
@@ -92,9 +96,16 @@ class DenseMetrics:
 
     def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         """For each linear of each block, its sparsity by prices."""
+        return self._end(target, pruner, False).linears
+
+    def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
+        """The same with offsets of rows, if the pruner takes the lowest scores of each row."""
+        return self._end(target, pruner, self._by_rows(pruner))
+
+    def _end(self, target: float, pruner: str, rows: bool) -> RowSparsities:
         targets = self._path or (target,)
-        key = "priced", targets, self._priced_by(pruner)
-        ends = self._once(key, lambda: self._priced(targets, pruner))
+        key = "priced", targets, self._priced_by(pruner), rows
+        ends = self._once(key, lambda: self._priced(targets, pruner, rows))
         return between(targets, ends, target)
 
     def of_blocks(

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.prune_pass import BlockStatistics, unmeasured
+from atp_tune.blocks.linear_pruner import unmeasured
+from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners import Pruner
 

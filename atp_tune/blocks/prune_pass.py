@@ -19,16 +19,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from atp_tune.allocations.rows import zeros_of_rows
 from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
+from atp_tune.blocks.linear_pruner import of_rows, unmeasured
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.sequential import prune_sequentially
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.inputs import Batch
 from atp_tune.plan import Plan
-from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.quantizers.grid import Grid
 from atp_tune.quantizers.quantizing import Quantizing
@@ -110,7 +112,7 @@ class Pass:
         """The pruning of block `index`, before its first linear."""
         linears = self.replay.checkpoint.linears[index]
         shares, bits = plan.of(index, len(linears)), plan.bits_of(index, len(linears))
-        return Pruning(linears, weights, self.pruner, shares, bits, self.keeps_grids)
+        return Pruning(linears, weights, self.pruner, shares, bits, self.keeps_grids, plan.offsets_of(index))
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
@@ -180,9 +182,10 @@ class Pruning:
         sparsities: tuple[float, ...],
         bits: tuple[int, ...] = (),
         keeps_grids: bool = False,
+        offsets: tuple[bytes, ...] = (),
     ) -> None:
         """`bits`: of each linear, where weights are rounded; the pruner is then a `Quantizing`, whose grids are kept
-        if `keeps_grids`.
+        if `keeps_grids`. `offsets`: of the rows of each linear, see `allocations.rows`, where they differ.
         """
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
@@ -192,6 +195,7 @@ class Pruning:
         self._pruner = pruner
         self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
         self._bits = dict(zip((linear.name for linear in linears), bits, strict=False))
+        self._offsets = dict(zip((linear.name for linear in linears), offsets, strict=False))
         self.grids: dict[str, Grid] = {}
         self._keeps_grids = keeps_grids
         self._kept: dict[str, Tensor] = {}
@@ -203,6 +207,9 @@ class Pruning:
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
             self.experts_without_tokens.append(linear.name)
+        elif linear.name in self._offsets:
+            own = linear.in_features, self._sparsities[linear.name], self._offsets[linear.name]
+            rule = of_rows(rule, torch.from_numpy(zeros_of_rows(*own)))
         dense, sparsity = linear.matrix(self._dense[linear.key]), self._sparsities[linear.name]
         if isinstance(rule, Quantizing):
             rule = rule.at(self._bits[linear.name])
@@ -277,14 +284,6 @@ def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Ten
 def joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
     """The states after a block of all batches, in the place of `hidden` unless their shape is another."""
     return torch.cat(parts, out=hidden) if parts[0].shape[1:] == hidden.shape[1:] else torch.cat(parts)
-
-
-def unmeasured(pruner: Pruner) -> Pruner:
-    """The pruner for a linear without inputs: magnitude, with the same group; RTN, where weights are rounded."""
-    if isinstance(pruner, Quantizing):
-        return pruner.unmeasured(None if pruner.pruner is None else unmeasured(pruner.pruner))
-    group = getattr(pruner, "group", None)
-    return make_pruner("magnitude", None if group is None else {"group": group})
 
 
 def measure(

@@ -18,7 +18,7 @@ def _step_tokens(known: "Known") -> int:
     from atp_tune.search.priced_bits import items_of_costs
 
     length = known.tokens.calibration // known.windows
-    if "prices" not in known.study.allocation.short_names:
+    if not known.study.allocation.by_prices:
         return 0
     return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
 
@@ -33,14 +33,13 @@ def _path(known: "Known") -> tuple[float, ...]:
 def descents(known: "Known") -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
-    There is one descent for each score, and for each pruner's own weights.
+    There is one descent for each score, with rows and without, and for each pruner's own weights.
     """
     from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import PASSES
 
     steps = 1 if known.study.by_bits else steps_along(_path(known))
-    by = {known.study.prune.priced_by(name) for name in known.study.methods.short_names}
-    return len(by) * steps * PASSES * _step_tokens(known) // 2
+    return len(known.study.descents) * steps * PASSES * _step_tokens(known) // 2
 
 
 def levels_seconds(known: "Known", rates: ProbeRates) -> float:

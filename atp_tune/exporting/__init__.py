@@ -123,6 +123,8 @@ def _wanda(config: Config) -> tuple[str, dict[str, Any]]:
     compare = config.prune.settings("wanda")["compare"]
     if compare != "row":
         raise _not_to_be_said("prune.wanda.compare", compare, "compares scores of a row")
+    if config.row_offsets is not None:
+        raise _not_to_be_said("allocation.name", config.allocation.name, "gives all rows of a linear one sparsity")
     return "WandaPruningModifier", {}
 
 

@@ -11,6 +11,7 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 2024, algorithm 2, which starts at the end of ADMM, and its table 1, which starts at the mask of magnitudes.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import ClassVar, Self
 
@@ -42,6 +43,10 @@ class Refined:
     def __repr__(self) -> str:
         """Names what statistics may depend on, for the cache."""
         return repr(self._pruner)
+
+    def after(self, change: Callable[[Pruner], Pruner]) -> "Refined":
+        """The same after another pruner, made from its own."""
+        return Refined(change(self._pruner), self._steps, self._rounds)
 
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the pruner's own statistics."""

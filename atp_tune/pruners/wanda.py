@@ -20,6 +20,7 @@ Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language 
 variant is `use_variant` of their code.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -63,6 +64,28 @@ class Wanda(WandaSettings):
         """Scores [out, in] of weight [out, in] in float32; statistics are the `InputNorms` of its inputs."""
         assert isinstance(statistics, InputNorms)
         return weight.abs().float().mul_(statistics.norms())
+
+
+@dataclass(frozen=True)
+class WandaOfRows:
+    """A `Pruner` of one linear: Wanda with `zeros` [out], the number of zeros of each row."""
+
+    zeros: Tensor
+
+    group: ClassVar[None] = None
+    measures: ClassVar[type[Statistics] | None] = InputNorms
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Does nothing."""
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """A pruned copy of weight [out, in], whatever the sparsity; statistics are the `InputNorms` of its inputs."""
+        if isinstance(statistics, Ranks) and statistics.group is None:
+            places = statistics.places
+        else:
+            assert statistics is not None
+            places = order_in_rows(Wanda.scores(weight, statistics))
+        return zeroed(weight, places < self.zeros.to(places.device)[:, None])
 
 
 class Ranks(InputNorms):

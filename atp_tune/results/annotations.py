@@ -75,7 +75,8 @@ def _with(config: Config, found: Mapping[Key, Any]) -> Config:
 
 def is_same(one: Config, other: Config) -> bool:
     """Whether two configurations are of one trial of one study."""
-    parts = ("study", "trial", "pruner", "block_sparsities", "linear_sparsities", "block_bits", "linear_bits")
+    plan = ("pruner", "block_sparsities", "linear_sparsities", "row_offsets", "block_bits", "linear_bits")
+    parts = ("study", "trial", *plan)
     return one.model.fingerprint == other.model.fingerprint and all(
         getattr(one, part) == getattr(other, part) for part in parts
     )

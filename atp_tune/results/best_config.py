@@ -77,6 +77,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         allocation=_allocation(best),
         block_sparsities=(0.0,) * len(attrs["bits"]) if spec.by_bits else tuple(attrs["sparsities"]),
         linear_sparsities=linears,
+        row_offsets=attrs.get("row_offsets"),
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if linears or spec.by_bits else None,
         conv1d=study.user_attrs.get("conv1d", False),

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_tune.allocations import Budget, LinearSparsities
+from atp_tune.allocations import Budget
 from atp_tune.allocations.budget import ranked_by
 from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.channel_pruning import ChannelPruner, too_sparse
 from atp_tune.blocks.channels import find_channels
@@ -230,9 +231,11 @@ class TrialContext(Released):
     def budget(self, target: float) -> Budget:
         """The budget of this checkpoint at a target sparsity; its dense metrics are measured when needed."""
         if self.quantize is not None and self.bits is None:
-            evidence = self.measured.evidence(self._priced, lambda pruner: repr(self.quantize))
+            by = repr(self.quantize)
+            evidence = self.measured.evidence(self._priced, lambda pruner: by, lambda pruner: False)
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, widths=self.quantize.widths)
-        evidence = self.measured.evidence(self._priced, self.prune_settings.priced_by, self._path)
+        settings = self.prune_settings
+        evidence = self.measured.evidence(self._priced, settings.priced_by, settings.by_rows, self._path)
         if not self.pattern.channels:
             return Budget(target, self.checkpoint.sizes, self.checkpoint.shapes, evidence, bits=self.bits)
         budget = Budget(target, self.checkpoint.sizes, (), evidence, channels=self.channels)
@@ -261,19 +264,20 @@ class TrialContext(Released):
         """The channels of each block that may go; UserError if a block has none."""
         return find_channels(self.replay, self.prune_settings.channels)
 
-    def _priced(self, targets: Sequence[float], pruner: str) -> tuple[LinearSparsities, ...]:
-        """Ends of descents by prices, measured on windows that no other text shares."""
+    def _priced(self, targets: Sequence[float], pruner: str, rows: bool) -> tuple[RowSparsities, ...]:
+        """Ends of descents by prices, measured on windows that no other text shares; `rows`: rows move too."""
         pool, group = self._pool(), self.pattern.group
         self.inputs.check_disjoint({**self.windows, "calibration": pool})
         gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
         measured = self.measured.key_of(Wanda(), InputNorms)
         if self.quantize is not None and self.bits is None:
             found = bit_costs(gradients, self.quantize, measured)
-            return tuple(priced_shares(found, self.checkpoint.shapes, self.quantize.widths, s) for s in targets)
+            shapes, widths = self.checkpoint.shapes, self.quantize.widths
+            return tuple(RowSparsities(priced_shares(found, shapes, widths, s)) for s in targets)
         if self.prune_settings.has_own_prices(pruner):
             return self._by_own_weights(gradients, self.prune_settings.pruner(pruner)).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
-        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group)
+        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, rows)
         return descent.ends(targets, measured)
 
     def _by_own_weights(self, gradients: CalibrationGradients, pruner: Pruner) -> Descent:

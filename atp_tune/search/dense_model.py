@@ -61,16 +61,23 @@ class DenseMeasurements:
         vars(self).pop("states", None)
         self._calibration = None
 
-    def evidence(self, priced: Priced, priced_by: Callable[[str], str], path: Sequence[float] = ()) -> DenseMetrics:
+    def evidence(
+        self,
+        priced: Priced,
+        priced_by: Callable[[str], str],
+        by_rows: Callable[[str], bool],
+        path: Sequence[float] = (),
+    ) -> DenseMetrics:
         """The metrics that allocations need; each is measured once for all budgets.
 
-        `priced`, `priced_by`, `path`: of sparsities by prices, see `DenseMetrics`.
+        `priced`, `priced_by`, `by_rows`, `path`: of sparsities by prices, see `DenseMetrics`.
         """
 
         def statistics(kind: type[Statistics]) -> Sequence[BlockStatistics]:
             return self.statistics(Measuring(kind))
 
-        return DenseMetrics(self._replay.checkpoint, statistics, self._metrics, self._step, priced, priced_by, path)
+        checkpoint, own = self._replay.checkpoint, (priced, priced_by, by_rows, path)
+        return DenseMetrics(checkpoint, statistics, self._metrics, self._step, *own)
 
     @cached_property
     def curve_windows(self) -> int:

@@ -259,7 +259,12 @@ def planned(plan: Plan) -> dict[str, object]:
         rows = {"linear_bits": [list(row) for row in plan.linear_bits]} if plan.linear_bits else {}
         return {"bits": list(plan.bits), **rows}
     linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
-    return {"sparsities": list(plan.sparsities), **linears}
+    offsets = plan.row_offsets
+    return {
+        "sparsities": list(plan.sparsities),
+        **linears,
+        **({} if offsets is None else {"row_offsets": offsets.stored()}),
+    }
 
 
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
@@ -273,7 +278,7 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
 
 def is_trial_of(trial: FrozenTrial, plan: Plan) -> bool:
     """Whether a trial has this plan: a pattern may round several points of the space to one plan."""
-    kinds = ("sparsities", "linear_sparsities", "bits", "linear_bits")
+    kinds = ("sparsities", "linear_sparsities", "bits", "linear_bits", "row_offsets")
     own = {key: trial.user_attrs[key] for key in kinds if key in trial.user_attrs}
     return method_in(trial.params) == plan.pruner and own == planned(plan)
 

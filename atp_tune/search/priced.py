@@ -4,7 +4,7 @@ The result is kept in the cache by everything that determines it, so that later 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,12 +23,16 @@ from atp_tune.allocations.prices import (
     descend,
     steps_along,
 )
+from atp_tune.allocations.row_prices import DISTANCE
+from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
+from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.checkpoints.devices import host_memory
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.events import Step, TrialStarted
+from atp_tune.inputs import Batch
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -41,19 +45,28 @@ LEVEL_SHARE = 0.3  # maximum share of the free host memory for what a pruner mad
 PASSES = 4  # forward passes that a gradient costs: one to keep the states, one again in each block, two backward
 CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
 
-Ends = tuple[LinearSparsities, ...]
+Ends = tuple[RowSparsities, ...]
+
+
+class PricingProtocol(Protocol):
+    """Measures prices, for a descent."""
+
+    def prices(self, sparsities: LinearSparsities, items: Batch) -> Prices:
+        """Price of each linear of each block at these sparsities, for the mean loss of the items."""
 
 
 class Descent:
     """Descends by prices, whose steps draw their items from the pool of the gradients.
 
-    `levels`: what is made of the dense weights at each sparsity; `own`: what that depends on beside the dense model and
-    the calibration windows, as JSON.
+    `pricing`: makes what measures them; `own`: what the prices depend on beside the dense model and the calibration
+    windows, as JSON.
     """
 
-    def __init__(self, gradients: CalibrationGradients, levels: Levels, own: Sequence[Any]) -> None:
+    def __init__(
+        self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], own: Sequence[Any]
+    ) -> None:
         self._gradients = gradients
-        self._levels = levels
+        self._pricing = pricing
         self._own = own
 
     def ends(self, targets: Sequence[float], measured: str) -> Ends:
@@ -63,11 +76,19 @@ class Descent:
         """
         own = [list(targets), *self._own]
         found = self._gradients.kept(measured, own, [list(CONSTANTS)], lambda: self._descend(targets))
-        return tuple(tuple(tuple(row) for row in end) for end in found)
+        return tuple(self._read(end) for end in found)
 
-    def _descend(self, targets: Sequence[float]) -> Ends:
+    def _read(self, end: Any) -> RowSparsities:
+        """An end as `_descend` returns it, read from JSON."""
+        return RowSparsities(tuple(map(tuple, end)))
+
+    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+        """An end that was just reached, as JSON."""
+        return end
+
+    def _descend(self, targets: Sequence[float]) -> list[Any]:
         gradients, watch = self._gradients, self._gradients.watch
-        pricing = Pricing(gradients.of_blocks, self._levels)
+        pricing = self._pricing()
         drawn = gradients.drawing(windows_of_step(gradients.pool.positions, targets))
         watch(TrialStarted("prices", None))
 
@@ -75,15 +96,31 @@ class Descent:
             watch(Step("step", step + 1, steps_along(targets)))
             return pricing.prices(sparsities, drawn())
 
-        return descend(gradients.checkpoint.shapes, targets, prices_at)
+        return [self._end(pricing, end) for end in descend(gradients.checkpoint.shapes, targets, prices_at)]
+
+
+class RowDescent(Descent):
+    """The descent whose rows move too, by masks of the lowest scores of each row."""
+
+    def _read(self, end: Any) -> RowSparsities:
+        linears, offsets = end
+        return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self._gradients.checkpoint.shapes))
+
+    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+        assert isinstance(pricing, RowPricing)
+        return end, pricing.offsets().stored()
 
 
 def by_score(
-    gradients: CalibrationGradients, score: Score, statistics: Callable[[int], BlockStatistics], group: int | None
+    gradients: CalibrationGradients,
+    score: Score,
+    statistics: Callable[[int], BlockStatistics],
+    group: int | None,
+    rows: bool = False,
 ) -> Descent:
     """The descent by masks of the lowest scores of each row, or group.
 
-    `statistics`: of a block's inputs in the dense model, as norms or ranks.
+    `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too.
     """
 
     def by_wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
@@ -95,13 +132,20 @@ def by_score(
         return order_in_rows(Wanda.scores(weight, known), group)
 
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
-    return Descent(gradients, ByPlaces(places), [score, *([] if group is None else [group])])
+    if rows:
+        return RowDescent(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE])
+    levels = ByPlaces(places)
+    return _descent(gradients, levels, [score, *([] if group is None else [group])])
 
 
 def by_pruner(gradients: CalibrationGradients, pruner: Pruner, statistics: Callable[[int], BlockStatistics]) -> Descent:
     """The descent by what a pruner makes of the weights; `statistics`: as it has prepared them."""
     levels = ByPruner(pruner, statistics, int(LEVEL_SHARE * host_memory()))
-    return Descent(gradients, levels, [repr(pruner), GRID])
+    return _descent(gradients, levels, [repr(pruner), GRID])
+
+
+def _descent(gradients: CalibrationGradients, levels: Levels, own: Sequence[Any]) -> Descent:
+    return Descent(gradients, lambda: Pricing(gradients.of_blocks, levels), own)
 
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, contains_uniform, contents_of
 from atp_tune.allocations.channels import is_whole
+from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, make_plan, method_in
 from atp_tune.spec.patterns import Pattern, parse
@@ -116,8 +117,18 @@ class Space:
         own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
         target = None if self.sparsities is None else round(params["sparsity"], 6)
         parameters = own if target is None else dict(stored.get("parameters", own))
-        plan = Plan(method_in(params), params["allocation"], blocks, parameters, linears, target)
+        offsets = self._stored_offsets(trial)
+        plan = Plan(method_in(params), params["allocation"], blocks, parameters, linears, target, row_offsets=offsets)
         return plan if self.budget.bits is None else replace(plan, bits=(self.budget.bits,) * len(blocks))
+
+    def _stored_offsets(self, trial: MeasuredTrial) -> RowOffsets | None:
+        """The offsets of rows that a trial stored; UserError if they do not fit the model."""
+        if "row_offsets" not in trial.user_attrs:
+            return None
+        try:
+            return RowOffsets.read(trial.user_attrs["row_offsets"], self.budget.linears)
+        except ValueError as error:
+            raise UserError(f"trial {trial.number}: row_offsets: {error}") from None
 
     def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
         """The plan of a trial that rounds weights, with the bits that it stored."""

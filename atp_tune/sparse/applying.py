@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atp_tune.allocations.bits import mean_of
 from atp_tune.allocations.channels import check_whole, means
+from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import reads_images
@@ -123,7 +124,21 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     rows, bits = config.linear_bits, config.block_bits
     if rows is not None and [len(row) for row in rows] != [len(row) for row in context.checkpoint.linears]:
         raise UserError("linear_bits: not one value for each linear of the model's blocks")
-    return Plan(config.pruner, name, config.block_sparsities, values, found, bits=bits, linear_bits=rows)
+    offsets = _row_offsets(config, context)
+    shares = config.block_sparsities, values, found
+    return Plan(config.pruner, name, *shares, bits=bits, linear_bits=rows, row_offsets=offsets)
+
+
+def _row_offsets(config: Config, context: TrialContext) -> RowOffsets | None:
+    """The offsets of rows of a configuration; UserError if they are not the model's, or the pruner takes none."""
+    if config.row_offsets is None:
+        return None
+    if not config.prune.by_rows(config.pruner):
+        raise UserError(f"row_offsets: {config.pruner} does not take the lowest scores of each row; leave them out")
+    try:
+        return RowOffsets.read(config.row_offsets, context.checkpoint.shapes)
+    except ValueError as error:
+        raise UserError(f"row_offsets: {error}") from None
 
 
 def plan_as_pruned(config: Config, context: TrialContext) -> Plan:
@@ -176,6 +191,7 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
         ),
         block_sparsities=plan.sparsities,
         linear_sparsities=plan.linear_sparsities,
+        row_offsets=None if plan.row_offsets is None else plan.row_offsets.stored(),
         sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
         **_of_bits(study, context, plan),
         perplexity=nothing,

@@ -39,7 +39,7 @@ _ATP = ", after [ATP](https://openreview.net/forum?id=otNB7BzsiR) (Huang et al.,
 SOURCES = {  # of allocations, see docs/references.md
     "atp": _ATP,
     "curve": _ATP,
-    "prices": ", by gradients of the loss",
+    **dict.fromkeys(("prices", "row-prices"), ", by gradients of the loss"),
     "owl": ", after OWL (Yin et al., ICML 2024)",
     **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
 }
@@ -148,6 +148,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "pruner": config.pruner,
         "allocation": _allocation(config),
         "after": SOURCES.get(config.allocation.name, ""),
+        "by_row": config.row_offsets is not None,
         "by_linear": bool(config.linear_sparsities or config.linear_bits),
         "uniform": _is_uniform(config),
         "rounded": len(set(config.block_sparsities)) > 1,

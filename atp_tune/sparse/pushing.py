@@ -57,7 +57,7 @@ def is_made_from(folder: Path, config: Config, slim: bool = False) -> bool:
 def _weights_of(config: Config) -> list[object]:
     """The parts of a configuration that determine the weights."""
     plan = [config.pruner, config.prune, config.allocation, config.block_sparsities, config.linear_sparsities]
-    plan += [config.quantize, config.block_bits, config.linear_bits]
+    plan += [config.row_offsets, config.quantize, config.block_bits, config.linear_bits]
     plan += [None if config.trained is None else config.trained.settings]
     return [config.model.fingerprint, config.model.dtype, *plan, config.calibration, config.bos]
 

@@ -251,6 +251,11 @@ class Config(FrozenModel):
     linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
         None, description="one per linear of each block, if they differ within blocks"
     )
+    row_offsets: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")] | None = Field(
+        None,
+        description="how much sparser than its linear each row is, in 1/256 of its inputs; int8 of all linears one "
+        "after the other, compressed by zlib, in base64",
+    )
     blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
     linears: tuple[tuple[str, ...], ...] | None = Field(
         None, description="names within their block of the linears, with `linear_sparsities` or where bits are given"
@@ -315,6 +320,8 @@ class Config(FrozenModel):
             raise ValueError("block_bits: must be whole numbers without linear_bits")
         if self.linear_bits is not None and (not self.by_bits or len(self.linear_bits) != len(self.block_sparsities)):
             raise ValueError("linear_bits: not the bits of each block, where weights are rounded alone")
+        if self.row_offsets is not None and self.linear_sparsities is None:
+            raise ValueError("row_offsets: belong to linear_sparsities, which are missing")
         if self.linears and self.by_bits and len(self.linears) != len(self.block_sparsities):
             raise ValueError("linears: not the names of each block")
         if self.linears and self.linear_bits and [*map(len, self.linears)] != [*map(len, self.linear_bits)]:

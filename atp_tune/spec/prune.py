@@ -145,8 +145,17 @@ class PruneConfig(SettingsTable):
 
     def has_own_prices(self, name: str) -> bool:
         """Whether the allocation `prices` needs what a pruner makes of the weights: masks of scores do not tell it."""
-        by_row = name == "wanda" and (self.settings(name)["compare"] == "row" or parse(self.pattern).group is not None)
-        return self.prices == "own" and (bool(self.refinement) or not (by_row or name == "magnitude"))
+        in_groups = name == "wanda" and parse(self.pattern).group is not None
+        is_masked = self._takes_lowest_of_rows(name) or in_groups or name == "magnitude"
+        return self.prices == "own" and (bool(self.refinement) or not is_masked)
+
+    def by_rows(self, name: str) -> bool:
+        """Whether the allocation `row-prices` gives rows offsets: the pruner takes the lowest scores of each."""
+        is_whole = parse(self.pattern).group is None and not parse(self.pattern).channels
+        return is_whole and self._takes_lowest_of_rows(name) and not self.has_own_prices(name)
+
+    def _takes_lowest_of_rows(self, name: str) -> bool:
+        return name == "wanda" and bool(self.settings(name)["compare"] == "row")
 
     def priced_by(self, name: str) -> str:
         """What the allocation `prices` descends by for a pruner: the places of a score, or its own weights."""

@@ -6,6 +6,7 @@ progression, per block. S is one number, or an interval in which the study searc
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -22,6 +23,8 @@ from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bi
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig
 from atp_tune.spec.texts import Text, Texts, check_pairs
+
+BY_ROW_PRICES = "row-prices"  # the allocation that has offsets of rows
 
 AllocationName = Annotated[str, OneOf(ALLOCATIONS, IN_SCHEMA)]
 AllocationNames = Annotated[tuple[AllocationName, ...], Field(min_length=1)]
@@ -104,6 +107,11 @@ class AllocationConfig(SettingsTable):
     def short_names(self) -> tuple[str, ...]:
         """The short names of the allocations."""
         return tuple(map(short_name, self.names))
+
+    @property
+    def by_prices(self) -> tuple[str, ...]:
+        """Those that descend by prices."""
+        return tuple(name for name in self.short_names if name in ("prices", BY_ROW_PRICES))
 
 
 Data = Text | ImageSet  # of one role
@@ -188,7 +196,7 @@ class Study(SettingsTable):
         check_study(self)
         check_bits(self)
         if self.texts is not None:
-            check_pairs(self.texts, "prices" in self.allocation.names, self.model.has_tower)
+            check_pairs(self.texts, (*self.allocation.by_prices, None)[0], self.model.has_tower)
         if self.model.has_tower:
             self._check_tower()
         if self.recover is not None:
@@ -336,16 +344,27 @@ class Study(SettingsTable):
     @property
     def own_prices(self) -> tuple[str, ...]:
         """The pruners whose descents by prices make weights at many sparsities."""
-        if self.by_bits or "prices" not in self.allocation.short_names:
+        if self.by_bits or not self.allocation.by_prices:
             return ()
         return tuple(name for name in self.prune.short_names if self.prune.has_own_prices(name))
+
+    @property
+    def descents(self) -> frozenset[tuple[str, bool]]:
+        """The descents by prices: what each goes by, and whether rows move too."""
+        if self.by_bits:
+            return frozenset([("bits", False)] if self.allocation.by_prices else [])
+        pairs = product(self.allocation.by_prices, self.prune.short_names)
+        return frozenset(
+            (self.prune.priced_by(pruner), name == BY_ROW_PRICES and self.prune.by_rows(pruner))
+            for name, pruner in pairs
+        )
 
     @property
     def without_effect(self) -> str:
         """A line on a setting that changes nothing; "" without one."""
         if self.prune.prices == "wanda" or self.own_prices:
             return ""
-        if "prices" not in self.allocation.short_names:
+        if not self.allocation.by_prices:
             return 'prune.prices = "own" changes nothing without the allocation prices'
         return 'prune.prices = "own" changes nothing: all that these pruners make is masks, as they are descended by'
 

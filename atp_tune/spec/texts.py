@@ -97,7 +97,7 @@ class Texts(SettingsTable):
     )
 
 
-def check_pairs(texts: Texts, prices: bool, with_tower: bool) -> None:
+def check_pairs(texts: Texts, by_prices: str | None, with_tower: bool) -> None:
     """ValueError for settings that do not go with pairs of image and text; `with_tower`: a vision tower is pruned."""
     given = {role: text for role, text in texts if isinstance(text, Text)}
     for role, text in given.items():
@@ -119,8 +119,9 @@ def check_pairs(texts: Texts, prices: bool, with_tower: bool) -> None:
         raise ValueError("texts.bos: is measured on texts, and texts.calibration has images; give true or false")
     if with_tower and texts.bos:
         raise ValueError("texts.bos: the processor writes what pairs begin with; set it to false")
-    if prices:
-        raise ValueError("allocation.names: prices goes down on texts, and texts.calibration has images; take another")
+    if by_prices:
+        reason = "goes down on texts, and texts.calibration has images; take another"
+        raise ValueError(f"allocation.names: {by_prices} {reason}")
 
 
 def _check_pairs_of(role: str, text: Text) -> None:

@@ -26,7 +26,7 @@ from atp_tune.spec.study import ModelConfig
 
 DECIDES = (
     "model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration", "quantize",
-    "block_bits", "linear_bits",
+    "block_bits", "linear_bits", "row_offsets",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ OF_TRIAL = frozenset(
         "batch_windows", "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
         "sparsities", "linear_sparsities", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
         "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
-        "bits", "linear_bits", "quantized_bytes",
+        "bits", "linear_bits", "quantized_bytes", "row_offsets",
     }
 )  # fmt: skip
 OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12

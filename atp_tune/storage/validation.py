@@ -93,6 +93,7 @@ TRIAL = _kinds(
         "linear_bits": Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)],
         "effective_bits": Annotated[float, Field(ge=0, le=64)],
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
+        "row_offsets": Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")],
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],
         "versions": dict[Words, Words],

@@ -1,0 +1,98 @@
+"""Prices of linears and of their rows, where each row has a number of zeros of its own: see `allocations.row_prices`.
+
+k_r = n (s + d_r), rounded                            zeros of row r of a linear with n inputs and the sparsity s
+p_r   mean of - G_ij W_ij over the weights of the row whose place in the order of scores is less than 0.06 n from
+k_r: what one further pruned weight costs, in nats
+p     the same over all rows of the linear: its price
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from atp_tune.allocations.prices import KEPT, LARGEST
+from atp_tune.allocations.row_prices import DISTANCE
+from atp_tune.allocations.rows import RowOffsets
+from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.levels import BAND, Places
+from atp_tune.checkpoints.linears import Linear
+from atp_tune.inputs import Batch
+
+Key = tuple[int, str]  # of a linear: its block and its name
+
+
+class RowPricing:
+    """Measures prices of all linears, pruned by the lowest scores of their rows, and moves the rows by their own.
+
+    `places`: places [out, in] of a linear's scores in their rows.
+    """
+
+    def __init__(self, gradients: BlockGradients, places: Places) -> None:
+        self._gradients = gradients
+        self._places = places
+        linears = gradients.checkpoint.linears
+        keys = {(index, x.name): x.out_features for index, block in enumerate(linears) for x in block}
+        self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
+        self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
+
+    def prices(self, sparsities: Sequence[Sequence[float]], items: Batch) -> tuple[tuple[float, ...], ...]:
+        """Price of each linear of each block in nats per weight, for the mean loss of the items; then rows move."""
+        checkpoint, found = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
+        shares = {
+            (index, linear.name): s
+            for index, (linears, row) in enumerate(zip(checkpoint.linears, sparsities, strict=True))
+            for linear, s in zip(linears, row, strict=True)
+        }
+
+        def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
+            zeros = self._zeros((index, linear.name), weight.shape[1], shares[index, linear.name])
+            return torch.where(self._places(index, linear, weight) >= zeros.to(weight.device), weight, 0)
+
+        def price(index: int, total: Mapping[str, Tensor]) -> None:
+            dense = checkpoint.weights(index)
+            for linear in checkpoint.linears[index]:
+                key, weight = (index, linear.name), linear.matrix(dense[linear.key])
+                zeros = self._zeros(key, weight.shape[1], shares[key]).to(weight.device)
+                near = _near(self._places(index, linear, weight), zeros)
+                costs = -(linear.matrix(total[linear.key]) * weight.float() * near).sum(1)
+                number = near.sum(1)
+                mean = costs.sum() / number.sum().clamp(min=1)
+                found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
+
+        self._gradients.visit(items, pruned, price)
+        for key, (_, rows) in found.items():
+            self._move(key, rows)
+        return tuple(
+            tuple(found[index, linear.name][0] for linear in linears)
+            for index, linears in enumerate(checkpoint.linears)
+        )
+
+    def offsets(self) -> RowOffsets:
+        """The offsets that the rows have reached."""
+        linears = self._gradients.checkpoint.linears
+        return RowOffsets.of(
+            [[self._offsets[index, x.name].numpy() for x in block] for index, block in enumerate(linears)]
+        )
+
+    def _zeros(self, key: Key, columns: int, sparsity: float) -> Tensor:
+        """The number of zeros [out, 1] of each row."""
+        return (columns * (sparsity + self._offsets[key])).round().clamp(0, columns)[:, None]
+
+    def _move(self, key: Key, prices: Tensor) -> None:
+        """Moves the rows of a linear by their prices [out]."""
+        smooth = self._smooth[key] = KEPT * self._smooth[key] + (1 - KEPT) * prices
+        apart = smooth - smooth.mean()
+        deviation = apart.square().mean().sqrt()
+        if not 0 < deviation < math.inf:
+            return
+        moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
+        self._offsets[key] = moved - moved.mean()
+
+
+def _near(places: Tensor, zeros: Tensor) -> Tensor:
+    """Which weights go next or went last, [out, in]: as `ByPlaces.around`, row by row."""
+    columns = places.shape[1]
+    reach = max(1, int(BAND * columns))
+    return (places > zeros - reach) & (places < zeros + reach)
