@@ -37,7 +37,8 @@ Line = tuple[float, str, str]  # target, pruner, allocation
 TARGETS = (0.5, 0.6, 0.7)
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
 PLUGGED = {name: f"{ROOT / 'examples' / 'plugins' / name}.py:{name.upper()}" for name in ("dlp", "lsa")}
-ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "prices")
+ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "prices", "row-prices")
+OURS = ("row-prices", "prices")  # the first of a table is compared with each of its lines
 COLUMNS = (
     "allocation",
     "best parameters",
@@ -46,8 +47,8 @@ COLUMNS = (
     "test, against uniform",
     "over draws, against uniform",
     "against atp",
-    "prices against it, validation",
-    "prices against it, test",
+    "{ours} against it, validation",
+    "{ours} against it, test",
     "trials",
     "s",
 )
@@ -57,8 +58,10 @@ def main() -> None:
     """Runs what is missing and writes the tables, anew after every line."""
     options = read_options()
     with quiet():
-        asked = [*itertools.product(options.targets, options.pruners, options.allocations)]
-        everything = itertools.product(TARGETS, PRUNERS, ALLOCATIONS)
+        asked = [
+            line for line in itertools.product(options.targets, options.pruners, options.allocations) if fits(line)
+        ]
+        everything = filter(fits, itertools.product(TARGETS, PRUNERS, ALLOCATIONS))
         files = {line: study_file(options, line) for line in dict.fromkeys((*everything, *asked))}
         found = {line: study for line, file in files.items() if (study := complete(file, line))}
         context = open_context(StudyRun(next(iter(files.values())), "", None, told))
@@ -88,6 +91,11 @@ def read_options() -> argparse.Namespace:
     name = "allocations" if options.out == PAGE else options.out.stem
     options.database = options.database or ROOT / "build" / f"{name}.db"
     return options
+
+
+def fits(line: Line) -> bool:
+    """Whether a line differs from all others: without rows `row-prices` is `prices`."""
+    return line[1] == "wanda" or line[2] != "row-prices"
 
 
 def name_of(line: Line) -> str:
@@ -153,12 +161,13 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
 
 def table(studies: dict[str, optuna.Study]) -> str:
     """One line for each allocation."""
-    rows = [row(name, study, studies) for name, study in studies.items()]
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    ours = next((name for name in OURS if name in studies), OURS[0])
+    rows = [row(name, study, studies, ours) for name, study in studies.items()]
+    lines = [[column.format(ours=ours) for column in COLUMNS], ["---"] * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> list[str]:
+def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: str) -> list[str]:
     """The best trial of one study, uniform left out where the line is another allocation's."""
     best = best_of(name, study)
     if best is None:
@@ -166,7 +175,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
     own = report_of(study, best)
     seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
     from_uniform, from_atp = (report_of_best(other, studies) for other in ("uniform", "atp"))
-    prices = best_of("prices", studies["prices"]) if "prices" in studies and name != "prices" else None
+    ahead = best_of(ours, studies[ours]) if ours in studies and name != ours else None
     return [
         name,
         shown(parameters_of(best)),
@@ -175,8 +184,8 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> lis
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
         draws_of(summarise(study), best)[1],
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
-        str(change(best.user_attrs["nlls"], prices.user_attrs["nlls"])) if prices else "",
-        str(change(own, report_of(studies["prices"], prices))) if prices else "",
+        str(change(best.user_attrs["nlls"], ahead.user_attrs["nlls"])) if ahead else "",
+        str(change(own, report_of(studies[ours], ahead))) if ahead else "",
         str(len(study.trials)),
         f"{seconds:.0f}",
     ]
