@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from atp_tune.events import Notify
 
 TEXTS = ("c4", "wikitext2", "packaged")
-PRICES = ("prices",)  # the default; it has one parameter, and by itself takes half as many trials
+PRICES = ("row-prices",)  # the default; it has one parameter, and by itself takes half as many trials
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class StudyRequest:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
     def _allocations(self, folder: "ModelFolder", notify: "Notify") -> tuple[str, ...]:
-        """The allocations; without a wish prices, of a mixture of experts ATP.
+        """The allocations; without a wish row-prices, of a mixture of experts ATP.
 
         A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
         """
@@ -157,7 +157,7 @@ class StudyRequest:
 
         if self.allocations or not has_experts(folder.path):
             return self.allocations or PRICES
-        notify("the model has experts, so blocks get sparsities by ATP (--allocation prices needs gradients of all)")
+        notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices needs gradients of all)")
         return ("atp",)
 
     def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:

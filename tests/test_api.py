@@ -519,7 +519,7 @@ def test_progress_is_logged(
     with caplog.at_level(logging.INFO, "atp_tune"):
         tuned(model, tokenizer, texts)
     lines = [record.getMessage() for record in caplog.records if record.name == "atp_tune"]
-    assert lines[0] == "loading the model and the texts" and lines[-1].startswith("[3/3] trial 2: wanda prices κ=")
+    assert lines[0] == "loading the model and the texts" and lines[-1].startswith("[3/3] trial 2: wanda row-prices κ=")
     assert capsys.readouterr().out == ""
 
 

@@ -75,7 +75,7 @@ def test_prices_and_refined_weights_are_not_for_experts(here: Path) -> None:
     found.append(
         StudyRequest("Tiny_Llama", (0.3, 0.5), texts="own.txt").study("x", "cpu", {}, said.append).prune.refine
     )
-    assert allocations == [("prices", 6), ("atp", 12)]
+    assert allocations == [("row-prices", 6), ("atp", 12)]
     assert found == [5, 0, 0]  # over an interval each plan of the screening would read all Hessians
     assert [line for line in said if "refine" in line] == [
         "the model has experts, so kept weights are not refined (--set prune.refine=5 refines them)"
@@ -349,7 +349,7 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
 def test_a_preset_without_a_gpu_is_quick(tiny_place: Path) -> None:
     request = StudyRequest(str(tiny_place / "model"), 0.5, texts=str(tiny_place / "long.txt"))
     study = request.study("a", "cpu", {}, lambda _: None)
-    assert study.allocation.names == ("prices",) and study.search.trials == PRESETS["quick"].trials // 2
+    assert study.allocation.names == ("row-prices",) and study.search.trials == PRESETS["quick"].trials // 2
     both = replace(request, allocations=("prices", "curve")).study("a", "cpu", {}, lambda _: None)
     assert both.search.trials == PRESETS["quick"].trials
 
