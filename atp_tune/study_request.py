@@ -157,7 +157,7 @@ class StudyRequest:
 
         if self.allocations or not has_experts(folder.path):
             return self.allocations or PRICES
-        notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices needs gradients of all)")
+        notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
         return ("atp",)
 
     def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:
