@@ -109,8 +109,8 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="row-prices by default; prices, atp, uniform, curve, owl, alphapruning, alphapruning-linear, er, erk, "
-            "global or a plug-in; several are compared.",
+            help="row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning, "
+            "alphapruning-linear or a plug-in; several are compared.",
             autocompletion=completion.allocations,
         ),
     ] = None,

@@ -28,8 +28,8 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="uniform, atp, curve, prices, row-prices, owl, alphapruning, alphapruning-linear, er, erk, global or a "
-            "plug-in; default: atp.",
+            help="uniform, atp, curve, prices, row-prices, owl, alphapruning, alphapruning-linear, er, erk, global or "
+            "a plug-in; default: atp.",
             autocompletion=completion.allocations,
         ),
     ] = None,
