@@ -478,7 +478,7 @@ def test_every_pruner_and_allocation(place: Path, kind: str) -> None:
         ConvNextForImageClassification(config).save_pretrained(place / "model")
         ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(place / "model")
     small = ("images.calibration.nsamples=8", "images.validation.nsamples=10", "images.test.nsamples=10")
-    for key, names, trials in (("prune.pruners", [*PRUNERS], 8), ("allocation.names", [*ALLOCATIONS], 14)):
+    for key, names, trials in (("prune.pruners", [*PRUNERS], 8), ("allocation.names", [*ALLOCATIONS], 16)):
         (place / "tiny.db").unlink(missing_ok=True)
         found = run(place, f"{key}={json.dumps(names)}", *small, f"search.trials={trials}")
         assert {
