@@ -58,9 +58,7 @@ def main() -> None:
     """Runs what is missing and writes the tables, anew after every line."""
     options = read_options()
     with quiet():
-        asked = [
-            line for line in itertools.product(options.targets, options.pruners, options.allocations) if fits(line)
-        ]
+        asked = [*filter(fits, itertools.product(options.targets, options.pruners, options.allocations))]
         everything = filter(fits, itertools.product(TARGETS, PRUNERS, ALLOCATIONS))
         files = {line: study_file(options, line) for line in dict.fromkeys((*everything, *asked))}
         found = {line: study for line, file in files.items() if (study := complete(file, line))}

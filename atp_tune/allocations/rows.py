@@ -6,7 +6,7 @@ same on every machine.
 
 import base64
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -57,15 +57,12 @@ class RowOffsets:
 
     def scaled(self, factor: float) -> "RowOffsets":
         """The offsets times a factor."""
-        return self._mapped(lambda row: factor * row)
+        return RowOffsets(tuple(tuple(_rounded(factor * _numbers(row)) for row in block) for block in self.blocks))
 
     def towards(self, other: "RowOffsets", share: float) -> "RowOffsets":
         """The offsets at this share of the way to others."""
         pairs = zip(self.blocks, other.blocks, strict=True)
         return RowOffsets(tuple(tuple(_between(a, b, share) for a, b in zip(*pair, strict=True)) for pair in pairs))
-
-    def _mapped(self, change: Callable[["NDArray[Any]"], "NDArray[Any]"]) -> "RowOffsets":
-        return RowOffsets(tuple(tuple(_rounded(change(_numbers(row))) for row in block) for block in self.blocks))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Bits, MeanBits, QuantizeConfig, Width
 from atp_tune.spec.recover import Recovered
-from atp_tune.spec.search import NEXT_TOKEN, Share
+from atp_tune.spec.search import NEXT_TOKEN, Share, StoredOffsets
 from atp_tune.spec.study import Data, ModelConfig, of_model
 
 FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
@@ -251,7 +251,7 @@ class Config(FrozenModel):
     linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
         None, description="one per linear of each block, if they differ within blocks"
     )
-    row_offsets: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")] | None = Field(
+    row_offsets: StoredOffsets | None = Field(
         None,
         description="how much sparser than its linear each row is, in 1/256 of its inputs; int8 of all linears one "
         "after the other, compressed by zlib, in base64",

@@ -23,7 +23,7 @@ from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.former import present_attributes
 from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.quantize import MeanBits, Width
-from atp_tune.spec.search import Share
+from atp_tune.spec.search import Share, StoredOffsets
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
 FOREIGN = "it was not written by atp_tune"
@@ -93,7 +93,7 @@ TRIAL = _kinds(
         "linear_bits": Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)],
         "effective_bits": Annotated[float, Field(ge=0, le=64)],
         "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
-        "row_offsets": Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")],
+        "row_offsets": StoredOffsets,
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],
         "versions": dict[Words, Words],
