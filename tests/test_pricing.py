@@ -592,7 +592,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
     """The others wait for its end, and say so."""
     begun, said, made = threading.Event(), list[str](), list[int]()
 
-    def descend(self: priced.Descent, targets: Sequence[float]) -> list[LinearSparsities]:
+    def descend(self: priced.Descent, targets: Sequence[float], place: Path) -> list[LinearSparsities]:
         made.append(1)
         begun.set()
         while not said:

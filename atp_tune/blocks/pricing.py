@@ -53,6 +53,13 @@ class Pricing:
         self._gradients.visit(items, pruned, price)
         return tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: prices depend on sparsities and items alone."""
+        return {}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state."""
+
     def _price(self, index: int, linear: Linear, sparsity: float, weight: Tensor, gradient: Tensor) -> Tensor:
         columns = weight.shape[1]
         low, _, high = self._levels.around(columns, sparsity)

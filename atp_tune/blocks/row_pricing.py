@@ -76,6 +76,16 @@ class RowPricing:
             [[self._offsets[index, x.name].numpy() for x in block] for index, block in enumerate(linears)]
         )
 
+    def state(self) -> dict[str, Tensor]:
+        """Offsets of all rows and moving means of their prices, each [rows], one linear after the other."""
+        return {"offsets": torch.cat([*self._offsets.values()]), "smooth": torch.cat([*self._smooth.values()])}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state."""
+        rows = [len(row) for row in self._offsets.values()]
+        self._offsets = dict(zip(self._offsets, torch.split(state["offsets"], rows), strict=True))
+        self._smooth = dict(zip(self._smooth, torch.split(state["smooth"], rows), strict=True))
+
     def _zeros(self, key: Key, columns: int, sparsity: float) -> Tensor:
         """The number of zeros [out, 1] of each row."""
         return (columns * (sparsity + self._offsets[key])).round().clamp(0, columns)[:, None]

@@ -54,11 +54,11 @@ class CalibrationGradients:
 
         return drawn
 
-    def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[], Any]) -> Any:
+    def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[Path], Any]) -> Any:
         """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.
 
         `measured`: SHA-256 of all that determines the dense model and the calibration windows; `own`, `constants`: what
-        else the result depends on.
+        else the result depends on. `measure` gets a file for what it has found so far, which is removed at its end.
         """
         file = cache_dir("prices") / f"{self._key(measured, own, constants)}.json"
 
@@ -68,9 +68,10 @@ class CalibrationGradients:
         with made_once(file, wait):
             if file.is_file():
                 return json.loads(file.read_text(encoding="utf-8"))
-            found = measure()
+            found = measure(begun := file.with_suffix(".part"))
             try:
                 write_atomically(file, json.dumps(found).encode())
+                begun.unlink(missing_ok=True)
             except OSError as error:
                 self.watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
         return found

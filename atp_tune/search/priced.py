@@ -1,9 +1,11 @@
 """Sparsities by prices: the descent of `allocations.prices` on the calibration text, once per path and levels.
 
-The result is kept in the cache by everything that determines it, so that later runs and other studies need no descent.
+The result is kept in the cache by everything that determines it, so that later runs and other studies need no descent;
+so are the steps of a descent until its end, so that an interrupted one goes on.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,12 +33,13 @@ from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.checkpoints.devices import host_memory
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.events import Step, TrialStarted
+from atp_tune.events import Message, Step, TrialStarted
 from atp_tune.inputs import Batch
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.search.calibration_gradients import CalibrationGradients
+from atp_tune.search.descent_steps import DescentSteps
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
@@ -53,6 +56,12 @@ class PricingProtocol(Protocol):
 
     def prices(self, sparsities: LinearSparsities, items: Batch) -> Prices:
         """Price of each linear of each block at these sparsities, for the mean loss of the items."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next prices depend on beside sparsities and items."""
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state."""
 
 
 class Descent:
@@ -75,7 +84,7 @@ class Descent:
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
         own = [list(targets), *self._own]
-        found = self._gradients.kept(measured, own, [list(CONSTANTS)], lambda: self._descend(targets))
+        found = self._gradients.kept(measured, own, [list(CONSTANTS)], lambda place: self._descend(targets, place))
         return tuple(self._read(end) for end in found)
 
     def _read(self, end: Any) -> RowSparsities:
@@ -86,17 +95,27 @@ class Descent:
         """An end that was just reached, as JSON."""
         return end
 
-    def _descend(self, targets: Sequence[float]) -> list[Any]:
+    def _descend(self, targets: Sequence[float], place: Path) -> list[Any]:
+        """The ends, by way of the steps that an interrupted run has left at `place`."""
         gradients, watch = self._gradients, self._gradients.watch
-        pricing = self._pricing()
-        drawn = gradients.drawing(windows_of_step(gradients.pool.positions, targets))
+        pricing, steps = self._pricing(), DescentSteps(place)
+        drawn, total = gradients.drawing(windows_of_step(gradients.pool.positions, targets)), steps_along(targets)
         watch(TrialStarted("prices", None))
+        if before := len(steps.prices):
+            watch(Message(f"prices: goes on after step {before} of {total}"))
+            pricing.resume(steps.state)
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            watch(Step("step", step + 1, steps_along(targets)))
-            return pricing.prices(sparsities, drawn())
+            items = drawn()
+            if step >= before:
+                watch(Step("step", step + 1, total))
+                steps.add(pricing.prices(sparsities, items), pricing.state())
+            return steps.prices[step]
 
-        return [self._end(pricing, end) for end in descend(gradients.checkpoint.shapes, targets, prices_at)]
+        for number, end in enumerate(descend(gradients.checkpoint.shapes, targets, prices_at)):
+            if number == len(steps.ends):
+                steps.ends.append(self._end(pricing, end))
+        return steps.ends
 
 
 class RowDescent(Descent):

@@ -24,7 +24,7 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
     `measured`: SHA-256 of all that determines the dense model and the calibration windows.
     """
     settings = [quantize.group_size, quantize.symmetric, list(quantize.widths), TOKENS, ITEMS]
-    found: Costs = gradients.kept(measured, [settings], [], lambda: _measure(gradients, quantize))
+    found: Costs = gradients.kept(measured, [settings], [], lambda _: _measure(gradients, quantize))
     return found
 
 
