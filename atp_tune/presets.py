@@ -47,7 +47,6 @@ PRESETS = {
     "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None, screened=36),
     "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None, screened=48, confirmed=10),
 }
-REFINE = 5  # steps of conjugate gradients on the kept weights, see docs/refinement.md
 RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
 WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
 STRIDE = 4  # every so many-th validation window is screened

@@ -20,7 +20,6 @@ from atp_tune.presets import (
     PARTS,
     PRESETS,
     RECOVERED,
-    REFINE,
     WHOLE,
     WORTH_TRAINING,
     Preset,
@@ -137,7 +136,7 @@ class StudyRequest:
             "sparsity": self.sparsity,
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
-            "prune": {"pruners": list(self.pruners or ("wanda",)), "refine": self._refinement(folder, notify)},
+            "prune": {"pruners": list(self.pruners or ("wanda",))},
             "allocation": {"names": list(allocations := self._allocations(folder, notify))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts, allocations),
@@ -159,21 +158,6 @@ class StudyRequest:
             return self.allocations or PRICES
         notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
         return ("atp",)
-
-    def _refinement(self, folder: "ModelFolder", notify: "Notify") -> int:
-        """Steps of refinement; 0 where it costs too much for a default.
-
-        Over an interval each plan of the screening would read a Hessian of every linear from the disk; each expert
-        needs one of its own, of the few tokens that it gets.
-        """
-        from atp_tune.checkpoints.headers import has_experts
-
-        if isinstance(self.sparsity, tuple):
-            return 0
-        if not has_experts(folder.path):
-            return REFINE
-        notify(f"the model has experts, so kept weights are not refined (--set prune.refine={REFINE} refines them)")
-        return 0
 
     def _recovery(self, texts: Mapping[str, Any]) -> dict[str, Any]:
         """The table `recover`; none over an interval without a limit, which has no best plan."""

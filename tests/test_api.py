@@ -121,7 +121,7 @@ def test_the_trials_are_those_of_the_study_file(
 ) -> None:
     """Values, window by window, and the final numbers; an argument more or less in the file changes nothing."""
     study = run(place)
-    result = tuned(model, tokenizer, texts, allocation="atp", settings={"prune.refine": 0})
+    result = tuned(model, tokenizer, texts, allocation="atp")
     assert result.is_complete
     for here, there in zip(result.study.trials, study.trials, strict=True):
         assert here.params == there.params

@@ -87,12 +87,11 @@ FEWER = {
     '.nsamples": 4': '.nsamples": 2',
     '.nsamples": 6': '.nsamples": 2',
     "256": "64",
-    '"continuations.tokens": 0': '"continuations.tokens": 0, "prune.refine": 0',
 }
 
 
 def test_the_notebook(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real model, in fewer trials and on shorter texts than a reader takes, and not refined."""
+    """With the real model, in fewer trials and on shorter texts than a reader takes."""
     import nbformat
     from nbclient import NotebookClient
 

@@ -63,22 +63,17 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_prices_and_refined_weights_are_not_for_experts(here: Path) -> None:
+def test_prices_are_not_for_experts(here: Path) -> None:
     tiny("mixtral").save_pretrained(here / "Mixture")
     for file in (here / "Tiny_Llama").glob("token*"):
         shutil.copy(file, here / "Mixture")
-    found, said, allocations = [], list[str](), []
+    said, allocations = list[str](), []
     for source in ("Tiny_Llama", "Mixture"):
         study = StudyRequest(source, 0.5, texts="own.txt").study("x", "cpu", {}, said.append)
-        found.append(study.prune.refine)
         allocations.append((*study.allocation.names, study.search.trials))
-    found.append(
-        StudyRequest("Tiny_Llama", (0.3, 0.5), texts="own.txt").study("x", "cpu", {}, said.append).prune.refine
-    )
     assert allocations == [("row-prices", 6), ("atp", 12)]
-    assert found == [5, 0, 0]  # over an interval each plan of the screening would read all Hessians
-    assert [line for line in said if "refine" in line] == [
-        "the model has experts, so kept weights are not refined (--set prune.refine=5 refines them)"
+    assert [line for line in said if "experts" in line] == [
+        "the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)"
     ]
 
 

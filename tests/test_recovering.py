@@ -217,8 +217,7 @@ def test_a_model_in_memory_is_trained_too(trained: Path, cache: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = tune(
         model, tokenizer, sparsity=0.6, trials=2, texts=documents, progress=False,
-        settings={**settings_, "recover.learning_rate": 0.01, "recover.min_increase": 0, "continuations.tokens": 0,
-                  "prune.refine": 0},
+        settings={**settings_, "recover.learning_rate": 0.01, "recover.min_increase": 0, "continuations.tokens": 0},
     )  # fmt: skip
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     found = result.summary.recovered

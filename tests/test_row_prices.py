@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
+from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_allocations import scores
 from test_pricing import FAST, close, places_in_rows, pricing_of, uneven
 from tinystudy import CommandLine, few_steps, settings, stored
 from torch import Tensor
-from torch.nn import functional
 
 from atp_tune.allocations import LinearSparsities, Shape, prices
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
+from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.levels import BAND, ByPlaces
 from atp_tune.blocks.linear_pruner import of_rows
 from atp_tune.blocks.row_pricing import RowPricing
@@ -32,7 +32,9 @@ from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.quantizers.quantizing import Quantizing
 from atp_tune.quantizers.rtn import RTN
+from atp_tune.scores.evaluation import final_states
 from atp_tune.search.context import TrialContext
+from atp_tune.search.dense_model import dense_blocks
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 
@@ -160,10 +162,16 @@ def row_pricing_of(context: TrialContext) -> RowPricing:
     return RowPricing(base._gradients, base._levels._places)
 
 
+def dense_states(context: TrialContext, ids: Tensor) -> Tensor:
+    """Final hidden states of the dense model."""
+    batch = AutoBatch(CPU, 1, 1, lambda text: None)
+    return final_states(context.replay, batch, dense_blocks(context.checkpoint), [ids])[0]
+
+
 def naive_step(
     model: Any, context: TrialContext, linears: LinearSparsities, offsets: list[list[list[float]]], ids: Tensor
 ) -> tuple[list[list[float]], list[list[list[float]]]]:
-    """Prices of linears and of their rows, by the gradient of a whole pruned copy of the model."""
+    """Prices of linears and of their rows, by the gradient of a whole pruned copy's KL from the model."""
     checkpoint = context.checkpoint
     all_scores = scores(model, checkpoint, context.items("calibration"), "wanda")
     pruned, places, zeros = copy.deepcopy(model).requires_grad_(True), {}, {}
@@ -177,7 +185,8 @@ def naive_step(
         for r, count in enumerate(zeros[i, k]):
             weight[r, places[i, k][r] < count] = 0
     logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    p = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).detach().softmax(1)
+    (p * (p.log() - logits.log_softmax(1))).sum(1).mean().backward()
     of_linears: list[list[float]] = []
     of_rows_: list[list[list[float]]] = []
     for i, row in enumerate(checkpoint.linears):
@@ -225,7 +234,7 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
     for step in range(2):
         ids = random_ids(6, seed=5 + step)
         of_linears, of_rows_ = naive_step(model, context, sparsities, offsets, ids)
-        assert close(pricing.prices(sparsities, ids), of_linears)
+        assert close(pricing.prices(sparsities, ids, dense_states(context, ids)), of_linears)
         for i, row in enumerate(of_rows_):
             for k, found in enumerate(row):
                 smooth[i][k], offsets[i][k] = naive_move(smooth[i][k], offsets[i][k], found)

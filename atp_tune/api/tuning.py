@@ -74,8 +74,7 @@ def tune(
         trials: Number of trials over all calls; by default the preset's, or the study's.
         timeout: Start no new trial after so many seconds.
         preset: "quick", "balanced" or "thorough": how much is measured. Balanced with a GPU, else quick.
-        pruner: The pruner, or several to compare; Wanda by default. For a model the weights that it keeps are refined;
-            `settings={"prune.refine": 0}` leaves them as they are.
+        pruner: The pruner, or several to compare; Wanda by default.
         allocation: The allocation, or several to compare; prices by default.
         texts: A list of documents or a `datasets.Dataset` with a column `text`, of which three parts are used; such
             texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet

@@ -20,7 +20,8 @@ from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
 
-LossGradient = Callable[[Replay, Batch, Tensor], Tensor]  # of items and their final hidden states, by these states
+# of items, their final hidden states, and those of the dense model where the loss is the KL from it, by these states
+LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
 Change = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and dense weight [out, in]: its weight as changed
 Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, float32, by key of a linear's tensor
 
@@ -46,14 +47,15 @@ class BlockGradients:
         self._batch = batch
         self._heads = heads
 
-    def visit(self, items: Batch, change: Change, take: Take, each: bool = False) -> None:
+    def visit(self, items: Batch, change: Change, take: Take, each: bool = False, dense: Tensor | None = None) -> None:
         """Gives `take` the gradients of the items' mean loss, the last block first.
 
-        `each`: of each item's own loss, item by item in order. What no token reaches has gradient 0.
+        `each`: of each item's own loss, item by item in order. `dense`: final hidden states [items, positions, width]
+        of the dense model, where the loss is the KL from it. What no token reaches has gradient 0.
         """
         with torch.inference_mode(False), torch.no_grad():
             entering = self._forward(items, change)
-            gradient = self._of_head(items, entering.pop(), 1 if each else len(items))
+            gradient = self._of_head(items, entering.pop(), dense) / (1 if each else len(items))
             while entering:
                 index = len(entering) - 1
                 gradient = self._backward(index, entering.pop(), gradient, change, take, each)
@@ -66,10 +68,13 @@ class BlockGradients:
             states.append(advance(self._replay, self._batch, index, weights, entering))
         return states
 
-    def _of_head(self, items: Batch, hidden: Tensor, count: int) -> Tensor:
-        """Gradient of the sum of the items' losses over `count` by the final hidden states."""
-        parts = self._heads.over(len(hidden), lambda rows: self._gradient(self._replay, items[rows], hidden[rows]))
-        return torch.cat(parts) / count
+    def _of_head(self, items: Batch, hidden: Tensor, dense: Tensor | None) -> Tensor:
+        """Gradient of the sum of the items' losses by the final hidden states."""
+
+        def step(rows: slice) -> Tensor:
+            return self._gradient(self._replay, items[rows], hidden[rows], None if dense is None else dense[rows])
+
+        return torch.cat(self._heads.over(len(hidden), step))
 
     def _backward(
         self, index: int, entering: Tensor, leaving: Tensor, change: Change, take: Take, each: bool

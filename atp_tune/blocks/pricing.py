@@ -31,8 +31,13 @@ class Pricing:
         self._gradients = gradients
         self._levels = levels
 
-    def prices(self, sparsities: Sequence[Sequence[float]], items: Batch) -> tuple[tuple[float, ...], ...]:
-        """Price of each linear of each block in nats per weight, for the mean loss of the items."""
+    def prices(
+        self, sparsities: Sequence[Sequence[float]], items: Batch, dense: Tensor | None = None
+    ) -> tuple[tuple[float, ...], ...]:
+        """Price of each linear of each block in nats per weight, for the mean loss of the items.
+
+        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        """
         checkpoint, rows = self._gradients.checkpoint, dict[int, Tensor]()
         shares = [
             {linear.name: s for linear, s in zip(linears, row, strict=True)}
@@ -50,7 +55,7 @@ class Pricing:
                 for linear, s in zip(checkpoint.linears[index], sparsities[index], strict=True)
             ])  # fmt: skip
 
-        self._gradients.visit(items, pruned, price)
+        self._gradients.visit(items, pruned, price, dense=dense)
         return tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
 
     def state(self) -> dict[str, Tensor]:

@@ -37,8 +37,13 @@ class RowPricing:
         self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
         self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
 
-    def prices(self, sparsities: Sequence[Sequence[float]], items: Batch) -> tuple[tuple[float, ...], ...]:
-        """Price of each linear of each block in nats per weight, for the mean loss of the items; then rows move."""
+    def prices(
+        self, sparsities: Sequence[Sequence[float]], items: Batch, dense: Tensor | None = None
+    ) -> tuple[tuple[float, ...], ...]:
+        """Price of each linear of each block in nats per weight, for the mean loss of the items; then rows move.
+
+        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        """
         checkpoint, found = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
         shares = {
             (index, linear.name): s
@@ -61,7 +66,7 @@ class RowPricing:
                 mean = costs.sum() / number.sum().clamp(min=1)
                 found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
 
-        self._gradients.visit(items, pruned, price)
+        self._gradients.visit(items, pruned, price, dense=dense)
         for key, (_, rows) in found.items():
             self._move(key, rows)
         return tuple(

@@ -41,8 +41,11 @@ class Score(Head, Protocol):
         `dense`: the final hidden states of the dense model, for KL.
         """
 
-    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
-        """Gradient of each item's NLL by its final hidden states [items, positions, width], for prices."""
+    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+        """Gradient of each item's NLL by its final hidden states [items, positions, width], for prices.
+
+        `dense`: the final hidden states of the dense model; the gradient is then that of the KL from it.
+        """
 
 
 def joined(parts: Sequence[WindowScores]) -> WindowScores:

@@ -1,6 +1,7 @@
 """A score that is a plug-in, checked each time: one finite number, or NaN, for each item."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -55,12 +56,13 @@ class CheckedScore:
             raise PluginError(f"{self._origin}: items returned {many}, where there must be {wanted[0]} and {wanted[1]}")
         return found
 
-    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
-        """The plug-in's gradient; PluginError if it has none."""
+    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+        """The plug-in's gradient, of its own loss if it takes no `dense`; PluginError if it has none."""
         if not hasattr(self._plugin, "gradient"):
             raise PluginError(f"{self._origin}: has no method gradient, which the allocation prices needs")
         with guarded(self._origin, "gradient"):
-            found: Tensor = self._plugin.gradient(replay, batch, hidden)
+            takes = {} if "dense" not in signature(self._plugin.gradient).parameters else {"dense": dense}
+            found: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
         if not isinstance(found, Tensor) or found.shape != hidden.shape:
             raise PluginError(f"{self._origin}: gradient returned something else than a tensor {list(hidden.shape)}")
         return found

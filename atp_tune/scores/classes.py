@@ -14,14 +14,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.images import Images
 from atp_tune.scores import Score, WindowScores
-from atp_tune.scores.next_token import token_kls, token_nlls
+from atp_tune.scores.next_token import summed_loss, token_kls, token_nlls
 
 SHELL = 4096  # bytes per position for embeddings and head, beside the logits
 LOGIT = 16  # bytes per logit: its value, float32 copies and their log-softmax
@@ -53,13 +52,14 @@ class Classes:
         kls = [] if dense is None else token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
         return WindowScores(nlls, kls, ranks_of(logits, batch.classes).tolist())
 
-    def gradient(self, replay: Replay, batch: Images, hidden: Tensor) -> Tensor:
-        """Gradient of each image's cross-entropy by its final hidden states."""
+    def gradient(self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+        """Gradient of each image's cross-entropy, or KL, by its final hidden states."""
         states = hidden.detach().requires_grad_()
+        likely = None if dense is None else replay.logits(batch, dense.to(hidden.device))
         with torch.enable_grad():
             logits = replay.logits(batch, states).float()
             classes = batch.classes.clone()  # one made in inference mode cannot be kept for the backward pass
-            loss = functional.cross_entropy(logits, classes, reduction="sum")
+            loss = summed_loss(logits, classes, likely)
         return torch.autograd.grad(loss, states)[0]
 
 

@@ -90,16 +90,18 @@ class NextToken:
         predicted = counted.sum(1)
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
-    def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient of each window's NLL by its final hidden states [windows, tokens, width], slice by slice."""
+    def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+        """Gradient of each window's NLL, or KL, by its final hidden states [windows, tokens, width], slice by slice."""
         found, predicted = torch.zeros_like(hidden), batch.shape[1] - 1
         for start in range(0, predicted, POSITIONS):
             here = slice(start, min(start + POSITIONS, predicted))
             part = hidden[:, here].detach().requires_grad_()
             targets = batch[:, here.start + 1 : here.stop + 1].flatten()
+            others = None if dense is None else dense[:, here].to(batch.device)
+            likely = None if others is None else replay.logits(batch[:, here], others).flatten(0, 1)
             with torch.enable_grad():
                 logits = replay.logits(batch[:, here], part).flatten(0, 1).float()
-                loss = functional.cross_entropy(logits, targets, reduction="sum") / predicted
+                loss = summed_loss(logits, targets, likely) / predicted
             found[:, here] = torch.autograd.grad(loss, part)[0]
         return found
 
@@ -127,6 +129,13 @@ def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
         p, q = one.float().log_softmax(1), other.float().log_softmax(1)
         kls.append(functional.kl_div(q, p, reduction="none", log_target=True).sum(1).clamp_(min=0))
     return torch.cat(kls)
+
+
+def summed_loss(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
+    """The sum of NLLs, a 0-d tensor with a gradient, or with `dense` logits of KLs; float32 logits [items, classes]."""
+    if dense is None:
+        return functional.cross_entropy(logits, targets, reduction="sum")
+    return functional.kl_div(logits.log_softmax(1), dense.float().log_softmax(1), reduction="sum", log_target=True)
 
 
 def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients
+from atp_tune.blocks.replay import Replay
 from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import Batch, InputKind, Items
 from atp_tune.scores import Score
+from atp_tune.scores.evaluation import final_states
+from atp_tune.search.dense_model import dense_blocks
 from atp_tune.storage.process_identity import versions
 
 
@@ -44,15 +48,26 @@ class CalibrationGradients:
         """The gradients; made when they are first asked for, which runs the model."""
         return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
 
-    def drawing(self, many: int) -> Callable[[], Batch]:
-        """A function that draws so many items of the pool at each call; all if it has fewer."""
+    def drawing(self, many: int, with_dense: bool = False) -> Callable[[], tuple[Batch, Tensor | None]]:
+        """A function that draws so many items of the pool at each call; all if it has fewer.
+
+        `with_dense`: and their final hidden states in the dense model.
+        """
         items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
 
-        def drawn() -> Batch:
+        def drawn() -> tuple[Batch, Tensor | None]:
             chosen = torch.randperm(len(items), generator=draw)[: min(len(items), many)]
-            return items[chosen.to(self.checkpoint.device)]
+            return items[chosen.to(self.checkpoint.device)], self._dense_states[chosen] if with_dense else None
 
         return drawn
+
+    @cached_property
+    def _dense_states(self) -> Tensor:
+        """Final hidden states [items, positions, width] of the pool in the dense model, in host memory."""
+        replay, items = Replay(self.checkpoint, self._inputs), self.pool.batch(self.checkpoint.device)
+        with torch.inference_mode(False), torch.no_grad():
+            [states] = final_states(replay, self._batch, dense_blocks(self.checkpoint), [items])
+            return states.cpu()
 
     def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[Path], Any]) -> Any:
         """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.

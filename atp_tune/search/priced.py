@@ -54,8 +54,11 @@ Ends = tuple[RowSparsities, ...]
 class PricingProtocol(Protocol):
     """Measures prices, for a descent."""
 
-    def prices(self, sparsities: LinearSparsities, items: Batch) -> Prices:
-        """Price of each linear of each block at these sparsities, for the mean loss of the items."""
+    def prices(self, sparsities: LinearSparsities, items: Batch, dense: Tensor | None) -> Prices:
+        """Price of each linear of each block at these sparsities, for the mean loss of the items.
+
+        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """What the next prices depend on beside sparsities and items."""
@@ -70,6 +73,8 @@ class Descent:
     `pricing`: makes what measures them; `own`: what the prices depend on beside the dense model and the calibration
     windows, as JSON.
     """
+
+    by_kl = False  # whether the loss is the KL from the dense model, not the NLL
 
     def __init__(
         self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], own: Sequence[Any]
@@ -99,17 +104,18 @@ class Descent:
         """The ends, by way of the steps that an interrupted run has left at `place`."""
         gradients, watch = self._gradients, self._gradients.watch
         pricing, steps = self._pricing(), DescentSteps(place)
-        drawn, total = gradients.drawing(windows_of_step(gradients.pool.positions, targets)), steps_along(targets)
+        windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
+        drawn = gradients.drawing(windows, self.by_kl)
         watch(TrialStarted("prices", None))
         if before := len(steps.prices):
             watch(Message(f"prices: goes on after step {before} of {total}"))
             pricing.resume(steps.state)
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            items = drawn()
+            items, dense = drawn()
             if step >= before:
                 watch(Step("step", step + 1, total))
-                steps.add(pricing.prices(sparsities, items), pricing.state())
+                steps.add(pricing.prices(sparsities, items, dense), pricing.state())
             return steps.prices[step]
 
         for number, end in enumerate(descend(gradients.checkpoint.shapes, targets, prices_at)):
@@ -120,6 +126,8 @@ class Descent:
 
 class RowDescent(Descent):
     """The descent whose rows move too, by masks of the lowest scores of each row."""
+
+    by_kl = True
 
     def _read(self, end: Any) -> RowSparsities:
         linears, offsets = end
@@ -152,7 +160,7 @@ def by_score(
 
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
-        return RowDescent(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE])
+        return RowDescent(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, "kl"])
     levels = ByPlaces(places)
     return _descent(gradients, levels, [score, *([] if group is None else [group])])
 

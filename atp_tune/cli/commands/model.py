@@ -100,8 +100,7 @@ def model(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared. "
-            "The weights that they keep are refined; `--set prune.refine=0` leaves them as they are.",
+            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared",
             autocompletion=completion.pruners,
         ),
     ] = None,
