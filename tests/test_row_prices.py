@@ -19,6 +19,7 @@ from naive_allocations import scores
 from test_pricing import FAST, close, places_in_rows, pricing_of, uneven
 from tinystudy import CommandLine, few_steps, settings, stored
 from torch import Tensor
+from torch.nn import functional
 
 from atp_tune.allocations import LinearSparsities, Shape, prices
 from atp_tune.allocations.row_prices import DISTANCE
@@ -171,7 +172,7 @@ def dense_states(context: TrialContext, ids: Tensor) -> Tensor:
 def naive_step(
     model: Any, context: TrialContext, linears: LinearSparsities, offsets: list[list[list[float]]], ids: Tensor
 ) -> tuple[list[list[float]], list[list[list[float]]]]:
-    """Prices of linears and of their rows, by the gradient of a whole pruned copy's KL from the model."""
+    """Prices of linears and of their rows, by the gradient of a whole pruned copy's NLL and KL from the model."""
     checkpoint = context.checkpoint
     all_scores = scores(model, checkpoint, context.items("calibration"), "wanda")
     pruned, places, zeros = copy.deepcopy(model).requires_grad_(True), {}, {}
@@ -186,7 +187,8 @@ def naive_step(
             weight[r, places[i, k][r] < count] = 0
     logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     p = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).detach().softmax(1)
-    (p * (p.log() - logits.log_softmax(1))).sum(1).mean().backward()
+    kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
+    ((functional.cross_entropy(logits, ids[:, 1:].flatten()) + kl) / 2).backward()
     of_linears: list[list[float]] = []
     of_rows_: list[list[list[float]]] = []
     for i, row in enumerate(checkpoint.linears):

@@ -2,8 +2,9 @@
 
     s_l = S + κ (s*_l - S),    k_lr = n_l (s_l + κ d_lr)                           l a linear, r one of its rows
 
-S target, n inputs, k the number of zeros of a row; κ (`kappa`), the descent and s* as in `allocations.prices`. d is the
-offset of a row, 0 in the mean of its linear. It descends with s*, by the same gradients, so it costs no pass more:
+S target, n inputs, k the number of zeros of a row; κ (`kappa`), the descent and s* as in `allocations.prices`, but that
+its loss is the mean of NLL and KL from the dense model, that of distillation (Hinton et al., 2015). d is the offset of
+a row, 0 in the mean of its linear. It descends with s*, by the same gradients G:
 
     p_lr  the mean of - G_ij W_ij over the weights of the row that go next and went last (`blocks/row_pricing.py`)
     v_lr ← 0.7 v_lr + 0.3 p_lr
@@ -15,7 +16,8 @@ Where a pruner does not take the lowest scores of each row (SparseGPT, ALPS, mag
 
 Reason: Wanda's rule is the same number of zeros in each row, since scores of two rows do not compare: each is about its
 own output. What an output is worth to the model, the gradient of the loss tells. Small steps at ever new masks matter:
-of one large step most rows are wrong at its end (docs/log.md).
+of one large step most rows are wrong at its end (docs/log.md). Offsets are so many numbers that by the NLL alone they
+learn the calibration text as training does; with KL they keep what the dense model predicts of other texts too.
 """
 
 from atp_tune.allocations import prices

@@ -20,7 +20,7 @@ from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
 
-# of items, their final hidden states, and those of the dense model where the loss is the KL from it, by these states
+# by the final hidden states of items; last those of the dense model, where the loss is the mean of NLL and KL from it
 LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
 Change = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and dense weight [out, in]: its weight as changed
 Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, float32, by key of a linear's tensor
@@ -51,7 +51,7 @@ class BlockGradients:
         """Gives `take` the gradients of the items' mean loss, the last block first.
 
         `each`: of each item's own loss, item by item in order. `dense`: final hidden states [items, positions, width]
-        of the dense model, where the loss is the KL from it. What no token reaches has gradient 0.
+        of the dense model, for the mean of NLL and KL from it. What no token reaches has gradient 0.
         """
         with torch.inference_mode(False), torch.no_grad():
             entering = self._forward(items, change)

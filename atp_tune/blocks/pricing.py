@@ -36,7 +36,7 @@ class Pricing:
     ) -> tuple[tuple[float, ...], ...]:
         """Price of each linear of each block in nats per weight, for the mean loss of the items.
 
-        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
         """
         checkpoint, rows = self._gradients.checkpoint, dict[int, Tensor]()
         shares = [

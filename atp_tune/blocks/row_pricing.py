@@ -42,7 +42,7 @@ class RowPricing:
     ) -> tuple[tuple[float, ...], ...]:
         """Price of each linear of each block in nats per weight, for the mean loss of the items; then rows move.
 
-        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
         """
         checkpoint, found = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
         shares = {

@@ -33,13 +33,19 @@ def _path(known: "Known") -> tuple[float, ...]:
 def descents(known: "Known") -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
-    There is one descent for each score, with rows and without, and for each pruner's own weights.
+    There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
+    the dense model's final states of its pool, for KL.
     """
     from atp_tune.allocations.prices import steps_along
-    from atp_tune.search.priced import PASSES
+    from atp_tune.search.priced import PASSES, POOL
 
     steps = 1 if known.study.by_bits else steps_along(_path(known))
-    return len(known.study.descents) * steps * PASSES * _step_tokens(known) // 2
+    return (len(known.study.descents) * steps * PASSES * _step_tokens(known) + _with_rows(known) * POOL) // 2
+
+
+def _with_rows(known: "Known") -> int:
+    """The number of descents whose rows move too."""
+    return sum(rows for _, rows in known.study.descents)
 
 
 def levels_seconds(known: "Known", rates: ProbeRates) -> float:
@@ -49,11 +55,16 @@ def levels_seconds(known: "Known", rates: ProbeRates) -> float:
 
 
 def descent_bytes(known: "Known") -> int:
-    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients."""
+    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients.
+
+    With rows also the dense model's final states of the pool.
+    """
+    from atp_tune.search.priced import POOL
+
     if not (tokens := _step_tokens(known)):
         return 0
-    sizes = known.sizes.blocks
-    states = (len(sizes) + 1) * tokens * known.width * known.itemsize
+    sizes, pool = known.sizes.blocks, POOL * (_with_rows(known) > 0)
+    states = ((len(sizes) + 1) * tokens + pool) * known.width * known.itemsize
     errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
     return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 

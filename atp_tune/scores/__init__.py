@@ -44,7 +44,7 @@ class Score(Head, Protocol):
     def gradient(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
         """Gradient of each item's NLL by its final hidden states [items, positions, width], for prices.
 
-        `dense`: the final hidden states of the dense model; the gradient is then that of the KL from it.
+        `dense`: the final hidden states of the dense model; the loss is then the mean of NLL and KL from it.
         """
 
 

@@ -53,7 +53,7 @@ class Classes:
         return WindowScores(nlls, kls, ranks_of(logits, batch.classes).tolist())
 
     def gradient(self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
-        """Gradient of each image's cross-entropy, or KL, by its final hidden states."""
+        """Gradient of each image's loss by its final hidden states."""
         states = hidden.detach().requires_grad_()
         likely = None if dense is None else replay.logits(batch, dense.to(hidden.device))
         with torch.enable_grad():

@@ -91,7 +91,7 @@ class NextToken:
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
     def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
-        """Gradient of each window's NLL, or KL, by its final hidden states [windows, tokens, width], slice by slice."""
+        """Gradient of each window's loss by its final hidden states [windows, tokens, width], slice by slice."""
         found, predicted = torch.zeros_like(hidden), batch.shape[1] - 1
         for start in range(0, predicted, POSITIONS):
             here = slice(start, min(start + POSITIONS, predicted))
@@ -132,10 +132,15 @@ def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
 
 
 def summed_loss(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """The sum of NLLs, a 0-d tensor with a gradient, or with `dense` logits of KLs; float32 logits [items, classes]."""
+    """The sum of NLLs of float32 logits [items, classes], a 0-d tensor with a gradient.
+
+    With `dense` logits of the means of NLL and KL from them, the loss of distillation (Hinton et al., 2015).
+    """
+    nll = functional.cross_entropy(logits, targets, reduction="sum")
     if dense is None:
-        return functional.cross_entropy(logits, targets, reduction="sum")
-    return functional.kl_div(logits.log_softmax(1), dense.float().log_softmax(1), reduction="sum", log_target=True)
+        return nll
+    q, p = logits.log_softmax(1), dense.float().log_softmax(1)
+    return (nll + functional.kl_div(q, p, reduction="sum", log_target=True)) / 2
 
 
 def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:

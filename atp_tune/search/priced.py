@@ -57,7 +57,7 @@ class PricingProtocol(Protocol):
     def prices(self, sparsities: LinearSparsities, items: Batch, dense: Tensor | None) -> Prices:
         """Price of each linear of each block at these sparsities, for the mean loss of the items.
 
-        `dense`: their final hidden states in the dense model, where the loss is the KL from it.
+        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Descent:
     windows, as JSON.
     """
 
-    by_kl = False  # whether the loss is the KL from the dense model, not the NLL
+    with_kl = False  # whether the loss is the mean of NLL and KL from the dense model, not the NLL alone
 
     def __init__(
         self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], own: Sequence[Any]
@@ -105,7 +105,7 @@ class Descent:
         gradients, watch = self._gradients, self._gradients.watch
         pricing, steps = self._pricing(), DescentSteps(place)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
-        drawn = gradients.drawing(windows, self.by_kl)
+        drawn = gradients.drawing(windows, self.with_kl)
         watch(TrialStarted("prices", None))
         if before := len(steps.prices):
             watch(Message(f"prices: goes on after step {before} of {total}"))
@@ -127,7 +127,7 @@ class Descent:
 class RowDescent(Descent):
     """The descent whose rows move too, by masks of the lowest scores of each row."""
 
-    by_kl = True
+    with_kl = True
 
     def _read(self, end: Any) -> RowSparsities:
         linears, offsets = end
@@ -160,7 +160,9 @@ def by_score(
 
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
-        return RowDescent(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, "kl"])
+        return RowDescent(
+            gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, "NLL and KL"]
+        )
     levels = ByPlaces(places)
     return _descent(gradients, levels, [score, *([] if group is None else [group])])
 
