@@ -23,6 +23,7 @@ from atp_tune.allocations import (
     uniform,
 )
 from atp_tune.allocations.budget import level, proportional
+from atp_tune.allocations.rows import RowSparsities
 from atp_tune.spec.study import AllocationConfig
 
 CASES = 200
@@ -180,6 +181,9 @@ class Given:
     def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
         return self.priced
 
+    def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
+        return RowSparsities(self.priced)
+
 
 def anywhere(linears: tuple[tuple[Shape, ...], ...], target: float, generator: random.Random) -> LinearSparsities:
     """Sparsities of linears whose mean by size is the target."""
@@ -232,7 +236,9 @@ def by_linear(budget: Budget, sparsities: Any) -> list[tuple[float, int]]:
     ]
 
 
-@pytest.mark.parametrize("name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "prices"]))
+@pytest.mark.parametrize(
+    "name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "prices", "row-prices"])
+)
 def test_every_allocation_meets_every_target_with_shares(name: str) -> None:
     generator = random.Random(3)
     for budget in measured_budgets():
@@ -262,7 +268,7 @@ def test_outside_an_interval(name: str) -> None:
                     ALLOCATIONS[name].sparsities(budget, **inside | {parameter: value})
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "prices", "global"])
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "prices", "row-prices", "global"])
 def test_what_is_measured_needs_a_model(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))
