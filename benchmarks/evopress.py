@@ -119,7 +119,7 @@ class Bench:
         drawn = gradients.drawing(windows_of_step(self.pool.positions, [self.target]))
 
         def prices_at(step: int, found: LinearSparsities) -> prices.Prices:
-            items = drawn()
+            items, _ = drawn()
             if step == len(known):
                 began = self.clock.now()
                 places = ByPlaces(lambda index, linear, _: self._ranks[index][linear.name].places)
