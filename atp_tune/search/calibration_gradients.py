@@ -1,7 +1,7 @@
 """Gradients of the loss on calibration items, and results by them that are kept in the cache."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients
-from atp_tune.blocks.replay import Replay
 from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.events import EventHandler, Message, Step
+from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import Batch, InputKind, Items
 from atp_tune.scores import Score
-from atp_tune.scores.evaluation import Block, final_states
-from atp_tune.search.dense_model import dense_blocks
+from atp_tune.search.scoring import dense_final_states
 from atp_tune.storage.process_identity import versions
 
 
@@ -53,7 +51,7 @@ class CalibrationGradients:
 
         `with_dense`: and their final hidden states in the dense model.
         """
-        items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
+        items, draw = self._items, torch.Generator().manual_seed(0)
 
         def drawn() -> tuple[Batch, Tensor | None]:
             chosen = torch.randperm(len(items), generator=draw)[: min(len(items), many)]
@@ -62,19 +60,17 @@ class CalibrationGradients:
         return drawn
 
     @cached_property
+    def _items(self) -> Batch:
+        """The items of the pool, on the compute device."""
+        return self.pool.batch(self.checkpoint.device)
+
+    @cached_property
     def _dense_states(self) -> Tensor:
         """Final hidden states [items, positions, width] of the pool in the dense model, in host memory."""
-        replay, items = Replay(self.checkpoint, self._inputs), self.pool.batch(self.checkpoint.device)
-        total = len(self.checkpoint.blocks)
-
-        def blocks() -> Iterator[Block]:
-            for index, weights in dense_blocks(self.checkpoint):
-                self.watch(Step("dense model", index + 1, total))
-                yield index, weights
-
         with torch.inference_mode(False), torch.no_grad():
-            [states] = final_states(replay, self._batch, blocks(), [items])
-            return states.cpu()
+            replay = self.of_blocks.replay
+            [states] = dense_final_states(replay, self._batch, [self._items], self.watch, "dense model")
+            return states
 
     def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[Path], Any]) -> Any:
         """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.

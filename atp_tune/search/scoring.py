@@ -64,7 +64,8 @@ class RoleScorer:
     def _group_scores(
         self, blocks: Iterable[Block], parts: Sequence[Batch], dense: Sequence[Tensor]
     ) -> Iterator[WindowScores]:
-        return group_scores(self._replay, self._score, self.batch, self._heads, self._counted(blocks), parts, dense)
+        counted_blocks = counted(blocks, self._replay.checkpoint, self._watch)
+        return group_scores(self._replay, self._score, self.batch, self._heads, counted_blocks, parts, dense)
 
     def _dense_final_states(self, parts: Sequence[Batch]) -> Sequence[Tensor]:
         """Final hidden states [windows, tokens, width] of the dense model for each part, in host memory.
@@ -72,17 +73,11 @@ class RoleScorer:
         Computed once, in the batches of a trial, so that the KL of the dense model from itself is exactly 0.
         """
         if not self._dense_states:
-            blocks = self._counted(dense_blocks(self._replay.checkpoint))
-            self._dense_states = [x.cpu() for x in final_states(self._replay, self.batch, blocks, parts)]
+            self._dense_states = dense_final_states(self._replay, self.batch, parts, self._watch)
         sizes = [len(part) for part in parts]
         if [len(hidden) for hidden in self._dense_states] == sizes:
             return self._dense_states
         return torch.split(torch.cat(self._dense_states), sizes)  # batches became smaller when memory ran out
-
-    def _counted(self, blocks: Iterable[Block]) -> Iterator[Block]:
-        for index, weights in blocks:
-            yield index, weights
-            self._watch(Step("evaluate", index + 1, len(self._replay.checkpoint.blocks)))
 
 
 class Alongside:
@@ -116,6 +111,23 @@ class Alongside:
         """The scores on all items, after the last block."""
         found = final_scores(self._replay, self._score, self._heads, self._parts, self._states, self._dense)
         return joined(list(found))
+
+
+def dense_final_states(
+    replay: Replay, batch: AutoBatch, parts: Sequence[Batch], watch: EventHandler, phase: str = "evaluate"
+) -> list[Tensor]:
+    """Final hidden states [items, positions, width] of the dense model for each part, in host memory."""
+    blocks = counted(dense_blocks(replay.checkpoint), replay.checkpoint, watch, phase)
+    return [states.cpu() for states in final_states(replay, batch, blocks, parts)]
+
+
+def counted(
+    blocks: Iterable[Block], checkpoint: Checkpoint, watch: EventHandler, phase: str = "evaluate"
+) -> Iterator[Block]:
+    """The blocks of a model as they pass, each a step of `phase` when the next one is asked for."""
+    for index, weights in blocks:
+        yield index, weights
+        watch(Step(phase, index + 1, len(checkpoint.blocks)))
 
 
 def can_keep(checkpoint: Checkpoint) -> bool:
