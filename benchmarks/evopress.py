@@ -14,12 +14,14 @@ and measured as a trial is. What is found lies in build/evopress/NAME/, and is w
 
 What both need is not counted: loading, and the places of the weights; nor, in favour of EvoPress, the dense model's
 hidden states of all windows, SparseGPT's levels, and the fitness on all windows that the trajectory shows. The descent
-by prices is by Wanda's places for both pruners, as the package makes it.
+by prices is by Wanda's places for both pruners, as the package makes it. With Wanda there is also the descent of
+`row-prices`, at κ = 1.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, process_time
 from typing import cast
@@ -28,11 +30,15 @@ import evopress_page as page
 import torch
 from evopress_fitness import KINDS, BySparseGPT, Level, TextFitness, by_wanda
 from evopress_search import Levels, Moment, Run, Settings, next_generation, read_run, sparsities, state_of
+from torch import Tensor
 
 from atp_tune.allocations import Budget, LinearSparsities, prices
+from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.levels import ByPlaces
 from atp_tune.blocks.pricing import Pricing
+from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.cache import sha256_of_json
+from atp_tune.checkpoints.linears import Linear
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
@@ -112,19 +118,15 @@ class Bench:
         """Sparsities by prices, as `Descent` finds them, and the seconds of its steps, between which it may stop."""
         if "prices" in self.record.parts:
             return
-        context, known = self.context, self.record.parts.setdefault("steps", [])
-        gradients = CalibrationGradients(
-            context.checkpoint, context.inputs, context.score, self.pool, context.heads, lambda event: None
-        )
+        gradients, known = self._gradients(), self.record.parts.setdefault("steps", [])
         drawn = gradients.drawing(windows_of_step(self.pool.positions, [self.target]))
 
         def prices_at(step: int, found: LinearSparsities) -> prices.Prices:
-            items, _ = drawn()
+            sample = drawn()
             if step == len(known):
                 began = self.clock.now()
-                places = ByPlaces(lambda index, linear, _: self._ranks[index][linear.name].places)
-                pricing = Pricing(gradients.of_blocks, places)
-                costs = pricing.prices(found, items)
+                pricing = Pricing(gradients.of_blocks, ByPlaces(self._places))
+                costs = pricing.prices(found, sample)
                 took = [after - before for before, after in zip(began, self.clock.now(), strict=True)]
                 known.append({"took": took, "prices": costs})
                 self.record.save("steps")
@@ -135,6 +137,40 @@ class Bench:
         [end] = prices.descend(self.shapes, [self.target], prices_at)
         seconds, wall = (sum(step["took"][k] for step in known) for k in (0, 1))
         self.record.keep("prices", {"seconds": seconds, "wall": wall, "end": end})
+
+    def descend_by_rows(self) -> None:
+        """The same with rows, whose loss needs the dense model's states of the pool, counted too."""
+        if "row-prices" in self.record.parts:
+            return
+        print("row-prices", flush=True)
+        gradients, began = self._gradients(), self.clock.now()
+        drawn = gradients.drawing(windows_of_step(self.pool.positions, [self.target]), with_dense=True)
+        pricing = RowPricing(gradients.of_blocks, self._places)
+        [end] = prices.descend(self.shapes, [self.target], lambda step, found: pricing.prices(found, drawn()))
+        seconds, wall = (after - before for before, after in zip(began, self.clock.now(), strict=True))
+        rows = pricing.offsets().stored()
+        self.record.keep("row-prices", {"seconds": seconds, "wall": wall, "end": end, "rows": rows})
+        self.clock.check()
+
+    def _gradients(self) -> CalibrationGradients:
+        context = self.context
+        return CalibrationGradients(
+            context.checkpoint, context.inputs, context.score, self.pool, context.heads, lambda event: None
+        )
+
+    def _places(self, index: int, linear: Linear, _: Tensor) -> Tensor:
+        return self._ranks[index][linear.name].places
+
+    @property
+    def priced_by_rows(self) -> Plan:
+        """The plan at the end of the descent with rows."""
+        found = self.record.parts["row-prices"]
+        plan = self.plan("wanda", tuple(map(tuple, found["end"])))
+        return replace(plan, row_offsets=RowOffsets.read(found["rows"], self.shapes))
+
+    def plan(self, pruner: str, found: LinearSparsities) -> Plan:
+        """The plan of such sparsities."""
+        return Plan(pruner, "linears", tuple(self.budget.block_means(found)), {}, found)
 
     @property
     def priced(self) -> LinearSparsities:
@@ -185,17 +221,16 @@ class Bench:
                 print(f"{title}, {key}: {seen[key]}", flush=True)
                 self.clock.check()
 
-    def measure(self, pruner: str, wanted: dict[str, LinearSparsities]) -> None:
-        """Prunes to these sparsities and measures both texts, as a trial does: all by one draw before the next."""
+    def measure(self, pruner: str, wanted: dict[str, Plan]) -> None:
+        """Prunes by these plans and measures both texts, as a trial does: all by one draw before the next."""
         part = f"points {pruner}"
         points = self.record.parts.setdefault(part, {})
         for draw in range(self.file.study.data.calibration.draws):
             context = self.context.drawn(draw) if draw else self.context
-            for name, found in wanted.items():
+            for name, plan in wanted.items():
                 point = points.setdefault(name, {"realised": 0.0, "nlls": {"validation": [], "test": []}})
                 if len(point["nlls"]["test"]) > draw:
                     continue
-                plan = Plan(pruner, name, tuple(self.budget.block_means(found)), {}, found)
                 pruned = list(context.prune(plan))
                 zeros = sum(sum(block.zeros.values()) for block in pruned)
                 point["realised"] = zeros / sum(self.budget.sizes)
@@ -279,6 +314,8 @@ def work(options: argparse.Namespace) -> None:
     with opened(options) as bench:
         if options.seconds is None or options.start == "prices":
             bench.descend()
+        if options.seconds is None and pruner == "wanda":
+            bench.descend_by_rows()
         begun = state_of(bench.uniform() if options.start == "uniform" else bench.priced, bench.shapes)
         asked = Run(pruner, options.fitness, options.start, settings, [Moment(0.0, 0.0, 0, 0.0, begun)])
         if options.seconds is not None:
@@ -286,13 +323,14 @@ def work(options: argparse.Namespace) -> None:
             return
         seconds = bench.record.parts["prices"]["seconds"]
         run = bench.search(title, asked, max(options.multiples) * seconds)
-        wanted = {"uniform": bench.uniform()}
-        wanted |= {f"prices, κ = {kappa:g}": bench.at_kappa(kappa) for kappa in (1.0, TUNED[pruner])}
+        points = {"uniform": bench.uniform()}
+        points |= {f"prices, κ = {kappa:g}": bench.at_kappa(kappa) for kappa in (1.0, TUNED[pruner])}
         for multiple in options.multiples:
             number = run.at(multiple * seconds)
             assert number is not None
-            wanted[f"{title}, {multiple:g}×"] = sparsities(run.moments[number].state, bench.shapes)
-        bench.measure(pruner, wanted)
+            points[f"{title}, {multiple:g}×"] = sparsities(run.moments[number].state, bench.shapes)
+        plans = {name: bench.plan(pruner, found) for name, found in points.items()}
+        bench.measure(pruner, plans | ({page.ROWS: bench.priced_by_rows} if pruner == "wanda" else {}))
         bench.look(title, run, [multiple for multiple in (0.0, *SHOWN) if multiple <= max(options.multiples)])
 
 

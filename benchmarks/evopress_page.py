@@ -15,7 +15,7 @@ from atp_tune.metrics.perplexity import change, perplexity
 
 PAGE = Path(__file__).parents[1] / "docs" / "evopress.md"
 MARKS = ("<!-- measured: python benchmarks/evopress.py -->", "<!-- end -->")
-UNIFORM, PRICES = "uniform", "prices, κ = 1"
+UNIFORM, PRICES, ROWS = "uniform", "prices, κ = 1", "row-prices, κ = 1"
 POINTS = (
     "point",
     "zeros",
@@ -68,7 +68,8 @@ def section(name: str, record: Record) -> str:
     parts = [
         f"### {name}, {facts['target']:.0%}",
         f"{facts['machine']}, {threads}, {facts['dtype']}, torch {facts['torch']}. Prices took "
-        f"{took['seconds']:.0f} s of the processor, in which {took['wall']:.0f} s passed.",
+        f"{took['seconds']:.0f} s of the processor, in which {took['wall']:.0f} s passed"
+        + (f", row-prices {by_rows['seconds']:.0f} s." if (by_rows := record.parts.get("row-prices")) else "."),
     ]
     for pruner, begun in record.named("points ").items():
         points = {title: point for title, point in begun.items() if point["nlls"]["test"]}

@@ -26,7 +26,7 @@ from torch.nn import functional
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.gradients import BlockGradients, Sample
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
@@ -186,7 +186,7 @@ def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: b
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
     sparsities = uneven(context)
-    ours = pricing_of(context, by_wanda=by_wanda, group=group).prices(sparsities, ids)
+    ours = pricing_of(context, by_wanda=by_wanda, group=group).prices(sparsities, Sample(ids))
     assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda, group))
 
 
@@ -197,7 +197,7 @@ def test_prices_at_own_weights_are_gradients_of_the_whole_pruned_model(family: s
     context, ids = bench_of(model), random_ids(6, seed=5)
     sparsities = uneven(context)
     levels = own_levels(context, make_pruner("sparsegpt", {"group": group}))
-    ours = pricing_at(levels, context).prices(sparsities, ids)
+    ours = pricing_at(levels, context).prices(sparsities, Sample(ids))
     assert close(ours, naive_own_prices(model, context, sparsities, ids, group))
 
 
@@ -226,7 +226,7 @@ def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatc
     for room in (1 << 30, 20_000, 0):
         levels = own_levels(context, pruner, room)
         pricing = pricing_at(levels, context)
-        found += [pricing.prices(uneven(context), ids), pricing.prices(uneven(context), ids)]
+        found += [pricing.prices(uneven(context), Sample(ids)), pricing.prices(uneven(context), Sample(ids))]
         counts.append(len(made))
         held.append(sum(each.nbytes for each in levels._kept.values()))
         made.clear()
@@ -252,7 +252,7 @@ def test_prices_of_experts(family: str) -> None:
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
     checkpoint, sparsities = context.checkpoint, uneven(context)
-    ours = pricing_of(context, by_wanda=False).prices(sparsities, ids)
+    ours = pricing_of(context, by_wanda=False).prices(sparsities, Sample(ids))
     pruned = copy.deepcopy(model).requires_grad_(True)
     for i, linears in enumerate(checkpoint.linears):
         for linear, s in zip(linears, sparsities[i], strict=True):
@@ -278,7 +278,7 @@ def test_prices_of_experts(family: str) -> None:
 def test_nothing_and_everything_pruned(sparsity: float) -> None:
     context = bench_of(tiny("llama"))
     everywhere = tuple((sparsity,) * len(row) for row in context.checkpoint.linears)
-    found = pricing_of(context).prices(everywhere, random_ids(4))
+    found = pricing_of(context).prices(everywhere, Sample(random_ids(4)))
     assert all(math.isfinite(price) for row in found for price in row)
 
 
@@ -289,15 +289,15 @@ def test_a_streamed_model_has_the_same_prices() -> None:
         context, ids = bench_of(tiny("llama"), offload=offload), random_ids(6, seed=5)
         levels = own_levels(context, make_pruner("sparsegpt"))
         each = pricing_of(context), pricing_of(context, group=8), pricing_at(levels, context)
-        found.append([pricing.prices(uneven(context), ids) for pricing in each])
+        found.append([pricing.prices(uneven(context), Sample(ids)) for pricing in each])
     assert found[0] == found[1]
 
 
 @pytest.mark.slow
 def test_the_batch_size_changes_nothing_but_rounding() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(6, seed=5)
-    one, other = (pricing_of(context, windows).prices(uneven(context), ids) for windows in (1, 8))
-    assert close(one, other) and one == pricing_of(context, 1).prices(uneven(context), ids)
+    one, other = (pricing_of(context, windows).prices(uneven(context), Sample(ids)) for windows in (1, 8))
+    assert close(one, other) and one == pricing_of(context, 1).prices(uneven(context), Sample(ids))
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_out_of_memory_is_retried_with_half_the_windows() -> None:
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
     pricing, failures = pricing_of(context, 8), [1, 1]
     gradients = pricing._gradients
-    expected, run = pricing_of(context, 8).prices(uneven(context), ids), gradients.replay.run
+    expected, run = pricing_of(context, 8).prices(uneven(context), Sample(ids)), gradients.replay.run
 
     def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
         if len(hidden) > 4 and torch.is_grad_enabled() and failures:
@@ -314,7 +314,7 @@ def test_out_of_memory_is_retried_with_half_the_windows() -> None:
         return run(index, weights, hidden)
 
     gradients.replay.run = short  # type: ignore[method-assign]
-    assert close(pricing.prices(uneven(context), ids), expected)
+    assert close(pricing.prices(uneven(context), Sample(ids)), expected)
     assert gradients._batch.windows == 4
 
 
@@ -322,7 +322,7 @@ def test_nothing_of_the_model_changes() -> None:
     model = tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     context = bench_of(model)
-    pricing_of(context).prices(uneven(context), random_ids(6))
+    pricing_of(context).prices(uneven(context), Sample(random_ids(6)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -25,6 +25,7 @@ from atp_tune.allocations import LinearSparsities, Shape, prices
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.gradients import Sample
 from atp_tune.blocks.levels import BAND, ByPlaces
 from atp_tune.blocks.linear_pruner import of_rows
 from atp_tune.blocks.row_pricing import RowPricing
@@ -236,7 +237,7 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
     for step in range(2):
         ids = random_ids(6, seed=5 + step)
         of_linears, of_rows_ = naive_step(model, context, sparsities, offsets, ids)
-        assert close(pricing.prices(sparsities, ids, dense_states(context, ids)), of_linears)
+        assert close(pricing.prices(sparsities, Sample(ids, dense_states(context, ids))), of_linears)
         for i, row in enumerate(of_rows_):
             for k, found in enumerate(row):
                 smooth[i][k], offsets[i][k] = naive_move(smooth[i][k], offsets[i][k], found)
@@ -254,7 +255,7 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
 def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
     context = bench_of(tiny(family))
     pricing = row_pricing_of(context)
-    found = pricing.prices(uneven(context), random_ids(1, 2))
+    found = pricing.prices(uneven(context), Sample(random_ids(1, 2)))
     assert all(math.isfinite(price) for row in found for price in row)
     assert all(offsets.isfinite().all() for offsets in pricing._offsets.values())
 
@@ -263,9 +264,11 @@ def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
 def test_a_streamed_model_moves_the_same() -> None:
     found = []
     for offload in ("none", "cpu"):
-        context, ids = bench_of(tiny("llama"), offload=offload), random_ids(6, seed=5)
+        context, sample = bench_of(tiny("llama"), offload=offload), Sample(random_ids(6, seed=5))
         pricing = row_pricing_of(context)
-        found.append([pricing.prices(uneven(context), ids), pricing.prices(uneven(context), ids), pricing.offsets()])
+        found.append(
+            [pricing.prices(uneven(context), sample), pricing.prices(uneven(context), sample), pricing.offsets()]
+        )
     assert found[0] == found[1]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.gradients import BlockGradients, Sample
 from atp_tune.inputs import Batch
 
 Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
@@ -59,7 +59,7 @@ class BitPricing:
                 slopes = error @ linear.matrix(gradients[linear.key]).flatten()
                 total[index][k] = total[index][k] + slopes.cpu().double() ** 2 / len(items)
 
-        self._gradients.visit(items, lambda index, linear, weight: weight, add, each=True)
+        self._gradients.visit(Sample(items), lambda index, linear, weight: weight, add, each=True)
         return tuple(tuple(tuple(row.tolist()) for row in block) for block in total)
 
     def _errors(self, weight: Tensor) -> Tensor:

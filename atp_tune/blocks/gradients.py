@@ -6,6 +6,7 @@ hidden states that enter all blocks.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,26 @@ from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
 
-# by the final hidden states of items; last those of the dense model, where the loss is the mean of NLL and KL from it
+# by the final hidden states of items; last those of the dense model, as in `Sample`
 LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
 Change = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and dense weight [out, in]: its weight as changed
 Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, float32, by key of a linear's tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Items whose mean loss is differentiated, NLL.
+
+    `dense`: their final hidden states [items, positions, width] in the dense model; with them the loss is the mean of
+    NLL and KL from it.
+    """
+
+    items: Batch
+    dense: Tensor | None = None
+
+    def states(self, rows: slice) -> Tensor | None:
+        """The dense model's states of some of the items."""
+        return None if self.dense is None else self.dense[rows]
 
 
 class BlockGradients:
@@ -47,15 +64,14 @@ class BlockGradients:
         self._batch = batch
         self._heads = heads
 
-    def visit(self, items: Batch, change: Change, take: Take, each: bool = False, dense: Tensor | None = None) -> None:
-        """Gives `take` the gradients of the items' mean loss, the last block first.
+    def visit(self, sample: Sample, change: Change, take: Take, each: bool = False) -> None:
+        """Gives `take` the gradients of the mean loss, the last block first.
 
-        `each`: of each item's own loss, item by item in order. `dense`: final hidden states [items, positions, width]
-        of the dense model, for the mean of NLL and KL from it. What no token reaches has gradient 0.
+        `each`: of each item's own loss, item by item in order. What no token reaches has gradient 0.
         """
         with torch.inference_mode(False), torch.no_grad():
-            entering = self._forward(items, change)
-            gradient = self._of_head(items, entering.pop(), dense) / (1 if each else len(items))
+            entering = self._forward(sample.items, change)
+            gradient = self._of_head(sample, entering.pop()) / (1 if each else len(sample.items))
             while entering:
                 index = len(entering) - 1
                 gradient = self._backward(index, entering.pop(), gradient, change, take, each)
@@ -68,11 +84,11 @@ class BlockGradients:
             states.append(advance(self.replay, self._batch, index, weights, entering))
         return states
 
-    def _of_head(self, items: Batch, hidden: Tensor, dense: Tensor | None) -> Tensor:
+    def _of_head(self, sample: Sample, hidden: Tensor) -> Tensor:
         """Gradient of the sum of the items' losses by the final hidden states."""
 
         def step(rows: slice) -> Tensor:
-            return self._gradient(self.replay, items[rows], hidden[rows], None if dense is None else dense[rows])
+            return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows))
 
         return torch.cat(self._heads.over(len(hidden), step))
 

@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.gradients import BlockGradients, Sample
 from atp_tune.blocks.levels import Levels
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.inputs import Batch
 
 
 class Pricing:
@@ -31,13 +30,8 @@ class Pricing:
         self._gradients = gradients
         self._levels = levels
 
-    def prices(
-        self, sparsities: Sequence[Sequence[float]], items: Batch, dense: Tensor | None = None
-    ) -> tuple[tuple[float, ...], ...]:
-        """Price of each linear of each block in nats per weight, for the mean loss of the items.
-
-        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
-        """
+    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> tuple[tuple[float, ...], ...]:
+        """Price of each linear of each block in nats per weight, for the mean loss of the sample."""
         checkpoint, rows = self._gradients.checkpoint, dict[int, Tensor]()
         shares = [
             {linear.name: s for linear, s in zip(linears, row, strict=True)}
@@ -55,11 +49,11 @@ class Pricing:
                 for linear, s in zip(checkpoint.linears[index], sparsities[index], strict=True)
             ])  # fmt: skip
 
-        self._gradients.visit(items, pruned, price, dense=dense)
+        self._gradients.visit(sample, pruned, price)
         return tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: prices depend on sparsities and items alone."""
+        """Nothing: prices depend on sparsities and sample alone."""
         return {}
 
     def resume(self, state: dict[str, Tensor]) -> None:

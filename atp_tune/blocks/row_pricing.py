@@ -15,10 +15,9 @@ from torch import Tensor
 from atp_tune.allocations.prices import KEPT, LARGEST
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets
-from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.gradients import BlockGradients, Sample
 from atp_tune.blocks.levels import BAND, Places
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.inputs import Batch
 
 Key = tuple[int, str]  # of a linear: its block and its name
 
@@ -37,13 +36,8 @@ class RowPricing:
         self._offsets = {key: torch.zeros(rows) for key, rows in keys.items()}  # shares of the inputs
         self._smooth = {key: torch.zeros(rows) for key, rows in keys.items()}
 
-    def prices(
-        self, sparsities: Sequence[Sequence[float]], items: Batch, dense: Tensor | None = None
-    ) -> tuple[tuple[float, ...], ...]:
-        """Price of each linear of each block in nats per weight, for the mean loss of the items; then rows move.
-
-        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
-        """
+    def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> tuple[tuple[float, ...], ...]:
+        """Price of each linear of each block in nats per weight, for the mean loss of the sample; then rows move."""
         checkpoint, found = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
         shares = {
             (index, linear.name): s
@@ -66,7 +60,7 @@ class RowPricing:
                 mean = costs.sum() / number.sum().clamp(min=1)
                 found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
 
-        self._gradients.visit(items, pruned, price, dense=dense)
+        self._gradients.visit(sample, pruned, price)
         for key, (_, rows) in found.items():
             self._move(key, rows)
         return tuple(

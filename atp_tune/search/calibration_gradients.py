@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients
+from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients, Sample
 from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import EventHandler, Message
@@ -46,16 +46,17 @@ class CalibrationGradients:
         """The gradients; made when they are first asked for, which runs the model."""
         return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
 
-    def drawing(self, many: int, with_dense: bool = False) -> Callable[[], tuple[Batch, Tensor | None]]:
+    def drawing(self, many: int, with_dense: bool = False) -> Callable[[], Sample]:
         """A function that draws so many items of the pool at each call; all if it has fewer.
 
         `with_dense`: and their final hidden states in the dense model.
         """
         items, draw = self._items, torch.Generator().manual_seed(0)
 
-        def drawn() -> tuple[Batch, Tensor | None]:
+        def drawn() -> Sample:
             chosen = torch.randperm(len(items), generator=draw)[: min(len(items), many)]
-            return items[chosen.to(self.checkpoint.device)], self._dense_states[chosen] if with_dense else None
+            dense = self._dense_states[chosen] if with_dense else None
+            return Sample(items[chosen.to(self.checkpoint.device)], dense)
 
         return drawn
 

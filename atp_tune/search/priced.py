@@ -27,6 +27,7 @@ from atp_tune.allocations.prices import (
 )
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
+from atp_tune.blocks.gradients import Sample
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
@@ -34,7 +35,6 @@ from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.checkpoints.devices import host_memory
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.events import Message, Step, TrialStarted
-from atp_tune.inputs import Batch
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -54,14 +54,11 @@ Ends = tuple[RowSparsities, ...]
 class PricingProtocol(Protocol):
     """Measures prices, for a descent."""
 
-    def prices(self, sparsities: LinearSparsities, items: Batch, dense: Tensor | None) -> Prices:
-        """Price of each linear of each block at these sparsities, for the mean loss of the items.
-
-        `dense`: their final hidden states in the dense model, for the mean of NLL and KL from it.
-        """
+    def prices(self, sparsities: LinearSparsities, sample: Sample) -> Prices:
+        """Price of each linear of each block at these sparsities, for the mean loss of the sample."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the next prices depend on beside sparsities and items."""
+        """What the next prices depend on beside sparsities and sample."""
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Goes on from a state."""
@@ -112,10 +109,10 @@ class Descent:
             pricing.resume(steps.state)
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            items, dense = drawn()
+            sample = drawn()
             if step >= before:
                 watch(Step("step", step + 1, total))
-                steps.add(pricing.prices(sparsities, items, dense), pricing.state())
+                steps.add(pricing.prices(sparsities, sample), pricing.state())
             return steps.prices[step]
 
         for number, end in enumerate(descend(gradients.checkpoint.shapes, targets, prices_at)):

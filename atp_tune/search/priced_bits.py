@@ -37,7 +37,7 @@ def _measure(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs
         return nearest.quantize(weight, bits, None)
 
     pricing, blocks = BitPricing(gradients.of_blocks, rounded, quantize.widths), len(gradients.checkpoint.blocks)
-    return pricing.costs(drawn()[0], lambda done: watch(Step("block", done, blocks)))
+    return pricing.costs(drawn().items, lambda done: watch(Step("block", done, blocks)))
 
 
 def items_of_costs(positions: int) -> int:
