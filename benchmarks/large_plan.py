@@ -1,7 +1,8 @@
 """What `plan` foretells of a study of Llama-2-7B or -70B on this machine, without their weights.
 
     python benchmarks/large_plan.py 7B
-    python benchmarks/large_plan.py 70B --set allocation='["prices"]'
+    python benchmarks/large_plan.py 70B --set model.offload=disk       blocks are read one by one
+    python benchmarks/large_plan.py tiny                               the same code on a tiny shape
 
 The checkpoint has the model's shapes, and zeros for weights in the number format that this machine computes in: its
 files are holes, which take no room on the disk and are read as fast as the machine makes zeros, so that seconds of
@@ -27,10 +28,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from atp_tune.checkpoints.devices import find_device, find_dtype
 
 ROOT = Path(__file__).parents[1]
+PLACE = ROOT / "build" / "large"
 VOCABULARY, TOKENS = 32000, 2048
 SHAPES = {  # width, width of the MLP, blocks, heads, heads of keys and values
     "7B": (4096, 11008, 32, 32, 32),
     "70B": (8192, 28672, 80, 64, 8),
+    "tiny": (64, 160, 4, 4, 2),
 }
 FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 WINDOWS = {"calibration": 128, "validation": 164, "test": 164}
@@ -66,15 +69,14 @@ def main() -> None:
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    place = ROOT / "build" / "large"
     dtype = find_dtype("auto", find_device("auto"))
-    folder = place / f"{options.name}-{str(dtype).removeprefix('torch.')}"
+    folder = PLACE / f"{options.name}-{str(dtype).removeprefix('torch.')}"
     if not folder.is_dir():
         write_model(folder, LlamaConfig(**facts(options.name), dtype=dtype), dtype)
         write_tokenizer(folder)
     for role, windows in WINDOWS.items():
-        write_text(place / f"{role}.txt", windows * TOKENS, role)
-    study = place / f"{folder.name}.toml"
+        write_text(PLACE / f"{role}.txt", windows * TOKENS, role)
+    study = PLACE / f"{folder.name}.toml"
     texts = "".join(TEXT.format(role=role, windows=windows, tokens=TOKENS) for role, windows in WINDOWS.items())
     study.write_text(STUDY.format(name=options.name, folder=folder.name) + texts, encoding="utf-8")
     words = [word for each in options.set for word in ("--set", each)]

@@ -40,6 +40,26 @@ def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert [row[0] for row in found[9:]] == ["calibrate", "prune", "way", "`strips`", "`plain`"]
 
 
+@pytest.mark.slow
+def test_what_plan_foretells_of_shapes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights take no room on the disk; a descent with rows is counted."""
+    large = benchmark("large_plan")
+    monkeypatch.setattr(large, "PLACE", tmp_path)
+    told = []
+    for words in ((), ("--set", "allocation=['uniform']")):
+        monkeypatch.setattr(sys, "argv", ["large_plan.py", "tiny", *words])
+        with pytest.raises(SystemExit) as ended:
+            large.main()
+        assert ended.value.code == 0
+        told.append(capfd.readouterr().out)
+    assert "for prices of it" in told[0] and "for prices" not in told[1]
+    assert "does not fit" not in told[0]
+    model = next(tmp_path.glob("tiny-*"))
+    assert all(file.stat().st_blocks * 512 < 20_000 for file in model.glob("block-*.safetensors"))
+
+
 def test_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
