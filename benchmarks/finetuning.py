@@ -3,7 +3,8 @@
     python benchmarks/finetuning.py --news NEWS.txt                   SmolLM2-135M, the best β
     python benchmarks/finetuning.py prices --news NEWS.txt            the same by prices; --rows has those to train
     python benchmarks/finetuning.py curve --rows --news NEWS.txt      the best of `curve`, which is not trained
-    python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M
+    python benchmarks/finetuning.py rows --news NEWS.txt              the same by row-prices
+    python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M; gemma-rows by row-prices
     python benchmarks/finetuning.py llama-small --news NEWS.txt       models of language_models.py; llama-small-80, …
     python benchmarks/finetuning.py --show                            the table of what is there
 
@@ -55,6 +56,8 @@ PLANS = {  # title, study, and the words of `prune`
     "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", f"--beta 0.00579{FORMER}"),
     "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol",
                f"--allocation prices --parameter kappa=0.776{FORMER}"),
+    "rows": ("SmolLM2-135M-Instruct, row-prices, κ = 1", "smol", "--allocation row-prices --parameter kappa=1"),
+    "gemma-rows": ("Gemma 3 270M, row-prices, κ = 1", "smol", "--allocation row-prices --parameter kappa=1"),
     "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               f"--parameter split=-0.013 --parameter value=-0.348{FORMER}"),
@@ -69,6 +72,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "LoRA, next token": {"train": "lora", "rank": 8, "alpha": 16, "loss": "next-token", "learning_rate": 1e-3},
     "LoRA, KL": {"train": "lora", "rank": 8, "alpha": 16, "loss": "kl", "learning_rate": 1e-3},
     "scales, KL": {"train": "scales", "rank": None, "alpha": None, "loss": "kl", "learning_rate": 3e-3},
+    "scales, both": {"train": "scales", "rank": None, "alpha": None, "loss": "both", "learning_rate": 3e-3},
 }
 COMMON = {"batch": 2, "seqlen": 256, "seed": 0, "eval_every": 20, "patience": 5}
 ROLES = ("validation", "test", "news")
@@ -187,7 +191,7 @@ class Measuring:
         teacher = Teacher(self._dense(), device)
         with Checkpoint.load(folder.path, stored_format(folder.path), device, offload="none") as checkpoint:
             items, held_out = divided(windows, settings)
-            trainer = Trainer(checkpoint, items, settings, held_out, teacher if settings.loss == "kl" else None)
+            trainer = Trainer(checkpoint, items, settings, held_out, teacher if settings.has_teacher else None)
             trainer.step()
             began = time.process_time()
             trainer.measure()

@@ -99,8 +99,8 @@ def write_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     width, inner = config.hidden_size, config.intermediate_size
-    narrow = width // config.num_attention_heads * config.num_key_value_heads
-    files, places = dict[str, dict[str, tuple[int, ...]]](), {}
+    narrow = width // config.num_attention_heads * (config.num_key_value_heads or 1)
+    files, places = dict[str, dict[str, tuple[int, ...]]](), dict[str, str]()
     for index in range(config.num_hidden_layers):
         files[f"block-{index}"] = {
             f"model.layers.{index}.{name}.weight": shape
@@ -118,13 +118,13 @@ def write_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
     for name, shapes in files.items():
         write_holes(folder / f"{name}.safetensors", shapes, dtype)
         places |= dict.fromkeys(shapes, f"{name}.safetensors")
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    listed = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(listed, encoding="utf-8")
 
 
 def write_holes(file: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     """A safetensors file whose numbers are a hole: zeros that take no room."""
-    header, end = dict[str, Any](), 0
+    end, header = 0, dict[str, Any]()
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": FORMATS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
@@ -138,7 +138,7 @@ def write_tokenizer(folder: Path) -> None:
     """A tokenizer of words: a token for each number."""
     made = Tokenizer(models.WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="0").save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def write_text(file: Path, tokens: int, seed: str) -> None:

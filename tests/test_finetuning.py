@@ -311,7 +311,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path, command: Comm
     assert not list(place.glob(".*")) and not (place / "out.part").exists()
 
 
-# --- the dense model of `--loss kl`
+# --- the dense model of `--loss kl` and `both`
 
 
 def without_record(place: Path) -> tuple[str, ...]:
@@ -324,7 +324,7 @@ def without_record(place: Path) -> tuple[str, ...]:
 def test_a_teacher_that_is_named(place: Path, command: CommandLine) -> None:
     options = without_record(place)
     words = ("finetune", "--model", place / "sparse", "--out", place / "out", *options, "--loss", "kl")
-    said = f"--loss kl: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
+    said = f"--loss: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
     assert command(*words).error == said
     answer = command(*words, "--teacher", place / "model")
     assert (answer.code, answer.err) == (0, "")
@@ -357,7 +357,7 @@ def test_a_dense_model_that_is_gone_or_another(place: Path, command: CommandLine
     assert command(*words).error.startswith("model.fingerprint: ")
     shutil.rmtree(place / "model")
     error = command(*words).error
-    assert error.startswith("--loss kl: the dense model: model.source: ")
+    assert error.startswith("--loss: the dense model: model.source: ")
     assert error.endswith(", or name it by --teacher")
     assert command(*words, "--teacher", place / "none").error.startswith("--teacher: model.source: ")
 

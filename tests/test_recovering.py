@@ -153,7 +153,7 @@ def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Pat
     assert (answer.code, answer.err) == (0, "")
     assert f"the best plan stays as it was pruned: {NO_GAIN}" in answer.out
     assert ", trained " not in answer.out
-    how = "9 steps of scales of rows and columns by KL from the dense model on the calibration text"
+    how = "9 steps of scales of rows and columns by NLL and KL from the dense model on the calibration text"
     assert f"Not trained after pruning: with {how}, {NO_GAIN}." in answer.out
     assert not config_of(place).is_trained
     written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
@@ -335,7 +335,7 @@ def test_settings_are_those_of_finetune() -> None:
     texts = type("Texts", (), {"validation": type("Text", (), {"seqlen": 77})()})()
     config: Any = type("Config", (), {"texts": texts})()
     found = settings_of(RecoverConfig(train="lora", rank=3, seqlen=None), config)
-    assert (found.rank, found.alpha, found.seqlen, found.learning_rate, found.loss) == (3, 6, 77, 0.001, "kl")
+    assert (found.rank, found.alpha, found.seqlen, found.learning_rate, found.loss) == (3, 6, 77, 0.001, "both")
     scales = settings_of(RecoverConfig(seqlen=9), config)
     assert (scales.rank, scales.alpha, scales.seqlen, scales.train) == (None, None, 9, "scales")
 
@@ -375,7 +375,7 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     assert row[0].endswith(", trained")
     assert row[2:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%", "–", "–", "–"]
     assert recovery_said(summary) == (
-        "Trained after pruning: 64 steps of scales of rows and columns by KL from the dense model on the calibration "
-        "text, of which step 48 was taken; perplexity -30.0% ± 1.0% on the validation text and -30.0% ± 1.0% on the "
-        "test text, against the same plan as it was pruned. `apply` writes the trained model."
+        "Trained after pruning: 64 steps of scales of rows and columns by NLL and KL from the dense model on the "
+        "calibration text, of which step 48 was taken; perplexity -30.0% ± 1.0% on the validation text and -30.0% ± "
+        "1.0% on the test text, against the same plan as it was pruned. `apply` writes the trained model."
     )

@@ -91,9 +91,9 @@ def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.Monkey
 # --- the dense model's predictions
 
 
-def kl_trainer(held_out: Tensor | None = None, **settings: object) -> Trainer:
+def kl_trainer(held_out: Tensor | None = None, loss: str = "kl", **settings: object) -> Trainer:
     """One whose teacher is the model before anything was zeroed."""
-    ours = Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), with_loss("kl", **settings), held_out)
+    ours = Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), with_loss(loss, **settings), held_out)
     ours._teacher = tiny("llama").requires_grad_(False)
     return ours
 
@@ -102,16 +102,18 @@ def with_loss(loss: str, **settings: object) -> Settings:
     return SETTINGS.model_copy(update={"loss": loss, **settings})
 
 
-def naive_kl(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Mean over predicted tokens of Σ p ln(p / q)."""
+def naive_loss(loss: str, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Mean over predicted tokens of Σ p ln(p / q), or of half of that and of half of -ln q of the token."""
     model, dense = with_zeros("llama"), tiny("llama")
     p = dense(input_ids=ids).logits[:, :-1].softmax(-1).detach()
     q = functional_call(model, weights, kwargs={"input_ids": ids}).logits[:, :-1].softmax(-1)
-    return (p * (p / q).log()).sum(-1).mean()
+    kl = (p * (p / q).log()).sum(-1).mean()
+    return kl if loss == "kl" else (kl - q.gather(-1, ids[:, 1:, None]).log().mean()) / 2
 
 
-def test_kl_and_its_gradient_are_the_naive_ones() -> None:
-    ours = kl_trainer()
+@pytest.mark.parametrize("kind", ["kl", "both"])
+def test_the_loss_by_the_dense_model_and_its_gradient_are_the_naive_ones(kind: str) -> None:
+    ours = kl_trainer(loss=kind)
     with torch.no_grad():
         for parameter in ours._parameters.values():
             parameter.normal_(0, 0.1)
@@ -119,7 +121,7 @@ def test_kl_and_its_gradient_are_the_naive_ones() -> None:
     loss = ours._loss(random_ids(7)[rows])
     loss.backward()
     merged = {name: tuned.clone().requires_grad_() for name, _, tuned in ours.adapters.merged()}
-    expected = naive_kl(merged, random_ids(7)[rows])
+    expected = naive_loss(kind, merged, random_ids(7)[rows])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     expected.backward()
     for name, weight in merged.items():
@@ -138,7 +140,9 @@ def test_a_model_that_is_its_own_teacher_learns_nothing() -> None:
 def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = checkpoint_of(with_zeros("llama"))
     plain = bytes_needed(checkpoint, SETTINGS, recompute=False)
-    assert bytes_needed(checkpoint, with_loss("kl"), recompute=False) == plain + 16 * 26 * checkpoint.config.vocab_size
+    for loss in ("kl", "both"):
+        found = bytes_needed(checkpoint, with_loss(loss), recompute=False)
+        assert found == plain + 16 * 26 * checkpoint.config.vocab_size
     alone = memory_needed(checkpoint, SETTINGS).needed
     assert memory_needed(checkpoint, SETTINGS, teacher=1000).needed == alone + 1000
     monkeypatch.setattr(training_memory, "free_memory", lambda device: 2**30)

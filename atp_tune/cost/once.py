@@ -72,7 +72,7 @@ def descent_bytes(known: "Known") -> int:
 def training(known: "Known", recover: RecoverConfig) -> TrainingCost:
     """The training of the best plan's kept weights, at most; it is loaded with its dense model, and measured twice."""
     length = recover.seqlen or known.tokens.validation // known.validation_windows
-    trained, models = recover.steps * recover.batch * length, 2 if recover.loss == "kl" else 1
+    trained, models = recover.steps * recover.batch * length, 1 if recover.loss == "next-token" else 2
     held_out = FEWEST * length * (1 + recover.steps // recover.eval_every)
     measured = 2 * (known.tokens.validation + known.tokens.test)
     return TrainingCost(models * (trained + held_out), trained, measured, 3 + models)

@@ -4,7 +4,13 @@ from atp_tune.results.amounts import amount_of
 from atp_tune.results.formatting import NOTHING, cells, method_of
 from atp_tune.results.summary import Summary
 from atp_tune.spec.config import scores_after
-from atp_tune.spec.recover import RecoverConfig
+from atp_tune.spec.recover import Loss, RecoverConfig
+
+LOSSES: dict[Loss, str] = {
+    "both": "by NLL and KL from the dense model",
+    "kl": "by KL from the dense model",
+    "next-token": "by the next token",
+}
 
 
 def trained_rows(summary: Summary, columns: int) -> list[list[str]]:
@@ -43,5 +49,4 @@ def _pending(summary: Summary, asked: RecoverConfig | None) -> str:
 
 def _how(settings: RecoverConfig) -> str:
     what = "scales of rows and columns" if settings.train == "scales" else "masked LoRA"
-    loss = "by KL from the dense model" if settings.loss == "kl" else "by the next token"
-    return f"{settings.steps} steps of {what} {loss} on the calibration text"
+    return f"{settings.steps} steps of {what} {LOSSES[settings.loss]} on the calibration text"

@@ -158,8 +158,9 @@ def train(
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
-    learns = settings.loss == "kl"
-    dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line)), allowed) if learns else None
+    dense_model = None
+    if settings.has_teacher:
+        dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line)), allowed)
     base, bos = (made.base, made.bos) if made else (Path(), False)
     settings, items, score = _items(text, test, folder, settings, base, bos)
     dense = made.dense if made and made.test == test else None

@@ -18,6 +18,7 @@ from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.former import present_keys
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
+from atp_tune.spec.recover import Loss
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text
 
@@ -111,10 +112,15 @@ class Settings(FrozenModel):
     seqlen: int | None
     batch: int
     seed: int
-    loss: Literal["next-token", "kl"] = "next-token"
+    loss: Loss = "next-token"
     train: Literal["lora", "scales"] = "lora"
     eval_every: int = 20
     patience: int = 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model's predictions take part in the loss."""
+        return self.loss != "next-token"
 
 
 class Zeros(FrozenModel):

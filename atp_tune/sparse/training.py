@@ -4,6 +4,7 @@
            kl: mean of KL(p ‖ q), p the dense model's distribution of the next token, or class, and q this model's;
            its gradient by the logits is (q - p) / positions. Source: Hinton et al., Distilling the Knowledge in a
            Neural Network, 2015, with temperature 1
+           both: the mean of the two, as there with equal weights
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
     stop   the loss on held-out windows chooses the step whose adapters are merged (`early_stop`)
@@ -129,12 +130,13 @@ class Trainer:
         """The mean loss of a batch."""
         batch = items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
         logits = self._logits(self._model, batch)
-        if self._teacher is not None:
-            with torch.no_grad():
-                dense = self._logits(self._teacher, batch).log_softmax(-1)
-            return functional.kl_div(logits.log_softmax(-1), dense, reduction="batchmean", log_target=True)
-        targets = batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
-        return functional.cross_entropy(logits, targets)
+        q, targets = logits.log_softmax(-1), batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
+        if self._teacher is None:
+            return functional.nll_loss(q, targets)
+        with torch.no_grad():
+            p = self._logits(self._teacher, batch).log_softmax(-1)
+        kl = functional.kl_div(q, p, reduction="batchmean", log_target=True)
+        return (functional.nll_loss(q, targets) + kl) / 2 if self._settings.loss == "both" else kl
 
     def _logits(self, model: nn.Module, batch: Items) -> Tensor:
         """Logits in float32 [predicted tokens, vocabulary], or [images, classes]."""

@@ -63,4 +63,4 @@ def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool, po
         config = checkpoint.config.get_text_config()
         width, logits = config.hidden_size, tokens * config.vocab_size
     kept = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
-    return int(adapters + kept + logits * (LOGIT_BYTES + TEACHER_BYTES * (settings.loss == "kl")))
+    return int(adapters + kept + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))

@@ -17,6 +17,7 @@ from atp_tune.metrics.perplexity import Change, Perplexity
 
 FEWEST, MOST = 8, 32  # windows that are held out
 SHARE = 10  # one of so many windows is held out
+Loss = Literal["both", "kl", "next-token"]
 RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
 
 
@@ -26,8 +27,9 @@ class RecoverConfig(SettingsTable):
     train: Literal["scales", "lora"] = Field(
         "scales", description="scales: one for each row and column of each linear; lora: masked LoRA"
     )
-    loss: Literal["kl", "next-token"] = Field(
-        "kl", description="kl: KL divergence from the dense model's predictions; next-token: NLL of the text"
+    loss: Loss = Field(
+        "both",
+        description="kl: KL divergence from the dense model's predictions; next-token: NLL of the text; both: the mean",
     )
     steps: int = Field(64, ge=1, description="training steps, each on one batch")
     batch: int = Field(2, ge=1, description="windows per step; of an image classifier, images")

@@ -25,6 +25,7 @@ class Loss(StrEnum):
 
     next_token = "next-token"
     kl = "kl"
+    both = "both"
 
 
 class Train(StrEnum):
@@ -60,11 +61,14 @@ def finetune(
     batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 8,
     seqlen: Annotated[int, typer.Option("--seqlen", "--tokens", min=2, help="Tokens per window.")] = 512,
     loss: Annotated[
-        Loss, typer.Option(help="next-token: NLL of the text; kl: KL divergence from the dense model's predictions.")
+        Loss,
+        typer.Option(
+            help="next-token: NLL of the text; kl: KL divergence from the dense model's predictions; both: their mean."
+        ),
     ] = Loss.next_token,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Dense model for `--loss kl`; default: the one that DIR was pruned from."),
+        typer.Option(metavar="SOURCE", help="Dense model of `kl` and `both`; default: that which DIR was pruned from."),
     ] = None,
     train: Annotated[
         Train, typer.Option(help="lora: masked LoRA; scales: a scale for each row and column of each linear.")
@@ -100,7 +104,7 @@ def finetune(
 
     Example: `python tune.py finetune --model smol-sparse --out smol-tuned --text file:articles.txt`
 
-    Example: `python tune.py finetune --model smol-sparse --out smol-tuned --train scales --loss kl`
+    Example: `python tune.py finetune --model smol-sparse --out smol-tuned --train scales --loss both`
 
     Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
@@ -111,7 +115,7 @@ def finetune(
     if not 0 < learning_rate < float("inf"):
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
     if teacher is not None and loss == Loss.next_token:
-        raise typer.BadParameter("is read with --loss kl alone", param_hint="--teacher")
+        raise typer.BadParameter("is not read with --loss next-token", param_hint="--teacher")
     rank, alpha = _size(train, rank, alpha)
     settings = Settings(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
