@@ -483,7 +483,7 @@ def test_input_moments(dtype: torch.dtype) -> None:
     assert InputMoments(2, CPU).variances().tolist() == [0, 0]
 
 
-def test_the_scaled_hessian_and_its_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scaled_hessian_and_its_inverse() -> None:
     x = problem((1, 12))[1]
     x[:, 5] = 0
     hessian = hessian_of(x)
@@ -494,6 +494,8 @@ def test_the_scaled_hessian_and_its_spectrum(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(scaled.matrix.double() * scaled.scales * scaled.scales[:, None], H, rtol=1e-5, atol=1e-6)
     inverse = torch.linalg.inv(scaled.matrix.double() + 0.3 * torch.eye(12))
     torch.testing.assert_close(scaled.inverse(0.3).double(), inverse, rtol=1e-4, atol=1e-5)
+    rounded = Scaled(scaled.scales, torch.tensor([[1.0, 1.1], [1.1, 1.0]]))  # by rounding not positive definite
+    torch.testing.assert_close(rounded.inverse(0.05), torch.linalg.inv(rounded.matrix + 0.05 * torch.eye(2)))
     assert hessian.scaled(0.01) is scaled
     hessian.add(x)
     assert hessian.scaled(0.01) is not scaled

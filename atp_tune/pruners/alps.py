@@ -17,9 +17,10 @@ mask changed. ADMM ends when the mask does not change, or after 30 iterations wh
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
 2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Differences: the number of zeros is rounded down
-(theirs: to the nearest); the inverse is computed from the spectrum in float32 (theirs: float64); conjugate gradients
-always run all steps (theirs have a tolerance, which is rarely met since the residual includes pruned entries); theirs
-returns the start if the last iteration starts again.
+(theirs: to the nearest); the inverse comes from a Cholesky factorisation in float32 for each ρ (theirs: from a spectrum
+in float64, computed once, which takes as long as a dozen of them); conjugate gradients always run all steps (theirs
+have a tolerance, which is rarely met since the residual includes pruned entries); theirs returns
+the start if the last iteration starts again.
 """
 
 from typing import ClassVar

@@ -5,7 +5,6 @@ and value) share one object, and what is derived from X is computed once.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -113,17 +112,12 @@ class Scaled:
     scales: Tensor  # d [in]
     matrix: Tensor  # H̃ [in, in]
 
-    @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """λ [in] and Q [in, in] with H̃ = Q diag(λ) Qᵀ, computed in float64."""
-        wide = self.matrix.cpu() if self.matrix.device.type == "mps" else self.matrix  # MPS has no float64
-        values, vectors = (part.to(self.matrix) for part in torch.linalg.eigh(wide.double()))
-        return values.clamp_(min=0), vectors
-
     def inverse(self, rho: float) -> Tensor:
-        """(H̃ + ρI)⁻¹ [in, in]."""
-        values, vectors = self.spectrum
-        return (vectors / (values + rho)) @ vectors.T
+        """(H̃ + ρI)⁻¹ [in, in], where that is not positive definite in float32 by elimination."""
+        raised = self.matrix.clone()
+        raised.diagonal().add_(rho)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        return torch.linalg.inv(raised) if failed else torch.cholesky_inverse(factor)
 
 
 class Hessian:
