@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from platform import node
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from atp_tune import tune
 from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.results.recovery import recovery_said, trained_rows
 from atp_tune.results.summary import summarise
+from atp_tune.search.runner import StudyRun
 from atp_tune.sparse import recovering
 from atp_tune.sparse.finetuning import NoGainError, Trained
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
@@ -25,6 +27,7 @@ from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
 from atp_tune.storage import opening
+from atp_tune.storage.process_identity import identity
 
 SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
 
@@ -149,7 +152,7 @@ def test_other_settings_train_anew_and_none_leaves_what_is_there(place: Path, co
 
 @pytest.mark.slow
 def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Path, command: CommandLine) -> None:
-    answer = run(place, command, "recover.steps=9", "recover.learning_rate=3", "recover.eval_every=3")
+    answer = run(place, command, "recover.steps=9", "recover.learning_rate=0.8", "recover.eval_every=3")
     assert (answer.code, answer.err) == (0, "")
     assert f"the best plan stays as it was pruned: {NO_GAIN}" in answer.out
     assert ", trained " not in answer.out
@@ -161,7 +164,9 @@ def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Pat
     assert not (place / "out" / FINETUNED).exists()
 
 
-def interrupted(*_: object) -> None:
+def seen_and_interrupted(run: StudyRun, *_: object) -> None:
+    """Training that others see, and that ends at once."""
+    assert recovery_said(summarise(stored(run.file.folder))).startswith(f"The best plan is being trained on {node()}, ")
     raise KeyboardInterrupt
 
 
@@ -186,7 +191,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     assert again.out.startswith("complete: 6 of 6 trials; nothing to do")
     least = f"recover.min_increase={max(0.0, increase - 0.001)}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp_tune.api.recovering._recovered", interrupted)
+        patch.setattr("atp_tune.api.recovering._recovered", seen_and_interrupted)
         assert run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).code == 130
     assert "Not trained yet: the same command" in command("status", "--study", place / "tiny.toml").out
     assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out
@@ -358,9 +363,13 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     made = study.user_attrs["made_from"]
     asked = {**made, "settings": {**made["settings"], "recover": {"steps": 9}}}
     study.set_user_attr("made_from", asked)
-    assert recovery_said(summarise(stored(done))).startswith(
-        "Not trained yet: the same command trains the best plan, with 9 "
-    )
+    not_yet = "Not trained yet: the same command trains the best plan, with 9 "
+    assert recovery_said(summarise(stored(done))).startswith(not_yet)
+    for process, said in ((identity(), f"The best plan is being trained on {node()}, with 9 "), ({}, not_yet)):
+        study.set_user_attr("training", process)
+        assert recovery_said(summarise(stored(done))).startswith(said)
+    study.set_user_attr("training", {**identity(), "process_started": 1.0})  # it was killed
+    assert recovery_said(summarise(stored(done))).startswith(not_yet)
     best = summarise(study).best_trial
     assert best is not None
     one = {"perplexity": texts.after, "change": texts.change}

@@ -18,6 +18,7 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage import progress
+from atp_tune.storage.process_identity import identity
 
 
 def is_pending(run: StudyRun, study: optuna.Study) -> bool:
@@ -43,12 +44,15 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     config = best_config(run.file, study, run.file.best_of(run.name))
     uniform = uniform_of(study, best)
     nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
+    study.set_user_attr("training", identity())  # so that others see it
     try:
         found = _skipped(config, asked) or _recovered(run, best.number, config, asked, nlls, lender or Lender())
     except UserError as error:
         said = str(error) if str(error).startswith("recover") else f"recover: {error}"
         run.note(f"warning: the best plan stays as it was pruned: {said}")
         return
+    finally:
+        study.set_user_attr("training", {})
     if not found.kept:
         run.note(f"the best plan stays as it was pruned: {found.reason}")
     store(study, "recovered", best.number, found.model_dump(mode="json"))

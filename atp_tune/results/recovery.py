@@ -44,6 +44,8 @@ def recovery_said(summary: Summary) -> str:
 def _pending(summary: Summary, asked: RecoverConfig | None) -> str:
     if asked is None or not summary.complete or summary.best_trial is None:
         return ""
+    if summary.training:
+        return f"The best plan is being trained on {summary.training}, with {_how(asked)}."
     return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
 
 

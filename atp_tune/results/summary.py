@@ -36,6 +36,7 @@ from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
+from atp_tune.storage.process_identity import is_dead
 from atp_tune.storage.validation import StudySnapshot
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
@@ -88,7 +89,7 @@ class Summary:
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
-    recovered     training of the best trial's kept weights
+    recovered     training of the best trial's kept weights; `training`: the host where it goes on, "" if it does not
     answers       of an image classifier, what dense, uniform and best see in a few test images
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
@@ -134,6 +135,7 @@ class Summary:
     sign: str = ""
     answers: Answers | None = None
     recovered: Recovered | None = None
+    training: str = ""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -226,6 +228,7 @@ def summarise(study: optuna.Study) -> Summary:
         sign=sign_of_beta(study) if hits else "",
         answers=answers_of(study, best) if best else None,
         recovered=Recovered.model_validate(found["recovered"]) if "recovered" in found else None,
+        training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
     )
 
 

@@ -116,6 +116,7 @@ STUDY = _kinds(
         "dense": Nlls,
         "test_nlls": dict[Role, Nlls],
         **dict.fromkeys(("zero_shot", "speed", "continuations", "answers", "recovered"), dict[Role, Found]),
+        "training": dict[Words, Words | int | float],
         "test_kls": dict[Role, Kls],
         "dense_ranks": Ranks,
         "test_ranks": dict[Role, Ranks],
