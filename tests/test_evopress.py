@@ -226,13 +226,18 @@ def test_the_command_goes_on_where_it_stopped(
     for part in ("points wanda", "fitness kl from uniform"):
         assert whole[part] == pieces[part]
     found = ["kl from uniform, 1×", "kl from uniform, 3×"]
-    assert list(whole["points wanda"]) == ["uniform", "prices, κ = 1", "prices, κ = 0.776", *found]
+    assert list(whole["points wanda"]) == ["uniform", "prices, κ = 1", "prices, κ = 0.776", *found, "row-prices, κ = 1"]
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     assert [row[0] for row in rows(text) if row[0].startswith("kl")][:2] == found
-    assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").code == 0
-    [kept] = (cache / "prices").glob("*.json")
-    assert json.loads(kept.read_text()) == [whole["prices"]["end"]]
+    ends = []
+    for name in ("prices", "row-prices"):
+        before = {*(cache / "prices").glob("*.json")}
+        assert command("prune", "--study", place / "tiny.toml", "--allocation", name).code == 0
+        [kept] = {*(cache / "prices").glob("*.json")} - before
+        ends += json.loads(kept.read_text())
+    rows_ = whole["row-prices"]
+    assert ends == [whole["prices"]["end"], [rows_["end"], rows_["rows"]]]
 
 
 def states(record: dict[str, Any]) -> Sequence[Any]:
