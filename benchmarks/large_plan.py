@@ -6,9 +6,9 @@
 
 The checkpoint has the model's shapes, and zeros for weights in the number format that this machine computes in: its
 files are holes, which take no room on the disk and are read as fast as the machine makes zeros, so that seconds of
-reading from a disk are not in the forecast. Texts are of
-random words. The study is that of the papers in size: 128 windows of 2,048 tokens to calibrate on, 164 to validate and
-to test on, Wanda at 70 %, with `row-prices`. It lies in build/large.
+reading from a disk are not in the forecast. Texts are of random words. The study is that of the papers in size: 128
+windows of 2,048 tokens to calibrate on, 164 to validate and to test on, Wanda at 70 %, with `row-prices`. It lies in
+build/large.
 """
 
 import argparse

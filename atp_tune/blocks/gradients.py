@@ -29,7 +29,7 @@ Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, floa
 
 @dataclass(frozen=True)
 class Sample:
-    """Items whose mean loss is differentiated, NLL.
+    """Items by whose mean loss, the NLL, a gradient is taken.
 
     `dense`: their final hidden states [items, positions, width] in the dense model; with them the loss is the mean of
     NLL and KL from it.

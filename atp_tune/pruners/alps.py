@@ -19,8 +19,8 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Differences: the number of zeros is rounded down
 (theirs: to the nearest); the inverse comes from a Cholesky factorisation in float32 for each ρ (theirs: from a spectrum
 in float64, computed once, which takes as long as a dozen of them); conjugate gradients always run all steps (theirs
-have a tolerance, which is rarely met since the residual includes pruned entries); theirs returns
-the start if the last iteration starts again.
+have a tolerance, which is rarely met since the residual includes pruned entries); theirs returns the start if the last
+iteration starts again.
 """
 
 from typing import ClassVar

@@ -113,11 +113,12 @@ class Scaled:
     matrix: Tensor  # H̃ [in, in]
 
     def inverse(self, rho: float) -> Tensor:
-        """(H̃ + ρI)⁻¹ [in, in], where that is not positive definite in float32 by elimination."""
-        raised = self.matrix.clone()
-        raised.diagonal().add_(rho)
+        """(H̃ + ρI)⁻¹ [in, in]; by elimination, if rounding has made that matrix one that is not positive definite."""
+        raised = self.matrix.to("cpu" if self.matrix.device.type == "mps" else self.matrix.device, copy=True)
+        raised.diagonal().add_(rho)  # on the CPU where MPS may lack what follows
         factor, failed = torch.linalg.cholesky_ex(raised)
-        return torch.linalg.inv(raised) if failed else torch.cholesky_inverse(factor)
+        inverse = torch.linalg.inv(raised) if failed else torch.cholesky_inverse(factor)
+        return inverse.to(self.matrix.device)
 
 
 class Hessian:
