@@ -371,7 +371,7 @@ def test_the_best_plan_of_a_classifier_is_trained(
     place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    keys = ("sparsity=0.7", "recover.steps=12", "recover.batch=16", "recover.learning_rate=0.01")
+    keys = ("sparsity=0.7", "recover.steps=12", "recover.batch=16", "recover.learning_rate=0.01", "recover.loss=kl")
     ran = tune("--study", "tiny.toml", *(word for key in keys for word in ("--set", key)))
     assert ran.code == 0 and "Trained after pruning: 12 steps of scales of rows and columns by KL" in ran.out, ran
     found = read_config(place / "tiny.best.json")
