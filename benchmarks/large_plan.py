@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.checkpoints.devices import find_device, find_dtype
 
@@ -98,23 +99,12 @@ def write_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
     """A checkpoint of zeros, a file for each block and one for the rest."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    width, inner = config.hidden_size, config.intermediate_size
-    narrow = width // config.num_attention_heads * (config.num_key_value_heads or 1)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
     files, places = dict[str, dict[str, tuple[int, ...]]](), dict[str, str]()
-    for index in range(config.num_hidden_layers):
-        files[f"block-{index}"] = {
-            f"model.layers.{index}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (width,), "post_attention_layernorm": (width,),
-                "self_attn.q_proj": (width, width), "self_attn.k_proj": (narrow, width),
-                "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, width),
-                "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner),
-            }.items()
-        }  # fmt: skip
-    files["rest"] = {
-        "model.embed_tokens.weight": (VOCABULARY, width), "model.norm.weight": (width,),
-        "lm_head.weight": (VOCABULARY, width),
-    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        files.setdefault(f"block-{block[1]}" if block else "rest", {})[name] = tuple(parameter.shape)
     for name, shapes in files.items():
         write_holes(folder / f"{name}.safetensors", shapes, dtype)
         places |= dict.fromkeys(shapes, f"{name}.safetensors")
