@@ -356,7 +356,9 @@ def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
     best = read_config(found)
     assert best.linear_bits == tuple(map(tuple, rows))
     assert command("export", "--config", found, "--format", "llm-compressor", "--out", bits_done / "r.yaml").code == 0
-    assert "(+0.000%)" in command("apply", "--config", found, "--out", bits_done / "out").out
+    applied = command("apply", "--config", found, "--out", bits_done / "out").out
+    tested = best.perplexity.test is not None  # as of the best trials, and which those are differs by CPU
+    assert ("(+0.000%)" if tested else "(the configuration has none yet)") in applied
     assert read_config(bits_done / "out" / "atp_tune.json").linear_bits == best.linear_bits
     assert command("apply", "--verify", bits_done / "out").code == 0
     weights = load_file(bits_done / "out" / "model.safetensors")

@@ -109,6 +109,13 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def same(one: Any, other: Any) -> None:
+    """Of weights, not of logits: their last bits depend on where in memory a weight begins, on AMD's CPUs at least."""
+    found, expected = one.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", few(FAMILIES, ("llama",)))
 def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path) -> None:
@@ -120,7 +127,9 @@ def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path)
     expected = masked.generate(ids, **options, use_cache=False)
     assert torch.equal(folder.generate(ids, **options), expected)  # with cached keys and values
     folder.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(folder), rtol=0, atol=0)
+    again = load(tmp_path / "again")
+    same(again, folder)
+    torch.testing.assert_close(logits(again), logits(folder), rtol=1e-10, atol=1e-12)
 
 
 CLASSIFIERS = ("vit", "deit", "dinov2", "beit", "convnext", "swin", "swinv2", "hiera")
@@ -155,7 +164,8 @@ def test_a_slim_classifier_is_the_masked_one(family: str, heads: bool, tmp_path:
     with torch.inference_mode():
         expected, found, third = (each(pixel_values=pixels.double()).logits for each in (masked, slim, again))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
-    assert torch.equal(third, found)
+    same(again, slim)
+    torch.testing.assert_close(third, found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
