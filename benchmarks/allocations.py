@@ -77,6 +77,7 @@ def read_options() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="smol", help="the study with the model and the texts")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the study")
     parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name in the page")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--pruners", nargs="+", default=PRUNERS, choices=PRUNERS)
@@ -119,7 +120,7 @@ def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
         "storage": f"sqlite:///{options.database.absolute()}",
         "continuations.tokens": 0,
     }
-    file = load(options.study, [f"{key}={value}" for key, value in overrides.items()])
+    file = load(options.study, [*(f"{key}={value}" for key, value in overrides.items()), *options.set])
     plug_in(file.study, file.folder, trusted=True)
     return file
 
@@ -136,7 +137,7 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
     notes, study = options.out.with_suffix(".notes.md"), Path(options.study).name
-    of_study = "" if study == "smol" else f" --study {study}"
+    of_study = "".join(["" if study == "smol" else f" --study {study}", *(f" --set {each}" for each in options.set)])
     parts = [
         "# Allocations compared\n",
         f"`python benchmarks/allocations.py{of_study}` writes this page. It prunes {options.title} in "

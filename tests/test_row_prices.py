@@ -338,6 +338,9 @@ def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> No
         "export", "--study", place / "tiny.toml", "--format", "llm-compressor", "--out", place / "recipe.yaml"
     )
     assert recipe.code == 2 and "row-prices" in recipe.err
+    listed = command("export", *words, "--format", "csv", "--out", place / "listed.csv")
+    assert listed.code == 0 and "rows of a linear differ in sparsity" in listed.err
+    assert command("export", *words, "--out", place / "again.json").err == ""
 
 
 @pytest.mark.slow

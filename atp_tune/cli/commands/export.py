@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli import completion
 from atp_tune.cli.choosing import ChoiceOptions, chosen_trial
 from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
+
+if TYPE_CHECKING:
+    from atp_tune.spec.config import Config
 
 PRINTED = Path("stdout")  # so that relative paths of a printed configuration start at the current folder
 
@@ -118,7 +121,17 @@ def export(
         found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
     if target is not PRINTED:
         write(found, kind, target)
-        if found.is_trained and kind != "json":
-            said = "note: these are the zeros of the plan; `apply` trains what it keeps, which another program does not"
-            print(said, file=sys.stderr)
+        if kind != "json":
+            for lack in lacks(found):
+                print(f"note: {lack}", file=sys.stderr)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
+
+
+def lacks(config: "Config") -> list[str]:
+    """What a table or a recipe does not have of a configuration, in words for the user."""
+    found = []
+    if config.row_offsets is not None:
+        found.append("rows of a linear differ in sparsity: this has the mean, and `row_offsets` of the JSON the rows")
+    if config.is_trained:
+        found.append("these are the zeros of the plan; `apply` trains what it keeps, which another program does not")
+    return found
