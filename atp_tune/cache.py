@@ -14,7 +14,8 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from atp_tune.errors import UserError
 from atp_tune.paths import is_special
 
 POLL = 1  # seconds between looks at what another process makes
+AT_ONCE, MUCH = 4, 16 << 30  # files that are read at once for their SHA-256; bytes of which that takes some 10 s
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -51,13 +53,11 @@ def sha256_of(path: Path) -> str:
     The mtime alone is not enough: archives and copies preserve it.
     """
     real = path.resolve()
-    if _SHA256.fullmatch(real.name) and _is_blob(real):
+    if _is_blob(real):
         return real.name
     if is_special(real):
         raise UserError(f"{path}: is no file, and cannot be read; remove it")
-    stat = real.stat()
-    key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()
-    memo = cache_dir("hashes") / key
+    memo = _memo(real)
     if memo.exists():
         return memo.read_text()
     with real.open("rb") as stream:
@@ -66,8 +66,32 @@ def sha256_of(path: Path) -> str:
     return digest
 
 
+def sha256_of_files(files: Iterable[Path], notify: Callable[[str], None]) -> dict[str, str]:
+    """SHA-256 (hex) of files by their names, of `AT_ONCE` at a time; says so if there is much to be read."""
+    files = list(files)
+    if (unread := sum(map(_unread, files))) >= MUCH:
+        notify(f"reading {unread / 2**30:.0f} GiB in {files[0].parent} for their SHA-256, once")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return {file.name: digest for file, digest in zip(files, pool.map(sha256_of, files), strict=True)}
+
+
+def _unread(path: Path) -> int:
+    """Bytes that `sha256_of` has to read."""
+    real = path.resolve()
+    return 0 if _is_blob(real) or is_special(real) or _memo(real).exists() else real.stat().st_size
+
+
+def _memo(real: Path) -> Path:
+    """Where the SHA-256 of a file is kept."""
+    stat = real.stat()
+    key = hashlib.sha256(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode()).hexdigest()
+    return cache_dir("hashes") / key
+
+
 def _is_blob(path: Path) -> bool:
     """Whether huggingface_hub downloaded the file for a model; its name is then its SHA-256."""
+    if not _SHA256.fullmatch(path.name):
+        return False
     from huggingface_hub import constants
 
     home, blobs = Path(constants.HF_HUB_CACHE).expanduser().resolve(), path.parent

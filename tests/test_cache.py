@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from atp_tune.cache import cache_dir, folder_atomically, sha256_of, sha256_of_json, write_atomically
+from atp_tune.cache import cache_dir, folder_atomically, sha256_of, sha256_of_files, sha256_of_json, write_atomically
 from atp_tune.errors import UserError
 
 
@@ -115,6 +115,23 @@ def test_another_file_of_such_a_name_is_hashed(folder: str, hub_cache: Path, tmp
     file.write_bytes(b"mine")
     (tmp_path / "model.gguf").symlink_to(file)
     assert sha256_of(file) == sha256_of(tmp_path / "model.gguf") == digest(b"mine")
+
+
+def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {f"{number}.bin": os.urandom(1000 + number) for number in range(9)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files, said = [tmp_path / name for name in contents], list[str]()
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert sha256_of_files(files[:3], said.append) == dict(list(expected.items())[:3])
+    assert said == []  # it is read at once
+    monkeypatch.setattr("atp_tune.cache.MUCH", 6000)
+    assert list(sha256_of_files(files, said.append).items()) == list(expected.items())
+    assert said == [f"reading 0 GiB in {tmp_path} for their SHA-256, once"]
+    assert sha256_of_files(files, said.append) == expected
+    assert len(said) == 1
+    with pytest.raises(FileNotFoundError):
+        sha256_of_files([*files, tmp_path / "missing"], said.append)
 
 
 def test_sha256_of_json_knows_no_order_of_keys() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from huggingface_hub import errors, snapshot_download
 
 from atp_tune import registry
-from atp_tune.cache import cache_dir, sha256_of, sha256_of_json
+from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
 from atp_tune.checkpoints import convert, quantized, trust, wheels
 from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
@@ -142,7 +142,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
         )
     trust.check_code(path, model.trust_remote_code)
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
-    content = sha256_of_json({file.name: sha256_of(file) for file in [*weights, path / "config.json", *code]})
+    content = sha256_of_json(sha256_of_files([*weights, path / "config.json", *code], notify))
     if method is not None or weights[0].suffix == ".bin":
         path = _read_back(path, content, method, model, notify)
     else:
@@ -152,7 +152,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
 
 def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
     """Unpacks a packed folder into the cache, if not done yet; returns the folder there."""
-    weights = {file.name: sha256_of(file) for file in sorted(path.glob("*.safetensors"))}
+    weights = sha256_of_files(sorted(path.glob("*.safetensors")), notify)
     target = _converted("packed") / _with_small_files(path, sha256_of_json(weights))
     if not target.is_dir():
         notify(f"unpacking {model.source}, once")
