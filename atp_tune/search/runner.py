@@ -206,6 +206,8 @@ def _search(
     space = space.of_stored(progress.points_of(study))
     _describe(run, study, context, total, batches)
     _compare_versions(run, study)
+    if run.reports and (done := progress.counted(study)):
+        run.note(f"{study.study_name}: {done} of {progress.total_of(study, total, run.file.goes_on)} trials are stored")
     study.pruner = make_stopper(search)
     screened = Screened()
     if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model
