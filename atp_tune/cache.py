@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 import psutil
 
@@ -25,7 +26,9 @@ from atp_tune.errors import UserError
 from atp_tune.paths import is_special
 
 POLL = 1  # seconds between looks at what another process makes
-AT_ONCE, MUCH = 4, 16 << 30  # files that are read at once for their SHA-256; bytes of which that takes some 10 s
+HASHED_AT_ONCE = 4  # files
+LARGE = 4 << 30  # bytes that take some seconds to hash
+PIECE = 1 << 20  # bytes
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -47,10 +50,10 @@ def cache_dir(kind: str) -> Path:
     return folder
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, stopped: Event | None = None) -> str:
     """SHA-256 (hex) of a file, computed again only if its size, mtime or ctime differs.
 
-    The mtime alone is not enough: archives and copies preserve it.
+    The mtime alone is not enough: archives and copies preserve it. InterruptedError once `stopped` is set.
     """
     real = path.resolve()
     if _is_blob(real):
@@ -60,19 +63,34 @@ def sha256_of(path: Path) -> str:
     memo = _memo(real)
     if memo.exists():
         return memo.read_text()
-    with real.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _digest(real, stopped)
     keep(memo, digest.encode())
     return digest
 
 
 def sha256_of_files(files: Iterable[Path], notify: Callable[[str], None]) -> dict[str, str]:
-    """SHA-256 (hex) of files by their names, of `AT_ONCE` at a time; says so if there is much to be read."""
-    files = list(files)
-    if (unread := sum(map(_unread, files))) >= MUCH:
-        notify(f"reading {unread / 2**30:.0f} GiB in {files[0].parent} for their SHA-256, once")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return {file.name: digest for file, digest in zip(files, pool.map(sha256_of, files), strict=True)}
+    """SHA-256 (hex) of files by their names, of several at a time; says so if there is much to be read."""
+    files, stopped = list(files), Event()
+    if (unread := sum(map(_unread, files))) >= LARGE:
+        notify(f"hashing {unread / 2**30:.0f} GiB in {files[0].parent}, once: by its content a study knows its model")
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        try:
+            found = pool.map(lambda file: sha256_of(file, stopped), files)
+            return {file.name: digest for file, digest in zip(files, found, strict=True)}
+        except BaseException:  # Ctrl-C too: the pool waits for its threads
+            stopped.set()
+            raise
+
+
+def _digest(file: Path, stopped: Event | None) -> str:
+    """SHA-256 (hex) of a file; InterruptedError once `stopped` is set."""
+    digest, piece = hashlib.sha256(), bytearray(PIECE)
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(piece):
+            if stopped is not None and stopped.is_set():
+                raise InterruptedError
+            digest.update(memoryview(piece)[:size])
+    return digest.hexdigest()
 
 
 def _unread(path: Path) -> int:

@@ -2,6 +2,7 @@
 
     python benchmarks/allocations.py                    SmolLM2-135M, three pruners, three targets
     python benchmarks/allocations.py --study FILE --title NAME --out docs/results-NAME.md     another model or text
+    python benchmarks/allocations.py --set model.dtype=float32 --out docs/results-float32.md  another number format
 
 Each line of the result is one study with the settings of `smol`, or another, all in one database below `build`, so
 that the command goes on where it was stopped, and ends at once when all is there. With all pruners and targets about
@@ -77,7 +78,7 @@ def read_options() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="smol", help="the study with the model and the texts")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the study")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study")
     parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name in the page")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--pruners", nargs="+", default=PRUNERS, choices=PRUNERS)
@@ -87,6 +88,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
     options = parser.parse_args()
+    if options.out == PAGE and (options.set or options.study != "smol"):
+        parser.error(f"{PAGE.name} is of `smol` as it is; give another --out, which has a database of its own")
     name = "allocations" if options.out == PAGE else options.out.stem
     options.database = options.database or ROOT / "build" / f"{name}.db"
     return options
@@ -120,7 +123,7 @@ def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
         "storage": f"sqlite:///{options.database.absolute()}",
         "continuations.tokens": 0,
     }
-    file = load(options.study, [*(f"{key}={value}" for key, value in overrides.items()), *options.set])
+    file = load(options.study, [*options.set, *(f"{key}={value}" for key, value in overrides.items())])
     plug_in(file.study, file.folder, trusted=True)
     return file
 

@@ -2,6 +2,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from huggingface_hub import constants
@@ -125,13 +126,29 @@ def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     assert sha256_of_files(files[:3], said.append) == dict(list(expected.items())[:3])
     assert said == []  # it is read at once
-    monkeypatch.setattr("atp_tune.cache.MUCH", 6000)
+    monkeypatch.setattr("atp_tune.cache.LARGE", 6000)
     assert list(sha256_of_files(files, said.append).items()) == list(expected.items())
-    assert said == [f"reading 0 GiB in {tmp_path} for their SHA-256, once"]
+    assert len(said) == 1 and str(tmp_path) in said[0]
     assert sha256_of_files(files, said.append) == expected
     assert len(said) == 1
     with pytest.raises(FileNotFoundError):
         sha256_of_files([*files, tmp_path / "missing"], said.append)
+
+
+def test_hashing_ends_at_once_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"1")
+    with large.open("wb") as out:
+        out.truncate(1 << 40)  # a hole, which would take minutes to hash
+
+    def interrupted(path: Path, content: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("atp_tune.cache.keep", interrupted)
+    began = monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sha256_of_files([small, large], lambda _: None)
+    assert monotonic() - began < 30
 
 
 def test_sha256_of_json_knows_no_order_of_keys() -> None:

@@ -208,7 +208,7 @@ def test_ctrl_c(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPat
     assert answer.out.splitlines()[-1] == said
     again = command("--study", place / "tiny.toml")
     assert again.code == 0
-    assert "tiny: 1 of 3 trials are stored" in again.out.splitlines()
+    assert "tiny: goes on, 1 of 3 trials are stored" in again.out.splitlines()
     assert [t.state.name for t in stored(place).trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     remarks = command("status", "--study", place / "tiny.toml").out
     assert re.search(r"1 +fail +wanda .*interrupted", remarks)

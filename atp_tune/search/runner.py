@@ -207,7 +207,7 @@ def _search(
     _describe(run, study, context, total, batches)
     _compare_versions(run, study)
     if run.reports and (done := progress.counted(study)):
-        run.note(f"{study.study_name}: {done} of {progress.total_of(study, total, run.file.goes_on)} trials are stored")
+        run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
     study.pruner = make_stopper(search)
     screened = Screened()
     if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model

@@ -122,16 +122,21 @@ def export(
     if target is not PRINTED:
         write(found, kind, target)
         if kind != "json":
-            for lack in lacks(found):
-                print(f"note: {lack}", file=sys.stderr)
+            for note in _notes_on(found):
+                print(f"note: {note}", file=sys.stderr)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
 
 
-def lacks(config: "Config") -> list[str]:
-    """What a table or a recipe does not have of a configuration, in words for the user."""
+def _notes_on(config: "Config") -> list[str]:
+    """What a table or a recipe does not have of a configuration."""
     found = []
     if config.row_offsets is not None:
-        found.append("rows of a linear differ in sparsity: this has the mean, and `row_offsets` of the JSON the rows")
+        found.append(
+            "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
+            "--format json has the rows (row_offsets)"
+        )
     if config.is_trained:
-        found.append("these are the zeros of the plan; `apply` trains what it keeps, which another program does not")
+        found.append(
+            "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not"
+        )
     return found
