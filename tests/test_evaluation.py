@@ -17,7 +17,7 @@ from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
 from atp_tune.scores import evaluation, next_token
 from atp_tune.scores.evaluation import Block, group_scores, head_scores
-from atp_tune.scores.next_token import NEXT_TOKEN, token_kls, token_nlls
+from atp_tune.scores.next_token import NEXT_TOKEN, loss_gradient, token_kls, token_nlls
 from atp_tune.search import scoring
 from atp_tune.search.context import TrialContext
 
@@ -267,6 +267,25 @@ def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, mon
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
     torch.testing.assert_close(token_nlls(logits, targets).double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_kl", [False, True], ids=["nll", "both"])
+def test_gradients_by_logits_are_those_of_the_losses(
+    by_kl: bool, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(next_token, "CACHED", cached)
+    (dense, logits), targets = (5 * torch.randn(10, 97).to(dtype) for _ in range(2)), torch.randint(97, (10,))
+    leaf, p = logits.double().requires_grad_(), dense.double().softmax(1)
+    loss = torch.nn.functional.cross_entropy(leaf, targets, reduction="sum")
+    if by_kl:
+        loss = (loss + (p * (p.log() - leaf.log_softmax(1))).sum()) / 2
+    [expected] = torch.autograd.grad(loss / 7, leaf)
+    before = logits.clone()
+    found = loss_gradient(logits, targets, dense if by_kl else None, 1 / 7)
+    assert found.dtype == dtype and torch.equal(logits, before)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 
 def test_logits_that_are_not_finite_show() -> None:

@@ -25,8 +25,9 @@ from torch.nn import functional
 
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.allocations.rows import RowSparsities
+from atp_tune.blocks import gradients
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.gradients import BlockGradients, Sample
+from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Sample
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
@@ -60,8 +61,8 @@ def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True, g
 def pricing_at(levels: Levels, context: TrialContext, windows: int = 4) -> Pricing:
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
-    gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
-    return Pricing(gradients, levels)
+    of_blocks = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
+    return Pricing(of_blocks, levels)
 
 
 def own_levels(context: TrialContext, pruner: Pruner, room: int = 1 << 30) -> ByPruner:
@@ -218,6 +219,7 @@ def test_own_weights_that_are_masks_have_the_prices_of_masks() -> None:
 
 def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room each is made anew, and prices are the same to the last bit."""
+    monkeypatch.setattr(gradients, "SHARE", 0)  # blocks run twice
     context, ids, pruner = bench_of(tiny("llama")), random_ids(6, seed=5), make_pruner("sparsegpt")
     made, prune = list[float](), type(pruner).prune
     monkeypatch.setattr(type(pruner), "prune", lambda *words: made.append(words[2]) or prune(*words))
@@ -301,21 +303,53 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
 
 
 @pytest.mark.slow
-def test_out_of_memory_is_retried_with_half_the_windows() -> None:
+@pytest.mark.parametrize("when", [0, 2], ids=["at once", "at the third block"])
+def test_out_of_memory_is_retried_with_half_the_windows(when: int) -> None:
+    """Blocks before keep graphs of other batches, which then go, and are computed again."""
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
-    pricing, failures = pricing_of(context, 8), [1, 1]
-    gradients = pricing._gradients
-    expected, run = pricing_of(context, 8).prices(uneven(context), Sample(ids)), gradients.replay.run
+    pricing, failures, ran = pricing_of(context, 8), [1, 1], list[int]()
+    of_blocks = pricing._gradients
+    expected, run = pricing_of(context, 8).prices(uneven(context), Sample(ids)), of_blocks.replay.run
 
     def short(index: int, weights: Any, hidden: Tensor) -> Tensor:
-        if len(hidden) > 4 and torch.is_grad_enabled() and failures:
+        if len(hidden) > 4 and torch.is_grad_enabled() and failures and index >= when:
             failures.pop()
             raise torch.OutOfMemoryError
+        ran.append(index)
         return run(index, weights, hidden)
 
-    gradients.replay.run = short  # type: ignore[method-assign]
+    of_blocks.replay.run = short  # type: ignore[method-assign]
     assert close(pricing.prices(uneven(context), Sample(ids)), expected)
-    assert gradients._batch.windows == 4
+    assert of_blocks._batch.windows == 4
+    after, again = range(when, len(context.checkpoint.blocks)), reversed(range(when))
+    assert ran == [*range(when), *(index for index in (*after, *again) for _ in range(2))]
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, FAST))
+def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, with room for all blocks, for one and a half, and for none."""
+    context, ids, sizes, found = bench_of(tiny(family)), random_ids(6, seed=5), list[int](), []
+    made, measured, blocks = KeptRuns, gradients.graph_bytes, len(context.checkpoint.blocks)
+    monkeypatch.setattr(gradients, "graph_bytes", lambda results: sizes.append(measured(results)) or sizes[-1])
+    for room_for, expected in ((blocks + 1, blocks), (1.5, 2 * blocks - 1), (0, 2 * blocks)):
+        pricing, ran = pricing_of(context, 8), list[int]()
+        replay, room = pricing._gradients.replay, int(room_for * max(sizes, default=1 << 20))
+        monkeypatch.setattr(gradients, "KeptRuns", lambda _, room=room: made(room))
+        monkeypatch.setattr(replay, "run", lambda *each, ran=ran, run=replay.run: ran.append(1) or run(*each))
+        found.append(pricing.prices(uneven(context), Sample(ids)))
+        assert len(ran) == expected
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_graph_has_the_bytes_of_what_its_gradients_need() -> None:
+    """Each tensor once: input and weight of a product, the result of exp, both factors of a square."""
+    x, weight = torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()
+    y = (x @ weight.T).exp()
+    assert gradients.graph_bytes([y]) == 4 * (4 * 8 + 16 * 8 + 4 * 16)
+    assert gradients.graph_bytes([y.square().sum(), y.sum()]) == gradients.graph_bytes([y])
+    assert gradients.graph_bytes([x + 1]) == 0
 
 
 def test_nothing_of_the_model_changes() -> None:

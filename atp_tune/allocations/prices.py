@@ -12,7 +12,7 @@ begins at uniform and takes T = 20 steps, each on other windows of the calibrati
     u_l = (v_l - v̄) / sqrt(mean (v - v̄)²), clipped to ±3                          means weighted by size
     s_l ← level(s_l - η_t u_l, S) in [0.02, 0.98], η_t = 0.03 (1 - t/T) + 0.003
 
-No window of the validation or test text is used. A step costs as much as four forward passes.
+No window of the validation or test text is used. A step costs three to four forward passes.
 
 Over an interval of targets the descent goes on along a path: S_0 is the lowest target, S_1 … S_m follow at equal
 distances of at most 0.1, the last is the highest. It takes the last 4 of the T steps at S_0. From each end at S_k-1

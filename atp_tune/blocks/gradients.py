@@ -2,11 +2,14 @@
 
 The first pass keeps the hidden states that enter each block, the second goes back from the last block to the first,
 computes each block again, and frees the gradients of its weights. Both cost four forward passes, and memory for the
-hidden states that enter all blocks.
+hidden states that enter all blocks. Of a model in memory blocks also keep what their gradients need, as many as a share
+of the free memory has room for; these are not computed again, so that both passes cost three.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +19,12 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import free_memory
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
+SHARE = 0.3  # maximum share of the free memory for what blocks keep from the first pass to the second
 
 # by the final hidden states of items; last those of the dense model, as in `Sample`
 LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
@@ -41,6 +46,66 @@ class Sample:
     def states(self, rows: slice) -> Tensor | None:
         """The dense model's states of some of the items."""
         return None if self.dense is None else self.dense[rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A batch that has gone through a block: leaves of a graph, states and weights by key, and the states after it."""
+
+    entering: Tensor
+    weights: dict[str, Tensor]
+    leaving: Tensor
+
+
+class KeptRuns:
+    """Runs of blocks that wait for their gradients, as long as each is as large as the one before and fits in `room`.
+
+    `room`: bytes.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._last = 0
+        self._of_blocks: dict[int, dict[tuple[int, int], Run]] = {}
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for one more block."""
+        return self._room > self._last
+
+    def add(self, index: int, runs: Sequence[Run]) -> None:
+        """Keeps the runs of a block, which are batches of consecutive items, unless they are larger than the room."""
+        self._last = graph_bytes([run.leaving for run in runs])
+        self._room -= self._last
+        if self._room >= 0:
+            ends = accumulate(len(run.entering) for run in runs)
+            self._of_blocks[index] = {(end - len(run.entering), end): run for end, run in zip(ends, runs, strict=True)}
+
+    def pop(self, index: int, start: int, end: int) -> Run | None:
+        """The run of some of the items; None if it is not kept. When batches have become smaller all are dropped."""
+        runs = self._of_blocks.get(index, {})
+        found = runs.pop((start, end), None)
+        if found is None and runs:
+            self._of_blocks.clear()
+        return found
+
+
+def graph_bytes(results: Sequence[Tensor]) -> int:
+    """Bytes of the tensors that the graph of these results keeps for their gradients."""
+    found, met, left = dict[int, int](), set[Any](), [result.grad_fn for result in results]
+    while left:
+        node = left.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for each in (*saved, getattr(node, "saved_tensors", ())):
+            for tensor in each if isinstance(each, tuple | list) else (each,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+        left += [after for after, _ in node.next_functions]
+    return sum(found.values())
 
 
 class BlockGradients:
@@ -69,20 +134,35 @@ class BlockGradients:
 
         `each`: of each item's own loss, item by item in order. What no token reaches has gradient 0.
         """
+        keeps = self.checkpoint.offload == "none" and not each
+        kept = KeptRuns(int(SHARE * free_memory(self.checkpoint.device)) if keeps else 0)
         with torch.inference_mode(False), torch.no_grad():
-            entering = self._forward(sample.items, change)
+            entering = self._forward(sample.items, change, kept)
             gradient = self._of_head(sample, entering.pop()) / (1 if each else len(sample.items))
             while entering:
                 index = len(entering) - 1
-                gradient = self._backward(index, entering.pop(), gradient, change, take, each)
+                gradient = self._backward(index, entering.pop(), gradient, change, take, each, kept)
 
-    def _forward(self, items: Batch, change: Change) -> list[Tensor]:
+    def _forward(self, items: Batch, change: Change, kept: KeptRuns) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""
         states = [embed(self.replay, self._batch, items)]
         for index in range(len(self.checkpoint.linears)):
-            entering, weights = states[-1].clone(), self._changed(index, change)
-            states.append(advance(self.replay, self._batch, index, weights, entering))
+            entering, weights = states[-1], self._changed(index, change)
+            if kept.has_room:
+                run = partial(self._run, index, weights, entering)
+                runs = self._batch.over(len(entering), run)
+                kept.add(index, runs)
+                states.append(torch.cat([run.leaving.detach() for run in runs]))
+            else:
+                states.append(advance(self.replay, self._batch, index, weights, entering.clone()))
         return states
+
+    def _run(self, index: int, weights: dict[str, Tensor], entering: Tensor, rows: slice) -> Run:
+        """Runs some of the items through a block, with the graph that their gradient needs."""
+        leaves = {linear.key: weights[linear.key].requires_grad_() for linear in self.checkpoint.linears[index]}
+        hidden = entering[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            return Run(hidden, leaves, self.replay.run(index, weights, hidden))
 
     def _of_head(self, sample: Sample, hidden: Tensor) -> Tensor:
         """Gradient of the sum of the items' losses by the final hidden states."""
@@ -93,22 +173,22 @@ class BlockGradients:
         return torch.cat(self._heads.over(len(hidden), step))
 
     def _backward(
-        self, index: int, entering: Tensor, leaving: Tensor, change: Change, take: Take, each: bool
+        self, index: int, entering: Tensor, leaving: Tensor, change: Change, take: Take, each: bool, kept: KeptRuns
     ) -> Tensor:
         """The gradient by the states that enter a block; `leaving`: by those that leave it."""
-        weights = self._changed(index, change)
-        keys = list(dict.fromkeys(linear.key for linear in self.checkpoint.linears[index]))
-        leaves = {key: weights[key].requires_grad_() for key in keys}
         total: dict[str, Tensor] = {}
 
+        @cache
+        def weights() -> dict[str, Tensor]:
+            return self._changed(index, change)
+
         def step(rows: slice) -> Tensor:
-            hidden = entering[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                after = self.replay.run(index, {**weights, **leaves}, hidden)
-            found = torch.autograd.grad(after, [hidden, *leaves.values()], leaving[rows], allow_unused=True)
-            for key, gradient in zip(keys, found[1:], strict=True):
+            above = leaving[rows]
+            run = kept.pop(index, rows.start, rows.start + len(above)) or self._run(index, weights(), entering, rows)
+            found = torch.autograd.grad(run.leaving, [run.entering, *run.weights.values()], above, allow_unused=True)
+            for (key, weight), gradient in zip(run.weights.items(), found[1:], strict=True):
                 if not rows.start or each:
-                    total[key] = torch.zeros_like(weights[key], dtype=torch.float32)
+                    total[key] = torch.zeros_like(weight, dtype=torch.float32)
                 if gradient is not None:  # an expert without tokens
                     total[key] += gradient
             if each:

@@ -20,7 +20,7 @@ from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.images import Images
 from atp_tune.scores import Score, WindowScores
-from atp_tune.scores.next_token import summed_loss, token_kls, token_nlls
+from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
 
 SHELL = 4096  # bytes per position for embeddings and head, beside the logits
 LOGIT = 16  # bytes per logit: its value, float32 copies and their log-softmax
@@ -57,10 +57,9 @@ class Classes:
         states = hidden.detach().requires_grad_()
         likely = None if dense is None else replay.logits(batch, dense.to(hidden.device))
         with torch.enable_grad():
-            logits = replay.logits(batch, states).float()
-            classes = batch.classes.clone()  # one made in inference mode cannot be kept for the backward pass
-            loss = summed_loss(logits, classes, likely)
-        return torch.autograd.grad(loss, states)[0]
+            logits = replay.logits(batch, states)
+        by_logits = loss_gradient(logits.detach(), batch.classes, likely)
+        return torch.autograd.grad(logits, states, by_logits)[0]
 
 
 CLASSES: Score = Classes()

@@ -100,9 +100,9 @@ class NextToken:
             others = None if dense is None else dense[:, here].to(batch.device)
             likely = None if others is None else replay.logits(batch[:, here], others).flatten(0, 1)
             with torch.enable_grad():
-                logits = replay.logits(batch[:, here], part).flatten(0, 1).float()
-                loss = summed_loss(logits, targets, likely) / predicted
-            found[:, here] = torch.autograd.grad(loss, part)[0]
+                logits = replay.logits(batch[:, here], part).flatten(0, 1)
+            by_logits = loss_gradient(logits.detach(), targets, likely, 1 / predicted)
+            found[:, here] = torch.autograd.grad(logits, part, by_logits)[0]
         return found
 
 
@@ -131,16 +131,21 @@ def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     return torch.cat(kls)
 
 
-def summed_loss(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """The sum of NLLs of float32 logits [items, classes], a 0-d tensor with a gradient.
+def loss_gradient(logits: Tensor, targets: Tensor, dense: Tensor | None, weight: float = 1.0) -> Tensor:
+    """Gradient of `weight` times the summed loss by logits [items, classes], in their format.
 
-    With `dense` logits of the means of NLL and KL from them, the loss of distillation (Hinton et al., 2015).
+    Of the NLL it is q - y, q the softmax of the logits and y one-hot. With `dense` logits of the softmax p the loss is
+    the mean of NLL and KL(p ‖ q), that of distillation (Hinton et al., 2015), and its gradient q - (y + p) / 2.
     """
-    nll = functional.cross_entropy(logits, targets, reduction="sum")
-    if dense is None:
-        return nll
-    q, p = logits.log_softmax(1), dense.float().log_softmax(1)
-    return (nll + functional.kl_div(q, p, reduction="sum", log_target=True)) / 2
+    found, rows = torch.empty_like(logits), rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        here = slice(start, start + rows)
+        q, target = logits[here].float().softmax(1), targets[here]
+        if dense is not None:
+            q.sub_(dense[here].float().softmax(1), alpha=0.5)
+        q[torch.arange(len(q), device=q.device), target] -= 1.0 if dense is None else 0.5
+        found[here] = q.mul_(weight)
+    return found
 
 
 def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
