@@ -4,9 +4,9 @@
     python benchmarks/large_plan.py 70B --set model.offload=disk       blocks are read one by one
     python benchmarks/large_plan.py tiny                               the same code on a tiny shape
 
-The checkpoint has the model's shapes, and zeros for weights in the number format that this machine computes in: its
-files are holes, which take no room on the disk and are read as fast as the machine makes zeros, so that seconds of
-reading from a disk are not in the forecast. Texts are of random words. The study is that of the papers in size: 128
+The checkpoint has the model's shapes, and zeros for weights, in --dtype or the number format that this machine computes
+in: its files are holes, which take no room on the disk and are read as fast as the machine makes zeros, so that seconds
+of reading from a disk are not in the forecast. Texts are of random words. The study is that of the papers in size: 128
 windows of 2,048 tokens to calibrate on, 164 to validate and to test on, Wanda at 70 %, with `row-prices`. It lies in
 build/large.
 """
@@ -68,9 +68,10 @@ def main() -> None:
     """Writes what is missing, and runs `plan`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SHAPES)
+    parser.add_argument("--dtype", default="auto", help="the number format of the weights")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    dtype = find_dtype("auto", find_device("auto"))
+    dtype = find_dtype(options.dtype, find_device("auto"))
     folder = PLACE / f"{options.name}-{str(dtype).removeprefix('torch.')}"
     if not folder.is_dir():
         write_model(folder, LlamaConfig(**facts(options.name), dtype=dtype), dtype)
@@ -80,7 +81,8 @@ def main() -> None:
     study = PLACE / f"{folder.name}.toml"
     texts = "".join(TEXT.format(role=role, windows=windows, tokens=TOKENS) for role, windows in WINDOWS.items())
     study.write_text(STUDY.format(name=options.name, folder=folder.name) + texts, encoding="utf-8")
-    words = [word for each in options.set for word in ("--set", each)]
+    overrides = [f"model.dtype={str(dtype).removeprefix('torch.')}", *options.set]
+    words = [word for each in overrides for word in ("--set", each)]
     command = [sys.executable, ROOT / "tune.py", "plan", "--study", study, *words]
     raise SystemExit(subprocess.run(command, check=False).returncode)
 

@@ -124,6 +124,7 @@ def test_a_configuration_from_elsewhere_is_printed(done: Path, command: CommandL
         ([], "--study"), (["--study", "a", "--config", "b"], "--study"),
         (["--config", "b", "--json", "--format", "csv"], "--json"),
         (["--config", "b", "--format", "onnx"], "--format onnx"),
+        (["--config", "b", "--out", "-"], "--json prints the configuration"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_for(words: list[str], said: str, command: CommandLine) -> None:

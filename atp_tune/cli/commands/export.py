@@ -99,6 +99,8 @@ def export(
 
     if (study is None) == (config is None):
         raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
+    if out == Path("-"):
+        raise typer.BadParameter("- is no file; --json prints the configuration", param_hint="--out")
     kind = kind_of("json" if json and format_ is None else format_, out)
     choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl, max_drop)
     choice.check()
