@@ -12,6 +12,8 @@ that the command goes on where it was stopped, and ends at once when all is ther
 import argparse
 import itertools
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import optuna
@@ -91,6 +93,8 @@ def read_options() -> argparse.Namespace:
     if options.out == PAGE and (options.set or options.study != "smol"):
         parser.error(f"{PAGE.name} is of `smol` as it is; give another --out, which has a database of its own")
     name = "allocations" if options.out == PAGE else options.out.stem
+    given = [word for word in sys.argv[1:] if word != "--write-only"]
+    options.command = shlex.join(["python", "benchmarks/allocations.py", *given])
     options.database = options.database or ROOT / "build" / f"{name}.db"
     return options
 
@@ -140,10 +144,9 @@ def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, o
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
     notes, study = options.out.with_suffix(".notes.md"), Path(options.study).name
-    of_study = "".join(["" if study == "smol" else f" --study {study}", *(f" --set {each}" for each in options.set)])
     parts = [
         "# Allocations compared\n",
-        f"`python benchmarks/allocations.py{of_study}` writes this page. It prunes {options.title} in "
+        f"`{options.command}` writes this page. It prunes {options.title} in "
         f"{str(context.checkpoint.dtype).removeprefix('torch.')} with torch {torch.__version__.partition('+')[0]} on "
         f"a CPU ({platform.machine()}), with the texts of `{study}`. Each line is a study of at most "
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
