@@ -27,7 +27,7 @@ from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks import gradients
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Sample
+from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Run, Sample
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
@@ -326,15 +326,16 @@ def test_out_of_memory_is_retried_with_half_the_windows(when: int) -> None:
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, FAST))
+@pytest.mark.parametrize(("windows", "some"), [(8, 1), (1, 7)])
 def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, windows: int, some: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit, with room for all blocks, for one and a half, and for none."""
+    """To the last bit, with room for all batches, for some and a half, and for none."""
     context, ids, sizes, found = bench_of(tiny(family)), random_ids(6, seed=5), list[int](), []
-    made, measured, blocks = KeptRuns, gradients.graph_bytes, len(context.checkpoint.blocks)
-    monkeypatch.setattr(gradients, "graph_bytes", lambda results: sizes.append(measured(results)) or sizes[-1])
-    for room_for, expected in ((blocks + 1, blocks), (1.5, 2 * blocks - 1), (0, 2 * blocks)):
-        pricing, ran = pricing_of(context, 8), list[int]()
+    made, measured, batches = KeptRuns, gradients.graph_bytes, len(context.checkpoint.blocks) * -(-6 // windows)
+    monkeypatch.setattr(gradients, "graph_bytes", lambda result: sizes.append(measured(result)) or sizes[-1])
+    for room_for, expected in ((batches + 1, batches), (some + 0.5, 2 * batches - some), (0, 2 * batches)):
+        pricing, ran = pricing_of(context, windows), list[int]()
         replay, room = pricing._gradients.replay, int(room_for * max(sizes, default=1 << 20))
         monkeypatch.setattr(gradients, "KeptRuns", lambda _, room=room: made(room))
         monkeypatch.setattr(replay, "run", lambda *each, ran=ran, run=replay.run: ran.append(1) or run(*each))
@@ -343,13 +344,20 @@ def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
     assert found[0] == found[1] == found[2]
 
 
+def test_what_is_larger_than_the_room_is_not_kept() -> None:
+    kept, states = KeptRuns(100), torch.ones(2, 8, requires_grad=True)
+    assert kept.has_room
+    kept.add(0, 0, Run(states, {}, states.exp().exp()))  # 128 bytes
+    assert not kept.has_room and kept.pop(0, 0, 2) is None
+
+
 def test_a_graph_has_the_bytes_of_what_its_gradients_need() -> None:
     """Each tensor once: input and weight of a product, the result of exp, both factors of a square."""
     x, weight = torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()
     y = (x @ weight.T).exp()
-    assert gradients.graph_bytes([y]) == 4 * (4 * 8 + 16 * 8 + 4 * 16)
-    assert gradients.graph_bytes([y.square().sum(), y.sum()]) == gradients.graph_bytes([y])
-    assert gradients.graph_bytes([x + 1]) == 0
+    assert gradients.graph_bytes(y) == 4 * (4 * 8 + 16 * 8 + 4 * 16)
+    assert gradients.graph_bytes(y.square().sum() + y.sum()) == gradients.graph_bytes(y)
+    assert gradients.graph_bytes(x + 1) == 0
 
 
 def test_nothing_of_the_model_changes() -> None:

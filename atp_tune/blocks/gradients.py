@@ -6,17 +6,16 @@ hidden states that enter all blocks. Of a model in memory blocks also keep what 
 of the free memory has room for; these are not computed again, so that both passes cost three.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.prune_pass import advance, embed
+from atp_tune.blocks.prune_pass import embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
@@ -58,10 +57,7 @@ class Run:
 
 
 class KeptRuns:
-    """Runs of blocks that wait for their gradients, as long as each is as large as the one before and fits in `room`.
-
-    `room`: bytes.
-    """
+    """Runs that wait for their gradients: the first batches of the first blocks, as many as `room` bytes hold."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -70,29 +66,28 @@ class KeptRuns:
 
     @property
     def has_room(self) -> bool:
-        """Whether there is room for one more block."""
+        """Whether there is room for one more, if it is as large as the last."""
         return self._room > self._last
 
-    def add(self, index: int, runs: Sequence[Run]) -> None:
-        """Keeps the runs of a block, which are batches of consecutive items, unless they are larger than the room."""
-        self._last = graph_bytes([run.leaving for run in runs])
+    def add(self, index: int, start: int, run: Run) -> None:
+        """Keeps the run of a batch through a block, whose first item is `start`; if it is too large, it is the last."""
+        self._last = graph_bytes(run.leaving)
+        if self._last <= self._room:
+            self._of_blocks.setdefault(index, {})[start, len(run.entering)] = run
         self._room -= self._last
-        if self._room >= 0:
-            ends = accumulate(len(run.entering) for run in runs)
-            self._of_blocks[index] = {(end - len(run.entering), end): run for end, run in zip(ends, runs, strict=True)}
 
-    def pop(self, index: int, start: int, end: int) -> Run | None:
-        """The run of some of the items; None if it is not kept. When batches have become smaller all are dropped."""
+    def pop(self, index: int, start: int, items: int) -> Run | None:
+        """The run of a batch; None if it is not kept. When batches have become smaller all are dropped."""
         runs = self._of_blocks.get(index, {})
-        found = runs.pop((start, end), None)
+        found = runs.pop((start, items), None)
         if found is None and runs:
             self._of_blocks.clear()
         return found
 
 
-def graph_bytes(results: Sequence[Tensor]) -> int:
-    """Bytes of the tensors that the graph of these results keeps for their gradients."""
-    found, met, left = dict[int, int](), set[Any](), [result.grad_fn for result in results]
+def graph_bytes(result: Tensor) -> int:
+    """Bytes of the tensors that the graph of a result keeps for its gradients."""
+    found, met, left = dict[int, int](), set[Any](), [result.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in met:
@@ -147,15 +142,17 @@ class BlockGradients:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""
         states = [embed(self.replay, self._batch, items)]
         for index in range(len(self.checkpoint.linears)):
-            entering, weights = states[-1], self._changed(index, change)
-            if kept.has_room:
-                run = partial(self._run, index, weights, entering)
-                runs = self._batch.over(len(entering), run)
-                kept.add(index, runs)
-                states.append(torch.cat([run.leaving.detach() for run in runs]))
-            else:
-                states.append(advance(self.replay, self._batch, index, weights, entering.clone()))
+            step = partial(self._through, index, self._changed(index, change), states[-1], kept)
+            states.append(torch.cat(self._batch.over(len(states[-1]), step)))
         return states
+
+    def _through(self, index: int, weights: dict[str, Tensor], entering: Tensor, kept: KeptRuns, rows: slice) -> Tensor:
+        """The states of some items after a block; their run is kept if there is room."""
+        if not kept.has_room:
+            return self.replay.run(index, weights, entering[rows])
+        run = self._run(index, weights, entering, rows)
+        kept.add(index, rows.start, run)
+        return run.leaving.detach()
 
     def _run(self, index: int, weights: dict[str, Tensor], entering: Tensor, rows: slice) -> Run:
         """Runs some of the items through a block, with the graph that their gradient needs."""
@@ -184,7 +181,7 @@ class BlockGradients:
 
         def step(rows: slice) -> Tensor:
             above = leaving[rows]
-            run = kept.pop(index, rows.start, rows.start + len(above)) or self._run(index, weights(), entering, rows)
+            run = kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
             found = torch.autograd.grad(run.leaving, [run.entering, *run.weights.values()], above, allow_unused=True)
             for (key, weight), gradient in zip(run.weights.items(), found[1:], strict=True):
                 if not rows.start or each:
