@@ -95,7 +95,8 @@ def test_attributes_of_a_trial(done: Path) -> None:
             "packed_bytes", "packed MB",
             "zeros %", "± stderr", "time (s)", "peak GB",
         }  # fmt: skip
-        assert (attrs["host"], attrs["pid"]) == (os.uname().nodename, os.getpid())
+        assert attrs["host"] == os.uname().nodename
+        assert psutil.Process(attrs["pid"]).ppid() == os.getppid()  # the study was made here or by a worker beside
         assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
         assert len(attrs["nlls"]) == 16
         assert all(isinstance(nll, float) and 0 < nll < 10 for nll in attrs["nlls"])
