@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     dtype = find_dtype(options.dtype, find_device("auto"))
-    folder = PLACE / f"{options.name}-{str(dtype).removeprefix('torch.')}"
+    named = str(dtype).removeprefix("torch.")
+    folder = PLACE / f"{options.name}-{named}"
     if not folder.is_dir():
         write_model(folder, LlamaConfig(**facts(options.name), dtype=dtype), dtype)
         write_tokenizer(folder)
@@ -81,8 +82,7 @@ def main() -> None:
     study = PLACE / f"{folder.name}.toml"
     texts = "".join(TEXT.format(role=role, windows=windows, tokens=TOKENS) for role, windows in WINDOWS.items())
     study.write_text(STUDY.format(name=options.name, folder=folder.name) + texts, encoding="utf-8")
-    overrides = [f"model.dtype={str(dtype).removeprefix('torch.')}", *options.set]
-    words = [word for each in overrides for word in ("--set", each)]
+    words = [word for each in (f"model.dtype={named}", *options.set) for word in ("--set", each)]
     command = [sys.executable, ROOT / "tune.py", "plan", "--study", study, *words]
     raise SystemExit(subprocess.run(command, check=False).returncode)
 

@@ -6,7 +6,7 @@ hidden states that enter all blocks. Of a model in memory blocks also keep what 
 of the free memory has room for; these are not computed again, so that both passes cost three.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -93,14 +93,18 @@ def graph_bytes(result: Tensor) -> int:
         if node is None or node in met:
             continue
         met.add(node)
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for each in (*saved, getattr(node, "saved_tensors", ())):
-            for tensor in each if isinstance(each, tuple | list) else (each,):
-                if isinstance(tensor, Tensor):
-                    storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
+        storages = [tensor.untyped_storage() for tensor in _saved_by(node)]
+        found |= {storage.data_ptr(): storage.nbytes() for storage in storages}
         left += [after for after, _ in node.next_functions]
     return sum(found.values())
+
+
+def _saved_by(node: Any) -> Iterator[Tensor]:
+    """The tensors that a node of a graph keeps: `_saved_NAME` of PyTorch's own, `saved_tensors` of a model's."""
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            value = getattr(node, name)
+            yield from (x for x in (value if isinstance(value, tuple | list) else (value,)) if isinstance(x, Tensor))
 
 
 class BlockGradients:

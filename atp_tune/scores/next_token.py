@@ -123,7 +123,7 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
 
 def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
     """KL(p ‖ q) [tokens] in float32, p from dense logits [tokens, vocabulary], q from `logits`; never negative."""
-    rows = rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
+    rows = rows_compared(logits)
     kls = []
     for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
         p, q = one.float().log_softmax(1), other.float().log_softmax(1)
@@ -137,7 +137,7 @@ def loss_gradient(logits: Tensor, targets: Tensor, dense: Tensor | None, weight:
     Of the NLL it is q - y, q the softmax of the logits and y one-hot. With `dense` logits of the softmax p the loss is
     the mean of NLL and KL(p ‖ q), that of distillation (Hinton et al., 2015), and its gradient q - (y + p) / 2.
     """
-    found, rows = torch.empty_like(logits), rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
+    found, rows = torch.empty_like(logits), rows_compared(logits)
     for start in range(0, len(logits), rows):
         here = slice(start, start + rows)
         q, target = logits[here].float().softmax(1), targets[here]
@@ -165,3 +165,8 @@ def rows_at_a_time(logits: Tensor) -> int | None:
     if logits.device.type != "cpu":
         return None
     return torch.get_num_threads() * max(1, CACHED // logits.shape[1])
+
+
+def rows_compared(logits: Tensor) -> int:
+    """Number of rows of logits [tokens, vocabulary] whose distribution is compared with the dense model's at a time."""
+    return rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])
