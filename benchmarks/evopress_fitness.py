@@ -20,7 +20,7 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.wanda import Ranks
-from atp_tune.scores.next_token import rows_at_a_time, token_nlls
+from atp_tune.scores.losses import rows_at_a_time, token_nlls
 from atp_tune.search.context import TrialContext
 
 Row = tuple[int, ...]  # zeros in each row, one per linear of a block

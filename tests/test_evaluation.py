@@ -15,9 +15,10 @@ from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.plan import Plan
-from atp_tune.scores import evaluation, next_token
+from atp_tune.scores import evaluation, losses, next_token
 from atp_tune.scores.evaluation import Block, group_scores, head_scores
-from atp_tune.scores.next_token import NEXT_TOKEN, loss_gradient, token_kls, token_nlls
+from atp_tune.scores.losses import loss_gradient, mean_loss, token_kls, token_nlls
+from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.search import scoring
 from atp_tune.search.context import TrialContext
 
@@ -99,7 +100,7 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         monkeypatch.setattr(work.batch("validation"), "windows", windows)
         monkeypatch.setattr(work.heads, "windows", heads)
         monkeypatch.setattr(next_token, "POSITIONS", positions)
-        monkeypatch.setattr(next_token, "CACHED", cached)
+        monkeypatch.setattr(losses, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
             parts = list(work.scores(pruned, "validation", one_by_one, kl=True))
             assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
@@ -118,7 +119,7 @@ def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "CACHED", cached)
+    monkeypatch.setattr(losses, "CACHED", cached)
     dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
     p, q = dense.double().softmax(1), logits.double().softmax(1)
     expected = [sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for v in range(97)) for t in range(10)]
@@ -261,7 +262,7 @@ def test_slices_of_positions_change_no_result(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(next_token, "CACHED", cached)
+    monkeypatch.setattr(losses, "CACHED", cached)
     logits, targets = 30 * torch.randn(10, 97).to(dtype), torch.randint(97, (10,))
     before = logits.clone()
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
@@ -271,19 +272,21 @@ def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, mon
 
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("by_kl", [False, True], ids=["nll", "both"])
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.9])
 def test_gradients_by_logits_are_those_of_the_losses(
-    by_kl: bool, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+    share: float | None, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(next_token, "CACHED", cached)
+    """`share` of the NLL; None without a dense model."""
+    monkeypatch.setattr(losses, "CACHED", cached)
     (dense, logits), targets = (5 * torch.randn(10, 97).to(dtype) for _ in range(2)), torch.randint(97, (10,))
     leaf, p = logits.double().requires_grad_(), dense.double().softmax(1)
     loss = torch.nn.functional.cross_entropy(leaf, targets, reduction="sum")
-    if by_kl:
-        loss = (loss + (p * (p.log() - leaf.log_softmax(1))).sum()) / 2
+    if share is not None:
+        loss = share * loss + (1 - share) * (p * (p.log() - leaf.log_softmax(1))).sum()
     [expected] = torch.autograd.grad(loss / 7, leaf)
-    before = logits.clone()
-    found = loss_gradient(logits, targets, dense if by_kl else None, 1 / 7)
+    before, given = logits.clone(), (None, 0.5) if share is None else (dense, share)
+    found = loss_gradient(logits, targets, given[0], 1 / 7, given[1])
+    assert mean_loss(logits, targets, *given).item() == pytest.approx(loss.item() / 10, rel=1e-4)
     assert found.dtype == dtype and torch.equal(logits, before)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 

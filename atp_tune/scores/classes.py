@@ -20,7 +20,7 @@ from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.images import Images
 from atp_tune.scores import Score, WindowScores
-from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
+from atp_tune.scores.losses import loss_gradient, token_kls, token_nlls
 
 SHELL = 4096  # bytes per position for embeddings and head, beside the logits
 LOGIT = 16  # bytes per logit: its value, float32 copies and their log-softmax

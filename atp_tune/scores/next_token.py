@@ -1,7 +1,6 @@
 """Scores of next-token predictions: the NLL of each window, and the KL divergence from the dense model.
 
-Logits are computed for a slice of positions at a time, and converted to float32 a few rows at a time, so that the
-float32 copy stays in the CPU's cache: memory traffic would cost more than the matrix product.
+Logits are computed for a slice of positions at a time.
 
 ids token ids [windows, tokens]; NLL in nats per token, mean over the tokens - 1 predicted positions of a window;
 KL(p ‖ q) likewise, p next-token distribution of the dense model and q of this model.
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
@@ -19,11 +17,10 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.pairs import IDS, PairBatch
 from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
+from atp_tune.scores.losses import loss_gradient, token_kls, token_nlls
 
 POSITIONS = 256  # positions of each window whose logits are computed at a time
 HEAD_BYTES = 12  # bytes per logit: bf16 or float32 logits, their float32 copy and its log-softmax
-CACHED = 1 << 17  # float32 logits at a time per thread of a CPU (512 KB); other devices take a whole slice
-COMPARED = 1 << 28  # the same for KL on other devices (1 GB)
 WINDOWS, TOKENS = 2, 16  # shape of a probe
 PART = slice(4, 11)  # positions whose logits are also computed alone
 
@@ -119,54 +116,3 @@ def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
     if is_equal(early, others):
         return True
     return is_routed and is_near(early, others)
-
-
-def token_kls(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL(p ‖ q) [tokens] in float32, p from dense logits [tokens, vocabulary], q from `logits`; never negative."""
-    rows = rows_compared(logits)
-    kls = []
-    for one, other in zip(torch.split(dense, rows), torch.split(logits, rows), strict=True):
-        p, q = one.float().log_softmax(1), other.float().log_softmax(1)
-        kls.append(functional.kl_div(q, p, reduction="none", log_target=True).sum(1).clamp_(min=0))
-    return torch.cat(kls)
-
-
-def loss_gradient(logits: Tensor, targets: Tensor, dense: Tensor | None, weight: float = 1.0) -> Tensor:
-    """Gradient of `weight` times the summed loss by logits [items, classes], in their format.
-
-    Of the NLL it is q - y, q the softmax of the logits and y one-hot. With `dense` logits of the softmax p the loss is
-    the mean of NLL and KL(p ‖ q), that of distillation (Hinton et al., 2015), and its gradient q - (y + p) / 2.
-    """
-    found, rows = torch.empty_like(logits), rows_compared(logits)
-    for start in range(0, len(logits), rows):
-        here = slice(start, start + rows)
-        q, target = logits[here].float().softmax(1), targets[here]
-        if dense is not None:
-            q.sub_(dense[here].float().softmax(1), alpha=0.5)
-        q[torch.arange(len(q), device=q.device), target] -= 1.0 if dense is None else 0.5
-        found[here] = q.mul_(weight)
-    return found
-
-
-def token_nlls(logits: Tensor, targets: Tensor) -> Tensor:
-    """NLL [tokens] in float32 of logits z [tokens, vocabulary]: ln Σ exp(z - max z) - (z_target - max z)."""
-    rows = rows_at_a_time(logits) or len(logits)
-    nlls = []
-    for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
-        z = part.float()
-        z = z - z.amax(1, keepdim=True)
-        picked = z.gather(1, target[:, None]).squeeze(1)
-        nlls.append(z.exp_().sum(1).log_() - picked)
-    return torch.cat(nlls)
-
-
-def rows_at_a_time(logits: Tensor) -> int | None:
-    """Number of float32 rows of logits [tokens, vocabulary] that fit in a CPU's caches; None on other devices."""
-    if logits.device.type != "cpu":
-        return None
-    return torch.get_num_threads() * max(1, CACHED // logits.shape[1])
-
-
-def rows_compared(logits: Tensor) -> int:
-    """Number of rows of logits [tokens, vocabulary] whose distribution is compared with the dense model's at a time."""
-    return rows_at_a_time(logits) or max(1, COMPARED // logits.shape[1])

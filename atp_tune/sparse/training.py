@@ -1,10 +1,8 @@
 """Trains adapters on a sparse checkpoint that keep its zeros: steps, held-out losses, saving and resuming.
 
     loss   next-token: mean NLL of a batch of windows, nats per token; of images mean cross-entropy of their classes
-           kl: mean of KL(p ‖ q), p the dense model's distribution of the next token, or class, and q this model's;
-           its gradient by the logits is (q - p) / positions. Source: Hinton et al., Distilling the Knowledge in a
-           Neural Network, 2015, with temperature 1
-           both: the mean of the two, as there with equal weights
+           kl: mean of KL(p ‖ q), p the dense model's distribution of the next token, or class, and q this model's
+           both: the mean of the two (`scores.losses`)
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
     stop   the loss on held-out windows chooses the step whose adapters are merged (`early_stop`)
@@ -21,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
+from atp_tune.scores.losses import loss_gradient, mean_loss
 from atp_tune.sparse.adapters import make_adapters, recompute_blocks
 from atp_tune.sparse.early_stop import EarlyStop
 from atp_tune.sparse.provenance import Settings
@@ -36,6 +34,7 @@ from atp_tune.sparse.training_memory import memory_needed
 
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARES = {"next-token": 1.0, "both": 0.5, "kl": 0.0}  # of the NLL in the loss
 BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
 Items = Tensor | Images  # token ids [windows, tokens], or labelled images
 
@@ -92,15 +91,14 @@ class Trainer:
         done, settings = len(self.losses), self._settings
         rows = self._order[done * settings.batch :][: settings.batch]
         self._optimizer.zero_grad()
-        loss = self._loss(self._items[rows])  # type: ignore[index]
-        self._check(loss, f"the loss is {loss.item()} at step {done + 1}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(self._items[rows])  # type: ignore[index]
+        self._check(loss, f"the loss is {loss} at step {done + 1}")
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate(done, settings)
         self._optimizer.step()
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        self.losses.append(loss)
+        return loss
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -110,8 +108,8 @@ class Trainer:
         for start in range(0, len(self._held_out), size):
             batch = self._held_out[start : start + size]
             loss = self._loss(batch)
-            self._check(loss, f"the held-out loss is {loss.item()} after step {done}")
-            total += loss.item() * len(batch)
+            self._check(loss, f"the held-out loss is {loss} after step {done}")
+            total += loss * len(batch)
         if self.early_stop.add(done, total / len(self._held_out)):
             self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         return self.early_stop.losses[-1][1]
@@ -122,30 +120,41 @@ class Trainer:
         for name, value in self._best.items():
             self._parameters[name].copy_(value)
 
-    def _check(self, loss: Tensor, said: str) -> None:
-        if not loss.isfinite():
+    def _check(self, loss: float, said: str) -> None:
+        if not math.isfinite(loss):
             raise UserError(f"finetune: {said}; lower --learning-rate")
 
-    def _loss(self, items: Items) -> Tensor:
-        """The mean loss of a batch."""
-        batch = items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
+    def _backward(self, items: Items) -> float:
+        """The mean loss of a batch, whose gradients the parameters get."""
+        batch = self._moved(items)
+        targets, dense = targets_of(batch), self._dense(batch)
         logits = self._logits(self._model, batch)
-        q, targets = logits.log_softmax(-1), batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
-        if self._teacher is None:
-            return functional.nll_loss(q, targets)
-        with torch.no_grad():
-            p = self._logits(self._teacher, batch).log_softmax(-1)
-        kl = functional.kl_div(q, p, reduction="batchmean", log_target=True)
-        return (functional.nll_loss(q, targets) + kl) / 2 if self._settings.loss == "both" else kl
+        found, share = logits.detach(), SHARES[self._settings.loss]
+        logits.backward(loss_gradient(found, targets, dense, 1 / len(found), share))  # type: ignore[no-untyped-call]
+        return mean_loss(found, targets, dense, share).item()
+
+    @torch.no_grad()
+    def _loss(self, items: Items) -> float:
+        """The mean loss of a batch."""
+        batch = self._moved(items)
+        logits = self._logits(self._model, batch)
+        return mean_loss(logits, targets_of(batch), self._dense(batch), SHARES[self._settings.loss]).item()
+
+    @torch.no_grad()
+    def _dense(self, batch: Items) -> Tensor | None:
+        """Logits of the dense model, if it is learnt from."""
+        return None if self._teacher is None else self._logits(self._teacher, batch)
+
+    def _moved(self, items: Items) -> Items:
+        return items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
 
     def _logits(self, model: nn.Module, batch: Items) -> Tensor:
-        """Logits in float32 [predicted tokens, vocabulary], or [images, classes]."""
+        """Logits [predicted tokens, vocabulary], or [images, classes]."""
         with self._mixed:
             if isinstance(batch, Images):
                 dtype: Any = model.dtype
-                found: Tensor = model(pixel_values=batch.pixels.to(dtype)).logits
-                return found.float()
-            return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
+                return model(pixel_values=batch.pixels.to(dtype)).logits  # type: ignore[no-any-return]
+            return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)  # type: ignore[no-any-return]
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
         """Writes adapters, moments and losses; `facts` identify the run. UserError if it cannot be written."""
@@ -178,6 +187,11 @@ class Trainer:
                     self._best = {name: stored.get_tensor(f"{name} {BEST}") for name in self._parameters}
         except SafetensorError:
             raise UserError(f"{path}: was not written by an earlier run; remove it") from None
+
+
+def targets_of(batch: Items) -> Tensor:
+    """What a batch's logits predict: the next tokens [tokens], or the classes [images]."""
+    return batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
 
 
 def order(windows: int, settings: Settings) -> Tensor:

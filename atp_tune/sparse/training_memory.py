@@ -11,8 +11,8 @@ SHARE = 0.5  # of free memory; if a step needs more, the backward pass recompute
 ADAPTER_BYTES = 20  # per trained number in float32: value, gradient, two moments, and the best value so far
 LORA_BYTES = (16, 8)  # per weight: sum, mask, rounded sum, gradients; per token and feature of a linear
 SCALE_BYTES = (4, 16)  # per weight: as multiplied; per token and feature: with and without its scale
-LOGIT_BYTES = 16  # per logit: as computed, in float32, softmax and gradient
-TEACHER_BYTES = 16  # per logit of the dense model: as computed, in float32, probability, difference
+LOGIT_BYTES = 16  # per logit: its value and gradient, both with and without the last position
+TEACHER_BYTES = 8  # per logit of the dense model: its value, with and without the last position
 
 
 @dataclass(frozen=True)
