@@ -119,10 +119,10 @@ class Bench:
         if "prices" in self.record.parts:
             return
         gradients, known = self._gradients(), self.record.parts.setdefault("steps", [])
-        drawn = gradients.drawing(windows_of_step(self.pool.positions, [self.target]))
+        samples = gradients.samples(windows_of_step(self.pool.positions, [self.target]), prices.STEPS)
 
         def prices_at(step: int, found: LinearSparsities) -> prices.Prices:
-            sample = drawn()
+            sample = next(samples)
             if step == len(known):
                 began = self.clock.now()
                 pricing = Pricing(gradients.of_blocks, ByPlaces(self._places))
@@ -144,9 +144,10 @@ class Bench:
             return
         print("row-prices", flush=True)
         gradients, began = self._gradients(), self.clock.now()
-        drawn = gradients.drawing(windows_of_step(self.pool.positions, [self.target]), with_dense=True)
+        many = windows_of_step(self.pool.positions, [self.target])
+        samples = gradients.samples(many, prices.STEPS, with_dense=True)
         pricing = RowPricing(gradients.of_blocks, self._places)
-        [end] = prices.descend(self.shapes, [self.target], lambda step, found: pricing.prices(found, drawn()))
+        [end] = prices.descend(self.shapes, [self.target], lambda step, found: pricing.prices(found, next(samples)))
         seconds, wall = (after - before for before, after in zip(began, self.clock.now(), strict=True))
         rows = pricing.offsets().stored()
         self.record.keep("row-prices", {"seconds": seconds, "wall": wall, "end": end, "rows": rows})

@@ -34,7 +34,7 @@ def descents(known: "Known") -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
-    the dense model's final states of its pool, for KL.
+    the dense model's final states of what it draws from its pool, at most all, for KL.
     """
     from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import PASSES, POOL
@@ -70,9 +70,12 @@ def descent_bytes(known: "Known") -> int:
 
 
 def training(known: "Known", recover: RecoverConfig) -> TrainingCost:
-    """The training of the best plan's kept weights, at most; it is loaded with its dense model, and measured twice."""
+    """The training of the best plan's kept weights, at most; it is loaded with its dense model, and measured twice.
+
+    The dense model sees the held-out windows once.
+    """
     length = recover.seqlen or known.tokens.validation // known.validation_windows
     trained, models = recover.steps * recover.batch * length, 1 if recover.loss == "next-token" else 2
-    held_out = FEWEST * length * (1 + recover.steps // recover.eval_every)
+    held_out, times = FEWEST * length, 1 + recover.steps // recover.eval_every
     measured = 2 * (known.tokens.validation + known.tokens.test)
-    return TrainingCost(models * (trained + held_out), trained, measured, 3 + models)
+    return TrainingCost(models * trained + held_out * (times + models - 1), trained, measured, 3 + models)

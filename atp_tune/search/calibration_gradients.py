@@ -1,7 +1,7 @@
 """Gradients of the loss on calibration items, and results by them that are kept in the cache."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,31 +46,23 @@ class CalibrationGradients:
         """The gradients; made when they are first asked for, which runs the model."""
         return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
 
-    def drawing(self, many: int, with_dense: bool = False) -> Callable[[], Sample]:
-        """A function that draws so many items of the pool at each call; all if it has fewer.
+    def samples(self, many: int, steps: int, with_dense: bool = False) -> Iterator[Sample]:
+        """A sample of so many items of the pool for each step, all if it has fewer.
 
-        `with_dense`: and their final hidden states in the dense model.
+        `with_dense`: and their final hidden states in the dense model, in which the items of all steps are run first.
         """
-        items, draw = self._items, torch.Generator().manual_seed(0)
+        items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
+        drawn = [torch.randperm(len(items), generator=draw)[:many] for _ in range(steps)]
+        met = torch.cat(drawn).unique()  # type: ignore[no-untyped-call]
+        dense = self._dense_states(items[met.to(self.checkpoint.device)]) if with_dense else None
+        for chosen in drawn:
+            states = None if dense is None else dense[torch.searchsorted(met, chosen)]
+            yield Sample(items[chosen.to(self.checkpoint.device)], states)
 
-        def drawn() -> Sample:
-            chosen = torch.randperm(len(items), generator=draw)[: min(len(items), many)]
-            dense = self._dense_states[chosen] if with_dense else None
-            return Sample(items[chosen.to(self.checkpoint.device)], dense)
-
-        return drawn
-
-    @cached_property
-    def _items(self) -> Batch:
-        """The items of the pool, on the compute device."""
-        return self.pool.batch(self.checkpoint.device)
-
-    @cached_property
-    def _dense_states(self) -> Tensor:
-        """Final hidden states [items, positions, width] of the pool in the dense model, in host memory."""
+    def _dense_states(self, items: Batch) -> Tensor:
+        """Final hidden states [items, positions, width] in the dense model, in host memory."""
         with torch.inference_mode(False), torch.no_grad():
-            replay = self.of_blocks.replay
-            [states] = dense_final_states(replay, self._batch, [self._items], self.watch, "dense model")
+            [states] = dense_final_states(self.of_blocks.replay, self._batch, [items], self.watch, "dense model")
             return states
 
     def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[Path], Any]) -> Any:

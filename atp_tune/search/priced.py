@@ -102,14 +102,14 @@ class Descent:
         gradients, watch = self._gradients, self._gradients.watch
         pricing, steps = self._pricing(), DescentSteps(place)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
-        drawn = gradients.drawing(windows, self.with_kl)
+        samples = gradients.samples(windows, total, self.with_kl)
         watch(TrialStarted("prices", None))
         if before := len(steps.prices):
             watch(Message(f"prices: goes on after step {before} of {total}"))
             pricing.resume(steps.state)
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
-            sample = drawn()
+            sample = next(samples)
             if step >= before:
                 watch(Step("step", step + 1, total))
                 steps.add(pricing.prices(sparsities, sample), pricing.state())

@@ -30,14 +30,14 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
 
 def _measure(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs:
     nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
-    drawn = gradients.drawing(items_of_costs(gradients.pool.positions))
+    sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
     watch(TrialStarted("prices", None))
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
         return nearest.quantize(weight, bits, None)
 
     pricing, blocks = BitPricing(gradients.of_blocks, rounded, quantize.widths), len(gradients.checkpoint.blocks)
-    return pricing.costs(drawn().items, lambda done: watch(Step("block", done, blocks)))
+    return pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
 
 
 def items_of_costs(positions: int) -> int:

@@ -34,6 +34,7 @@ from atp_tune.sparse.training_memory import memory_needed
 
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+KEPT_SHARE = 0.5  # of the memory that training leaves, for the dense model's logits on held-out items
 SHARES = {"next-token": 1.0, "both": 0.5, "kl": 0.0}  # of the NLL in the loss
 BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
 Items = Tensor | Images  # token ids [windows, tokens], or labelled images
@@ -64,6 +65,7 @@ class Trainer:
             recompute_blocks(checkpoint.blocks)
         self.adapters = make_adapters(checkpoint, settings)
         self._parameters = self.adapters.parameters()
+        self._share = SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
         self._items, self._held_out, self._order = items, held_out, order(len(items), settings)
         fast = find_dtype("auto", checkpoint.device)
@@ -73,6 +75,8 @@ class Trainer:
         self.losses: list[float] = []
         self.early_stop = EarlyStop(settings.patience)
         self._best: dict[str, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}  # logits of the dense model on held-out batches, by the first item
+        self._room = int(KEPT_SHARE * (self.memory.free - self.memory.needed))
 
     @property
     def has_ended(self) -> bool:
@@ -106,8 +110,9 @@ class Trainer:
         assert self._held_out is not None
         total, done, size = 0.0, len(self.losses), self._settings.batch
         for start in range(0, len(self._held_out), size):
-            batch = self._held_out[start : start + size]
-            loss = self._loss(batch)
+            batch = self._moved(self._held_out[start : start + size])
+            dense = self._dense_held_out(start, batch)
+            loss = mean_loss(self._logits(self._model, batch), targets_of(batch), dense, self._share).item()
             self._check(loss, f"the held-out loss is {loss} after step {done}")
             total += loss * len(batch)
         if self.early_stop.add(done, total / len(self._held_out)):
@@ -129,21 +134,23 @@ class Trainer:
         batch = self._moved(items)
         targets, dense = targets_of(batch), self._dense(batch)
         logits = self._logits(self._model, batch)
-        found, share = logits.detach(), SHARES[self._settings.loss]
-        logits.backward(loss_gradient(found, targets, dense, 1 / len(found), share))  # type: ignore[no-untyped-call]
-        return mean_loss(found, targets, dense, share).item()
-
-    @torch.no_grad()
-    def _loss(self, items: Items) -> float:
-        """The mean loss of a batch."""
-        batch = self._moved(items)
-        logits = self._logits(self._model, batch)
-        return mean_loss(logits, targets_of(batch), self._dense(batch), SHARES[self._settings.loss]).item()
+        found = logits.detach()
+        logits.backward(loss_gradient(found, targets, dense, 1 / len(found), self._share))  # type: ignore[no-untyped-call]
+        return mean_loss(found, targets, dense, self._share).item()
 
     @torch.no_grad()
     def _dense(self, batch: Items) -> Tensor | None:
         """Logits of the dense model, if it is learnt from."""
         return None if self._teacher is None else self._logits(self._teacher, batch)
+
+    def _dense_held_out(self, start: int, batch: Items) -> Tensor | None:
+        """The same of a held-out batch whose first item is `start`: kept, as long as there is room."""
+        if start in self._kept:
+            return self._kept[start]
+        found = self._dense(batch)
+        if found is not None and found.nbytes <= self._room:
+            self._kept[start], self._room = found, self._room - found.nbytes
+        return found
 
     def _moved(self, items: Items) -> Items:
         return items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
