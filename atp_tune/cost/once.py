@@ -75,7 +75,7 @@ def training(known: "Known", recover: RecoverConfig) -> TrainingCost:
     The dense model sees the held-out windows once.
     """
     length = recover.seqlen or known.tokens.validation // known.validation_windows
-    trained, models = recover.steps * recover.batch * length, 1 if recover.loss == "next-token" else 2
+    trained, models = recover.steps * recover.batch * length, 1 + recover.has_teacher
     held_out, times = FEWEST * length, 1 + recover.steps // recover.eval_every
     measured = 2 * (known.tokens.validation + known.tokens.test)
     return TrainingCost(models * trained + held_out * (times + models - 1), trained, measured, 3 + models)

@@ -18,7 +18,7 @@ from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.former import present_keys
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
-from atp_tune.spec.recover import Loss
+from atp_tune.spec.recover import NLL_SHARES, Loss
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text
 
@@ -120,7 +120,7 @@ class Settings(FrozenModel):
     @property
     def has_teacher(self) -> bool:
         """Whether the dense model's predictions take part in the loss."""
-        return self.loss != "next-token"
+        return NLL_SHARES[self.loss] < 1
 
 
 class Zeros(FrozenModel):

@@ -31,11 +31,11 @@ from atp_tune.sparse.early_stop import EarlyStop
 from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.teacher import Teacher
 from atp_tune.sparse.training_memory import memory_needed
+from atp_tune.spec.recover import NLL_SHARES
 
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 KEPT_SHARE = 0.5  # of the memory that training leaves, for the dense model's logits on held-out items
-SHARES = {"next-token": 1.0, "both": 0.5, "kl": 0.0}  # of the NLL in the loss
 BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
 Items = Tensor | Images  # token ids [windows, tokens], or labelled images
 
@@ -65,7 +65,7 @@ class Trainer:
             recompute_blocks(checkpoint.blocks)
         self.adapters = make_adapters(checkpoint, settings)
         self._parameters = self.adapters.parameters()
-        self._share = SHARES[settings.loss]
+        self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
         self._items, self._held_out, self._order = items, held_out, order(len(items), settings)
         fast = find_dtype("auto", checkpoint.device)

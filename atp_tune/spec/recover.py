@@ -18,6 +18,7 @@ from atp_tune.metrics.perplexity import Change, Perplexity
 FEWEST, MOST = 8, 32  # windows that are held out
 SHARE = 10  # one of so many windows is held out
 Loss = Literal["both", "kl", "next-token"]
+NLL_SHARES: dict[Loss, float] = {"both": 0.5, "kl": 0.0, "next-token": 1.0}  # the rest is KL from the dense model
 RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
 
 
@@ -54,6 +55,11 @@ class RecoverConfig(SettingsTable):
         if self.rank is not None and self.train != "lora":
             raise ValueError('rank: is a setting of train = "lora"; leave it out')
         return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model's predictions take part in the loss."""
+        return NLL_SHARES[self.loss] < 1
 
     @property
     def rate(self) -> float:
