@@ -114,7 +114,7 @@ class _Visit:
         total, weights = dict[str, Tensor](), cache(partial(self._changed, index))
 
         def step(rows: slice) -> Tensor:
-            by_states, by_weights = self._of(index, weights, entering, leaving, rows)
+            by_states, by_weights = self._gradients(index, weights, entering, leaving, rows)
             for key, gradient in by_weights.items():
                 if rows.start:
                     total[key] += gradient
@@ -130,12 +130,12 @@ class _Visit:
         """The same item by item, each with gradients of its own."""
         before, weights = [], cache(partial(self._changed, index))
         for item in range(len(entering)):
-            by_states, by_weights = self._of(index, weights, entering, leaving, slice(item, item + 1))
+            by_states, by_weights = self._gradients(index, weights, entering, leaving, slice(item, item + 1))
             take(index, {key: gradient.float().contiguous() for key, gradient in by_weights.items()})
             before.append(by_states)
         return torch.cat(before)
 
-    def _of(
+    def _gradients(
         self, index: int, weights: Callable[[], dict[str, Tensor]], entering: Tensor, leaving: Tensor, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of some items by the states that enter a block, and by the weights of its linears by key."""
