@@ -1,9 +1,9 @@
 """Gradients of the loss by the weights of each block, one block at a time, so that streamed models have them too.
 
 The first pass keeps the hidden states that enter each block, the second goes back from the last block to the first,
-computes each block again, and frees the gradients of its weights. Both cost four forward passes, and memory for the
-hidden states that enter all blocks. Of a model in memory blocks also keep what their gradients need, as many as a share
-of the free memory has room for; these are not computed again, so that both passes cost three.
+computes each block again, and frees the gradients of its weights. Both cost four forward passes, since one backward
+costs two, and memory for the hidden states that enter all blocks. Of a model in memory blocks also keep what their
+gradients need, as many as a share of the free memory has room for; these are not computed again, which saves one.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.kept_runs import KeptRuns, Run
 from atp_tune.blocks.prune_pass import embed
 from atp_tune.blocks.replay import Replay
@@ -25,6 +25,7 @@ from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
 SHARE = 0.3  # maximum share of the free memory for what blocks keep from the first pass to the second
+PASSES = 4  # forward passes that gradients cost where blocks keep nothing
 
 # by the final hidden states of items; last those of the dense model, as in `Sample`
 LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
@@ -74,9 +75,7 @@ class BlockGradients:
 
         `each`: of each item's own loss, item by item in order. What no token reaches has gradient 0.
         """
-        keeps = self.checkpoint.offload == "none" and not each
-        kept = KeptRuns(int(SHARE * free_memory(self.checkpoint.device)) if keeps else 0)
-        visit = _Visit(self, change, kept)
+        visit = _Visit(self, change, KeptRuns(0 if each else room(self.checkpoint)))
         with torch.inference_mode(False), torch.no_grad():
             entering = visit.forward(sample.items)
             gradient = self._of_head(sample, entering.pop()) / (1 if each else len(sample.items))
@@ -91,6 +90,17 @@ class BlockGradients:
             return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows))
 
         return torch.cat(self._heads.over(len(hidden), step))
+
+
+def room(checkpoint: Checkpoint) -> int:
+    """Bytes for what blocks keep from the first pass to the second."""
+    return int(SHARE * free_memory(checkpoint.device)) if checkpoint.offload == "none" else 0
+
+
+def passes(checkpoint: Checkpoint, positions: int) -> float:
+    """Estimate of the forward passes that gradients cost, by items of so many positions in all."""
+    kept = len(checkpoint.blocks) * positions * block_bytes(checkpoint)
+    return PASSES - min(1.0, room(checkpoint) / kept)
 
 
 class _Visit:

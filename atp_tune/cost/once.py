@@ -12,7 +12,7 @@ FLOAT32 = 4  # bytes
 LEVELS = 9  # at which a descent asks for the weights of a linear, in the mean; as measured on SmolLM2 at 60 %
 
 
-def _step_tokens(known: "Known") -> int:
+def step_tokens(known: "Known") -> int:
     """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
     from atp_tune.search.priced import windows_of_step
     from atp_tune.search.priced_bits import items_of_costs
@@ -37,10 +37,11 @@ def descents(known: "Known") -> int:
     the dense model's final states of what it draws from its pool, at most all, for KL.
     """
     from atp_tune.allocations.prices import steps_along
-    from atp_tune.search.priced import PASSES, POOL
+    from atp_tune.search.priced import POOL
 
     steps = 1 if known.study.by_bits else steps_along(_path(known))
-    return (len(known.study.descents) * steps * PASSES * _step_tokens(known) + _with_rows(known) * POOL) // 2
+    gradients = len(known.study.descents) * steps * known.passes * step_tokens(known)
+    return round(gradients + _with_rows(known) * POOL) // 2
 
 
 def _with_rows(known: "Known") -> int:
@@ -61,7 +62,7 @@ def descent_bytes(known: "Known") -> int:
     """
     from atp_tune.search.priced import POOL
 
-    if not (tokens := _step_tokens(known)):
+    if not (tokens := step_tokens(known)):
         return 0
     sizes, pool = known.sizes.blocks, POOL * (_with_rows(known) > 0)
     states = ((len(sizes) + 1) * tokens + pool) * known.width * known.itemsize

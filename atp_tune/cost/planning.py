@@ -14,7 +14,7 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import descent_bytes, descents, levels_seconds, training
+from atp_tune.cost.once import descent_bytes, descents, levels_seconds, step_tokens, training
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -48,6 +48,7 @@ class Known:
     kinds: int  # of statistics measured once on the dense model
     process: int  # bytes
     validation_windows: int
+    passes: float = 4  # forward passes that a token of a step by prices costs; at most, until the model is loaded
 
     def offload(self) -> Offload:
         """The offload of the study file, or the automatic choice."""
@@ -96,7 +97,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
-            known = _with_blocks(known, context)
+            known = _with_model(known, context)
             context.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
             rates = probe(context, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
@@ -145,8 +146,12 @@ def _width(config: Any, of_images: bool) -> int:
     return max(widths) if isinstance(widths, list | tuple) else int(widths)
 
 
-def _with_blocks(known: Known, context: "TrialContext") -> Known:
-    """The sizes of the model's own blocks: names of tensors do not tell those of stages."""
+def _with_model(known: Known, context: "TrialContext") -> Known:
+    """With the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
+    from atp_tune.blocks.gradients import passes
+
+    if (tokens := step_tokens(known)) and not known.study.by_bits:  # whose gradients are those of single items
+        known = replace(known, passes=passes(context.checkpoint, tokens))
     if len(known.sizes.blocks) == len(context.checkpoint.blocks):
         return known
     blocks = tuple(sum(part.numel() for part in block.parameters()) for block in context.checkpoint.blocks)

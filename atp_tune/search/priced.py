@@ -45,7 +45,6 @@ POOL = 32768  # tokens of the calibration text that the windows of all steps are
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
 ALONG = 2  # times as few of both along a path of several targets, whose steps are twice as many
 LEVEL_SHARE = 0.3  # maximum share of the free host memory for what a pruner made of the weights
-PASSES = 4  # forward passes that a gradient costs at most: one, one again in each block without a graph, two backward
 CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
 
 Ends = tuple[RowSparsities, ...]
