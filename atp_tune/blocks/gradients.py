@@ -129,7 +129,7 @@ class _Visit:
                 if rows.start:
                     total[key] += gradient
                 else:
-                    total[key] = gradient.float().contiguous()
+                    total[key] = gradient
             return by_states
 
         before = torch.cat(self._batch.over(len(entering), step))
@@ -141,19 +141,20 @@ class _Visit:
         before, weights = [], cache(partial(self._changed, index))
         for item in range(len(entering)):
             by_states, by_weights = self._gradients(index, weights, entering, leaving, slice(item, item + 1))
-            take(index, {key: gradient.float().contiguous() for key, gradient in by_weights.items()})
+            take(index, by_weights)
             before.append(by_states)
         return torch.cat(before)
 
     def _gradients(
         self, index: int, weights: Callable[[], dict[str, Tensor]], entering: Tensor, leaving: Tensor, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of some items by the states that enter a block, and by the weights of its linears by key."""
+        """Gradients of some items by the states that enter a block, and, float32, by its linears' weights by key."""
         above = leaving[rows]
         run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
         leaves = [run.entering, *run.weights.values()]
         found = torch.autograd.grad(run.leaving, leaves, above, allow_unused=True, materialize_grads=True)
-        return found[0], dict(zip(run.weights, found[1:], strict=True))  # zeros of an expert without tokens
+        by_weights = (gradient.float().contiguous() for gradient in found[1:])  # of an expert without tokens 0
+        return found[0], dict(zip(run.weights, by_weights, strict=True))
 
     def _through(self, index: int, weights: dict[str, Tensor], entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""

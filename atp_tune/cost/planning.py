@@ -48,7 +48,7 @@ class Known:
     kinds: int  # of statistics measured once on the dense model
     process: int  # bytes
     validation_windows: int
-    passes: float = 4  # forward passes that a token of a step by prices costs; at most, until the model is loaded
+    passes: float  # forward passes that a token of a step by prices costs; at most, until the model is loaded
 
     def offload(self) -> Offload:
         """The offload of the study file, or the automatic choice."""
@@ -108,6 +108,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
 def _known(
     file: StudyFile, name: str, setup: "ContextConfig", folder: "ModelFolder", device: Any, itemsize: int
 ) -> Known:
+    from atp_tune.blocks.gradients import PASSES
     from atp_tune.checkpoints.classes import model_config
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs import KINDS
@@ -134,7 +135,7 @@ def _known(
     return Known(
         study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
         itemsize, free, device.type == "cuda", costs, _kinds(study),
-        psutil.Process().memory_info().rss, len(items["validation"]),
+        psutil.Process().memory_info().rss, len(items["validation"]), PASSES,
     )  # fmt: skip
 
 
