@@ -2,20 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from atp_tune.checkpoints.checkpoint import Released
-from atp_tune.checkpoints.classes import check_language
-from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
 from atp_tune.generation.conversation import Speaker
-from atp_tune.inputs import KINDS, InputKind
+from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
 from atp_tune.sparse.both_models import BothModels, Use
-from atp_tune.spec.config import Config
-from atp_tune.spec.images import CLASSES
 
 
 class ChatModels(Released):
@@ -23,7 +17,7 @@ class ChatModels(Released):
 
     def __init__(self, place: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]) -> None:
         """`allowed`: keys of `study.ModelConfig`, as for `apply`."""
-        use = Use("chat", "chat DIR", _tokens, _check, packs=True)
+        use = Use("chat", "chat DIR", lambda folder: KINDS["tokens"], packs=True)
         self._models = BothModels(place, use, device, watch, allowed)
         self._speakers: dict[Side, Speaker] = {}
 
@@ -38,13 +32,3 @@ class ChatModels(Released):
     def release(self) -> None:
         """Frees the models."""
         self._models.release()
-
-
-def _tokens(folder: ModelFolder) -> InputKind[Any]:
-    check_language(folder.path, "chat: is of language models, take `classify`")
-    return KINDS["tokens"]
-
-
-def _check(config: Config) -> None:
-    if config.score == CLASSES:
-        raise UserError(f"chat: {config.model.id} is an image classifier, which has no text; take `classify`")

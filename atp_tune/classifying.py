@@ -18,12 +18,10 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
 from atp_tune.frozen import FrozenModel
 from atp_tune.inputs import InputKind
-from atp_tune.inputs.images import LABELLED_IMAGES, Images, check_classifier
+from atp_tune.inputs.images import LABELLED_IMAGES, Images
 from atp_tune.inputs.pictures import Pictures, pictures_of
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.sparse.both_models import BothModels, Use, WholeModel
-from atp_tune.spec.config import Config
-from atp_tune.spec.images import CLASSES
 
 TOP = 5  # classes of an answer
 BATCH = 32  # pictures at a time
@@ -54,8 +52,8 @@ def classify(
     no picture.
     """
     found = _Found(pictures_of(files, "FILE"))
-    use = Use("classify", "classify FILE --model DIR", found.kind, _check)
-    with BothModels(place, use, device, watch, allowed) as models, oom_as_user_error("classify"):
+    use = Use("classify", "classify DIR FILE", found.kind, of_images=True)
+    with BothModels(place, use, device, watch, allowed, dense=both) as models, oom_as_user_error("classify"):
         sparse = found.guesses(models.model("sparse"))
         dense = found.guesses(models.model("dense")) if both else [None] * len(sparse)
     return tuple(
@@ -74,8 +72,7 @@ class _Found:
             found.picture(index)
 
     def kind(self, folder: ModelFolder) -> InputKind[Any]:
-        """The kind of input of a model, for images of the size of these; UserError if it is no classifier."""
-        check_classifier(folder)
+        """The kind of input of a model, for images of the size of these."""
         self._folder = self._folder or folder
         return LABELLED_IMAGES.of({"test": self._images})
 
@@ -108,9 +105,3 @@ def _first(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and probabilities [images, at most TOP] of the most probable classes of logits [images, classes]."""
     values, places = logits.float().softmax(1).sort(dim=1, descending=True, stable=True)
     return places[:, :TOP], values[:, :TOP]
-
-
-def _check(config: Config) -> None:
-    """UserError for the configuration of a language model."""
-    if config.score != CLASSES:
-        raise UserError(f"classify: {config.model.id} is no image classifier; take `generate` or `chat`")

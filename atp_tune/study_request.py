@@ -132,7 +132,7 @@ class StudyRequest:
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
         preset = self.preset or ("balanced" if find_device(device or "auto").type == "cuda" else "quick")
         settings = {
-            "description": f"{name}: {self.source} at {percent(self.sparsity)}",
+            "description": f"{self.source} at {percent(self.sparsity)}",
             "sparsity": self.sparsity,
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),

@@ -142,6 +142,5 @@ def test_a_file_of_another_format_starts_no_program(
 
 
 def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:
-    models = ChatModels(folder, "cpu", ignore_events, {})
-    with pytest.raises(UserError, match=r"^chat: is of language models, take `classify`: .* is an image classifier"):
-        models.speaker("sparse")
+    with pytest.raises(UserError, match=r"^chat: .* is an image classifier, which has no text; take `classify`"):
+        ChatModels(folder, "cpu", ignore_events, {})

@@ -367,8 +367,8 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     assert command("--study", "tiny", "--study-name", "other", "--trials", "2", "--set", "sparsity=0.5").code == 0
     answer = command("studies")
     assert answer.code == 0
-    assert re.search(r"tiny +6 of 6 trials, best \d+\.\d\d +a tiny Llama", answer.out)
-    assert re.search(r"other +2 of 2 trials, best \d+\.\d\d +--study tiny --study-name other", answer.out)
+    assert re.search(r"tiny +6 of 6, best \d+\.\d\d +a tiny Llama", answer.out)
+    assert re.search(r"other +2 of 2, best \d+\.\d\d +--study tiny --study-name other", answer.out)
     assert re.search(r"broken +invalid ", answer.out)
     assert re.search(r"torn +invalid .*not a database", answer.out)
     assert re.search(r"waiting +not started ", answer.out)
@@ -612,7 +612,7 @@ def test_bad_input_is_one_line(
         (["--study", "tiny.toml", "--trials", "0"], "Input should be greater than or equal to 1"),
         (["--study", "tiny.toml", "--timeout", "-1"], "Input should be greater than or equal to 0"),
         (["--trials", "3"], "as in --study smol"),
-        (["nosuch"], "No such command"),
+        (["nosuch"], "No such command 'nosuch'. A model is ORG/NAME, a folder"),
         (["status"], "Missing option"),
         (["apply", "--config", "x.json"], "Missing option"),
         (["prune", "--beta", "x"], "Input should be a valid number"),

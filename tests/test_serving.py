@@ -348,7 +348,7 @@ def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: 
         os.utime(tmp_path / "studies" / f"{name}.db", (0, 1000 - age))
     service = choose(*nothing)
     assert service.address == f"sqlite:///{tmp_path / 'studies' / 'new.db'}"
-    assert service.artifacts == tmp_path / "studies" / "new.artifacts"
+    assert service.artifacts == tmp_path / "studies" / "new.artifacts" and service.others == ("old",)
     assert choose(None, "postgresql://u@h/d", "127.0.0.1", 0, 0, None).artifacts == Path("artifacts")
     assert study_file(done).storage_url == choose(str(done / "tiny.toml"), None, "", 0, 0, None).address
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+OWNERS = {"gpt2": "openai-community", "openai-gpt": "openai-community", "distilgpt2": "distilbert"}  # of bare names
 WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
 
 
@@ -106,6 +107,9 @@ def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFold
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     if _HUB_ID.fullmatch(model.source):
         return _from_hub(model, notify)
+    owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
+    if owner is not None:
+        raise UserError(f'model.source: "{model.source}" is no folder; on the hub it is {owner}/{model.source}')
     raise UserError(
         f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
         "a hub id ORG/NAME or pypi:NAME==VERSION"

@@ -67,7 +67,7 @@ def _usage(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "tune.py"
     message = " ".join(error.format_message().split()).replace("Value error, ", "")
     if message.startswith("No such command"):
-        message = message.rstrip(".?") + ("?" if message.endswith("?") else "")
+        message = message.rstrip(".?") + ("?" if message.endswith("?") else ".")
         message += " A model is ORG/NAME, a folder, a .gguf file or pypi:NAME==VERSION."
     see = " See" if message.endswith("?") else "; see"
     return f"{message.rstrip('.')}{see} {command} --help"

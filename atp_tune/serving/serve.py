@@ -22,13 +22,17 @@ LOOK = 0.1  # seconds between two checks whether to stop
 
 @dataclass(frozen=True)
 class Service:
-    """What to serve and where: storage URL, address to listen on, two ports, folder of artifacts."""
+    """What to serve and where: storage URL, address to listen on, two ports, folder of artifacts.
+
+    `others`: studies whose databases could be served in its place, if none was named.
+    """
 
     address: str
     listen: str
     port: int
     grpc_port: int
     artifacts: Path
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,15 @@ def choose(
     study: str | None, storage: str | None, listen: str, port: int, grpc_port: int, artifacts: Path | None
 ) -> Service:
     """The service that the options ask for; UserError if there is no database to serve."""
+    others: tuple[str, ...] = ()
     if storage is not None:
         address = absolute_storage(storage, Path())
+    elif study is not None:
+        address = load(study).storage_url
     else:
-        address = load(study).storage_url if study is not None else f"sqlite:///{_newest()}"
-    return Service(address, listen, port, grpc_port, artifacts or _beside(address))
+        newest, *older = _databases()
+        address, others = f"sqlite:///{newest}", tuple(file.stem for file in older)
+    return Service(address, listen, port, grpc_port, artifacts or _beside(address), others)
 
 
 def _beside(address: str) -> Path:
@@ -102,15 +110,16 @@ def _beside(address: str) -> Path:
     return folder
 
 
-def _newest() -> Path:
-    databases = []
+def _databases() -> list[Path]:
+    """The databases of the known studies, the one that was changed last first; UserError if there is none."""
+    databases = set[Path]()
     for path in known():
         try:
             database = load(str(path)).database
         except UserError:  # an invalid study file does not prevent serving the others
             continue
         if database is not None and database.exists():
-            databases.append(database)
+            databases.add(database)
     if not databases:
         raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
-    return max(databases, key=lambda database: database.stat().st_mtime)
+    return sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)

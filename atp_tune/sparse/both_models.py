@@ -12,6 +12,7 @@ from torch import nn
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
+from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -25,21 +26,27 @@ from atp_tune.sparse.continuations import open_config
 from atp_tune.sparse.packed_models import pack_if_faster
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.images import CLASSES
 from atp_tune.spec.study import ModelConfig, of_model
+
+OTHER = {
+    True: "is an image classifier, which has no text; take `classify`",
+    False: "is no image classifier of transformers; take `chat`",
+}
 
 
 @dataclass(frozen=True)
 class Use:
     """What models are loaded for: `command`, also as typed `with_folder`, which needs no pruned copy in memory.
 
-    `kind`: of their inputs, once the folder of a model is known; `check`: UserError for a configuration that does not
-    go with it; `packs`: the zeros of a sparse folder are left out in memory where that is faster.
+    `kind`: of their inputs, once the folder of a model is known; `of_images`: they are image classifiers, else
+    language models; `packs`: the zeros of a sparse folder are left out in memory where that is faster.
     """
 
     command: str
     with_folder: str
     kind: Callable[[ModelFolder], InputKind[Any]]
-    check: Callable[[Config], None] = lambda config: None
+    of_images: bool = False
     packs: bool = False
 
 
@@ -54,18 +61,29 @@ class WholeModel:
 
 
 class BothModels(Released):
-    """The two models of a sparse folder, or of a configuration; UserError for a place that is neither."""
+    """The two models of a sparse folder, or of a configuration."""
 
-    def __init__(self, place: Path, use: Use, device: str, watch: EventHandler, allowed: Mapping[str, bool]) -> None:
-        """`allowed`: keys of `study.ModelConfig`, as for `apply`."""
+    def __init__(
+        self, place: Path, use: Use, device: str, watch: EventHandler, allowed: Mapping[str, bool], dense: bool = False
+    ) -> None:
+        """`allowed`: keys of `study.ModelConfig`, as for `apply`; `dense`: that model will be asked for.
+
+        UserError, before anything is loaded, for a place that is neither, a model of another kind, an unknown dense
+        model, and a device that is not here.
+        """
         self._place = place
         self._use = use
-        self._device = device
+        self._device = str(find_device(device))
         self._watch = watch
         self._allowed = allowed
         self._open: list[Released] = []
         if not place.is_dir() and not place.is_file():
             raise UserError(f"{place}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        of_images = self._about.score == CLASSES if self._about else classifies_images(place)
+        if of_images != use.of_images and (self._about or (place / "config.json").is_file()):
+            raise UserError(f"{use.command}: {place} {OTHER[of_images]}")
+        if dense:
+            self._made_from()
 
     def model(self, side: Side) -> WholeModel:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
@@ -81,8 +99,7 @@ class BothModels(Released):
     @cached_property
     def _pair(self) -> dict[Side, WholeModel]:
         """Both models of a configuration, in one checkpoint: the sparse one has linears of its own."""
-        config = read_config(self._place)
-        self._use.check(config)
+        config = self._made_from()
         context = open_config(config, self._place.parent / config.folder, self._device, self._watch, self._allowed)
         self._open.append(context)
         plan = plan_as_pruned(config, context)
@@ -97,25 +114,28 @@ class BothModels(Released):
 
     @cached_property
     def _sparse(self) -> WholeModel:
-        if self._about is not None:
-            self._use.check(self._about)
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
         return self._load(model, resolve(model, Path(), self._note), has_zeros=True)
 
     @cached_property
     def _dense(self) -> WholeModel:
+        made = self._made_from()
+        model = made.model.model(self._allowed)
+        folder = resolve(model, self._place / made.folder, self._note)
+        check_model(made, folder)
+        return self._load(model, folder)
+
+    def _made_from(self) -> Config:
+        """The configuration; UserError for a folder without one."""
         if self._about is None:
             raise UserError(f"{self._place}: has no {ABOUT}, so its dense model is not known")
-        model = self._about.model.model(self._allowed)
-        folder = resolve(model, self._place / self._about.folder, self._note)
-        check_model(self._about, folder)
-        return self._load(model, folder)
+        return self._about
 
     @cached_property
     def _about(self) -> Config | None:
-        """The configuration in the folder; None without one."""
-        file = self._place / ABOUT
+        """The configuration, or that in the folder; None without one."""
+        file = self._place / ABOUT if self._place.is_dir() else self._place
         return read_config(file) if file.is_file() else None
 
     def _load(self, model: ModelConfig, folder: ModelFolder, has_zeros: bool = False) -> WholeModel:

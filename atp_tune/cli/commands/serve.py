@@ -59,6 +59,8 @@ def _show(service: "Service", served: "Served") -> None:
     studies = ", ".join(map(printable, names)) or "no study yet"
     name = host_of(service.listen)
     console.print(f"serving {without_password(service.address)}: {studies}")
+    if service.others:
+        console.print(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
     console.print(f"dashboard:    http://{name}:{served.port}")
     console.print(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
     if not is_loopback(service.listen):

@@ -23,15 +23,16 @@ def studies(json: Json = False) -> None:
         print(to_json(found))
         return
     rows = table("study", "state", "what")
+    rows.columns[0].no_wrap = False  # beside a long name the description would have no room
     for one in found:
-        rows.add_row(one.name, _state(one), one.error or one.description)
+        rows.add_row(one.name, _state(one), one.error or one.description.removeprefix(f"{one.name}: "))
     console.print(rows)
 
 
 def _state(study: "Listed") -> str:
     if study.state in ("complete", "unfinished"):
         best = f", best {study.best.value:.2f}" if study.best else ""
-        return f"{study.done} of {study.total} trials{best}"
+        return f"{study.done} of {study.total}{best}"
     return "see status" if study.state == "unknown" else study.state
 
 
