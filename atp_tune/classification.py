@@ -52,7 +52,7 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
     made = origin(folder)
     if made is None or not isinstance(made.test, ImageSet):
         raise UserError(
-            f"--model {folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
+            f"{folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
             "`apply` has written"
         )
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": made.dtype, **of_model(allowed)})

@@ -43,7 +43,7 @@ from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig, of_model
 from atp_tune.storage.process_identity import versions
 
-SCORED = ("evaluate", "evaluate --model DIR")  # what needs a pruned copy, and what needs none
+SCORED = ("evaluate", "evaluate DIR")  # what needs a pruned copy, and what needs none
 
 Weights = dict[str, Tensor]
 
@@ -154,8 +154,8 @@ def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot
 def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
     """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one."""
     if not folder.is_dir():
-        raise UserError(f"--model {folder}: there is no such folder")
-    check_language(folder, f"--model {folder}")
+        raise UserError(f"{folder}: there is no such folder")
+    check_language(folder, "evaluate")
     scorer = Scorer(asked, watch)
     origin = folder / ABOUT
     dtype = _dtype(origin)

@@ -58,12 +58,12 @@ def test_classes_are_those_of_transformers(
         assert [guess.index for guess in one.classes] == order and one.dense is None
         assert [guess.name for guess in one.classes] == [NAMES[index] for index in order]
         assert [guess.probability for guess in one.classes] == pytest.approx(own[order].tolist(), rel=1e-4)
-    shown = command("classify", pictures[0], "--model", folder)
+    shown = command("classify", folder, pictures[0])
     assert shown.code == 0 and "\x1b" not in shown.out
     for guess in found[0].classes:
         name = guess.name.replace("|", "\\|").replace("\x1b", "\\x1b")
         assert f"| {name} {guess.probability:.1%} " in shown.out
-    printed = json.loads(command("classify", *pictures[:2], "--model", folder, "--json").out)
+    printed = json.loads(command("classify", folder, *pictures[:2], "--json").out)
     alone = classify(pictures[:2], folder, False, "cpu", ignore_events, {})  # a batch of another size: other last bits
     assert printed == [one.model_dump(mode="json") for one in alone]
 
@@ -79,16 +79,17 @@ def test_of_equal_classes_the_first_comes_first() -> None:
     [
         (("missing.png", "--model", "model"), r"FILE: there is no file missing.png; give pictures"),
         ((".", "--model", "model"), r"FILE: there is no file \.; give pictures"),
-        (("0.png", "notes.txt", "--model", "nowhere"), "--model: there is no folder nowhere"),
+        (("0.png", "notes.txt", "--model", "nowhere"), "DIR: there is no folder nowhere; give one before the pictures"),
         (("0.png", "notes.txt", "--model", "model"), "FILE: notes.txt is no picture that can be read: unknown format"),
         (("0.png", "cut.png", "--model", "model"), "FILE: cut.png is no picture that can be read: "),
         (("0.png", "--config", "notes.txt"), "notes.txt: "),
         (("0.png", "--config", "nowhere.json"), "--config: there is no file nowhere.json"),
-        (("0.png",), "--model: give either --config FILE or --model DIR"),
-        (("0.png", "--model", "model", "--config", "notes.txt"), "--model: give either"),
+        (("0.png",), r"DIR: there is no folder 0\.png; give one before the pictures"),
+        (("0.png", "--model", "model", "--config", "notes.txt"), "FILE: there is no file model"),
         (("0.png", "--model", "model", "--both"), "model: has no atp_tune.json, so its dense model is not known"),
         (("0.png", "--model", "text"), "text is no image classifier of transformers"),
-        (("--model", "model"), "Missing argument 'FILE...'"),
+        (("model",), "FILE...: give pictures after the folder"),
+        ((), "Missing argument 'DIR FILE'"),
     ],
 )
 def test_what_is_refused(

@@ -425,7 +425,7 @@ def test_what_is_there_is_not_overwritten(place: Path, command: CommandLine) -> 
 
 def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
     answer = command("finetune", "--model", place / "none", "--out", place / "out")
-    assert answer.error.startswith(f"--model {place / 'none'}: is no folder; write one with: python tune.py apply")
+    assert answer.error.startswith(f"{place / 'none'}: is no folder; write one with: python tune.py apply")
 
 
 def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +441,7 @@ def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.M
         ("--alpha", "0"),
         ("--learning-rate", "-1"),
         ("--learning-rate", "nan"),
-        ("--tokens", "1"),
+        ("--seqlen", "1"),
         ("--batch", "0"),
         ("--seed", "-1"),
         ("--patience", "-1"),

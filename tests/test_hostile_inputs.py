@@ -92,7 +92,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "evaluate": (rf"{BEST}|{DATABASE}", {
         **dict.fromkeys(
             ("configuration", "database", "model folder", "texts"), "--config {study}/tiny.best.json {task}"),
-        "sparse folder": "--model {study}/sparse {task}"}),
+        "sparse folder": "{study}/sparse {task}"}),
     "generate": (rf"{BEST}|{DATABASE}", dict.fromkeys(
         ("configuration", "database", "model folder", "texts"),
         "--config {study}/tiny.best.json --tokens 2 --device cpu")),
@@ -101,18 +101,18 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
                         "{study}/tiny.best.json --max-new-tokens 2 --device cpu"),
         "sparse folder": "{study}/sparse --max-new-tokens 2 --device cpu"}),
     "classify": ("", {  # configurations and sparse folders are of a language model here
-        "pictures": "{study}/picture.png --model {study}/vit --device cpu"}),
+        "pictures": "{study}/vit {study}/picture.png --device cpu"}),
     **dict.fromkeys(("pack", "unpack"), (OUT, {"sparse folder": "{study}/sparse --out out"})),
     "push": ("", {"sparse folder": "{study}/sparse alice/tiny"}),
     "prune": (OUT, dict.fromkeys(
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --beta 0.01 --out out")),
     "finetune": (OUT, dict.fromkeys(
-        ("sparse folder", "texts"), "--model {study}/sparse --out out --steps 1 --batch 1 --tokens 32 --device cpu")),
+        ("sparse folder", "texts"), "{study}/sparse --out out --steps 1 --batch 1 --tokens 32 --device cpu")),
     "speedup": (rf"{BEST}|{DATABASE}|{STUDY}/sparse/atp_tune\.json", {
         "database": "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu",
         **dict.fromkeys(("configuration", "model folder", "texts"),  # other engines read them no differently
                         "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu --engine torch"),
-        "sparse folder": "--model {study}/sparse --tokens 4 --runs 1 --device cpu --engine torch"}),
+        "sparse folder": "{study}/sparse --tokens 4 --runs 1 --device cpu --engine torch"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
     "plugins": ("", {"study file": "--study {study}/tiny.toml"}),
     **dict.fromkeys(("init", "schema", "env"), ("", {})),  # they open no file that another may have made

@@ -227,10 +227,10 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
-        (("finetune", "--model", "sparse", "--out", "tuned", "--text", "file:x"), "--text: .* is none of folder:PATH"),
+        (("finetune", "--model", "sparse", "--out", "tuned", "--text", "file:x"), "classifier: give --images"),
         (
             ("finetune", "--model", "sparse", "--out", "tuned", "--images", "idx:t10k-images-idx3-ubyte.gz"),
-            "--text: idx:.* shares images with the test images; give another source",
+            "--images: idx:.* shares images with the test images; give another source",
         ),
         (("speedup", "--config", "tiny.best.json", "--tokens", "9"), "--tokens: an image classifier has no prompt"),
         (("speedup", "--config", "tiny.best.json", "--engine", "deepsparse"), "runs language models, and this is an"),

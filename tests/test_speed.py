@@ -341,7 +341,7 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
     ):
         answer = command("speedup", *options)
         assert answer.code == 2
-        assert "give one of --config FILE, --model DIR and --study NAME" in answer.err
+        assert "give one of DIR, --config FILE and --study NAME" in answer.err
     for options, error in (
         (["--setup"], "only with --engine deepsparse"),
         (["--study", "smol", "--batch", "4"], "--batch: not with --study, whose points are compared at one"),
@@ -354,7 +354,7 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
 
 def test_a_folder_that_does_not_say_what_it_is(done: Path, command: CommandLine) -> None:
     assert command("speedup", "--model", done / "model").error == (
-        f"--model {done / 'model'}: has no atp_tune.json; give a folder that `apply` wrote, or --config FILE"
+        f"{done / 'model'}: has no atp_tune.json; give a folder that `apply` wrote, or --config FILE"
     )
 
 

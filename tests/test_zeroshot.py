@@ -304,7 +304,7 @@ def test_no_room_for_a_pruned_copy(
     monkeypatch.setattr(kept_blocks, "ROOM", 0)
     monkeypatch.setattr(kept_blocks, "host_memory", lambda: 1000)
     answer = command("evaluate", "--config", done / "tiny.best.json", "--tasks", f"{tasks}/far.yaml", "--limit", "1")
-    assert answer.error.endswith("write it with `apply`, then evaluate --model DIR")
+    assert answer.error.endswith("write it with `apply`, then evaluate DIR")
 
 
 # --- data that cannot be had
@@ -410,7 +410,7 @@ def test_an_unknown_name_is_told_with_close_ones(done: Path, command: CommandLin
         (["--model", "model", "--tasks", "x.yaml"], "--tasks x.yaml: there is no such folder and no such .yaml file"),
         (["--model", "model", "--tasks", "model/"],
          "--tasks model: holds no task, that is no .yaml file with the keys task and dataset_path"),
-        (["--model", "none"], "--model none: there is no such folder"),
+        (["--model", "none"], "none: there is no such folder"),
         (["--model", "model", "--tasks", " , "], "--tasks: names no task"),
         (["--config", "none.json"],
          "none.json: No such file or directory; write one with: python tune.py export --study NAME"),

@@ -47,7 +47,7 @@ class TaskAccuracy:
 
     def follow(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Yields the blocks of a pruned model after keeping their linears."""
-        self._kept = KeptBlocks(self._context.checkpoint, "limit.min_accuracy", "evaluate --model DIR")
+        self._kept = KeptBlocks(self._context.checkpoint, "limit.min_accuracy", "evaluate DIR")
         return self._kept.follow(blocks)
 
     def measure(self) -> dict[str, list[float]]:

@@ -146,14 +146,14 @@ def train(
         require("finetune", "finetune")
     check_free(out)
     if not model.is_dir():
-        raise UserError(f"--model {model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
+        raise UserError(f"{model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
     if made:
         own: dict[str, Data] = {"text": made.calibration} if text is None else {}
         own |= {"test_text": made.test, "validation_text": made.validation} if test is None else {}
         plug_in_texts(made.config, own, made.base, allowed.get("trust_plugins", False))
     if made and made.config.bits is not None:
-        raise UserError(f"--model {model}: its weights are rounded, and training would undo that; train it before")
+        raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
     own_test, (text, test) = test is None, choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), lambda line: watch(Message(line)))
@@ -180,7 +180,7 @@ def _items(
         settings = settings.model_copy(update={"seqlen": None})
         return settings, read_training_images(text, test, folder, settings, base), CLASSES
     if isinstance(text, ImageSet) or isinstance(test, ImageSet):
-        raise UserError(f"--model {folder.path}: is measured on images, or on text, and was given both; give one kind")
+        raise UserError(f"{folder.path}: is measured on images, or on text, and was given both; give one kind")
     return settings, read_windows(text, test, folder.path, settings, bos, base), "next-token"
 
 

@@ -37,9 +37,10 @@ def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tup
         kept |= {"validation": made.validation, "study's test": made.test}
     for role, other in kept.items():
         if _share(text, other):
-            what = ("documents", "text") if isinstance(text, Text) else ("images", "images")
+            option, *what = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
             raise UserError(
-                f"--text: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or part"
+                f"--{option}: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or "
+                "part"
             )
     return text, test
 
@@ -53,10 +54,10 @@ def _share(one: Data, other: Data) -> bool:
 def read_training_images(text: ImageSet, test: ImageSet, folder: ModelFolder, settings: Settings, base: Path) -> Images:
     """The images to train on and to hold out, but those of the test; UserError if it has many of them."""
     needed = windows_read(settings)
-    with _naming("--text"):
+    with _naming("--images"):
         whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
         found = images_of(whole, folder, base, at_most=text.nsamples is None)
-    with _naming("--test-text"):
+    with _naming("--test-images"):
         measured = images_of(test, folder, base)
     doubles = doubles_of({"test": measured, "training": found})["training"]
     return found.without(doubles) if doubles else found

@@ -55,7 +55,7 @@ def about(folder: Path) -> Path:
     """The path of the configuration in a sparse checkpoint; UserError if it has none."""
     path = folder / ABOUT
     if not path.is_file():
-        raise UserError(f"--model {folder}: has no {ABOUT}; give a folder that `apply` wrote, or --config FILE")
+        raise UserError(f"{folder}: has no {ABOUT}; give a folder that `apply` wrote, or --config FILE")
     return path
 
 

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def classify(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures: .png, .jpg and others.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of an image classifier, as `apply` writes it.")
-    ] = None,
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR FILE", help="Folder of an image classifier, as `apply` writes it, and pictures: .png, .jpg…"
+        ),
+    ],
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration, to which is pruned in memory.")
+        Path | None, typer.Option(metavar="FILE", help="In the place of DIR: a configuration, pruned to in memory.")
     ] = None,
     both: Annotated[
         bool, typer.Option("--both", metavar="", help="Also the dense model's answers, beside the sparse model's.")
@@ -34,12 +36,13 @@ def classify(
 
     The dense model of `--both` is the one that the configuration, or the folder's atp_tune.json, names.
 
-    Example: `python tune.py classify photo.jpg --model vit-sparse --both`
+    Example: `python tune.py classify vit-sparse photo.jpg --both`
     """
-    if (config is None) == (model is None):
-        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--model")
-    if model is not None and not model.is_dir():
-        raise typer.BadParameter(f"there is no folder {model}", param_hint="--model")
+    place, files = (config, places) if config else (places[0], places[1:])
+    if config is None and not place.is_dir():
+        raise typer.BadParameter(f"there is no folder {place}; give one before the pictures", param_hint="DIR")
+    if not files:
+        raise typer.BadParameter("give pictures after the folder", param_hint="FILE...")
     if config is not None and not config.is_file():
         raise typer.BadParameter(f"there is no file {config}", param_hint="--config")
     from atp_tune import classifying
@@ -48,7 +51,6 @@ def classify(
     from atp_tune.events import ignore_events
 
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    place = model or config or Path()
     with quiet(), Display() as display:
         watch = ignore_events if json else display
         found = classifying.classify(files, place, both, device or "auto", watch, allowed)

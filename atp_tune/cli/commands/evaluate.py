@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder of a single model, as `apply` writes it.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Configuration whose dense, uniform and best models are compared in memory."),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of a single model, as `apply` writes it.")
     ] = None,
     tasks: Annotated[
         str,
@@ -51,10 +51,12 @@ def evaluate(
     with data from the hub; `scripts/offline-tasks DIR` makes tasks that need no network. An image classifier is scored
     on its test images: top-1 and top-5 accuracy.
 
-    Example: `python tune.py evaluate --config studies/smol.best.json --tasks boolq,piqa --limit 100`
+    Example: `python tune.py evaluate smol-sparse --tasks boolq,piqa --limit 100`
+
+    Example: `python tune.py evaluate --config studies/smol.best.json`
     """
     if (config is None) == (model is None):
-        raise typer.BadParameter("give either --config FILE or --model DIR", param_hint="--config")
+        raise typer.BadParameter("give either DIR or --config FILE", param_hint="--config")
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())

@@ -36,30 +36,27 @@ class Train(StrEnum):
 
 
 def finetune(
-    model: Annotated[Path, typer.Option(metavar="DIR", help="Sparse checkpoint, written by `apply` or `prune --out`.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Sparse checkpoint, written by `apply` or `prune --out`.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fine-tuned checkpoint; new or empty.")],
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text",
-            "--images",
-            metavar=TEXT,
-            help="Text to train on: hub:ORG/NAME, file:PATH, …, or images: folder:PATH, …; default: calibration.",
-        ),
+        typer.Option(metavar=TEXT, help="Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
     ] = None,
     test_text: Annotated[
+        str | None, typer.Option(metavar=TEXT, help="Text to measure on; default: the checkpoint's test text.")
+    ] = None,
+    images: Annotated[
         str | None,
-        typer.Option(
-            "--test-text",
-            "--report-text",
-            "--test-images",
-            metavar=TEXT,
-            help="Text to measure on; default: the checkpoint's test text.",
-        ),
+        typer.Option(metavar=TEXT, help="Of an image classifier, images to train on: folder:PATH, …; as --text."),
+    ] = None,
+    test_images: Annotated[
+        str | None, typer.Option(metavar=TEXT, help="Of an image classifier, images to measure on; as --test-text.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 8,
-    seqlen: Annotated[int, typer.Option("--seqlen", "--tokens", min=2, help="Tokens per window.")] = 512,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     loss: Annotated[
         Loss,
         typer.Option(
@@ -102,11 +99,11 @@ def finetune(
     The adapters are masked during training and merged at the end, so the result is an ordinary Hugging Face folder.
     The same command resumes a run that was interrupted. Needs the extra `finetune`.
 
-    Example: `python tune.py finetune --model smol-sparse --out smol-tuned --text file:articles.txt`
+    Example: `python tune.py finetune smol-sparse --out smol-tuned --text file:articles.txt`
 
-    Example: `python tune.py finetune --model smol-sparse --out smol-tuned --train scales --loss both`
+    Example: `python tune.py finetune smol-sparse --out smol-tuned --train scales --loss both`
 
-    Example: `python tune.py finetune --model DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
+    Example: `python tune.py finetune DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
     check_free(out)
     from atp_tune.sparse.provenance import Settings, read_image_set, read_text
@@ -124,9 +121,13 @@ def finetune(
     from atp_tune.checkpoints.classes import classifies_images
 
     of_images = classifies_images(model)
+    given = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}
+    for option in (option for option, value in given[not of_images].items() if value is not None):
+        kind = "an image classifier: give --images" if of_images else "a language model: give --text"
+        raise typer.BadParameter(f"the model in {model} is {kind}", param_hint=option)
     named, measured = (
         value and (read_image_set(option, value) if of_images else read_text(option, value, seqlen))
-        for option, value in (("--text", text), ("--test-text", test_text))
+        for option, value in given[of_images].items()
     )
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet

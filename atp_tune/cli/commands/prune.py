@@ -14,7 +14,9 @@ from atp_tune.spec.finding import BARE
 
 
 def prune(
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, folder or .gguf file.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
+    ] = None,
     pruner: Annotated[
         str | None,
         typer.Option(
@@ -61,10 +63,10 @@ def prune(
 
     Example: `python tune.py prune --study smol --allocation owl --parameter lam=0.08`
 
-    Example: `python tune.py prune --model meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
+    Example: `python tune.py prune meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
     if model is None and study is None:
-        raise typer.BadParameter("give a model, or --study NAME to take the model of a study", param_hint="--model")
+        raise typer.BadParameter("give a model, or --study NAME to take the model of a study", param_hint="MODEL")
     values = _parameters(beta, parameter)
     if allocation in ("atp", "curve") and not values:
         raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")

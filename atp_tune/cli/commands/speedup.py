@@ -46,10 +46,12 @@ class EngineName(StrEnum):
 
 
 def speedup(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")] = None,
     study: Annotated[str | None, STUDY] = None,
     engine: Annotated[
         EngineName | None,
@@ -85,6 +87,8 @@ def speedup(
     With `--study` each point of a front that has no speed yet, or the best of a study at one sparsity, is pruned,
     measured and removed again; the front's table then has a column of tokens, or images, per second.
 
+    Example: `python tune.py speedup smol-sparse`
+
     Example: `python tune.py speedup --config studies/smol.best.json`
 
     Example: `python tune.py speedup --config studies/smol.best.json --engine deepsparse --setup`
@@ -98,7 +102,7 @@ def speedup(
         if config is None and model is None and study is None:
             return
     if sum(given is not None for given in (config, model, study)) != 1:
-        raise typer.BadParameter("give one of --config FILE, --model DIR and --study NAME", param_hint="--config")
+        raise typer.BadParameter("give one of DIR, --config FILE and --study NAME", param_hint="--config")
     if batch > 1 and (study is not None or engine == EngineName.deepsparse):
         other = "--study, whose points are compared at one" if study is not None else "--engine deepsparse"
         raise typer.BadParameter(f"not with {other}", param_hint="--batch")
