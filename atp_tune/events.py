@@ -1,9 +1,13 @@
 """Events that a run reports, for the command line and other handlers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from atp_tune.plan import Plan
+
+if TYPE_CHECKING:
+    from atp_tune.spec.study import Study
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,24 @@ class TrialEnded:
     best_error: float | None = None
 
 
-Event = Message | TrialStarted | Step | TrialEnded
+@dataclass(frozen=True)
+class Opened:
+    """A study is open, with this total and these trials done; `items`: number and tokens of each text's windows."""
+
+    study: "Study"
+    total: int
+    done: int
+    items: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a study has yet to do: number and size (in tokens through all blocks) of each part, as `cost.remaining`."""
+
+    parts: Mapping[str, tuple[int, float]]
+
+
+Event = Message | TrialStarted | Step | TrialEnded | Opened | Ahead
 EventHandler = Callable[[Event], None]
 Notify = Callable[[str], None]  # takes one line about a slow step
 

@@ -6,14 +6,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from math import ceil
 from time import monotonic
 from typing import Any
 
 from atp_tune.api.arguments import as_arguments
+from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 from atp_tune.interrupts import interruptible
 from atp_tune.libraries import silenced
-from atp_tune.results.formatting import best_so_far, trial_line
+from atp_tune.results.formatting import best_so_far, duration, trial_line
 
 PAUSE = 0.3  # seconds between changes of a bar's text: a notebook without widgets keeps each of them
 
@@ -35,22 +38,20 @@ def shown(progress: bool) -> Iterator[EventHandler]:
     terminal nor a notebook and the logger has no handler, they go to stderr.
     """
     if not progress:
-        yield Lines(None)
+        yield Lines()
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
-        from tqdm.auto import tqdm
     is_shown = sys.stderr.isatty() or _is_notebook()
-    bar = tqdm(total=None, disable=not is_shown, unit="trial", dynamic_ncols=True)
+    lines = Lines(is_shown)
     own = None if is_shown or logger.hasHandlers() else logging.StreamHandler()
     level = logger.level
     if own:
         logger.addHandler(own)
         logger.setLevel(logging.INFO)
     try:
-        yield Lines(bar)
+        yield lines
+        lines.finish()
     finally:
-        bar.close()
+        lines.close()
         if own:
             logger.removeHandler(own)
             logger.setLevel(level)
@@ -62,17 +63,20 @@ def _is_notebook() -> bool:
 
 
 class Lines:
-    """Logs messages and results, and moves a bar."""
+    """Logs messages and results, and moves a bar, which is made when work begins."""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._title = self._plan = ""
+    def __init__(self, has_bar: bool = False) -> None:
+        self._bar: Any = None
+        self._has_bar = has_bar
+        self._title = self._plan = self._results = ""
         self._began = self._first = monotonic()
         self._shown = 0.0
         self._said: set[str] = set()
+        self._remaining = Remaining()
 
     def __call__(self, event: Event) -> None:
         """Takes one event."""
+        self._remaining.hear(event, monotonic())
         match event:
             case Message(text):
                 if text not in self._said:
@@ -84,17 +88,36 @@ class Lines:
             case Step(phase, done, total):
                 self._describe(f"{self._title}: {phase} {done}/{total}")
             case TrialEnded():
-                logger.info("%s", trial_line(event, self._plan, monotonic() - self._began))
-                self._advance(event)
+                left = self._remaining.left(monotonic())
+                said = "" if left is None else f", {duration(left)} left"
+                logger.info("%s", trial_line(event, self._plan, monotonic() - self._began, said))
+                self._results = f"{event.done}/{event.total} {event.what}s, {best_so_far(event)}"
+
+    def finish(self) -> None:
+        """Fills the bar: all is done."""
+        if self._bar is not None and self._bar.total:
+            self._bar.n = self._bar.total
+
+    def close(self) -> None:
+        """Ends the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
 
     def _describe(self, text: str) -> None:
         now = monotonic()
-        if self._bar is not None and now - self._shown > PAUSE:
-            self._bar.set_description_str(text, refresh=True)
-            self._shown = now
+        if not self._has_bar or now - self._shown <= PAUSE:
+            return
+        self._shown, self._bar = now, self._bar if self._bar is not None else _new_bar()
+        left, took = self._remaining.left(now), round(now - self._first)
+        if left is not None:  # of the whole call
+            self._bar.n, self._bar.total = took, took + ceil(left)
+        eta = "" if left is None else f"ETA {timedelta(seconds=ceil(left))}"
+        self._bar.set_postfix_str(", ".join(part for part in (self._results, eta) if part), refresh=False)
+        self._bar.set_description_str(text, refresh=True)
 
-    def _advance(self, event: TrialEnded) -> None:
-        if self._bar is not None:
-            self._bar.total = event.total
-            self._bar.n = event.done
-            self._bar.set_postfix_str(best_so_far(event), refresh=True)
+
+def _new_bar() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without widgets, that it has none
+        from tqdm.auto import tqdm
+    return tqdm(total=None, dynamic_ncols=True, bar_format="{l_bar}{bar}| {elapsed}{postfix}")

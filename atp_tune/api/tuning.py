@@ -13,6 +13,7 @@ from atp_tune.api.lender import Lender, is_model, names
 from atp_tune.api.progress import working
 from atp_tune.api.recovering import is_pending, recover_best
 from atp_tune.api.result import Result
+from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
@@ -163,6 +164,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
 
     A complete study is returned at once. None if a pool ended before it began the study.
     """
+    run = replace(run, watch=foretold(run.watch))
     study = finished_study(run)
     if study is not None:
         run.note(_nothing_to_do(study, run))

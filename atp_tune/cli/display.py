@@ -1,16 +1,28 @@
-"""Progress of a run: on a terminal a bar for the trials and one for each worker, elsewhere plain lines."""
+"""Progress of a run: on a terminal a bar for the whole study and one for each worker, elsewhere plain lines."""
 
-from statistics import fmean
+from datetime import timedelta
+from math import ceil
 from time import monotonic
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from atp_tune.cli.terminal import console
+from atp_tune.cost.remaining import Remaining
 from atp_tune.errors import printable
-from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
+from atp_tune.events import Ahead, Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 
 PERIOD = 60  # seconds after which a plain line says how far a phase is
+
+
+class TimeLeft(TimeRemainingColumn):
+    """The time left of the whole study, beside its bar; beside other bars their own, where no study runs."""
+
+    def render(self, task: Task) -> Text:
+        """`ETA 0:03:50`, or nothing."""
+        said = task.fields.get("left")
+        return Text.assemble("ETA ", super().render(task)) if said is None else Text(said)
 
 
 class Display:
@@ -18,13 +30,13 @@ class Display:
 
     def __init__(self) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(), TimeLeft(), console=console, transient=True,
         )  # fmt: skip
-        self._trials = self.bars.add_task("trials", total=None, visible=False)
-        self._took: list[float] = []  # seconds of each trial that ended
-        self._running: set[Line] = set()  # of processes whose trials have ended, and that go on
-        self._what = ""
+        self._whole = self.bars.add_task("study", total=None, visible=False, count="", left="")
+        self._remaining = Remaining()
+        self.is_study = False
+        self._began = monotonic()
         self._notes: set[str] = set()
         self._only: Line | None = None
         self.listeners: list[EventHandler] = []  # are told of each trial that ends, of any worker
@@ -57,24 +69,28 @@ class Display:
 
     def leave(self, line: "Line") -> None:
         """Counts the process of a line no more among those that share the trials that are left."""
-        self._running.discard(line)
+        self._remaining.leave(line)
 
-    def end(self, event: TrialEnded, plan: str, seconds: float, line: "Line") -> None:
-        """Prints the result of a trial, and advances the bar of the trials."""
-        from atp_tune.results.formatting import best_so_far, duration, trial_line
+    def hear(self, event: Event, line: "Line") -> float | None:
+        """Takes an event of a line's process; the seconds that the whole study has yet to take, if they are known."""
+        now = monotonic()
+        self.is_study = self.is_study or isinstance(event, Ahead)
+        self._remaining.hear(event, now, line)
+        left = self._remaining.left(now)
+        if left is not None:
+            took, said = now - self._began, f"ETA {timedelta(seconds=ceil(left))}"
+            self.bars.update(self._whole, completed=took, total=took + left, left=said, visible=True)
+        return left
 
-        if event.what != self._what:
-            self._what, self._took = event.what, []
-        self._took.append(seconds)
-        self._running.add(line)
-        left = fmean(self._took) * (event.total - event.done) / len(self._running)
-        rest = f" of {event.what}s left"  # the test text is measured after them
-        eta = f", {duration(left)}{rest}" if event.done < event.total and not console.is_terminal else ""
-        console.print(trial_line(event, plan, seconds, eta), markup=False)
-        best = best_so_far(event)
-        self.bars.update(
-            self._trials, description=f"{event.what}s ({best})", completed=event.done, total=event.total, visible=True
+    def end(self, event: TrialEnded, plan: str, seconds: float, left: str) -> None:
+        """Prints the result of a trial; `left`: the time left."""
+        from atp_tune.results.formatting import best_so_far, trial_line
+
+        console.print(
+            trial_line(event, plan, seconds, "" if console.is_terminal or not left else f", {left}"), markup=False
         )
+        count = f"{event.done}/{event.total} {event.what}s"
+        self.bars.update(self._whole, description=f"study ({best_so_far(event)})", count=count)
         for listen in self.listeners:
             listen(event)
 
@@ -85,7 +101,7 @@ class Line:
     def __init__(self, display: Display, name: str = "") -> None:
         self._display = display
         self._name = name
-        self._bar = display.bars.add_task("", total=None, visible=False)
+        self._bar = display.bars.add_task("", total=None, visible=False, count="")
         self._title = self._plan = ""
         self._began = monotonic()
         self._phases: dict[str, tuple[int, float]] = {}  # first step of each, and when it ended
@@ -93,33 +109,40 @@ class Line:
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
+        from atp_tune.results.formatting import duration
+
+        whole = self._display.hear(event, self)
+        left = "" if whole is None else f"{duration(ceil(whole))} left"
         match event:
             case Message(text):
                 self._display.note(text)
             case TrialStarted(title, plan):
-                self._start(title, str(plan) if plan else "")
+                self._start(title, str(plan) if plan else "", left)
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
-                self._display.bars.update(self._bar, description=title, completed=done, total=total, visible=True)
+                self._display.bars.update(
+                    self._bar, description=title, completed=done, total=total, visible=True,
+                    count=f"{done}/{total}", left="" if self._display.is_study else None,
+                )  # fmt: skip
                 if not console.is_terminal:
-                    self._say(title, phase, done, total)
+                    self._say(title, phase, done, total, left)
             case TrialEnded():
-                self._display.end(event, self._plan, monotonic() - self._began, self)
+                self._display.end(event, self._plan, monotonic() - self._began, left)
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""
         self._display.leave(self)
         self._display.bars.update(self._bar, visible=False)
 
-    def _start(self, title: str, plan: str) -> None:
+    def _start(self, title: str, plan: str, left: str) -> None:
         self._title, self._plan, self._began = title, plan, monotonic()
         self._phases, self._said = {}, self._began
         self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
         if not console.is_terminal and not title.startswith(("trial", "screening")):
-            console.print(f"{title} {plan}".rstrip())
+            console.print(f"{title} {plan}".rstrip() + (left and f" ({left})"))
 
-    def _say(self, title: str, phase: str, done: int, total: int) -> None:
-        """Prints how far a phase is, once in a `PERIOD`; phases may take turns."""
+    def _say(self, title: str, phase: str, done: int, total: int, left: str) -> None:
+        """Prints how far a phase is, once in a `PERIOD`; phases may take turns. `left`: of the whole, if known."""
         from atp_tune.results.formatting import duration
 
         now = monotonic()
@@ -127,6 +150,6 @@ class Line:
         if done <= first:  # it begins, perhaps again
             self._phases[phase] = done, now
         elif first < done < total and now - self._said >= PERIOD:
-            left = (now - began) / (done - first) * (total - done)
-            console.print(f"{title} {done} of {total}, {duration(left)} left", markup=False)
+            left = left or f"{duration((now - began) / (done - first) * (total - done))} left"
+            console.print(f"{title} {done} of {total}, {left}", markup=False)
             self._said = now

@@ -1,9 +1,12 @@
 """What a study computes once beside its trials: descents by prices, and the training of its best plan."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from atp_tune.cost.forecast import ProbeRates, TrainingCost
+from atp_tune.cost.forecast import Passes, ProbeRates, TrainingCost, passes
+from atp_tune.cost.memory import Tokens
 from atp_tune.spec.recover import FEWEST, RecoverConfig
+from atp_tune.spec.study import Study
 
 if TYPE_CHECKING:
     from atp_tune.cost.planning import Known
@@ -12,7 +15,26 @@ FLOAT32 = 4  # bytes
 LEVELS = 9  # at which a descent asks for the weights of a linear, in the mean; as measured on SmolLM2 at 60 %
 
 
-def step_tokens(known: "Known") -> int:
+@dataclass(frozen=True)
+class Amounts:
+    """A study and the sizes of its texts, from which its tokens follow."""
+
+    study: Study
+    tokens: Tokens
+    windows: int  # of the calibration text
+    validation_windows: int
+    passes: float  # forward passes that a token of a step by prices costs; at most, until the model is loaded
+
+    @property
+    def costs(self) -> dict[str, Passes]:
+        """The passes of a trial, by pruner."""
+        study, tokens = self.study, self.tokens
+        evaluated = tokens.validation + (tokens.test if study.compares_all else 0)
+        names = study.methods.short_names
+        return {name: passes(study.prune.statistics, study.methods.measures(name), tokens, evaluated) for name in names}
+
+
+def step_tokens(known: Amounts) -> int:
     """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
     from atp_tune.search.priced import windows_of_step
     from atp_tune.search.priced_bits import items_of_costs
@@ -23,14 +45,14 @@ def step_tokens(known: "Known") -> int:
     return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
 
 
-def _path(known: "Known") -> tuple[float, ...]:
+def _path(known: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
     from atp_tune.allocations.prices import path
 
     return path(*known.study.interval) if known.study.interval else (known.study.highest,)
 
 
-def descents(known: "Known") -> int:
+def descents(known: Amounts) -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
@@ -44,7 +66,7 @@ def descents(known: "Known") -> int:
     return round(gradients + _with_rows(known) * POOL) // 2
 
 
-def _with_rows(known: "Known") -> int:
+def _with_rows(known: Amounts) -> int:
     """The number of descents whose rows move too."""
     return sum(rows for _, rows in known.study.descents)
 
@@ -70,7 +92,7 @@ def descent_bytes(known: "Known") -> int:
     return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 
 
-def training(known: "Known", recover: RecoverConfig) -> TrainingCost:
+def training(known: Amounts, recover: RecoverConfig) -> TrainingCost:
     """The training of the best plan's kept weights, at most; it is loaded with its dense model, and measured twice.
 
     The dense model sees the held-out windows once.

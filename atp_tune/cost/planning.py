@@ -14,11 +14,12 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import descent_bytes, descents, levels_seconds, step_tokens, training
+from atp_tune.cost.once import Amounts, descent_bytes, descents, levels_seconds, step_tokens, training
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.images import IMAGES
+from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening, progress
@@ -31,24 +32,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(Amounts):
     """The facts of a study that are known before its model is loaded."""
 
-    study: Study
     main: optuna.Study | None  # the stored study
     screening: optuna.Study | None  # the stored screening
     sizes: ModelSizes
-    tokens: Tokens
-    windows: int  # of the calibration text
     width: int  # of a hidden state
     itemsize: int
     free: Free
     has_own_memory: bool  # the device's memory is not the host's
-    costs: dict[str, Passes]  # by pruner
     kinds: int  # of statistics measured once on the dense model
     process: int  # bytes
-    validation_windows: int
-    passes: float  # forward passes that a token of a step by prices costs; at most, until the model is loaded
 
     def offload(self) -> Offload:
         """The offload of the study file, or the automatic choice."""
@@ -123,19 +118,10 @@ def _known(
     width = _width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
-    costs = {
-        name: forecast.passes(
-            study.prune.statistics,
-            study.methods.measures(name),
-            tokens,
-            tokens.validation + (tokens.test if study.compares_all else 0),
-        )
-        for name in study.methods.short_names
-    }
     return Known(
-        study, _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), tokens, windows, width,
-        itemsize, free, device.type == "cuda", costs, _kinds(study),
-        psutil.Process().memory_info().rss, len(items["validation"]), PASSES,
+        study, tokens, windows, len(items["validation"]), PASSES,
+        _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), width,
+        itemsize, free, device.type == "cuda", _kinds(study), psutil.Process().memory_info().rss,
     )  # fmt: skip
 
 
@@ -238,11 +224,11 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     elif study.interval is not None:  # the total depends on no size of the model
         trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
     done, trials = (0, None) if trials is None else _progress(known.main, trials)
-    plans = _compared(study)
-    rows = None if study.data.test is None else _pruned_again(study, trials or 0)
+    plans = compared(study)
+    rows = None if study.data.test is None else pruned_again(study, trials or 0)
     once = known.kinds * known.tokens.calibration + descents(known)
     blocks = len(known.sizes.blocks)
-    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, _drawn(known, plans))
+    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, drawn(known, plans))
     if rates is not None and (descended := descents(known)):
         own = levels_seconds(known, rates)
         found = forecast.added(found, 0, (own, 0.0 if done else own))
@@ -257,17 +243,17 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
 
 
-def _pruned_again(study: Study, trials: int) -> int:
+def pruned_again(study: Study, trials: int) -> int:
     """Number of plans that are pruned again for the test text.
 
     Over an interval without a limit all trials may be on the front, or be the uniform ones beside it.
     """
     if study.compares_all:
         return 0
-    return trials if study.interval is not None and study.limit is None else _compared(study)
+    return trials if study.interval is not None and study.limit is None else compared(study)
 
 
-def _compared(study: Study) -> int:
+def compared(study: Study) -> int:
     """Number of plans that all draws of the calibration text prune: at most the best of each allocation and uniform.
 
     Over an interval of sparsities, where allocations do not compare, the best and its uniform.
@@ -278,7 +264,7 @@ def _compared(study: Study) -> int:
     return max(1, allocations + min(allocations, len(study.methods.short_names)))
 
 
-def _drawn(known: Known, plans: int) -> DrawsCost:
+def drawn(known: Amounts, plans: int) -> DrawsCost:
     """The cost of the draws of the calibration text after the first."""
     study = known.study
     more = study.data.calibration.draws - 1
@@ -291,5 +277,10 @@ def _screening(known: Known) -> ScreeningCost | None:
     if screen is None:
         return None
     done, trials = _progress(known.screening, screen.trials)
-    part = tokens.validation // known.validation_windows * -(-known.validation_windows // screen.stride)
-    return ScreeningCost(trials, done, part, dense_kinds(known.study) * tokens.calibration)
+    return ScreeningCost(trials, done, screened_tokens(known, screen), dense_kinds(known.study) * tokens.calibration)
+
+
+def screened_tokens(known: Amounts, screen: ScreenConfig) -> int:
+    """Tokens that a trial of the screening is evaluated on."""
+    windows = known.validation_windows
+    return known.tokens.validation // windows * -(-windows // screen.stride)

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.allocations import Budget
 from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
-from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.metrics.perplexity import perplexity
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
@@ -208,6 +208,10 @@ def _search(
     _compare_versions(run, study)
     if run.reports and (done := progress.counted(study)):
         run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
+    if run.reports:
+        items = {role: (len(each), each.positions) for role, each in context.windows.items()}
+        total_now = progress.total_of(study, total, run.file.goes_on)
+        run.watch(Opened(run.file.study, total_now, progress.counted(study), items))
     study.pruner = make_stopper(search)
     screened = Screened()
     if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model
