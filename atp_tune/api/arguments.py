@@ -69,7 +69,7 @@ def study_file(
 def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
     """A copy of a study file that need not exist, with other settings; UserError for wrong ones.
 
-    The code of its plug-ins runs, that of places in files and modules only if `plugins`.
+    The code of its plug-ins runs, that of places in files and modules only if `plugins`. The caller has made the study.
     """
     data = file.study.model_dump(mode="json", exclude_unset=True)
     texts = overrides(settings)
@@ -79,7 +79,7 @@ def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
     except ValidationError as error:
         raise UserError(_without_file(str(invalid(file.path, error, keys)))) from None
     kept = tuple(text for text in texts if not text.startswith(PLACES))
-    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
+    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins, trusts_model=True)
 
 
 def _without_file(text: str) -> str:

@@ -198,7 +198,7 @@ def load_study(
         model: The study's model, if it lay in memory.
         tokenizer: Its tokenizer.
         texts: The study's texts, if they lay in memory.
-        trust_plugins: Run the code of the study's plug-ins, to prune again.
+        trust_plugins: Run the code that the study names, of its model too, to prune again.
 
     Raises:
         UserError: If there is no such study, or it has no trials yet.
@@ -213,7 +213,8 @@ def load_study(
         study_there, file = found
     else:
         study_there = stored_study(file, study_name)
-    return Result(study_there, replace(file, trusts_plugins=trust_plugins), lender)
+    trusts_model = trust_plugins or file.trusts_model
+    return Result(study_there, replace(file, trusts_plugins=trust_plugins, trusts_model=trusts_model), lender)
 
 
 def _stored(study: str, storage: str | None, name: str | None) -> "tuple[optuna.Study, StudyFile] | None":

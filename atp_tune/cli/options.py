@@ -49,7 +49,7 @@ TrustPlugins = Annotated[
     typer.Option(
         "--trust-plugins",
         metavar="",
-        help="Run the Python code of plug-ins that are named as FILE.py:NAME or MODULE:NAME.",
+        help="Run the Python code that the study names: plug-ins, packages of texts, functions of tasks.",
     ),
 ]
 Private = Annotated[

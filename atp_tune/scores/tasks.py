@@ -21,6 +21,8 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.inputs.hub import is_hub_in_reach
+from atp_tune.paths import written
+from atp_tune.spec.plugged import is_task_path
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALL_SEVEN = "zero-shot"
@@ -39,15 +41,16 @@ class Tasks:
     about_images: str = ""  # the first task that asks about images
 
 
-def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False) -> Tasks:
+def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False, base: Path = Path()) -> Tasks:
     """Loads tasks with their data; leaves out, with a message, those that cannot run.
 
-    `images`: they may ask about images. UserError for unknown names, and if no task is left.
+    `images`: they may ask about images. Relative paths start at `base`. The code that YAML files name runs. UserError
+    for unknown names, and if no task is left.
     """
     if not asked:
         raise UserError("--tasks: names no task")
-    paths = [_path(name) for name in asked if _is_path(name)]
-    named = [name for name in asked if not _is_path(name)]
+    paths = [_path(name, base) for name in asked if is_task_path(name)]
+    named = [name for name in asked if not is_task_path(name)]
     wanted = list(dict.fromkeys(each for name in named for each in (SEVEN if name == ALL_SEVEN else (name,))))
     with quiet(*LIBRARIES):
         manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
@@ -63,12 +66,8 @@ def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False) 
     return Tasks(loaded, tuple(rows), missing, manager, next(filter(None, map(_about_images, loaded)), ""))
 
 
-def _is_path(name: str) -> bool:
-    return "/" in name or name.endswith((".yaml", ".yml"))
-
-
-def _path(name: str) -> Path:
-    path = Path(name).expanduser()
+def _path(name: str, base: Path) -> Path:
+    path = written(name, base, "--tasks")
     if not path.is_dir() and not (path.is_file() and path.suffix in (".yaml", ".yml")):
         raise UserError(f"--tasks {name}: there is no such folder and no such .yaml file")
     return path

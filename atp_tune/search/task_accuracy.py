@@ -5,6 +5,7 @@ accuracy of a group of tasks is the mean over its tasks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from atp_tune.checkpoints.devices import oom_as_user_error
@@ -24,8 +25,8 @@ SEQUENCES = 8  # in a batch
 class TaskAccuracy:
     """Measures the accuracy of one model after another."""
 
-    def __init__(self, context: TrialContext, least: Mapping[str, float], items: int | None) -> None:
-        """`least`: the tasks, by name or path; `items`: of each task, at most.
+    def __init__(self, context: TrialContext, least: Mapping[str, float], items: int | None, base: Path) -> None:
+        """`least`: the tasks, by name or path, which starts at `base`; `items`: of each task, at most.
 
         UserError, before anything is measured, if lm-eval is not installed, a task is unknown, its data is not there,
         or it has no accuracy.
@@ -37,7 +38,7 @@ class TaskAccuracy:
         self._kept: KeptBlocks | None = None
         context.watch(Message("reading the tasks of limit.min_accuracy"))
         try:
-            self._tasks = {name: find_tasks((name,), context.watch) for name in least}
+            self._tasks = {name: find_tasks((name,), context.watch, base=base) for name in least}
         except UserError as error:
             raise UserError(str(error).replace("--tasks", "limit.min_accuracy", 1)) from None
         for name, found in self._tasks.items():

@@ -81,7 +81,7 @@ def _task_accuracy(run: "StudyRun", context: "TrialContext") -> "TaskAccuracy | 
         return None
     from atp_tune.search.task_accuracy import TaskAccuracy
 
-    return TaskAccuracy(context, limit.min_accuracy, limit.items)
+    return TaskAccuracy(context, limit.min_accuracy, limit.items, run.file.folder)
 
 
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:

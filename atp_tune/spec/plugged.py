@@ -1,10 +1,11 @@
-"""The plug-ins that a study or a configuration names: permission, their settings, and the hashes of their files.
+"""The code that a study or a configuration names: permission, the settings of plug-ins, and the hashes of files.
 
-Reading a study runs no code of a plug-in. `plug_in` and `plug_in_config` run it, for commands that prune.
+Reading a study runs no code. `plug_in` and `plug_in_config` run it, for commands that prune.
 """
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.cache import sha256_of_json
 from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel, relocated
-from atp_tune.plugins import ASK, content_of, file_of, is_place, load, registry, short_name
+from atp_tune.paths import written
+from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, registry, short_name
 from atp_tune.pruners import PRUNERS
 from atp_tune.quantizers import QUANTIZERS
 from atp_tune.registry import Origin, Registry
+from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
@@ -110,9 +114,37 @@ def named_in(study: Study) -> list[Named]:
     return [named for known, named in rows if _is_plugged(named, known)]
 
 
+def code_in(study: Study) -> Iterator[tuple[str, str]]:
+    """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
+    yield from ((named.key, named.written) for named in named_in(study) if is_place(named.written))
+    table = "texts" if study.images is None else "images"
+    data = {f"{table}.{role}.source": text for role, text in study.data if isinstance(text, Text | ImageSet)}
+    yield from _imports(data if study.model.probe is None else {**data, "model.probe.source": study.model.probe})
+    if study.limit is not None:
+        yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
+
+
+def _imports(texts: Mapping[str, Data]) -> Iterator[tuple[str, str]]:
+    """Texts and images inside a package that does not come with Python: to read them imports it."""
+    for key, text in texts.items():
+        kind, _, place = text.source.partition(":")
+        if kind == "package" and re.split("[.:/]", place)[0] not in sys.stdlib_module_names:
+            yield key, text.source
+
+
+def is_task_path(name: str) -> bool:
+    """Whether a task of lm-eval is named by the path of its YAML file or folder, whose functions then run."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def _ask(key: str, name: str) -> UserError:
+    verb = "is" if is_place(name) else "names"
+    return UserError(f"{key}: {name} {verb} Python code, which is not run; read it, then allow it with {ASK}")
+
+
 def permission(study: Study) -> list[str]:
-    """The option by which the plug-ins of a study run, if it names one by its place."""
-    return [ASK] if any(is_place(named.written) for named in named_in(study)) else []
+    """The option by which the code that a study names runs, if it names some."""
+    return [ASK] if any(code_in(study)) else []
 
 
 def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
@@ -131,11 +163,21 @@ def contents(study: Study, folder: Path) -> dict[str, str]:
             file = file_of(named.written, folder, named.key)
             if file is not None and (known is None or known.file is None or known.file.resolve() != file.resolve()):
                 known = None
-                if digest := content_of(named.written, folder, named.key):
-                    found[named.short] = digest
+                if sha256 := content_of(named.written, folder, named.key):
+                    found[named.short] = sha256
         if known is not None:
             found[named.short] = known.sha256
+    for key, name in code_in(study):
+        if key == "limit.min_accuracy":
+            found[Path(name).stem] = _of_tasks(written(name, folder, key))
     return found
+
+
+def _of_tasks(path: Path) -> str:
+    """The SHA-256 of the YAML and Python files of a folder of tasks, or of those beside a task's YAML file."""
+    folder, all_of = (path, "**/*") if path.is_dir() else (path.parent, "*")
+    files = sorted(file for file in folder.glob(all_of) if file.suffix in (".yaml", ".yml", ".py") and file.is_file())
+    return sha256_of_json({str(file.relative_to(folder)): digest(file.read_bytes()) for file in files})
 
 
 def origins(study: Study) -> dict[str, Origin]:
@@ -162,10 +204,13 @@ def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
 def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     """Runs the code of a study's plug-ins, checks the tables of pruners, and leaves out settings that are defaults.
 
-    `trusted`: code that the study names by its place may run. UserError without that, for a plug-in that is missing or
-    wrong, and if two have one name; ValidationError, as of the study, for wrong settings.
+    `trusted`: code that the study names may run. UserError without that, for a plug-in that is missing or wrong, and if
+    two have one name; ValidationError, as of the study, for wrong settings.
     """
     found = named_in(study)
+    if not trusted:
+        for key, name in code_in(study):
+            raise _ask(key, name)
     _check_names(found)
     for named in found:
         bring(named, folder, trusted)
@@ -200,9 +245,7 @@ def bring(named: Named, folder: Path, trusted: bool) -> Origin:
             )
         return origin
     if not trusted:
-        raise UserError(
-            f"{named.key}: {named.written} is Python code, which is not run; read it, then allow it with {ASK}"
-        )
+        raise _ask(named.key, named.written)
     load(named.kind, named.written, folder, named.key)
     origin = known.origin(named.short)
     assert origin is not None
@@ -244,6 +287,8 @@ def plug_in_config(config: "Config", texts: Mapping[str, Data], base: Path, trus
 
 def plug_in_texts(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
     """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
+    for key, name in () if trusted else _imports({f"{role}.source": text for role, text in texts.items()}):
+        raise _ask(key, name)
     names = {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
     _bring_recorded(config, names, base, trusted)
 

@@ -25,6 +25,8 @@ from atp_tune.spec.study import Study
 
 PLACES = ("storage=", "device=")  # overrides that change where a study is stored or runs, not its results
 TRIALS = "search.trials="
+REMOTE_CODE = "model", "trust_remote_code"
+ALLOWED = "--set model.trust_remote_code=true"
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
 
@@ -33,7 +35,8 @@ _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|f
 class StudyFile:
     """A study, its name, its file, and its overrides except those of storage and device.
 
-    `trusts_plugins`: the code of plug-ins that it names by their place may run, in this process and in workers.
+    `trusts_plugins`: the code that it names may run, in this process and in workers; `trusts_model`: the code in the
+    model's folder, if it asks for that. A file or a database permits neither.
     """
 
     name: str
@@ -41,12 +44,14 @@ class StudyFile:
     study: Study
     overrides: tuple[str, ...] = ()
     trusts_plugins: bool = False
+    trusts_model: bool = False
 
     @property
     def permissions(self) -> dict[str, bool]:
         """What a configuration of the study cannot permit itself: `allowed` of `apply`."""
         model = self.study.model
-        found = {"allow_pickle": model.allow_pickle, "trust_remote_code": model.trust_remote_code}
+        trusted = model.trust_remote_code and self.trusts_model
+        found = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}
         return {**found, "trust_plugins": self.trusts_plugins}
 
     @property
@@ -174,13 +179,17 @@ def load(
     """Reads a study by name or path and applies `key.path=value` overrides; UserError for every mistake.
 
     `plugins`: None runs no code of plug-ins, which commands that only read results do not need. Else it says whether
-    those may run that the study names by their place, in `folder` (default: the file's own).
+    the code may run that the study names, whose places start at `folder` (default: the file's own). Without it the file
+    cannot allow the model's own code: that needs an override.
     """
     path = finding.find(name)
     data = read(path)
     changed = [(text, override(data, text, path)) for text in overrides]
     try:
         study = Study.model_validate(data)
+        trusts_model = bool(plugins) or REMOTE_CODE in (keys for _, keys in changed)
+        if plugins is False and study.model.trust_remote_code and not trusts_model:
+            raise UserError(f"{dotted(REMOTE_CODE)}: a file cannot allow the model's code; read it, then add {ALLOWED}")
         if plugins is not None:
             study = plug_in(study, path.parent if folder is None else folder, plugins)
     except ValidationError as error:
@@ -190,7 +199,7 @@ def load(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     own = tuple(text for text in map(present_override, overrides) if not text.startswith(PLACES))
-    return StudyFile(path.stem, path, study, own, bool(plugins))
+    return StudyFile(path.stem, path, study, own, bool(plugins), trusts_model)
 
 
 def overridden(file: StudyFile, changes: Mapping[str, str | int]) -> StudyFile:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
+from atp_tune.spec.plugged import is_task_path
 from atp_tune.spec.search import STEP
 
 Interval = tuple[float, float]
@@ -100,7 +101,7 @@ def parse_accuracies(texts: list[str]) -> dict[str, float]:
             least = math.nan
         if not task or not 0 <= least <= 1:
             raise ValueError(f"must be TASK=SHARE, such as piqa=0.6 or piqa=60%, got {text}")
-        if "/" in task or task.endswith((".yaml", ".yml")):
+        if is_task_path(task):
             task = str(Path(task).expanduser().absolute())
         if task in found:
             raise ValueError(f"{task} is given twice")

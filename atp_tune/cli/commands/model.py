@@ -182,7 +182,8 @@ def model(
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover)
     path = HERE / f"{name or wishes.name}.toml"
-    options = RunOptions.of(context)
+    asked = ["model.trust_remote_code=true"] * trust_remote_code  # a study file cannot allow it
+    options = replace(RunOptions.of(context), set_=[*(set_ or []), *asked])
     if path.exists():
         wishes.check_same(load_study(str(path), None, None, None).study, path)
         if not recover:
@@ -191,9 +192,9 @@ def model(
         return
     made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
     made = _overridden(made, path, options)
-    options = replace(options, trials=None, set_=None, prompt=None)  # the file says them
+    options = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    trusts = " --trust-plugins" * trust_plugins
+    trusts = "".join([" --trust-plugins" * trust_plugins, *(f" --set {key}" for key in asked)])
     lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
     head = [*map(as_typed, lines)]
     if dry_run:
