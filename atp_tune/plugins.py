@@ -14,15 +14,17 @@ Loads no library of its own, and no code of a plug-in unless asked to.
 
 import hashlib
 import inspect
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from types import ModuleType
+from types import CellType, CodeType, EllipsisType, FunctionType, ModuleType, NoneType
 from typing import Any, TypeVar
 
 from atp_tune.errors import PluginError, TrialError, UserError, did_you_mean
@@ -55,6 +57,8 @@ class Module:
 
 
 _modules: dict[tuple[Path, str], Module] = {}  # by file and content
+_PROCESS = os.urandom(16).hex()  # what cannot be known is another one in each process
+_STDLIB = str(Path(os.__file__).parent)
 _running: list[list[tuple[str, str, Any]]] = []  # what decorators register in a file that is being run
 
 
@@ -104,7 +108,7 @@ def registry(kind: str) -> Registry[Any]:
 
 
 def _origin_of(kind: str, name: str, found: Any) -> Origin:
-    """The origin of an object that a decorator registers; a notebook has no file, so there its own code is hashed."""
+    """The origin of an object that a decorator registers; a notebook has no file, so there the object is hashed."""
     code = found if inspect.isclass(found) or inspect.isroutine(found) else type(found)
     place = f"{code.__module__}:{code.__qualname__}"
     try:
@@ -113,20 +117,90 @@ def _origin_of(kind: str, name: str, found: Any) -> Origin:
             return Origin(kind, name, "decorator", place, file.absolute(), digest(file.read_bytes()))
     except (OSError, TypeError):  # a class of a notebook
         pass
-    return Origin(kind, name, "decorator", place, None, digest("\n".join(_code_of(code)).encode()))
+    return Origin(kind, name, "decorator", place, None, content_of_object(found))
 
 
-def _code_of(each: Any) -> Iterator[str]:
-    """What an object without a file does, as text: the compiled code of its functions, and its settings."""
+def content_of_object(found: Any) -> str:
+    """The SHA-256 of all that decides what an object without a file does: its code, and the values that it can reach.
+
+    Where something cannot be known, such as an open file, it is another one in each process.
+    """
+    return digest("\n".join(_parts_of(found, {})).encode())
+
+
+def _parts_of(each: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """What an object is, as text, then what it consists of, each part once."""
+    if isinstance(each, str | bytes | int | float | complex | range | NoneType | EllipsisType):
+        yield repr(each)
+    elif id(each) in seen:
+        yield f"part {[*seen].index(id(each))}"
+    else:
+        seen[id(each)] = each
+        yield type(each).__qualname__
+        for part in _consists_of(each):
+            yield from _parts_of(part, seen)
+
+
+def _consists_of(each: Any) -> Iterable[Any]:
+    found: Iterable[Any]
+    if inspect.iscode(each):  # without file, lines and comments
+        counts = each.co_argcount, each.co_posonlyargcount, each.co_kwonlyargcount, each.co_flags
+        names = *each.co_names, *each.co_varnames, *each.co_freevars
+        found = [each.co_code, each.co_exceptiontable, *counts, *names, *each.co_consts]
+    elif type(each) in (list, tuple):
+        found = each
+    elif type(each) is dict:
+        found = chain.from_iterable(each.items())
+    elif type(each) in (set, frozenset):
+        found = sorted(each, key=repr)
+    elif inspect.ismethod(each) or inspect.isbuiltin(each):
+        found = [each.__name__, each.__self__, getattr(each, "__func__", None)]
+    elif isinstance(each, staticmethod | classmethod | property):
+        found = [getattr(each, name, None) for name in ("__func__", "fget", "fset")]
+    elif isinstance(each, type | FunctionType | ModuleType):
+        own = _content_in_file(each)
+        found = _of_notebook(each) if own is None else [getattr(each, "__qualname__", ""), each.__name__, own]
+    else:
+        found = _made_by(each)
+    return found
+
+
+def _made_by(each: Any) -> list[Any]:
+    """How an object would be made again."""
+    try:
+        made = each.__reduce_ex__(4)
+        return [made] if isinstance(made, str) else [*made[:3], *(list(part or ()) for part in made[3:5])]
+    except Exception:  # a stranger's object may raise anything
+        return [_PROCESS, id(each)]
+
+
+def _content_in_file(each: Any) -> str | None:
+    """The SHA-256 of the user's file that defines an object, "" of a library's; None of a notebook's object."""
+    name = each.__name__ if inspect.ismodule(each) else str(each.__module__)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__" or name not in sys.modules:
+        return None
+    is_library = file is None or name.split(".")[0] == "atp_tune" or "-packages" in file or file.startswith(_STDLIB)
+    return "" if is_library else digest(Path(str(file)).read_bytes())
+
+
+def _of_notebook(each: Any) -> Iterable[Any]:
+    """What a class consists of; or a function, with the values of the names that it uses."""
     if inspect.isclass(each):
-        yield repr(getattr(each, "model_fields", ""))
-        for name, own in sorted(vars(each).items()):
-            yield from (f"{name} {part}" for part in _code_of(getattr(own, "__func__", own)))
-    code = each if inspect.iscode(each) else getattr(each, "__code__", None)
-    if code is not None:
-        yield f"{code.co_code.hex()} {code.co_names}"
-        for constant in code.co_consts:
-            yield from _code_of(constant) if inspect.iscode(constant) else (repr(constant),)
+        of_pydantic = [repr(getattr(each, name, "")) for name in ("model_fields", "__private_attributes__")]
+        known = sorted(vars(each).items())
+        own = [pair for pair in known if isinstance(pair[1], FunctionType) or not pair[0].startswith(("__", "_abc_"))]
+        return [each.__bases__, *of_pydantic, *own]
+    if inspect.ismodule(each):  # made by hand
+        return [_PROCESS, id(each)]
+    used = [each.__globals__[name] for name in sorted(_names_in(each.__code__)) if name in each.__globals__]
+    cells = [cell.cell_contents for cell in each.__closure__ or () if cell != CellType()]
+    return [each.__code__, each.__defaults__, each.__kwdefaults__, cells, used]
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (_names_in(each) for each in code.co_consts if inspect.iscode(each))
+    return {*code.co_names}.union(*inner)
 
 
 def digest(content: bytes) -> str:
@@ -135,9 +209,9 @@ def digest(content: bytes) -> str:
 
 
 def code_of(kind: type) -> str:
-    """The SHA-256 of the file that defines a class, or of its name where it has none."""
+    """The SHA-256 of the file that defines a class, or of the class itself where it has none."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return digest(f"{kind.__module__}.{kind.__qualname__}".encode() if file is None else Path(file).read_bytes())
+    return content_of_object(kind) if file is None else digest(Path(file).read_bytes())
 
 
 def is_place(written_name: str) -> bool:

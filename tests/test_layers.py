@@ -39,6 +39,7 @@ LAYERS = [
     "plan",
     "events",
     "storage",
+    "cache_keys",
     "checkpoints",
     "inputs",
     "presets",

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, run, study_file
 
+from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.scores import WindowScores
@@ -139,6 +141,18 @@ def test_a_measured_pair_is_found(space: Space, study: optuna.Study) -> None:
     assert found
     assert found.number == 0
     assert measured_before(study, space, beta=0.2) is None
+
+
+def test_offsets_are_compressed_once_for_all_earlier_trials(
+    space: Space, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for beta in (0.1, 0.15, 0.2):
+        done(study, space, 5.0, {"nlls": [1.0]}, beta=beta)
+    trial, made = ask(study, space, beta=0.25), list[int]()
+    offsets = RowOffsets(((bytes(3),),) * 4)
+    monkeypatch.setattr(RowOffsets, "stored", lambda self: made.append(1) or "")
+    assert find_measured(trial, replace(space.plan(trial.params), row_offsets=offsets)) is None
+    assert made == [1]
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_settings_at_their_defaults_are_no_facts(write: Callable[..., Path]) -> 
     assert facts(spelt.study, spelt.folder) == facts(plain.study, plain.folder)
     changed = {**facts(plain.study, plain.folder), "prune.mine.strength": 3.0}
     assert facts(other.study, other.folder) == changed
-    assert "strength=3.0" in repr(make_pruner("mine", other.study.prune.settings("mine")))
+    assert "'strength': 3.0" in repr(make_pruner("mine", other.study.prune.settings("mine")))
 
 
 # Facts
@@ -367,6 +367,60 @@ def test_a_cell_of_a_notebook() -> None:
     assert in_a_notebook(f"# {PRUNER}".replace("# from", "#\nfrom", 1)) == first
     assert in_a_notebook(PRUNER.replace("Field(2.0", "Field(2.5")) != first
     assert in_a_notebook(PRUNER.replace("sparsity, self", "sparsity / 2, self")) != first
+
+
+REACHED = """
+from functools import partial
+from typing import ClassVar
+import torch
+from pydantic import PrivateAttr
+from atp_tune.frozen import SettingsTable
+def power(x, p=1): return x ** p
+def scaled(): return lambda x: x * kept
+kept, part, used = 1, partial(power, p=1), [1]
+def made(cell=1):
+    class Mine(SettingsTable):
+        measures: ClassVar = None
+        POWER: ClassVar = 1
+        _hidden: int = PrivateAttr(1)
+        def prune(self, weight, sparsity, statistics, sign=1, *, add=1):
+            try:
+                return part(weight) * cell + scaled()(used[0]) + torch.topk(weight, 1)
+            finally:
+                self.clean()
+        @staticmethod
+        def clean(): return 1
+        @property
+        def half(self): return 1
+    return Mine
+Mine = made()
+"""
+VALUES = (
+    "p=1)", "kept, part, used = 1", "p=1), [", "[1]", "cell=1", "POWER: ClassVar = 1", "PrivateAttr(1", "sign=1",
+    "add=1", "clean(): return 1", "half(self): return 1", "x ** p",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_plug_in_without_a_file_is_all_that_it_can_reach(value: str) -> None:
+    """Class attributes, defaults, closures and the values of names were left out, so that other code had one hash."""
+
+    def content(code: str) -> str:
+        own: dict[str, Any] = {"__name__": "own_notebook"}
+        exec(compile(code, "<cell>", "exec"), own)
+        return plugins.content_of_object(own["Mine"])
+
+    assert value in REACHED
+    other = value.replace("1", "2").replace("**", "//")
+    assert content(REACHED) == content(f"# again\n{REACHED}") != content(REACHED.replace(value, other, 1))
+
+
+def test_what_cannot_be_known_is_another_object_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path(__file__).open() as stream:
+        first = plugins.content_of_object([stream])
+        assert plugins.content_of_object([stream]) == first
+        monkeypatch.setattr(plugins, "_PROCESS", "another")
+        assert plugins.content_of_object([stream]) != first
 
 
 def test_two_decorated_objects_of_one_name() -> None:

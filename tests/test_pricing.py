@@ -667,7 +667,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         return [((0.25, 0.75),)]
 
     monkeypatch.setattr(priced.Descent, "_descend", descend)
-    monkeypatch.setattr(CalibrationGradients, "_key", lambda *_: "ab" * 32)
+    monkeypatch.setattr(CalibrationGradients, "_key", lambda *_, **__: "ab" * 32)
     gradients = CalibrationGradients.__new__(CalibrationGradients)
     gradients.watch = lambda event: said.append(event.text)
     workers = [priced.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]

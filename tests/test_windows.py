@@ -13,9 +13,7 @@ from families import few
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.errors import UserError
-from atp_tune.inputs.documents import source_content
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, recut, token_windows
 from atp_tune.spec.texts import Text
 
@@ -359,27 +357,6 @@ def test_two_bos_never_follow_each_other(folder: Path, tmp_path: Path) -> None:
     first = token_windows(Text(source=texts[0], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
     other = token_windows(Text(source=texts[1], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
     assert first.ids.tolist() == other.ids.tolist()
-
-
-def test_without_bos_the_cache_of_before_is_read(folder: Path, cache: Path, tmp_path: Path) -> None:
-    from importlib.metadata import version
-
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), seqlen=32)
-    patterns = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
-    files = {file.name: sha256_of(file) for pattern in patterns for file in folder.glob(pattern)}
-    key = sha256_of_json(
-        {
-            "format": 1,
-            "text": text.model_dump(exclude={"shuffle"}),
-            "content": source_content(text, tmp_path),
-            "tokenizer": files,
-            "libraries": [version("transformers"), version("tokenizers")],
-        }
-    )
-    token_windows(text, folder, tmp_path)
-    assert [path.name for path in (cache / "windows").iterdir()] == [f"{key}.npy"]
-    token_windows(text, folder, tmp_path, bos=True)
-    assert len(list((cache / "windows").iterdir())) == 2
 
 
 def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -74,6 +75,16 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and cpu.multiplies_bf16_fast()
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What numbers are computed in, for keys of the cache: kind of device, number format, and that of products."""
+    backends: Any = torch.backends
+    own = backends.mkldnn if device.type == "cpu" else backends.cuda
+    products = [backends.fp32_precision, own.matmul.fp32_precision]  # TF32, or bfloat16
+    if torch.is_autocast_enabled(device.type):
+        products.append(str(torch.get_autocast_dtype(device.type)))
+    return [device.type, str(dtype).removeprefix("torch."), *products]
 
 
 def device_name(device: torch.device) -> str:

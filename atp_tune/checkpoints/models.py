@@ -14,6 +14,7 @@ from huggingface_hub import errors, snapshot_download
 
 from atp_tune import registry
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints import convert, quantized, trust, wheels
 from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
@@ -122,15 +123,10 @@ def check_files(folder: Path) -> None:
         raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
 
 
-def _converted(kind: Literal["bin", "quantized", "packed"]) -> Path:
-    """The cache folder for models converted from one kind of source."""
-    return cache_dir(f"models/{kind}")
-
-
-def _with_small_files(folder: Path, content: str) -> str:
-    """A hash of the content, the tokenizer and all other files that are copied with the weights."""
-    files = trust.small_files(folder, convert.WEIGHTS)
-    return sha256_of_json([content, {file.name: sha256_of(file) for file in files}])
+def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, content: str) -> Path:
+    """Where the cache has what a folder is converted to: by its content and all files that are copied with it."""
+    files = {file.name: sha256_of(file) for file in trust.small_files(folder, convert.WEIGHTS)}
+    return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=files)
 
 
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:
@@ -157,7 +153,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
 def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
     """Unpacks a packed folder into the cache, if not done yet; returns the folder there."""
     weights = sha256_of_files(sorted(path.glob("*.safetensors")), notify)
-    target = _converted("packed") / _with_small_files(path, sha256_of_json(weights))
+    target = _converted("packed", path, sha256_of_json(weights))
     if not target.is_dir():
         notify(f"unpacking {model.source}, once")
         unpack_folder(path, target)
@@ -166,7 +162,7 @@ def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
 
 def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, notify: Notify) -> Path:
     """Converts quantized or pickled weights into the cache, if not done yet; returns the folder there."""
-    target = _converted("bin" if method is None else "quantized") / _with_small_files(path, content)
+    target = _converted("bin" if method is None else "quantized", path, content)
     if not target.is_dir():
         if method is not None:
             notify(f"dequantizing {model.source} from {method}, once")

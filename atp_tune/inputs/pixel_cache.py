@@ -12,17 +12,18 @@ import zlib
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.cache import cache_dir, file_atomically, sha256_of, sha256_of_json
+from atp_tune.cache import cache_dir, file_atomically, sha256_of
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.inputs.pixels import ImageProcessor
 
-FORMAT = 1  # to be increased when the same pictures and settings give other pixels
 LARGEST = 4 << 30  # bytes of one set of images that is kept: 7,000 images of 224 × 224
 LIBRARIES = ("numpy", "pillow", "torch", "transformers")
 DECODERS = ("jpg", "libtiff", "webp", "zlib")  # of Pillow
@@ -41,18 +42,21 @@ def cached_pixels(processor: ImageProcessor, found: Pictures) -> Tensor:
 
 
 def _key(processor: ImageProcessor, found: Pictures) -> str:
-    from PIL import features
+    return key("pixels", pictures=_content(found), processor=made_by(processor), libraries=libraries())
 
+
+def made_by(processor: ImageProcessor) -> list[Any]:
+    """What a processor makes pixels by, as JSON."""
     kind = type(processor.own)
     code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
-    return sha256_of_json(
-        {
-            "format": FORMAT,
-            "pictures": _content(found),
-            "processor": [kind.__module__, kind.__qualname__, processor.settings, code],
-            "libraries": [version(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS],
-        }
-    )
+    return [kind.__module__, kind.__qualname__, processor.settings, code]
+
+
+def libraries() -> list[str | None]:
+    """Versions of all that decodes and resizes pictures."""
+    from PIL import features
+
+    return [version(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
 
 
 def _content(found: Pictures) -> str:

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atp_tune.cache import cache_dir, folder_atomically, keep, sha256_of_json
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, chosen
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixel_cache import cached_pixels
+from atp_tune.inputs.pixel_cache import cached_pixels, libraries, made_by
 from atp_tune.inputs.pixels import ImageProcessor, labels_of
 from atp_tune.spec.images import ARCHIVES, Probe
-from atp_tune.storage.process_identity import versions
 
-_FORMAT = 1  # to be increased when the same settings give another classifier
+_FORMAT = 1  # in the content by which studies know a model with its classifier
 BATCH = 32  # images at a time
 STEPS = 500  # of L-BFGS, at most
 
@@ -42,21 +42,22 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     """The model with a classifier fitted to the images of `probe`, cached; UserError for bad input."""
     if classifies_images(folder.path):
         raise UserError(f"model.probe: {folder.id} has a classifier already; leave the table out")
-    known = _known(folder, probe)
-    if known is not None and known.is_file():
-        target, content = json.loads(known.read_text())
-        if Path(target).is_dir():
-            return replace(folder, path=Path(target), content=content)
     try:
+        processor = ImageProcessor.of(folder.path, folder.trusted, probe.size)
+        known = _known(folder, probe, processor)
+        if known is not None and known.is_file():
+            target, content = json.loads(known.read_text())
+            if Path(target).is_dir():
+                return replace(folder, path=Path(target), content=content)
         found = chosen(pictures(probe, base), probe)
         names = labels_of(found, probe)
-        processor = ImageProcessor.of(folder.path, folder.trusted, probe.size)
         pixels = processor.pixels(found) if known else cached_pixels(processor, found)  # pinned ones are read once
     except UserError as error:
         raise UserError(f"model.probe.{error}") from None
     images = Images.of(pixels, torch.tensor(_numbers(found, names), dtype=torch.int64), 1)
     made_from = [_FORMAT, folder.content, probe.l2, images.content, list(names)]
-    target = cache_dir("models/probe") / sha256_of_json([*made_from, processor.settings, versions()])
+    own = {"model": folder.content, "probe": [probe.l2, list(names)], "images": images.content}
+    target = cache_dir("models/probe") / key("models/probe", **own, processor=made_by(processor))
     if not target.is_dir():
         notify(f"fitting a classifier of {len(names)} classes to {len(images)} images, once")
         with folder_atomically(target) as place:
@@ -71,15 +72,15 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     return replace(folder, path=target, content=content)
 
 
-def _known(folder: ModelFolder, probe: Probe) -> Path | None:
+def _known(folder: ModelFolder, probe: Probe, processor: ImageProcessor) -> Path | None:
     """The file of the cache that names the classifier of a probe whose images are pinned by their SHA-256.
 
     So its thousands of images are not decoded each time a model is loaded.
     """
     if probe.kind not in ARCHIVES:
         return None
-    key = sha256_of_json([_FORMAT, folder.content, probe.model_dump(mode="json"), versions()])
-    return cache_dir("models/probe") / f"{key}.json"
+    own = {"model": folder.content, "probe": probe.model_dump(mode="json"), "images": libraries()}  # that decode them
+    return cache_dir("models/probe") / f"{key('models/probe', **own, processor=made_by(processor))}.json"
 
 
 def _numbers(found: Pictures, names: tuple[str, ...]) -> list[int]:

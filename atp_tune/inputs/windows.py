@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json
+from atp_tune.cache import cache_dir, keep, sha256_of
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 Encode = Callable[[str], list[int]]
 
-_FORMAT = 1  # to be increased when the same settings give other windows
 _TOKENIZER = (  # files of tokenizers; config.json may name the class
     "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "*.model", "*.tiktoken", "*.spm", "*.codes",
@@ -153,15 +153,13 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
     found = (file for pattern in patterns for file in folder.glob(pattern))
     files = {file.name: sha256_of(file) for file in found if file.exists() and not file.is_dir()}
-    return sha256_of_json(
-        {
-            "format": _FORMAT,
-            "text": text.model_dump(exclude={"draws"} if text.shuffle else {"draws", "shuffle"}),
-            "content": source_content(text, base),
-            "tokenizer": files,
-            "libraries": [version("transformers"), version("tokenizers")],
-            **({"bos": True} if bos else {}),  # keys without BOS are those of earlier versions
-        }
+    return key(
+        "windows",
+        text=text.model_dump(exclude={"draws"}),
+        content=source_content(text, base),
+        tokenizer=files,
+        libraries=[version("transformers"), version("tokenizers")],
+        bos=bos,
     )
 
 

@@ -40,8 +40,8 @@ class CheckedPruner:
             return cls(kind(**{name: value for name, value in settings.items() if name in fields}), origin)
 
     def __repr__(self) -> str:
-        """Names what statistics may depend on, for the cache."""
-        return f"{self._plugin!r} {self._origin.sha256}"
+        """Names all that its result depends on, for the cache; the plug-in's own `repr` may leave something out."""
+        return f"{self._origin.name} {vars(self._plugin)} {self._origin.sha256}"
 
     def prepare(self, statistics: Statistics) -> None:
         """Computes what depends on the statistics only."""

@@ -41,8 +41,13 @@ class Refined:
         self.measures = with_hessian(pruner.measures)
 
     def __repr__(self) -> str:
-        """Names what statistics may depend on, for the cache."""
-        return repr(self._pruner)
+        """Names all that its result depends on, for the cache."""
+        return f"{self._pruner!r} swaps={self._rounds} refine={self._steps} {DAMPING}"
+
+    @property
+    def prepares(self) -> Pruner:
+        """The pruner that prepares statistics, so that they are the same for all rounds and steps."""
+        return self._pruner
 
     def after(self, change: Callable[[Pruner], Pruner]) -> "Refined":
         """The same after another pruner, made from its own."""

@@ -1,6 +1,7 @@
 """A quantizer as the pass over the blocks uses it, with the pruner before it, if there is one."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -27,9 +28,10 @@ class Quantizing:
             return self.quantizer.measures if self.pruner is None else self.pruner.measures
         return with_hessian(self.pruner.measures)
 
-    def __repr__(self) -> str:
-        """Names what statistics may depend on, for the cache."""
-        return repr([self.quantizer, self.pruner])
+    @property
+    def prepares(self) -> list[Any]:
+        """What prepares statistics, so that they are the same for all bits."""
+        return [self.quantizer, getattr(self.pruner, "prepares", self.pruner)]
 
     def at(self, bits: int) -> "Quantizing":
         """The same with so many bits."""

@@ -28,7 +28,7 @@ class CheckedScore:
         self._plugin = plugin
         self._origin = origin
         self.__doc__ = getattr(plugin, "__doc__", None)
-        self.content = origin.sha256  # of its file: what was measured with another one does not count
+        self.content = f"{origin.name} {origin.sha256}"  # what was measured with another one does not count
 
     def probes(self, checkpoint: Checkpoint) -> Any:
         """The plug-in's probes."""

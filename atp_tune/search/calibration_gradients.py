@@ -1,7 +1,7 @@
 """Gradients of the loss on calibration items, and results by them that are kept in the cache."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients, Sample
-from atp_tune.cache import cache_dir, made_once, sha256_of_json, write_atomically
+from atp_tune.cache import cache_dir, made_once, write_atomically
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import Batch, InputKind, Items
 from atp_tune.scores import Score
 from atp_tune.search.scoring import dense_final_states
-from atp_tune.storage.process_identity import versions
 
 
 class CalibrationGradients:
@@ -65,13 +65,14 @@ class CalibrationGradients:
             [states] = dense_final_states(self.of_blocks.replay, self._batch, [items], self.watch, "dense model")
             return states
 
-    def kept(self, measured: str, own: Sequence[Any], constants: Sequence[Any], measure: Callable[[Path], Any]) -> Any:
+    def kept(self, measure: Callable[[Path], Any], **own: Any) -> Any:
         """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.
 
-        `measured`: SHA-256 of all that determines the dense model and the calibration windows; `own`, `constants`: what
-        else the result depends on. `measure` gets a file for what it has found so far, which is removed at its end.
+        `own`: ingredients of its key: `dense`, SHA-256 of all that determines the dense model and the calibration
+        windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
+        far, which is removed at its end.
         """
-        file = cache_dir("prices") / f"{self._key(measured, own, constants)}.json"
+        file = cache_dir("prices") / f"{self._key(**own)}.json"
 
         def wait(lock: Path) -> None:
             self.watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
@@ -87,7 +88,7 @@ class CalibrationGradients:
                 self.watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
         return found
 
-    def _key(self, measured: str, own: Sequence[Any], constants: Sequence[Any]) -> str:
+    def _key(self, **own: Any) -> str:
         score = getattr(self._score, "content", type(self._score).__name__)
-        facts = [measured, self.pool.content, score, *own, self._batch.windows, self._heads.windows, *constants]
-        return sha256_of_json([*facts, versions()])
+        batches = [self._batch.windows, self._heads.windows]
+        return key("prices", pool=self.pool.content, score=score, batches=batches, **own)

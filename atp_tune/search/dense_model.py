@@ -11,15 +11,16 @@ from atp_tune.blocks.dense_metrics import Cache, DenseMetrics, Priced
 from atp_tune.blocks.dense_statistics import CachedStatistics, Ranked, can_rank, is_room, save_all
 from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering, measure_and_advance
 from atp_tune.blocks.replay import Replay
-from atp_tune.cache import cache_dir, sha256_of_json
+from atp_tune.cache import cache_dir
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.devices import arithmetic
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch, Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.scores.evaluation import Block
-from atp_tune.storage.process_identity import versions
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 
@@ -100,31 +101,36 @@ class DenseMeasurements:
         """Statistics of every linear's inputs in the dense model, measured once for each kind and cached on disk."""
         kind = pruner.measures
         assert kind is not None
-        key = self.key_of(pruner, kind)
-        if key not in self._statistics:
-            self._statistics[key] = self._read_or_measure(cache_dir("statistics") / key, pruner, kind)
-        return self._statistics[key]
+        name = self.key_of(pruner, kind)
+        if name not in self._statistics:
+            self._statistics[name] = self._read_or_measure(cache_dir("statistics") / name, pruner, kind)
+        return self._statistics[name]
 
     def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
         """The statistics, as ranks if the pruner can use ranks, which are faster."""
         found, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
         assert kind is not None
         group = getattr(pruner, "group", None)
-        key = self.key_of(pruner, kind), group
-        if key not in self._ranked and can_rank(pruner, checkpoint):
-            self._ranked[key] = Ranked(found, checkpoint, group)
-        return self._ranked.get(key, found)
+        name = self.key_of(pruner, kind), group
+        if name not in self._ranked and can_rank(pruner, checkpoint):
+            self._ranked[name] = Ranked(found, checkpoint, group)
+        return self._ranked.get(name, found)
 
     def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
         checkpoint = self._replay.checkpoint
-        model = {"model.content": self._model, "model.dtype": str(checkpoint.dtype).removeprefix("torch.")}
         is_own = kind.__module__.startswith("atp_tune.")
-        prepared = (kind is Hessian or not is_own) and f"{pruner!r}{'' if is_own else code_of(kind)}"
-        batch = min(self._batch.windows, len(self._items))
-        device = checkpoint.device.type
-        model |= {"model.in_tower": str(checkpoint.in_tower)} if checkpoint.in_tower else {}
-        return sha256_of_json([model, self._items.content, kind.__name__, prepared, device, batch, versions()])
+        prepares = kind is Hessian or not is_own  # the others are the same for all pruners
+        return key(
+            "statistics",
+            model=self._model,
+            tower=str(checkpoint.in_tower),
+            items=self._items.content,
+            kind=[kind.__name__, None if is_own else code_of(kind)],
+            pruner=repr(getattr(pruner, "prepares", pruner)) if prepares else None,
+            batch=min(self._batch.windows, len(self._items)),
+            arithmetic=arithmetic(checkpoint.device, checkpoint.dtype),
+        )
 
     def _read_or_measure(
         self, folder: Path, pruner: Pruner | Measuring, kind: type[Statistics]

@@ -66,26 +66,25 @@ class PricingProtocol(Protocol):
 class Descent:
     """Descends by prices, whose steps draw their items from the pool of the gradients.
 
-    `pricing`: makes what measures them; `own`: what the prices depend on beside the dense model and the calibration
-    windows, as JSON.
+    `pricing`: makes what measures them; `levels`: what its weights are pruned by, as JSON.
     """
 
     with_kl = False  # whether the loss is the mean of NLL and KL from the dense model, not the NLL alone
 
     def __init__(
-        self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], own: Sequence[Any]
+        self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], levels: Sequence[Any]
     ) -> None:
         self._gradients = gradients
         self._pricing = pricing
-        self._own = own
+        self._levels = levels
 
     def ends(self, targets: Sequence[float], measured: str) -> Ends:
         """The end of the descent at each of these ascending targets, from the cache if possible.
 
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
-        own = [list(targets), *self._own]
-        found = self._gradients.kept(measured, own, [list(CONSTANTS)], lambda place: self._descend(targets, place))
+        own = {"targets": list(targets), "levels": self._levels, "constants": list(CONSTANTS)}
+        found = self._gradients.kept(lambda place: self._descend(targets, place), dense=measured, **own)
         return tuple(self._read(end) for end in found)
 
     def _read(self, end: Any) -> RowSparsities:

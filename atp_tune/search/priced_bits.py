@@ -23,8 +23,9 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
 
     `measured`: SHA-256 of all that determines the dense model and the calibration windows.
     """
-    settings = [quantize.group_size, quantize.symmetric, list(quantize.widths), TOKENS, ITEMS]
-    found: Costs = gradients.kept(measured, [settings], [], lambda _: _measure(gradients, quantize))
+    levels = [quantize.group_size, quantize.symmetric, list(quantize.widths)]
+    own = {"dense": measured, "targets": [], "levels": levels, "constants": [TOKENS, ITEMS]}
+    found: Costs = gradients.kept(lambda _: _measure(gradients, quantize), **own)
     return found
 
 
