@@ -113,6 +113,26 @@ def test_peak_memory_is_in_bytes() -> None:
     assert 50 * 1024**2 < peak_memory(CPU) < 1024**4
 
 
+@pytest.mark.parametrize("way", ["ieee", "tf32"])
+def test_the_name_of_a_gpu_says_how_it_multiplies_float32(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's images have it set: a trial's `device` differs, and a study does not go on there by itself."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=way))
+    name = devices.device_name(torch.device("cuda", 0))
+    assert name == ("NVIDIA H100, TF32" if way == "tf32" else "NVIDIA H100")
+
+
+def test_metal_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps of freed tensors is given back, and what it has taken is the peak."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 1234)
+    devices.release_memory()
+    assert calls == ["emptied"]
+    assert peak_memory(torch.device("mps")) == 1234
+
+
 def test_the_name_of_the_cpu_says_its_threads() -> None:
     assert devices.device_name(CPU) == f"cpu ({torch.get_num_threads()} threads)"
 

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atp_tune.errors import TrialError
-from atp_tune.pruners import PRUNERS, make_pruner
+from atp_tune.pruners import PRUNERS, make_pruner, statistics
 from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.magnitude import Magnitude
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, widens
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, _place_of_factors, widens
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.spec.prune import PruneConfig
 
@@ -90,6 +93,24 @@ def moments_of(x: Tensor, batches: int = 1) -> InputMoments:
     for part in x.tensor_split(batches):
         moments.add(part)
     return moments
+
+
+class Made(TorchDispatchMode):
+    """Keeps count of the bytes of tensors that are made: of the largest, and of most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.most = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in (each for each in torch.utils._pytree.tree_leaves(found) if isinstance(each, Tensor)):
+            storage = tensor.untyped_storage()
+            self._alive[storage._cdata] = weakref.ref(storage)
+            self.largest = max(self.largest, storage.nbytes())
+        self.most = max(self.most, sum(one.nbytes() for alive in self._alive.values() if (one := alive()) is not None))
+        return found
 
 
 def pruned_by(pruner: Any, weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
@@ -466,6 +487,16 @@ def test_input_norms(dtype: torch.dtype) -> None:
     assert norms.norms().tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_input_norms_of_a_gpu_make_no_copy_of_the_inputs() -> None:
+    """Tensors without memory stand for those of a GPU; that both ways come to the same is seen on one."""
+    with FakeTensorMode(), Made() as made:
+        x = torch.empty(50, 20, 16, dtype=torch.bfloat16, device="cuda")
+        norms = InputNorms(16, x.device)
+        norms.add(x)
+    assert made.largest == x.nbytes
+    assert (norms.norms().device.type, norms.norms().dtype) == ("cuda", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_input_moments(dtype: torch.dtype) -> None:
     """Also where the variance is a millionth of the squared mean."""
@@ -522,11 +553,16 @@ def test_a_hessian_in_panels(shape: tuple[int, int]) -> None:
     assert torch.equal(hessian_of(x, 3).matrix(), matrix)
 
 
-def test_what_is_summed_up_without_a_copy_in_float32() -> None:
-    """A device has to multiply bf16 into float32; the CPU's product of bf16 matrices is rounded to bf16."""
+def test_what_is_summed_up_without_a_copy_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has to multiply bf16 into float32; the CPU's product of bf16 matrices is rounded to bf16.
+
+    ROCm's devices are called cuda too, and raise there.
+    """
     cuda = torch.device("cuda")
     assert not widens(CPU, torch.bfloat16) and not widens(cuda, torch.float32)
     assert widens(cuda, torch.bfloat16) == widens(cuda, torch.float16) == hasattr(torch.ops.aten.mm, "dtype")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not widens(cuda, torch.bfloat16) and not widens(cuda, torch.float16)
 
 
 def test_a_hessian_of_wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +582,27 @@ def test_the_factor() -> None:
     torch.testing.assert_close(R @ R.T, H, rtol=1e-5, atol=1e-6)
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     torch.testing.assert_close(torch.linalg.inv(R), U, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("ordered", "matrices"), [(False, 2), (True, 3)])
+def test_memory_that_the_factor_takes(ordered: bool, matrices: int) -> None:
+    """Matrices as large as the Hessian beside it, which were five and six: of 28672 inputs each has 3.3 GB."""
+    hessian = hessian_of(problem((1, 64))[1])
+    with Made() as made:
+        hessian.factor(0.01, ordered)
+    assert matrices <= made.most / hessian.matrix().nbytes < matrices + 0.1
+
+
+@pytest.mark.parametrize("way", [lambda hessian: hessian.factor(0.01), lambda hessian: hessian.scaled(0.01).inverse(1)])
+def test_where_factors_are_computed(way: Callable[[Hessian], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MPS may lack is computed where `_place_of_factors` says: here a device without memory."""
+    assert [_place_of_factors(torch.device(name)).type for name in ("cpu", "mps", "cuda")] == ["cpu", "cpu", "cuda"]
+    places: list[str] = []
+    monkeypatch.setattr(statistics, "_place_of_factors", lambda device: torch.device("meta"))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: places.append(matrix.device.type) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        way(hessian_of(problem((1, 12))[1]))
+    assert places == ["meta"]
 
 
 def test_the_factor_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,15 @@ def test_semi_structured_without_a_card(two_four: Path, command: CommandLine) ->
     )
 
 
+def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose capabilities are 9.0 and above: an MI300 would have passed."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    with pytest.raises(UserError, match="of compute capability 8.0 or above, AMD Instinct MI300X is none"):
+        torch_engine.check_semi_structured("2:4", torch.device("cuda", 0))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
     assert command("speedup", "--model", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0

@@ -88,9 +88,13 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the device, for the record of a trial."""
+    """The name of the device, for the record of a trial; of a GPU with how it multiplies float32, if not in float32.
+
+    NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, torch's default is float32.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        in_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return torch.cuda.get_device_name(device) + (", TF32" if in_tf32 else "")
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
@@ -205,15 +209,19 @@ def _free(folder: Path, names: Names) -> int | None:
 
 
 def release_memory() -> None:
-    """Runs the garbage collector and empties the cache of the CUDA allocator."""
+    """Runs the garbage collector and empties the caches of the GPUs' allocators."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing if CUDA was not used
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of tensors on a CUDA device, else of the process."""
+    """Peak bytes so far: of tensors on a CUDA device, else of the process; of MPS what Metal has taken and not freed."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -180,7 +180,9 @@ def check_semi_structured(pattern: str, device: torch.device) -> None:
             f'--engine semi-structured: needs zeros in the pattern "2:4", those of this model are {pattern}'
         )
     found = f"{device.type} has none"
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip is not None:
+        found = f"{torch.cuda.get_device_name(device)} is none"
+    elif device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= CAPABILITY:
             return
