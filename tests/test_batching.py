@@ -94,6 +94,26 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
     assert len(notes) == 1
 
 
+def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def work(fails: int) -> str:
+        told.append("tried")
+        if told.count("tried") <= fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    monkeypatch.setattr(batching, "release_memory", lambda: told.append("released"))
+    assert batching.once_more(lambda: work(1)) == "done"
+    assert told == ["tried", "released", "tried"]
+    told.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        batching.once_more(lambda: work(2))
+    with pytest.raises(ValueError, match="out of memory"):
+        batching.once_more(lambda: int("out of memory"))
+    assert told == ["tried", "released", "tried"]
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
 )

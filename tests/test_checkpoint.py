@@ -269,6 +269,10 @@ def test_on_the_cpu_weights_lie_where_they_are_unless_it_plays_a_small_device(mo
     assert checkpoint_of(tiny("llama")).offload == "none"
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "10kB")
     assert checkpoint_of(tiny("llama")).offload == "cpu"
+    monkeypatch.setattr(module, "free_memory", lambda device: 800_000)
+    assert checkpoint_of(tiny("llama")).offload == "none"
+    assert Checkpoint(tiny("llama"), CPU, positions=(500, 2000)).offload == "none"
+    assert Checkpoint(tiny("llama"), CPU, positions=(500, 6000)).offload == "cpu"  # twice 6000 · 24 · 4 bytes
 
 
 @pytest.mark.parametrize(("offload", "mapped"), [("none", True), ("cpu", False), ("disk", True)])

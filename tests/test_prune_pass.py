@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from atp_tune.allocations import Budget, Shape, atp
 from atp_tune.blocks import batching
 from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.channel_pruning import ChannelPruner
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
@@ -32,6 +33,7 @@ from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
+from atp_tune.pruners.wanda import Wanda
 from atp_tune.search import dense_model
 from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
@@ -370,6 +372,31 @@ def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
     other = bench_of(model, prune)
     other.begin({"calibration": 2, "validation": 2, "heads": work.heads.windows})
     assert other.all_nlls([(block.index, block.weights) for block in other.prune(plan)], "validation") == nlls
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channels"])
+def test_memory_that_runs_out_while_pruning_changes_no_result(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it is in pieces: released once, it is enough."""
+    context = bench_of(tiny("llama"), PruneConfig(pattern=pattern))
+    plan = make_plan("wanda", "uniform", context.budget(0.3), {}, context.pattern)
+    expected = [block.weights for block in context.prune(plan)]
+    failed: list[str] = []
+
+    def once(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def instead(*arguments: Any) -> Any:
+            failed.append(name)
+            if len(failed) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(*arguments)
+
+        monkeypatch.setattr(owner, name, instead)
+
+    once(*((Wanda, "prune") if pattern == "unstructured" else (ChannelPruner, "_scores")))
+    found = [block.weights for block in context.prune(plan)]
+    assert len(failed) > 2
+    assert all(same_bits(one[name], other[name]) for one, other in zip(expected, found, strict=True) for name in one)
 
 
 def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

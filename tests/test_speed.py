@@ -274,7 +274,7 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
-    with pytest.raises(UserError, match="of compute capability 8.0 or above, AMD Instinct MI300X is none"):
+    with pytest.raises(UserError, match=r"of compute capability 8\.0 or above, AMD Instinct MI300X is none"):
         torch_engine.check_semi_structured("2:4", torch.device("cuda", 0))
 
 

@@ -77,12 +77,24 @@ class AutoBatch:
 
     def _halve(self) -> None:
         if self.windows == 1:
-            raise TrialError("out of memory with one window at a time; use shorter windows or a larger device")
+            way = ", or set PYTORCH_ALLOC_CONF=expandable_segments:True" * (self._device.type == "cuda")
+            raise TrialError(f"out of memory with one window at a time; use shorter windows or a larger device{way}")
         self.windows //= 2
         release_memory()
         if not self._is_notified:
             self._notify(f"memory ran out: going on with {self.windows} windows at a time")
             self._is_notified = True
+
+
+def once_more(work: Callable[[], T]) -> T:
+    """Result of some work, which is done again with memory released if it runs out."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()  # outside of the handler, whose error keeps tensors alive
+    return work()
 
 
 def block_bytes(checkpoint: Checkpoint) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atp_tune.allocations.rows import zeros_of_rows
-from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks.batching import AutoBatch, once_more
 from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.blocks.linear_pruner import of_rows, unmeasured
@@ -134,7 +134,7 @@ class Pass:
         readers = self.channels.readers(index, linears)
         found = {} if kind is None else measure(self.replay, self.batch, index, weights, hidden, kind, readers)
         timer.lap("calibrate")
-        pruned = self.channels.prune(index, linears, weights, shares, found)
+        pruned = once_more(partial(self.channels.prune, index, linears, weights, shares, found))
         timer.lap("prune")
         return pruned
 
@@ -210,17 +210,20 @@ class Pruning:
         elif linear.name in self._offsets:
             own = linear.in_features, self._sparsities[linear.name], self._offsets[linear.name]
             rule = of_rows(rule, torch.from_numpy(zeros_of_rows(*own)))
-        dense, sparsity = linear.matrix(self._dense[linear.key]), self._sparsities[linear.name]
-        if isinstance(rule, Quantizing):
-            rule = rule.at(self._bits[linear.name])
-            pruned = rule.sparse(dense, sparsity, statistics)
-            sparse = rule.rounded(pruned, statistics)
-            if self._keeps_grids:
-                self.grids[linear.name] = rule.grid(pruned)
-        else:
-            sparse = rule.prune(dense, sparsity, statistics)
+        sparse = once_more(partial(self._pruned, rule, linear, statistics))
         linear.matrix(self.weights[linear.key]).copy_(sparse)
         self._kept[linear.name] = nonzeros(sparse)
+
+    def _pruned(self, rule: Pruner, linear: Linear, statistics: Statistics | None) -> Tensor:
+        """What the rule makes of a linear's dense weight."""
+        dense, sparsity = linear.matrix(self._dense[linear.key]), self._sparsities[linear.name]
+        if not isinstance(rule, Quantizing):
+            return rule.prune(dense, sparsity, statistics)
+        rule = rule.at(self._bits[linear.name])
+        pruned = rule.sparse(dense, sparsity, statistics)
+        if self._keeps_grids:
+            self.grids[linear.name] = rule.grid(pruned)
+        return rule.rounded(pruned, statistics)
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from atp_tune.allocations import Shape
 from atp_tune.checkpoints.blocks import find_blocks
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
-from atp_tune.checkpoints.classes import auto_class, is_image_classifier
+from atp_tune.checkpoints.classes import auto_class, is_image_classifier, width_of
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import (
     device_limit,
@@ -32,7 +32,7 @@ from atp_tune.checkpoints.devices import (
     release_memory,
 )
 from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
-from atp_tune.checkpoints.offload import Free, Offload, choose
+from atp_tune.checkpoints.offload import Free, Offload, choose, hessian_bytes, states
 from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.streaming import Stream, Tensors
 from atp_tune.errors import UserError
@@ -65,10 +65,12 @@ class Checkpoint(Released):
         offload: Offload | None = None,
         ahead: bool = True,
         with_tower: bool = False,
+        positions: tuple[int, int] = (0, 0),
     ) -> None:
         """`offload`: place of the blocks, None: by free memory; `ahead`: copy the next block while one is used.
 
-        `with_tower`: the blocks of the vision tower come before those of the language model.
+        `with_tower`: the blocks of the vision tower come before those of the language model. `positions`: of the texts
+        that calibrate and that are measured, whose hidden states lie beside the weights.
         """
         tensors = (*model.parameters(), *model.buffers())
         self._modes = [(module, module.training) for module in model.modules()]
@@ -84,7 +86,7 @@ class Checkpoint(Released):
         self.in_tower = found.in_tower  # so many blocks, the first, are of the vision tower
         self._first = 0  # the place of block 0 in the whole model's blocks
         self.linears = [find_linears(block, has_others) for block in self.blocks]
-        self.offload = offload or self._choose()
+        self.offload = offload or self._choose(positions)
         if self.in_tower and self.offload != "none" and device.type != "cpu":
             raise UserError(
                 f"model.offload: a model whose vision tower is pruned too must lie on {device.type} as a whole, and "
@@ -101,10 +103,11 @@ class Checkpoint(Released):
         trusted: bool = False,
         offload: Offload | None = None,
         with_tower: bool = False,
+        positions: tuple[int, int] = (0, 0),
     ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError if that fails. `trusted`: code in the folder may run.
 
-        `with_tower`: as for the class.
+        `with_tower`, `positions`: as for the class.
         """
         check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -121,7 +124,7 @@ class Checkpoint(Released):
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        checkpoint = cls(model.requires_grad_(False), device, offload, with_tower=with_tower)
+        checkpoint = cls(model.requires_grad_(False), device, offload, with_tower=with_tower, positions=positions)
         checkpoint._is_loaded = True
         return checkpoint
 
@@ -218,12 +221,20 @@ class Checkpoint(Released):
         saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
         return saved
 
-    def _choose(self) -> Offload:
+    def _choose(self, positions: tuple[int, int]) -> Offload:
         mapped, inside = mapped_files(), list(self.blocks.parameters())
         there = mapped.bytes_beside(inside)  # already in host memory, and may stay there
         bounded = self.device.type != "cpu" or device_limit() is not None
         free = Free(free_memory(self.device), host_memory() + there, bounded)
-        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free)
+        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free, self._work(*positions))
+
+    def _work(self, calibration: int, validation: int) -> int:
+        """Bytes beside the weights while a text of so many positions calibrates, with the largest Hessian."""
+        if not calibration:
+            return 0
+        state = width_of(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
+        widest = max(linear.in_features for linears in self.linears for linear in linears)
+        return states(calibration * state, validation * state) + hessian_bytes(widest)
 
     def _place(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""

@@ -40,6 +40,14 @@ def model_config(folder: Path, trusted: bool) -> Any:
         raise UserError(f"model {folder}: transformers cannot read its config.json: {one_line(error)}") from error
 
 
+def width_of(config: Any, of_images: bool) -> int:
+    """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
+    found = getattr(config, "vision_config", config) if of_images else config.get_text_config()
+    names = ("hidden_sizes", "hidden_size", "embed_dim")
+    widths = next((value for name in names if (value := getattr(found, name, None))), 0)
+    return max(widths) if isinstance(widths, list | tuple) else int(widths)
+
+
 def check_known(model: nn.Module, highest: int, what: str) -> None:
     """UserError if the highest token of a text has no embedding, so the tokenizer is of another model."""
     embeddings: Any = model

@@ -217,7 +217,7 @@ def release_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of tensors on a CUDA device, else of the process; of MPS what Metal has taken and not freed."""
+    """Peak bytes so far: of tensors on a CUDA device, on MPS what Metal has taken, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

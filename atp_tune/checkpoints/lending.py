@@ -37,7 +37,7 @@ class LentModel(ModelFolder):
 
     model: Any = None
 
-    def checkpoint(self, config: ModelConfig, device: torch.device) -> Checkpoint:
+    def checkpoint(self, config: ModelConfig, device: torch.device, positions: tuple[int, int] = (0, 0)) -> Checkpoint:
         """The model as a checkpoint, where it lies; UserError if another dtype is asked for."""
         own = self.model.dtype
         if config.dtype != "auto" and DTYPES[config.dtype] != own:

@@ -61,14 +61,19 @@ class ModelFolder:
                 "Put them back and run the same command again, or start another study with --study-name NAME"
             )
 
-    def checkpoint(self, config: study.ModelConfig, device: "torch.device") -> "Checkpoint":
-        """Loads the folder in the dtype and to the places that the config asks for; UserError if that fails."""
+    def checkpoint(
+        self, config: study.ModelConfig, device: "torch.device", positions: tuple[int, int] = (0, 0)
+    ) -> "Checkpoint":
+        """Loads the folder in the dtype and to the places that the config asks for; UserError if that fails.
+
+        `positions`: as for `Checkpoint`.
+        """
         from atp_tune.checkpoints.checkpoint import Checkpoint
         from atp_tune.checkpoints.devices import find_dtype
 
         offload = None if config.offload == "auto" else config.offload
         dtype = find_dtype(config.dtype, device)
-        return Checkpoint.load(self.path, dtype, device, self.trusted, offload, config.has_tower)
+        return Checkpoint.load(self.path, dtype, device, self.trusted, offload, config.has_tower, positions)
 
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of all weights in the files, and of a value of the blocks."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atp_tune.checkpoints.headers import ModelSizes
-from atp_tune.checkpoints.offload import Free, Offload
+from atp_tune.checkpoints.offload import Free, Offload, states
 from atp_tune.frozen import FrozenModel
 
 GIB = 1024**3
@@ -53,8 +53,8 @@ class Bytes:
 
     @property
     def states(self) -> int:
-        """Peak of the hidden states: those of calibration exist twice for a moment, beside those of validation."""
-        return max(self.validation + 2 * self.calibration + self.sequential, 2 * self.validation)
+        """Peak of the hidden states."""
+        return states(self.calibration, self.validation, self.sequential)
 
 
 def peaks(held: Bytes, offload: Offload, free: Free, has_own_memory: bool) -> Memory:

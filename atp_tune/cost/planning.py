@@ -49,7 +49,7 @@ class Known(Amounts):
         """The offload of the study file, or the automatic choice."""
         named = self.study.model.offload
         size = self.itemsize
-        chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free)
+        chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free, self.held(0).states)
         return chosen if named == "auto" else named
 
     def held(self, work: int) -> Bytes:
@@ -104,7 +104,7 @@ def _known(
     file: StudyFile, name: str, setup: "ContextConfig", folder: "ModelFolder", device: Any, itemsize: int
 ) -> Known:
     from atp_tune.blocks.gradients import PASSES
-    from atp_tune.checkpoints.classes import model_config
+    from atp_tune.checkpoints.classes import model_config, width_of
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs import KINDS
     from atp_tune.search.dense_model import CURVE_TOKENS
@@ -115,7 +115,7 @@ def _known(
     windows, length = len(items["calibration"]), items["calibration"].positions
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), curve)
-    width = _width(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
+    width = width_of(model_config(folder.path, folder.trusted), setup.inputs == IMAGES)
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
@@ -123,14 +123,6 @@ def _known(
         _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), width,
         itemsize, free, device.type == "cuda", _kinds(study), psutil.Process().memory_info().rss,
     )  # fmt: skip
-
-
-def _width(config: Any, of_images: bool) -> int:
-    """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
-    found = getattr(config, "vision_config", config) if of_images else config.get_text_config()
-    names = ("hidden_sizes", "hidden_size", "embed_dim")
-    widths = next((value for name in names if (value := getattr(found, name, None))), 0)
-    return max(widths) if isinstance(widths, list | tuple) else int(widths)
 
 
 def _with_model(known: Known, context: "TrialContext") -> Known:

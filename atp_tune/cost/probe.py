@@ -160,18 +160,18 @@ def _probe_ends(context: TrialContext, kl: bool) -> float:
 def peak(device: torch.device) -> Iterator[list[int]]:
     """Yields a list that holds, after the body, its peak bytes without mapped files.
 
-    On CUDA of tensors, else of the process; an upper bound where the process's peak cannot be reset.
+    As `peak_memory` says on a GPU, else of the process; an upper bound where the process's peak cannot be reset.
     """
     taken: list[int] = []
-    if device.type == "cuda":
+    if device.type != "cpu":
         reset_peak_memory(device)
-        before, mapped = torch.cuda.memory_allocated(device), 0
+        before, mapped = peak_memory(device), 0
     else:
         with suppress(OSError):  # where the system cannot reset the process's peak
             Path("/proc/self/clear_refs").write_text("5")
         before, mapped = psutil.Process().memory_info().rss, mapped_bytes()
     yield taken
-    files = 0 if device.type == "cuda" else mapped_bytes() - mapped
+    files = 0 if device.type != "cpu" else mapped_bytes() - mapped
     taken.append(max(0, peak_memory(device) - before - files))
 
 

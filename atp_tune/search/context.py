@@ -46,7 +46,6 @@ from atp_tune.spec.facts import BOS
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
-from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.texts import Text
 
 
@@ -96,7 +95,12 @@ class TrialContext(Released):
             reuse_freed_memory()
         folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
         windows = inputs.read(setup.texts, folder, setup.base, bool(setup.bos))
-        checkpoint = _load_checkpoint(setup.model, folder, device, watch)
+        positions = {role: len(each) * each.positions for role, each in windows.items()}
+        largest = max((number for role, number in positions.items() if role != "calibration"), default=0)
+        checkpoint = folder.checkpoint(setup.model, device, (positions.get("calibration", 0), largest))
+        if checkpoint.offload != "none":
+            place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
+            watch(Message(f"blocks are kept {place} and copied to the device one by one"))
         context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
         inputs.check_fit(checkpoint, windows, context.replay.embed)
         has_images = getattr(setup.texts.get("calibration"), "images", None) is not None
@@ -350,11 +354,3 @@ class TrialContext(Released):
     def _auto_batch(self, positions: int, bytes_per_position: int) -> AutoBatch:
         watch = self.watch  # not `self` in the lambda: a reference cycle would keep the context's memory
         return AutoBatch(self.checkpoint.device, positions, bytes_per_position, lambda text: watch(Message(text)))
-
-
-def _load_checkpoint(model: ModelConfig, folder: ModelFolder, device: torch.device, watch: EventHandler) -> Checkpoint:
-    checkpoint = folder.checkpoint(model, device)
-    if checkpoint.offload != "none":
-        place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
-        watch(Message(f"blocks are kept {place} and copied to the device one by one"))
-    return checkpoint
