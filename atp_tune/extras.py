@@ -14,10 +14,7 @@ from pathlib import Path
 from atp_tune.errors import UserError
 
 EXTRAS = {  # of pyproject.toml: for each module its package
-    "hub": {"datasets": "datasets"},
-    "parquet": {"pyarrow": "pyarrow"},
     "images": {"PIL": "pillow", "onnx": "onnx"},
-    "serve": {"optuna_dashboard": "optuna-dashboard", "grpc": "grpcio", "google.protobuf": "protobuf"},
     "postgres": {"psycopg": "psycopg"},
     "png": {"kaleido": "kaleido"},
     "eval": {"lm_eval": "lm-eval"},
@@ -33,16 +30,26 @@ EXTRAS = {  # of pyproject.toml: for each module its package
 CHECKOUT = Path(__file__).parents[1]
 IS_CHECKOUT = (CHECKOUT / "tune.py").is_file()
 SCRIPT = re.compile(r"python tune\.py\b|(?<=`)tune\.py\b")
+EXTRA = re.compile(r"-e '\.\[([\w,]+)\]'")
 
 
 def as_typed(text: str) -> str:
-    """A text that names `python tune.py`, with `atp-tune` in its place where there is no checkout."""
+    """A text that names `python tune.py`, or an extra as `-e '.[NAME]'`, with what is typed here in its place."""
+    text = EXTRA.sub(lambda found: _package(f"[{found[1]}]"), text)
     return text if IS_CHECKOUT else SCRIPT.sub("atp-tune", text)
 
 
 def install(extra: str) -> str:
     """The command that installs an extra."""
-    return f"pip install 'atp-tune[{extra}]'"
+    return as_typed(f"pip install -e '.[{extra}]'")
+
+
+def _package(extra: str = "") -> str:
+    """What pip takes for this package: the checkout; without one the name, since pip knows what is installed."""
+    if not IS_CHECKOUT:
+        return shlex.quote(f"atp-tune{extra}")
+    place = "." if Path().samefile(CHECKOUT) else CHECKOUT
+    return f"-e {shlex.quote(f'{place}{extra}')}"
 
 
 def require(extra: str, where: str, *modules: str, otherwise: str = "") -> None:
@@ -79,7 +86,7 @@ def remedy(module: str) -> str:
 
 def _install_all() -> str:
     """The command that installs this package with all that it needs, for this Python."""
-    what = f"-e {shlex.quote(str(CHECKOUT))}" if IS_CHECKOUT else "atp-tune"
+    what = _package()
     python = shlex.quote(sys.executable)
     managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")  # by the system: pip refuses to install there
     if sys.prefix == sys.base_prefix and managed.is_file():

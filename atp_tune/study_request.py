@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.extras import require
 from atp_tune.metrics.limits import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
@@ -178,8 +177,6 @@ class StudyRequest:
         choice: str | Mapping[str, str] | None = self.texts
         if choice is None:
             choice = "papers" if is_hub_in_reach() else "packaged"
-            if choice == "papers":
-                require("hub", "texts: C4 and WikiText-2", otherwise="; or add --texts packaged")
             notify(
                 "texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)"
                 if choice == "papers"

@@ -26,6 +26,7 @@ from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settin
 
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
+from atp_tune.extras import install
 from atp_tune.results.summary import summarise
 from atp_tune.serving.dashboard_storage import make_view
 from atp_tune.serving.maintenance import Maintenance
@@ -159,7 +160,7 @@ def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Without("psycopg"), *sys.meta_path])
     said = refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x")
-    assert "; run: pip install 'atp-tune[postgres]', and write postgresql+psycopg://" in said
+    assert f"; run: {install('postgres')}, and write postgresql+psycopg://" in said
     assert "secret" not in said
 
 

@@ -28,6 +28,12 @@ SHOWN = [(named(path), words) for path in PAGES for words in commands(path)]
 with (REPO / "pyproject.toml").open("rb") as file:
     EXTRAS = set(tomllib.load(file)["project"]["optional-dependencies"])
 
+NEEDED = {  # parts of commands, with the extra that they need
+    "finetune ": "finetune", "speedup": "speed", "evaluate": "eval", "classify": "images", "png": "png",
+    "(fashion|imagenet)": "images", "ray ": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb",
+    r"postgresql\+": "postgres",
+}  # fmt: skip
+
 
 def of_language(*languages: str) -> list[Block]:
     return [block for block in CODE if block.language in languages]
@@ -139,10 +145,16 @@ def test_no_placeholder_is_left() -> None:
         assert "@@" not in path.read_text(encoding="utf-8"), path
 
 
-def test_extras_exist() -> None:
-    for path in PAGES:
-        for extras in re.findall(r"(?:'\.|atp-tune)\[([\w,]+)\]", path.read_text(encoding="utf-8")):
-            assert set(extras.split(",")) <= EXTRAS, (path, extras)
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_extras_exist_and_are_named_where_a_command_needs_them(path: Path) -> None:
+    """In the README in the line of the command, on other pages there or before it."""
+    for extras in re.findall(r"(?:'\.|atp-tune)\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+        assert set(extras.split(",")) <= EXTRAS, extras
+    said = ""
+    for line in [line for block in blocks(path) if block.language in ("", "sh") for line in block.text.splitlines()]:
+        said = line if path == README else f"{said}\n{line}"
+        for extra in [extra for part, extra in NEEDED.items() if re.search(rf"\w+\.py.* {part}", line)]:
+            assert re.search(rf"'\.\[([\w,]+,)?{extra}\b", said), f"{line}: needs '.[{extra}]'"
 
 
 def test_the_list_of_files_is_complete() -> None:

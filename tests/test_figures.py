@@ -14,7 +14,7 @@ from tinystudy import quiet
 
 from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.extras import EXTRAS
+from atp_tune.extras import EXTRAS, install
 from atp_tune.figures import overlay, sheet
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import add_gp_posterior
@@ -363,7 +363,7 @@ def test_a_picture_needs_kaleido(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kaleido", None)
     with pytest.raises(UserError) as caught:
         sheet.png([go.Figure()])
-    said = "a picture: kaleido is not installed; run: pip install 'atp-tune[png]' and a Chrome or Chromium"
+    said = f"a picture: kaleido is not installed; run: {install('png')} and a Chrome or Chromium"
     assert str(caught.value) == said
 
 
@@ -375,7 +375,9 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sheet, "_draw", fails)
     with pytest.raises(UserError) as caught:
         sheet.svg([go.Figure()])
-    assert str(caught.value) == f"a picture could not be drawn (no browser); it needs: {sheet.NEEDS}"
+    assert str(caught.value) == (
+        f"a picture could not be drawn (no browser); it needs: {install('png')} and {sheet.BROWSER}"
+    )
 
 
 def test_a_long_name_does_not_push_the_figure_away() -> None:

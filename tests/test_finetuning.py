@@ -17,6 +17,7 @@ from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, ignore_events
+from atp_tune.extras import install
 from atp_tune.metrics.perplexity import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
@@ -430,7 +431,7 @@ def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
 
 def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert refused(place) == "finetune: peft is not installed; run: pip install 'atp-tune[finetune]'"
+    assert refused(place) == f"finetune: peft is not installed; run: {install('finetune')}"
 
 
 @pytest.mark.parametrize(

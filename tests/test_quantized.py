@@ -26,6 +26,7 @@ from atp_tune.checkpoints.headers import read_sizes
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
+from atp_tune.extras import install
 from atp_tune.spec import study
 
 CPU = torch.device("cpu")
@@ -401,7 +402,7 @@ def test_other_methods_are_refused_by_their_config_alone(place: Path, command: C
     ("table", "said"),
     [
         ({"quant_method": "compressed-tensors"}, '"compressed-tensors", and compressed-tensors is needed '
-         "to read it: pip install 'atp-tune[quantized]', or give the checkpoint that it was made from"),
+         f"to read it: {install('quantized')}, or give the checkpoint that it was made from"),
         ({"quant_method": "bitsandbytes"}, 'by "bitsandbytes", which cannot be dequantized'),
         ({"quant_method": "a\nb" + 99 * "c"}, 'by "a b' + 37 * "c" + '", which cannot'),
         ({"quant_method": ["fp8"]}, """by "['fp8']", which cannot be dequantized"""),

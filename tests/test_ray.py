@@ -30,6 +30,7 @@ from tinystudy import (
     wait_until,
 )
 
+from atp_tune.extras import install
 from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
@@ -270,7 +271,7 @@ def answers(address: str) -> bool:
 def test_without_ray(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     answer = command("--study", place / "tiny.toml", "--engine", "ray")
-    assert answer.error == "--engine ray: ray is not installed; run: pip install 'atp-tune[ray]'"
+    assert answer.error == f"--engine ray: ray is not installed; run: {install('ray')}"
     assert not (place / "tiny.db").exists()
 
 

@@ -27,6 +27,7 @@ from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
+from atp_tune.extras import install
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
@@ -383,7 +384,7 @@ def test_a_library_that_is_not_installed(
     before = (done / "tiny.best.json").read_text()
     monkeypatch.setitem(sys.modules, library, None)
     answer = command("speedup", "--config", done / "tiny.best.json", "--engine", engine)
-    assert answer.error.endswith(f"{library} is not installed; run: pip install 'atp-tune[speed]'")
+    assert answer.error.endswith(f"{library} is not installed; run: {install('speed')}")
     assert (done / "tiny.best.json").read_text() == before
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tinystudy import CommandLine, settings, stored
 
+from atp_tune.extras import install
 from atp_tune.results.summary import summarise
 from atp_tune.tracking import TRACKERS
 
@@ -169,6 +170,6 @@ def test_a_missing_package_is_said_before_anything_runs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     answer = command("--study", place / "tiny.toml", "--track", "wandb")
-    assert answer.error == "--track wandb: wandb is not installed; run: pip install 'atp-tune[wandb]'"
+    assert answer.error == f"--track wandb: wandb is not installed; run: {install('wandb')}"
     assert not (place / "tiny.db").exists()
     assert "tensorboard" in command("--study", place / "tiny.toml", "--track", "nosuch").error

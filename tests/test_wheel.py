@@ -117,6 +117,6 @@ def test_a_study_and_its_report(run: Run, place: Path) -> None:
     assert report.returncode == 0, report.stderr
     page = (place / "page.html").read_text(encoding="utf-8")
     assert "atp-tune status --study tiny" in page and "python tune.py" not in page
-    served = run("atp-tune", "serve", "--study", "tiny.toml", cwd=place)
-    assert served.returncode == 2
-    assert served.stderr == "error: serve: optuna-dashboard is not installed; run: pip install 'atp-tune[serve]'\n"
+    scored = run("atp-tune", "evaluate", "--config", "tiny.best.json", cwd=place)
+    assert scored.returncode == 2
+    assert scored.stderr == "error: evaluate: lm-eval is not installed; run: pip install 'atp-tune[eval]'\n"

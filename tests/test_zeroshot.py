@@ -18,6 +18,7 @@ from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
+from atp_tune.extras import install
 from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search import kept_blocks
 from atp_tune.search.context import TrialContext
@@ -428,7 +429,7 @@ def test_bad_input_is_one_line(
 def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     answer = command("evaluate", "--model", done / "model")
-    assert answer.error == "evaluate: lm-eval is not installed; run: pip install 'atp-tune[eval]'"
+    assert answer.error == f"evaluate: lm-eval is not installed; run: {install('eval')}"
 
 
 # --- the tasks; tests/test_smollm2.py has the real model

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 640, 440  # px of a figure
 COLUMNS = 2
 SCALE = 2  # px of a PNG per px of the layout
 PAGE, TEXT = "#ffffff", "#24292f"
-NEEDS = f"{install('png')} and a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
+BROWSER = "a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
 
 
 def png(figures: Sequence[go.Figure]) -> bytes:
@@ -33,7 +33,8 @@ def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
         return asyncio.run(_draw(figures, kind))
     except Exception as error:  # kaleido and its browser driver have no common class of errors
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); it needs: {NEEDS}") from None
+        needs = f"it needs: {install('png')} and {BROWSER}"
+        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); {needs}") from None
 
 
 async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:

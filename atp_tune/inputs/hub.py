@@ -8,7 +8,6 @@ from typing import Any
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
-from atp_tune.extras import require
 from atp_tune.spec.texts import Text
 
 C4_FILES = {
@@ -63,7 +62,6 @@ class HubDataset:
 
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents, which stay on disk and are read by index; UserError if the dataset cannot be loaded."""
-        require("hub", f"source: {text.source}")
         import datasets
 
         arguments = self.revised_arguments(text)

@@ -9,7 +9,6 @@ from pathlib import Path
 from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError, is_text
-from atp_tune.extras import require
 from atp_tune.inputs.hub import check_column
 from atp_tune.paths import written
 from atp_tune.spec.texts import Text
@@ -117,7 +116,6 @@ def _jsonl_text(line: str, text: Text, where: str) -> str:
 
 def read_parquet(path: Path, text: Text) -> list[str]:
     """One document per row, from a column."""
-    require("parquet", f"source: {path}")
     import pyarrow.parquet
 
     try:

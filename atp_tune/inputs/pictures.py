@@ -188,7 +188,6 @@ def _array(path: Path, magic: int, dimensions: int) -> np.ndarray:
 
 def _parquet(path: Path, wanted: ImageSet) -> Pictures:
     """A parquet file with a column of encoded images, as on the hub, and one of classes."""
-    require("parquet", "source")
     import pyarrow.parquet
 
     if is_special(path) or not path.is_file():
@@ -213,7 +212,6 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
 
 def _hub(wanted: ImageSet) -> Pictures:
     """A dataset of the hub, which stays on disk; classes by their names if it has them."""
-    require("hub", f"source: {wanted.source}")
     import datasets
 
     from atp_tune.inputs.hub import hub_error

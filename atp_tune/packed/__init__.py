@@ -1,1 +1,1 @@
-"""Packed checkpoints: sparse weights without their zeros, on disk and in memory, loaded by plain transformers."""
+"""Packed checkpoints: sparse weights without their zeros, on disk and in memory, loaded by transformers."""

@@ -94,7 +94,7 @@ SAID = """## Packed
 {how}, {share:.2f} of their dense bytes.
 
 ```python
-import atp_tune  # pip install atp-tune; without it: trust_remote_code=True below
+import atp_tune  # the program; without it trust_remote_code=True below, as exact, but slow
 from transformers import {auto}
 model = {auto}.from_pretrained("DIR")
 ```

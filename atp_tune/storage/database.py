@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, S
 
 from atp_tune.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.errors import UserError
-from atp_tune.extras import install
+from atp_tune.extras import as_typed
 from atp_tune.storage.attributes import AttributeStorage
 from atp_tune.storage.process_identity import GRACE, is_alive
 from atp_tune.storage.retry import Retrying, is_told
@@ -46,7 +46,7 @@ LIBPQ = {
 }  # fmt: skip
 YOUNG = f"SELECT now() - pg_postmaster_start_time() < interval '{GRACE} seconds'"
 HINTS = {
-    "No module named 'psycopg": f"run: {install('postgres')}, and write postgresql+psycopg://",
+    "No module named 'psycopg": "run: pip install -e '.[postgres]', and write postgresql+psycopg://",
     "authentication failed": "put the right user and password into the URL, or the password into PGPASSWORD",
     "no password supplied": "put it into the URL, or into PGPASSWORD",
     "does not exist": "make it with: createdb NAME",
@@ -91,7 +91,7 @@ def engine_options(url: URL) -> dict[str, Any]:
 def reason_of(error: BaseException) -> str:
     """A database error in one line, with what to do, if known."""
     words = str(_cause(error)).strip().splitlines()[0]
-    return next((f"{words}; {hint}" for part, hint in HINTS.items() if part in words), words)
+    return next((f"{words}; {as_typed(hint)}" for part, hint in HINTS.items() if part in words), words)
 
 
 def _cause(error: BaseException) -> BaseException:

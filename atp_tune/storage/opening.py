@@ -14,7 +14,6 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
-from atp_tune.extras import require
 from atp_tune.paths import is_special
 from atp_tune.storage import in_memory
 from atp_tune.storage.database import (
@@ -44,7 +43,6 @@ Kind = TypeVar("Kind", bound=Database)
 def open_storage(address: str, create: bool) -> BaseStorage | None:
     """The storage of a URL; None for a SQLite file that does not exist, without `create`."""
     if is_remote(address):
-        require("serve", f"storage {address}", "grpc", "google.protobuf")
         from atp_tune.storage.remote import connect
 
         return connect(address)

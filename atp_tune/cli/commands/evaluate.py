@@ -44,7 +44,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     trust_plugins: TrustPlugins = False,
 ) -> None:
-    """Score models on tasks of lm-eval (`pip install 'atp-tune[eval]'`): zero-shot accuracy with its standard error.
+    """Score models on tasks of lm-eval (`pip install -e '.[eval]'`): zero-shot accuracy with its standard error.
 
     The scores are stored in the configuration and in its study; the report shows them. As with lm-eval itself, code in
     a folder of tasks runs. `zero-shot` is boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa,

@@ -36,7 +36,7 @@ def pack(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Pack a sparse checkpoint: smaller on disk and in memory, loaded by plain transformers.
+    """Pack a sparse checkpoint: smaller on disk and in memory, loaded by transformers.
 
     A packed matrix keeps its nonzero weights and one bit for each weight: at 70 % zeros in bfloat16, 0.36 of its bytes.
     `import atp_tune` or `trust_remote_code=True` lets `from_pretrained` load the folder; `unpack` restores DIR byte for

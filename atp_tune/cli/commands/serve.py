@@ -9,7 +9,6 @@ import typer
 from atp_tune.cli.options import Storage
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
-from atp_tune.extras import require
 
 if TYPE_CHECKING:
     from atp_tune.serving.serve import Served, Service
@@ -33,7 +32,6 @@ def serve(
 
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
-    require("serve", "serve")
     from atp_tune.cli.runtime import STOPS, quiet
     from atp_tune.serving.serve import choose
     from atp_tune.serving.serve import serve as answer
