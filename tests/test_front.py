@@ -32,6 +32,7 @@ from atp_tune.results.front import nearest, points_of, sparsest_within
 from atp_tune.results.outcome import outcome_of
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import summarise, unreported
+from atp_tune.results.trials import scores_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load, settings
 from atp_tune.storage import progress
@@ -143,6 +144,19 @@ def test_the_front_beside_dense_and_uniform() -> None:
     assert (third.against.text, third.dense.text) == ("validation", "test")  # uniform is not on the test text
 
 
+def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
+    """The table had three rows where eight pairs were measured."""
+    study = made_front()
+    study.add_trial(trial_at(0.4, 0.5, 27.0))  # 8: worse than 50 % has, and than uniform
+    study.add_trial(trial_at(0.4, 0.0, 26.5))
+    study.add_trial(trial_at(0.6, 0.5, 99.0))  # without uniform beside it
+    points = points_of(study)
+    assert [(point.trial.number, point.on_front) for point in points] == [
+        (1, True), (2, True), (9, False), (4, True), (6, True),
+    ]  # fmt: skip
+    assert outcome_of(summarise(study)).startswith("Pareto front: 4 points, from 20% ")
+
+
 def test_points_of_a_study_of_kl() -> None:
     study = made_front(kl=True)
     third = next(point for point in points_of(study) if point.sparsity == 0.5)
@@ -238,16 +252,20 @@ def test_a_limit_that_nothing_meets() -> None:
 
 @pytest.mark.slow
 def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
-    with_test_text(made_front(tmp_path), *range(8))
+    study = with_test_text(made_front(tmp_path), *range(8))
     said = command("status", "--study", tmp_path / "made.toml").out
     assert "made: 20% to 70% sparsity\n" in said
     head = next(line for line in said.splitlines() if line.startswith("| sparsity"))
-    columns = ["sparsity", "method", "trial", "validation perplexity", "test perplexity", "against dense"]
-    assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against uniform"]
+    columns = ["sparsity", "method", "trial", "validation perplexity", "test perplexity", "uniform"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against dense", "against uniform"]
     rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
     assert [row.split("|")[1].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
     assert [" ←" in row for row in rows] == [False, True, False, False, False]
-    assert "best: trial 1, 20% wanda + uniform, the lowest perplexity; `export` takes another with --sparsity, " in said
+    assert (
+        "the configuration is of trial 1, 20% wanda + uniform, the lowest perplexity; `export` writes another" in said
+    )
+    uniform = scores_of(study.trials[5], study.user_attrs["test_nlls"]).test
+    assert rows[3].split("|")[6].strip() == str(uniform)
     assert " 50% wanda atp β=0.05000 " in said  # of all trials
     assert "spread" not in said
     assert "no trial is better than uniform" not in said
@@ -427,7 +445,7 @@ def test_figures_of_a_front() -> None:
     assert list(drawn) == ["points", "sparsity", "error", "seconds"]
     assert draw_history(summary) is None
     uniform, front, ring = drawn["points"].data
-    assert [uniform.name, front.name, ring.name] == ["uniform", "Pareto front", "best (trial 1)"]
+    assert [uniform.name, front.name, ring.name] == ["uniform", "best at each sparsity", "best (trial 1)"]
     assert list(uniform.x) == list(front.x) == [20, 30, 50, 70]
     assert list(front.y) == pytest.approx([summary.trials[n].values[0] for n in (1, 2, 4, 6)], rel=1e-4)
     assert all(error > 0 for error in front.error_y.array)
@@ -474,7 +492,7 @@ def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
     assert best is not None
     assert contents.sparsity == f"{best.params['sparsity']:g} of 0.2 to 0.7"
     text = markdown.make([contents]).decode()
-    dense = "against dense, validation" if limit else "against dense"
+    dense = "against dense, validation" if limit else "uniform | against dense"
     assert (
         f"| sparsity | method | trial | validation perplexity | test perplexity | {dense} | against uniform |" in text
     )

@@ -1,10 +1,13 @@
 """A space in which the sparsity is a parameter: shares of bounds, levels, and the model of the screened trials."""
 
 import math
+import random
 from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget, atp, curve
@@ -119,6 +122,40 @@ def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
         regrets.append(loss(level, found.params["beta"]) - min(loss(level, share / 100) for share in range(101)))
     assert sum(regrets) / len(regrets) < 0.01
     assert regrets[0] < 0.005  # uniform is the best there, and nothing better is made up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour(seed: int) -> None:
+    """Increases below the smallest count alike, so that the process is flat there: any point was taken."""
+    space, draw = space_over(), random.Random(seed)
+    best, reach, dip = draw.random(), draw.uniform(0.4, 0.75), draw.uniform(0.01, 0.1)
+
+    def flat(sparsity: float, share: float) -> float:
+        return 2.8 - dip * (1 - abs(share - best)) + 5 * max(0.0, sparsity - reach)
+
+    points = [
+        {**space.uniform()[0], "allocation": "atp", "beta": draw.random(), "sparsity": draw.choice(space.levels(101))}
+        for _ in range(24)
+    ]
+    kinds = {"allocation": CategoricalDistribution(("atp",)), **kinds_of(space, "atp")}
+    trials = [
+        create_trial(
+            values=[math.exp(flat(point["sparsity"], point["beta"])), 1 - point["sparsity"]],
+            params={name: point[name] for name in kinds},
+            distributions=kinds,
+        )
+        for point in points
+    ]
+    surrogate, checked = Surrogate(space, trials, seed, DENSE), 0
+    for level in space.levels(9):
+        near = sorted(points, key=lambda point: abs(point["sparsity"] - level))[:3]
+        if max(level, *(point["sparsity"] for point in near)) < reach:
+            checked += 1
+            found = surrogate.best_at(level).params
+            assert found["sparsity"] == level
+            assert flat(level, found["beta"]) <= min(flat(level, point["beta"]) for point in near)
+    assert checked
 
 
 def test_without_trials_it_is_uniform() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import Summary
+from atp_tune.spec.config import Scores
 
 Row = dict[str, Any]
 
@@ -43,6 +44,7 @@ def trials(summary: Summary) -> list[Row]:
 
 def points(summary: Summary) -> list[Row]:
     """A row for each point: sparsity, method, perplexities, and changes against dense and uniform with their errors."""
+    uniforms = {point.trial.number: point.uniform_scores for point in summary.points}
     return [
         {
             "trial": point.trial,
@@ -52,6 +54,7 @@ def points(summary: Summary) -> list[Row]:
             "stderr": point.validation and point.validation.stderr,
             "test_perplexity": point.test and point.test.value,
             "test_stderr": point.test and point.test.stderr,
+            **_beside(uniforms.get(point.trial)),
             **{
                 f"{name}{ending}": against and getattr(against, key)
                 for name, against in (
@@ -68,6 +71,12 @@ def points(summary: Summary) -> list[Row]:
         }
         for point in status_of(summary, datetime.now()).points
     ]
+
+
+def _beside(uniform: Scores | None) -> Row:
+    """The perplexities of uniform at the same sparsity."""
+    found = {"uniform": uniform and uniform.validation, "test_uniform": uniform and uniform.test}
+    return {f"{name}_perplexity": score and score.value for name, score in found.items()}
 
 
 def frame(rows: Sequence[Row]) -> Any:

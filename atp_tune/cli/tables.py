@@ -145,8 +145,9 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
     console.print(outcome_of(summary))
     if not summary.limit:
         name, measure = f"{percent(best.params['sparsity'])} {method_of(best)}", "KL" if summary.by_kl else "perplexity"
-        other = "`export` takes another with --sparsity, --max-increase or --trial"
-        console.print(f"best: trial {best.number}, {name}, the lowest {measure}; {other}")
+        other = "`export` writes another with --sparsity, --max-increase or --trial"
+        said = f"the configuration is of trial {best.number}, {name}, the lowest {measure}"
+        console.print(f"a front has no best plan: {said}; {other}")
     if over := draws_said(summary):
         console.print(over)
 

@@ -34,7 +34,7 @@ def draw_points(summary: Summary) -> go.Figure | None:
     found = [mark for mark in shown if not is_uniform(mark.trial)] if summary.limit else shown
     figure = new_figure(f"Sparsity and {measure_of(summary)}", "sparsity (%)", axis_of(summary))
     _add(figure, uniform, "uniform", UNIFORM, "square", "dot")
-    _add(figure, found, "searched" if summary.limit else "Pareto front", BEST, "circle", "solid")
+    _add(figure, found, "searched" if summary.limit else "best at each sparsity", BEST, "circle", "solid")
     best = next((mark for mark in shown if summary.best_trial and mark.trial.number == summary.best_trial.number), None)
     if best is not None:
         figure.add_scatter(

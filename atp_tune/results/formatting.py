@@ -148,7 +148,7 @@ def points_head(summary: Summary) -> list[str]:
     sizes = [_bytes_column(summary)] * _has_bytes(summary)
     sizes += [_speed_column(summary)] * (dense_speed(summary) is not None)
     dense = "against dense, validation" if summary.limit else "against dense"
-    columns = ["validation perplexity", "test perplexity", dense, "against uniform"]
+    columns = ["validation perplexity", "test perplexity", *["uniform"] * (not summary.limit), dense, "against uniform"]
     accuracies = ACCURACY[:2] if summary.hits else ()
     return ["sparsity", "method", "trial", *columns, *kls, *accuracies, *sizes, *limit]
 
@@ -158,9 +158,13 @@ def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
     kls = [*cells(summary.kl(point.trial)), compared(point.against, kl=True)] if "kl" in summary.objectives else []
     limit = [] if point.excess is None else ["within" if point.excess <= 0 else "beyond"]
     number = f"{point.trial.number}{mark if point.is_best else ''}"
-    changes = compared(point.dense), compared(point.against)
-    if summary.limit:  # it holds on the validation text
-        changes = str(point.dense.perplexity.get("validation", NOTHING)), changes[1]
+    changes = [compared(point.dense), compared(point.against)]
+    if summary.limit:  # it holds on the validation text, and uniform has rows of its own
+        changes[0] = str(point.dense.perplexity.get("validation", NOTHING))
+    else:
+        on = point.against.text if point.against else ""
+        beside = getattr(point.uniform_scores, on) if on else NOTHING
+        changes.insert(0, f"{beside}{' (validation)' * (on == 'validation')}")
     scores = [*cells(point.scores), *changes, *kls]
     hits = hit_cells(summary, point.trial)[:2] if summary.hits else ()
     return [percent(point.sparsity), method_of(point.trial), number, *scores, *hits, *_sizes(summary, point), *limit]
@@ -169,7 +173,7 @@ def points_row(summary: Summary, point: Point, mark: str = "") -> list[str]:
 def dense_row(summary: Summary) -> list[str]:
     """The cells of the dense model in the table of points."""
     kls = ["0", "0", NOTHING] if "kl" in summary.objectives else []
-    scores = [*cells(summary.dense), NOTHING, NOTHING, *kls]
+    scores = [*cells(summary.dense), *[NOTHING] * (2 if summary.limit else 3), *kls]
     hits = hit_cells(summary, None)[:2] if summary.hits else ()
     return ["0%", "dense", "", *scores, *hits, *_sizes(summary), *([""] if summary.limit else [])]
 

@@ -1,10 +1,10 @@
 """The points of a study over an interval of sparsities, each beside dense and uniform at the same sparsity.
 
-Without a limit they are the Pareto front of sparsity and perplexity (or KL); with one, all plans that were measured in
-full, each within the limit or beyond it.
+Without a limit they are the Pareto front of sparsity and perplexity (or KL), and the best plan at each other sparsity
+where uniform is measured too; with one, all plans that were measured in full, each within the limit or beyond it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -50,6 +50,7 @@ class Point:
     against      changes against uniform; None where the trial is uniform itself or uniform is not measured
     excess       over the study's limit, see `metrics.limits`; None without a limit
     is_best      it is the study's best trial
+    on_front     no other trial is both sparser and better
     packed_bytes  of all weights in a packed folder; None for trials of earlier versions
     speed        what `speedup` measured; None without
     """
@@ -63,6 +64,7 @@ class Point:
     against: Versus | None
     excess: float | None
     is_best: bool
+    on_front: bool = True
     packed_bytes: int | None = None
     speed: Speed | None = None
 
@@ -72,13 +74,29 @@ def points_of(study: optuna.Study) -> list[Point]:
     if progress.interval_of(study) is None:
         return []
     best = progress.best_trial(study)
-    found = progress.measured(study) if study.user_attrs.get("limit") else progress.front_of(study)
+    measured, front = progress.measured(study), progress.front_of(study)
+    found = measured if study.user_attrs.get("limit") else [*front, *_best_beside_uniform(measured, front)]
     shown = [trial for trial in found if progress.sparsity_of(trial) is not None and "repeats" not in trial.user_attrs]
     shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
-    return [_point(study, trial, best is not None and trial.number == best.number) for trial in shown]
+    numbers = {trial.number for trial in front}
+    return [
+        _point(study, trial, best is not None and trial.number == best.number, trial.number in numbers)
+        for trial in shown
+    ]
 
 
-def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool) -> Point:
+def _best_beside_uniform(measured: Sequence[FrozenTrial], front: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The best trial at each sparsity where uniform is measured, and where no trial is on the front."""
+    found: dict[float, FrozenTrial] = {}
+    sparsities = {trial.params.get("sparsity") for trial in measured if is_uniform(trial)}
+    sparsities -= {trial.params.get("sparsity") for trial in front}
+    for trial in sorted(measured, key=progress.place):
+        if trial.params.get("sparsity") in sparsities:
+            found.setdefault(trial.params["sparsity"], trial)
+    return list(found.values())
+
+
+def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool, on_front: bool) -> Point:
     uniform, reports = uniform_of(study, trial), study.user_attrs.get("test_nlls", {})
     return Point(
         trial=trial,
@@ -90,6 +108,7 @@ def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool) -> Point:
         against=None if uniform is None or is_uniform(trial) else _versus(study, uniform, trial),
         excess=progress.excess_of(study, trial) if study.user_attrs.get("limit") else None,
         is_best=is_best,
+        on_front=on_front,
         packed_bytes=trial.user_attrs.get("packed_bytes"),
         speed=speed_of(study, trial.number),
     )

@@ -81,13 +81,13 @@ def _accuracies(summary: Summary, point: Point, text: Role) -> str:
 
 
 def _front(summary: Summary) -> str:
-    outer = summary.points[0], summary.points[-1]
-    ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in outer]
-    if len(summary.points) == 1:
+    points = [point for point in summary.points if point.on_front]
+    ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in (points[0], points[-1])]
+    if len(points) == 1:
         return f"Pareto front: one point, {ends[0]}"
-    better = sum(_is_better(summary, point.against) for point in summary.points if point.against is not None)
+    better = sum(_is_better(summary, point.against) for point in points if point.against is not None)
     gained = f"{better} of them beat uniform at the same sparsity by more than chance"
-    front = f"Pareto front: {len(summary.points)} points, from {ends[0]} to {ends[1]}; {gained}"
+    front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}"
     return f"{front}{_missing(summary)}"
 
 

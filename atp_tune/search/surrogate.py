@@ -6,6 +6,10 @@ parameters change at low sparsities would be noise. At one sparsity, the best of
 with the lowest mean plus `CAUTION` standard deviations of the posterior: where nothing is gained that is a point near
 measured ones, and not any point of a flat stretch that no trial reached; among so many points some are always thought
 too well of. docs/log.md compares it with one deviation, and with the nearest trials of the Pareto front.
+
+An increase below `SMALLEST` counts as `SMALLEST`, and where a model loses nothing by pruning all points do: there the
+process is flat, and any of them would do. So where one of the `NEIGHBOURS` with the nearest sparsities increases less,
+the best of these neighbours is taken, moved to the sparsity.
 """
 
 import math
@@ -27,6 +31,7 @@ from atp_tune.search.space import Params, Space
 CANDIDATES = 512
 CAUTION = 2.0
 LEAST = 3  # points that a process is fitted to
+NEIGHBOURS = 5
 SMALLEST, MOST = 0.005, 50.0  # nats per token: smaller increases are noise, larger ones are all the same
 
 
@@ -70,8 +75,10 @@ class Branch:
         self._name = name
         self._seed = seed
         self._kinds = kinds_of(space, name)
-        shadow = branch_study(list(trials), space, name, self._kinds)
+        shadow = branch_study([_clamped(trial) for trial in trials], space, name, self._kinds)
         done = [trial for trial in shadow.trials if trial.value is not None]
+        known = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
+        self._known = [(value, params) for value, params in known if self._kinds.keys() <= params.keys()]
         self._process = _fitted(shadow, self._kinds, seed) if len(done) >= LEAST else None
         values = [float(trial.value or 0.0) for trial in done]
         self._mean, self._spread = (statistics.fmean(values), statistics.pstdev(values)) if done else (0.0, 0.0)
@@ -81,6 +88,11 @@ class Branch:
         """The best point at a sparsity; None where no model is fitted."""
         if self._process is None:
             return None
+        nearest = sorted(self._known, key=lambda one: abs(one[1]["sparsity"] - sparsity))[:NEIGHBOURS]
+        value, point = min(nearest, key=lambda one: one[0])
+        if value < SMALLEST:
+            own = self._space.at({name: point[name] for name in self._kinds}, sparsity)
+            return Predicted({"allocation": self._name, **own}, value, value)
         points = self._candidates(sparsity)
         open_ones = _open(self._kinds)
         trials = [
@@ -108,7 +120,12 @@ def _with_increase(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenT
     value = trial.values[0]
     if dense is not None:
         value = min(math.log(value / perplexity(dense).value), MOST) if value > 0 else MOST
-    return optuna.create_trial(value=max(value, SMALLEST), params=trial.params, distributions=trial.distributions)
+    return optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
+
+
+def _clamped(trial: FrozenTrial) -> FrozenTrial:
+    value = max(trial.values[0], SMALLEST)
+    return optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
 
 
 def _drawn(kind: Any, generator: random.Random) -> Any:
