@@ -1,6 +1,8 @@
 """The upload of a sparse folder to a hub on this machine, and all that is checked before."""
 
-import os
+import json
+import platform
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def without_ours(folder: Path) -> dict[str, bytes]:
+    """The contents but for what names paths of this machine, which is not uploaded."""
+    return {name: content for name, content in contents(folder).items() if name != "atp_tune.json"}
+
+
 # --- the upload
 
 
@@ -85,7 +92,7 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
     assert site.uploads.private == {"lab/tiny": True}
     assert site.uploads.received == [sha256_of(tmp_path / "out" / "model.safetensors")]
     back = Path(snapshot_download("lab/tiny", cache_dir=tmp_path / "back"))
-    assert contents(back) == contents(tmp_path / "out")
+    assert without_ours(back) == without_ours(tmp_path / "out")
     assert {"model.safetensors", "README.md", "atp_tune.json"} <= contents(back).keys()
 
     weights = (tmp_path / "out" / "model.safetensors").stat()
@@ -110,15 +117,17 @@ def test_the_hub_s_streamed_upload_is_taken_too(
     answer = command("push", sparse, "alice/tiny")
     assert answer.code == 0, answer.err
     assert site.uploads.private == {"alice/tiny": False}
-    assert contents(Path(snapshot_download("alice/tiny", cache_dir=tmp_path / "back"))) == contents(sparse)
+    assert without_ours(Path(snapshot_download("alice/tiny", cache_dir=tmp_path / "back"))) == without_ours(sparse)
     assert command("push", sparse, "alice/tiny").code == 0
     assert len(site.uploads.commits) == 1
 
 
 @pytest.mark.slow
-def test_an_upload_that_was_killed_goes_on(sparse: Path, site: Site, tmp_path: Path) -> None:
-    (sparse / "more.safetensors").write_bytes(os.urandom(100_000))
-    first, last = sha256_of(sparse / "more.safetensors"), sha256_of(sparse / "model.safetensors")
+def test_an_upload_that_was_killed_goes_on(
+    sparse: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localhub.LARGE", (".safetensors", "tokenizer.json"))
+    last, first = sha256_of(sparse / "tokenizer.json"), sha256_of(sparse / "model.safetensors")
     site.uploads.hold = last
     login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     process = start("push", sparse, "alice/tiny", environment=login)
@@ -131,7 +140,7 @@ def test_an_upload_that_was_killed_goes_on(sparse: Path, site: Site, tmp_path: P
     done = finish(start("push", sparse, "alice/tiny", environment=login))
     assert done.code == 0, done.err
     assert site.uploads.received == [first, last]  # each once
-    assert contents(site.folder("alice/tiny")) == contents(sparse)
+    assert without_ours(site.folder("alice/tiny")) == without_ours(sparse)
 
 
 @pytest.mark.slow
@@ -243,6 +252,52 @@ def test_weights_may_be_links_to_what_was_written(
     said = command("push", sparse, "alice/other").error
     assert said == f"{weights}: is a link to {away}, outside its folder; copy the file"
     assert "alice/other" not in site.uploads.private
+
+
+@pytest.mark.slow
+def test_nothing_of_this_machine_is_published(
+    place: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder of each kind, pruned far from its study: a trained one had the user's name in its record."""
+    monkeypatch.setattr(platform, "node", lambda: "secret-host")
+    monkeypatch.setenv("USER", "secret-user")
+    home = Path(shutil.copytree(place, tmp_path / "home/secret-user/clients"))
+    told = json.loads((home / "model/config.json").read_text()) | {"_name_or_path": f"{home}/model"}
+    (home / "model/config.json").write_text(json.dumps(told))
+    train = {"recover.steps": 4, "recover.batch": 4, "recover.min_increase": 0.0, "recover.learning_rate": 0.01}
+    trained = atp_tune.tune(home / "tiny.toml", settings=train, progress=False)
+    trained.save(tmp_path / "out/trained")
+    trained.save(tmp_path / "out/packed", packed=True)
+    channels = {"prune.pattern": "channels", "sparsity": 0.25, "storage": "sqlite:///channels.db"}
+    atp_tune.tune(home / "tiny.toml", settings=channels, progress=False).configuration().save(
+        tmp_path / "out/slim", slim=True
+    )
+    more = ("--steps", "2", "--seqlen", "32", "--batch", "2", "--patience", "0")
+    assert command("finetune", tmp_path / "out/trained", "--out", tmp_path / "out/more", *more).code == 0
+    for kind in ("trained", "packed", "slim", "more"):
+        assert command("push", tmp_path / "out" / kind, f"alice/{kind}").code == 0, kind
+        there = site.folder(f"alice/{kind}")
+        for name, content in contents(there).items():
+            for secret in ("secret-user", "secret-host", str(tmp_path), f"{Path.home()}/"):
+                assert secret.encode() not in content, (kind, name, secret)
+        assert command("apply", "--verify", there).code == 0, kind
+
+
+@pytest.mark.slow
+def test_what_was_not_asked_for_is_not_uploaded(
+    done: Path, sparse: Path, site: Site, command: CommandLine, tmp_path: Path
+) -> None:
+    """The folder that is not packed, in the place of the packed one; and one that was changed since it was written."""
+    asked = ("apply", "--config", done / "tiny.best.json", "--out", sparse, "--push", "alice/tiny")
+    assert "is there already" in command(*asked, "--packed").error
+    assert command("pack", sparse, "--out", tmp_path / "packed").code == 0
+    there = ("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "packed", "--push", "alice/tiny")
+    assert "is there already" in command(*there).error
+    with (sparse / "config.json").open("a") as stream:
+        stream.write(" ")
+    assert "not what was written; changed: config.json" in command(*asked).error
+    assert "not what was written; changed: config.json" in command("push", sparse, "alice/tiny").error
+    assert site.uploads.commits == []
 
 
 @pytest.mark.slow

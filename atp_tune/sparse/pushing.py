@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, utils
@@ -12,6 +13,8 @@ from huggingface_hub import HfApi, constants, errors, utils
 from atp_tune.checkpoints.convert import WEIGHTS, one_line
 from atp_tune.errors import UserError
 from atp_tune.sparse.provenance import ABOUT, FINETUNED, stored_manifest
+from atp_tune.sparse.publishing import stage
+from atp_tune.sparse.verifying import PACKED, verify
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.manifest import digest
 
@@ -20,7 +23,7 @@ READS = "read"  # the role of a token, or of a member of an organisation, that m
 
 
 def check_folder(folder: Path) -> None:
-    """UserError if a folder is no sparse checkpoint of atp_tune, or if a file is a link out of it.
+    """UserError if a folder is no sparse checkpoint of atp_tune, is not as it was written, or links out of itself.
 
     Weights may be links, because people keep them on other disks, but only to what was written: a folder that others
     made could publish any file of this machine.
@@ -34,6 +37,7 @@ def check_folder(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not file.resolve().is_relative_to(home) and not _is_written(file, folder):
             raise UserError(f"{file}: is a link to {file.resolve()}, outside its folder; copy the file")
+    verify(folder)
 
 
 def _is_written(file: Path, folder: Path) -> bool:
@@ -43,15 +47,16 @@ def _is_written(file: Path, folder: Path) -> bool:
     return file.suffix in WEIGHTS and promised is not None and file.is_file() and digest(file) == promised
 
 
-def is_made_from(folder: Path, config: Config, slim: bool = False) -> bool:
+def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool = False) -> bool:
     """Whether a folder is the sparse checkpoint of a configuration: a whole one, since `apply` writes no part of it.
 
-    `slim`: whether it is to be without the pruned channels.
+    `packed`: whether it is to be without its zeros; `slim`: without the pruned channels.
     """
     if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists() != config.is_trained:
         return False
     found = read_config(folder / ABOUT)
-    return found.slim == slim and _weights_of(found) == _weights_of(config)
+    is_packed = found.manifest is not None and any(map(PACKED.match, found.manifest.files))
+    return (is_packed, found.slim) == (packed, slim) and _weights_of(found) == _weights_of(config)
 
 
 def _weights_of(config: Config) -> list[object]:
@@ -81,13 +86,16 @@ def check_permission(name: str, private: bool) -> None:
 def upload(folder: Path, name: str, private: bool) -> str:
     """Uploads a folder's files to the model repository, which is made if it is missing; returns its address.
 
+    Paths of this machine in them are left out, but for their last parts: `publishing.stage`.
     What an earlier call has uploaded is not uploaded again. UserError if the hub refuses or cannot be reached.
     """
     with _hub_errors(name):
         api = HfApi()
         made = api.create_repo(name, private=private or None, exist_ok=True)
         _check_visibility(name, private, api.repo_info(name))  # somebody may have made it since it was checked
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by atp_tune")
+        with TemporaryDirectory(prefix="atp_tune.") as place:
+            stage(folder, Path(place))
+            api.upload_folder(repo_id=name, folder_path=place, commit_message="Upload by atp_tune")
     return str(made)
 
 

@@ -93,7 +93,7 @@ def apply(
         from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if is_made_from(out, found, slim):
+        if is_made_from(out, found, packed, slim):
             check_folder(out)
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
