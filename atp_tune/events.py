@@ -60,12 +60,16 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class Opened:
-    """A study is open, with this total and these trials done; `items`: number and tokens of each text's windows."""
+    """A study is open, with this total and these trials done; `items`: number and tokens of each text's windows.
+
+    `is_short`: see `TrialContext.is_short`.
+    """
 
     study: "Study"
     total: int
     done: int
     items: Mapping[str, tuple[int, int]]
+    is_short: bool = False
 
 
 @dataclass(frozen=True)

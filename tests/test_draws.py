@@ -5,6 +5,7 @@ import math
 import shutil
 import sqlite3
 from contextlib import closing
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
@@ -12,20 +13,25 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from tinystudy import TOKENS, CommandLine, run, settings, stored, study_file
+from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, study_file
 
+from atp_tune.allocations import prices
+from atp_tune.checkpoints.models import resolve
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
-from atp_tune.inputs.windows import token_windows
+from atp_tune.inputs.tokens import TokenWindows
+from atp_tune.inputs.windows import load_tokenizer, token_windows
 from atp_tune.metrics.draws import over_draws
 from atp_tune.metrics.perplexity import perplexity, reach_of
-from atp_tune.plan import Plan
+from atp_tune.plan import Plan, make_plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.scores import WindowScores
+from atp_tune.search import context as module
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.config import read_config
+from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.texts import Calibration
 
 THREE = "texts.calibration.draws=3"
@@ -81,6 +87,48 @@ def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("pool", "each"), [(512, 512), (4096, None)])
+def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
+    pool: int, each: int | None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of the first draw was pruned by the others, whose windows lie in the text that it was fitted to.
+
+    A text that has no room for three pools is cut into three, and the first draw's plan is another than the study's.
+    """
+    few_steps(monkeypatch)
+    monkeypatch.setattr(module, "POOL", pool)
+    keys = ('allocation=["prices"]', "search.trials=2")
+    run(place, *keys, "texts.calibration.draws=1")
+    trial = next(trial for trial in stored(place).trials if trial.params["kappa"])
+    for draw in (1, 2):  # as an earlier version has stored it
+        stored(place).set_user_attr(f"draws:{trial.number}:{draw}", [9.0] * 16)
+    study = run(place, *keys, THREE)
+    whole = token_windows(Calibration(source="file:calibration.txt", seqlen=TOKENS), place / "model", place)
+    per = min(pool // TOKENS, len(whole) // 3)
+    assert study.user_attrs["fitted_to"]["3"] == [per * TOKENS, pool] and per * TOKENS == (each or per * TOKENS)
+    spec = study_file(place, *keys).study
+    opened = TrialContext.open(ContextConfig.of_study(spec, place, False))
+    expected = []
+    for draw in range(3):
+        items, fitted = whole.thinned(1, draw * per, draw * per + 8), whole.thinned(1, draw * per, (draw + 1) * per)
+        windows = {**opened.windows, "calibration": items}
+        context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
+        monkeypatch.setattr(context, "_pool", lambda fitted=fitted: fitted)
+        plan = make_plan("wanda", "prices", context.budget(0.6), {"kappa": trial.params["kappa"]})
+        blocks = context.prune(plan)
+        expected.append(context.all_nlls(((block.index, block.weights) for block in blocks), "test"))
+    found = study.user_attrs["refits"][str(trial.number)]["3"]
+    assert [found[str(draw)] for draw in range(3)] == [pytest.approx(nlls, rel=1e-5) for nlls in expected]
+    assert (found["0"] == study.user_attrs["test_nlls"][str(trial.number)]) == (each is not None)
+    summary = summarise(study)
+    over = summary.over_draws[trial.number]
+    assert over.perplexities == pytest.approx([perplexity(nlls).value for nlls in expected], rel=1e-5)
+    assert summary.complete and over.count == 3 and over.fitted_to == (per * TOKENS, pool)
+    beside = "" if each else f"where the plan itself is fitted to {pool:,}, "
+    assert f"the plan fitted anew to {per * TOKENS:,} tokens of each draw, {beside}mean ±" in over.how("text", True)
+
+
+@pytest.mark.slow
 def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
@@ -118,7 +166,7 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
         head, row = (line for line in table if "3 draws" in line or " + atp " in line)
         assert head.index("perplexity, 3 draws") < head.index("against uniform, 3 draws")
         assert f"| {value}" in row and f"| {change} " in row
-        assert "3 draws: test text, calibrated with other windows each time, mean ± standard dev" in answer.out
+        assert "3 draws: test text, calibrated with other windows each time, mean ± standard deviation b" in answer.out
     document = json.loads(command("status", *options, "--json").out)
     assert document["complete"]
     assert document["best"]["draws"]["perplexities"] == pytest.approx(values)
@@ -204,6 +252,32 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     assert command("plan", "--study", place / "tiny.toml", *settings("texts.calibration.draws=100")).code == 2
 
 
+@pytest.mark.parametrize("sampling", ["consecutive", "random"])
+@pytest.mark.parametrize(("positions", "pool"), [(0, 1), (1024, 32), (10**6, None)])
+def test_draws_share_no_token(sampling: str, positions: int, pool: int | None, place: Path) -> None:
+    """Windows of another seed could lie in those of the first, and pools were all the first."""
+    (place / "numbers.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(9000)))}) + "\n")
+    text = Calibration(source="file:numbers.jsonl", sampling=sampling, nsamples=4, seqlen=32, seed=1, draws=3)
+    kind, folder = TokenWindows(), resolve(ModelConfig(source="model"), place)
+    if pool is None and sampling == "random":
+        with pytest.raises(UserError, match="too short for 3 draws of 31250 windows of 32 tokens that share none"):
+            kind.draws(text, 3, positions, folder, place, False)
+        return
+    found = kind.draws(text, 3, positions, folder, place, False)
+    assert found[0][0].content == kind.read({"calibration": text}, folder, place, False)["calibration"].content
+    if pool:
+        assert found[0][1].content == kind.many(text, positions, folder, place, False).content
+    whole = text.model_copy(update={"nsamples": None, "sampling": "consecutive"})
+    third = len(token_windows(whole, place / "model", place)) // 3
+    assert {(len(items), len(each)) for items, each in found} == {(4, pool or third)}
+    encode = load_tokenizer(folder.path, False)
+    places = []
+    for items, each in found:
+        words = " ".join(encode.decode(row) for row in np.vstack([items.ids, each.ids])).split()
+        places.append({int(word) for word in words if len(word) == 4 and word.isdigit()})
+    assert not any(len(one & other) > 2 for one, other in combinations(places, 2))  # a number that a window cuts
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
@@ -241,6 +315,11 @@ def test_their_cost_is_foretold(place: Path) -> None:
     one, three = (foresee(study_file(place, dense, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
     assert three.tokens - one.tokens == 2 * 2 * (256 + 512) + 2 * 2 * 256  # the error curve; statistics, once a draw
+    by_prices = 'allocation=["prices"]'
+    one, three = (foresee(study_file(place, by_prices, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
+    assert one.tokens is not None and three.tokens is not None
+    descents = 3 * 3 * prices.STEPS * 2048  # forward passes; of the first draw too, since the text is short
+    assert three.tokens - one.tokens == 5 * (2 * 256 + 512) + 2 * 2 * 256 + descents
 
 
 def test_spread_and_change_by_hand() -> None:

@@ -29,7 +29,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.onnx_backbone import RENAMED, onnx_to_folder
 from atp_tune.errors import UserError
 from atp_tune.inputs import archives, pixel_cache
-from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests, images_of
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.inputs.probe import fitted
@@ -537,9 +537,22 @@ def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder
 
 def test_draws_that_would_be_the_same_images_are_refused(classifier: ModelFolder, tmp_path: Path) -> None:
     wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=15)
-    assert len(LabelledImages().draws(wanted, 2, classifier, tmp_path, False)) == 1
+    assert len(LabelledImages().draws(wanted, 2, 0, classifier, tmp_path, False)) == 2
     with pytest.raises(UserError, match=r"^images.calibration.draws: 3 draws take 45 images, and the part has 40"):
-        LabelledImages().draws(wanted, 3, classifier, tmp_path, False)
+        LabelledImages().draws(wanted, 3, 0, classifier, tmp_path, False)
+
+
+@pytest.mark.parametrize(("positions", "pool"), [(0, 1), (40, 8), (10_000, 20)])
+def test_draws_share_no_image(positions: int, pool: int, classifier: ModelFolder, tmp_path: Path) -> None:
+    """Random subsets of one part, by other seeds, shared half of their images."""
+    wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=8, seed=3)
+    found = LabelledImages().draws(wanted, 2, positions, classifier, tmp_path, False)
+    assert [(len(items), len(each)) for items, each in found] == [(8, pool)] * 2
+    one, other = ({*digests(items), *digests(each)} for items, each in found)
+    assert not one & other
+    assert found[0][0].content == images_of(wanted, classifier, tmp_path).content
+    if positions == 40:
+        assert found[0][1].content == LabelledImages().many(wanted, 40, classifier, tmp_path, False).content
 
 
 def test_a_packed_file_is_read_as_far_as_its_head_says(tmp_path: Path) -> None:

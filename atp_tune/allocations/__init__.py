@@ -64,6 +64,11 @@ def contents_of(name: str) -> tuple[str, ...]:
     return (*getattr(ALLOCATIONS[name], "contains", ()), name)
 
 
+def is_fitted(name: str) -> bool:
+    """Whether an allocation's plan depends on the calibration text: it measures inputs, or is a plug-in, which may."""
+    return not ALLOCATIONS.is_built_in(name) or getattr(ALLOCATIONS[name], "measures_inputs", False)
+
+
 def contains_uniform(name: str) -> bool:
     """Whether an allocation is uniform where all its parameters are 0."""
     return "uniform" in contents_of(name)

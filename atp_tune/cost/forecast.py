@@ -177,7 +177,7 @@ class ScreeningCost:
 @dataclass(frozen=True)
 class DrawsCost:
     """The cost of other draws of the calibration text: `plans` to measure on the text of `role`; `once`: calibration
-    tokens of all dense statistics.
+    tokens of all dense statistics, and those of descents.
     """
 
     plans: int

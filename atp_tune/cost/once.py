@@ -24,6 +24,7 @@ class Amounts:
     windows: int  # of the calibration text
     validation_windows: int
     passes: float  # forward passes that a token of a step by prices costs; at most, until the model is loaded
+    is_short: bool  # the first draw is fitted anew too, see `TrialContext.is_short`; False until the text is read
 
     @property
     def costs(self) -> dict[str, Passes]:
@@ -50,6 +51,21 @@ def _path(known: Amounts) -> tuple[float, ...]:
     from atp_tune.allocations.prices import path
 
     return path(*known.study.interval) if known.study.interval else (known.study.highest,)
+
+
+def plans_anew(known: Amounts) -> int:
+    """Number of plans that each draw of the calibration text finds anew by a descent.
+
+    They are at most the best of each allocation; over an interval of sparsities the best of all.
+    """
+    allocations = len(known.study.allocation.by_prices)
+    return min(1, allocations) if known.study.interval is not None else min(allocations, len(known.study.descents))
+
+
+def share_anew(known: Amounts) -> float:
+    """What all draws of the calibration text descend anew, as a share of the study's descents."""
+    more = known.study.data.calibration.draws - 1
+    return (more + known.is_short) * plans_anew(known) / max(1, len(known.study.descents)) if more else 0.0
 
 
 def descents(known: Amounts) -> int:

@@ -14,7 +14,16 @@ from atp_tune.checkpoints.offload import Free, Offload, choose
 from atp_tune.cost import forecast
 from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import Amounts, descent_bytes, descents, levels_seconds, step_tokens, training
+from atp_tune.cost.once import (
+    Amounts,
+    descent_bytes,
+    descents,
+    levels_seconds,
+    plans_anew,
+    share_anew,
+    step_tokens,
+    training,
+)
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
@@ -119,7 +128,7 @@ def _known(
     bounded = device.type != "cpu" or device_limit() is not None
     free = Free(free_memory(device), host_memory(), bounded)
     return Known(
-        study, tokens, windows, len(items["validation"]), PASSES,
+        study, tokens, windows, len(items["validation"]), PASSES, False,
         _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), width,
         itemsize, free, device.type == "cuda", _kinds(study), psutil.Process().memory_info().rss,
     )  # fmt: skip
@@ -129,6 +138,7 @@ def _with_model(known: Known, context: "TrialContext") -> Known:
     """With the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
     from atp_tune.blocks.gradients import passes
 
+    known = replace(known, is_short=context.is_short)
     if (tokens := step_tokens(known)) and not known.study.by_bits:  # whose gradients are those of single items
         known = replace(known, passes=passes(context.checkpoint, tokens))
     if len(known.sizes.blocks) == len(context.checkpoint.blocks):
@@ -219,10 +229,10 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     plans = compared(study)
     rows = None if study.data.test is None else pruned_again(study, trials or 0)
     once = known.kinds * known.tokens.calibration + descents(known)
-    blocks = len(known.sizes.blocks)
+    blocks, times = len(known.sizes.blocks), 1 + share_anew(known)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, drawn(known, plans))
-    if rates is not None and (descended := descents(known)):
-        own = levels_seconds(known, rates)
+    if rates is not None and (descended := times * descents(known)):
+        own = times * levels_seconds(known, rates)
         found = forecast.added(found, 0, (own, 0.0 if done else own))
         found = found.model_copy(update={"descents": own + blocks * descended * rates.dense})
     ends_early = study.search.early_termination or study.limit is not None
@@ -257,11 +267,12 @@ def compared(study: Study) -> int:
 
 
 def drawn(known: Amounts, plans: int) -> DrawsCost:
-    """The cost of the draws of the calibration text after the first."""
+    """The cost of the draws of the calibration text after the first, and of what the first finds anew."""
     study = known.study
     more = study.data.calibration.draws - 1
-    once = dense_kinds(study) * known.tokens.calibration if study.prune.statistics == "dense" else 0
-    return DrawsCost(more * plans, "validation" if study.data.test is None else "test", more * once)
+    once = more * _kinds(study) * known.tokens.calibration + round(share_anew(known) * descents(known))
+    plans = more * plans + (known.is_short and plans_anew(known))
+    return DrawsCost(plans, "validation" if study.data.test is None else "test", once)
 
 
 def _screening(known: Known) -> ScreeningCost | None:

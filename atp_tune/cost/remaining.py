@@ -143,13 +143,13 @@ def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
     size = {role: number * length for role, (number, length) in opened.items.items()}
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
-    known = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES)
+    known = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
     pruning = fmean(cost.total - cost.evaluate for cost in known.costs.values())
     draws, screen = drawn(known, compared(study)), study.search.screen
     found: dict[str, tuple[int, float]] = {
         "dense": (1 + (screen is not None), tokens.validation),
         "trial": (opened.total - opened.done, fmean(cost.total for cost in known.costs.values())),
-        "draw": (draws.plans, pruning + draws.evaluated(tokens)),
+        "draw": (draws.plans, pruning + draws.evaluated(tokens) + 2 * draws.once / max(1, draws.plans)),
     }
     if screen is not None:
         found["screening"] = screen.trials, screened_tokens(known, screen)

@@ -18,6 +18,7 @@ from atp_tune.results.formatting import (
     cells,
     command_of,
     drawn,
+    drawn_how,
     draws_of,
     errors_of,
     hit_cells,
@@ -152,7 +153,7 @@ def _gain(summary: Summary) -> str:
     over = "" if by_kl else draws_of(summary, summary.best_trial)[1]
     draws = (
         f" Over {drawn(summary)} draws of the calibration {summary.data} the difference is {over} "
-        "(mean ± standard deviation)."
+        f"({drawn_how(summary)})."
     )
     if may_be_chance(against, summary.windows.get(rank.on, 0)):
         return (

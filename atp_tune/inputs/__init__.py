@@ -38,8 +38,8 @@ class Items(Protocol):
     def batch(self, device: "torch.device") -> Batch:
         """All items on a device."""
 
-    def thinned(self, stride: int) -> Self:
-        """Every stride-th item, from the first."""
+    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> Self:
+        """Every stride-th item of those from `start` to `end`, from the first."""
 
 
 T = TypeVar("T", bound=Items)
@@ -61,8 +61,13 @@ class InputKind(Protocol[T]):
     def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, T]:
         """The items of each role; relative paths start at `base`. UserError for bad input or shared items."""
 
-    def draws(self, text: Any, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[T]:
-        """Items of `count` draws of a calibration text, without the first draw. UserError if the text is too short."""
+    def draws(
+        self, text: Any, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
+    ) -> list[tuple[T, T]]:
+        """The items of `count` draws of a calibration text, and the pool of each, see `many`; the first is the text's.
+
+        Pools do not overlap: they hold fewer positions where the text has no room. UserError if the items have none.
+        """
 
     def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:
         """As many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
@@ -81,6 +86,13 @@ class InputKind(Protocol[T]):
 
     def examples(self, checkpoint: "Checkpoint", items: int, positions: int) -> tuple[Batch, Batch, Batch]:
         """Three example batches of one shape: a blank one, and two with different contents."""
+
+
+def cut_draws(whole: T, count: int, nsamples: int, stride: int, pool: int) -> list[tuple[T, T]]:
+    """Items, every stride-th of the first `nsamples`, and a pool, the first `pool`, of each of `count` parts."""
+    per = len(whole) // count
+    starts = range(0, count * per, per)
+    return [(whole.thinned(stride, x, x + nsamples), whole.thinned(1, x, x + min(pool, per))) for x in starts]
 
 
 KINDS = Registry[InputKind[Any]](

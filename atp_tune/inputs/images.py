@@ -13,7 +13,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import classifies_images, model_config
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs import InputKind
+from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixel_cache import cached_pixels
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
@@ -60,9 +60,10 @@ class Images:
         kept[list(rows)] = False
         return Images.of(self.pixels[kept], self.classes[kept], self.positions)
 
-    def thinned(self, stride: int) -> "Images":
-        """Every stride-th image, from the first."""
-        return Images.of(self.pixels[::stride].contiguous(), self.classes[::stride].contiguous(), self.positions)
+    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Images":
+        """Every stride-th image of those from `start` to `end`, from the first."""
+        pixels, classes = (found[start:end:stride].contiguous() for found in (self.pixels, self.classes))
+        return Images.of(pixels, classes, self.positions)
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,25 @@ class LabelledImages:
         doubles = doubles_of(found)
         return {role: images.without(doubles[role]) if doubles[role] else images for role, images in found.items()}
 
-    def draws(self, text: ImageSet, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Images]:
-        """Images of all draws of the calibration images but the first, with the next seeds."""
+    def draws(
+        self, text: ImageSet, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
+    ) -> list[tuple[Images, Images]]:
+        """Images and pool of each draw: pieces of the one order in which the images of the part are drawn."""
         whole = len(pictures(text, base))
-        part, wanted = int(text.part[1] * whole) - int(text.part[0] * whole), count * (text.nsamples or whole)
-        if wanted > part:
+        part, nsamples = int(text.part[1] * whole) - int(text.part[0] * whole), text.nsamples or whole
+        if count * nsamples > part:
+            wanted = count * nsamples
             raise UserError(
                 f"images.calibration.draws: {count} draws take {wanted} images, and the part has {part}; lower one"
             )
-        others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
-        return [read_images("calibration", other, folder, base) for other in others]
+        pool = _pool_of(text, positions, folder, base)
+        per = min(max(nsamples, pool if positions else 0), part // count)
+        more = text.model_copy(update={"nsamples": count * per, "stride": 1})
+        return cut_draws(read_images("calibration", more, folder, base), count, nsamples, text.stride, pool)
 
     def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Images:
         """As many calibration images as hold `positions` hidden states: the first that are drawn."""
-        one = read_images("calibration", text.model_copy(update={"nsamples": 1, "stride": 1}), folder, base)
-        more = text.model_copy(update={"nsamples": max(1, positions // one.positions), "stride": 1})
+        more = text.model_copy(update={"nsamples": _pool_of(text, positions, folder, base), "stride": 1})
         return read_images("calibration", more, folder, base, at_most=True)
 
     def check_disjoint(self, items: Mapping[str, Images]) -> None:
@@ -134,6 +139,12 @@ class LabelledImages:
 
 
 LABELLED_IMAGES: InputKind[Images] = LabelledImages()
+
+
+def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
+    """How many images hold `positions` hidden states."""
+    one = read_images("calibration", text.model_copy(update={"nsamples": 1, "stride": 1}), folder, base)
+    return max(1, positions // one.positions)
 
 
 def doubles_of(items: Mapping[str, Images]) -> dict[str, list[int]]:

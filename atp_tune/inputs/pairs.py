@@ -81,9 +81,10 @@ class Pairs:
         """The pairs on a device."""
         return PairBatch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.image)
 
-    def thinned(self, stride: int) -> "Pairs":
-        """Every stride-th pair, from the first."""
-        return Pairs.of({name: tensor[::stride].contiguous() for name, tensor in self.tensors.items()}, self.image)
+    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Pairs":
+        """Every stride-th pair of those from `start` to `end`, from the first."""
+        rows = slice(start, end, stride)
+        return Pairs.of({name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}, self.image)
 
     def has_text(self) -> bool:
         """Whether each pair has a token, after its first, that stands for no image."""

@@ -13,9 +13,9 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs import Batch, InputKind
+from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
-from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, stretches, token_windows
+from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.texts import Text
 
@@ -36,12 +36,17 @@ class TokenWindows:
         self.check_disjoint(found)
         return found
 
-    def draws(self, text: Text, count: int, folder: ModelFolder, base: Path, bos: bool) -> list[Windows]:
-        """Windows of all draws of a calibration text but the first: with the next seeds, or from the next windows."""
-        if text.sampling == "random":
-            others = [text.model_copy(update={"seed": text.seed + index}) for index in range(1, count)]
-            return [read_text("calibration", other, folder, base, bos) for other in others]
+    def draws(
+        self, text: Text, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
+    ) -> list[tuple[Windows, Windows]]:
+        """Windows and pool of each draw: with the seeds that follow, or from the windows that follow."""
         assert text.nsamples is not None
+        pool = max(1, positions // text.seqlen)
+        per = max(text.nsamples, pool if positions else 0)
+        if text.sampling == "random":
+            more = text.model_copy(update={"nsamples": per, "stride": 1})
+            found = read_text("calibration", more, folder, base, bos, count)
+            return cut_draws(found, count, text.nsamples, text.stride, pool)
         try:
             whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
             found = read_text("calibration", whole, folder, base, bos)
@@ -51,7 +56,9 @@ class TokenWindows:
                 f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
                 f'{reason}, or draws, or set sampling = "random"'
             ) from None
-        return [stretch.thinned(text.stride) for stretch in stretches(found, count)[1:]]
+        if per > text.nsamples:
+            found = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
+        return cut_draws(found, count, text.nsamples, text.stride, pool)
 
     def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Windows:
         """Windows of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
@@ -118,10 +125,10 @@ def in_dtype(batch: PairBatch, model: nn.Module) -> dict[str, Tensor]:
     return {name: found.to(dtype) if found.is_floating_point() else found for name, found in batch.tensors.items()}
 
 
-def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows:
-    """The windows of the text of one role; UserError that names the key."""
+def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool, draws: int = 1) -> Windows:
+    """The windows of the text of one role, of all draws one after the other; UserError that names the key."""
     try:
-        return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos)
+        return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos, draws=draws)
     except UserError as error:
         named = str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}"
         raise UserError(named) from None

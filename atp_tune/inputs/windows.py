@@ -40,6 +40,7 @@ _TOKENIZER = (  # files of tokenizers; config.json may name the class
     "*.model", "*.tiktoken", "*.spm", "*.codes",
 )  # fmt: skip
 _CHARACTERS_PER_TOKEN = 8  # more than in usual texts
+_TRIES = 1000  # to draw a window that shares no token with those of earlier draws
 _MARGIN = 1024  # tokens near a cut of the text, which may be tokenised differently
 
 
@@ -72,28 +73,39 @@ class Windows:
 
         return torch.from_numpy(self.ids).to(device)
 
-    def thinned(self, stride: int) -> "Windows":
-        """Every stride-th window, from the first."""
-        return Windows.of(np.ascontiguousarray(self.ids[::stride]), self.bos)
+    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Windows":
+        """Every stride-th window of those from `start` to `end`, from the first."""
+        return Windows.of(np.ascontiguousarray(self.ids[start:end:stride]), self.bos)
 
 
 def token_windows(
-    text: Text, folder: Path, base: Path, notify: Notify = silent, trusted: bool = False, bos: bool = False
+    text: Text,
+    folder: Path,
+    base: Path,
+    notify: Notify = silent,
+    trusted: bool = False,
+    bos: bool = False,
+    draws: int = 1,
 ) -> Windows:
     """The windows of a study's text with the tokenizer in `folder`, from the cache if possible.
 
-    Relative paths start at `base`; `trusted`: code in `folder` may run; `bos`: each window begins with BOS.
+    Relative paths start at `base`; `trusted`: code in `folder` may run; `bos`: each window begins with BOS; `draws`: so
+    many random draws, with the seeds that follow, one after the other.
 
     Errors: UserError that starts with a key of the text, or if there is no BOS.
     """
     _check_text(text)
-    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted, bos)}.npy"
+    stored = cache_dir("windows") / f"{_key(text, folder, base, trusted, bos, draws)}.npy"
     if stored.is_file():
         ids = np.load(stored, allow_pickle=False)
     else:
         notify(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
-        ids = DRAWS[text.sampling](documents(text, base), encode, text, first)[:: text.stride]
+        found = documents(text, base)
+        if text.sampling == "random":
+            ids = _random(found, encode, text, first, draws)[:: text.stride]
+        else:
+            ids = _consecutive(found, encode, text, first)[:: text.stride]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
@@ -117,12 +129,6 @@ def _check_text(text: Text) -> None:
     """UserError for pairs of image and text, of which only a calibration takes the images too."""
     if text.images is not None:
         raise UserError("images: pairs of image and text are for calibration; give another text")
-
-
-def stretches(windows: Windows, count: int) -> list[Windows]:
-    """Splits windows into `count` consecutive parts of equal length."""
-    size = len(windows) // count
-    return [Windows.of(windows.ids[part * size : (part + 1) * size], windows.bos) for part in range(count)]
 
 
 def check_disjoint(named: Mapping[str, Windows]) -> None:
@@ -149,7 +155,7 @@ def recut(windows: Windows, tokens: int) -> Windows:
     return Windows.of(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
 
 
-def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
+def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: int) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
     found = (file for pattern in patterns for file in folder.glob(pattern))
     files = {file.name: sha256_of(file) for file in found if file.exists() and not file.is_dir()}
@@ -160,6 +166,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool) -> str:
         tokenizer=files,
         libraries=[version("transformers"), version("tokenizers")],
         bos=bos,
+        draws=draws,
     )
 
 
@@ -212,16 +219,30 @@ def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.nd
     return np.hstack([np.full((count, len(first)), first, np.int64), rows])
 
 
-def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
-    """For each window, draws documents until one is longer than it, then its start, in the same order as Wanda."""
-    generator = random.Random(text.seed)
+def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int], draws: int) -> np.ndarray:
+    """For each window, draws documents until one is longer than it, then its start, in the same order as Wanda.
+
+    Each of the draws has a seed of its own. A window that shares a token with one of an earlier draw is drawn again.
+    """
     encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
     short: dict[int, int] = {}
-    rows, tokens = [], text.seqlen - len(first)
-    for _ in range(text.nsamples or 0):
-        ids = _long_document(generator, encoded, len(found), tokens, short)
-        start = generator.randint(0, len(ids) - tokens - 1)
-        rows.append([*first, *ids[start : start + tokens]])
+    rows, tokens, taken = [], text.seqlen - len(first), list[tuple[int, int]]()
+    for draw in range(draws):
+        generator, own = random.Random(text.seed + draw), list[tuple[int, int]]()
+        for _ in range(text.nsamples or 0):
+            for _ in range(_TRIES):
+                index, ids = _long_document(generator, encoded, len(found), tokens, short)
+                start = generator.randint(0, len(ids) - tokens - 1)
+                if not any(index == other and abs(start - place) < tokens for other, place in taken):
+                    break
+            else:
+                raise UserError(
+                    f"draws: {short_source(text.source)} is too short for {draws} draws of {text.nsamples} windows of "
+                    f"{tokens} tokens that share none; lower draws"
+                )
+            own.append((index, start))
+            rows.append([*first, *ids[start : start + tokens]])
+        taken += own
     return np.array(rows, np.int64)
 
 
@@ -231,14 +252,14 @@ def _long_document(
     count: int,
     tokens: int,
     short: dict[int, int],
-) -> list[int]:
-    """Ids of the first drawn document with more than `tokens` ids; `short` keeps the lengths of the others."""
+) -> tuple[int, list[int]]:
+    """Index and ids of the first drawn document with more than `tokens` ids; `short`: the lengths of the others."""
     while len(short) < count:
         index = generator.randint(0, count - 1)
         if index in short:
             continue
         if len(ids := encoded(index)) > tokens:
-            return ids
+            return index, ids
         short[index] = len(ids)
     raise UserError(
         f"seqlen: none of the {count} documents is longer than {tokens} tokens, the longest has "
@@ -281,6 +302,3 @@ def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
         if length > count + 2:
             return "\n\n".join(pieces)[:count], False
     return "\n\n".join(pieces), True
-
-
-DRAWS = {"random": _random, "consecutive": _consecutive}

@@ -1,7 +1,8 @@
-"""Perplexity of one plan over several draws of the calibration text: the part of its spread that is due to the draw.
+"""Perplexity over several draws of the calibration text: the part of its spread that is due to the draw.
 
-The plan and the measured windows stay the same; the pruner is calibrated with other windows in each draw. The spread is
-the standard deviation between draws, not the standard error of their mean.
+The measured windows stay the same; the pruner is calibrated with other windows in each draw. What was fitted to the
+calibration text, such as the sparsities of `row-prices`, is fitted anew to each draw's own; parameters of the search
+stay. Draws share no text. The spread is the standard deviation between draws, not the standard error of their mean.
 
     change in draw d = exp(mean of NLL_best - NLL_uniform over windows) - 1, both calibrated with draw d
 """
@@ -32,6 +33,9 @@ class OverDraws(FrozenModel):
     perplexity: Spread
     changes: tuple[FiniteFloat, ...] | None = None
     change: Spread | None = None
+    fitted_to: tuple[int, int] | None = Field(
+        None, description="tokens, or images, that each draw's plan was fitted anew to, and those of the plan itself"
+    )
 
     @property
     def count(self) -> int:
@@ -46,8 +50,24 @@ class OverDraws(FrozenModel):
         """Formats the change from uniform; empty for uniform itself."""
         return f"{self.change.mean:+.1%} ± {self.change.sd:.1%}" if self.change else ""
 
+    def how(self, data: str, is_fitted: bool) -> str:
+        """What the numbers are, in words; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""
+        items, unit = ("images", "images") if data == "images" else ("windows", "tokens")
+        said = f"calibrated with other {items} each time, "
+        if self.fitted_to:
+            each, own = self.fitted_to
+            said += f"the plan fitted anew to {each:,} {unit} of each draw, "
+            said += f"where the plan itself is fitted to {own:,}, " if each != own else ""
+        elif is_fitted:
+            said += "all with the plan that was fitted to the first draw, "
+        return f"{said}mean ± standard deviation between draws"
 
-def over_draws(nlls: Sequence[Sequence[float]], uniform: Sequence[Sequence[float]] | None) -> OverDraws | None:
+
+def over_draws(
+    nlls: Sequence[Sequence[float]],
+    uniform: Sequence[Sequence[float]] | None,
+    fitted_to: tuple[int, int] | None = None,
+) -> OverDraws | None:
     """From window NLLs by draw and those of uniform; None for a single draw or an infinite perplexity."""
     values = [perplexity(one).value for one in nlls]
     pairs = zip(uniform or (), nlls, strict=bool(uniform))
@@ -58,6 +78,7 @@ def over_draws(nlls: Sequence[Sequence[float]], uniform: Sequence[Sequence[float
     return OverDraws(
         perplexities=tuple(values),
         perplexity=_spread(values),
+        fitted_to=fitted_to,
         changes=tuple(changes) if paired else None,
         change=_spread(changes) if paired else None,
     )

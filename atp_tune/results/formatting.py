@@ -233,9 +233,13 @@ def drawn(summary: Summary) -> int:
 
 def draws_note(summary: Summary) -> str:
     """The legend of numbers over draws; "" without draws."""
-    test, items = ("test images", "images") if summary.hits else ("test text", "windows")
-    how = f"{test}, calibrated with other {items} each time, mean ± standard deviation"
-    return f"{drawn(summary)} draws: {how}" if drawn(summary) else ""
+    return f"{drawn(summary)} draws: test {summary.data}, {drawn_how(summary)}" if drawn(summary) else ""
+
+
+def drawn_how(summary: Summary) -> str:
+    """What the numbers over draws are; "" without draws."""
+    found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
+    return found.how(summary.data, False) if found else ""
 
 
 def _reason(trial: FrozenTrial) -> str:

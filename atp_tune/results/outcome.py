@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
-from atp_tune.results.formatting import drawn, draws_of, method_of
+from atp_tune.results.formatting import drawn, drawn_how, draws_of, method_of
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
@@ -45,7 +45,7 @@ def draws_said(summary: Summary) -> str:
     if not value or not summary.interval:
         return ""
     beside = f", {against} against uniform" if against else ""
-    return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} (mean ± standard deviation)"
+    return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} ({drawn_how(summary)})"
 
 
 def _within(summary: Summary, best: Point, limit: Limit) -> str:

@@ -8,6 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
+from atp_tune.allocations import is_fitted
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.bos import BosEffect
@@ -21,6 +22,7 @@ from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.front import Point, points_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
 from atp_tune.results.trials import (
+    allocation_of,
     best_of_each,
     divergences_of,
     is_uniform,
@@ -310,14 +312,28 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
     """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
-    names, found = _redrawn(study), study.user_attrs.get("draws", {})
-    return [(draw, name) for draw in range(1, draws) for name in names if str(draw) not in found.get(name, {})]
+    names, found = _redrawn(study), _drawn(study, draws)
+    return [(draw, name) for draw in range(draws) for name in names if str(draw) not in found.get(name, {})]
+
+
+def fits_anew(study: optuna.Study) -> bool:
+    """Whether plans are fitted to the calibration text by an allocation of the last run, so anew to each draw's own."""
+    made = made_from(study.user_attrs.get("made_from"))
+    return made is not None and any(map(is_fitted, made.study.allocation.short_names))
+
+
+def _drawn(study: optuna.Study, draws: int) -> dict[str, dict[str, list[float]]]:
+    """Window NLLs by trial and draw; with plans fitted anew those of so many draws."""
+    if fits_anew(study):
+        return {name: rows.get(str(draws), {}) for name, rows in study.user_attrs.get("refits", {}).items()}
+    others = study.user_attrs.get("draws", {})
+    return {name: {"0": own, **others.get(name, {})} for name, own in study.user_attrs.get("test_nlls", {}).items()}
 
 
 def final_numbers(study: optuna.Study) -> int:
     """Number of measurements on the test text, over all draws of the calibration text."""
-    draws = study.user_attrs.get("draws", {})
-    return len(study.user_attrs.get("test_nlls", {})) + sum(map(len, draws.values()))
+    tables = [study.user_attrs.get(key, {}) for key in ("draws", "refits")]
+    return len(study.user_attrs.get("test_nlls", {})) + sum(len(row) for table in tables for row in table.values())
 
 
 def _compared(study: optuna.Study) -> list[str]:
@@ -339,17 +355,20 @@ def _redrawn(study: optuna.Study) -> list[str]:
 
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
-    reports, draws, names = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("draws", {}), _redrawn(study)
-    measured = {name: {"0": reports[name], **draws.get(name, {})} for name in names if name in reports}
+    names, count = _redrawn(study), _draws_of(study)
+    draws = _drawn(study, count)
+    measured = {name: draws[name] for name in names if name in draws}
     if not measured or len(measured) < len(names):
         return {}
+    fitted_to = study.user_attrs.get("fitted_to", {}).get(str(count))
     common = sorted(set.intersection(*(set(found) for found in measured.values())), key=int)
     nlls = {name: [found[draw] for draw in common] for name, found in measured.items()}
     result = {}
     for name in names:
         trial = study.trials[int(name)]
         uniform = None if is_uniform(trial) else uniform_of(study, trial)
-        found = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None)
+        fitted = tuple(fitted_to) if fitted_to and is_fitted(allocation_of(trial)) else None
+        found = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None, fitted)
         if found is not None:
             result[trial.number] = found
     return result

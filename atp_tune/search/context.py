@@ -6,6 +6,7 @@ Windows are evaluated in the same batches with and without a stopper, so trials 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.events import EventHandler, Message, Step, ignore_events
+from atp_tune.events import EventHandler, Message, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
@@ -83,7 +84,7 @@ class TrialContext(Released):
         self.heads = self._auto_batch(*self.score.head_cost(checkpoint, max(positions.values())))
         self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
-        self._draws: list[Items] = []  # of the calibration text, without the first
+        self._draws: list[tuple[Items, Items]] = []  # of the calibration text: windows, and what plans are fitted to
         self._path: tuple[float, ...] = ()  # targets of a descent by prices over an interval of sparsities
         self._pool: Callable[[], Items] = lambda: windows["calibration"]  # what steps by prices draw from
 
@@ -114,9 +115,10 @@ class TrialContext(Released):
         if setup.sparsities is not None:
             context._path = path(*setup.sparsities)
         if setup.draws > 1:
-            text = setup.texts["calibration"]
-            context._draws = inputs.draws(text, setup.draws, folder, setup.base, context.bos)
-            for drawn in context._draws:
+            text, pool = setup.texts["calibration"], POOL if setup.by_prices else 0
+            found = inputs.draws(text, setup.draws, pool, folder, setup.base, context.bos)
+            context._draws = [(items, pool if setup.by_prices else items) for items, pool in found]
+            for drawn in chain.from_iterable(found):
                 inputs.check_disjoint({**context.windows, "calibration": drawn})
         return context
 
@@ -169,7 +171,23 @@ class TrialContext(Released):
 
     def drawn(self, index: int) -> "TrialContext":
         """The context with another draw of the calibration text (0: its own), without dense measurements."""
-        return self._with("calibration", self._draws[index - 1])
+        (items, pool), watch = self._draws[index], self.watch
+        other = self._with("calibration", items)
+        other._pool = lambda: pool
+        other.watch = lambda event: None if isinstance(event, TrialStarted) else watch(event)
+        return other
+
+    @cached_property
+    def fitted_to(self) -> tuple[int, int]:
+        """Tokens, or images, that plans are fitted to anew in each draw, and those that the study's own are."""
+        (items, pool), *_ = self._draws
+        size = pool.positions if self.inputs.called == "a text" else 1
+        return len(pool) * size, len(items if pool is items else self._pool()) * size
+
+    @property
+    def is_short(self) -> bool:
+        """Whether draws are fitted to less than the study's own plans, since the calibration text has no room."""
+        return len(self._draws) > 1 and len(set(self.fitted_to)) > 1
 
     def limited(self, role: str, most: int) -> "TrialContext":
         """The context with the first items of one role, at most so many."""

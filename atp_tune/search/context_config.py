@@ -17,7 +17,8 @@ from atp_tune.spec.typed import Interval
 class ContextConfig:
     """The settings of a context: model, pruners, texts by role, and the folder of relative paths (`base`).
 
-    `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text. `bos`: windows begin with BOS; None if
+    `batches`: sizes for `TrialContext.begin`. `draws`: of the calibration text, each with a pool of its own if plans
+    are found `by_prices`. `bos`: windows begin with BOS; None if
     the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
     `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`: weights are rounded,
     after pruning to `bits` in every block.
@@ -36,6 +37,7 @@ class ContextConfig:
     sparsities: Interval | None = None
     quantize: QuantizeConfig | None = None
     bits: int | None = None
+    by_prices: bool = False
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":
@@ -46,7 +48,7 @@ class ContextConfig:
             texts["test"] = data.test
         kind, draws, score = inputs_of(study.score), data.calibration.draws, study.score
         made = cls(model, study.prune, texts, base, study.device, {}, draws, bos, kind, score, interval)
-        return made.rounding(study)
+        return replace(made.rounding(study), by_prices=bool(study.allocation.by_prices))
 
     def rounding(self, study: Study) -> "ContextConfig":
         """The same, with weights rounded as a study asks."""

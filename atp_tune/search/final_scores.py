@@ -6,18 +6,20 @@ objective measures them while it has the pruned blocks, since all of them are co
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from time import sleep
 from typing import TYPE_CHECKING
 
 import optuna
 
+from atp_tune.allocations import is_fitted
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import PROMPTS, ModelName
 from atp_tune.plan import Plan
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
-from atp_tune.results.summary import undrawn, unreported
-from atp_tune.results.trials import uniform_of
+from atp_tune.results.summary import fits_anew, undrawn, unreported
+from atp_tune.results.trials import allocation_of, uniform_of
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint, progress
@@ -40,8 +42,9 @@ REPORTER = "reporter"  # system attribute of a study: the process that measures 
 def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space) -> None:
     """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
 
-    If `texts.calibration.draws` > 1, the trials are pruned with the other draws too. Each measurement is stored at
-    once, in an attribute of its own: two hosts may report at the same moment.
+    If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
+    calibration text are fitted anew to each draw's own. Each measurement is stored at once, in an attribute of its own:
+    two hosts may report at the same moment.
     """
     draws = run.file.study.data.calibration.draws
     _wait_for_reporter(run, study, draws)
@@ -53,8 +56,13 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
         for name in unreported(study):
             store_test_scores(study, name, *_measure(run, study, context, space, name, texts))
         texts.complete(space)
+        anew = fits_anew(study)
         for draw, name in undrawn(study, draws):
-            study.set_user_attr(f"draws:{name}:{draw}", _measure(run, study, context, space, name, texts, draw)[0])
+            nlls = _redrawn(run, study, context, space, name, draw, anew)
+            study.set_user_attr(f"refits:{name}:{draws}:{draw}" if anew else f"draws:{name}:{draw}", nlls)
+            if anew:
+                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(context.fitted_to)}
+                study.set_user_attr("fitted_to", fitted_to)
     finally:
         if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
@@ -120,7 +128,8 @@ class _Texts:
             if name in self.work.wanted:
                 plan = None if row == "dense" else space.plan_of(self._study.trials[int(row)])
                 self._run.watch(TrialStarted(f"continuations: {name}", plan))
-                for _ in self.work.follow(name, _blocks(self._study, self._context, self._context, row, plan)):
+                _begin(self._study, self._context, row)
+                for _ in self.work.follow(name, _blocks(self._context, plan)):
                     pass
                 self.work.say(name)
         if self._best and self._uniform and self._best.number == self._uniform.number:
@@ -154,42 +163,59 @@ def _work(
 
 
 def _measure(
-    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, texts: _Texts, draw: int = 0
+    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, texts: _Texts
 ) -> "WindowScores":
-    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised.
-
-    `draw`: the draw of the calibration text that prunes; without KLs where it is not the trial's own, 0. The batch
-    sizes are those of the trial's measurement, which affect its mask.
-    """
+    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised."""
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.scores import WindowScores
 
-    spec, trial = run.file.study.data, None if name == "dense" else study.trials[int(name)]
-    if spec.test is None and not draw:
+    trial = None if name == "dense" else study.trials[int(name)]
+    if run.file.study.data.test is None:
         if trial is None:
             return WindowScores(study.user_attrs["dense"], [], study.user_attrs.get("dense_ranks", []))
         return WindowScores(trial.user_attrs["nlls"], *(trial.user_attrs.get(key, []) for key in ("kls", "ranks")))
     plan = None if trial is None else space.plan_of(trial)
-    test = "test text:" if run.file.study.images is None else "test images:"
-    title = f"draw {draw + 1} of {spec.calibration.draws}:" if draw else test
+    title = "test text:" if run.file.study.images is None else "test images:"
     title += f" trial {name}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))
-    drawn = context.drawn(draw) if draw else context
-    blocks = _blocks(study, context, drawn, name, plan)
-    kl = "kl" in run.file.study.search.objective and trial is not None and not draw
-    model = None if draw else texts.name(name)
+    _begin(study, context, name)
+    kl, model = "kl" in run.file.study.search.objective and trial is not None, texts.name(name)
     with oom_as_user_error(title):
-        role = "validation" if spec.test is None else "test"
-        found = context.all_scores(texts.work.follow(model, blocks), role, kl=kl)
+        found = context.all_scores(texts.work.follow(model, _blocks(context, plan)), "test", kl=kl)
     texts.work.say(model)
     return found
 
 
-def _blocks(
-    study: optuna.Study, context: "TrialContext", drawn: "TrialContext", name: str, plan: Plan | None
-) -> Iterable["Block"]:
-    """The blocks of a trial, or of `dense`, pruned by the batches of the trial's measurement; `drawn`: of its draw."""
+def _redrawn(
+    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, draw: int, anew: bool
+) -> list[float]:
+    """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
+
+    Draw 0 is the trial's own, but for a plan that is fitted anew to less than the study's own plan was.
+    """
+    from atp_tune.checkpoints.devices import oom_as_user_error
+
+    spec, trial = run.file.study.data, study.trials[int(name)]
+    is_refitted = anew and is_fitted(allocation_of(trial))
+    if not (draw or (is_refitted and context.is_short)):
+        return list(study.user_attrs["test_nlls"][name])
+    plan, drawn = space.plan_of(trial), context.drawn(draw)
+    title = f"draw {draw + 1} of {spec.calibration.draws}: trial {name}"
+    run.watch(TrialStarted(title, plan))
+    _begin(study, context, name)
+    with oom_as_user_error(title):
+        if is_refitted:
+            plan = replace(space, budget=drawn.budget(space.budget.target)).plan(trial.params)
+        return context.all_nlls(_blocks(drawn, plan), "validation" if spec.test is None else "test")
+
+
+def _begin(study: optuna.Study, context: "TrialContext", name: str) -> None:
+    """Begins with the batch sizes of a trial's measurement, which affect its mask, or of `dense`."""
     trial = None if name == "dense" else study.trials[int(name)]
     own = fingerprint.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}
     context.begin({**fingerprint.batches_of(study), **own})
-    return context.dense() if plan is None else ((block.index, block.weights) for block in drawn.prune(plan))
+
+
+def _blocks(context: "TrialContext", plan: Plan | None) -> Iterable["Block"]:
+    """The blocks of a plan, or of the dense model for None."""
+    return context.dense() if plan is None else ((block.index, block.weights) for block in context.prune(plan))

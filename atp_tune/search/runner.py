@@ -211,7 +211,7 @@ def _search(
     if run.reports:
         items = {role: (len(each), each.positions) for role, each in context.windows.items()}
         total_now = progress.total_of(study, total, run.file.goes_on)
-        run.watch(Opened(run.file.study, total_now, progress.counted(study), items))
+        run.watch(Opened(run.file.study, total_now, progress.counted(study), items, context.is_short))
     study.pruner = make_stopper(search)
     screened = Screened()
     if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model

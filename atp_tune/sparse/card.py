@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from atp_tune.allocations import is_fitted
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.checkpoints.trust import is_slim
@@ -202,7 +203,9 @@ def _draws(config: Config) -> str:
     if not found:
         return ""
     against = f", {found.changed} against uniform" if found.change else ""
-    return f"Over {found.count} draws of the calibration text it is {found}{against} (mean ± standard deviation)."
+    data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
+    how = found.how(data, is_fitted(config.allocation.name))
+    return f"Over {found.count} draws of the calibration text it is {found}{against} ({how})."
 
 
 def _base(config: Config) -> str:

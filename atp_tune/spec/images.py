@@ -93,7 +93,10 @@ class CalibrationImages(ImageSet):
     """The images on which pruners measure; their labels are used by prices only."""
 
     draws: int = Field(
-        1, ge=1, description="number of draws for the final scores of best and uniform; the study uses the first"
+        1,
+        ge=1,
+        description="number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; "
+        "the study uses the first",
     )
 
     @model_validator(mode="after")

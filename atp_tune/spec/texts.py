@@ -69,7 +69,10 @@ class Calibration(Text):
     """The calibration text, and the number of its draws."""
 
     draws: int = Field(
-        1, ge=1, description="number of draws for the final scores of best and uniform; the study uses the first"
+        1,
+        ge=1,
+        description="number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; "
+        "the study uses the first",
     )
 
     @model_validator(mode="after")

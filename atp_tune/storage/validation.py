@@ -66,7 +66,7 @@ Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
-TABLES = ("test_nlls", "test_kls", "test_ranks", "draws")  # tables by trial, each row an attribute: see `folded`
+TABLES = ("test_nlls", "test_kls", "test_ranks", "draws", "refits")  # by trial, each row an attribute: see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -122,6 +122,8 @@ STUDY = _kinds(
         "test_ranks": dict[Role, Ranks],
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "draws": dict[Number, dict[Number, Nlls]],
+        "refits": dict[Number, dict[Number, dict[Number, Nlls]]],  # by trial, number of draws, and draw
+        "fitted_to": dict[Number, Annotated[list[Count], Field(min_length=2, max_length=2)]],  # by number of draws
         "batches": Batches,
         "screens": Words,
         "plugins": Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged)],
