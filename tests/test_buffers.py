@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_ranges() -> None:
     assert not Mapped(()).holds(tensor)
     assert Mapped(((start, start + 8),)).bytes_beside([tensor, torch.ones(3)]) == 12
     assert not mapped_files().holds(tensor)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no large pages here")
+def test_plain_memory_asks_for_large_pages() -> None:
+    """The kernel's flag `hg` of its range; whether it has such pages to give is the machine's."""
+    memory = plain(4 << 20)
+    ranges = re.findall(r"^(\w+)-(\w+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.M | re.S)
+    (flags,) = [flags for start, end, flags in ranges if int(start, 16) <= memory.data_ptr() < int(end, 16)]
+    assert "hg" in flags.split()
 
 
 class Runtime:

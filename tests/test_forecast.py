@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from atp_tune.allocations import prices
 from atp_tune.checkpoints.headers import ModelSizes
 from atp_tune.checkpoints.offload import Free
 from atp_tune.cost import once
@@ -121,6 +122,17 @@ def test_the_training_of_the_best_plan_comes_on_top() -> None:
     assert late.seconds_left == plain.seconds_left
     unknown = plain.model_copy(update={"seconds": None, "seconds_left": None})
     assert trained(unknown, alone, None, 4, False).seconds is None
+
+
+def test_descents_wait_for_what_copies_take_beyond_the_products() -> None:
+    """Two copies of each of 4 blocks a step, of 20, against tokens that are counted as those that go through twice."""
+    study = SimpleNamespace(descents=((("prices",), False),), by_bits=False, interval=None, highest=0.5)
+    study.allocation = SimpleNamespace(by_prices=True)
+    known: Any = SimpleNamespace(study=study, tokens=TOKENS, windows=10, passes=3, sizes=SIZES)
+    copies, products = 4 * 2 * prices.STEPS, 4 * once.descents(known) * RATES.dense
+    assert once.waiting_seconds(known, RATES) == 0
+    found = once.waiting_seconds(known, replace(RATES, fetch=1000.0))
+    assert found == pytest.approx(copies * 1000 - products)
 
 
 def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:

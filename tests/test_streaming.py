@@ -123,8 +123,47 @@ def test_a_view_keeps_a_copy_alive(stream: Stream, copies: Watched) -> None:
     assert copies.order == [0, 1]  # two are held: there is no room for a third
     del other
     settle(stream)
+    assert copies.order == [0, 1]  # the last one is kept
+    del view
+    settle(stream)
     assert copies.order == [0, 1, 2]
-    assert bool((view == 0).all())
+
+
+UPWARDS = [*range(8)]
+STEP = [*UPWARDS, *(index for index in UPWARDS[::-1] for _ in range(2))]  # by prices: each on the way back asks twice
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        (UPWARDS, [*range(8), 0]),
+        (UPWARDS * 2, [*range(8), *range(8), 0]),
+        (UPWARDS[::-1], [7, 0, 6, 5, 4, 3, 2, 1, 0, 1]),
+        (STEP, [*range(8), 0, 6, 5, 4, 3, 2, 1, 0, 1]),
+        (STEP * 2, [*range(8), 0, 6, 5, 4, 3, 2, 1, 0, *range(1, 8), 0, 6, 5, 4, 3, 2, 1, 0, 1]),
+        ([3, 3, 3, 4], [3, 4, 5]),
+    ],
+    ids=["upwards", "two trials", "downwards", "a step by prices", "two steps", "one again"],
+)
+def test_copies_that_are_made(asked: list[int], made: list[int], copies: Watched) -> None:
+    """On the way back they were four for each block, half of them useless, and none while another computed."""
+    stream = Stream([{"a": torch.full((50, 4), float(index))} for index in range(8)], CPU)
+    for index in asked:
+        found = stream.get(index)
+        settle(stream)
+        assert bool((found["a"] == index).all())
+        del found
+    settle(stream)
+    assert copies.order == made
+
+
+def test_the_device_is_current_in_the_thread_before_it_copies(copies: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thread that is new it is the first GPU, on which a context of half a gigabyte would be opened."""
+    told: list[object] = []
+    thread = threading.current_thread
+    monkeypatch.setattr(streaming, "make_current", lambda device: told.append((thread().name, device, *copies.order)))
+    Stream(BLOCKS, CPU).get(0)
+    assert told == [("atp_tune blocks", CPU)]
 
 
 def test_what_is_kept_is_never_written_to(stream: Stream, copies: Watched) -> None:

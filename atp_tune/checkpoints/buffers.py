@@ -48,8 +48,14 @@ def _padded(tensor: Tensor) -> int:
 
 
 def plain(size: int) -> Tensor:
-    """Anonymous pages, which are returned to the system with the last tensor in them."""
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    """Anonymous pages, which are returned to the system with the last tensor in them; large ones, if it has such.
+
+    With pages of 4 KiB, 140 GB are 34 million that are zeroed, and registered for CUDA, one by one.
+    """
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # Linux alone has them, and may be built without
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def pinned(size: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Streams blocks to the compute device: the next block is copied while the current block computes.
 
-A thread copies the blocks; on CUDA it uses its own stream. Blocks are requested in the order 0 … L-1, 0, …: after block
-i was delivered the thread copies block i+1, if at most one copy is in use. A copy counts until most of its
-bytes are freed, since a consumer may keep some tensors. Delivered tensors are never written to again.
+A thread copies the blocks; on CUDA it uses its own stream. Trials request blocks in the order 0 … L-1, 0, …, gradients
+in the order 0 … L-1, L-1, L-1, L-2, L-2, … 0, 0: after block i was delivered the thread copies block i+1, or i-1 if i+1
+came before it, if at most one copy is in use. A copy counts until most of its bytes are freed, since a consumer may
+keep some tensors; the last one is kept until another block is requested. Delivered tensors are never written to again.
 
 On CUDA, memory is freed when Python deletes the tensor, while kernels may still read it. So an event is recorded in the
 consumer's stream, and the thread waits for the event before it allocates memory for another block.
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from atp_tune.checkpoints.devices import make_current
 
 Tensors = dict[str, Tensor]
 Mark = Any  # a torch.cuda.Event; None on devices where calls are synchronous
@@ -92,12 +95,14 @@ class Copier:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._next: int | None = None
         self._waiting: Copied | None = None
+        self._last: tuple[Copied, Any] | None = None  # what was delivered, and to be used in which stream
         self._held: dict[int, tuple[int, int]] = {}  # live and total bytes of each delivered copy
         self._marks: list[Mark] = []
         self._copies = 0
 
     def run(self) -> None:
         """Handles messages until None arrives."""
+        make_current(self._device)  # of a new thread it is the first, on which a context would be opened
         while self._serve(self._requests.get()):  # no variable for messages, which would keep a block alive
             self._copy_ahead()
 
@@ -111,7 +116,12 @@ class Copier:
         return True
 
     def _answer(self, wanted: Wanted) -> None:
-        """Delivers the waiting copy if it is the requested block, else makes a copy now."""
+        """Delivers the last or the waiting copy if it is the requested block, else makes a copy now."""
+        before = -1 if self._last is None else self._last[0].index
+        if self._last is not None and (before, self._last[1]) == (wanted.index, wanted.stream):
+            wanted.answer.set_result(self._last[0].tensors)
+            return
+        self._last = None
         ready, self._waiting, self._next = self._waiting, None, None
         if ready is None or ready.index != wanted.index:
             ready = None  # frees the unused copy before the next is made
@@ -120,7 +130,9 @@ class Copier:
             wanted.answer.set_exception(ready.error)
             return
         self._hand_over(ready, wanted.stream)
-        self._next = (wanted.index + 1) % len(self._blocks)
+        self._last = ready, wanted.stream
+        step = -1 if 0 < wanted.index == before - 1 else 1
+        self._next = (wanted.index + step) % len(self._blocks)
         wanted.answer.set_result(ready.tensors)
 
     def _hand_over(self, copied: Copied, stream: Any) -> None:

@@ -74,12 +74,22 @@ def descents(known: Amounts) -> int:
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
     the dense model's final states of what it draws from its pool, at most all, for KL.
     """
-    from atp_tune.allocations.prices import steps_along
     from atp_tune.search.priced import POOL
 
-    steps = 1 if known.study.by_bits else steps_along(_path(known))
-    gradients = len(known.study.descents) * steps * known.passes * step_tokens(known)
-    return round(gradients + _with_rows(known) * POOL) // 2
+    return round(_steps(known) * known.passes * step_tokens(known) + _with_rows(known) * POOL) // 2
+
+
+def _steps(known: Amounts) -> int:
+    """Steps of all descents by prices."""
+    from atp_tune.allocations.prices import steps_along
+
+    return len(known.study.descents) * (1 if known.study.by_bits else steps_along(_path(known)))
+
+
+def waiting_seconds(known: "Known", rates: ProbeRates) -> float:
+    """Seconds in which descents wait for streamed blocks, which each step copies upwards and on the way back."""
+    blocks = len(known.sizes.blocks)
+    return max(0.0, blocks * (2 * _steps(known) * rates.fetch - descents(known) * rates.dense))
 
 
 def _with_rows(known: Amounts) -> int:

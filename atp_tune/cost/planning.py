@@ -23,6 +23,7 @@ from atp_tune.cost.once import (
     share_anew,
     step_tokens,
     training,
+    waiting_seconds,
 )
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
@@ -232,7 +233,7 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
     blocks, times = len(known.sizes.blocks), 1 + share_anew(known)
     found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, drawn(known, plans))
     if rates is not None and (descended := times * descents(known)):
-        own = times * levels_seconds(known, rates)
+        own = times * (levels_seconds(known, rates) + waiting_seconds(known, rates))
         found = forecast.added(found, 0, (own, 0.0 if done else own))
         found = found.model_copy(update={"descents": own + blocks * descended * rates.dense})
     ends_early = study.search.early_termination or study.limit is not None

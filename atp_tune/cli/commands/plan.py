@@ -46,7 +46,11 @@ def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> 
 
 def show(found: "Forecast") -> None:
     """Prints the cost of a trial with each pruner, the cost of the study, its memory, and what does not fit."""
-    where = {"none": "on the device", "cpu": "in host memory, two blocks on the device", "disk": "on disk, mapped"}
+    where = {
+        "none": "on the device",
+        "cpu": "in host memory, for each worker again, two blocks on the device",
+        "disk": "on disk, mapped",
+    }
     weights = found.weights
     console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
     rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
