@@ -104,6 +104,15 @@ def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
     assert ("licence applies" in body(card(folder=tmp_path))) == (text != DENSE_CARD)
 
 
+def test_of_a_gguf_file_the_card_names_the_source(tmp_path: Path) -> None:
+    """It had neither licence nor base model. Another folder's card may name a path, so it does not count."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: org/tiny\n---\n")
+    assert "base_model" not in card(revision=None, folder=tmp_path).data.to_dict()
+    (tmp_path / "origin.json").write_text("{}")
+    found = card(revision=None, folder=tmp_path).data.to_dict()
+    assert (found["license"], found["base_model"], found["base_model_relation"]) == ("mit", "org/tiny", "finetune")
+
+
 def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
     """A base model is named where the hub has it."""
     model = config().model.model_copy(update={"id": "/home/me/secret/llama-x.gguf", "revision": None})

@@ -53,6 +53,8 @@ def interleaved(weight: np.ndarray) -> np.ndarray:
 def write_gguf(path: Path, without: str = "") -> Path:
     """The tiny model as llama.cpp would have converted it."""
     config, writer = tiny().config, gguf.GGUFWriter(path, "llama")
+    writer.add_license("mit")
+    writer.add_string("general.source.repo_url", "https://huggingface.co/org/tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(WIDTH)
@@ -230,6 +232,7 @@ def test_a_gguf_file_is_converted_once(
     assert found == ModelFolder(cache / "models" / "gguf" / content, content, "tiny.gguf", None)
     assert capfd.readouterr() == ("", "")
     check_same_model(found)
+    assert (found.path / "README.md").read_text() == "---\nbase_model: org/tiny\nlicense: mit\n---\n"
     request.getfixturevalue("idle")
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["converting tiny.gguf to safetensors, once"]

@@ -18,7 +18,15 @@ from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check
 from atp_tune.checkpoints.trust import ASK_CODE, small_files
 from atp_tune.errors import UserError
 
-ORIGIN = "origin.json"
+ORIGIN = "origin.json"  # of a folder that was a GGUF file
+HUB = "https://huggingface.co/"
+GGUF_FACTS = {  # keys of a model card's head; the last that a file has counts
+    "license": ("general.license",),
+    "license_name": ("general.license.name",),
+    "license_link": ("general.license.link",),
+    "language": ("general.languages",),
+    "base_model": ("general.base_model.0.repo_url", "general.source.repo_url"),
+}
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -33,6 +41,7 @@ def gguf_to_folder(file: Path, target: Path) -> None:
         (Path(alone) / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
             _save_gguf(Path(alone).resolve(), file.name, folder)
+            _save_card(file, folder / "README.md")
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
@@ -122,6 +131,19 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _save_card(file: Path, card: Path) -> None:
+    """The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub."""
+    import gguf
+    import yaml
+
+    fields = gguf.GGUFReader(file).fields
+    said = {key: fields[name].contents() for key, names in GGUF_FACTS.items() for name in names if name in fields}
+    source = str(said.pop("base_model", ""))
+    if source.startswith(HUB):
+        said["base_model"] = source.removeprefix(HUB)
+    card.write_text(f"---\n{yaml.safe_dump(said)}---\n")
 
 
 def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import write_out
-from atp_tune.checkpoints.convert import quiet
+from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.trust import is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
@@ -94,9 +94,11 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
     own = _card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
     kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+    # Other folders' cards name what their model was tuned from, often a path.
+    base = found.get("base_model") if (dense.folder / ORIGIN).is_file() else config.model.id if dense.revision else None
     data = ModelCardData(
-        base_model=None if dense.revision is None else config.model.id,
-        base_model_relation=None if dense.revision is None else RELATION,
+        base_model=base,
+        base_model_relation=base and RELATION,
         library_name="transformers",
         pipeline_tag=_task(config, dense),
         tags=["atp-tune", *_kinds(config), config.pruner, _allocation(config).split()[0]],
