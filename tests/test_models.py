@@ -1,5 +1,7 @@
 import hashlib
+import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -457,6 +459,62 @@ def test_errors_are_one_line(source: str, expected: str, tmp_path: Path) -> None
     weights = '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}'
     (tmp_path / "half" / "model.safetensors.index.json").write_text(weights)
     assert message(study.ModelConfig(source=source), tmp_path) == expected
+
+
+def rewritten(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+MERGE = "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and give NEW"
+OTHERS = {  # what in a folder has transformers load something else than the folder's own weights
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        f"model.source: FOLDER holds an adapter (adapter_config.json); merge it first: peft's {MERGE}",
+    ),
+    "other weights": (
+        lambda folder: rewritten(folder / "config.json", transformers_weights="sub/other.safetensors"),
+        "model.source: FOLDER/config.json names other weights (transformers_weights); call them model.safetensors, "
+        "and remove the key",
+    ),
+    "weights of before in parts": (
+        lambda folder: shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors"),
+        "model FOLDER: model.embed_tokens.weight is in model-00001-of-00001.safetensors and in model.safetensors, "
+        "of which one is loaded; give a folder without the other",
+    ),
+    "an unknown quantization": (
+        lambda folder: rewritten(folder / "config.json", quantization_config={"quant_method": "x"}),
+        'model.source: NAME is quantized by "x", which cannot be dequantized ',
+    ),
+    "code of its own": (
+        lambda folder: rewritten(folder / "config.json", model_type="x", auto_map={"AutoModelForCausalLM": "x.X"}),
+        "model.source: FOLDER needs code of its own, which is not run; ",
+    ),
+    "weights of TensorFlow or Flax": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "tf_model.h5"),
+        "model.source: FOLDER holds no *.safetensors and no pytorch_model*.bin; where are its weights?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("is_hub", [False, True])
+def test_what_changes_what_transformers_loads_is_refused(
+    name: str, is_hub: bool, checkpoint: Path, hub: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """The matrices of an adapter were taken for linears of the model, and pruned."""
+    place = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    spoil, expected = OTHERS[name]
+    spoil(place)
+    source = "org/tiny" if is_hub else str(place)
+    if is_hub:
+        published(hub[0], place)
+        if "Flax" in name:
+            expected = "model.source: org/tiny has no safetensors on the hub; "
+    with pytest.raises(UserError) as caught:
+        resolve(study.ModelConfig(source=source), tmp_path)
+    found = re.sub(r"/[^\s:]+/snapshots/\w+", "FOLDER", str(caught.value)).replace(str(place), "FOLDER")
+    assert found.startswith(expected.replace("NAME", source.replace(str(place), "FOLDER")))
+    assert "adapter" not in name or not any("safetensors" in path for path in hub[1])
 
 
 class Evil:

@@ -75,10 +75,19 @@ def _counts_experts(table: dict[str, Any]) -> bool:
 def check_claims(folder: Path) -> None:
     """UserError if a config has more blocks than there are tensors, or a dimension larger than all values together.
 
-    transformers would allocate such a model before it notices that weights are missing.
+    transformers would allocate such a model before it notices that weights are missing. Also if two files have a tensor
+    of one name, of which it would load one.
     """
     config = read_table(folder / "config.json")
-    tensors = [entry for file in folder.glob("*.safetensors") for entry in read_header(file).values()]
+    tensors, files = list[Any](), dict[str, Path]()
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_header(file).items():
+            tensors.append(entry)
+            if (other := files.setdefault(name, file)) != file:
+                raise UserError(
+                    f"model {folder}: {name} is in {other.name} and in {file.name}, of which one is loaded; give a "
+                    "folder without the other"
+                )
     values = sum(prod(entry["shape"]) for entry in tensors)
     for table in (config, *(one for one in config.values() if isinstance(one, dict))):
         for keys, most, what in ((_COUNTS, len(tensors), "tensors"), (_SIDES, values, "values")):

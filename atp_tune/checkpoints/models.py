@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
 OWNERS = {"gpt2": "openai-community", "openai-gpt": "openai-community", "distilgpt2": "distilbert"}  # of bare names
+ADAPTER = "adapter_config.json"
 WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
 
 
@@ -106,7 +107,6 @@ def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFold
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     path = written(model.source, base, "model.source")
     if path.is_dir():
-        check_files(path)
         return _from_folder(path, model, None, notify)
     if path.suffix == ".gguf":
         folder = wheels.gguf_folder(path, notify)
@@ -123,9 +123,24 @@ def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFold
 
 
 def check_files(folder: Path) -> None:
-    """UserError if a folder holds a special file, such as a pipe, which may block a reader."""
+    """UserError for what makes transformers load something else than the folder's own weights, or block.
+
+    A special file, such as a pipe, which may block a reader; an adapter, which it loads too, and with it perhaps the
+    weights of another folder; weights that the config names.
+    """
     if found := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
         raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"model.source: {folder} holds an adapter ({ADAPTER}); merge it first: peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and give NEW"
+        )
+    config = folder / "config.json"
+    if config.is_file() and "transformers_weights" in trust.read_table(config):
+        raise UserError(
+            f"model.source: {config} names other weights (transformers_weights); call them model.safetensors, and "
+            "remove the key"
+        )
 
 
 def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, content: str) -> Path:
@@ -135,6 +150,7 @@ def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, conten
 
 
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:
+    check_files(path)
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     if is_packed(path):
@@ -181,8 +197,10 @@ def _read_back(path: Path, content: str, method: str | None, model: study.ModelC
 def _from_hub(model: study.ModelConfig, notify: Notify) -> ModelFolder:
     notify(f"looking up {model.source} on the hub, downloading what is missing")
     small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
-    if (path := _snapshot(model, small) / "config.json").is_file():
-        quantized.find_method(path.parent, model.source)  # before downloading gigabytes
+    path = _snapshot(model, small)
+    check_files(path)  # before downloading gigabytes
+    if (path / "config.json").is_file():
+        quantized.find_method(path, model.source)
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:
