@@ -242,14 +242,14 @@ def bypassed(blocks: nn.ModuleList, stand_in: StandIn) -> Iterator[None]:
     A `forward` set on a block instance, such as by accelerate's hooks, is restored.
     """
     before = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = partial(stand_in, index)
     try:
+        for index, block in enumerate(blocks):
+            block.forward = partial(stand_in, index)
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
             if own is None:
-                del block.forward
+                vars(block).pop("forward", None)
             else:
                 block.forward = own
 

@@ -52,6 +52,34 @@ class Released(ABC):
         self.release()
 
 
+class ModelState:
+    """What is changed of a model while it is used, as it was: all but its weights, which are only read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, module.training, vars(module).get("forward"), [*module._forward_pre_hooks])
+            for module in model.modules()
+        ]
+        self._tensors = [(tensor, tensor.device) for tensor in (*model.parameters(), *model.buffers())]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._config: Any = getattr(model, "config", None)
+        self.gives_router_logits = bool(getattr(self._config, "output_router_logits", False))
+
+    def restore(self) -> None:
+        """Restores the mode of each module, the config, and the device of each tensor; needed after an error too."""
+        for module, training, own, hooks in self._modules:
+            module.training = training
+            vars(module).update(forward=own) if own is not None else vars(module).pop("forward", None)
+            for left in {*module._forward_pre_hooks} - {*hooks}:
+                del module._forward_pre_hooks[left]
+        if self.gives_router_logits:
+            self._config.output_router_logits = True
+        for tensor, device in self._tensors:
+            tensor.data = tensor.data.to(device)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+
 class Checkpoint(Released):
     """A model in evaluation mode as a list of blocks; its weights are only read.
 
@@ -72,13 +100,9 @@ class Checkpoint(Released):
         `with_tower`: the blocks of the vision tower come before those of the language model. `positions`: of the texts
         that calibrate and that are measured, whose hidden states lie beside the weights.
         """
-        tensors = (*model.parameters(), *model.buffers())
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._places = [(tensor, tensor.device) for tensor in tensors]
-        self._gives_router_logits = bool(getattr(getattr(model, "config", None), "output_router_logits", False))
-        self._is_loaded = False  # by `load`
+        self._state: ModelState | None = ModelState(model)  # None of one that `load` loaded
         self.model = model.eval()
-        if self._gives_router_logits:
+        if self._state.gives_router_logits:
             self.config.output_router_logits = False  # used for training only, and bypassed blocks have none
         self.device = device
         found, has_others = find_blocks(model, with_tower), is_image_classifier(model)
@@ -125,26 +149,23 @@ class Checkpoint(Released):
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
         checkpoint = cls(model.requires_grad_(False), device, offload, with_tower=with_tower, positions=positions)
-        checkpoint._is_loaded = True
+        checkpoint._state = None
         return checkpoint
 
     def release(self) -> None:
-        """Restores the mode of each module, the config, and the device of each tensor; then frees device memory.
-
-        A model that `load` loaded is freed instead.
-        """
+        """Restores the model, or frees one that `load` loaded; then frees device memory."""
         self._stream = None
-        if self._is_loaded:
-            self.model, self.blocks, self._modes, self._places = nn.Module(), nn.ModuleList(), [], []
+        if self._state is None:
+            self.model, self.blocks = nn.Module(), nn.ModuleList()
         else:
-            self._restore()
+            self._state.restore()
         release_memory()
 
     def take_model(self) -> nn.Module:
         """The model that `load` loaded, for the caller to keep, on one device; the checkpoint is empty after that."""
         model = self.model if self.offload == "none" else self.model.to("cpu")
         self._stream = None
-        self.model, self.blocks, self._modes, self._places = nn.Module(), nn.ModuleList(), [], []
+        self.model, self.blocks = nn.Module(), nn.ModuleList()
         return model
 
     def part(self, start: int, stop: int) -> "Checkpoint":
@@ -155,14 +176,6 @@ class Checkpoint(Released):
         part.blocks, part.block_names = self.blocks[start:stop], self.block_names[start:stop]
         part.linears, part.in_tower, part._first = self.linears[start:stop], 0, self._first + start
         return part
-
-    def _restore(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-        if self._gives_router_logits:
-            self.config.output_router_logits = True
-        for tensor, device in self._places:
-            tensor.data = tensor.data.to(device)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

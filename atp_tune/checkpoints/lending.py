@@ -1,7 +1,7 @@
 """Models in the caller's memory: a study calls one `memory:SHA256`, by the content of its weights and its config.
 
 While a model is lent, a folder holds its config and its tokenizer, and a registry of this process holds the model.
-Weights are only read. The `requires_grad` of each parameter is restored at the end; `Checkpoint` restores the rest.
+Weights are only read; all else of the model is restored at the end.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.cache import temporary_folder
+from atp_tune.checkpoints.checkpoint import Checkpoint, ModelState
 from atp_tune.checkpoints.classes import is_image_classifier
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import DTYPES
@@ -75,13 +75,13 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
     A model may be lent again while it is lent.
     """
     check_model(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with TemporaryDirectory(prefix="atp_tune.") as place:
-        _save_tokenizer(tokenizer, Path(place))
+    state = ModelState(model)
+    with temporary_folder() as place:
+        _save_tokenizer(tokenizer, place)
         config = {**_config(model), "architectures": [type(model).__name__]}
-        (Path(place) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
         content = content_of(model)
-        found = LentModel(Path(place), content, MEMORY + content, model=model)
+        found = LentModel(place, content, MEMORY + content, model=model)
         before = _lent.get(found.id)
         _lent[found.id] = found
         try:
@@ -92,8 +92,7 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
                 del _lent[found.id]
             else:
                 _lent[found.id] = before
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            state.restore()  # whatever was at work with it has not, if it ended with an error
 
 
 def check_model(model: Any) -> None:

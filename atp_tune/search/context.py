@@ -99,10 +99,26 @@ class TrialContext(Released):
         positions = {role: len(each) * each.positions for role, each in windows.items()}
         largest = max((number for role, number in positions.items() if role != "calibration"), default=0)
         checkpoint = folder.checkpoint(setup.model, device, (positions.get("calibration", 0), largest))
+        try:
+            return cls._opened(setup, folder, checkpoint, windows, watch)
+        except BaseException:
+            checkpoint.release()
+            raise
+
+    @classmethod
+    def _opened(
+        cls,
+        setup: ContextConfig,
+        folder: ModelFolder,
+        checkpoint: Checkpoint,
+        windows: Mapping[str, Items],
+        watch: EventHandler,
+    ) -> "TrialContext":
         if checkpoint.offload != "none":
             place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
             watch(Message(f"blocks are kept {place} and copied to the device one by one"))
         context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
+        inputs = KINDS[setup.inputs]
         inputs.check_fit(checkpoint, windows, context.replay.embed)
         has_images = getattr(setup.texts.get("calibration"), "images", None) is not None
         if has_images and not checkpoint.in_tower:
