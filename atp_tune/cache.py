@@ -7,8 +7,10 @@ processor of a model makes them), `statistics/` (of dense models), `prices/` (st
 any time.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -16,7 +18,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from threading import Event
 
@@ -29,7 +32,13 @@ POLL = 1  # seconds between looks at what another process makes
 HASHED_AT_ONCE = 4  # files
 LARGE = 4 << 30  # bytes that take some seconds to hash
 PIECE = 1 << 20  # bytes
+SAME_START = 60  # seconds by which a clock that is set may move the start of a process
+ELSEWHERE = "choose another place with --out FILE"
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class TakenError(UserError):
+    """Another process has written what was to be written."""
 
 
 def cache_root() -> Path:
@@ -126,13 +135,15 @@ def keep(path: Path, content: bytes) -> None:
         ) from None
 
 
-def write_out(path: Path, content: bytes) -> None:
-    """Writes an output file and its folder; UserError if that fails."""
+def write_out(path: Path, content: bytes, is_new: bool = False) -> None:
+    """Writes an output file and its folder; UserError if that fails, TakenError if an `is_new` one is there already."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        write_atomically(path, content, is_new)
+    except FileExistsError:
+        raise TakenError(f"{path}: is there already, and is not replaced; {ELSEWHERE}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another place with --out FILE") from None
+        raise UserError(f"{path}: {error.strerror}; {ELSEWHERE}") from None
 
 
 def sha256_of_json(value: object) -> str:
@@ -140,17 +151,18 @@ def sha256_of_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, is_new: bool = False) -> None:
     """Writes a file so that other processes, also after a power cut, see either the old or the new content."""
-    with file_atomically(path) as temporary:
+    with file_atomically(path, is_new) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
-def file_atomically(path: Path) -> Iterator[Path]:
+def file_atomically(path: Path, is_new: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside `path`, renamed to it when the body has written it without an error.
 
     It is synced to disk before that: other processes, also after a power cut, see either the old or the new content.
+    `is_new`: FileExistsError if there is something by then.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     os.close(handle)
@@ -159,11 +171,28 @@ def file_atomically(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.chmod(0o644)
-        temporary.replace(path)
+        if is_new:
+            rename_new(temporary, path)
+        else:
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sweep(path)
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Runs the body in one process at a time for `path`, a file that it reads and writes again.
+
+    One process of those that share a cache; without a lock where there can be none.
+    """
+    from filelock import FileLock
+
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError, UserError):
+            stack.enter_context(FileLock(cache_dir("running") / f"{sha256_of_json(str(path.resolve()))}.lock"))
+        yield
 
 
 @contextmanager
@@ -190,42 +219,89 @@ def made_once(path: Path, waiting: Callable[[Path], None]) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to it when the body ends without an error.
+def rename_new(source: Path, path: Path) -> None:
+    """Renames a file; FileExistsError, and nothing is replaced, if there is something at `path`."""
+    try:
+        path.hardlink_to(source)  # which, unlike a rename, fails then
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        source.replace(path)
+    else:
+        source.unlink()
 
-    Its files are synced to disk before that: after a power cut there is the whole folder or none.
+
+@contextmanager
+def temporary_folder(path: Path | None = None) -> Iterator[Path]:
+    """Yields a folder beside `path`, or in the system's place for temporary files, and removes it at the end.
+
+    What a killed process has left of such a folder is removed first.
     """
+    path = path or Path(tempfile.gettempdir()) / "atp_tune"
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
-    temporary.chmod(0o755)
     try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def folder_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to it when the body ends without an error.
+
+    Its files are synced to disk before that: after a power cut there is the whole folder or none. If there is something
+    at `path` by then, the result gets a name beside it, and TakenError says so. `shared`: what is there has the same
+    content, since its name says it, as in the cache, and stays.
+    """
+    with temporary_folder(path) as temporary:
+        temporary.chmod(0o755)
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             _sync(file)
         try:
             temporary.rename(path)
         except OSError:
-            if not path.is_dir():  # else another process was faster, with the same content
+            if shared and path.is_dir():
+                return
+            if shared or not os.path.lexists(path):
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise TakenError(f"{path}: was filled meanwhile, and is left as it is; {_saved(temporary, path)}") from None
+
+
+def _saved(temporary: Path, path: Path) -> str:
+    """Gives a folder the next free name beside `path`; says where it is."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return f"the result is in {temporary.rename(next(place for place in names if not os.path.lexists(place)))}"
 
 
 def _prefix(path: Path) -> str:
     """The prefix of this process's temporary names for `path`."""
-    return f".{path.name}.{platform.node()}-{os.getpid()}-"
+    return f".{path.name}.{platform.node()}-{os.getpid()}-{_began(os.getpid()):.0f}-"
+
+
+def _began(pid: int) -> float:
+    """When a process began, in seconds since the host's boot; infinity if there is none of this number."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).create_time() - psutil.boot_time()
+    return math.inf
 
 
 def _sweep(path: Path) -> None:
-    """Removes temporary files and folders of dead processes of this host that wrote `path`."""
-    left = re.compile(re.escape(f".{path.name}.{platform.node()}-") + r"(\d+)-\w+")
+    """Removes temporary files and folders of dead processes of this host that wrote `path`, in the cache all of them.
+
+    The number of a dead process may be another's by now, in a container that was started again even this one's.
+    """
+    name = ".+" if path.is_relative_to(cache_root()) else re.escape(path.name)
+    left = re.compile(rf"\.+{name}\.{re.escape(platform.node())}-(\d+)-(-?\d+)-.+")
     for entry in path.parent.iterdir():
         found = left.fullmatch(entry.name)
-        if found and not psutil.pid_exists(int(found[1])):
+        if found and abs(_began(int(found[1])) - int(found[2])) > SAME_START:
             with suppress(OSError):  # another process removes it too, or another user owns it
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from atp_tune.cache import rename_new, temporary_folder
 from atp_tune.errors import UserError
-from atp_tune.results.annotations import KINDS
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.database import RetryingDatabase, without_password
@@ -76,14 +75,13 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
     _check_same(sources)
     kept, numbers = _unite(sources)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         name = sources[0].study.study_name
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, readable(name):
-            _write(Path(folder), sources, kept, numbers)
+        with temporary_folder(out) as folder, readable(name):
+            _write(folder, sources, kept, numbers)
             _check_new(out)
-            if (files := Path(folder) / "artifacts").exists():
+            if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
-            (Path(folder) / "new.db").rename(out)
+            rename_new(folder / "new.db", out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     made = opening.find_study(_database(str(out)), name)
@@ -217,7 +215,7 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
-        for key in (*TABLES, *KINDS):
+        for key in TABLES:
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
     totals = [source.study.user_attrs.get("total", 0) for source in sources]

@@ -1,14 +1,29 @@
 import hashlib
 import os
+import platform
 import stat
 from pathlib import Path
 from time import monotonic
 
+import psutil
 import pytest
 from huggingface_hub import constants
 
-from atp_tune.cache import cache_dir, folder_atomically, sha256_of, sha256_of_files, sha256_of_json, write_atomically
+from atp_tune.cache import (
+    TakenError,
+    cache_dir,
+    file_atomically,
+    folder_atomically,
+    sha256_of,
+    sha256_of_files,
+    sha256_of_json,
+    temporary_folder,
+    write_atomically,
+    write_out,
+)
 from atp_tune.errors import UserError
+
+DEAD = 2**22 + 1  # more than Linux gives
 
 
 def digest(content: bytes) -> str:
@@ -211,8 +226,8 @@ def test_a_folder_whose_making_fails_leaves_nothing_behind(tmp_path: Path, error
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_another_process_made_first_is_kept(tmp_path: Path) -> None:
-    with folder_atomically(tmp_path / "a") as folder:
+def test_a_folder_of_the_cache_that_another_process_made_first_is_kept(tmp_path: Path) -> None:
+    with folder_atomically(tmp_path / "a", shared=True) as folder:
         (folder / "file").write_text("second")
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "file").write_text("first")
@@ -220,9 +235,66 @@ def test_a_folder_that_another_process_made_first_is_kept(tmp_path: Path) -> Non
     assert (tmp_path / "a" / "file").read_text() == "first"
 
 
-def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_result_whose_place_was_filled_meanwhile_is_an_error_and_kept_beside(is_folder: bool, tmp_path: Path) -> None:
+    """It was dropped without a word, and the other folder measured and described as this one."""
+    file = tmp_path / "a" / "file" if is_folder else tmp_path / "a"
+    with pytest.raises(TakenError) as caught, folder_atomically(tmp_path / "a") as folder:
+        (folder / "file").write_text("second")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("first")
+    where = tmp_path / "a-2"
+    assert str(caught.value) == f"{tmp_path}/a: was filled meanwhile, and is left as it is; the result is in {where}"
+    assert names(tmp_path) == ["a", "a-2"]
+    assert (file.read_text(), (where / "file").read_text()) == ("first", "second")
+
+
+def test_a_file_where_a_folder_of_the_cache_should_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(OSError, match="Not a directory"), folder_atomically(tmp_path / "a"):
+    with pytest.raises(OSError, match="Not a directory"), folder_atomically(tmp_path / "a", shared=True):
         pass
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_links:
+        monkeypatch.setattr("os.link", refuse)
+    write_atomically(tmp_path / "a", b"first", is_new=True)
+    with pytest.raises(TakenError, match=f"^{tmp_path}/a: is there already, and is not replaced; "):
+        write_out(tmp_path / "a", b"second", is_new=True)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"first"
+
+
+# --- what a killed process leaves
+
+
+@pytest.mark.parametrize(
+    ("pid", "later", "stays"), [(DEAD, 0, False), (os.getpid(), 0, True), (os.getpid(), 3600, False)]
+)
+@pytest.mark.parametrize("made", ["folder", "file", "within"])
+def test_what_dead_processes_left_is_removed(pid: int, later: int, stays: bool, made: str, tmp_path: Path) -> None:
+    """Also of one whose number this process has: a container that is started again gives it the same."""
+    began = psutil.Process().create_time() - psutil.boot_time() - later
+    left = f".a.{platform.node()}-{pid}-{began:.0f}-x1_y"
+    if made == "within":
+        left = f".{left}.{platform.node()}-{pid}-{began:.0f}-z"
+    (tmp_path / left).write_text("x") if made == "file" else (tmp_path / left / "deep").mkdir(parents=True)
+    others = {".a.txt", f".a.elsewhere-{pid}-{began:.0f}-x", f".b.{platform.node()}-{pid}-{began:.0f}-x"}
+    for other in others:
+        (tmp_path / other).touch()
+    with temporary_folder(tmp_path / "a") as folder:
+        mine = {folder.name}
+        assert {*names(tmp_path)} == others | mine | ({left} if stays else set())
+    with file_atomically(tmp_path / "a") as file:
+        file.write_text("x")
+    assert {*names(tmp_path)} == others | {"a"} | ({left} if stays else set())
+
+
+def test_the_cache_is_swept_of_all_names(cache: Path) -> None:
+    left = cache_dir("models") / f".one.{platform.node()}-{DEAD}-1-x"
+    left.mkdir()
+    with temporary_folder(cache_dir("models") / "other"):
+        assert not left.exists()

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from atp_tune.api import models
 from atp_tune.api.lender import Lender
 from atp_tune.api.progress import working
+from atp_tune.cache import temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
 from atp_tune.metrics.perplexity import Perplexity
@@ -80,13 +80,11 @@ class Configuration:
         from atp_tune.sparse.packing import pack_folder, write_to_pack
 
         check_free(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = partial(TemporaryDirectory, dir=out.parent, prefix=f".{out.name}.")  # relative paths stay right
-        with beside() as sparse, beside() as parts:
-            codes = None if self.config.quantize is None else Codes(Path(parts), self.config.quantize)
-            measured = self._save(Path(sparse), partial(write_to_pack, codes=codes))
+        with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
+            codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
+            measured = self._save(sparse, partial(write_to_pack, codes=codes))
             with self._working() as watch:
-                pack_folder(Path(sparse), out, watch=watch, codes=codes)
+                pack_folder(sparse, out, watch=watch, codes=codes)
         return measured
 
     def _save(self, out: Path, write: "Write | None" = None) -> Perplexity:
@@ -101,9 +99,9 @@ class Configuration:
         from atp_tune.sparse.pushing import check_permission, upload
 
         check_permission(repository, private)
-        with TemporaryDirectory(prefix="atp_tune.") as place:
-            self.save(Path(place) / "model")
-            return upload(Path(place) / "model", repository, private)
+        with temporary_folder() as place:
+            self.save(place / "model")
+            return upload(place / "model", repository, private)
 
     def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> "Continuations":
         """What the dense model, uniform with the same pruner, and this configuration make of prompts, greedily.
@@ -129,12 +127,12 @@ class Configuration:
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with (
-            TemporaryDirectory(prefix="atp_tune.") as place,
+            temporary_folder() as place,
             self._working() as watch,
             models.lent_as(self.config, self._lender, self._device) as device,
         ):
-            self.write(Path(place) / "configuration.json")
-            found = Path(place) / "configuration.json"
+            found = place / "configuration.json"
+            self.write(found)
             return classifying.classify(paths, found, both, device, watch, self._allowed)
 
     def evaluate(

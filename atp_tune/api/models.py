@@ -5,14 +5,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from atp_tune.api.lender import Lender
-from atp_tune.cache import cache_dir
+from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -53,8 +52,8 @@ def _trained(
     config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
 ) -> "PreTrainedModel":
     """The same of a configuration whose kept weights are trained, through a folder that is removed."""
-    with TemporaryDirectory(dir=cache_dir("recovered")) as place:
-        folder = Path(place) / "trained"
+    with temporary_folder(cache_dir("recovered") / "model") as place:
+        folder = place / "trained"
         save(config, base, folder, device, lender, allowed, watch)
         model = config.model.model(allowed).model_copy(
             update={"source": str(folder), "revision": None, "sha256": None, "probe": None, "offload": "none"}
@@ -109,10 +108,9 @@ def in_folder(
         if lender.model is None:
             yield config, where, None
             return
-        parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".atp_tune.", dir=parent) as place:
-            dense = _saved(lender, Path(place))
-            model = config.model.model_copy(update={"id": place, "fingerprint": dense.content})
+        with temporary_folder(parent / "atp_tune") as place:
+            dense = _saved(lender, place)
+            model = config.model.model_copy(update={"id": str(place), "fingerprint": dense.content})
             yield config.model_copy(update={"model": model}), where, dense
 
 

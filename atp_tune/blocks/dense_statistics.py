@@ -100,7 +100,7 @@ class Ranked(PerBlock):
 
 def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
     """Writes statistics block by block as they are measured; the folder appears when complete. May raise OSError."""
-    with folder_atomically(folder) as temporary:
+    with folder_atomically(folder, shared=True) as temporary:
         for index, statistics in enumerate(measured):
             _write(place_of(temporary, index), statistics)
 

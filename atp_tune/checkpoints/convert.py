@@ -6,14 +6,13 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from atp_tune.cache import folder_atomically, sha256_of
+from atp_tune.cache import folder_atomically, sha256_of, temporary_folder
 from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check_scaled, without_quantization
 from atp_tune.checkpoints.trust import ASK_CODE, small_files
 from atp_tune.errors import UserError
@@ -37,10 +36,10 @@ def gguf_to_folder(file: Path, target: Path) -> None:
     Errors: UserError if transformers cannot read the file or weights are missing.
     """
     # In a folder of its own, since transformers would prefer a tokenizer.json beside the file.
-    with tempfile.TemporaryDirectory(prefix="atp_tune.") as alone:
-        (Path(alone) / file.name).symlink_to(file.resolve())
+    with temporary_folder() as alone:
+        (alone / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
-            _save_gguf(Path(alone).resolve(), file.name, folder)
+            _save_gguf(alone.resolve(), file.name, folder)
             _save_card(file, folder / "README.md")
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
@@ -105,7 +104,7 @@ def written_folder(source: Path, target: Path) -> Iterator[Path]:
     """Yields the folder that becomes `target`; turns errors of transformers into a UserError about `source`."""
     import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
 
-    with folder_atomically(target) as folder, quiet("transformers"):
+    with folder_atomically(target, shared=True) as folder, quiet("transformers"):
         try:
             yield folder
         except UserError:

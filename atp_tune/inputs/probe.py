@@ -60,7 +60,7 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     target = cache_dir("models/probe") / key("models/probe", **own, processor=made_by(processor))
     if not target.is_dir():
         notify(f"fitting a classifier of {len(names)} classes to {len(images)} images, once")
-        with folder_atomically(target) as place:
+        with folder_atomically(target, shared=True) as place:
             _fit(folder, images, names, probe.l2, place)
             processor.own.save_pretrained(place)
             for file in folder.path.iterdir():

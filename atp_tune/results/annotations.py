@@ -1,7 +1,7 @@
 """Findings on a configuration (zero-shot, speed, continuations, recovery), stored in its JSON file and on its study.
 
-On the study each is a user attribute, named after the file's key: a table from trial number to measurement. A
-configuration that is written later for the same trial includes them.
+On the study each is a user attribute, named after the file's key and the trial. A configuration that is written later
+for the same trial includes them.
 """
 
 import os
@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import alone_with, write_atomically
 from atp_tune.errors import UserError
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.continuations import Continuations
@@ -44,28 +44,28 @@ def attach(
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
     found = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
-    places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
     study = study_of(path, config, address)
-    if study is not None:
+    if study is not None:  # first: a run that writes the file takes what the study has
         store(study, key, config.trial, found)
-        places.append(f"study {study.study_name}")
-    return places
+    places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
+    return places + ([f"study {study.study_name}"] if study is not None else [])
 
 
 def store(study: optuna.Study, key: str, trial: int | None, found: Mapping[str, Any]) -> None:
-    """Stores a finding on a trial of its study, beside those on other trials."""
-    study.set_user_attr(key, {**study.user_attrs.get(key, {}), str(trial): found})
+    """Stores a finding on a trial of its study, in an attribute of its own."""
+    study.set_user_attr(f"{key}:{trial}", dict(found))
 
 
 def _write(path: Path, config: Config, found: Mapping[Key, Any]) -> bool:
     """Adds measurements to the file; False if it holds another trial by now."""
-    now = read_config(path)
-    if not is_same(now, config):
-        return False
-    try:
-        write_atomically(path, _with(now, found).to_json().encode())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
+    with alone_with(path):
+        now = read_config(path)
+        if not is_same(now, config):
+            return False
+        try:
+            write_atomically(path, _with(now, found).to_json().encode())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
     return True
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from atp_tune.allocations import is_fitted
+from atp_tune.cache import alone_with
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import PROMPTS, ModelName
 from atp_tune.plan import Plan
@@ -98,9 +99,10 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
     if not run.writes or progress.best_trial(study) is None:
         return
     out = run.file.best_of(run.name)
-    config = best_config(run.file, study, out)
-    if not out.exists() or out.read_bytes() != config.to_json().encode():
-        config.write(out)
+    with alone_with(out):
+        config = best_config(run.file, study, out)
+        if not out.exists() or out.read_bytes() != config.to_json().encode():
+            config.write(out)
 
 
 class _Texts:

@@ -275,9 +275,14 @@ def _pruned(
 
 
 def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
-    """Measures a written folder, and stores the perplexity in its configuration and card."""
-    measured = perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
+    """Measures a written folder, and stores the perplexity in its configuration and card.
+
+    UserError, and nothing is stored, if the folder is another by then.
+    """
     config = read_config(out / ABOUT)
+    measured = perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
+    if read_config(out / ABOUT) != config:
+        raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
     scores = config.perplexity.model_copy(update={"test": measured})
     describe(out, config.model_copy(update={"perplexity": scores}), dense)
     return measured

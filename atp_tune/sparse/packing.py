@@ -10,7 +10,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune.cache import sha256_of
+from atp_tune.cache import sha256_of, temporary_folder
 from atp_tune.checkpoints.classes import auto_class, classifies_images, model_config
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.headers import read_header
@@ -199,9 +198,9 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
         model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos, inputs=kind, score=score
     )
     before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
-    with TemporaryDirectory(dir=folder.parent, prefix=".rounded.") as place:
-        unpack_folder(folder, Path(place) / "rounded")
-        return before, perplexity(folder_nlls(setup, Path(place) / "rounded", watch, "checking the rounded weights"))
+    with temporary_folder(folder) as place:
+        unpack_folder(folder, place)
+        return before, perplexity(folder_nlls(setup, place, watch, "checking the rounded weights"))
 
 
 class _Packing:

@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from atp_tune.cache import cache_dir
+from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import change
@@ -40,13 +39,12 @@ def apply_trained(
     the keys of `[recover]`.
     """
     check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(recover, config)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as pruned:  # beside: relative paths stay right
-        watch = _calling(watch, pruned, "the pruned model")
-        write_applied(config, base, Path(pruned), device, watch, allowed)
+    with temporary_folder(out) as pruned:  # beside: relative paths stay right
+        watch = _calling(watch, str(pruned), "the pruned model")
+        write_applied(config, base, pruned, device, watch, allowed)
         try:
-            return train(Path(pruned), out, None, None, settings, device, watch, allowed or {}, stays=True)
+            return train(pruned, out, None, None, settings, device, watch, allowed or {}, stays=True)
         except NoGainError:
             raise
         except UserError as error:
@@ -66,8 +64,8 @@ def recovered(
 
     `uniform`: window NLLs of the uniform allocation on the test text, if known. The folder is removed.
     """
-    with TemporaryDirectory(dir=cache_dir("recovered")) as place:  # as large as the model
-        out = Path(place) / "trained"
+    with temporary_folder(cache_dir("recovered") / "model") as place:
+        out = place / "trained"
         watch = _calling(watch, str(out), "the best plan")
         try:
             done = apply_trained(config, recover, base, out, device, watch, allowed)

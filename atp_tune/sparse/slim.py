@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atp_tune.allocations.channels import ChannelSet
+from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.classes import auto_class, model_config, reads_images
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.checkpoints.devices import device_name
@@ -80,10 +80,9 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
         raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
     check_class(context.folder.path, "--slim")
     check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     cuts = _Cuts(context)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
-        masked = Path(place) / "masked"
+    with temporary_folder(out) as place:
+        masked = place / "masked"
         dense = write_sparse(context, plan, masked, config, cuts.add)
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
@@ -231,10 +230,10 @@ def _is(value: Any, number: int) -> bool:
 
 def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
     """Whether a config of the family makes a model of the shapes that the cuts leave."""
-    with TemporaryDirectory() as place:
-        (Path(place) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    with temporary_folder() as place:
+        (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            made, dense = _empty_model(Path(place)), cuts.checkpoint.model
+            made, dense = _empty_model(place), cuts.checkpoint.model
         except Exception:  # models raise many types for numbers that do not fit
             return False
     wanted = {name: parameter.shape for name, parameter in dense.named_parameters()}

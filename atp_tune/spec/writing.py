@@ -30,19 +30,19 @@ SHOWN = {  # keys that are written with their default too, unless that is no val
 }  # fmt: skip
 
 
-def write_study(path: Path, study: Study, head: Sequence[str]) -> None:
+def write_study(path: Path, study: Study, head: Sequence[str], is_new: bool = False) -> None:
     """Writes a study file, with the lines `head` as its first comment; an existing file is replaced.
 
     It names the schema of study files for editors, if that lies beside it. Read back it equals `study`, else
     ValueError and nothing is written. Relative paths of model and texts start at the folder of `path`. UserError if
-    the file cannot be written.
+    the file cannot be written, or if there is one and this one `is_new`.
     """
     text = study_text(study, head)
     if (path.parent / SCHEMA).exists():
         text = f"#:schema ./{SCHEMA}\n{text}"
     if Study.model_validate(tomllib.loads(text)) != study:
         raise ValueError(f"{path}: the study as it was written differs from the study")
-    write_out(path, text.encode())
+    write_out(path, text.encode(), is_new)
 
 
 def study_text(study: Study, head: Sequence[str]) -> str:

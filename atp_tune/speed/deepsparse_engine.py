@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.cache import cache_dir, folder_atomically
+from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.cpu import cpu_flags, cpu_name
 from atp_tune.errors import UserError
@@ -83,8 +82,7 @@ def opened(pair: Pair, task: Workload, watch: EventHandler) -> AbstractContextMa
 def _compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> Iterator[SpeedEngine]:
     """Exports and compiles both models; UserError if their logits differ from transformers'."""
     cores = torch.get_num_threads()
-    with tempfile.TemporaryDirectory(dir=cache_dir("engines"), prefix=".graphs.") as name:
-        folder = Path(name)
+    with temporary_folder(cache_dir("engines") / "graphs") as folder:
         wanted = dict(_exported(pair, task, folder, cores, watch))
         with _process(python, folder) as engine:
             for done in range(len(SIDES)):
@@ -162,7 +160,7 @@ def setup(watch: EventHandler) -> Path:
     if not _python_in(home).exists():
         python = find_python()
         watch(Message(f"installing DeepSparse {VERSION} by {python} into {home}"))
-        with folder_atomically(home) as folder:
+        with folder_atomically(home, shared=True) as folder:
             _run([str(python), "-m", "venv", str(folder)])
             quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
             _run([str(_python_in(folder)), "-m", "pip", "install", *quiet, *PACKAGES])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from atp_tune.cache import cache_dir, sha256_of_json
+from atp_tune.cache import cache_dir, folder_atomically, sha256_of_json
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import classifies_images
 from atp_tune.checkpoints.headers import check_claims
@@ -84,7 +84,8 @@ def find_pair(
         sparse = _cached(config)
         if not sparse.is_dir():
             write = write_slim if parse(config.prune.pattern).channels else None
-            write_applied(config, base, sparse, device, watch, allowed, write)
+            with folder_atomically(sparse, shared=True) as folder:
+                write_applied(config, base, folder, device, watch, allowed, write)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 

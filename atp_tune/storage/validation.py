@@ -5,7 +5,7 @@ Errors: UserError if Optuna itself cannot read the study.
 """
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from copy import deepcopy as deepcopied
@@ -66,7 +66,8 @@ Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
-TABLES = ("test_nlls", "test_kls", "test_ranks", "draws", "refits")  # by trial, each row an attribute: see `folded`
+FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
+TABLES = ("test_nlls", "test_kls", "test_ranks", "draws", "refits", *FOUND)  # by trial, each row apart: see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -115,7 +116,7 @@ STUDY = _kinds(
         "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
         "test_nlls": dict[Role, Nlls],
-        **dict.fromkeys(("zero_shot", "speed", "continuations", "answers", "recovered"), dict[Role, Found]),
+        **dict.fromkeys(FOUND, dict[Role, Found]),
         "training": dict[Words, Words | int | float],
         "test_kls": dict[Role, Kls],
         "dense_ranks": Ranks,
@@ -149,24 +150,22 @@ def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes with a table `test_nlls` instead of its rows `test_nlls:dense`, `test_nlls:12` …, and so on.
 
     Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
-    tables, to which the rows are added. Rows of the wrong type are ignored.
+    tables, to which the rows are added. Tables and rows of the wrong type are ignored.
     """
-    found = dict(attrs)
+    found = checked(attrs, {table: STUDY[table] for table in TABLES})
     for name in sorted(attrs):
         table, *path = name.split(":")
         if table in TABLES and path:
             row = found.pop(name)
-            for part in reversed(path):
-                row = {part: row}
-            found[table] = _united(found.get(table, {}), checked({table: row}, STUDY).get(table, {}))
+            if checked({table: _with({}, path, row)}, STUDY):
+                found[table] = _with(found.get(table), path, row)
     return found
 
 
-def _united(one: Any, other: Mapping[str, Any]) -> Any:
-    """A table merged with another, recursively."""
-    known = dict(one) if isinstance(one, dict) else {}
-    for key, value in other.items():
-        known[key] = _united(known.get(key), value) if isinstance(value, dict) else value
+def _with(table: Any, path: Sequence[str], row: Any) -> dict[str, Any]:
+    """A table with a row at the end of a path, in the place of what was there."""
+    known = dict(table) if isinstance(table, dict) else {}
+    known[path[0]] = row if len(path) == 1 else _with(known.get(path[0]), path[1:], row)
     return known
 
 

@@ -8,7 +8,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.cache import write_atomically
+from atp_tune.cache import alone_with, write_atomically
 from atp_tune.tracking.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class WandbRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.place = f"project {os.environ.get('WANDB_PROJECT') or PROJECT}, files in {folder}"
         self._list = folder / "trials.json"
-        self._known = set(json.loads(self._list.read_text())) if self._list.is_file() else set[int]()
+        self._known = self._listed()
         settings = wandb.Settings(silent=True, console="off")
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT, name=study.name, id=study.key, resume="allow",
@@ -40,11 +40,15 @@ class WandbRun:
         """The numbers of the trials that were written."""
         return set(self._known)
 
+    def _listed(self) -> set[int]:
+        return set(json.loads(self._list.read_text())) if self._list.is_file() else set()
+
     def log(self, record: TrialRecord) -> None:
         """Writes one trial."""
         self._run.log({STEP: record.number, "plan": record.plan, "state": record.state, **record.numbers})
-        self._known.add(record.number)
-        write_atomically(self._list, json.dumps(sorted(self._known)).encode())
+        with alone_with(self._list):
+            self._known |= {record.number, *self._listed()}
+            write_atomically(self._list, json.dumps(sorted(self._known)).encode())
 
     def finish(self, numbers: dict[str, float], step: int) -> None:
         """Writes the final numbers into the run's summary."""

@@ -91,6 +91,7 @@ def export(
 
     Example: `python tune.py export --config best.json --format llm-compressor`
     """
+    from atp_tune.cache import alone_with
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
     from atp_tune.results.best_config import best_config
@@ -111,8 +112,6 @@ def export(
     ending = FORMATS[kind].ending
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
-        found = read_config(config)
-        found = found.seen_from(config.parent / found.folder, target.parent)
     else:
         file = load_study(str(study), storage, None, set_)
         stored, name = stored_study(file, study_name), study_name or file.name
@@ -120,12 +119,17 @@ def export(
         number = chosen_trial(stored, choice, may_ask)
         usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
         target = out or (PRINTED if json else usual.with_suffix(ending))
-        found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
-    if target is not PRINTED:
-        write(found, kind, target)
-        if kind != "json":
-            for note in _notes_on(found):
-                print(f"note: {note}", file=sys.stderr)
+    with alone_with(target):  # what is known there of the same trial stays in it
+        if config is not None:
+            found = read_config(config)
+            found = found.seen_from(config.parent / found.folder, target.parent)
+        else:
+            found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
+        if target is not PRINTED:
+            write(found, kind, target)
+    if target is not PRINTED and kind != "json":
+        for note in _notes_on(found):
+            print(f"note: {note}", file=sys.stderr)
     print(found.to_json() if json else f"{printable(str(target))}\n", end="")
 
 

@@ -39,7 +39,7 @@ def init(
     path = HERE / f"{name}.toml" if out is None else out
     _refuse(path)
     head = (shlex.join(["python", "tune.py", "--study", name]), "", "Written by `tune.py init`.")
-    write_study(path, study, [*map(as_typed, head)])
+    write_study(path, study, [*map(as_typed, head)], is_new=True)
     console.print(f"study file: {path}")
     console.print(f"its cost:   {shlex.join(['python', 'tune.py', 'plan', '--study', name])}")
     console.print(f"run it:     {shlex.join(['python', 'tune.py', '--study', name])}")

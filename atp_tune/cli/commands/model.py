@@ -5,11 +5,11 @@ import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atp_tune.cache import TakenError, temporary_folder
 from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import show_plan
 from atp_tune.cli.options import (
@@ -185,28 +185,37 @@ def model(
     asked = ["model.trust_remote_code=true"] * trust_remote_code  # a study file cannot allow it
     options = replace(RunOptions.of(context), set_=[*(set_ or []), *asked])
     if path.exists():
-        wishes.check_same(load_study(str(path), None, None, None).study, path)
-        if not recover:
-            options = replace(options, set_=[*(options.set_ or []), 'recover="none"'])
-        _start(path, options)
+        _go_on(path, wishes, options)
         return
     made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
     made = _overridden(made, path, options)
-    options = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
+    whole = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
     trusts = "".join([" --trust-plugins" * trust_plugins, *(f" --set {key}" for key in asked)])
     lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
     head = [*map(as_typed, lines)]
     if dry_run:
-        _forecast(path, made, head, options)
+        _forecast(path, made, head, whole)
         return
-    write_study(path, made, head)
+    try:
+        write_study(path, made, head, is_new=True)
+    except TakenError:  # by the same command beside this one
+        _go_on(path, wishes, options)
+        return
     console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
-        _start(path, options)
+        _start(path, whole)
     except UserError:
         _remove_unused(path, storage)
         raise
+
+
+def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
+    """Runs the study of a file that is there; UserError if it is another's."""
+    wishes.check_same(load_study(str(path), None, None, None).study, path)
+    if not wishes.recover:
+        options = replace(options, set_=[*(options.set_ or []), 'recover="none"'])
+    _start(path, options)
 
 
 def _start(path: Path, options: RunOptions) -> None:
@@ -230,8 +239,8 @@ def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":
     """The study with the values of `--set`, `--trials` and `--prompt`."""
     from atp_tune.spec.writing import write_study
 
-    with TemporaryDirectory(prefix="atp_tune.") as folder:
-        place = Path(folder) / path.name
+    with temporary_folder() as folder:
+        place = folder / path.name
         write_study(place, made, ())
         try:
             return replace(options, storage=None, device=None).load(str(place)).study
@@ -244,9 +253,9 @@ def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -
     from atp_tune.spec.writing import study_text, write_study
 
     console.print(study_text(made, head))
-    with TemporaryDirectory(prefix="atp_tune.") as folder:
-        write_study(Path(folder) / path.name, made, head)
-        file = options.load(str(Path(folder) / path.name))
+    with temporary_folder() as folder:
+        write_study(folder / path.name, made, head)
+        file = options.load(str(folder / path.name))
     show_plan(replace(file, path=path), None)
     console.print("nothing was written; the same command without --dry-run runs it")
 
