@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from faults import DOCUMENT, Rows
 from test_annotations import FOUND, SCORES, best_of
 from tinystudy import HANGS, stored, study_file
 
+import atp_tune
 from atp_tune.cache import (
     TakenError,
     alone_with,
@@ -56,6 +58,7 @@ def by_trial(place: Path, writer: int) -> Round:
     def store(k: int) -> None:
         store_test_scores(study, str(first + k), [1.0], [1.0], [1])
         study.set_user_attr(f"draws:1000:{first + k}", [1.0])
+        study.set_user_attr(f"refits:1000:2:{first + k}", [1.0])
         for key in validation.FOUND:
             annotations.store(study, key, first + k, FOUND)
 
@@ -65,8 +68,9 @@ def by_trial(place: Path, writer: int) -> Round:
 def all_trials_are_there(place: Path) -> None:
     found = opened(place).user_attrs
     wanted = {str(first + k) for first in (1000, 2000) for k in range(ROUNDS)}
+    found |= {"draws": found["draws"]["1000"], "refits": found["refits"]["1000"]["2"]}
     for table in validation.TABLES:
-        assert not wanted - (found[table]["1000"] if table == "draws" else found[table]).keys(), table
+        assert not wanted - found[table].keys(), table
 
 
 def attach(place: Path, writer: int) -> Round:
@@ -198,3 +202,13 @@ def test_two_writers_lose_nothing(name: str, done: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     check(done)
     ROWS.add(f"two processes write at one moment: {name}", ROUNDS)
+
+
+# --- a killed process
+
+
+def test_temporary_names_are_made_in_one_place() -> None:
+    """Where the next process knows them, and removes what a dead one left."""
+    makes = re.compile(r"\b(mkdtemp|mkstemp|TemporaryDirectory|NamedTemporaryFile)\b")
+    files = Path(atp_tune.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if makes.search(file.read_text(encoding="utf-8"))] == ["cache.py"]

@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, utils
 
+from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.convert import WEIGHTS, one_line
 from atp_tune.errors import UserError
 from atp_tune.sparse.provenance import ABOUT, FINETUNED, stored_manifest
@@ -93,8 +93,8 @@ def upload(folder: Path, name: str, private: bool) -> str:
         api = HfApi()
         made = api.create_repo(name, private=private or None, exist_ok=True)
         _check_visibility(name, private, api.repo_info(name))  # somebody may have made it since it was checked
-        with TemporaryDirectory(prefix="atp_tune.") as place:
-            stage(folder, Path(place))
+        with temporary_folder() as place:
+            stage(folder, place)
             api.upload_folder(repo_id=name, folder_path=place, commit_message="Upload by atp_tune")
     return str(made)
 
