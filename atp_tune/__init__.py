@@ -15,6 +15,7 @@ from atp_tune.packed.registering import register as register_packed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration, load_config
+    from atp_tune.api.keeping import keep_zeros
     from atp_tune.api.pruning import perplexity, prune
     from atp_tune.api.result import Result, load_study
     from atp_tune.api.tuning import tune
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     from atp_tune.spec.study import Study
 
 __all__ = [
-    "Configuration", "Result", "Study", "UserError", "allocation", "load_config", "load_study", "perplexity", "prune",
-    "pruner", "sampler", "score", "text_source", "tune",
+    "Configuration", "Result", "Study", "UserError", "allocation", "keep_zeros", "load_config", "load_study",
+    "perplexity", "prune", "pruner", "sampler", "score", "text_source", "tune",
 ]  # fmt: skip
 
 _PLACES = {
     "Configuration": "api.configuration", "Result": "api.result", "Study": "spec.study", "UserError": "errors",
-    "load_config": "api.configuration", "load_study": "api.result",
+    "keep_zeros": "api.keeping", "load_config": "api.configuration", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip
@@ -54,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

@@ -15,32 +15,63 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import UserError
 from atp_tune.sparse.adapters import Adapters, linears_of
 
 ADAPTER = "default"  # what peft calls an adapter
 
 
 class MaskedLinear(LoraLinear):
-    """peft's LoRA layer with the mask in its forward pass."""
+    """peft's LoRA layer with the mask in its forward pass, and where peft merges it."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """M ⊙ s B A of an adapter, in W's own shape."""
+        weight: Any = self.get_base_layer().weight
+        mask: Tensor = weight.detach().sign().abs()  # several times as fast as a comparison
+        return mask * super().get_delta_weight(adapter)
 
     def tuned(self) -> Tensor:
         """W + M ⊙ s B A in W's own shape and format."""
         weight: Any = self.get_base_layer().weight
         with torch.autocast(weight.device.type, enabled=False):
-            fixed = weight.float()
-            mask = fixed.sign().abs()  # several times as fast as a comparison
-            tuned: Tensor = (fixed + mask * self.get_delta_weight(ADAPTER)).to(weight.dtype)
+            changed = [self.get_delta_weight(name) for name in self.active_adapters if name in self.lora_A]
+            tuned: Tensor = sum(changed, weight.float()).to(weight.dtype)
         return tuned
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Outputs [..., out] of inputs [..., in]."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
         y: Tensor = functional_call(self.get_base_layer(), {"weight": self.tuned()}, (x, *args), kwargs)
         return y
+
+
+def mask_adapters(model: nn.Module) -> None:
+    """Puts the mask into all adapters of a model whose linears have zeros; UserError for others than plain LoRA."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, MaskedLinear):
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if weight is None or isinstance(layer.get_base_layer(), nn.Embedding) or not (weight == 0).any():
+                continue
+            reason = _unlike(layer)
+            if reason:
+                raise UserError(f"keep_zeros: {name} {reason}, which fills zeros; give LoRA without it, or no adapter")
+            layer.__class__ = MaskedLinear
+
+
+def _unlike(layer: BaseTunerLayer) -> str:
+    """What an adapter has that a masked one has not; "" for a plain LoRA of a linear."""
+    if type(layer) is not LoraLinear:
+        return f"is peft's {type(layer).__module__}.{type(layer).__name__}"
+    if layer.lora_variant or any(layer.lora_bias.values()):
+        return "has a variant or a bias of LoRA"
+    return "has dropout" if any(isinstance(part, nn.Dropout) for part in layer.lora_dropout.values()) else ""
 
 
 class Lora(Adapters):

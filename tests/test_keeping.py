@@ -1,0 +1,118 @@
+"""Zeros stay while the real Trainer, any optimizer, or LoRA trains a pruned model."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import random_ids
+from peft import IA3Config, LoraConfig, get_peft_model
+from test_lora import with_zeros
+
+import atp_tune
+from atp_tune.errors import UserError
+
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+def zeros(model: Any) -> dict[str, Any]:
+    return {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name}
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int = 2) -> None:
+    for seed in range(count):
+        ids = random_ids(2, seed=seed)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(before: dict[str, Any], model: Any) -> bool:
+    after = zeros(model)
+    return all(torch.equal(mask, after[name]) for name, mask in before.items() if mask.any())
+
+
+@pytest.mark.slow
+def test_the_trainer_keeps_zeros(tmp_path: Path) -> None:
+    """It filled all of them: 117,952 were none after two steps."""
+    from transformers import Trainer, TrainingArguments
+
+    model = with_zeros("llama")
+    before, data = zeros(model), [{"input_ids": ids, "labels": ids} for ids in random_ids(8)]
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    given = TrainingArguments(
+        str(tmp_path), max_steps=3, weight_decay=0.1, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    with atp_tune.keep_zeros(model):
+        Trainer(model, given, train_dataset=data).train()
+    assert same(before, model)
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
+    assert len(moved) == len(weights)
+    Trainer(model, given, train_dataset=data).train()  # released
+    assert not same(before, model)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Muon", "SGD"])
+def test_every_optimizer_keeps_them(kind: str) -> None:
+    """Muon moves weights without a gradient."""
+    model = with_zeros("llama")
+    before = zeros(model)
+    trained = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
+    kept = atp_tune.keep_zeros(model)
+    steps(model, getattr(torch.optim, kind)(trained, lr=0.05, weight_decay=0.1))
+    assert same(before, model)
+    kept.release()
+    steps(model, getattr(torch.optim, kind)(trained, lr=0.05, weight_decay=0.1))
+    assert not same(before, model)
+
+
+def test_lora_is_merged_with_its_zeros() -> None:
+    """What is merged is what was trained; plain LoRA fills zeros."""
+    for keeps in (True, False):
+        base = with_zeros("llama")
+        before = zeros(base)
+        model = get_peft_model(base, LoraConfig(**LORA))
+        if keeps:
+            atp_tune.keep_zeros(model)
+        steps(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+        was = model(input_ids=random_ids(2)).logits
+        merged = model.merge_and_unload()
+        assert torch.allclose(merged(input_ids=random_ids(2)).logits, was, rtol=1e-4, atol=1e-5)
+        assert same(before, merged) == keeps
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            LoraConfig(**LORA, lora_dropout=0.1),
+            r"^keep_zeros: .*q_proj has dropout, which fills zeros; give LoRA",
+        ),
+        (LoraConfig(**LORA, use_dora=True), r"q_proj has a variant or a bias of LoRA"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), r"q_proj is peft's peft\.tuners\.ia3"),
+    ],
+)
+def test_other_adapters_are_refused(config: Any, said: str) -> None:
+    model = get_peft_model(with_zeros("llama"), config)
+    with pytest.raises(UserError, match=said):
+        atp_tune.keep_zeros(model)
+
+
+def test_a_dense_model_has_nothing_to_keep() -> None:
+    with pytest.raises(UserError, match=r"^keep_zeros: no weight of the model is 0; prune it first$"):
+        atp_tune.keep_zeros(families.tiny("llama"))
+
+
+def test_a_model_that_is_dropped_is_freed() -> None:
+    model = with_zeros("llama")
+    atp_tune.keep_zeros(model)
+    seen = weakref.ref(next(model.parameters()))
+    del model
+    gc.collect()
+    assert seen() is None
