@@ -547,6 +547,7 @@ def test_a_model_is_cast(options: dict[str, Any], make: Make) -> None:
 def test_compiled_as_one_graph(make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(make())
     found = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    assert not any(parameter.requires_grad for parameter in found.parameters())
     x = torch.randn(1, 3, found.in_features)
     for linear in (found, deepcopy(found)):
         compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")

@@ -84,7 +84,7 @@ def _product(
 def linear(
     x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The operator atp_sparse::linear on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
+    """The operator atp_sparse::product on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
     from atp_tune.packed import kernel_triton
 
     columns = x.shape[-1]
@@ -98,4 +98,4 @@ def linear(
     return y.view(*x.shape[:-1], len(bitmask))
 
 
-kernel.OPERATORS.impl("linear", linear, "CUDA")  # type: ignore[no-untyped-call]
+kernel.OPERATORS.impl("product", linear, "CUDA")  # type: ignore[no-untyped-call]

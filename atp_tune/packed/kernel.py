@@ -16,17 +16,32 @@ or with ATP_TUNE_ISA=torch, torch's own operations compute the same, slowly.
 
 import ctypes
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from atp_tune import cpu
-from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, succeed
+from atp_tune.packed.library import (
+    ALONE,
+    VARIANTS,
+    Weight,
+    has_tangents,
+    kernel_name,
+    library,
+    parallel,
+    succeed,
+    watched,
+)
 
-__all__ = ["BATCH", "PackedMatrix", "check_interface", "check_parts", "kernel_name", "product", "row_offsets"]
+__all__ = [
+    "BATCH", "PackedMatrix", "check_interface", "check_parts", "has_tangents", "kernel_name", "product", "row_offsets",
+    "watched",
+]  # fmt: skip
 
-INTERFACE = 4  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 5  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 # Tokens up to which they go BATCH by BATCH, as in kernel.c.
@@ -107,11 +122,8 @@ class PackedMatrix:
     def _plain_rows(self, first: int, last: int) -> Tensor:
         """The rows by torch; float32 if they have scales."""
         start, stop = int(self.offsets[first]), int(self.offsets[last])
-        bits = _bits(self.bitmask[first:last])[:, : self.shape[1]].bool()
-        out = self.values.new_zeros(bits.shape).masked_scatter_(bits, self.values[start:stop])
-        if self.scales is None:
-            return out
-        return out * self.scales[first:last].repeat_interleave(self.shape[1] // self.scales.shape[1], dim=1)
+        scales = None if self.scales is None else self.scales[first:last]
+        return _unpacked(self.values[start:stop], self.bitmask[first:last], self.shape[1], scales)
 
 
 def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tensor:
@@ -135,10 +147,26 @@ def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tens
     return offsets
 
 
-def linear(
+def followed(
     x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """The operator atp_sparse::linear: x [..., C] to [..., R]; `offsets` as from `row_offsets`.
+
+    The kernel's `product`, but where a gradient or a tangent is asked for it consists of torch's own operations.
+    """
+    floats = [part for part in (x, values, scales, bias) if part is not None]
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in floats)
+    duals = (forward_ad.unpack_dual(part, level=0) for part in floats)  # type: ignore[no-untyped-call]
+    if learns or any(dual.tangent is not None for dual in duals):
+        weight = _unpacked(values, bitmask, x.shape[-1], scales)
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return cast("Tensor", torch.ops.atp_sparse.product(x, values, bitmask, offsets, scales, bias))
+
+
+def linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The operator atp_sparse::product: `followed` without its question.
 
     Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
@@ -291,14 +319,19 @@ def _ones(bitmask: Tensor) -> Tensor:
     return fours + (fours >> 4) & 0x0F
 
 
-def _bits(bitmask: Tensor) -> Tensor:
-    """Each bit as a uint8, [R, 8 * bytes]."""
-    return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+def _unpacked(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None) -> Tensor:
+    """The weight by torch's operations; float32 if it has scales."""
+    bits = (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(1).bool()
+    kept = bits[:, :columns]
+    weight = values.new_zeros(kept.shape).masked_scatter(kept, values)
+    return weight if scales is None else weight * scales.repeat_interleave(columns // scales.shape[1], dim=1)
 
 
 OPERATORS = torch.library.Library("atp_sparse", "DEF")  # type: ignore[no-untyped-call]
-OPERATORS.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
-)
-OPERATORS.impl("linear", linear, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("atp_sparse::linear", _fake_linear, lib=OPERATORS)
+for name in ("linear", "product"):
+    OPERATORS.define(  # type: ignore[no-untyped-call]
+        f"{name}(Tensor x, Tensor values, Tensor bitmask, Tensor offsets, Tensor? scales, Tensor? bias) -> Tensor"
+    )
+OPERATORS.impl("linear", followed, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+OPERATORS.impl("product", linear, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("atp_sparse::product", _fake_linear, lib=OPERATORS)

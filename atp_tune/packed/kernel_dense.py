@@ -6,14 +6,13 @@ Up to BATCH tokens read each weight once, so that bytes are time, and these loop
 import ctypes
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atp_tune.packed.kernel import BATCH, FLOATS, product
-from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel
+from atp_tune.packed.library import ALONE, VARIANTS, Weight, kernel_name, library, parallel, watched
 
 DENSE = {torch.bfloat16: 5, torch.float32: 6}  # the numbers are those of kernel.c
 FASTER = ("amx", "avx512-vbmi2", "avx512-bf16", "avx512", "avx2")  # variants that were measured to be so
-PLAIN = (Tensor, nn.Parameter)
 BLOCK = 64  # columns that it reads at once; a row of another length would be multiplied with what follows it
 
 
@@ -21,10 +20,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
     """The product y [..., R] of x [..., C] and the transpose of a weight [R, C], plus the bias, all of one type.
 
     Sums are in float32; the same input gives the same bits. None where the loops are not for it: by another variant
-    than those in FASTER, for more than BATCH tokens, on another device, of another type than bfloat16 or float32, for
-    subclasses of tensors, whose numbers may lie elsewhere, or if C is no multiple of BLOCK.
+    than those in FASTER, for more than BATCH tokens, on another device, of another type than bfloat16 or float32, where
+    autocast or anything else follows the operations or a gradient is wanted, or if C is no multiple of BLOCK.
     """
-    if type(x) is not Tensor or type(weight) not in PLAIN or type(bias) not in (*PLAIN, type(None)):
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if watched(x, weight, bias) or learns or torch.is_autocast_enabled("cpu"):
         return None
     (rows, columns), tensors = weight.shape, (x, weight) if bias is None else (x, weight, bias)
     fits = all(tensor.is_cpu and tensor.dtype == x.dtype for tensor in tensors) and x.dtype in DENSE

@@ -68,6 +68,7 @@ def packed_linear(linear: Any, kind: Kind = "same") -> SparseLinear:
     for end, part in parts.items():
         setattr(made, f"weight{end}", nn.Parameter(part, requires_grad=False))
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    made.check()  # a graph that is compiled next needs its offsets
     return made
 
 

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from atp_tune import cpu
 
@@ -33,6 +35,11 @@ _NEEDS = {
     "amx": _VBMI2 | {"amx_tile", "amx_bf16"},
 }  # fmt: skip
 _NO_MEMORY, _NOT_FINITE = 2, 3
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_FOLLOWING = ~sum(  # keys but those of each thread
+    torch._C.DispatchKeySet(key).raw_repr()
+    for key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)
+)
 
 
 class Weight(ctypes.Structure):
@@ -91,6 +98,24 @@ def parallel() -> int | None:
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def watched(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether anything follows a product that would not see what is read and written by addresses.
+
+    Such as a compiler, a tracer, a transform of torch.func, a mode, a class of tensors of its own, tangents, or a
+    gradient of a weight. Torch has no public word for all of them: keys of the thread say whom the dispatcher calls.
+    """
+    if torch.compiler.is_compiling() or has_tangents() or any(type(part) not in _PLAIN for part in (x, *weights)):
+        return True
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & _FOLLOWING:
+        return True
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in weights)
+
+
+def has_tangents() -> bool:
+    """Whether derivatives are computed along with values (forward mode)."""
+    return forward_ad._current_level >= 0
 
 
 def succeed(error: int) -> bool:

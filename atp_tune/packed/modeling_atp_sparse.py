@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 try:
     from atp_tune.packed import kernel
 
-    kernel.check_interface(4)
+    kernel.check_interface(5)
     from atp_tune.packed import gpu, kernel_dense
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
@@ -62,14 +62,15 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
     """The dense tensor [..., columns] of a packed one.
 
     values [nonzeros], row by row; bitmask uint8 [..., ⌈columns/8⌉], the lowest bit first; scales [..., groups] of int8
-    values, each for columns/groups columns. Errors: ValueError if they disagree.
+    values, each for columns/groups columns. Errors: ValueError if they disagree, but not in a graph, which cannot look.
     """
-    kept = kept_by(bitmask, columns, values.numel())
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    kept = _bits(bitmask)[..., :columns] if in_graph else kept_by(bitmask, columns, values.numel())
     if values.dim() != 1:
         raise ValueError(f"packed weight: values {list(values.shape)} are no list")
     if scales is None:
         return torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
-    if scales.shape[:-1] != kept.shape[:-1] or not scales.shape[-1] or columns % scales.shape[-1]:
+    if not in_graph and (scales.shape[:-1] != kept.shape[:-1] or not scales.shape[-1] or columns % scales.shape[-1]):
         raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {list(kept.shape)} weights")
     codes = torch.zeros(kept.shape, dtype=scales.dtype, device=values.device)
     codes.masked_scatter_(kept, values.to(scales.dtype))
@@ -79,21 +80,28 @@ def unpack(values: Tensor, bitmask: Tensor, columns: int, scales: Tensor | None 
 def bitmask_of(kept: Tensor) -> Tensor:
     """The bits of a mask [..., columns], uint8 [..., ⌈columns/8⌉], the lowest bit first."""
     bits = nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).view(*kept.shape[:-1], -1, 8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
-    return (bits * powers).sum(-1, dtype=torch.uint8)
+    return (bits * _powers(kept.device)).sum(-1, dtype=torch.uint8)
 
 
 def kept_by(bitmask: Tensor, columns: int, count: int) -> Tensor:
     """The mask [..., columns] of bits; ValueError if they are not of so many columns and kept weights."""
     if bitmask.dtype != torch.uint8 or bitmask.dim() < 2 or bitmask.shape[-1] != -(-columns // 8):
         raise ValueError(f"packed weight: a bitmask {list(bitmask.shape)} {bitmask.dtype} is not of {columns} columns")
-    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
-    kept = bits.flatten(-2).bool()
+    kept = _bits(bitmask)
     if int(kept.sum()) != count or bool(kept[..., columns:].any()):
         raise ValueError(
             f"packed weight: {count} values of {columns} columns, but the bitmask has {int(kept.sum())} bits"
         )
     return kept[..., :columns]
+
+
+def _bits(bitmask: Tensor) -> Tensor:
+    return (bitmask.unsqueeze(-1) & _powers(bitmask.device)).ne(0).flatten(-2)
+
+
+def _powers(device: torch.device) -> Tensor:
+    """Of the bits of a byte; by operations that ONNX has too."""
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -268,13 +276,22 @@ class SparseLinear(nn.Module):
         return dense.T if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies x [..., in] to y [..., out], by the kernel or, where it has no product, by the unpacked weight."""
-        learns = torch.is_grad_enabled() and x.requires_grad  # what is before it: the weight itself is frozen
-        if torch.compiler.is_compiling() and self._offsets is not None and not learns:
+        """Multiplies x [..., in] to y [..., out], by the kernel or, where it has no product, by the unpacked weight.
+
+        The kernel reads and writes by addresses. So torch's own operations multiply where anything follows them, as a
+        tracer does, and an operator stands for the kernel in a graph that is compiled, but not in one that is exported.
+        """
+        compiled = torch.compiler.is_compiling() and self._offsets is not None and x.dtype != torch.float64
+        compiled = compiled and not torch.compiler.is_exporting() and not kernel.has_tangents()
+        matrix: Any = None if compiled else self._of_kernel(x)
+        if not compiled and matrix is None:
+            return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if compiled:
             parts = (self.weight_values, self.weight_bitmask, self._offsets, self.weight_scales, self.bias)
             return cast("Tensor", torch.ops.atp_sparse.linear(x, *parts))
-        if (matrix := self._of_kernel(x)) is None:
-            return nn.functional.linear(x, self._dense().to(x.dtype), self.bias)
+        learns = torch.is_grad_enabled() and x.requires_grad  # what is before it
         y = None if learns else cast("Tensor | None", matrix.product(x.reshape(-1, self.in_features)))
         return self._by_tiles(x, matrix) if y is None else y.view(*x.shape[:-1], self.out_features)
 
@@ -294,10 +311,10 @@ class SparseLinear(nn.Module):
             self._dense()
 
     def _of_kernel(self, x: Tensor) -> Any:
-        """The weight for the kernel; None where it does not run."""
+        """The weight for the kernel; None where it does not run, or must not."""
         own: dict[str, Any] = self._parameters  # attributes take a microsecond each
         parts = values, bitmask, scales, bias = [own[name] if name in own else getattr(self, name) for name in _OWN]
-        if torch.float64 in (x.dtype, values.dtype):
+        if (kernel is not None and kernel.watched(x, *parts)) or torch.float64 in (x.dtype, values.dtype):
             return None
         places = (
             values.data_ptr(), bitmask.data_ptr(),
@@ -325,12 +342,11 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of each module, but scales stay float32 when the model is cast."""
         scales = None if self.weight_scales is None else self.weight_scales.detach()
-        was_used = self._offsets is not None
         self._matrix = self._offsets = None  # keeps the former tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != torch.float32:
             self.weight_scales.data = scales.to(self.weight_scales.device)
-        if was_used and not self.weight_values.is_meta:
+        if not self.weight_values.is_meta:
             with suppress(ValueError):  # as after `to_empty`; who uses it is told
                 self._of_kernel(self.weight_values)  # a graph that is compiled next needs its offsets
         return self
@@ -352,11 +368,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x [..., in] to y [..., out]."""
-        learning = (part is not None and part.requires_grad for part in (x, self.weight, self.bias))
-        recorded = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-        if kernel is None or recorded or (torch.is_grad_enabled() and any(learning)):
-            return super().forward(x)
-        y = kernel_dense.linear(x, self.weight, self.bias)
+        y = None if kernel is None else kernel_dense.linear(x, self.weight, self.bias)
         return super().forward(x) if y is None else y
 
 
@@ -576,8 +588,10 @@ def _check(model: nn.Module, found: dict[str, Any]) -> None:
     wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if wrong:
         raise ValueError(f"packed folder: its files have no {min(wrong)} of the shape that its config says")
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and not module.weight_bitmask.is_meta:
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, module in packed.items():
+        module.requires_grad_(False)  # transformers has made each float parameter anew
+        if not module.weight_bitmask.is_meta:
             try:
                 module.check()
             except ValueError as error:
