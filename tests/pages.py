@@ -48,6 +48,18 @@ def blocks(path: Path) -> list[Block]:
     ]
 
 
+def filled(page: Path, by: str, table: str) -> None:
+    """Puts a table between its two marks on a page; AssertionError if it was another one, which is then replaced."""
+    first, last = f"<!-- written by {by}: -->", f"<!-- : written by {by} -->"
+    text = page.read_text(encoding="utf-8")
+    head, begun, rest = text.partition(first)
+    made = f"{head}{first}\n{table}\n{last}{rest.partition(last)[2]}"
+    assert begun, f"{page.name} has no {first}"
+    if made != text:
+        page.write_text(made, encoding="utf-8")
+    assert made == text, f"{page.name} was not up to date, and has been written anew"
+
+
 def prose(path: Path) -> str:
     """A page without its blocks."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pages import REPO, filled
 from test_trust import CODE, change
 from tinystudy import CommandLine
 
@@ -16,8 +17,6 @@ import atp_tune
 from atp_tune.spec.facts import facts
 from atp_tune.spec.studyfile import load
 
-SECURITY = Path(__file__).parents[1] / "docs" / "security.md"
-FIRST, LAST = "<!-- written by tests/test_permissions.py: -->", "<!-- : written by tests/test_permissions.py -->"
 PLUGINS = ("--trust-plugins",)
 YAML = """\
 task: own
@@ -158,12 +157,7 @@ def test_the_page_lists_each_way() -> None:
     permits = [f"`{way.permits}`" if way.permit else "nothing: it never runs" for way in WAYS]
     rows = [f"| {way.key} | {way.what} | {permit} |" for way, permit in zip(WAYS, permits, strict=True)]
     table = "\n".join(["| key | value | what permits it |", "|---|---|---|", *rows])
-    text = SECURITY.read_text(encoding="utf-8")
-    head, _, rest = text.partition(FIRST)
-    made = f"{head}{FIRST}\n{table}\n{LAST}{rest.partition(LAST)[2]}"
-    if made != text:
-        SECURITY.write_text(made, encoding="utf-8")
-    assert made == text, f"{SECURITY.name} was not up to date and has been written anew"
+    filled(REPO / "docs/security.md", "tests/test_permissions.py", table)
 
 
 def test_a_database_permits_no_code(place: Path) -> None:

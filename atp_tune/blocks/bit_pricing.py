@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.gradients import BlockGradients, Sample
+from atp_tune.blocks.gradients import BlockGradients, Sample, check_finite
 from atp_tune.inputs import Batch
 
 Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
@@ -60,6 +60,7 @@ class BitPricing:
                 total[index][k] = total[index][k] + slopes.cpu().double() ** 2 / len(items)
 
         self._gradients.visit(Sample(items), lambda index, linear, weight: weight, add, each=True)
+        check_finite((float(row.sum()) for block in total for row in block), "prices of bits")
         return tuple(tuple(tuple(row.tolist()) for row in block) for block in total)
 
     def _errors(self, weight: Tensor) -> Tensor:

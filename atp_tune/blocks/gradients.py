@@ -6,7 +6,8 @@ costs two, and memory for the hidden states that enter all blocks. Of a model in
 gradients need, as many as a share of the free memory has room for; these are not computed again, which saves one.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -21,10 +22,12 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.errors import TrialError
 from atp_tune.inputs import Batch, InputKind
 
 ACTIVATIONS = 8  # bytes that a block keeps for its gradient, in bytes that it needs without one
 SHARE = 0.3  # maximum share of the free memory for what blocks keep from the first pass to the second
+OVERFLOWS = range(0, 20, 4)  # by how many powers of two gradients in float16 are made smaller, until none overflows
 PASSES = 4  # forward passes that gradients cost where blocks keep nothing
 
 # by the final hidden states of items; last those of the dense model, as in `Sample`
@@ -78,7 +81,7 @@ class BlockGradients:
         visit = _Visit(self, change, KeptRuns(0 if each else room(self.checkpoint)))
         with torch.inference_mode(False), torch.no_grad():
             entering = visit.forward(sample.items)
-            gradient = self._of_head(sample, entering.pop()) / (1 if each else len(sample.items))
+            gradient = _wide(self._of_head(sample, entering.pop())) / (1 if each else len(sample.items))
             backward = visit.backward_each if each else visit.backward
             while entering:
                 gradient = backward(len(entering) - 1, entering.pop(), gradient, take)
@@ -152,7 +155,7 @@ class _Visit:
         above = leaving[rows]
         run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
         leaves = [run.entering, *run.weights.values()]
-        found = torch.autograd.grad(run.leaving, leaves, above, allow_unused=True, materialize_grads=True)
+        found = _by(run.leaving, leaves, above)
         by_weights = (gradient.float().contiguous() for gradient in found[1:])  # of an expert without tokens 0
         return found[0], dict(zip(run.weights, by_weights, strict=True))
 
@@ -182,3 +185,32 @@ class _Visit:
         for linear in linears:
             linear.matrix(found[linear.key]).copy_(self._change(index, linear, linear.matrix(weights[linear.key])))
         return found
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """A gradient, of float16 as float32."""
+    return gradient.float() if gradient.dtype == torch.float16 else gradient
+
+
+def _by(leaving: Tensor, leaves: Sequence[Tensor], above: Tensor) -> Sequence[Tensor]:
+    """The gradients of ⟨leaving, above⟩ by the leaves, in their formats, of float16 in float32.
+
+    The range of float16 is too small for gradients of a loss. They are scaled by a power of two, so that the largest
+    of `above` is near 1, and less where something overflows: Micikevicius et al., Mixed Precision Training, ICLR 2018.
+    """
+    gradients = partial(torch.autograd.grad, leaving, leaves, allow_unused=True, materialize_grads=True)
+    if leaving.dtype != torch.float16:
+        return gradients(above)
+    exponent = int(torch.frexp(above.abs().max().float()).exponent)
+    for less in OVERFLOWS:
+        scale = 2.0 ** -(exponent + less)
+        found = [x.float() / scale for x in gradients((above.float() * scale).to(leaving.dtype), retain_graph=True)]
+        if all(bool(x.isfinite().all()) for x in found):
+            break
+    return found
+
+
+def check_finite(prices: Iterable[float], what: str) -> None:
+    """TrialError if a price that gradients gave is NaN or infinite: with one in it no step of a descent moves."""
+    if not all(map(math.isfinite, prices)):
+        raise TrialError(f"{what} are not finite: gradients overflow; try model.dtype = bfloat16 or float32")

@@ -14,11 +14,12 @@ G_ij W_ij is the sensitivity of SNIP (Lee et al., ICLR 2019), which takes it at 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.gradients import BlockGradients, Sample
+from atp_tune.blocks.gradients import BlockGradients, Sample, check_finite
 from atp_tune.blocks.levels import Levels
 from atp_tune.checkpoints.linears import Linear
 
@@ -50,7 +51,9 @@ class Pricing:
             ])  # fmt: skip
 
         self._gradients.visit(sample, pruned, price)
-        return tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
+        found = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
+        check_finite(chain.from_iterable(found), "prices")
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: prices depend on sparsities and sample alone."""

@@ -6,7 +6,6 @@ k_r: what one further pruned weight costs, in nats
 p     the same over all rows of the linear: its price
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from atp_tune.allocations.prices import KEPT, LARGEST
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets
-from atp_tune.blocks.gradients import BlockGradients, Sample
+from atp_tune.blocks.gradients import BlockGradients, Sample, check_finite
 from atp_tune.blocks.levels import BAND, Places
 from atp_tune.checkpoints.linears import Linear
 
@@ -61,6 +60,7 @@ class RowPricing:
                 found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
 
         self._gradients.visit(sample, pruned, price)
+        check_finite((float(rows.sum()) for _, rows in found.values()), "prices of rows")
         for key, (_, rows) in found.items():
             self._move(key, rows)
         return tuple(
@@ -94,7 +94,7 @@ class RowPricing:
         smooth = self._smooth[key] = KEPT * self._smooth[key] + (1 - KEPT) * prices
         apart = smooth - smooth.mean()
         deviation = apart.square().mean().sqrt()
-        if not 0 < deviation < math.inf:
+        if not deviation:
             return
         moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
         self._offsets[key] = moved - moved.mean()

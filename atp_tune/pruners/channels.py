@@ -22,7 +22,7 @@ from torch import Tensor
 
 from atp_tune.errors import TrialError
 from atp_tune.pruners.selection import lowest
-from atp_tune.pruners.statistics import Hessian, InputMoments
+from atp_tune.pruners.statistics import Hessian, InputMoments, finite
 
 RAISES = 4  # of the ridge, tenfold each, where the system cannot be solved
 
@@ -80,8 +80,7 @@ def refitted(weight: Tensor, gone: Tensor, hessian: Tensor, damping: float) -> T
     hessian [in, in]; the ridge is `damping` times the mean of its diagonal, and ten times as much, up to four times,
     where the system cannot be solved. Computed in float64. TrialError if H is not finite.
     """
-    if not hessian.isfinite().all():
-        raise TrialError("Hessian not finite: the model's activations overflow; try dtype = bfloat16 or float32")
+    finite(hessian, "Hessian")
     wide = "cpu" if weight.device.type == "mps" else weight.device  # MPS has no float64
     dense, full = weight.to(wide, torch.float64), hessian.to(wide, torch.float64)
     there, lost = (~gone).to(wide).nonzero()[:, 0], gone.to(wide).nonzero()[:, 0]

@@ -48,8 +48,8 @@ class InputNorms:
         return found
 
     def norms(self) -> Tensor:
-        """The norms [in]."""
-        return self._squares.sqrt()
+        """The norms [in]; TrialError if one is not finite."""
+        return finite(self._squares, "norms of inputs").sqrt()
 
 
 class InputMoments:
@@ -225,10 +225,15 @@ class Hessian:
         return self._scaled[damping]
 
 
+def finite(statistic: Tensor, what: str) -> Tensor:
+    """The statistic; TrialError if it is not finite."""
+    if not statistic.isfinite().all():
+        raise TrialError(f"{what} not finite: the model's activations overflow; try dtype = bfloat16 or float32")
+    return statistic
+
+
 def _scaled(hessian: Tensor, damping: float) -> Scaled:
-    if not hessian.isfinite().all():
-        raise TrialError("Hessian not finite: the model's activations overflow; try dtype = bfloat16 or float32")
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    finite(hessian, "Hessian").diagonal().add_(damping * hessian.diagonal().mean())
     scales = hessian.diagonal().sqrt()
     scales = torch.where(scales > 0, scales, 1)
     return Scaled(scales, hessian / scales / scales[:, None])
@@ -239,7 +244,8 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
 
     Reads no entry below the diagonal. At most two matrices exist at a time: of a wide linear each takes gigabytes.
     """
-    device, mean, diagonal = hessian.device, hessian.diagonal().mean(), hessian.diagonal().flip(0)
+    device, mean = hessian.device, finite(hessian.diagonal(), "Hessian").mean()
+    diagonal = hessian.diagonal().flip(0)
     hessian = hessian.flip(0, 1).to(_place_of_factors(device))
     for power in range(DAMPING_RAISES + 1):
         hessian.diagonal().copy_(diagonal + damping * 10**power * mean)

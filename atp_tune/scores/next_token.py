@@ -19,6 +19,7 @@ from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
 from atp_tune.scores.losses import loss_gradient, token_kls, token_nlls
 
+SCALE = 256.0  # of gradients by logits in float16, per predicted token, whose largest is then near it
 POSITIONS = 256  # positions of each window whose logits are computed at a time
 HEAD_BYTES = 12  # bytes per logit: bf16 or float32 logits, their float32 copy and its log-softmax
 WINDOWS, TOKENS = 2, 16  # shape of a probe
@@ -88,8 +89,13 @@ class NextToken:
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
     def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
-        """Gradient of each window's loss by its final hidden states [windows, tokens, width], slice by slice."""
-        found, predicted = torch.zeros_like(hidden), batch.shape[1] - 1
+        """Gradient of each window's loss by its final hidden states [windows, tokens, width], slice by slice.
+
+        Of float16, whose range is too small for it, in float32.
+        """
+        predicted, is_half = batch.shape[1] - 1, hidden.dtype == torch.float16
+        found = torch.zeros_like(hidden, dtype=torch.float32 if is_half else hidden.dtype)
+        scale = SCALE * predicted if is_half else 1.0
         for start in range(0, predicted, POSITIONS):
             here = slice(start, min(start + POSITIONS, predicted))
             part = hidden[:, here].detach().requires_grad_()
@@ -98,8 +104,8 @@ class NextToken:
             likely = None if others is None else replay.logits(batch[:, here], others).flatten(0, 1)
             with torch.enable_grad():
                 logits = replay.logits(batch[:, here], part).flatten(0, 1)
-            by_logits = loss_gradient(logits.detach(), targets, likely, 1 / predicted)
-            found[:, here] = torch.autograd.grad(logits, part, by_logits)[0]
+            by_logits = loss_gradient(logits.detach(), targets, likely, scale / predicted)
+            found[:, here] = torch.autograd.grad(logits, part, by_logits)[0].to(found.dtype) / scale
         return found
 
 
