@@ -640,7 +640,7 @@ def test_one_token_is_a_hessian_of_rank_one() -> None:
     ],
 )
 def test_a_hessian_that_is_not_a_number(x: Tensor) -> None:
-    with pytest.raises(TrialError, match="not positive definite, even with damping 100"):
+    with pytest.raises(TrialError, match="Hessian not finite"):
         SparseGPT().prune(torch.ones(2, x.shape[1]), 0.5, hessian_of(x))
 
 
