@@ -1,6 +1,9 @@
 """`recover`, as a user asks for it: the best plan of a study is trained at its end, and `apply` writes it."""
 
+import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 from platform import node
 from typing import Any
@@ -8,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from faults import Command
+from preloaded import at_call, kill
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import tune
+from atp_tune.cache import cache_dir
 from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
 from atp_tune.results.recovery import recovery_said, trained_rows
 from atp_tune.results.summary import summarise
@@ -22,6 +28,7 @@ from atp_tune.sparse import recovering
 from atp_tune.sparse.finetuning import NoGainError, Trained
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.sparse.recovering import NO_GAIN, recovered, settings_of
+from atp_tune.sparse.training import Trainer
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered
@@ -30,6 +37,11 @@ from atp_tune.storage import opening
 from atp_tune.storage.process_identity import identity
 
 SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
+
+
+def part() -> Path:
+    """Where a run of training keeps what it has trained."""
+    return cache_dir("recovered") / "x.safetensors"
 
 
 def run(place: Path, command: CommandLine, *overrides: str) -> Any:
@@ -94,10 +106,14 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(place:
     plain = command("apply", "--config", config, "--out", place / "plain", "--no-recover")
     known = command("apply", "--config", config, "--out", place / "known")
     shutil.rmtree(place.parent / "cache" / "recovered")
+    old = cache_dir("recovered") / "of last month.safetensors"
+    old.touch()
+    os.utime(old, (0, 0))
     anew = command("apply", "--config", config, "--out", place / "anew")
     assert [answer.code for answer in (plain, known, anew)] == [0, 0, 0]
     assert "resumes after step 24 of 24" in known.out
     assert "step 24 of 24: loss" in anew.out
+    assert not old.exists()
     assert not (place / "plain" / FINETUNED).exists()
     before, after, again = (tensors(place / name) for name in ("plain", "known", "anew"))
     for name, was in before.items():
@@ -241,6 +257,18 @@ def test_a_model_in_memory_is_trained_too(trained: Path, cache: Path) -> None:
     assert "## Fine-tuned after pruning" in (trained.parent / "from memory" / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_what_a_killed_training_left_is_removed_by_the_next(place: Path, cache: Path, command: CommandLine) -> None:
+    """A whole model each time, for ever."""
+    words = ("--study", place / "tiny.toml", *settings("recover.steps=6", "recover.batch=4"))
+    for left in (1, 1):  # the second removes what the first left
+        killed = Command(*words, inject=partial(at_call, Trainer, "step", 3, kill)).finish()
+        assert killed.code == -signal.SIGKILL, killed
+        assert len([*cache.glob("recovered/.*")]) == left
+    assert command(*words).code == 0
+    assert [*cache.glob("recovered/.*")] == []
+
+
 # The guard.
 
 
@@ -252,7 +280,8 @@ def judged(monkeypatch: pytest.MonkeyPatch, before: float, validation: Perplexit
         held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
     )  # fmt: skip
     scores = {"test": type("Scores", (), {"nlls": [2.0, 2.0]})()}
-    monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores))  # type: ignore[arg-type]
+    part().touch()
+    monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
     return recovered(None, RecoverConfig(), Path(), "cpu", print, uniform=[3.0, 3.0])  # type: ignore[arg-type]
 
 
@@ -264,7 +293,10 @@ def changed(by: float) -> PerplexityChange:
 
 
 def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    worse, better = judged(monkeypatch, 10, changed(0.02)), judged(monkeypatch, 10, changed(-0.02))
+    worse = judged(monkeypatch, 10, changed(0.02))
+    assert not part().exists()  # no run will write it
+    better = judged(monkeypatch, 10, changed(-0.02))
+    assert part().exists()
     assert (worse.kept, better.kept) == (False, True)
     assert worse.reason == "perplexity on the validation text changed by +2.0% ± 1.0%"
     assert better.test is not None

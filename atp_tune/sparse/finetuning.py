@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
 
 SAVED = 20  # steps between two writes of the adapters
+KEPT = 30 * 24 * 3600  # seconds that what was trained stays in the cache after its last use
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class FinetuningJob:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves beside its folder: its record, and the scores of the new folder by role of the text."""
+    """What a run leaves beside its folder: its record, the scores of the new folder by role of the text, and `part`."""
 
     record: Finetuned
     scores: Mapping[str, WindowScores]
+    part: Path
 
 
 class NoGainError(UserError):
@@ -222,7 +225,7 @@ def _run(job: FinetuningJob) -> Trained:
         amend(folder, HEADING, section(done))
     if not job.stays:
         job.part.unlink(missing_ok=True)
-    return Trained(done, after)
+    return Trained(done, after, job.part)
 
 
 def _changed(before: list[float], after: list[float]) -> PerplexityChange:
@@ -262,9 +265,17 @@ def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
 
 
 def _train(trainer: "Trainer", job: FinetuningJob) -> None:
-    """Runs the remaining steps until early stopping ends them, and saves the adapters every `SAVED` steps."""
+    """Runs the remaining steps until early stopping ends them, and saves the adapters every `SAVED` steps.
+
+    Of what stays in the cache, what no run has used for `KEPT` is removed.
+    """
     total = job.settings.steps
+    for file in job.part.parent.glob("*.safetensors") if job.stays else ():
+        with suppress(OSError):  # another process removes it too
+            if file != job.part and time() - file.stat().st_mtime > KEPT:
+                file.unlink()
     if job.part.exists():
+        job.part.touch()
         trainer.restore(job.part, job.facts)
         job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
     if trainer.must_measure:

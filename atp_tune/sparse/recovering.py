@@ -77,6 +77,8 @@ def recovered(
     validation = _scores(record.validation or test)
     nlls = done.scores["test"].nlls
     fell = validation is not None and validation.change.value < 0
+    if not fell:
+        done.part.unlink(missing_ok=True)  # no run will write it
     changed = f"by {validation.change}" if validation else "to a number that is not finite"
     return Recovered(
         settings=recover,
