@@ -172,22 +172,24 @@ class StudyRequest:
         return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit)
 
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
-        from atp_tune.inputs.hub import is_hub_in_reach
-
-        choice: str | Mapping[str, str] | None = self.texts
-        if choice is None:
-            choice = "papers" if is_hub_in_reach() else "packaged"
-            notify(
-                "texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)"
-                if choice == "papers"
-                else "texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)"
-            )
+        choice = usual_texts(notify) if self.texts is None else self.texts
         if isinstance(choice, Mapping):
             return texts_from({role: (source_of(text), WHOLE) for role, text in choice.items()}, preset, folder, Path())
         if choice in HUB_TEXTS:
             return texts_from_hub(choice, preset, folder)
         source = source_of(choice)
         return texts_from({role: (source, part) for role, part in PARTS.items()}, preset, folder, Path())
+
+
+def usual_texts(notify: "Notify") -> str:
+    """The texts where none are asked for, which it says: `papers`, or `packaged` where the hub is out of reach."""
+    from atp_tune.inputs.hub import is_hub_in_reach
+
+    if is_hub_in_reach():
+        notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")
+        return "papers"
+    notify("warning: texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)")
+    return "packaged"
 
 
 def source_of(text: str) -> str:

@@ -488,6 +488,29 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
 
 
 @pytest.mark.slow
+def test_without_a_network_texts_are_the_same_in_every_function(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`tune` fell back without a word in a notebook, and the others raised."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: tuned(model, tokenizer, None, trials=1),
+        lambda: atp_tune.prune(model, tokenizer, sparsity=0.5, nsamples=4, seqlen=32),
+        lambda: atp_tune.perplexity(model, tokenizer, nsamples=4, seqlen=32, bos=False),
+    )
+    line = "warning: texts: parts of the Python manual, since the hub is out of reach (texts= takes your own)"
+    found = []
+    for call in calls:
+        caplog.clear()
+        found.append(call())
+        warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert warned == [line]
+    assert "; texts: parts of the Python manual</caption>" in found[0]._repr_html_()
+    measured = atp_tune.perplexity(model, tokenizer, "packaged", nsamples=4, seqlen=32, bos=False)
+    assert measured == found[2]
+
+
+@pytest.mark.slow
 def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def value(given: Any) -> float:
         return atp_tune.perplexity(model, tokenizer, given, nsamples=8, seqlen=32, bos=False).value

@@ -104,6 +104,7 @@ def test_the_packaged_text_without_a_network(here: Path, command: CommandLine, m
     assert (
         "texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)" in answer.out
     )
+    assert "\ntexts: parts of the Python manual\n" in answer.out  # below the table
     assert load("tiny_llama-60-quick").study.recover is None
     assert load("tiny_llama-60-quick").study.texts.test.source == "package:pydoc_data.topics:topics"  # type: ignore[union-attr]
 

@@ -36,9 +36,14 @@ def as_arguments() -> Iterator[None]:
         text = str(error)
         if "tune.py" in text:  # a whole command
             raise
-        text = text.replace("--trust-plugins", "trust_plugins=True")
-        text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,]?(?:\s|$))", r'settings={"\1": \2}', text)
-        raise UserError(OPTION.sub(lambda found: found[1].replace("-", "_"), text)) from None
+        raise UserError(as_in_python(text)) from None
+
+
+def as_in_python(text: str) -> str:
+    """A line with the arguments of Python in the place of options."""
+    text = text.replace("--trust-plugins", "trust_plugins=True").replace("--texts FILE", "texts=")
+    text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,]?(?:\s|$))", r'settings={"\1": \2}', text)
+    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
 
 
 def overrides(settings: Settings) -> list[str]:

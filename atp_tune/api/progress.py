@@ -11,7 +11,7 @@ from math import ceil
 from time import monotonic
 from typing import Any
 
-from atp_tune.api.arguments import as_arguments
+from atp_tune.api.arguments import as_arguments, as_in_python
 from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 from atp_tune.interrupts import interruptible
@@ -80,7 +80,8 @@ class Lines:
         match event:
             case Message(text):
                 if text not in self._said:
-                    logger.info(text)
+                    level = logging.WARNING if text.startswith("warning: ") else logging.INFO  # seen beside a bar too
+                    logger.log(level, "%s", as_in_python(text))
                 self._said.add(text)
             case TrialStarted(title, plan):
                 self._title, self._plan, self._began = title, str(plan) if plan else "", monotonic()

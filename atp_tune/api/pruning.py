@@ -19,7 +19,7 @@ from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.metrics.perplexity import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.presets import HUB_TEXTS, context_length
+from atp_tune.presets import HUB_TEXTS, PARTS, context_length
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import config_of, measured_folder, only_plan, write_sparse
@@ -30,7 +30,7 @@ from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
-from atp_tune.study_request import check_text, source_of
+from atp_tune.study_request import check_text, source_of, usual_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,8 @@ def prune(
         sparsity: The share S of zeros over all linears of all blocks, in (0, 1): 0.5 or "50%".
         pruner: "magnitude", "wanda", "sparsegpt", "dsnot" or "alps".
         allocation: How S is shared out: a name, or a name and parameters, such as ("atp", {"beta": 0.004}).
-        texts: Calibration text: documents, a `datasets.Dataset` with a column `text`, a file, or "c4" (the default).
+        texts: Calibration text: documents, a `datasets.Dataset` with a column `text`, a file, "c4" (the default), or
+            "packaged": a part of the Python manual (the default without a network).
         nsamples: Number of windows; by default 128, or as many as the text has.
         seqlen: Tokens of a window; by default 2048, or as many as the model can take.
         settings: Further keys of a study file: {"prune.statistics": "sequential", "prune.pattern": "2:4"}.
@@ -100,7 +101,7 @@ def prune(
         folder = _resolved(file.study.model, watch)
         usual = file.study.texts
         assert usual is not None
-        text = _text(sources.texts, folder, nsamples, seqlen, usual.calibration)
+        text = _text(_chosen(sources.texts, watch), "calibration", folder, nsamples, seqlen, usual.calibration)
         setup = _setup(file, {"calibration": text}, file.study.bos)
         with _planned(file, setup, parameters, watch) as (context, plan):
             weights = weights_of(context, plan)
@@ -174,8 +175,8 @@ def perplexity(
     Args:
         model: As in `prune`.
         tokenizer: The tokenizer of a model in memory.
-        texts: Documents, a `datasets.Dataset` with a column `text`, a file, "wikitext2" (the test split, the default)
-            or "c4".
+        texts: Documents, a `datasets.Dataset` with a column `text`, a file, "wikitext2" (the test split, the default),
+            "c4", or "packaged": another part of the Python manual (the default without a network).
         nsamples: Number of windows; by default all.
         seqlen: Tokens of a window; by default 2048, or as many as the model can take.
         bos: Whether each window begins with BOS; by default if the model is much better with it.
@@ -194,9 +195,8 @@ def perplexity(
         named = file.study.model.model_copy(update={key: True for key, given in allowed.items() if given})
         folder = _resolved(named, watch)
         usual = Text.model_validate({**HUB_TEXTS["papers"]["test"], "seqlen": SEQLEN})
-        text = _text(
-            sources.texts or "wikitext2", folder, nsamples or 1_000_000, seqlen, usual, is_exact=bool(nsamples)
-        )
+        most, chosen = nsamples or 1_000_000, _chosen(sources.texts, watch)
+        text = _text(chosen, "test", folder, most, seqlen, usual, is_exact=bool(nsamples))
         with _opened(named, file.study.prune, text, file.study.device, bos, watch) as context:
             watch(TrialStarted("perplexity", None))
             return perplexity_of(context.all_nlls(context.dense(), "calibration"))
@@ -219,28 +219,35 @@ def _resolved(model: ModelConfig, watch: EventHandler) -> ModelFolder:
     return resolve(model, Path(), lambda text: watch(Message(text)))
 
 
+def _chosen(texts: str | Mapping[str, str] | None, watch: EventHandler) -> str:
+    """The text that was asked for, else the usual ones, as `tune` has them; UserError for several roles."""
+    if isinstance(texts, Mapping):
+        raise UserError("texts: give one text; several roles are for `tune`")
+    return usual_texts(lambda line: watch(Message(line))) if texts is None else texts
+
+
 def _text(
-    texts: str | Mapping[str, str] | None,
+    texts: str,
+    role: str,
     folder: ModelFolder,
     nsamples: int | None,
     seqlen: int | None,
     usual: Text,
     is_exact: bool = True,
 ) -> Text:
-    """The text that was asked for, with as many windows as it has, `nsamples` at most.
+    """The text that was asked for, in this role, with as many windows as it has, `nsamples` at most.
 
     UserError if `nsamples` was asked for (`is_exact`) and the text has fewer.
     """
-    if isinstance(texts, Mapping):
-        raise UserError("texts: give one text; several roles are for `tune`")
     seqlen = seqlen or min(SEQLEN, context_length(folder) or SEQLEN)
-    if texts is None or texts in HUB_TEXTS:
+    if texts in HUB_TEXTS:
         if texts == "c4" and usual.source != "c4":
             usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "seqlen": seqlen, "nsamples": nsamples})
         asked = nsamples if is_exact and nsamples else usual.nsamples
         return usual.model_copy(update={"seqlen": seqlen, "nsamples": asked})
     check_text(texts)
-    text, most = Text(source=source_of(texts), seqlen=seqlen), nsamples or NSAMPLES
+    part = {"part": PARTS[role], "shuffle": True} if texts == "packaged" else {}  # as `tune` cuts it
+    text, most = Text.model_validate({"source": source_of(texts), "seqlen": seqlen, **part}), nsamples or NSAMPLES
     try:
         there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
     except UserError as error:

@@ -12,7 +12,7 @@ from atp_tune.api.lender import Lender
 from atp_tune.errors import UserError
 from atp_tune.results.best_config import best_config
 from atp_tune.results.choosing import at_sparsity, within
-from atp_tune.results.formatting import method_of
+from atp_tune.results.formatting import method_of, texts_note
 from atp_tune.results.stored import file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
 from atp_tune.spec.config import Config, scores_after
@@ -173,7 +173,8 @@ class Result:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         body = "".join(row(cells, "td") for cells in table.rows)
-        return f"<table><caption>{escape(self.name)}</caption>{row(table.head, 'th')}{body}</table>"
+        caption = "; ".join(part for part in (self.name, texts_note(summary)) if part)
+        return f"<table><caption>{escape(caption)}</caption>{row(table.head, 'th')}{body}</table>"
 
 
 def load_study(

@@ -32,6 +32,7 @@ from atp_tune.results.formatting import (
     points_row,
     remark_of,
     sizes_note,
+    texts_note,
 )
 from atp_tune.results.outcome import draws_said, limit_of, outcome_of
 from atp_tune.results.recovery import trained_rows
@@ -127,6 +128,7 @@ def _notes(summary: Summary) -> list[str]:
     same = f"same {what}{' and sparsity' * bool(summary.interval)}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
+    notes.append(texts_note(summary))
     if summary.hits:
         notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
     if summary.limit:

@@ -16,7 +16,7 @@ from atp_tune.figures.history import spent
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import amount_of
-from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of
+from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, texts_note
 from atp_tune.results.outcome import draws_said, outcome_of
 from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary, summarise
@@ -129,9 +129,10 @@ class Contents:
 
     @property
     def errors(self) -> str:
-        """What ± means, and the numbers over draws, if there are any."""
+        """What ± means, the numbers over draws, if there are any, and the texts."""
         draws = draws_said(self.summary) if self.summary.interval else draws_note(self.summary)
-        return f"± is the {errors_of(self.summary)}" + (f"; {draws}" if draws else "") + "."
+        said = (f"± is the {errors_of(self.summary)}", draws, texts_note(self.summary))
+        return "; ".join(part for part in said if part) + "."
 
     @property
     def verdict(self) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from statistics import median
 
 from optuna.trial import FrozenTrial, TrialState
@@ -12,12 +13,14 @@ from atp_tune.extras import as_typed
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import method_in, percent, shown
+from atp_tune.presets import PACKAGED
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
+from atp_tune.spec.texts import short_source
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -213,6 +216,24 @@ def dense_speed(summary: Summary) -> float | None:
 def megabytes(size: int) -> str:
     """A number of bytes: `297.0 MB`, from 10 GB on `13.5 GB`."""
     return f"{size / 1e6:.1f} MB" if size < 10e9 else f"{size / 1e9:.1f} GB"
+
+
+def texts_note(summary: Summary) -> str:
+    """What calibrated and what measured: `texts: c4 to calibrate, wikitext2 to measure`; "" if it is not known."""
+    if summary.made_from is None:
+        return ""
+    data, kind = summary.made_from.study.data, "images" if summary.hits else "texts"
+    test = data.validation if data.test is None else data.test
+    calibration, *measured = (_named(text.source) for text in (data.calibration, data.validation, test))
+    if {calibration} == set(measured):
+        return f"{kind}: parts of {calibration}"
+    return f"{kind}: {calibration} to calibrate, {' and '.join(dict.fromkeys(measured))} to measure"
+
+
+def _named(source: str) -> str:
+    if source == PACKAGED:
+        return "the Python manual"
+    return Path(source).name if source.startswith("file:") else short_source(source)
 
 
 def sizes_note(summary: Summary) -> str:
