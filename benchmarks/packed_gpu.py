@@ -4,7 +4,8 @@
     python benchmarks/packed_gpu.py --tiny    the same code on a tiny shape, on a CPU with TRITON_INTERPRET=1
 
 Weights are random numbers in bfloat16. A CUDA graph multiplies the same tokens by copies of a matrix that together do
-not fit into the cache of the GPU, so that each is read from memory and no launch is waited for.
+not fit into the cache of the GPU, so that each is read from memory and no launch is waited for. Of each sparsity the
+table has the kernel, whether or not `gpu.is_faster` takes it, and behind it what is done else: unpacking and cuBLAS.
 """
 
 import argparse
@@ -36,6 +37,11 @@ def copies(weight: Tensor, least: int) -> list[GpuMatrix]:
     return [GpuMatrix(values.clone(), bitmask.clone(), weight.shape[1]) for _ in range(count)]
 
 
+def unpacked(matrix: GpuMatrix, x: Tensor) -> Tensor:
+    """The product where the kernel is not taken."""
+    return functional.linear(x, matrix.rows(0, matrix.shape[0]))
+
+
 def microseconds(ways: list[Way], device: torch.device) -> float:
     """Of one of the ways, which take turns."""
 
@@ -63,8 +69,9 @@ def show(shape: tuple[int, int], tokens: tuple[int, ...], least: int, device: to
         whole = microseconds([partial(functional.linear, x, each) for each in dense], device)
         cells = []
         for matrices in packed:
-            own = microseconds([partial(each.product, x) for each in matrices], device)
-            cells.append(f"{own:.1f} ({whole / own:.2f}×)")
+            own = microseconds([partial(each.product, x, forced=True) for each in matrices], device)
+            other = microseconds([partial(unpacked, each, x) for each in matrices], device)
+            cells.append(f"{own:.1f} ({whole / own:.2f}×), {other:.1f}")
         line(" × ".join(map(str, shape)), count, f"{whole:.1f}", f"{weight.nbytes / whole / 1e3:.0f}", *cells)
 
 

@@ -29,14 +29,15 @@ class GpuMatrix:
         self.shape = (len(bitmask), columns)
         self.values, self.bitmask, self.scales, self.bias = values, bitmask, scales, bias
 
-    def product(self, x: Tensor) -> Tensor | None:
+    def product(self, x: Tensor, forced: bool = False) -> Tensor | None:
         """The product y [M, R] of x [M, C] and the weight's transpose, plus the bias.
 
-        None of more than 16 tokens, and of x of another type than bfloat16 and float16.
+        None of more than 16 tokens, of x of another type than bfloat16 and float16, and unless `forced` where the
+        product with the unpacked weight is expected to be faster.
         """
         if x.dim() != 2 or x.shape[1] != self.shape[1] or x.device != self.bitmask.device:
             raise ValueError(f"packed weight: x is {list(x.shape)} on {x.device}; needed: [tokens, {self.shape[1]}]")
-        return _product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
+        return _product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias, forced)
 
     def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]; as of `kernel.PackedMatrix`."""
@@ -58,7 +59,7 @@ def has_kernel(device: torch.device) -> bool:
         bits = torch.full((2, 16), 0b01010101, dtype=torch.uint8, device=device)  # a value, a zero, a value …
         x = torch.ones(2, 128, dtype=torch.bfloat16, device=device)
         matrix = GpuMatrix(x.flatten()[:128], bits, 128)
-        products = [matrix.product(x[:tokens]) for tokens in (1, 2)]
+        products = [matrix.product(x[:tokens], forced=True) for tokens in (1, 2)]
         rows = matrix.rows(0, 2)
         if any(y is None or bool((y != 64).any()) for y in products) or not rows.equal(1 - rows.roll(1, dims=1)):
             raise RuntimeError("it computes something else")
@@ -71,12 +72,33 @@ def _check_count(values: Tensor) -> None:
         raise ValueError(f"packed weight: has {len(values)} values, a GPU's kernel takes fewer than {MOST_VALUES}")
 
 
+def is_faster(tokens: int, rows: int, processors: int | None) -> bool:
+    """Whether the product of so many tokens is expected to take less time than unpacking and cuBLAS.
+
+    processors: multiprocessors of an NVIDIA GPU; None: unknown. An estimate from compiled code that no GPU has timed:
+    one token decodes the bits that unpacking decodes, and writes no weight, so it cannot lose. With more, programs of
+    32 rows wait 5,600 clocks for 256 columns, alone or four to a processor: 22 clocks a column. Unpacking decodes 8.5
+    weights a clock and processor; then 4 bytes a weight are written and read, 14.5 bytes a clock on an H100 (A100 13,
+    H200 21): 13 clocks a column for each program that a processor has. So two programs each pay, fewer do not.
+    """
+    return tokens == 1 or (processors is not None and rows >= 2 * 32 * processors)
+
+
+def _processors(device: torch.device) -> int | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _product(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
+    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None,
+    forced: bool = False,
+) -> Tensor | None:  # fmt: skip
     from atp_tune.packed import kernel_triton
 
     if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
+        return None
+    if not forced and not is_faster(len(x), len(bitmask), _processors(x.device)):
         return None
     return kernel_triton.product(x, values, bitmask, offsets, scales, bias)
 
