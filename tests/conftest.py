@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cases import left_out
-from hypothesis import settings
 from localhub import serve
 from plugging import forgotten
 from processes import scope
 
+try:
+    from hypothesis import settings
+except ImportError:  # a machine with a GPU and little else: tests/gpu draws nothing
+    settings = None
 if TYPE_CHECKING:
     import optuna
     from pgserver import PostgreSQL
@@ -41,8 +44,9 @@ MAY_BE_SLOW = re.compile(r"\bslow\b|\bfew\b")  # the mark, under whatever name, 
 IS_SLOW = re.compile(r"^pytestmark = \[?pytest\.mark\.slow\b", re.M)
 MANY_MODULES = 100  # that tests have imported since; then they are frozen too
 frozen = [0]  # modules when the imported was frozen
-settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
-settings.load_profile("repeatable")
+if settings is not None:
+    settings.register_profile("repeatable", max_examples=25, derandomize=True, database=None, deadline=None)
+    settings.load_profile("repeatable")
 sys.dont_write_bytecode = False  # to rewrite the assertions of all files takes each process 5 s
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a script's `pytest &`: commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

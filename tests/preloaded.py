@@ -42,6 +42,7 @@ with quiet():  # which libraries read as they are imported
     import atp_tune.serving.serve
     import atp_tune.sparse.applying
     from atp_tune.blocks import prune_pass
+    from atp_tune.checkpoints import devices
     from atp_tune.checkpoints.checkpoint import Checkpoint
     from atp_tune.cli import main
     from atp_tune.pruners.wanda import Wanda
@@ -80,6 +81,13 @@ def run(
     if inject is not None:
         inject()
     main()
+
+
+def pass_for_a_gpu() -> None:
+    """The CPU has another name, by which studies tell devices apart: where tests of a GPU are rehearsed on a CPU."""
+    own = devices.device_name
+    for module in [module for module in sys.modules.values() if getattr(module, "device_name", None) is own]:
+        vars(module)["device_name"] = lambda device: f"what passes for a GPU, not {own(device)}"
 
 
 def kill() -> None:

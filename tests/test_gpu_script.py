@@ -1,5 +1,6 @@
 """The command line of scripts/gpu; scripts/test rehearses the rest of it."""
 
+import ast
 import importlib.machinery
 import importlib.util
 import os
@@ -41,6 +42,58 @@ def test_what_is_not_run(tmp_path: Path) -> None:
     assert said("--page", page, ATP_TUNE_GPU_TESTS_ON="cpu") == "a rehearsal writes no docs/gpu.md"
 
 
+def test_it_ends_within_nine_minutes(script: Any) -> None:
+    """By its limits, with 30 seconds to unpack wheels and to name the machine."""
+    assert script.TESTS + sum(script.BENCHMARKS.values()) + 30 <= 9 * 60
+
+
+def imported(folder: Path) -> set[str]:
+    """What tests/gpu and conftest import, and the files of tests that they import, wherever that stands in a file."""
+    found, left = set[str](), [*folder.glob("gpu/*.py"), folder / "conftest.py"]
+    seen = set[Path]()
+    while left:
+        if (file := left.pop()) in seen or not file.exists():
+            continue
+        seen.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            own = [name.partition(".")[0] for name in names]
+            left += [place / f"{name}.py" for name in own for place in (folder, folder / "gpu")]
+            found.update(own)
+    return found - {file.stem for file in seen}
+
+
+def test_what_the_tests_import_is_there_or_brought(script: Any) -> None:
+    """On a machine that had what the script's head says no test was collected, for want of hypothesis.
+
+    The rehearsal imports no other packages either. Fixtures that tests/gpu does not use import some more.
+    """
+    lacking = script.lacking()
+    assert imported(REPO / "tests") & lacking == {"hypothesis", "datasets", "psycopg"}
+    assert {"accelerate", "pandas", "xdist"} <= lacking
+    assert not lacking & {"optuna", "alembic", "pytest", "_pytest", "pluggy", "torch", "triton", "tokenizers", "yaml"}
+
+
+@pytest.mark.parametrize(("version", "brought"), [("9.0.1", False), ("8.3.0", False), ("7.4.4", True), ("", True)])
+def test_pytest_is_brought_where_there_is_none(
+    version: str, brought: bool, script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def found(name: str) -> str:
+        if not version:
+            raise script.metadata.PackageNotFoundError(name)
+        return version
+
+    asked: list[str] = []
+    monkeypatch.setattr(script.metadata, "version", found)
+    monkeypatch.setattr(script, "pip", lambda *words: asked.extend(Path(word).name for word in words))
+    for name in ("pytest-9.1-py3-none-any.whl", "pluggy-1.6-py3-none-any.whl", "optuna-5.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    variables = script.environment(tmp_path, str(tmp_path / "site"))
+    assert [name[:6] for name in asked if name.endswith(".whl")] == ["optuna", *(["pluggy", "pytest"] * brought)]
+    assert variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
+
+
 def test_names_of_packages(script: Any) -> None:
     names = {script.name_of(wish) for wish in script.dependencies()}
     assert {"torch", "plotly", "tomli-w", "sqlalchemy", *script.UNUSED, *script.THERE[:4]} <= names
@@ -51,7 +104,7 @@ def test_names_of_packages(script: Any) -> None:
 @pytest.mark.slow
 def test_what_is_stopped_says_so(script: Any) -> None:
     environment = dict(os.environ)
-    ran = script.run([sys.executable, "-c", "print('one', flush=True); import time; time.sleep(60)"], environment, 1)
+    ran = script.run([sys.executable, "-c", "print('one', flush=True); import time; time.sleep(60)"], environment, 21)
     assert (ran.code, ran.out, ran.ended) == (None, "one\n", "was stopped: it took too long")
     assert script.run([sys.executable, "-c", "raise SystemExit(3)"], environment, 60).ended == "ended with exit code 3"
 
@@ -66,7 +119,30 @@ def test_the_page_tells_of_every_test(script: Any, monkeypatch: pytest.MonkeyPat
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.setattr(script, "REPO", tmp_path)
-    ran, page = script.tests(dict(os.environ), str(tmp_path))
+    ran, page = script.tests({**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, str(tmp_path))
     assert ran.code == 1
     assert page.startswith("1 passed, 1 failed, 1 were skipped, in ")
     assert "- skipped, no card: 1\n- **failed**: `test_bad` of tests.gpu.test_it\n" in page
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_keeps_what_it_found(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What tells most comes first; a warning of an unknown version fails no test, though the project's would."""
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    for name, text in (
+        ("studies", "def test_hangs(): os.kill(os.getppid(), signal.SIGALRM); time.sleep(60)"),  # its time is over
+        ("bits", "def test_bits(): warnings.warn('a new version')"),
+        ("unknown", "def test_last(): ..."),
+    ):
+        head = "import os, signal, time, warnings\nimport pytest\npytestmark = pytest.mark.gpu\n\n"
+        (tmp_path / "tests" / "gpu" / f"test_gpu_{name}.py").write_text(f"{head}{text}\n")
+    ini = "[pytest]\nmarkers = gpu\ntimeout = 900\nfilterwarnings = error\n"  # `timeout` of a plug-in that is not there
+    (tmp_path / "pytest.ini").write_text(ini)
+    monkeypatch.setattr(script, "REPO", tmp_path)
+    ran, page = script.tests({**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, str(tmp_path))
+    assert ran.code is None
+    assert page.startswith("1 passed, 0 failed, 0 were skipped, in ")
+    assert "- **pytest was stopped: it took too long**: others were not run\n" in page
+    assert "tests/gpu/test_gpu_bits.py::test_bits PASSED" in ran.out  # a line for each test as it ends

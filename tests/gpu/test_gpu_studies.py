@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import optuna
+import preloaded
 import pytest
 import torch
 from cards import bench_on, pruned_blocks, same_blocks
-from tinystudy import LONG, Answer, finish, quiet, run, settings, start, stored, wait_for
+from tinystudy import LONG, Answer, Process, finish, quiet, run, settings, start, stored, wait_for
 
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.merging import merge
@@ -19,14 +20,20 @@ TOTAL = "search.trials=4"
 PATIENCE = 240.0  # seconds for a process: on a fresh machine libraries take a minute to load
 
 
-def script(*arguments: str | Path) -> Answer:
-    """`python tune.py …` to its end."""
-    return finish(start(*arguments), PATIENCE)
+def begin(device: torch.device | None, *arguments: str | Path) -> Process:
+    """`python tune.py …` on a GPU, or the CPU (None); a rehearsal's GPU is a CPU that passes for one."""
+    is_rehearsal = device is not None and device.type == "cpu"
+    return start(*arguments, inject=preloaded.pass_for_a_gpu if is_rehearsal else None)
 
 
-def study(place: Path, device: str, *overrides: str) -> Answer:
+def on(place: Path, device: torch.device | None, *overrides: str) -> tuple[str | Path, ...]:
+    """The words of the tiny study on a device."""
+    return "--study", place / "tiny.toml", *settings(f"device={device or 'cpu'}", TOTAL, *overrides)
+
+
+def study(place: Path, device: torch.device | None, *overrides: str, words: tuple[str, ...] = ()) -> Answer:
     """The tiny study on a device, to its end."""
-    answer = script("--study", place / "tiny.toml", *settings(f"device={device}", TOTAL, *overrides))
+    answer = finish(begin(device, *on(place, device, *overrides), *words), PATIENCE)
     assert answer.code == 0, answer.err
     return answer
 
@@ -37,13 +44,12 @@ def values(found: optuna.Study) -> list[float]:
 
 
 def test_a_study_that_was_killed_goes_on(place: Path, device: torch.device) -> None:
-    options = settings(f"device={device}", TOTAL, *LONG)
-    process = start("--study", place / "tiny.toml", *options)
+    process = begin(device, *on(place, device, *LONG))
     wait_for(place / "tiny.db", 2, process, PATIENCE)
     process.kill()
     assert finish(process).code == -signal.SIGKILL
-    study(place, str(device), *LONG)
-    study(place, str(device), *LONG, f"storage=sqlite:///{place}/undisturbed.db")
+    study(place, device, *LONG)
+    study(place, device, *LONG, f"storage=sqlite:///{place}/undisturbed.db")
     found, expected = stored(place), stored(place, database=place / "undisturbed.db")
     assert [trial.state.name for trial in found.trials].count("FAIL") == 1
     assert values(found) == pytest.approx(values(expected), rel=1e-6)
@@ -51,13 +57,16 @@ def test_a_study_that_was_killed_goes_on(place: Path, device: torch.device) -> N
 
 
 def test_a_cpu_and_a_gpu_share_a_study(place: Path, device: torch.device) -> None:
-    """One begins, the other goes on; and what both found apart is united."""
-    study(place, "cpu")
-    study(place, str(device), "search.trials=6")
+    """One begins, the other goes on if it is told to; and what both found apart is united."""
+    study(place, None)
+    more = "search.trials=6"
+    refused = finish(begin(device, *on(place, device, more)), PATIENCE).error
+    assert "its trials ran on cpu, here is " in refused and "--allow-device-change" in refused
+    study(place, device, more, words=("--allow-device-change",))
     mixed = stored(place)
     assert len(values(mixed)) == 6
-    assert len({trial.user_attrs["device"] for trial in mixed.trials}) == (1 if device.type == "cpu" else 2)
-    study(place, str(device), f"storage=sqlite:///{place}/there.db", "search.seed=5")
+    assert len({trial.user_attrs["device"] for trial in mixed.trials}) == 2
+    study(place, device, f"storage=sqlite:///{place}/there.db", "search.seed=5")
     merged = merge([str(place / "tiny.db"), str(place / "there.db")], place / "both.db", None)
     assert [share.trials for share in merged.shares] == [6, 4]
     uniform = [trial.value for trial in merged.study.trials if trial.params.get("beta") == 0.0]
@@ -66,8 +75,9 @@ def test_a_cpu_and_a_gpu_share_a_study(place: Path, device: torch.device) -> Non
 
 
 def test_what_a_gpu_found_is_applied_there(place: Path, device: torch.device) -> None:
-    study(place, str(device))
-    answer = script("apply", "--config", place / "tiny.best.json", "--out", place / "sparse", "--device", str(device))
+    study(place, device)
+    words = ("--config", place / "tiny.best.json", "--out", place / "sparse", "--device", str(device))
+    answer = finish(begin(device, "apply", *words), PATIENCE)
     assert answer.code == 0, answer.err
     assert "warning" not in answer.out + answer.err
     assert (place / "sparse" / "model.safetensors").exists()
@@ -105,6 +115,7 @@ def test_two_workers_take_a_device_each(second: torch.device, place: Path) -> No
     with quiet():
         expected = values(run(place, "device=cuda:0", TOTAL, *LONG, name="alone"))
     options = settings(TOTAL, *LONG)
-    answer = script("--study", place / "tiny.toml", "--devices", "cuda:0,cuda:1", "--workers", "2", *options)
+    words = ("--study", place / "tiny.toml", "--devices", "cuda:0,cuda:1", "--workers", "2", *options)
+    answer = finish(start(*words), PATIENCE)
     assert answer.code == 0, answer.err
     assert sorted(values(stored(place))) == pytest.approx(sorted(expected), rel=1e-6)
