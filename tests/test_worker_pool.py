@@ -1,12 +1,14 @@
 """What the display's process does when a worker dies."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 from atp_tune.cli.display import Display
-from atp_tune.cli.worker_pool import RESTARTS, StudyWorker
-from atp_tune.errors import TrialError
+from atp_tune.cli.worker_pool import RESTARTS, ProcessWorker, StudyWorker, choose_device, run_workers
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialStarted
 
 
@@ -29,6 +31,37 @@ def worker() -> Iterator[Idle]:
         idle = Idle(1, display)
         idle.start_once()
         yield idle
+
+
+@pytest.mark.parametrize(
+    ("name", "cards", "devices"),
+    [
+        ("auto", 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),  # were cuda:0 to cuda:3
+        ("cuda", 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),  # were all on the first
+        ("cuda:1", 2, ["cuda:1"] * 4),
+        ("cpu", 2, ["cpu"] * 4),
+        ("auto", 0, ["auto"] * 4),
+        ("mps", 0, ["mps"] * 4),
+    ],
+)
+def test_workers_take_the_cards_in_turn(
+    name: str, cards: int, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    assert [choose_device(name, index, 4) for index in range(4)] == devices
+
+
+@pytest.mark.parametrize("names", [["cuda:0", "cuda:2"], ["cpu", "mps"]])
+def test_a_device_that_is_not_there_is_told_before_any_worker_starts(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("a context was opened"))
+    monkeypatch.setattr(ProcessWorker, "launch", lambda worker: pytest.fail("a worker was started"))
+    job: Any = None
+    with Display() as display, pytest.raises(UserError, match=f"^device: {names[1]} is not on this machine"):
+        run_workers(job, display, names)
 
 
 @pytest.mark.parametrize("event", [None, TrialStarted("dense model", None), TrialStarted("test text: trial 3", None)])

@@ -42,14 +42,20 @@ def find_device(name: str) -> torch.device:
     UserError if the device does not exist, or if the limit on its memory is invalid.
     """
     device_limit()
+    device = existing(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def existing(name: str) -> torch.device:
+    """The device of a study's `device` key, on which nothing is begun; UserError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= here:
         raise UserError(f"device: {name} is not on this machine ({here} of its kind); try --device cpu or auto")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -137,7 +137,15 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
 
 
 def run_workers(job: WorkerJob, display: Display, devices: Sequence[str]) -> None:
-    """Runs the study in one process per device, until all have ended; UserError as the first worker's."""
+    """Runs the study in one process per device, until all have ended; UserError as the first worker's.
+
+    UserError before any starts if a device does not exist.
+    """
+    if named := {*devices} - {"auto", "cpu"}:
+        from atp_tune.checkpoints.devices import existing
+
+        for name in sorted(named):
+            existing(name)
     supervise([ProcessWorker(index, display, job, devices) for index in range(len(devices))], _listen)
 
 
@@ -220,8 +228,8 @@ def choose_device(name: str, index: int, count: int) -> str:
     """The device of one worker among `count`: CUDA devices in turn, else the CPU with a share of its threads."""
     import torch
 
-    if name == "auto" and torch.cuda.is_available():
-        return f"cuda:{index}"
+    if name in ("auto", "cuda") and (cards := torch.cuda.device_count()):
+        return f"cuda:{index % cards}"
     if name in ("auto", "cpu"):
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     return name
