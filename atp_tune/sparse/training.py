@@ -8,7 +8,7 @@
     stop   the loss on held-out windows chooses the step whose adapters are merged (`early_stop`)
 
 Dropout is off and the seed fixes the order of the windows, so a run that was interrupted and resumed ends with the same
-weights as one that was not.
+weights as one that was not; on a GPU, whose attention adds gradients in no fixed order, but for rounding.
 """
 
 import math

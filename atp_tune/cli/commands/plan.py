@@ -23,7 +23,8 @@ def plan(
 ) -> None:
     """Estimate what a study will cost before it runs: tokens, seconds, memory, and what does not fit.
 
-    Loads the model and sends one batch of each text through three blocks; nothing is stored.
+    Loads the model and sends one batch of each text through three blocks, from whose seconds all others are estimated;
+    nothing is stored.
     `atp_tune/cost/forecast.py` lists the keys of the JSON document.
 
     Example: `python tune.py plan --study smol`
