@@ -55,7 +55,7 @@ def get(address: str) -> Any:
 def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path) -> None:
     study = get(f"{plain}/api/studies/1?after=0")
     assert study["note"]["body"].startswith("## tiny: `model` at 50% sparsity")
-    assert "below uniform on the test text" in study["note"]["body"]
+    assert "below uniform’s on the test text" in study["note"]["body"]
     figures = {figure["id"]: json.loads(figure["graph_object"]) for figure in study["plotly_graph_objects"]}
     assert sorted(figures) == ["error", "perplexity", "seconds", "sparsity"]
     assert all(figure["data"] for figure in figures.values())

@@ -181,7 +181,8 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
     for kind in ("md", "html"):
         text = (drawn / f"r.{kind}").read_text().replace("\u00a0", " ")
         assert value in text
-        assert f"Over 3 draws of the calibration text the difference is {change}." in text
+        over = f"{abs(mean(changes)):.1%} ± {stdev(changes):.1%} {'above' if mean(changes) > 0 else 'below'} it"
+        assert f"over 3 draws of the calibration text {over} (± standard deviation between draws)." in text
 
 
 @pytest.mark.slow

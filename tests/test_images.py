@@ -236,10 +236,12 @@ def test_ranks_and_accuracies_are_those_of_loops() -> None:
     assert ranks == [1, 1, 0, 1]
     assert [rank == 0 for rank in ranks] == (logits.argmax(1) == classes).tolist()
     assert accuracy(ranks).value == 0.25 and accuracy(ranks, 2).value == 1
-    assert accuracy(ranks).stderr == pytest.approx(np.std([0, 0, 1, 0], ddof=1) / 2)
+    hits = [0, 0, 1, 0] * 2  # half a hit and half a miss are added
+    assert accuracy(ranks).stderr == pytest.approx(np.std([*hits, 0, 1]) / 5**0.5)
     found = gain([0, 0, 1, 3], [0, 1, 0, 0])
-    assert found.value == pytest.approx(0.25) and found.stderr == pytest.approx(np.std([0, -1, 1, 1], ddof=1) / 2)
-    assert accuracy([0]).stderr == 0
+    differences = [0, -1, 1, 1] * 2  # and half an image to each kind of pair
+    assert found.value == pytest.approx(0.25)
+    assert found.stderr == pytest.approx(np.std([*differences, 0, 0, 1, -1]) / 6**0.5)
 
 
 def test_the_probe_is_the_minimum() -> None:

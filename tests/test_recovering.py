@@ -417,6 +417,6 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     assert row[2:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%", "–", "–", "–"]
     assert recovery_said(summary) == (
         "Trained after pruning: 64 steps of scales of rows and columns by NLL and KL from the dense model on the "
-        "calibration text, of which step 48 was taken; perplexity -30.0% ± 1.0% on the validation text and -30.0% ± "
-        "1.0% on the test text, against the same plan as it was pruned. `apply` writes the trained model."
+        "calibration text, of which step 48 was taken; its perplexity is 30.0% ± 1.0% below on the validation text and "
+        "30.0% ± 1.0% below on the test text, against the same plan as it was pruned. `apply` writes the trained model."
     )

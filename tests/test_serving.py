@@ -100,7 +100,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     assert body.startswith("## tiny: `model` at 50% sparsity")
     assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
     assert "6 of 6 trials are done." in body
-    assert "below uniform on the test text" in body
+    assert "below uniform’s on the test text" in body
     assert "tiny.toml`" in body
     assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
     assert "python tune.py apply --config best.json --out DIR" in body

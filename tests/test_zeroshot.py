@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 import pytest
@@ -240,7 +240,10 @@ def test_statistics_by_hand() -> None:
     ours, base = [1.0, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0]
     found = difference(ours, base)
     assert found
-    assert (found.value, found.stderr) == pytest.approx((0.2, stdev([0, 1, 0, 1, -1]) / 5**0.5))
+    cells = [0, 1, 0, 1, -1] * 2 + [0, 0, 1, -1]  # half an item is added to each kind of pair
+    assert (found.value, found.stderr) == pytest.approx((0.2, pstdev(cells) / 7**0.5))
+    found = difference([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert found and (found.value, found.stderr) == pytest.approx((7 / 3, stdev([1, 2, 4]) / 3**0.5))
     assert difference([1.0], [0.0]) is None
     assert difference(ours, base[:-1]) is None
     both = mean([Measure(value=0.2, stderr=0.03), Measure(value=0.6, stderr=0.04)])

@@ -211,7 +211,7 @@ def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
             str(trial.number),
             trial.state.name.lower(),
             plan_of(trial),
-            "" if score is None else f"{score.value:.2f}" + (f" ± {score.stderr:.2f}" if "stderr" in attrs else ""),
+            "" if score is None else str(score) if "stderr" in attrs else f"{score.value:.2f}",
             *([f"{kl.value:.4f}" if kl else ""] if has_kl else []),
             *([str(summary.hits.trial(trial).validation or "")] if has_hits else []),
             amount_of(trial, summary),

@@ -8,7 +8,6 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.metrics.accuracy import accuracy
-from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
 from atp_tune.results.accuracies import gained
@@ -17,16 +16,13 @@ from atp_tune.results.formatting import (
     ACCURACY,
     cells,
     command_of,
-    drawn,
-    drawn_how,
-    draws_of,
     errors_of,
     hit_cells,
     method_of,
     plan_of,
     remark_of,
 )
-from atp_tune.results.outcome import limit_of, outcome_of
+from atp_tune.results.outcome import against_uniform, limit_of, outcome_of
 from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import error_of, is_uniform, score_of, uniform_among
@@ -143,23 +139,8 @@ def _gain(summary: Summary) -> str:
         return f"**{said[:1].upper()}{said[1:]}.** {errors}"
     if summary.by_accuracy:
         return f"{gained(summary) or 'No trial is better than uniform so far.'} {errors}"
-    rank, by_kl = summary.ranks[0], summary.by_kl
-    against = rank.kl_against if by_kl else rank.against
-    if is_uniform(summary.best_trial) or against is None:
-        return f"No trial is better than uniform so far. {errors}"
-    side = "below" if against.value < 0 else "above"
-    what = " in KL" if by_kl else ""
-    size = f"{abs(against.value):.1%} ± {against.stderr:.1%} {side} uniform{what} on the {rank.on} {summary.data}"
-    over = "" if by_kl else draws_of(summary, summary.best_trial)[1]
-    draws = (
-        f" Over {drawn(summary)} draws of the calibration {summary.data} the difference is {over} "
-        f"({drawn_how(summary)})."
-    )
-    if may_be_chance(against, summary.windows.get(rank.on, 0)):
-        return (
-            f"The best is {size}, which may be chance: zero lies in its 95 % interval.{draws if over else ''} {errors}"
-        )
-    return f"**The best is {size}.**{draws if over else ''} {errors}"
+    said = "" if is_uniform(summary.best_trial) else against_uniform(summary)
+    return f"{said or 'No trial is better than uniform so far.'} {errors}"
 
 
 def _state(summary: Summary) -> str:
@@ -259,7 +240,7 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
 def measured_columns(attrs: Attributes) -> dict[str, Any]:
     """The columns of a trial's measurement, which are stored too."""
     found: dict[str, Any] = {}
-    if "stderr" in attrs:
+    if attrs.get("stderr"):
         found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
     if ranks := attrs.get("ranks"):
         found["accuracy %"] = round(100 * accuracy(ranks).value, 2)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pydantic import Field, FiniteFloat
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.metrics.perplexity import Change, change, perplexity
 
 
 class Spread(FrozenModel):
@@ -49,6 +49,10 @@ class OverDraws(FrozenModel):
     def changed(self) -> str:
         """Formats the change from uniform; empty for uniform itself."""
         return f"{self.change.mean:+.1%} ± {self.change.sd:.1%}" if self.change else ""
+
+    def beside(self, what: str) -> str:
+        """The change in a sentence, as that over windows is worded; empty for uniform itself."""
+        return Change(value=self.change.mean, stderr=self.change.sd).beside(what) if self.change else ""
 
     def how(self, data: str, is_fitted: bool) -> str:
         """What the numbers are, in words; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""

@@ -7,23 +7,22 @@ token). r is the relative change from window means k with mean m to k' with mean
 error is that of a ratio: the standard error of k' - (1 + r) k, divided by m.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 
-from atp_tune.metrics.perplexity import Change, Estimate
+from atp_tune.metrics.perplexity import Change, Estimate, error_of_mean
 
 
 class Divergence(Estimate):
-    """A mean KL divergence in nats per token, and its standard error over windows (0 for one window)."""
+    """A mean KL divergence in nats per token, and its standard error over windows."""
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.stderr:.4f}"
+        return self.said(f"{self.value:.4f}", f"{self.stderr:.4f}")
 
 
 def divergence(kls: Sequence[float]) -> Divergence:
     """Mean of window KLs [n] in nats per token."""
-    return Divergence(value=statistics.fmean(kls), stderr=_error(kls))
+    return Divergence(value=statistics.fmean(kls), stderr=error_of_mean(kls))
 
 
 def relative(before: Sequence[float], after: Sequence[float]) -> Change | None:
@@ -33,8 +32,4 @@ def relative(before: Sequence[float], after: Sequence[float]) -> Change | None:
         return None
     ratio = statistics.fmean(after) / mean
     rest = [new - ratio * old for old, new in zip(before, after, strict=True)]
-    return Change(value=ratio - 1, stderr=_error(rest) / mean)
-
-
-def _error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Change(value=ratio - 1, stderr=error_of_mean(rest) / mean)

@@ -6,8 +6,8 @@
     max_drop        e - d - limit                                     d ± e paired change of accuracy against dense
     min_accuracy    limit - (a - e), the largest over the tasks       a ± e accuracy
 
-Negative or 0: within the limit. Each grows with sparsity, and is smooth enough to be interpolated; accuracies are not,
-which move in steps of one item.
+Negative or 0: within the limit; of one window the error is not known, and nothing is. Each grows with sparsity, and is
+smooth enough to be interpolated; accuracies are not, which move in steps of one item.
 """
 
 import math
@@ -43,13 +43,13 @@ def excess(
         if not kls:
             return None
         found = divergence(kls)
-        return found.value + found.stderr - value
+        return found.value + found.stderr - value if len(kls) > 1 else math.inf
     if not dense or not nlls or len(dense) != len(nlls):
         return None
     worst = value / perplexity(dense).value if key == "max_perplexity" else 1 + value
     against = change(dense, nlls)
     upper = 1 + against.value + against.stderr
-    return math.log(upper / worst) if 0 < upper < math.inf else math.inf
+    return math.log(upper / worst) if 0 < upper < math.inf and len(nlls) > 1 else math.inf
 
 
 def _below(limit: Mapping[str, float], accuracies: Mapping[str, Sequence[float]]) -> float | None:

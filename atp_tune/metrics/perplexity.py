@@ -4,34 +4,55 @@
 
 m mean and sd standard deviation of n window NLLs (nats per token); the standard error is by the delta method. A 95 %
 interval is ± t · stderr, with t of Student's distribution with n - 1 degrees of freedom: 2.13 for 16 windows.
+
+An error that is not known, as that of one window, is 0 here and null in JSON, and is not printed.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from atp_tune.frozen import FrozenModel
 
+ROUNDED = 1e-12  # nats; smaller errors are those of floats
+Error = Annotated[float, BeforeValidator(lambda error: error or 0.0), PlainSerializer(lambda error: error or None)]
+
 
 class Estimate(FrozenModel):
-    """A value and its standard error."""
+    """A value and its standard error, 0 if that is not known."""
 
     value: float
-    stderr: float
+    stderr: Error
+
+    def said(self, value: str, error: str) -> str:
+        """Both, as they are formatted; the value alone if its error is not known."""
+        return f"{value} ± {error}" if self.stderr else value
+
+    @property
+    def side(self) -> str:
+        """On which side of what it is compared with a change is."""
+        return "above" if self.value > 0 else "below"
 
 
 class Perplexity(Estimate):
-    """A perplexity and its standard error over windows (0 for a single window, whose spread is unknown)."""
+    """A perplexity and its standard error over windows."""
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.stderr:.2f}" if self.stderr else f"{self.value:.2f}"
+        return self.said(f"{self.value:.2f}", f"{self.stderr:.2f}")
 
 
 class Change(Estimate):
     """Relative change from one perplexity to another, and its standard error over paired windows."""
 
     def __str__(self) -> str:
-        return f"{self.value:+.1%} ± {self.stderr:.1%}"
+        return self.said(f"{self.value:+.1%}", f"{self.stderr:.1%}")
+
+    def beside(self, what: str) -> str:
+        """The change in a sentence, without a sign: `16.2% ± 2.2% below uniform’s`."""
+        return f"{self.said(f'{abs(self.value):.1%}', f'{self.stderr:.1%}')} {self.side} {what}".rstrip()
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> Change:
@@ -52,8 +73,13 @@ def perplexity(nlls: Sequence[float]) -> Perplexity:
     value = math.exp(mean)
     if not value:  # the difference from an infinite NLL
         return Perplexity(value=0, stderr=0)
-    spread = statistics.stdev(nlls) if len(nlls) > 1 else 0.0
-    return Perplexity(value=value, stderr=value * spread / math.sqrt(len(nlls)))
+    return Perplexity(value=value, stderr=value * error_of_mean(nlls))
+
+
+def error_of_mean(values: Sequence[float]) -> float:
+    """The standard error of the mean of values [n]; 0, not known, for one value or equal ones."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return error if error > ROUNDED else 0.0
 
 
 def error_over(windows: int | None) -> str:

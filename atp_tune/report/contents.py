@@ -13,11 +13,10 @@ import tomli_w
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.figures.history import spent
-from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.results.accuracies import gained
 from atp_tune.results.amounts import amount_of
-from atp_tune.results.formatting import drawn, draws_note, draws_of, errors_of, texts_note
-from atp_tune.results.outcome import draws_said, outcome_of
+from atp_tune.results.formatting import draws_note, errors_of, texts_note
+from atp_tune.results.outcome import against_uniform, draws_said, outcome_of
 from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
@@ -146,23 +145,9 @@ class Contents:
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
         if summary.by_accuracy:
-            return gained(summary) or "Uniform has not been measured yet."
-        by_kl = summary.by_kl
-        rank = summary.ranks[0] if summary.ranks else None
-        paired = (rank.kl_against if by_kl else rank.against) if rank else None
-        if paired is None:
-            return "Uniform has not been measured yet."
-        error = f"\u00a0±\u00a0{paired.stderr:.1%}" if paired.stderr else ""
-        side, text = "below" if paired.value <= 0 else "above", summary.ranks[0].on
-        what = "KL divergence" if by_kl else "perplexity"
-        over = "" if by_kl else draws_of(summary, summary.best_trial)[1].replace(" ± ", "\u00a0±\u00a0")
-        calibrated = f" Over {drawn(summary)} draws of the calibration {summary.data} the difference is {over}."
-        draws = calibrated if over else ""
-        is_chance = may_be_chance(paired, summary.windows.get(text, 0))
-        chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
-        data = self.summary.data
-        change = f"{abs(paired.value):.1%}{error} {side} uniform’s on the {text} {data}"
-        return f"The best plan’s {what} is {change}.{chance}{draws}"
+            return gained(summary).replace(" ± ", "\u00a0±\u00a0") or "Uniform has not been measured yet."
+        said = against_uniform(summary).replace(" ± ", "\u00a0±\u00a0")
+        return said or "Uniform has not been measured yet."
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:

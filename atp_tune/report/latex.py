@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
-from atp_tune.metrics.accuracy import Accuracy
 from atp_tune.metrics.kl import Divergence
-from atp_tune.metrics.perplexity import Change, Perplexity
+from atp_tune.metrics.perplexity import Change, Estimate, Perplexity
 from atp_tune.plan import method_in, percent
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
@@ -90,7 +89,7 @@ def _plan_row(trial: FrozenTrial, before: str, scores: Scores, against: Change |
 
 
 def _row(pruner: str, name: str, scores: Scores, against: Change | None, kls: list[str]) -> str:
-    change = f"${100 * against.value:+.1f} \\pm {100 * against.stderr:.1f}\\,\\%$" if against else "--"
+    change = _per_cent(against, "+.1f")
     return " & ".join((pruner, name, _score(scores.validation), _score(scores.test), change, *kls)) + r" \\"
 
 
@@ -101,11 +100,15 @@ def _more(summary: Summary, trial: FrozenTrial | None, has_kl: bool, has_hits: b
 
 def _hits(summary: Summary, trial: FrozenTrial | None, has_hits: bool) -> list[str]:
     found = summary.hits.trial(trial)
-    return [_share(found.validation), _share(found.test)] if has_hits else []
+    return [_per_cent(found.validation), _per_cent(found.test)] if has_hits else []
 
 
-def _share(found: Accuracy | None) -> str:
-    return f"${100 * found.value:.1f} \\pm {100 * found.stderr:.1f}\\,\\%$" if found else "--"
+def _per_cent(found: Estimate | None, style: str = ".1f") -> str:
+    return f"${_said(found, style, '.1f', 100)}\\,\\%$" if found else "--"
+
+
+def _said(found: Estimate, style: str, error: str, times: float = 1.0) -> str:
+    return found.said(f"{times * found.value:{style}}", f"{times * found.stderr:{error}}").replace("±", "\\pm")
 
 
 def _kls(found: Divergences, has_kl: bool) -> list[str]:
@@ -113,7 +116,7 @@ def _kls(found: Divergences, has_kl: bool) -> list[str]:
 
 
 def _score(score: Perplexity | Divergence | None, digits: int = 2) -> str:
-    return f"${score.value:.{digits}f} \\pm {score.stderr:.{digits}f}$" if score else "--"
+    return f"${_said(score, f'.{digits}f', f'.{digits}f')}$" if score else "--"
 
 
 def escaped(text: str) -> str:

@@ -12,6 +12,7 @@ from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
+from atp_tune.metrics.accuracy import Gain
 from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.metrics.speed import Speed, spread
 from atp_tune.report.contents import Contents
@@ -173,16 +174,16 @@ def measure(found: Measure | None, metric: str = SHARES[0]) -> str:
     if found is None:
         return NOTHING
     style = ".1%" if metric in SHARES else ".4g"
-    return f"{found.value:{style}}" + ("" if found.stderr is None else f" ± {found.stderr:{style}}")
+    return f"{found.value:{style}}" + (f" ± {found.stderr:{style}}" if found.stderr else "")
 
 
 def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
     """A difference, in percentage points if the metric is a share."""
-    if found is None or found.stderr is None:
+    if found is None:
         return NOTHING
-    if metric not in SHARES:
-        return f"{found.value:+.4g} ± {found.stderr:.4g}"
-    return f"{100 * found.value:+.1f} ± {100 * found.stderr:.1f} points"
+    if metric in SHARES:
+        return str(Gain(value=found.value, stderr=found.stderr or 0.0))
+    return f"{found.value:+.4g}" + (f" ± {found.stderr:.4g}" if found.stderr else "")
 
 
 def trials(summary: Summary) -> ReportTable:
@@ -245,7 +246,7 @@ def _row(trial: FrozenTrial, summary: Summary, has_kl: bool) -> tuple[str, ...]:
         str(trial.number),
         plan_of(trial),
         f"{score.value:.2f}" if score else "",
-        f"{score.stderr:.2f}" if score and "stderr" in attrs else "",
+        f"{score.stderr:.2f}" if score and score.stderr and "stderr" in attrs else "",
         *((str(summary.kl(trial).validation or ""),) if has_kl else ()),
         *((str(summary.hits.trial(trial).validation or ""),) if summary.hits else ()),
         _amount(trial, summary),

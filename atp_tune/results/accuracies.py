@@ -140,5 +140,4 @@ def gained(summary: "Summary") -> str:
     gain, role = found
     is_chance = may_be_chance(gain, summary.windows.get(role, 0))
     chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
-    said = str(gain).replace(" ", "\u00a0")
-    return f"The best plan’s accuracy differs from uniform’s by {said} on the {role} images.{chance}"
+    return f"The best plan’s accuracy is {gain.beside('uniform’s')} on the {role} images.{chance}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from atp_tune.metrics.limits import Limit
 from atp_tune.metrics.perplexity import may_be_chance
 from atp_tune.plan import percent
-from atp_tune.results.formatting import drawn, drawn_how, draws_of, method_of
+from atp_tune.results.formatting import drawn_how, method_of
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
@@ -39,13 +39,29 @@ def outcome_of(summary: Summary) -> str:
     return _within(summary, best, summary.limit) if summary.limit else _front(summary)
 
 
+def against_uniform(summary: Summary) -> str:
+    """How far the best is from uniform at one sparsity, over the windows of a text and over draws; "" without both."""
+    rank, by_kl = summary.ranks[0] if summary.ranks else None, summary.by_kl
+    found = (rank.kl_against if by_kl else rank.against) if rank else None
+    if rank is None or found is None:
+        return ""
+    over = None if by_kl else summary.over_draws.get(rank.trial.number)
+    what = "KL divergence" if by_kl else "perplexity"
+    said = f"The best plan’s {what} is {found.beside('uniform’s')} on the {rank.on} {summary.data}"
+    if over and over.change:
+        said += f" (± standard error over {summary.items}), and over {over.count} draws of the calibration "
+        said += f"{summary.data} {over.beside('it')} (± standard deviation between draws)"
+    is_chance = may_be_chance(found, summary.windows.get(rank.on, 0))
+    return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if is_chance else "")
+
+
 def draws_said(summary: Summary) -> str:
     """The best plan over draws of the calibration text, over an interval of sparsities; "" without draws."""
-    value, against = draws_of(summary, summary.best_trial)
-    if not value or not summary.interval:
+    over = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
+    if over is None or not summary.interval:
         return ""
-    beside = f", {against} against uniform" if against else ""
-    return f"the best over {drawn(summary)} draws of the calibration text: {value}{beside} ({drawn_how(summary)})"
+    beside = f", {over.beside('uniform’s')}" if over.change else ""
+    return f"the best over {over.count} draws of the calibration text: {over}{beside} ({drawn_how(summary)})"
 
 
 def _within(summary: Summary, best: Point, limit: Limit) -> str:

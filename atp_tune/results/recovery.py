@@ -34,10 +34,12 @@ def recovery_said(summary: Summary) -> str:
     if not found.kept:
         return f"Not trained after pruning: with {how}, {found.reason}."
     texts = {"validation": found.validation, "test": found.test}
-    changes = " and ".join(f"{each.change} on the {name} {summary.data}" for name, each in texts.items() if each)
+    changes = " and ".join(
+        f"{each.change.beside('')} on the {name} {summary.data}" for name, each in texts.items() if each
+    )
     return (
-        f"Trained after pruning: {how}, of which step {found.step} was taken; perplexity {changes}, against the same "
-        "plan as it was pruned. `apply` writes the trained model."
+        f"Trained after pruning: {how}, of which step {found.step} was taken; its perplexity is {changes}, against the "
+        "same plan as it was pruned. `apply` writes the trained model."
     )
 
 

@@ -255,7 +255,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         params=trial.params,
         plan=plan_of(trial),
         value=score.value if score else None,
-        stderr=score.stderr if score and ("stderr" in attrs or "kls" in attrs or "misses" in attrs) else None,
+        stderr=(score.stderr or None) if score and ("stderr" in attrs or "kls" in attrs or "misses" in attrs) else None,
         test=summary.reports.get(trial.number),
         realised=attrs.get("realised"),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,

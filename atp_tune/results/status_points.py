@@ -77,4 +77,4 @@ def point_of(summary: Summary, point: Point) -> PointStatus:
 
 def against_of(change: Change | None, text: Role) -> Against | None:
     """A change, with the text on which it is measured."""
-    return Against(value=change.value, stderr=change.stderr, on=text) if change else None
+    return Against(value=change.value, stderr=change.stderr or None, on=text) if change else None

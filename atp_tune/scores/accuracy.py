@@ -1,17 +1,20 @@
 """Means of accuracies over tasks, and differences of models on one task, with their standard errors."""
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean
 
+from atp_tune.metrics.accuracy import error_of_gain
+from atp_tune.metrics.perplexity import error_of_mean
 from atp_tune.spec.config import Measure
 
 
 def difference(values: list[float], base: list[float]) -> Measure | None:
-    """Mean difference by items with its standard error; None without scores of at least two items."""
+    """Mean difference by items with its standard error, if it is known; None without scores of at least two items."""
     if len(values) != len(base) or len(values) < 2:
         return None
     differences = [value - other for value, other in zip(values, base, strict=True)]
-    return Measure(value=fmean(differences), stderr=stdev(differences) / math.sqrt(len(differences)))
+    error_of = error_of_gain if {*values, *base} <= {0.0, 1.0} else error_of_mean
+    return Measure(value=fmean(differences), stderr=error_of(differences) or None)
 
 
 def mean(measures: list[Measure]) -> Measure:

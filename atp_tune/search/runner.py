@@ -199,6 +199,8 @@ def _search(
     context.begin(batches)
     search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.highest))
     total = total_trials(search, space)
+    if run.file.study.limit is not None and len(context.windows["validation"]) == 1:
+        raise UserError("limit: holds within the standard error, which one validation window has not; give two or more")
     db = db or opening.open_storage(run.file.storage_url, create=True)
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **context.contents()}

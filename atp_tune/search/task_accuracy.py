@@ -75,4 +75,5 @@ def _accuracy(name: str, results: Mapping[str, Any]) -> list[float]:
             raise UserError(f"limit.min_accuracy {name}: has no accuracy, only {', '.join(result.scores)}")
         measures.append(result.scores[metric])
     found = mean(measures)
-    return [found.value, found.stderr or 0.0]
+    assert found.stderr is not None  # of shares it is known
+    return [found.value, found.stderr]

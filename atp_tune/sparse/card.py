@@ -204,7 +204,7 @@ def _draws(config: Config) -> str:
     found = config.draws and config.draws.best
     if not found:
         return ""
-    against = f", {found.changed} against uniform" if found.change else ""
+    against = f", {found.beside('uniform’s')}" if found.change else ""
     data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
     how = found.how(data, is_fitted(config.allocation.name))
     return f"Over {found.count} draws of the calibration text it is {found}{against} ({how})."
