@@ -84,13 +84,17 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What numbers are computed in, for keys of the cache: kind of device, number format, and that of products."""
+    """What numbers are computed in, for keys of the cache: kind of device, number format, and others of products."""
+    return [device.type, str(dtype).removeprefix("torch."), *other_products(device)]
+
+
+def other_products(device: torch.device) -> list[str]:
+    """Number formats that the caller has set for products, such as TF32 or an autocast; none by default."""
     backends: Any = torch.backends
     own = backends.mkldnn if device.type == "cpu" else backends.cuda
-    products = [backends.fp32_precision, own.matmul.fp32_precision]  # TF32, or bfloat16
-    if torch.is_autocast_enabled(device.type):
-        products.append(str(torch.get_autocast_dtype(device.type)))
-    return [device.type, str(dtype).removeprefix("torch."), *products]
+    found = [name for name in (backends.fp32_precision, own.matmul.fp32_precision) if name not in ("none", "ieee")]
+    mixed = [str(torch.get_autocast_dtype(device.type))] if torch.is_autocast_enabled(device.type) else []
+    return found + mixed
 
 
 def device_name(device: torch.device) -> str:

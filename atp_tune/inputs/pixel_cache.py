@@ -10,7 +10,6 @@ SHA-256; a damaged one is made anew.
 import hashlib
 import zlib
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from atp_tune.cache_keys import key
 from atp_tune.checkpoints.trust import CODE
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.inputs.pixels import ImageProcessor
+from atp_tune.storage.process_identity import version_of
 
 LARGEST = 4 << 30  # bytes of one set of images that is kept: 7,000 images of 224 × 224
 LIBRARIES = ("numpy", "pillow", "torch", "transformers")
@@ -56,7 +56,7 @@ def libraries() -> list[str | None]:
     """Versions of all that decodes and resizes pictures."""
     from PIL import features
 
-    return [version(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
+    return [version_of(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
 
 
 def _content(found: Pictures) -> str:

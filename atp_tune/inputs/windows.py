@@ -15,7 +15,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
 from atp_tune.spec.texts import Text, short_source
+from atp_tune.storage.process_identity import version_of
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: 
         text=text.model_dump(exclude={"draws"}),
         content=source_content(text, base),
         tokenizer=files,
-        libraries=[version("transformers"), version("tokenizers")],
+        libraries=[version_of("transformers"), version_of("tokenizers")],
         bos=bos,
         draws=draws,
     )

@@ -25,7 +25,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.towers import verified_with_tower
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, reuse_freed_memory
+from atp_tune.checkpoints.devices import find_device, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.events import EventHandler, Message, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, Items
@@ -323,11 +323,13 @@ class TrialContext(Released):
         return by_pruner(gradients, pruner, lambda index: statistics[index])
 
     def contents(self) -> dict[str, str | bool]:
-        """The facts of a value that are not in the study file: SHA-256 of model and windows, dtype, and BOS."""
+        """The facts of a value that are not in the study file: SHA-256 of model and windows, number formats, BOS."""
         table = "texts" if self.inputs.called == "a text" else "images"
         texts = {f"{table}.{role}.content": items.content for role, items in self.windows.items()}
         facts = self.inputs.facts(self.windows)
-        return {"model.content": self.folder.content, "model.dtype": self.dtype, **facts, **texts}
+        products = " ".join(other_products(self.checkpoint.device))
+        model = {"model.content": self.folder.content, "model.dtype": self.dtype}
+        return {**model, **({"model.products": products} if products else {}), **facts, **texts}
 
     @torch.inference_mode()
     def prune(self, plan: Plan, grids: bool = False) -> Iterator[PrunedBlock]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from atp_tune.cache import cache_dir
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
@@ -27,7 +28,6 @@ from atp_tune.inputs.windows import Windows
 from atp_tune.metrics.accuracy import accuracy, gain
 from atp_tune.metrics.perplexity import Perplexity, change, perplexity
 from atp_tune.paths import check_free
-from atp_tune.plugins import digest
 from atp_tune.results.formatting import duration
 from atp_tune.scores import WindowScores
 from atp_tune.search.context_config import ContextConfig, inputs_of
@@ -84,15 +84,25 @@ class FinetuningJob:
     def facts(self) -> dict[str, str]:
         """What identifies the run, and so its result: settings, and contents of models and text."""
         contents = {"model": self.folder.content, "text": self.items.content}
-        named = {key.replace("_", "-"): json.dumps(value) for key, value in self.settings.model_dump().items()}
+        named = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
         return {**named, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
 
-    @property
+    @cached_property
     def part(self) -> Path:
         """The file from which an interrupted run resumes."""
         if not self.stays:
             return self.out.with_name(f"{self.out.name}.part")
-        return cache_dir("recovered") / f"{digest(json.dumps(self.facts).encode())}.safetensors"
+        from atp_tune.sparse.training import computed_in
+
+        own = key(
+            "recovered",
+            settings=self.settings.model_dump(),
+            model=self.folder.content,
+            text=self.items.content,
+            teacher=self.teacher and self.teacher.content,
+            arithmetic=computed_in(self.folder.path, find_device(self.setup.device)),
+        )
+        return cache_dir("recovered") / f"{own}.safetensors"
 
 
 @dataclass(frozen=True)

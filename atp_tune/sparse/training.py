@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import find_dtype
+from atp_tune.checkpoints.devices import arithmetic, find_dtype
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
 from atp_tune.scores.losses import loss_gradient, mean_loss
@@ -222,6 +222,11 @@ def check_length(checkpoint: Checkpoint, tokens: int) -> None:
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise UserError(f"--seqlen {tokens}: the model has {positions} positions; lower it")
+
+
+def computed_in(folder: Path, device: torch.device) -> list[str]:
+    """The number formats in which the model of a folder is trained, and its dense model predicts."""
+    return [*arithmetic(device, stored_format(folder)), str(find_dtype("auto", device))]
 
 
 def stored_format(folder: Path) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The two models to compare: a sparse checkpoint and its dense model."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,15 +7,19 @@ from pathlib import Path
 
 import torch
 
-from atp_tune.cache import cache_dir, folder_atomically, sha256_of_json
+from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
+from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import classifies_images
+from atp_tune.checkpoints.devices import arithmetic, find_device, find_dtype
 from atp_tune.checkpoints.headers import check_claims
-from atp_tune.checkpoints.models import check_files, resolve
+from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
 from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
+from atp_tune.inputs import KINDS
 from atp_tune.metrics.speed import Side
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.slim import write_slim
@@ -24,10 +27,10 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 
-DECIDES = (
-    "model", "pruner", "prune", "allocation", "block_sparsities", "linear_sparsities", "calibration", "quantize",
-    "block_bits", "linear_bits", "row_offsets",
-)  # fmt: skip
+FOUND = {  # keys of a configuration that do not change its sparse model: names, other texts, and what was measured
+    "study", "trial", "blocks", "linears", "conv1d", "bits", "perplexity", "baselines", "kl", "accuracy", "draws",
+    "texts", "seed", "versions", "folder", "zero_shot", "speed", "continuations", "recovered", "slim", "manifest",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,18 @@ def about(folder: Path) -> Path:
 
 
 def find_pair(
-    config: Config, base: Path, sparse: Path | None, device: str, watch: EventHandler, allowed: Mapping[str, bool]
+    config: Config,
+    base: Path,
+    sparse: Path | None,
+    device: str,
+    watch: EventHandler,
+    allowed: Mapping[str, bool],
+    passing: Path | None = None,
 ) -> Pair:
     """The dense model of a configuration, whose paths start at `base`, and its sparse model.
 
-    If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, unless it is there; one of pruned
-    channels is slim.
+    If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, or into the folder `passing`,
+    unless the cache has it; one of pruned channels is slim.
     UserError if the dense model is not the configuration's.
     """
     if config.by_bits:
@@ -81,7 +90,8 @@ def find_pair(
         check_files(sparse)
         check_claims(sparse)
     else:
-        sparse = _cached(config)
+        known = _cached(config, base, dense, device, allowed)
+        sparse = known if passing is None or known.is_dir() else passing
         if not sparse.is_dir():
             write = write_slim if parse(config.prune.pattern).channels else None
             with folder_atomically(sparse, shared=True) as folder:
@@ -93,16 +103,20 @@ def find_pair(
 def passing_pair(
     config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
 ) -> Iterator[Pair]:
-    """The pair of a configuration; what this writes into the cache is removed at the end."""
-    was_there = _cached(config).is_dir()
-    try:
-        yield find_pair(config, base, None, device, watch, allowed)
-    finally:
-        if not was_there:
-            shutil.rmtree(_cached(config), ignore_errors=True)
+    """The pair of a configuration; what this writes is removed at the end, and no other process reads it."""
+    with temporary_folder(cache_dir("sparse") / "passing") as place:
+        yield find_pair(config, base, None, device, watch, allowed, place / "sparse")
 
 
-def _cached(config: Config) -> Path:
+def _cached(config: Config, base: Path, dense: ModelFolder, device: str, allowed: Mapping[str, bool]) -> Path:
     """The folder in the cache of a configuration's sparse model."""
-    decides = {*DECIDES, *(["plugins"] if config.plugins else [])}
-    return cache_dir("sparse") / sha256_of_json(config.model_dump(mode="json", include=decides))
+    setup = ContextConfig.of_config(config, {"calibration": config.calibration}, base, device, allowed)
+    items = KINDS[setup.inputs].read(setup.texts, dense, base, bool(setup.bos))
+    place = find_device(device)
+    own = key(
+        "sparse",
+        config=config.model_dump(mode="json", exclude=FOUND),
+        text=items["calibration"].content,
+        arithmetic=arithmetic(place, find_dtype(config.model.dtype, place)),
+    )
+    return cache_dir("sparse") / own

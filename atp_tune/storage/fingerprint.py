@@ -21,6 +21,7 @@ from atp_tune.storage.progress import measured
 from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
+PRODUCTS = "model.products"  # where the caller has set another number format for them
 OBJECTIVE = "search.objective"
 PLUGINS = "plugins."  # before the name of a plug-in and `.content`, its hash
 METRICS = {ACCURACY: "top-1 error"}  # what Optuna calls an objective, where it is not called so itself
@@ -111,7 +112,7 @@ def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
     stored = dict(study.user_attrs.get("fingerprint", {}))
     if partly:
-        unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, BOS)} - {*facts}
+        unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, PRODUCTS, BOS)} - {*facts}
         stored = {key: value for key, value in stored.items() if key not in unknown}
     keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}

@@ -63,10 +63,10 @@ def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that affect a value's last digits."""
-    return {"atp_tune": __version__, **_installed()}
+    return {"atp_tune": __version__, **{name: version_of(name) for name in PACKAGES}}
 
 
 @cache
-def _installed() -> dict[str, str]:
-    """Read once: each reading parses all metadata of the package."""
-    return {name: version(name) for name in PACKAGES}
+def version_of(package: str) -> str:
+    """The version of an installed package, read once: each reading parses all its metadata."""
+    return version(package)
