@@ -24,7 +24,7 @@ POINTS = (
     "test, against uniform",
     "validation, against prices κ = 1",
     "test, against prices κ = 1",
-    "the same over draws",
+    "the same over draws, with one plan",
 )
 SEARCHES = ("search", "× prices", "s", "generations", "tokens of candidates", "KL", "NLL")
 
