@@ -3,18 +3,25 @@
 import json
 import multiprocessing
 import os
+import platform
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from faults import DOCUMENT, Rows
 from test_annotations import FOUND, SCORES, best_of
-from tinystudy import HANGS, stored, study_file
+from test_cache import DEAD
+from tinystudy import HANGS, CommandLine, stored, study_file
 
 import atp_tune
+from atp_tune import cache as cache_module
 from atp_tune.cache import (
     TakenError,
     alone_with,
@@ -25,6 +32,7 @@ from atp_tune.cache import (
     write_atomically,
     write_out,
 )
+from atp_tune.checkpoints.unpacking import ABOUT as PACKED_ABOUT
 from atp_tune.results import annotations
 from atp_tune.search.final_scores import store_test_scores, write_best
 from atp_tune.search.runner import StudyRun
@@ -212,3 +220,139 @@ def test_temporary_names_are_made_in_one_place() -> None:
     makes = re.compile(r"\b(mkdtemp|mkstemp|TemporaryDirectory|NamedTemporaryFile)\b")
     files = Path(atp_tune.__file__).parent.rglob("*.py")
     assert [file.name for file in files if makes.search(file.read_text(encoding="utf-8"))] == ["cache.py"]
+
+
+SPARSE = ("apply", "--config", "{tiny.best.json}", "--out", "{sparse}")  # what some commands read
+PACKED = ("pack", "{sparse}", "--out", "{packed}")
+FEW = ("--steps", 2, "--batch", 2, "--patience", 1000)
+TEXT = ("--text", "file:long.txt", "--seqlen", 32)
+COMMANDS: dict[str, tuple[str | int, ...]] = {  # what is in {} lies in the place
+    "apply": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu"),
+    "apply --packed": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu", "--packed"),
+    "prune --out": ("prune", "--study", "{tiny.toml}", "--out", "{out}"),
+    "pack": ("pack", "{sparse}", "--out", "{out}"),
+    "unpack": ("unpack", "{packed}", "--out", "{out}"),
+    "finetune": ("finetune", "{sparse}", "--out", "{out}", "--device", "cpu", *TEXT, *FEW),
+    "tune": ("--study", "{tiny.toml}", "--trials", 7, "--set", "recover.steps=2", "--set", "recover.batch=2"),
+    "export": ("export", "--study", "{tiny.toml}", "--out", "{out.json}"),
+    "report": ("report", "--study", "{tiny.toml}", "--out", "{out.html}"),
+    "speedup": ("speedup", "--config", "{tiny.best.json}", "--tokens", 4, "--runs", 1, "--device", "cpu"),
+    "merge": ("merge", "{tiny.db}", "{other.db}", "--out", "{out.db}"),
+}
+FOLDERS = [name for name, words in COMMANDS.items() if "{out}" in words]
+# Databases, traces, locks, the file from which training resumes, and artifacts, which a row names once they are whole.
+BETWEEN = re.compile(r"\.db(-journal)?$|/running/|\.lock$|\.part$|\.artifacts/")
+BELOW = re.compile(rf"\.+[^/]+\.{re.escape(platform.node())}-{os.getpid()}-\d+-[^/]+")  # what `cache` sweeps
+WRITES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.chmod", "os.rmdir", "shutil.rmtree")
+
+
+class Watched:
+    """Sees, at each write of this process, which files there are, and how large."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.temporary, self.seen, self.writes, self.is_on = root, set[str](), dict[str, int](), 0, False
+        self._before = self._files()
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        is_write = event == "open" and int(arguments[2]) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if self.is_on and (is_write or event in WRITES):
+            self.is_on = False  # to look opens folders
+            self.writes += 1
+            for name, size in self._files().items():
+                if self._before.get(name) != size:
+                    self.seen.setdefault(name, size)
+            self.is_on = True
+
+    def _files(self) -> dict[str, int]:
+        found = {}
+        for folder, folders, files in os.walk(self.root):
+            place = os.path.relpath(folder, self.root)
+            for name in [name for name in (*folders, *files) if BELOW.search(name)]:
+                self.temporary.add(f"{place}/{name}")
+            folders[:] = [name for name in folders if not BELOW.search(name)]
+            for name in files:
+                if not BELOW.search(name) and not BETWEEN.search(f"{place}/{name}"):
+                    with suppress(FileNotFoundError):
+                        found[f"{place}/{name}"] = os.lstat(f"{folder}/{name}").st_size
+        return found
+
+    def unfinished(self) -> list[str]:
+        """What was seen under its own name before it was whole, or was no result, but for numbers that come later."""
+        now = self._files()
+        changed = [name for name, size in self.seen.items() if now.get(name) != size]
+        return [name for name in changed if Path(name).name not in ("atp_tune.json", "README.md", "tiny.best.json")]
+
+
+@pytest.fixture
+def written(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: CommandLine) -> Callable[[str], Any]:
+    """Runs one of the commands, in a place where its sources are."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.chdir(done)
+
+    def call(name: str) -> Any:
+        words = [re.sub(r"[{](.*)[}]", lambda found: str(done / found[1]), str(word)) for word in COMMANDS[name]]
+        return command(*words)
+
+    for made, words in (("{sparse}", SPARSE), ("{packed}", PACKED)):
+        monkeypatch.setitem(COMMANDS, made, words)
+    return call
+
+
+def made_for(name: str, call: Callable[[str], Any], place: Path) -> None:
+    """Makes what a command reads."""
+    for made in ("{sparse}", "{packed}"):
+        if made in COMMANDS[name] or "{packed}" in COMMANDS[name]:
+            assert call(made).code == 0
+    shutil.copyfile(place / "tiny.db", place / "other.db")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMMANDS])
+def test_whenever_a_command_is_killed_the_next_removes_what_it_left(
+    name: str, written: Callable[[str], Any], done: Path, tmp_path: Path
+) -> None:
+    """At each write all but temporary names is whole; what dead processes left under these the same command removes."""
+    made_for(name, written, done)
+    watched = Watched(tmp_path)
+    watched.is_on = True
+    answer = written(name)
+    watched.is_on = False
+    assert (answer.code, answer.err.count("error")) == (0, 0), answer
+    assert watched.unfinished() == []
+    assert watched.temporary
+    assert not [path for path in tmp_path.rglob("*") if BELOW.search(path.name)]
+    left = {tmp_path / re.sub(rf"-{os.getpid()}-(\d+)-", rf"-{DEAD}-\1-", place) for place in watched.temporary}
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    for path in done.glob("*.best.json" if name == "tune" else "out*"):  # not there if it is killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "cache" / "sparse", ignore_errors=True)
+    assert written(name).code == 0
+    assert not [path for path in left if path.exists() and path.parent in (done, tmp_path / "tmp")]
+    ROWS.add(f"killed at any write of `{name}`: nothing half-written is seen, and the next one sweeps", watched.writes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_filled_meanwhile_is_not_touched(
+    name: str, written: Callable[[str], Any], done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_for(name, written, done)
+    out, sync = done / "out", cache_module._sync
+
+    def fill(path: Path) -> None:
+        is_last = (path.parent / PACKED_ABOUT).exists() == ("pack" in name.split(" --") or "packed" in name)
+        if path.parent.name.startswith(".out.") and is_last and not out.exists():
+            out.mkdir()
+            (out / "mine").write_text("of another command")
+        sync(path)
+
+    monkeypatch.setattr(cache_module, "_sync", fill)
+    answer = written(name)
+    assert answer.error == f"{out}: was filled meanwhile, and is left as it is; the result is in {out}-2"
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert (done / "out-2" / "config.json").is_file()
+    ROWS.add(f"the folder of `{name}` is filled before it is done: one line, and the result beside it", 1)
