@@ -494,7 +494,8 @@ def test_input_norms_of_a_gpu_make_no_copy_of_the_inputs() -> None:
         norms = InputNorms(16, x.device)
         norms.add(x)
     assert made.largest == x.nbytes
-    assert (norms.norms().device.type, norms.norms().dtype) == ("cuda", torch.float32)
+    squares = norms.tensors()["squares"]
+    assert (squares.device.type, squares.dtype) == ("cuda", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
