@@ -187,7 +187,9 @@ class Measuring:
             return settings
         device, calibration, folder = find_device("auto"), self._made.calibration, self._folder()
         assert isinstance(calibration, Text) and isinstance(self._made.test, Text)
-        windows = read_windows(calibration, self._made.test, folder.path, settings, self._made.bos, self._made.base)
+        windows = read_windows(
+            calibration, {"test": self._made.test}, folder.path, settings, self._made.bos, self._made.base
+        )
         teacher = Teacher(self._dense(), device)
         with Checkpoint.load(folder.path, stored_format(folder.path), device, offload="none") as checkpoint:
             items, held_out = divided(windows, settings)

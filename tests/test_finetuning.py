@@ -386,12 +386,12 @@ def test_the_folders_report_text_is_kept_when_another_measures(place: Path) -> N
     assert "shares documents with the study's test text" in refused(place, source, f"file:{place / 'long.txt'}")
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
-def test_a_copy_of_the_report_text_is_found_out(place: Path, tokens: int) -> None:
-    shutil.copyfile(place / "test.txt", place / "copy.txt")
+@pytest.mark.parametrize(("role", "tokens"), [("test", TOKENS), ("test", TOKENS + 5), ("validation", 4 * TOKENS)])
+def test_a_copy_of_a_text_that_measures_is_found_out(place: Path, role: str, tokens: int) -> None:
+    shutil.copyfile(place / f"{role}.txt", place / "copy.txt")
     said = refused(place, f"file:{place / 'copy.txt'}", tokens=tokens)
     assert said.startswith("--text: ")
-    assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the test text too; give another source")
+    assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the {role} text too; give another source")
 
 
 def test_a_text_is_needed_where_nothing_says_one(place: Path) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from families import few
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
-from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, recut, token_windows
+from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, shared_windows, token_windows
 from atp_tune.spec.texts import Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
@@ -273,11 +275,35 @@ def test_roles_share_no_window() -> None:
         return Windows(np.array(rows), "")
 
     one = windows([1, 2], [3, 4])
-    check_disjoint({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 2, 3])})
+    check_disjoint({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 3, 2])})
     check_disjoint({"calibration": windows([1, 2], [1, 2])})
     with pytest.raises(UserError) as caught:
         check_disjoint({"calibration": one, "validation": windows([5, 6]), "test": windows([7, 8], [3, 4])})
     assert str(caught.value) == ("texts.test: window 1 is also in texts.calibration; give them other texts or parts")
+    with pytest.raises(UserError, match=r"texts.test: window 0 has text that is also in texts.calibration"):
+        check_disjoint({"calibration": one, "test": windows([1, 2, 3])})
+
+
+@given(st.integers(2, 60), st.integers(2, 60), st.integers(0, 100), st.booleans(), st.integers(0, 1000))
+def test_text_in_another_cut_is_found(one: int, other: int, start: int, bos: bool, seed: int) -> None:
+    """A copy of a text whose windows are longer or begin elsewhere was taken for another text."""
+    text = np.random.default_rng(seed).integers(0, 30, 400)
+
+    def cut(tokens: int, from_: int) -> Windows:
+        rows = text[from_ : from_ + (200 // tokens) * tokens].reshape(-1, tokens)
+        first = np.zeros((len(rows), int(bos)), dtype=rows.dtype)
+        return Windows.of(np.concatenate([first, rows], 1), bos)
+
+    a, b = cut(one, 0), cut(other, start)
+    run = max(1, min(one, other) // 2, min(one, other, 16))
+    naive = [
+        index
+        for index, row in enumerate(a.ids[:, int(bos) :].tolist())
+        if any(row[i : i + run] == o[j : j + run] for o in b.ids[:, int(bos) :].tolist()
+               for i in range(one - run + 1) for j in range(other - run + 1))
+    ]  # fmt: skip
+    assert shared_windows(a, b) == naive
+    assert naive or min(one, other) < 32  # a run as long as half a window
 
 
 @pytest.mark.parametrize("most", [1, 3, 10_000])
@@ -292,12 +318,6 @@ def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, t
 def test_not_one_window(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^seqlen: file:a\.jsonl has \d+ tokens, not one window of 500; lower seqlen$"):
         first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), seqlen=500), folder, tmp_path, 3)
-
-
-def test_shorter_windows_of_the_same_tokens() -> None:
-    windows = Windows(np.arange(20).reshape(2, 10), "")
-    assert recut(windows, 4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
-    assert recut(windows, 10).ids.tolist() == windows.ids.tolist()
 
 
 # --- windows that begin with BOS
@@ -365,7 +385,3 @@ def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> 
     again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
     assert (first.bos, again.bos, again.thinned(2).bos) == (True, True, True)
     assert first.content == again.content != token_windows(text, folder, tmp_path).content
-    cut = recut(first, 10)
-    assert not cut.bos
-    text = first.ids[:, 1:].ravel()
-    assert cut.ids.tolist() == text[: len(text) // 10 * 10].reshape(-1, 10).tolist()

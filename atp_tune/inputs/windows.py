@@ -44,6 +44,10 @@ _TRIES = 1000  # to draw a window that shares no token with those of earlier dra
 _MARGIN = 1024  # tokens near a cut of the text, which may be tokenised differently
 
 
+LEAST_RUN = 16  # tokens that two texts may share by chance, unless their windows are shorter
+BASE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Windows of one length: `ids` int64 [windows, tokens]; `content`: SHA-256 of ids and shape; `bos`: all windows
@@ -132,27 +136,42 @@ def _check_text(text: Text) -> None:
 
 
 def check_disjoint(named: Mapping[str, Windows]) -> None:
-    """UserError if two roles share a window."""
-    seen: dict[bytes, str] = {}
-    for role, windows in named.items():
-        rows = [row.tobytes() for row in windows.ids]
-        for index, row in enumerate(rows):
-            if row in seen:
-                other = seen[row]
+    """UserError if two roles share text, in whatever windows it is cut."""
+    roles = list(named)
+    for index, role in enumerate(roles):
+        for other in roles[:index]:
+            if shared := shared_windows(named[role], named[other]):
+                what = "is" if named[role].positions == named[other].positions else "has text that is"
                 raise UserError(
-                    f"texts.{role}: window {index} is also in texts.{other}; give them other texts or parts"
+                    f"texts.{role}: window {shared[0]} {what} also in texts.{other}; give them other texts or parts"
                 )
-        seen |= dict.fromkeys(rows, role)
 
 
-def recut(windows: Windows, tokens: int) -> Windows:
-    """The tokens of the text, without BOS, in windows of `tokens`, for comparison with another text.
+def shared_windows(one: Windows, other: Windows) -> list[int]:
+    """The windows of `one` that share a run of tokens with `other`: half a window of the shorter ones.
 
-    Windows with BOS are joined first, since windows of another length start at other tokens of the text.
+    If both are cut from one text, each shorter window lies within a longer one, or at least half of it does.
     """
-    ids = windows.ids[:, 1:].reshape(1, -1) if windows.bos else windows.ids
-    per = ids.shape[1] // tokens * tokens
-    return Windows.of(np.ascontiguousarray(ids[:, :per]).reshape(-1, tokens))
+    shorter = min(windows.positions - windows.bos for windows in (one, other))
+    run = max(1, shorter // 2, min(shorter, LEAST_RUN))
+    mine = _runs(one, run)
+    return np.flatnonzero(np.isin(mine, _runs(other, run)).any(1)).tolist()
+
+
+def _runs(windows: Windows, run: int) -> np.ndarray:
+    """A number for each run of so many tokens [windows, runs]: equal for equal runs, as a polynomial modulo 2⁶⁴.
+
+    Σ_i x_i bⁱ over a run is the difference of two sums from the window's first token, times b to minus its place.
+    """
+    ids = windows.ids[:, int(windows.bos) :].astype(np.uint64)
+    ids = (ids + np.uint64(1)) * MIX
+    ids ^= ids >> np.uint64(31)
+    powers = np.full(ids.shape[1], BASE, np.uint64).cumprod(dtype=np.uint64)
+    sums = np.zeros((len(ids), ids.shape[1] + 1), np.uint64)
+    (ids * powers).cumsum(1, dtype=np.uint64, out=sums[:, 1:])
+    inverses = np.full(ids.shape[1], pow(int(BASE), -1, 1 << 64), np.uint64).cumprod(dtype=np.uint64)
+    found: np.ndarray = (sums[:, run:] - sums[:, :-run]) * inverses[: ids.shape[1] - run + 1]
+    return found
 
 
 def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: int) -> str:

@@ -52,6 +52,7 @@ from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
+from atp_tune.spec.texts import Text
 from atp_tune.storage.process_identity import versions
 
 if TYPE_CHECKING:
@@ -175,26 +176,27 @@ def train(
     if settings.has_teacher:
         dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line)), allowed)
     base, bos = (made.base, made.bos) if made else (Path(), False)
-    settings, items, score = _items(text, test, folder, settings, base, bos)
+    measured = {"validation": made.validation} if made and own_test and made.validation != test else {}
+    measured["test"] = test
+    settings, items, score = _items(text, measured, folder, settings, base, bos)
     dense = made.dense if made and made.test == test else None
-    texts = {"validation": made.validation} if made and own_test and made.validation != test else {}
-    setup = ContextConfig(
-        named, PruneConfig(), {**texts, "test": test}, base, device, bos=bos, inputs=inputs_of(score), score=score
-    )
+    setup = ContextConfig(named, PruneConfig(), measured, base, device, bos=bos, inputs=inputs_of(score), score=score)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch, stays))
 
 
 def _items(
-    text: Data, test: Data, folder: ModelFolder, settings: Settings, base: Path, bos: bool
+    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Settings, base: Path, bos: bool
 ) -> tuple[Settings, Windows | Images, str]:
     """What is trained on, the settings for it, and the score that it has; UserError if it cannot be read."""
-    if isinstance(text, ImageSet) and isinstance(test, ImageSet):
+    images = {role: data for role, data in measured.items() if isinstance(data, ImageSet)}
+    texts = {role: data for role, data in measured.items() if isinstance(data, Text)}
+    if isinstance(text, ImageSet) and not texts:
         settings = settings.model_copy(update={"seqlen": None})
-        return settings, read_training_images(text, test, folder, settings, base), CLASSES
-    if isinstance(text, ImageSet) or isinstance(test, ImageSet):
+        return settings, read_training_images(text, images, folder, settings, base), CLASSES
+    if isinstance(text, ImageSet) or images:
         raise UserError(f"{folder.path}: is measured on images, or on text, and was given both; give one kind")
-    return settings, read_windows(text, test, folder.path, settings, bos, base), "next-token"
+    return settings, read_windows(text, texts, folder.path, settings, bos, base), "next-token"
 
 
 def _run(job: FinetuningJob) -> Trained:

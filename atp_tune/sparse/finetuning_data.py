@@ -1,6 +1,6 @@
 """What `finetune` trains and measures on: its texts, or images, which may not share documents, and their windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, doubles_of, images_of
-from atp_tune.inputs.windows import Windows, first_windows, recut, token_windows
+from atp_tune.inputs.windows import Windows, first_windows, shared_windows, token_windows
 from atp_tune.sparse.early_stop import windows_held_out, windows_read
 from atp_tune.sparse.provenance import PrunedWith, Settings
 from atp_tune.spec.images import ImageSet
@@ -51,33 +51,37 @@ def _share(one: Data, other: Data) -> bool:
     return isinstance(other, ImageSet) and one.overlaps(other)
 
 
-def read_training_images(text: ImageSet, test: ImageSet, folder: ModelFolder, settings: Settings, base: Path) -> Images:
-    """The images to train on and to hold out, but those of the test; UserError if it has many of them."""
+def read_training_images(
+    text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Settings, base: Path
+) -> Images:
+    """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
     needed = windows_read(settings)
     with _naming("--images"):
         whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
         found = images_of(whole, folder, base, at_most=text.nsamples is None)
     with _naming("--test-images"):
-        measured = images_of(test, folder, base)
-    doubles = doubles_of({"test": measured, "training": found})["training"]
+        others = {role: images_of(other, folder, base) for role, other in measured.items()}
+    doubles = doubles_of({**others, "training": found})["training"]
     return found.without(doubles) if doubles else found
 
 
-def read_windows(text: Text, test: Text, folder: Path, settings: Settings, bos: bool, base: Path) -> Windows:
-    """The windows to train on and to hold out; UserError if the test text has one of them too.
+def read_windows(
+    text: Text, measured: Mapping[str, Text], folder: Path, settings: Settings, bos: bool, base: Path
+) -> Windows:
+    """The windows to train on and to hold out; UserError if a text that is measured shares some of them.
 
     `base`: where plug-ins read from; the files of other texts are absolute.
     """
-    seqlen = settings.seqlen or text.seqlen
     with _naming("--text"):
-        whole = text.model_copy(update={"seqlen": seqlen})
+        whole = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
-    with _naming("--test-text"):
-        measured = token_windows(test, folder, base, bos=bos)
-    tokens = min(seqlen, test.seqlen) - bos
-    known = {row.tobytes() for row in recut(measured, tokens).ids}
-    if shared := sum(row.tobytes() in known for row in recut(found, tokens).ids):
-        raise UserError(f"--text: {shared} windows of {text.source} are in the test text too; give another source")
+    for role, other in measured.items():
+        with _naming(f"--{role}-text"):
+            windows = token_windows(other, folder, base, bos=bos)
+        if shared := shared_windows(found, windows):
+            raise UserError(
+                f"--text: {len(shared)} windows of {text.source} are in the {role} text too; give another source"
+            )
     return found
 
 
