@@ -59,7 +59,7 @@ def test_what_plan_foretells_of_shapes(
             large.main()
         assert ended.value.code == 0
         told.append(capfd.readouterr().out)
-    assert "for prices of it" in told[0] and "for prices" not in told[1]
+    assert ", of which " in told[0] and "for prices" in told[0] and "for prices" not in told[1]
     assert "does not fit" not in told[0]
     model = next(tmp_path.glob("tiny-*"))
     assert all(file.stat().st_blocks * 512 < 20_000 for file in model.glob("block-*.safetensors"))

@@ -176,13 +176,18 @@ def test_a_model_of_other_inputs_says_nothing() -> None:
 @pytest.mark.slow
 def test_generate_with_a_configuration(done: Path, command: CommandLine) -> None:
     best = read_config(done / "tiny.best.json")
-    answer = command("generate", "--config", done / "tiny.best.json", "--tokens", "6", "--prompt", "The import")
-    assert answer.code == 0
+    files = {path: path.read_bytes() for path in (done / "tiny.best.json", done / "tiny.db")}
+    read = command("generate", "--config", done / "tiny.best.json", "--tokens", "6", "--prompt", "The import")
+    assert read.code == 0
+    titles = [line.split(" wanda")[0] for line in read.out.splitlines() if line.startswith(("continuations", "The "))]
+    assert titles == ["continuations: dense", "continuations: uniform", "continuations: best", "The import …"]
+    assert {path: path.read_bytes() for path in files} == files  # a question of its own is stored nowhere
+    answer = command("generate", "--config", done / "tiny.best.json", "--tokens", "6")
     found = read_config(done / "tiny.best.json").continuations
     assert found
-    assert (found.tokens, found.prompts) == (6, (*PROMPTS, "The import"))
+    assert (found.tokens, found.prompts) == (6, PROMPTS)
     assert attached(stored(done), best.trial)["continuations"] == found.model_dump(mode="json")
-    assert f"\nThe import …\n  dense    {in_one_line(found.dense[3])}\n" in answer.out
+    assert f"\n{PROMPTS[2]} …\n  dense    {in_one_line(found.dense[2])}\n" in answer.out
     assert answer.out.endswith(f"stored in {done / 'tiny.best.json'} and on study tiny\n")
 
 

@@ -639,7 +639,7 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
     assert 0 < found[1]["whole"]["descents"] < found[1]["whole"]["seconds"]
     words = settings('allocation=["prices"]', "recover={}")
     text = command("plan", "--study", place / "tiny.toml", *words).out
-    assert re.search(r", about .* for prices and .* to train the best plan of it\n", text)
+    assert re.search(r", about .*, of which .* for prices and .* to train the best plan\n", text)
 
 
 @pytest.mark.slow

@@ -430,6 +430,16 @@ def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.
     assert [is_surplus(study.trials, number, 9) for number in range(3)] == [False, False, True]
 
 
+def test_a_lost_trial_keeps_its_place_in_the_queue(study: optuna.Study) -> None:
+    """After Ctrl-C in the first trials uniform, with which the others are compared, was measured last."""
+    for beta in (0.0, 0.1, 0.2, 0.3):
+        study.enqueue_trial({"beta": beta})
+    for number in (study.ask().number, study.ask().number):  # of two workers
+        lost_trials.end_interrupted(study, number)
+    asked = [study.ask().suggest_float("beta", 0, 1) for _ in range(4)]
+    assert asked == [0.0, 0.1, 0.2, 0.3]
+
+
 def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> None:
     """Others may reach the total with the first of the two, and then nobody takes the second."""
     add(study, state=TrialState.FAIL, lost="its process died")

@@ -38,9 +38,11 @@ def show_next(summary: Summary, file: StudyFile) -> None:
             ["apply", "--config", config, "--out", out, *["--slim"] * is_slim, *permission(file.study)],
         ),
         second,
-        ("top-1 and top-5", ["evaluate", "--config", config]) if summary.hits else ("talk with it", ["chat", out]),
+        *[("top-1 and top-5", ["evaluate", "--config", config])] * bool(summary.hits),
     ]
     console.print(f"best configuration: {config}")
+    if not summary.hits:  # what is written first comes before what reads it
+        rows.insert(1, ("then talk with it", ["chat", out]))
     for what, words in rows:
         console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
 

@@ -60,7 +60,7 @@ Prompts = Annotated[
     typer.Option(
         "--prompt",
         metavar="TEXT",
-        help="A prompt to continue, beside the three fixed ones; may be given several times.",
+        help="A prompt to continue, in a study beside three fixed ones; may be given several times.",
     ),
 ]
 Device = Annotated[

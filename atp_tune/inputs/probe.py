@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from atp_tune.spec.images import ARCHIVES, Probe
 _FORMAT = 1  # in the content by which studies know a model with its classifier
 BATCH = 32  # images at a time
 STEPS = 500  # of L-BFGS, at most
+PERIOD = 30  # seconds between lines that say how many images the model has seen
 
 
 def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[str], None]) -> ModelFolder:
@@ -61,7 +63,7 @@ def with_probe(folder: ModelFolder, probe: Probe, base: Path, notify: Callable[[
     if not target.is_dir():
         notify(f"fitting a classifier of {len(names)} classes to {len(images)} images, once")
         with folder_atomically(target, shared=True) as place:
-            _fit(folder, images, names, probe.l2, place)
+            _fit(folder, images, names, probe.l2, place, notify)
             processor.own.save_pretrained(place)
             for file in folder.path.iterdir():
                 if file.name.startswith(("README", "LICENSE")) and file.is_file():
@@ -97,10 +99,19 @@ def _numbers(found: Pictures, names: tuple[str, ...]) -> list[int]:
 
 
 @torch.inference_mode()
-def _fit(folder: ModelFolder, images: Images, names: tuple[str, ...], l2: float, place: Path) -> None:
+def _fit(
+    folder: ModelFolder, images: Images, names: tuple[str, ...], l2: float, place: Path, notify: Callable[[str], None]
+) -> None:
     model = _classifier(folder, names)
     head = model.classifier
-    features = torch.cat([_features(model, head, pixels) for pixels in torch.split(images.pixels, BATCH)]).double()
+    seen, done, said = [], 0, monotonic()
+    for pixels in torch.split(images.pixels, BATCH):
+        seen.append(_features(model, head, pixels))
+        done += len(pixels)
+        if monotonic() - said >= PERIOD:
+            said = monotonic()
+            notify(f"fitting a classifier: the model has seen {done} of {len(images)} images")
+    features = torch.cat(seen).double()
     with torch.inference_mode(False):
         weight, bias = fitted(features.clone(), images.classes.clone(), len(names), l2)
     head.weight.copy_(weight)

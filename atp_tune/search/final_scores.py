@@ -129,7 +129,7 @@ class _Texts:
         for row, name in self._names.items():
             if name in self.work.wanted:
                 plan = None if row == "dense" else space.plan_of(self._study.trials[int(row)])
-                self._run.watch(TrialStarted(f"continuations: {name}", plan))
+                self._run.watch(TrialStarted(f"continuations: {name}", plan if name == "best" else None))
                 _begin(self._study, self._context, row)
                 for _ in self.work.follow(name, _blocks(self._context, plan)):
                     pass

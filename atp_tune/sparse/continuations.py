@@ -44,14 +44,14 @@ def continuations(
         pattern = parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, pattern)
         work = Continuing(context, prompts, tokens)
-        watch(TrialStarted("dense model", None))
+        watch(TrialStarted("continuations: dense", None))
         work.say("dense", context.checkpoint.weights)
-        watch(TrialStarted("uniform", uniform))
+        watch(TrialStarted("continuations: uniform", None))
         work.say("uniform", prune_whole(context, uniform, *COPIED))
         if best.levels == uniform.levels:
             work.repeat("best", "uniform")
         else:
-            watch(TrialStarted("best", best))
+            watch(TrialStarted("continuations: best", best))
             context.begin(config.batches)
             work.say("best", prune_whole(context, best, *COPIED))
         found = work.result()

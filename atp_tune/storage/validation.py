@@ -6,13 +6,14 @@ Errors: UserError if Optuna itself cannot read the study.
 
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as deepcopied
 from math import inf, isfinite, isnan
 from typing import Annotated, Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -198,6 +199,15 @@ class ValidatedStudy(optuna.Study):
         with readable(self.study_name):
             found = [self._check(trial) for trial in super().get_trials(deepcopy)]
         return [trial for trial in found if states is None or trial.state in states]
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        """Takes the waiting trial whose place is first: what repeats a lost trial, such as uniform, keeps its place."""
+        queue = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        for trial in sorted(queue, key=lambda one: (one.system_attrs.get("retry_history") or [one.number])[0]):
+            with suppress(UpdateFinishedTrialError):  # another process was faster
+                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
+                    return trial._trial_id
+        return None
 
     def _check(self, trial: FrozenTrial) -> FrozenTrial:
         known, result = self._checked.get(trial._trial_id, (None, None))

@@ -50,8 +50,9 @@ def generate(
     """Continue prompts by the dense model, by uniform and by the best configuration, pruned in memory.
 
     Texts are greedy and without a chat template, so that they differ by the weights alone; `chat` uses the template.
-    They are stored in the configuration and in its study; summary, report and model card show them. A run does
-    this at its end, too.
+    With --prompt these prompts alone are continued, and nothing is stored. Without, the texts of three fixed prompts
+    and of the study's own are stored in the configuration and in its study, as a run does at its end; summary, report
+    and model card show them.
 
     Example: `python tune.py generate --config studies/smol.best.json --prompt "The moon is"`
     """
@@ -70,28 +71,30 @@ def generate(
     from atp_tune.results.status import to_json
     from atp_tune.spec.config import read_config
 
+    usual: tuple[str, ...] = PROMPTS
     with quiet():
         if config is not None:
             path, read = config, read_config(config)
         else:
             file = load_study(study or "", storage, None, set_)
             path, read = _best_of(file, study_name)
-            storage, prompts = file.storage_url, (*file.study.continuations.prompts, *prompts)
+            storage, usual = file.storage_url, (*PROMPTS, *file.study.continuations.prompts)
             allowed = {key: given or getattr(file.study.model, key, False) for key, given in allowed.items()}
-        if storage is not None:
+        if storage is not None and not prompts:
             study_of(path, read, storage)  # a mistake is reported before anything runs
         from atp_tune.api.configuration import Configuration
 
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
             watch, base = ignore_events if json else display, path.parent / read.folder
             made = Configuration(read, base, device or "auto", allowed, watch=watch)
-            found = made.generate((*PROMPTS, *prompts), tokens=tokens)
-        places = attach(path, read, "continuations", found, storage)
+            found = made.generate(prompts or usual, tokens=tokens)
+        places = [] if prompts else attach(path, read, "continuations", found, storage)
     if json:
         console.print(to_json(found))
         return
     show_continuations(found)
-    console.print(f"stored in {' and on '.join(places) or f'no place: {path} is of another trial by now'}")
+    if not prompts:
+        console.print(f"stored in {' and on '.join(places) or f'no place: {path} is of another trial by now'}")
 
 
 def _best_of(file: "StudyFile", name: str | None) -> tuple[Path, "Config"]:
