@@ -15,6 +15,7 @@ import optuna
 import pytest
 import torch
 from plugging import forgotten
+from pydantic import Field
 from tinystudy import CommandLine, settings
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from atp_tune.frozen import STORED, SettingsTable
 from atp_tune.inputs.documents import documents
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
+from atp_tune.pruners.checked import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.registry import Origin, points_of
 from atp_tune.scores import SCORES
@@ -413,6 +415,21 @@ def test_a_plug_in_without_a_file_is_all_that_it_can_reach(value: str) -> None:
     assert value in REACHED
     other = value.replace("1", "2").replace("**", "//")
     assert content(REACHED) == content(f"# again\n{REACHED}") != content(REACHED.replace(value, other, 1))
+
+
+def test_a_pruner_is_named_with_settings_that_its_own_repr_hides() -> None:
+    """The key of what it makes of the weights had the plug-in's own `repr`."""
+
+    class Mute(SettingsTable):
+        measures: ClassVar = None
+        strength: float = Field(1.0, repr=False)
+
+        def prune(self, weight: Tensor, sparsity: float, statistics: Any) -> Tensor:
+            return weight
+
+    origin = Origin("pruner", "mute", "file", "mute.py:Mute", None, "0" * 64)
+    one, same, other = (CheckedPruner.of(Mute, origin, {"strength": value}) for value in (1.0, 1.0, 2.0))
+    assert repr(one) == repr(same) != repr(other)
 
 
 def test_what_cannot_be_known_is_another_object_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
