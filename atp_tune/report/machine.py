@@ -26,7 +26,8 @@
       recovered             training of the best's kept weights, as in its configuration; or null
       continuations         prompts, and what dense, uniform and best make of each; or null
       draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
-                            changes from uniform's, with mean and sd; or null. ranks[] have `draws` of their own
+                            changes from uniform's, with mean and sd; or null. `fitted_to`: tokens (images) that
+                            each draw's plan was fitted anew to, and the plan itself. ranks[] have `draws` too
       windows               their numbers in the validation and the test text
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,

@@ -207,7 +207,8 @@ def _draws(config: Config) -> str:
     against = f", {found.beside('uniform’s')}" if found.change else ""
     data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
     how = found.how(data, is_fitted(config.allocation.name))
-    return f"Over {found.count} draws of the calibration text it is {found}{against} ({how})."
+    was = "was, before training," if config.is_trained else "is"
+    return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
 
 
 def _base(config: Config) -> str:
