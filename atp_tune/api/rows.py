@@ -27,7 +27,7 @@ def trials(summary: Summary) -> list[Row]:
             "perplexity": trial.value,
             "stderr": trial.stderr,
             "test_perplexity": trial.test and trial.test.value,
-            "test_stderr": trial.test and trial.test.stderr,
+            "test_stderr": trial.test and (trial.test.stderr or None),
             **({"kl": trial.kl and trial.kl.validation and trial.kl.validation.value} if has_kl else {}),
             **(
                 {"accuracy": trial.accuracy and trial.accuracy.validation and trial.accuracy.validation.value}
@@ -51,9 +51,9 @@ def points(summary: Summary) -> list[Row]:
             "sparsity": point.sparsity,
             "method": point.method,
             "perplexity": point.validation and point.validation.value,
-            "stderr": point.validation and point.validation.stderr,
+            "stderr": point.validation and (point.validation.stderr or None),
             "test_perplexity": point.test and point.test.value,
-            "test_stderr": point.test and point.test.stderr,
+            "test_stderr": point.test and (point.test.stderr or None),
             **_beside(uniforms.get(point.trial)),
             **{
                 f"{name}{ending}": against and getattr(against, key)

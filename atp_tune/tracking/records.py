@@ -57,7 +57,7 @@ def _values(trial: FrozenTrial) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, score in both.items():
         if score is not None and math.isfinite(score.value):
-            found |= {name: score.value, f"{name}_stderr": score.stderr}
+            found |= {name: score.value} | ({f"{name}_stderr": score.stderr} if score.stderr else {})
     error = error_of(trial)
     return found if error is None else {**found, "top1_error": error}
 
