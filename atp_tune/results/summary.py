@@ -139,6 +139,9 @@ class Summary:
     recovered: Recovered | None = None
     training: str = ""
 
+    def __repr__(self) -> str:
+        return f"<Summary {self.name}: {self.done} of {self.total} trials, {', '.join(vars(self))}>"
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """The interval of sparsities in which the study searches; None at one sparsity."""

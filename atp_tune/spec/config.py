@@ -385,6 +385,9 @@ class Config(FrozenModel):
             return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
         return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
 
+    def __repr__(self) -> str:
+        return f"<Config {self}>"  # pydantic's has thousands of characters
+
     def to_json(self) -> str:
         """The text of the file, indented by two spaces."""
         return dumps(self.model_dump(mode="json"), 2) + "\n"
