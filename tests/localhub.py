@@ -1,10 +1,15 @@
-"""A Hugging Face hub on this machine: folders KIND/ORG/NAME, served as far as downloads and uploads need it."""
+"""A Hugging Face hub on this machine: folders KIND/ORG/NAME, served as far as downloads and uploads need it.
+
+`publish_c4` and `publish_wikitext2` make the two data sets of the papers, with texts of one's own.
+"""
 
 import base64
+import gzip
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +25,8 @@ LARGE = (".safetensors",)  # files that go to the large file storage
 class Uploads:
     """What uploads need to know, and what they left: accounts by token, visibilities, large files and commits.
 
-    `hold`: SHA-256 of a large file whose upload is not answered until `go_on` is set.
+    `hold`: SHA-256 of a large file whose upload is not answered until `go_on` is set. `cut`: KIND/ORG/NAME/FILE, whose
+    download is cut off in the middle, once; `resumed`: bytes from which on a file was asked for.
     """
 
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -29,6 +35,8 @@ class Uploads:
     received: list[str] = field(default_factory=list)
     commits: list[str] = field(default_factory=list)
     hold: str | None = None
+    cut: str | None = None
+    resumed: list[int] = field(default_factory=list)
     held: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -189,7 +197,17 @@ class Hub(BaseHTTPRequestHandler):
         if not file.is_file():
             self.refuse(404, "EntryNotFound")
             return
-        self.send(200, file.read_bytes(), {"ETag": f'"{tag(file)}"', "X-Repo-Commit": COMMIT})
+        content, headers = file.read_bytes(), {"ETag": f'"{tag(file)}"', "X-Repo-Commit": COMMIT}
+        if found := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or ""):
+            start = int(found[1])
+            self.uploads.resumed.append(start)
+            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send(206, content[start:], {**headers, "Content-Range": span})
+        elif self.command == "GET" and str(file.relative_to(self.root)) == self.uploads.cut:
+            self.uploads.cut, self.close_connection = None, True
+            self.send(200, content, headers, len(content) // 2)
+        else:
+            self.send(200, content, headers)
 
     def refuse(self, status: int, code: str) -> None:
         self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
@@ -197,13 +215,42 @@ class Hub(BaseHTTPRequestHandler):
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str], sent: int | None = None) -> None:
+        """Answers; `sent`: so many bytes of what the headers promise."""
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:sent])
+
+
+def publish_c4(root: Path, files: Mapping[str, Iterable[str]]) -> None:
+    """C4 below a hub's root: the documents of each file, such as `train.00000-of-01024`."""
+    folder = root / "datasets/allenai/c4/en"
+    folder.mkdir(parents=True)
+    splits = {"features": [{"name": "text", "dtype": "string"}], "splits": [{"name": "train", "num_examples": 99}]}
+    card = f"---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\ndataset_info:\n- {json.dumps(splits)}\n---\n"
+    (folder.parent / "README.md").write_text(card)
+    for name, documents in files.items():
+        rows = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"} for text in documents]
+        content = "\n".join(map(json.dumps, rows)).encode()
+        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(content))
+
+
+def publish_wikitext2(root: Path, splits: Mapping[str, Iterable[str]]) -> None:
+    """WikiText-2 below a hub's root: the lines of each split."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = root / "datasets/Salesforce/wikitext/wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    files = "\n".join(f"  - split: {name}\n    path: wikitext-2-raw-v1/{name}-*" for name in splits)
+    card = f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}\n---\n"
+    (folder.parent / "README.md").write_text(card)
+    for name, lines in splits.items():
+        table = pyarrow.table({"text": list(lines)})
+        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
 
 
 def row(file: Path, repository: Path) -> dict[str, object]:

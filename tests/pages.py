@@ -70,12 +70,23 @@ def commands(path: Path, inline: bool = True) -> list[list[str]]:
     """The arguments of each `python tune.py …` and `atp-tune …` of a page, in blocks, and in sentences if `inline`."""
     texts = [line for block in blocks(path) if block.language in ("", "sh") for line in _lines(block.text)]
     texts += [code for code in re.findall(r"`([^`]+)`", prose(path).replace("\n", " ")) if inline]
-    found = [
-        match["words"]
-        for text in texts
-        for match in COMMAND.finditer(text.replace("python tune.py", "\npython tune.py"))
-    ]
-    return [_words(words) for words in found if "…" not in words]
+    return [words for text in texts for words in _commands(text)]
+
+
+def steps(path: Path) -> list[list[str] | str]:
+    """What a reader runs, in its order: the arguments of each command of a page's blocks, and its blocks of Python."""
+    found: list[list[str] | str] = []
+    for block in blocks(path):
+        if block.language == "python":
+            found.append(block.text)
+        elif block.language in ("", "sh"):
+            found += [words for line in _lines(block.text) for words in _commands(line)]
+    return found
+
+
+def _commands(text: str) -> list[list[str]]:
+    found = COMMAND.finditer(text.replace("python tune.py", "\npython tune.py"))
+    return [_words(match["words"]) for match in found if "…" not in match["words"]]
 
 
 def _lines(text: str) -> list[str]:

@@ -48,6 +48,7 @@ ELSEWHERE = {  # words of commands that another test runs
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
 }
+ABSENT = {"classify": "images", "finetune": "finetune"}  # commands of the README, with the extra that they need
 SHORTER = {  # options that make a command as short as the tiny model
     "own": settings(
         "texts.calibration.draws=1",
@@ -140,16 +141,26 @@ def run(words: list[str], command: CommandLine, monkeypatch: pytest.MonkeyPatch)
     assert (answer.code, said) == (0, ""), words
 
 
-@pytest.mark.parametrize("page", [README, *TUTORIALS], ids=named)
-def test_the_commands_of_the_first_pages_run(
+@pytest.mark.parametrize("page", TUTORIALS, ids=named)
+def test_the_commands_of_a_tutorial_run(
     page: Path, reader: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(reader, tmp_path, monkeypatch)
     if page.stem == "reading-a-report":
         assert command("--study", "smol").code == 0
-    tutorials = [words for other in TUTORIALS if page == README for words in commands(other, inline=False)]
+    readme = commands(README, inline=False)  # which test_readme.py runs
     for words in commands(page, inline=False):
-        if not (words[0] in MODELS and words in tutorials):
+        if not (words[0] in MODELS and words in readme):
+            run(words, command, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_command_of_the_readme_that_needs_an_extra_runs(
+    name: str, finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(finished, tmp_path, monkeypatch)
+    for words in commands(README, inline=False):
+        if words[0] == name:
             run(words, command, monkeypatch)
 
 
@@ -165,9 +176,7 @@ def test_the_commands_of_a_guide_run(
         run(words, command, monkeypatch)
 
 
-WITH_PYTHON = [
-    page for page in (README, *TUTORIALS, REPO / "docs/guides/python.md") if "```python" in page.read_text("utf-8")
-]
+WITH_PYTHON = [page for page in (*TUTORIALS, REPO / "docs/guides/python.md") if "```python" in page.read_text("utf-8")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)

@@ -1,4 +1,3 @@
-import gzip
 import json
 import random
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from localhub import publish_c4, publish_wikitext2
 
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, hub_arguments, source_content
@@ -181,32 +181,15 @@ def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path
 
 @pytest.mark.slow
 def test_c4_downloads_one_file(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    folder = hub[0] / "datasets/allenai/c4/en"
-    folder.mkdir(parents=True)
-    splits = {
-        "features": [{"name": "text", "dtype": "string"}],
-        "splits": [{"name": "train", "num_examples": 99}],
-    }
-    card = f"---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\ndataset_info:\n- {json.dumps(splits)}\n---\n"
-    (folder.parent / "README.md").write_text(card)
-    for name in ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008"):
-        row = {"text": name, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}
-        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    names = ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008")
+    publish_c4(hub[0], {name: [name] for name in names})
     assert list(documents(Text(source="c4"), tmp_path)) == ["train.00000-of-01024"]
     assert {path for path in hub[1] if path.endswith("00001-of-01024.json.gz")} == set()
     assert list(documents(Text(source="c4", split="validation"), tmp_path)) == ["validation.00000-of-00008"]
 
 
 def test_wikitext2_reads_its_split(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    folder = hub[0] / "datasets/Salesforce/wikitext/wikitext-2-raw-v1"
-    folder.mkdir(parents=True)
-    files = "\n".join(f"  - split: {name}\n    path: wikitext-2-raw-v1/{name}-*" for name in ("train", "test"))
-    (folder.parent / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}\n---\n"
-    )
-    for name in ("train", "test"):
-        table = pyarrow.table({"text": ["", f" = {name} = \n"]})
-        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    publish_wikitext2(hub[0], {name: ["", f" = {name} = \n"] for name in ("train", "test")})
     assert list(documents(Text(source="wikitext2", split="test"), tmp_path)) == ["", " = test = \n"]
 
 

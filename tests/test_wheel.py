@@ -8,21 +8,15 @@ import os
 import sqlite3
 import subprocess
 import sys
-import sysconfig
 import tarfile
-import tomllib
-import venv
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from plain import PROJECT, REPO, clean_variables, environment
 
-from atp_tune.extras import EXTRAS
-
-REPO = Path(__file__).parents[1]
-PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KERNEL = "atp_tune/packed/_kernel.so"  # in the tree if it was compiled there; in a wheel if there was a compiler
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,25 +43,12 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a command in a Python that has the wheel and the base dependencies, but no package of an extra."""
-    folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder)
-    python = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, capture_output=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    absent = sorted({module for modules in EXTRAS.values() for module in modules})
-    lines = [
-        f"import sys; sys.modules.update(dict.fromkeys({absent}))",
-        *{*map(sysconfig.get_path, ("purelib", "platlib"))},
-    ]
-    (site / "base.pth").write_text("\n".join(lines) + "\n")  # of the other packages; their own .pth files do not count
-    left_out = ("PYTHONPATH", "VIRTUAL_ENV")
-    clean = {name: value for name, value in os.environ.items() if name not in left_out}
+    """Runs a command of an environment that has the wheel and what it needs, but no package of an extra."""
+    commands = environment(tmp_path_factory.mktemp("plain"), "--no-index", wheel)
 
     def run(*words: str | Path, cwd: Path) -> "subprocess.CompletedProcess[str]":
-        command = [str(folder / "bin" / words[0]), *map(str, words[1:])]
-        return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
+        command = [str(commands / words[0]), *map(str, words[1:])]
+        return subprocess.run(command, cwd=cwd, env=clean_variables(), capture_output=True, text=True, check=False)
 
     return run
 
@@ -120,3 +101,7 @@ def test_a_study_and_its_report(run: Run, place: Path) -> None:
     scored = run("atp-tune", "evaluate", "--config", "tiny.best.json", cwd=place)
     assert scored.returncode == 2
     assert scored.stderr == "error: evaluate: lm-eval is not installed; run: pip install 'atp-tune[eval]'\n"
+    there = run("python", "-c", "import sys; print(sys.executable)", cwd=place).stdout.strip()
+    words = ["pip", "--python", there, "install", "--no-index", "atp-tune[eval]"]
+    pip = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    assert "No matching distribution found for lm-eval" in pip.stderr  # which it looks for, since atp-tune is there

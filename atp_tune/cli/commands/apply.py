@@ -109,6 +109,7 @@ def _write(
     found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool], packed: bool, slim: bool
 ) -> None:
     from atp_tune.api.configuration import Configuration
+    from atp_tune.checkpoints.trust import is_slim
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.sparse.provenance import ABOUT
@@ -119,6 +120,8 @@ def _write(
         measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
     promised = found.final.test or (found.final.validation if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
+    if packed or is_slim(out):
+        console.print("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not found.is_trained and (said := compared(found, read_config(out / ABOUT).manifest)):
         console.print(said)
 

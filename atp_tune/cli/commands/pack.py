@@ -83,7 +83,7 @@ def _show(done: "Packed", out: Path) -> None:
     if done.rounding is not None:
         before, after = done.rounding
         console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
-    console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}")')
+    console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
 
 
 def unpack(
