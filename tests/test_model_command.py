@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import tiny
@@ -11,6 +13,7 @@ from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
 from atp_tune.checkpoints.models import resolve
+from atp_tune.cli.commands import model
 from atp_tune.cli.model_group import MODEL
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
@@ -21,6 +24,7 @@ from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.studyfile import load
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import goal, parse_limit, parse_sparsity
+from atp_tune.spec.writing import write_study
 from atp_tune.storage.progress import best_trial, counted, excess_of
 from atp_tune.study_request import StudyRequest
 
@@ -171,6 +175,26 @@ def test_wrong_uses(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (here / "short.txt").write_text("too short\n\nto prune with")
     assert reason in error(command(*words), here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.5, 0.6])
+def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
+    sparsity: float, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command beside this one, which then joins, or by another, which is refused."""
+    make, started, path = model._make, list[Path](), here / "studies" / "a.toml"
+
+    def made_by_two(*arguments: Any) -> Study:
+        write_study(path, StudyRequest("Tiny_Llama", sparsity, "quick").study("a", "cpu", {}, print), ())
+        return make(*arguments)
+
+    monkeypatch.setattr(model, "_make", made_by_two)
+    monkeypatch.setattr(model, "_start", lambda path, options: started.append(path))
+    answer = command("Tiny_Llama", "--sparsity", "0.5", "--preset", "quick", "--name", "a")
+    assert tomllib.loads(path.read_text())["sparsity"] == sparsity
+    assert len(started) == (sparsity == 0.5), answer
+    assert sparsity == 0.5 or "sparsity is 0.6 there, and 0.5 is asked for" in answer.error
 
 
 def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> None:
