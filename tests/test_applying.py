@@ -28,6 +28,7 @@ from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
+from atp_tune.sparse import applying
 from atp_tune.sparse.applying import apply, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
 
@@ -236,6 +237,24 @@ def test_a_wrong_number_of_blocks_is_refused(done: Path, config: Config, tmp_pat
     said = message(lambda: applied(config, done, tmp_path / "out"))
     assert said == "block_sparsities: 3 values for a model of 4 blocks"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was described as this one, with the perplexity of the other."""
+    about = tmp_path / "out" / "atp_tune.json"
+    other = config.model_copy(update={"trial": 99})
+
+    def replaced(*_: object) -> list[float]:
+        other.write(about)
+        return [1.0, 2.0]
+
+    config.write(about)
+    monkeypatch.setattr(applying, "folder_nlls", replaced)
+    with pytest.raises(UserError, match="was replaced while it was measured, and is left as it is"):
+        applying.measured_folder(None, tmp_path / "out", None, print)  # type: ignore[arg-type]
+    assert read_config(about) == other
 
 
 def test_a_place_that_cannot_be_written(done: Path, config: Config, tmp_path: Path) -> None:
