@@ -2,6 +2,7 @@
 
 import math
 from itertools import count
+from pathlib import Path
 
 import optuna
 import pytest
@@ -9,6 +10,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, loss, screened, space_over
+from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
@@ -210,3 +212,14 @@ def test_a_plan_that_fails_is_beyond_the_limit() -> None:
         study.tell(trial, state=TrialState.FAIL)
     assert tried == sorted(tried, reverse=True)
     assert tried[-1] == 0.2
+
+
+@pytest.mark.slow
+def test_a_limit_of_one_window_is_refused(place: Path, command: CommandLine) -> None:
+    """Its error was taken for 0, so that a plan was within the limit with no margin."""
+    keys = ("sparsity=[0.3, 0.6]", "limit.max_increase=0.2", "texts.validation.nsamples=1")
+    answer = command("--study", place / "tiny.toml", *settings(*keys))
+    assert (answer.code, answer.error) == (
+        2, "limit: holds within the standard error, which one validation window has not; give two or more"
+    )  # fmt: skip
+    assert not list(place.glob("*.db"))
