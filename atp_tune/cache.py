@@ -26,7 +26,7 @@ from threading import Event
 import psutil
 
 from atp_tune.errors import UserError
-from atp_tune.paths import is_special
+from atp_tune.paths import check_writable, is_special
 
 POLL = 1  # seconds between looks at what another process makes
 HASHED_AT_ONCE = 4  # files
@@ -57,6 +57,11 @@ def cache_dir(kind: str) -> Path:
             f"cache folder {folder}: {error.strerror}; set ATP_TUNE_CACHE to a folder that can be written"
         ) from None
     return folder
+
+
+def check_room(folder: Path, size: float) -> None:
+    """UserError unless a folder of `size` bytes can be written to `folder`, in the cache; called before any work."""
+    check_writable(folder, size, "cache folder ", "set ATP_TUNE_CACHE to another folder")
 
 
 def sha256_of(path: Path, stopped: Event | None = None) -> str:

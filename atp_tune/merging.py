@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.cache import rename_new, temporary_folder
 from atp_tune.errors import UserError
+from atp_tune.paths import check_writable
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.database import RetryingDatabase, without_password
@@ -100,6 +101,7 @@ def _check_new(out: Path) -> None:
     for path in (out, out.with_suffix(".artifacts")):
         if path.exists():
             raise UserError(f"--out {out}: {path} exists; name a new file")
+    check_writable(out, named="--out ")
 
 
 def _open(places: Sequence[str], name: str | None) -> list[Source]:

@@ -1,5 +1,7 @@
 """Paths in study files and configurations."""
 
+import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -37,7 +39,23 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def check_free(out: Path) -> None:
-    """UserError if `out` exists and is not an empty folder; called before any work."""
+def check_free(out: Path, size: float = 0) -> None:
+    """UserError unless a new folder of `size` bytes can be written to `out`; called before any work."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"--out {out}: is there already; choose another folder or remove it")
+        raise UserError(f"--out {out}: exists already; choose another folder or remove it")
+    check_writable(out, size, "--out ")
+
+
+def check_writable(path: Path, size: float = 0, named: str = "", instead: str = "choose another place") -> None:
+    """UserError unless a file or folder of `size` bytes can be written to `path`; called before any work.
+
+    `named`, `instead`: how the message begins, and what it advises.
+    """
+    there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"{named}{path}: {there} is no folder; {instead}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{named}{path}: cannot be written in {there}; {instead}")
+    if size > (free := shutil.disk_usage(there).free):
+        needs = f"needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there"
+        raise UserError(f"{named}{path}: {needs}; make room, or {instead}")

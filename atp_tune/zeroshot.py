@@ -67,6 +67,7 @@ class Scorer:
         self._asked = asked
         self._watch = watch
         require("eval", "evaluate")
+        find_device(asked.device)
         from atp_tune.scores.tasks import find_tasks
 
         watch(Message("reading the tasks"))

@@ -344,7 +344,7 @@ def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     assert "lay in the memory of a Python process" in card and "atp-tune apply" not in card
     assert str(tmp_path) not in (tmp_path / "new" / "sparse" / "atp_tune.json").read_text(encoding="utf-8")
     assert said(lambda: found.save(tmp_path / "new" / "sparse")).endswith(
-        "is there already; choose another folder or remove it"
+        "exists already; choose another folder or remove it"
     )
 
 

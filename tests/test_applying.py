@@ -209,7 +209,7 @@ def test_what_is_there_is_not_overwritten(kind: str, done: Path, config: Config,
     (out / "mine" if kind == "folder" else out).write_text("mine")
     events: list[Event] = []
     said = message(lambda: apply(config, done, out, "cpu", events.append))
-    assert said == f"--out {out}: is there already; choose another folder or remove it"
+    assert said == f"--out {out}: exists already; choose another folder or remove it"
     assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
     assert events == []  # asked before any work
 
@@ -347,7 +347,7 @@ def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
     said = message(lambda: prune_study(study_file(done), {"beta": 0.0}, out, ignore_events))
-    assert said == f"--out {out}: is there already; choose another folder or remove it"
+    assert said == f"--out {out}: exists already; choose another folder or remove it"
 
 
 # --- memory

@@ -586,7 +586,7 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--sparsity", "70"], "sparsity: must be less than 1, got 70"),
         (None, ["prune", *STUDY, "--set", "sparsity=[0.3, 0.8]"],
          "--sparsity: tiny.toml searches from 30% to 80%; give one, such as --sparsity 0.6"),
-        (None, ["prune", *STUDY, "--out", "model"], "--out model: is there already"),
+        (None, ["prune", *STUDY, "--out", "model"], "--out model: exists already"),
         (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", *STUDY, "--out", "validation.txt/out"], "--out validation.txt/out: cannot be written"),
@@ -647,7 +647,7 @@ def test_export_to_a_place_that_cannot_be_written(done: Path, command: CommandLi
 
 def test_apply_refuses_in_one_line(done: Path, command: CommandLine) -> None:
     options = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--out")
-    assert command(*options, done).error == f"--out {done}: is there already; choose another folder or remove it"
+    assert command(*options, done).error == f"--out {done}: exists already; choose another folder or remove it"
     content = json.loads((done / "tiny.best.json").read_text())
     content["model"]["fingerprint"] = "0" * 64
     (done / "tiny.best.json").write_text(json.dumps(content))

@@ -421,7 +421,7 @@ def test_a_text_shorter_than_a_window(place: Path) -> None:
 def test_what_is_there_is_not_overwritten(place: Path, command: CommandLine) -> None:
     (place / "mine").write_text("mine")
     answer = command("finetune", "--model", place / "sparse", "--out", place / "mine", *SHORT)
-    assert answer.error == f"--out {place / 'mine'}: is there already; choose another folder or remove it"
+    assert answer.error == f"--out {place / 'mine'}: exists already; choose another folder or remove it"
 
 
 def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:

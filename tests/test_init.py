@@ -162,7 +162,7 @@ def test_nothing_is_replaced(init, folder: Path) -> None:  # type: ignore[no-unt
     assert f"there is a study {STUDY} already, studies/{STUDY}.toml; take another name" in answer.out
     assert (folder / "studies" / f"{STUDY}.toml").read_bytes() == before
     answer = init(options=("--out", f"studies/{STUDY}.toml"))
-    assert answer.error.startswith(f"studies/{STUDY}.toml: is there already, and is not replaced")
+    assert answer.error.startswith(f"studies/{STUDY}.toml: exists already, and is not replaced")
     assert "model" not in answer.out
     (folder / "link.toml").symlink_to("nowhere")
     assert init(options=("--out", "link.toml")).code == 2

@@ -695,7 +695,7 @@ def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
             pack_folder(source, tmp_path / "out")
     with pytest.raises(UserError, match="is no packed folder"):
         unpack_folder(tmp_path / "sparse", tmp_path / "out")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         pack_folder(tmp_path / "sparse", packed)
     assert not (tmp_path / "out").exists()
 

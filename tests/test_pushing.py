@@ -306,7 +306,7 @@ def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, comm
     other = other if '"pruner": "magnitude"' in other else other.replace('"dtype": "float32"', '"dtype": "bfloat16"')
     (done / "other.json").write_text(other)
     answer = command("apply", "--config", done / "other.json", "--out", sparse, "--push", "alice/tiny")
-    assert "is there already; choose another folder or remove it" in answer.error
+    assert "exists already; choose another folder or remove it" in answer.error
     assert site.uploads.commits == []
 
 

@@ -283,7 +283,7 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "full" / "part").mkdir(parents=True)
     (tmp_path / "file").touch()
     for name in ("full", "file"):
-        with pytest.raises(UserError, match="is there already; choose another folder or remove it"):
+        with pytest.raises(UserError, match="exists already; choose another folder or remove it"):
             check_free(tmp_path / name)
 
 

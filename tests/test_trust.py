@@ -245,6 +245,6 @@ def test_nothing_is_written_over(kind: str, done: Path, command: CommandLine, tm
         case "dangling":
             out.symlink_to(tmp_path / "nowhere")
     answer = command("apply", "--config", done / "tiny.best.json", "--out", out)
-    assert answer.error == f"--out {out}: is there already; choose another folder or remove it"
+    assert answer.error == f"--out {out}: exists already; choose another folder or remove it"
     assert [file.name for file in other.iterdir()] == ["mine"]
     assert not (tmp_path / "nowhere").exists()

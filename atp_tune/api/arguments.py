@@ -28,22 +28,22 @@ OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 
 
 @contextmanager
-def as_arguments() -> Iterator[None]:
-    """Calls options of the command line in errors as the arguments of Python that they are here."""
+def as_arguments(**names: str) -> Iterator[None]:
+    """Calls options of the command line in errors as the arguments of Python that they are here, unless by `names`."""
     try:
         yield
     except UserError as error:
         text = str(error)
         if "tune.py" in text:  # a whole command
             raise
-        raise UserError(as_in_python(text)) from None
+        raise UserError(as_in_python(text, **names)) from None
 
 
-def as_in_python(text: str) -> str:
+def as_in_python(text: str, **names: str) -> str:
     """A line with the arguments of Python in the place of options."""
     text = text.replace("--trust-plugins", "trust_plugins=True").replace("--texts FILE", "texts=")
     text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,]?(?:\s|$))", r'settings={"\1": \2}', text)
-    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
+    return OPTION.sub(lambda found: names.get(found[1], found[1].replace("-", "_")), text)
 
 
 def overrides(settings: Settings) -> list[str]:

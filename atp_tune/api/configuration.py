@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from atp_tune.classifying import Classified
     from atp_tune.metrics.continuations import Continuations
-    from atp_tune.sparse.applying import Write
+    from atp_tune.sparse.applying import Way
 
 
 class Configuration:
@@ -63,33 +62,35 @@ class Configuration:
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
         channels that `pattern = "channels"` prunes, smaller and usually faster. UserError if the folder exists.
         """
+        from atp_tune.paths import check_free
+
         out = Path(folder).expanduser()
+        with self._working():
+            check_free(out)
         if slim:
-            from atp_tune.sparse.slim import check_pattern, write_slim
+            from atp_tune.sparse.slim import SLIM, check_pattern
 
             if packed:
                 raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
             if self.config.is_trained:
                 raise UserError("slim: the configuration's weights are trained, and those of a slim folder cannot be")
             check_pattern(self.config)
-            return self._save(out, write_slim)
+            return self._save(out, SLIM)
         if not packed:
             return self._save(out)
-        from atp_tune.paths import check_free
         from atp_tune.sparse.coding import Codes
-        from atp_tune.sparse.packing import pack_folder, write_to_pack
+        from atp_tune.sparse.packing import pack_folder, to_pack
 
-        check_free(out)
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
             codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
-            measured = self._save(sparse, partial(write_to_pack, codes=codes))
+            measured = self._save(sparse, to_pack(self.config, codes))
             with self._working() as watch:
                 pack_folder(sparse, out, watch=watch, codes=codes)
         return measured
 
-    def _save(self, out: Path, write: "Write | None" = None) -> Perplexity:
+    def _save(self, out: Path, way: "Way | None" = None) -> Perplexity:
         with self._working() as watch:
-            return models.save(self.config, self._base, out, self._device, self._lender, self._allowed, watch, write)
+            return models.save(self.config, self._base, out, self._device, self._lender, self._allowed, watch, way)
 
     def push(self, repository: str, *, private: bool = False) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
@@ -110,6 +111,8 @@ class Configuration:
         """
         from atp_tune.sparse.continuations import continuations
 
+        if self.config.score == CLASSES:
+            raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
         with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
             return continuations(self.config, self._base, prompts, tokens, device, watch, self._allowed)
 
@@ -161,7 +164,7 @@ class Configuration:
             return zeroshot.evaluate(self.config, self._base, asked, watch, self._allowed)
 
     def _working(self) -> AbstractContextManager[EventHandler]:
-        return working(False) if self._watch is None else nullcontext(self._watch)
+        return working(False, out="folder") if self._watch is None else nullcontext(self._watch)
 
 
 def load_config(

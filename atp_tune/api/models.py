@@ -18,10 +18,11 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
-from atp_tune.sparse.applying import Write, apply, plan_of
+from atp_tune.sparse.applying import Way, apply, plan_of
 from atp_tune.sparse.card import Dense, amend, describe
 from atp_tune.sparse.card_finetuning import HEADING, section
 from atp_tune.sparse.provenance import ABOUT
@@ -75,11 +76,11 @@ def save(
     lender: Lender,
     allowed: Mapping[str, bool],
     watch: EventHandler,
-    write: Write | None = None,
+    way: Way | None = None,
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
-    `write`: as of `apply`; not used where the kept weights are trained, as a configuration may say.
+    `way`: as of `apply`; not used where the kept weights are trained, as a configuration may say.
     """
     with in_folder(config, lender, device, out.parent) as (of_folder, where, dense):
         trained = None
@@ -87,7 +88,7 @@ def save(
             trained = apply_trained(of_folder, config.trained.settings, base, out, where, watch, allowed).record
             measured = trained.after
         else:
-            measured = apply(of_folder, base, out, where, watch, allowed, write)
+            measured = apply(of_folder, base, out, where, watch, allowed, way)
         if dense is not None:
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
@@ -108,6 +109,8 @@ def in_folder(
         if lender.model is None:
             yield config, where, None
             return
+        size = sum(parameter.nbytes for parameter in lender.model.parameters())
+        check_writable(parent / ABOUT, 2 * size, "a folder in ")  # dense and sparse
         with temporary_folder(parent / "atp_tune") as place:
             dense = _saved(lender, place)
             model = config.model.model_copy(update={"id": str(place), "fingerprint": dense.content})

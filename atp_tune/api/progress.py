@@ -24,9 +24,9 @@ logger = logging.getLogger("atp_tune")
 
 
 @contextmanager
-def working(progress: bool) -> Iterator[EventHandler]:
-    """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments of Python."""
-    with as_arguments(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
+def working(progress: bool, **names: str) -> Iterator[EventHandler]:
+    """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments (`as_arguments`)."""
+    with as_arguments(**names), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
         yield watch
 
 

@@ -24,7 +24,7 @@ from atp_tune.plan import Plan
 from atp_tune.presets import HUB_TEXTS, PARTS, context_length
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
-from atp_tune.sparse.applying import config_of, measured_folder, only_plan, write_sparse
+from atp_tune.sparse.applying import Way, config_of, measured_folder, only_plan, write_sparse
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
@@ -130,6 +130,8 @@ def prune_study(
         check_free(out)
     texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
     setup = _setup(file, texts, _stored_bos(file))
+    if out is not None:
+        setup = replace(setup, ask=Way(write_sparse).asked(out))
     with _planned(file, setup, parameters, watch) as (context, plan):
         setup = replace(setup, bos=context.bos)
         if out is None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from atp_tune.cache import folder_atomically, sha256_of, temporary_folder
+from atp_tune.cache import check_room, folder_atomically, sha256_of, temporary_folder
 from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check_scaled, without_quantization
 from atp_tune.checkpoints.trust import ASK_CODE, small_files
 from atp_tune.errors import UserError
@@ -104,6 +104,8 @@ def written_folder(source: Path, target: Path) -> Iterator[Path]:
     """Yields the folder that becomes `target`; turns errors of transformers into a UserError about `source`."""
     import transformers.utils.logging  # noqa: F401  (its log handler keeps the real stderr)
 
+    files = [source] if source.is_file() else [file for file in source.iterdir() if file.suffix in WEIGHTS]
+    check_room(target, sum(file.stat().st_size for file in files))  # at least: most are unpacked to more bits
     with folder_atomically(target, shared=True) as folder, quiet("transformers"):
         try:
             yield folder

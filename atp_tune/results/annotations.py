@@ -19,6 +19,7 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
+from atp_tune.paths import check_writable
 from atp_tune.plan import method_in
 from atp_tune.results.trials import levels_of
 from atp_tune.spec.config import Config, ZeroShot, read_config
@@ -49,6 +50,14 @@ def attach(
         store(study, key, config.trial, found)
     places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
     return places + ([f"study {study.study_name}"] if study is not None else [])
+
+
+def check(path: Path, config: Config, address: str | None = None) -> None:
+    """UserError if `attach` could not store a measurement; called before it is measured."""
+    if path.exists():
+        check_writable(path, instead="copy it to where you can write")
+    if address is not None:
+        study_of(path, config, address)
 
 
 def store(study: optuna.Study, key: str, trial: int | None, found: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ class TrialContext(Released):
         device, inputs = find_device(setup.device), KINDS[setup.inputs]
         if device.type == "cpu":
             reuse_freed_memory()
-        folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
+        folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)), setup.ask)
         windows = inputs.read(setup.texts, folder, setup.base, bool(setup.bos))
         positions = {role: len(each) * each.positions for role, each in windows.items()}
         largest = max((number for role, number in positions.items() if role != "calibration"), default=0)

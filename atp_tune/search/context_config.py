@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from atp_tune.checkpoints.models import Ask, ask_nothing
 from atp_tune.spec.config import Config
 from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.plugged import plug_in_config
@@ -21,7 +22,7 @@ class ContextConfig:
     are found `by_prices`. `bos`: windows begin with BOS; None if
     the dense model's perplexity on the calibration text decides. `inputs`, `score`: a row of `inputs.KINDS` and of
     `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`: weights are rounded,
-    after pruning to `bits` in every block.
+    after pruning to `bits` in every block. `ask`: what a command must know before the model is read.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class ContextConfig:
     quantize: QuantizeConfig | None = None
     bits: int | None = None
     by_prices: bool = False
+    ask: Ask = ask_nothing
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None) -> "ContextConfig":

@@ -78,7 +78,7 @@ class Objective:
         context.begin(batches)
         record = Record(context, self.objectives)
         pruned = record.follow(context.prune(plan))
-        pruned = self.tasks.follow(pruned) if self.tasks else pruned
+        pruned = self.tasks.follow(self.context, pruned) if self.tasks else pruned
         test = context.alongside("test", "kl" in self.objectives) if self.tests else None
         pruned = test.follow(pruned) if test else pruned
         # Uniform is never stopped: the others are compared with it.

@@ -12,10 +12,12 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
+from atp_tune.cache import cache_dir, check_room
 from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.metrics.perplexity import perplexity
+from atp_tune.paths import check_writable
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.samplers import make_stopper, total_trials
@@ -35,6 +37,7 @@ from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
     from atp_tune.search.context import TrialContext
+    from atp_tune.search.task_accuracy import TaskAccuracy
 
 Callback = Callable[[optuna.Study, FrozenTrial], object]
 
@@ -49,6 +52,7 @@ class StudyRun:
     `context`: already open, with this model and these texts. `reports`: at the total, measure the test text. `writes`:
     write the best configuration. Of several workers one reports, and their parent process writes. `mix`: accept another
     device or number format than the study began with. `screens`: the name of the study that this one screens for.
+    `tasks`: what measures the accuracies of a limit.
     `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening.
     """
 
@@ -62,6 +66,7 @@ class StudyRun:
     mix: bool = False
     screens: str | None = None
     callbacks: Sequence[Callback] = ()
+    tasks: "TaskAccuracy | None" = None
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -95,6 +100,8 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     """The study if it is complete; UserError if its facts differ or it cannot be stored."""
     _check_name(run.name)
     opening.check_writable(run.file.storage_url)
+    if run.writes:
+        check_writable(run.file.best_of(run.name))
     if warning := opening.network_warning(run.file.storage_url):
         run.note(warning)
     _check_screening(run)
@@ -184,11 +191,22 @@ def _drive(run: StudyRun) -> optuna.Study:
     if before:
         run = _with_stored_total(run, before)
         recover_lost(run, before)  # before loading: other hosts would fail these trials without reading their traces
+    run = replace(run, tasks=run.tasks or _tasks(run))
     opened: AbstractContextManager[TrialContext] = (
         nullcontext(run.context) if run.context else open_context(run, before)
     )
     with opened as context:
         return _search(run, context, db, before)
+
+
+def _tasks(run: StudyRun) -> "TaskAccuracy | None":
+    """What measures the accuracies of a limit; None without such a limit."""
+    limit = run.file.study.limit
+    if limit is None or limit.min_accuracy is None:
+        return None
+    from atp_tune.search.task_accuracy import TaskAccuracy
+
+    return TaskAccuracy(limit.min_accuracy, limit.items, run.file.folder, run.watch)
 
 
 def _search(
@@ -264,6 +282,8 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialCont
         run.note(said)
     run.note(f"loading the model and the {spec.items}")
     setup = ContextConfig.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
+    if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
+        setup = replace(setup, ask=lambda folder, size: check_room(cache_dir("recovered"), 2 * size))
     with oom_as_user_error("loading"):
         return TrialContext.open(setup, run.watch)
 

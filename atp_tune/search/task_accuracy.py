@@ -10,7 +10,7 @@ from typing import Any
 
 from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.errors import UserError
-from atp_tune.events import Message
+from atp_tune.events import EventHandler, Message
 from atp_tune.extras import require
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.scores.accuracy import mean
@@ -25,20 +25,20 @@ SEQUENCES = 8  # in a batch
 class TaskAccuracy:
     """Measures the accuracy of one model after another."""
 
-    def __init__(self, context: TrialContext, least: Mapping[str, float], items: int | None, base: Path) -> None:
+    def __init__(self, least: Mapping[str, float], items: int | None, base: Path, watch: EventHandler) -> None:
         """`least`: the tasks, by name or path, which starts at `base`; `items`: of each task, at most.
 
-        UserError, before anything is measured, if lm-eval is not installed, a task is unknown, its data is not there,
+        UserError, before a model is loaded, if lm-eval is not installed, a task is unknown, its data is not there,
         or it has no accuracy.
         """
         require("eval", "limit.min_accuracy")
         from atp_tune.scores.tasks import find_tasks
 
-        self._context, self._items = context, items
-        self._kept: KeptBlocks | None = None
-        context.watch(Message("reading the tasks of limit.min_accuracy"))
+        self._items = items
+        self._kept: tuple[TrialContext, KeptBlocks] | None = None
+        watch(Message("reading the tasks of limit.min_accuracy"))
         try:
-            self._tasks = {name: find_tasks((name,), context.watch, base=base) for name in least}
+            self._tasks = {name: find_tasks((name,), watch, base=base) for name in least}
         except UserError as error:
             raise UserError(str(error).replace("--tasks", "limit.min_accuracy", 1)) from None
         for name, found in self._tasks.items():
@@ -46,17 +46,17 @@ class TaskAccuracy:
                 reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())
                 raise UserError(f"limit.min_accuracy {name}: cannot be measured whole: {reasons}")
 
-    def follow(self, blocks: Iterable[Block]) -> Iterator[Block]:
+    def follow(self, context: TrialContext, blocks: Iterable[Block]) -> Iterator[Block]:
         """Yields the blocks of a pruned model after keeping their linears."""
-        self._kept = KeptBlocks(self._context.checkpoint, "limit.min_accuracy", "evaluate DIR")
-        return self._kept.follow(blocks)
+        self._kept = context, KeptBlocks(context.checkpoint, "limit.min_accuracy", "evaluate DIR")
+        return self._kept[1].follow(blocks)
 
     def measure(self) -> dict[str, list[float]]:
         """The accuracy of the model whose blocks passed by last, and its standard error, by task."""
         from atp_tune.scores.task_scores import score
 
         assert self._kept is not None
-        context, kept = self._context, self._kept.settle()
+        context, kept = self._kept[0], self._kept[1].settle()
         tokenizer = load_tokenizer(context.folder.path, context.folder.trusted)
         with context.replay.whole(kept.weights) as model, oom_as_user_error("limit.min_accuracy"):
             found = {

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from atp_tune.search.objective import Objective
     from atp_tune.search.runner import StudyRun
     from atp_tune.search.strategy import Goal
-    from atp_tune.search.task_accuracy import TaskAccuracy
 
 POLL = 2  # seconds between looks at a trial of another process
 PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
@@ -51,7 +50,7 @@ def run_trials(
         search.stopper != "none",
         run.watch,
         search.objective,
-        _task_accuracy(run, context),
+        None if run.screens else run.tasks,
         run.file.study.compares_all and not run.screens,
     )
     publish = Publisher(run)
@@ -72,16 +71,6 @@ def run_trials(
         else:
             break
     return total
-
-
-def _task_accuracy(run: "StudyRun", context: "TrialContext") -> "TaskAccuracy | None":
-    """What measures the accuracies of a limit; None without such a limit, and for a screening."""
-    limit = run.file.study.limit
-    if limit is None or limit.min_accuracy is None or run.screens:
-        return None
-    from atp_tune.search.task_accuracy import TaskAccuracy
-
-    return TaskAccuracy(context, limit.min_accuracy, limit.items, run.file.folder)
 
 
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:

@@ -1,7 +1,7 @@
 """Writes the sparse checkpoint of a configuration or a plan, and measures its perplexity from the folder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import device_name
-from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import Perplexity, perplexity
-from atp_tune.paths import check_free
+from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext
@@ -47,6 +47,29 @@ from atp_tune.storage.process_identity import versions
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[[TrialContext, Plan, Path, Config], Dense]
 Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a folder is written: `write`, once the model is loaded; `check` refuses the dense model's folder before that.
+
+    It takes so many times the bytes of the dense model (`copies`) while it is written.
+    """
+
+    write: Write
+    check: Callable[[Path], None] = lambda folder: None
+    copies: float = 1
+
+    def asked(self, out: Path) -> Ask:
+        """What must hold before the dense model is read: it may be written so, and its folder has room at `out`."""
+
+        def ask(folder: Path, size: int) -> None:
+            self.check(folder)
+            check_writable(out, self.copies * size, "--out ")
+
+        return ask
+
+
 SAID = 1e-6  # difference of sparsities that rounding may make
 
 
@@ -57,16 +80,16 @@ def apply(
     device: str,
     watch: EventHandler,
     allowed: Mapping[str, bool] | None = None,
-    write: Write | None = None,
+    way: "Way | None" = None,
 ) -> Perplexity:
     """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
 
-    `write`: what writes the folder, `write_sparse` by default.
+    `way`: how the folder is written, by `write_sparse` by default.
     `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set, and
     `trust_plugins`, by which the code of its plug-ins may run.
     UserError if `out` exists, or if the model is not the configuration's.
     """
-    setup, dense = write_applied(config, base, out, device, watch, allowed, write)
+    setup, dense = write_applied(config, base, out, device, watch, allowed, way)
     return measured_folder(setup, out, dense, watch)
 
 
@@ -77,14 +100,15 @@ def write_applied(
     device: str,
     watch: EventHandler,
     allowed: Mapping[str, bool] | None = None,
-    write: Write | None = None,
+    way: "Way | None" = None,
 ) -> tuple[ContextConfig, Dense]:
     """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
     texts = {"calibration": config.calibration, "test": config.texts.test}
+    way = way or Way(write_sparse)
     setup = ContextConfig.of_config(config, texts, base, device, allowed or {})
-    with TrialContext.open(setup, watch) as context:
-        made = (write or write_sparse)(context, plan_of(config, context), out, config.seen_from(base, out))
+    with TrialContext.open(replace(setup, ask=way.asked(out)), watch) as context:
+        made = way.write(context, plan_of(config, context), out, config.seen_from(base, out))
         return setup, made
 
 

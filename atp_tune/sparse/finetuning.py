@@ -159,6 +159,7 @@ def train(
     if settings.train == "lora":
         require("finetune", "finetune")
     check_free(out)
+    find_device(device)
     if not model.is_dir():
         raise UserError(f"{model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
@@ -170,7 +171,7 @@ def train(
         raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
     own_test, (text, test) = test is None, choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
-    folder = resolve(named, Path(), lambda line: watch(Message(line)))
+    folder = resolve(named, Path(), lambda line: watch(Message(line)), lambda _, size: check_free(out, size))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     dense_model = None
     if settings.has_teacher:

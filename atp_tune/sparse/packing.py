@@ -9,6 +9,7 @@ weights codes are stored where they are known: of all tensors that have any, and
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from atp_tune.cache import sha256_of, temporary_folder
 from atp_tune.checkpoints.classes import auto_class, classifies_images, model_config
 from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.models import resolve
+from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.checkpoints.trust import find_weights, is_slim, read_table
 from atp_tune.checkpoints.unpacking import (
     PACKED_INDEX,
@@ -59,7 +61,7 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse import card_bits
-from atp_tune.sparse.applying import folder_nlls, write_sparse
+from atp_tune.sparse.applying import Way, folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
@@ -140,7 +142,9 @@ def pack_folder(
     Errors: UserError if `source` cannot be packed exactly, if nothing in it is sparse, or if `out` cannot be written.
     """
     check_free(out)
-    work = _Packing(source, kind, group_size, codes)
+    if kind != "same":
+        find_device(device)
+    work = _Packing(source, kind, group_size, codes, lambda _, size: check_free(out, _least(source, kind) * size))
     watch(TrialStarted(f"packing {out}", None))
     with sparse_folder(work.source, out) as folder:
         for number, shard in enumerate(work.shards, 1):
@@ -159,6 +163,13 @@ def pack_folder(
             with (folder / CARD).open("a", encoding="utf-8") as card:
                 card.write(f"\nPerplexity on the test text: {rounding[0]} before rounding, {rounding[1]} after.\n")
         return work.packed(folder, rounding)
+
+
+def _least(source: Path, kind: Kind) -> float:
+    """The share of a folder's bytes that a packed one has, at least: of weights that are not zero."""
+    made = origin(source)
+    share = 0.0 if made is None or made.config.bits is not None else 1 - made.config.sparsity.realised
+    return share / 2 if kind == "int8" else share
 
 
 def check_class(source: Path, what: str) -> None:
@@ -188,6 +199,12 @@ def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config, 
     return write_sparse(context, plan, out, config, save=None if codes is None else codes.save)
 
 
+def to_pack(config: Config, codes: Codes | None) -> Way:
+    """The way to write the folder of a configuration that is packed next, beside it."""
+    check = partial(check_packable, named=f"--packed: {config.model.id}")
+    return Way(partial(write_to_pack, codes=codes), check, 2 - config.sparsity.target)
+
+
 def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
     """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
     if (made := origin(source)) is None:
@@ -204,11 +221,11 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
 
 
 class _Packing:
-    def __init__(self, source: Path, kind: Kind, group_size: int | None, codes: Codes | None) -> None:
+    def __init__(self, source: Path, kind: Kind, group_size: int | None, codes: Codes | None, ask: Ask) -> None:
         if source.is_dir() and is_packed(source):
             raise UserError(f"{source}: is packed already")
         check_packable(source, source)
-        self.source = resolve(ModelConfig(source=str(source.absolute())), Path()).path
+        self.source = resolve(ModelConfig(source=str(source.absolute())), Path(), ask=ask).path
         check_class(self.source, "pack")
         self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
         if self.records:

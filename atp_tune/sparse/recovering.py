@@ -15,12 +15,13 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.metrics.perplexity import change
 from atp_tune.paths import check_free
-from atp_tune.sparse.applying import write_applied
+from atp_tune.sparse.applying import Way, write_applied, write_sparse
 from atp_tune.sparse.finetuning import NoGainError, Trained, train
 from atp_tune.sparse.provenance import LORA_RANK, PerplexityChange, Settings
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores
 
+PRUNED = Way(write_sparse, copies=2)  # and then its weights trained
 NO_GAIN = "no step lowered the loss on the held-out windows"
 
 
@@ -42,7 +43,7 @@ def apply_trained(
     settings = settings_of(recover, config)
     with temporary_folder(out) as pruned:  # beside: relative paths stay right
         watch = _calling(watch, str(pruned), "the pruned model")
-        write_applied(config, base, pruned, device, watch, allowed)
+        write_applied(config, base, pruned, device, watch, allowed, PRUNED)
         try:
             return train(pruned, out, None, None, settings, device, watch, allowed or {}, stays=True)
         except NoGainError:

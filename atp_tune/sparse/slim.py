@@ -33,7 +33,7 @@ from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
-from atp_tune.sparse.applying import write_sparse
+from atp_tune.sparse.applying import Way, write_sparse
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.own_code import CONFIG, bring_own_code
 from atp_tune.sparse.packing import check_class
@@ -73,12 +73,17 @@ def check_pattern(config: Config) -> None:
         )
 
 
+def check_slim(folder: Path) -> None:
+    """UserError if the model in a folder cannot lose channels."""
+    if reads_images(folder):
+        raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
+    check_class(folder, "--slim")
+
+
 def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
     """Prunes and writes the slim folder `out`, with its configuration. UserError, and no folder, if it is not exact."""
     check_pattern(config)
-    if reads_images(context.folder.path):
-        raise UserError("--slim: a model that also reads images cannot be slim yet; `apply` without --slim writes it")
-    check_class(context.folder.path, "--slim")
+    check_slim(context.folder.path)
     check_free(out)
     cuts = _Cuts(context)
     with temporary_folder(out) as place:
@@ -93,6 +98,9 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
             describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}), dense)
     return dense
+
+
+SLIM = Way(write_slim, check_slim, copies=2)  # with the channels first, to be compared with
 
 
 class _Cuts:

@@ -50,6 +50,8 @@ def check(engine: str, pattern: str, device: str, of_images: bool = False) -> No
 
     `of_images`: the model is an image classifier.
     """
+    require("speed", "speedup", "zstandard")
+    find_device(device)
     if engine != "torch" and parse(pattern).channels:
         raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
     if engine == "deepsparse":
@@ -109,8 +111,7 @@ def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
-    """Bytes of the weight files of two folders, plain and with zstd; UserError if zstandard is not installed."""
-    require("speed", "speedup", "zstandard")
+    """Bytes of the weight files of two folders, plain and with zstd."""
     from zstandard import ZstdCompressor
 
     files = [(folder, file) for folder in (dense, sparse) for file in sorted(folder.glob("*.safetensors"))]

@@ -20,9 +20,9 @@ from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import KINDS
 from atp_tune.metrics.speed import Side
 from atp_tune.search.context_config import ContextConfig
-from atp_tune.sparse.applying import check_model, write_applied
+from atp_tune.sparse.applying import Way, check_model, write_applied, write_sparse
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.sparse.slim import write_slim
+from atp_tune.sparse.slim import SLIM
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
@@ -93,9 +93,9 @@ def find_pair(
         known = _cached(config, base, dense, device, allowed)
         sparse = known if passing is None or known.is_dir() else passing
         if not sparse.is_dir():
-            write = write_slim if parse(config.prune.pattern).channels else None
+            way = SLIM if parse(config.prune.pattern).channels else Way(write_sparse)
             with folder_atomically(sparse, shared=True) as folder:
-                write_applied(config, base, folder, device, watch, allowed, write)
+                write_applied(config, base, folder, device, watch, allowed, way)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 

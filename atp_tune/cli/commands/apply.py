@@ -10,7 +10,6 @@ from atp_tune.cli.commands.push import upload
 from atp_tune.cli.options import AllowPickle, Device, Private, TrustPlugins, TrustRemoteCode, UsageError, permissions
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
-from atp_tune.paths import check_free
 
 if TYPE_CHECKING:
     from atp_tune.metrics.perplexity import Perplexity
@@ -98,7 +97,6 @@ def apply(
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    check_free(out)
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     _write(found, config.parent / found.folder, out, device or "auto", allowed, packed, slim)
     if push is not None:

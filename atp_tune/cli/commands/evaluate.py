@@ -64,13 +64,13 @@ def evaluate(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import ignore_events
-    from atp_tune.results.annotations import attach, study_of
+    from atp_tune.results.annotations import attach, check
     from atp_tune.spec.config import read_config
 
     path, read = config or Path(), config and read_config(config)
     with quiet():
-        if read and storage is not None:
-            study_of(path, read, storage)  # a mistake is reported before anything runs
+        if read:
+            check(path, read, storage)
         from atp_tune import classification, zeroshot
         from atp_tune.api.configuration import Configuration
         from atp_tune.checkpoints.classes import classifies_images

@@ -67,7 +67,7 @@ def generate(
     from atp_tune.cli.tables import show_continuations
     from atp_tune.events import ignore_events
     from atp_tune.metrics.continuations import PROMPTS
-    from atp_tune.results.annotations import attach, study_of
+    from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
     from atp_tune.spec.config import read_config
 
@@ -80,8 +80,8 @@ def generate(
             path, read = _best_of(file, study_name)
             storage, usual = file.storage_url, (*PROMPTS, *file.study.continuations.prompts)
             allowed = {key: given or getattr(file.study.model, key, False) for key, given in allowed.items()}
-        if storage is not None and not prompts:
-            study_of(path, read, storage)  # a mistake is reported before anything runs
+        if not prompts:
+            check(path, read, storage)
         from atp_tune.api.configuration import Configuration
 
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:

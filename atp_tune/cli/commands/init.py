@@ -50,4 +50,4 @@ def _refuse(path: Path | None) -> None:
     from atp_tune.errors import UserError
 
     if path is not None and (path.exists() or path.is_symlink()):
-        raise UserError(f"{path}: is there already, and is not replaced; choose another place with --out FILE")
+        raise UserError(f"{path}: exists already, and is not replaced; choose another place with --out FILE")

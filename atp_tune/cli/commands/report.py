@@ -41,12 +41,13 @@ def report(
     """
     from atp_tune.cli.runtime import quiet
     from atp_tune.errors import printable
-    from atp_tune.report import gather, kind_of, name_of, write
+    from atp_tune.report import check, gather, kind_of, name_of, write
 
     kind = kind_of(format_, out)
     found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
     names = [name or file.name for file, name in found]
     target = out or found[0][0].beside(name_of(names, kind))
+    check(kind, target)
     stored = [stored_study(file, name) for file, name in found]
     now = datetime.now()
     with quiet():

@@ -115,7 +115,7 @@ def speedup(
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        from atp_tune.results.annotations import attach
+        from atp_tune.results import annotations
         from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import about, find_pair
         from atp_tune.speed.throughput import Workload
@@ -125,10 +125,11 @@ def speedup(
         named = default_engine(place, read.prune.pattern) if engine is None else engine.value
         of_images = _of_images(read.score, tokens)
         check(named, read.prune.pattern, place, of_images)
+        annotations.check(path, read, storage)
         pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
         found = measure(pair, named, task, place, display)
-        places = attach(path, read, "speed", found, storage) if batch == 1 else []
+        places = annotations.attach(path, read, "speed", found, storage) if batch == 1 else []
     _show(found)
     one = "image" if of_images else "text"
     console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
