@@ -171,7 +171,7 @@ NEEDS: dict[str, dict[str, list[tuple[tuple[str, ...], Callable[[Patch], None], 
         "output": [(("report", *STUDY, "--out", "x.md"), is_read_only, WRITE)],
     },
     "merge": {"output": [(("merge", "tiny.db", "--out", "x.db"), is_read_only, "--out x.db: cannot be written in")]},
-    "serve": {"package": [(("serve", *STUDY), lacks("serve"), "serve: it is not installed")]},
+    "serve": {"output": [(("serve", *STUDY, "--artifacts", "tiny.toml/x"), is_fine, "name a folder that can be")]},
 }  # fmt: skip
 CASES = [
     pytest.param(words, wrong, said, id=f"{command}-{need}-{number}", marks=[pytest.mark.slow] * (need == "task"))

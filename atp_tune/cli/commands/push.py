@@ -29,9 +29,12 @@ def push(
 
 
 def upload(folder: Path, name: str, private: bool) -> None:
-    """Uploads a checked folder, and prints where it is."""
+    """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.runtime import interruptible
     from atp_tune.sparse import pushing
+    from atp_tune.sparse.verifying import verify
+
+    verify(folder)
 
     console.print(f"uploading {folder} to {name}")
     with interruptible():
