@@ -53,9 +53,9 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
     """
     there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not there.is_dir():
-        raise UserError(f"{named}{path}: {there} is no folder; {instead}")
+        raise UserError(f"{named}{path}: cannot be written: {there} is no folder; {instead}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{named}{path}: cannot be written in {there}; {instead}")
+        raise UserError(f"{named}{path}: cannot be written: {there} does not let you write; {instead}")
     if size > (free := shutil.disk_usage(there).free):
         needs = f"needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there"
         raise UserError(f"{named}{path}: {needs}; make room, or {instead}")

@@ -60,7 +60,7 @@ def is_fine(patch: Patch) -> None:
 
 FREE = "exists already; choose another folder or remove it"
 ROOM = r"needs 0 MB, and 0 MB are free there; make room"
-WRITE = r"cannot be written in .*; "
+WRITE = r"cannot be written: .* does not let you write; "
 HERE = "cuda:99 is not on this machine"
 NEEDS: dict[str, dict[str, list[tuple[tuple[str, ...], Callable[[Patch], None], str]]]] = {
     "--study": {
@@ -170,7 +170,7 @@ NEEDS: dict[str, dict[str, list[tuple[tuple[str, ...], Callable[[Patch], None], 
         "package": [(("report", *STUDY, "--format", "png"), lacks("png"), "a picture: it is not installed")],
         "output": [(("report", *STUDY, "--out", "x.md"), is_read_only, WRITE)],
     },
-    "merge": {"output": [(("merge", "tiny.db", "--out", "x.db"), is_read_only, "--out x.db: cannot be written in")]},
+    "merge": {"output": [(("merge", "tiny.db", "--out", "x.db"), is_read_only, "--out x.db: cannot be written: ")]},
     "serve": {"output": [(("serve", *STUDY, "--artifacts", "tiny.toml/x"), is_fine, "name a folder that can be")]},
 }  # fmt: skip
 CASES = [

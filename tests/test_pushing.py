@@ -289,10 +289,10 @@ def test_what_was_not_asked_for_is_not_uploaded(
 ) -> None:
     """The folder that is not packed, in the place of the packed one; and one that was changed since it was written."""
     asked = ("apply", "--config", done / "tiny.best.json", "--out", sparse, "--push", "alice/tiny")
-    assert "is there already" in command(*asked, "--packed").error
+    assert "exists already" in command(*asked, "--packed").error
     assert command("pack", sparse, "--out", tmp_path / "packed").code == 0
     there = ("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "packed", "--push", "alice/tiny")
-    assert "is there already" in command(*there).error
+    assert "exists already" in command(*there).error
     with (sparse / "config.json").open("a") as stream:
         stream.write(" ")
     assert "not what was written; changed: config.json" in command(*asked).error
