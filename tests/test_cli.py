@@ -66,6 +66,7 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert len([line for line in lines if trial.match(line)]) == 9
     ahead = [line for line in lines if line.startswith(("[", "test text:"))]  # of the whole command, never 0
     assert len(ahead) in (11, 12) and all(re.search(r"\b[1-9]\d* (s|min) left\)$", line) for line in ahead)
+    assert "\ntexts: calibration.txt to calibrate, validation.txt and test.txt to measure\n" in answer.out
     assert re.search(r"\nbest: trial \d, wanda \+ ", answer.out)
     assert f"python tune.py apply --config {place / 'tiny.best.json'} --out tiny-sparse" in answer.out
 

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atp_tune.api import progress
 from atp_tune.cli import display
 from atp_tune.cli.display import Display, Line
 from atp_tune.cost.remaining import Remaining
-from atp_tune.events import Ahead, Step, TrialEnded, TrialStarted
+from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 
 priced = Plan("wanda", "row-prices", (0.5, 0.7), target=0.6)
@@ -145,3 +146,21 @@ def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys
         show(Step("evaluate", step, 4))
     said = ["trial 1: evaluate 2 of 4, 60 s left", "trial 1: evaluate 2 of 4, 60 s left"]
     assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error before left an empty bar above it."""
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    lines = progress.Lines(has_bar=True)
+    lines(Message("loading"))
+    lines.close()
+    assert capsys.readouterr().err == ""
+    lines(Ahead({"dense": (1, 10), "trial": (3, 20), "test": (2, 20)}))
+    for title in ("dense model", "trial 0"):
+        now += 10
+        lines(TrialStarted(title, None))
+    lines.close()
+    assert "trial 0:  17%" in (said := capsys.readouterr().err) and said.rstrip().endswith("ETA 0:01:40")

@@ -233,7 +233,7 @@ def texts_note(summary: Summary) -> str:
 def _named(source: str) -> str:
     if source == PACKAGED:
         return "the Python manual"
-    return Path(source).name if source.startswith("file:") else short_source(source)
+    return Path(source.removeprefix("file:")).name if source.startswith("file:") else short_source(source)
 
 
 def sizes_note(summary: Summary) -> str:
