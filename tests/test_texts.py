@@ -325,3 +325,14 @@ def test_a_broken_page_of_parquet(tmp_path: Path) -> None:
     content[4:60] = b"\xff" * 56
     (tmp_path / "a.parquet").write_bytes(content)
     assert message(Text(source="file:a.parquet"), tmp_path).startswith("source: BASE/a.parquet is no Parquet file: ")
+
+
+def test_shuffled_parts_repeat_no_paragraph() -> None:
+    """Of Python's manual a seventh stands in several topics, which shuffled parts would have in common."""
+    parts = [
+        documents(Text(source="package:pydoc_data.topics:topics", part=part, shuffle=True), Path())
+        for part in ((0.0, 0.3), (0.3, 0.65), (0.65, 1.0))
+    ]
+    long = [{p for document in part for p in document.split("\n\n") if len(p) >= 200} for part in parts]
+    assert [len(one & other) for one in long for other in long if one is not other] == [0] * 6
+    assert all(sum(map(len, part)) > 50_000 for part in parts)

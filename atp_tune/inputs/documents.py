@@ -51,6 +51,8 @@ SOURCES = Registry[TextSource](
     "atp_tune.inputs.plugged_source:finished",
 )
 
+LONG = 200  # characters of a paragraph that is not repeated by chance
+
 
 def documents(text: Text, base: Path) -> Sequence[str]:
     """The documents of a study's text in order; relative paths start at `base`.
@@ -108,4 +110,14 @@ def _cut(found: Sequence[str], text: Text) -> Sequence[str]:
         raise UserError(
             f"part: none of the {len(found)} documents of {short_source(text.source)} starts in [{start}, {end})"
         )
-    return found[int(first) : int(last)]
+    part = found[int(first) : int(last)]
+    return _without_repeats(part, found[: int(first)]) if text.shuffle else part
+
+
+def _without_repeats(part: Sequence[str], before: Sequence[str]) -> Sequence[str]:
+    """The documents of a part without the long paragraphs of those before it: Python's manual has 14 % twice.
+
+    Neighbours may share text, but shuffled parts would share it with each other.
+    """
+    known = {paragraph for document in before for paragraph in _paragraphs(document) if len(paragraph) >= LONG}
+    return ["\n\n".join(p for p in document.split("\n\n") if p not in known) for document in part]
