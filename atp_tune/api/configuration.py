@@ -55,12 +55,16 @@ class Configuration:
         with self._working() as watch:
             return models.pruned(self.config, self._base, self._device, self._lender, self._allowed, watch)
 
-    def save(self, folder: str | Path, *, packed: bool = False, slim: bool = False) -> Perplexity:
+    def save(
+        self, folder: str | Path, *, packed: bool = False, slim: bool = False, dtype: str | None = None
+    ) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its perplexity on the test text.
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
-        channels that `pattern = "channels"` prunes, smaller and usually faster. UserError if the folder exists.
+        channels that `pattern = "channels"` prunes, smaller and usually faster. `dtype`: "float32", "bfloat16" or
+        "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
+        trained weights always as the files. UserError if the folder exists.
         """
         from atp_tune.paths import check_free
 
@@ -75,22 +79,24 @@ class Configuration:
             if self.config.is_trained:
                 raise UserError("slim: the configuration's weights are trained, and those of a slim folder cannot be")
             check_pattern(self.config)
-            return self._save(out, SLIM)
+            return self._save(out, SLIM, dtype)
         if not packed:
-            return self._save(out)
+            return self._save(out, None, dtype)
         from atp_tune.sparse.coding import Codes
         from atp_tune.sparse.packing import pack_folder, to_pack
 
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
             codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
-            measured = self._save(sparse, to_pack(self.config, codes))
+            measured = self._save(sparse, to_pack(self.config, codes), dtype)
             with self._working() as watch:
                 pack_folder(sparse, out, watch=watch, codes=codes)
         return measured
 
-    def _save(self, out: Path, way: "Way | None" = None) -> Perplexity:
+    def _save(self, out: Path, way: "Way | None", dtype: str | None) -> Perplexity:
         with self._working() as watch:
-            return models.save(self.config, self._base, out, self._device, self._lender, self._allowed, watch, way)
+            return models.save(
+                self.config, self._base, out, self._device, self._lender, self._allowed, watch, way, dtype
+            )
 
     def push(self, repository: str, *, private: bool = False) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.

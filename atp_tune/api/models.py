@@ -4,6 +4,8 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
-from atp_tune.sparse.applying import Way, apply, plan_of
+from atp_tune.sparse.applying import Way, apply, plan_of, write_sparse
 from atp_tune.sparse.card import Dense, amend, describe
 from atp_tune.sparse.card_finetuning import HEADING, section
 from atp_tune.sparse.provenance import ABOUT
@@ -77,10 +79,12 @@ def save(
     allowed: Mapping[str, bool],
     watch: EventHandler,
     way: Way | None = None,
+    dtype: str | None = None,
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
-    `way`: as of `apply`; not used where the kept weights are trained, as a configuration may say.
+    `way`: as of `apply`, `dtype`: as of `write_sparse`; not used where the kept weights are trained, as a configuration
+    may say.
     """
     with in_folder(config, lender, device, out.parent) as (of_folder, where, dense):
         trained = None
@@ -88,6 +92,8 @@ def save(
             trained = apply_trained(of_folder, config.trained.settings, base, out, where, watch, allowed).record
             measured = trained.after
         else:
+            way = way or Way(write_sparse)
+            way = replace(way, write=partial(way.write, dtype=dtype))
             measured = apply(of_folder, base, out, where, watch, allowed, way)
         if dense is not None:
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})

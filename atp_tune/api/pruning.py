@@ -119,7 +119,7 @@ def prune(
 
 
 def prune_study(
-    file: StudyFile, parameters: Mapping[str, float], out: Path | None, watch: EventHandler
+    file: StudyFile, parameters: Mapping[str, float], out: Path | None, watch: EventHandler, dtype: str | None = None
 ) -> tuple[Plan, Perplexity]:
     """Prunes to one plan of a study without a search, as `tune.py prune`, and measures it on the test text.
 
@@ -138,7 +138,9 @@ def prune_study(
             watch(TrialStarted("pruning", plan))
             pruned = ((block.index, block.weights) for block in context.prune(plan))
             return plan, perplexity_of(context.all_nlls(pruned, "test"))
-        dense = write_sparse(context, plan, out, config_of(file, context, plan).seen_from(file.folder, out))
+        dense = write_sparse(
+            context, plan, out, config_of(file, context, plan).seen_from(file.folder, out), dtype=dtype
+        )
     return plan, measured_folder(setup, out, dense, watch)
 
 

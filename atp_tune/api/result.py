@@ -108,16 +108,23 @@ class Result:
         return self.configuration(device=device, **choice).apply()
 
     def save(
-        self, folder: str | Path, *, packed: bool = False, slim: bool = False, device: str | None = None, **choice: Any
+        self,
+        folder: str | Path,
+        *,
+        packed: bool = False,
+        slim: bool = False,
+        dtype: str | None = None,
+        device: str | None = None,
+        **choice: Any,
     ) -> "Perplexity":
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
         as codes of their bits: smaller, and loaded by transformers where atp_tune is imported. `slim`: without the
-        channels that `pattern = "channels"` prunes.
+        channels that `pattern = "channels"` prunes. `dtype`: of the folder's weights, as in `Configuration.save`.
         UserError if the folder exists.
         """
-        return self.configuration(device=device, **choice).save(folder, packed=packed, slim=slim)
+        return self.configuration(device=device, **choice).save(folder, packed=packed, slim=slim, dtype=dtype)
 
     def push(self, repository: str, *, private: bool = False, device: str | None = None, **choice: Any) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.

@@ -14,7 +14,7 @@ from typing import Any
 
 from atp_tune.cache import check_room, folder_atomically, sha256_of, temporary_folder
 from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check_scaled, without_quantization
-from atp_tune.checkpoints.trust import ASK_CODE, small_files
+from atp_tune.checkpoints.trust import ASK_CODE, read_table, small_files
 from atp_tune.errors import UserError
 
 ORIGIN = "origin.json"  # of a folder that was a GGUF file
@@ -69,6 +69,11 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
         else:
             _save_dequantized(source, folder, method, trusted)
         _copy_small(source, folder, BESIDE)
+
+
+def is_of_gguf(folder: Path) -> bool:
+    """Whether a folder was converted from a GGUF file."""
+    return (folder / ORIGIN).is_file() and str(read_table(folder / ORIGIN).get("file")).endswith(".gguf")
 
 
 def gguf_content(folder: Path) -> str:

@@ -69,6 +69,23 @@ Device = Annotated[
 ]
 
 
+class Format(StrEnum):
+    """Number formats of the weights of a folder."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+DType = Annotated[
+    Format | None,
+    typer.Option(
+        "--dtype", metavar="DTYPE",
+        help="float32, bfloat16 or float16 for the folder; default: as the dense model's files, of .gguf as computed.",
+    ),
+]  # fmt: skip
+
+
 class PoolEngine(StrEnum):
     """What runs the workers of a study."""
 

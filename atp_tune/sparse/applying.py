@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atp_tune.allocations.bits import mean_of
 from atp_tune.allocations.channels import check_whole, means
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import reads_images
-from atp_tune.checkpoints.devices import device_name
+from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
@@ -26,7 +28,7 @@ from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
-from atp_tune.sparse.shards import Shards, sparse_folder
+from atp_tune.sparse.shards import Shards, declare, sparse_folder
 from atp_tune.spec.config import (
     AllocationRef,
     Baselines,
@@ -45,7 +47,7 @@ from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process_identity import versions
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
-Write = Callable[[TrialContext, Plan, Path, Config], Dense]
+Write = Callable[..., Dense]  # of context, plan, folder and configuration, as `write_sparse`
 Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
 
 
@@ -70,6 +72,7 @@ class Way:
         return ask
 
 
+SOURCE = "source"  # the number format of the dense model's files
 SAID = 1e-6  # difference of sparsities that rounding may make
 
 
@@ -252,20 +255,26 @@ def write_sparse(
     config: Config,
     on_gone: OnGone | None = None,
     save: Save | None = None,
+    dtype: str | None = SOURCE,
 ) -> Dense:
     """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros.
+
+    `dtype`: of the folder's weights; None: the source's own, of a .gguf file, which has none, that of the computation.
 
     `on_gone` gets the channels of each block that are gone, by the linear that reads them; `save` gets blocks with
     the grids on which their weights were rounded, and says what is written in the place of the weights.
     """
     checkpoint, zeros = context.checkpoint, list[int]()
-    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix), whole=save is not None)
+    stored = _stored_as(context, dtype)
+    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix), save is not None, stored)
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     context.watch(TrialStarted(f"writing {out}", plan))
     dense = Dense(context.folder.path, context.folder.revision, reads_images(context.folder.path))
     with sparse_folder(context.folder.path, out) as folder:
         shards.write(folder, names, _pruned(context, plan, zeros, on_gone, save))
+        if stored is not None:
+            declare(folder, stored)
         context.folder.check_unchanged()
         known = {
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
@@ -278,6 +287,13 @@ def write_sparse(
         }
         describe(folder, config.model_copy(update=known), dense)
     return dense
+
+
+def _stored_as(context: TrialContext, dtype: str | None) -> torch.dtype | None:
+    """The number format that a folder gets; None for that of its source."""
+    if dtype is None:
+        dtype = context.dtype if convert.is_of_gguf(context.folder.path) else SOURCE
+    return None if dtype == SOURCE else DTYPES[dtype]
 
 
 def _pruned(

@@ -61,7 +61,7 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse import card_bits
-from atp_tune.sparse.applying import Way, folder_nlls, write_sparse
+from atp_tune.sparse.applying import SOURCE, Way, folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
@@ -190,13 +190,15 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def write_to_pack(context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None) -> Dense:
+def write_to_pack(
+    context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None, dtype: str | None = SOURCE
+) -> Dense:
     """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be.
 
     codes: of rounded weights, which are kept there.
     """
     check_packable(context.folder.path, f"--packed: {config.model.id}")
-    return write_sparse(context, plan, out, config, save=None if codes is None else codes.save)
+    return write_sparse(context, plan, out, config, save=None if codes is None else codes.save, dtype=dtype)
 
 
 def to_pack(config: Config, codes: Codes | None) -> Way:

@@ -33,7 +33,7 @@ from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
-from atp_tune.sparse.applying import Way, write_sparse
+from atp_tune.sparse.applying import SOURCE, Way, write_sparse
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.own_code import CONFIG, bring_own_code
 from atp_tune.sparse.packing import check_class
@@ -80,7 +80,7 @@ def check_slim(folder: Path) -> None:
     check_class(folder, "--slim")
 
 
-def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> Dense:
+def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config, dtype: str | None = SOURCE) -> Dense:
     """Prunes and writes the slim folder `out`, with its configuration. UserError, and no folder, if it is not exact."""
     check_pattern(config)
     check_slim(context.folder.path)
@@ -88,7 +88,7 @@ def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config) -> 
     cuts = _Cuts(context)
     with temporary_folder(out) as place:
         masked = place / "masked"
-        dense = write_sparse(context, plan, masked, config, cuts.add)
+        dense = write_sparse(context, plan, masked, config, cuts.add, dtype=dtype)
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
             _write_weights(masked, folder, cuts.tensors(masked))

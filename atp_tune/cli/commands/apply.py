@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atp_tune.cli.commands.push import upload
-from atp_tune.cli.options import AllowPickle, Device, Private, TrustPlugins, TrustRemoteCode, UsageError, permissions
+from atp_tune.cli.options import (
+    AllowPickle,
+    Device,
+    DType,
+    Private,
+    TrustPlugins,
+    TrustRemoteCode,
+    UsageError,
+    permissions,
+)
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
@@ -48,6 +57,7 @@ def apply(
         bool,
         typer.Option("--recover/--no-recover", help="Train the kept weights, where the configuration says so."),
     ] = True,
+    dtype: DType = None,
     private: Private = False,
     device: Device = None,
     allow_pickle: AllowPickle = False,
@@ -62,6 +72,9 @@ def apply(
 
     If the study had `recover`, the kept weights are trained as it says; what its run has trained is taken from the
     cache. `--no-recover` leaves them as they were pruned: docs/finetune.md.
+
+    The folder's weights are in the number format of the dense model's files, or of a .gguf file in that of the study,
+    bfloat16 or float32. `--dtype` takes another; trained weights stay in the files' format.
 
     `--push` checks login and permission before it prunes. If the upload is cut off, the same command resumes it.
 
@@ -86,25 +99,34 @@ def apply(
     if private and push is None:
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
     found = read_config(config)
+    if dtype is not None and recover and found.is_trained:
+        raise typer.BadParameter("trained weights stay in the format of the files; leave it out", param_hint="--dtype")
     if not recover:
         found = found.model_copy(update={"recovered": None})
     if push is not None:
         from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
-        if is_made_from(out, found, packed, slim):
+        if dtype is None and is_made_from(out, found, packed, slim):
             check_folder(out)
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed, slim)
+    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed, slim, dtype and dtype.value)
     if push is not None:
         upload(out, push, private)
 
 
 def _write(
-    found: "Config", base: Path, out: Path, device: str, allowed: dict[str, bool], packed: bool, slim: bool
+    found: "Config",
+    base: Path,
+    out: Path,
+    device: str,
+    allowed: dict[str, bool],
+    packed: bool,
+    slim: bool,
+    dtype: str | None,
 ) -> None:
     from atp_tune.api.configuration import Configuration
     from atp_tune.checkpoints.trust import is_slim
@@ -115,7 +137,9 @@ def _write(
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = Configuration(found, base, device, allowed, watch=display).save(out, packed=packed, slim=slim)
+        measured = Configuration(found, base, device, allowed, watch=display).save(
+            out, packed=packed, slim=slim, dtype=dtype
+        )
     promised = found.final.test or (found.final.validation if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
     if packed or is_slim(out):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.options import Device, Overrides, TrustPlugins, load_study
+from atp_tune.cli.options import Device, DType, Overrides, TrustPlugins, load_study
 from atp_tune.cli.terminal import console
 from atp_tune.plan import percent
 from atp_tune.spec.finding import BARE
@@ -42,6 +42,7 @@ def prune(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
+    dtype: DType = None,
     study: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +68,8 @@ def prune(
     """
     if model is None and study is None:
         raise typer.BadParameter("give a model, or --study NAME to take the model of a study", param_hint="MODEL")
+    if dtype is not None and out is None:
+        raise typer.BadParameter("only with --out DIR", param_hint="--dtype")
     values = _parameters(beta, parameter)
     if allocation in ("atp", "curve") and not values:
         raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
@@ -91,7 +94,7 @@ def prune(
     from atp_tune.cli.runtime import quiet
 
     with quiet(), Display() as display:
-        plan, measured = prune_study(file, values, out, display)
+        plan, measured = prune_study(file, values, out, display, dtype and dtype.value)
     amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
     amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
     console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
