@@ -271,12 +271,13 @@ def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: 
 # --- what a killed process leaves
 
 
-@pytest.mark.parametrize(
-    ("pid", "later", "stays"), [(DEAD, 0, False), (os.getpid(), 0, True), (os.getpid(), 3600, False)]
-)
+@pytest.mark.parametrize(("is_alive", "later", "stays"), [(False, 0, False), (True, 0, True), (True, 3600, False)])
 @pytest.mark.parametrize("made", ["folder", "file", "within"])
-def test_what_dead_processes_left_is_removed(pid: int, later: int, stays: bool, made: str, tmp_path: Path) -> None:
+def test_what_dead_processes_left_is_removed(
+    is_alive: bool, later: int, stays: bool, made: str, tmp_path: Path
+) -> None:
     """Also of one whose number this process has: a container that is started again gives it the same."""
+    pid = os.getpid() if is_alive else DEAD
     began = psutil.Process().create_time() - psutil.boot_time() - later
     left = f".a.{platform.node()}-{pid}-{began:.0f}-x1_y"
     if made == "within":
