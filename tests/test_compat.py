@@ -176,6 +176,7 @@ METHODS = {
 OTHERS = {
     "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024
     "_version",  # of torch's tensors: how often one was changed in place
+    "_forward_pre_hooks",  # of torch's modules: see test_unchanged
     "_C", "_current_level", "_dispatch_tls_local_include_set",  # of torch: see the ways in test_packed_ways
     "_apply_gate",  # of some experts of transformers, called where it is there
     "_replace",  # of grpc's handlers, which are named tuples

@@ -128,7 +128,7 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
-    monkeypatch.setattr(context, "resolve", lambda model, base, note: asked.append((model.source, base)) or folder)
+    monkeypatch.setattr(context, "resolve", lambda model, base, *_: asked.append((model.source, base)) or folder)
     monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Windows(ids, "windows"))
     setup = context_config.ContextConfig(
         ModelConfig(source="model", dtype="bfloat16"),

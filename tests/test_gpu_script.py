@@ -70,7 +70,7 @@ def test_what_the_tests_import_is_there_or_brought(script: Any) -> None:
     The rehearsal imports no other packages either. Fixtures that tests/gpu does not use import some more.
     """
     lacking = script.lacking()
-    assert imported(REPO / "tests") & lacking == {"hypothesis", "datasets", "psycopg"}
+    assert imported(REPO / "tests") & lacking == {"hypothesis", "datasets", "psycopg", "pyarrow"}
     assert {"accelerate", "pandas", "xdist"} <= lacking
     assert not lacking & {"optuna", "alembic", "pytest", "_pytest", "pluggy", "torch", "triton", "tokenizers", "yaml"}
 
