@@ -44,7 +44,7 @@ _TRIES = 1000  # to draw a window that shares no token with those of earlier dra
 _MARGIN = 1024  # tokens near a cut of the text, which may be tokenised differently
 
 
-LEAST_RUN = 16  # tokens that two texts may share by chance, unless their windows are shorter
+LEAST_RUN = 64  # tokens: texts of one kind share shorter runs, such as a line of a table, unless windows are shorter
 BASE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd
 
 
@@ -148,9 +148,10 @@ def check_disjoint(named: Mapping[str, Windows]) -> None:
 
 
 def shared_windows(one: Windows, other: Windows) -> list[int]:
-    """The windows of `one` that share a run of tokens with `other`: half a window of the shorter ones.
+    """The windows of `one` that share a run of tokens with `other`: half a window of the shorter ones, or 64 tokens.
 
-    If both are cut from one text, each shorter window lies within a longer one, or at least half of it does.
+    If both are cut from one text, each shorter window lies within a longer one, or at least half of it does. Of windows
+    of fewer than 128 tokens those count of which more is shared, a whole one of 64 or fewer.
     """
     shorter = min(windows.positions - windows.bos for windows in (one, other))
     run = max(1, shorter // 2, min(shorter, LEAST_RUN))
