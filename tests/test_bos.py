@@ -239,7 +239,7 @@ def test_what_is_beyond_doubt(gains: list[float], expected: bool) -> None:
 def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLine) -> None:
     answer = tune(command, finished, "search.trials=4")
     assert (answer.code, answer.err) == (0, "")
-    assert not re.search("^texts", answer.out, re.M)
+    assert not re.search(r"^texts\.", answer.out, re.M)
     assert "BOS: every window begins with <s>" in answer.out
     assert tune(command, finished, "search.trials=4", "texts.bos=true").code == 0
     study = reopen(finished)

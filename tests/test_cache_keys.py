@@ -169,7 +169,9 @@ def of_training(file: StudyFile, context: TrialContext) -> str:
     config, folder = config_of(file, context, plan_of(file, context)), context.folder
     recover = study.recover or RecoverConfig()
     texts = study.data.calibration.text, study.data.test or study.data.validation
-    settings, items, _ = _items(*texts, folder, settings_of(recover, config), file.folder, context.bos)
+    settings, items, _ = _items(
+        texts[0], {"test": texts[1]}, folder, settings_of(recover, config), file.folder, context.bos
+    )
     teacher = folder if settings.has_teacher else None
     own = (setup_of(file), folder, Path(), texts[0], items, settings, None, teacher, ignore_events, True)
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]

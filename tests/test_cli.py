@@ -260,8 +260,8 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
 def test_failures_are_told(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     from atp_tune.pruners.statistics import Hessian
 
-    matrix = Hessian.matrix
-    monkeypatch.setattr(Hessian, "matrix", lambda self: -matrix(self))
+    upper = Hessian._upper
+    monkeypatch.setattr(Hessian, "_upper", lambda self: -upper(self))
     answer = command("--study", place / "tiny.toml", "--set", "prune.pruners=['sparsegpt']", "--trials", "2")
     assert answer.code == 0
     reason = "Hessian not positive definite, even with damping 100"

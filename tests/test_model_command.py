@@ -334,7 +334,8 @@ def test_a_limit_of_accuracy(here: Path, command: CommandLine, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(here / "datasets"))
     make_tasks(here / "tasks", 20)
     words = ("Tiny_Llama", "--min-accuracy", "tasks/far.yaml=10%", "--set", "limit.items=8", "--trials", "3", *LIMITED)
-    answer = command(*words)
+    assert "is not run; read it, then allow it with --trust-plugins" in command(*words).error
+    answer = command(*words, "--trust-plugins")
     assert (answer.code, answer.err) == (0, "")
     name = "tiny_llama-10..90-min-accuracy-far-0.1-quick-own"
     study = stored(here, name, here / "studies" / f"{name}.db")
