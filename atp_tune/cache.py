@@ -288,6 +288,12 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.{platform.node()}-{os.getpid()}-{_began(os.getpid()):.0f}-"
 
 
+def named_for(path: Path) -> str:
+    """The name of a folder; of a temporary one that of what it is made for, without host and process."""
+    found = re.fullmatch(rf"\.+(.+?)\.{re.escape(platform.node())}-\d+-.+", path.name)
+    return found[1] if found else path.name
+
+
 def _began(pid: int) -> float:
     """When a process began, in seconds since the host's boot; infinity if there is none of this number."""
     with suppress(psutil.Error):

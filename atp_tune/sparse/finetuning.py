@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from atp_tune.cache import cache_dir
+from atp_tune.cache import cache_dir, named_for
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
@@ -225,7 +225,7 @@ def _run(job: FinetuningJob) -> Trained:
         after = all_folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
         changes = {role: _changed(before[role].nlls, after[role].nlls) for role in after}
         done = Finetuned(
-            model=job.folder.path.name, fingerprint=job.folder.content, text=job.text, windows=len(items),
+            model=named_for(job.folder.path), fingerprint=job.folder.content, text=job.text, windows=len(items),
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             **changes["test"].model_dump(), validation=changes.get("validation"),
             accuracy=_accuracies(before["test"].ranks, after["test"].ranks),
