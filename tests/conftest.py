@@ -94,7 +94,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Hands out the longest files first; a slow test that the run of the slow ones would not see is an error.
 
-    A sixth of the many cases of a slow test is run, unless the command names a file.
+    A tenth of the many cases of a slow test is run, and the longest tests are not, unless the command names a file.
     """
     files = {item.path for item in items if item.get_closest_marker("slow")}
     if unseen := sorted(file.name for file in files if not MAY_BE_SLOW.search(file.read_text(encoding="utf-8"))):

@@ -5,6 +5,7 @@ from typing import Any
 
 import cases
 import pytest
+from pages import REPO
 
 
 def items(name: str, count: int, mark: str = "slow") -> list[Any]:
@@ -29,6 +30,20 @@ def test_what_is_always_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cases.left_out([*fast, *conformance]) == []
     monkeypatch.setattr(cases, "EVERY", 1)
     assert cases.left_out(items("tests/test_a.py::test_it", 30)) == []
+
+
+@pytest.mark.parametrize("name", cases.AT_A_RELEASE)
+def test_the_longest_wait_for_a_release(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _, rest = name.partition("::")
+    function, _, case = rest.partition("[")
+    text = (REPO / file).read_text(encoding="utf-8")
+    assert f"def {function}(" in text
+    assert case.removesuffix("]") in text
+    [item] = items(name, 1)
+    item.nodeid = name
+    assert cases.left_out([item]) == [item]
+    monkeypatch.setattr(cases, "EVERY", 1)
+    assert cases.left_out([item]) == []
 
 
 def test_each_value_of_two_parameters_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
