@@ -146,6 +146,8 @@ def write_out(path: Path, content: bytes, is_new: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content, is_new)
     except FileExistsError:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: {path.parent} is no folder; {ELSEWHERE}") from None
         raise TakenError(f"{path}: is there already, and is not replaced; {ELSEWHERE}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {ELSEWHERE}") from None

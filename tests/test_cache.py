@@ -266,6 +266,9 @@ def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: 
         write_out(tmp_path / "a", b"second", is_new=True)
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"first"
+    with pytest.raises(UserError, match=f"^{tmp_path}/a/b: {tmp_path}/a is no folder; ") as told:
+        write_out(tmp_path / "a" / "b", b"third", is_new=True)
+    assert type(told.value) is UserError
 
 
 # --- what a killed process leaves

@@ -72,6 +72,19 @@ def test_every_optimizer_keeps_them(kind: str) -> None:
     assert not same(before, model)
 
 
+def test_lora_from_its_usual_start_is_trained() -> None:
+    """Its B is all 0 then, which were taken for pruned weights: the adapter stayed as it was."""
+    model = get_peft_model(with_zeros("llama"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    before = zeros(model.get_base_model())
+    with atp_tune.keep_zeros(model):
+        steps(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+    adapters = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert adapters
+    assert all((p != 0).all() for p in adapters)
+    merged = {name.replace(".base_layer", ""): mask for name, mask in before.items() if "lora_" not in name}
+    assert same(merged, model.merge_and_unload())
+
+
 def test_lora_is_merged_with_its_zeros() -> None:
     """What is merged is what was trained; plain LoRA fills zeros."""
     for keeps in (True, False):

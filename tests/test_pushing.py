@@ -16,6 +16,7 @@ from tinystudy import CommandLine, finish, free_port, start, wait_until
 import atp_tune
 from atp_tune.cache import sha256_of
 from atp_tune.sparse import pushing
+from atp_tune.sparse.publishing import published
 
 ALICE: dict[str, Any] = {
     "name": "alice",
@@ -281,6 +282,20 @@ def test_nothing_of_this_machine_is_published(
             for secret in ("secret-user", "secret-host", str(tmp_path), f"{Path.home()}/"):
                 assert secret.encode() not in content, (kind, name, secret)
         assert command("apply", "--verify", there).code == 0, kind
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected"),
+    [
+        ("config.json", "_name_or_path", "clients/acme/llama", "llama"),
+        ("tokenizer_config.json", "name_or_path", "clients\\acme", "acme"),
+        ("config.json", "_name_or_path", "acme/llama", "acme/llama"),
+        ("trainer_state.json", "best_model_checkpoint", "clients/checkpoint-3", "checkpoint-3"),
+    ],
+)
+def test_the_folders_that_a_dense_model_names_are_left_out(name: str, key: str, value: str, expected: str) -> None:
+    """Relative ones too, and those of a `Trainer`: all its small files are copied."""
+    assert json.loads(published({name: json.dumps({key: value})}, Path())[name]) == {key: expected}
 
 
 @pytest.mark.slow

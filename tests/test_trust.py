@@ -83,6 +83,13 @@ def test_code_is_run_where_the_study_says_so(
     assert not (tmp_path / "sparse").exists()
     assert command(*words, "--trust-remote-code").code == 0
     assert (tmp_path / "sparse" / "modeling_own.py").is_file()
+    marker.unlink()
+    study_file = with_code / "tiny.toml"
+    study_file.write_text(study_file.read_text().replace("[model]", "[model]\ntrust_remote_code = true"))
+    words = ("generate", "--study", study_file, "--tokens", "2")
+    assert "needs code of its own" in command(*words).error
+    assert not marker.exists()
+    assert command(*words, "--trust-remote-code").code == 0
 
 
 def test_code_beside_a_known_model_is_not_needed(place: Path, marker: Path) -> None:

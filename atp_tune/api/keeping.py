@@ -20,13 +20,15 @@ class KeptZeros:
 
     def __init__(self, model: nn.Module) -> None:
         """UserError if there are none, or an adapter would fill them."""
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        found = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings and (p == 0).any()]
+        others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        if "peft" in sys.modules:
+            from atp_tune.sparse.lora import adapters_of, mask_adapters
+
+            others |= {id(p) for p in adapters_of(model)}  # an untrained B is all 0
+        found = [p for p in model.parameters() if p.dim() > 1 and id(p) not in others and (p == 0).any()]
         if not found:
             raise UserError("keep_zeros: no weight of the model is 0; prune it first")
         if "peft" in sys.modules:
-            from atp_tune.sparse.lora import mask_adapters
-
             mask_adapters(model)
         self._kept = [(weakref.ref(p), [p == 0]) for p in found if p.requires_grad]
         self._handles: list[Any] = [

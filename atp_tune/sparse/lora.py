@@ -10,6 +10,7 @@ the merge would change the trained model. So each forward, like the merge, compu
 once to W's format: both give the same weights bit for bit. Source: Hu et al., LoRA, ICLR 2022.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class MaskedLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         y: Tensor = functional_call(self.get_base_layer(), {"weight": self.tuned()}, (x, *args), kwargs)
         return y
+
+
+def adapters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the adapters of a model, without the layers that they adapt."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = {id(p) for p in layer.get_base_layer().parameters()}
+            yield from (p for p in layer.parameters() if id(p) not in own)
 
 
 def mask_adapters(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from atp_tune.spec.plugged import parts_of
 
 OURS = (ABOUT, FINETUNED)
 CONFIGS = "*config.json"  # of models, tokenizers and processors: some name the folder that they were read from
+TRAINER = "trainer_state.json"  # of transformers' Trainer: it names the folder of its best checkpoint
 
 
 def stage(folder: Path, place: Path) -> None:
@@ -63,7 +64,7 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
 
 
 def _has_paths(name: str) -> bool:
-    return name in (*OURS, BEFORE_PACKING) or PurePath(name).match(CONFIGS)
+    return name in (*OURS, BEFORE_PACKING, TRAINER) or PurePath(name).match(CONFIGS)
 
 
 def _public(key: str, value: str, base: Path) -> str:
@@ -82,7 +83,9 @@ def _public(key: str, value: str, base: Path) -> str:
 def _read_from(key: str, value: str) -> str:
     """A value of a config of transformers: its keys of this kind are `_name_or_path`, `tokenizer_file` and the like."""
     is_path = PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith(("~", "."))
-    return _last(value) if key.endswith(("_path", "_file", "_dir")) and is_path else value
+    is_path |= key.endswith("name_or_path") and (value.count("/") > 1 or "\\" in value)  # no ORG/NAME
+    is_path |= key == "best_model_checkpoint"
+    return _last(value) if key.endswith(("_path", "_file", "_dir", "_checkpoint")) and is_path else value
 
 
 def _last(path: str) -> str:

@@ -79,7 +79,7 @@ def generate(
             file = load_study(study or "", storage, None, set_)
             path, read = _best_of(file, study_name)
             storage, usual = file.storage_url, (*PROMPTS, *file.study.continuations.prompts)
-            allowed = {key: given or getattr(file.study.model, key, False) for key, given in allowed.items()}
+            allowed = {key: given or file.permissions[key] for key, given in allowed.items()}
         if not prompts:
             check(path, read, storage)
         from atp_tune.api.configuration import Configuration
