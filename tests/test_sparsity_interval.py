@@ -158,6 +158,32 @@ def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour
     assert checked
 
 
+@pytest.mark.parametrize("trials", [5, 11])
+def test_a_neighbour_that_loses_nothing_says_nothing_of_a_higher_sparsity(trials: int) -> None:
+    """Of few points the nearest are far: the increase of the sparsest model was said to be that of the densest."""
+    space, kinds = space_over(), {"allocation": CategoricalDistribution(("atp",)), **kinds_of(space_over(), "atp")}
+    points = [
+        {**space.uniform()[0], "allocation": "atp", "beta": 0.37 * at % 1, "sparsity": sparsity}
+        for at, sparsity in enumerate(space.levels(trials))
+    ]
+
+    def rise(sparsity: float) -> float:
+        return 0.001 + 8 * max(0.0, sparsity - 0.3) ** 2
+
+    done = [
+        create_trial(
+            values=[math.exp(2.8 + rise(point["sparsity"])), 1 - point["sparsity"]],
+            params={name: point[name] for name in kinds},
+            distributions=kinds,
+        )
+        for point in points
+    ]
+    surrogate = Surrogate(space, done, 0, DENSE)
+    found = [surrogate.best_at(level).increase for level in space.levels(6)]
+    assert found == pytest.approx([rise(level) for level in space.levels(6)], abs=0.2)
+    assert found[0] == pytest.approx(0.001)
+
+
 def test_without_trials_it_is_uniform() -> None:
     space = space_over()
     found = Surrogate(space, [], 0).best_at(0.4)

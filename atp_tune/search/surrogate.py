@@ -9,7 +9,7 @@ too well of. docs/log.md compares it with one deviation, and with the nearest tr
 
 An increase below `SMALLEST` counts as `SMALLEST`, and where a model loses nothing by pruning all points do: there the
 process is flat, and any of them would do. So where one of the `NEIGHBOURS` with the nearest sparsities increases less,
-the best of these neighbours is taken, moved to the sparsity.
+and the process is as flat at the sparsity itself, the best of these neighbours is taken, moved to the sparsity.
 """
 
 import math
@@ -32,6 +32,7 @@ CANDIDATES = 512
 CAUTION = 2.0
 LEAST = 3  # points that a process is fitted to
 NEIGHBOURS = 5
+FLAT = 2.0  # times `SMALLEST`: the process is flat where it predicts no more
 SMALLEST, MOST = 0.005, 50.0  # nats per token: smaller increases are noise, larger ones are all the same
 
 
@@ -90,21 +91,24 @@ class Branch:
             return None
         nearest = sorted(self._known, key=lambda one: abs(one[1]["sparsity"] - sparsity))[:NEIGHBOURS]
         value, point = min(nearest, key=lambda one: one[0])
-        if value < SMALLEST:
-            own = self._space.at({name: point[name] for name in self._kinds}, sparsity)
-            return Predicted({"allocation": self._name, **own}, value, value)
-        points = self._candidates(sparsity)
+        moved = self._space.at({name: point[name] for name in self._kinds}, sparsity)
+        points = [*self._candidates(sparsity), moved]
         open_ones = _open(self._kinds)
         trials = [
             optuna.create_trial(value=0.0, params={name: point[name] for name in open_ones}, distributions=open_ones)
             for point in points
         ]
         means, deviations = posterior_at(self._process, trials, open_ones)
+        if value < SMALLEST and self._increase(means[-1]) < FLAT * SMALLEST:
+            return Predicted({"allocation": self._name, **moved}, value, value)
         bounds = means + CAUTION * deviations
         best = int(bounds.argmin())
         params = {"allocation": self._name, **points[best]}
-        increase, bound = (math.exp(self._mean + self._spread * float(at[best])) for at in (means, bounds))
-        return Predicted(params, increase, bound)
+        return Predicted(params, self._increase(means[best]), self._increase(bounds[best]))
+
+    def _increase(self, normal: float) -> float:
+        """The increase at a value of the process."""
+        return math.exp(self._mean + self._spread * float(normal))
 
     def _candidates(self, sparsity: float) -> list[Params]:
         """Points at a sparsity: uniform where the allocation contains it, those measured elsewhere, random ones."""
