@@ -12,7 +12,7 @@ FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "models/quantized": (1, ("content", "files")),
     "models/packed": (1, ("content", "files")),
     "models/probe": (2, ("model", "probe", "images", "processor", "versions")),
-    "windows": (3, ("text", "content", "tokenizer", "libraries", "bos", "draws")),
+    "windows": (4, ("text", "content", "tokenizer", "libraries", "bos", "draws")),
     "pixels": (2, ("pictures", "processor", "libraries")),
     "statistics": (2, ("model", "tower", "items", "kind", "pruner", "batch", "arithmetic", "versions")),
     "prices": (2, ("dense", "pool", "score", "targets", "levels", "batches", "constants", "versions")),

@@ -336,3 +336,21 @@ def test_shuffled_parts_repeat_no_paragraph() -> None:
     long = [{p for document in part for p in document.split("\n\n") if len(p) >= 200} for part in parts]
     assert [len(one & other) for one in long for other in long if one is not other] == [0] * 6
     assert all(sum(map(len, part)) > 50_000 for part in parts)
+
+
+def test_shuffled_parts_repeat_no_line_of_documents_without_blank_lines(tmp_path: Path) -> None:
+    """Their lines are their paragraphs; such a document that came twice stayed in both parts."""
+    lines = [f"line {number} " * 30 for number in range(20)]
+    rows = [json.dumps({"text": f"{line}\nshort\n{lines[(at + 7) % 20]}"}) for at, line in enumerate(lines)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, *rows]))
+    one, other = (
+        [
+            line
+            for document in documents(Text(source="file:a.jsonl", part=part, shuffle=True), tmp_path)
+            for line in document.split("\n")
+        ]
+        for part in ((0.0, 0.4), (0.4, 1.0))
+    )
+    assert {len(line) >= 200 for line in one} == {True, False}
+    assert "short" in other and any(len(line) >= 200 for line in other)
+    assert not {line for line in one if len(line) >= 200} & {*other}

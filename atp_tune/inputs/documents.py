@@ -95,7 +95,12 @@ def _has_form(source: TextSource, written: str, rest: str, flags: int) -> bool:
 
 
 def _paragraphs(document: str) -> list[str]:
-    return document.split("\n\n") if "\n\n" in document else document.split("\n")
+    return document.split(_between(document))
+
+
+def _between(document: str) -> str:
+    """What stands between the paragraphs of a document."""
+    return "\n\n" if "\n\n" in document else "\n"
 
 
 def _cut(found: Sequence[str], text: Text) -> Sequence[str]:
@@ -120,4 +125,4 @@ def _without_repeats(part: Sequence[str], before: Sequence[str]) -> Sequence[str
     Neighbours may share text, but shuffled parts would share it with each other.
     """
     known = {paragraph for document in before for paragraph in _paragraphs(document) if len(paragraph) >= LONG}
-    return ["\n\n".join(p for p in document.split("\n\n") if p not in known) for document in part]
+    return [_between(document).join(p for p in _paragraphs(document) if p not in known) for document in part]
