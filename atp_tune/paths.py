@@ -51,7 +51,8 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
 
     `named`, `instead`: how the message begins, and what it advises.
     """
-    there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    place = path.absolute()
+    there = next(parent for parent in (*place.parents, place) if os.path.lexists(parent))  # / has no parent
     if not there.is_dir():
         raise UserError(f"{named}{path}: cannot be written: {there} is no folder; {instead}")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -32,6 +32,7 @@ from transformers import (
     logging,
 )
 
+from atp_tune.checkpoints import unpacking
 from atp_tune.checkpoints.models import resolve
 from atp_tune.checkpoints.unpacking import ABOUT, unpack_folder
 from atp_tune.errors import UserError
@@ -220,6 +221,20 @@ def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp
     assert torch.equal(logits(load(tmp_path / "saved")), expected)
     unpack_folder(packed, tmp_path / "unpacked")
     assert same_files(sparse, tmp_path / "unpacked")
+
+
+def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one takes what the other has written."""
+    model, begin = ModelConfig(source=str(make())), unpacking._Tensors.__init__
+
+    def late(self: Any, *given: Any) -> None:
+        monkeypatch.setattr(unpacking._Tensors, "__init__", begin)
+        resolve(model, Path())
+        begin(self, *given)
+
+    monkeypatch.setattr(unpacking._Tensors, "__init__", late)
+    folder = resolve(model, Path()).path
+    assert [*folder.parent.iterdir()] == [folder]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

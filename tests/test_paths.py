@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from atp_tune.errors import UserError
-from atp_tune.paths import is_special, written
+from atp_tune.paths import check_writable, is_special, written
 
 
 def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +39,9 @@ def test_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
     found = {name: is_special(tmp_path / name) for name in ("pipe", "link", "file", ".", "nothing", "a\0b")}
     assert found == {"pipe": True, "link": True, "file": False, ".": False, "nothing": False, "a\0b": False}
     assert is_special(Path("/dev/null"))
+
+
+def test_the_root_of_all_folders_has_no_parent() -> None:
+    """It is asked itself; a report with `--out /` ended in a traceback."""
+    with pytest.raises(UserError, match=r"^/: needs "):
+        check_writable(Path("/"), 1e30)

@@ -24,6 +24,7 @@ Target = float | str | tuple[float, float]
 Settings = Mapping[str, Any]
 
 
+BOOLEANS = {"true": "True", "false": "False"}
 OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 
 
@@ -42,8 +43,12 @@ def as_arguments(**names: str) -> Iterator[None]:
 def as_in_python(text: str, **names: str) -> str:
     """A line with the arguments of Python in the place of options."""
     text = text.replace("--trust-plugins", "trust_plugins=True").replace("--texts FILE", "texts=")
-    text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,]?(?:\s|$))", r'settings={"\1": \2}', text)
+    text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,)]*(?:\s|$))", _setting, text)
     return OPTION.sub(lambda found: names.get(found[1], found[1].replace("-", "_")), text)
+
+
+def _setting(found: re.Match[str]) -> str:
+    return f'settings={{"{found[1]}": {BOOLEANS.get(found[2], found[2])}}}'
 
 
 def overrides(settings: Settings) -> list[str]:
@@ -66,7 +71,8 @@ def study_file(
     """
     place = {} if storage is None else {"storage": absolute_storage(storage, Path())}
     if not isinstance(study, Study):
-        return load(str(study), overrides({**settings, **place}), plugins)
+        with as_arguments():
+            return load(str(study), overrides({**settings, **place}), plugins)
     file = StudyFile("study", Path("study.toml"), study)
     return changed(file, {**settings, **place}, bool(plugins))
 

@@ -193,7 +193,7 @@ def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
     target = _converted("packed", path, sha256_of_json(weights))
     if not target.is_dir():
         notify(f"unpacking {model.source}, once")
-        unpack_folder(path, target)
+        unpack_folder(path, target, shared=True)
     return target
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from atp_tune.cache import folder_atomically, write_out
+from atp_tune.cache import check_room, folder_atomically, write_out
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.headers import parse_header
 from atp_tune.checkpoints.trust import read_table, small_files
@@ -74,8 +74,8 @@ def is_packed(folder: Path) -> bool:
     return file.is_file() and read_table(file).get("model_type") == MODEL_TYPE
 
 
-def unpack_folder(source: Path, out: Path) -> None:
-    """Writes the checkpoint that `source` was packed from into the new folder `out`.
+def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
+    """Writes the checkpoint that `source` was packed from into the new folder `out`; `shared`: in the cache.
 
     A folder that `save_pretrained` wrote has no `ABOUT`: its shards get names and headers anew. Errors: UserError if
     `source` is no packed folder, if a part of it is damaged, or if `out` cannot be written.
@@ -86,9 +86,10 @@ def unpack_folder(source: Path, out: Path) -> None:
     added = [ABOUT, *(original.added if original else (CODE, PACKED_INDEX))]
     headers = original.headers.items() if original else ()
     entries = [entry for shard, text in headers for entry in parse_header(text.encode(), source / shard).values()]
-    check_writable(out, sum(end - start for start, end in (entry["data_offsets"] for entry in entries)))
+    size = sum(end - start for start, end in (entry["data_offsets"] for entry in entries))
+    check_room(out, size) if shared else check_writable(out, size)
     try:
-        with folder_atomically(out) as folder, ExitStack() as stack:
+        with folder_atomically(out, shared) as folder, ExitStack() as stack:
             for file in small_files(source, WEIGHTS):
                 if file.name not in added:
                     shutil.copyfile(file, folder / file.name)
