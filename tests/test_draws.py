@@ -129,6 +129,19 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
 
 
 @pytest.mark.slow
+def test_only_plans_by_prices_are_fitted_to_a_pool(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one by prices, a plan of owl was said to be fitted to the pool; it measures the text's own windows."""
+    few_steps(monkeypatch)
+    monkeypatch.setattr(module, "POOL", 512)
+    study = run(place, 'allocation=["owl", "prices"]', "search.trials=4", THREE)
+    found = summarise(study).over_draws
+    fitted = {
+        study.trials[number].params["allocation"]: over.fitted_to for number, over in found.items() if over.change
+    }
+    assert fitted == {"owl": (8 * TOKENS, 8 * TOKENS), "prices": (512, 512)}
+
+
+@pytest.mark.slow
 def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]

@@ -363,18 +363,32 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     measured = {name: draws[name] for name in names if name in draws}
     if not measured or len(measured) < len(names):
         return {}
-    fitted_to = study.user_attrs.get("fitted_to", {}).get(str(count))
+    fitted_to = _fitted_to(study, count)
     common = sorted(set.intersection(*(set(found) for found in measured.values())), key=int)
     nlls = {name: [found[draw] for draw in common] for name, found in measured.items()}
     result = {}
     for name in names:
         trial = study.trials[int(name)]
         uniform = None if is_uniform(trial) else uniform_of(study, trial)
-        fitted = tuple(fitted_to) if fitted_to and is_fitted(allocation_of(trial)) else None
+        fitted = fitted_to.get(allocation_of(trial))
         found = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None, fitted)
         if found is not None:
             result[trial.number] = found
     return result
+
+
+def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
+    """By allocation that is fitted, the tokens, or images, of its plan in each of so many draws, and in the study.
+
+    Those by prices take a pool of the calibration text, the others measure its windows.
+    """
+    made, stored = made_from(study.user_attrs.get("made_from")), study.user_attrs.get("fitted_to", {}).get(str(count))
+    if made is None or not stored:
+        return {}
+    (each, own), text, names = stored, made.study.data.calibration, made.study.allocation
+    windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
+    known = {name: (windows, windows) for name in names.short_names if is_fitted(name)}
+    return known | dict.fromkeys(names.by_prices, (each, own))
 
 
 def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
