@@ -123,19 +123,23 @@ def _origin_of(kind: str, name: str, found: Any) -> Origin:
 def content_of_object(found: Any) -> str:
     """The SHA-256 of all that decides what an object without a file does: its code, and the values that it can reach.
 
-    Where something cannot be known, such as an open file, it is another one in each process.
+    Where something cannot be known, such as an open file or what is nested too deeply, it is another one in each
+    process.
     """
-    return digest("\n".join(_parts_of(found, {})).encode())
+    try:
+        return digest("\n".join(_parts_of(found, {})).encode())
+    except RecursionError:
+        return digest(f"{_PROCESS} {id(found)}".encode())
 
 
-def _parts_of(each: Any, seen: dict[int, Any]) -> Iterator[str]:
+def _parts_of(each: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str]:
     """What an object is, as text, then what it consists of, each part once."""
     if isinstance(each, str | bytes | int | float | complex | range | NoneType | EllipsisType):
         yield repr(each)
     elif id(each) in seen:
-        yield f"part {[*seen].index(id(each))}"
+        yield f"part {seen[id(each)][0]}"
     else:
-        seen[id(each)] = each
+        seen[id(each)] = len(seen), each  # which stays, and so its id
         yield type(each).__qualname__
         for part in _consists_of(each):
             yield from _parts_of(part, seen)
@@ -181,7 +185,10 @@ def _content_in_file(each: Any) -> str | None:
     if name == "__main__" or name not in sys.modules:
         return None
     is_library = file is None or name.split(".")[0] == "atp_tune" or "-packages" in file or file.startswith(_STDLIB)
-    return "" if is_library else digest(Path(str(file)).read_bytes())
+    try:
+        return "" if is_library else digest(Path(str(file)).read_bytes())
+    except OSError:  # in a .zip file, or gone
+        return None
 
 
 def _of_notebook(each: Any) -> Iterable[Any]:

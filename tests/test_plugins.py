@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jsonschema
@@ -438,6 +439,18 @@ def test_what_cannot_be_known_is_another_object_in_each_process(monkeypatch: pyt
         assert plugins.content_of_object([stream]) == first
         monkeypatch.setattr(plugins, "_PROCESS", "another")
         assert plugins.content_of_object([stream]) != first
+
+
+def test_what_cannot_be_followed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is nested more deeply than Python goes, and a module whose file cannot be read, such as one in a .zip."""
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    helper = ModuleType("helper")
+    helper.__file__ = "/no/such.zip/helper.py"
+    monkeypatch.setitem(sys.modules, "helper", helper)
+    for found in (deep, helper):
+        assert plugins.content_of_object(found) == plugins.content_of_object(found)
 
 
 def test_two_decorated_objects_of_one_name() -> None:

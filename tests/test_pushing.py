@@ -16,7 +16,7 @@ from tinystudy import CommandLine, finish, free_port, start, wait_until
 import atp_tune
 from atp_tune.cache import sha256_of
 from atp_tune.sparse import pushing
-from atp_tune.sparse.publishing import published
+from atp_tune.sparse.publishing import published, stage
 
 ALICE: dict[str, Any] = {
     "name": "alice",
@@ -296,6 +296,16 @@ def test_nothing_of_this_machine_is_published(
 def test_the_folders_that_a_dense_model_names_are_left_out(name: str, key: str, value: str, expected: str) -> None:
     """Relative ones too, and those of a `Trainer`: all its small files are copied."""
     assert json.loads(published({name: json.dumps({key: value})}, Path())[name]) == {key: expected}
+
+
+def test_what_is_no_json_is_uploaded_as_it_is(tmp_path: Path) -> None:
+    """A dense model's folder held a config that was cut off: the hub was said to refuse the upload."""
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse/atp_tune.json").write_text("{}")
+    (tmp_path / "sparse/old_config.json").write_bytes(b'{"a": "\xff')
+    (tmp_path / "there").mkdir()
+    stage(tmp_path / "sparse", tmp_path / "there")
+    assert contents(tmp_path / "there") == contents(tmp_path / "sparse")
 
 
 @pytest.mark.slow

@@ -30,8 +30,9 @@ def stage(folder: Path, place: Path) -> None:
         name = file.relative_to(folder)
         if not file.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if len(name.parts) == 1 and _has_paths(file.name):
-            texts[file.name] = file.read_text(encoding="utf-8")
+        text = _json_in(file) if len(name.parts) == 1 and _has_paths(file.name) else None
+        if text is not None:
+            texts[file.name] = text
             continue
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(file.resolve())
@@ -61,6 +62,16 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
         if after != before:
             found[name] = json.dumps(after, indent=2) + "\n"
     return found
+
+
+def _json_in(file: Path) -> str | None:
+    """The text of a file; None if it is no JSON, which the dense model's folder may hold under any name."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return text
 
 
 def _has_paths(name: str) -> bool:
