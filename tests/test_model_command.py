@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from families import tiny
+from test_trust import CODE, change
 from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
@@ -325,6 +326,24 @@ def test_a_limit_that_nothing_meets(here: Path, command: CommandLine) -> None:
     assert read_config(here / "studies" / f"{name}.best.json").trial == best.number
     assert "nothing to do" in command(*words).out
     assert command("status", "--study", name).code == 0
+
+
+@pytest.mark.slow
+def test_the_setting_allows_the_model_s_code_too(here: Path, command: CommandLine, monkeypatch: Any) -> None:
+    """The error of a model with code of its own advises it, and it was without effect."""
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(here / "modules"))
+    (here / "Tiny_Llama" / "modeling_own.py").write_text(CODE.format(marker=str(here / "ran")))
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    change(here / "Tiny_Llama" / "config.json", model_type="own", auto_map=classes)
+    words = ("Tiny_Llama", "--sparsity", "0.5", "--texts", "own.txt", "--device", "cpu", "--dry-run")
+    advice = "--set", "model.trust_remote_code=true"
+    assert " ".join(advice) in command(*words).error
+    assert not (here / "ran").exists()
+    answer = command(*words, *advice)
+    assert (answer.code, answer.err) == (0, "")
+    assert f"--study tiny_llama-50-own {' '.join(advice)}" in answer.out
 
 
 @pytest.mark.slow

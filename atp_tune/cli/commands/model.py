@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from atp_tune.spec.study import Study
     from atp_tune.study_request import StudyRequest
 
+OWN_CODE = "model.trust_remote_code=true"  # as --set takes it
+
 
 class Size(StrEnum):
     """How much a study measures; `atp_tune.presets` has the numbers."""
@@ -182,7 +184,8 @@ def model(
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover)
     path = HERE / f"{name or wishes.name}.toml"
-    asked = ["model.trust_remote_code=true"] * trust_remote_code  # a study file cannot allow it
+    trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in set_ or ())
+    asked = [OWN_CODE] * trust_remote_code  # a study file cannot allow it
     options = replace(RunOptions.of(context), set_=[*(set_ or []), *asked])
     if path.exists():
         _go_on(path, wishes, options)
