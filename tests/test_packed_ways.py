@@ -23,7 +23,9 @@ from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import pack, packed_linear
 from atp_tune.packed.modeling_atp_sparse import SCALES, VALUES, DenseLinear, SparseLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which func.jvp imports
+pytestmark = pytest.mark.filterwarnings(  # of torch.jit, which func.jvp imports, before torch 2.15 and since
+    "ignore::DeprecationWarning", "ignore:.torch.jit:FutureWarning"
+)
 Way = Callable[[Any, Tensor, Tensor], Tensor]
 ROWS, COLUMNS, GROUP = 16, 64, 32
 
