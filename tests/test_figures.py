@@ -326,6 +326,7 @@ def test_a_long_study_stays_small(long: optuna.Study, key: str) -> None:
 def test_pages_shine_through(long: optuna.Study) -> None:
     for figure in figures.draw(summarise(long)).values():
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
+        assert figure.layout.modebar.bgcolor == "rgba(0,0,0,0)"
         assert figure.layout.width is None
         assert figure.layout.yaxis.title.text
 

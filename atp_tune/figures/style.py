@@ -45,6 +45,7 @@ def new_figure(title: str, x: str, y: str) -> go.Figure:
             "font": {"family": FONT, "size": 12, "color": INK},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": LINE, "activecolor": INK},  # else a dark box over the data
             "height": 400,
             "margin": {"l": 60, "r": 14, "t": 44, "b": 44},
             "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left"},
