@@ -4,7 +4,7 @@
     python benchmarks/allocations.py --study FILE --title NAME --out docs/results-NAME.md     another model or text
     python benchmarks/allocations.py --set model.dtype=float32 --out docs/results-float32.md  another number format
 
-Each line of the result is one study with the settings of `smol`, or another, all in one database below `build`, so
+Each line of the result is one study with the settings of `smol-60`, or another, all in one database below `build`, so
 that the command goes on where it was stopped, and ends at once when all is there. With all pruners and targets about
 600 trials of SmolLM2: an hour on 2 cores that multiply bfloat16 fast, four hours on others.
 """
@@ -79,7 +79,7 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="smol", help="the study with the model and the texts")
+    parser.add_argument("--study", default="smol-60", help="the study with the model and the texts")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study")
     parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name in the page")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
@@ -90,8 +90,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--write-only", action="store_true", help="run nothing: write what the database has")
     options = parser.parse_args()
-    if options.out == PAGE and (options.set or options.study != "smol"):
-        parser.error(f"{PAGE.name} is of `smol` as it is; give another --out, which has a database of its own")
+    if options.out == PAGE and (options.set or options.study != "smol-60"):
+        parser.error(f"{PAGE.name} is of `smol-60` as it is; give another --out, which has a database of its own")
     name = "allocations" if options.out == PAGE else options.out.stem
     given = [word for word in sys.argv[1:] if word != "--write-only"]
     options.command = shlex.join(["python", "benchmarks/allocations.py", *given])
@@ -117,7 +117,7 @@ def complete(file: StudyFile, line: Line) -> optuna.Study | None:
 
 
 def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
-    """The study of one line: `smol`, or the one asked for, with another target, pruner and allocation."""
+    """The study of one line: `smol-60`, or the one asked for, with another target, pruner and allocation."""
     target, pruner, name = line
     overrides = {
         "sparsity": target,

@@ -1,6 +1,6 @@
 """EvoPress against prices at 1, 3 and 10 times the seconds of prices: the tables of docs/evopress.md.
 
-    python benchmarks/evopress.py                              SmolLM2-135M at 60 %, Wanda, the texts of `smol`
+    python benchmarks/evopress.py                              SmolLM2-135M at 60 %, Wanda, the texts of `smol-60`
     python benchmarks/evopress.py --minutes 12                 stops after a while; the same command goes on
     python benchmarks/evopress.py --fitness nll --multiples 1 3
     python benchmarks/evopress.py --pruner sparsegpt --multiples 1
@@ -276,7 +276,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--study", default="smol", help="the study with the model and the texts")
+    add("--study", default="smol-60", help="the study with the model and the texts")
     add("--set", action="append", default=[], metavar="KEY=VALUE")
     add("--name", help="of the record; default: the study's")
     add("--title", help="of the search; default: from its fitness and its start")

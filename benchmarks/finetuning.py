@@ -53,15 +53,15 @@ PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.jso
 MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
 FORMER = " ".join(f" --set texts.{role}.shuffle=false" for role in ("calibration", "validation", "test"))
 PLANS = {  # title, study, and the words of `prune`
-    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol", f"--beta 0.00579{FORMER}"),
-    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol",
+    "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol-60", f"--beta 0.00579{FORMER}"),
+    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol-60",
                f"--allocation prices --parameter kappa=0.776{FORMER}"),
-    "rows": ("SmolLM2-135M-Instruct, row-prices, κ = 1", "smol", "--allocation row-prices --parameter kappa=1"),
-    "gemma-rows": ("Gemma 3 270M, row-prices, κ = 1", "smol", "--allocation row-prices --parameter kappa=1"),
-    "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol",
+    "rows": ("SmolLM2-135M-Instruct, row-prices, κ = 1", "smol-60", "--allocation row-prices --parameter kappa=1"),
+    "gemma-rows": ("Gemma 3 270M, row-prices, κ = 1", "smol-60", "--allocation row-prices --parameter kappa=1"),
+    "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol-60",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               f"--parameter split=-0.013 --parameter value=-0.348{FORMER}"),
-    "gemma": ("Gemma 3 270M, uniform", "smol", f"--beta 0{FORMER}"),
+    "gemma": ("Gemma 3 270M, uniform", "smol-60", f"--beta 0{FORMER}"),
     **{
         f"{name}{suffix}": (f"{name}, {title}", f"benchmarks/studies/{name}.toml", f"--beta 0{words}")
         for name in ("llama-small", "gpt-neox-small")

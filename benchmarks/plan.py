@@ -1,6 +1,6 @@
 """What `plan` foretells of a study against what it then takes: seconds of a trial and of the study, memory at the peak.
 
-    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol`, its test text shortened
+    python benchmarks/plan.py            SmolLM2-135M, the first trials of `smol-60`, its test text shortened
     python benchmarks/plan.py NAME       any other study
 
 Both in one process each, one after the other, on an otherwise idle machine: the ratio is measured over foretold.
@@ -39,7 +39,7 @@ def process(*arguments: str) -> tuple[str, float]:
 
 def main() -> None:
     """Foretells, measures, and prints both with their ratio."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "smol"
+    name = sys.argv[1] if len(sys.argv) > 1 else "smol-60"
     with tempfile.TemporaryDirectory() as folder:
         sets = [f"storage=sqlite:///{Path(folder) / 'bench.db'}", f"search.trials={TRIALS}", *SHORT]
         options = [word for text in sets for word in ("--set", text)]

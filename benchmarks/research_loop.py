@@ -1,7 +1,7 @@
 """One β as the research scripts do it: load, two calibration passes, masks by sorting, evaluation window by window.
 
     python benchmarks/research_loop.py FOLDER SPARSITY BETA search|report      window NLLs on one line
-    python benchmarks/research_loop.py FOLDER prepare [KEY=VALUE …]            model and windows of smol into FOLDER
+    python benchmarks/research_loop.py FOLDER prepare [KEY=VALUE …]            model and windows of smol-60 into FOLDER
 
 Written from the description of Wanda's and ATP's procedure, for a Llama; `search_cost.py` runs it for each β.
 """
@@ -85,7 +85,7 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 
 
 def prepare(work: Path, changes: list[str]) -> None:
-    """Writes where the model of smol lies, its number format and its windows, some keys of the study changed."""
+    """Writes where the model of smol-60 lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
     from atp_tune.search.context import TrialContext
@@ -94,7 +94,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.spec.studyfile import load
     from atp_tune.spec.texts import Text
 
-    study = (file := load("smol", changes)).study
+    study = (file := load("smol-60", changes)).study
     data = study.data
     texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation, "test": study.test_text}
     context = TrialContext.open(ContextConfig(study.model, study.prune, texts, file.folder, "cpu"))

@@ -74,8 +74,8 @@ class Row:
 
 
 def texts(scale: int) -> dict[str, int]:
-    """The settings of smol's texts, so many times as long."""
-    found = load("smol").study.texts
+    """The settings of smol-60's texts, so many times as long."""
+    found = load("smol-60").study.texts
     assert found is not None
     return {
         f"texts.{role}.nsamples": scale * (getattr(found, role).nsamples or 0) for role in ("calibration", "validation")
@@ -121,7 +121,7 @@ def ours(name: str, sparsity: float, work: Path, scale: int) -> Row:
     elif name != FAST:
         overrides += [f"search.trials={grid + 1}"]
     sets = [word for override in overrides for word in ("--set", override)]
-    file = name if name == FAST else "smol"
+    file = name if name == FAST else "smol-60"
     command = [sys.executable, "tune.py", "--study", file, "--storage", storage, "--study-name", label, *sets]
     shutil.rmtree(cache_dir("statistics"), ignore_errors=True)
     began, started = datetime.now(), perf_counter()
@@ -173,7 +173,7 @@ def _work(study: optuna.Study, label: str, storage: str, scale: int) -> tuple[st
 
 
 def _tokens(scale: int) -> tuple[int, int]:
-    found = load("smol").study.texts
+    found = load("smol-60").study.texts
     assert found is not None
     calibration, search = (scale * (text.nsamples or 0) * text.seqlen for text in (found.calibration, found.validation))
     return calibration, search
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--rows", nargs="+", default=["paper", *LEVERS], choices=["paper", *LEVERS])
-    parser.add_argument("--scale", type=int, default=1, help="times smol's texts to calibrate on and to search on")
+    parser.add_argument("--scale", type=int, default=1, help="times smol-60's texts to calibrate on and to search on")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

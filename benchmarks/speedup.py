@@ -125,7 +125,7 @@ def smol(percent: int, watch: EventHandler) -> Pair:
     """SmolLM2-135M by Wanda with the same sparsity everywhere."""
     out = cache_dir("sparse") / f"smol-{percent}"
     if not out.is_dir():
-        prune_study(load("smol", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
+        prune_study(load("smol-60", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
     config = read_config(out / ABOUT)
     return find_pair(config, out / config.folder, out, "cpu", watch, {})
 

@@ -123,8 +123,8 @@ def compare(context: TrialContext, pruner: str, statistics_: str, title: str) ->
 
 
 def smol() -> TrialContext:
-    """The context of the study smol."""
-    file = load("smol")
+    """The context of the study smol-60."""
+    file = load("smol-60")
     texts = {"calibration": file.study.data.calibration, "validation": file.study.data.validation}
     return TrialContext.open(ContextConfig(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 

@@ -75,7 +75,7 @@ def new_study(database: Path | None, name: str = "made-up") -> optuna.Study:
         "fingerprint": {"model.content": "ab" * 32, "texts.validation.content": "cd" * 32, "sparsity": TARGET},
         "sizes": [3_538_944] * BLOCKS,
         "total": 16,
-        "made_from": settings(load("smol", overrides)),
+        "made_from": settings(load("smol-60", overrides)),
         "dense": [2.9 + 0.01 * k for k in range(WINDOWS)],
     }
     for key, value in attributes.items():

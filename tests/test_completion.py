@@ -90,7 +90,7 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
     cases = (
         ("--study smol", [name for name in names if name.startswith("smol")]),
         ("--study=smol-fa", ["smol-fast"]),
-        ("status --study paper-s", ["paper-smol"]),
+        ("status --study paper-s", ["paper-smol-60"]),
         ("sta", ["status"]),
         (
             "--study smol --set search.sa",

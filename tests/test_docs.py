@@ -109,8 +109,8 @@ def check_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("block", [block for block in of_language("toml") if "[project" not in block.text], ids=str)
 def test_study_files_are_read(block: Block) -> None:
-    """A part of a study file stands in `smol`; a model or a text takes the place of its own."""
-    study = tomllib.loads((REPO / "studies/smol.toml").read_text(encoding="utf-8"))
+    """A part of a study file stands in `smol-60`; a model or a text takes the place of its own."""
+    study = tomllib.loads((REPO / "studies/smol-60.toml").read_text(encoding="utf-8"))
     table = tomllib.loads(block.text)
     if "images" in table:
         del study["texts"]

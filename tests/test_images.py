@@ -771,7 +771,7 @@ def test_what_the_papers_protocol_for_images_refuses(overrides: list[str], said:
 
 def test_a_study_of_texts_has_another_protocol() -> None:
     with pytest.raises(UserError, match="protocol: paper-images is of image classifiers, and this study has texts"):
-        load("paper-smol", ["protocol=paper-images"])
+        load("paper-smol-60", ["protocol=paper-images"])
 
 
 @pytest.mark.parametrize("name", ["fashion", "imagenet-vit"])

@@ -162,7 +162,7 @@ def test_changes_are_those_of_the_report_text(found: optuna.Study) -> None:
 def test_the_study_file_can_be_read_again(found: optuna.Study) -> None:
     text = gather(found, NOW).study_file
     assert text is not None
-    expected = settings(load("smol", ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']))["settings"]
+    expected = settings(load("smol-60", ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']))["settings"]
     assert tomllib.loads(text) == expected
     assert 'pruners = ["wanda", "sparsegpt"]' in text
 

@@ -59,7 +59,7 @@ def cache(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def context(smollm2: Path) -> TrialContext:
-    file = load("smol", SHORT)
+    file = load("smol-60", SHORT)
     spec = file.study
     texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
     with pytest.MonkeyPatch.context() as patch:
@@ -77,10 +77,10 @@ def run(*arguments: str | Path) -> str:
 def tuned(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with a short study that has run, and what the command printed."""
     place = tmp_path_factory.mktemp("smol")
-    (place / "smol.toml").write_text((ROOT / "studies" / "smol.toml").read_text())
+    (place / "smol-60.toml").write_text((ROOT / "studies" / "smol-60.toml").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(smollm2))
-        return place, run("--study", place / "smol.toml", "--trials", "2", *settings(*SHORT))
+        return place, run("--study", place / "smol-60.toml", "--trials", "2", *settings(*SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def sparse(tuned: tuple[Path, str], smollm2: Path) -> Path:
     place = tuned[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(smollm2))
-        run("apply", "--config", place / "smol.best.json", "--out", place / "sparse")
+        run("apply", "--config", place / "smol-60.best.json", "--out", place / "sparse")
     return place / "sparse"
 
 
@@ -157,7 +157,7 @@ def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.Monke
     """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
     for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
-    found = foresee(load("smol", [*SHORT, "device=cpu"]), "smol", ignore_events)
+    found = foresee(load("smol-60", [*SHORT, "device=cpu"]), "smol-60", ignore_events)
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})
     list(context.prune(plan))  # what is measured once is not a trial's
     record = Record(context)
@@ -169,11 +169,11 @@ def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.Monke
 
 def test_the_grid_of_the_paper_equals_prune(tmp_path: Path) -> None:
     """A β of a paper-protocol study, against a command of its own that loads and prunes once."""
-    path = tmp_path / "paper-smol.toml"
-    path.write_text((ROOT / "studies" / "paper-smol.toml").read_text())
+    path = tmp_path / "paper-smol-60.toml"
+    path.write_text((ROOT / "studies" / "paper-smol-60.toml").read_text())
     overrides = [word for key in (*SHORT[:5], "search.step=0.027") for word in ("--set", key)]
     run("--study", str(path), *overrides)
-    trials = optuna.load_study(study_name="paper-smol", storage=storage_in(tmp_path / "paper-smol.db")).trials
+    trials = optuna.load_study(study_name="paper-smol-60", storage=storage_in(tmp_path / "paper-smol-60.db")).trials
     trial = max(trials, key=lambda trial: trial.params["beta"])
     assert sorted(trial.params["beta"] for trial in trials) == [0.0, 0.027]
     printed = run("prune", "--study", str(path), "--beta", "0.027", *overrides)
@@ -183,7 +183,7 @@ def test_the_grid_of_the_paper_equals_prune(tmp_path: Path) -> None:
 def test_from_study_to_sparse_checkpoint(tuned: tuple[Path, str], sparse: Path) -> None:
     place, printed = tuned
     assert "[2/2]" in printed and "| wanda + uniform " in printed
-    best = json.loads((place / "smol.best.json").read_text())
+    best = json.loads((place / "smol-60.best.json").read_text())
     assert_zeros(sparse, best["block_sparsities"])
     assert_perplexity(sparse, best)
 
@@ -220,7 +220,7 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
 def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: TrialContext, tmp_path: Path) -> None:
     """A task that the dense model solves better than uniform, which is here the configuration too: scored once."""
     config = tmp_path / "uniform.json"
-    run("export", "--study", tuned[0] / "smol.toml", "--trial", "0", "--out", config)
+    run("export", "--study", tuned[0] / "smol-60.toml", "--trial", "0", "--out", config)
     make_tasks(tmp_path / "tasks", ITEMS)
     run("evaluate", "--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
     found = read_config(config).zero_shot
