@@ -1,6 +1,6 @@
 """Perplexity with and without refinement, for pruners, rounds of swaps, steps and sizes of the calibration text.
 
-    python benchmarks/refinement.py                                            SmolLM2-135M at 60 %, the texts of `smol-60`
+    python benchmarks/refinement.py                                         SmolLM2-135M at 60 %, the texts of `smol-60`
     python benchmarks/refinement.py --set model.source=FILE.gguf               another model
     python benchmarks/refinement.py --pruners wanda --swaps 0 20 --steps 0 5   with swaps in the masks, and without
     python benchmarks/refinement.py --nsamples 16 64 --allocation prices --parameter kappa=0.776

@@ -162,7 +162,8 @@ def test_changes_are_those_of_the_report_text(found: optuna.Study) -> None:
 def test_the_study_file_can_be_read_again(found: optuna.Study) -> None:
     text = gather(found, NOW).study_file
     assert text is not None
-    expected = settings(load("smol-60", ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']))["settings"]
+    overrides = ['prune.pruners=["wanda", "sparsegpt"]', 'allocation=["atp", "owl"]']
+    expected = settings(load("smol-60", overrides))["settings"]
     assert tomllib.loads(text) == expected
     assert 'pruners = ["wanda", "sparsegpt"]' in text
 
