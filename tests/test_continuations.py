@@ -24,6 +24,7 @@ from atp_tune.metrics.continuations import NAMES, PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.summary import summarise
+from atp_tune.results.trials import allocation_of, best_of_each
 from atp_tune.search import continuations, scoring
 from atp_tune.spec.config import read_config
 from atp_tune.storage import progress
@@ -33,6 +34,7 @@ ASKED = f"continuations.tokens={TOKENS}"
 FOUND = Continuations(
     prompts=("One | two", "three"), tokens=5, dtype="float32", dense=("a\n\nb", "c"),
     uniform=("\x1b[31md :smile:", "e"), best=("<b>f</b>", "g"),
+    others={"row-prices": ("h", "i")},
 )  # fmt: skip
 
 
@@ -60,14 +62,17 @@ def by_hand(place: Path, prompt: str, sparsities: list[float] | None) -> str:
 
 @pytest.mark.slow
 def test_a_study_ends_with_what_its_models_write(place: Path) -> None:
-    study = run(place, ASKED, "allocation.beta=[0.0, 0.02]")
-    best = progress.best_trial(study)
-    assert best
-    found = texts_of(place)
+    """Dense, uniform, and the best of each allocation; it was the best of all alone."""
+    study = run(place, ASKED, "allocation.beta=[0.0, 0.02]", 'allocation.names=["atp", "alphapruning"]')
+    found, ranked = texts_of(place), {allocation_of(trial): trial for trial in best_of_each(study)}
     assert found
     assert found.prompts == PROMPTS
-    sparsities = {"dense": None, "uniform": [0.6] * 4, "best": best.user_attrs["sparsities"]}
-    for name in NAMES:
+    ranked["best"] = ranked.pop(next(iter(ranked)))
+    assert {*found.names} == {"dense", "uniform", *ranked}
+    assert found.others
+    sparsities = {"dense": None, "uniform": [0.6] * 4}
+    sparsities |= {name: trial.user_attrs["sparsities"] for name, trial in ranked.items()}
+    for name in found.names:
         assert list(found.of(name)) == [by_hand(place, prompt, sparsities[name]) for prompt in PROMPTS], name
     assert read_config(place / "tiny.best.json").continuations == found
 
@@ -163,7 +168,7 @@ def test_a_model_of_other_inputs_says_nothing() -> None:
     class Context:
         inputs = "pixels"
 
-    work = continuations.StudyContinuations(Context(), PROMPTS, TOKENS)  # type: ignore[arg-type]
+    work = continuations.StudyContinuations(Context(), PROMPTS, TOKENS, NAMES)  # type: ignore[arg-type]
     assert work.wanted == ()
     assert list(work.follow("best", [(0, {})])) == [(0, {})]
     work.say("best")
@@ -253,16 +258,16 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
 @pytest.mark.parametrize(("is_terminal", "width"), [(True, 80), (False, 200)])
 def test_one_below_the_other(is_terminal: bool, width: int, shown: Callable[[bool, int], str]) -> None:
     assert shown(is_terminal, width) == (
-        "\nOne | two …\n  dense    a ↵ b\n  uniform  \\x1b[31md :smile:\n  best     <b>f</b>\n"
-        "\nthree …\n  dense    c\n  uniform  e\n  best     g\n"
+        "\nOne | two …\n  dense      a ↵ b\n  uniform    \\x1b[31md :smile:\n  row-prices h\n  best       <b>f</b>\n"
+        "\nthree …\n  dense      c\n  uniform    e\n  row-prices i\n  best       g\n"
         "\ngreedy, without a chat template, at most 5 tokens, in float32; ↵: a line break\n\n"
     )
 
 
 def test_side_by_side(shown: Callable[[bool, int], str]) -> None:
-    lines = [line.split() for line in shown(True, 120).splitlines()]
-    assert ["dense", "uniform", "best"] in lines
-    assert ["a", "↵", "b", "\\x1b[31md", ":smile:", "<b>f</b>"] in lines
+    lines = [line.split() for line in shown(True, 140).splitlines()]
+    assert ["dense", "uniform", "row-prices", "best"] in lines
+    assert ["a", "↵", "b", "\\x1b[31md", ":smile:", "h", "<b>f</b>"] in lines
 
 
 @pytest.mark.parametrize("kind", few(["html", "md", "json"], ["md", "json"]))
@@ -285,9 +290,9 @@ def test_in_reports(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return
     assert "Continuations" not in before
     expected = {
-        "md": "| One \\| two | a ↵ b | \\\\x1b\\[31md :smile: | \\<b\\>f\\</b\\> |",
+        "md": "| One \\| two | a ↵ b | \\\\x1b\\[31md :smile: | h | \\<b\\>f\\</b\\> |",
         "html": '<td class="word">One | two</td><td class="word">a ↵ b</td><td class="word">\\x1b[31md :smile:</td>'
-        '<td class="word">&lt;b&gt;f&lt;/b&gt;</td>',
+        '<td class="word">h</td><td class="word">&lt;b&gt;f&lt;/b&gt;</td>',
     }
     assert expected[kind] in after
     assert "<b>f" not in after.replace("\\<b", "")

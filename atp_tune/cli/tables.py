@@ -44,7 +44,7 @@ from atp_tune.spec.config import Scores
 from atp_tune.spec.studyfile import StudyFile
 
 MARK = " ←"  # at the best of several points
-WIDE_ENOUGH = 100  # columns for three texts side by side
+WIDE_ENOUGH = 33  # columns for each of the texts side by side
 
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
@@ -75,7 +75,8 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
 
 def show_continuations(found: Continuations) -> None:
     """Prints what each model makes of each prompt: side by side on a wide terminal, else one below the other."""
-    is_wide = console.is_terminal and console.width >= WIDE_ENOUGH
+    is_wide = console.is_terminal and console.width >= WIDE_ENOUGH * len(found.names)
+    width = max(8, *map(len, found.names))
     for prompt, texts in found.rows():
         console.print(f"\n{in_one_line(prompt)} …", style="bold")
         if is_wide:
@@ -84,7 +85,7 @@ def show_continuations(found: Continuations) -> None:
             console.print(side_by_side, soft_wrap=False)
         else:
             for name, text in texts.items():
-                console.print(f"  {name:<8} {in_one_line(text)}")
+                console.print(f"  {name:<{width}} {in_one_line(text)}")
     console.print(f"\n{continuations_note(found)}\n", style="dim")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.continuations import NAMES, ModelName
+from atp_tune.metrics.continuations import NAMES
 
 COUNT = 10  # images
 SIDE = 64  # pixels of the longer side, at most
@@ -38,6 +38,6 @@ class Answers(FrozenModel):
             raise ValueError("not one label, one index and one answer of each model for each picture")
         return self
 
-    def of(self, name: ModelName) -> tuple[ImageAnswer, ...]:
+    def of(self, name: str) -> tuple[ImageAnswer, ...]:
         """The answers of a model."""
         return {"dense": self.dense, "uniform": self.uniform, "best": self.best}[name]

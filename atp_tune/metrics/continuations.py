@@ -1,7 +1,7 @@
 """Greedy continuations of prompts by the dense and the pruned models, as stored in a configuration and on a study."""
 
 from collections.abc import Iterator
-from typing import Literal, Self, get_args
+from typing import Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -14,13 +14,13 @@ PROMPTS = (
     "Once upon a time there was a little",
     "To make a cup of tea you first",
 )
-ModelName = Literal["dense", "uniform", "best"]
-NAMES: tuple[ModelName, ...] = get_args(ModelName)
+NAMES = ("dense", "uniform", "best")
 
 
 class Continuations(FrozenModel):
     """What dense, uniform with the same pruner, and best make of each prompt, in the order of `prompts`.
 
+    `others`: the same of the best plan of each other allocation, by its name.
     `tokens`: the most that were generated. Fewer if a model ends its text. Prompts are continued as they are, without a
     chat template.
     """
@@ -31,18 +31,24 @@ class Continuations(FrozenModel):
     dense: tuple[str, ...]
     uniform: tuple[str, ...]
     best: tuple[str, ...]
+    others: dict[str, tuple[str, ...]] = Field({}, max_length=100)
 
     @model_validator(mode="after")
     def _as_many(self) -> Self:
-        if any(len(self.of(name)) != len(self.prompts) for name in NAMES):
+        if any(len(self.of(name)) != len(self.prompts) for name in self.names):
             raise ValueError("not one continuation for each prompt")
         return self
 
-    def of(self, name: ModelName) -> tuple[str, ...]:
-        """The continuations of a model."""
-        return {"dense": self.dense, "uniform": self.uniform, "best": self.best}[name]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models, the best last."""
+        return "dense", "uniform", *self.others, "best"
 
-    def rows(self) -> Iterator[tuple[str, dict[ModelName, str]]]:
+    def of(self, name: str) -> tuple[str, ...]:
+        """The continuations of a model."""
+        return {**self.others, "dense": self.dense, "uniform": self.uniform, "best": self.best}[name]
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Each prompt with its continuation by each model."""
         for index, prompt in enumerate(self.prompts):
-            yield prompt, {name: self.of(name)[index] for name in NAMES}
+            yield prompt, {name: self.of(name)[index] for name in self.names}

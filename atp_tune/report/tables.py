@@ -13,7 +13,7 @@ from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
 from atp_tune.metrics.accuracy import Gain
-from atp_tune.metrics.continuations import NAMES, Continuations
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed, spread
 from atp_tune.report.contents import Contents
 from atp_tune.results import amounts
@@ -147,7 +147,7 @@ def zero_shot_note(found: ZeroShot) -> str:
 def continuations(found: Continuations) -> ReportTable:
     """What each model makes of each prompt."""
     rows = [tuple(map(in_one_line, (prompt, *texts.values()))) for prompt, texts in found.rows()]
-    return ReportTable(("prompt", *NAMES), rows, tuple(range(len(NAMES) + 1)))
+    return ReportTable(("prompt", *found.names), rows, tuple(range(len(found.names) + 1)))
 
 
 def speed(found: Speed) -> ReportTable:

@@ -16,7 +16,7 @@ from atp_tune.events import Message
 from atp_tune.inputs.images import Images
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
-from atp_tune.metrics.continuations import NAMES, ModelName
+from atp_tune.metrics.continuations import NAMES
 from atp_tune.scores.evaluation import Block, passing
 from atp_tune.search.context import TrialContext
 
@@ -34,17 +34,17 @@ class StudyAnswers:
         self._images: Images = context.items(role)[:COUNT]
         config = model_config(context.folder.path, context.folder.trusted)
         self._names = {index: str(name)[:100] for index, name in config.id2label.items()}
-        self._answers: dict[ModelName, tuple[ImageAnswer, ...]] = {}
+        self._answers: dict[str, tuple[ImageAnswer, ...]] = {}
         self._states: Tensor | None = None
         self._is_left_out = False
 
     @property
-    def wanted(self) -> tuple[ModelName, ...]:
+    def wanted(self) -> tuple[str, ...]:
         """The models that have not answered yet; none where all is left out."""
         return () if self._is_left_out else tuple(name for name in NAMES if name not in self._answers)
 
     @torch.inference_mode()
-    def follow(self, name: ModelName | None, blocks: Iterable[Block]) -> Iterator[Block]:
+    def follow(self, name: str | None, blocks: Iterable[Block]) -> Iterator[Block]:
         """Yields the blocks of a model after the images have gone through them, if it is wanted."""
         self._states = None
         if name not in self.wanted:
@@ -55,7 +55,7 @@ class StudyAnswers:
         self._states = states[0]
 
     @torch.inference_mode()
-    def say(self, name: ModelName | None) -> None:
+    def say(self, name: str | None) -> None:
         """Keeps the answers of the model whose blocks have passed by, if it is wanted."""
         states, self._states = self._states, None
         if name is None or states is None:
@@ -72,7 +72,7 @@ class StudyAnswers:
             ImageAnswer(name=self._name(index), index=index, probability=min(1.0, value)) for index, value in found
         )
 
-    def repeat(self, name: ModelName, other: ModelName) -> None:
+    def repeat(self, name: str, other: str) -> None:
         """Copies the answers of an equal model."""
         if other in self._answers:
             self._answers[name] = self._answers[other]

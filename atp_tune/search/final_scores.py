@@ -15,12 +15,12 @@ import optuna
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import alone_with
 from atp_tune.events import TrialStarted
-from atp_tune.metrics.continuations import PROMPTS, ModelName
+from atp_tune.metrics.continuations import NAMES, PROMPTS
 from atp_tune.plan import Plan
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import fits_anew, undrawn, unreported
-from atp_tune.results.trials import allocation_of, uniform_of
+from atp_tune.results.trials import allocation_of, best_of_each, is_uniform, uniform_of
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint, progress
@@ -106,7 +106,10 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
 
 
 class _Texts:
-    """Continuations by dense, uniform and best, or answers on images, stored on the study once all three are there."""
+    """Continuations by dense, uniform and the best of each allocation, stored on the study once all of them are there.
+
+    Of an image classifier answers on images, by dense, uniform and the best of all.
+    """
 
     def __init__(self, run: "StudyRun", study: optuna.Study, context: "TrialContext", is_missing: bool) -> None:
         """`is_missing`: numbers on the test text are; else the study ended without these texts, or has them."""
@@ -115,12 +118,16 @@ class _Texts:
         self._run, self._study, self._context = run, study, context
         self._best, self._uniform = best, uniform
         is_wanted = bool(is_missing and best and uniform and not self._known())
-        self.work = _work(run, context, is_wanted, (*PROMPTS, *asked.prompts))
-        self._names: dict[str, ModelName] = {"dense": "dense"}
+        self._names = {"dense": "dense"}
         if best and uniform:
+            ranked = [] if run.file.study.interval else best_of_each(study)
+            others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
+            self._names |= {row: name for row, name in others.items() if name not in NAMES}
             self._names |= {str(best.number): "best", str(uniform.number): "uniform"}
+        names = (*dict.fromkeys((*NAMES, *self._names.values())),)
+        self.work = _work(run, context, is_wanted, (*PROMPTS, *asked.prompts), names)
 
-    def name(self, row: str) -> ModelName | None:
+    def name(self, row: str) -> str | None:
         """The model of a row of the test text, if it is to continue the prompts."""
         return self._names.get(row)
 
@@ -152,7 +159,7 @@ class _Texts:
 
 
 def _work(
-    run: "StudyRun", context: "TrialContext", is_wanted: bool, prompts: Sequence[str]
+    run: "StudyRun", context: "TrialContext", is_wanted: bool, prompts: Sequence[str], names: Sequence[str]
 ) -> "StudyContinuations | StudyAnswers":
     """What collects continuations or answers between the final scores; nothing unless it `is_wanted`."""
     from atp_tune.search.answers import StudyAnswers
@@ -161,7 +168,7 @@ def _work(
     study = run.file.study
     if study.images is not None and is_wanted and study.continuations.tokens:
         return StudyAnswers(context, "validation" if study.images.test is None else "test")
-    return StudyContinuations(context, prompts, study.continuations.tokens if is_wanted else 0)
+    return StudyContinuations(context, prompts, study.continuations.tokens if is_wanted else 0, names)
 
 
 def _measure(

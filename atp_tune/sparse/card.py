@@ -259,7 +259,7 @@ def _tasks(config: Config) -> Iterator[dict[str, Any]]:
 def _continuations(config: Config) -> Iterator[list[str]]:
     """Each prompt and what dense, uniform and this model make of it."""
     for prompt, said in config.continuations.rows() if config.continuations else ():
-        yield [escaped(in_one_line(text)) for text in (prompt, *said.values())]
+        yield [escaped(in_one_line(text)) for text in (prompt, *(said[name] for name in MODELS))]
 
 
 def _results(config: Config) -> Iterator[EvalResult]:
