@@ -1,7 +1,8 @@
 """The study of a model that comes without a study file: a preset says how much is measured, a choice on which texts.
 
-Presets are sizes that the shipped studies were run with: quick is `smol`'s on a CPU in minutes, thorough is the setup
-of the papers (128 calibration windows of 2048 tokens, the whole of WikiText-2).
+Quick is a first answer: about 3 minutes of two cores for a model of 135M parameters, with one draw of the calibration
+text and no training. Thorough is the setup of the papers (128 calibration windows of 2048 tokens, the whole of
+WikiText-2).
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ class Preset:
     """Sizes of a study: windows of each text (None: all of it), at most `seqlen` tokens each, draws and trials.
 
     Over an interval of sparsities: `screened` points on a part of the validation text, of which `confirmed` sparsities
-    are measured in full.
+    are measured in full; within a limit at most `limited` trials, with prices alone after a screening if
+    `screens_prices`: else κ is 1. `recovers`: the best plan's kept weights are trained.
     """
 
     trials: int
@@ -34,7 +36,10 @@ class Preset:
     test: int | None
     screened: int
     confirmed: int = 8
+    limited: int = 12
+    screens_prices: bool = True
     draws: int = 3
+    recovers: bool = True
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -43,14 +48,25 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(trials=12, seqlen=512, calibration=16, validation=16, test=24, screened=24),
+    "quick": Preset(
+        trials=8,
+        seqlen=512,
+        calibration=16,
+        validation=16,
+        test=24,
+        screened=12,
+        confirmed=5,
+        limited=6,
+        screens_prices=False,
+        draws=1,
+        recovers=False,
+    ),
     "balanced": Preset(trials=20, seqlen=2048, calibration=64, validation=64, test=None, screened=36),
     "thorough": Preset(trials=40, seqlen=2048, calibration=128, validation=None, test=None, screened=48, confirmed=10),
 }
 RECOVERED = 256  # tokens per window, at most, on which kept weights are trained, see docs/finetune.md
 WORTH_TRAINING = 0.25  # increase of perplexity by pruning from which on training takes off 8 % at least, as measured
 STRIDE = 4  # every so many-th validation window is screened
-LIMITED_TRIALS = 12  # of a search for the sparsest plan within a limit, at most: it ends when it has found the plan
 _C4: dict[str, dict[str, Any]] = {
     "calibration": {"source": "c4", "split": "train", "sampling": "random"},
     "validation": {"source": "c4", "split": "validation", "part": (0.0, 0.5)},
@@ -122,20 +138,23 @@ def _has_documents(source: str, base: Path) -> bool:
         return False
 
 
-def search_over_interval(preset: Preset, windows: int | None, limit: Limit | None) -> dict[str, Any]:
+def search_over_interval(
+    preset: Preset, windows: int | None, limit: Limit | None, by_prices: bool = False
+) -> dict[str, Any]:
     """The table `search` of a study over an interval of sparsities, with or without a limit.
 
-    `windows`: of the validation text, None if their number is not known. UserError if there is one only: at least two
-    are screened, for an error.
+    `windows`: of the validation text, None if their number is not known; `by_prices`: Wanda by prices alone. UserError
+    if there is one window only: at least two are screened, for an error.
     """
     if windows == 1:
         raise UserError("texts.validation: has one window, and an interval of sparsities needs two; give a longer text")
     stride = STRIDE if windows is None else min(STRIDE, windows // 2)
+    screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
     return {
         "objective": ["kl"] if limit and "max_kl" in limit else ["perplexity"],
         "sampler": "tpe",
-        "screen": {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride},
-        **({"trials": LIMITED_TRIALS} if limit else {}),
+        **({} if limit and by_prices and not preset.screens_prices else {"screen": screen}),
+        **({"trials": preset.limited} if limit else {}),
     }
 
 

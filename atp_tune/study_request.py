@@ -30,6 +30,7 @@ from atp_tune.presets import (
 from atp_tune.pruners import PRUNERS
 from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.texts import MEMORY
+from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
     S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
-    of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan,
-    where that can be done. UserError at the start for a wish that nothing can
-    meet.
+    of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan.
+    UserError at the start for a wish that nothing can meet.
     """
 
     source: str
@@ -57,7 +57,7 @@ class StudyRequest:
     allocations: tuple[str, ...] = ()
     texts: str | Mapping[str, str] | None = None
     limit: Limit | None = None
-    recover: bool = True
+    recover: bool | None = None
 
     def __post_init__(self) -> None:
         for option, names, known in (
@@ -73,7 +73,10 @@ class StudyRequest:
 
     @property
     def name(self) -> str:
-        """The name of the study: of the model, the sparsity or its interval in percent, and each wish."""
+        """The name of the study: of the model, the sparsity or its interval in percent, and each wish.
+
+        A limit stands without the interval that is searched by default.
+        """
         model = self.source.removeprefix("pypi:").partition("==")[0]
         path = Path(model)
         stem = path.stem if path.suffix == ".gguf" else path.absolute().name
@@ -81,7 +84,7 @@ class StudyRequest:
         limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
         parts = [
             stem,
-            in_percent(self.sparsity),
+            None if limit and self.sparsity == WHOLE_INTERVAL else in_percent(self.sparsity),
             *limit,
             self.preset,
             *map(short_name, [*self.pruners, *self.allocations]),
@@ -143,7 +146,7 @@ class StudyRequest:
             "allocation": {"names": list(allocations := self._allocations(folder, notify))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts, allocations),
-            **self._recovery(texts),
+            **(self._recovery(texts) if self._recovers(PRESETS[preset]) else {}),
         }
         try:
             return Study.model_validate(settings)
@@ -162,18 +165,22 @@ class StudyRequest:
         notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
         return ("atp",)
 
+    def _recovers(self, preset: Preset) -> bool:
+        """Whether the best plan is trained; never that of a front, whose points would not compare with it."""
+        is_front = isinstance(self.sparsity, tuple) and not self.limit
+        return not is_front and (preset.recovers if self.recover is None else self.recover)
+
     def _recovery(self, texts: Mapping[str, Any]) -> dict[str, Any]:
-        """The table `recover`; none over an interval without a limit, which has no best plan."""
-        if not self.recover or (isinstance(self.sparsity, tuple) and not self.limit):
-            return {}
+        """The table `recover`."""
         seqlen = min(RECOVERED, texts["validation"]["seqlen"])
         return {"recover": {"seqlen": seqlen, "min_increase": WORTH_TRAINING}}
 
     def _search(self, preset: Preset, texts: Mapping[str, Any], allocations: tuple[str, ...]) -> dict[str, Any]:
+        is_alone = allocations == PRICES and len(self.pruners) < 2
         if not isinstance(self.sparsity, tuple):
-            is_alone = allocations == PRICES and len(self.pruners) < 2
             return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
-        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit)
+        by_prices = is_alone and self.pruners in ((), ("wanda",))
+        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit, by_prices)
 
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
         choice = usual_texts(notify) if self.texts is None else self.texts

@@ -82,14 +82,19 @@ def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) ->
     assert best.params["sparsity"] in [trial.params["sparsity"] for trial in uniform]
 
 
-def test_without_a_model_it_halves_the_bracket() -> None:
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_without_a_model_the_log_of_the_increase_is_linear(limit: dict[str, float]) -> None:
+    """A search without a screening tried uniform alone, and halved its bracket: 101 levels are 7 halvings."""
     space = space_over()
-    study = searched(space, {"max_increase": 0.2}, Surrogate(space, [], 0))
+    study = searched(space, limit, Surrogate(space, [], 0))
     best = best_trial(study)
     assert best is not None
-    inside = [level for level in space.levels(101) if shifted(level, 0) <= 2.8 + math.log(1.2)]
+    worst = math.log(limit.get("max_perplexity") or math.exp(2.8) * (1 + limit["max_increase"]))
+    shares = [0.0, space.starts()[0]["beta"]]
+    inside = [level for level in space.levels(101) if min(shifted(level, share) for share in shares) <= worst]
     assert best.params["sparsity"] == max(inside)
-    assert len(study.trials) <= 9  # 101 levels are 7 halvings
+    assert study.trials[0].params["beta"] == shares[1] > 0
+    assert len(study.trials) <= (9 if best.params["beta"] == 0 else 6)  # 9: uniform is better, and is searched anew
 
 
 def test_prices_within_a_limit() -> None:

@@ -24,7 +24,7 @@ from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.studyfile import load
 from atp_tune.spec.texts import Text
-from atp_tune.spec.typed import goal, parse_limit, parse_sparsity
+from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.spec.writing import write_study
 from atp_tune.storage.progress import best_trial, counted, excess_of
 from atp_tune.study_request import StudyRequest
@@ -43,7 +43,7 @@ def here(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.slow
 def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
-    words = ("Tiny_Llama", "--sparsity", "0.5", "--texts", "own.txt", *QUICK)
+    words = ("Tiny_Llama", "--sparsity", "0.5", "--texts", "own.txt", "--recover", *QUICK)
     answer = command(*words)
     assert (answer.code, answer.err) == (0, "")
     name = "tiny_llama-50-quick-own"
@@ -51,7 +51,7 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert "[2/2]" in answer.out
     best = json.loads((here / "studies" / f"{name}.best.json").read_text())
     assert best["sparsity"]["target"] == 0.5
-    assert best["recovered"]["settings"]["seqlen"] == 256  # of the default [recover]
+    assert best["recovered"]["settings"]["seqlen"] == 256  # of the usual [recover]
     assert "rained after pruning: " in answer.out
     study = load(name).study
     assert study.recover == RecoverConfig(seqlen=256, min_increase=0.25)
@@ -76,7 +76,7 @@ def test_prices_are_not_for_experts(here: Path) -> None:
     for source in ("Tiny_Llama", "Mixture"):
         study = StudyRequest(source, 0.5, texts="own.txt").study("x", "cpu", {}, said.append)
         allocations.append((*study.allocation.names, study.search.trials))
-    assert allocations == [("row-prices", 6), ("atp", 12)]
+    assert allocations == [("row-prices", 4), ("atp", 8)]
     assert [line for line in said if "experts" in line] == [
         "the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)"
     ]
@@ -86,9 +86,10 @@ def test_prices_are_not_for_experts(here: Path) -> None:
 def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     answer = command("Tiny_Llama", "--texts", "own.txt", "--preset", "quick", "--dry-run", "--device", "cpu")
     assert (answer.code, answer.err) == (0, "")
-    assert "sparsity = 0.6" in answer.out
+    assert "sparsity = [0.2, 0.7]" in answer.out and "max_increase = 0.1" in answer.out
+    assert "[recover]" not in answer.out and "\ndraws = " not in answer.out
     assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
-    assert "6 trials" in answer.out
+    assert "at most 6 trials, " in answer.out
     assert not (here / "studies").exists()
 
 
@@ -104,14 +105,14 @@ def test_a_model_that_cannot_be_pruned_leaves_no_file(here: Path, command: Comma
 @pytest.mark.slow
 def test_the_packaged_text_without_a_network(here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    answer = command("./Tiny_Llama", "--device", "cpu", "--no-recover", *QUICK)
+    answer = command("./Tiny_Llama", "--device", "cpu", *QUICK)
     assert (answer.code, answer.err) == (0, "")
     assert (
         "texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)" in answer.out
     )
     assert "\ntexts: parts of the Python manual\n" in answer.out  # below the table
-    assert load("tiny_llama-60-quick").study.recover is None
-    assert load("tiny_llama-60-quick").study.texts.test.source == "package:pydoc_data.topics:topics"  # type: ignore[union-attr]
+    assert load("tiny_llama-max-increase-10-quick").study.recover is None
+    assert load("tiny_llama-max-increase-10-quick").study.texts.test.source == "package:pydoc_data.topics:topics"  # type: ignore[union-attr]
 
 
 def error(answer: Answer, folder: Path) -> str:
@@ -232,7 +233,8 @@ def test_another_interval_or_limit_of_the_same_name(here: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "limit", "expected"),
     [
-        ("quick", None, ("perplexity", 24, 8, None)),
+        ("quick", None, ("perplexity", 12, 5, None)),
+        ("quick", {"max_increase": 0.1}, ("perplexity", 6)),  # κ is 1
         ("balanced", {"max_perplexity": 20}, ("perplexity", 36, 8, 12)),
         ("thorough", {"max_kl": 0.1}, ("kl", 48, 10, 12)),
     ],
@@ -243,11 +245,14 @@ def test_the_search_over_an_interval(
     request = StudyRequest("Tiny_Llama", (0.1, 0.9), preset, texts="own.txt", limit=limit)
     study = request.study("a", "cpu", {}, lambda _: None)
     search, screen = study.search, study.search.screen
-    assert screen is not None
-    assert (*search.objective, screen.trials, screen.confirm, search.trials) == expected
-    assert (search.sampler, screen.stride, study.sparsity) == ("tpe", 4, (0.1, 0.9))
+    screened = (screen.trials, screen.confirm) if screen else ()
+    assert (*search.objective, *screened, search.trials) == expected
+    assert (search.sampler, screen.stride if screen else 4, study.sparsity) == ("tpe", 4, (0.1, 0.9))
     assert (study.limit.given if study.limit else None) == limit
-    assert study.texts.calibration.draws == 3
+    is_quick = preset == "quick"
+    assert (study.texts.calibration.draws, study.recover is None) == (1 if is_quick else 3, is_quick)
+    other = replace(request, allocations=("atp",), recover=True).study("a", "cpu", {}, lambda _: None)
+    assert (other.search.screen is None, other.recover is None) == (False, limit is None)
 
 
 @pytest.mark.parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])
@@ -294,10 +299,10 @@ LIMITED = ("--no-recover", "--texts", "own.txt", "--preset", "quick", "--set",
 @pytest.mark.slow
 def test_the_sparsest_plan_within_a_limit(here: Path, command: CommandLine) -> None:
     words = ("Tiny_Llama", "--max-increase", "5%", *LIMITED)
-    assert "at most 12 trials after 8 trials of screening" in command(*words, "--dry-run").out
+    assert "at most 6 trials after 8 trials of screening" in command(*words, "--dry-run").out
     answer = command(*words)
     assert (answer.code, answer.err) == (0, "")
-    name = "tiny_llama-10..90-max-increase-5-quick-own"
+    name = "tiny_llama-max-increase-5-quick-own"
     study = stored(here, name, here / "studies" / f"{name}.db")
     best = best_trial(study)
     assert best is not None and excess_of(study, best) <= 0
@@ -318,7 +323,7 @@ def test_a_limit_that_nothing_meets(here: Path, command: CommandLine) -> None:
     words = ("Tiny_Llama", "--max-perplexity", "1.5", *LIMITED)
     answer = command(*words)
     assert (answer.code, answer.err) == (0, "")
-    name = "tiny_llama-10..90-max-perplexity-1.5-quick-own"
+    name = "tiny_llama-max-perplexity-1.5-quick-own"
     study = stored(here, name, here / "studies" / f"{name}.db")
     best, excesses = best_trial(study), [excess_of(study, trial) for trial in study.trials]
     assert best is not None and excess_of(study, best) == min(excesses) > 0
@@ -356,7 +361,7 @@ def test_a_limit_of_accuracy(here: Path, command: CommandLine, monkeypatch: pyte
     assert "is not run; read it, then allow it with --trust-plugins" in command(*words).error
     answer = command(*words, "--trust-plugins")
     assert (answer.code, answer.err) == (0, "")
-    name = "tiny_llama-10..90-min-accuracy-far-0.1-quick-own"
+    name = "tiny_llama-min-accuracy-far-0.1-quick-own"
     study = stored(here, name, here / "studies" / f"{name}.db")
     best = best_trial(study)
     assert best is not None
@@ -414,6 +419,7 @@ def test_a_name_says_what_was_asked_for() -> None:
     assert StudyRequest("org/Model", (0.3, 0.805)).name == "model-30..80.5"
     for limit, said in (({"max_increase": 0.07}, "increase-7"), ({"max_kl": 0.1}, "kl-0.1")):
         assert StudyRequest("org/Model", (0.1, 0.9), limit=limit).name == f"model-10..90-max-{said}"
+        assert StudyRequest("org/Model", WHOLE, limit=limit).name == f"model-max-{said}"
 
 
 @pytest.mark.parametrize(
@@ -437,8 +443,9 @@ def test_limits_as_people_type_them() -> None:
         ("max_perplexity", "20", 20.0), ("max_kl", "1e-1", 0.1),
     ):  # fmt: skip
         assert parse_limit(key, text) == value
-        assert goal(None, {key: value}, 0.6) == (0.1, 0.9)
-    assert goal(None, None, 0.6) == 0.6
+        assert goal(None, {key: value}) == (WHOLE, {key: value})
+    assert goal(None, None) == (WHOLE, {"max_increase": 0.1})
+    assert goal("60%", None) == (0.6, None)
 
 
 def test_options_may_come_first(here: Path, command: CommandLine) -> None:

