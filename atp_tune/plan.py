@@ -74,6 +74,9 @@ class Plan:
             return f"{level}{self.pruner} uniform"
         return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
 
+    def __repr__(self) -> str:
+        return f"<Plan {self}, {len(self.sparsities)} blocks>"  # its numbers fill pages
+
 
 def method_in(params: Mapping[str, Any]) -> str:
     """The pruner that a trial's parameters name, or where weights are rounded alone the quantizer; "" without any.

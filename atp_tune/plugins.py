@@ -12,6 +12,8 @@ runs only with a permission that no file can give: `--trust-plugins`.
 Loads no library of its own, and no code of a plug-in unless asked to.
 """
 
+from __future__ import annotations  # help() shows the types as they stand here
+
 import hashlib
 import inspect
 import os

@@ -1,5 +1,7 @@
 """One way to prune one model, from Python: what a run and `export` leave in a JSON file."""
 
+from __future__ import annotations  # help() shows the types as they stand here
+
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -45,12 +47,15 @@ class Configuration:
         self._lender = lender or Lender()
         self._watch = watch  # of a caller with a display; without one calls are quiet, and errors name arguments
 
+    def __repr__(self) -> str:
+        return f"<Configuration {self.config}>"
+
     def write(self, path: str | Path) -> None:
         """Writes the JSON file, which `load_config` and `tune.py apply` read; its paths start at its own folder."""
         out = Path(path).expanduser()
         self.config.seen_from(self._base, out.parent).write(out)
 
-    def apply(self) -> "PreTrainedModel":
+    def apply(self) -> PreTrainedModel:
         """The pruned model in memory; a model of the caller is copied and stays dense."""
         with self._working() as watch:
             return models.pruned(self.config, self._base, self._device, self._lender, self._allowed, watch)
@@ -92,7 +97,7 @@ class Configuration:
                 pack_folder(sparse, out, watch=watch, codes=codes)
         return measured
 
-    def _save(self, out: Path, way: "Way | None", dtype: str | None) -> Perplexity:
+    def _save(self, out: Path, way: Way | None, dtype: str | None) -> Perplexity:
         with self._working() as watch:
             return models.save(
                 self.config, self._base, out, self._device, self._lender, self._allowed, watch, way, dtype
@@ -110,7 +115,7 @@ class Configuration:
             self.save(place / "model")
             return upload(place / "model", repository, private)
 
-    def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> "Continuations":
+    def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> Continuations:
         """What the dense model, uniform with the same pruner, and this configuration make of prompts, greedily.
 
         Each continuation has `tokens` tokens at most.
@@ -122,12 +127,15 @@ class Configuration:
         with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
             return continuations(self.config, self._base, prompts, tokens, device, watch, self._allowed)
 
-    def classify(self, files: str | Path | Sequence[str | Path], *, both: bool = False) -> "tuple[Classified, ...]":
+    def classify(self, files: str | Path | Sequence[str | Path], *, both: bool = False) -> tuple[Classified, ...]:
         """The five most probable classes of each picture by this configuration, pruned in memory.
 
         Args:
             files: Pictures, or one of them.
             both: By the dense model too.
+
+        Returns:
+            One for each picture, in their order.
 
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
@@ -159,6 +167,9 @@ class Configuration:
             limit: Use only the first so many items of each task.
             num_fewshot: Examples before each item; by default none.
             batch: Sequences that are scored at once.
+
+        Returns:
+            The scores of each task, and their means.
         """
         from atp_tune import classification, zeroshot
 
@@ -176,8 +187,8 @@ class Configuration:
 def load_config(
     path: str | Path,
     *,
-    model: "PreTrainedModel | None" = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     texts: object = None,
     device: str = "auto",
     allow_pickle: bool = False,
@@ -195,6 +206,9 @@ def load_config(
         allow_pickle: Read .bin weights, which are pickles and may run code.
         trust_remote_code: Run the Python code that the model's folder holds.
         trust_plugins: Run the Python code of the configuration's plug-ins.
+
+    Returns:
+        `config` with its numbers, and `apply()`, `save()`, `push()`, `generate()`, `evaluate()`.
 
     Raises:
         UserError: If the file is missing or is no configuration.

@@ -183,6 +183,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a model on a text, with its standard error over windows.
 
+    Example: `atp_tune.perplexity(model, tokenizer, texts).value`
+
     Args:
         model: As in `prune`.
         tokenizer: The tokenizer of a model in memory.
@@ -195,6 +197,9 @@ def perplexity(
         progress: Show a bar.
         allow_pickle: Read .bin weights, which are pickles and may run code.
         trust_remote_code: Run the Python code that the model's folder holds.
+
+    Returns:
+        `value` and `stderr`, which `print` shows as 14.22 ± 1.15.
 
     Raises:
         UserError: If an argument, the model or the text is wrong.

@@ -1,5 +1,7 @@
 """What a study found, from Python: `Result`."""
 
+from __future__ import annotations  # help() shows the types as they stand here
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -39,7 +41,7 @@ class Result:
     classifiers also `max_drop`, of accuracy).
     """
 
-    def __init__(self, study: "optuna.Study", file: StudyFile, lender: Lender | None = None) -> None:
+    def __init__(self, study: optuna.Study, file: StudyFile, lender: Lender | None = None) -> None:
         self.study = study
         self._file = file
         self._lender = lender or Lender()
@@ -77,7 +79,7 @@ class Result:
         """
         return rows.frame(rows.points(self.summary))
 
-    def plot(self, figure: str | None = None) -> "go.Figure":
+    def plot(self, figure: str | None = None) -> go.Figure:
         """A Plotly figure: "perplexity", "points", "front", "sparsity", "error" or "seconds".
 
         By default the points of a front, else perplexity against β or by trial. UserError for a figure that the study
@@ -92,7 +94,7 @@ class Result:
             raise UserError(f'plot: the study has no figure "{name}"; it has {has}')
         return drawn[name]
 
-    def configuration(self, *, device: str | None = None, **choice: Any) -> "Configuration":
+    def configuration(self, *, device: str | None = None, **choice: Any) -> Configuration:
         """The configuration of a trial with the methods that make its model: `apply`, `save`, `push` and more."""
         from atp_tune.api.configuration import Configuration
 
@@ -100,7 +102,7 @@ class Result:
         where = device or self._file.study.device
         return Configuration(config, Path(config.folder), where, self._allowed, self._lender)
 
-    def apply(self, *, device: str | None = None, **choice: Any) -> "PreTrainedModel":
+    def apply(self, *, device: str | None = None, **choice: Any) -> PreTrainedModel:
         """The model, pruned, in memory; a model of the caller is copied and stays dense.
 
         UserError if the model is not the study's any more.
@@ -116,7 +118,7 @@ class Result:
         dtype: str | None = None,
         device: str | None = None,
         **choice: Any,
-    ) -> "Perplexity":
+    ) -> Perplexity:
         """Writes the pruned model as a Hugging Face folder with a model card; returns its test perplexity.
 
         The perplexity is measured on the folder as it is on the disk. `packed`: without zeros, and with rounded weights
@@ -208,6 +210,9 @@ def load_study(
         texts: The study's texts, if they lay in memory.
         trust_plugins: Run the code that the study names, of its model too, to prune again.
 
+    Returns:
+        What `tune` returned, or what a running study has found so far.
+
     Raises:
         UserError: If there is no such study, or it has no trials yet.
     """
@@ -225,7 +230,7 @@ def load_study(
     return Result(study_there, replace(file, trusts_plugins=trust_plugins, trusts_model=trusts_model), lender)
 
 
-def _stored(study: str, storage: str | None, name: str | None) -> "tuple[optuna.Study, StudyFile] | None":
+def _stored(study: str, storage: str | None, name: str | None) -> tuple[optuna.Study, StudyFile] | None:
     """A study without a file, and the settings that it was made from."""
     db = opening.open_storage(storage, create=False) if storage else None
     found = opening.find_study(db, name or study) if db else None

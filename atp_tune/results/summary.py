@@ -140,7 +140,7 @@ class Summary:
     training: str = ""
 
     def __repr__(self) -> str:
-        return f"<Summary {self.name}: {self.done} of {self.total} trials, {', '.join(vars(self))}>"
+        return f"<Summary {self.name}: {self.done} of {self.total} trials>"
 
     @property
     def interval(self) -> tuple[float, float] | None:
