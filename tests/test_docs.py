@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from pages import LINK, PAGES, REPO, Block, anchors, blocks, commands, named, prose
 
 import atp_tune
@@ -26,7 +27,8 @@ GROUP: Any = typer.main.get_command(app)
 CODE = [block for path in PAGES for block in blocks(path)]
 SHOWN = [(named(path), words) for path in PAGES for words in commands(path)]
 with (REPO / "pyproject.toml").open("rb") as file:
-    EXTRAS = set(tomllib.load(file)["project"]["optional-dependencies"])
+    PROJECT = tomllib.load(file)["project"]
+EXTRAS = set(PROJECT["optional-dependencies"])
 
 NEEDED = {  # parts of commands, with the extra that they need
     "finetune ": "finetune", "speedup": "speed", "evaluate": "eval", "classify": "images", "png": "png",
@@ -61,6 +63,14 @@ def test_the_figures_of_the_readme_are_those_of_the_measurements() -> None:
             assert f" {figure} " in section.replace("%", "").replace("-", "")
     for figure in re.findall(r"[\d.]+×", text):
         assert figure in speedup
+
+
+def test_the_citation_is_of_this_version() -> None:
+    """In the format that GitHub reads: https://citation-file-format.github.io, version 1.2.0."""
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    told = {"title": "atp_tune", "abstract": PROJECT["description"], "repository-code": PROJECT["urls"]["Homepage"]}
+    told |= {key: PROJECT[key] for key in ("version", "license", "authors")}
+    assert told.items() <= cited.items() and {"cff-version", "message"} < cited.keys()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)

@@ -20,6 +20,7 @@ from pathlib import Path
 def test_it():
     assert {path.suffix for path in Path(os.environ["ATP_TUNE_DIST"]).iterdir()} == {".gz", ".whl"}
 """
+FILES = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore")
 PYTEST = '[tool.pytest.ini_options]\nmarkers = ["slow"]\n'
 CHANGES = "# Changelog\n\n## Unreleased\n\n- Something new.\n\n## 0.0.9 (2026-01-01)\n\n- Something old.\n"
 
@@ -32,7 +33,7 @@ def copy(tmp_path: Path) -> Path:
     place = tmp_path / "copy"
     for name in ("atp_tune", "studies"):
         shutil.copytree(REPO / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore", "scripts/release"):
+    for name in (*FILES, "CITATION.cff", "scripts/release"):
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, place / name)
     project, _, _ = (place / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.pytest.ini_options]")
@@ -82,9 +83,10 @@ def test_a_release(copy: Path) -> None:
     )
     assert git(copy, "describe", "--exact-match").strip() == "v0.2.0"
     assert git(copy, "log", "-1", "--format=%s").strip() == "Release 0.2.0"
-    assert git(copy, "show", "--stat", "--format=", "HEAD").count("|") == 2
+    assert git(copy, "show", "--stat", "--format=", "HEAD").count("|") == 3
     assert git(copy, "status", "--porcelain") == ""
     assert '\nversion = "0.2.0"\n' in (copy / "pyproject.toml").read_text(encoding="utf-8")
+    assert "\nversion: 0.2.0\n" in (copy / "CITATION.cff").read_text(encoding="utf-8")
     assert (copy / "CHANGELOG.md").read_text() == CHANGES.replace(
         "## Unreleased\n", f"## Unreleased\n\n## 0.2.0 ({date.today().isoformat()})\n"
     )
