@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
-from atp_tune.spec.texts import Text, short_source
+from atp_tune.spec.texts import MANUAL, MIXED, Text, short_source
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
@@ -81,7 +81,7 @@ HUB_TEXTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "c4": _C4,
     "wikitext2": _WIKITEXT2,
 }
-PACKAGED = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
+LOCAL_TEXTS = {"mixed": MIXED, "packaged": MANUAL}  # their sources, of each of which three parts are used
 WHOLE = (0.0, 1.0)
 PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 

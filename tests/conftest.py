@@ -1,6 +1,7 @@
 """Every test has a cache of its own, it and what it starts one thread; hypothesis draws the same in every run."""
 
 import gc
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,19 @@ def pytest_unconfigure() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def mixed(cache: Path) -> dict[str, list[str]]:
+    """Documents of the kinds of `mixed`, other than the real ones, in the cache; a word has the kind."""
+    from atp_tune.inputs.mixed import PACKAGED
+
+    made = {}
+    for kind, packaged in PACKAGED.items():
+        made[kind] = ["\n\n".join(f"{kind}ish {number}.{line} " * 9 for line in range(5)) for number in range(40)]
+        (cache / "texts").mkdir(parents=True, exist_ok=True)
+        (cache / "texts" / f"{packaged.content}.json").write_text(json.dumps(made[kind]))
+    return made
 
 
 @pytest.fixture

@@ -517,6 +517,7 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mixed")
 def test_without_a_network_texts_are_the_same_in_every_function(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -527,15 +528,15 @@ def test_without_a_network_texts_are_the_same_in_every_function(
         lambda: atp_tune.prune(model, tokenizer, sparsity=0.5, nsamples=4, seqlen=32),
         lambda: atp_tune.perplexity(model, tokenizer, nsamples=4, seqlen=32, bos=False),
     )
-    line = "warning: texts: parts of the Python manual, since the hub is out of reach (texts= takes your own)"
+    line = "warning: texts: manual, news, tales, debates, code, since the hub is out of reach (texts= takes your own)"
     found = []
     for call in calls:
         caplog.clear()
         found.append(call())
         warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert warned == [line]
-    assert "; texts: parts of the Python manual</caption>" in found[0]._repr_html_()
-    measured = atp_tune.perplexity(model, tokenizer, "packaged", nsamples=4, seqlen=32, bos=False)
+    assert "; texts: parts of manual, news, tales, debates and code</caption>" in found[0]._repr_html_()
+    measured = atp_tune.perplexity(model, tokenizer, "mixed", nsamples=4, seqlen=32, bos=False)
     assert measured == found[2]
 
 

@@ -112,6 +112,7 @@ def enter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = Path(shutil.copytree(folder, tmp_path / "reader"))
     monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     few_steps(monkeypatch)
     return place
 

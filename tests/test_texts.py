@@ -239,7 +239,10 @@ def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
+KNOWN = (
+    "c4, wikitext2, mixed[:manual|news|tales|debates|code], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
+    "package:MODULE/FILE.txt or a plug-in"
+)
 
 
 @pytest.mark.usefixtures("package")
@@ -248,6 +251,8 @@ KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, packa
     [
         ({"source": "ptb"}, f'source: "ptb" is none of {KNOWN}'),
         ({"source": "c4:en"}, f'source: "c4:en" is none of {KNOWN}'),
+        ({"source": "mixed:"}, f'source: "mixed:" is none of {KNOWN}'),
+        ({"source": "mixed:poems"}, f'source: "mixed:poems" is none of {KNOWN}'),
         ({"source": "hub:set"}, f'source: "hub:set" is none of {KNOWN}'),
         ({"source": "file:"}, f'source: "file:" is none of {KNOWN}'),
         ({"source": "hub:org/set"}, "split: hub:org/set needs one, such as train, validation or test"),

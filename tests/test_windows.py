@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, shared_windows, token_windows
-from atp_tune.spec.texts import Text
+from atp_tune.spec.texts import KINDS, Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -385,3 +386,49 @@ def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> 
     again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
     assert (first.bos, again.bos, again.thinned(2).bos) == (True, True, True)
     assert first.content == again.content != token_windows(text, folder, tmp_path).content
+
+
+def kinds_of(windows: Windows, folder: Path) -> list[str]:
+    """The kind of each window: the word that only its kind has; the manual has none of them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in windows.ids]
+    return [next((kind for kind in KINDS[1:] if f"{kind}ish " in text), "manual") for text in said]
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("sampling", ["consecutive", "random"])
+@pytest.mark.parametrize(("nsamples", "stride", "draws"), [(5, 1, 1), (12, 1, 1), (3, 1, 1), (12, 2, 1), (12, 1, 3)])
+def test_windows_of_mixed_are_of_each_kind_in_turn(
+    sampling: Any, nsamples: int, stride: int, draws: int, folder: Path
+) -> None:
+    text = Text(source="mixed", sampling=sampling, nsamples=nsamples, seqlen=40, stride=stride, part=(0.3, 0.65))
+    count = draws if sampling == "random" else 1
+    found = token_windows(text, folder, Path(), draws=count)
+    expected = [KINDS[at % len(KINDS)] for at in range(nsamples)] * count
+    assert kinds_of(found, folder) == expected[::stride]
+    assert count > 1 or [text.turns[at % len(KINDS)] for at in range(len(found))] == expected[::stride]
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("most", [1, 7, 10_000])
+def test_the_first_windows_of_mixed_end_with_its_shortest_kind(most: int, folder: Path) -> None:
+    text = Text(source="mixed", seqlen=40, shuffle=True, part=(0.0, 0.05))
+    found = first_windows(text, folder, Path(), most)
+    counts = Counter(kinds_of(found, folder))
+    assert len(found) == most or (most == 10_000 and max(counts.values()) - min(counts.values()) <= 1)
+    whole = token_windows(text, folder, Path())
+    assert np.array_equal(whole.ids[: len(found)], found.ids[: len(whole)])
+    alone = [len(token_windows(part, folder, Path())) for part in text.kinds]
+    assert len(whole) == min(count * len(KINDS) + place for place, count in enumerate(alone))
+
+
+def test_the_parts_of_mixed_share_no_text(mixed: dict[str, list[str]], folder: Path) -> None:
+    parts = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
+    texts = {
+        role: Text(source="mixed", nsamples=20, seqlen=64, shuffle=True, part=part) for role, part in parts.items()
+    }
+    check_disjoint({role: token_windows(text, folder, Path()) for role, text in texts.items()})
+    with pytest.raises(UserError, match=r"^texts\.test: window 0 is also in texts\.validation"):
+        check_disjoint({role: token_windows(texts["test"], folder, Path()) for role in ("validation", "test")})
+    with pytest.raises(ValueError, match="every 10th window is of one kind; take no multiple of 5"):
+        Text(source="mixed", stride=10)

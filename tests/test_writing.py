@@ -47,7 +47,7 @@ names = ["atp"]                             # Optuna chooses, if there are sever
 
 # the text on which pruners measure
 [texts.calibration]
-# c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in
+# c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in
 source = "c4"
 split = "train"                             # split of a hub dataset
 seqlen = 2048                               # tokens per window

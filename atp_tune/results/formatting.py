@@ -13,14 +13,13 @@ from atp_tune.extras import as_typed
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.perplexity import Change, error_over, reach_of
 from atp_tune.plan import method_in, percent, shown
-from atp_tune.presets import PACKAGED
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
-from atp_tune.spec.texts import short_source
+from atp_tune.spec.texts import KINDS, MANUAL, MIXED, short_source
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 
@@ -231,8 +230,8 @@ def texts_note(summary: Summary) -> str:
 
 
 def _named(source: str) -> str:
-    if source == PACKAGED:
-        return "the Python manual"
+    if source in (MANUAL, MIXED):
+        return "the Python manual" if source == MANUAL else f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
     return Path(source.removeprefix("file:")).name if source.startswith("file:") else short_source(source)
 
 

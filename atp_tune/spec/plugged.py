@@ -37,6 +37,7 @@ SOURCE = "source of texts"
 BUILT_IN_SOURCES = (
     "c4",
     "wikitext2",
+    "mixed",
     "hub",
     "file",
     "package",

