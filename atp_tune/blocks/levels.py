@@ -7,13 +7,13 @@ pruner makes that changes kept weights too is made anew for each level, so that 
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from atp_tune.blocks.linear_pruner import unmeasured
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners import Pruner
+from atp_tune.pruners.selection import zeroed
 
 BAND = 0.06  # a price is measured between the sparsities so far below and above that of the linear
 GRID = 32  # levels of a pruner's own weights
@@ -51,7 +51,7 @@ class ByPlaces:
 
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
         """The weights of a lower place are zero."""
-        return torch.where(self._places(index, linear, weight) >= level, weight, 0)
+        return zeroed(weight, self._places(index, linear, weight) < level)
 
 
 class ByPruner:

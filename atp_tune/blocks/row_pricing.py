@@ -17,6 +17,7 @@ from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.gradients import BlockGradients, Sample, check_finite
 from atp_tune.blocks.levels import BAND, Places
 from atp_tune.checkpoints.linears import Linear
+from atp_tune.pruners.selection import zeroed
 
 Key = tuple[int, str]  # of a linear: its block and its name
 
@@ -45,16 +46,15 @@ class RowPricing:
         }
 
         def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
-            zeros = self._zeros((index, linear.name), weight.shape[1], shares[index, linear.name])
-            return torch.where(self._places(index, linear, weight) >= zeros.to(weight.device), weight, 0)
+            places = self._places(index, linear, weight)
+            return zeroed(weight, self._up_to((index, linear.name), places, shares[index, linear.name]))
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)
             for linear in checkpoint.linears[index]:
                 key, weight = (index, linear.name), linear.matrix(dense[linear.key])
-                zeros = self._zeros(key, weight.shape[1], shares[key]).to(weight.device)
-                near = _near(self._places(index, linear, weight), zeros)
-                costs = -(linear.matrix(total[linear.key]) * weight.float() * near).sum(1)
+                near = self._near(key, self._places(index, linear, weight), shares[key])
+                costs = -(linear.matrix(total[linear.key]) * zeroed(weight, ~near).float()).sum(1)
                 number = near.sum(1)
                 mean = costs.sum() / number.sum().clamp(min=1)
                 found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
@@ -85,9 +85,17 @@ class RowPricing:
         self._offsets = dict(zip(self._offsets, torch.split(state["offsets"], rows), strict=True))
         self._smooth = dict(zip(self._smooth, torch.split(state["smooth"], rows), strict=True))
 
-    def _zeros(self, key: Key, columns: int, sparsity: float) -> Tensor:
-        """The number of zeros [out, 1] of each row."""
-        return (columns * (sparsity + self._offsets[key])).round().clamp(0, columns)[:, None]
+    def _up_to(self, key: Key, places: Tensor, sparsity: float, further: int = 0) -> Tensor:
+        """Which weights [out, in] have a place below the number of zeros of their row, and this much further."""
+        columns = places.shape[1]
+        zeros = (columns * (sparsity + self._offsets[key])).round().clamp(0, columns)
+        last = (zeros + further - 1).clamp(-1, columns - 1)  # fits the small format of places, which is compared fast
+        return places <= last.to(places.device, places.dtype)[:, None]
+
+    def _near(self, key: Key, places: Tensor, sparsity: float) -> Tensor:
+        """Which weights go next or went last, [out, in]: as `ByPlaces.around`, row by row."""
+        reach = max(1, int(BAND * places.shape[1]))
+        return self._up_to(key, places, sparsity, reach) & ~self._up_to(key, places, sparsity, 1 - reach)
 
     def _move(self, key: Key, prices: Tensor) -> None:
         """Moves the rows of a linear by their prices [out]."""
@@ -98,10 +106,3 @@ class RowPricing:
             return
         moved = self._offsets[key] - DISTANCE * (apart / deviation).clamp(-LARGEST, LARGEST)
         self._offsets[key] = moved - moved.mean()
-
-
-def _near(places: Tensor, zeros: Tensor) -> Tensor:
-    """Which weights go next or went last, [out, in]: as `ByPlaces.around`, row by row."""
-    columns = places.shape[1]
-    reach = max(1, int(BAND * columns))
-    return (places > zeros - reach) & (places < zeros + reach)
