@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_forecast import RATES
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
 from atp_tune.cost import memory, planning, probe
+from atp_tune.cost.once import Amounts, after_seconds
 from atp_tune.cost.planning import foresee
-from atp_tune.events import ignore_events
+from atp_tune.cost.remaining import foretold
+from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.trials import is_uniform
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
@@ -29,6 +32,32 @@ def test_a_study_is_foretold(place: Path) -> None:
     assert found.memory.device is None
     assert found.problems == ()
     assert not list(place.glob("*.db"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "models", "speed"),
+    [
+        ([], 3, 0),
+        (["speed=true"], 3, 2 * 256 + 2 * 4 * (64 + 16 * 96)),
+        (["allocation=['atp', 'row-prices', 'uniform']"], 4, 0),
+        (["allocation=uniform"], 3, 0),
+        (["continuations.tokens=0"], 0, 0),
+        (["sparsity=[0.5, 0.7]", "allocation=['atp', 'row-prices']"], 3, 0),
+    ],
+)
+def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, speed: int, tiny_place: Path) -> None:
+    """In the time that is left while the study runs, and in what `plan` says."""
+    study = study_file(tiny_place, "continuations.tokens=8", *keys).study
+    ahead: list[Event] = []
+    items = {"calibration": (8, TOKENS), "validation": (16, TOKENS), "test": (16, TOKENS)}
+    foretold(ahead.append)(Opened(study, 3, 0, items))
+    assert isinstance(ahead[0], Ahead)
+    parts = ahead[0].parts
+    assert parts.get("generate") == ((models, 3 * 8 * 32) if models else None)
+    assert parts.get("speed") == ((1, speed) if speed else None)
+    known = Amounts(study, memory.Tokens(256, 512, 512, 0), 8, 16, 3.0, False)
+    expected = (models * 3 * 8 * 32 + speed) * (4 * 0.002 + 0.01) + 5 * (speed > 0)
+    assert after_seconds(known, RATES, 4) == pytest.approx(expected)
 
 
 @pytest.mark.slow

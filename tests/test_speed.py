@@ -29,6 +29,8 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.sparse import packed_models
+from atp_tune.sparse.packed_models import packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import deepsparse_engine, graphs, torch_engine
@@ -205,6 +207,56 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
     rows = (row("torch", "float32", 3), row("torch", "bfloat16", 4), row("other", "float32", 50))
     found = Speed(sizes=Sizes(dense=1, sparse=1, dense_zstd=1, sparse_zstd=1), zeros={}, engines=rows)
     assert found.over_torch(rows[2], "decode") == 1.5
+
+
+def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(tiny_place: Path) -> None:
+    checkpoint = Checkpoint.load(tiny_place / "model", torch.float32, torch.device("cpu"), False)
+    other = AutoModelForCausalLM.from_pretrained(tiny_place / "model")
+    blocks = []
+    for index, linears in enumerate(checkpoint.linears):
+        weights = dict(checkpoint.weights(index))
+        for linear in linears[1:]:  # the first stays dense
+            weight = weights[linear.key].clone()
+            weight[:, ::2] = 0
+            weights[linear.key] = weight
+            other.get_parameter(checkpoint.key(index, linear)).data.copy_(weight)
+        blocks.append((index, weights))
+    ids = torch.arange(12)[None]
+    model: Any = checkpoint.model
+    before = model(ids).logits
+    packed, count = packed_copy(checkpoint, blocks)
+    assert count == sum(len(linears) - 1 for linears in checkpoint.linears)
+    torch.testing.assert_close(packed(ids).logits, other(ids).logits)
+    assert torch.equal(model(ids).logits, before)
+    assert packed.get_input_embeddings().weight is model.get_input_embeddings().weight
+    assert type(model.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["here", "without a compiler"])
+def test_a_study_ends_with_the_size_and_speed_of_its_best(
+    where: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are measured once; where they cannot be, one line says why and nothing fails."""
+    if where != "here":
+        monkeypatch.setattr(packed_models, "kernel_name", lambda: None)
+    words = ("--study", done / "tiny.toml", *settings("speed=true", "device=cpu"))
+    first = command(*words)
+    found = read_config(done / "tiny.best.json").speed
+    assert (first.code, first.err) == (0, "")
+    if where != "here":
+        said = "the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang"
+        assert f"speed: not measured, {said}" in first.out.splitlines() and found is None
+        return
+    assert found and found.sizes.packed and found.sizes.packed < found.sizes.dense
+    assert [row.engine for row in found.rows] == ["packed"]
+    assert "nothing to do" not in first.out
+    assert "| decode, tokens per second: packed, " in first.out and "| packed, MB " in first.out
+    again = command(*words)
+    assert "nothing to do" in again.out and "| packed, MB " in again.out
+    assert read_config(done / "tiny.best.json").speed == found
+    assert command("report", "--study", done / "tiny.toml", "--format", "md").code == 0
+    assert "| packed, MB | " in (done / "tiny.report.md").read_text()
 
 
 @pytest.mark.slow

@@ -106,6 +106,11 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     ("sparsity = 0.6", "sparsity = 0", "sparsity: must be greater than 0, got 0"),
     ("sparsity = 0.6", 'sparsity = "much"', 'sparsity: must be a number, got "much"'),
     ("sparsity = 0.6", "sparsity = {a = 1}", "sparsity: must be a number, got a table"),
+    (
+        '[model]\nsource = "org/name"\n\n[prune]',
+        'speed = true\n[model]\nsource = "org/name"\n\n[prune]\npattern = "channels"',
+        'speed: packed weights have single zeros, which prune.pattern = "channels" makes none of; leave it out',
+    ),
     ("sparsity = 0.6", "sparsity = [0.3, 1.2]", "sparsity[1]: must be less than 1, got 1.2"),
     (
         "sparsity = 0.6",
@@ -123,7 +128,8 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
         "sparsity = 0.6",
         'sparsity = 2\n"a\\nb" = 5',
         r'"a\nb": unknown key; known here are description, protocol, bits, sparsity, limit, model, prune, quantize, '
-        "allocation, images, texts, search, recover, continuations, storage, device (and 1 more mistake)",
+        "allocation, images, texts, search, recover, continuations, speed, storage, "
+        "device (and 1 more mistake)",
     ),
     ("pruners =", "pruner =", "prune.pruner: unknown key; did you mean prune.pruners?"),
     (

@@ -12,6 +12,7 @@ from atp_tune.allocations import Budget
 from atp_tune.api import arguments
 from atp_tune.api.arguments import Settings, Target
 from atp_tune.api.lender import Lender, is_model, names
+from atp_tune.api.measuring import is_unmeasured, measure_best
 from atp_tune.api.progress import working
 from atp_tune.api.recovering import is_pending, recover_best
 from atp_tune.api.result import Result
@@ -170,6 +171,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     if study is None:
         return None
     recover_best(run, study, lender)
+    measure_best(run, study, lender)
     return Result(study, run.file, lender)
 
 
@@ -177,8 +179,8 @@ def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     """What is said of a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
     said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
-    if is_pending(run, study):
-        return f"{said}the best plan is to be trained"
+    if (trains := is_pending(run, study)) or is_unmeasured(run, study):
+        return f"{said}the best plan is to be {'trained' if trains else 'measured'}"
     said += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     search = file.study.search.model_copy(update={"trials": done + 1})

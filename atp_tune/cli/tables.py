@@ -9,8 +9,8 @@ from atp_tune.cli.next_commands import show_next
 from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import printable
 from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.speed import Measured, MeasuredImages, Phase, Speed
 from atp_tune.plan import percent
+from atp_tune.report.tables import speed
 from atp_tune.results.amounts import amount_of, asked, column, dense_amount
 from atp_tune.results.formatting import (
     ACCURACY,
@@ -62,9 +62,9 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
         console.print(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
     if summary.speed is not None and summary.speed.rows:
-        console.print(
-            f"{summary.speed.unit} per second, sparse / dense: {_ratios(summary.speed)} (the report has the range)"
-        )
+        made = speed(summary.speed, where=False)
+        where = ", ".join(dict.fromkeys(row.where for row in summary.speed.rows))
+        console.print(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
     for remark in study_remarks(summary):
         console.print(remark)
     if summary.continuations:
@@ -153,15 +153,6 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
         console.print(f"a front has no best plan: {said}; {other}")
     if over := draws_said(summary):
         console.print(over)
-
-
-def _ratios(found: Speed) -> str:
-    """Speed of the sparse model over the dense one in each engine, in one line."""
-
-    def ratio(row: Measured | MeasuredImages, phase: Phase) -> str:
-        return f"{phase} {statistics.median(row.rates(phase).ratios):.2f}×"
-
-    return "; ".join(f"{row.name}: {', '.join(ratio(row, phase) for phase in row.phases)}" for row in found.rows)
 
 
 def _front(summary: Summary) -> str:

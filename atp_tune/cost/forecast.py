@@ -115,7 +115,8 @@ class TrialCost(FrozenModel):
 class StudyCost(FrozenModel):
     """The whole study: total (null if unknown), done and screening trials, and tokens and seconds of everything.
 
-    That is trials, loading, dense model, screening, test text, and draws of the calibration text. Early termination,
+    That is trials, loading, dense model, screening, test text, draws of the calibration text, and, in seconds alone,
+    continuations and the speed of the best plan. Early termination,
     which is also the end of a search for the sparsest plan within a limit, can only lower it. `without_tasks`: each
     trial also answers the tasks of `limit.min_accuracy`, which are not in it. `descents`, `training`: seconds of it for
     descents by prices, and for training the best plan, if it is trained; null without them, or without a probe.

@@ -1,10 +1,12 @@
-"""What a study computes once beside its trials: descents by prices, and the training of its best plan."""
+"""What a study computes once beside its trials: descents by prices, texts, the training and speed of its best plan."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from atp_tune.cost.forecast import Passes, ProbeRates, TrainingCost, passes
 from atp_tune.cost.memory import Tokens
+from atp_tune.metrics.continuations import PROMPTS
+from atp_tune.metrics.speed import RUNS, STEPS, TOKENS
 from atp_tune.spec.recover import FEWEST, RecoverConfig
 from atp_tune.spec.study import Study
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from atp_tune.cost.planning import Known
 
 FLOAT32 = 4  # bytes
+GENERATED = 32  # tokens that are read in the time of one that is generated, beside those of two other prompts
+ALONE = 3 * GENERATED  # the same of one that is generated alone
 LEVELS = 9  # at which a descent asks for the weights of a linear, in the mean; as measured on SmolLM2 at 60 %
 
 
@@ -116,6 +120,30 @@ def descent_bytes(known: "Known") -> int:
     states = ((len(sizes) + 1) * tokens + pool) * known.width * known.itemsize
     errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
     return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
+
+
+def continued(study: Study) -> tuple[int, int]:
+    """How many models continue prompts at the end, and tokens of each that take as long to read."""
+    tokens, allocations = study.continuations.tokens, {*study.allocation.short_names} - {"uniform"}
+    if not tokens or study.images is not None:
+        return 0, 0
+    models = 2 + (1 if study.interval is not None else max(1, len(allocations)))
+    return models, (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
+
+
+def speed(known: Amounts) -> int:
+    """Tokens that take as long to read as the best plan is pruned once more, and measured beside the dense model."""
+    if not known.study.speed:
+        return 0
+    pruned = min(cost.total - cost.evaluate for cost in known.costs.values())
+    return pruned + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
+
+
+def after_seconds(known: Amounts, rates: ProbeRates, blocks: int) -> float:
+    """Seconds of continuations and speed."""
+    models, tokens = continued(known.study)
+    read = models * tokens + speed(known)
+    return read * (blocks * rates.run["validation"] + rates.ends) + known.study.speed * rates.load
 
 
 def training(known: Amounts, recover: RecoverConfig) -> TrainingCost:

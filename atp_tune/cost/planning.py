@@ -16,6 +16,7 @@ from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, Scre
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.cost.once import (
     Amounts,
+    after_seconds,
     descent_bytes,
     descents,
     levels_seconds,
@@ -236,6 +237,9 @@ def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | Non
         own = times * (levels_seconds(known, rates) + waiting_seconds(known, rates))
         found = forecast.added(found, 0, (own, 0.0 if done else own))
         found = found.model_copy(update={"descents": own + blocks * descended * rates.dense})
+    if rates is not None:
+        after = after_seconds(known, rates, blocks)
+        found = forecast.added(found, 0, (after, after if found.seconds_left else 0.0))
     ends_early = study.search.early_termination or study.limit is not None
     has_tasks = study.limit is not None and study.limit.min_accuracy is not None
     found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})

@@ -15,12 +15,11 @@ Key = tuple[str, str]
 # The parts, by the first word of the titles, and the stages in which a study runs them.
 STAGES = {
     "dense": 0, "screening": 0, "prices": 0, "trial": 0,
-    "test": 1, "generate": 1, "continuations": 1, "draw": 2, "training": 3,
+    "test": 1, "generate": 1, "continuations": 1, "draw": 2, "training": 3, "speed": 4,
 }  # fmt: skip
 SHARED = ("screening", "prices", "trial")  # by all workers
 EVEN = ("step", "block", "generate", "loss")  # phases that are a part, or most of it, in steps of one length
 OVER = 0.1  # of its seconds so far, the least that is left of what is under way
-GENERATED = 32  # tokens that are read in the time of one that is generated
 LEAST = 1.0  # seconds
 
 
@@ -136,9 +135,8 @@ def foretold(watch: EventHandler) -> EventHandler:
 def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     from atp_tune.blocks.gradients import PASSES
     from atp_tune.cost.memory import Tokens
-    from atp_tune.cost.once import Amounts, descents, training
+    from atp_tune.cost.once import Amounts, continued, descents, speed, training
     from atp_tune.cost.planning import compared, drawn, pruned_again, screened_tokens
-    from atp_tune.metrics.continuations import PROMPTS
 
     study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
     size = {role: number * length for role, (number, length) in opened.items.items()}
@@ -157,9 +155,10 @@ def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
         found["prices"] = len(study.descents), 2 * tokens_of_prices / len(study.descents)
     if study.data.test is not None:
         found["test"] = 1 + pruned_again(study, opened.total), pruning + tokens.test
-    if study.continuations.tokens and study.images is None:
-        prompts = len(PROMPTS) + len(study.continuations.prompts)
-        found["generate"] = 3, prompts * study.continuations.tokens * GENERATED
+    if (generated := continued(study))[0]:
+        found["generate"] = generated
     if study.recover is not None:
         found["training"] = 1, training(known, study.recover).tokens
+    if measured := speed(known):
+        found["speed"] = 1, measured
     return found

@@ -12,17 +12,18 @@ Phase = Literal["prefill", "decode", "classify"]
 SIDES: tuple[Side, ...] = ("dense", "sparse")
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # of a language model
 CLASSIFY: tuple[Phase, ...] = ("classify",)  # of an image classifier
+AT_THE_END = TOKENS, STEPS, RUNS = 64, 16, 3  # of a study with `speed`: some seconds of a small model
 ROUNDING = "packed "  # begins the names of engines that round the weights: packed bf16, packed int8
 Values = tuple[PositiveFloat, ...]
 
 
 class Sizes(FrozenModel, allow_inf_nan=False):
-    """Bytes of all weight files, plain and compressed with zstd; of the sparse ones packed, if that was counted."""
+    """Bytes of all weight files; compressed with zstd, and the sparse ones packed, where that was counted."""
 
     dense: NonNegativeInt
     sparse: NonNegativeInt
-    dense_zstd: NonNegativeInt
-    sparse_zstd: NonNegativeInt
+    dense_zstd: NonNegativeInt | None = None
+    sparse_zstd: NonNegativeInt | None = None
     packed: NonNegativeInt | None = None
 
 
@@ -94,13 +95,14 @@ class MeasuredImages(EngineRun):
 
 
 class Speed(FrozenModel, allow_inf_nan=False):
-    """Sizes, share of zeros by kind of linear, and one row per engine; torch is always among them.
+    """Sizes, share of zeros by kind of linear, and one row per engine.
 
-    `engines` are of a language model, `images` of an image classifier.
+    `engines` are of a language model, `images` of an image classifier. By `speedup` torch is among them; at the end of
+    a study the engine `packed` is measured alone, where torch computes the dense model too.
     """
 
     sizes: Sizes
-    zeros: dict[str, float]
+    zeros: dict[str, float] = Field({}, max_length=10_000)
     engines: tuple[Measured, ...] = ()
     images: tuple[MeasuredImages, ...] = ()
 
@@ -116,7 +118,8 @@ class Speed(FrozenModel, allow_inf_nan=False):
 
     def torch_dense(self, phase: Phase) -> float:
         """Median rate of the dense model in torch, in its fastest number format."""
-        return max(median(row.rates(phase).dense) for row in self.rows if row.engine == "torch")
+        by_torch = [row for row in self.rows if row.engine == "torch"]
+        return max(median(row.rates(phase).dense) for row in by_torch or self.rows)
 
     @property
     def fastest(self) -> float | None:

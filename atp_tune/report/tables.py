@@ -150,18 +150,24 @@ def continuations(found: Continuations) -> ReportTable:
     return ReportTable(("prompt", *found.names), rows, tuple(range(len(found.names) + 1)))
 
 
-def speed(found: Speed) -> ReportTable:
-    """Bytes of the compressed weight files; rates of each engine, dense and sparse; the runs' ratios."""
-    sizes = found.sizes
-    smaller = f"{sizes.dense_zstd / max(1, sizes.sparse_zstd):.2f}× smaller"
-    rows = [("weight files, zstd, MB", f"{sizes.dense_zstd / 1e6:.1f}", f"{sizes.sparse_zstd / 1e6:.1f}", smaller)]
+def speed(found: Speed, where: bool = True) -> ReportTable:
+    """Bytes of the weights, compressed and packed; rates of each engine, dense and sparse; the runs' ratios.
+
+    `where`: each rate names its device.
+    """
+    sizes, rows = found.sizes, []
+    kinds = ("weight files, zstd, MB", sizes.dense_zstd, sizes.sparse_zstd), ("packed, MB", sizes.dense, sizes.packed)
+    for name, before, after in kinds:
+        if before is not None and after is not None:
+            rows.append((name, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{before / max(1, after):.2f}× smaller"))
     for row in found.rows:
         for phase in row.phases:
             rates = row.rates(phase)
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
             ratio = f"{spread(rates.ratios, '.2f')}× as fast"
-            rows.append((f"{phase}, {found.unit} per second: {row.name}, {row.where}", dense, sparse, ratio))
-    return ReportTable(("speed", "dense", "with zeros", "sparse against dense"), rows)
+            name = f"{phase}, {found.unit} per second: {row.name}" + (f", {row.where}" if where else "")
+            rows.append((name, dense, sparse, ratio))
+    return ReportTable(("speed", "dense", "sparse", "sparse against dense"), rows)
 
 
 def _task(task: TaskScores) -> str:

@@ -20,7 +20,7 @@ BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
     "model.allow_pickle", "model.offload", "texts.calibration.draws",
-    "continuations", "limit", "images.calibration.draws", "recover",
+    "continuations", "limit", "images.calibration.draws", "recover", "speed",
 )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ Data = Text | ImageSet  # of one role
 
 
 class ContinuationsConfig(SettingsTable):
-    """Prompts that dense, uniform and best continue at the end of a study, for people to read."""
+    """Prompts that dense, uniform and the best of each allocation continue at the end, for people to read."""
 
     tokens: int = Field(48, ge=0, le=4096, description="greedy tokens of each continuation, at most; 0: none")
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="prompts beside the fixed ones")
@@ -161,6 +161,9 @@ class Study(SettingsTable):
         None, description='train the kept weights of the best plan after the search; "none": leave them'
     )
     continuations: ContinuationsConfig = ContinuationsConfig()
+    speed: bool = Field(
+        False, description="measure bytes and speed of the best plan, packed, beside the dense model at the end"
+    )
     storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
 
@@ -201,6 +204,9 @@ class Study(SettingsTable):
             self._check_tower()
         if self.recover is not None:
             self._check_recover()
+        if self.speed and (self.by_bits or parse(self.prune.pattern).channels):
+            what = "bits" if self.by_bits else 'prune.pattern = "channels"'
+            raise ValueError(f"speed: packed weights have single zeros, which {what} makes none of; leave it out")
         return self
 
     def _check_recover(self) -> None:

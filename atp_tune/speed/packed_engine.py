@@ -1,5 +1,6 @@
 """The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -7,13 +8,17 @@ import torch
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
+from atp_tune.events import EventHandler
+from atp_tune.metrics.speed import Measured, MeasuredImages
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind
-from atp_tune.sparse.packed_models import pack_linears
+from atp_tune.plan import Plan
+from atp_tune.search.context import TrialContext
+from atp_tune.sparse.packed_models import pack_linears, packed_copy
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import Opening, Workload
-from atp_tune.speed.torch_engine import opened
+from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
+from atp_tune.speed.torch_engine import opened, opened_in_memory
 
 PACKED = "packed"
 EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # differences that the order of sums makes
@@ -42,6 +47,25 @@ def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Open
     return [
         opened(pair, task, device, dtype, names[kind], partial(packed, kind=kind), limits.get(kind)) for kind in kinds
     ]
+
+
+def measure_in_memory(
+    context: TrialContext, plan: Plan, task: Workload, watch: EventHandler
+) -> Measured | MeasuredImages:
+    """Rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
+
+    The packed weights are another model's than the dense one's, so both must fit into memory.
+    """
+    checkpoint, folder = context.checkpoint, context.folder
+    if checkpoint.offload != "none":
+        raise UserError("the dense model does not fit into memory as a whole")
+    sparse, count = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)))
+    if not count:
+        raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
+    pair = Pair(folder.path, folder.path, trusted=folder.trusted)
+    task = replace(task, of_images=pair.of_images)
+    measure = measured_images if task.of_images else measured
+    return measure(opened_in_memory(pair, checkpoint, sparse, task, PACKED), PACKED, task, watch)
 
 
 def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:

@@ -110,20 +110,40 @@ def opened(
 
     `limit`: largest difference of its logits that the change may make, over the largest logit; UserError above it.
     """
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
-    cpu = device.type == "cpu"
-    about = About(
-        name, torch.__version__, str(dtype).removeprefix("torch."), cpu_name() if cpu else device_name(device),
-        torch.get_num_threads() if cpu else None,
-    )  # fmt: skip
+    about = about_torch(name, dtype, device)
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
-        batch = (random_pixels(pair, task).to(dtype) if task.of_images else random_ids(dense, task)).to(device)
+        batch = _batch(pair, dense, task)
         if change is not None:
             few = {"pixel_values": batch[:1]} if task.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
             about = replace(about, logits=_difference(sparse, change, few, limit))
         # The engine alone has the models, or they would outlive its closing.
         with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
             yield engine
+
+
+def opened_in_memory(pair: Pair, dense: Checkpoint, sparse: Any, task: Workload, name: str) -> closing[Any]:
+    """An engine of two models that lie in memory, in the number format of the dense one; `pair`: of that one's folder.
+
+    Closing it frees neither.
+    """
+    about = about_torch(name, dense.dtype, dense.device)
+    return closing(_engine(about, {"dense": dense.model, "sparse": sparse}, _batch(pair, dense, task), task))
+
+
+def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
+    """The description of an engine that torch runs on this device."""
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each argument that it renames
+    cpu = device.type == "cpu"
+    return About(
+        name, torch.__version__, str(dtype).removeprefix("torch."), cpu_name() if cpu else device_name(device),
+        torch.get_num_threads() if cpu else None,
+    )  # fmt: skip
+
+
+def _batch(pair: Pair, dense: Checkpoint, task: Workload) -> Tensor:
+    """The input of both models, on the device of the dense one."""
+    made = random_pixels(pair, task).to(dense.dtype) if task.of_images else random_ids(dense, task)
+    return made.to(dense.device)
 
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> "Eager | EagerClassifiers":

@@ -205,7 +205,9 @@ def _set_up() -> None:
 def _show(found: "Speed") -> None:
     """Prints bytes, zeros and rates as Markdown tables."""
     sizes = found.sizes
-    files = [("uncompressed", sizes.dense, sizes.sparse), ("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd)]
+    files = [("uncompressed", sizes.dense, sizes.sparse)]
+    if sizes.dense_zstd is not None and sizes.sparse_zstd is not None:
+        files.append(("compressed with zstd", sizes.dense_zstd, sizes.sparse_zstd))
     has_zeros = max(found.zeros.values(), default=0.0) > STRAY
     if sizes.packed is not None and has_zeros:
         files.append(("packed", sizes.dense, sizes.packed))
