@@ -1,5 +1,6 @@
 """What a sparse folder says of itself, to programs and on the hub's page."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,15 +15,18 @@ from markdown_it import MarkdownIt
 from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
 from atp_tune.spec.config import AllocationRef, Baselines, Config, EvaluationTexts, read_config
+from atp_tune.spec.manifest import Manifest, environment
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.texts import Text
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
 COMMIT = "c0ffee" * 7
+UNKNOWN = {"license": "other", "license_name": "that-of-the-dense-model"}
 DENSE_CARD = """---
 license: other
 license_name: someone-s-own
@@ -53,6 +57,7 @@ def test_the_front_matter_is_the_hub_s() -> None:
         "base_model": "org/name",
         "base_model_relation": "finetune",
         "library_name": "transformers",
+        **UNKNOWN,
         "pipeline_tag": "text-generation",
         "tags": ["atp-tune", "sparse", "pruned", "sparsegpt", "atp"],
         "model-index": [
@@ -99,9 +104,12 @@ def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
         "license_link": "LICENSE",
         "language": ["en", "de"],
     }
-    assert kept == (expected if text == DENSE_CARD else {})
+    assert kept == (expected if text == DENSE_CARD else UNKNOWN)
     assert found["tags"][0] == "atp-tune"
     assert ("licence applies" in body(card(folder=tmp_path))) == (text != DENSE_CARD)
+    (tmp_path / "LICENSE.txt").touch()
+    expected = expected if text == DENSE_CARD else UNKNOWN | {"license_link": "LICENSE.txt"}
+    assert expected.items() <= card(folder=tmp_path).data.to_dict().items()
 
 
 def test_of_a_gguf_file_the_card_names_the_source(tmp_path: Path) -> None:
@@ -118,6 +126,7 @@ def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
     model = config().model.model_copy(update={"id": "/home/me/secret/llama-x.gguf", "revision": None})
     made = card(config(model=model), revision=None)
     assert "base_model" not in made.data.to_dict()
+    assert "has to lie where `model.id`" in body(made) and "has to lie" not in body(card())
     assert "secret" not in str(made)
     assert "texts/" not in str(made)
     assert "llama-x at 60.0% sparsity" in body(made)
@@ -253,6 +262,59 @@ def test_a_text_that_was_searched_on_is_confessed() -> None:
 
 def test_it_says_that_zeros_gain_nothing() -> None:
     assert "By themselves they make nothing smaller and nothing faster" in body(card())
+
+
+WRITTEN = {
+    "dense": ("girl named Emma who loved to play in the sun. She had a big smile on her face", "", "Paris."),
+    "uniform": ("the capital of" * 9, ", a little" * 16, "very, " * 20),
+    "best": (
+        "the capital of" * 9,
+        "but you don't.\nThe story story is very, " * 4,
+        "Paris, the city of light.",
+    ),
+}
+
+
+def test_texts_that_repeat_themselves_are_confessed() -> None:
+    written = Continuations(prompts=("A", "B", "C"), tokens=48, dtype="bfloat16", **WRITTEN)
+    said = "2 of the 3 texts of **this model** repeat themselves, of the dense model's none.\nEach text is greedy"
+    assert said in body(card(config(continuations=written)))
+    better = written.model_copy(update={"best": written.dense})
+    assert "repeat themselves" not in body(card(config(continuations=better)))
+
+
+def made_on(device: str) -> Manifest:
+    return Manifest(files={}, environment=environment(device))
+
+
+FINEWEB = Text(source="hub:org/fineweb", seqlen=512)
+PIQA = SimpleNamespace(tasks=[SimpleNamespace(task="piqa", metric="acc", scores={})], mean=None)
+TIMED = Speed(sizes=Sizes(dense=9, sparse=9, dense_zstd=9, sparse_zstd=9), zeros={}, engines=())
+ADMITTED: list[tuple[dict[str, Any], dict[str, Any], str, bool]] = [  # configuration, config.json, line, is there
+    ({}, {}, "Text unlike hub:org/fineweb: other subjects, other languages.", True),
+    ({}, {"max_position_embeddings": 4096}, "Contexts of more than 512 tokens; the dense model takes 4,096.", True),
+    ({}, {"text_config": {"max_position_embeddings": 4096}}, "the dense model takes 4,096.", True),
+    ({}, {"max_position_embeddings": 512}, "Contexts", False),
+    ({}, {}, "Contexts", False),
+    ({}, {}, "Tasks: no benchmark was run.", True),
+    ({"zero_shot": PIQA}, {}, "Tasks other than piqa.", True),
+    ({}, {}, "GPU", False),
+    ({"manifest": made_on("cpu (2 threads)")}, {}, "A GPU: it was pruned and measured on a CPU.", True),
+    ({"manifest": made_on("NVIDIA H100")}, {}, "A CPU: it was pruned and measured on NVIDIA H100.", True),
+    ({}, {}, "Speed and memory.", True),
+    ({"speed": TIMED}, {}, "Speed and memory.", False),
+    ({}, {}, "What it writes: no text was generated.", True),
+]
+
+
+@pytest.mark.parametrize(("changes", "table", "line", "there"), ADMITTED)
+def test_what_was_not_tested_follows_from_the_record(
+    changes: dict[str, Any], table: dict[str, Any], line: str, there: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    made = card(config(texts=EvaluationTexts(validation=Text(source="c4"), test=FINEWEB), **changes), folder=tmp_path)
+    section = body(made).partition("## What was not tested")[2].partition("## ")[0]
+    assert (line in section.replace("\\", "")) == there
 
 
 def test_zeros_by_block() -> None:

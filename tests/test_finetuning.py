@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
@@ -165,20 +166,23 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_card_says_it_and_no_old_metric(place: Path) -> None:
+def test_the_card_says_it_and_the_new_metric(place: Path) -> None:
     before = (place / "sparse" / "README.md").read_text()
     done = run(place)
     card = (place / "out" / "README.md").read_text()
     assert "model-index" in before
-    assert "model-index" not in card
+    (metric,) = ModelCard.load(place / "out" / "README.md").data.eval_results
+    assert metric.metric_value == pytest.approx(done.after.value, abs=1e-4)
+    assert f"| **this model**, fine-tuned | {done.after} |\n" in card
     assert "license" not in before or "license" in card
     head, _, rest = card.partition("## Fine-tuned after pruning")
     section, _, older = rest.partition("\n## ")
-    assert head.endswith(before.partition("---\n\n")[2].partition("## ")[0])
+    told = before.partition("---\n\n")[2].partition("## ")[0]
+    assert head.endswith(told.replace("and without retraining.", "and trained after that.")) and "retrain" not in head
     assert f"{done.before} before, {done.after} after ({done.change})" in section
     assert f"{done.windows} windows of {TOKENS} tokens" in section
     assert "**this model**" in before
-    assert "**this model**" not in card
+    assert card.count("**this model**") == 1
     assert "the model before fine-tuning" in older
     assert "neither pruned nor fine-tuned" in older
     assert older.count("\n## ") == before.count("\n## ") - 1

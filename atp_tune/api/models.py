@@ -25,8 +25,8 @@ from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import Way, apply, plan_of, write_sparse
-from atp_tune.sparse.card import Dense, amend, describe
-from atp_tune.sparse.card_finetuning import HEADING, section
+from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.card_finetuning import amend
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.recovering import apply_trained
 from atp_tune.spec.config import Config, read_config
@@ -99,7 +99,7 @@ def save(
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
             if trained is not None:
-                amend(out, HEADING, section(trained))
+                amend(out, trained)
         return measured
 
 

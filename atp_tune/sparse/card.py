@@ -1,6 +1,5 @@
 """The description of a sparse checkpoint: `atp_tune.json` for programs, a model card for people and the hub."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
@@ -16,12 +15,12 @@ from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.trust import is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
-from atp_tune.metrics.perplexity import error_over
+from atp_tune.metrics.perplexity import Perplexity, error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
-from atp_tune.sparse import card_bits
+from atp_tune.sparse import card_bits, card_untested
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Compared, Config
 from atp_tune.spec.facts import is_local_text
@@ -32,9 +31,9 @@ from atp_tune.spec.study import Data
 from atp_tune.spec.texts import MEMORY, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
-HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card
+UNKNOWN = "that-of-the-dense-model"  # where its folder says none
 RELATION = "finetune"  # the hub knows adapter, finetune, merge and quantized, and would guess without it
 _ATP = ", after [ATP](https://openreview.net/forum?id=otNB7BzsiR) (Huang et al., ICML 2025)"
 SOURCES = {  # of allocations, see docs/references.md
@@ -47,14 +46,13 @@ SOURCES = {  # of allocations, see docs/references.md
 THIS = "**this model**"
 MODELS: dict[Compared, str] = {"dense": "dense", "uniform": "uniform", "best": THIS}  # names in zero-shot scores
 EQUAL = "Every tensor that was not pruned is equal to the dense model's byte for byte."
-EQUAL_BEFORE = "Every tensor that was neither pruned nor fine-tuned is equal to the dense model's byte for byte."
 DENSE_FILES = """\
 **The zeros are stored in dense files. By themselves they make nothing smaller and nothing faster**: this folder is as
-large as the dense model's and runs at the same speed. `tune.py pack` makes a folder without them, which is smaller, and
-faster on a CPU."""
+large as the dense model's and runs at the same speed. `atp-tune pack` makes a folder without them, which is smaller,
+and faster on a CPU."""
 CLASSIFIER_FILES = """\
 **The zeros are stored in dense files. By themselves they make nothing smaller and nothing faster**: this folder is as
-large as the dense model's and runs at the same speed. `tune.py pack` makes a folder without them, which is smaller."""
+large as the dense model's and runs at the same speed. `atp-tune pack` makes a folder without them, which is smaller."""
 ALONE = "No other library is needed."
 MASKED_FILES = """\
 **The pruned channels are stored as zeros. By themselves they make nothing smaller and nothing faster**: this folder is
@@ -91,9 +89,13 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
     if config.bits is not None:
         amount = f"{config.bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {config.bits.nominal:g} bits"
     name = f"{_base(config)} at {amount}"
-    own = _card(dense.folder / CARD)
+    own = read_card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
     kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+    licensed = "license" in kept
+    if not licensed:
+        files = sorted(file.name for file in dense.folder.glob("LICENSE*"))
+        kept |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
     # Other folders' cards name what their model was tuned from, often a path.
     base = found.get("base_model") if (dense.folder / ORIGIN).is_file() else config.model.id if dense.revision else None
     data = ModelCardData(
@@ -107,7 +109,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         **kept,
     )
     alone = OWN_CODE if folder is not None and is_slim(folder) else ALONE
-    own_values = {"name": escaped(name), "license": kept.get("license"), "alone": alone}
+    own_values = {"name": escaped(name), "licensed": licensed, "alone": alone}
     values = _values(config, dense) | _of_channels(config) | card_bits.values(config) | own_values
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
@@ -123,22 +125,6 @@ def _task(config: Config, dense: Dense) -> str:
     if isinstance(config.texts.test, ImageSet):
         return "image-classification"
     return "image-text-to-text" if dense.reads_images else "text-generation"
-
-
-def amend(folder: Path, heading: str, said: str) -> None:
-    """Adds a section above the others of a folder's card, if it has one, once the folder was fine-tuned.
-
-    The other sections then name the model before fine-tuning, and the metadata loses its metrics.
-    """
-    file = folder / CARD
-    if not file.is_file():
-        return
-    card: Any = _card(file) or ModelCard(HEAD.sub("", file.read_text(errors="replace")), ignore_metadata_errors=True)
-    card.data.eval_results = None
-    head, mark, rest = card.text.partition("\n## ")
-    rest = rest.replace(THIS, "the model before fine-tuning").replace(EQUAL, EQUAL_BEFORE)
-    card.text = f"{head.rstrip()}\n\n## {heading}\n\n{escaped(said)}\n{mark}{rest}"
-    write_out(file, str(card).encode())
 
 
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
@@ -165,6 +151,9 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
         "continuations": list(_continuations(config)),
+        "loops": card_untested.loops(config.continuations, THIS) if config.continuations else "",
+        "untested": list(map(escaped, card_untested.untested(config, dense.folder, words(text).partition(",")[0]))),
+        "elsewhere": _source(config, dense) == _base(config),
         "how": continuations_note(config.continuations) if config.continuations else "",
         "updated": _updated_by(config),
         "equal": EQUAL,
@@ -222,7 +211,7 @@ def _source(config: Config, dense: Dense) -> str:
     return config.model.id if dense.revision or config.model.id.startswith("pypi:") else _base(config)
 
 
-def _card(file: Path) -> Any:
+def read_card(file: Path) -> Any:
     """The `ModelCard` in a file; None if it cannot be read, since a stranger may have written it."""
     try:
         with quiet("huggingface_hub"):
@@ -264,15 +253,7 @@ def _continuations(config: Config) -> Iterator[list[str]]:
 
 def _results(config: Config) -> Iterator[EvalResult]:
     """The metrics of this model in the schema of the hub."""
-    score, text = config.perplexity.test, config.texts.test
-    if score is not None and isfinite(score.value):
-        yield EvalResult(
-            task_type="image-classification" if isinstance(text, ImageSet) else "text-generation",
-            metric_type="perplexity",
-            metric_name=_metric(config, text),
-            metric_value=round(score.value, 4),
-            **_dataset(text),
-        )
+    yield from result(config.perplexity.test, config.texts.test, config.bos)
     for task in config.zero_shot.tasks if config.zero_shot else ():
         if found := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
@@ -282,10 +263,25 @@ def _results(config: Config) -> Iterator[EvalResult]:
             )  # fmt: skip
 
 
-def _metric(config: Config, text: Data) -> str:
+def result(score: Perplexity | None, text: Data, bos: bool) -> list[EvalResult]:
+    """A perplexity in the schema of the hub; none if it was not measured, or is not finite."""
+    if score is None or not isfinite(score.value):
+        return []
+    return [
+        EvalResult(
+            task_type="image-classification" if isinstance(text, ImageSet) else "text-generation",
+            metric_type="perplexity",
+            metric_name=_metric(text, bos),
+            metric_value=round(score.value, 4),
+            **_dataset(text),
+        )
+    ]
+
+
+def _metric(text: Data, bos: bool) -> str:
     if isinstance(text, ImageSet):
         return "perplexity over classes, the exponential of the mean cross-entropy"
-    return f"perplexity, {text.seqlen} tokens a window{', the first BOS' if config.bos else ''}"
+    return f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
 
 
 def _dataset(text: Data) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from atp_tune.spec.config import Config
 
 FILES = """\
 **The rounded weights are stored as floats**: this folder is as large as the dense model's and runs at the same speed.
-`tune.py apply --packed` makes a folder that stores the bits, and `tune.py export` recipes for engines that do."""
+`atp-tune apply --packed` makes a folder that stores the bits, and `atp-tune export` recipes for engines that do."""
 AS_FLOATS, AS_CODES = ", as floats.", ", and stored as codes."
 
 

@@ -32,8 +32,7 @@ from atp_tune.results.formatting import duration
 from atp_tune.scores import WindowScores
 from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import all_folder_scores
-from atp_tune.sparse.card import amend
-from atp_tune.sparse.card_finetuning import HEADING, section
+from atp_tune.sparse.card_finetuning import amend
 from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
 from atp_tune.sparse.provenance import (
     FINETUNED,
@@ -235,7 +234,7 @@ def _run(job: FinetuningJob) -> Trained:
             teacher=job.teacher and job.teacher.content,
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        amend(folder, HEADING, section(done))
+        amend(folder, done)
     if not job.stays:
         job.part.unlink(missing_ok=True)
     return Trained(done, after, job.part)

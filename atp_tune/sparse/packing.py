@@ -100,7 +100,7 @@ from transformers import {auto}
 model = {auto}.from_pretrained("DIR")
 ```
 
-`python tune.py unpack DIR --out DIR2` writes the checkpoint with zeros again, for other programs.
+`atp-tune unpack DIR --out DIR2` writes the checkpoint with zeros again, for other programs.
 """
 
 
