@@ -7,7 +7,7 @@ import pty
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,12 @@ def trial_at(sparsity: float, share: float, level: float, kl: bool = False, **mo
     )
 
 
-def made_front(place: Path | None = None, limit: dict[str, float] | None = None, kl: bool = False) -> optuna.Study:
+def made_front(
+    place: Path | None = None,
+    limit: dict[str, float] | None = None,
+    kl: bool = False,
+    levels: Mapping[float, Sequence[float]] = LEVELS,
+) -> optuna.Study:
     """Trials 0, 2, … of ATP and 1, 3, … of uniform at four sparsities; in a database beside a study file, or memory."""
     study = optuna.create_study(
         study_name="made",
@@ -109,8 +114,8 @@ def made_front(place: Path | None = None, limit: dict[str, float] | None = None,
     study.set_user_attr("dense", nlls_at(DENSE, "dense"))
     if limit:
         study.set_user_attr("limit", limit)
-    for sparsity, levels in LEVELS.items():
-        study.add_trials([trial_at(sparsity, 0.5 * (not k), level, kl) for k, level in enumerate(levels)])
+    for sparsity, pair in levels.items():
+        study.add_trials([trial_at(sparsity, 0.5 * (not k), level, kl) for k, level in enumerate(pair)])
     return study
 
 
@@ -131,7 +136,7 @@ def test_the_front_beside_dense_and_uniform() -> None:
     assert [point.trial.number for point in points] == [1, 2, 4, 6]  # at 20 % uniform is better
     assert [point.sparsity for point in points] == list(LEVELS)
     assert [point.uniform.number if point.uniform else None for point in points] == [1, 3, 5, 7]
-    assert [point.is_best for point in points] == [True, False, False, False]
+    assert [point.is_best for point in points] == [False, False, True, False]  # the knee
     assert [point.excess for point in points] == [None] * 4
     first, second, third, _ = points
     tests, trials = study.user_attrs["test_nlls"], study.trials
@@ -222,7 +227,27 @@ def test_the_outcome_of_a_front() -> None:
     said = outcome_of(summarise(made_front()))
     assert said.startswith("Pareto front: 4 points, from 20% (perplexity 19.79) to 70% (perplexity ")
     gained, left = "3 of them beat uniform at the same sparsity by more than chance", "4 of 8 sparsities are measured"
-    assert said.endswith(f"; {gained}; {left}, --trials 16 measures all")
+    best = "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: it lies furthest below the line from the front’s"
+    assert said.endswith(f"; {gained}; {left}, --trials 16 measures all; {best} first point to its last")
+
+
+@pytest.mark.parametrize(
+    ("levels", "number", "why"),
+    [
+        ({0.2: 20.5, 0.5: 21.2}, 1, "the sparsest within 10% more perplexity than dense"),
+        ({0.2: 20.5, 0.5: 30.0}, 0, "the sparsest within 10% more perplexity than dense"),
+        ({0.2: 23.0, 0.5: 30.0}, 0, "the nearest to 10% more perplexity than dense"),
+        ({0.2: 20.5, 0.3: 27.0, 0.4: 30.0}, 0, "the sparsest within 10% more perplexity than dense"),  # a concave front
+        ({0.2: 20.5, 0.3: 21.0, 0.4: 30.0}, 1, "the knee"),
+        ({0.2: 20.5, 0.3: 21.0, 0.35: 31.0, 0.4: 30.0}, 1, "the knee"),  # a point that is not on the front
+    ],
+)
+def test_the_best_of_a_front_is_not_its_densest_end(levels: dict[float, float], number: int, why: str) -> None:
+    """It was the lowest perplexity, which is nearly always the least sparse plan."""
+    study = made_front(levels={sparsity: (level,) for sparsity, level in levels.items()})
+    best = progress.best_trial(study)
+    assert best is not None and best.number == number
+    assert f"best: trial {number}, " in (said := outcome_of(summarise(study))) and why in said
 
 
 def test_the_outcome_of_a_limit() -> None:
@@ -260,10 +285,9 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against dense", "against uniform"]
     rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
     assert [row.split("|")[1].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
-    assert [" ←" in row for row in rows] == [False, True, False, False, False]
-    assert (
-        "the configuration is of trial 1, 20% wanda + uniform, the lowest perplexity; `export` writes another" in said
-    )
+    assert [" ←" in row for row in rows] == [False, False, False, True, False]
+    assert "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: " in said
+    assert "\n`export` writes another point: --sparsity, --max-increase or --trial names it\n" in said
     uniform = scores_of(study.trials[5], study.user_attrs["test_nlls"]).test
     assert rows[3].split("|")[6].strip() == str(uniform)
     assert " 50% wanda atp β=0.05000 " in said  # of all trials
@@ -350,7 +374,7 @@ def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_pat
 def test_without_a_terminal_the_default_is_exported(tmp_path: Path, command: CommandLine) -> None:
     made_front(tmp_path)
     assert command("export", "--study", tmp_path / "made.toml").out == f"{tmp_path / 'made.best.json'}\n"
-    assert read_config(tmp_path / "made.best.json").trial == 1
+    assert read_config(tmp_path / "made.best.json").trial == 4
 
 
 @pytest.mark.slow
@@ -425,10 +449,11 @@ def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
-    study = with_test_text(made_front(tmp_path), *range(8))
+    levels = {0.2: (21.0, 20.5), 0.5: (30.0, 26.0), 0.7: (60.0, 90.0)}
+    study = with_test_text(made_front(tmp_path, levels=levels), *range(6))
     config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")
     assert (config.allocation.name, config.allocation.beta, config.allocation.parameters) == ("uniform", None, {})
-    assert config.sparsity.target == 0.2
+    assert config.sparsity.target == 0.5
     from atp_tune.sparse.card import Dense, model_card
 
     card = str(model_card(config, Dense(tmp_path, None)))
@@ -445,7 +470,7 @@ def test_figures_of_a_front() -> None:
     assert list(drawn) == ["points", "sparsity", "error", "seconds"]
     assert draw_history(summary) is None
     uniform, front, ring = drawn["points"].data
-    assert [uniform.name, front.name, ring.name] == ["uniform", "best at each sparsity", "best (trial 1)"]
+    assert [uniform.name, front.name, ring.name] == ["uniform", "best at each sparsity", "best (trial 4)"]
     assert list(uniform.x) == list(front.x) == [20, 30, 50, 70]
     assert list(front.y) == pytest.approx([summary.trials[n].values[0] for n in (1, 2, 4, 6)], rel=1e-4)
     assert all(error > 0 for error in front.error_y.array)

@@ -1,4 +1,5 @@
 import math
+import random
 import re
 import statistics
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 
 from atp_tune.metrics.accuracy import accuracy, error_of_gain, error_of_share, error_rate, gain
 from atp_tune.metrics.kl import divergence, relative
+from atp_tune.metrics.knee import knee
 from atp_tune.metrics.limits import Limit, excess
 from atp_tune.metrics.perplexity import Estimate, change, perplexity, reach_of
 from atp_tune.report.tables import measure
@@ -118,3 +120,17 @@ def test_intervals_of_hits_hold_what_they_say(images: int, better: float, worse:
     gains = [abs((b - c) / images - (better - worse)) <= reach * errors[b, c] for b, c, _ in drawn]
     shares = [abs(c / images - worse) <= reach * error_of_share(c, images) for _, c, _ in drawn]
     assert np.mean(gains) > 0.93 and np.mean(shares) > 0.85
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_knee_is_the_point_furthest_from_the_chord(seed: int) -> None:
+    """By the distance of each point from the line in the unit square, as Kneedle has it."""
+    draw = random.Random(seed)
+    xs, ys = (sorted(draw.sample(range(1000), 3 + seed % 7)) for _ in range(2))
+    found, naive, most = knee([*zip(xs, ys, strict=True)]), None, 0.0
+    for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        across, up = (x - xs[0]) / (xs[-1] - xs[0]), (y - ys[0]) / (ys[-1] - ys[0])
+        if (distance := (across - up) / math.sqrt(2)) > most + 1e-12:
+            naive, most = k, distance
+    assert found == naive
+    assert knee([(0.0, 0.0), (1.0, 1.0)]) is None

@@ -147,10 +147,7 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
         return
     console.print(outcome_of(summary))
     if not summary.limit:
-        name, measure = f"{percent(best.params['sparsity'])} {method_of(best)}", "KL" if summary.by_kl else "perplexity"
-        other = "`export` writes another with --sparsity, --max-increase or --trial"
-        said = f"the configuration is of trial {best.number}, {name}, the lowest {measure}"
-        console.print(f"a front has no best plan: {said}; {other}")
+        console.print("`export` writes another point: --sparsity, --max-increase or --trial names it")
     if over := draws_said(summary):
         console.print(over)
 

@@ -10,6 +10,8 @@ from atp_tune.results.front import Point, Versus
 from atp_tune.results.pairing import Role
 from atp_tune.results.summary import Summary
 from atp_tune.spec.search import STEP
+from atp_tune.spec.typed import INCREASE
+from atp_tune.storage.progress import knee_of, ranked
 
 
 def limit_of(limit: Limit) -> str:
@@ -36,7 +38,7 @@ def outcome_of(summary: Summary) -> str:
     best = next((point for point in summary.points if point.is_best), None)
     if best is None:
         return ""
-    return _within(summary, best, summary.limit) if summary.limit else _front(summary)
+    return _within(summary, best, summary.limit) if summary.limit else _front(summary, best)
 
 
 def against_uniform(summary: Summary) -> str:
@@ -96,15 +98,25 @@ def _accuracies(summary: Summary, point: Point, text: Role) -> str:
     return f"accuracy {own}, dense {dense}" if own and dense else ""
 
 
-def _front(summary: Summary) -> str:
+def _front(summary: Summary, best: Point) -> str:
     points = [point for point in summary.points if point.on_front]
     ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in (points[0], points[-1])]
     if len(points) == 1:
         return f"Pareto front: one point, {ends[0]}"
     better = sum(_is_better(summary, point.against) for point in points if point.against is not None)
     gained = f"{better} of them beat uniform at the same sparsity by more than chance"
-    front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}"
-    return f"{front}{_missing(summary)}"
+    front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{_missing(summary)}"
+    name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
+    return f"{front}; best: {name}, {_why(summary, best)}"
+
+
+def _why(summary: Summary, best: Point) -> str:
+    """Why this point of a front is its best."""
+    if knee_of(ranked(summary.trials), not summary.by_kl and not summary.by_accuracy):
+        return "the knee: it lies furthest below the line from the front’s first point to its last"
+    change, words = best.dense.perplexity.get("validation"), f"{percent(INCREASE)} more perplexity than dense"
+    is_within = change is not None and change.value + change.stderr <= INCREASE
+    return f"the {'sparsest within' if is_within else 'nearest to'} {words}"
 
 
 def _missing(summary: Summary) -> str:

@@ -17,7 +17,8 @@ WHOLE: Interval = (0.2, 0.7)
 AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
 # Where neither a sparsity nor a limit is given: 0.1 nats per token, between what llama.cpp's Q3_K_M (+4 %) and Q2_K
 # (+15 %) cost LLaMA-7B. A sparsity would not do: the 60 % of the papers break small models.
-LIMIT: Limit = {"max_increase": 0.1}
+INCREASE = 0.1
+LIMIT: Limit = {"max_increase": INCREASE}
 LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop": 0.0}  # a limit must be greater
 
 

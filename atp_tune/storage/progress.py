@@ -8,7 +8,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.metrics.knee import knee
 from atp_tune.metrics.limits import Limit, excess
+from atp_tune.spec.typed import LIMIT
 from atp_tune.storage.lost_trials import is_double, is_given_up
 from atp_tune.storage.validation import readable
 
@@ -46,18 +48,42 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def best_of(study: optuna.Study, trials: Iterable[FrozenTrial], limit: Limit | None = None) -> FrozenTrial | None:
-    """The best of these trials: with the lowest first value, or with a limit the sparsest one within it.
+    """The best of these trials: the lowest first value, over an interval the knee, or the sparsest within a limit.
 
-    `limit`: instead of the study's. Where no trial is within the limit, the one with the smallest excess.
+    `limit`: instead of the study's; `LIMIT` where there is no knee. If no trial is within it, the one with the smallest
+    excess.
     """
     done, limit = ranked(trials), limit or study.user_attrs.get("limit")
-    if limit is None:
+    if limit is None and interval_of(study) is None:
         return next(iter(done), None)
+    of_logs = study.user_attrs.get("fingerprint", {}).get("search.objective") not in (["kl"], ["accuracy"])
+    if limit is None and (at_knee := knee_of(done, of_logs)) is not None:
+        return at_knee
+    limit = limit or LIMIT
     found = {trial.number: excess_of(study, trial, limit) for trial in done}
     inside = [trial for trial in done if found[trial.number] <= 0]
     if inside:
         return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
     return min(done, key=lambda trial: found[trial.number], default=None)
+
+
+def knee_of(trials: Iterable[FrozenTrial], of_logs: bool) -> FrozenTrial | None:
+    """The knee of the front of ranked trials over sparsity, None without one.
+
+    `of_logs`: their first values are perplexities, whose logs count, in nats as KL does.
+    """
+    front, lowest = list[FrozenTrial](), math.inf
+    for trial in sorted(trials, key=lambda trial: sparsity_of(trial) or 0.0, reverse=True):
+        if values_of(trial)[0] < lowest and (values_of(trial)[0] > 0 or not of_logs):
+            front, lowest = [trial, *front], values_of(trial)[0]
+    values = [values_of(trial)[0] for trial in front]
+    found = knee(
+        [
+            (sparsity_of(trial) or 0.0, math.log(value) if of_logs else value)
+            for trial, value in zip(front, values, strict=True)
+        ]
+    )
+    return None if found is None else front[found]
 
 
 def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
