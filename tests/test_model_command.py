@@ -1,6 +1,7 @@
 """`tune.py MODEL`: a study without a study file."""
 
 import json
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -111,7 +112,8 @@ def test_the_texts_without_the_hub(here: Path, command: CommandLine, monkeypatch
     assert (answer.code, answer.err) == (0, "")
     line = "texts: manual, news, tales, debates, code, since the hub is out of reach (--texts FILE takes your own)"
     assert line in answer.out
-    assert "\ntexts: parts of manual, news, tales, debates and code\n" in answer.out  # below the table
+    assert "\ntexts: parts of manual, news, tales, debates and code\n" in answer.out  # below the tables
+    assert re.search(r"\| test perplexity by kind +\| manual +\| news +\| tales +\| debates +\| code +\|", answer.out)
     assert load("tiny_llama-max-increase-10-quick").study.recover is None
     assert load("tiny_llama-max-increase-10-quick").study.texts.test.source == "mixed"  # type: ignore[union-attr]
 

@@ -259,7 +259,7 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     assert list(study) == [
         "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
         "objective", "front", "limit", "points",
-        "kl", "zero_shot", "speed", "recovered", "continuations", "draws", "windows", "importance", "trials",
+        "kl", "zero_shot", "speed", "recovered", "continuations", "draws", "windows", "kinds", "importance", "trials",
         "seconds", "devices", "study_file", "fingerprint", "versions",
     ]  # fmt: skip
     assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}

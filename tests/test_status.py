@@ -129,6 +129,7 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
         "best", "ranks", "trials", "screening", "objective", "front",
         "bos", "uniform_draws", "windows", "limit", "points",
         "dense_bytes", "dense_tokens_per_second", "dense_images_per_second", "requested", "accuracy", "sign", "bits",
+        "kinds",
     ]  # fmt: skip
     assert list(says["best"]) == [
         "trial", "pruner", "allocation", "parameters", "validation", "test", "change", "kl", "kl_change",

@@ -1,5 +1,7 @@
+import json
 import math
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,7 +14,11 @@ from tinystudy import quiet, stored, study_file
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.perplexity import perplexity
+from atp_tune.report import html, machine, markdown
+from atp_tune.report.contents import gather
 from atp_tune.results.best_config import best_config
+from atp_tune.results.formatting import kinds_rows
+from atp_tune.results.status import status_of
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, score_of, uniform_of
 from atp_tune.storage import progress
@@ -78,6 +84,36 @@ def test_dense_uniform_and_best(study: optuna.Study) -> None:
     summary = summarise(study)
     assert summary.dense.test == perplexity([1.5, 2.5])
     assert summary.best.test == perplexity([2.0, 2.5])
+
+
+def test_test_perplexity_by_kind(study: optuna.Study) -> None:
+    """The test perplexity of a mixed text hid that a model calibrated on manuals was lost for news."""
+    nlls = {"dense": [1.0, 2.0, 1.5, 2.5, 1.0], "0": [1.0, 3.0, 1.5, 3.5, 1.0], "1": [1.0, 2.5, 1.5, 3.0, 1.0]}
+    add(study, 0.0, 10.0)
+    add(study, 0.1, 8.0)
+    study.set_user_attr("test_nlls", nlls)
+    assert summarise(study).kinds == {} and kinds_rows(summarise(study)) == []
+    study.set_user_attr("kinds", ["manual", "news"])
+    kept = {"settings": {}, "kept": True, "kinds": {"manual": {"value": 3.5, "stderr": 0.1}}}
+    study.set_user_attr("recovered", {"1": kept})
+    summary = summarise(study)
+    assert summary.kinds["0"] == {"manual": perplexity([1.0, 1.5, 1.0]), "news": perplexity([3.0, 3.5])}
+    assert kinds_rows(summary) == [
+        ["test perplexity by kind", "manual", "news"],
+        ["dense", "3.21", "9.49"],
+        ["wanda uniform", "3.21 (1.00×)", "25.79 (2.72×)"],
+        ["wanda atp β=0.10000", "3.21 (1.00×)", "15.64 (1.65×)"],
+        ["best, trained", "3.50 (1.09×)", "–"],
+    ]
+    now = datetime(2026, 1, 2)
+    row = "| wanda atp β=0.10000 | 3.21 (1.00×) | 15.64 (1.65×) |"
+    contents = [gather(study, now)]
+    assert row in markdown.make(contents).decode() and "25.79 (2.72×)" in html.make(contents).decode()
+    (made,) = json.loads(machine.make(contents))["studies"]
+    assert made["kinds"] == status_of(summary, now).model_dump(mode="json")["kinds"]
+    assert [*made["kinds"]] == ["dense", "0", "1", "trained"]
+    study.set_user_attr("kinds", ["one", "more", "kind", "than", "there", "are"])
+    assert [*summarise(study).kinds] == ["trained"]
 
 
 def test_an_estimate_is_not_the_best(study: optuna.Study) -> None:

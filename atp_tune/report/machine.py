@@ -29,6 +29,7 @@
                             changes from uniform's, with mean and sd; or null. `fitted_to`: tokens (images) that
                             each draw's plan was fitted anew to, and the plan itself. ranks[] have `draws` too
       windows               their numbers in the validation and the test text
+      kinds                 perplexities by kind of a mixed test text, of `dense`, of trials by number, and `trained`
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,
                             parameters, perplexity, realised, sparsities,
@@ -105,6 +106,7 @@ def _study(contents: Contents) -> dict[str, Any]:
         "continuations": _dumped(summary.continuations),
         "draws": draws if summary.over_draws else None,
         "windows": dict(summary.windows),
+        "kinds": {row: {kind: _dumped(own) for kind, own in found.items()} for row, found in summary.kinds.items()},
         "importance": contents.importance,
         "trials": [_trial(trial, summary) for trial in summary.trials],
         "seconds": contents.seconds,

@@ -39,6 +39,7 @@ def _study(contents: Contents) -> list[str]:
     parts += [
         *map(escaped, contents.notes),
         table(tables.points(summary) if summary.interval else tables.headline(summary)),
+        *([table(kinds)] if (kinds := tables.kinds(summary)) else []),
         contents.errors + (_KL if "kl" in summary.objectives else ""),
     ]
     if summary.front and not summary.interval:

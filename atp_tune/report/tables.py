@@ -29,6 +29,7 @@ from atp_tune.results.formatting import (
     duration,
     hit_cells,
     in_one_line,
+    kinds_rows,
     plan_of,
     points_head,
     points_row,
@@ -77,6 +78,12 @@ def headline(summary: Summary) -> ReportTable:
     accuracy = ACCURACY[:2] if summary.hits else ()
     head = ("perplexity", f"validation {data}", f"test {data}", *over, *kls, *accuracy)
     return ReportTable(head, rows, best=2 if best else None)
+
+
+def kinds(summary: Summary) -> ReportTable | None:
+    """Test perplexities by kind of a mixed text; None for other texts."""
+    head, *rows = [tuple(row) for row in kinds_rows(summary)] or [()]
+    return ReportTable(head, rows) if rows else None
 
 
 def front(summary: Summary) -> ReportTable:

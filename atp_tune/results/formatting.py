@@ -11,7 +11,7 @@ from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.extras import as_typed
 from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.perplexity import Change, error_over, reach_of
+from atp_tune.metrics.perplexity import Change, Perplexity, error_over, reach_of
 from atp_tune.plan import method_in, percent, shown
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary
@@ -215,6 +215,21 @@ def dense_speed(summary: Summary) -> float | None:
 def megabytes(size: int) -> str:
     """A number of bytes: `297.0 MB`, from 10 GB on `13.5 GB`."""
     return f"{size / 1e6:.1f} MB" if size < 10e9 else f"{size / 1e9:.1f} GB"
+
+
+def kinds_rows(summary: Summary) -> list[list[str]]:
+    """A head and rows: test perplexity by kind of a mixed text, and how many times dense's; [] for other texts."""
+    dense, trials = summary.kinds.get("dense", {}), [point.trial for point in summary.points] or summary.trials
+    names = {"dense": "dense", **{str(trial.number): plan_of(trial) for trial in trials}, "trained": "best, trained"}
+    found = {name: summary.kinds[row] for row, name in names.items() if row in summary.kinds}
+    rows = [[name, *(_times(own.get(kind), dense[kind]) for kind in dense)] for name, own in found.items()]
+    return [["test perplexity by kind", *dense], *rows] if dense else []
+
+
+def _times(found: Perplexity | None, dense: Perplexity) -> str:
+    if found is None or found is dense:
+        return NOTHING if found is None else f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.value / dense.value:.2f}×)"
 
 
 def texts_note(summary: Summary) -> str:

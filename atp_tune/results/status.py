@@ -105,7 +105,8 @@ class Status(FrozenModel):
     where `speedup` measured points; of an image classifier `dense_images_per_second`. `requested`: trials
     that were asked for, if the study ended after fewer.
     `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better. `bits`:
-    target in bits per weight, in the place of a sparsity.
+    target in bits per weight, in the place of a sparsity. `kinds`: test perplexity by kind of a mixed text, of `dense`,
+    of trials by number, and of the best one `trained`.
     """
 
     format: Literal["atp_tune.status/2"] = FORMAT
@@ -136,6 +137,7 @@ class Status(FrozenModel):
     accuracy: ModelAccuracies | None = None
     sign: str | None = None
     bits: float | None = None
+    kinds: dict[str, dict[str, Score]] = Field({})
 
     def without_clock(self) -> "Status":
         """The status without times, to compare for changes."""
@@ -194,6 +196,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         accuracy=accuracies_of(summary),
         sign=summary.sign or None,
         bits=summary.bits,
+        kinds={row: dict(found) for row, found in summary.kinds.items()},
     )
 
 

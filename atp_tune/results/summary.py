@@ -15,7 +15,7 @@ from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.limits import Limit
-from atp_tune.metrics.perplexity import Change, Perplexity, perplexity
+from atp_tune.metrics.perplexity import Change, Perplexity, by_kind, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
 from atp_tune.results.annotations import answers_of, attached, speed_of
@@ -93,6 +93,7 @@ class Summary:
     hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
     recovered     training of the best trial's kept weights; `training`: the host where it goes on, "" if it does not
     answers       of an image classifier, what dense, uniform and best see in a few test images
+    kinds         test perplexity by kind of a mixed text, of `dense`, of trials by number, and of the best `trained`
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -138,6 +139,7 @@ class Summary:
     answers: Answers | None = None
     recovered: Recovered | None = None
     training: str = ""
+    kinds: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Summary {self.name}: {self.done} of {self.total} trials>"
@@ -187,13 +189,12 @@ def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
     study = StudySnapshot(study)
     best = progress.best_trial(study)
-    reports = study.user_attrs.get("test_nlls", {})
+    reports, facts = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("fingerprint", {})
     uniform = uniform_of(study, best)
     found = attached(study, best.number) if best else {}
-    facts = study.user_attrs.get("fingerprint", {})
     return Summary(
         name=study.study_name,
-        sparsity=progress.interval_of(study) or study.user_attrs.get("fingerprint", {}).get("sparsity"),
+        sparsity=progress.interval_of(study) or facts.get("sparsity"),
         trials=study.get_trials(deepcopy=False),
         total=study.user_attrs.get("total"),
         done=progress.counted(study),
@@ -212,7 +213,7 @@ def summarise(study: optuna.Study) -> Summary:
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
-        objectives=fingerprint.objectives_of(study.user_attrs.get("fingerprint", {})),
+        objectives=fingerprint.objectives_of(facts),
         kls=divergences_of(study),
         front=progress.front_of(study),
         uniform_trial=uniform,
@@ -226,15 +227,24 @@ def summarise(study: optuna.Study) -> Summary:
         points=points_of(study),
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
-        of_channels=study.user_attrs.get("fingerprint", {}).get("prune.pattern") == "channels",
+        of_channels=facts.get("prune.pattern") == "channels",
         bits=None if "sparsity" in facts else facts.get("bits"),
         rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
         hits=(hits := hits_of(study)),
         sign=sign_of_beta(study) if hits else "",
         answers=answers_of(study, best) if best else None,
         recovered=Recovered.model_validate(found["recovered"]) if "recovered" in found else None,
+        kinds=_kinds(study, found.get("recovered", {})),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
     )
+
+
+def _kinds(study: optuna.Study, recovered: Mapping[str, Any]) -> dict[str, Mapping[str, Perplexity]]:
+    kinds, nlls = study.user_attrs.get("kinds", ()), study.user_attrs.get("test_nlls", {})
+    found: dict[str, Mapping[str, Perplexity]] = {name: by_kind(own, kinds) for name, own in nlls.items()}
+    if recovered.get("kept"):
+        found["trained"] = Recovered.model_validate(recovered).kinds
+    return {name: own for name, own in found.items() if own}
 
 
 def _rounded(facts: Mapping[str, Any]) -> str:

@@ -299,6 +299,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total
         **({} if "batches" in known else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
         **({"limit": spec.limit.given if spec.limit else None} if is_new_limit and not run.screens else {}),
+        **({"kinds": list(turns)} if (turns := getattr(spec.test_text, "turns", ())) else {}),
         "model.source": spec.model.source,
         **({"plugins": plugged} if plugged else {}),
         **facts_of({"total": total, "fingerprint": known["fingerprint"]}),

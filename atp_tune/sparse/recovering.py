@@ -13,7 +13,7 @@ from pathlib import Path
 from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
-from atp_tune.metrics.perplexity import change
+from atp_tune.metrics.perplexity import by_kind, change
 from atp_tune.paths import check_free
 from atp_tune.sparse.applying import Way, write_applied, write_sparse
 from atp_tune.sparse.finetuning import NoGainError, Trained, train
@@ -91,6 +91,7 @@ def recovered(
         validation=validation,
         test=_scores(test) if has_test else None,
         against_uniform=change(uniform, nlls) if len(uniform) == len(nlls) else None,
+        kinds=by_kind(nlls, getattr(config.texts.test or config.texts.validation, "turns", ())),
     )
 
 

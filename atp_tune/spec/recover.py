@@ -80,7 +80,7 @@ class Recovered(FrozenModel):
     `kept`: whether the loss on held-out windows and the perplexity on the validation text fell, so that `apply` trains
     the model; else `reason` says what did not, or why there was no training (`skipped`), in one line. `step` is the
     step whose weights were best, of `steps` that were done. `test` is None with the paper's protocol, `against_uniform`
-    (on the test text) if uniform was not measured.
+    (on the test text) if uniform was not measured. `kinds`: perplexity by kind of a mixed test text.
     """
 
     settings: RecoverConfig
@@ -93,3 +93,4 @@ class Recovered(FrozenModel):
     validation: RecoveredScores | None = None
     test: RecoveredScores | None = None
     against_uniform: Change | None = None
+    kinds: dict[str, Perplexity] = Field({})

@@ -39,7 +39,7 @@ OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:1
         "sizes", "blocks", "linears", "terminated_early", "dense", "test_nlls", "test_kls", "draws", "zero_shot",
         "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
         "limit", "dense_bytes", "dense_ranks", "test_ranks", "answers", "conv1d", "recovered", "training", "refits",
-        "fitted_to",
+        "fitted_to", "kinds",
     }
 )  # fmt: skip
 

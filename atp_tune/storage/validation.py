@@ -127,6 +127,7 @@ STUDY = _kinds(
         "refits": dict[Number, dict[Number, dict[Number, Nlls]]],  # by trial, number of draws, and draw
         "fitted_to": dict[Number, Annotated[list[Count], Field(min_length=2, max_length=2)]],  # by number of draws
         "batches": Batches,
+        "kinds": Annotated[list[Words], Field(min_length=1)],
         "screens": Words,
         "plugins": Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged)],
         "limit": Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)],
