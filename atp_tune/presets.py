@@ -50,10 +50,10 @@ class Preset:
 PRESETS = {
     "quick": Preset(
         trials=8,
-        seqlen=512,
-        calibration=16,
-        validation=16,
-        test=24,
+        seqlen=256,
+        calibration=20,  # four of each of five kinds of text
+        validation=20,
+        test=25,
         screened=12,
         confirmed=5,
         limited=6,

@@ -34,6 +34,8 @@ from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
 
 if TYPE_CHECKING:
+    import torch
+
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.events import Notify
 
@@ -92,6 +94,10 @@ class StudyRequest:
         ]
         return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
 
+    def preset_on(self, device: "torch.device") -> str:
+        """The preset, by default the one for a device."""
+        return self.preset or ("balanced" if device.type == "cuda" else "quick")
+
     def check_same(self, study: Study, path: Path) -> None:
         """UserError if a study file of this name is the study of something else."""
         asked = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
@@ -136,7 +142,7 @@ class StudyRequest:
         )
         folder = resolve(model, Path(), notify)
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
-        preset = self.preset or ("balanced" if where.type == "cuda" else "quick")
+        preset = self.preset_on(where)
         settings = {
             "description": f"{self.source} at {percent(self.sparsity)}",
             "sparsity": self.sparsity,
@@ -146,6 +152,7 @@ class StudyRequest:
             "allocation": {"names": list(allocations := self._allocations(folder, notify))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts, allocations),
+            "speed": where.type == "cpu",  # where packed weights have their kernel
             **(self._recovery(texts) if self._recovers(PRESETS[preset]) else {}),
         }
         try:

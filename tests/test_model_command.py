@@ -49,6 +49,7 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert (answer.code, answer.err) == (0, "")
     name = "tiny_llama-50-quick-own"
     assert f"study: studies/{name}.toml" in answer.out
+    assert re.search(r"^quick: 2 trials, about \d+ s, of which .* to train the best plan", answer.out, re.M)
     assert "[2/2]" in answer.out
     best = json.loads((here / "studies" / f"{name}.best.json").read_text())
     assert best["sparsity"]["target"] == 0.5
@@ -175,7 +176,7 @@ def error(answer: Answer, folder: Path) -> str:
         (("Tiny_Llama", "--max-kl", "1", "--sparsity", "60%"),
          "--sparsity: 60% is one sparsity, and --max-kl finds the highest; leave --sparsity out, or give an interval"),
         (("Tiny_Llama", "--sparsity", "0.3..0.8", "--texts", "own.txt", "--preset", "quick",
-          "--set", "search.screen.stride=16"), "search.screen.stride: leaves one of 16 windows; must be less than"),
+          "--set", "search.screen.stride=20"), "search.screen.stride: leaves one of 20 windows; must be less than"),
         (("Tiny_Llama", "--max-kl", "1", "--texts", "own.txt", "--preset", "quick",
           "--set", "search.objective=perplexity"), 'limit: max_kl goes with search.objective = "kl"'),
         (("Tiny_Llama", "--pruner", "wand"), "did you mean wanda?"),

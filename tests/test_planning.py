@@ -7,13 +7,16 @@ import pytest
 from test_forecast import RATES
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
+from atp_tune.cli.commands.plan import cost_beside
 from atp_tune.cost import memory, planning, probe
 from atp_tune.cost.once import Amounts, after_seconds
-from atp_tune.cost.planning import foresee
+from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.trials import is_uniform
 from atp_tune.search import trial_loop
+from atp_tune.search.context import TrialContext
+from atp_tune.search.context_config import ContextConfig
 from atp_tune.storage import opening
 from atp_tune.storage.progress import counted, front_of
 
@@ -32,6 +35,21 @@ def test_a_study_is_foretold(place: Path) -> None:
     assert found.memory.device is None
     assert found.problems == ()
     assert not list(place.glob("*.db"))
+
+
+def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
+    """A preset did not say what it takes before it started; the loading is over by then."""
+    file = study_file(place)
+    setup = ContextConfig.of_study(file.study, file.folder, False)
+    with TrialContext.open(setup) as context:
+        own, other = foresee_open(file, "tiny", context, file.study)
+    assert own.tokens == foresee(file, "tiny", ignore_events).whole.tokens
+    assert (other.tokens, other.seconds) == (own.tokens, own.seconds)  # the same study, by its settings alone
+    costs = [own.model_copy(update={"seconds": seconds, "descents": 60.0}) for seconds in (170.0, 1500.0)]
+    said = "3 trials, about 3 min, of which 60 s for prices; --preset"
+    assert cost_beside(costs, "quick", "balanced") == f"quick: {said} balanced measures more, in about 25 min"
+    assert cost_beside(costs[::-1], "balanced", "quick").endswith("; --preset quick measures less, in about 3 min")
+    assert cost_beside(costs[:1], "quick", "balanced") == f"quick: {said.partition(';')[0]}"
 
 
 @pytest.mark.parametrize(

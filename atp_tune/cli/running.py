@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from time import time
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.search.context import TrialContext
     from atp_tune.search.runner import StudyRun
     from atp_tune.spec.studyfile import StudyFile
 
@@ -60,7 +61,10 @@ class RunOptions:
         return load_study(study, self.storage, device or self.device, set_, self.trust_plugins)
 
 
-def start(study: str, options: RunOptions) -> None:
+Said = Callable[["StudyFile", "TrialContext"], str]  # what is said of a new study, once its model is loaded
+
+
+def start(study: str, options: RunOptions, said: Said | None = None) -> None:
     """Runs or resumes a study, or prints its cost."""
     from atp_tune.tracking import check_installed
 
@@ -74,7 +78,7 @@ def start(study: str, options: RunOptions) -> None:
     if options.dry_run:
         show_plan(file, options.study_name)
         return
-    _run(file, options.study_name, options.timeout, pool, options.allow_device_change, trackers)
+    _run(file, options.study_name, options.timeout, pool, options.allow_device_change, trackers, said)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -112,6 +116,7 @@ def _run(
     pool: "WorkerPool | None",
     mix: bool,
     trackers: Sequence[str],
+    said: Said | None,
 ) -> None:
     """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
 
@@ -121,11 +126,13 @@ def _run(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
+    from atp_tune.events import Message
     from atp_tune.search.runner import StudyRun, load_existing
     from atp_tune.tracking.following import Follower
 
     with quiet(), interruptible(), Display() as display:
-        run = StudyRun(file, name or file.name, timeout, display, mix=mix)
+        opened = (lambda context: display(Message(said(file, context)))) if said else None
+        run = StudyRun(file, name or file.name, timeout, display, mix=mix, opened=opened)
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
             display.listeners.append(follower)
             try:

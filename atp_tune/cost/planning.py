@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from atp_tune.search.context_config import ContextConfig
 
 
+WHOLE_TEXT = 150  # windows of a text without a number: of 2048 tokens, the test part of WikiText-2
+
+
 @dataclass(frozen=True)
 class Known(Amounts):
     """The facts of a study that are known before its model is loaded."""
@@ -109,6 +112,39 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             rates = probe(context, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     return _forecast(known, name, device_name(device), format_, context, rates)
+
+
+def foresee_open(file: StudyFile, name: str, context: "TrialContext", other: Study | None) -> list[StudyCost]:
+    """The costs of a study whose context is open, from here on, and of another study of its model, by one probe.
+
+    `other`: as if each of its texts had all windows that it asks for.
+    """
+    from atp_tune.cost.probe import probe
+    from atp_tune.search.context_config import ContextConfig
+
+    setup, study = ContextConfig.of_study(file.study, file.folder, context.bos), file.study
+    device, dtype = context.checkpoint.device, context.checkpoint.dtype
+    known = _with_model(_known(file, name, setup, context.folder, device, dtype.itemsize), context)
+    rates = probe(context, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
+    return [_whole(each, context, rates) for each in (known, *([_asked(known, other)] if other else []))]
+
+
+def _asked(known: Known, study: Study) -> Known:
+    """What is known of another study of a model before its texts are read."""
+    from atp_tune.search.dense_model import CURVE_TOKENS
+
+    texts = study.texts
+    assert texts is not None
+    roles = {"calibration": texts.calibration, "validation": texts.validation, "test": texts.test}
+    windows = {role: 0 if text is None else text.nsamples or WHOLE_TEXT for role, text in roles.items()}
+    length = texts.validation.seqlen
+    size = {role: number * length for role, number in windows.items()}
+    curve = min(windows["calibration"], max(1, CURVE_TOKENS // length)) * length
+    return replace(
+        known, study=study, tokens=Tokens(size["calibration"], size["validation"], size["test"], curve),
+        windows=windows["calibration"], validation_windows=windows["validation"], kinds=_kinds(study),
+        main=None, screening=None,
+    )  # fmt: skip
 
 
 def _known(

@@ -53,7 +53,8 @@ class StudyRun:
     write the best configuration. Of several workers one reports, and their parent process writes. `mix`: accept another
     device or number format than the study began with. `screens`: the name of the study that this one screens for.
     `tasks`: what measures the accuracies of a limit.
-    `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening.
+    `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening. `opened`: called with the
+    context of a study that has no trial yet.
     """
 
     file: StudyFile
@@ -67,6 +68,7 @@ class StudyRun:
     screens: str | None = None
     callbacks: Sequence[Callback] = ()
     tasks: "TaskAccuracy | None" = None
+    opened: "Callable[[TrialContext], object] | None" = None
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -232,6 +234,8 @@ def _search(
         items = {role: (len(each), each.positions) for role, each in context.windows.items()}
         total_now = progress.total_of(study, total, run.file.goes_on)
         run.watch(Opened(run.file.study, total_now, progress.counted(study), items, context.is_short))
+        if run.opened is not None and not progress.points_of(study):
+            run.opened(context)
     study.pruner = make_stopper(search)
     screened = Screened()
     if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model

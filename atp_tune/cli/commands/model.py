@@ -4,6 +4,7 @@ import shlex
 import sys
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from atp_tune.cache import TakenError, temporary_folder
 from atp_tune.cli import completion
-from atp_tune.cli.commands.plan import show_plan
+from atp_tune.cli.commands.plan import cost_beside, show_plan
 from atp_tune.cli.options import (
     AllowDeviceChange,
     AllowPickle,
@@ -33,13 +34,15 @@ from atp_tune.cli.options import (
     load_study,
     stored_study,
 )
-from atp_tune.cli.running import RunOptions, start
+from atp_tune.cli.running import RunOptions, Said, start
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
+    from atp_tune.search.context import TrialContext
     from atp_tune.spec.study import Study
+    from atp_tune.spec.studyfile import StudyFile
     from atp_tune.study_request import StudyRequest
 
 OWN_CODE = "model.trust_remote_code=true"  # as --set takes it
@@ -96,7 +99,7 @@ def model(
         Size | None,
         typer.Option(
             help="How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on "
-            "windows of 512 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the "
+            "windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the "
             "papers; both with errors over draws of the calibration text, and training. Half as many with prices "
             "alone; within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened."
         ),
@@ -217,7 +220,7 @@ def model(
         return
     console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
-        _start(path, whole)
+        _start(path, whole, partial(_cost, wishes, device))
     except UserError:
         _remove_unused(path, storage)
         raise
@@ -231,12 +234,26 @@ def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     _start(path, options)
 
 
-def _start(path: Path, options: RunOptions) -> None:
+def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
     """Runs the study; errors name another study as this command does."""
     try:
-        start(str(path), options)
+        start(str(path), options, said)
     except UserError as error:
         raise UserError(str(error).replace("--study-name NAME", "--name NAME")) from None
+
+
+def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "TrialContext") -> str:
+    """What the study takes, beside another preset."""
+    from atp_tune.cost.planning import foresee_open
+
+    preset = wishes.preset_on(context.checkpoint.device)
+    other = Size.balanced if preset == Size.quick else Size.quick
+    allowed = {"allow_pickle": file.study.model.allow_pickle, "trust_remote_code": context.folder.trusted}
+    try:
+        study = replace(wishes, preset=other).study(file.name, device, allowed, lambda _: None)
+    except UserError:  # such as a text that is too short for it
+        study = None
+    return cost_beside(foresee_open(file, file.name, context, study), preset, other)
 
 
 def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":

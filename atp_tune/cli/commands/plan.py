@@ -7,6 +7,8 @@ from atp_tune.cli.terminal import console, gib, table, trials
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.cost.memory import Memory
     from atp_tune.spec.studyfile import StudyFile
@@ -71,6 +73,19 @@ def show(found: "Forecast") -> None:
         console.print(line)
     for problem in found.problems:
         console.print(f"does not fit: {problem}", style="yellow")
+
+
+def cost_beside(found: "Sequence[StudyCost]", preset: str, other: str) -> str:
+    """What a study takes, and what it would take with another preset, if that is known, in one line."""
+    from atp_tune.results.formatting import duration
+
+    own, *others = found
+    line = f"{preset}: {_study_cost(own.model_copy(update={'tokens': None}))}"
+    for cost in others:
+        if cost.seconds is not None and own.seconds is not None:
+            line += f"; --preset {other} measures {'more' if cost.seconds > own.seconds else 'less'}"
+            line += f", in about {duration(cost.seconds)}"
+    return line
 
 
 def _study_cost(whole: "StudyCost") -> str:
