@@ -64,6 +64,11 @@ def test_every_page_fits_a_phone_and_asks_no_other_host(site: Path, address: str
         page.goto(address + name)
         if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
             wrong.append(f"{name} is wider than a phone")
+        if page.evaluate("[...document.images].some(image => image.getBoundingClientRect().right > innerWidth)"):
+            wrong.append(f"{name} has a picture that is cut off")
+    page.goto(address + "index.html")
+    first, second = (panel.bounding_box() for panel in page.locator(".panels img").all()[:2])
+    assert first and second and second["y"] >= first["y"] + first["height"]
     page.close()
     assert wrong == []
 

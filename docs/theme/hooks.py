@@ -1,5 +1,8 @@
 """What `scripts/site` adds to the pages of docs/: the home page, generated pages, and pages of linked files."""
 
+import html
+import posixpath
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +15,8 @@ from mkdocs.structure.pages import Page
 
 import atp_tune
 
+PICTURE = re.compile(r"^!\[(.*)\]\((\S+\.svg)\)$", re.MULTILINE)  # alone in its paragraph
+PANEL = re.compile(r'<g transform="translate\((\d+),(\d+)\)"><svg [^>]*width="(\d+)" height="(\d+)"')
 HIDE = "---\nhide: [navigation]\n---\n\n"  # it would hold this page alone
 BUTTONS = """
 [First study](docs/tutorials/first-study.md){ .md-button .md-button--primary }
@@ -43,7 +48,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turns links from places in the repository to places in the site."""
     name = page.file.src_uri
-    return markdown if name.startswith(("source/", "reference/")) else outside_links.rewritten(markdown, name)
+    if name.startswith(("source/", "reference/")):
+        return markdown
+    return PICTURE.sub(lambda found: _panels(found, posixpath.dirname(name)), outside_links.rewritten(markdown, name))
+
+
+def _panels(found: re.Match[str], folder: str) -> str:
+    """A picture of several figures (`scripts/picture`) as one image each, which a phone shows one below the other."""
+    file = outside_links.REPO / "docs" / folder / found[2]
+    images = [
+        f'<img alt="{html.escape(found[1]) if (x, y) == ("0", "0") else ""}" style="aspect-ratio: {width}/{height}"'
+        f' src="{found[2]}#svgView(viewBox({x},{y},{width},{height}))">'
+        for x, y, width, height in PANEL.findall(file.read_text(encoding="utf-8"))
+    ]
+    return f'<p class="panels">{"".join(images)}</p>' if images else found[0]
 
 
 def _pages() -> Iterator[tuple[str, str]]:
