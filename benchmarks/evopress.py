@@ -145,7 +145,7 @@ class Bench:
         print("row-prices", flush=True)
         gradients, began = self._gradients(), self.clock.now()
         many = windows_of_step(self.pool.positions, [self.target])
-        samples = gradients.samples(many, prices.STEPS, with_dense=True)
+        samples = gradients.samples(many, prices.STEPS, share=0.5)
         pricing = RowPricing(gradients.of_blocks, self._places)
         [end] = prices.descend(self.shapes, [self.target], lambda step, found: pricing.prices(found, next(samples)))
         seconds, wall = (after - before for before, after in zip(began, self.clock.now(), strict=True))

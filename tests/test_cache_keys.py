@@ -55,12 +55,13 @@ BASES = {  # allocation and pruner: what the descent asks of the pruner
     "groups": ('allocation=["prices"]', 'prune.prices="own"', 'prune.pattern="mixed:8"', "prune.swaps=1"),
 }
 CHANGES = {  # a setting, and another value of it
-    "description": '"another"', "sparsity": "0.55", "bits": "4", "device": '"auto"',
+    "description": '"another"', "sparsity": "0.55", "bits": "4", "device": '"auto"', "speed": "true",
     "storage": '"sqlite:///a.db"',
     "model.source": '"other"', "model.dtype": '"bfloat16"', "model.offload": '"cpu"', "model.allow_pickle": "true",
     "model.trust_remote_code": "true",
     "prune.pruners": '["alps"]', "prune.statistics": '"dense"', "prune.pattern": '"mixed:4"', "prune.swaps": "2",
-    "prune.refine": "3", "prune.prices": '"own"', "prune.sparsegpt.damping": "0.1", "prune.sparsegpt.columns": "8",
+    "prune.refine": "3", "prune.prices": '"own"', "prune.loss": '"kl"', "prune.sparsegpt.damping": "0.1",
+    "prune.sparsegpt.columns": "8",
     "prune.wanda.compare": '"matrix"', "prune.dsnot.initial": '"magnitude"', "prune.dsnot.cycles": "3",
     "prune.dsnot.threshold": "0.5", "prune.dsnot.power": "2.0", "prune.alps.damping": "0.1", "prune.alps.rho": "0.3",
     "prune.alps.iterations": "3", "prune.alps.steps": "2",

@@ -39,6 +39,7 @@ from atp_tune.search.context import TrialContext
 from atp_tune.search.dense_model import dense_blocks
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.recover import NLL_SHARES
 
 rows_of_bytes = st.lists(st.integers(-127, 127), min_size=1, max_size=12)
 
@@ -171,9 +172,14 @@ def dense_states(context: TrialContext, ids: Tensor) -> Tensor:
 
 
 def naive_step(
-    model: Any, context: TrialContext, linears: LinearSparsities, offsets: list[list[list[float]]], ids: Tensor
+    model: Any,
+    context: TrialContext,
+    linears: LinearSparsities,
+    offsets: list[list[list[float]]],
+    ids: Tensor,
+    share: float,
 ) -> tuple[list[list[float]], list[list[list[float]]]]:
-    """Prices of linears and of their rows, by the gradient of a whole pruned copy's NLL and KL from the model."""
+    """Prices of linears and of their rows, by the gradient of a whole pruned copy's loss: a share of NLL, and KL."""
     checkpoint = context.checkpoint
     all_scores = scores(model, checkpoint, context.items("calibration"), "wanda")
     pruned, places, zeros = copy.deepcopy(model).requires_grad_(True), {}, {}
@@ -189,7 +195,7 @@ def naive_step(
     logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     p = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).detach().softmax(1)
     kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
-    ((functional.cross_entropy(logits, ids[:, 1:].flatten()) + kl) / 2).backward()
+    (share * functional.cross_entropy(logits, ids[:, 1:].flatten()) + (1 - share) * kl).backward()
     of_linears: list[list[float]] = []
     of_rows_: list[list[list[float]]] = []
     for i, row in enumerate(checkpoint.linears):
@@ -225,7 +231,7 @@ def naive_move(smooth: list[float], offsets: list[float], found: list[float]) ->
 
 @pytest.mark.parametrize("family", few(FAMILIES, FAST))
 def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps, ten times as long, so that the second has other masks than the first."""
+    """Two steps, ten times as long, so that the second has other masks than the first, and KL alone (`prune.loss`)."""
     monkeypatch.setattr("atp_tune.blocks.row_pricing.DISTANCE", 10 * DISTANCE)
     monkeypatch.setattr("test_row_prices.DISTANCE", 10 * DISTANCE)
     model = tiny(family)
@@ -234,10 +240,10 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
     shapes = context.checkpoint.shapes
     offsets = [[[0.0] * shape.rows for shape in row] for row in shapes]
     smooth = [[[0.0] * shape.rows for shape in row] for row in shapes]
-    for step in range(2):
-        ids = random_ids(6, seed=5 + step)
-        of_linears, of_rows_ = naive_step(model, context, sparsities, offsets, ids)
-        assert close(pricing.prices(sparsities, Sample(ids, dense_states(context, ids))), of_linears)
+    for step, loss in enumerate(("both", "kl")):
+        ids, share = random_ids(6, seed=5 + step), NLL_SHARES[loss]
+        of_linears, of_rows_ = naive_step(model, context, sparsities, offsets, ids, share)
+        assert close(pricing.prices(sparsities, Sample(ids, dense_states(context, ids), share)), of_linears)
         for i, row in enumerate(of_rows_):
             for k, found in enumerate(row):
                 smooth[i][k], offsets[i][k] = naive_move(smooth[i][k], offsets[i][k], found)
@@ -365,7 +371,7 @@ def test_offsets_that_do_not_fit_are_refused(place: Path, command: CommandLine) 
 @pytest.mark.slow
 def test_an_interval_with_rows(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     few_steps(monkeypatch)
-    wishes = settings('allocation=["row-prices"]', "sparsity=[0.3, 0.45]", "search.trials=6")
+    wishes = settings('allocation=["row-prices"]', "prune.loss=kl", "sparsity=[0.3, 0.45]", "search.trials=6")
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]

@@ -30,8 +30,8 @@ SHARE = 0.3  # maximum share of the free memory for what blocks keep from the fi
 OVERFLOWS = range(0, 20, 4)  # by how many powers of two gradients in float16 are made smaller, until none overflows
 PASSES = 4  # forward passes that gradients cost where blocks keep nothing
 
-# by the final hidden states of items; last those of the dense model, as in `Sample`
-LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None], Tensor]
+# by the final hidden states of items; then those of the dense model and the share of the NLL, as in `Sample`
+LossGradient = Callable[[Replay, Batch, Tensor, Tensor | None, float], Tensor]
 Change = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and dense weight [out, in]: its weight as changed
 Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, float32, by key of a linear's tensor
 
@@ -40,12 +40,13 @@ Take = Callable[[int, Mapping[str, Tensor]], None]  # block, and gradients, floa
 class Sample:
     """Items by whose mean loss, the NLL, a gradient is taken.
 
-    `dense`: their final hidden states [items, positions, width] in the dense model; with them the loss is the mean of
-    NLL and KL from it.
+    `dense`: their final hidden states [items, positions, width] in the dense model; with them the loss is this share of
+    the NLL, and for the rest KL from the dense model.
     """
 
     items: Batch
     dense: Tensor | None = None
+    share: float = 0.5
 
     def states(self, rows: slice) -> Tensor | None:
         """The dense model's states of some of the items."""
@@ -90,7 +91,7 @@ class BlockGradients:
         """Gradient of the sum of the items' losses by the final hidden states."""
 
         def step(rows: slice) -> Tensor:
-            return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows))
+            return self._gradient(self.replay, sample.items[rows], hidden[rows], sample.states(rows), sample.share)
 
         return torch.cat(self._heads.over(len(hidden), step))
 

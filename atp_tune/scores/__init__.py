@@ -41,10 +41,13 @@ class Score(Head, Protocol):
         `dense`: the final hidden states of the dense model, for KL.
         """
 
-    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
+    ) -> Tensor:
         """Gradient of each item's NLL by its final hidden states [items, positions, width], for prices.
 
-        `dense`: the final hidden states of the dense model; the loss is then the mean of NLL and KL from it.
+        `dense`: the final hidden states of the dense model; the loss is then this share of the NLL, and for the rest KL
+        from it.
         """
 
 

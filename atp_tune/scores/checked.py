@@ -56,12 +56,15 @@ class CheckedScore:
             raise PluginError(f"{self._origin}: items returned {many}, where there must be {wanted[0]} and {wanted[1]}")
         return found
 
-    def gradient(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
-        """The plug-in's gradient, of its own loss if it takes no `dense`; PluginError if it has none."""
+    def gradient(
+        self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
+    ) -> Tensor:
+        """The plug-in's gradient, of its own loss if it takes no `dense` or `share`; PluginError if it has none."""
         if not hasattr(self._plugin, "gradient"):
             raise PluginError(f"{self._origin}: has no method gradient, which the allocation prices needs")
         with guarded(self._origin, "gradient"):
-            takes = {} if "dense" not in signature(self._plugin.gradient).parameters else {"dense": dense}
+            known = signature(self._plugin.gradient).parameters
+            takes = {name: value for name, value in (("dense", dense), ("share", share)) if name in known}
             found: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
         if not isinstance(found, Tensor) or found.shape != hidden.shape:
             raise PluginError(f"{self._origin}: gradient returned something else than a tensor {list(hidden.shape)}")

@@ -52,13 +52,15 @@ class Classes:
         kls = [] if dense is None else token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
         return WindowScores(nlls, kls, ranks_of(logits, batch.classes).tolist())
 
-    def gradient(self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
+    ) -> Tensor:
         """Gradient of each image's loss by its final hidden states."""
         states = hidden.detach().requires_grad_()
         likely = None if dense is None else replay.logits(batch, dense.to(hidden.device))
         with torch.enable_grad():
             logits = replay.logits(batch, states)
-        by_logits = loss_gradient(logits.detach(), batch.classes, likely)
+        by_logits = loss_gradient(logits.detach(), batch.classes, likely, share=share)
         return torch.autograd.grad(logits, states, by_logits)[0]
 
 

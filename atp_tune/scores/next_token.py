@@ -88,7 +88,9 @@ class NextToken:
         predicted = counted.sum(1)
         return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
 
-    def gradient(self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
+    ) -> Tensor:
         """Gradient of each window's loss by its final hidden states [windows, tokens, width], slice by slice.
 
         Of float16, whose range is too small for it, in float32.
@@ -104,7 +106,7 @@ class NextToken:
             likely = None if others is None else replay.logits(batch[:, here], others).flatten(0, 1)
             with torch.enable_grad():
                 logits = replay.logits(batch[:, here], part).flatten(0, 1)
-            by_logits = loss_gradient(logits.detach(), targets, likely, scale / predicted)
+            by_logits = loss_gradient(logits.detach(), targets, likely, scale / predicted, share)
             found[:, here] = torch.autograd.grad(logits, part, by_logits)[0].to(found.dtype) / scale
         return found
 

@@ -46,18 +46,19 @@ class CalibrationGradients:
         """The gradients; made when they are first asked for, which runs the model."""
         return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
 
-    def samples(self, many: int, steps: int, with_dense: bool = False) -> Iterator[Sample]:
+    def samples(self, many: int, steps: int, share: float = 1.0) -> Iterator[Sample]:
         """A sample of so many items of the pool for each step, all if it has fewer.
 
-        `with_dense`: and their final hidden states in the dense model, in which the items of all steps are run first.
+        `share`: of the NLL in the loss. Below 1 they have their final hidden states in the dense model, in which the
+        items of all steps are run first.
         """
         items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
         drawn = [torch.randperm(len(items), generator=draw)[:many] for _ in range(steps)]
         met = torch.cat(drawn).unique()  # type: ignore[no-untyped-call]
-        dense = self._dense_states(items[met.to(self.checkpoint.device)]) if with_dense else None
+        dense = self._dense_states(items[met.to(self.checkpoint.device)]) if share < 1 else None
         for chosen in drawn:
             states = None if dense is None else dense[torch.searchsorted(met, chosen)]
-            yield Sample(items[chosen.to(self.checkpoint.device)], states)
+            yield Sample(items[chosen.to(self.checkpoint.device)], states, share)
 
     def _dense_states(self, items: Batch) -> Tensor:
         """Final hidden states [items, positions, width] in the dense model, in host memory."""

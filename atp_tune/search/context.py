@@ -315,7 +315,8 @@ class TrialContext(Released):
         if self.prune_settings.has_own_prices(pruner):
             return self._by_own_weights(gradients, self.prune_settings.pruner(pruner)).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
-        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, rows)
+        loss = self.prune_settings.loss if rows else None
+        descent = by_score(gradients, ranked_by(pruner), lambda index: statistics[index], group, loss)
         return descent.ends(targets, measured)
 
     def _by_own_weights(self, gradients: CalibrationGradients, pruner: Pruner) -> Descent:

@@ -28,7 +28,7 @@ from atp_tune.allocations.prices import (
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.gradients import Sample
-from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
+from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels, Places
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.blocks.row_pricing import RowPricing
@@ -40,6 +40,7 @@ from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.search.calibration_gradients import CalibrationGradients
 from atp_tune.search.descent_steps import DescentSteps
+from atp_tune.spec.recover import NLL_SHARES, Loss
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
@@ -69,7 +70,7 @@ class Descent:
     `pricing`: makes what measures them; `levels`: what its weights are pruned by, as JSON.
     """
 
-    with_kl = False  # whether the loss is the mean of NLL and KL from the dense model, not the NLL alone
+    share = 1.0  # of the NLL in the loss; the rest is KL from the dense model
 
     def __init__(
         self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], levels: Sequence[Any]
@@ -100,7 +101,7 @@ class Descent:
         gradients, watch = self._gradients, self._gradients.watch
         pricing, steps = self._pricing(), DescentSteps(place)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
-        samples = gradients.samples(windows, total, self.with_kl)
+        samples = gradients.samples(windows, total, self.share)
         watch(TrialStarted("prices", None))
         if before := len(steps.prices):
             watch(Message(f"prices: goes on after step {before} of {total}"))
@@ -120,9 +121,11 @@ class Descent:
 
 
 class RowDescent(Descent):
-    """The descent whose rows move too, by masks of the lowest scores of each row."""
+    """The descent whose rows move too, by masks `places` of the lowest scores of each row."""
 
-    with_kl = True
+    def __init__(self, gradients: CalibrationGradients, places: Places, score: Score, loss: Loss) -> None:
+        super().__init__(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, loss])
+        self.share = NLL_SHARES[loss]
 
     def _read(self, end: Any) -> RowSparsities:
         linears, offsets = end
@@ -138,11 +141,11 @@ def by_score(
     score: Score,
     statistics: Callable[[int], BlockStatistics],
     group: int | None,
-    rows: bool = False,
+    rows: Loss | None = None,
 ) -> Descent:
     """The descent by masks of the lowest scores of each row, or group.
 
-    `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too.
+    `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too, by this loss.
     """
 
     def by_wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
@@ -155,9 +158,7 @@ def by_score(
 
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
-        return RowDescent(
-            gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, "NLL and KL"]
-        )
+        return RowDescent(gradients, places, score, rows)
     levels = ByPlaces(places)
     return _descent(gradients, levels, [score, *([] if group is None else [group])])
 

@@ -54,8 +54,8 @@ LACKING: dict[str, Any] = {"texts.bos": False}  # values of facts that are missi
 # Keys added after the first release: they are facts only if they differ from the default, so that old studies resume.
 LATER = (
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
-    "model.prune", "prune.swaps", "prune.refine", "prune.prices", "prune.channels.", "search.screen.",
-    "search.objective", "search.score", "quantize.act_order",
+    "model.prune", "prune.swaps", "prune.refine", "prune.prices", "prune.loss", "prune.channels.",
+    "search.screen.", "search.objective", "search.score", "quantize.act_order",
     *(f"texts.{role}.{key}" for role in ("calibration", "validation", "test") for key in ("stride", "shuffle")),
 )  # fmt: skip
 

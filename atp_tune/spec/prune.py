@@ -24,6 +24,7 @@ from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
+from atp_tune.spec.recover import Loss
 
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
 OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels
@@ -68,6 +69,11 @@ class PruneConfig(SettingsTable):
         "wanda",
         description="levels that the allocation prices descends by: masks of Wanda (magnitude of itself), or what the "
         "pruner itself makes of the weights, refinement included",
+    )
+    loss: Loss = Field(
+        "both",
+        description="of the descent of row-prices. kl: KL divergence from the dense model's predictions; next-token: "
+        "NLL of the text; both: the mean",
     )
     channels: ChannelSettings = Field(ChannelSettings(), description='of pattern = "channels": whole channels go')
 
