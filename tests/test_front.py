@@ -267,6 +267,9 @@ def test_a_limit_that_nothing_meets() -> None:
     assert said.startswith(
         "no trial is within the limit of perplexity 15: the nearest is trial 1, 20% wanda + uniform: 19.79 ±"
     )
+    further = "the search ends at {}, unless --sparsity takes it further"
+    assert said.endswith(f"; {further.format('20%')}")
+    assert outcome_of(summarise(made_front(limit={"max_increase": 9.0}))).endswith(f"; {further.format('70%')}")
     nearest_one = "the nearest is trial 1, 20% wanda + uniform: "
     said = outcome_of(summarise(made_front(limit={"max_kl": 0.001}, kl=True)))
     assert said.startswith(f"no trial is within the limit of KL 0.001: {nearest_one}0.")

@@ -88,7 +88,7 @@ def test_prices_are_not_for_experts(here: Path) -> None:
 def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     answer = command("Tiny_Llama", "--texts", "own.txt", "--preset", "quick", "--dry-run", "--device", "cpu")
     assert (answer.code, answer.err) == (0, "")
-    assert "sparsity = [0.2, 0.7]" in answer.out and "max_increase = 0.1" in answer.out
+    assert "sparsity = [0.3, 0.7]" in answer.out and "max_increase = 0.1" in answer.out
     assert "[recover]" not in answer.out and "\ndraws = " not in answer.out
     assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
     assert "at most 6 trials, " in answer.out

@@ -73,9 +73,12 @@ def _within(summary: Summary, best: Point, limit: Limit) -> str:
     data = summary.data
     on_test = f"; on the test {data} {test}" if test else ""
     on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
-    if best.excess is not None and best.excess <= 0:
-        return f"best: {name}{on_search}, within the limit of {words}{on_test}"
-    return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}"
+    is_within = best.excess is not None and best.excess <= 0
+    at_end = summary.interval is not None and abs(best.sparsity - summary.interval[is_within]) < STEP / 2
+    further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" if at_end else ""
+    if is_within:
+        return f"best: {name}{on_search}, within the limit of {words}{on_test}{further}"
+    return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}{further}"
 
 
 def _measured(summary: Summary, point: Point, key: str, text: Role) -> str:

@@ -11,9 +11,9 @@ from atp_tune.spec.search import STEP
 
 Interval = tuple[float, float]
 
-# Where only a limit is given: below 20 % nothing is saved, and before 70 % pruning without training has broken a
-# language model, so that the limit decides and not the interval, which a descent by prices goes along.
-WHOLE: Interval = (0.2, 0.7)
+# Where only a limit is given: below 30 % nothing is saved, since a matrix is packed from 45 % zeros on, and before 70 %
+# pruning without training has broken a language model. A descent by prices goes along all of it.
+WHOLE: Interval = (0.3, 0.7)
 AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
 # Where neither a sparsity nor a limit is given: 0.1 nats per token, between what llama.cpp's Q3_K_M (+4 %) and Q2_K
 # (+15 %) cost LLaMA-7B. A sparsity would not do: the 60 % of the papers break small models.

@@ -67,7 +67,7 @@ def model(
         typer.Option(
             metavar="S",
             help="Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
-            "sparsities of it. Default: the sparsest plan within a limit, in 20%..70%.",
+            "sparsities of it. Default: the sparsest plan within a limit, in 30%..70%.",
         ),
     ] = None,
     max_increase: Annotated[
