@@ -241,23 +241,31 @@ def test_code_and_pickles_need_their_flags(tiny_place: Path, tmp_path: Path, pip
 
 def test_help_of_chat(command: CommandLine) -> None:
     assert "python tune.py chat smol-sparse" in command("chat", "--help").out
-    assert command("chat").error.startswith("Missing argument 'DIR|FILE'")
+    assert "give either DIR|FILE or --study NAME" in command("chat").error
 
 
 # --- in a terminal
 
 
 @pytest.mark.slow
-def test_a_conversation_with_both_models(sparse: Path, done: Path, person: Any) -> None:
-    one = person(sparse, "--max-new-tokens", "9")
+@pytest.mark.parametrize("what", ["folder", "study"])
+def test_a_conversation_with_all_models(what: str, sparse: Path, done: Path, person: Any, command: CommandLine) -> None:
+    """Of a folder, and of a study whose best plan is pruned and packed in memory."""
+    other = done / "uniform"
+    assert command("prune", "--study", done / "tiny.toml", "--beta", "0", "--out", other).code == 0
+    given = (sparse,) if what == "folder" else ("--study", done / "tiny.toml")
+    one = person(*given, "--max-new-tokens", "9")
     first = one.sees("\n> ")
     assert f"{PLAIN}\n" in first
-    said = {"sparse": greedy(sparse, LINE, 9), "dense": greedy(done / "model", LINE, 9)}
+    folders = {"sparse": sparse, "dense": done / "model", "uniform": other}
+    said = {name: greedy(folder, LINE, 9) for name, folder in folders.items()}
     assert said["sparse"] != said["dense"]
     cut = "\n(cut off: no token is left; see --max-new-tokens and /reset)"
     assert one.asks(LINE) == said["sparse"] + cut
     assert one.asks("/dense").endswith("the dense model answers")
     assert one.asks(LINE) == said["dense"] + cut
+    assert one.asks("/uniform").endswith("the uniform model answers")
+    assert one.asks(LINE) == said["uniform"] + cut
     assert one.asks("/both") == "both models answer"
     assert one.asks(LINE) == f"dense:\n{said['dense']}{cut}\nsparse:\n{said['sparse']}{cut}"
     assert one.asks("/sparse") == "the sparse model answers"

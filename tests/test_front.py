@@ -324,15 +324,15 @@ def test_the_commands_that_come_next(tmp_path: Path, command: CommandLine, monke
     monkeypatch.chdir(tmp_path)
     assert command("status", "--study", toml).out.splitlines()[-4:] == [
         "best configuration: made.best.json",
+        "talk with it:       python tune.py chat --study made.toml",
         "sparse checkpoint:  python tune.py apply --config made.best.json --out made-sparse",
-        "then talk with it:  python tune.py chat made-sparse",
         "another point:      python tune.py export --study made.toml --sparsity 0.5",
     ]
 
 
 def test_the_commands_after_a_study_at_one_sparsity(done: Path, command: CommandLine) -> None:
     said = command("status", "--study", done / "tiny.toml").out.splitlines()
-    assert said[-2] == "then talk with it:  python tune.py chat tiny-sparse"
+    assert said[-3] == f"talk with it:       python tune.py chat --study {done / 'tiny.toml'}"
     assert said[-1] == f"page with figures:  python tune.py report --study {done / 'tiny.toml'}"
 
 

@@ -109,6 +109,16 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
 
 
 @pytest.mark.slow
+def test_the_best_of_a_study_is_uploaded(done: Path, site: Site, command: CommandLine, tmp_path: Path) -> None:
+    before = contents(done)
+    answer = command("push", "--study", done / "tiny.toml", "lab/tiny", "--private")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.endswith(f"uploaded: {site.address}/lab/tiny\n") and contents(done) == before
+    assert command("apply", "--study", done / "tiny.toml", "--out", tmp_path / "out").code == 0
+    assert site.uploads.received == [sha256_of(tmp_path / "out" / "model.safetensors")]
+
+
+@pytest.mark.slow
 def test_the_hub_s_streamed_upload_is_taken_too(
     sparse: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,16 @@ from atp_tune.errors import UserError, is_text
 
 if TYPE_CHECKING:
     from atp_tune.generation.conversation import Answer, ChatMessage, ChatOptions, Speaker
-    from atp_tune.metrics.speed import Side
+    from atp_tune.sparse.both_models import Which
 
-Shown = Literal["sparse", "dense", "both"]
-SIDES: "dict[Shown, tuple[Side, ...]]" = {"sparse": ("sparse",), "dense": ("dense",), "both": ("dense", "sparse")}
+Shown = Literal["sparse", "dense", "uniform", "both"]
+SIDES: "dict[Shown, tuple[Which, ...]]" = {
+    "sparse": ("sparse",), "dense": ("dense",), "uniform": ("uniform",), "both": ("dense", "sparse"),
+}  # fmt: skip
 PLAIN = "the tokenizer has no chat template: each line is continued as text, on its own"
 HELP = """\
 /dense    the dense model answers
+/uniform  the model with as many zeros, the same share in each block, answers
 /sparse   the sparse model answers
 /both     both answer the same conversation, which goes on with the sparse model's answer
 /reset    forget the conversation
@@ -29,7 +32,7 @@ class ChatSession:
 
     def __init__(
         self,
-        speaker: "Callable[[Side], Speaker]",
+        speaker: "Callable[[Which], Speaker]",
         options: "ChatOptions",
         system: str | None,
     ) -> None:
@@ -48,7 +51,7 @@ class ChatSession:
         with suppress(ImportError):
             import readline  # noqa: F401  (edits lines and recalls earlier ones)
 
-        console.print("/dense, /sparse or /both choose who answers; /help has more; Ctrl-D ends", style="dim")
+        console.print("/dense, /uniform, /sparse or /both choose who answers; /help has more; Ctrl-D ends", style="dim")
         if not self.has_template:
             console.print(PLAIN, style="dim")
         while True:
@@ -115,7 +118,7 @@ class ChatSession:
             raise
         self._messages.append({"role": "assistant", "content": answer.text if answer else ""})
 
-    def _answer(self, side: "Side", is_stopped: Callable[[], bool]) -> "Answer":
+    def _answer(self, side: "Which", is_stopped: Callable[[], bool]) -> "Answer":
         """Prints an answer as it comes."""
         answer = self._speaker(side).answer(self._messages, self._options, _say, is_stopped)
         console.print()

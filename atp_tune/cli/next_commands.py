@@ -41,8 +41,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
         *[("top-1 and top-5", ["evaluate", "--config", config])] * bool(summary.hits),
     ]
     console.print(f"best configuration: {config}")
-    if not summary.hits:  # what is written first comes before what reads it
-        rows.insert(1, ("then talk with it", ["chat", out]))
+    if not summary.hits:
+        rows.insert(0, ("talk with it", ["chat", *study, *permission(file.study)]))
     for what, words in rows:
         console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
 

@@ -1,11 +1,11 @@
-"""The sparse and the dense model of a folder that `apply` wrote, or of a configuration, each loaded when asked."""
+"""The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,15 +20,18 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs import InputKind
 from atp_tune.metrics.speed import Side
+from atp_tune.plan import Plan
+from atp_tune.search.context import TrialContext
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_as_pruned
-from atp_tune.sparse.continuations import open_config
-from atp_tune.sparse.packed_models import pack_if_faster
+from atp_tune.sparse.continuations import open_config, uniform_plan
+from atp_tune.sparse.packed_models import is_fast, pack_if_faster, packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.images import CLASSES
 from atp_tune.spec.study import ModelConfig, of_model
 
+Which = Side | Literal["uniform"]
 OTHER = {
     True: "is an image classifier, which has no text; take `classify`",
     False: "is no image classifier of transformers; take `chat`",
@@ -40,7 +43,7 @@ class Use:
     """What models are loaded for: `command`, also as typed `with_folder`, which needs no pruned copy in memory.
 
     `kind`: of their inputs, once the folder of a model is known; `of_images`: they are image classifiers, else
-    language models; `packs`: the zeros of a sparse folder are left out in memory where that is faster.
+    language models; `packs`: zeros are left out in memory where that is faster.
     """
 
     command: str
@@ -61,7 +64,7 @@ class WholeModel:
 
 
 class BothModels(Released):
-    """The two models of a sparse folder, or of a configuration."""
+    """The two models of a sparse folder, or of a configuration, and uniform with the same pruner and target."""
 
     def __init__(
         self, place: Path, use: Use, device: str, watch: EventHandler, allowed: Mapping[str, bool], dense: bool = False
@@ -85,11 +88,9 @@ class BothModels(Released):
         if dense:
             self._made_from()
 
-    def model(self, side: Side) -> WholeModel:
+    def model(self, side: Which) -> WholeModel:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
-        if self._place.is_file():
-            return self._pair[side]
-        return self._dense if side == "dense" else self._sparse
+        return {"dense": lambda: self._dense, "sparse": lambda: self._sparse, "uniform": lambda: self._uniform}[side]()
 
     def release(self) -> None:
         """Frees the models."""
@@ -97,29 +98,44 @@ class BothModels(Released):
             self._open.pop().release()
 
     @cached_property
-    def _pair(self) -> dict[Side, WholeModel]:
-        """Both models of a configuration, in one checkpoint: the sparse one has linears of its own."""
+    def _context(self) -> TrialContext:
+        """The dense model of the configuration, ready to be pruned."""
         config = self._made_from()
-        context = open_config(config, self._place.parent / config.folder, self._device, self._watch, self._allowed)
+        base = (self._place if self._place.is_dir() else self._place.parent) / config.folder
+        context = open_config(config, base, self._device, self._watch, self._allowed)
         self._open.append(context)
-        plan = plan_as_pruned(config, context)
+        return context
+
+    def _pruned(self, plan: Plan) -> WholeModel:
+        """A plan's model, beside the dense one: it has linears of its own, packed where that is faster."""
+        context, checkpoint = self._context, self._context.checkpoint
         self._watch(TrialStarted("pruning", plan))
-        sparse = prune_whole(context, plan, self._use.command, self._use.with_folder)
-        weights = {"sparse": sparse, "dense": context.checkpoint.weights}
-        device, whole = context.checkpoint.device, context.replay.whole
-        return {
-            side: WholeModel(partial(whole, own), context.folder, device, config.bos)  # type: ignore[misc]
-            for side, own in weights.items()
-        }
+        if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
+            model, _ = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)))
+            return self._of_context(lambda: nullcontext(model))
+        weights = prune_whole(context, plan, self._use.command, self._use.with_folder)
+        return self._of_context(partial(context.replay.whole, weights))
+
+    def _of_context(self, opened: Callable[[], AbstractContextManager[nn.Module]]) -> WholeModel:
+        context = self._context
+        return WholeModel(opened, context.folder, context.checkpoint.device, self._made_from().bos)
+
+    @cached_property
+    def _uniform(self) -> WholeModel:
+        return self._pruned(uniform_plan(self._made_from(), self._context))
 
     @cached_property
     def _sparse(self) -> WholeModel:
+        if self._place.is_file():
+            return self._pruned(plan_as_pruned(self._made_from(), self._context))
         source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
         model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
         return self._load(model, resolve(model, Path(), self._note), has_zeros=True)
 
     @cached_property
     def _dense(self) -> WholeModel:
+        if self._place.is_file():
+            return self._of_context(partial(self._context.replay.whole, self._context.checkpoint.weights))
         made = self._made_from()
         model = made.model.model(self._allowed)
         folder = resolve(model, self._place / made.folder, self._note)

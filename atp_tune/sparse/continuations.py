@@ -6,7 +6,7 @@ from pathlib import Path
 from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.continuations import Continuations
-from atp_tune.plan import make_plan
+from atp_tune.plan import Plan, make_plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.continuations import Continuing
@@ -26,6 +26,11 @@ def open_config(
     return TrialContext.open(setup, watch)
 
 
+def uniform_plan(config: Config, context: TrialContext) -> Plan:
+    """The uniform plan with the pruner and the target of a configuration."""
+    return make_plan(config.pruner, "uniform", context.budget(config.target), {}, parse(config.prune.pattern))
+
+
 def continuations(
     config: Config,
     base: Path,
@@ -41,8 +46,7 @@ def continuations(
     """
     with open_config(config, base, device, watch, allowed) as context, oom_as_user_error("generate"):
         best = plan_as_pruned(config, context)
-        pattern = parse(config.prune.pattern)
-        uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, pattern)
+        uniform = uniform_plan(config, context)
         work = Continuing(context, prompts, tokens)
         watch(TrialStarted("continuations: dense", None))
         work.say("dense", context.checkpoint.weights)

@@ -1,17 +1,20 @@
 """`tune.py apply`: writes the sparse checkpoint of a configuration, and uploads it if asked to."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atp_tune.cli.best import Best, BestOf, best_of, one_of
 from atp_tune.cli.commands.push import upload
 from atp_tune.cli.options import (
     AllowPickle,
     Device,
     DType,
     Private,
+    Storage,
+    StudyLabel,
     TrustPlugins,
     TrustRemoteCode,
     UsageError,
@@ -22,7 +25,6 @@ from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from atp_tune.metrics.perplexity import Perplexity
-    from atp_tune.spec.config import Config
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -31,6 +33,7 @@ def apply(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
     ] = None,
+    study: BestOf = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
@@ -60,6 +63,8 @@ def apply(
     dtype: DType = None,
     private: Private = False,
     device: Device = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     trust_plugins: TrustPlugins = False,
@@ -81,28 +86,32 @@ def apply(
     `--verify DIR` compares all files with their SHA-256 in `atp_tune.json` (exit code 2 if one differs), and lists what
     differs between this machine and the one that wrote them.
 
+    Example: `python tune.py apply --study smol --out smol-sparse`
+
     Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
 
     Example: `python tune.py apply --verify smol-sparse`
     """
-    from atp_tune.spec.config import read_config
-
     if verify is not None:
-        if (config, out, push) != (None, None, None) or packed or slim:
-            raise typer.BadParameter("goes without --config, --out, --packed, --slim and --push", param_hint="--verify")
+        if (config, study, out, push) != (None, None, None, None) or packed or slim:
+            said = "goes without --config, --study, --out, --packed, --slim and --push"
+            raise typer.BadParameter(said, param_hint="--verify")
         _verify(verify)
         return
-    if config is None or out is None:
-        raise UsageError(f"Missing option '--{'config' if config is None else 'out'}'.")
+    one_of({"--config FILE": config, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
+    if out is None:
+        raise UsageError("Missing option '--out'.")
     if slim and packed:
         raise typer.BadParameter("a slim model has no zeros to pack; give one of both", param_hint="--slim")
     if private and push is None:
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
-    found = read_config(config)
+    best = best_of(config, study, study_name, storage, permissions(allow_pickle, trust_remote_code, trust_plugins))
+    found = best.config
     if dtype is not None and recover and found.is_trained:
         raise typer.BadParameter("trained weights stay in the format of the files; leave it out", param_hint="--dtype")
     if not recover:
         found = found.model_copy(update={"recovered": None})
+        best = replace(best, config=found)
     if push is not None:
         from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
 
@@ -112,23 +121,15 @@ def apply(
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    _write(found, config.parent / found.folder, out, device or "auto", allowed, packed, slim, dtype and dtype.value)
+    write(best, out, device, packed, slim, dtype and dtype.value)
     if push is not None:
         upload(out, push, private)
 
 
-def _write(
-    found: "Config",
-    base: Path,
-    out: Path,
-    device: str,
-    allowed: dict[str, bool],
-    packed: bool,
-    slim: bool,
-    dtype: str | None,
+def write(
+    best: Best, out: Path, device: str | None, packed: bool = False, slim: bool = False, dtype: str | None = None
 ) -> None:
-    from atp_tune.api.configuration import Configuration
+    """Writes the folder of a configuration, and prints what it has come to."""
     from atp_tune.checkpoints.trust import is_slim
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -137,9 +138,8 @@ def _write(
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = Configuration(found, base, device, allowed, watch=display).save(
-            out, packed=packed, slim=slim, dtype=dtype
-        )
+        measured = best.made(device, display).save(out, packed=packed, slim=slim, dtype=dtype)
+    found = best.config
     promised = found.final.test or (found.final.validation if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
     if packed or is_slim(out):

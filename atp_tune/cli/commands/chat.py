@@ -1,20 +1,33 @@
 """`tune.py chat`: talks with a sparse model, and with its dense model."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, TrustPlugins, TrustRemoteCode, permissions
+from atp_tune.cli.best import BestOf, best_of, one_of
+from atp_tune.cli.options import (
+    AllowPickle,
+    Device,
+    Storage,
+    StudyLabel,
+    TrustPlugins,
+    TrustRemoteCode,
+    permissions,
+)
 from atp_tune.cli.terminal import console
+from atp_tune.events import ignore_events
 
 
 def chat(
     model: Annotated[
-        Path,
+        Path | None,
         typer.Argument(metavar="DIR|FILE", help="Sparse folder, or a configuration, to which is pruned in memory."),
-    ],
+    ] = None,
+    study: BestOf = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer, at most.")
     ] = 256,
@@ -23,34 +36,73 @@ def chat(
     ] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, for a chat template.")] = None,
     device: Device = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     trust_plugins: TrustPlugins = False,
 ) -> None:
-    """Talk with a sparse model in the terminal: `/dense` and `/both` show what the dense model answers.
+    """Talk with a sparse model in the terminal: `/dense` and `/uniform` show what the dense and the uniform answer.
+
+    With `--study` the best of a study is pruned and packed in memory; nothing is written.
 
     The tokenizer's chat template is used; without one, each line is continued as text. `/help` lists the commands.
     Through a pipe, the whole input is one message, and only its answer is printed.
+
+    Example: `python tune.py chat --study smol`
 
     Example: `python tune.py chat smol-sparse`
 
     Example: `echo "Why is the sky blue?" | python tune.py chat studies/smol.best.json`
     """
+    one_of({"DIR|FILE": model, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
     from atp_tune.cli.runtime import quiet
 
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     try:
-        with quiet():
-            _chat(model, (max_new_tokens, temperature), system, device or "auto", allowed)
+        with quiet(), _place(model, study, study_name, storage, device, allowed) as (place, where, allowed):
+            _chat(place, (max_new_tokens, temperature), system, where, allowed)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def _place(
+    model: Path | None,
+    study: str | None,
+    study_name: str | None,
+    storage: str | None,
+    device: str | None,
+    allowed: dict[str, bool],
+) -> Iterator[tuple[Path, str, dict[str, bool]]]:
+    """The folder or the configuration to talk with, the device, and what may run; of a study it is removed again."""
+    if model is not None:
+        yield model, device or "auto", allowed
+        return
+    from atp_tune.cache import cache_dir, temporary_folder
+    from atp_tune.cli.display import Display
+
+    best = best_of(None, study, study_name, storage, allowed)
+    with temporary_folder(cache_dir("recovered") / "model") as place:
+        if best.config.is_trained:  # which are weights of a folder
+            with Display() as display:
+                best.made(device, display if at_terminal() else ignore_events).save(place / "trained")
+            yield place / "trained", best.where(device), dict(best.allowed)
+            return
+        best.made(device, ignore_events).write(place / "best.json")
+        yield place / "best.json", best.where(device), dict(best.allowed)
+
+
+def at_terminal() -> bool:
+    """Whether a person types and reads; else the input is one message, and only its answer is printed."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _chat(place: Path, options: tuple[int, float], system: str | None, device: str, allowed: dict[str, bool]) -> None:
     from atp_tune.chatting import ChatModels
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.cli.chat_session import ChatSession, as_message
-    from atp_tune.events import Event, Message, TrialStarted, ignore_events
+    from atp_tune.events import Event, Message, TrialStarted
     from atp_tune.generation.conversation import ChatOptions
 
     def show(event: Event) -> None:
@@ -59,7 +111,7 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
         elif isinstance(event, TrialStarted):
             console.print(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
 
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_terminal = at_terminal()
     models = ChatModels(place, device, show if is_terminal else ignore_events, allowed)
     message = "" if is_terminal else as_message(sys.stdin.buffer.read())
     with models, oom_as_user_error("chat"):

@@ -3,10 +3,11 @@
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from atp_tune.cli.best import BestOf, best_of, one_of
 from atp_tune.cli.options import (
     AllowPickle,
     Device,
@@ -18,24 +19,16 @@ from atp_tune.cli.options import (
     TrustPlugins,
     TrustRemoteCode,
     checked_prompts,
-    load_study,
     permissions,
-    stored_study,
 )
 from atp_tune.cli.terminal import console
-
-if TYPE_CHECKING:
-    from atp_tune.spec.config import Config
-    from atp_tune.spec.studyfile import StudyFile
 
 
 def generate(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
     ] = None,
-    study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Study whose best trial is taken, without a configuration.")
-    ] = None,
+    study: BestOf = None,
     study_name: StudyLabel = None,
     prompt: Prompts = None,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of each continuation, at most.")] = 48,
@@ -56,10 +49,7 @@ def generate(
 
     Example: `python tune.py generate --config studies/smol.best.json --prompt "The moon is"`
     """
-    if (config is None) == (study is None):
-        raise typer.BadParameter("give either --config FILE or --study NAME", param_hint="--config")
-    if study is None and (study_name is not None or set_):
-        raise typer.BadParameter("only with --study", param_hint="--study-name" if study_name else "--set")
+    one_of({"--config FILE": config, "--study NAME": study}, {"--study-name": study_name, "--set": set_})
     prompts = checked_prompts(prompt)
     allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     from atp_tune.cli.display import Display
@@ -69,37 +59,20 @@ def generate(
     from atp_tune.metrics.continuations import PROMPTS
     from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
-    from atp_tune.spec.config import read_config
 
-    usual: tuple[str, ...] = PROMPTS
     with quiet():
-        if config is not None:
-            path, read = config, read_config(config)
-        else:
-            file = load_study(study or "", storage, None, set_)
-            path, read = _best_of(file, study_name)
-            storage, usual = file.storage_url, (*PROMPTS, *file.study.continuations.prompts)
-            allowed = {key: given or file.permissions[key] for key, given in allowed.items()}
+        best = best_of(config, study, study_name, storage, allowed, set_)
+        usual = (*PROMPTS, *(best.file.study.continuations.prompts if best.file else ()))
+        where = best.path, best.config
         if not prompts:
-            check(path, read, storage)
-        from atp_tune.api.configuration import Configuration
-
+            check(*where, best.storage)
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            watch, base = ignore_events if json else display, path.parent / read.folder
-            made = Configuration(read, base, device or "auto", allowed, watch=watch)
+            made = best.made(device, ignore_events if json else display)
             found = made.generate(prompts or usual, tokens=tokens)
-        places = [] if prompts else attach(path, read, "continuations", found, storage)
+        places = [] if prompts else attach(*where, "continuations", found, best.storage)
     if json:
         console.print(to_json(found))
         return
     show_continuations(found)
     if not prompts:
-        console.print(f"stored in {' and on '.join(places) or f'no place: {path} is of another trial by now'}")
-
-
-def _best_of(file: "StudyFile", name: str | None) -> tuple[Path, "Config"]:
-    """The file of a study's best configuration, which need not exist, and the configuration."""
-    from atp_tune.results.best_config import best_config
-
-    path = file.best_of(name or file.name)
-    return path, best_config(file, stored_study(file, name), path)
+        console.print(f"stored in {' and on '.join(places) or f'no place: {best.path} is of another trial by now'}")

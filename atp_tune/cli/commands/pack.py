@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Device
+from atp_tune.cli.best import BestOf, best_of, one_of
+from atp_tune.cli.commands.apply import write
+from atp_tune.cli.options import (
+    AllowPickle,
+    Device,
+    Storage,
+    StudyLabel,
+    TrustPlugins,
+    TrustRemoteCode,
+    permissions,
+)
 from atp_tune.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -25,8 +35,11 @@ class ValueFormat(StrEnum):
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")],
     out: Out,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
+    ] = None,
+    study: BestOf = None,
     values: Annotated[
         ValueFormat, typer.Option(help="Number format of the nonzero weights; same: as in DIR, and exact.")
     ] = ValueFormat.same,
@@ -35,24 +48,42 @@ def pack(
         typer.Option(metavar="N", help="Columns that share a scale of int8 (a multiple of 32); default: all."),
     ] = None,
     device: Device = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Pack a sparse checkpoint: smaller on disk and in memory, loaded by transformers.
 
     A packed matrix keeps its nonzero weights and one bit for each weight: at 70 % zeros in bfloat16, 0.36 of its bytes.
     `import atp_tune` or `trust_remote_code=True` lets `from_pretrained` load the folder; `unpack` restores DIR byte for
     byte. With `--values bf16` or `int8` the weights are rounded, and perplexity on the test text is measured before and
-    after. Of a study with `bits`, `apply --packed` stores the bits; DIR has only the floats that they give.
+    after. Of a study with `bits`, `apply --packed` stores the bits; DIR has only the floats that they give. With
+    `--study` the best of a study is pruned and packed in one go, as `apply --study NAME --packed` does.
 
     Example: `python tune.py pack smol-sparse --out smol-packed`
 
     Example: `python tune.py pack smol-sparse --out smol-int8 --values int8 --group-size 64`
+
+    Example: `python tune.py pack --study smol --out smol-packed`
     """
     if group_size is not None and values != ValueFormat.int8:
         raise typer.BadParameter("only with --values int8", param_hint="--group-size")
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
         raise typer.BadParameter(f"must be a multiple of {GROUP}", param_hint="--group-size")
+    one_of({"DIR": folder, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
+    from atp_tune.paths import check_free
+
+    if folder is None:
+        if values != ValueFormat.same:
+            raise typer.BadParameter("takes a folder: first apply --study NAME --out DIR", param_hint="--values")
+        check_free(out)
+        allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
+        write(best_of(None, study, study_name, storage, allowed), out, device, packed=True)
+        return
     from atp_tune.sparse.packing import pack_folder
 
     with quiet(), Display() as display:

@@ -6,26 +6,65 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import Private
+from atp_tune.cli.best import BestOf, best_of, one_of
+from atp_tune.cli.options import (
+    AllowPickle,
+    Device,
+    Private,
+    Storage,
+    StudyLabel,
+    TrustPlugins,
+    TrustRemoteCode,
+    permissions,
+)
 from atp_tune.cli.terminal import console
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")],
-    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Model repository on the hub; made if missing.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DIR] ORG/NAME",
+            help="Sparse checkpoint, as `apply` writes it, and a model repository on the hub; made if missing.",
+        ),
+    ],
+    study: BestOf = None,
     private: Private = False,
+    device: Device = None,
+    storage: Storage = None,
+    study_name: StudyLabel = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_plugins: TrustPlugins = False,
 ) -> None:
     """Upload a sparse checkpoint with its model card to the Hugging Face hub.
 
-    It uses the login of `hf auth login`. The same command resumes an upload that was cut off.
+    It uses the login of `hf auth login`. The same command resumes an upload that was cut off. With `--study` the best
+    of a study is pruned, and uploaded from a folder that is removed in the end.
 
     Example: `python tune.py push smol-sparse ORG/NAME`
+
+    Example: `python tune.py push --study smol ORG/NAME`
     """
     from atp_tune.sparse.pushing import check_folder, check_permission
 
-    check_folder(folder)
-    check_permission(name, private)
-    upload(folder, name, private)
+    *folders, name = words
+    of_study = {"--study-name": study_name, "--storage": storage}
+    one_of({"DIR": folders[0] if folders else None, "--study NAME": study}, of_study)
+    if len(folders) > 1:
+        raise typer.BadParameter(f"got {len(words)} words, and takes DIR ORG/NAME", param_hint="DIR ORG/NAME")
+    if folders:
+        check_folder(Path(folders[0]))
+        check_permission(name, private)
+        upload(Path(folders[0]), name, private)
+        return
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.runtime import quiet
+
+    best = best_of(None, study, study_name, storage, permissions(allow_pickle, trust_remote_code, trust_plugins))
+    with quiet(), Display() as display:
+        address = best.made(device, display).push(name, private=private)
+    console.print(f"uploaded: {address}")
 
 
 def upload(folder: Path, name: str, private: bool) -> None:

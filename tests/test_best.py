@@ -1,0 +1,72 @@
+"""Commands that take the best of a study in the place of a configuration or a folder: `--study NAME`."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tinystudy import CommandLine, settings
+
+TAKE = {  # the words of a command, and what goes in the place of a study
+    "apply": (["--out", "OUT"], "--config FILE", ["--config", "x.json"]),
+    "pack": (["--out", "OUT"], "DIR", ["x"]),
+    "push": (["ORG/NAME"], "DIR", ["x"]),
+    "chat": ([], "DIR|FILE", ["x.json"]),
+    "generate": ([], "--config FILE", ["--config", "x.json"]),
+}
+
+
+@pytest.mark.parametrize("name", TAKE)
+def test_one_of_both_is_given(name: str, tiny_place: Path, tmp_path: Path, command: CommandLine) -> None:
+    more, other, given = TAKE[name]
+    words = [str(tmp_path / word) if word == "OUT" else word for word in more]
+    wanted = f"Invalid value for {other.split()[0]}: give either {other} or --study NAME"
+    first, rest = (given, words) if name == "push" else (words, given)
+    for both in ([*words], [*first, *rest, "--study", str(tiny_place / "tiny.toml")]):
+        assert command(name, *both).error.startswith(wanted), both
+    for option in ("--study-name", "--set" if name == "generate" else "--storage"):
+        said = command(name, *first, *rest, option, "x").error
+        assert said.startswith(f"Invalid value for {option}: only with --study")
+    said = command(name, *words, "--study", tiny_place / "tiny.toml").error
+    assert said.startswith("study tiny: has no trials yet; run: python tune.py --study ")
+
+
+@pytest.mark.slow
+def test_what_is_made_is_what_the_configuration_makes(
+    done: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the file of the best was deleted; a folder that is there is left as it is."""
+    study, config = ("--study", done / "tiny.toml"), done / "tiny.best.json"
+    for name, more in (("one", []), ("two", ["--packed"])):
+        assert command("apply", "--config", config, "--out", tmp_path / name, *more).code == 0
+    config.unlink()
+    assert command("apply", *study, "--out", tmp_path / "own").code == 0
+    packed = command("pack", *study, "--out", tmp_path / "packed")
+    assert (packed.code, packed.err) == (0, "")
+    for one, other in (("one", "own"), ("two", "packed")):
+        (found,), (wanted,) = ([*(tmp_path / name).glob("*.safetensors")] for name in (other, one))
+        ours, theirs = load_file(found), load_file(wanted)
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    assert "exists already" in command("pack", *study, "--out", tmp_path / "packed").error
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
+    ours = command("chat", *study, "--max-new-tokens", "5")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
+    assert command("chat", tmp_path / "own", "--max-new-tokens", "5") == ours
+    assert (ours.code, ours.err) == (0, "") and ours.out
+    assert {path.name for path in tmp_path.iterdir()} >= {"one", "own", "packed"}
+
+
+@pytest.mark.slow
+def test_a_study_whose_best_is_trained_is_talked_with_as_it_was_trained(
+    place: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = settings("recover.steps=4", "recover.batch=2", "recover.learning_rate=0.01", "recover.eval_every=2")
+    study = ("--study", place / "tiny.toml")
+    assert command(*study, *words).code == 0
+    assert command("apply", *study, "--out", tmp_path / "own").code == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
+    ours = command("chat", *study, "--max-new-tokens", "5")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
+    assert command("chat", tmp_path / "own", "--max-new-tokens", "5") == ours
+    assert (ours.code, ours.err) == (0, "")
