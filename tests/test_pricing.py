@@ -684,4 +684,5 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
 def test_steps_along_a_path_take_half_as_many_windows() -> None:
     path = (0.2, 0.3, 0.4)
     assert [priced.windows_of_step(length, (0.5,)) for length in (128, 512, 2048)] == [16, 4, 4]
-    assert [priced.windows_of_step(length, path) for length in (128, 512, 2048)] == [8, 2, 2]
+    for fewer in (path, (0.4,)):
+        assert [priced.windows_of_step(length, fewer) for length in (128, 512, 2048)] == [8, 2, 2]

@@ -44,9 +44,10 @@ from atp_tune.spec.recover import NLL_SHARES, Loss
 
 POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
 TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
-ALONG = 2  # times as few of both along a path of several targets, whose steps are twice as many
+FEWER = 2  # times as few of both along a path of several targets, whose steps are twice as many, and below
+FEW_ZEROS = 0.45  # zeros, of which half the tokens find nearly the same plan (docs/log.md)
 LEVEL_SHARE = 0.3  # maximum share of the free host memory for what a pruner made of the weights
-CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, ALONG, WINDOWS)
+CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, FEWER, FEW_ZEROS, WINDOWS)
 
 Ends = tuple[RowSparsities, ...]
 
@@ -175,7 +176,7 @@ def _descent(gradients: CalibrationGradients, levels: Levels, own: Sequence[Any]
 
 def windows_of_step(positions: int, targets: Sequence[float]) -> int:
     """Number of items of a step, of so many positions each."""
-    share = ALONG if len(targets) > 1 else 1
+    share = FEWER if len(targets) > 1 or targets[-1] < FEW_ZEROS else 1
     return max(WINDOWS // share, TOKENS // share // positions)
 
 
