@@ -47,7 +47,8 @@ TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many win
 FEWER = 2  # times as few of both along a path of several targets, whose steps are twice as many, and below
 FEW_ZEROS = 0.45  # zeros, of which half the tokens find nearly the same plan (docs/log.md)
 LEVEL_SHARE = 0.3  # maximum share of the free host memory for what a pruner made of the weights
-CONSTANTS = (STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS, BAND, POOL, TOKENS, FEWER, FEW_ZEROS, WINDOWS)
+OF_STEPS = STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS
+CONSTANTS = (*OF_STEPS, BAND, POOL, TOKENS, FEWER, FEW_ZEROS, WINDOWS)
 
 Ends = tuple[RowSparsities, ...]
 
