@@ -136,7 +136,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
         "pruners =",
         "qqq =",
         "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, prices, "
-        "channels, wanda, dsnot, alps",
+        "loss, channels, wanda, dsnot, alps",
     ),
     (
         '["wanda"]',
