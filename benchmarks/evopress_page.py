@@ -10,7 +10,6 @@ from evopress_search import Run, read_run
 from marked_page import write_between
 
 from atp_tune.cache import write_atomically
-from atp_tune.metrics.draws import over_draws
 from atp_tune.metrics.perplexity import change, perplexity
 
 PAGE = Path(__file__).parents[1] / "docs" / "evopress.md"
@@ -24,7 +23,6 @@ POINTS = (
     "test, against uniform",
     "validation, against prices κ = 1",
     "test, against prices κ = 1",
-    "the same over draws, with one plan",
 )
 SEARCHES = ("search", "× prices", "s", "generations", "tokens of candidates", "KL", "NLL")
 
@@ -99,17 +97,13 @@ def settings(titled: tuple[str, Run]) -> str:
 
 def point_row(name: str, point: dict[str, Any], points: dict[str, Any]) -> list[str]:
     """A point, and its changes from uniform and from prices."""
-    nlls = point["nlls"]
-    first = {role: draws[0] for role, draws in nlls.items()}
+    first = {role: draws[0] for role, draws in point["nlls"].items()}
     cells = [name, f"{point['realised']:.2%}", *(str(perplexity(first[role])) for role in ("validation", "test"))]
     cells.append("" if name == UNIFORM else str(change(points[UNIFORM]["nlls"]["test"][0], first["test"])))
     if name == PRICES or PRICES not in points:
-        return [*cells, "", "", ""]
+        return [*cells, "", ""]
     theirs = points[PRICES]["nlls"]
-    cells += [str(change(theirs[role][0], first[role])) for role in ("validation", "test")]
-    both = min(len(nlls["test"]), len(theirs["test"]))
-    spread = over_draws(nlls["test"][:both], theirs["test"][:both])
-    return [*cells, spread.changed if spread else ""]
+    return [*cells, *(str(change(theirs[role][0], first[role])) for role in ("validation", "test"))]
 
 
 def search_rows(title: str, run: Run, seconds: float, look: dict[str, dict[str, float]]) -> list[list[str]]:
