@@ -92,17 +92,21 @@ def test_the_standard_library_holds_a_real_text(tmp_path: Path) -> None:
     assert sum(map(len, found)) > 400_000
 
 
-@given(st.lists(st.lists(st.text("ab", max_size=3), max_size=60), max_size=6))
+LINE = "".join(map(chr, range(0x4E00, 0x4E00 + 400)))  # of which no character is there twice
+PIECES = [LINE[start : start + size] for start, size in ((0, 30), (9, 45), (50, 40), (100, 90), (150, 66), (230, 160))]
+
+
+@given(st.lists(st.lists(st.sampled_from(PIECES), min_size=6, max_size=9), max_size=5))
 def test_documents_of_mixed_share_no_text(drawn: list[list[str]]) -> None:
     """Lines of code and boilerplate of news stood in two parts: `window 14 is also in texts.calibration`."""
-    words = [[f"{word}{at % 7}" * 4 for at, word in enumerate(each)] for each in drawn]
-    made = ["\n\n".join(" ".join(each[at : at + 5]) for at in range(0, len(each), 5)) for each in words]
+    made = ["\n\n".join(document) for document in drawn]
     found = list(distinct(made))
     least = RUN + STEP - 1
     runs = [{each[at : at + least] for at in range(len(each) - least + 1)} for each in found]
     assert not any(one & other for one, other in combinations(runs, 2))
     assert all(len(each) >= SHORTEST for each in found)
     assert found[:1] == [each for each in made if len(each) >= SHORTEST][:1]
+    assert all(sum(run in each for each in made) for each in found for run in each.split("\n\n"))
 
 
 @pytest.mark.slow
