@@ -281,10 +281,11 @@ def judged(monkeypatch: pytest.MonkeyPatch, before: float, validation: Perplexit
         before=Perplexity(value=before, stderr=1), after=after, change=Change(value=8 / before - 1, stderr=0.1),
         held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
     )  # fmt: skip
-    scores = {"test": type("Scores", (), {"nlls": [2.0, 2.0]})()}
+    scores = {"test": type("Scores", (), {"nlls": [2.5, 1.5]})()}
     part().touch()
     monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
-    return recovered(None, RecoverConfig(), Path(), "cpu", print, uniform=[3.0, 3.0])  # type: ignore[arg-type]
+    own: Any = (None, RecoverConfig(), Path(), "cpu", print)
+    return recovered(*own, uniform=[3.5, 2.5], kinds=("manual", "news"))
 
 
 def changed(by: float) -> PerplexityChange:
@@ -306,6 +307,7 @@ def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest
     assert better.against_uniform is not None
     assert better.against_uniform.value == pytest.approx(2.718281828**-1 - 1)
     assert (better.step, better.steps) == (2, 2)
+    assert {kind: round(own.value, 2) for kind, own in better.kinds.items()} == {"manual": 12.18, "news": 4.48}
 
 
 def test_with_the_papers_protocol_one_text_is_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,4 +82,5 @@ def _recovered(
 
     base = run.file.best_of(run.name).parent / config.folder
     with in_folder(config, lender, run.file.study.device, cache_dir("recovered")) as (of_folder, device, _):
-        return recovered(of_folder, asked, base, device, run.watch, run.file.permissions, uniform)
+        kinds = getattr(run.file.study.test_text, "turns", ())
+        return recovered(of_folder, asked, base, device, run.watch, run.file.permissions, uniform, kinds)

@@ -60,10 +60,12 @@ def recovered(
     watch: EventHandler,
     allowed: Mapping[str, bool] | None = None,
     uniform: Sequence[float] = (),
+    kinds: Sequence[str] = (),
 ) -> Recovered:
     """What training of a configuration's kept weights comes to, measured on the folder that `apply` will write.
 
-    `uniform`: window NLLs of the uniform allocation on the test text, if known. The folder is removed.
+    `uniform`: window NLLs of the uniform allocation on the test text, if known; `kinds`: those of that text, in turn.
+    The folder is removed.
     """
     with temporary_folder(cache_dir("recovered") / "model") as place:
         out = place / "trained"
@@ -91,7 +93,7 @@ def recovered(
         validation=validation,
         test=_scores(test) if has_test else None,
         against_uniform=change(uniform, nlls) if len(uniform) == len(nlls) else None,
-        kinds=by_kind(nlls, getattr(config.texts.test or config.texts.validation, "turns", ())),
+        kinds=by_kind(nlls, kinds),
     )
 
 
