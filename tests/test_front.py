@@ -188,7 +188,7 @@ def test_a_uniform_point_of_the_front_gets_its_final_numbers() -> None:
     study = made_front()
     study.add_trial(trial_at(0.4, 0.5, 25.0))
     study.add_trial(trial_at(0.4, 0.0, 24.0))
-    assert unreported(study) == ["dense", "1", "3", "2", "9", "5", "4", "7", "6"]
+    assert unreported(study) == ["dense", "5", "4", "1", "3", "2", "9", "7", "6"]  # the best first
 
 
 def test_a_limit_makes_every_plan_a_point() -> None:
@@ -248,6 +248,8 @@ def test_the_best_of_a_front_is_not_its_densest_end(levels: dict[float, float], 
     best = progress.best_trial(study)
     assert best is not None and best.number == number
     assert f"best: trial {number}, " in (said := outcome_of(summarise(study))) and why in said
+    shown = status_of(summarise(study), NOW).best
+    assert shown is not None and shown.trial == number  # in the progress line too
 
 
 def test_the_outcome_of_a_limit() -> None:
