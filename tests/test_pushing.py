@@ -318,6 +318,21 @@ def test_what_is_no_json_is_uploaded_as_it_is(tmp_path: Path) -> None:
     assert contents(tmp_path / "there") == contents(tmp_path / "sparse")
 
 
+def test_what_people_wrote_into_the_dense_folder_stays_here(tmp_path: Path) -> None:
+    """Their notes were uploaded as they were, with whatever they name."""
+    kept = ("README.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "merges.txt", "vocab.txt", "config.json")
+    left = ("notes.txt", "TODO.md", "train.log", "run.ipynb", "more/README.md")
+    (tmp_path / "sparse/more").mkdir(parents=True)
+    for name in (*kept, *left):
+        (tmp_path / "sparse" / name).write_text("{}")
+    manifest = {"files": {name: sha256_of(tmp_path / "sparse" / name) for name in (*kept, *left[:-1])}}
+    (tmp_path / "sparse/atp_tune.json").write_text(json.dumps({"manifest": manifest}))
+    (tmp_path / "there").mkdir()
+    stage(tmp_path / "sparse", tmp_path / "there")
+    assert {*contents(tmp_path / "there")} == {*kept, "atp_tune.json"}
+    assert {*json.loads((tmp_path / "there/atp_tune.json").read_text())["manifest"]["files"]} == {*kept}
+
+
 @pytest.mark.slow
 def test_what_was_not_asked_for_is_not_uploaded(
     done: Path, sparse: Path, site: Site, command: CommandLine, tmp_path: Path

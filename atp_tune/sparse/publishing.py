@@ -17,18 +17,21 @@ from atp_tune.spec.plugged import parts_of
 
 OURS = (ABOUT, FINETUNED)
 CONFIGS = "*config.json"  # of models, tokenizers and processors: some name the folder that they were read from
+FREE = (".txt", ".md", ".rst", ".log", ".html", ".ipynb")  # what people write, who may name others or a place
+KNOWN = ("README.md", "LICEN[CS]E*", "NOTICE*", "COPYING*", "*POLICY*", "*vocab*.txt", "*merges*.txt", "dict*.txt")
 TRAINER = "trainer_state.json"  # of transformers' Trainer: it names the folder of its best checkpoint
 
 
 def stage(folder: Path, place: Path) -> None:
     """Fills `place` with what is uploaded of a sparse folder: links to its files, and new files for those with paths.
 
-    The manifest in it has the hashes of the new files. Hidden files stay where they are.
+    The manifest in it has the hashes of the new files. Hidden files stay where they are, and what people wrote into the
+    dense model's folder, but for licences and notices; README.md is the card.
     """
     texts = dict[str, str]()
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in name.parts):
+        if not file.is_file() or any(part.startswith(".") for part in name.parts) or _is_free(name):
             continue
         text = _json_in(file) if len(name.parts) == 1 and _has_paths(file.name) else None
         if text is not None:
@@ -56,12 +59,18 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
         else:
             after = _with_names(before, _read_from)
         if name in OURS and after.get("manifest"):
-            hashes = after["manifest"]["files"]
+            hashes = {file: sha for file, sha in after["manifest"]["files"].items() if not _is_free(PurePath(file))}
+            after["manifest"]["files"] = hashes
             changed = {other for other in hashes.keys() & texts.keys() if found[other] != texts[other]}
             hashes |= {other: digest(found[other].encode()) for other in changed}
         if after != before:
             found[name] = json.dumps(after, indent=2) + "\n"
     return found
+
+
+def _is_free(name: PurePath) -> bool:
+    """Whether a file is a text of people's own, which is no part of the model."""
+    return name.suffix.lower() in FREE and (len(name.parts) > 1 or not any(map(name.match, KNOWN)))
 
 
 def _json_in(file: Path) -> str | None:
