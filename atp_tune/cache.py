@@ -10,6 +10,7 @@ trials). All of it can be deleted at any time.
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -19,9 +20,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 from threading import Event
+from time import time
 
 import psutil
 
@@ -32,6 +35,8 @@ POLL = 1  # seconds between looks at what another process makes
 HASHED_AT_ONCE = 4  # files
 LARGE = 4 << 30  # bytes that take some seconds to hash
 PIECE = 1 << 20  # bytes
+PATIENCE = 30  # seconds until it is said what is waited for
+DAY = 24 * 3600  # seconds
 SAME_START = 60  # seconds by which a clock that is set may move the start of a process
 ELSEWHERE = "choose another place with --out FILE"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -192,13 +197,22 @@ def file_atomically(path: Path, is_new: bool = False) -> Iterator[Path]:
 def alone_with(path: Path) -> Iterator[None]:
     """Runs the body in one process at a time for `path`, a file that it reads and writes again.
 
-    One process of those that share a cache; without a lock where there can be none.
+    One process of those that share a cache; without a lock where there can be none. A warning says if another process
+    takes long: its lock is not broken.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     with ExitStack() as stack:
         with suppress(OSError, NotImplementedError, UserError):
-            stack.enter_context(FileLock(cache_dir("running") / f"{sha256_of_json(str(path.resolve()))}.lock"))
+            lock = FileLock(cache_dir("running") / f"{sha256_of_json(str(path.resolve()))}.lock")
+            try:
+                lock.acquire(timeout=PATIENCE)
+            except Timeout:
+                logging.getLogger(__name__).warning(
+                    "waiting for another process that writes %s; it holds %s", path, lock.lock_file
+                )
+                lock.acquire()
+            stack.callback(lock.release)
         yield
 
 
@@ -287,7 +301,17 @@ def _saved(temporary: Path, path: Path) -> str:
 
 def _prefix(path: Path) -> str:
     """The prefix of this process's temporary names for `path`."""
-    return f".{path.name}.{platform.node()}-{os.getpid()}-{_began(os.getpid()):.0f}-"
+    return f".{path.name}.{platform.node()}-{os.getpid()}-{_began(os.getpid()):.0f}-{_space()}-"
+
+
+@cache
+def _space() -> str:
+    """What a process's number is of: the boot of a machine, and the container on it; hosts may share a name."""
+    found = []
+    with suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        found.append(str(Path("/proc/self/ns/pid").readlink()))
+    return sha256_of_json(found)[:8]
 
 
 def named_for(path: Path) -> str:
@@ -306,14 +330,21 @@ def _began(pid: int) -> float:
 def _sweep(path: Path) -> None:
     """Removes temporary files and folders of dead processes of this host that wrote `path`, in the cache all of them.
 
-    The number of a dead process may be another's by now, in a container that was started again even this one's.
+    The number of a dead process may be another's by now. Of processes of another boot or container of this name nothing
+    can be known: theirs is removed when a day old.
     """
     name = ".+" if path.is_relative_to(cache_root()) else re.escape(path.name)
-    left = re.compile(rf"\.+{name}\.{re.escape(platform.node())}-(\d+)-(-?\d+)-.+")
+    left = re.compile(rf"\.+{name}\.{re.escape(platform.node())}-(\d+)-(-?\d+)-(?:([0-9a-f]{{8}})-)?.+")
     for entry in path.parent.iterdir():
         found = left.fullmatch(entry.name)
-        if found and abs(_began(int(found[1])) - int(found[2])) > SAME_START:
-            with suppress(OSError):  # another process removes it too, or another user owns it
+        if not found:
+            continue
+        with suppress(OSError):  # another process removes it too, or another user owns it
+            if found[3] not in (None, _space()):
+                is_left = time() - entry.lstat().st_mtime > DAY
+            else:
+                is_left = abs(_began(int(found[1])) - int(found[2])) > SAME_START
+            if is_left:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 

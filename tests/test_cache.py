@@ -2,8 +2,10 @@ import hashlib
 import os
 import platform
 import stat
+from logging import LogRecord
 from pathlib import Path
-from time import monotonic
+from threading import Event, Thread
+from time import monotonic, time
 
 import psutil
 import pytest
@@ -11,6 +13,7 @@ from huggingface_hub import constants
 
 from atp_tune.cache import (
     TakenError,
+    alone_with,
     cache_dir,
     file_atomically,
     folder_atomically,
@@ -295,6 +298,42 @@ def test_what_dead_processes_left_is_removed(
     with file_atomically(tmp_path / "a") as file:
         file.write_text("x")
     assert {*names(tmp_path)} == others | {"a"} | ({left} if stays else set())
+
+
+@pytest.mark.parametrize(("hours", "stays"), [(0, True), (25, False)])
+def test_another_container_of_this_name_may_live(hours: int, stays: bool, tmp_path: Path) -> None:
+    """Two with one cache removed each other's folders: neither sees the other's processes."""
+    left = tmp_path / f".a.{platform.node()}-{DEAD}-1-01234567-x"
+    left.mkdir()
+    os.utime(left, (time() - 3600 * hours,) * 2)
+    with temporary_folder(tmp_path / "a"):
+        assert left.exists() == stays
+
+
+def test_who_waits_long_for_a_file_says_for_which(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("atp_tune.cache.PATIENCE", 0.01)
+    holds, done = Event(), Event()
+
+    def hold() -> None:
+        with alone_with(tmp_path / "a"):
+            holds.set()
+            done.wait(60)
+
+    def let_go(record: LogRecord) -> bool:
+        done.set()
+        return True
+
+    other = Thread(target=hold)
+    other.start()
+    assert holds.wait(60)
+    monkeypatch.setattr(caplog.handler, "filters", [let_go])
+    with alone_with(tmp_path / "a"):
+        assert done.is_set()  # its lock was not broken
+    other.join()
+    (said,) = caplog.messages
+    assert said.startswith(f"waiting for another process that writes {tmp_path}/a; it holds {cache}/running/")
 
 
 def test_the_cache_is_swept_of_all_names(cache: Path) -> None:
