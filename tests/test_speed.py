@@ -34,7 +34,7 @@ from atp_tune.sparse.packed_models import packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import deepsparse_engine, graphs, torch_engine
-from atp_tune.speed.benchmark import sizes, zeros_by_kind
+from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
 from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, Workload, measured
@@ -142,6 +142,17 @@ def test_zeros_are_counted_by_kind(tmp_path: Path) -> None:
     assert found.pop("self_attn.q_proj") == 0.375
     assert found.pop("mlp.down_proj") == 1 / (32 * 48)
     assert set(found.values()) == {0}
+
+
+@pytest.mark.parametrize("sparse", [torch.float32, torch.bfloat16])
+def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, tmp_path: Path) -> None:
+    """A folder in bfloat16 of a .gguf file was said to be half of its dense model, whose files are in float32."""
+    for name, dtype in (("dense", torch.float32), ("sparse", sparse)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.ones(3, 5, dtype=dtype)}, tmp_path / name / "model.safetensors")
+    with in_format_of(tmp_path / "sparse", tmp_path / "dense") as dense:
+        assert load_file(dense / "model.safetensors")["weight"].dtype == sparse
+        assert (dense == tmp_path / "dense") == (sparse == torch.float32)
 
 
 def test_bytes_of_files_as_they_are_and_compressed(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
+from atp_tune.checkpoints.headers import read_header
+from atp_tune.checkpoints.unpacking import dtypes as formats
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.extras import require
@@ -19,6 +23,7 @@ from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.sparse.packed_models import is_fast
+from atp_tune.sparse.shards import cast
 from atp_tune.spec.patterns import parse
 from atp_tune.speed import deepsparse_engine
 from atp_tune.speed.graphs import check_onnx
@@ -86,7 +91,8 @@ def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHa
     first = ENGINES[engine](pair, task, place, watch) if engine != "torch" else []
     with oom_as_user_error("speedup"):
         watch(TrialStarted("compressing the weight files", None))
-        found = sizes(pair.dense, pair.sparse, watch)
+        with in_format_of(pair.sparse, pair.dense) as dense:
+            found = sizes(dense, pair.sparse, watch)
         with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
             zeros = zeros_by_kind(sparse)
         openings = [("torch", each) for each in ENGINES["torch"](pair, task, place, watch)]
@@ -108,6 +114,25 @@ def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
             zeros[kind] += linear.size - int(nonzeros(linear.matrix(weights[linear.key])))
             sizes[kind] += linear.size
     return {kind: zeros[kind] / size for kind, size in sizes.items()}
+
+
+@contextmanager
+def in_format_of(sparse: Path, dense: Path) -> Iterator[Path]:
+    """Yields the dense model's folder, or its weights in the number format of the sparse one: zeros save no bits there.
+
+    The files of a .gguf model are in float32, its sparse model is as the study computed.
+    """
+    wanted, there = (
+        {entry["dtype"] for file in folder.glob("*.safetensors") for entry in read_header(file).values()}
+        for folder in (sparse, dense)
+    )
+    if wanted == there or len(wanted) != 1:
+        yield dense
+        return
+    with temporary_folder() as place:
+        for file in dense.glob("*.safetensors"):
+            cast(file, place / file.name, formats()[next(iter(wanted))])
+        yield place
 
 
 def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
