@@ -31,6 +31,7 @@ from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse import applying
 from atp_tune.sparse.applying import apply, plan_of, write_sparse
+from atp_tune.sparse.shards import cast, declare
 from atp_tune.spec.config import Config, read_config
 
 
@@ -408,6 +409,21 @@ def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(
     began = held["writing"][1]
     grown = {phase: max(sizes) - began for phase, sizes in held.items()}
     assert all(sizes < 9 * block < MANY * block / 3 for sizes in grown.values()), (grown, began)
+
+
+def test_an_index_says_how_large_the_weights_are(tmp_path: Path) -> None:
+    """After `--dtype` it had the size of the dense model's weights."""
+    for name in ("a", "b"):
+        save_file({name: torch.ones(3, 5)}, tmp_path / f"{name}.dense")
+        cast(tmp_path / f"{name}.dense", tmp_path / f"{name}.safetensors", torch.bfloat16)
+    index = {"metadata": {"total_size": 120}, "weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    declare(tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
+        **index,
+        "metadata": {"total_size": 60},
+    }
 
 
 @pytest.mark.slow

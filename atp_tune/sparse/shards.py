@@ -101,13 +101,19 @@ def cast(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def declare(folder: Path, dtype: torch.dtype) -> None:
-    """Says in the config of a folder in which number format its weights are."""
+    """Says in the config of a folder in which number format its weights are, and in their index how large they are."""
     table = read_table(folder / "config.json")
     for part in (table, *(value for value in table.values() if isinstance(value, dict))):
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = str(dtype).removeprefix("torch.")
     table.setdefault("dtype", str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_table(index)
+        headers = [read_header(folder / file) for file in {*named["weight_map"].values()}]
+        sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for each in headers for entry in each.values()]
+        named["metadata"] = {**named.get("metadata", {}), "total_size": sum(sizes)}
+        index.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
