@@ -18,7 +18,7 @@ from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, stu
 from atp_tune.allocations import prices
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cost.planning import foresee
-from atp_tune.errors import UserError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
 from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
@@ -28,6 +28,7 @@ from atp_tune.plan import Plan, make_plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.scores import WindowScores
 from atp_tune.search import context as module
+from atp_tune.search import final_scores
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.config import read_config
@@ -239,6 +240,21 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
     assert titles(events) == [f"draw 3 of 3: trial {left[0][1]}"]
     assert {name: study.user_attrs["draws"][name]["1"] for name in known} == {n: k["1"] for n, k in known.items()}
     assert summarise(study).complete
+
+
+@pytest.mark.slow
+def test_a_draw_that_gives_no_number_ends_no_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prices that were not finite ended the run after all of its trials, without its best configuration."""
+
+    def fails(*_: object) -> None:
+        raise TrialError("prices are not finite")
+
+    monkeypatch.setattr(final_scores, "_redrawn", fails)
+    events: list[Event] = []
+    study = run(place, THREE, watch=events.append)
+    assert (place / "tiny.best.json").exists()
+    assert "test_nlls" in study.user_attrs and "draws" not in study.user_attrs
+    assert any("prices are not finite; the spread over draws is left out" in str(event) for event in events)
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ class InputKind(Protocol[T]):
     ) -> list[tuple[T, T]]:
         """The items of `count` draws of a calibration text, and the pool of each, see `many`; the first is the text's.
 
-        Pools do not overlap: they hold fewer positions where the text has no room. UserError if the items have none.
+        Pools do not overlap: in a text that has no room they hold fewer positions. UserError if the items have none, or
+        if they are drawn at random and the text, of which that does not tell the room, is too short for the pools.
         """
 
     def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:

@@ -14,6 +14,7 @@ import optuna
 
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import alone_with
+from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import NAMES, PROMPTS
 from atp_tune.plan import Plan
@@ -59,7 +60,11 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
         texts.complete(space)
         anew = fits_anew(study)
         for draw, name in undrawn(study, draws):
-            nlls = _redrawn(run, study, context, space, name, draw, anew)
+            try:
+                nlls = _redrawn(run, study, context, space, name, draw, anew)
+            except TrialError as error:  # of a descent: what is measured stays, and there is no spread over draws
+                run.note(f"draw {draw + 1} of trial {name} gives no number: {error}; the spread over draws is left out")
+                break
             study.set_user_attr(f"refits:{name}:{draws}:{draw}" if anew else f"draws:{name}:{draw}", nlls)
             if anew:
                 fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(context.fitted_to)}
