@@ -1,11 +1,16 @@
 """Paths in study files and configurations."""
 
+import errno
 import os
+import platform
 import shutil
 import stat
 from pathlib import Path
 
 from atp_tune.errors import UserError
+
+# Characters that the cache adds to the names of temporary files.
+TEMPORARY = len(f"..{platform.node()}-1234567-1234567890-12345678-12345678")
 
 
 def written(text: str, base: Path, key: str) -> Path:
@@ -41,7 +46,7 @@ def is_special(path: Path) -> bool:
 
 def check_free(out: Path, size: float = 0) -> None:
     """UserError unless a new folder of `size` bytes can be written to `out`; called before any work."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; choose another folder or remove it")
     check_writable(out, size, "--out ")
 
@@ -52,6 +57,11 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
     `named`, `instead`: how the message begins, and what it advises.
     """
     place = path.absolute()
+    try:
+        os.lstat(f"{place}{'x' * TEMPORARY}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{named}{path.name[:20]}…: cannot be written: its name is too long; {instead}") from None
     there = next(parent for parent in (*place.parents, place) if os.path.lexists(parent))  # / has no parent
     if not there.is_dir():
         raise UserError(f"{named}{path}: cannot be written: {there} is no folder; {instead}")

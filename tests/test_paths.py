@@ -1,10 +1,11 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from atp_tune.errors import UserError
-from atp_tune.paths import check_writable, is_special, written
+from atp_tune.paths import check_free, check_writable, is_special, written
 
 
 def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +46,21 @@ def test_the_root_of_all_folders_has_no_parent() -> None:
     """It is asked itself; a report with `--out /` ended in a traceback."""
     with pytest.raises(UserError, match=r"^/: needs "):
         check_writable(Path("/"), 1e30)
+
+
+@pytest.mark.parametrize("ask", [check_free, check_writable])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("n" * 300, "name is too long"), ("n" * 249, "name is too long"), ("n" * 300 + "/x", "name is too long"),
+        ("file/x", "file is no folder"), ("new/deep/x", ""),
+    ],
+)  # fmt: skip
+def test_a_place_to_write_to(ask: Callable[[Path], None], name: str, said: str, tmp_path: Path) -> None:
+    """A name of 300 characters was an OSError; one that leaves no room for a temporary name was one after the work."""
+    (tmp_path / "file").touch()
+    if not said:
+        ask(tmp_path / name)
+        return
+    with pytest.raises(UserError, match=said):
+        ask(tmp_path / name)
