@@ -305,7 +305,7 @@ def test_in_the_model_card() -> None:
         ["three", "c", "e", "g"],
     ]
     assert "Each text is greedy, without a chat template" in body(made)
-    assert "What it writes" not in body(card())
+    assert "## What it writes" not in body(card())
 
 
 @pytest.mark.parametrize("changed", [{"best": ("one",)}, {"prompts": ()}, {"tokens": 0}, {"dense": (1, 2)}, {"x": 1}])

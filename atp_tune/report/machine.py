@@ -22,9 +22,10 @@
       kl                    uniform and best: validation and test: {value, stderr} of a KL divergence; null where
                             the study does not minimise it. ranks[] have `kl` and `kl_change`, trials[] have `kl`
       zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null
-      speed                 what `speedup` measured of it, likewise; or null
+      speed                 what `speedup`, or the end of a study, measured of it, likewise; or null
       recovered             training of the best's kept weights, as in its configuration; or null
-      continuations         prompts, and what dense, uniform and best make of each; or null
+      continuations         prompts, and what dense, uniform, best and `others`, the best of each other allocation,
+                            make of each; or null
       draws                 uniform and best: perplexities on the test text by draw of the calibration text, and
                             changes from uniform's, with mean and sd; or null. `fitted_to`: tokens (images) that
                             each draw's plan was fitted anew to, and the plan itself. ranks[] have `draws` too

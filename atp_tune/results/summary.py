@@ -86,7 +86,7 @@ class Summary:
     points        over an interval of sparsities, the trials to choose from; see `results.front`
     limit         of quality, if the study finds the sparsest plan within it
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
-    continuations     of prompts, by dense, uniform and the best trial
+    continuations     of prompts, by dense, uniform and the best trial of each allocation
     of_channels   whole channels are pruned
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning

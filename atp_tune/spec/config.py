@@ -291,7 +291,7 @@ class Config(FrozenModel):
         ".", description="folder, relative to this file, that relative paths of model and texts start at"
     )
     zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
-    speed: Speed | None = Field(None, description="results of the command `speedup`")
+    speed: Speed | None = Field(None, description="results of `speedup`, or of the end of a study with `speed`")
     continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
     recovered: Recovered | None = Field(
         None, description="training of the kept weights, by a study with `recover`: `apply` does it again if `kept`"
