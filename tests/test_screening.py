@@ -276,6 +276,13 @@ def test_mistakes(place: Path, override: str, error: str) -> None:
     assert error in str(raised.value)
 
 
+def test_a_screening_keeps_all_kinds_of_a_mixed_text(place: Path) -> None:
+    """Every fifth window of five kinds in turn is of one kind."""
+    study_file(place, "search.screen.trials=5", 'texts.validation.source="mixed"', "search.screen.stride=4")
+    with pytest.raises(UserError, match="stride: leaves windows of one kind; take no multiple of 5"):
+        study_file(place, "search.screen.trials=5", 'texts.validation.source="mixed"', "search.screen.stride=5")
+
+
 def test_a_file_without_a_screening(place: Path) -> None:
     file = study_file(place, *SCREEN)
     assert screening_file(file, ScreenConfig(trials=5)).study.search.screen is None

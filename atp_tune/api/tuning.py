@@ -79,7 +79,7 @@ def tune(
         preset: "quick", "balanced" or "thorough"; balanced with a GPU, else quick.
         pruner: The pruner, or several to compare; Wanda by default.
         allocation: One or several; row-prices by default, ATP for a mixture of experts.
-        texts: Documents, a `Dataset`, a file, "c4", "mixed", "packaged"; or a mapping by role.
+        texts: Documents, a `Dataset`, a file, "c4", "wikitext2", "mixed", "packaged"; or all by role.
         recover: Train the kept weights of the best plan; by default if balanced or thorough.
         settings: Further keys of the study file: {"search.sampler": "tpe"}.
         storage: Optuna's URL, to resume by the same call; by default a study's own, of a model none.

@@ -293,8 +293,11 @@ class Study(SettingsTable):
     @model_validator(mode="after")
     def _screened(self) -> Self:
         windows, screen = self.data.validation.nsamples, self.search.screen
+        kinds = len(getattr(self.data.validation, "turns", ()))
         if screen and windows and screen.stride >= windows:
             raise ValueError(f"search.screen.stride: leaves one of {windows} windows; must be less than that")
+        if screen and kinds and screen.stride % kinds == 0:
+            raise ValueError(f"search.screen.stride: leaves windows of one kind; take no multiple of {kinds}")
         return self
 
     @model_validator(mode="after")
