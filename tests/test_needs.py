@@ -231,6 +231,31 @@ def test_what_is_needed_is_asked_first(
     assert re.search(said, error), error
 
 
+WRITERS = {  # each option that takes a place to write to; {} is that place
+    "apply --out": ("apply", *CONFIG, "--out", "{}"), "apply --packed": ("apply", *CONFIG, "--out", "{}", "--packed"),
+    "pack --out": ("pack", "sparse", "--out", "{}"), "unpack --out": ("unpack", "packed", "--out", "{}"),
+    "prune --out": ("prune", *STUDY, "--beta", "0", "--out", "{}"),
+    "finetune --out": ("finetune", "sparse", "--out", "{}"), "export --out": ("export", *STUDY, "--out", "{}.json"),
+    "report --out": ("report", *STUDY, "--out", "{}.md"), "merge --out": ("merge", "tiny.db", "--out", "{}.db"),
+    "serve --artifacts": ("serve", *STUDY, "--artifacts", "{}"),
+    "--storage": (*STUDY, "--study-name", "x", "--storage", "sqlite:///{}.db"),
+}  # fmt: skip
+PLACES = {
+    "a name that is too long": "n" * 300, "a long name of a folder": "n" * 300 + "/x",
+    "a file in the place of a folder": "tiny.toml/x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", WRITERS)
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_place_that_cannot_be_written_is_one_line(
+    option: str, kind: str, untouched: Path, command: CommandLine
+) -> None:
+    """A name of 300 characters ended in a traceback, where it was asked for at all."""
+    error = command(*(word.format(PLACES[kind]) for word in WRITERS[option])).error
+    assert re.search("too long|no folder|[Nn]ot a directory|File exists", error), error
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -18,6 +18,7 @@ import pytest
 from faults import DOCUMENT, Rows
 from test_annotations import FOUND, SCORES, best_of
 from test_cache import DEAD
+from test_pushing import Site, site
 from tinystudy import HANGS, CommandLine, stored, study_file
 
 import atp_tune
@@ -214,6 +215,8 @@ def test_two_writers_lose_nothing(name: str, done: Path) -> None:
 
 # --- a killed process
 
+assert site  # a fixture: the hub to which `push` uploads
+
 
 def test_temporary_names_are_made_in_one_place() -> None:
     """Where the next process knows them, and removes what a dead one left."""
@@ -224,11 +227,17 @@ def test_temporary_names_are_made_in_one_place() -> None:
 
 SPARSE = ("apply", "--config", "{tiny.best.json}", "--out", "{sparse}")  # what some commands read
 PACKED = ("pack", "{sparse}", "--out", "{packed}")
+CHANNELS = (
+    "--study", "{tiny.toml}", "--study-name", "channels", "--storage", "sqlite:///channels.db", "--set",
+    "prune.pattern=channels", "--set", "sparsity=0.25",
+)  # fmt: skip
 FEW = ("--steps", 2, "--batch", 2, "--patience", 1000)
 TEXT = ("--text", "file:long.txt", "--seqlen", 32)
 COMMANDS: dict[str, tuple[str | int, ...]] = {  # what is in {} lies in the place
     "apply": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu"),
     "apply --packed": ("apply", "--config", "{tiny.best.json}", "--out", "{out}", "--device", "cpu", "--packed"),
+    "apply --slim": ("apply", "--config", "{channels.best.json}", "--out", "{out}", "--device", "cpu", "--slim"),
+    "push": ("push", "{sparse}", "alice/tiny"),
     "prune --out": ("prune", "--study", "{tiny.toml}", "--out", "{out}"),
     "pack": ("pack", "{sparse}", "--out", "{out}"),
     "unpack": ("unpack", "{packed}", "--out", "{out}"),
@@ -241,7 +250,7 @@ COMMANDS: dict[str, tuple[str | int, ...]] = {  # what is in {} lies in the plac
 }
 FOLDERS = [name for name, words in COMMANDS.items() if "{out}" in words]
 # Databases, traces, locks, the file from which training resumes, and artifacts, which a row names once they are whole.
-BETWEEN = re.compile(r"\.db(-journal)?$|/running/|\.lock$|\.part$|\.artifacts/")
+BETWEEN = re.compile(r"\.db(-journal)?$|^hub/|/running/|\.lock$|\.part$|\.artifacts/")
 BELOW = re.compile(rf"\.+[^/]+\.{re.escape(platform.node())}-{os.getpid()}-\d+-[^/]+")  # what `cache` sweeps
 WRITES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.chmod", "os.rmdir", "shutil.rmtree")
 
@@ -295,15 +304,15 @@ def written(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
         words = [re.sub(r"[{](.*)[}]", lambda found: str(done / found[1]), str(word)) for word in COMMANDS[name]]
         return command(*words)
 
-    for made, words in (("{sparse}", SPARSE), ("{packed}", PACKED)):
+    for made, words in (("{sparse}", SPARSE), ("{packed}", PACKED), ("{channels.best.json}", CHANNELS)):
         monkeypatch.setitem(COMMANDS, made, words)
     return call
 
 
 def made_for(name: str, call: Callable[[str], Any], place: Path) -> None:
     """Makes what a command reads."""
-    for made in ("{sparse}", "{packed}"):
-        if made in COMMANDS[name] or "{packed}" in COMMANDS[name]:
+    for made in ("{sparse}", "{packed}", "{channels.best.json}"):
+        if made in COMMANDS[name] or (made == "{sparse}" and "{packed}" in COMMANDS[name]):
             assert call(made).code == 0
     shutil.copyfile(place / "tiny.db", place / "other.db")
 
@@ -311,7 +320,7 @@ def made_for(name: str, call: Callable[[str], Any], place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS])
 def test_whenever_a_command_is_killed_the_next_removes_what_it_left(
-    name: str, written: Callable[[str], Any], done: Path, tmp_path: Path
+    name: str, written: Callable[[str], Any], done: Path, tmp_path: Path, site: Site
 ) -> None:
     """At each write all but temporary names is whole; what dead processes left under these the same command removes."""
     made_for(name, written, done)

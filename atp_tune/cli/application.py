@@ -1,5 +1,6 @@
 """The commands and their options, from what typer reads in the functions of `cli/commands`."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,10 @@ def run(words: list[str]) -> Any:
         return app(words, prog_name="python -m atp_tune" if name == "__main__.py" else name, standalone_mode=False)
     except UsageError as error:
         raise UserError(_usage(error)) from None
+    except OSError as error:  # of whatever option: that of a path that is only read is not asked before
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"{str(error.filename)[-60:]}: its name is too long") from None
 
 
 def _usage(error: Any) -> str:
