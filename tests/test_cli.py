@@ -1,6 +1,8 @@
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -182,6 +184,9 @@ def test_another_storage_and_another_name(
     best = tmp_path / "other.best.json"
     assert read_config(best).study == "other"
     assert "python tune.py apply --config other.best.json --out other-sparse" in answer.out
+    line = next(line for line in answer.out.splitlines() if line.startswith("talk with it:"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The import")))
+    assert command(*shlex.split(line.partition("tune.py ")[2]), "--max-new-tokens", "2").code == 0
     assert "2 complete" not in command("status", *options).err
     assert command("export", *options).out.strip() == str(best)
     assert command("status", "--study", place / "tiny.toml").code == 2

@@ -9,7 +9,7 @@ from atp_tune.results.summary import Summary
 from atp_tune.spec.config import read_config
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
-from atp_tune.spec.studyfile import StudyFile
+from atp_tune.spec.studyfile import StudyFile, read
 from atp_tune.storage.database import without_password
 
 
@@ -53,8 +53,9 @@ def study_words(summary: Summary, file: StudyFile) -> list[str]:
     words = [file.name if is_known else _from_here(file.path)]
     if summary.name != file.name:
         words += ["--study-name", printable(summary.name)]
-    elsewhere = [override.partition("=")[2] for override in file.overrides if override.startswith("storage=")]
-    return words + [word for url in elsewhere[-1:] for word in ("--storage", without_password(url))]
+    url = file.study.storage
+    is_elsewhere = url is not None and url != read(file.path).get("storage")
+    return words + (["--storage", without_password(url)] if url and is_elsewhere else [])
 
 
 def _from_here(path: Path) -> str:
