@@ -5,7 +5,7 @@ import optuna
 from atp_tune.api.lender import Lender
 from atp_tune.errors import UserError
 from atp_tune.events import TrialStarted
-from atp_tune.metrics.speed import AT_THE_END, Measured, MeasuredImages, Sizes, Speed
+from atp_tune.metrics.speed import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import summarise
@@ -28,24 +28,22 @@ def measure_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
 
     What prevents it, such as a missing C compiler, is reported in one line, and ends no run.
     """
-    best, dense = progress.best_trial(study), study.user_attrs.get("dense_bytes")
-    if best is None or dense is None or not is_unmeasured(run, study):
+    best = progress.best_trial(study)
+    if best is None or not is_unmeasured(run, study):
         return
     try:
-        row = _measured(run, best_config(run.file, study, run.file.best_of(run.name)), lender or Lender())
+        found = _measured(run, best_config(run.file, study, run.file.best_of(run.name)), lender or Lender())
     except Exception as error:  # a model's own code may raise anything
         from atp_tune.checkpoints.convert import one_line
 
         run.note(f"speed: not measured, {error if isinstance(error, UserError) else one_line(error)}")
         return
-    sizes = Sizes(dense=dense, sparse=dense, packed=best.user_attrs.get("packed_bytes"))
-    found = Speed(sizes=sizes, **{"engines" if isinstance(row, Measured) else "images": (row,)})
     store(study, "speed", best.number, found.model_dump(mode="json"))
     write_best(run, study)
     run.publish(study)
 
 
-def _measured(run: StudyRun, config: Config, lender: Lender) -> Measured | MeasuredImages:
+def _measured(run: StudyRun, config: Config, lender: Lender) -> Speed:
     from atp_tune.api.models import lent_as
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
     from atp_tune.sparse.applying import plan_of

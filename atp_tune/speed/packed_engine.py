@@ -9,7 +9,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_dtype
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
-from atp_tune.metrics.speed import Measured, MeasuredImages
+from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind
@@ -49,12 +49,10 @@ def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Open
     ]
 
 
-def measure_in_memory(
-    context: TrialContext, plan: Plan, task: Workload, watch: EventHandler
-) -> Measured | MeasuredImages:
-    """Rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
+def measure_in_memory(context: TrialContext, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
+    """Bytes and rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
 
-    The packed weights are another model's than the dense one's, so both must fit into memory.
+    Bytes are of both models' weights there, in the number format of the computation: files may be in another.
     """
     checkpoint, folder = context.checkpoint, context.folder
     if checkpoint.offload != "none":
@@ -64,8 +62,12 @@ def measure_in_memory(
         raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)
     task = replace(task, of_images=pair.of_images)
-    measure = measured_images if task.of_images else measured
-    return measure(opened_in_memory(pair, checkpoint, sparse, task, PACKED), PACKED, task, watch)
+    dense, packed = (sum(weight.nbytes for weight in model.parameters()) for model in (checkpoint.model, sparse))
+    sizes = Sizes(dense=dense, sparse=dense, packed=packed)
+    opening = opened_in_memory(pair, checkpoint, sparse, task, PACKED)
+    if task.of_images:
+        return Speed(sizes=sizes, images=(measured_images(opening, PACKED, task, watch),))
+    return Speed(sizes=sizes, engines=(measured(opening, PACKED, task, watch),))
 
 
 def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:
