@@ -128,5 +128,5 @@ def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
 def test_the_strip_is_turned_off_with_the_continuations(tokens: int, folder: Path) -> None:
     study = SimpleNamespace(images=SimpleNamespace(test=1), continuations=SimpleNamespace(tokens=tokens))
     run: Any = SimpleNamespace(file=SimpleNamespace(study=study))
-    work = _work(run, Strip(folder).context, True, ())
+    work = _work(run, Strip(folder).context, True, (), NAMES)
     assert work.wanted == (NAMES if tokens else ())

@@ -102,7 +102,7 @@ def test_an_interval(init) -> None:  # type: ignore[no-untyped-def]
     assert (answer.code, answer.err) == (0, "")
     study = load(STUDY).study
     assert (study.sparsity, study.limit, study.search.trials, study.search.sampler) == ((0.3, 0.8), None, None, "tpe")
-    assert study.search.screen == ScreenConfig(trials=24, confirm=5, stride=4)
+    assert study.search.screen == ScreenConfig(trials=12, confirm=5, stride=4)
     assert "trials of the search" not in answer.out
 
 
@@ -120,7 +120,7 @@ def test_a_limit(typed: str, limit: dict[str, float], objective: str, init) -> N
     assert (answer.code, answer.err) == (0, "")
     study = load(STUDY).study
     assert study.limit is not None and study.limit.given == limit
-    assert (study.sparsity, study.search.trials, study.search.objective) == ((0.1, 0.9), 12, (objective,))
+    assert (study.sparsity, study.search.trials, study.search.objective) == ((0.3, 0.7), 6, (objective,))
     assert "objective – " not in answer.out
 
 
