@@ -48,7 +48,7 @@ ELSEWHERE = {  # words of commands that another test runs
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
 }
-ABSENT = {"classify": "images", "finetune": "finetune"}  # commands of the README, with the extra that they need
+ABSENT = {"finetune": "finetune"}  # commands of the README, with the extra that they need
 SHORTER = {  # options that make a command as short as the tiny model
     "own": settings(
         "texts.calibration.draws=1",

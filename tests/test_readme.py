@@ -107,7 +107,8 @@ def shortened(step: list[str] | str) -> list[str] | str:
     """A step with options, or Python, that make it as short as the tiny model."""
     if isinstance(step, str):
         return "import shutil; shutil.rmtree('smol-sparse')\n" + step
-    own = [*SHORTER["own"], *(INTERVAL if any(word.startswith("--max") or ".." in word for word in step) else POINT)]
+    at_one = "--sparsity" in step and ".." not in step[step.index("--sparsity") + 1]
+    own = [*SHORTER["own"], *(POINT if at_one else INTERVAL)]
     serves = ["--port", "0", "--grpc-port", "0"]  # a machine may use those by default for something else
     return step + (own if step[0] in MODELS else []) + (serves if step[0] == "serve" else [])
 
