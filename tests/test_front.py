@@ -425,7 +425,7 @@ def test_a_study_at_one_sparsity_has_no_point_to_choose(done: Path, command: Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("typed", "name"), [("\n", "made.best.json"), ("9\n3\n", "made.trial-4.json")])
+@pytest.mark.parametrize(("typed", "name"), [("\n", "made.best.json"), ("9\n1\n", "made.trial-1.json")])
 def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
     from processes import popen
     from tinystudy import HANGS

@@ -264,7 +264,7 @@ def test_the_speed_of_a_classifier(
     packed = [row for row in found.images if row.engine == "packed"]
     assert all(row.logits is not None and row.logits < 1e-3 for row in packed) and len(packed) == (engine == "packed")
     shown = tune("--study", "tiny.toml", "--trials", "2")
-    assert "images per second, sparse / dense: " in shown.out
+    assert re.search(r"classify, images per second: \w+, float32 +\|", shown.out)
     assert tune("report", "--study", "tiny.toml", "--out", "r.md").code == 0
     assert "classify, images per second: torch, float32" in (place / "r.md").read_text()
     before = (place / "tiny.best.json").read_bytes()

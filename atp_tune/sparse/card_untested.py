@@ -27,7 +27,7 @@ def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
     else:
         yield from _of_texts(config, folder, text)
     if config.draws is None:
-        yield "Other windows of the calibration text, by which zeros are chosen."
+        yield "Other windows of the calibration text."
     if config.speed is None:
         yield "Speed and memory."
 
