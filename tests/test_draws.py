@@ -244,17 +244,28 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
 
 @pytest.mark.slow
 def test_a_draw_that_gives_no_number_ends_no_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prices that were not finite ended the run after all of its trials, without its best configuration."""
+    """Prices that were not finite ended the run after all of its trials, without its best configuration.
 
-    def fails(*_: object) -> None:
-        raise TrialError("prices are not finite")
+    Later the study never was complete: each run measured again, and the spread over the draws before was shown.
+    """
+    whole = final_scores._redrawn
+
+    def fails(*own: Any) -> list[float]:
+        if own[5] == 2:
+            raise TrialError("prices are not finite")
+        return whole(*own)
 
     monkeypatch.setattr(final_scores, "_redrawn", fails)
     events: list[Event] = []
     study = run(place, THREE, watch=events.append)
     assert (place / "tiny.best.json").exists()
-    assert "test_nlls" in study.user_attrs and "draws" not in study.user_attrs
-    assert any("prices are not finite; the spread over draws is left out" in str(event) for event in events)
+    assert [sorted(found) for found in study.user_attrs["draws"].values()] == [["1", "2"]] * 2
+    assert any("prices are not finite; its spread over draws is left out" in str(event) for event in events)
+    assert summarise(study).complete
+    assert summarise(study).over_draws == {}
+    events.clear()
+    run(place, THREE, watch=events.append)
+    assert not any(isinstance(event, TrialStarted) or "no number" in str(event) for event in events)
 
 
 @pytest.mark.slow
@@ -362,6 +373,7 @@ def test_spread_and_change_by_hand() -> None:
     assert (found.change.mean, found.change.sd) == pytest.approx((mean(changes), stdev(changes)))
     assert over_draws(best[:1], uniform[:1]) is None
     assert over_draws([[1.0], [math.inf]], None) is None
+    assert over_draws([[1.0], [math.nan]], None) is over_draws([[1.0], [1.0]], [[1.0], [math.nan]]) is None
 
 
 # --- what ± is

@@ -72,7 +72,7 @@ def over_draws(
     uniform: Sequence[Sequence[float]] | None,
     fitted_to: tuple[int, int] | None = None,
 ) -> OverDraws | None:
-    """From window NLLs by draw and those of uniform; None for a single draw or an infinite perplexity."""
+    """From window NLLs by draw and those of uniform; None for a single draw or one without a number."""
     values = [perplexity(one).value for one in nlls]
     pairs = zip(uniform or (), nlls, strict=bool(uniform))
     changes = [change(base, own).value for base, own in pairs if len(base) == len(own)] if uniform else []

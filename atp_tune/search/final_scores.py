@@ -7,6 +7,7 @@ objective measures them while it has the pruned blocks, since all of them are co
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import nan
 from time import sleep
 from typing import TYPE_CHECKING
 
@@ -62,9 +63,9 @@ def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space:
         for draw, name in undrawn(study, draws):
             try:
                 nlls = _redrawn(run, study, context, space, name, draw, anew)
-            except TrialError as error:  # of a descent: what is measured stays, and there is no spread over draws
-                run.note(f"draw {draw + 1} of trial {name} gives no number: {error}; the spread over draws is left out")
-                break
+            except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
+                run.note(f"draw {draw + 1} of trial {name} gives no number: {error}; its spread over draws is left out")
+                nlls = [nan] * len(study.user_attrs["test_nlls"][name])
             study.set_user_attr(f"refits:{name}:{draws}:{draw}" if anew else f"draws:{name}:{draw}", nlls)
             if anew:
                 fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(context.fitted_to)}
