@@ -40,6 +40,7 @@ from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, records
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.recover import NLL_SHARES
 from atp_tune.spec.schema import study_schema
 from atp_tune.spec.search import SAMPLERS
 from atp_tune.spec.study import Study
@@ -763,6 +764,37 @@ def test_a_score(tmp_path: Path) -> None:
     said = "items returned 1 NLLs and 0 KLs, where there must be 2 and 0"
     assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
     assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None).nlls == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("takes", "of_kl", "of_both"),
+    [
+        ("dense=None, share=0.5", ["dense", "share"], ["dense", "share"]),
+        ("**more", ["dense", "share"], ["dense", "share"]),
+        ("dense=None", "share", ["dense"]),
+        ("share=0.5", "dense", ["share"]),
+        ("own=1", "dense", []),
+    ],
+)
+def test_the_loss_of_a_score(takes: str, of_kl: str | list[str], of_both: list[str], tmp_path: Path) -> None:
+    """`prune.loss` was ignored where `gradient` cannot follow it; the NLL alone, of `prices` too, has no `dense`."""
+    (tmp_path / "s.py").write_text(
+        "from atp_tune.scores.next_token import NextToken\n\n\nclass Own(NextToken):\n"
+        f"    def gradient(self, replay, batch, hidden, {takes}):\n"
+        "        given = locals()\n        given.update(given.get('more', {}))\n"
+        "        self.given = [name for name in ('dense', 'share') if name in given]\n        return hidden\n"
+    )
+    plugins.load("score", "s.py:Own", tmp_path, "search.score")
+    own, hidden = SCORES["own"], torch.ones(2, 3, 4)
+    if isinstance(of_kl, str):
+        said = f"gradient takes no {of_kl}, which prune.loss needs; add it, or leave prune.loss out"
+        assert said in message(lambda: own.gradient(None, None, hidden, hidden, NLL_SHARES["kl"]))
+    else:
+        own.gradient(None, None, hidden, hidden, NLL_SHARES["kl"])
+        assert own._plugin.given == of_kl
+    for dense, loss in ((hidden, "both"), (None, "next-token")):
+        own.gradient(None, None, hidden, dense, NLL_SHARES[loss])
+        assert own._plugin.given == of_both
 
 
 def test_all_kinds_in_one_study(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from atp_tune.sparse.finetuning import NoGainError, Trained
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.sparse.recovering import NO_GAIN, recovered, settings_of
 from atp_tune.sparse.training import Trainer
-from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.config import Config, dumps, read_config
 from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
@@ -274,14 +274,16 @@ def test_what_a_killed_training_left_is_removed_by_the_next(place: Path, cache: 
 # The guard.
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, before: float, validation: PerplexityChange | None) -> Recovered:
+def judged(
+    monkeypatch: pytest.MonkeyPatch, before: float, validation: PerplexityChange | None, first: float = 2.5
+) -> Recovered:
     """What is made of a run of training whose scores are given."""
     after = Perplexity(value=8, stderr=1)
     record = Finetuned.model_construct(
         before=Perplexity(value=before, stderr=1), after=after, change=Change(value=8 / before - 1, stderr=0.1),
         held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
     )  # fmt: skip
-    scores = {"test": type("Scores", (), {"nlls": [2.5, 1.5]})()}
+    scores = {"test": type("Scores", (), {"nlls": [first, 1.5]})()}
     part().touch()
     monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
     own: Any = (None, RecoverConfig(), Path(), "cpu", print)
@@ -308,6 +310,14 @@ def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest
     assert better.against_uniform.value == pytest.approx(2.718281828**-1 - 1)
     assert (better.step, better.steps) == (2, 2)
     assert {kind: round(own.value, 2) for kind, own in better.kinds.items()} == {"manual": 12.18, "news": 4.48}
+
+
+@pytest.mark.parametrize("nll", [float("nan"), float("inf"), 701.0])
+def test_what_is_not_finite_is_left_out(nll: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the two texts' own scores were, so the configuration could not be written after training."""
+    found = judged(monkeypatch, 10, changed(-0.02), nll)
+    dumps(found.model_dump(mode="json"), None)
+    assert {kind: round(own.value, 2) for kind, own in found.kinds.items()} == {"news": 4.48}
 
 
 def test_with_the_papers_protocol_one_text_is_both(monkeypatch: pytest.MonkeyPatch) -> None:

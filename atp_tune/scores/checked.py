@@ -14,6 +14,7 @@ from atp_tune.inputs import Batch
 from atp_tune.plugins import guarded
 from atp_tune.registry import Origin
 from atp_tune.scores import WindowScores
+from atp_tune.spec.recover import NLL_SHARES
 
 METHODS = ("probes", "check_head", "head_cost", "items")
 
@@ -59,12 +60,20 @@ class CheckedScore:
     def gradient(
         self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
     ) -> Tensor:
-        """The plug-in's gradient, of its own loss if it takes no `dense` or `share`; PluginError if it has none."""
+        """The plug-in's gradient, of its own loss if it takes no `dense` or `share`.
+
+        PluginError if it has none, or if it does not take both where the loss is neither the NLL nor the mean.
+        """
         if not hasattr(self._plugin, "gradient"):
             raise PluginError(f"{self._origin}: has no method gradient, which the allocation prices needs")
         with guarded(self._origin, "gradient"):
-            known = signature(self._plugin.gradient).parameters
-            takes = {name: value for name, value in (("dense", dense), ("share", share)) if name in known}
+            known, takes = signature(self._plugin.gradient).parameters, {"dense": dense, "share": share}
+            if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
+                takes = {name: value for name, value in takes.items() if name in known}
+            if len(takes) < 2 and dense is not None and share != NLL_SHARES["both"]:
+                lacks = "share" if "dense" in takes else "dense"
+                said = f"gradient takes no {lacks}, which prune.loss needs; add it, or leave prune.loss out"
+                raise PluginError(f"{self._origin}: {said}")
             found: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
         if not isinstance(found, Tensor) or found.shape != hidden.shape:
             raise PluginError(f"{self._origin}: gradient returned something else than a tensor {list(hidden.shape)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
-from atp_tune.metrics.perplexity import by_kind, change
+from atp_tune.metrics.perplexity import Estimate, by_kind, change
 from atp_tune.paths import check_free
 from atp_tune.sparse.applying import Way, write_applied, write_sparse
 from atp_tune.sparse.finetuning import NoGainError, Trained, train
@@ -79,6 +79,7 @@ def recovered(
     test = PerplexityChange(before=record.before, after=record.after, change=record.change)
     validation = _scores(record.validation or test)
     nlls = done.scores["test"].nlls
+    against = change(uniform, nlls) if len(uniform) == len(nlls) else None
     fell = validation is not None and validation.change.value < 0
     if not fell:
         done.part.unlink(missing_ok=True)  # no run will write it
@@ -92,8 +93,8 @@ def recovered(
         seconds=record.seconds,
         validation=validation,
         test=_scores(test) if has_test else None,
-        against_uniform=change(uniform, nlls) if len(uniform) == len(nlls) else None,
-        kinds=by_kind(nlls, kinds),
+        against_uniform=against if against and _is_finite(against) else None,
+        kinds={kind: own for kind, own in by_kind(nlls, kinds).items() if _is_finite(own)},
     )
 
 
@@ -122,10 +123,14 @@ def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
 
 
 def _scores(found: PerplexityChange) -> RecoveredScores | None:
-    """None of a perplexity that is not finite, which JSON cannot hold."""
-    if not math.isfinite(found.after.value + found.change.value):
+    if not (_is_finite(found.after) and _is_finite(found.change)):
         return None
     return RecoveredScores(perplexity=found.after, change=found.change)
+
+
+def _is_finite(found: Estimate) -> bool:
+    """Whether JSON can hold it."""
+    return math.isfinite(found.value + found.stderr)
 
 
 def _by_keys(message: str) -> str:
