@@ -319,13 +319,16 @@ def test_what_is_no_json_is_uploaded_as_it_is(tmp_path: Path) -> None:
 
 
 def test_what_people_wrote_into_the_dense_folder_stays_here(tmp_path: Path) -> None:
-    """Their notes were uploaded as they were, with whatever they name."""
-    kept = ("README.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "merges.txt", "vocab.txt", "config.json")
-    left = ("notes.txt", "TODO.md", "train.log", "run.ipynb", "more/README.md")
-    (tmp_path / "sparse/more").mkdir(parents=True)
+    """Their notes were uploaded with whatever they name; then licences stayed here whose names are not in capitals."""
+    terms = ("LICENSE.txt", "license.md", "LLAMA_LICENSE.txt", "Model-Licence.md", "LICENSES/MIT.txt", "NOTICE")
+    terms += ("notice.txt", "ThirdPartyNotices.txt", "more/Copyright.txt", "COPYING.rst", "USE_POLICY.md")
+    tokens = ("merges.txt", "vocab.txt", "spm.vocab.txt", "added_tokens.txt", "bpe_codes.txt", "Dict.txt")
+    kept = (*terms, *tokens, "tokenizer/vocab.txt", "README.md", "config.json")
+    left = ("notes.txt", "TODO.md", "train.log", "run.ipynb", "predictions.txt", "access_tokens.txt", "more/README.md")
     for name in (*kept, *left):
+        (tmp_path / "sparse" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sparse" / name).write_text("{}")
-    manifest = {"files": {name: sha256_of(tmp_path / "sparse" / name) for name in (*kept, *left[:-1])}}
+    manifest = {"files": {name: sha256_of(tmp_path / "sparse" / name) for name in (*kept, *left)}}
     (tmp_path / "sparse/atp_tune.json").write_text(json.dumps({"manifest": manifest}))
     (tmp_path / "there").mkdir()
     stage(tmp_path / "sparse", tmp_path / "there")

@@ -6,6 +6,7 @@ else can read them, and they may name a person or a customer; the last part of e
 
 import json
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
@@ -18,7 +19,9 @@ from atp_tune.spec.plugged import parts_of
 OURS = (ABOUT, FINETUNED)
 CONFIGS = "*config.json"  # of models, tokenizers and processors: some name the folder that they were read from
 FREE = (".txt", ".md", ".rst", ".log", ".html", ".ipynb")  # what people write, who may name others or a place
-KNOWN = ("README.md", "LICEN[CS]E*", "NOTICE*", "COPYING*", "*POLICY*", "*vocab*.txt", "*merges*.txt", "dict*.txt")
+TERMS = ("*licen[cs]e*", "*notice*", "*copying*", "*copyright*", "*policy*")  # files, or the folders that they lie in
+TOKENS = ("*vocab*.txt", "*merges*.txt", "dict*.txt", "added_tokens*.txt", "bpe*.txt")
+CARD = PurePath("README.md")
 TRAINER = "trainer_state.json"  # of transformers' Trainer: it names the folder of its best checkpoint
 
 
@@ -70,7 +73,9 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
 
 def _is_free(name: PurePath) -> bool:
     """Whether a file is a text of people's own, which is no part of the model."""
-    return name.suffix.lower() in FREE and (len(name.parts) > 1 or not any(map(name.match, KNOWN)))
+    if name.suffix.lower() not in FREE or name == CARD:
+        return False
+    return not any(fnmatchcase(part.lower(), pattern) for part in name.parts for pattern in (*TERMS, *TOKENS))
 
 
 def _json_in(file: Path) -> str | None:
