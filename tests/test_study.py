@@ -7,7 +7,7 @@ from atp_tune.spec.mistakes import PATTERNS, keys_of, table_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SearchConfig
 from atp_tune.spec.study import AllocationConfig, ModelConfig, Study
-from atp_tune.spec.texts import Text
+from atp_tune.spec.texts import KINDS, MANUAL, MIXED, Text
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -93,6 +93,19 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
     shuffled = [text.model_copy(update={"shuffle": True}) for text in (first, second)]
     assert shuffled[0].overlaps(shuffled[1]) is overlap
     assert shuffled[0].overlaps(second) is second.overlaps(shuffled[0]) is True
+
+
+SOURCES = {"c4": {"c4"}, MIXED: {*KINDS}, MANUAL: {"manual"}, **{f"{MIXED}:{kind}": {kind} for kind in KINDS}}
+
+
+@pytest.mark.parametrize("one", SOURCES)
+def test_overlap_of_kinds(one: str) -> None:
+    """`mixed` and a kind of it, or the manual by its other name, were taken for texts that share nothing."""
+    for other, kinds in SOURCES.items():
+        for part, is_same in (((0, 0.5), True), ((0.5, 1), False)):
+            cut_elsewhere = one != other and MANUAL in (one, other)  # `mixed` leaves some of the manual out
+            found = Text(source=one, part=(0, 0.5), nsamples=2).overlaps(Text(source=other, part=part))
+            assert found is bool(SOURCES[one] & kinds and (is_same or cut_elsewhere)), (other, part)
 
 
 @pytest.mark.parametrize(

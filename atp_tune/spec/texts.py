@@ -72,6 +72,12 @@ class Text(SettingsTable):
         count = len(KINDS)
         return tuple(KINDS[turn * self.stride % count] for turn in range(count)) if self.source == MIXED else ()
 
+    @property
+    def _within(self) -> set[str]:
+        """The sources of one kind that this one is of, also where its windows are fewer than the kinds."""
+        kinds = {MIXED: KINDS, MANUAL: ("manual",)}.get(self.source)
+        return {f"{MIXED}:{kind}" for kind in kinds} if kinds else {self.source}
+
     @model_serializer(mode="wrap")
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves `images` out where there are none, so that files and keys of the cache stay as they were."""
@@ -79,11 +85,13 @@ class Text(SettingsTable):
         return found if self.images is not None else {key: value for key, value in found.items() if key != "images"}
 
     def overlaps(self, other: "Text") -> bool:
-        """Whether both texts share documents of the same source."""
-        keys = ("source", "config", "split", "column", "revision")
-        if any(getattr(self, key) != getattr(other, key) for key in keys):
+        """Whether both texts share documents of the same source, or of the same kind of `mixed`."""
+        keys = ("config", "split", "column", "revision")
+        if not self._within & other._within or any(getattr(self, key) != getattr(other, key) for key in keys):
             return False
         if self.shuffle != other.shuffle:  # a shuffled part has documents of everywhere
+            return True
+        if (self.source == MANUAL) != (other.source == MANUAL):  # `mixed` leaves some of it out: parts end elsewhere
             return True
         return self.part[0] < other.part[1] and other.part[0] < self.part[1]
 
