@@ -331,7 +331,7 @@ def _sweep(path: Path) -> None:
     """Removes temporary files and folders of dead processes of this host that wrote `path`, in the cache all of them.
 
     The number of a dead process may be another's by now. Of processes of another boot or container of this name nothing
-    can be known: theirs is removed when a day old.
+    can be known: theirs is removed when nothing in it was written for a day.
     """
     name = ".+" if path.is_relative_to(cache_root()) else re.escape(path.name)
     left = re.compile(rf"\.+{name}\.{re.escape(platform.node())}-(\d+)-(-?\d+)-(?:([0-9a-f]{{8}})-)?.+")
@@ -341,7 +341,7 @@ def _sweep(path: Path) -> None:
             continue
         with suppress(OSError):  # another process removes it too, or another user owns it
             if found[3] not in (None, _space()):
-                is_left = time() - entry.lstat().st_mtime > DAY
+                is_left = time() - max(each.lstat().st_mtime for each in (entry, *entry.rglob("*"))) > DAY
             else:
                 is_left = abs(_began(int(found[1])) - int(found[2])) > SAME_START
             if is_left:

@@ -300,12 +300,14 @@ def test_what_dead_processes_left_is_removed(
     assert {*names(tmp_path)} == others | {"a"} | ({left} if stays else set())
 
 
-@pytest.mark.parametrize(("hours", "stays"), [(0, True), (25, False)])
-def test_another_container_of_this_name_may_live(hours: int, stays: bool, tmp_path: Path) -> None:
-    """Two with one cache removed each other's folders: neither sees the other's processes."""
+@pytest.mark.parametrize(("hours", "within", "stays"), [(0, 25, True), (25, 0, True), (25, 25, False)])
+def test_another_container_of_this_name_may_live(hours: int, within: int, stays: bool, tmp_path: Path) -> None:
+    """Two with one cache removed each other's folders, also while deep in them files were still written."""
     left = tmp_path / f".a.{platform.node()}-{DEAD}-1-01234567-x"
-    left.mkdir()
-    os.utime(left, (time() - 3600 * hours,) * 2)
+    (left / "deep").mkdir(parents=True)
+    (left / "deep/file").touch()
+    for place, age in ((left / "deep/file", within), (left / "deep", hours), (left, hours)):
+        os.utime(place, (time() - 3600 * age,) * 2)
     with temporary_folder(tmp_path / "a"):
         assert left.exists() == stays
 
