@@ -44,7 +44,8 @@ def chat(
 ) -> None:
     """Talk with a sparse model in the terminal: `/dense` and `/uniform` show what the dense and the uniform answer.
 
-    With `--study` the best of a study is pruned and packed in memory; nothing is written.
+    With `--study` the best of a study is pruned and packed in memory; a trained one is written as a folder into the
+    cache, which is removed at the end.
 
     The tokenizer's chat template is used; without one, each line is continued as text. `/help` lists the commands.
     Through a pipe, the whole input is one message, and only its answer is printed.
