@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.search import kept_blocks
 from atp_tune.sparse import packed_models
 from atp_tune.sparse.packed_models import packed_copy
 from atp_tune.sparse.provenance import ABOUT
@@ -145,7 +147,7 @@ def test_zeros_are_counted_by_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sparse", [torch.float32, torch.bfloat16])
-def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, tmp_path: Path) -> None:
+def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, cache: Path, tmp_path: Path) -> None:
     """A folder in bfloat16 of a .gguf file was said to be half of its dense model, whose files are in float32."""
     for name, dtype in (("dense", torch.float32), ("sparse", sparse)):
         (tmp_path / name).mkdir()
@@ -153,6 +155,23 @@ def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, tmp_path: 
     with in_format_of(tmp_path / "sparse", tmp_path / "dense") as dense:
         assert load_file(dense / "model.safetensors")["weight"].dtype == sparse
         assert (dense == tmp_path / "dense") == (sparse == torch.float32)
+        assert dense.is_relative_to(cache) == (sparse != torch.float32)
+
+
+def test_a_disk_too_small_for_the_dense_model_in_another_format(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written into the system's folder of temporary files, until the disk was full."""
+    for name, dtype in (("dense", torch.float32), ("sparse", torch.bfloat16)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.ones(3, 5, dtype=dtype)}, tmp_path / name / "model.safetensors")
+    for free, fits in ((30, True), (29, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        with (
+            nullcontext() if fits else pytest.raises(UserError, match=f"^cache folder {cache}/sparse/.*make room"),
+            in_format_of(tmp_path / "sparse", tmp_path / "dense"),
+        ):
+            pass
 
 
 def test_bytes_of_files_as_they_are_and_compressed(tmp_path: Path) -> None:
@@ -220,7 +239,10 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
     assert found.over_torch(rows[2], "decode") == 1.5
 
 
-def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(tiny_place: Path) -> None:
+def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(
+    tiny_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is refused before anything is pruned where memory has no room for it: the process was killed."""
     checkpoint = Checkpoint.load(tiny_place / "model", torch.float32, torch.device("cpu"), False)
     other = AutoModelForCausalLM.from_pretrained(tiny_place / "model")
     blocks = []
@@ -235,28 +257,39 @@ def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(tin
     ids = torch.arange(12)[None]
     model: Any = checkpoint.model
     before = model(ids).logits
-    packed, count = packed_copy(checkpoint, blocks)
+    packed, count = packed_copy(checkpoint, blocks, "a test", "another")
     assert count == sum(len(linears) - 1 for linears in checkpoint.linears)
     torch.testing.assert_close(packed(ids).logits, other(ids).logits)
     assert torch.equal(model(ids).logits, before)
     assert packed.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert type(model.get_output_embeddings()) is nn.Linear
+    for memory in ("host_memory", "free_memory"):
+        monkeypatch.setattr(kept_blocks, memory, lambda *_: 1)
+    with pytest.raises(UserError, match=r"^a test: a pruned copy needs .* GiB beside the dense model"):
+        packed_copy(checkpoint, (pytest.fail(f"block {index} was pruned") for index in range(1)), "a test", "another")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["here", "without a compiler"])
+@pytest.mark.parametrize("where", ["here", "without a compiler", "without memory"])
 def test_a_study_ends_with_the_size_and_speed_of_its_best(
     where: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are measured once; where they cannot be, one line says why and nothing fails."""
-    if where != "here":
+    if where == "without a compiler":
         monkeypatch.setattr(packed_models, "kernel_name", lambda: None)
+    for memory in ("host_memory", "free_memory") if where == "without memory" else ():
+        monkeypatch.setattr(kept_blocks, memory, lambda *_: 1)
     words = ("--study", done / "tiny.toml", *settings("speed=true", "device=cpu"))
     first = command(*words)
     found = read_config(done / "tiny.best.json").speed
     assert (first.code, first.err) == (0, "")
     if where != "here":
-        said = "the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang"
+        said = {
+            "without a compiler": "the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel "
+            "ziglang",
+            "without memory": "memory: a pruned copy needs 0.0 GiB beside the dense model; write it with `apply`, then "
+            "speedup DIR",
+        }[where]
         assert f"speed: not measured, {said}" in first.out.splitlines() and found is None
         return
     assert found and found.sizes.packed and found.sizes.packed < found.sizes.dense

@@ -110,10 +110,11 @@ class BothModels(Released):
         """A plan's model, beside the dense one: it has linears of its own, packed where that is faster."""
         context, checkpoint = self._context, self._context.checkpoint
         self._watch(TrialStarted("pruning", plan))
+        names = self._use.command, self._use.with_folder
         if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
-            model, _ = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)))
+            model, _ = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)), *names)
             return self._of_context(lambda: nullcontext(model))
-        weights = prune_whole(context, plan, self._use.command, self._use.with_folder)
+        weights = prune_whole(context, plan, *names)
         return self._of_context(partial(context.replay.whole, weights))
 
     def _of_context(self, opened: Callable[[], AbstractContextManager[nn.Module]]) -> WholeModel:

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from atp_tune.cache import temporary_folder
+from atp_tune.cache import cache_dir, check_room, temporary_folder
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
@@ -129,9 +130,12 @@ def in_format_of(sparse: Path, dense: Path) -> Iterator[Path]:
     if wanted == there or len(wanted) != 1:
         yield dense
         return
-    with temporary_folder() as place:
-        for file in dense.glob("*.safetensors"):
-            cast(file, place / file.name, formats()[next(iter(wanted))])
+    files, dtype = list(dense.glob("*.safetensors")), formats()[next(iter(wanted))]
+    with temporary_folder(cache_dir("sparse") / "dense") as place:
+        shapes = (entry["shape"] for file in files for entry in read_header(file).values())
+        check_room(place, sum(map(prod, shapes)) * dtype.itemsize)
+        for file in files:
+            cast(file, place / file.name, dtype)
         yield place
 
 

@@ -57,7 +57,8 @@ def measure_in_memory(context: TrialContext, plan: Plan, task: Workload, watch: 
     checkpoint, folder = context.checkpoint, context.folder
     if checkpoint.offload != "none":
         raise UserError("the dense model does not fit into memory as a whole")
-    sparse, count = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)))
+    blocks = ((block.index, block.weights) for block in context.prune(plan))
+    sparse, count = packed_copy(checkpoint, blocks, "memory", "speedup DIR")
     if not count:
         raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)
