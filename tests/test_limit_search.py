@@ -1,6 +1,7 @@
 """The search for the sparsest plan within a limit, on studies whose values are a formula."""
 
 import math
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from test_space import SIZES, study_of
-from test_sparsity_interval import DENSE, loss, screened, space_over
+from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_over
 from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
@@ -17,6 +18,7 @@ from atp_tune.allocations.budget import Shape
 from atp_tune.search.limit_search import LimitSampler, LimitSearch
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Space, make_space
+from atp_tune.search.strategy import Screened, Strategy, make_strategy
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import best_trial, excess_of
@@ -39,8 +41,12 @@ def searched(
     jump: float = 0.0,
     cost: float = 0.0,
     name: str = "beta",
+    again: Callable[[optuna.Study], Strategy] | None = None,
 ) -> optuna.Study:
-    """A study driven until its search is idle; to the loss, `jump` is added above 40 %, and `cost` times the share."""
+    """A study driven until its search is idle; to the loss, `jump` is added above 40 %, and `cost` times the share.
+
+    `again`: the strategy that it is resumed with before each trial.
+    """
     search = LimitSearch(space, surrogate, limit, DENSE)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", limit)
@@ -57,6 +63,7 @@ def searched(
     for _ in range(most):
         if search.is_idle(study):
             break
+        study.sampler = again(study).sampler if again else study.sampler
         study.optimize(objective, n_trials=1)
     return study
 
@@ -95,6 +102,27 @@ def test_without_a_model_the_log_of_the_increase_is_linear(limit: dict[str, floa
     assert best.params["sparsity"] == max(inside)
     assert study.trials[0].params["beta"] == shares[1] > 0
     assert len(study.trials) <= (9 if best.params["beta"] == 0 else 6)  # 9: uniform is better, and is searched anew
+
+
+def test_without_a_model_a_limit_below_the_dense_model_is_halved_towards() -> None:
+    """The log of the allowed increase is of a negative number there: the search went down a step a trial."""
+    study = searched(space_over(), {"max_perplexity": 15.0}, Surrogate(space_over(), [], 0))  # dense: 16.4
+    assert [trial.params["sparsity"] for trial in study.trials[:4]] == pytest.approx(
+        [0.45, 0.325, 0.265, 0.235], abs=0.011
+    )
+    assert len(study.trials) <= 9
+
+
+def test_an_interrupted_search_without_a_screening_has_the_points_of_another() -> None:
+    """The trials before the interruption were a model's after it, which no uninterrupted search had."""
+    limit, space = {"max_increase": 0.2}, space_over()
+    spec = study_of(sparsity=INTERVAL, search={**TPE, "trials": 30}, limit=limit)
+    whole = searched(space, limit, Surrogate(space, [], 0))
+    resumed = searched(
+        space, limit, Surrogate(space, [], 0), again=lambda study: make_strategy(spec, space, study, Screened(), 30)
+    )
+    assert len(whole.trials) > 4
+    assert [trial.params for trial in resumed.trials] == [trial.params for trial in whole.trials]
 
 
 def test_prices_within_a_limit() -> None:

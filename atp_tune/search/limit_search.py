@@ -4,9 +4,9 @@ The screening's model (`search.surrogate`) predicts at each sparsity S the best 
 limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes slowly with S.
 The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial within the limit,
 and below the first one beyond it. Without a screening the parameters are the first of the first allocation, and
-the log of the measured increase is taken to be linear in S; for accuracies the bracket is halved. When the bracket has
-no sparsity left, uniform is measured at the best trial's sparsity. If it is better there, the model was wrong, and the
-search goes on with uniform alone; else it has ended.
+the log of the measured increase is taken to be linear in S; for accuracies, and where dense itself is beyond the limit,
+the bracket is halved. When the bracket has no sparsity left, uniform is measured at the best trial's sparsity. If it is
+better there, the model was wrong, and the search goes on with uniform alone; else it has ended.
 """
 
 import math
@@ -131,13 +131,16 @@ class LimitSearch:
         return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
 
     def _guessed(self, study: Study, free: list[float]) -> float:
-        """One of these sparsities without a model: the log of the increase is linear, of accuracies the middle."""
+        """One of these sparsities without a model: the log of the increase is linear.
+
+        The middle for accuracies, and where the dense model itself is beyond the limit.
+        """
         allowed = self._excess(0.0)
-        measured = self._measured(study, only_uniform=self._leader(study) is not None).items() if allowed else ()
+        measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
         known = [
-            (math.log(max(1 - excess / (allowed or -1.0), SMALLEST)), sparsity)
+            (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
             for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
-            if math.isfinite(excess)
+            if allowed is not None and allowed < 0 and math.isfinite(excess)
         ]
         below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
         match [*below, *above]:

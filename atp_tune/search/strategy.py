@@ -69,8 +69,8 @@ def make_strategy(spec: Study, space: Space, study: optuna.Study, screened: Scre
         first = begins_with(confirmed(screened.trials, space, screen.confirm), space, total)
         return Strategy(make_sampler(search, space, screened.trials), first)
     trials, dense = screened.trials, screened.dense or None
-    if not trials:
-        trials, dense = progress.measured(study), study.user_attrs.get("dense")
+    if not trials:  # without a screening never the study's own: a resumed study would propose other points
+        trials, dense = progress.measured(study) if screen else [], study.user_attrs.get("dense")
     surrogate = Surrogate(space, trials, search.seed, None if "kl" in search.objective else dense)
     if spec.limit is not None:
         limit = LimitSearch(space, surrogate, spec.limit.given, dense)
