@@ -139,12 +139,12 @@ def _has_documents(source: str, base: Path) -> bool:
 
 
 def search_over_interval(
-    preset: Preset, windows: int | None, limit: Limit | None, by_prices: bool = False
+    preset: Preset, windows: int | None, limit: Limit | None, is_unscreened: bool = False
 ) -> dict[str, Any]:
     """The table `search` of a study over an interval of sparsities, with or without a limit.
 
-    `windows`: of the validation text, None if their number is not known; `by_prices`: Wanda by prices alone. UserError
-    if there is one window only: at least two are screened, for an error.
+    `windows`: of the validation text, None if their number is not known; `is_unscreened`: within a limit. UserError if
+    there is one window only: at least two are screened, for an error.
     """
     if windows == 1:
         raise UserError("texts.validation: has one window, and an interval of sparsities needs two; give a longer text")
@@ -153,7 +153,7 @@ def search_over_interval(
     return {
         "objective": ["kl"] if limit and "max_kl" in limit else ["perplexity"],
         "sampler": "tpe",
-        **({} if limit and by_prices and not preset.screens_prices else {"screen": screen}),
+        **({} if limit and is_unscreened else {"screen": screen}),
         **({"trials": preset.limited} if limit else {}),
     }
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,12 @@ from atp_tune.presets import (
     texts_from_hub,
 )
 from atp_tune.pruners import PRUNERS
+from atp_tune.spec.patterns import CHANNELS
 from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.texts import KINDS, MEMORY
 from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
+from atp_tune.spec.writing import toml_value
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,8 @@ class StudyRequest:
 
     S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
     of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan.
-    UserError at the start for a wish that nothing can meet.
+    `settings`: tables of overrides that come after, which nothing unasked may contradict. UserError at the start for a
+    wish that nothing can meet.
     """
 
     source: str
@@ -60,6 +63,7 @@ class StudyRequest:
     texts: str | Mapping[str, str] | None = None
     limit: Limit | None = None
     recover: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option, names, known in (
@@ -152,8 +156,8 @@ class StudyRequest:
             "allocation": {"names": list(allocations := self._allocations(folder, notify))},
             "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
             "search": self._search(PRESETS[preset], texts, allocations),
-            "speed": where.type == "cpu",  # where packed weights have their kernel
-            **(self._recovery(texts) if self._recovers(PRESETS[preset]) else {}),
+            "speed": where.type == "cpu" and not self._of_channels,  # where packed weights have their kernel
+            **({"recover": self._recovery(texts["validation"]["seqlen"])} if self._recovers(PRESETS[preset]) else {}),
         }
         try:
             return Study.model_validate(settings)
@@ -174,20 +178,38 @@ class StudyRequest:
 
     def _recovers(self, preset: Preset) -> bool:
         """Whether the best plan is trained; never that of a front, whose points would not compare with it."""
-        is_front = isinstance(self.sparsity, tuple) and not self.limit
-        return not is_front and (preset.recovers if self.recover is None else self.recover)
+        unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
+        return not self._is_front and (unasked if self.recover is None else self.recover)
 
-    def _recovery(self, texts: Mapping[str, Any]) -> dict[str, Any]:
-        """The table `recover`."""
-        seqlen = min(RECOVERED, texts["validation"]["seqlen"])
-        return {"recover": {"seqlen": seqlen, "min_increase": WORTH_TRAINING}}
+    def _recovery(self, seqlen: int) -> dict[str, Any]:
+        """The table `recover`; `seqlen`: of the validation text."""
+        return {"seqlen": min(RECOVERED, seqlen), "min_increase": WORTH_TRAINING}
+
+    def recovery_of(self, study: Study) -> list[str]:
+        """The overrides of the study, which was made before, by which its best plan is trained or not, as asked for."""
+        if self.recover is False:
+            return ['recover="none"']
+        if not self.recover or self._is_front or study.recover is not None or study.texts is None:
+            return []
+        return [f"recover={toml_value(self._recovery(study.texts.validation.seqlen))}"]
+
+    @property
+    def _is_front(self) -> bool:
+        return isinstance(self.sparsity, tuple) and not self.limit
+
+    @property
+    def _of_channels(self) -> bool:
+        """Whether whole channels go, which are neither packed, nor trained, nor screened."""
+        prune = self.settings.get("prune")
+        return isinstance(prune, Mapping) and prune.get("pattern") == CHANNELS
 
     def _search(self, preset: Preset, texts: Mapping[str, Any], allocations: tuple[str, ...]) -> dict[str, Any]:
         is_alone = allocations == PRICES and len(self.pruners) < 2
         if not isinstance(self.sparsity, tuple):
             return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
         by_prices = is_alone and self.pruners in ((), ("wanda",))
-        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit, by_prices)
+        is_unscreened = self._of_channels or (by_prices and not preset.screens_prices)
+        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit, is_unscreened)
 
     def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
         choice = usual_texts(notify) if self.texts is None else self.texts

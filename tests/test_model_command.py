@@ -14,6 +14,7 @@ from test_trust import CODE, change
 from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
+from atp_tune.api.arguments import changed, goal_of
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.commands import model
 from atp_tune.cli.model_group import MODEL
@@ -23,7 +24,7 @@ from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval, te
 from atp_tune.spec.config import read_config
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
-from atp_tune.spec.studyfile import load
+from atp_tune.spec.studyfile import StudyFile, load, tables
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.spec.writing import write_study
@@ -458,6 +459,72 @@ def test_a_name_says_what_was_asked_for() -> None:
 )
 def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float, float]) -> None:
     assert parse_sparsity(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sparsity", "limit"),
+    [
+        (["sparsity=0.5"], 0.5, None),
+        (["sparsity=[0.3, 0.8]"], (0.3, 0.8), None),
+        (["sparsity=[0.3, 0.8]", "limit.max_kl=0.2"], (0.3, 0.8), {"max_kl": 0.2}),
+        (["limit.max_kl=0.2"], WHOLE, {"max_kl": 0.2}),
+        (["limit={min_accuracy={piqa=0.6}, items=9}"], WHOLE, {"min_accuracy": {"piqa": 0.6}}),
+        (["limit=none"], WHOLE, None),
+        (["search.objective=kl"], WHOLE, {"max_kl": 0.1}),
+        (['search.objective=["kl"]', "sparsity=0.5"], 0.5, None),
+    ],
+)
+def test_what_settings_ask_for_is_asked_for(
+    overrides: list[str], sparsity: object, limit: object, here: Path, command: CommandLine
+) -> None:
+    """Without an option a limit was added that nobody gave, and the settings were refused for it."""
+    settings = dict(text.split("=", 1) for text in overrides)
+    assert goal(None, None, tables(overrides)) == (sparsity, limit)
+    python = {
+        key: tomllib.loads(f"v = {value}")["v"] if value[0] in "[{0" else value for key, value in settings.items()
+    }
+    target, found, asked = goal_of(None, {}, python)
+    assert (target, found) == (sparsity, limit)
+    if limit is None or "min_accuracy" not in limit:  # type: ignore[operator]
+        request = StudyRequest("Tiny_Llama", target, "quick", texts="own.txt", limit=found, settings=asked)
+        study = request.study("a", "cpu", {}, lambda _: None)
+        file = changed(StudyFile("a", Path("a.toml"), study), python, False)
+        assert (file.study.sparsity, file.study.limit and file.study.limit.given) == (sparsity, limit)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "sparsity", "settings"),
+    [
+        ("atp", 0.5, {"prune.pattern": "channels"}),
+        ("atp", WHOLE, {"prune.pattern": "channels"}),
+        ("row-prices", 0.5, {"bits": 4}),
+    ],
+)
+def test_nothing_unasked_contradicts_a_setting(
+    allocation: str, sparsity: Any, settings: dict[str, Any], here: Path
+) -> None:
+    """The speed, the training and the screening of a preset were, each, a reason to refuse channels."""
+    limit = {"max_increase": 0.1} if sparsity == WHOLE else None
+    asked = goal_of(None, {}, settings)[2]
+    request = StudyRequest("Tiny_Llama", sparsity, "balanced", (), (allocation,), "own.txt", limit, settings=asked)
+    study = request.study("a", "cpu", {}, lambda _: None)
+    file = changed(StudyFile("a", Path("a.toml"), study), settings, False)
+    assert (file.study.recover, file.study.speed) == (None, "bits" in settings)
+
+
+@pytest.mark.parametrize(
+    ("recover", "expected"), [(None, None), (False, None), (True, RecoverConfig(seqlen=256, min_increase=0.25))]
+)
+def test_recover_of_a_study_made_without_it(
+    recover: bool | None, expected: object, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was ignored."""
+    started: list[Any] = []
+    monkeypatch.setattr(model, "_start", lambda path, options, *_: started.append(options.load(str(path)).study))
+    words = ("Tiny_Llama", "--sparsity", "0.5", "--preset", "quick", "--texts", "own.txt")
+    for more in ((), () if recover is None else ("--recover",) if recover else ("--no-recover",)):
+        assert command(*words, *more).code == 0
+    assert [study.recover for study in started] == [None, expected]
 
 
 def test_limits_as_people_type_them() -> None:

@@ -16,7 +16,7 @@ from atp_tune.spec import finding
 from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, load, override
+from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, load, override, tables
 from atp_tune.spec.typed import goal, only_limit
 from atp_tune.spec.writing import toml_value
 
@@ -107,21 +107,12 @@ def is_study(value: Any) -> bool:
     return Path(value).suffix == ".toml" or str(value) in [path.stem for path in finding.known()]
 
 
-def target(sparsity: Target | None, limits: Mapping[str, Any]) -> tuple[float | tuple[float, float], Limit | None]:
-    """The sparsity or interval to search, and the limit; UserError for wrong ones."""
-    limit = only_limit({key: _typed(value) for key, value in limits.items()})
-    return goal(None if sparsity is None else _sparsity(sparsity), limit)
-
-
-def _sparsity(value: Target) -> str:
-    return "..".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def _typed(value: Any) -> str | list[str] | None:
-    """The value of a limit as it is typed on the command line."""
-    if isinstance(value, Mapping):
-        return [f"{task}={least}" for task, least in value.items()]
-    return None if value is None else str(value)
+def goal_of(
+    sparsity: Target | None, limits: Mapping[str, Any], settings: Settings
+) -> tuple[float | tuple[float, float], Limit | None, Mapping[str, Any]]:
+    """The sparsity or interval to search, the limit, and the settings as tables; UserError for wrong ones."""
+    asked = tables(overrides(settings))
+    return *goal(sparsity, only_limit(limits), asked), asked
 
 
 def requested(
@@ -137,13 +128,16 @@ def requested(
     device: str | None,
     allowed: Mapping[str, bool],
     notify: Any,
-    recover: bool | None = None,
+    recover: bool | None,
+    settings: Mapping[str, Any],
 ) -> StudyFile:
-    """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent."""
+    """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent; `settings`: as tables."""
     from atp_tune.study_request import StudyRequest
 
     source, where = sources.model or str(model), sources.device or device
-    request = StudyRequest(source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit, recover)
+    request = StudyRequest(
+        source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit, recover, settings
+    )
     label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
     study = request.study(label, where, allowed, notify)
     return StudyFile(

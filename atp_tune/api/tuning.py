@@ -117,13 +117,13 @@ def tune(
     if storage is not None:
         more["storage"] = storage
     with working(progress) as watch:
-        target, limit = arguments.target(sparsity, limits)
+        target, limit, asked = arguments.goal_of(sparsity, limits, more)
         with lender.lend() as sources:
             file = arguments.requested(
                 model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
                 allocations=names(allocation), name=study_name, device=device,
                 allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
-                notify=lambda text: watch(Message(text)), recover=recover,
+                notify=lambda text: watch(Message(text)), recover=recover, settings=asked,
             )  # fmt: skip
             return run(arguments.changed(file, more, trust_plugins), lender, watch, keeps=False)
 

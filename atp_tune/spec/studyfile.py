@@ -164,6 +164,14 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
     return keys
 
 
+def tables(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tables that overrides make by themselves; UserError for one that is wrong."""
+    data: dict[str, Any] = {}
+    for text in overrides:
+        override(data, text, Path("study.toml"))
+    return data
+
+
 def _toml_value(text: str) -> object:
     """Parses a TOML value; text that is not TOML is a string, so strings need no quotes."""
     try:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.limits import Limit
@@ -73,30 +74,31 @@ def in_percent(sparsity: float | Interval) -> str:
     return "..".join(f"{100 * end:g}" for end in (sparsity if isinstance(sparsity, tuple) else (sparsity,)))
 
 
-def only_limit(given: Mapping[str, str | list[str] | None]) -> Limit | None:
+def only_limit(given: Mapping[str, Any]) -> Limit | None:
     """The limit that one of these options sets, by key of `LimitConfig`; None if none is given.
 
-    A list is of `TASK=SHARE`, for accuracies. UserError for two options, and for a wrong value.
+    Values as they are typed, or as TOML and Python have them. UserError for two options, and for a wrong value.
     """
-    texts = {key: text for key, text in given.items() if text}
-    if len(texts) > 1:
-        first, second, *_ = map(option, texts)
+    values = {key: value for key, value in given.items() if value not in (None, "", [], {})}
+    if len(values) > 1:
+        first, second, *_ = map(option, values)
         raise UserError(f"{second}: there is one limit, and {first} is given too; leave one out")
-    for key, text in texts.items():
+    for key, value in values.items():
         try:
-            return {key: parse_accuracies(text) if isinstance(text, list) else parse_limit(key, text)}
+            return {key: parse_accuracies(value) if key == "min_accuracy" else parse_limit(key, str(value))}
         except ValueError as error:
             raise UserError(f"{option(key)}: {error}") from None
     return None
 
 
-def parse_accuracies(texts: list[str]) -> dict[str, float]:
-    """The least accuracy of each task, from `TASK=0.6` or `TASK=60%`; ValueError for anything else.
+def parse_accuracies(given: Any) -> dict[str, float]:
+    """The least accuracy of each task, from texts `TASK=0.6` or `TASK=60%` or a mapping; ValueError for anything else.
 
     A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
     """
     found: dict[str, float] = {}
-    for text in texts:
+    texts = [f"{task}={least}" for task, least in given.items()] if isinstance(given, Mapping) else given
+    for text in map(str, texts if isinstance(texts, list) else [texts]):
         task, _, value = text.rpartition("=")
         try:
             least = share(value)
@@ -112,13 +114,20 @@ def parse_accuracies(texts: list[str]) -> dict[str, float]:
     return found
 
 
-def goal(sparsity: str | None, limit: Limit | None) -> tuple[float | Interval, Limit | None]:
+def goal(
+    sparsity: Any, limit: Limit | None, settings: Mapping[str, Any] | None = None
+) -> tuple[float | Interval, Limit | None]:
     """The sparsity, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
 
-    UserError for wrong ones.
+    `settings`: tables of overrides of the study file, which may ask for either. UserError for wrong ones.
     """
-    if sparsity is None:
-        return WHOLE, limit or LIMIT
+    settings = settings or {}
+    own = settings.get("limit")
+    if limit is None and isinstance(own, Mapping):
+        limit = only_limit({key: value for key, value in own.items() if key in (*LOWEST, "min_accuracy")})
+    if sparsity is None and (sparsity := settings.get("sparsity")) is None:
+        return WHOLE, limit or (None if own == "none" else _usual_limit(settings))
+    sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
     try:
         found = parse_sparsity(sparsity)
     except ValueError as error:
@@ -130,6 +139,13 @@ def goal(sparsity: str | None, limit: Limit | None) -> tuple[float | Interval, L
             f"interval {AMONG}"
         )
     return found, limit
+
+
+def _usual_limit(settings: Mapping[str, Any]) -> Limit:
+    """`LIMIT`, as a KL where that is the objective."""
+    search = settings.get("search")
+    by_kl = isinstance(search, Mapping) and search.get("objective") in ("kl", ["kl"])
+    return {"max_kl": INCREASE} if by_kl else LIMIT
 
 
 def option(key: str) -> str:

@@ -181,6 +181,7 @@ def model(
     """
     from atp_tune.spec.finding import HERE, known
     from atp_tune.spec.plugged import rooted
+    from atp_tune.spec.studyfile import tables
     from atp_tune.spec.typed import goal, only_limit
     from atp_tune.spec.writing import write_study
     from atp_tune.study_request import StudyRequest
@@ -193,9 +194,10 @@ def model(
             "min_accuracy": min_accuracy,
         }
     )  # fmt: skip
-    target, limit = goal(sparsity, limit)
+    settings = tables(set_ or ())
+    target, limit = goal(sparsity, limit, settings)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
-    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover)
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
     path = HERE / f"{name or wishes.name}.toml"
     trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in set_ or ())
     asked = [OWN_CODE] * trust_remote_code  # a study file cannot allow it
@@ -228,10 +230,9 @@ def model(
 
 def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
     """Runs the study of a file that is there; UserError if it is another's."""
-    wishes.check_same(load_study(str(path), None, None, None).study, path)
-    if wishes.recover is False:
-        options = replace(options, set_=[*(options.set_ or []), 'recover="none"'])
-    _start(path, options)
+    study = load_study(str(path), None, None, None).study
+    wishes.check_same(study, path)
+    _start(path, replace(options, set_=[*wishes.recovery_of(study), *(options.set_ or [])]))
 
 
 def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
