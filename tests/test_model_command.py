@@ -474,9 +474,7 @@ def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float
         (['search.objective=["kl"]', "sparsity=0.5"], 0.5, None),
     ],
 )
-def test_what_settings_ask_for_is_asked_for(
-    overrides: list[str], sparsity: object, limit: object, here: Path, command: CommandLine
-) -> None:
+def test_what_settings_ask_for_is_asked_for(overrides: list[str], sparsity: object, limit: object, here: Path) -> None:
     """Without an option a limit was added that nobody gave, and the settings were refused for it."""
     settings = dict(text.split("=", 1) for text in overrides)
     assert goal(None, None, tables(overrides)) == (sparsity, limit)
@@ -521,10 +519,11 @@ def test_recover_of_a_study_made_without_it(
     """It was ignored."""
     started: list[Any] = []
     monkeypatch.setattr(model, "_start", lambda path, options, *_: started.append(options.load(str(path)).study))
-    words = ("Tiny_Llama", "--sparsity", "0.5", "--preset", "quick", "--texts", "own.txt")
+    words = ("Tiny_Llama", "--set", "sparsity=0.5", "--preset", "quick", "--texts", "own.txt")
     for more in ((), () if recover is None else ("--recover",) if recover else ("--no-recover",)):
         assert command(*words, *more).code == 0
     assert [study.recover for study in started] == [None, expected]
+    assert [path.name for path in here.glob("studies/*.toml")] == ["tiny_llama-50-quick-own.toml"]
 
 
 def test_limits_as_people_type_them() -> None:
