@@ -152,9 +152,9 @@ def test_taplo_finds_no_mistake(path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("sparsity = 0.6", "sparsity = 1.6", "1.6 is not valid under any of the schemas listed"),
+        ("sparsity = 0.4", "sparsity = 1.4", "1.4 is not valid under any of the schemas listed"),
         ('pruners = ["wanda"]', 'pruners = ["wandda"]', '"wandda" is not valid under any of'),
-        ("draws = 3", "drows = 3", "'drows' was unexpected"),
+        ("seqlen = 128", "seqlan = 128", "'seqlan' was unexpected"),
         ("[search]", "[serch]", '"search" is a required property'),
         ("[texts.validation]", "[texts.validation]\nnsample = 3", "'nsample' was unexpected"),
     ],
