@@ -12,7 +12,7 @@ its own greedy continuation that stand in it before; and its perplexity on the s
 import argparse
 import statistics
 from collections.abc import Sequence
-from math import exp, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -20,16 +20,15 @@ import torch
 from atp_tune.generation.decoding import end_tokens, generate
 from atp_tune.generation.prompts import encode
 from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.metrics import continuations
+from atp_tune.metrics.perplexity import perplexity
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space
 from atp_tune.spec.studyfile import load
 
-TOKENS = 48
 PROMPTS = (
-    "The capital of France is the city of",
-    "Once upon a time there was a little",
-    "To make a cup of tea you first",
+    *continuations.PROMPTS,
     "Water boils at a temperature of",
     "The three branches of the United States government are",
     "Dear Sir or Madam, I am writing to you because",
@@ -58,15 +57,15 @@ def main() -> None:
             judge = _Judge(context)
             if sparsity == asked.sparsities[0]:
                 texts += [("dense", 0.0, judge.dense_texts)]
-                dense = _perplexity(context.all_nlls(context.dense(), "test"))
-                print(f"| dense | 0 % | | {_mean(map(_repeated, judge.dense_ids))} | {dense} |", flush=True)
+                dense = perplexity(context.all_nlls(context.dense(), "test")).value
+                print(f"| dense | 0 % | | {_mean(map(_repeated, judge.dense_ids))} | {dense:.2f} |", flush=True)
             space = make_space(file.study, context.budget(file.study.highest))
             for name, kappa in (("uniform", 0.0), ("row-prices", 1.0)):
                 plan = space.plan({"pruner": "wanda", "allocation": "row-prices", "kappa": kappa})
                 blocks = {block.index: block.weights for block in context.prune(plan)}
                 same, own = judge.of(blocks)
-                nlls = context.all_nlls(iter(blocks.items()), "test")
-                row = [name, f"{sparsity:.0%}", _mean(same), _mean(map(_repeated, own)), _perplexity(nlls)]
+                measured = perplexity(context.all_nlls(iter(blocks.items()), "test")).value
+                row = [name, f"{sparsity:.0%}", _mean(same), _mean(map(_repeated, own)), f"{measured:.2f}"]
                 print(f"| {' | '.join(row)} |", flush=True)
                 texts.append((name, sparsity, judge.decoded(own)))
     for number, prompt in enumerate(PROMPTS if asked.texts else ()):
@@ -101,7 +100,7 @@ class _Judge:
             return same, [self._continued(model, prompt) for prompt in self._prompts]
 
     def _continued(self, model: Any, prompt: list[int]) -> list[int]:
-        [row] = generate(model, self._tokenizer, torch.tensor([prompt]), TOKENS).tolist()
+        [row] = generate(model, self._tokenizer, torch.tensor([prompt]), continuations.TOKENS).tolist()
         return list(row)
 
 
@@ -113,10 +112,6 @@ def _repeated(row: list[int]) -> float:
 def _mean(values: Any) -> str:
     found = list(values)
     return f"{statistics.mean(found):.1%} ± {statistics.stdev(found) / sqrt(len(found)):.1%}"
-
-
-def _perplexity(nlls: Any) -> str:
-    return f"{exp(statistics.mean(nlls)):.2f}"
 
 
 if __name__ == "__main__":
