@@ -23,7 +23,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
 
 ROLES = ("calibration", "validation", "test")
-COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge", "init", "schema", "env"]
+COMMANDS = ["", "status", "export", "apply", "prune", "finetune", "studies", "merge", "schema", "env"]
 # Prints which of the heavy libraries the command line imported.
 SPY = """
 import atexit, sys

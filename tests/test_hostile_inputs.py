@@ -115,7 +115,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         "sparse folder": "{study}/sparse --tokens 4 --runs 1 --device cpu --engine torch"}),
     "studies": ("", dict.fromkeys(("study file", "database"), "")),
     "plugins": ("", {"study file": "--study {study}/tiny.toml"}),
-    **dict.fromkeys(("init", "schema", "env"), ("", {})),  # they open no file that another may have made
+    **dict.fromkeys(("schema", "env"), ("", {})),  # they open no file that another may have made
 }  # fmt: skip
 FAST = {("export", "configuration")}
 CELLS = [(name, kind) for name, (_, kinds) in COMMANDS.items() for kind in KINDS if kind in kinds]

@@ -18,7 +18,6 @@ from atp_tune.cli.commands import (
     export,
     finetune,
     generate,
-    init,
     merge,
     model,
     pack,
@@ -46,7 +45,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(tune.run)
 app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(model.model)
 for command in (  # in the order of `--help`
-    init.init, status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, pack.pack,
+    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, pack.pack,
     pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, classify.classify, prune.prune,
     finetune.finetune, speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
 ):  # fmt: skip

@@ -68,7 +68,6 @@ def _said(choice: "Choice") -> int:
 
 def _asked(study: "optuna.Study") -> int | None:
     """The trial that the user chooses from the numbered points; None for the best, or where there is no choice."""
-    from atp_tune.cli.interview import ask
     from atp_tune.results.summary import summarise
 
     summary = summarise(study)
@@ -77,13 +76,15 @@ def _asked(study: "optuna.Study") -> int | None:
     _show(summary)
     usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
     numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
-
-    def check(answer: str) -> int:
-        if answer not in numbers:
-            raise ValueError(f"must be a number from 1 to {len(numbers)}")
-        return numbers[answer]
-
-    number: int = ask("point", f"1 to {len(numbers)}", str(usual), check)
+    answer = ""
+    while answer not in numbers:
+        if answer:
+            console.print(f"  must be a number from 1 to {len(numbers)}")
+        try:
+            answer = console.input(f"point – 1 to {len(numbers)} ({usual}): ").strip() or str(usual)
+        except EOFError:
+            raise KeyboardInterrupt from None  # Ctrl-D
+    number = numbers[answer]
     return None if number == summary.best_trial.number else number
 
 
