@@ -7,7 +7,7 @@ from time import perf_counter
 from atp_tune.checkpoints.devices import device_name, oom_as_user_error
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
-from atp_tune.metrics.accuracy import accuracy, gain
+from atp_tune.measures import accuracy, gain
 from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.spec.texts import MANUAL, MIXED, Text, short_source
 
 if TYPE_CHECKING:

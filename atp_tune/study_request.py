@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.extras import require
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.presets import (

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.cli.runtime import quiet
 from atp_tune.events import Event, TrialEnded
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.results.formatting import draws_of
 from atp_tune.results.summary import summarise

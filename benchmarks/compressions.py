@@ -34,7 +34,7 @@ from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack_as
 from atp_tune.scores.evaluation import Block

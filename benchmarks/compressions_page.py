@@ -16,9 +16,8 @@ from pydantic import TypeAdapter
 from atp_tune.cli.terminal import markdown
 from atp_tune.figures.sheet import svg
 from atp_tune.figures.style import BLUE, GOLD, GREEN, INK, ORANGE, PINK, PURPLE, faint, log_axis, new_figure, rounded
+from atp_tune.measures import Estimate, accuracy, change, perplexity
 from atp_tune.metrics import speed
-from atp_tune.metrics.accuracy import accuracy
-from atp_tune.metrics.perplexity import Estimate, change, perplexity
 from atp_tune.metrics.speed import Rates
 
 DOCS = Path(__file__).parents[1] / "docs"

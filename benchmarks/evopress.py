@@ -43,7 +43,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.inputs import Items
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.plan import Plan
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.search.calibration_gradients import CalibrationGradients

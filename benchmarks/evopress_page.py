@@ -10,7 +10,7 @@ from evopress_search import Run, read_run
 from marked_page import write_between
 
 from atp_tune.cache import write_atomically
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 
 PAGE = Path(__file__).parents[1] / "docs" / "evopress.md"
 MARKS = ("<!-- measured: python benchmarks/evopress.py -->", "<!-- end -->")

@@ -36,7 +36,7 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.events import Event, Message, ignore_events
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.finetuning import finetune

@@ -20,8 +20,8 @@ import torch
 from atp_tune.generation.decoding import end_tokens, generate
 from atp_tune.generation.prompts import encode
 from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.measures import perplexity
 from atp_tune.metrics import continuations
-from atp_tune.metrics.perplexity import perplexity
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space

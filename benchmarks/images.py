@@ -23,8 +23,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cache import write_out
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
-from atp_tune.metrics.accuracy import accuracy, gain
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.plan import make_plan
 from atp_tune.scores import WindowScores
 from atp_tune.search.context import TrialContext

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from atp_tune.cli.runtime import quiet
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 from atp_tune.plan import make_plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig

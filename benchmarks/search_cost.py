@@ -34,7 +34,7 @@ from time import perf_counter
 import optuna
 
 from atp_tune.cache import cache_dir
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 from atp_tune.results.summary import made_from, summarise
 from atp_tune.spec.studyfile import load
 from atp_tune.storage.opening import find_study, open_storage

@@ -27,7 +27,7 @@ from atp_tune.cli.commands import apply
 from atp_tune.dashboard import notes
 from atp_tune.errors import UserError
 from atp_tune.figures import overlay
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.measures import Perplexity
 from atp_tune.report import contents, latex, machine, markdown
 from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json

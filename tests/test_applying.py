@@ -25,7 +25,7 @@ from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints import streaming
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig

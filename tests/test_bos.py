@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message
+from atp_tune.measures import perplexity
 from atp_tune.metrics.bos import LEAST, BosEffect, is_better
-from atp_tune.metrics.perplexity import perplexity
 from atp_tune.search import context
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config

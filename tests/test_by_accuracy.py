@@ -21,9 +21,7 @@ from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import draw_perplexity
 from atp_tune.figures.trials import off_scale, told, uniform_line, written_of
-from atp_tune.metrics.accuracy import accuracy, error_rate
-from atp_tune.metrics.limits import excess
-from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.measures import accuracy, error_rate, excess
 from atp_tune.report import latex, tables
 from atp_tune.report.contents import gather
 from atp_tune.results.accuracies import sign_of_beta
@@ -233,7 +231,7 @@ def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> No
         gain, role = summary.hits.gains[str(best.number)]
         said = f"The best plan’s accuracy is {gain.beside('uniform’s')} on the {role} images."
         assert contents.verdict.replace("\u00a0", " ").startswith(said) and said in note
-        assert ("may be chance" in contents.verdict) == may_be_chance(gain, summary.windows[role])
+        assert ("may be chance" in contents.verdict) == gain.may_be_chance(summary.windows[role])
     assert told(best).endswith(f", accuracy {1 - fmean(best.user_attrs['misses']):.1%}")
     again = ("--set", "sparsity=0.9", "--set", "search.objective=accuracy", "--set", f"search.sampler={sampler}")
     shown = tune("--study", place / "tiny.toml", *again, "--trials", "9")

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.measures import Perplexity
 from atp_tune.metrics.draws import OverDraws, Spread
-from atp_tune.metrics.perplexity import Perplexity
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.spec.config import (
     FORMAT,

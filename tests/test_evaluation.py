@@ -13,7 +13,7 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.plan import Plan
 from atp_tune.scores import evaluation, losses, next_token
 from atp_tune.scores.evaluation import Block, group_scores, head_scores

@@ -19,7 +19,7 @@ from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, ignore_events
 from atp_tune.extras import install
-from atp_tune.metrics.perplexity import change, perplexity
+from atp_tune.measures import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
 from atp_tune.sparse.finetuning import finetune

@@ -23,8 +23,7 @@ from atp_tune import figures, report
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.figures.history import draw_history
-from atp_tune.metrics.kl import relative
-from atp_tune.metrics.perplexity import change
+from atp_tune.measures import change, relative
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results.best_config import best_config

@@ -41,8 +41,7 @@ from atp_tune.api.configuration import load_config
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.inputs import probe as probes
-from atp_tune.metrics.accuracy import accuracy, gain
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform

@@ -33,7 +33,7 @@ from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, dige
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.inputs.probe import fitted
-from atp_tune.metrics.accuracy import accuracy, gain
+from atp_tune.measures import accuracy, gain
 from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of

@@ -11,7 +11,7 @@ from tinystudy import CommandLine, run, study_file
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
-from atp_tune.metrics.perplexity import change
+from atp_tune.measures import change
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
 from atp_tune.search.runner import StudyRun, open_context, tune

@@ -3,7 +3,7 @@ from statistics import fmean
 
 import pytest
 
-from atp_tune.metrics.kl import divergence, relative
+from atp_tune.measures import divergence, relative
 
 BEFORE, AFTER = [0.4, 0.6, 0.5, 0.9], [0.3, 0.5, 0.45, 0.6]
 

@@ -34,6 +34,7 @@ LAYERS = [
     "cache",
     "plugins",
     "compat",
+    "measures",
     "metrics",
     "allocations",
     "pruners",

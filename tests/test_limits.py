@@ -8,11 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atp_tune.metrics.accuracy import accuracy, error_of_gain, error_of_share, error_rate, gain
-from atp_tune.metrics.kl import divergence, relative
-from atp_tune.metrics.knee import knee
-from atp_tune.metrics.limits import Limit, excess
-from atp_tune.metrics.perplexity import Estimate, change, perplexity, reach_of
+from atp_tune.measures import (
+    Estimate,
+    Limit,
+    accuracy,
+    change,
+    divergence,
+    error_of_gain,
+    error_of_share,
+    error_rate,
+    excess,
+    gain,
+    knee,
+    perplexity,
+    reach_of,
+    relative,
+)
 from atp_tune.report.tables import measure
 from atp_tune.scores.accuracy import difference
 

@@ -4,7 +4,7 @@ import statistics
 import pytest
 from pydantic import ValidationError
 
-from atp_tune.metrics.perplexity import Change, Perplexity, change, may_be_chance, perplexity
+from atp_tune.measures import Change, Perplexity, change, perplexity
 
 
 def test_the_exponential_of_the_mean() -> None:
@@ -64,5 +64,5 @@ def test_a_change_is_paired_by_windows() -> None:
 @pytest.mark.parametrize(("value", "windows", "expected"), [(-0.036, 4, True), (-0.08, 4, False), (-0.05, 1, False)])
 def test_a_change_within_its_interval_may_be_chance(value: float, windows: int, expected: bool) -> None:
     """t(3) is 3.18: ± 2.2 % over 4 windows reaches 7 %."""
-    assert may_be_chance(Change(value=value, stderr=0.022), windows) == expected
-    assert not may_be_chance(Change(value=0.01, stderr=0.0), windows)
+    assert Change(value=value, stderr=0.022).may_be_chance(windows) == expected
+    assert not Change(value=0.01, stderr=0.0).may_be_chance(windows)

@@ -20,7 +20,7 @@ from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import cache_keys, tune
 from atp_tune.cache import cache_dir
-from atp_tune.metrics.perplexity import Change, Perplexity, change, perplexity
+from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.recovery import recovery_said, trained_rows
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun

@@ -24,7 +24,7 @@ from atp_tune.blocks import timing
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import ignore_events
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian

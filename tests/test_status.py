@@ -26,7 +26,7 @@ from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, setting
 from atp_tune.cli import live_status, tables
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.measures import Perplexity
 from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tinystudy import quiet, stored, study_file
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.report import html, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results.best_config import best_config

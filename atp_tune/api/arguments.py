@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from atp_tune.api.lender import Sources
 from atp_tune.errors import UserError
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.spec import finding
 from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.plugged import plug_in

@@ -13,7 +13,7 @@ from atp_tune.api.progress import working
 from atp_tune.cache import temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.measures import Perplexity
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.images import CLASSES
 

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
-from atp_tune.metrics.perplexity import Perplexity
+from atp_tune.measures import Perplexity
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.search.context import TrialContext

@@ -17,8 +17,8 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs.windows import first_windows
-from atp_tune.metrics.perplexity import Perplexity
-from atp_tune.metrics.perplexity import perplexity as perplexity_of
+from atp_tune.measures import Perplexity
+from atp_tune.measures import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, context_length

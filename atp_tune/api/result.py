@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from atp_tune.api.configuration import Configuration
-    from atp_tune.metrics.perplexity import Perplexity
+    from atp_tune.measures import Perplexity
 
 HERE = Path("best.json")  # a configuration that is not written is as if it lay in the current folder
 

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
-from atp_tune.metrics.accuracy import accuracy
+from atp_tune.measures import accuracy
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
 from atp_tune.results.accuracies import gained

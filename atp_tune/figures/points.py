@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import BEST, DENSE, INK, UNIFORM, WORST, faint, level, log_axis, new_figure, rounded
 from atp_tune.figures.trials import axis_of, measure_of, role, told, value_of, written
-from atp_tune.metrics.perplexity import Estimate
+from atp_tune.measures import Estimate
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, kl_of, score_of
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.measures import Perplexity, perplexity
 
 WINDOWS, TOKENS = 8, 512  # at most; enough to detect an effect of a few per cent
 LEAST = math.log(1.05)  # nats per token

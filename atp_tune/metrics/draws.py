@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pydantic import Field, FiniteFloat
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.perplexity import Change, change, perplexity
+from atp_tune.measures import Change, change, perplexity
 
 
 class Spread(FrozenModel):

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
-from atp_tune.metrics.kl import Divergence
-from atp_tune.metrics.perplexity import Change, Estimate, Perplexity
+from atp_tune.measures import Change, Divergence, Estimate, Perplexity
 from atp_tune.plan import method_in, percent
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import errors_of
@@ -108,7 +107,8 @@ def _per_cent(found: Estimate | None, style: str = ".1f") -> str:
 
 
 def _said(found: Estimate, style: str, error: str, times: float = 1.0) -> str:
-    return found.said(f"{times * found.value:{style}}", f"{times * found.stderr:{error}}").replace("±", "\\pm")
+    said = f"{times * found.value:{style}}"
+    return f"{said} \\pm {times * found.stderr:{error}}" if found.stderr else said
 
 
 def _kls(found: Divergences, has_kl: bool) -> list[str]:

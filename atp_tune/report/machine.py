@@ -52,7 +52,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel
 
-from atp_tune.metrics.perplexity import Change
+from atp_tune.measures import Change
 from atp_tune.plan import method_in
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import plan_of, remark_of

@@ -12,7 +12,7 @@ from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
-from atp_tune.metrics.accuracy import Gain
+from atp_tune.measures import Gain
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed, spread
 from atp_tune.report.contents import Contents

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import FrozenTrial
 
-from atp_tune.metrics.accuracy import Accuracies, Gain, accuracy, gain
-from atp_tune.metrics.perplexity import Estimate, may_be_chance
+from atp_tune.measures import Accuracies, Estimate, Gain, accuracy, gain
 from atp_tune.plan import METHODS
 from atp_tune.results.pairing import Role, change_on, kl_change_on
 from atp_tune.results.trials import is_by_accuracy, is_by_kl, is_uniform, kl_of, score_of, uniform_among, uniform_of
@@ -111,7 +110,7 @@ def _is_chance(study: optuna.Study, other: FrozenTrial, better: FrozenTrial) -> 
             return True  # of equal accuracies the cross-entropy has decided
     else:
         change = (kl_change_on if is_by_kl(better) else change_on)(study, "validation", other, better)
-    return change is not None and may_be_chance(change, len(better.user_attrs.get("nlls", ())))
+    return change is not None and change.may_be_chance(len(better.user_attrs.get("nlls", ())))
 
 
 def _value(trial: FrozenTrial) -> str:
@@ -138,6 +137,6 @@ def gained(summary: "Summary") -> str:
     if found is None:
         return ""
     gain, role = found
-    is_chance = may_be_chance(gain, summary.windows.get(role, 0))
+    is_chance = gain.may_be_chance(summary.windows.get(role, 0))
     chance = " That may be chance: zero lies in its 95\u00a0% interval." if is_chance else ""
     return f"The best plan’s accuracy is {gain.beside('uniform’s')} on the {role} images.{chance}"

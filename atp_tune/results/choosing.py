@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.results.formatting import method_of
 from atp_tune.results.front import nearest, sparsest_within

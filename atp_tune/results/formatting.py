@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.extras import as_typed
+from atp_tune.measures import Change, Perplexity, error_over, reach_of
 from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.perplexity import Change, Perplexity, error_over, reach_of
 from atp_tune.plan import method_in, percent, shown
 from atp_tune.results.front import Point, Versus
 from atp_tune.results.summary import Summary

@@ -12,8 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.limits import Limit
-from atp_tune.metrics.perplexity import Change
+from atp_tune.measures import Change, Limit
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import speed_of
 from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
@@ -48,7 +47,7 @@ class Point:
     uniform      the uniform trial with its pruner and sparsity, with its scores; the trial itself if it is uniform
     dense        changes against dense
     against      changes against uniform; None where the trial is uniform itself or uniform is not measured
-    excess       over the study's limit, see `metrics.limits`; None without a limit
+    excess       over the study's limit, see `measures.excess`; None without a limit
     is_best      it is the study's best trial
     on_front     no other trial is both sparser and better
     packed_bytes  of all weights in a packed folder; None for trials of earlier versions

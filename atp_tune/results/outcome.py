@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from atp_tune.metrics.limits import Limit
-from atp_tune.metrics.perplexity import may_be_chance
+from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.results.formatting import drawn_how, method_of
 from atp_tune.results.front import Point, Versus
@@ -53,7 +52,7 @@ def against_uniform(summary: Summary) -> str:
     if over and over.change:
         said += f" (± standard error over {summary.items}), and over {over.count} draws of the calibration "
         said += f"{summary.data} {over.beside('it')} (± standard deviation between draws)"
-    is_chance = may_be_chance(found, summary.windows.get(rank.on, 0))
+    is_chance = found.may_be_chance(summary.windows.get(rank.on, 0))
     return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if is_chance else "")
 
 
@@ -138,7 +137,7 @@ def _missing(summary: Summary) -> str:
 def _is_better(summary: Summary, against: Versus) -> bool:
     change = against.kl_change if summary.by_kl else against.change
     windows = summary.windows.get(against.text, 0)
-    return change is not None and change.value < 0 and not may_be_chance(change, windows)
+    return change is not None and change.value < 0 and not change.may_be_chance(windows)
 
 
 def _value(summary: Summary, point: Point) -> str:

@@ -6,8 +6,7 @@ from typing import Literal
 import optuna
 from optuna.trial import FrozenTrial
 
-from atp_tune.metrics.kl import relative
-from atp_tune.metrics.perplexity import Change, change
+from atp_tune.measures import Change, change, relative
 
 Role = Literal["validation", "test"]
 

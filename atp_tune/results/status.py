@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from pydantic import Field
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.accuracy import Accuracies
+from atp_tune.measures import Accuracies
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import method_in
 from atp_tune.results.accuracies import accuracies_of

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import PlainSerializer
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.perplexity import Change
+from atp_tune.measures import Change
 from atp_tune.results.formatting import method_of
 from atp_tune.results.front import Point
 from atp_tune.results.pairing import Role

@@ -10,12 +10,11 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
 from atp_tune.frozen import FrozenModel
+from atp_tune.measures import Change, Limit, Perplexity, by_kind, perplexity
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
-from atp_tune.metrics.limits import Limit
-from atp_tune.metrics.perplexity import Change, Perplexity, by_kind, perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
 from atp_tune.results.annotations import answers_of, attached, speed_of

@@ -7,8 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.metrics.kl import Divergence, divergence
-from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.measures import Divergence, Perplexity, divergence, perplexity
 from atp_tune.plan import METHODS, is_zero, method_in
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress

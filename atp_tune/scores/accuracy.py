@@ -3,8 +3,7 @@
 import math
 from statistics import fmean
 
-from atp_tune.metrics.accuracy import error_of_gain
-from atp_tune.metrics.perplexity import error_of_mean
+from atp_tune.measures import error_of_gain, error_of_mean
 from atp_tune.spec.config import Measure
 
 

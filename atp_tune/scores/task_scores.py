@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.events import EventHandler, Step
-from atp_tune.metrics.accuracy import error_of_share
+from atp_tune.measures import error_of_share
 from atp_tune.scores.tasks import LIBRARIES, Tasks
 from atp_tune.spec.config import SHARES, Measure
 
@@ -148,7 +148,7 @@ def _short(key: str) -> str:
 
 
 def _stderr(row: Mapping[str, Any], key: str, items: int) -> float | None:
-    """lm-eval's, which is 0 where all items have one score: of a share then that of `metrics.accuracy`, else None."""
+    """lm-eval's, which is 0 where all items have one score: of a share then that of `measures.accuracy`, else None."""
     value = row.get(key.replace(",", "_stderr,", 1))
     if _is_number(value) and value:
         return float(value)

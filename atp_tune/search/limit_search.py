@@ -19,8 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.metrics.limits import Limit
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
 from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.search.proposals import kinds_of

@@ -29,9 +29,7 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.metrics.accuracy import error_rate
-from atp_tune.metrics.kl import divergence
-from atp_tune.metrics.perplexity import Estimate, perplexity
+from atp_tune.measures import Estimate, divergence, error_rate, perplexity
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan, method_in
 from atp_tune.scores import WindowScores

@@ -16,7 +16,7 @@ from atp_tune.cache import cache_dir, check_room
 from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.paths import check_writable
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best

@@ -24,7 +24,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
-from atp_tune.metrics.perplexity import perplexity
+from atp_tune.measures import perplexity
 from atp_tune.search.proposals import Distributions, branch_study, kinds_of, posterior_at
 from atp_tune.search.space import Params, Space
 

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.measures import Perplexity, perplexity
 from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
 from atp_tune.scores import WindowScores

@@ -15,7 +15,7 @@ from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.trust import is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
-from atp_tune.metrics.perplexity import Perplexity, error_over
+from atp_tune.measures import Perplexity, error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed

@@ -25,8 +25,7 @@ from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.inputs.images import Images
 from atp_tune.inputs.windows import Windows
-from atp_tune.metrics.accuracy import accuracy, gain
-from atp_tune.metrics.perplexity import Perplexity, change, perplexity
+from atp_tune.measures import Perplexity, accuracy, change, gain, perplexity
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.scores import WindowScores

@@ -39,7 +39,7 @@ from atp_tune.checkpoints.unpacking import (
 )
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
-from atp_tune.metrics.perplexity import Perplexity, perplexity
+from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.codes import fits_kernel
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.accuracy import Accuracy, Gain
-from atp_tune.metrics.perplexity import Change, Perplexity
+from atp_tune.measures import Accuracy, Change, Gain, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text

@@ -13,7 +13,7 @@ from pathlib import Path
 from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
-from atp_tune.metrics.perplexity import Estimate, by_kind, change
+from atp_tune.measures import Estimate, by_kind, change
 from atp_tune.paths import check_free
 from atp_tune.sparse.applying import Way, write_applied, write_sparse
 from atp_tune.sparse.finetuning import NoGainError, Trained, train

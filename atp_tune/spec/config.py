@@ -27,11 +27,9 @@ from atp_tune.allocations.bits import share_of
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
-from atp_tune.metrics.accuracy import Accuracies
+from atp_tune.measures import Accuracies, Divergence, Estimate, Perplexity
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
-from atp_tune.metrics.kl import Divergence
-from atp_tune.metrics.perplexity import Estimate, Perplexity
 from atp_tune.metrics.speed import Speed
 from atp_tune.quantizers import QUANTIZERS
 from atp_tune.spec.former import present_config

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from atp_tune.frozen import OneOf, SettingsTable
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.plugins import IN_SCHEMA
 from atp_tune.registry import Registry
 from atp_tune.spec.prune import check_names

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.limits import Limit
+from atp_tune.measures import Limit
 from atp_tune.spec.plugged import is_task_path
 from atp_tune.spec.search import STEP
 

@@ -8,8 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.metrics.knee import knee
-from atp_tune.metrics.limits import Limit, excess
+from atp_tune.measures import Limit, excess, knee
 from atp_tune.spec.typed import LIMIT
 from atp_tune.storage.lost_trials import is_double, is_given_up
 from atp_tune.storage.validation import readable
@@ -87,7 +86,7 @@ def knee_of(trials: Iterable[FrozenTrial], of_logs: bool) -> FrozenTrial | None:
 
 
 def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
-    """How far a trial is beyond the study's limit, or this one: see `metrics.limits`; infinite if not known."""
+    """How far a trial is beyond the study's limit, or this one: see `measures.excess`; infinite if not known."""
     limit, dense = limit or study.user_attrs["limit"], study.user_attrs.get("dense")
     own = trial.user_attrs
     ranks = study.user_attrs.get("dense_ranks"), own.get("ranks")

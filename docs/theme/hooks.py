@@ -28,7 +28,7 @@ BUTTONS = """
 RETURNED = {  # what public functions and methods return, by the module that defines it
     "Config": "atp_tune.spec.config",
     "Summary": "atp_tune.results.summary",
-    "Perplexity": "atp_tune.metrics.perplexity",
+    "Perplexity": "atp_tune.measures",
     "Continuations": "atp_tune.metrics.continuations",
     "ZeroShot": "atp_tune.spec.config",
 }

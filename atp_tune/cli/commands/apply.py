@@ -24,7 +24,7 @@ from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.metrics.perplexity import Perplexity
+    from atp_tune.measures import Perplexity
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 

@@ -1,0 +1,286 @@
+"""What the numbers of a study mean: how items become a score, a change between models, and words.
+
+A `Measure` is the only place that knows what its numbers mean; searches, tables, notes, cards and files ask it. Its
+items are one number for each window of a text, or for each image:
+
+    nlls     NLL in nats per token                PPL = exp(m)                  stderr = PPL · sd / √n
+    kls      KL from the dense model, likewise    KL = m                        stderr = sd / √n
+    ranks    of an image's right class, 0: first  A_k = share of ranks < k      stderr = √(p (1 - p) / (n + 1))
+
+m mean and sd standard deviation of n items; the error of a perplexity is by the delta method. KL = Σ p ln(p / q), p and
+q next-token distributions of the dense and the pruned model. p = (hits + ½) / (n + 1): half a hit and half a miss are
+added for the error, as in Jeffreys' interval, which would be 0 else where all images are hits. A 95 % interval is ± t ·
+stderr, with t of Student's distribution with n - 1 degrees of freedom: 2.13 for 16 windows. An error that is not known,
+as that of one window, is 0 here and null in JSON, and is not printed.
+
+Changes are paired by items, so that the spread that both models share cancels:
+
+    perplexity   exp(mean of differences of NLLs) - 1
+    KL           r = m' / m - 1; its error is that of a ratio: of k' - (1 + r) k, divided by m
+    accuracy     (b - c) / n        stderr = √(((b + c + 1) / N - d²) / N), d = (b - c) / N, N = n + 2
+
+b images become hits, c become misses; half an image is added to each of the four cells of before and after (Agresti and
+Min, "Simple improved confidence intervals for comparing matched proportions", Stat. in Medicine 2005).
+
+A study by accuracy minimises the top-1 error of n images, k of them wrong, with half an image added, so that its
+logarithm, which samplers and figures use, is finite. It orders models as accuracy does: E = (k + ½) / (n + 1).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer
+
+from atp_tune.frozen import FrozenModel
+
+ROUNDED = 1e-12  # nats; smaller errors are those of floats
+Error = Annotated[float, BeforeValidator(lambda error: error or 0.0), PlainSerializer(lambda error: error or None)]
+C = TypeVar("C")
+Items: TypeAlias = Sequence[float]
+Limit: TypeAlias = Mapping[str, float | Mapping[str, float]]  # one key and its value
+
+
+class Estimate(FrozenModel):
+    """A value and its standard error, 0 if that is not known; the class says how both are written."""
+
+    style: ClassVar[str] = ".2f"
+    times: ClassVar[float] = 1.0
+    unit: ClassVar[str] = ""
+
+    value: float
+    stderr: Error
+
+    def __str__(self) -> str:
+        return self._said(self.value, self.style)
+
+    def _said(self, value: float, style: str) -> str:
+        error = f" ± {self.times * self.stderr:{self.style.removeprefix('+')}}" if self.stderr else ""
+        return f"{self.times * value:{style}}{error}{self.unit}"
+
+    def beside(self, what: str) -> str:
+        """A change in a sentence, without a sign: `16.2% ± 2.2% below uniform’s`, `1.2 ± 0.5 points above dense`."""
+        size = self._said(abs(self.value), self.style.removeprefix("+"))
+        return f"{size} {'above' if self.value > 0 else 'below'} {what}".rstrip()
+
+    def may_be_chance(self, items: int) -> bool:
+        """Whether 0 lies in the 95 % interval of a change over so many items; False if its error is not known."""
+        return items > 1 and self.stderr > 0 and abs(self.value) <= reach_of(items) * self.stderr
+
+
+class Perplexity(Estimate):
+    """A perplexity and its standard error over windows."""
+
+
+class Change(Estimate):
+    """A relative change from one score to another, and its standard error over paired windows."""
+
+    style = "+.1%"
+
+
+class Divergence(Estimate):
+    """A mean KL divergence in nats per token, and its standard error over windows."""
+
+    style = ".4f"
+
+
+class Accuracy(Estimate):
+    """A share of images and its standard error."""
+
+    style = ".1%"
+
+
+class Gain(Estimate):
+    """A difference of two accuracies on the same images, and its standard error."""
+
+    style, times, unit = "+.1f", 100.0, " points"
+
+
+class ErrorRate(Accuracy):
+    """A share of images whose most probable class is wrong, with half an image added, and its standard error."""
+
+
+class Accuracies(FrozenModel):
+    """Top-1 accuracies on the validation and test images, as far as measured, and top-5 on the latter."""
+
+    validation: Accuracy | None = None
+    test: Accuracy | None = None
+    test_top5: Accuracy | None = None
+
+
+def perplexity(nlls: Items) -> Perplexity:
+    """Perplexity of window NLLs [n] in nats per token; infinite if exp overflows or an NLL is NaN."""
+    mean = statistics.fmean(nlls)
+    if not mean < 700:
+        return Perplexity(value=math.inf, stderr=math.inf)
+    value = math.exp(mean)
+    if not value:  # the difference from an infinite NLL
+        return Perplexity(value=0, stderr=0)
+    return Perplexity(value=value, stderr=value * error_of_mean(nlls))
+
+
+def change(before: Items, after: Items) -> Change:
+    """Relative change of perplexity between NLLs [n] of the same windows."""
+    ratio = perplexity([new - old for old, new in zip(before, after, strict=True)])
+    return Change(value=ratio.value - 1, stderr=ratio.stderr)
+
+
+def by_kind(nlls: Items, kinds: Sequence[str]) -> dict[str, Perplexity]:
+    """Perplexity of the windows of each kind, of which windows are taken in turn; {} unless each kind has one."""
+    each = {kind: nlls[place :: len(kinds)] for place, kind in enumerate(kinds)}
+    return {kind: perplexity(own) for kind, own in each.items()} if all(each.values()) else {}
+
+
+def divergence(kls: Items) -> Divergence:
+    """Mean of window KLs [n] in nats per token."""
+    return Divergence(value=statistics.fmean(kls), stderr=error_of_mean(kls))
+
+
+def relative(before: Items, after: Items) -> Change | None:
+    """Relative change of the mean between KLs [n] of the same windows; None if the mean before is 0."""
+    mean = statistics.fmean(before)
+    if not mean:
+        return None
+    ratio = statistics.fmean(after) / mean
+    rest = [new - ratio * old for old, new in zip(before, after, strict=True)]
+    return Change(value=ratio - 1, stderr=error_of_mean(rest) / mean)
+
+
+def accuracy(ranks: Items, top: int = 1) -> Accuracy:
+    """The share of ranks [n] below `top`."""
+    hits = sum(rank < top for rank in ranks)
+    return Accuracy(value=hits / len(ranks), stderr=error_of_share(hits, len(ranks)))
+
+
+def gain(before: Items, after: Items, top: int = 1) -> Gain:
+    """The difference of accuracy between ranks [n] of the same images."""
+    differences = [(new < top) - (old < top) for old, new in zip(before, after, strict=True)]
+    return Gain(value=sum(differences) / len(differences), stderr=error_of_gain(differences))
+
+
+def error_rate(misses: Items, items: int | None = None) -> ErrorRate:
+    """The error rate of misses [n], 1 for a wrong image; `items`: of so many images that have their mean."""
+    count = items or len(misses)
+    wrong = min(max(math.fsum(misses) / len(misses), 0.0), 1.0) * count
+    return ErrorRate(value=(wrong + 0.5) / (count + 1), stderr=error_of_share(wrong, count))
+
+
+def error_of_mean(values: Items) -> float:
+    """The standard error of the mean of values [n]; 0, not known, for one value or equal ones."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return error if error > ROUNDED else 0.0
+
+
+def error_of_share(hits: float, items: int) -> float:
+    """The standard error of a share of so many items."""
+    return math.sqrt((hits + 0.5) * (items - hits + 0.5) / (items + 1) ** 3)
+
+
+def error_of_gain(differences: Items) -> float:
+    """The standard error of the mean of differences [n] of hits: 1, 0 or -1."""
+    count = len(differences) + 2
+    mean = sum(differences) / count
+    return math.sqrt(((sum(map(abs, differences)) + 1) / count - mean**2) / count)
+
+
+def paired(change_of: Callable[[Items, Items], C], before: Items | None, after: Items | None) -> C | None:
+    """A change between the items of two models; None unless both have the same, and some."""
+    return change_of(before, after) if before and after and len(before) == len(after) else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A kind of number that models are compared by.
+
+    name     in objectives, JSON, data frames and trackers; `column`: in heads of tables; `title`: in sentences
+    items    the key of its items, one a window or image, in a trial's attributes
+    score    of items; `change`: from one model's items to another's, None where it is not defined
+    dense    the score of the dense model where it is so by definition, else None
+    """
+
+    name: str
+    column: str
+    title: str
+    items: str
+    score: Callable[[Items], Estimate]
+    change: Callable[[Items, Items], Estimate | None]
+    dense: Any = None
+
+
+PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "nlls", perplexity, change)
+KL = Measure("kl", "KL", "KL divergence", "kls", divergence, relative, dense=0)
+ACCURACY = Measure("accuracy", "accuracy", "accuracy", "ranks", accuracy, gain)
+MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, ACCURACY)}
+
+
+def error_over(windows: int | None) -> str:
+    """Explains ± for a number of windows, and the factor for a 95 % interval."""
+    if windows is None or windows < 2:
+        return "standard error over windows"
+    return f"standard error over {windows} windows (× {reach_of(windows):.2f} for 95 %)"
+
+
+def reach_of(windows: int) -> float:
+    """The factor t(n - 1) from the standard error over n ≥ 2 windows to a 95 % interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(windows - 1, 0.975))
+
+
+def excess(
+    limit: Limit,
+    dense: Items | None,
+    nlls: Items | None,
+    kls: Items | None = None,
+    accuracies: Mapping[str, Items] | None = None,
+    ranks: tuple[Items | None, Items | None] = (None, None),
+) -> float | None:
+    """How far a pruned model is beyond a limit of quality, at the upper end of its standard error.
+
+        max_increase    ln(1 + r + e) - ln(1 + limit)                    r ± e paired change of perplexity against dense
+        max_perplexity  as max_increase with 1 + limit = limit / PPL of the dense model
+        max_kl          k + e - limit                                     k ± e mean KL in nats per token
+        max_drop        e - d - limit                                     d ± e paired change of accuracy against dense
+        min_accuracy    limit - (a - e), the largest over the tasks       a ± e accuracy
+
+    Negative or 0: within the limit; of one window the error is not known, and nothing is. Each grows with sparsity, and
+    is smooth enough to be interpolated; accuracies are not, which move in steps of one item.
+
+    `limit`: one of the keys above and its value. From window NLLs [n] of the dense and the pruned model, or window KLs
+    [n]. `accuracies`: of each task, with its standard error. `ranks` [n]: of the right classes of images, by the dense
+    and the pruned model. None if numbers that the limit needs are missing.
+    """
+    key, value = next(iter(limit.items()))
+    if isinstance(value, Mapping):
+        known = accuracies or {}
+        by_task = [least - (known[task][0] - known[task][1]) for task, least in value.items() if task in known]
+        return max(by_task) if len(by_task) == len(value) else None
+    if key == "max_drop":
+        lost = paired(gain, *ranks)
+        return None if lost is None else lost.stderr - lost.value - value
+    if key == "max_kl":
+        own = kls or ()
+        found = divergence(own) if own else None
+        return None if found is None else found.value + found.stderr - value if len(own) > 1 else math.inf
+    against = paired(change, dense, nlls)
+    if against is None or not dense:
+        return None
+    worst = value / perplexity(dense).value if key == "max_perplexity" else 1 + value
+    upper = 1 + against.value + against.stderr
+    return math.log(upper / worst) if 0 < upper < math.inf and len(dense) > 1 else math.inf
+
+
+def knee(points: Sequence[tuple[float, float]]) -> int | None:
+    """The index of the point (x, y) of a front that is furthest below the chord from the first to the last.
+
+    There what is lost begins to grow faster than what is gained. x ascends, and y too; both are finite. None of fewer
+    than 3 points, or where none is below. Source: Satopää et al., Finding a "Kneedle" in a Haystack, 2011, whose
+    scaling of both axes to [0, 1] changes no order of distances.
+    """
+    if len(points) < 3:
+        return None
+    (left, low), *_, (right, high) = points
+    below = [low + (high - low) * (x - left) / (right - left) - y for x, y in points[1:-1]]
+    return 1 + below.index(max(below)) if max(below) > 0 else None
