@@ -34,7 +34,7 @@ from atp_tune.cli.commands import (
     tune,
 )
 from atp_tune.cli.model_group import MODEL, Command, ModelCommand, ModelGroup
-from atp_tune.cli.options import UsageError
+from atp_tune.cli.options import UsageError, expanded
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
 
@@ -42,14 +42,14 @@ app = typer.Typer(
     cls=ModelGroup, rich_markup_mode=None, pretty_exceptions_enable=False,
     subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
 )  # fmt: skip
-app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(tune.run)
-app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(model.model)
+app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(expanded(tune.run))
+app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(expanded(model.model))
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, pack.pack,
     pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, classify.classify, prune.prune,
     finetune.finetune, speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
 ):  # fmt: skip
-    app.command(cls=Command, help=as_typed(str(command.__doc__)))(command)
+    app.command(cls=Command, help=as_typed(str(command.__doc__)))(expanded(command))
 
 
 def run(words: list[str]) -> Any:

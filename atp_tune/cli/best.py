@@ -1,14 +1,13 @@
 """The configuration that a command works with: one in a file, or the best of a study."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.options import load_study, stored_study
+from atp_tune.cli.options import Device, Permissions, Storage, StudyLabel, load_study, stored_study
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration
@@ -16,67 +15,66 @@ if TYPE_CHECKING:
     from atp_tune.spec.config import Config
     from atp_tune.spec.studyfile import StudyFile
 
-BestOf = Annotated[
-    str | None,
-    typer.Option(
-        "--study",
-        metavar="NAME",
-        help="A study, by name or path, whose best is taken.",
-        autocompletion=completion.study_names,
-    ),
-]
-
 
 @dataclass(frozen=True)
 class Best:
-    """A configuration, the path of its file, which need not exist, and what it may do; `file`: of its study."""
+    """A configuration, the path of its file, which need not exist, what may run, and where; `file`: of its study."""
 
     config: "Config"
     path: Path
-    allowed: Mapping[str, bool]
+    allowed: dict[str, bool]
+    device: str
     storage: str | None
     file: "StudyFile | None" = None
 
-    def made(self, device: str | None, watch: "EventHandler") -> "Configuration":
+    def made(self, watch: "EventHandler") -> "Configuration":
         """The configuration with the methods that make its model."""
         from atp_tune.api.configuration import Configuration
 
-        base, where = self.path.parent / self.config.folder, self.where(device)
-        return Configuration(self.config, base, where, self.allowed, watch=watch)
-
-    def where(self, device: str | None) -> str:
-        """The device that is asked for, else that of the study."""
-        return device or (self.file.study.device if self.file else "auto")
+        return Configuration(self.config, self.path.parent / self.config.folder, self.device, self.allowed, watch=watch)
 
 
-def one_of(given: Mapping[str, Any], of_study: Mapping[str, Any]) -> None:
-    """BadParameter unless one of these two is given, the second a study, without which options of it are not."""
-    first, second = given
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise typer.BadParameter(f"give either {first} or {second}", param_hint=first.split()[0])
-    for option, value in of_study.items():
-        if value and second not in named:
-            raise typer.BadParameter("only with --study", param_hint=option)
+@dataclass(frozen=True)
+class BestOptions(Permissions):
+    """The options of a command that takes a configuration, or the best of a study."""
 
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study",
+            metavar="NAME",
+            help="A study, by name or path, whose best is taken.",
+            autocompletion=completion.study_names,
+        ),
+    ] = None
+    study_name: StudyLabel = None
+    storage: Storage = None
+    device: Device = None
 
-def best_of(
-    config: Path | None,
-    study: str | None,
-    study_name: str | None,
-    storage: str | None,
-    allowed: Mapping[str, bool],
-    set_: list[str] | None = None,
-) -> Best:
-    """The configuration in a file, or of the best trial of a study, of which exactly one is given."""
-    from atp_tune.results.best_config import best_config
-    from atp_tune.results.stored import file_as_run
-    from atp_tune.spec.config import read_config
+    def check(self, other: str, given: Any, **of_study: Any) -> None:
+        """BadParameter unless either `other` is given, or a study, whose further options are not given without it."""
+        if (given is None) == (self.study is None):
+            raise typer.BadParameter(f"give either {other} or --study NAME", param_hint=other.split(maxsplit=1)[0])
+        for name, value in {"study_name": self.study_name, **of_study}.items():
+            if value and self.study is None:
+                raise typer.BadParameter("only with --study", param_hint=f"--{name.replace('_', '-')}")
 
-    if config is not None:
-        return Best(read_config(config), config, allowed, storage)
-    file = load_study(str(study), storage, None, set_)
-    stored, path = stored_study(file, study_name), file.best_of(study_name or file.name)
-    file = file_as_run(stored, file, bool(set_))
-    allowed = {key: given or file.permissions[key] for key, given in allowed.items()}
-    return Best(best_config(file, stored, path), path, allowed, file.storage_url, file)
+    @property
+    def allowed(self) -> dict[str, bool]:
+        """What may run, by its name in `Permissions`."""
+        return {field.name: getattr(self, field.name) for field in fields(Permissions)}
+
+    def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
+        """The configuration in a file, or else of the best trial of the study."""
+        from atp_tune.results.best_config import best_config
+        from atp_tune.results.stored import file_as_run
+        from atp_tune.spec.config import read_config
+
+        if config is not None:
+            return Best(read_config(config), config, self.allowed, self.device or "auto", self.storage)
+        file = load_study(str(self.study), self.storage, None, set_)
+        stored, path = stored_study(file, self.study_name), file.best_of(self.study_name or file.name)
+        file = file_as_run(stored, file, bool(set_))
+        allowed = {key: given or file.permissions[key] for key, given in self.allowed.items()}
+        where = self.device or file.study.device
+        return Best(best_config(file, stored, path), path, allowed, where, file.storage_url, file)

@@ -1,8 +1,11 @@
 """Options of several commands, and functions that find the study that they name."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -86,53 +89,38 @@ DType = Annotated[
 ]  # fmt: skip
 
 
-class PoolEngine(StrEnum):
-    """What runs the workers of a study."""
+@dataclass(frozen=True)
+class Permissions:
+    """What a model, a configuration or a study, which may be a stranger's, cannot allow itself."""
 
-    process = "process"
-    ray = "ray"
-
-
-Trials = Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")]
-Timeout = Annotated[
-    float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
-]
-Devices = Annotated[
-    str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
-]
-AllowDeviceChange = Annotated[
-    bool,
-    typer.Option(
-        "--allow-device-change", metavar="", help="Resume a study that began on another device or in another dtype."
-    ),
-]
-Engine = Annotated[
-    PoolEngine,
-    typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
-]
-RayAddress = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", metavar="", help="Print the study's cost, as `plan` does; run nothing.")
-]
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
+    trust_plugins: TrustPlugins = False
 
 
-class TrackerName(StrEnum):
-    """Where else trials are written to."""
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command of typer that has an option for each field of `command`'s parameters that are dataclasses."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        if name in groups:
+            own = get_type_hints(groups[name], include_extras=True)
+            rows = [(field.name, own[field.name], field.default) for field in fields(groups[name])]
+        else:
+            rows = [(name, hints[name], parameter.default)]
+        for each, hint, usual in rows:
+            parameters.append(Parameter(each, Parameter.KEYWORD_ONLY, default=usual, annotation=hint))
 
-    tensorboard = "tensorboard"
-    mlflow = "mlflow"
-    wandb = "wandb"
+    def run(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        command(**values)
 
-
-Track = Annotated[
-    list[TrackerName] | None,
-    typer.Option(metavar="TRACKER", help="Also write trials to tensorboard, mlflow or wandb; may be repeated."),
-]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def load_study(
@@ -153,11 +141,6 @@ def load_study(
     options: dict[str, Any] = {"storage": place, "device": device}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     return load(study, [*(set_ or []), *named], plugins, folder)
-
-
-def permissions(allow_pickle: bool, trust_remote_code: bool, trust_plugins: bool) -> dict[str, bool]:
-    """What a configuration, which may be a stranger's, cannot allow."""
-    return {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "trust_plugins": trust_plugins}
 
 
 def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:

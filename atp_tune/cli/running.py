@@ -3,15 +3,16 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atp_tune.cli.commands.plan import show_plan
-from atp_tune.cli.options import PoolEngine, TrackerName, checked_prompts, load_study
+from atp_tune.cli.options import Device, Overrides, Prompts, Storage, TrustPlugins, checked_prompts, load_study
 from atp_tune.cli.terminal import console
 from atp_tune.extras import require
 
@@ -25,31 +26,60 @@ if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
 
+class PoolEngine(StrEnum):
+    """The engine that runs the workers of a study."""
+
+    process = "process"
+    ray = "ray"
+
+
+class TrackerName(StrEnum):
+    """The trackers that trials are written to as well."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a run, as `atp_tune.cli.options` explains them."""
+    """The options of a command that runs a study."""
 
-    trials: int | None
-    timeout: float | None
-    storage: str | None
-    study_name: str | None
-    device: str | None
-    workers: int | None
-    devices: str | None
-    allow_device_change: bool
-    engine: PoolEngine
-    ray_address: str | None
-    set_: list[str] | None
-    prompt: list[str] | None
-    dry_run: bool
-    track: Sequence[TrackerName] | None
-    trust_plugins: bool
-
-    @classmethod
-    def of(cls, context: typer.Context) -> "RunOptions":
-        """The options of a command that has all of them, except that a study's label may be missing."""
-        found: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(cls)}
-        return cls(**found)
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
+    ] = None
+    storage: Storage = None
+    device: Device = None
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
+    ] = None
+    devices: Annotated[
+        str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
+    ] = None
+    allow_device_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-device-change", metavar="", help="Resume a study that began on another device or in another dtype."
+        ),
+    ] = False
+    engine: Annotated[
+        PoolEngine,
+        typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
+    ] = PoolEngine.process
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
+    ] = None
+    track: Annotated[
+        list[TrackerName] | None,
+        typer.Option(metavar="TRACKER", help="Also write trials to tensorboard, mlflow or wandb; may be repeated."),
+    ] = None
+    trust_plugins: TrustPlugins = False
+    set_: Overrides = None
+    prompt: Prompts = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Print the study's cost, as `plan` does; run nothing.")
+    ] = False
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
@@ -64,7 +94,7 @@ class RunOptions:
 Said = Callable[["StudyFile", "TrialContext"], str]  # what is said of a new study, once its model is loaded
 
 
-def start(study: str, options: RunOptions, said: Said | None = None) -> None:
+def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:
     """Runs or resumes a study, or prints its cost."""
     from atp_tune.tracking import check_installed
 
@@ -74,11 +104,11 @@ def start(study: str, options: RunOptions, said: Said | None = None) -> None:
         options.load(study, name)
     trackers = [name.value for name in options.track or ()]
     check_installed(trackers)
-    pool = _worker_pool(options.engine, names, options.workers, options.devices, options.ray_address)
+    pool = _worker_pool(options, names)
     if options.dry_run:
-        show_plan(file, options.study_name)
+        show_plan(file, study_name)
         return
-    _run(file, options.study_name, options.timeout, pool, options.allow_device_change, trackers, said)
+    _run(file, study_name, options, pool, trackers, said)
 
 
 def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
@@ -91,18 +121,16 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
     return listed
 
 
-def _worker_pool(
-    engine: PoolEngine, names: list[str], workers: int | None, devices: str | None, address: str | None
-) -> "WorkerPool | None":
+def _worker_pool(options: RunOptions, names: list[str]) -> "WorkerPool | None":
     """The pool of workers that runs the trials; None if this process does."""
-    if engine == PoolEngine.ray:
-        if devices is not None:
+    if options.engine == PoolEngine.ray:
+        if options.devices is not None:
             raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
         require("ray", "--engine ray")
         from atp_tune.cli.ray_engine import run_on_ray
 
-        return partial(run_on_ray, count=workers, address=address or "auto")
-    if address is not None:
+        return partial(run_on_ray, count=options.workers, address=options.ray_address or "auto")
+    if options.ray_address is not None:
         raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
     from atp_tune.cli.worker_pool import run_workers
 
@@ -112,9 +140,8 @@ def _worker_pool(
 def _run(
     file: "StudyFile",
     name: str | None,
-    timeout: float | None,
+    options: RunOptions,
     pool: "WorkerPool | None",
-    mix: bool,
     trackers: Sequence[str],
     said: Said | None,
 ) -> None:
@@ -132,7 +159,9 @@ def _run(
 
     with quiet(), interruptible(), Display() as display:
         opened = (lambda context: display(Message(said(file, context)))) if said else None
-        run = StudyRun(file, name or file.name, timeout, display, mix=mix, opened=opened)
+        run = StudyRun(
+            file, name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
+        )
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
             display.listeners.append(follower)
             try:

@@ -6,20 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.best import Best, BestOf, best_of, one_of
+from atp_tune.cli.best import Best, BestOptions
 from atp_tune.cli.commands.push import upload
-from atp_tune.cli.options import (
-    AllowPickle,
-    Device,
-    DType,
-    Private,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    UsageError,
-    permissions,
-)
+from atp_tune.cli.options import DType, Private, UsageError
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
@@ -33,7 +22,6 @@ def apply(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
     ] = None,
-    study: BestOf = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
     ] = None,
@@ -62,12 +50,8 @@ def apply(
     ] = True,
     dtype: DType = None,
     private: Private = False,
-    device: Device = None,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
 
@@ -93,19 +77,19 @@ def apply(
     Example: `python tune.py apply --verify smol-sparse`
     """
     if verify is not None:
-        if (config, study, out, push) != (None, None, None, None) or packed or slim:
+        if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
             said = "goes without --config, --study, --out, --packed, --slim and --push"
             raise typer.BadParameter(said, param_hint="--verify")
         _verify(verify)
         return
-    one_of({"--config FILE": config, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
+    options.check("--config FILE", config, storage=options.storage)
     if out is None:
         raise UsageError("Missing option '--out'.")
     if slim and packed:
         raise typer.BadParameter("a slim model has no zeros to pack; give one of both", param_hint="--slim")
     if private and push is None:
         raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
-    best = best_of(config, study, study_name, storage, permissions(allow_pickle, trust_remote_code, trust_plugins))
+    best = options.best(config)
     found = best.config
     if dtype is not None and recover and found.is_trained:
         raise typer.BadParameter("trained weights stay in the format of the files; leave it out", param_hint="--dtype")
@@ -121,14 +105,12 @@ def apply(
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    write(best, out, device, packed, slim, dtype and dtype.value)
+    write(best, out, packed, slim, dtype and dtype.value)
     if push is not None:
         upload(out, push, private)
 
 
-def write(
-    best: Best, out: Path, device: str | None, packed: bool = False, slim: bool = False, dtype: str | None = None
-) -> None:
+def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
     """Writes the folder of a configuration, and prints what it has come to."""
     from atp_tune.checkpoints.trust import is_slim
     from atp_tune.cli.display import Display
@@ -138,7 +120,7 @@ def write(
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
-        measured = best.made(device, display).save(out, packed=packed, slim=slim, dtype=dtype)
+        measured = best.made(display).save(out, packed=packed, slim=slim, dtype=dtype)
     found = best.config
     promised = found.final.test or (found.final.validation if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)

@@ -8,16 +8,7 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.best import BestOf, best_of, one_of
-from atp_tune.cli.options import (
-    AllowPickle,
-    Device,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    permissions,
-)
+from atp_tune.cli.best import BestOptions
 from atp_tune.cli.terminal import console
 from atp_tune.events import ignore_events
 
@@ -27,7 +18,6 @@ def chat(
         Path | None,
         typer.Argument(metavar="DIR|FILE", help="Sparse folder, or a configuration, to which is pruned in memory."),
     ] = None,
-    study: BestOf = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer, at most.")
     ] = 256,
@@ -35,12 +25,8 @@ def chat(
         float, typer.Option(min=0, max=100, help="0 takes the likeliest token; more draws at random.")
     ] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, for a chat template.")] = None,
-    device: Device = None,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Talk with a sparse model in the terminal: `/dense` and `/uniform` show what the dense and the uniform answer.
 
@@ -56,42 +42,34 @@ def chat(
 
     Example: `echo "Why is the sky blue?" | python tune.py chat studies/smol.best.json`
     """
-    one_of({"DIR|FILE": model, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
+    options.check("DIR|FILE", model, storage=options.storage)
     from atp_tune.cli.runtime import quiet
 
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     try:
-        with quiet(), _place(model, study, study_name, storage, device, allowed) as (place, where, allowed):
+        with quiet(), _place(model, options) as (place, where, allowed):
             _chat(place, (max_new_tokens, temperature), system, where, allowed)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 @contextmanager
-def _place(
-    model: Path | None,
-    study: str | None,
-    study_name: str | None,
-    storage: str | None,
-    device: str | None,
-    allowed: dict[str, bool],
-) -> Iterator[tuple[Path, str, dict[str, bool]]]:
+def _place(model: Path | None, options: BestOptions) -> Iterator[tuple[Path, str, dict[str, bool]]]:
     """The folder or the configuration to talk with, the device, and what may run; of a study it is removed again."""
     if model is not None:
-        yield model, device or "auto", allowed
+        yield model, options.device or "auto", options.allowed
         return
     from atp_tune.cache import cache_dir, temporary_folder
     from atp_tune.cli.display import Display
 
-    best = best_of(None, study, study_name, storage, allowed)
+    best = options.best()
     with temporary_folder(cache_dir("recovered") / "model") as place:
         if best.config.is_trained:  # which are weights of a folder
             with Display() as display:
-                best.made(device, display if at_terminal() else ignore_events).save(place / "trained")
-            yield place / "trained", best.where(device), dict(best.allowed)
+                best.made(display if at_terminal() else ignore_events).save(place / "trained")
+            yield place / "trained", best.device, best.allowed
             return
-        best.made(device, ignore_events).write(place / "best.json")
-        yield place / "best.json", best.where(device), dict(best.allowed)
+        best.made(ignore_events).write(place / "best.json")
+        yield place / "best.json", best.device, best.allowed
 
 
 def at_terminal() -> bool:

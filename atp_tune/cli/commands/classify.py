@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, Json, TrustPlugins, TrustRemoteCode, permissions
+from atp_tune.cli.options import Device, Json, Permissions
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
@@ -28,9 +28,8 @@ def classify(
     ] = False,
     device: Device = None,
     json: Json = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    may: Permissions,
 ) -> None:
     """Name what is in pictures, by a sparse image classifier: its five most probable classes.
 
@@ -50,7 +49,7 @@ def classify(
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import ignore_events
 
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
+    allowed = vars(may)
     with quiet(), Display() as display:
         watch = ignore_events if json else display
         found = classifying.classify(files, place, both, device or "auto", watch, allowed)

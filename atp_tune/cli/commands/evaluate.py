@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import AllowPickle, Device, Json, TrustPlugins, TrustRemoteCode, permissions
+from atp_tune.cli.options import Device, Json, Permissions
 from atp_tune.cli.terminal import console, markdown
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def evaluate(
         typer.Option(metavar="URL", help="Storage that holds the study; default: NAME.db beside the configuration."),
     ] = None,
     json: Json = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    may: Permissions,
 ) -> None:
     """Score models on tasks of lm-eval (`pip install -e '.[eval]'`): zero-shot accuracy with its standard error.
 
@@ -60,7 +59,7 @@ def evaluate(
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
+    allowed = vars(may)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import ignore_events

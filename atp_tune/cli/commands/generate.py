@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.best import BestOf, best_of, one_of
-from atp_tune.cli.options import (
-    AllowPickle,
-    Device,
-    Json,
-    Overrides,
-    Prompts,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    checked_prompts,
-    permissions,
-)
+from atp_tune.cli.best import BestOptions
+from atp_tune.cli.options import Json, Overrides, Prompts, checked_prompts
 from atp_tune.cli.terminal import console
 
 
@@ -28,17 +16,12 @@ def generate(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
     ] = None,
-    study: BestOf = None,
-    study_name: StudyLabel = None,
     prompt: Prompts = None,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of each continuation, at most.")] = 48,
-    device: Device = None,
-    storage: Storage = None,
     set_: Overrides = None,
     json: Json = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Continue prompts by the dense model, by uniform and by the best configuration, pruned in memory.
 
@@ -49,9 +32,8 @@ def generate(
 
     Example: `python tune.py generate --config studies/smol.best.json --prompt "The moon is"`
     """
-    one_of({"--config FILE": config, "--study NAME": study}, {"--study-name": study_name, "--set": set_})
+    options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_continuations
@@ -61,13 +43,13 @@ def generate(
     from atp_tune.results.status import to_json
 
     with quiet():
-        best = best_of(config, study, study_name, storage, allowed, set_)
+        best = options.best(config, set_)
         usual = (*PROMPTS, *(best.file.study.continuations.prompts if best.file else ()))
         where = best.path, best.config
         if not prompts:
             check(*where, best.storage)
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            made = best.made(device, ignore_events if json else display)
+            made = best.made(ignore_events if json else display)
             found = made.generate(prompts or usual, tokens=tokens)
         places = [] if prompts else attach(*where, "continuations", found, best.storage)
     if json:

@@ -13,27 +13,7 @@ import typer
 from atp_tune.cache import TakenError, temporary_folder
 from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import cost_beside, show_plan
-from atp_tune.cli.options import (
-    AllowDeviceChange,
-    AllowPickle,
-    Device,
-    Devices,
-    DryRun,
-    Engine,
-    Overrides,
-    PoolEngine,
-    Prompts,
-    RayAddress,
-    Storage,
-    Timeout,
-    Track,
-    Trials,
-    TrustPlugins,
-    TrustRemoteCode,
-    Workers,
-    load_study,
-    stored_study,
-)
+from atp_tune.cli.options import AllowPickle, TrustRemoteCode, load_study, stored_study
 from atp_tune.cli.running import RunOptions, Said, start
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError
@@ -57,7 +37,6 @@ class Size(StrEnum):
 
 
 def model(
-    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
@@ -143,22 +122,10 @@ def model(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the study; default: of the model and the options.")
     ] = None,
-    dry_run: DryRun = False,
-    trials: Trials = None,
-    timeout: Timeout = None,
-    storage: Storage = None,
-    device: Device = None,
-    workers: Workers = None,
-    devices: Devices = None,
-    allow_device_change: AllowDeviceChange = False,
-    engine: Engine = PoolEngine.process,
-    ray_address: RayAddress = None,
-    track: Track = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
-    prompt: Prompts = None,
-    set_: Overrides = None,
+    *,
+    options: RunOptions,
 ) -> None:
     """Search for the best sparse version of a model; no study file is needed.
 
@@ -194,25 +161,27 @@ def model(
             "min_accuracy": min_accuracy,
         }
     )  # fmt: skip
-    settings = tables(set_ or ())
+    settings = tables(options.set_ or ())
     target, limit = goal(sparsity, limit, settings)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
     path = HERE / f"{name or wishes.name}.toml"
-    trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in set_ or ())
+    trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
     asked = [OWN_CODE] * trust_remote_code  # a study file cannot allow it
-    options = replace(RunOptions.of(context), set_=[*(set_ or []), *asked])
+    options = replace(options, set_=[*(options.set_ or []), *asked])
     if path.exists():
         _go_on(path, wishes, options)
         return
-    made = _make(wishes, path.stem, device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code})
+    made = _make(
+        wishes, path.stem, options.device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    )
     made = _overridden(made, path, options)
     whole = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
     words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    trusts = "".join([" --trust-plugins" * trust_plugins, *(f" --set {key}" for key in asked)])
+    trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in asked)])
     lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
     head = [*map(as_typed, lines)]
-    if dry_run:
+    if options.dry_run:
         _forecast(path, made, head, whole)
         return
     try:
@@ -222,9 +191,9 @@ def model(
         return
     console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
-        _start(path, whole, partial(_cost, wishes, device))
+        _start(path, whole, partial(_cost, wishes, options.device))
     except UserError:
-        _remove_unused(path, storage)
+        _remove_unused(path, options.storage)
         raise
 
 
@@ -238,7 +207,7 @@ def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
 def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
     """Runs the study; errors name another study as this command does."""
     try:
-        start(str(path), options, said)
+        start(str(path), options, said=said)
     except UserError as error:
         raise UserError(str(error).replace("--study-name NAME", "--name NAME")) from None
 

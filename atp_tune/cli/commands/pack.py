@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.best import BestOf, best_of, one_of
+from atp_tune.cli.best import BestOptions
 from atp_tune.cli.commands.apply import write
-from atp_tune.cli.options import (
-    AllowPickle,
-    Device,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    permissions,
-)
 from atp_tune.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -39,7 +30,6 @@ def pack(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
     ] = None,
-    study: BestOf = None,
     values: Annotated[
         ValueFormat, typer.Option(help="Number format of the nonzero weights; same: as in DIR, and exact.")
     ] = ValueFormat.same,
@@ -47,12 +37,8 @@ def pack(
         int | None,
         typer.Option(metavar="N", help="Columns that share a scale of int8 (a multiple of 32); default: all."),
     ] = None,
-    device: Device = None,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Pack a sparse checkpoint: smaller on disk and in memory, loaded by transformers.
 
@@ -72,7 +58,7 @@ def pack(
         raise typer.BadParameter("only with --values int8", param_hint="--group-size")
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
         raise typer.BadParameter(f"must be a multiple of {GROUP}", param_hint="--group-size")
-    one_of({"DIR": folder, "--study NAME": study}, {"--study-name": study_name, "--storage": storage})
+    options.check("DIR", folder, storage=options.storage)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.paths import check_free
@@ -81,13 +67,12 @@ def pack(
         if values != ValueFormat.same:
             raise typer.BadParameter("takes a folder: first apply --study NAME --out DIR", param_hint="--values")
         check_free(out)
-        allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-        write(best_of(None, study, study_name, storage, allowed), out, device, packed=True)
+        write(options.best(), out, packed=True)
         return
     from atp_tune.sparse.packing import pack_folder
 
     with quiet(), Display() as display:
-        done = pack_folder(folder, out, values.value, group_size, device or "auto", display)
+        done = pack_folder(folder, out, values.value, group_size, options.device or "auto", display)
     _show(done, out)
     from atp_tune.sparse.provenance import ABOUT
 

@@ -6,17 +6,8 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.best import BestOf, best_of, one_of
-from atp_tune.cli.options import (
-    AllowPickle,
-    Device,
-    Private,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    permissions,
-)
+from atp_tune.cli.best import BestOptions
+from atp_tune.cli.options import Private
 from atp_tune.cli.terminal import console
 
 
@@ -28,14 +19,9 @@ def push(
             help="Sparse checkpoint, as `apply` writes it, and a model repository on the hub; made if missing.",
         ),
     ],
-    study: BestOf = None,
     private: Private = False,
-    device: Device = None,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Upload a sparse checkpoint with its model card to the Hugging Face hub.
 
@@ -49,8 +35,8 @@ def push(
     from atp_tune.sparse.pushing import check_folder, check_permission
 
     *folders, name = words
-    of_study = {"--study-name": study_name, "--storage": storage}
-    one_of({"DIR": folders[0] if folders else None, "--study NAME": study}, of_study)
+    folder = folders[0] if folders else None
+    options.check("DIR", folder, storage=options.storage)
     if len(folders) > 1:
         raise typer.BadParameter(f"got {len(words)} words, and takes DIR ORG/NAME", param_hint="DIR ORG/NAME")
     if folders:
@@ -61,9 +47,9 @@ def push(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
 
-    best = best_of(None, study, study_name, storage, permissions(allow_pickle, trust_remote_code, trust_plugins))
+    best = options.best()
     with quiet(), Display() as display:
-        address = best.made(device, display).push(name, private=private)
+        address = best.made(display).push(name, private=private)
     console.print(f"uploaded: {address}")
 
 

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import (
-    STUDY,
-    AllowPickle,
-    Device,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    load_study,
-    permissions,
-    stored_study,
-)
+from atp_tune.cli.best import BestOptions
+from atp_tune.cli.options import load_study, stored_study
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import UserError
 from atp_tune.plan import percent
@@ -52,7 +42,6 @@ def speedup(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
     ] = None,
-    study: Annotated[str | None, STUDY] = None,
     engine: Annotated[
         EngineName | None,
         typer.Option(
@@ -71,12 +60,8 @@ def speedup(
     batch: Annotated[
         int, typer.Option(min=1, help="Texts or images at once; rates are of all together, and are not stored.")
     ] = 1,
-    device: Device = None,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_plugins: TrustPlugins = False,
+    *,
+    options: BestOptions,
 ) -> None:
     """Measure file size and tokens, or images, per second of a sparse model against the dense one, on this machine.
 
@@ -99,16 +84,15 @@ def speedup(
         if engine != EngineName.deepsparse:
             raise typer.BadParameter("only with --engine deepsparse", param_hint="--setup")
         _set_up()
-        if config is None and model is None and study is None:
+        if config is None and model is None and options.study is None:
             return
-    if sum(given is not None for given in (config, model, study)) != 1:
+    if sum(given is not None for given in (config, model, options.study)) != 1:
         raise typer.BadParameter("give one of DIR, --config FILE and --study NAME", param_hint="--config")
-    if batch > 1 and (study is not None or engine == EngineName.deepsparse):
-        other = "--study, whose points are compared at one" if study is not None else "--engine deepsparse"
+    if batch > 1 and (options.study is not None or engine == EngineName.deepsparse):
+        other = "--study, whose points are compared at one" if options.study is not None else "--engine deepsparse"
         raise typer.BadParameter(f"not with {other}", param_hint="--batch")
-    allowed = permissions(allow_pickle, trust_remote_code, trust_plugins)
-    if study is not None:
-        _measure_points(study, study_name, engine, (tokens, runs), device, storage, allowed)
+    if options.study is not None:
+        _measure_points(options, engine, (tokens, runs))
         return
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -120,30 +104,22 @@ def speedup(
         from atp_tune.speed.model_pair import about, find_pair
         from atp_tune.speed.throughput import Workload
 
-        path, place = about(model) if model is not None else config or Path(), device or "auto"
+        path, place = about(model) if model is not None else config or Path(), options.device or "auto"
         read = read_config(path)
         named = default_engine(place, read.prune.pattern) if engine is None else engine.value
         of_images = _of_images(read.score, tokens)
         check(named, read.prune.pattern, place, of_images)
-        annotations.check(path, read, storage)
-        pair = find_pair(read, path.parent / read.folder, model, place, display, allowed)
+        annotations.check(path, read, options.storage)
+        pair = find_pair(read, path.parent / read.folder, model, place, display, options.allowed)
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
         found = measure(pair, named, task, place, display)
-        places = annotations.attach(path, read, "speed", found, storage) if batch == 1 else []
+        places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
     _show(found)
     one = "image" if of_images else "text"
     console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
 
 
-def _measure_points(
-    study: str,
-    study_name: str | None,
-    engine: EngineName | None,
-    length: tuple[int | None, int],
-    device: str | None,
-    storage: str | None,
-    allowed: dict[str, bool],
-) -> None:
+def _measure_points(options: BestOptions, engine: EngineName | None, length: tuple[int | None, int]) -> None:
     """Measures the points of a study that have no speed yet, stores each at once, and prints the study's summary."""
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
@@ -153,8 +129,9 @@ def _measure_points(
     from atp_tune.results.stored import file_as_run
     from atp_tune.results.summary import summarise
 
-    file = load_study(study, storage, None, None)
-    stored, name, place = stored_study(file, study_name), study_name or file.name, device or "auto"
+    file = load_study(str(options.study), options.storage, None, None)
+    stored, name = stored_study(file, options.study_name), options.study_name or file.name
+    place = options.device or "auto"
     file, found = file_as_run(stored, file), summarise(stored)
     trials = [point.trial for point in found.points if point.speed is None]
     if not found.interval:
@@ -175,7 +152,7 @@ def _measure_points(
                 Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(config.sparsity.target)} sparsity")
             )
             dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
-            with passing_pair(config, path.parent / config.folder, place, display, allowed) as pair:
+            with passing_pair(config, path.parent / config.folder, place, display, options.allowed) as pair:
                 task = Workload(tokens=length[0] or TOKENS, runs=length[1])
                 measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, display)
             attach(path, config, "speed", measured, file.storage_url)

@@ -5,25 +5,7 @@ from typing import Annotated
 import typer
 
 import atp_tune
-from atp_tune.cli.options import (
-    STUDY,
-    AllowDeviceChange,
-    Device,
-    Devices,
-    DryRun,
-    Engine,
-    Overrides,
-    PoolEngine,
-    Prompts,
-    RayAddress,
-    Storage,
-    StudyLabel,
-    Timeout,
-    Track,
-    Trials,
-    TrustPlugins,
-    Workers,
-)
+from atp_tune.cli.options import STUDY, StudyLabel
 from atp_tune.cli.running import RunOptions, start
 
 
@@ -36,24 +18,12 @@ def _version(asked: bool) -> None:
 def run(
     context: typer.Context,
     study: Annotated[str | None, STUDY] = None,
-    trials: Trials = None,
-    timeout: Timeout = None,
-    storage: Storage = None,
     study_name: StudyLabel = None,
-    device: Device = None,
-    workers: Workers = None,
-    devices: Devices = None,
-    allow_device_change: AllowDeviceChange = False,
-    engine: Engine = PoolEngine.process,
-    ray_address: RayAddress = None,
-    track: Track = None,
-    trust_plugins: TrustPlugins = False,
-    set_: Overrides = None,
-    prompt: Prompts = None,
-    dry_run: DryRun = False,
     version: Annotated[
         bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
+    *,
+    options: RunOptions,
 ) -> None:
     """Search for the per-block sparsities at which a pruned language model has the lowest perplexity.
 
@@ -75,4 +45,4 @@ def run(
     if study is None:
         missing = "give a model, as in `tune.py ORG/NAME`, or a study, as in --study smol; `studies` lists them"
         raise typer.BadParameter(missing, param_hint="--study")
-    start(study, RunOptions.of(context))
+    start(study, options, study_name)
