@@ -98,10 +98,6 @@ class Gain(Estimate):
     style, times, unit = "+.1f", 100.0, " points"
 
 
-class ErrorRate(Accuracy):
-    """A share of images whose most probable class is wrong, with half an image added, and its standard error."""
-
-
 class Accuracies(FrozenModel):
     """Top-1 accuracies on the validation and test images, as far as measured, and top-5 on the latter."""
 
@@ -160,11 +156,11 @@ def gain(before: Items, after: Items, top: int = 1) -> Gain:
     return Gain(value=sum(differences) / len(differences), stderr=error_of_gain(differences))
 
 
-def error_rate(misses: Items, items: int | None = None) -> ErrorRate:
+def error_rate(misses: Items, items: int | None = None) -> Accuracy:
     """The error rate of misses [n], 1 for a wrong image; `items`: of so many images that have their mean."""
     count = items or len(misses)
     wrong = min(max(math.fsum(misses) / len(misses), 0.0), 1.0) * count
-    return ErrorRate(value=(wrong + 0.5) / (count + 1), stderr=error_of_share(wrong, count))
+    return Accuracy(value=(wrong + 0.5) / (count + 1), stderr=error_of_share(wrong, count))
 
 
 def error_of_mean(values: Items) -> float:
