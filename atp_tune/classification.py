@@ -7,14 +7,14 @@ from time import perf_counter
 from atp_tune.checkpoints.devices import device_name, oom_as_user_error
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
-from atp_tune.measures import accuracy, gain
+from atp_tune.measures import TaskScore, accuracy, gain
 from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import origin
-from atp_tune.spec.config import Compared, Config, Measure, TaskScores, ZeroShot
+from atp_tune.spec.config import Compared, Config, TaskScores, ZeroShot
 from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
@@ -111,13 +111,13 @@ class _Scorer:
         paired = None
         if "best" in self._ranks and "uniform" in self._ranks:
             own = gain(self._ranks["uniform"], self._ranks["best"], top)
-            paired = Measure(value=own.value, stderr=own.stderr)
+            paired = TaskScore(value=own.value, stderr=own.stderr)
         return TaskScores(
             task=f"test images, {name}",
             items=len(next(iter(self._ranks.values()))),
             num_fewshot=0,
             version="",
             metric=METRIC,
-            scores={model: {METRIC: Measure(value=one.value, stderr=one.stderr)} for model, one in found.items()},
+            scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in found.items()},
             best_minus_uniform=paired,
         )

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AllowInfNan, BeforeValidator, FiniteFloat, PlainSerializer
 
 from atp_tune.frozen import FrozenModel
 
@@ -54,15 +54,16 @@ class Estimate(FrozenModel):
     stderr: Error
 
     def __str__(self) -> str:
-        return self._said(self.value, self.style)
+        return self.written(self.style)
 
-    def _said(self, value: float, style: str) -> str:
-        error = f" ± {self.times * self.stderr:{self.style.removeprefix('+')}}" if self.stderr else ""
-        return f"{self.times * value:{style}}{error}{self.unit}"
+    def written(self, style: str) -> str:
+        """Both in a format of numbers; the value alone if its error is not known."""
+        error = f" ± {self.times * self.stderr:{style.removeprefix('+')}}" if self.stderr else ""
+        return f"{self.times * self.value:{style}}{error}{self.unit}"
 
     def beside(self, what: str) -> str:
         """A change in a sentence, without a sign: `16.2% ± 2.2% below uniform’s`, `1.2 ± 0.5 points above dense`."""
-        size = self._said(abs(self.value), self.style.removeprefix("+"))
+        size = self.written(self.style).lstrip("+-")
         return f"{size} {'above' if self.value > 0 else 'below'} {what}".rstrip()
 
     def may_be_chance(self, items: int) -> bool:
@@ -96,6 +97,13 @@ class Gain(Estimate):
     """A difference of two accuracies on the same images, and its standard error."""
 
     style, times, unit = "+.1f", 100.0, " points"
+
+
+class TaskScore(Estimate):
+    """A mean over the items of a task of lm-eval, or a difference of two."""
+
+    value: FiniteFloat
+    stderr: Annotated[Error, AllowInfNan(False)]
 
 
 class Accuracies(FrozenModel):
@@ -161,6 +169,22 @@ def error_rate(misses: Items, items: int | None = None) -> Accuracy:
     count = items or len(misses)
     wrong = min(max(math.fsum(misses) / len(misses), 0.0), 1.0) * count
     return Accuracy(value=(wrong + 0.5) / (count + 1), stderr=error_of_share(wrong, count))
+
+
+def difference(values: Items, base: Items) -> TaskScore | None:
+    """Mean difference by items on a task, with its standard error; None without scores of at least two items."""
+    if len(values) != len(base) or len(values) < 2:
+        return None
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    error_of = error_of_gain if {*values, *base} <= {0.0, 1.0} else error_of_mean
+    return TaskScore(value=statistics.fmean(differences), stderr=error_of(differences))
+
+
+def mean_of_tasks(scores: Sequence[TaskScore]) -> TaskScore:
+    """Unweighted mean over tasks; its standard error is over items, not over the choice of tasks."""
+    errors = [score.stderr for score in scores]
+    stderr = math.hypot(*errors) / len(errors) if all(errors) else 0.0
+    return TaskScore(value=statistics.fmean(score.value for score in scores), stderr=stderr)
 
 
 def error_of_mean(values: Items) -> float:

@@ -30,9 +30,9 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.extras import require
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.measures import difference, mean_of_tasks
 from atp_tune.plan import make_plan
 from atp_tune.scores import SCORES
-from atp_tune.scores.accuracy import difference, mean
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
@@ -109,10 +109,10 @@ class Scorer:
         paired = [task.best_minus_uniform for task in shares]
         return ZeroShot(
             tasks=tasks,
-            mean={model: mean([task.scores[model][task.metric] for task in shares]) for model in self._results}
+            mean={model: mean_of_tasks([task.scores[model][task.metric] for task in shares]) for model in self._results}
             if shares
             else {},
-            mean_best_minus_uniform=mean([one for one in paired if one]) if shares and all(paired) else None,
+            mean_best_minus_uniform=mean_of_tasks([one for one in paired if one]) if shares and all(paired) else None,
             missing=self._tasks.missing,
             limit=self._asked.limit,
             dtype=str(checkpoint.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from atp_tune.measures import (
     Limit,
     accuracy,
     change,
+    difference,
     divergence,
     error_of_gain,
     error_of_share,
@@ -25,7 +26,6 @@ from atp_tune.measures import (
     relative,
 )
 from atp_tune.report.tables import measure
-from atp_tune.scores.accuracy import difference
 
 DENSE = [3.0, 2.5, 3.5, 2.75]
 PRUNED = [3.1, 2.75, 3.6, 2.9]

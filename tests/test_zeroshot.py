@@ -19,13 +19,13 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
-from atp_tune.scores.accuracy import difference, mean
+from atp_tune.measures import TaskScore, difference, mean_of_tasks
 from atp_tune.search import kept_blocks
 from atp_tune.search.context import TrialContext
 from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
-from atp_tune.spec.config import Measure, read_config
+from atp_tune.spec.config import read_config
 from atp_tune.zeroshot import TaskOptions, evaluate, evaluate_folder
 
 ROOT = Path(__file__).parents[1]
@@ -246,9 +246,9 @@ def test_statistics_by_hand() -> None:
     assert found and (found.value, found.stderr) == pytest.approx((7 / 3, stdev([1, 2, 4]) / 3**0.5))
     assert difference([1.0], [0.0]) is None
     assert difference(ours, base[:-1]) is None
-    both = mean([Measure(value=0.2, stderr=0.03), Measure(value=0.6, stderr=0.04)])
+    both = mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0.04)])
     assert (both.value, both.stderr) == (pytest.approx(0.4), pytest.approx(math.sqrt(0.03**2 + 0.04**2) / 2))
-    assert mean([Measure(value=0.2, stderr=0.03), Measure(value=0.6, stderr=None)]).stderr is None
+    assert mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0)]).stderr == 0
 
 
 # --- where the weights lie

@@ -12,7 +12,7 @@ from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.figures.history import spent
-from atp_tune.measures import Gain
+from atp_tune.measures import Gain, TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed, spread
 from atp_tune.report.contents import Contents
@@ -37,7 +37,7 @@ from atp_tune.results.formatting import (
 )
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
-from atp_tune.spec.config import SHARES, Measure, TaskScores, ZeroShot, scores_after
+from atp_tune.spec.config import SHARES, TaskScores, ZeroShot, scores_after
 from atp_tune.spec.former import present_value
 from atp_tune.spec.plugged import permission
 
@@ -182,21 +182,16 @@ def _task(task: TaskScores) -> str:
     return task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")
 
 
-def measure(found: Measure | None, metric: str = SHARES[0]) -> str:
+def measure(found: TaskScore | None, metric: str = SHARES[0]) -> str:
     """A score with its standard error, in per cent if the metric is a share."""
-    if found is None:
-        return NOTHING
-    style = ".1%" if metric in SHARES else ".4g"
-    return f"{found.value:{style}}" + (f" ± {found.stderr:{style}}" if found.stderr else "")
+    return NOTHING if found is None else found.written(".1%" if metric in SHARES else ".4g")
 
 
-def _points(found: Measure | None, metric: str = SHARES[0]) -> str:
+def _points(found: TaskScore | None, metric: str = SHARES[0]) -> str:
     """A difference, in percentage points if the metric is a share."""
-    if found is None:
-        return NOTHING
-    if metric in SHARES:
-        return str(Gain(value=found.value, stderr=found.stderr or 0.0))
-    return f"{found.value:+.4g}" + (f" ± {found.stderr:.4g}" if found.stderr else "")
+    if found is not None and metric in SHARES:
+        return str(Gain(value=found.value, stderr=found.stderr))
+    return NOTHING if found is None else found.written("+.4g")
 
 
 def trials(summary: Summary) -> ReportTable:

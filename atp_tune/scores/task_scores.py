@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import quiet
 from atp_tune.events import EventHandler, Step
-from atp_tune.measures import error_of_share
+from atp_tune.measures import TaskScore, error_of_share
 from atp_tune.scores.tasks import LIBRARIES, Tasks
-from atp_tune.spec.config import SHARES, Measure
+from atp_tune.spec.config import SHARES
 
 SEED = 1234  # lm-eval's seed for few-shot examples
 BOOTSTRAPS = 1000  # resamples for standard errors of metrics that are not means
@@ -31,7 +31,7 @@ class TaskResult:
     items: int
     num_fewshot: int
     version: str
-    scores: dict[str, Measure]
+    scores: dict[str, TaskScore]
     each: dict[str, list[float]]
 
 
@@ -133,7 +133,7 @@ def _result(found: Mapping[str, Any], name: str) -> TaskResult:
         items=row["sample_len"],
         num_fewshot=found["n-shot"].get(name) or 0,
         version=str(found["versions"].get(name)),
-        scores={_short(key): Measure(value=row[key], stderr=_stderr(row, key, row["sample_len"])) for key in keys},
+        scores={_short(key): TaskScore(value=row[key], stderr=_stderr(row, key, row["sample_len"])) for key in keys},
         each={_short(key): _each(samples, *key.split(",", 1)) for key in keys},
     )
 
@@ -147,12 +147,12 @@ def _short(key: str) -> str:
     return key.removesuffix(",none")
 
 
-def _stderr(row: Mapping[str, Any], key: str, items: int) -> float | None:
-    """lm-eval's, which is 0 where all items have one score: of a share then that of `measures.accuracy`, else None."""
+def _stderr(row: Mapping[str, Any], key: str, items: int) -> float:
+    """lm-eval's, which is 0 where all items have one score: of a share then that of `measures.accuracy`, else 0."""
     value = row.get(key.replace(",", "_stderr,", 1))
     if _is_number(value) and value:
         return float(value)
-    return error_of_share(row[key] * items, items) if _short(key) in SHARES else None
+    return error_of_share(row[key] * items, items) if _short(key) in SHARES else 0.0
 
 
 def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[float]:

@@ -13,11 +13,11 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.extras import require
 from atp_tune.inputs.windows import load_tokenizer
-from atp_tune.scores.accuracy import mean
+from atp_tune.measures import TaskScore, mean_of_tasks
 from atp_tune.scores.evaluation import Block
 from atp_tune.search.context import TrialContext
 from atp_tune.search.kept_blocks import KeptBlocks
-from atp_tune.spec.config import SHARES, Measure
+from atp_tune.spec.config import SHARES
 
 SEQUENCES = 8  # in a batch
 
@@ -68,12 +68,11 @@ class TaskAccuracy:
 
 
 def _accuracy(name: str, results: Mapping[str, Any]) -> list[float]:
-    measures: list[Measure] = []
+    measures: list[TaskScore] = []
     for result in results.values():
         metric = next((share for share in SHARES if share in result.scores), None)
         if metric is None:
             raise UserError(f"limit.min_accuracy {name}: has no accuracy, only {', '.join(result.scores)}")
         measures.append(result.scores[metric])
-    found = mean(measures)
-    assert found.stderr is not None  # of shares it is known
+    found = mean_of_tasks(measures)
     return [found.value, found.stderr]

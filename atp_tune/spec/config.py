@@ -27,7 +27,7 @@ from atp_tune.allocations.bits import share_of
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
-from atp_tune.measures import Accuracies, Divergence, Estimate, Perplexity
+from atp_tune.measures import Accuracies, Divergence, Estimate, Perplexity, TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.speed import Speed
@@ -196,13 +196,6 @@ Compared = Literal["dense", "uniform", "best", "model"]  # "model": a single mod
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first that a task has
 
 
-class Measure(FrozenModel):
-    """A mean over items and, if known, its standard error."""
-
-    value: FiniteFloat
-    stderr: FiniteFloat | None
-
-
 class TaskScores(FrozenModel):
     """Scores on one task of lm-eval, of each model by metric; tables show `metric`.
 
@@ -214,8 +207,8 @@ class TaskScores(FrozenModel):
     num_fewshot: int
     version: str
     metric: str
-    scores: dict[Compared, dict[str, Measure]]
-    best_minus_uniform: Measure | None = None
+    scores: dict[Compared, dict[str, TaskScore]]
+    best_minus_uniform: TaskScore | None = None
 
 
 class ZeroShot(FrozenModel):
@@ -225,8 +218,8 @@ class ZeroShot(FrozenModel):
     """
 
     tasks: tuple[TaskScores, ...]
-    mean: dict[Compared, Measure]
-    mean_best_minus_uniform: Measure | None = None
+    mean: dict[Compared, TaskScore]
+    mean_best_minus_uniform: TaskScore | None = None
     missing: dict[str, str] = Field({})
     limit: int | None = None
     dtype: str
