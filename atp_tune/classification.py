@@ -9,9 +9,8 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.measures import TaskScore, accuracy, gain
 from atp_tune.plan import Plan, make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import origin
 from atp_tune.spec.config import Compared, Config, TaskScores, ZeroShot
@@ -33,8 +32,8 @@ def evaluate_config(
     """Accuracies of dense, uniform with the same pruner, and best on the configuration's test images."""
     check_options(asked)
     texts: dict[str, Data] = {"calibration": config.calibration, "test": config.texts.test}
-    setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
-    with TrialContext.open(setup, watch) as context:
+    setup = Setup.of_config(config, texts, base, asked.device, allowed)
+    with Session.open(setup, watch) as context:
         best = plan_as_pruned(config, context)
         target, pattern = config.target, parse(config.prune.pattern)
         uniform = make_plan(best.pruner, "uniform", context.budget(target), {}, pattern)
@@ -57,8 +56,8 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
         )
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": made.dtype, **of_model(allowed)})
     texts: dict[str, Data] = {"test": made.test}
-    setup = ContextConfig(model, PruneConfig(), texts, made.base, asked.device, inputs="images", score=CLASSES)
-    with TrialContext.open(setup, watch) as context:
+    setup = Setup(model, PruneConfig(), texts, made.base, asked.device, score=CLASSES)
+    with Session.open(setup, watch) as context:
         scorer = _Scorer(context, asked.limit)
         scorer.score("model", None)
         return scorer.result(asked)
@@ -75,7 +74,7 @@ def check_options(asked: TaskOptions) -> None:
 class _Scorer:
     """Measures models on the test images, and keeps the ranks of the right classes."""
 
-    def __init__(self, context: TrialContext, limit: int | None) -> None:
+    def __init__(self, context: Session, limit: int | None) -> None:
         """`limit`: the first so many images, at most."""
         self._context = context if limit is None else context.limited("test", limit)
         self._ranks: dict[Compared, list[int]] = {}

@@ -62,7 +62,7 @@ class TrialEnded:
 class Opened:
     """A study is open, with this total and these trials done; `items`: number and tokens of each text's windows.
 
-    `is_short`: see `TrialContext.is_short`.
+    `is_short`: see `Session.is_short`.
     """
 
     study: "Study"

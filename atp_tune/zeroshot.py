@@ -32,9 +32,8 @@ from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import difference, mean_of_tasks
 from atp_tune.plan import make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import ABOUT
@@ -131,12 +130,12 @@ def evaluate(
     """
     scorer = Scorer(asked, watch)
     texts = {"calibration": config.calibration}
-    setup = ContextConfig.of_config(config, texts, base, asked.device, allowed)
-    with TrialContext.open(setup, watch) as context:
+    setup = Setup.of_config(config, texts, base, asked.device, allowed)
+    with Session.open(setup, watch) as context:
         return _compared(scorer, config, context)
 
 
-def _compared(scorer: Scorer, config: Config, context: TrialContext) -> ZeroShot:
+def _compared(scorer: Scorer, config: Config, context: Session) -> ZeroShot:
     best = plan_as_pruned(config, context)
     uniform = make_plan(best.pruner, "uniform", context.budget(config.target), {}, parse(config.prune.pattern))
     context.watch(TrialStarted("dense", None))

@@ -27,7 +27,7 @@ from atp_tune.plan import shown
 from atp_tune.results.formatting import draws_of
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import best_of_each, is_uniform, parameters_of
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.studyfile import StudyFile, load
@@ -139,7 +139,7 @@ def told(event: Event) -> None:
         print(f"  [{event.done}/{event.total}] {value}", flush=True)
 
 
-def page(options: argparse.Namespace, context: TrialContext, found: dict[Line, optuna.Study]) -> str:
+def page(options: argparse.Namespace, context: Session, found: dict[Line, optuna.Study]) -> str:
     """The whole page."""
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))

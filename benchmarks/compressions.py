@@ -37,9 +37,8 @@ from atp_tune.errors import UserError
 from atp_tune.measures import perplexity
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import BITMASK, SCALES, VALUES, unpack_as
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.applying import config_of
 from atp_tune.spec.config import Config
 from atp_tune.spec.study import Study
@@ -83,15 +82,15 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def opened_context(base: StudyFile, display: Display) -> Iterator[TrialContext]:
+def opened_context(base: StudyFile, display: Display) -> Iterator[Session]:
     """The context of all points."""
     study = Point(DENSE, "").study_file(base).study
-    setup = ContextConfig.of_study(study, base.folder, base.study.bos)
-    with TrialContext.open(replace(setup, draws=1, sparsities=PATH), display) as context:
+    setup = Setup.of_study(study, base.folder, base.study.bos)
+    with Session.open(replace(setup, draws=1, sparsities=PATH), display) as context:
         yield context
 
 
-def set_up(context: TrialContext, study: Study) -> None:
+def set_up(context: Session, study: Study) -> None:
     """Makes a context that of a point's study."""
     context.prune_settings = study.prune
     context.quantize, context.bits = None if study.bits is None else study.quantize, study.fixed_bits
@@ -117,7 +116,7 @@ def measure_missing(base: StudyFile, display: Display, only: str = "") -> None:
 
 
 @torch.inference_mode()
-def measure(context: TrialContext, file: StudyFile, point: Point, facts: str) -> Iterator[Measured]:
+def measure(context: Session, file: StudyFile, point: Point, facts: str) -> Iterator[Measured]:
     """Prunes once; stores the weights in each of the point's number formats, and measures those on both texts."""
     began = perf_counter()
     if point.is_dense:
@@ -141,7 +140,7 @@ def measure(context: TrialContext, file: StudyFile, point: Point, facts: str) ->
         )  # fmt: skip
 
 
-def stored(context: TrialContext, block: PrunedBlock, values: Values, counted: list[int]) -> Block:
+def stored(context: Session, block: PrunedBlock, values: Values, counted: list[int]) -> Block:
     """A block with its weights as they are stored; appends their bits to `counted`."""
     linears = context.checkpoint.linears[block.index]
     weights = block.weights | {linear.key: block.weights[linear.key].clone() for linear in linears}

@@ -8,7 +8,7 @@ from compressions_page import DENSE
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.sparse.applying import only_plan
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
@@ -56,7 +56,7 @@ class Point:
         study = Study.model_validate({**kept, "sparsity": PATH[0], "allocation": "uniform", **self.keys})
         return replace(base, study=study)
 
-    def plan(self, context: TrialContext, file: StudyFile) -> Plan:
+    def plan(self, context: Session, file: StudyFile) -> Plan:
         """Its plan."""
         if not self.beta:
             return only_plan(file, context, {})

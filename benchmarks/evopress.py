@@ -46,10 +46,8 @@ from atp_tune.inputs import Items
 from atp_tune.measures import perplexity
 from atp_tune.plan import Plan
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
-from atp_tune.search.priced import POOL, windows_of_step
+from atp_tune.run.prices import POOL, CalibrationGradients, windows_of_step
+from atp_tune.run.session import Session, Setup
 from atp_tune.spec.studyfile import StudyFile, load
 
 BUILD = Path(__file__).parents[1] / "build" / "evopress"
@@ -78,7 +76,7 @@ class Bench:
     """A model with its texts, the record of what was found, and what measures and searches."""
 
     @torch.no_grad()
-    def __init__(self, file: StudyFile, context: TrialContext, record: page.Record, clock: Clock) -> None:
+    def __init__(self, file: StudyFile, context: Session, record: page.Record, clock: Clock) -> None:
         self.file, self.context, self.record, self.clock = file, context, record, clock
         if not isinstance(file.study.sparsity, float):
             raise UserError(f"study {file.name}: searches more than one sparsity; give one, as --set sparsity=0.6")
@@ -302,7 +300,7 @@ def opened(options: argparse.Namespace) -> Iterator[Bench]:
     torch.set_num_threads(options.threads)
     file = load(options.study, options.set)
     record = page.Record(BUILD / (options.name or file.name))
-    with TrialContext.open(ContextConfig.of_study(file.study, file.folder, None)) as context:
+    with Session.open(Setup.of_study(file.study, file.folder, None)) as context:
         yield Bench(file, context, record, clock)
 
 

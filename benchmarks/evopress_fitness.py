@@ -20,8 +20,8 @@ from atp_tune.checkpoints.linears import Linear
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.wanda import Ranks
+from atp_tune.run.session import Session
 from atp_tune.scores.losses import rows_at_a_time, token_nlls
-from atp_tune.search.context import TrialContext
 
 Row = tuple[int, ...]  # zeros in each row, one per linear of a block
 Ranked = Sequence[Mapping[str, Ranks]]  # of the linears of each block, by name
@@ -60,7 +60,7 @@ class BySparseGPT:
 class Stitched:
     """Blocks of a checkpoint whose linears have so many zeros in each row; only what differs from `keep` is made."""
 
-    def __init__(self, context: TrialContext, level: Level) -> None:
+    def __init__(self, context: Session, level: Level) -> None:
         self._checkpoint = context.checkpoint
         self._level = level
         self._kept: dict[int, tuple[Row, dict[str, Tensor]]] = {}
@@ -94,7 +94,7 @@ class Stitched:
 class TextFitness:
     """Fitness on windows of a pool of ids [windows, tokens], in nats per token; `kind`: a row of `KINDS`."""
 
-    def __init__(self, context: TrialContext, pool: Tensor, level: Level, kind: str) -> None:
+    def __init__(self, context: Session, pool: Tensor, level: Level, kind: str) -> None:
         self.stitched = Stitched(context, level)
         self._level = level
         self._context = context

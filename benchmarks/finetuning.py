@@ -37,7 +37,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.events import Event, Message, ignore_events
 from atp_tune.measures import change, perplexity
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import folder_nlls
 from atp_tune.sparse.finetuning import finetune
 from atp_tune.sparse.finetuning_data import divided, read_windows
@@ -162,7 +162,7 @@ class Measuring:
         for role, text in self._texts.items():
             if role not in known:
                 model = ModelConfig(source=str(folder.absolute()), dtype=self._made.dtype)
-                setup = ContextConfig(model, PruneConfig(), {"test": text}, self._made.base, "auto", bos=self._made.bos)
+                setup = Setup(model, PruneConfig(), {"test": text}, self._made.base, "auto", bos=self._made.bos)
                 known = {**known, role: folder_nlls(setup, folder, ignore_events, role)}
                 self._keep(row, {**self._rows.get(row, {}), "nlls": known})
 

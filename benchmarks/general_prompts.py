@@ -22,8 +22,7 @@ from atp_tune.generation.prompts import encode
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import perplexity
 from atp_tune.metrics import continuations
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.spec.studyfile import load
 
@@ -53,7 +52,7 @@ def main() -> None:
     for sparsity in asked.sparsities:
         keys = [f"sparsity={sparsity}", 'allocation=["row-prices"]', "texts.calibration.draws=1"]
         file = load(asked.study, keys)
-        with TrialContext.open(ContextConfig.of_study(file.study, file.folder, False)) as context:
+        with Session.open(Setup.of_study(file.study, file.folder, False)) as context:
             judge = _Judge(context)
             if sparsity == asked.sparsities[0]:
                 texts += [("dense", 0.0, judge.dense_texts)]
@@ -77,7 +76,7 @@ def main() -> None:
 class _Judge:
     """Continues the prompts by the dense model, and compares others with it."""
 
-    def __init__(self, context: TrialContext) -> None:
+    def __init__(self, context: Session) -> None:
         self._context = context
         self._tokenizer = load_tokenizer(context.folder.path, context.folder.trusted)
         with context.replay.whole(context.checkpoint.weights) as model:

@@ -30,7 +30,7 @@ from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 
@@ -135,9 +135,7 @@ def put(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         setattr(module.get_submodule(path), own, parameter)
 
 
-def open_context(
-    shape: Shape, offload: Offload, distinct: int, device: torch.device, ahead: bool = True
-) -> TrialContext:
+def open_context(shape: Shape, offload: Offload, distinct: int, device: torch.device, ahead: bool = True) -> Session:
     """A bench over random windows; the first block is pruned, and all run once, to warm up."""
     gc.collect()
     if device.type == "cuda":
@@ -149,12 +147,12 @@ def open_context(
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     folder = LentModel(Path(tempfile.gettempdir()) / "nothing", "random", shape.name, model=model)
-    context = TrialContext(folder, checkpoint, texts, PruneConfig(), lambda event: None)
+    context = Session(folder, checkpoint, texts, PruneConfig(), lambda event: None)
     next(iter(context.prune(uniform(context))))
     return context
 
 
-def uniform(context: TrialContext, pruner: str = "wanda") -> Plan:
+def uniform(context: Session, pruner: str = "wanda") -> Plan:
     """50 % everywhere."""
     return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
 
@@ -175,7 +173,7 @@ class Trial:
         return sum(self.seconds.values())
 
 
-def trial(context: TrialContext) -> Trial:
+def trial(context: Session) -> Trial:
     """One trial of Wanda."""
     record = Record(context)
     blocks = record.follow(context.prune(uniform(context)))
@@ -184,14 +182,14 @@ def trial(context: TrialContext) -> Trial:
     return Trial(found["seconds"], max(found["peak_bytes"].values()))
 
 
-def dense_seconds(context: TrialContext) -> float:
+def dense_seconds(context: Session) -> float:
     """Seconds of the dense model on the validation text, in which a block computes least while the next one comes."""
     began = perf_counter()
     context.all_nlls(context.dense(), "validation")
     return perf_counter() - began
 
 
-def find_floor(context: TrialContext, shape: Shape) -> Floor:
+def find_floor(context: Session, shape: Shape) -> Floor:
     """Seconds of the linears alone, by phase, and of the copies."""
     checkpoint, tokens = context.checkpoint, shape.windows * shape.tokens
     batch = context.batch("calibration").windows * shape.tokens
@@ -257,7 +255,7 @@ def show_trial(name: str, offload: Offload, found: Trial, floor: Floor) -> None:
     line(name, lies, *phases, found.seconds["prune"], whole, floor.products, copies, found.peak / 1e9)
 
 
-def show_resident(shape: Shape, context: TrialContext) -> Floor:
+def show_resident(shape: Shape, context: Session) -> Floor:
     """A trial with all weights on the device, of half the windows if it would take long; the floor of all."""
     floor, name = find_floor(context, shape), shape.name
     own = floor
@@ -284,7 +282,7 @@ def streamed(shape: Shape, device: torch.device, floor: Floor, is_late: Callable
     return found
 
 
-def sparsegpt_seconds(context: TrialContext) -> dict[str, float]:
+def sparsegpt_seconds(context: Session) -> dict[str, float]:
     """Seconds by phase of SparseGPT in the second block, after the first to warm up."""
     return list(islice(context.prune(uniform(context, "sparsegpt")), 2))[1].seconds
 

@@ -25,9 +25,8 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.plan import make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 
 PAGE, KEPT = ROOT / "docs" / "images.md", ROOT / "docs" / "images.json"
 MARKS = ("<!-- benchmarks/images.py -->", "<!-- end -->")
@@ -71,7 +70,7 @@ class Measuring:
     def __init__(self, name: str, rows: dict[str, Row]) -> None:
         """`rows`: what is known, to which measurements are added."""
         self._rows, file = rows, study_of(name)
-        self._context = TrialContext.open(ContextConfig.of_study(file.study, file.folder, False))
+        self._context = Session.open(Setup.of_study(file.study, file.folder, False))
         self._known: dict[tuple[str, str], WindowScores] = {}
         self._rows["about"] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 

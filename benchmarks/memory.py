@@ -31,7 +31,7 @@ from atp_tune.checkpoints.devices import find_device, reset_peak_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 MB = 1e6
@@ -103,7 +103,7 @@ def work(folder: Path, checkpoint: Checkpoint) -> None:
     """One trial over random windows."""
     ids = torch.randint(VOCABULARY, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0)).numpy()
     texts = dict.fromkeys(("calibration", "validation"), Windows(ids, ""))
-    context = TrialContext(ModelFolder(folder, "", ""), checkpoint, texts, PruneConfig(), lambda event: None)
+    context = Session(ModelFolder(folder, "", ""), checkpoint, texts, PruneConfig(), lambda event: None)
     plan = Plan("wanda", "uniform", (0.5,) * len(checkpoint.blocks))
     context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "validation")
 

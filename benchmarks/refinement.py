@@ -17,8 +17,7 @@ from time import perf_counter
 from atp_tune.cli.runtime import quiet
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import make_plan
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.studyfile import StudyFile, load
 
@@ -57,8 +56,8 @@ def main() -> None:
 
 def rows(file: StudyFile, options: argparse.Namespace, values: dict[str, float]) -> Iterator[tuple[str, ...]]:
     """The rows of one size of the calibration text: the dense model, then each pruner alone and in each way."""
-    setup = ContextConfig.of_study(file.study, file.folder, None)
-    with TrialContext.open(setup) as context:
+    setup = Setup.of_study(file.study, file.folder, None)
+    with Session.open(setup) as context:
         tokens = f"{context.items('calibration').numel():,}"
         dense = [str(perplexity(context.all_nlls(context.dense(), role))) for role in ("validation", "test")]
         yield (tokens, "dense", "", "", dense[0], "", dense[1], "", "")
@@ -73,7 +72,7 @@ def rows(file: StudyFile, options: argparse.Namespace, values: dict[str, float])
                 yield (tokens, pruner, str(swaps), str(steps), *cells(alone, found), f"{found.seconds:.0f}")
 
 
-def measured(context: TrialContext, pruner: str, options: argparse.Namespace, values: dict[str, float]) -> Measured:
+def measured(context: Session, pruner: str, options: argparse.Namespace, values: dict[str, float]) -> Measured:
     """Prunes once, and measures both texts."""
     plan = make_plan(pruner, options.allocation, context.budget(options.sparsity), values)
     began = perf_counter()

@@ -88,8 +88,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol-60 lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
-    from atp_tune.search.context import TrialContext
-    from atp_tune.search.context_config import ContextConfig
+    from atp_tune.run.session import Session, Setup
     from atp_tune.spec.study import Data
     from atp_tune.spec.studyfile import load
     from atp_tune.spec.texts import Text
@@ -97,7 +96,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     study = (file := load("smol-60", changes)).study
     data = study.data
     texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation, "test": study.test_text}
-    context = TrialContext.open(ContextConfig(study.model, study.prune, texts, file.folder, "cpu"))
+    context = Session.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
     (work / "model").write_text(str(context.folder.path))
     (work / "dtype").write_text(context.dtype)
     for role, drawn in context.windows.items():

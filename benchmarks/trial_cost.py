@@ -26,9 +26,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import ignore_events
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores.next_token import POSITIONS
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.studyfile import load
@@ -48,7 +47,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 class Floor:
     """The matrix products of a trial and nothing else, block by block with each block's own weights."""
 
-    def __init__(self, context: TrialContext) -> None:
+    def __init__(self, context: Session) -> None:
         config = context.checkpoint.config
         self.context, self.dtype = context, context.checkpoint.dtype
         self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -95,7 +94,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @torch.inference_mode()
-def trial(context: TrialContext, pruner: str) -> dict[str, float]:
+def trial(context: Session, pruner: str) -> dict[str, float]:
     """Seconds of one trial by phase."""
     record = Record(context)
     plan = make_plan(pruner, "atp", context.budget(0.6), {"beta": BETA})
@@ -104,7 +103,7 @@ def trial(context: TrialContext, pruner: str) -> dict[str, float]:
     return seconds
 
 
-def compare(context: TrialContext, pruner: str, statistics_: str, title: str) -> float:
+def compare(context: Session, pruner: str, statistics_: str, title: str) -> float:
     """Prints a row, and gives the median seconds."""
     way = context.prune_settings.model_copy(update={"statistics": statistics_})
     context.prune_settings = way
@@ -122,14 +121,14 @@ def compare(context: TrialContext, pruner: str, statistics_: str, title: str) ->
     return total
 
 
-def smol() -> TrialContext:
+def smol() -> Session:
     """The context of the study smol-60."""
     file = load("smol-60")
     texts = {"calibration": file.study.data.calibration, "validation": file.study.data.validation}
-    return TrialContext.open(ContextConfig(file.study.model, file.study.prune, texts, file.folder, "cpu"))
+    return Session.open(Setup(file.study.model, file.study.prune, texts, file.folder, "cpu"))
 
 
-def proportion(context: TrialContext, calibration: int, search: int) -> None:
+def proportion(context: Session, calibration: int, search: int) -> None:
     """Prints a row: both ways of statistics with texts of so many thousand tokens, in turn."""
     pairs = []
     sized = resized(context, {"calibration": 1024 * calibration, "validation": 1024 * search}, 30)
@@ -145,12 +144,12 @@ def proportion(context: TrialContext, calibration: int, search: int) -> None:
     print(f"| {1024 * calibration:,} | {1024 * search:,} | {block:.2f} | {sequential:.2f} | {shown} |", flush=True)
 
 
-def windows_of(context: TrialContext) -> dict[str, Windows]:
+def windows_of(context: Session) -> dict[str, Windows]:
     """The texts of a language model."""
     return {role: windows for role, windows in context.windows.items() if isinstance(windows, Windows)}
 
 
-def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> TrialContext:
+def resized(context: Session, tokens: dict[str, int], blocks: int) -> Session:
     """A random model of the same shape with fewer blocks, and texts of another length."""
     config = AutoConfig.from_pretrained(context.folder.path, num_hidden_layers=blocks)
     model = AutoModelForCausalLM.from_config(config, dtype=context.checkpoint.dtype)  # type: ignore[no-untyped-call]
@@ -158,9 +157,7 @@ def resized(context: TrialContext, tokens: dict[str, int], blocks: int) -> Trial
     for role, windows in windows_of(context).items():
         count = tokens[role] // windows.ids.shape[1]
         texts[role] = Windows(np.resize(windows.ids, (count, windows.ids.shape[1])), role)
-    return TrialContext(
-        context.folder, Checkpoint(model, context.checkpoint.device), texts, PruneConfig(), ignore_events
-    )
+    return Session(context.folder, Checkpoint(model, context.checkpoint.device), texts, PruneConfig(), ignore_events)
 
 
 def main() -> None:

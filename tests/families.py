@@ -17,8 +17,8 @@ from atp_tune.checkpoints.offload import Offload
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.inputs.windows import Windows
+from atp_tune.run.session import Session
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
 
 CPU = torch.device("cpu")
@@ -212,7 +212,7 @@ def bench_of(
     offload: Offload | None = None,
     ids: Callable[[int, int, int], Tensor] | None = None,
     device: torch.device = CPU,
-) -> TrialContext:
+) -> Session:
     """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
     windows, draw = {"calibration": 5, "validation": 7, "test": 3}, ids or random_ids
     texts = {
@@ -222,7 +222,7 @@ def bench_of(
     checkpoint = checkpoint_of(model, offload, device)
     place = (folder, "content", "tiny")
     source = NoFolder(*place) if folder == Path() else ModelFolder(*place)
-    return TrialContext(source, checkpoint, texts, prune or PruneConfig(), watch)
+    return Session(source, checkpoint, texts, prune or PruneConfig(), watch)
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

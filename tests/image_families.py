@@ -12,7 +12,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import ignore_events
 from atp_tune.inputs.images import Images
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 SIZE, CLASSES = 32, 5
@@ -118,12 +118,12 @@ def images(family: str, count: int, seed: int) -> Images:
     return Images.of(pixels, torch.randint(CLASSES, (count,), generator=draw), (side // 4) ** 2 + 1)
 
 
-def context_of(family: str, model: nn.Module | None = None, **prune: Any) -> TrialContext:
+def context_of(family: str, model: nn.Module | None = None, **prune: Any) -> Session:
     """A context over a tiny classifier with calibration and validation images."""
     items = {"calibration": images(family, 6, 1), "validation": images(family, 7, 2)}
     folder, checkpoint = ModelFolder(Path(), family, family), Checkpoint(model or make(family), CPU)
     settings = PruneConfig.model_validate(prune)
-    return TrialContext(folder, checkpoint, items, settings, ignore_events, inputs="images", score="classes")
+    return Session(folder, checkpoint, items, settings, ignore_events, inputs="images", score="classes")
 
 
 def write_classifier(folder: Path, names: dict[int, str] | None = None, family: str = "vit") -> Path:

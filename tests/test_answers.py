@@ -22,8 +22,8 @@ from atp_tune.inputs.images import Images
 from atp_tune.metrics.answers import Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report.html import _answers
+from atp_tune.run.session import Session
 from atp_tune.search.answers import StudyAnswers
-from atp_tune.search.context import TrialContext
 from atp_tune.search.final_scores import _work
 from atp_tune.spec.prune import PruneConfig
 
@@ -40,7 +40,7 @@ class Strip:
         pixels = (self.colours / 255 - 0.3) / 0.2
         model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
         items = {"test": Images.of(pixels, torch.tensor([0, 1, 0, 1]), (SIZE // 4) ** 2 + 1)}
-        self.context = TrialContext(
+        self.context = Session(
             ModelFolder(folder, "content", "vit"), Checkpoint(model, CPU), items, PruneConfig(), self._hear,
             inputs="images", score="classes",
         )  # fmt: skip

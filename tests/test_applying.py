@@ -27,8 +27,7 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.sparse import applying
 from atp_tune.sparse.applying import apply, plan_of, write_sparse
 from atp_tune.sparse.shards import cast, declare
@@ -183,7 +182,7 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
     texts = {"calibration": config.calibration, "test": config.texts.test}
     model = config.model.model().model_copy(update={"offload": "cpu"})
-    bench = TrialContext.open(ContextConfig(model, config.prune, texts, done, "cpu"), ignore_events)
+    bench = Session.open(Setup(model, config.prune, texts, done, "cpu"), ignore_events)
     plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
 
@@ -275,14 +274,14 @@ def test_a_model_that_is_gone(done: Path, config: Config, tmp_path: Path) -> Non
 def test_a_failure_half_way_leaves_nothing(
     error: BaseException, done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(bench: TrialContext, plan: Plan, grids: bool = False) -> Iterator[Any]:
+    def half(bench: Session, plan: Plan, grids: bool = False) -> Iterator[Any]:
         for block in prune(bench, plan):
             if block.index == 2:
                 raise error
             yield block
 
-    prune, before = TrialContext.prune, sorted(tmp_path.iterdir())
-    monkeypatch.setattr(TrialContext, "prune", half)
+    prune, before = Session.prune, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Session, "prune", half)
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
         applied(config, done, tmp_path / "out")
     assert [file for file in sorted(tmp_path.iterdir()) if file.name != "cache"] == [
@@ -357,7 +356,7 @@ def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
 
 MANY = 28  # blocks
 # What the C library keeps of freed memory for the next tensor is bounded, and not the model's.
-LEAN = "import atp_tune.search.context as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
+LEAN = "import atp_tune.run.session as b, atp_tune.cli as c; b.reuse_freed_memory = lambda: False; c.main()"
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from atp_tune.events import ignore_events
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import apply
 from atp_tune.spec.config import read_config
 
@@ -190,9 +189,7 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
 
 def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> None:
     spec = study_file(done).study
-    context = TrialContext.open(
-        ContextConfig(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu")
-    )
+    context = Session.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu"))
     keys = set()
     for windows in (8, 2):
         context.begin({"calibration": windows})

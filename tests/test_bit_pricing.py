@@ -14,15 +14,14 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.bit_pricing import BitPricing, Costs
 from atp_tune.blocks.gradients import BlockGradients
 from atp_tune.quantizers.rtn import RTN
-from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context import TrialContext
-from atp_tune.search.priced_bits import bit_costs, items_of_costs, priced_shares
+from atp_tune.run.prices import CalibrationGradients, bit_costs, items_of_costs, priced_shares
+from atp_tune.run.session import Session
 from atp_tune.spec.quantize import QuantizeConfig
 
 WIDTHS, GROUP = (2, 3, 5), 8
 
 
-def costs_of(context: TrialContext, ids: Tensor, windows: int = 4) -> Costs:
+def costs_of(context: Session, ids: Tensor, windows: int = 4) -> Costs:
     """The costs of asymmetric groups of 8, a few windows at a time."""
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
@@ -30,7 +29,7 @@ def costs_of(context: TrialContext, ids: Tensor, windows: int = 4) -> Costs:
     return BitPricing(gradients, lambda w, bits: RTN(GROUP, False).quantize(w, bits, None), WIDTHS).costs(ids)
 
 
-def naive_costs(model: Any, context: TrialContext, ids: Tensor) -> list[list[list[float]]]:
+def naive_costs(model: Any, context: Session, ids: Tensor) -> list[list[list[float]]]:
     """The formula, weight by weight, with the gradients of the whole model."""
     checkpoint, total = context.checkpoint, dict[tuple[int, int, int], float]()
     model.requires_grad_(True)

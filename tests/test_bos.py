@@ -32,7 +32,8 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, Message
 from atp_tune.measures import perplexity
 from atp_tune.metrics.bos import LEAST, BosEffect, is_better
-from atp_tune.search import context
+from atp_tune.run import session
+from atp_tune.run.session import Session
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config
 from atp_tune.storage import fingerprint
@@ -113,7 +114,7 @@ def finished(trained_done: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the dense model is not asked."""
-    monkeypatch.setattr(context, "compare_bos", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(session, "compare_bos", lambda *_: pytest.fail("asked again"))
 
 
 def tune(command: CommandLine, place: Path, *overrides: str) -> Answer:
@@ -287,8 +288,8 @@ def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) ->
 
 @pytest.mark.slow
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], context.compare_bos
-    monkeypatch.setattr(context, "compare_bos", lambda *given: asked.append(1) or original(*given))
+    asked, original = [], session.compare_bos
+    monkeypatch.setattr(session, "compare_bos", lambda *given: asked.append(1) or original(*given))
     screen = ("search.sampler=gp", "search.screen={trials=2, stride=4, confirm=1}", "search.trials=1")
     run(wanting, *screen)
     assert asked == [1]
@@ -427,8 +428,8 @@ def test_zero_shot_scores_are_of_these_masks(
     finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    opened, original = list[context.TrialContext](), context.TrialContext.open
-    monkeypatch.setattr(context.TrialContext, "open", lambda *given: opened.append(original(*given)) or opened[-1])
+    opened, original = list[Session](), Session.open
+    monkeypatch.setattr(Session, "open", lambda *given: opened.append(original(*given)) or opened[-1])
     task = make_tasks(tmp_path / "tasks", 4) / "far.yaml"
     answer = command("evaluate", "--config", finished / "tiny.best.json", "--tasks", task, "--limit", "2")
     assert (answer.code, answer.err) == (0, "")

@@ -24,10 +24,9 @@ from atp_tune.events import ignore_events
 from atp_tune.inputs import windows
 from atp_tune.inputs.pixels import ImageProcessor
 from atp_tune.inputs.probe import _known
-from atp_tune.search import context as contexts
-from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run import session as contexts
+from atp_tune.run.prices import CalibrationGradients
+from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import config_of
 from atp_tune.sparse.finetuning import FinetuningJob, _items
@@ -118,10 +117,10 @@ class Keys:
         file = self.file(overrides)
         with self._patch.context() as patch:
             patch.setattr(ModelFolder, "checkpoint", lambda _, model, *__: self._model(model)[0])
-            patch.setattr(TrialContext, "_verified", lambda context, _: self._model(file.study.model)[1])
-            patch.setattr(TrialContext, "release", lambda _: None)
+            patch.setattr(contexts, "verified_replay", lambda *_: self._model(file.study.model)[1])
+            patch.setattr(Session, "release", lambda _: None)
             patch.setattr(CalibrationGradients, "kept", self._stop)
-            with TrialContext.open(setup_of(file)) as context:
+            with Session.open(setup_of(file)) as context:
                 return {name: made(file, context) for name, made in MAKERS.items()}
 
     def _model(self, model: Any) -> tuple[Any, Any]:
@@ -138,25 +137,25 @@ class Keys:
         raise FoundKeyError(gradients._key(**own))
 
 
-def setup_of(file: StudyFile) -> ContextConfig:
-    return ContextConfig.of_study(file.study, file.folder, bool(file.study.bos))
+def setup_of(file: StudyFile) -> Setup:
+    return Setup.of_study(file.study, file.folder, bool(file.study.bos))
 
 
-def of_windows(file: StudyFile, context: TrialContext) -> list[str]:
+def of_windows(file: StudyFile, context: Session) -> list[str]:
     folder, texts = context.folder, setup_of(file).texts
     return [windows._key(text, folder.path, file.folder, folder.trusted, context.bos, 1) for text in texts.values()]
 
 
-def of_statistics(file: StudyFile, context: TrialContext) -> list[str]:
+def of_statistics(file: StudyFile, context: Session) -> list[str]:
     pruners = [context.methods.pruner(name) for name in file.study.methods.short_names]
     return [context.measured.key_of(each, each.measures) for each in pruners if each.measures]
 
 
-def of_prices(file: StudyFile, context: TrialContext) -> list[Any]:
+def of_prices(file: StudyFile, context: Session) -> list[Any]:
     return [descent(file, context, name) for name in file.study.methods.short_names]
 
 
-def descent(file: StudyFile, context: TrialContext, pruner: str) -> Any:
+def descent(file: StudyFile, context: Session, pruner: str) -> Any:
     rows = file.study.prune.by_rows(pruner) and "row-prices" in file.study.allocation.names
     targets = (file.study.highest,) if file.study.bits is None else (0.5,)
     try:
@@ -165,7 +164,7 @@ def descent(file: StudyFile, context: TrialContext, pruner: str) -> Any:
         return str(found)
 
 
-def of_training(file: StudyFile, context: TrialContext) -> str:
+def of_training(file: StudyFile, context: Session) -> str:
     study = file.study
     config, folder = config_of(file, context, plan_of(file, context)), context.folder
     recover = study.recover or RecoverConfig()
@@ -178,29 +177,29 @@ def of_training(file: StudyFile, context: TrialContext) -> str:
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]
 
 
-def of_sparse(file: StudyFile, context: TrialContext) -> str:
+def of_sparse(file: StudyFile, context: Session) -> str:
     config = config_of(file, context, plan_of(file, context))
     return model_pair._cached(config, file.folder, context.folder, file.study.device, {}).name
 
 
-def plan_of(file: StudyFile, context: TrialContext) -> Any:
+def plan_of(file: StudyFile, context: Session) -> Any:
     space = make_space(file.study, context.budget(file.study.highest))
     return space.plan(space.uniform()[0])
 
 
-MAKERS: dict[str, Callable[[StudyFile, TrialContext], Any]] = {
+MAKERS: dict[str, Callable[[StudyFile, Session], Any]] = {
     "windows": of_windows, "statistics": of_statistics, "prices": of_prices, "recovered": of_training,
     "sparse": of_sparse,
 }  # fmt: skip
 
 
-def statistics(file: StudyFile, context: TrialContext) -> list[Any]:
+def statistics(file: StudyFile, context: Session) -> list[Any]:
     pruners = [context.methods.pruner(name) for name in file.study.methods.short_names]
     blocks = [block for each in pruners if each.measures for block in context.measured.statistics(each)]
     return [tensor for block in blocks for each in block.values() for tensor in each.tensors().values()]
 
 
-ENTRIES: dict[str, Callable[[StudyFile, TrialContext], list[Any]]] = {
+ENTRIES: dict[str, Callable[[StudyFile, Session], list[Any]]] = {
     "windows": lambda _, context: [torch.from_numpy(each.ids) for each in context.windows.values()],
     "statistics": statistics,
     "prices": of_prices,
@@ -210,7 +209,7 @@ ENTRIES: dict[str, Callable[[StudyFile, TrialContext], list[Any]]] = {
 
 def entry(folder: str, file: StudyFile) -> list[Any]:
     """What a folder would hold for a study."""
-    with TrialContext.open(setup_of(file)) as context, torch.inference_mode():
+    with Session.open(setup_of(file)) as context, torch.inference_mode():
         return ENTRIES[folder](file, context)
 
 
@@ -339,7 +338,7 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
     torch.set_float32_matmul_precision("medium")
     try:
         assert changed() == computed
-        with TrialContext.open(setup_of(keys.file(own))) as context:
+        with Session.open(setup_of(keys.file(own))) as context:
             assert context.contents()["model.products"] == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -19,7 +19,7 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.plan import make_plan
 from atp_tune.pruners.channels import HessianAndMoments, channel_scores, magnitude_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
 
@@ -267,7 +267,7 @@ def test_a_hessian_that_overflows_is_a_failed_trial() -> None:
 # the pass
 
 
-def naive_pass(model: Any, work: TrialContext, shares: Any, keys: ChannelSettings, pruner: str) -> Any:
+def naive_pass(model: Any, work: Session, shares: Any, keys: ChannelSettings, pruner: str) -> Any:
     """A copy of the model, pruned block after block in its full forward, channel by channel."""
     pruned, ids, name = (
         copy.deepcopy(model).requires_grad_(False),

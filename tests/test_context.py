@@ -10,9 +10,9 @@ from atp_tune.events import Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.search import context, context_config, scoring
-from atp_tune.search.context import TrialContext
-from atp_tune.search.scoring import can_keep
+from atp_tune.run import scoring, session
+from atp_tune.run.scoring import can_keep
+from atp_tune.run.session import Session
 from atp_tune.spec import prune
 from atp_tune.spec.prune import PruneConfig
 
@@ -110,7 +110,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
     plan = Plan("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "test": longer}):
-        other = TrialContext(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
+        other = Session(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4
         for one, two in zip(other.prune(plan), whole.prune(plan), strict=True):
             assert all(same_bits(one.weights[name], two.weights[name]) for name in two.weights)
@@ -128,16 +128,16 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
-    monkeypatch.setattr(context, "resolve", lambda model, base, *_: asked.append((model.source, base)) or folder)
+    monkeypatch.setattr(session, "resolve", lambda model, base, *_: asked.append((model.source, base)) or folder)
     monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Windows(ids, "windows"))
-    setup = context_config.ContextConfig(
+    setup = session.Setup(
         ModelConfig(source="model", dtype="bfloat16"),
         PruneConfig(),
         {"calibration": Text(source="c4")},
         tmp_path,
         "cpu",
     )
-    work = context.TrialContext.open(setup)
+    work = Session.open(setup)
     assert asked == [("model", tmp_path)]
     assert work.checkpoint.dtype == torch.bfloat16 and work.checkpoint.device == CPU
     assert len(list(work.prune(UNIFORM))) == 4

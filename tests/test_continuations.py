@@ -25,7 +25,8 @@ from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import allocation_of, best_of_each
-from atp_tune.search import continuations, scoring
+from atp_tune.run import scoring
+from atp_tune.search import continuations
 from atp_tune.spec.config import read_config
 from atp_tune.storage import progress
 

@@ -14,13 +14,13 @@ from atp_tune.blocks import dense_metrics
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
 from atp_tune.plan import make_plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 
 FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
 
 
-def metrics_of(work: TrialContext) -> DenseMetricsProtocol:
+def metrics_of(work: Session) -> DenseMetricsProtocol:
     found = work.budget(0.5).dense_metrics
     assert found is not None
     return found

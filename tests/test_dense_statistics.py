@@ -14,7 +14,7 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
-from atp_tune.search import dense_model
+from atp_tune.run import dense_model
 from atp_tune.spec.prune import PruneConfig
 
 DENSE = PruneConfig(statistics="dense")

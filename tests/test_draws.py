@@ -26,11 +26,10 @@ from atp_tune.measures import perplexity, reach_of
 from atp_tune.metrics.draws import over_draws
 from atp_tune.plan import Plan, make_plan
 from atp_tune.results.summary import summarise, undrawn
+from atp_tune.run import session as module
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
-from atp_tune.search import context as module
 from atp_tune.search import final_scores
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.texts import Calibration
@@ -65,10 +64,10 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     spec = study_file(place).study
     text = spec.texts.calibration.model_copy(update=keys)
     texts = {"calibration": text, "test": spec.test_text}
-    opened = TrialContext.open(ContextConfig(spec.model, spec.prune, texts, place, "cpu"))
+    opened = Session.open(Setup(spec.model, spec.prune, texts, place, "cpu"))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
-    context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
+    context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
     plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
     return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "test")
 
@@ -108,12 +107,12 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     per = min(pool // TOKENS, len(whole) // 3)
     assert study.user_attrs["fitted_to"]["3"] == [per * TOKENS, pool] and per * TOKENS == (each or per * TOKENS)
     spec = study_file(place, *keys).study
-    opened = TrialContext.open(ContextConfig.of_study(spec, place, False))
+    opened = Session.open(Setup.of_study(spec, place, False))
     expected = []
     for draw in range(3):
         items, fitted = whole.thinned(1, draw * per, draw * per + 8), whole.thinned(1, draw * per, (draw + 1) * per)
         windows = {**opened.windows, "calibration": items}
-        context = TrialContext(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
+        context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
         monkeypatch.setattr(context, "_pool", lambda fitted=fitted: fitted)
         plan = make_plan("wanda", "prices", context.budget(0.6), {"kappa": trial.params["kappa"]})
         blocks = context.prune(plan)
@@ -218,15 +217,15 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = TrialContext.all_scores, [0]
+    whole, calls = Session.all_scores, [0]
 
-    def dies(self: TrialContext, *more: Any, **options: Any) -> WindowScores:
+    def dies(self: Session, *more: Any, **options: Any) -> WindowScores:
         calls[0] += 1
         if calls[0] == 8:  # dense, then dense, uniform and best on the test text, then uniform and best of two draws
             raise KeyboardInterrupt
         return whole(self, *more, **options)
 
-    monkeypatch.setattr(TrialContext, "all_scores", dies)
+    monkeypatch.setattr(Session, "all_scores", dies)
     with pytest.raises(KeyboardInterrupt):
         run(place, THREE)
     known = stored(place).user_attrs["draws"]

@@ -15,12 +15,12 @@ from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.measures import perplexity
 from atp_tune.plan import Plan
+from atp_tune.run import scoring
+from atp_tune.run.session import Session
 from atp_tune.scores import evaluation, losses, next_token
 from atp_tune.scores.evaluation import Block, group_scores, head_scores
 from atp_tune.scores.losses import loss_gradient, mean_loss, token_kls, token_nlls
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.search import scoring
-from atp_tune.search.context import TrialContext
 
 
 def dense_blocks(replay: Replay) -> Iterator[Block]:
@@ -59,7 +59,7 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     assert nlls != pytest.approx(work.all_nlls(work.dense(), "validation"), rel=1e-3)
 
 
-def pruned_copy(model: Any, work: TrialContext, pruned: list[PrunedBlock]) -> Any:
+def pruned_copy(model: Any, work: Session, pruned: list[PrunedBlock]) -> Any:
     other = copy.deepcopy(model)
     blocks = other.get_submodule(work.checkpoint.blocks_name)
     for block in pruned:

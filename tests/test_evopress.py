@@ -22,7 +22,7 @@ from torch.nn import functional
 from atp_tune.allocations import Shape
 from atp_tune.plan import Plan
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 
@@ -33,7 +33,7 @@ def evopress(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("evopress")
 
 
-def ranks_of(context: TrialContext) -> list[dict[str, Ranks]]:
+def ranks_of(context: Session) -> list[dict[str, Ranks]]:
     with torch.inference_mode():
         known = context.measured.statistics(Wanda())
         return [
@@ -42,11 +42,11 @@ def ranks_of(context: TrialContext) -> list[dict[str, Ranks]]:
         ]
 
 
-def fitness_of(context: TrialContext, evopress: Any, kind: str = "kl") -> Any:
+def fitness_of(context: Session, evopress: Any, kind: str = "kl") -> Any:
     return evopress.TextFitness(context, random_ids(12, seed=5), evopress.by_wanda(ranks_of(context)), kind)
 
 
-def some_states(context: TrialContext, evopress: Any, count: int) -> list[Any]:
+def some_states(context: Session, evopress: Any, count: int) -> list[Any]:
     """Uniform, and states a few switches apart."""
     shapes = context.checkpoint.shapes
     levels, draw = evopress.Levels.of(shapes, 0.01), random.Random(3)
@@ -56,7 +56,7 @@ def some_states(context: TrialContext, evopress: Any, count: int) -> list[Any]:
     return states
 
 
-def from_scratch(model: Any, context: TrialContext, state: Any) -> Any:
+def from_scratch(model: Any, context: Session, state: Any) -> Any:
     """A copy of the model whose linears are pruned one by one, by sorting each row."""
     pruned = copy.deepcopy(model)
     known = context.measured.statistics(Wanda())
@@ -205,7 +205,7 @@ def test_the_command_goes_on_where_it_stopped(
     page.write_text(f"before\n{evopress.page.MARKS[0]}\nold\n{evopress.page.MARKS[1]}\nafter\n")
     monkeypatch.setattr(evopress.page, "PAGE", page)
     monkeypatch.setattr(evopress, "BUILD", place / "build")
-    for module in (evopress, importlib.import_module("atp_tune.search.context")):
+    for module in (evopress, importlib.import_module("atp_tune.run.session")):
         monkeypatch.setattr(module, "POOL", 256)
     monkeypatch.setattr(evopress, "process_time", itertools.count(0.0).__next__)
 

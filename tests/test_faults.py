@@ -51,9 +51,9 @@ from tinystudy import (
 )
 
 from atp_tune.events import Event, Message, TrialStarted
+from atp_tune.run.session import Session
 from atp_tune.scores import evaluation
 from atp_tune.search import runner
-from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.attributes import PREFIX
@@ -519,15 +519,15 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
 
 @pytest.mark.slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def report_fails(bench: TrialContext, blocks: Any, role: str, kl: bool = False) -> Any:
+    def report_fails(bench: Session, blocks: Any, role: str, kl: bool = False) -> Any:
         if role == "test":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(bench, blocks, role, kl)
 
-    whole = TrialContext.all_scores
+    whole = Session.all_scores
     study = ("--study", place / "tiny.toml")
     with monkeypatch.context() as patch:
-        patch.setattr(TrialContext, "all_scores", report_fails)
+        patch.setattr(Session, "all_scores", report_fails)
         assert command(*study).error.startswith("test text: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
     assert command(*study).code == 0
@@ -544,9 +544,9 @@ import psutil, torch
 sys.path.insert(0, sys.argv[1])
 import preloaded
 from tinystudy import run
-from atp_tune.search import context
+from atp_tune.run import session
 from atp_tune.events import TrialEnded, TrialStarted
-context.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
+session.reuse_freed_memory = lambda: None  # else a trial finds what the one before has freed
 
 def watch(event):
     if isinstance(event, TrialStarted) and event.title == "trial 1":

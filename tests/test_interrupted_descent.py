@@ -11,8 +11,8 @@ from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.events import Message
-from atp_tune.search import priced
-from atp_tune.search.descent_steps import DescentSteps
+from atp_tune.run import prices as module
+from atp_tune.run.prices import DescentSteps
 from atp_tune.spec.prune import PruneConfig
 
 
@@ -44,7 +44,7 @@ def test_an_interrupted_descent_goes_on(
     [left] = (tmp_path / "cache" / "prices").glob("*.part")
     stop.clear()
     found, total = ends("cache"), len(taken)
-    assert total == priced.steps_along(targets) == 20 and not left.exists()
+    assert total == module.steps_along(targets) == 20 and not left.exists()
     assert f"prices: goes on after step {interrupted} of 20" in said
     assert found == ends("whole") and len(taken) == 40
 

@@ -52,6 +52,7 @@ LAYERS = [
     "blocks",
     "scores",
     "generation",
+    "run",
     "results",
     "figures",
     "report",

@@ -16,8 +16,8 @@ from tinystudy import quiet, run, study_file
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
+from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import TrialContext
 from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
 from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
@@ -33,14 +33,14 @@ def without_warnings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def context(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> TrialContext:
+def context(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         return open_context(StudyRun(study_file(tiny_place), "tiny", None, ignore_events))
 
 
 @pytest.fixture(scope="module")
-def space(tiny_place: Path, context: TrialContext) -> Space:
+def space(tiny_place: Path, context: Session) -> Space:
     study = study_file(tiny_place).study
     return make_space(study, context.budget(study.sparsity))
 
@@ -69,7 +69,7 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 
 
 @pytest.mark.slow
-def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: Space, study: optuna.Study) -> None:
+def test_a_trial_is_perplexity_on_the_search_text(context: Session, space: Space, study: optuna.Study) -> None:
     trial = ask(study, space)
     [value] = Objective(context, space, False, ignore_events)(trial)
     pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
@@ -78,15 +78,13 @@ def test_a_trial_is_perplexity_on_the_search_text(context: TrialContext, space: 
     assert trial.user_attrs["nlls"] == nlls
 
 
-def test_groups_do_not_change_the_value(context: TrialContext, space: Space, study: optuna.Study) -> None:
+def test_groups_do_not_change_the_value(context: Session, space: Space, study: optuna.Study) -> None:
     plain = Objective(context, space, False, ignore_events)(ask(study, space))
     grouped = Objective(context, space, True, ignore_events)(ask(optuna.create_study(), space))
     assert grouped == pytest.approx(plain, rel=1e-6)
 
 
-def test_attributes_are_stored_as_soon_as_they_are_known(
-    context: TrialContext, space: Space, study: optuna.Study
-) -> None:
+def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space: Space, study: optuna.Study) -> None:
     """A process that dies leaves behind who it was and what it was doing."""
     trial, seen = ask(study, space), {}
 
@@ -97,7 +95,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(
     Objective(context, space, False, watch)(trial)
     assert seen[TrialStarted] == identity()
     Objective(
-        TrialContext(context.folder, context.checkpoint, context.windows, context.prune_settings, watch),
+        Session(context.folder, context.checkpoint, context.windows, context.prune_settings, watch),
         space,
         False,
         watch,
@@ -105,7 +103,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(
     assert set(study.trials[1].user_attrs) > {"sparsities", "host"}
 
 
-def test_a_model_whose_numbers_are_none_fails(context: TrialContext, space: Space, study: optuna.Study) -> None:
+def test_a_model_whose_numbers_are_none_fails(context: Session, space: Space, study: optuna.Study) -> None:
     class Broken:
         checkpoint, dtype, windows, begin = context.checkpoint, context.dtype, context.windows, context.begin
         batch, batches, stored_bytes = context.batch, context.batches, context.stored_bytes
@@ -177,7 +175,7 @@ def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) ->
     assert measured_before(study, space) is None
 
 
-def test_a_third_time_is_answered_by_the_first(context: TrialContext, space: Space, study: optuna.Study) -> None:
+def test_a_third_time_is_answered_by_the_first(context: Session, space: Space, study: optuna.Study) -> None:
     objective = Objective(context, space, False, ignore_events)
     for _ in range(3):
         study.enqueue_trial(PARAMS)
@@ -245,7 +243,7 @@ class Impatient(BasePruner):
 
 
 def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
-    context: TrialContext, space: Space, monkeypatch: pytest.MonkeyPatch
+    context: Session, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(context.batch("validation"), "windows", 2)
     study = optuna.create_study(pruner=Impatient())

@@ -25,9 +25,8 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.pairs import PairBatch, _image_token, _stacked, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
@@ -193,10 +192,8 @@ def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path)
     """Each linear loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far, on images and text."""
     text = Text(source="package:pydoc_data.topics:topics", nsamples=2, seqlen=TOKENS)
     texts = {"calibration": wanted(write_pairs(tmp_path / "p.parquet")), "validation": text}
-    setup = ContextConfig(
-        ModelConfig(source=str(models["idefics3"]), dtype="float32"), PruneConfig(), texts, tmp_path, "cpu"
-    )
-    with TrialContext.open(setup) as work:
+    setup = Setup(ModelConfig(source=str(models["idefics3"]), dtype="float32"), PruneConfig(), texts, tmp_path, "cpu")
+    with Session.open(setup) as work:
         batch, plan = work.items("calibration"), make_plan("wanda", "uniform", work.budget(0.5), {}, work.pattern)
         model: Any = AutoModelForImageTextToText.from_pretrained(models["idefics3"], dtype=torch.float32)
         for block in work.prune(plan):

@@ -14,9 +14,8 @@ from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.trials import is_uniform
+from atp_tune.run.session import Session, Setup
 from atp_tune.search import trial_loop
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.storage import opening
 from atp_tune.storage.progress import counted, front_of
 
@@ -40,8 +39,8 @@ def test_a_study_is_foretold(place: Path) -> None:
 def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
     """A preset did not say what it takes before it started; the loading is over by then."""
     file = study_file(place)
-    setup = ContextConfig.of_study(file.study, file.folder, False)
-    with TrialContext.open(setup) as context:
+    setup = Setup.of_study(file.study, file.folder, False)
+    with Session.open(setup) as context:
         own, other = foresee_open(file, "tiny", context, file.study)
     assert own.tokens == foresee(file, "tiny", ignore_events).whole.tokens
     assert (other.tokens, other.seconds) == (own.tokens, own.seconds)  # the same study, by its settings alone

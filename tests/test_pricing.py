@@ -36,17 +36,16 @@ from atp_tune.cost import once
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.search import priced
-from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context import TrialContext
-from atp_tune.search.priced import by_magnitude
+from atp_tune.run import prices as descents
+from atp_tune.run.prices import CalibrationGradients, by_magnitude
+from atp_tune.run.session import Session
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 
 FAST = ("llama", "gpt2")
 
 
-def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True, group: int | None = None) -> Pricing:
+def pricing_of(context: Session, windows: int = 4, by_wanda: bool = True, group: int | None = None) -> Pricing:
     """Prices at the context's own calibration windows, a few windows at a time."""
     with torch.inference_mode():
         statistics = context.measured.statistics(Wanda())
@@ -59,21 +58,21 @@ def pricing_of(context: TrialContext, windows: int = 4, by_wanda: bool = True, g
     return pricing_at(ByPlaces(places), context, windows)
 
 
-def pricing_at(levels: Levels, context: TrialContext, windows: int = 4) -> Pricing:
+def pricing_at(levels: Levels, context: Session, windows: int = 4) -> Pricing:
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     batch.windows = windows
     of_blocks = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
     return Pricing(of_blocks, levels)
 
 
-def own_levels(context: TrialContext, pruner: Pruner, room: int = 1 << 30) -> ByPruner:
+def own_levels(context: Session, pruner: Pruner, room: int = 1 << 30) -> ByPruner:
     """What a pruner makes with its statistics of the dense model."""
     with torch.inference_mode():
         statistics = list(context.measured.statistics(pruner))
     return ByPruner(pruner, lambda index: statistics[index], room)
 
 
-def uneven(context: TrialContext) -> LinearSparsities:
+def uneven(context: Session) -> LinearSparsities:
     """A sparsity for each linear, all different."""
     draw = random.Random(0)
     return tuple(tuple(draw.uniform(0.1, 0.9) for _ in row) for row in context.checkpoint.linears)
@@ -104,7 +103,7 @@ def places_in_groups(rows: Sequence[Sequence[float]], group: int) -> Tensor:
 
 def naive_prices(
     model: Any,
-    context: TrialContext,
+    context: Session,
     sparsities: LinearSparsities,
     ids: Tensor,
     by_wanda: bool,
@@ -141,7 +140,7 @@ def naive_prices(
 
 
 def naive_own_prices(
-    model: Any, context: TrialContext, sparsities: LinearSparsities, ids: Tensor, group: int | None
+    model: Any, context: Session, sparsities: LinearSparsities, ids: Tensor, group: int | None
 ) -> list[list[float]]:
     """Prices at SparseGPT's own weights, those of its naive form, 1/16 below and above the nearest 1/32."""
     checkpoint, levels = context.checkpoint, group or 32
@@ -659,18 +658,18 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
     """The others wait for its end, and say so."""
     begun, said, made = threading.Event(), list[str](), list[int]()
 
-    def descend(self: priced.Descent, targets: Sequence[float], place: Path) -> list[LinearSparsities]:
+    def descend(self: descents.Descent, targets: Sequence[float], place: Path) -> list[LinearSparsities]:
         made.append(1)
         begun.set()
         while not said:
             time.sleep(0.001)
         return [((0.25, 0.75),)]
 
-    monkeypatch.setattr(priced.Descent, "_descend", descend)
+    monkeypatch.setattr(descents.Descent, "_descend", descend)
     monkeypatch.setattr(CalibrationGradients, "_key", lambda *_, **__: "ab" * 32)
     gradients = CalibrationGradients.__new__(CalibrationGradients)
     gradients.watch = lambda event: said.append(event.text)
-    workers = [priced.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]
+    workers = [descents.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(workers[0].ends, [0.5], "")
         assert begun.wait(60)
@@ -683,6 +682,6 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
 
 def test_steps_along_a_path_take_half_as_many_windows() -> None:
     path = (0.2, 0.3, 0.4)
-    assert [priced.windows_of_step(length, (0.5,)) for length in (128, 512, 2048)] == [16, 4, 4]
+    assert [descents.windows_of_step(length, (0.5,)) for length in (128, 512, 2048)] == [16, 4, 4]
     for fewer in (path, (0.4,)):
-        assert [priced.windows_of_step(length, fewer) for length in (128, 512, 2048)] == [8, 2, 2]
+        assert [descents.windows_of_step(length, fewer) for length in (128, 512, 2048)] == [8, 2, 2]

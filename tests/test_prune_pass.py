@@ -34,21 +34,21 @@ from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.search import dense_model
-from atp_tune.search.context import TrialContext
+from atp_tune.run import dense_model
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
 TARGET = 0.55
 
 
-def atp_plan(bench: TrialContext, pruner: str) -> Plan:
+def atp_plan(bench: Session, pruner: str) -> Plan:
     budget = bench.budget(TARGET)
     beta = 0.8 * atp.bounds(budget)["beta"][1]
     return make_plan(pruner, "atp", budget, {"beta": beta})
 
 
-def naive_pass(model: Any, work: TrialContext, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:
+def naive_pass(model: Any, work: Session, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:
     """A copy of the model, pruned block after block in its full forward; and the error curve."""
     ids, blocks = random_ids(5, TOKENS, seed=0), work.checkpoint.blocks_name
     pruned, errors = copy.deepcopy(model), []
@@ -74,7 +74,7 @@ def magnitude(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
     return weight.masked_fill(naive.magnitude_mask(weight, sparsity), 0)
 
 
-def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: TrialContext) -> None:
+def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: Session) -> None:
     """All tensors of all blocks, bit by bit."""
     found = expected.state_dict()
     assert len(pruned) == len(work.checkpoint.blocks)

@@ -21,7 +21,7 @@ from atp_tune.quantizers.gptq import GPTQ, plain, strips
 from atp_tune.quantizers.grid import Grid, parts_of
 from atp_tune.quantizers.quantizing import Quantizing
 from atp_tune.quantizers.rtn import RTN
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.quantize import QuantizeConfig
 
 widths = st.integers(2, 8)
@@ -165,13 +165,13 @@ def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
 # the pass over the blocks
 
 
-def bench(family: str, **keys: Any) -> TrialContext:
+def bench(family: str, **keys: Any) -> Session:
     work = bench_of(tiny(family))
     work.quantize = QuantizeConfig(group_size=12, **keys)
     return work
 
 
-def plan_of(work: TrialContext, name: str, bits: float = 3.5) -> Plan:
+def plan_of(work: Session, name: str, bits: float = 3.5) -> Plan:
     assert work.quantize is not None
     share = (8 - bits) / 6
     return make_plan(name, "uniform", work.budget(share), {})

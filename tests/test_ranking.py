@@ -11,13 +11,14 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
-from atp_tune.search import context, dense_model
+from atp_tune.run import dense_model
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 PATTERNS = ("unstructured", "mixed:8")
 
 
-def pruned(work: context.TrialContext, sparsity: float) -> list[dict[str, torch.Tensor]]:
+def pruned(work: Session, sparsity: float) -> list[dict[str, torch.Tensor]]:
     return [block.weights for block in work.prune(Plan("wanda", "uniform", (sparsity,) * len(work.checkpoint.blocks)))]
 
 

@@ -23,7 +23,7 @@ from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.refinement import DAMPING, Refined, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
 from atp_tune.results.summary import summarise
-from atp_tune.search.dense_model import DenseMeasurements
+from atp_tune.run.dense_model import DenseMeasurements
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 

@@ -16,7 +16,7 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
 
@@ -96,7 +96,7 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     tiny("llama").save_pretrained(tmp_path)
     checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU, offload=offload)
     texts = bench_of(tiny("llama")).windows
-    context = TrialContext(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
+    context = Session(bench_of(tiny("llama")).folder, checkpoint, texts, PruneConfig(statistics="dense"), print)
     with context:
         others = [context.screening(2), context.budget(0.5)]
         assert others[1].dense_metrics.outlier_ratios(3)  # type: ignore[attr-defined]

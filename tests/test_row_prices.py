@@ -34,9 +34,9 @@ from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.quantizers.quantizing import Quantizing
 from atp_tune.quantizers.rtn import RTN
+from atp_tune.run.dense_model import dense_blocks
+from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import final_states
-from atp_tune.search.context import TrialContext
-from atp_tune.search.dense_model import dense_blocks
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import NLL_SHARES
@@ -159,13 +159,13 @@ def test_what_follows_the_masks_keeps_them() -> None:
 # Prices
 
 
-def row_pricing_of(context: TrialContext) -> RowPricing:
+def row_pricing_of(context: Session) -> RowPricing:
     base = pricing_of(context)
     assert isinstance(base._levels, ByPlaces)
     return RowPricing(base._gradients, base._levels._places)
 
 
-def dense_states(context: TrialContext, ids: Tensor) -> Tensor:
+def dense_states(context: Session, ids: Tensor) -> Tensor:
     """Final hidden states of the dense model."""
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
     return final_states(context.replay, batch, dense_blocks(context.checkpoint), [ids])[0]
@@ -173,7 +173,7 @@ def dense_states(context: TrialContext, ids: Tensor) -> Tensor:
 
 def naive_step(
     model: Any,
-    context: TrialContext,
+    context: Session,
     linears: LinearSparsities,
     offsets: list[list[list[float]]],
     ids: Tensor,

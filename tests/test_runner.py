@@ -29,8 +29,8 @@ from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.results.trials import allocation_of
+from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop
-from atp_tune.search.context import TrialContext
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
 from atp_tune.storage.process_identity import identity
@@ -218,13 +218,13 @@ def test_no_time_is_no_trial(place: Path) -> None:
 
 @pytest.mark.slow
 def test_time_that_is_up_starts_no_further_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly(context: TrialContext, plan: Plan) -> Iterator[Any]:
+    def slowly(context: Session, plan: Plan) -> Iterator[Any]:
         clock.append(clock[-1] + 0.5)
         yield from prune(context, plan)
 
-    clock, prune = [0.0], TrialContext.prune
+    clock, prune = [0.0], Session.prune
     monkeypatch.setattr(trial_loop, "monotonic", lambda: clock[-1])
-    monkeypatch.setattr(TrialContext, "prune", slowly)
+    monkeypatch.setattr(Session, "prune", slowly)
     assert states(run(place, "search.trials=50", timeout=0.4)) == ["COMPLETE", "WAITING"]
 
 
@@ -642,15 +642,15 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
 
 @pytest.mark.slow
 def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prune_but(context: TrialContext, plan: Plan) -> Iterator[Any]:
+    def prune_but(context: Session, plan: Plan) -> Iterator[Any]:
         if plan.parameters["beta"] > 0 and not raised:
             raised.append(plan)
             raise torch.OutOfMemoryError("CUDA out of memory")
         yield from prune(context, plan)
 
     raised: list[Plan] = []
-    prune = TrialContext.prune
-    monkeypatch.setattr(TrialContext, "prune", prune_but)
+    prune = Session.prune
+    monkeypatch.setattr(Session, "prune", prune_but)
     study = run(place)
     assert states(study) == ["COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[1].user_attrs["failure"] == "out of memory"
@@ -661,24 +661,24 @@ def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(context: TrialContext, plan: Plan) -> Iterator[Any]:
+    def broken(context: Session, plan: Plan) -> Iterator[Any]:
         raise RuntimeError("shapes do not match")
 
-    prune = TrialContext.prune
-    monkeypatch.setattr(TrialContext, "prune", broken)
+    prune = Session.prune
+    monkeypatch.setattr(Session, "prune", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run(place)
-    monkeypatch.setattr(TrialContext, "prune", prune)
+    monkeypatch.setattr(Session, "prune", prune)
     study = run(place)  # the bug is repaired: the trial did not fail by itself
     assert progress.counted(study) == 3
 
 
 @pytest.mark.slow
 def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_small(context: TrialContext, blocks: Any, role: str) -> None:
+    def too_small(context: Session, blocks: Any, role: str) -> None:
         raise TrialError("out of memory with one window at a time")
 
-    monkeypatch.setattr(TrialContext, "all_scores", too_small)
+    monkeypatch.setattr(Session, "all_scores", too_small)
     with pytest.raises(TrialError, match="out of memory"):
         run(place)
 
@@ -692,13 +692,13 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
     params = study.trials[3].params
     study.enqueue_trial(params)
     plans: list[Plan] = []
-    prune = TrialContext.prune
+    prune = Session.prune
 
-    def count(context: TrialContext, plan: Plan) -> Any:
+    def count(context: Session, plan: Plan) -> Any:
         plans.append(plan)
         return prune(context, plan)
 
-    monkeypatch.setattr(TrialContext, "prune", count)
+    monkeypatch.setattr(Session, "prune", count)
     events: list[Event] = []
     study = run(done, "search.trials=7", watch=events.append)
     assert plans == []
@@ -712,12 +712,12 @@ def test_a_repeated_pair_is_answered_from_the_store(done: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_failed_pair_is_not_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(context: TrialContext, plan: Plan) -> Iterator[Any]:
+    def fail(context: Session, plan: Plan) -> Iterator[Any]:
         plans.append(plan)
         raise TrialError("no")
 
     plans: list[Plan] = []
-    monkeypatch.setattr(TrialContext, "prune", fail)
+    monkeypatch.setattr(Session, "prune", fail)
     study = run(place, "search.trials=1")
     study.enqueue_trial(study.trials[0].params)
     study = run(place, "search.trials=2")

@@ -15,7 +15,9 @@ from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.search import context, dense_model, runner, trial_loop
+from atp_tune.run import dense_model
+from atp_tune.run.session import Session
+from atp_tune.search import runner, trial_loop
 from atp_tune.search.proposals import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
@@ -293,7 +295,7 @@ def test_a_file_without_a_screening(place: Path) -> None:
 def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     whole = runner.open_context(runner.StudyRun(study_file(place), "tiny", None, lambda event: None))
     other = whole.screening(4)
-    assert isinstance(other, context.TrialContext)
+    assert isinstance(other, Session)
     assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
     nlls = whole.all_nlls(whole.dense(), "validation")
     assert other.all_nlls(other.dense(), "validation") == pytest.approx(nlls[::4], rel=1e-5)

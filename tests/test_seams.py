@@ -21,9 +21,9 @@ from atp_tune.events import ignore_events
 from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.plan import Plan
+from atp_tune.run.session import Session
 from atp_tune.scores import SCORES, WindowScores
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.search.context import TrialContext
 from atp_tune.spec.prune import PruneConfig
 
 SIZE, PATCH, CLASSES = 8, 4, 5
@@ -101,7 +101,7 @@ PIXELS, CLASSIFIED = Pixels(), Classes()
 
 
 @pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
+def context(monkeypatch: pytest.MonkeyPatch) -> Session:
     monkeypatch.setitem(inputs.KINDS, "pixels", f"{__name__}:PIXELS")
     monkeypatch.setitem(scores.SCORES, "hues", f"{__name__}:CLASSIFIED")
     torch.manual_seed(0)
@@ -113,10 +113,10 @@ def context(monkeypatch: pytest.MonkeyPatch) -> TrialContext:
     )  # fmt: skip
     items = {"calibration": random_images(6, 1), "validation": random_images(7, 2)}
     folder, checkpoint = ModelFolder(Path(), "content", "vit"), Checkpoint(model, CPU)
-    return TrialContext(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="hues")
+    return Session(folder, checkpoint, items, PruneConfig(), ignore_events, inputs="pixels", score="hues")
 
 
-def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialContext) -> None:
+def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: Session) -> None:
     model, search = context.checkpoint.model, random_images(7, 2)
     with torch.inference_mode():
         own = functional.cross_entropy(model(pixel_values=search.pixels).logits, search.classes, reduction="none")
@@ -128,7 +128,7 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: TrialCont
     assert context.all_scores(context.dense(), "validation", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
 
 
-def test_its_dense_model_is_measured_for_allocations(context: TrialContext) -> None:
+def test_its_dense_model_is_measured_for_allocations(context: Session) -> None:
     budget: Budget = context.budget(0.5)
     assert len(budget.dense_metrics.outlier_ratios(3)) == 3  # type: ignore[union-attr]
     assert context.contents() == {

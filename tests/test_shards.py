@@ -18,7 +18,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.sparse.applying import write_sparse
 from atp_tune.sparse.shards import Shards, sparse_folder
 from atp_tune.spec.config import read_config
@@ -42,7 +42,7 @@ def metadata(file: Path) -> Any:
     return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__")
 
 
-def bench_over(folder: Path, dtype: torch.dtype = torch.float32) -> TrialContext:
+def bench_over(folder: Path, dtype: torch.dtype = torch.float32) -> Session:
     """A bench over the folder as the engine would load it."""
     return bench_of(Checkpoint.load(folder, dtype, CPU).model, folder=folder)
 
@@ -89,7 +89,7 @@ def source_key(name: str, keys: Any, prefix: str) -> str:
     return name if name in keys else name.removeprefix(f"{prefix}.")
 
 
-def pruned_keys(work: TrialContext, keys: Any) -> dict[str, tuple[int, str, Any]]:
+def pruned_keys(work: Session, keys: Any) -> dict[str, tuple[int, str, Any]]:
     """Key in the source, block, name in the block and place in that tensor of each matrix."""
     checkpoint, found = work.checkpoint, {}
     for index, linears in enumerate(checkpoint.linears):
@@ -143,7 +143,7 @@ def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
         check_that_anybody_can_load(out, work, blocks)
 
 
-def check_that_anybody_can_load(out: Path, work: TrialContext, blocks: list[Any]) -> None:
+def check_that_anybody_can_load(out: Path, work: Session, blocks: list[Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     loaded = checkpoint_of(model)
     for block in blocks:
@@ -202,7 +202,7 @@ def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_pat
             assert not torch.equal(dense[key], dense[key].bfloat16().float())
 
 
-def pairs(work: TrialContext) -> Any:
+def pairs(work: Session) -> Any:
     for index in range(len(work.checkpoint.blocks)):
         for linear in work.checkpoint.linears[index]:
             dense = work.checkpoint.weights(index)[linear.key]

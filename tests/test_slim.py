@@ -27,7 +27,7 @@ from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.packed.modeling_atp_slim import places
 from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners.settings import ChannelSettings
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.sparse import slim
 from atp_tune.sparse.applying import plan_of, write_sparse
 from atp_tune.sparse.own_code import OURS
@@ -58,7 +58,7 @@ def prepared(
     dtype: torch.dtype = torch.float32,
     watch: EventHandler = ignore_events,
     **keys: Any,
-) -> tuple[TrialContext, Plan, Config]:
+) -> tuple[Session, Plan, Config]:
     model = tiny(family, dtype)
     model.save_pretrained(place / "dense")
     channels = ChannelSettings(**{"round_to": 4, "heads": family not in HEADLESS, **keys})
@@ -136,7 +136,7 @@ CLASSIFIERS = ("vit", "deit", "dinov2", "beit", "convnext", "swin", "swinv2", "h
 WITH_HEADS = ("vit", "deit", "dinov2", "beit")  # of the others heads are refused
 
 
-def classifier(family: str, place: Path, heads: bool) -> tuple[TrialContext, Plan, Config]:
+def classifier(family: str, place: Path, heads: bool) -> tuple[Session, Plan, Config]:
     """A tiny classifier in `place`, and what to prune of it."""
     model: Any = image_families.make(family)
     model.save_pretrained(place / "dense")

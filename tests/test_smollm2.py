@@ -28,8 +28,7 @@ from atp_tune.measures import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.search.objective import Record
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config
@@ -58,13 +57,13 @@ def cache(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def context(smollm2: Path) -> TrialContext:
+def context(smollm2: Path) -> Session:
     file = load("smol-60", SHORT)
     spec = file.study
     texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(smollm2))
-        return TrialContext.open(ContextConfig(spec.model, spec.prune, texts, file.folder, "cpu"))
+        return Session.open(Setup(spec.model, spec.prune, texts, file.folder, "cpu"))
 
 
 def run(*arguments: str | Path) -> str:
@@ -102,14 +101,14 @@ def names_of(block: int) -> dict[str, str]:
     }
 
 
-def first_blocks(context: TrialContext, count: int) -> Any:
+def first_blocks(context: Session, count: int) -> Any:
     """The model up to a block, whose inputs do not depend on those that follow."""
     model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
     model.model.layers = model.model.layers[:count]
     return model
 
 
-def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(context: TrialContext) -> None:
+def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(context: Session) -> None:
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.008})
     model = first_blocks(context, 2)
     ids = torch.from_numpy(context.windows["calibration"].ids)
@@ -130,9 +129,7 @@ def sparsegpt_by_us(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return SparseGPT().prune(weight, 0.6, hessian)
 
 
-def test_sparsegpt_of_the_first_block_equals_brain_surgery(
-    context: TrialContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sparsegpt_of_the_first_block_equals_brain_surgery(context: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last mask bit in float64; in float32 near-ties turn over (10 of 110,592 weights were seen)."""
     model = first_blocks(context, 1)
     full = names_of(0)["self_attn.k_proj"]
@@ -147,13 +144,13 @@ def test_sparsegpt_of_the_first_block_equals_brain_surgery(
     assert torch.allclose(exact, weight, rtol=0, atol=1e-9)
 
 
-def test_perplexity_equals_the_models_own_loss(context: TrialContext) -> None:
+def test_perplexity_equals_the_models_own_loss(context: Session) -> None:
     model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
     expected = naive.nlls_of(model, torch.from_numpy(context.windows["validation"].ids))
     assert context.all_nlls(context.dense(), "validation") == pytest.approx(expected, rel=1e-5)
 
 
-def test_plan_foretells_a_trial(context: TrialContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_foretells_a_trial(context: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
     for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
@@ -217,7 +214,7 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     assert abs(measured / promised - 1) < 0.001
 
 
-def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: TrialContext, tmp_path: Path) -> None:
+def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: Session, tmp_path: Path) -> None:
     """A task that the dense model solves better than uniform, which is here the configuration too: scored once."""
     config = tmp_path / "uniform.json"
     run("export", "--study", tuned[0] / "smol-60.toml", "--trial", "0", "--out", config)

@@ -18,9 +18,8 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.spec.block_names import block_name, in_tower, joined
 from atp_tune.spec.config import ModelRef, read_config
 from atp_tune.spec.facts import facts
@@ -47,14 +46,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_model(family, tmp_path_factory.mktemp(family) / "model") for family in FAMILIES}
 
 
-def context(folder: Path, place: Path, **prune: Any) -> TrialContext:
+def context(folder: Path, place: Path, **prune: Any) -> Session:
     file = write_pairs(place / "p.parquet", count=24)
     texts = {
         "calibration": wanted(file, part=(0, 0.5), nsamples=5),
         "validation": wanted(file, part=(0.5, 1), nsamples=7),
     }
     model = ModelConfig(source=str(folder), dtype="float32", prune=BOTH)
-    return TrialContext.open(ContextConfig(model, PruneConfig(**prune), texts, place, "cpu"))
+    return Session.open(Setup(model, PruneConfig(**prune), texts, place, "cpu"))
 
 
 @pytest.mark.slow

@@ -20,9 +20,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
+from atp_tune.run.session import Session, Setup
 from atp_tune.search import kept_blocks
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
 from atp_tune.spec.config import read_config
@@ -270,7 +269,7 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
 def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     config = read_config(done / "tiny.best.json")
     texts = {"calibration": config.calibration}
-    context = TrialContext.open(ContextConfig(config.model.model(), config.prune, texts, done, "cpu"))
+    context = Session.open(Setup(config.model.model(), config.prune, texts, done, "cpu"))
     before = {
         name: (tensor.data_ptr(), tensor.clone()) for name, tensor in context.checkpoint.model.state_dict().items()
     }

@@ -22,8 +22,7 @@ from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.measures import Perplexity
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import Way, apply, plan_of, write_sparse
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.card_finetuning import amend
@@ -44,8 +43,8 @@ def pruned(
         return _trained(config, base, device, lender, allowed, watch)
     texts = {"calibration": config.calibration}
     with lent_as(config, lender, device) as where:
-        setup = ContextConfig.of_config(config, texts, base, where, allowed)
-        with TrialContext.open(setup, watch) as context:
+        setup = Setup.of_config(config, texts, base, where, allowed)
+        with Session.open(setup, watch) as context:
             weights = weights_of(context, plan_of(config, context))
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
@@ -156,7 +155,7 @@ def of_one_text() -> Iterator[None]:
         raise UserError(re.sub(r"^texts\.calibration(\.\w+)?: (source: )?", r"texts\1: ", str(error))) from None
 
 
-def weights_of(context: TrialContext, plan: Plan) -> dict[str, Tensor]:
+def weights_of(context: Session, plan: Plan) -> dict[str, Tensor]:
     """The pruned weights by parameter of the model, in host memory."""
     context.watch(TrialStarted("pruning", plan))
     checkpoint, found = context.checkpoint, {}

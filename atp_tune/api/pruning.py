@@ -22,8 +22,7 @@ from atp_tune.measures import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, context_length
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig, inputs_of
+from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import Way, config_of, measured_folder, only_plan, write_sparse
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.prune import PruneConfig
@@ -145,11 +144,8 @@ def prune_study(
     return plan, measured_folder(setup, out, dense, watch)
 
 
-def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> ContextConfig:
-    study, score = file.study, file.study.score
-    place, kind = file.folder, inputs_of(score)
-    made = ContextConfig(study.model, study.prune, texts, place, study.device, bos=bos, inputs=kind, score=score)
-    return made.rounding(study)
+def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> Setup:
+    return replace(Setup.of_study(file.study, file.folder, bos), texts=texts, draws=1, sparsities=None)
 
 
 def _stored_bos(file: StudyFile) -> bool | None:
@@ -162,10 +158,10 @@ def _stored_bos(file: StudyFile) -> bool | None:
 
 @contextmanager
 def _planned(
-    file: StudyFile, setup: ContextConfig, parameters: Mapping[str, float], watch: EventHandler
-) -> Iterator[tuple[TrialContext, Plan]]:
+    file: StudyFile, setup: Setup, parameters: Mapping[str, float], watch: EventHandler
+) -> Iterator[tuple[Session, Plan]]:
     """The context of a study, and its one plan with these parameters."""
-    with TrialContext.open(setup, watch) as context:
+    with Session.open(setup, watch) as context:
         yield context, only_plan(file, context, dict(parameters))
 
 
@@ -276,7 +272,7 @@ def _text(
 
 def _opened(
     model: ModelConfig, settings: PruneConfig, text: Text, device: str, bos: bool | None, watch: EventHandler
-) -> TrialContext:
+) -> Session:
     """A context with one text."""
-    setup = ContextConfig(model, settings, {"calibration": text}, Path(), device, bos=bos)
-    return TrialContext.open(setup, watch)
+    setup = Setup(model, settings, {"calibration": text}, Path(), device, bos=bos)
+    return Session.open(setup, watch)

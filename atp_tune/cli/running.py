@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
-    from atp_tune.search.context import TrialContext
+    from atp_tune.run.session import Session
     from atp_tune.search.runner import StudyRun
     from atp_tune.spec.studyfile import StudyFile
 
@@ -91,7 +91,7 @@ class RunOptions:
         return load_study(study, self.storage, device or self.device, set_, self.trust_plugins)
 
 
-Said = Callable[["StudyFile", "TrialContext"], str]  # what is said of a new study, once its model is loaded
+Said = Callable[["StudyFile", "Session"], str]  # what is said of a new study, once its model is loaded
 
 
 def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:

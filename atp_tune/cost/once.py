@@ -28,7 +28,7 @@ class Amounts:
     windows: int  # of the calibration text
     validation_windows: int
     passes: float  # forward passes that a token of a step by prices costs; at most, until the model is loaded
-    is_short: bool  # the first draw is fitted anew too, see `TrialContext.is_short`; False until the text is read
+    is_short: bool  # the first draw is fitted anew too, see `Session.is_short`; False until the text is read
 
     @property
     def costs(self) -> dict[str, Passes]:
@@ -41,8 +41,7 @@ class Amounts:
 
 def step_tokens(known: Amounts) -> int:
     """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
-    from atp_tune.search.priced import windows_of_step
-    from atp_tune.search.priced_bits import items_of_costs
+    from atp_tune.run.prices import items_of_costs, windows_of_step
 
     length = known.tokens.calibration // known.windows
     if not known.study.allocation.by_prices:
@@ -78,7 +77,7 @@ def descents(known: Amounts) -> int:
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
     the dense model's final states of what it draws from its pool, at most all, for KL.
     """
-    from atp_tune.search.priced import POOL
+    from atp_tune.run.prices import POOL
 
     return round(_steps(known) * known.passes * step_tokens(known) + _with_rows(known) * POOL) // 2
 
@@ -112,7 +111,7 @@ def descent_bytes(known: "Known") -> int:
 
     With rows also the dense model's final states of the pool.
     """
-    from atp_tune.search.priced import POOL
+    from atp_tune.run.prices import POOL
 
     if not (tokens := step_tokens(known)):
         return 0

@@ -38,8 +38,7 @@ from atp_tune.storage.fingerprint import SUFFIX
 
 if TYPE_CHECKING:
     from atp_tune.checkpoints.models import ModelFolder
-    from atp_tune.search.context import TrialContext
-    from atp_tune.search.context_config import ContextConfig
+    from atp_tune.run.session import Session, Setup
 
 
 WHOLE_TEXT = 150  # windows of a text without a number: of 2048 tokens, the test part of WikiText-2
@@ -85,11 +84,10 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     """
     from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, oom_as_user_error
     from atp_tune.checkpoints.models import resolve
-    from atp_tune.search.context import TrialContext
-    from atp_tune.search.context_config import ContextConfig
+    from atp_tune.run.session import Session, Setup
 
     # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
-    setup = ContextConfig.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
+    setup = Setup.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
     device = find_device(setup.device)
     dtype = find_dtype(setup.model.dtype, device)
     if said := file.study.without_effect:
@@ -102,7 +100,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     if not problems(known.held(0), needed, known.offload(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
-            context = TrialContext.open(setup, watch)
+            context = Session.open(setup, watch)
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
@@ -114,15 +112,15 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     return _forecast(known, name, device_name(device), format_, context, rates)
 
 
-def foresee_open(file: StudyFile, name: str, context: "TrialContext", other: Study | None) -> list[StudyCost]:
+def foresee_open(file: StudyFile, name: str, context: "Session", other: Study | None) -> list[StudyCost]:
     """The costs of a study whose context is open, from here on, and of another study of its model, by one probe.
 
     `other`: as if each of its texts had all windows that it asks for.
     """
     from atp_tune.cost.probe import probe
-    from atp_tune.search.context_config import ContextConfig
+    from atp_tune.run.session import Setup
 
-    setup, study = ContextConfig.of_study(file.study, file.folder, context.bos), file.study
+    setup, study = Setup.of_study(file.study, file.folder, context.bos), file.study
     device, dtype = context.checkpoint.device, context.checkpoint.dtype
     known = _with_model(_known(file, name, setup, context.folder, device, dtype.itemsize), context)
     rates = probe(context, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
@@ -131,7 +129,7 @@ def foresee_open(file: StudyFile, name: str, context: "TrialContext", other: Stu
 
 def _asked(known: Known, study: Study) -> Known:
     """What is known of another study of a model before its texts are read."""
-    from atp_tune.search.dense_model import CURVE_TOKENS
+    from atp_tune.run.dense_model import CURVE_TOKENS
 
     texts = study.texts
     assert texts is not None
@@ -147,14 +145,12 @@ def _asked(known: Known, study: Study) -> Known:
     )  # fmt: skip
 
 
-def _known(
-    file: StudyFile, name: str, setup: "ContextConfig", folder: "ModelFolder", device: Any, itemsize: int
-) -> Known:
+def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
     from atp_tune.blocks.gradients import PASSES
     from atp_tune.checkpoints.classes import model_config, width_of
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs import KINDS
-    from atp_tune.search.dense_model import CURVE_TOKENS
+    from atp_tune.run.dense_model import CURVE_TOKENS
 
     study = file.study
     items = KINDS[setup.inputs].read(setup.texts, folder, setup.base, bool(setup.bos))
@@ -172,7 +168,7 @@ def _known(
     )  # fmt: skip
 
 
-def _with_model(known: Known, context: "TrialContext") -> Known:
+def _with_model(known: Known, context: "Session") -> Known:
     """With the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
     from atp_tune.blocks.gradients import passes
 
@@ -210,7 +206,7 @@ def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
 
 
 def _forecast(
-    known: Known, name: str, device: str, dtype: str, context: "TrialContext | None", rates: ProbeRates | None
+    known: Known, name: str, device: str, dtype: str, context: "Session | None", rates: ProbeRates | None
 ) -> Forecast:
     offload = context.checkpoint.offload if context else known.offload()
     work = max(rates.work if rates else 0, descent_bytes(known))
@@ -247,7 +243,7 @@ def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
         yield from (trial("screening", pruner, screening.cost) for pruner in known.costs)
 
 
-def _rank_bytes(study: Study, context: "TrialContext") -> int:
+def _rank_bytes(study: Study, context: "Session") -> int:
     """Bytes of the ranks, which pruning with the dense model's statistics keeps."""
     from atp_tune.blocks.dense_statistics import RANK_BYTES, can_rank
 
@@ -257,7 +253,7 @@ def _rank_bytes(study: Study, context: "TrialContext") -> int:
     return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, context: "TrialContext | None", rates: ProbeRates | None) -> StudyCost:
+def _whole(known: Known, context: "Session | None", rates: ProbeRates | None) -> StudyCost:
     study, trials = known.study, known.study.search.trials
     if context is not None:
         trials = total_trials(study.search, make_space(study, context.budget(study.highest)))

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
 from atp_tune.plan import Plan, make_plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 
 T = TypeVar("T")
 PROBE_SECONDS = 15.0  # seconds after which no further block is probed
@@ -56,9 +56,7 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(
-    context: TrialContext, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False
-) -> ProbeRates:
+def probe(context: Session, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> ProbeRates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
     `load`: seconds of opening the context; `kl`: the study minimises KL. Assumes that all blocks cost the same.
@@ -85,7 +83,7 @@ def probe(
     return ProbeRates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
-def _entering(context: TrialContext, role: str, probed: list[int]) -> dict[int, Tensor]:
+def _entering(context: Session, role: str, probed: list[int]) -> dict[int, Tensor]:
     """Hidden states [windows, tokens, width] of one batch of a text for each probed block.
 
     Those of block 0 will do for all, unless blocks change their shape.
@@ -96,12 +94,12 @@ def _entering(context: TrialContext, role: str, probed: list[int]) -> dict[int, 
     return dict(pair for pair in enumerate(_dense_states(context, role, items)) if pair[0] in probed)
 
 
-def _is_shaped(context: TrialContext) -> bool:
+def _is_shaped(context: Session) -> bool:
     """Whether the hidden states of some blocks have another shape than those of block 0."""
     return context.inputs.has_steps or context.replay.in_tower > 0
 
 
-def _dense_states(context: TrialContext, role: str, items: Batch) -> Iterator[Tensor]:
+def _dense_states(context: Session, role: str, items: Batch) -> Iterator[Tensor]:
     """Hidden states of the dense model before each block, then those after the last."""
     replay, checkpoint, batch = context.replay, context.checkpoint, context.batch(role)
     tower = checkpoint.tower_weights()
@@ -114,7 +112,7 @@ def _dense_states(context: TrialContext, role: str, items: Batch) -> Iterator[Te
 
 
 def _probe_block(
-    context: TrialContext,
+    context: Session,
     clock: Clock,
     index: int,
     batches: dict[str, dict[int, Tensor]],
@@ -129,7 +127,7 @@ def _probe_block(
         clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
 
 
-def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
+def _pruned(context: Session, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
     pruner = context.methods.pruner(name)
     in_one_pass = context.prune_settings.statistics == "sequential"
@@ -141,7 +139,7 @@ def _pruned(context: TrialContext, index: int, hidden: Tensor, name: str, sparsi
     return work.step(plan, index, hidden).seconds
 
 
-def _probe_ends(context: TrialContext, kl: bool) -> float:
+def _probe_ends(context: Session, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
     role = "validation" if "validation" in context.windows else "test"

@@ -17,8 +17,8 @@ from atp_tune.inputs.images import Images
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES
+from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import Block, passing
-from atp_tune.search.context import TrialContext
 
 
 class StudyAnswers:
@@ -27,7 +27,7 @@ class StudyAnswers:
     What fails ends in one line, and the study goes on without them.
     """
 
-    def __init__(self, context: TrialContext, role: str) -> None:
+    def __init__(self, context: Session, role: str) -> None:
         """`role`: of the images, `test`, or `validation` without any."""
         self._context = context
         self._batch = context.batch(role)

@@ -10,18 +10,16 @@ from atp_tune.generation.prompts import WeightsOf, continued
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.continuations import NAMES, Continuations
+from atp_tune.run.scoring import can_keep
+from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
 from atp_tune.search.kept_blocks import KeptBlocks
-from atp_tune.search.scoring import can_keep
 
 
 class Continuing:
     """Continues prompts by one model after another, and keeps the texts."""
 
-    def __init__(
-        self, context: TrialContext, prompts: Sequence[str], tokens: int, names: Sequence[str] = NAMES
-    ) -> None:
+    def __init__(self, context: Session, prompts: Sequence[str], tokens: int, names: Sequence[str] = NAMES) -> None:
         """`names`: of all models that will continue them; UserError if the tokenizer cannot be loaded."""
         self._context = context
         self._prompts = tuple(prompts)
@@ -66,7 +64,7 @@ class StudyContinuations:
     What fails ends in one line, and the study goes on without continuations.
     """
 
-    def __init__(self, context: TrialContext, prompts: Sequence[str], tokens: int, names: Sequence[str]) -> None:
+    def __init__(self, context: Session, prompts: Sequence[str], tokens: int, names: Sequence[str]) -> None:
         """`tokens`: 0 for no continuations; without them too if the model reads no text. `names`: of the models."""
         self._context = context
         self._work: Continuing | None = None

@@ -30,10 +30,10 @@ from atp_tune.storage.process_identity import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
+    from atp_tune.run.session import Session
     from atp_tune.scores import WindowScores
     from atp_tune.scores.evaluation import Block
     from atp_tune.search.answers import StudyAnswers
-    from atp_tune.search.context import TrialContext
     from atp_tune.search.continuations import StudyContinuations
     from atp_tune.search.runner import StudyRun
 
@@ -42,7 +42,7 @@ ANSWERS = "answers"  # the same of an image classifier: answers on test images b
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
-def report(run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space) -> None:
+def report(run: "StudyRun", study: optuna.Study, context: "Session", space: Space) -> None:
     """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
 
     If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
@@ -117,7 +117,7 @@ class _Texts:
     Of an image classifier answers on images, by dense, uniform and the best of all.
     """
 
-    def __init__(self, run: "StudyRun", study: optuna.Study, context: "TrialContext", is_missing: bool) -> None:
+    def __init__(self, run: "StudyRun", study: optuna.Study, context: "Session", is_missing: bool) -> None:
         """`is_missing`: numbers on the test text are; else the study ended without these texts, or has them."""
         asked, best = run.file.study.continuations, progress.best_trial(study)
         uniform = uniform_of(study, best)
@@ -165,7 +165,7 @@ class _Texts:
 
 
 def _work(
-    run: "StudyRun", context: "TrialContext", is_wanted: bool, prompts: Sequence[str], names: Sequence[str]
+    run: "StudyRun", context: "Session", is_wanted: bool, prompts: Sequence[str], names: Sequence[str]
 ) -> "StudyContinuations | StudyAnswers":
     """What collects continuations or answers between the final scores; nothing unless it `is_wanted`."""
     from atp_tune.search.answers import StudyAnswers
@@ -178,7 +178,7 @@ def _work(
 
 
 def _measure(
-    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, texts: _Texts
+    run: "StudyRun", study: optuna.Study, context: "Session", space: Space, name: str, texts: _Texts
 ) -> "WindowScores":
     """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised."""
     from atp_tune.checkpoints.devices import oom_as_user_error
@@ -202,7 +202,7 @@ def _measure(
 
 
 def _redrawn(
-    run: "StudyRun", study: optuna.Study, context: "TrialContext", space: Space, name: str, draw: int, anew: bool
+    run: "StudyRun", study: optuna.Study, context: "Session", space: Space, name: str, draw: int, anew: bool
 ) -> list[float]:
     """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
 
@@ -224,13 +224,13 @@ def _redrawn(
         return context.all_nlls(_blocks(drawn, plan), "validation" if spec.test is None else "test")
 
 
-def _begin(study: optuna.Study, context: "TrialContext", name: str) -> None:
+def _begin(study: optuna.Study, context: "Session", name: str) -> None:
     """Begins with the batch sizes of a trial's measurement, which affect its mask, or of `dense`."""
     trial = None if name == "dense" else study.trials[int(name)]
     own = fingerprint.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}
     context.begin({**fingerprint.batches_of(study), **own})
 
 
-def _blocks(context: "TrialContext", plan: Plan | None) -> Iterable["Block"]:
+def _blocks(context: "Session", plan: Plan | None) -> Iterable["Block"]:
     """The blocks of a plan, or of the dense model for None."""
     return context.dense() if plan is None else ((block.index, block.weights) for block in context.prune(plan))

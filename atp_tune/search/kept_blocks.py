@@ -9,8 +9,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory, host_memory
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
+from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
 
 ROOM = 0.5  # share of the device's free memory for a pruned copy of the linears
 
@@ -56,7 +56,7 @@ class KeptBlocks:
         return self._checkpoint.offload == "none" and self._needed < ROOM * free_memory(self._checkpoint.device)
 
 
-def prune_whole(context: TrialContext, plan: Plan, what: str, instead: str) -> Callable[[int], dict[str, Tensor]]:
+def prune_whole(context: Session, plan: Plan, what: str, instead: str) -> Callable[[int], dict[str, Tensor]]:
     """Prunes the model to a plan; the returned function gives a block's tensors on the compute device.
 
     UserError if memory is too small for a second copy of the linears: see `KeptBlocks`.

@@ -32,11 +32,11 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Estimate, divergence, error_rate, perplexity
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan, method_in
+from atp_tune.run.scoring import GROUPS
+from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
 from atp_tune.search.final_scores import store_test_scores
-from atp_tune.search.scoring import GROUPS
 from atp_tune.search.space import Space
 from atp_tune.search.task_accuracy import TaskAccuracy
 from atp_tune.spec.search import ACCURACY
@@ -53,7 +53,7 @@ Kind = Literal["nlls", "kls", "misses"]  # what trials are compared by, window b
 class Objective:
     """A trial's values on the validation text, one per objective; TrialError if the trial gives none."""
 
-    context: TrialContext
+    context: Session
     space: Space
     stops: bool  # the study has a stopper
     watch: EventHandler
@@ -144,7 +144,7 @@ def reasons(trial: Trial) -> Iterator[None]:
 class Record:
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
-    def __init__(self, context: TrialContext, objectives: Sequence[str] = PERPLEXITY) -> None:
+    def __init__(self, context: Session, objectives: Sequence[str] = PERPLEXITY) -> None:
         self._context = context
         self._objectives = objectives
         self.kind: Kind = "nlls" if "perplexity" in objectives else "kls" if "kl" in objectives else "misses"

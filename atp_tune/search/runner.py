@@ -36,7 +36,7 @@ from atp_tune.storage.process_identity import versions
 from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
-    from atp_tune.search.context import TrialContext
+    from atp_tune.run.session import Session
     from atp_tune.search.task_accuracy import TaskAccuracy
 
 Callback = Callable[[optuna.Study, FrozenTrial], object]
@@ -61,14 +61,14 @@ class StudyRun:
     name: str
     timeout: float | None
     watch: EventHandler
-    context: "TrialContext | None" = None
+    context: "Session | None" = None
     reports: bool = True
     writes: bool = True
     mix: bool = False
     screens: str | None = None
     callbacks: Sequence[Callback] = ()
     tasks: "TaskAccuracy | None" = None
-    opened: "Callable[[TrialContext], object] | None" = None
+    opened: "Callable[[Session], object] | None" = None
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -194,9 +194,7 @@ def _drive(run: StudyRun) -> optuna.Study:
         run = _with_stored_total(run, before)
         recover_lost(run, before)  # before loading: other hosts would fail these trials without reading their traces
     run = replace(run, tasks=run.tasks or _tasks(run))
-    opened: AbstractContextManager[TrialContext] = (
-        nullcontext(run.context) if run.context else open_context(run, before)
-    )
+    opened: AbstractContextManager[Session] = nullcontext(run.context) if run.context else open_context(run, before)
     with opened as context:
         return _search(run, context, db, before)
 
@@ -212,7 +210,7 @@ def _tasks(run: StudyRun) -> "TaskAccuracy | None":
 
 
 def _search(
-    run: StudyRun, context: "TrialContext", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
+    run: StudyRun, context: "Session", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
 ) -> optuna.Study:
     """The part of the run that needs a context; `before`: the study found in `db`."""
     batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
@@ -254,7 +252,7 @@ def _search(
     return study
 
 
-def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tuple[StudyRun, Screened]:
+def _screen(run: StudyRun, screen: ScreenConfig, context: "Session") -> tuple[StudyRun, Screened]:
     """Runs or resumes the screening; the run with the time left, and what was screened.
 
     The screening measures the dense model on its part of the validation text, so the main study measures the dense
@@ -275,24 +273,23 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "TrialContext") -> tup
     return run, Screened(progress.measured(study), study.user_attrs.get("dense", ()))
 
 
-def open_context(run: StudyRun, study: optuna.Study | None = None) -> "TrialContext":
+def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
     """Loads the model and the texts; windows begin with BOS if those of an existing study do."""
     from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.search.context import TrialContext
-    from atp_tune.search.context_config import ContextConfig
+    from atp_tune.run.session import Session, Setup
 
     spec = run.file.study
     if said := spec.without_effect:
         run.note(said)
     run.note(f"loading the model and the {spec.items}")
-    setup = ContextConfig.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
+    setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
     if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
         setup = replace(setup, ask=lambda folder, size: check_room(cache_dir("recovered"), 2 * size))
     with oom_as_user_error("loading"):
-        return TrialContext.open(setup, run.watch)
+        return Session.open(setup, run.watch)
 
 
-def _describe(run: StudyRun, study: optuna.Study, context: "TrialContext", total: int, batches: dict[str, int]) -> None:
+def _describe(run: StudyRun, study: optuna.Study, context: "Session", total: int, batches: dict[str, int]) -> None:
     spec, model, is_new_limit = run.file.study, context.checkpoint, _has_other_limit(study, run.file)
     total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
     plugged, known = records(spec, run.file.folder), study.user_attrs
@@ -327,7 +324,7 @@ def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
             return
 
 
-def _measure_dense(run: StudyRun, study: optuna.Study, context: "TrialContext") -> None:
+def _measure_dense(run: StudyRun, study: optuna.Study, context: "Session") -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
 
     if "dense" in study.user_attrs:

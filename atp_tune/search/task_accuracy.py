@@ -14,8 +14,8 @@ from atp_tune.events import EventHandler, Message
 from atp_tune.extras import require
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import TaskScore, mean_of_tasks
+from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import Block
-from atp_tune.search.context import TrialContext
 from atp_tune.search.kept_blocks import KeptBlocks
 from atp_tune.spec.config import SHARES
 
@@ -35,7 +35,7 @@ class TaskAccuracy:
         from atp_tune.scores.tasks import find_tasks
 
         self._items = items
-        self._kept: tuple[TrialContext, KeptBlocks] | None = None
+        self._kept: tuple[Session, KeptBlocks] | None = None
         watch(Message("reading the tasks of limit.min_accuracy"))
         try:
             self._tasks = {name: find_tasks((name,), watch, base=base) for name in least}
@@ -46,7 +46,7 @@ class TaskAccuracy:
                 reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())
                 raise UserError(f"limit.min_accuracy {name}: cannot be measured whole: {reasons}")
 
-    def follow(self, context: TrialContext, blocks: Iterable[Block]) -> Iterator[Block]:
+    def follow(self, context: Session, blocks: Iterable[Block]) -> Iterator[Block]:
         """Yields the blocks of a pruned model after keeping their linears."""
         self._kept = context, KeptBlocks(context.checkpoint, "limit.min_accuracy", "evaluate DIR")
         return self._kept[1].follow(blocks)

@@ -20,7 +20,7 @@ from atp_tune.storage.trace import Trace
 from atp_tune.storage.validation import ValidatedStudy
 
 if TYPE_CHECKING:
-    from atp_tune.search.context import TrialContext
+    from atp_tune.run.session import Session
     from atp_tune.search.objective import Objective
     from atp_tune.search.runner import StudyRun
     from atp_tune.search.strategy import Goal
@@ -32,7 +32,7 @@ PUBLISH = 30  # seconds between writes of note and figures, each of which takes 
 def run_trials(
     run: "StudyRun",
     study: optuna.Study,
-    context: "TrialContext",
+    context: "Session",
     space: Space,
     total: int,
     goal: "Goal | None" = None,

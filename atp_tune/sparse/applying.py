@@ -22,9 +22,8 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
+from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
 from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
@@ -104,18 +103,18 @@ def write_applied(
     watch: EventHandler,
     allowed: Mapping[str, bool] | None = None,
     way: "Way | None" = None,
-) -> tuple[ContextConfig, Dense]:
+) -> tuple[Setup, Dense]:
     """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
     texts = {"calibration": config.calibration, "test": config.texts.test}
     way = way or Way(write_sparse)
-    setup = ContextConfig.of_config(config, texts, base, device, allowed or {})
-    with TrialContext.open(replace(setup, ask=way.asked(out)), watch) as context:
+    setup = Setup.of_config(config, texts, base, device, allowed or {})
+    with Session.open(replace(setup, ask=way.asked(out)), watch) as context:
         made = way.write(context, plan_of(config, context), out, config.seen_from(base, out))
         return setup, made
 
 
-def only_plan(file: StudyFile, context: TrialContext, parameters: dict[str, float]) -> Plan:
+def only_plan(file: StudyFile, context: Session, parameters: dict[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.short_names
     space = make_space(file.study, context.budget(file.study.highest))
@@ -136,7 +135,7 @@ def _option(parameter: str) -> str:
     return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
-def plan_of(config: Config, context: TrialContext) -> Plan:
+def plan_of(config: Config, context: Session) -> Plan:
     """The plan of a configuration; UserError if the context has another model."""
     check_model(config, context.folder)
     blocks = len(context.checkpoint.blocks)
@@ -156,7 +155,7 @@ def plan_of(config: Config, context: TrialContext) -> Plan:
     return Plan(config.pruner, name, *shares, bits=bits, linear_bits=rows, row_offsets=offsets)
 
 
-def _row_offsets(config: Config, context: TrialContext) -> RowOffsets | None:
+def _row_offsets(config: Config, context: Session) -> RowOffsets | None:
     """The offsets of rows of a configuration; UserError if they are not the model's, or the pruner takes none."""
     if config.row_offsets is None:
         return None
@@ -168,7 +167,7 @@ def _row_offsets(config: Config, context: TrialContext) -> RowOffsets | None:
         raise UserError(f"row_offsets: {error}") from None
 
 
-def plan_as_pruned(config: Config, context: TrialContext) -> Plan:
+def plan_as_pruned(config: Config, context: Session) -> Plan:
     """The same, with a line where `apply` trains the kept weights, which here are as they were pruned."""
     if config.is_trained:
         context.watch(
@@ -177,7 +176,7 @@ def plan_as_pruned(config: Config, context: TrialContext) -> Plan:
     return plan_of(config, context)
 
 
-def _check_channels(config: Config, context: TrialContext) -> None:
+def _check_channels(config: Config, context: Session) -> None:
     """UserError if the shares of a configuration are no whole channels, or not those of its blocks."""
     rows, again = config.linear_sparsities, "take the file that a study or `export` wrote"
     if rows is None:
@@ -200,7 +199,7 @@ def check_model(config: Config, folder: ModelFolder) -> None:
         )
 
 
-def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
+def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
     study, nothing = file.study, Scores(validation=None, test=None)
     return Config(
@@ -234,7 +233,7 @@ def config_of(file: StudyFile, context: TrialContext, plan: Plan) -> Config:
     )  # fmt: skip
 
 
-def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
+def _of_bits(study: Study, context: Session, plan: Plan) -> dict[str, Any]:
     """The keys of a plan that rounds weights; none for others."""
     if study.bits is None or plan.bits is None:
         return {}
@@ -249,7 +248,7 @@ def _of_bits(study: Study, context: TrialContext, plan: Plan) -> dict[str, Any]:
 
 
 def write_sparse(
-    context: TrialContext,
+    context: Session,
     plan: Plan,
     out: Path,
     config: Config,
@@ -289,7 +288,7 @@ def write_sparse(
     return dense
 
 
-def _stored_as(context: TrialContext, dtype: str | None) -> torch.dtype | None:
+def _stored_as(context: Session, dtype: str | None) -> torch.dtype | None:
     """The number format that a folder gets; None for that of its source."""
     if dtype is None:
         dtype = context.dtype if convert.is_of_gguf(context.folder.path) else SOURCE
@@ -297,7 +296,7 @@ def _stored_as(context: TrialContext, dtype: str | None) -> torch.dtype | None:
 
 
 def _pruned(
-    context: TrialContext, plan: Plan, zeros: list[int], on_gone: OnGone | None, save: Save | None
+    context: Session, plan: Plan, zeros: list[int], on_gone: OnGone | None, save: Save | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name on disk, dense and pruned weight of each linear, in the order of the pass; appends counts of zeros."""
     checkpoint = context.checkpoint
@@ -314,7 +313,7 @@ def _pruned(
                 yield part, was, saved[part]
 
 
-def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
+def measured_folder(setup: Setup, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
     """Measures a written folder, and stores the perplexity in its configuration and card.
 
     UserError, and nothing is stored, if the folder is another by then.
@@ -328,21 +327,21 @@ def measured_folder(setup: ContextConfig, out: Path, dense: Dense, watch: EventH
     return measured
 
 
-def folder_nlls(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> list[float]:
+def folder_nlls(setup: Setup, folder: Path, watch: EventHandler, title: str) -> list[float]:
     """Window NLLs on the test text of a folder, loaded like any model."""
     return folder_scores(setup, folder, watch, title).nlls
 
 
-def folder_scores(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> WindowScores:
+def folder_scores(setup: Setup, folder: Path, watch: EventHandler, title: str) -> WindowScores:
     """Scores on the test text, or the test images, of a folder, loaded like any model."""
     return all_folder_scores(setup, folder, watch, title)["test"]
 
 
-def all_folder_scores(setup: ContextConfig, folder: Path, watch: EventHandler, title: str) -> dict[str, WindowScores]:
+def all_folder_scores(setup: Setup, folder: Path, watch: EventHandler, title: str) -> dict[str, WindowScores]:
     """The same on every text, or all images, of the setup, by role."""
     model = setup.model.model_copy(
         update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
     )
-    with TrialContext.open(replace(setup, model=model), watch) as context:
+    with Session.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
         return {role: context.all_scores(context.dense(), role) for role in setup.texts}

@@ -21,7 +21,7 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs import InputKind
 from atp_tune.metrics.speed import Side
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_as_pruned
 from atp_tune.sparse.continuations import open_config, uniform_plan
@@ -98,7 +98,7 @@ class BothModels(Released):
             self._open.pop().release()
 
     @cached_property
-    def _context(self) -> TrialContext:
+    def _context(self) -> Session:
         """The dense model of the configuration, ready to be pruned."""
         config = self._made_from()
         base = (self._place if self._place.is_dir() else self._place.parent) / config.folder

@@ -7,8 +7,7 @@ from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.events import EventHandler, TrialStarted
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import Plan, make_plan
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Session, Setup
 from atp_tune.search.continuations import Continuing
 from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_as_pruned
@@ -18,15 +17,13 @@ from atp_tune.spec.patterns import parse
 COPIED = ("generate", "chat DIR")  # what needs a pruned copy, and what needs none
 
 
-def open_config(
-    config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
-) -> TrialContext:
+def open_config(config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]) -> Session:
     """The context that prunes to a configuration, to be closed; paths start at `base`, `allowed` as for `apply`."""
-    setup = ContextConfig.of_config(config, {"calibration": config.calibration}, base, device, allowed)
-    return TrialContext.open(setup, watch)
+    setup = Setup.of_config(config, {"calibration": config.calibration}, base, device, allowed)
+    return Session.open(setup, watch)
 
 
-def uniform_plan(config: Config, context: TrialContext) -> Plan:
+def uniform_plan(config: Config, context: Session) -> Plan:
     """The uniform plan with the pruner and the target of a configuration."""
     return make_plan(config.pruner, "uniform", context.budget(config.target), {}, parse(config.prune.pattern))
 

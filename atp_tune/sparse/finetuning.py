@@ -28,8 +28,8 @@ from atp_tune.inputs.windows import Windows
 from atp_tune.measures import Perplexity, accuracy, change, gain, perplexity
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
+from atp_tune.run.session import Setup
 from atp_tune.scores import WindowScores
-from atp_tune.search.context_config import ContextConfig, inputs_of
 from atp_tune.sparse.applying import all_folder_scores
 from atp_tune.sparse.card_finetuning import amend
 from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
@@ -68,7 +68,7 @@ class FinetuningJob:
     cache at the end if another run may write the same folder.
     """
 
-    setup: ContextConfig
+    setup: Setup
     folder: ModelFolder
     out: Path
     text: Data
@@ -179,7 +179,7 @@ def train(
     measured["test"] = test
     settings, items, score = _items(text, measured, folder, settings, base, bos)
     dense = made.dense if made and made.test == test else None
-    setup = ContextConfig(named, PruneConfig(), measured, base, device, bos=bos, inputs=inputs_of(score), score=score)
+    setup = Setup(named, PruneConfig(), measured, base, device, bos=bos, score=score)
     with oom_as_user_error("finetune"):
         return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch, stays))
 

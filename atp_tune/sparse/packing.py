@@ -58,8 +58,7 @@ from atp_tune.packed.modeling_atp_sparse import (
 )
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
-from atp_tune.search.context_config import ContextConfig, inputs_of
+from atp_tune.run.session import Session, Setup
 from atp_tune.sparse import card_bits
 from atp_tune.sparse.applying import SOURCE, Way, folder_nlls, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
@@ -191,7 +190,7 @@ def check_packable(folder: Path, named: object) -> None:
 
 
 def write_to_pack(
-    context: TrialContext, plan: Plan, out: Path, config: Config, codes: Codes | None = None, dtype: str | None = SOURCE
+    context: Session, plan: Plan, out: Path, config: Config, codes: Codes | None = None, dtype: str | None = SOURCE
 ) -> Dense:
     """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be.
 
@@ -212,10 +211,7 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     if (made := origin(source)) is None:
         return None
     model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
-    kind, score = inputs_of(made.config.score), made.config.score
-    setup = ContextConfig(
-        model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos, inputs=kind, score=score
-    )
+    setup = Setup(model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos, score=made.config.score)
     before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
     with temporary_folder(folder) as place:
         unpack_folder(folder, place)

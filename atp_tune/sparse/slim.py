@@ -32,7 +32,7 @@ from atp_tune.events import TrialStarted
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.sparse.applying import SOURCE, Way, write_sparse
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.own_code import CONFIG, bring_own_code
@@ -80,7 +80,7 @@ def check_slim(folder: Path) -> None:
     check_class(folder, "--slim")
 
 
-def write_slim(context: TrialContext, plan: Plan, out: Path, config: Config, dtype: str | None = SOURCE) -> Dense:
+def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: str | None = SOURCE) -> Dense:
     """Prunes and writes the slim folder `out`, with its configuration. UserError, and no folder, if it is not exact."""
     check_pattern(config)
     check_slim(context.folder.path)
@@ -106,7 +106,7 @@ SLIM = Way(write_slim, check_slim, copies=2)  # with the channels first, to be c
 class _Cuts:
     """What is cut of each linear, gathered while the blocks are pruned."""
 
-    def __init__(self, context: TrialContext) -> None:
+    def __init__(self, context: Session) -> None:
         self.checkpoint = context.checkpoint
         self.blocks = context.channels
         self.linears: dict[str, Cut] = {}  # by name in the model

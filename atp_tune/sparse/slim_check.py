@@ -18,7 +18,7 @@ from atp_tune.checkpoints.devices import free_memory, host_memory
 from atp_tune.checkpoints.offload import FITS
 from atp_tune.errors import UserError
 from atp_tune.events import Message
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}  # relative difference of logits, by dtype
 LOOSE = 0.05  # of others
@@ -26,7 +26,7 @@ POSITIONS = 12  # of the batch that both models compute
 
 
 @torch.inference_mode()
-def check_equal(context: TrialContext, masked: Path, slim: Path) -> None:
+def check_equal(context: Session, masked: Path, slim: Path) -> None:
     """UserError if the slim model's logits, with and without a cache, differ from those of the masked model.
 
     A message says what could not be compared, or not closely.
@@ -62,7 +62,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _logits(
-    context: TrialContext, folder: Path, dtype: torch.dtype, cached: bool = False
+    context: Session, folder: Path, dtype: torch.dtype, cached: bool = False
 ) -> tuple[Tensor, Tensor | None, str]:
     """Logits of a folder's model for a small batch, and if `cached` also with cached keys, or the reason for none."""
     try:

@@ -19,7 +19,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
 from atp_tune.inputs import KINDS
 from atp_tune.metrics.speed import Side
-from atp_tune.search.context_config import ContextConfig
+from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import Way, check_model, write_applied, write_sparse
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.slim import SLIM
@@ -110,7 +110,7 @@ def passing_pair(
 
 def _cached(config: Config, base: Path, dense: ModelFolder, device: str, allowed: Mapping[str, bool]) -> Path:
     """The folder in the cache of a configuration's sparse model."""
-    setup = ContextConfig.of_config(config, {"calibration": config.calibration}, base, device, allowed)
+    setup = Setup.of_config(config, {"calibration": config.calibration}, base, device, allowed)
     items = KINDS[setup.inputs].read(setup.texts, dense, base, bool(setup.bos))
     place = find_device(device)
     own = key(

@@ -14,7 +14,7 @@ from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.sparse.packed_models import pack_linears, packed_copy
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
@@ -49,7 +49,7 @@ def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Open
     ]
 
 
-def measure_in_memory(context: TrialContext, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
+def measure_in_memory(context: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
     """Bytes and rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
 
     Bytes are of both models' weights there, in the number format of the computation: files may be in another.

@@ -17,7 +17,7 @@ from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
 
@@ -47,22 +47,22 @@ def bench_on(
     dtype: torch.dtype = torch.float32,
     prune: PruneConfig | None = None,
     windows: int = 16,
-) -> TrialContext:
+) -> Session:
     """A bench over so many random windows a text, for a GPU of 512 tokens."""
     tokens = 512 if device.type == "cuda" else 32
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
     texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     model = llama(device, dtype)
     folder = NoFolder(Path(), "random", "llama")
-    return TrialContext(folder, Checkpoint(model, device, offload), texts, prune or PruneConfig(), lambda event: None)
+    return Session(folder, Checkpoint(model, device, offload), texts, prune or PruneConfig(), lambda event: None)
 
 
-def plan(context: TrialContext, pruner: str = "wanda") -> Plan:
+def plan(context: Session, pruner: str = "wanda") -> Plan:
     """Half of the weights of each block."""
     return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
 
 
-def trial(context: TrialContext, pruner: str = "wanda") -> Record:
+def trial(context: Session, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
     record = Record(context)
     pruned = record.follow(context.prune(plan(context, pruner)))
@@ -70,7 +70,7 @@ def trial(context: TrialContext, pruner: str = "wanda") -> Record:
     return record
 
 
-def pruned_blocks(context: TrialContext, pruner: str = "wanda") -> list[Tensors]:
+def pruned_blocks(context: Session, pruner: str = "wanda") -> list[Tensors]:
     """The blocks that a plan comes to, in host memory."""
     return [
         {name: tensor.cpu() for name, tensor in block.weights.items()} for block in context.prune(plan(context, pruner))

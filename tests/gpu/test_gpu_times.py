@@ -10,7 +10,7 @@ from atp_tune.blocks.prune_pass import advance, measure
 from atp_tune.blocks.timing import wait_for
 from atp_tune.cost.probe import probe
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.search.context import TrialContext
+from atp_tune.run.session import Session
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +44,7 @@ def test_listening_counts_for_calibration(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def calibration_seconds(context: TrialContext) -> float:
+def calibration_seconds(context: Session) -> float:
     """The two passes over the calibration windows, each block's alone."""
     replay, batch, device = context.replay, context.batch("calibration"), context.checkpoint.device
     ids = torch.from_numpy(context.windows["calibration"].ids).to(device)

@@ -20,7 +20,7 @@ from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
-    from atp_tune.search.context import TrialContext
+    from atp_tune.run.session import Session
     from atp_tune.spec.study import Study
     from atp_tune.spec.studyfile import StudyFile
     from atp_tune.study_request import StudyRequest
@@ -212,7 +212,7 @@ def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
         raise UserError(str(error).replace("--study-name NAME", "--name NAME")) from None
 
 
-def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "TrialContext") -> str:
+def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "Session") -> str:
     """What the study takes, beside another preset."""
     from atp_tune.cost.planning import foresee_open
 

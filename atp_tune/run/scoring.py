@@ -13,9 +13,9 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.events import EventHandler, Step
 from atp_tune.inputs import Batch
+from atp_tune.run.dense_model import dense_blocks
 from atp_tune.scores import Score, WindowScores, joined
 from atp_tune.scores.evaluation import Block, final_scores, final_states, group_scores, passing
-from atp_tune.search.dense_model import dense_blocks
 
 GROUPS = 8  # groups of validation windows; a stopper may end a trial between two groups
 

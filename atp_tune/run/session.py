@@ -1,12 +1,14 @@
-"""The context of trials, which a process loads once: dense checkpoint, windows of the texts, dense measurements.
+"""A session: a dense checkpoint and windows of texts, loaded once, which prunes and measures any plan.
 
 Windows are evaluated in the same batches with and without a stopper, so trials have the same values to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,34 +28,107 @@ from atp_tune.blocks.towers import verified_with_tower
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, other_products, reuse_freed_memory
-from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.events import EventHandler, Message, Step, TrialStarted, ignore_events
-from atp_tune.inputs import KINDS, Batch, Items
+from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve
+from atp_tune.events import Event, EventHandler, Message, Step, TrialStarted, ignore_events
+from atp_tune.inputs import KINDS, Batch, InputKind, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.scores import SCORES, WindowScores, joined
+from atp_tune.run.dense_model import DenseMeasurements, dense_blocks
+from atp_tune.run.prices import POOL, CalibrationGradients, Descent, bit_costs, by_pruner, by_score, priced_shares
+from atp_tune.run.scoring import Alongside, RoleScorer
+from atp_tune.scores import SCORES, Score, WindowScores, joined
 from atp_tune.scores.bos import compare_bos
 from atp_tune.scores.evaluation import Block, head_scores
-from atp_tune.search.calibration_gradients import CalibrationGradients
-from atp_tune.search.context_config import ContextConfig
-from atp_tune.search.dense_model import DenseMeasurements, dense_blocks
-from atp_tune.search.priced import POOL, Descent, by_pruner, by_score
-from atp_tune.search.priced_bits import bit_costs, priced_shares
-from atp_tune.search.scoring import Alongside, RoleScorer
+from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
+from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
+from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
+from atp_tune.spec.study import Data, ModelConfig, Study
 from atp_tune.spec.texts import Text
+from atp_tune.spec.typed import Interval
 
 
-class TrialContext(Released):
+@dataclass(frozen=True)
+class Setup:
+    """What a session opens: model, pruners, texts by role, and the folder of relative paths (`base`).
+
+    `batches`: sizes for `Session.begin`. `draws`: of the calibration text, each with a pool of its own if plans are
+    found `by_prices`. `bos`: windows begin with BOS; None if the dense model's perplexity on the calibration text
+    decides. `score`: a row of `scores.SCORES`. `sparsities`: the interval of a study that searches one. `quantize`:
+    weights are rounded, after pruning to `bits` in every block. `ask`: what a command must know before the model is
+    read.
+    """
+
+    model: ModelConfig
+    prune: PruneConfig
+    texts: dict[str, Data]
+    base: Path
+    device: str
+    batches: Mapping[str, int] = field(default_factory=dict)
+    draws: int = 1
+    bos: bool | None = False
+    score: str = "next-token"
+    sparsities: Interval | None = None
+    quantize: QuantizeConfig | None = None
+    bits: int | None = None
+    by_prices: bool = False
+    ask: Ask = ask_nothing
+
+    @classmethod
+    def of_study(cls, study: Study, base: Path, bos: bool | None) -> "Setup":
+        """The setup for a study's trials."""
+        data = study.data
+        texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation}
+        return cls(
+            study.model,
+            study.prune,
+            texts if data.test is None else {**texts, "test": data.test},
+            base,
+            study.device,
+            draws=data.calibration.draws,
+            bos=bos,
+            score=study.score,
+            sparsities=study.interval,
+            quantize=None if study.bits is None else study.quantize,
+            bits=study.fixed_bits,
+            by_prices=bool(study.allocation.by_prices),
+        )
+
+    @classmethod
+    def of_config(
+        cls, config: Config, texts: dict[str, Data], base: Path, device: str, allowed: Mapping[str, bool]
+    ) -> "Setup":
+        """The setup for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
+        plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
+        return cls(
+            config.model.model(allowed),
+            config.prune,
+            texts,
+            base,
+            device,
+            batches=config.batches,
+            bos=config.bos,
+            score=config.score,
+            quantize=config.quantize,
+            bits=config.fixed_bits,
+        )
+
+    @property
+    def inputs(self) -> str:
+        """The kind of input that the score is of: a row of `inputs.KINDS`."""
+        return IMAGES if self.score == CLASSES else "tokens"
+
+
+class Session(Released):
     """A dense checkpoint and the windows of each text, ready to prune and measure any plan.
 
-    A context manager that frees its memory at the end: `with TrialContext.open(setup) as context`.
+    A context manager that frees its memory at the end: `with Session.open(setup) as session`.
     """
 
     def __init__(
@@ -63,33 +138,45 @@ class TrialContext(Released):
         windows: Mapping[str, Items],
         prune: PruneConfig,
         watch: EventHandler,
-        replay: Replay | None = None,
+        *,
         inputs: str = "tokens",
         score: str = "next-token",
+        replay: Replay | None = None,
+        quantize: QuantizeConfig | None = None,
+        bits: int | None = None,
+        path: tuple[float, ...] = (),
+        pool: Callable[[], Items] | None = None,
+        draws: Sequence[tuple[Items, Items]] = (),
+        bos_effect: BosEffect | None = None,
     ) -> None:
-        """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights."""
+        """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights.
+
+        `quantize`: weights are rounded, after pruning to so many `bits`. `path`: targets of a descent by prices over an
+        interval of sparsities; `pool`: what its steps draw from. `draws` of the calibration text: windows, and what
+        plans are fitted to. `bos_effect`: None if not measured.
+        """
         self.folder = folder
         self.checkpoint = checkpoint
         self.windows = windows
         self.prune_settings = prune
-        self.quantize: QuantizeConfig | None = None  # weights are rounded,
-        self.bits: int | None = None  # after pruning, to so many bits
-        self.bos_effect: BosEffect | None = None  # None if not measured
+        self.quantize = quantize
+        self.bits = bits
+        self.bos_effect = bos_effect
         self.watch = watch
         self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
-        self.replay = replay or self._verified(items)
-        positions = {role: each.positions for role, each in windows.items()}
-        batches = {role: self._auto_batch(length, block_bytes(checkpoint)) for role, length in positions.items()}
-        self.heads = self._auto_batch(*self.score.head_cost(checkpoint, max(positions.values())))
+        self.replay = replay or verified_replay(checkpoint, self.inputs, self.score, windows)
+        batches = {role: _auto_batch(watch, checkpoint, each.positions) for role, each in windows.items()}
+        longest = max(each.positions for each in windows.values())
+        self.heads = _auto_batch(watch, checkpoint, *self.score.head_cost(checkpoint, longest))
         self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
-        self._draws: list[tuple[Items, Items]] = []  # of the calibration text: windows, and what plans are fitted to
-        self._path: tuple[float, ...] = ()  # targets of a descent by prices over an interval of sparsities
-        self._pool: Callable[[], Items] = lambda: windows["calibration"]  # what steps by prices draw from
+        self._draws = draws
+        self._path = path
+        self._pool = pool or (lambda: windows["calibration"])
 
     @classmethod
-    def open(cls, setup: ContextConfig, watch: EventHandler = ignore_events) -> "TrialContext":
+    def open(cls, setup: Setup, watch: EventHandler = ignore_events) -> "Session":
         """Loads the model and the texts; UserError if one cannot be loaded."""
         device, inputs = find_device(setup.device), KINDS[setup.inputs]
         if device.type == "cpu":
@@ -108,41 +195,61 @@ class TrialContext(Released):
     @classmethod
     def _opened(
         cls,
-        setup: ContextConfig,
+        setup: Setup,
         folder: ModelFolder,
         checkpoint: Checkpoint,
         windows: Mapping[str, Items],
         watch: EventHandler,
-    ) -> "TrialContext":
+    ) -> "Session":
         if checkpoint.offload != "none":
             place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
             watch(Message(f"blocks are kept {place} and copied to the device one by one"))
-        context = cls(folder, checkpoint, windows, setup.prune, watch, None, setup.inputs, setup.score)
-        inputs = KINDS[setup.inputs]
-        inputs.check_fit(checkpoint, windows, context.replay.embed)
-        has_images = getattr(setup.texts.get("calibration"), "images", None) is not None
+        # The model can be replayed, and takes the items.
+        kind, text = KINDS[setup.inputs], setup.texts.get("calibration")
+        replay = verified_replay(checkpoint, kind.of(windows), SCORES[setup.score], windows)
+        kind.check_fit(checkpoint, windows, replay.embed)
+        has_images = getattr(text, "images", None) is not None
         if has_images and not checkpoint.in_tower:
-            check_batch(context.replay, context.items("calibration"), "texts.calibration.images")
-        context = context._with_bos_if_better(setup) if setup.bos is None else context
-        context.begin(setup.batches)
-        context.quantize, context.bits = setup.quantize, setup.bits
-        if "calibration" in setup.texts:
-            context._pool = partial(inputs.many, setup.texts["calibration"], POOL, folder, setup.base, context.bos)
-        if setup.sparsities is not None:
-            context._path = path(*setup.sparsities)
+            check_batch(replay, windows["calibration"].batch(checkpoint.device), "texts.calibration.images")
+        # Windows begin with BOS, or not, whichever gives the dense model the lower perplexity.
+        effect = None
+        if setup.bos is None:
+            assert isinstance(text, Text)
+            batch = _auto_batch(watch, checkpoint, windows["calibration"].positions)
+            longest = max(each.positions for each in windows.values())
+            heads = _auto_batch(watch, checkpoint, *SCORES[setup.score].head_cost(checkpoint, longest))
+            effect = compare_bos(replay, batch, heads, dense_blocks(checkpoint), folder, text, setup.base)
+            if effect is not None:
+                watch(Message(f"texts.bos: {effect}"))
+            if effect is not None and effect.taken:
+                windows = kind.read(setup.texts, folder, setup.base, True)
+        # What steps by prices draw from, and the draws of the calibration text.
+        bos, pool, draws = kind.facts(windows).get(BOS, False), None, list[tuple[Items, Items]]()
+        if text is not None:
+            pool = partial(kind.many, text, POOL, folder, setup.base, bos)
         if setup.draws > 1:
-            text, pool = setup.texts["calibration"], POOL if setup.by_prices else 0
-            found = inputs.draws(text, setup.draws, pool, folder, setup.base, context.bos)
-            context._draws = [(items, pool if setup.by_prices else items) for items, pool in found]
+            found = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, setup.base, bos)
+            draws = [(items, pool if setup.by_prices else items) for items, pool in found]
             for drawn in chain.from_iterable(found):
-                inputs.check_disjoint({**context.windows, "calibration": drawn})
-        return context
-
-    def _verified(self, items: dict[str, Batch]) -> Replay:
-        """The replay of the model, compared with its own forward; UserError that names the first difference."""
-        if self.checkpoint.in_tower:
-            return verified_with_tower(self.checkpoint, self.inputs, self.score, items)
-        return verified(self.checkpoint, self.inputs, self.score)
+                kind.check_disjoint({**windows, "calibration": drawn})
+        session = cls(
+            folder,
+            checkpoint,
+            windows,
+            setup.prune,
+            watch,
+            inputs=setup.inputs,
+            score=setup.score,
+            replay=replay,
+            quantize=setup.quantize,
+            bits=setup.bits,
+            path=() if setup.sparsities is None else path(*setup.sparsities),
+            pool=pool,
+            draws=draws,
+            bos_effect=effect,
+        )
+        session.begin(setup.batches)
+        return session
 
     def release(self) -> None:
         """Frees the measurements and the checkpoint."""
@@ -151,47 +258,24 @@ class TrialContext(Released):
             self.measured.clear()
         self.checkpoint.release()
 
-    def _with_bos_if_better(self, setup: ContextConfig) -> "TrialContext":
-        """The context with or without BOS, whichever gives the dense model the lower perplexity."""
-        text, batch = setup.texts["calibration"], self.batch("calibration")
-        assert isinstance(text, Text)
-        effect = compare_bos(self.replay, batch, self.heads, self.dense(), self.folder, text, setup.base)
-        self.bos_effect = effect
-        if effect is not None:
-            self.watch(Message(f"texts.bos: {effect}"))
-        if effect is None or not effect.taken:
-            return self
-        windows = self.inputs.read(setup.texts, self.folder, setup.base, True)
-        other = TrialContext(
-            self.folder,
-            self.checkpoint,
-            windows,
-            self.prune_settings,
-            self.watch,
-            self.replay,
-            setup.inputs,
-            setup.score,
-        )
-        other.bos_effect = effect
-        return other
-
-    def screening(self, every: int) -> "TrialContext":
-        """The context for screening: dense statistics, every `every`-th validation window, no error curve.
+    def screening(self, every: int) -> "Session":
+        """The session for screening: dense statistics, every `every`-th validation window, no error curve.
 
         Model and dense measurements are shared.
         """
-        other = self._with("validation", self.windows["validation"].thinned(every))
-        vars(other)["measured"] = self.measured
-        other.prune_settings = self.prune_settings.model_copy(update={"statistics": "dense"})
-        return other
+        prune = self.prune_settings.model_copy(update={"statistics": "dense"})
+        thinned = self.windows["validation"].thinned(every)
+        return self._with("validation", thinned, measured=self.measured, prune_settings=prune)
 
-    def drawn(self, index: int) -> "TrialContext":
-        """The context with another draw of the calibration text (0: its own), without dense measurements."""
+    def drawn(self, index: int) -> "Session":
+        """The session with another draw of the calibration text (0: its own), without dense measurements."""
         (items, pool), watch = self._draws[index], self.watch
-        other = self._with("calibration", items)
-        other._pool = lambda: pool
-        other.watch = lambda event: None if isinstance(event, TrialStarted) else watch(event)
-        return other
+
+        def hear(event: Event) -> None:
+            if not isinstance(event, TrialStarted):
+                watch(event)
+
+        return self._with("calibration", items, _pool=lambda: pool, watch=hear)
 
     @cached_property
     def fitted_to(self) -> tuple[int, int]:
@@ -205,18 +289,18 @@ class TrialContext(Released):
         """Whether draws are fitted to less than the study's own plans, since the calibration text has no room."""
         return len(self._draws) > 1 and len(set(self.fitted_to)) > 1
 
-    def limited(self, role: str, most: int) -> "TrialContext":
-        """The context with the first items of one role, at most so many."""
+    def limited(self, role: str, most: int) -> "Session":
+        """The session with the first items of one role, at most so many."""
         items: Any = self.windows[role]
         return self._with(role, items[:most])
 
-    def _with(self, role: str, items: Items) -> "TrialContext":
-        """A copy with other items of one role, without dense measurements and error curve."""
+    def _with(self, role: str, items: Items, **changed: Any) -> "Session":
+        """A copy with other items of one role and these attributes, without dense measurements and error curve."""
         other = copy(self)
-        other.windows = {**self.windows, role: items}
-        other._roles = {**self._roles, role: self._scorer(items.batch(self.checkpoint.device), self.batch(role))}
-        other._has_error_curve = False
         vars(other).pop("measured", None)
+        roles = {**self._roles, role: self._scorer(items.batch(self.checkpoint.device), self.batch(role))}
+        windows = {**self.windows, role: items}
+        vars(other).update(windows=windows, _roles=roles, _has_error_curve=False, **changed)
         return other
 
     @property
@@ -388,6 +472,21 @@ class TrialContext(Released):
     def _scorer(self, items: Batch, batch: AutoBatch) -> RoleScorer:
         return RoleScorer(self.replay, self.score, items, batch, self.heads, self.watch)
 
-    def _auto_batch(self, positions: int, bytes_per_position: int) -> AutoBatch:
-        watch = self.watch  # not `self` in the lambda: a reference cycle would keep the context's memory
-        return AutoBatch(self.checkpoint.device, positions, bytes_per_position, lambda text: watch(Message(text)))
+
+def verified_replay(
+    checkpoint: Checkpoint, inputs: InputKind[Any], score: Score, windows: Mapping[str, Items]
+) -> Replay:
+    """The replay of a model, compared with its own forward; UserError that names the first difference."""
+    if not checkpoint.in_tower:
+        return verified(checkpoint, inputs, score)
+    return verified_with_tower(
+        checkpoint, inputs, score, {role: each.batch(checkpoint.device) for role, each in windows.items()}
+    )
+
+
+def _auto_batch(
+    watch: EventHandler, checkpoint: Checkpoint, positions: int, bytes_per_position: int | None = None
+) -> AutoBatch:
+    """The batch size of items, of so many positions each; `bytes_per_position`: by default those of the blocks."""
+    needed = block_bytes(checkpoint) if bytes_per_position is None else bytes_per_position
+    return AutoBatch(checkpoint.device, positions, needed, lambda text: watch(Message(text)))
