@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +46,12 @@ def sizes(place: Path) -> list[tuple[int, int]]:
     ]
 
 
-def forget(place: Path) -> None:
-    """As if an earlier version had made the study."""
-    with closing(sqlite3.connect(place / "tiny.db")) as connection:
-        for table in ("study", "trial"):
-            connection.execute(f"DELETE FROM {table}_user_attributes WHERE key = 'batches'")
-        connection.commit()
-
-
 @pytest.mark.slow
 def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
     assert stored(began).user_attrs["batches"] == {"calibration": 8, "validation": 16, "test": 16, "heads": 64}
     run(began, "search.trials=3")
-    assert [t.user_attrs["batch_windows"] for t in stored(began).trials][2:] == [8]
+    assert [t.user_attrs["batches"]["calibration"] for t in stored(began).trials][2:] == [8]
     assert sizes(began) == [(8, 16)] * 3
-    assert summarise(stored(began)).unlike == {}
-
-
-@pytest.mark.slow
-def test_a_study_of_an_earlier_version_is_resumed_in_the_batches_of_its_trials(
-    began: Path, elsewhere: pytest.MonkeyPatch
-) -> None:
-    forget(began)
-    assert summarise(stored(began)).unlike == {}
-    run(began, "search.trials=3")
-    assert stored(began).user_attrs["batches"]["calibration"] == 8
-    assert stored(began).trials[2].user_attrs["batch_windows"] == 8
     assert summarise(stored(began)).unlike == {}
 
 

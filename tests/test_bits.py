@@ -284,10 +284,10 @@ def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandL
     for words, reason in (
         (["apply", "--slim", "--config", bits_done / "tiny.best.json"], "only whole channels can be cut"),
         (
-            ["finetune", "--model", bits_done / "out", "--seqlen", "32"],
+            ["finetune", bits_done / "out", "--seqlen", "32"],
             "its weights are rounded, and training would undo",
         ),
-        (["speedup", "--model", bits_done / "out"], "weights are rounded, and run as floats"),
+        (["speedup", bits_done / "out"], "weights are rounded, and run as floats"),
         (
             ["prune", "--study", bits_done / "tiny.toml", "--pruner", "wanda", "--beta", "0.1"],
             "is of zeros; leave it out",
@@ -317,7 +317,7 @@ def check_codes(place: Path, command: CommandLine, zeros: bool) -> None:
     assert "codes" in card and "as floats" not in card and NEEDED in card
     again = command("apply", "--config", codes / "atp_tune.json", "--out", place / "again", "--packed").out
     assert "byte for byte" in again and "(+0.000%)" in again
-    rates = command("speedup", "--model", codes, "--engine", "packed", "--tokens", "8", "--runs", "1")
+    rates = command("speedup", codes, "--engine", "packed", "--tokens", "8", "--runs", "1")
     assert ("packed" in rates.out) if zeros else ("run as floats" in rates.err)
     assert command("unpack", codes, "--out", place / "unpacked").code == 0
     found, loaded = (AutoModelForCausalLM.from_pretrained(place / name) for name in ("unpacked", "codes"))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from test_applying import tensors
@@ -259,33 +258,6 @@ def test_another_value_is_another_study(trials: int, finished: Path, command: Co
     assert (finished / "tiny.db").read_bytes() == before
 
 
-def forget(study: optuna.Study) -> None:
-    """A study as the former version left it: without the fact."""
-    known = study.user_attrs["fingerprint"]
-    assert known.pop("texts.bos") is False
-    study.set_user_attr("fingerprint", known)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("never")
-def test_studies_of_before_go_on_without(wanting: Path, command: CommandLine) -> None:
-    run(wanting, "search.trials=2", "texts.bos=false")
-    forget(reopen(wanting))
-    answer = tune(command, wanting, "search.trials=3")
-    assert (answer.code, answer.err) == (0, "")
-    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
-    study = reopen(wanting)
-    assert len(study.trials) == 3
-    assert "texts.bos" not in study.user_attrs["fingerprint"]
-    assert read_config(wanting / "tiny.best.json").bos is False
-    assert tune(command, wanting, "texts.bos=false", "search.trials=4").code == 0
-    assert tune(command, wanting, "texts.bos=true").error.startswith("study tiny: texts.bos is true, was false. Put")
-    once = command("prune", "--study", wanting / "tiny.toml", "--beta", "0")  # as in the study that is there
-    uniform = perplexity(study.user_attrs["test_nlls"]["0"])
-    assert f"perplexity {uniform} on the test text" in once.out
-    assert command("plan", "--study", wanting / "tiny.toml").code == 0
-
-
 @pytest.mark.slow
 def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], session.compare_bos
@@ -400,9 +372,9 @@ def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -
 @pytest.mark.slow
 def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: CommandLine) -> None:
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
-    short = ("--steps", "2", "--batch", "2", "--tokens", "16", "--text", f"file:{finished / 'long.txt'}")
+    short = ("--steps", "2", "--batch", "2", "--seqlen", "16", "--text", f"file:{finished / 'long.txt'}")
     short += ("--patience", "0")
-    answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
+    answer = command("finetune", finished / "sparse", "--out", finished / "out", *short)
     assert (answer.code, answer.err) == (0, "")
     done = Finetuned.model_validate_json((finished / "out" / FINETUNED).read_text())
     report = by_hand(finished, "test", bos=True)
@@ -417,9 +389,9 @@ def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: Com
     """The test text itself under another name, in windows of half the length, is found out."""
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     shutil.copy(finished / "test.txt", finished / "copy.txt")
-    short = ("--steps", "4", "--batch", "4", "--tokens", "16", "--text", f"file:{finished / 'copy.txt'}")
+    short = ("--steps", "4", "--batch", "4", "--seqlen", "16", "--text", f"file:{finished / 'copy.txt'}")
     short += ("--patience", "0")  # or windows are held out too, and counted
-    answer = command("finetune", "--model", finished / "sparse", "--out", finished / "out", *short)
+    answer = command("finetune", finished / "sparse", "--out", finished / "out", *short)
     assert "windows of file:" in answer.error and "are in the test text too" in answer.error
 
 
@@ -456,7 +428,7 @@ def test_wherever_the_weights_lie(offload: str, wanting: Path, finished: Path) -
 def test_a_random_draw_is_asked_too(wanting: Path) -> None:
     lines = [json.dumps({"text": part}) for part in (wanting / "calibration.txt").read_text().split("\n\n")]
     (wanting / "calibration.jsonl").write_text("\n".join(lines))
-    changes = ("source=file:calibration.jsonl", "draw=random", "windows=2", "every=2")
+    changes = ("source=file:calibration.jsonl", "sampling=random", "nsamples=2", "stride=2")
     run(wanting, *(f"texts.calibration.{change}" for change in changes), "search.trials=1")
     found = BosEffect.model_validate(reopen(wanting).user_attrs["bos"])
     assert (found.windows, found.taken) == (8, True)

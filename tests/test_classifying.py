@@ -77,17 +77,17 @@ def test_of_equal_classes_the_first_comes_first() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("missing.png", "--model", "model"), r"FILE: there is no file missing.png; give pictures"),
-        ((".", "--model", "model"), r"FILE: there is no file \.; give pictures"),
-        (("0.png", "notes.txt", "--model", "nowhere"), "DIR: there is no folder nowhere; give one before the pictures"),
-        (("0.png", "notes.txt", "--model", "model"), "FILE: notes.txt is no picture that can be read: unknown format"),
-        (("0.png", "cut.png", "--model", "model"), "FILE: cut.png is no picture that can be read: "),
+        (("model", "missing.png"), r"FILE: there is no file missing.png; give pictures"),
+        (("model", "."), r"FILE: there is no file \.; give pictures"),
+        (("nowhere", "0.png", "notes.txt"), "DIR: there is no folder nowhere; give one before the pictures"),
+        (("model", "0.png", "notes.txt"), "FILE: notes.txt is no picture that can be read: unknown format"),
+        (("model", "0.png", "cut.png"), "FILE: cut.png is no picture that can be read: "),
         (("0.png", "--config", "notes.txt"), "notes.txt: "),
         (("0.png", "--config", "nowhere.json"), "--config: there is no file nowhere.json"),
         (("0.png",), r"DIR: there is no folder 0\.png; give one before the pictures"),
-        (("0.png", "--model", "model", "--config", "notes.txt"), "FILE: there is no file model"),
-        (("0.png", "--model", "model", "--both"), "model: has no atp_tune.json, so its dense model is not known"),
-        (("0.png", "--model", "text"), "text is no image classifier of transformers"),
+        (("model", "0.png", "--config", "notes.txt"), "FILE: there is no file model"),
+        (("model", "0.png", "--both"), "model: has no atp_tune.json, so its dense model is not known"),
+        (("text", "0.png"), "text is no image classifier of transformers"),
         (("model",), "FILE...: give pictures after the folder"),
         ((), "Missing argument 'DIR FILE'"),
     ],
@@ -113,21 +113,21 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(
 ) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "other"))
     ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(place)
-    answer = command("classify", pictures[0], "--model", place)
+    answer = command("classify", place, pictures[0])
     assert answer.code == 2 and re.search(r"model .*: cannot be run on an image: ", answer.err), answer
     assert len(answer.err.splitlines()) == 1 and "|" not in answer.out
 
 
 def test_a_class_without_a_name_has_its_number(tmp_path: Path, pictures: list[Path], command: CommandLine) -> None:
     place = write_classifier(tmp_path / "gap", {0: "a", 1: "b", 7: "c"})
-    answer = command("classify", pictures[0], "--model", place)
+    answer = command("classify", place, pictures[0])
     assert answer.code == 0 and "| LABEL_2 " in answer.out, answer
 
 
 def test_a_file_of_any_size_is_not_read(tmp_path: Path, folder: Path, command: CommandLine) -> None:
     with (tmp_path / "big.png").open("wb") as stream:
         stream.truncate(1 << 40)  # without blocks on the disk
-    answer = command("classify", tmp_path / "big.png", "--model", folder)
+    answer = command("classify", folder, tmp_path / "big.png")
     assert answer.code == 2 and re.search(r"FILE: .*big.png has 1.1e\+12 bytes, and .* is the most", answer.err), answer
 
 
@@ -138,7 +138,7 @@ def test_a_file_of_another_format_starts_no_program(
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", "EPS")
     called = list[object]()
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words, **_: called.append(words))
-    answer = command("classify", tmp_path / "x.png", "--model", folder)
+    answer = command("classify", folder, tmp_path / "x.png")
     assert answer.code == 2 and "x.png is no picture that can be read: unknown format" in answer.err and not called
 
 

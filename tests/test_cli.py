@@ -121,7 +121,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
 @pytest.mark.slow
 def test_bad_input_as_a_process(place: Path) -> None:
     """The first as a user starts it."""
-    for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "--model", "no"]):
+    for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "no"]):
         answer = finish(start(*arguments, alone=arguments[0] == "--study"))
         assert answer.error
         assert answer.out in {"", "loading the model and the texts\n"}
@@ -468,8 +468,8 @@ def test_prune_without_a_study_starts_from_where_the_user_stands(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Neither the model nor the texts are looked for beside the package's own prune.toml."""
-    tables = (f'texts.{role}={{source = "file:{role}.txt", windows = 16, tokens = 32}}' for role in ROLES)
-    options = ("--pruner", "wanda", "--sparsity", "0.5", "--beta", "0.02", "--device", "cpu", "--model", "model")
+    tables = (f'texts.{role}={{source = "file:{role}.txt", nsamples = 16, seqlen = 32}}' for role in ROLES)
+    options = ("model", "--pruner", "wanda", "--sparsity", "0.5", "--beta", "0.02", "--device", "cpu")
     monkeypatch.chdir(place)
     answer = command("prune", *options, *settings(*tables))
     assert answer.code == 0
@@ -593,8 +593,8 @@ STUDY = ["--study", "tiny.toml"]
         (None, ["prune", *STUDY, "--set", "sparsity=[0.3, 0.8]"],
          "--sparsity: tiny.toml searches from 30% to 80%; give one, such as --sparsity 0.6"),
         (None, ["prune", *STUDY, "--out", "model"], "--out model: exists already"),
-        (None, ["prune", *STUDY, "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
-        (None, ["prune", "--model", "nosuch"], 'model.source: "nosuch" is no folder'),
+        (None, ["prune", "nosuch", *STUDY], 'model.source: "nosuch" is no folder'),
+        (None, ["prune", "nosuch"], 'model.source: "nosuch" is no folder'),
         (None, ["prune", *STUDY, "--out", "validation.txt/out"], "--out validation.txt/out: cannot be written"),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else str(value),  # the same in each process of xdist

@@ -27,7 +27,6 @@ from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.texts import Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
-FORMER = Path(__file__).parent / "former" / "config-0.1.json"
 
 
 def scores(search: float, report: float | None) -> Scores:
@@ -224,13 +223,3 @@ def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     reader.join()
     assert seen <= {long.to_json().encode(), short.to_json().encode()}
     assert seen
-
-
-@pytest.mark.parametrize(("is_older", "meant"), [(True, "block"), (False, "sequential")])
-def test_statistics_of_files_from_before_they_were_renamed(tmp_path: Path, is_older: bool, meant: str) -> None:
-    content = json.loads(FORMER.read_text(encoding="utf-8"))
-    content["prune"]["statistics"] = "sequential"
-    for text in (content["calibration"], *content["texts"].values()):
-        assert text.pop("every") == 1 if is_older else text["every"] == 1
-    (tmp_path / "best.json").write_text(json.dumps(content))
-    assert read_config(tmp_path / "best.json").prune.statistics == meant

@@ -28,7 +28,7 @@ from atp_tune.sparse.training import order
 from atp_tune.spec.config import read_config
 from atp_tune.spec.texts import Text
 
-SHORT = ("--steps", "6", "--batch", "4", "--tokens", str(TOKENS), "--learning-rate", "0.01")
+SHORT = ("--steps", "6", "--batch", "4", "--seqlen", str(TOKENS), "--learning-rate", "0.01")
 SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, seqlen=TOKENS, batch=4, seed=0)
 
 
@@ -70,7 +70,7 @@ def check_kept(before: Path, after: Path) -> None:
 @pytest.mark.slow
 def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: CommandLine) -> None:
     longer = (*SHORT, "--steps", "30", "--learning-rate", "0.003", "--text", f"file:{place / 'long.txt'}")
-    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *longer)
+    answer = command("finetune", place / "sparse", "--out", place / "out", *longer)
     assert (answer.code, answer.err) == (0, "")
     check_kept(place / "sparse", place / "out")
     before, after = (ByHand(place, place / name).nlls("test") for name in ("sparse", "out"))
@@ -95,9 +95,7 @@ def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: Comm
 @pytest.mark.parametrize("train", ["lora", "scales"])
 def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLine, train: str) -> None:
     longer = (*SHORT, "--steps", "30", "--text", f"file:{place / 'long.txt'}", "--eval-every", "10")
-    answer = command(
-        "finetune", "--model", place / "sparse", "--out", place / "out", *longer, "--loss", "kl", "--train", train
-    )
+    answer = command("finetune", place / "sparse", "--out", place / "out", *longer, "--loss", "kl", "--train", train)
     assert (answer.code, answer.err) == (0, "")
     check_kept(place / "sparse", place / "out")
     done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
@@ -127,7 +125,7 @@ def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLi
 @pytest.mark.slow
 def test_training_that_helps_nothing_writes_nothing(place: Path, command: CommandLine) -> None:
     """At a rate that destroys the model: it stops before all steps, with one line, and leaves nothing."""
-    words = ("--model", place / "sparse", "--out", place / "out", *SHORT, "--steps", "90", "--learning-rate", "3")
+    words = (place / "sparse", "--out", place / "out", *SHORT, "--steps", "90", "--learning-rate", "3")
     answer = command("finetune", *words, "--eval-every", "2", "--patience", "2")
     assert answer.code == 2
     assert answer.error.startswith("finetune: no step lowered the loss on the ")
@@ -216,16 +214,14 @@ def test_a_folder_that_says_nothing_holds_out_a_part(place: Path) -> None:
 @pytest.mark.slow
 def test_what_was_pruned_without_a_search_is_tuned_too(place: Path, command: CommandLine) -> None:
     assert command("prune", "--study", place / "tiny.toml", "--beta", "0.05", "--out", place / "once").code == 0
-    assert command("finetune", "--model", place / "once", "--out", place / "tuned", *SHORT).code == 0
+    assert command("finetune", place / "once", "--out", place / "tuned", *SHORT).code == 0
     check_kept(place / "once", place / "tuned")
 
 
 @pytest.mark.slow
 def test_it_can_be_tuned_again(place: Path, command: CommandLine) -> None:
     run(place)
-    answer = command(
-        "finetune", "--model", place / "out", "--out", place / "again", *SHORT, "--seed", "1", "--patience", "0"
-    )
+    answer = command("finetune", place / "out", "--out", place / "again", *SHORT, "--seed", "1", "--patience", "0")
     assert answer.code == 0
     check_kept(place / "sparse", place / "again")
 
@@ -292,7 +288,7 @@ def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch
         return save(*arguments)
 
     monkeypatch.setattr(finetuning, "all_folder_scores", interrupt)
-    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT)
+    answer = command("finetune", place / "sparse", "--out", place / "out", *SHORT)
     assert answer.code == 130
     assert f"stopped: the same command resumes from {place / 'out'}.part" in answer.out
     assert not (place / "out").exists()
@@ -300,7 +296,7 @@ def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_weights(place: Path, command: CommandLine) -> None:
-    options = ("finetune", "--model", place / "sparse", *SHORT, "--steps", str(5 * finetuning.SAVED))
+    options = ("finetune", place / "sparse", *SHORT, "--steps", str(5 * finetuning.SAVED))
     whole = command(*options, "--out", place / "whole")
     assert whole.code == 0, whole.err
     process = start(*options, "--out", place / "out")
@@ -328,7 +324,7 @@ def without_record(place: Path) -> tuple[str, ...]:
 @pytest.mark.slow
 def test_a_teacher_that_is_named(place: Path, command: CommandLine) -> None:
     options = without_record(place)
-    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *options, "--loss", "kl")
+    words = ("finetune", place / "sparse", "--out", place / "out", *options, "--loss", "kl")
     said = f"--loss: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
     assert command(*words).error == said
     answer = command(*words, "--teacher", place / "model")
@@ -342,7 +338,7 @@ def test_a_teacher_of_another_vocabulary(place: Path, command: CommandLine) -> N
     config = json.loads((other / "config.json").read_text())
     vocabulary = config["vocab_size"]
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary - 7}))
-    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
+    words = ("finetune", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
     assert command(*words, "--teacher", other).error == (
         f"--teacher {other}: has a vocabulary of {vocabulary - 7:,} tokens, the sparse model one of {vocabulary:,}; "
         "give the model that it was pruned from"
@@ -357,7 +353,7 @@ def test_a_teacher_of_another_vocabulary(place: Path, command: CommandLine) -> N
 
 
 def test_a_dense_model_that_is_gone_or_another(place: Path, command: CommandLine) -> None:
-    words = ("finetune", "--model", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
+    words = ("finetune", place / "sparse", "--out", place / "out", *SHORT, "--loss", "kl")
     save_file({"a": torch.ones(1)}, place / "model" / "more.safetensors")
     assert command(*words).error.startswith("model.fingerprint: ")
     shutil.rmtree(place / "model")
@@ -424,12 +420,12 @@ def test_a_text_shorter_than_a_window(place: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(place: Path, command: CommandLine) -> None:
     (place / "mine").write_text("mine")
-    answer = command("finetune", "--model", place / "sparse", "--out", place / "mine", *SHORT)
+    answer = command("finetune", place / "sparse", "--out", place / "mine", *SHORT)
     assert answer.error == f"--out {place / 'mine'}: exists already; choose another folder or remove it"
 
 
 def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
-    answer = command("finetune", "--model", place / "none", "--out", place / "out")
+    answer = command("finetune", place / "none", "--out", place / "out")
     assert answer.error.startswith(f"{place / 'none'}: is no folder; write one with: python tune.py apply")
 
 
@@ -459,7 +455,7 @@ def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.M
     ],
 )
 def test_options_that_make_no_sense(options: tuple[str, str], place: Path, command: CommandLine) -> None:
-    answer = command("finetune", "--model", place / "sparse", "--out", place / "out", *options)
+    answer = command("finetune", place / "sparse", "--out", place / "out", *options)
     assert answer.code == 2
     assert f"'{options[0]}'" in answer.err or options[0] in answer.err
     assert not (place / "out").exists()
@@ -472,7 +468,7 @@ def test_a_text_is_a_source_or_a_table(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert read_text("--text", "hub:ORG/NAME", 64) == Text(source="hub:ORG/NAME", seqlen=64)
     assert read_text("--text", "file:a.txt", 64).source == f"file:{tmp_path / 'a.txt'}"
-    table = read_text("--text", '{source = "hub:ORG/NAME", split = "train", part = [0, 0.5], tokens = 8}', 64)
+    table = read_text("--text", '{source = "hub:ORG/NAME", split = "train", part = [0, 0.5], seqlen = 8}', 64)
     assert table == Text(source="hub:ORG/NAME", split="train", part=(0, 0.5), seqlen=8)
 
 
@@ -507,7 +503,7 @@ def test_a_text_of_a_plug_in(place: Path, command: CommandLine) -> None:
     source = settings('texts.calibration.source="own.py:own:calibration.txt"')
     words = ("--study", place / "tiny.toml", "--beta", "0.02", "--out", place / "made", *source, "--trust-plugins")
     assert command("prune", *words).code == 0
-    again = ("finetune", "--model", place / "made", "--out", place / "out", *SHORT)
+    again = ("finetune", place / "made", "--out", place / "out", *SHORT)
     assert command(*again).error == (
         "text.source: own.py:own is Python code, which is not run; read it, then allow it with --trust-plugins"
     )

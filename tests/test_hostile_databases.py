@@ -291,7 +291,7 @@ def open_study(done: Path) -> Path:
     for state, beta in ((TrialState.RUNNING, 0.03), (TrialState.WAITING, 0.04)):
         params = {**best.params, "beta": beta}
         gone = {"host": "here", "pid": 1, "process_started": 1.0}
-        queued = {"fixed_params": params, "deaths": 1, "retry_history": [1]}
+        queued = {"fixed_params": params, "retry_history": [1]}
         trial = optuna.create_trial(
             state=state, params=params, distributions=best.distributions, user_attrs=gone, system_attrs=queued
         )

@@ -107,7 +107,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "prune": (OUT, dict.fromkeys(
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --beta 0.01 --out out")),
     "finetune": (OUT, dict.fromkeys(
-        ("sparse folder", "texts"), "{study}/sparse --out out --steps 1 --batch 1 --tokens 32 --device cpu")),
+        ("sparse folder", "texts"), "{study}/sparse --out out --steps 1 --batch 1 --seqlen 32 --device cpu")),
     "speedup": (rf"{BEST}|{DATABASE}|{STUDY}/sparse/atp_tune\.json", {
         "database": "--config {study}/tiny.best.json --tokens 4 --runs 1 --device cpu",
         **dict.fromkeys(("configuration", "model folder", "texts"),  # other engines read them no differently

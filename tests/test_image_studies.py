@@ -208,9 +208,9 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert "AutoModelForImageClassification" in card and "| accuracy |" in card and "tokenizer" not in card
     evaluated = tune("evaluate", "--config", "tiny.best.json")
     assert evaluated.code == 0 and "test images, top-1" in evaluated.out and "test images, top-5" in evaluated.out
-    alone = tune("evaluate", "--model", "sparse", "--limit", "10")
+    alone = tune("evaluate", "sparse", "--limit", "10")
     assert alone.code == 0 and "| 10 " in alone.out
-    seen = tune("classify", *write_pictures(place), "--model", "sparse", "--both", "--json")
+    seen = tune("classify", "sparse", *write_pictures(place), "--both", "--json")
     pruned = tune("classify", *write_pictures(place), "--config", "tiny.best.json", "--both", "--json")
     assert seen.code == pruned.code == 0 and answers(seen) == pytest.approx(answers(pruned), rel=1e-5)
     assert answers(seen) == pytest.approx(
@@ -226,9 +226,9 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     check_answers(page, place)
     assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
     for arguments, said in (
-        (("finetune", "--model", "sparse", "--out", "tuned", "--text", "file:x"), "classifier: give --images"),
+        (("finetune", "sparse", "--out", "tuned", "--text", "file:x"), "classifier: give --images"),
         (
-            ("finetune", "--model", "sparse", "--out", "tuned", "--images", "idx:t10k-images-idx3-ubyte.gz"),
+            ("finetune", "sparse", "--out", "tuned", "--images", "idx:t10k-images-idx3-ubyte.gz"),
             "--images: idx:.* shares images with the test images; give another source",
         ),
         (("speedup", "--config", "tiny.best.json", "--tokens", "9"), "--tokens: an image classifier has no prompt"),
@@ -296,11 +296,11 @@ def test_channels_of_a_classifier_go(place: Path, tune: CommandLine, monkeypatch
     assert found.slim and found.perplexity.test is not None
     assert found.perplexity.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
     assert "AutoModelForImageClassification" in (place / "slim" / "README.md").read_text()
-    assert "top-1" in tune("evaluate", "--model", "slim", "--limit", "10").out
-    assert tune("classify", *write_pictures(place), "--model", "slim", "--both").code == 0
-    fast = tune("speedup", "--model", "slim", "--runs", "1", "--device", "cpu")
+    assert "top-1" in tune("evaluate", "slim", "--limit", "10").out
+    assert tune("classify", "slim", *write_pictures(place), "--both").code == 0
+    fast = tune("speedup", "slim", "--runs", "1", "--device", "cpu")
     assert fast.code == 0 and "| slim " in fast.out and "classify" in fast.out, fast
-    tuned = tune("finetune", "--model", "slim", "--out", "tuned", "--steps", "3", "--batch", "8")
+    tuned = tune("finetune", "slim", "--out", "tuned", "--steps", "3", "--batch", "8")
     assert tuned.code == 0 and (place / "tuned/modeling_atp_slim.py").is_file(), tuned
 
 
@@ -317,9 +317,9 @@ def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, m
         expected, found = sparse(pixel_values=pixels).logits, own(pixel_values=pixels).logits
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     files = write_pictures(place)
-    seen = [answers(tune("classify", *files, "--model", name, "--both", "--json")) for name in ("sparse", "packed")]
+    seen = [answers(tune("classify", name, *files, "--both", "--json")) for name in ("sparse", "packed")]
     assert seen[0] == seen[1]
-    scores = [tune("evaluate", "--model", name).out.splitlines()[-4:] for name in ("sparse", "packed")]
+    scores = [tune("evaluate", name).out.splitlines()[-4:] for name in ("sparse", "packed")]
     assert "test images, top-1" in "".join(scores[0])
     assert [line for line in scores[0] if "top-" in line] == [line for line in scores[1] if "top-" in line]
     assert tune("unpack", "packed", "--out", "again").code == 0
@@ -332,7 +332,7 @@ def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, m
     assert "atp_sparse" in (place / "both/config.json").read_text()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
     refused(tune("chat", "packed"), "image classifier")
-    tuned = tune("finetune", "--model", "packed", "--out", "tuned", "--steps", "2", "--batch", "8")
+    tuned = tune("finetune", "packed", "--out", "tuned", "--steps", "2", "--batch", "8")
     assert tuned.code == 0 and "2 steps on 16 images" in tuned.out, tuned
 
 
@@ -341,7 +341,7 @@ def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch:
     monkeypatch.chdir(place)
     assert tune("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.7").code == 0
     train = '{source = "idx:train-images-idx3-ubyte.gz", part = [0.0, 0.5]}'
-    words = ("finetune", "--model", "sparse", "--out", "tuned", "--images", train, "--batch", "16", "--device", "cpu")
+    words = ("finetune", "sparse", "--out", "tuned", "--images", train, "--batch", "16", "--device", "cpu")
     answer = tune(*words, "--steps", "40", "--learning-rate", "0.01")
     assert answer.code == 0 and " steps on 180 images of " in answer.out and "test accuracy" in answer.out, answer
     done = Finetuned.model_validate_json((place / "tuned" / FINETUNED).read_text())

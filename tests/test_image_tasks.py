@@ -125,7 +125,7 @@ def naive_hits(folder: Path, place: Path) -> list[bool]:
 
 def test_a_folder_answers_as_by_hand(place: Path, tmp_path: Path, command: CommandLine) -> None:
     tasks = make_task(place, tmp_path / "tasks")
-    answer = command("evaluate", "--model", place / "model", "--tasks", f"{tasks}/", "--json", "--batch", 3)
+    answer = command("evaluate", place / "model", "--tasks", f"{tasks}/", "--json", "--batch", 3)
     assert answer.code == 0, answer.err
     [task] = json.loads(answer.out)["tasks"]
     hits = naive_hits(place / "model", place)
@@ -156,7 +156,7 @@ def test_a_study_s_models_answer_and_the_sparse_folder_as_the_best(
     assert task["best_minus_uniform"]["value"] == pytest.approx(shares["best"] - shares["uniform"])
     sparse = tmp_path / "sparse"
     assert command("apply", "--config", tmp_path / "eyes.best.json", "--out", sparse).code == 0
-    again = command("evaluate", "--model", sparse, *words)
+    again = command("evaluate", sparse, *words)
     assert again.code == 0, again.err
     assert json.loads(again.out)["tasks"][0]["scores"]["model"]["exact_match"]["value"] == shares["best"]
     assert shares["best"] == sum(naive_hits(sparse, place)) / COUNT
@@ -189,7 +189,7 @@ def test_what_would_be_answered_without_seeing_is_refused(
     if spoil:
         spoil(folder)
     tasks = make_task(place, tmp_path / "tasks", **changes)
-    answer = command("evaluate", "--model", folder, "--tasks", f"{tasks}/")
+    answer = command("evaluate", folder, "--tasks", f"{tasks}/")
     assert answer.code == 2
     [line] = answer.err.splitlines()
     assert said in line
@@ -205,7 +205,7 @@ def test_a_processor_that_drops_images(
         return BatchFeature(dict(self.tokenizer(words, padding="longest", return_tensors="pt")))
 
     monkeypatch.setattr(LlavaProcessor, "__call__", blind)
-    answer = command("evaluate", "--model", place / "model", "--tasks", f"{make_task(place, tmp_path / 'tasks')}/")
+    answer = command("evaluate", place / "model", "--tasks", f"{make_task(place, tmp_path / 'tasks')}/")
     assert answer.code == 2
     said = "error: --tasks: a question has an image, and the processor makes no image token (<image>) of it\n"
     assert answer.err == said
@@ -215,14 +215,14 @@ def test_questions_about_text_beside_those_about_images(place: Path, tmp_path: P
     tasks = make_task(place, tmp_path / "tasks")
     words = (tasks / "colours.yaml").read_text().replace("doc_to_image: [image]\n", "")
     (tasks / "words.yaml").write_text(words.replace("task: colours", "task: words"))
-    answer = command("evaluate", "--model", place / "model", "--tasks", f"{tasks}/")
+    answer = command("evaluate", place / "model", "--tasks", f"{tasks}/")
     assert answer.code == 2
     assert answer.err == "error: --tasks: words asks about text and colours about images; name them in two commands\n"
 
 
 def test_a_model_of_text_alone(place: Path, tiny_place: Path, tmp_path: Path, command: CommandLine) -> None:
     tasks = make_task(place, tmp_path / "tasks")
-    answer = command("evaluate", "--model", tiny_place / "model", "--tasks", f"{tasks}/")
+    answer = command("evaluate", tiny_place / "model", "--tasks", f"{tasks}/")
     assert answer.code == 2
     assert answer.err.startswith("error: --tasks: colours asks about images, and the model in ")
     assert answer.err.endswith(" reads text alone\n")

@@ -395,7 +395,7 @@ def test_a_study_calibrated_on_pairs(
     applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
     assert applied.code == 0 and "(+0.000%)" in applied.out, applied
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse") is not None
-    tuned = command("finetune", "--model", "sparse", "--out", "tuned", "--steps", "1", "--batch", "1", "--tokens", "32")
+    tuned = command("finetune", "sparse", "--out", "tuned", "--steps", "1", "--batch", "1", "--seqlen", "32")
     assert tuned.code == 2 and "images: pairs of image and text are for calibration" in tuned.err, tuned
     recipe = command("export", "--study", "pairs.toml", "--format", "llm-compressor", "--out", "recipe")
     assert recipe.code == 2 and len(recipe.err.splitlines()) == 1, recipe

@@ -596,7 +596,7 @@ def test_every_command_refuses(words: str, done: Path, command: CommandLine) -> 
         "prune": study_,
         "apply": [*best, *out],
         "evaluate": [*best, "--tasks", f"{make_tasks(done / 'tasks', 3)}/"],
-        "finetune": ["--model", done / "model", *out, *text],
+        "finetune": [done / "model", *out, *text],
         "speedup": best,
     }
     said = command(*words.split(), *options[words]).error

@@ -91,7 +91,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
         attrs = trial.user_attrs
         assert set(attrs) - {"start"} == {
             "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
-            "peak_bytes", "device", "dtype", "versions", "stderr", "batch_windows", "batches",
+            "peak_bytes", "device", "dtype", "versions", "stderr", "batches",
             "packed_bytes", "packed MB",
             "zeros %", "± stderr", "time (s)", "peak GB",
         }  # fmt: skip

@@ -14,7 +14,7 @@ from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, s
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialEnded, TrialStarted
-from atp_tune.results.summary import summarise, unreported
+from atp_tune.results.summary import summarise
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
 from atp_tune.search import runner, trial_loop
@@ -22,7 +22,6 @@ from atp_tune.search.proposals import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.search import ScreenConfig
-from atp_tune.storage.fingerprint import is_screening
 from atp_tune.storage.progress import counted, measured
 
 SCREEN = ("search.screen.trials=5", "search.screen.stride=3", "search.screen.confirm=2")
@@ -396,24 +395,6 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     assert status["complete"] and status["best"]["test"]
     run(place, name="mine")
     assert summarise(reopen(place, "mine")).screening is None
-
-
-@pytest.mark.slow
-def test_a_screening_of_before_is_one(screened_place: Path) -> None:
-    """Earlier versions did not store what it is the screening of."""
-    place = screened_place
-    assert reopen(place, "tiny.screen").user_attrs["screens"] == "tiny"
-    with closing(sqlite3.connect(place / "tiny.db")) as connection:
-        assert connection.execute("DELETE FROM study_system_attributes WHERE key = 'atp_tune:screens'").rowcount == 1
-        connection.commit()
-    screened = reopen(place, "tiny.screen")
-    assert is_screening(screened)
-    assert unreported(screened) == []
-    assert summarise(screened).complete
-    assert summarise(reopen(place)).screening is not None
-    before = screened.trials
-    run(place, *INSIDE, "search.trials=4")
-    assert reopen(place, "tiny.screen").trials == before
 
 
 def test_levels_do_not_depend_on_the_order_of_parameters() -> None:

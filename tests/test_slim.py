@@ -498,12 +498,12 @@ def test_a_study_of_channels_is_run_exported_and_applied(studied: Path, command:
     assert not (tmp_path / "x").exists()
     stranger_s(tmp_path / "slim", ())
     tuned = command(
-        "finetune", "--model", tmp_path / "slim", "--out", tmp_path / "tuned", "--steps", "2", "--tokens", "8",
+        "finetune", tmp_path / "slim", "--out", tmp_path / "tuned", "--steps", "2", "--seqlen", "8",
         "--patience", "0",
     )  # fmt: skip
     assert tuned.code == 0, tuned.err
     check_own(tmp_path / "tuned")
-    engine = command("speedup", "--model", tmp_path / "slim", "--engine", "packed")
+    engine = command("speedup", tmp_path / "slim", "--engine", "packed")
     assert engine.error.startswith("--engine packed: runs models with zeros, and this one has fewer channels")
 
 

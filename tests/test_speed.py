@@ -361,7 +361,7 @@ def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_semi_structured_without_a_card(two_four: Path, command: CommandLine) -> None:
-    assert command("speedup", "--model", two_four, "--engine", "semi-structured").error == (
+    assert command("speedup", two_four, "--engine", "semi-structured").error == (
         "--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, cpu has none"
     )
 
@@ -377,7 +377,7 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
-    assert command("speedup", "--model", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
+    assert command("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
 
 
 @pytest.mark.slow
@@ -429,10 +429,10 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
 def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     command("apply", "--config", done / "tiny.best.json", "--out", out, "--device", "cpu")
-    answer = command("speedup", "--model", out, "--tokens", 8, "--runs", 2, "--device", "cpu")
+    answer = command("speedup", out, "--tokens", 8, "--runs", 2, "--device", "cpu")
     assert answer.code == 0, answer.err
     check_stored(read_config(out / ABOUT).speed)
-    answer = command("speedup", "--model", out, "--tokens", 8, "--runs", 2, "--device", "cpu", "--batch", 3)
+    answer = command("speedup", out, "--tokens", 8, "--runs", 2, "--device", "cpu", "--batch", 3)
     assert answer.code == 0, answer.err
     assert "| torch, float32, batch 3 " in answer.out and "prefill: 3 prompts at once, each of 8 tokens" in answer.out
     assert "not stored: only rates of one text at a time are" in answer.out
@@ -442,7 +442,7 @@ def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: P
 def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) -> None:
     for options in (
         [],
-        ["--config", done / "tiny.best.json", "--model", done / "model"],
+        [done / "model", "--config", done / "tiny.best.json"],
         ["--config", done / "tiny.best.json", "--study", "smol"],
     ):
         answer = command("speedup", *options)
@@ -451,7 +451,7 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
     for options, error in (
         (["--setup"], "only with --engine deepsparse"),
         (["--study", "smol", "--batch", "4"], "--batch: not with --study, whose points are compared at one"),
-        (["--model", done, "--engine", "deepsparse", "--batch", "4"], "--batch: not with --engine deepsparse"),
+        ([done, "--engine", "deepsparse", "--batch", "4"], "--batch: not with --engine deepsparse"),
     ):
         answer = command("speedup", *options)
         assert answer.code == 2
@@ -459,7 +459,7 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
 
 
 def test_a_folder_that_does_not_say_what_it_is(done: Path, command: CommandLine) -> None:
-    assert command("speedup", "--model", done / "model").error == (
+    assert command("speedup", done / "model").error == (
         f"{done / 'model'}: has no atp_tune.json; give a folder that `apply` wrote, or --config FILE"
     )
 
@@ -543,7 +543,7 @@ def test_deepsparse(done: Path, command: CommandLine, cache: Path) -> None:
     assert "proprietary" in answer.out
     out = done.parent / "sparse"
     command("prune", "--study", done / "tiny.toml", "--beta", 0, *settings("sparsity=0.7"), "--out", out)
-    answer = command("speedup", "--model", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2)
+    answer = command("speedup", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2)
     assert answer.code == 0, answer.err
     found = read_config(out / ABOUT).speed
     assert found is not None
@@ -555,6 +555,6 @@ def test_deepsparse(done: Path, command: CommandLine, cache: Path) -> None:
 
     (package,) = (cache / "engines" / "deepsparse-1.8.0" / "lib").glob("python3.*/site-packages/deepsparse")
     (package / "engine.py").unlink()
-    said = command("speedup", "--model", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2).error
+    said = command("speedup", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2).error
     assert said.startswith("--engine deepsparse: its process has ended: ")
     assert read_config(out / ABOUT).speed == found

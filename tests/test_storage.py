@@ -18,7 +18,7 @@ from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
 from atp_tune.storage import database, lost_trials, opening, trace
 from atp_tune.storage.fingerprint import check_facts, create_study, is_new
-from atp_tune.storage.lost_trials import cut_offs_of, queue_again, recover
+from atp_tune.storage.lost_trials import queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process_identity import identity
 from atp_tune.storage.progress import START, best_trial, counted, is_repetition, is_surplus, running
@@ -241,13 +241,6 @@ def test_a_fact_that_differs_is_named(study: optuna.Study, changes: dict[str, An
     assert refusal(study, {**FACTS, **changes}) == said
 
 
-def test_values_that_were_renamed_are_called_as_they_are_now(db: RDBStorage) -> None:
-    """A study keeps the words of the version that made it: what is "block" now was "sequential"."""
-    study = create_study(db, "renamed", {"prune.statistics": "sequential within blocks"})
-    with pytest.raises(UserError, match=r'prune.statistics is "block", was "sequential"\.'):
-        check_facts(study, {"prune.statistics": "sequential"})
-
-
 def test_a_fact_that_is_gone_is_named(study: optuna.Study) -> None:
     assert refusal(study, {key: value for key, value in FACTS.items() if key != "sparsity"}) == (
         "sparsity is not set, was 0.5"
@@ -377,23 +370,6 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
     assert not any(lost_trials.is_given_up(trial) for trial in lost)
-
-
-@pytest.mark.slow
-def test_a_study_of_an_earlier_version(study: optuna.Study) -> None:
-    """Its third deaths ended trials, and still do; of those that wait no more is known than how often they died."""
-    for first, state, attrs in ((40, TrialState.FAIL, {"lost": "its process died"}), (50, TrialState.WAITING, {})):
-        old = {"failed_trial": first, "retry_history": [first, first + 1], "deaths": 2}
-        study.add_trial(optuna.create_trial(state=state, user_attrs=attrs, system_attrs=old))
-    assert counted(study) == 1
-    assert recover(study) == []
-    assert remark_of(study.trials[0]) == "its process died, cut off 3 times: given up"
-    for number in (1, 2, 3):
-        assert die(study, PRUNE) == number
-        assert recover(study) == [number]
-        assert "deaths" not in study.trials[-1].system_attrs or number == 3
-    assert remark_of(study.trials[3]).endswith("cut off 3 times in a row after prune 12 of 30: given up")
-    assert len(cut_offs_of(study.trials[3])) == 5
 
 
 @pytest.mark.slow

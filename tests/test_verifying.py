@@ -109,7 +109,7 @@ def test_all_that_is_wrong_is_one_line(sparse: Path, command: CommandLine) -> No
 @pytest.mark.slow
 def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, command: CommandLine) -> None:
     words = ["--out", done / "tuned", "--text", f"file:{done / 'long.txt'}", "--steps", "1", "--batch", "1"]
-    answer = command("finetune", "--model", sparse, *words, "--seqlen", "32", "--device", "cpu", "--patience", "0")
+    answer = command("finetune", sparse, *words, "--seqlen", "32", "--device", "cpu", "--patience", "0")
     assert answer.code == 0, answer.err
     verify(done / "tuned")
     flip(done / "tuned" / "model.safetensors")

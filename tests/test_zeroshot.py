@@ -112,8 +112,8 @@ def test_a_configuration_and_the_folder_made_from_it(
     config, sparse = done / "tiny.best.json", tmp_path / "sparse"
     found = evaluated(command, "--config", config, "--tasks", f"{tasks}/")
     assert command("apply", "--config", config, "--out", sparse).code == 0
-    applied = evaluated(command, "--model", sparse, "--tasks", f"{tasks}/")
-    dense = evaluated(command, "--model", done / "model", "--tasks", f"{tasks}/")
+    applied = evaluated(command, sparse, "--tasks", f"{tasks}/")
+    dense = evaluated(command, done / "model", "--tasks", f"{tasks}/")
     for task, other in zip(found["tasks"], applied["tasks"], strict=True):
         assert task["scores"]["best"] == other["scores"]["model"]
     assert accuracies(found, "dense") == accuracies(dense, "model")
@@ -203,7 +203,7 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
 
 @pytest.mark.slow
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:
-    words = ("--model", done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "2")
+    words = (done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "2")
     found = [evaluated(command, *words, "--num-fewshot", str(shots)) for shots in (0, 2, 2)]
     assert [one["tasks"][0]["num_fewshot"] for one in found] == [0, 2, 2]
     assert found[1]["tasks"] == found[2]["tasks"]
@@ -228,7 +228,7 @@ def test_a_group_has_one_row(done: Path, tasks: Path, command: CommandLine) -> N
     (tasks / "group.yaml").write_text(
         "group: both\ntask: [offline_far, offline_near]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
-    words = ("--model", done / "model", "--limit", "5", "--tasks")
+    words = (done / "model", "--limit", "5", "--tasks")
     alone = accuracies(evaluated(command, *words, f"{tasks}/far.yaml,{tasks}/near.yaml"), "model")
     grouped = evaluated(command, *words, f"{tasks}/")
     assert accuracies(grouped, "model") == {"both": pytest.approx(fmean(alone.values()))}
@@ -328,7 +328,7 @@ def test_a_task_without_its_data_is_named_and_the_others_run(
 ) -> None:
     (tasks / "away.yaml").write_text(ELSEWHERE.format(name="away", path="org/away"))
     (tasks / "wrong.yaml").write_text(ELSEWHERE.format(name="wrong", path="json"))
-    answer = command("evaluate", "--model", done / "model", "--tasks", f"{tasks}/", "--limit", "2")
+    answer = command("evaluate", done / "model", "--tasks", f"{tasks}/", "--limit", "2")
     assert answer.code == 0, answer.err
     lines = answer.out.splitlines()
     away = "away: left out, its data is not in the cache, and the hub is out of reach"
@@ -361,7 +361,7 @@ def test_data_comes_from_the_hub(
     data.mkdir(parents=True)
     shutil.copyfile(tasks / "far.test.jsonl", data / "test.jsonl")
     (tmp_path / "here.yaml").write_text(ELSEWHERE.format(name="here", path="org/here"))
-    words = ("--model", done / "model", "--limit", "5", "--tasks")
+    words = (done / "model", "--limit", "5", "--tasks")
     found = evaluated(command, *words, tmp_path / "here.yaml")
     local = evaluated(command, *words, tasks / "far.yaml")
     assert accuracies(found, "model")["here"] == accuracies(local, "model")["offline_far"]
@@ -390,7 +390,7 @@ def known_index(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_seven_without_a_hub(command: CommandLine, no_hub: None, known_index: None) -> None:
-    answer = command("evaluate", "--model", ROOT / "tests", "--tasks", "zero-shot")
+    answer = command("evaluate", ROOT / "tests", "--tasks", "zero-shot")
     assert answer.error.startswith(
         "--tasks: the hub is out of reach, and the cache has no data for boolq, piqa, hellaswag, winogrande, arc_easy, "
         "arc_challenge, openbookqa; "
@@ -402,19 +402,19 @@ def test_the_seven_without_a_hub(command: CommandLine, no_hub: None, known_index
 
 @pytest.mark.slow
 def test_an_unknown_name_is_told_with_close_ones(done: Path, command: CommandLine, known_index: None) -> None:
-    answer = command("evaluate", "--model", done / "model", "--tasks", "helaswag")
+    answer = command("evaluate", done / "model", "--tasks", "helaswag")
     assert answer.error.startswith("--tasks helaswag: lm-eval has no such task or group; did you mean hellaswag or ")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model", "model", "--tasks", "none/"], "--tasks none/: there is no such folder and no such .yaml file"),
-        (["--model", "model", "--tasks", "x.yaml"], "--tasks x.yaml: there is no such folder and no such .yaml file"),
-        (["--model", "model", "--tasks", "model/"],
+        (["model", "--tasks", "none/"], "--tasks none/: there is no such folder and no such .yaml file"),
+        (["model", "--tasks", "x.yaml"], "--tasks x.yaml: there is no such folder and no such .yaml file"),
+        (["model", "--tasks", "model/"],
          "--tasks model: holds no task, that is no .yaml file with the keys task and dataset_path"),
-        (["--model", "none"], "none: there is no such folder"),
-        (["--model", "model", "--tasks", " , "], "--tasks: names no task"),
+        (["none"], "none: there is no such folder"),
+        (["model", "--tasks", " , "], "--tasks: names no task"),
         (["--config", "none.json"],
          "none.json: No such file or directory; write one with: python tune.py export --study NAME"),
         (["--config", "tiny.best.json", "--storage", "sqlite:///none.db"],
@@ -430,7 +430,7 @@ def test_bad_input_is_one_line(
 
 def test_lm_eval_is_an_extra(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    answer = command("evaluate", "--model", done / "model")
+    answer = command("evaluate", done / "model")
     assert answer.error == f"evaluate: lm-eval is not installed; run: {install('eval')}"
 
 

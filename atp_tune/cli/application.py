@@ -33,7 +33,7 @@ from atp_tune.cli.commands import (
     studies,
     tune,
 )
-from atp_tune.cli.model_group import MODEL, Command, ModelCommand, ModelGroup
+from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
 from atp_tune.cli.options import UsageError, expanded
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
@@ -49,7 +49,7 @@ for command in (  # in the order of `--help`
     pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, classify.classify, prune.prune,
     finetune.finetune, speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
 ):  # fmt: skip
-    app.command(cls=Command, help=as_typed(str(command.__doc__)))(expanded(command))
+    app.command(help=as_typed(str(command.__doc__)))(expanded(command))
 
 
 def run(words: list[str]) -> Any:

@@ -1,6 +1,5 @@
 """The group of all commands, in which a first word that is no command is a model: `tune.py ORG/NAME --sparsity 0.5`."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from atp_tune.spec.finding import known
 
-FORMER = {  # names that options had, by command: the present name, or "" for the first argument
-    **{name: {"--model": ""} for name in ("classify", "evaluate", "prune", "speedup")},
-    "finetune": {"--model": "", "--report-text": "--test-text", "--tokens": "--seqlen"},
-}
 MODEL = "MODEL"  # the command that such a word stands for, and its name in `--help`
 
 
@@ -45,21 +40,6 @@ class ModelGroup(TyperGroup):
         """Whether the command `MODEL` takes a word: a hub id, a file or a wheel; or a study, to say how it is run."""
         is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
         return word not in self.commands and not is_plain
-
-
-class Command(TyperCommand):
-    """A command, which takes the former names of its options too."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses the arguments, each former name as what it is now."""
-        former, first, words, rest = FORMER.get(self.name or "", {}), list[str](), list[str](), iter(args)
-        for word in rest:
-            name, equals, value = word.partition("=")
-            if former.get(name) == "":
-                first += [value] if equals else islice(rest, 1)
-            else:
-                words.append(f"{former.get(name, name)}{equals}{value}")
-        return super().parse_args(ctx, [*first, *words])
 
 
 class ModelCommand(TyperCommand):

@@ -27,14 +27,12 @@ from atp_tune.results.remarks import study_remarks
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import error_of, is_uniform, score_of, uniform_among
 from atp_tune.spec.config import Divergences, Scores
-from atp_tune.spec.former import present_facts
 from atp_tune.spec.plugged import permission
 from atp_tune.spec.texts import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 
 OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
-FORMER = "*Above: atp_tune, always current. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard leaves no space between columns
 Attributes = Mapping[str, Any]
 
@@ -46,7 +44,7 @@ def with_own_words(ours: str, written: str) -> str:
 
 def own_words(written: str) -> str:
     """The part of a stored note that people wrote."""
-    _, mark, theirs = written.replace(FORMER, OWN).rpartition(OWN)
+    _, mark, theirs = written.rpartition(OWN)
     return (theirs if mark else written).strip()
 
 
@@ -260,7 +258,7 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
 
 def facts_of(attrs: Attributes) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
-    known = present_facts(dict(attrs.get("fingerprint", {})))
+    known = attrs.get("fingerprint", {})
     sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
     names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
     return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -38,7 +38,6 @@ from atp_tune.results.formatting import (
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, score_of
 from atp_tune.spec.config import SHARES, TaskScores, ZeroShot, scores_after
-from atp_tune.spec.former import present_value
 from atp_tune.spec.plugged import permission
 
 
@@ -218,7 +217,7 @@ def comparison(studies: Sequence[Contents]) -> ReportTable:
 
 def fingerprint(contents: Contents) -> ReportTable:
     """Facts that values depend on, versions of libraries, devices."""
-    rows = [(key, _plain(present_value(key, value))) for key, value in sorted(contents.facts.items())]
+    rows = [(key, _plain(value)) for key, value in sorted(contents.facts.items())]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return ReportTable(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 

@@ -88,7 +88,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         kl=kl,
         accuracy=accuracies_of(summary, best),
         calibration=spec.data.calibration.text,
-        batches=fingerprint.batches_in(best, facts),
+        batches=fingerprint.batches_in(best),
         draws=draws,
         texts=EvaluationTexts(validation=spec.data.validation, test=spec.test_text),
         score=spec.score,

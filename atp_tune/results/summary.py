@@ -287,7 +287,7 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
         own = trial.user_attrs.get("dtype")
         parts = [f"on {device}"] * (began not in (None, device))
         parts += [f"in {own}"] * (own not in (None, facts.get(fingerprint.DTYPE)))
-        for role, windows in fingerprint.batches_in(trial, facts).items():
+        for role, windows in fingerprint.batches_in(trial).items():
             if role in BATCHED and windows != batches.get(role, windows):
                 parts.append(f"in batches of {windows} {role} windows")
         if parts:

@@ -227,7 +227,7 @@ def _redrawn(
 def _begin(study: optuna.Study, context: "Session", name: str) -> None:
     """Begins with the batch sizes of a trial's measurement, which affect its mask, or of `dense`."""
     trial = None if name == "dense" else study.trials[int(name)]
-    own = fingerprint.batches_in(trial, study.user_attrs.get("fingerprint", {})) if trial else {}
+    own = fingerprint.batches_in(trial) if trial else {}
     context.begin({**fingerprint.batches_of(study), **own})
 
 

@@ -104,8 +104,7 @@ class Objective:
         return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
-        batches = {"batch_windows": self.context.batch("calibration").windows, "batches": self.context.batches}
-        measured = {**record.close(), **batches, **more}
+        measured = {**record.close(), "batches": self.context.batches, **more}
         set_attributes(trial, {**measured, **measured_columns(measured)})
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:

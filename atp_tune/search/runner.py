@@ -120,7 +120,7 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
         return None
     write_best(run, study)
     if run.reports and NOTE not in study._storage.get_study_system_attrs(study._study_id):
-        run.publish(study)  # a study of version 0.1
+        run.publish(study)  # the run that completed it died before
     return study
 
 
@@ -223,7 +223,6 @@ def _search(
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **context.contents()}
     study = fingerprint.create_study(db, run.name, known, run.mix)
-    space = space.of_stored(progress.points_of(study))
     _describe(run, study, context, total, batches)
     _compare_versions(run, study)
     if run.reports and (done := progress.counted(study)):

@@ -70,10 +70,6 @@ class Space:
     both_signs: bool = False
     method: str = "pruner"
 
-    def of_stored(self, points: Iterable[Params]) -> "Space":
-        """The space as the stored points of a study call its parameters: older studies of bits have a `pruner`."""
-        return replace(self, method="pruner") if any("pruner" in point for point in points) else self
-
     def is_open(self, allocation: str) -> bool:
         """Whether an allocation has a parameter to search."""
         return any(low < high for low, high in self.intervals[allocation].values())

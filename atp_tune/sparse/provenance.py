@@ -14,7 +14,6 @@ from atp_tune.measures import Accuracy, Change, Gain, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text
-from atp_tune.spec.former import present_keys
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.recover import NLL_SHARES, Loss
@@ -81,8 +80,7 @@ def read_text(option: str, value: str, seqlen: int) -> Text:
 def _read(option: str, value: str, own: dict[str, int], kind: type[T]) -> T:
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        known = present_keys(table, "texts.test") if kind is Text else table
-        read: T = kind.model_validate({**own, **known})  # type: ignore[assignment]
+        read: T = kind.model_validate({**own, **table})  # type: ignore[assignment]
         return rooted(read, Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None

@@ -32,7 +32,6 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.speed import Speed
 from atp_tune.quantizers import QUANTIZERS
-from atp_tune.spec.former import present_config
 from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
@@ -289,11 +288,6 @@ class Config(FrozenModel):
     )
     slim: bool = Field(False, description="of a folder: whether the pruned channels are cut off, not zero")
     manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _present(cls, value: Any) -> Any:
-        return present_config(value)
 
     @model_validator(mode="after")
     def _named(self) -> Self:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from atp_tune.plugins import is_place, short_name
-from atp_tune.spec.former import LATER, stored_value
+from atp_tune.pruners import SETTINGS
 from atp_tune.spec.images import LOCAL, ImageSet
 from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
@@ -22,6 +22,12 @@ NOT_FACTS = (
     "model.allow_pickle", "model.offload", "texts.calibration.draws",
     "continuations", "limit", "images.calibration.draws", "recover", "speed",
 )  # fmt: skip
+UNLESS_DEFAULT = (  # these are facts only if they differ from their defaults: few studies set them
+    "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
+    "model.prune", "prune.swaps", "prune.refine", "prune.prices", "prune.loss", "prune.channels.",
+    "search.screen.", "search.objective", "search.score", "quantize.act_order",
+    *(f"texts.{role}.{key}" for role in ("calibration", "validation", "test") for key in ("stride", "shuffle")),
+)  # fmt: skip
 
 
 def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
@@ -37,7 +43,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden |= {key for key in flat if key.startswith("quantize.")}
     elif study.by_bits:
         hidden |= {"prune.pruners", *(key for key in flat if key.startswith("prune.sparsegpt."))}
-    hidden |= {key for key, value in flat.items() if key.startswith(LATER) and value == DEFAULTS[key]}
+    hidden |= {key for key, value in flat.items() if key.startswith(UNLESS_DEFAULT) and value == DEFAULTS[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):
@@ -51,7 +57,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     flat[BOS] = study.bos
     if study.bos is None or study.images is not None:
         hidden.add(BOS)
-    return {key: stored_value(key, value) for key, value in flat.items() if key not in hidden}
+    return {key: value for key, value in flat.items() if key not in hidden}
 
 
 def _short(study: Study) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pydantic_core import ErrorDetails
 
 from atp_tune.errors import UserError, did_you_mean, without_secrets
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.former import present_key
 from atp_tune.spec.plugged import settings_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
@@ -135,9 +134,6 @@ def _literals(details: ErrorDetails) -> list[str]:
 def _unknown(place: KeyPath) -> str:
     """Suggests the same key of another table or a similar key of this table, or lists the keys of this table."""
     *parents, key = map(str, place)
-    now = present_key(dotted(place))
-    if now != dotted(place):
-        return f"it is called {now} now, which is there too"
     keys = [key.split(".") for key in keys_of()]
     siblings = [own for *table, own in keys if table == parents]
     elsewhere = [".".join(path) for path in keys if path[-1] == key]

@@ -1,7 +1,7 @@
 """The JSON schema of study files, by which editors complete keys and mark mistakes.
 
-It is of draft 7, which the editors' TOML plugins read, and holds what `atp_tune.spec.studyfile` accepts: short forms
-and former names of keys too, which are marked as deprecated. It does not hold rules between several keys.
+It is of draft 7, which the editors' TOML plugins read, and holds what `atp_tune.spec.studyfile` accepts, short forms
+too. It does not hold rules between several keys.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from atp_tune.spec.config import dumps
-from atp_tune.spec.former import KEYS
 from atp_tune.spec.study import Study
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -46,13 +45,7 @@ def schema_text() -> str:
 
 def study_schema() -> dict[str, Any]:
     """The schema of study files."""
-    found = Study.model_json_schema(schema_generator=TomlSchema)
-    for former, present in KEYS.items():
-        *tables, old = former.split(".")
-        *_, new = present.split(".")
-        for table in _tables(found, tables):
-            _add(table, old, new)
-    return {"$schema": DRAFT, **found}
+    return {"$schema": DRAFT, **Study.model_json_schema(schema_generator=TomlSchema)}
 
 
 def choices() -> dict[str, list[str]]:
@@ -64,16 +57,15 @@ def choices() -> dict[str, list[str]]:
 def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for key, value in table["properties"].items():
         forms = _resolved(schema, value)
-        if not value.get("deprecated") and any("properties" not in form for form in forms):
+        if any("properties" not in form for form in forms):
             yield prefix + key, value
         for form in forms:
-            if "properties" in form and not value.get("deprecated"):
+            if "properties" in form:
                 yield from _values(schema, form, f"{prefix}{key}.")
 
 
 def _named(forms: list[dict[str, Any]]) -> list[str]:
-    present = [form for form in forms if not form.get("deprecated")]
-    names = [str(name) for form in present for name in form.get("enum", [form["const"]] if "const" in form else [])]
+    names = [str(name) for form in forms for name in form.get("enum", [form["const"]] if "const" in form else [])]
     return names + ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
 
 
@@ -82,26 +74,7 @@ def _default(value: dict[str, Any]) -> list[str]:
     return [] if default == "" or isinstance(default, list) else [str(default)]
 
 
-def _tables(schema: dict[str, Any], path: list[str]) -> list[dict[str, Any]]:
-    """The schemas of the table at a dotted key: several, if it has short forms."""
-    tables = [schema]
-    for key in path:
-        inner = [_resolved(schema, table["properties"][key]) for table in tables if key in table["properties"]]
-        tables = [form for forms in inner for form in forms if "properties" in form]
-    return tables
-
-
 def _resolved(schema: dict[str, Any], value: dict[str, Any]) -> list[dict[str, Any]]:
     """The forms of a value, where they are defined."""
     forms = value.get("anyOf", [value])
     return [schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form for form in forms]
-
-
-def _add(table: dict[str, Any], old: str, new: str) -> None:
-    """Adds a former name of a key; a key that is needed may have either."""
-    table["properties"].setdefault(
-        old, {**table["properties"][new], "description": f"is called {new} now", "deprecated": True}
-    )
-    if new in table.get("required", []):
-        table["required"].remove(new)
-        table.setdefault("allOf", []).append({"anyOf": [{"required": [new]}, {"required": [old]}]})

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.spec.former import FormerPlace, present_place
 from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig, check_names
@@ -41,7 +40,7 @@ class ModelConfig(SettingsTable):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device multiplies it fast, else float32"
     )
-    offload: Annotated[Place, BeforeValidator(present_place, json_schema_input_type=Place | FormerPlace)] = Field(
+    offload: Place = Field(
         "auto",
         description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
     )

@@ -18,7 +18,6 @@ from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.frozen import STORED
 from atp_tune.paths import is_special
 from atp_tune.spec import finding
-from atp_tune.spec.former import present_key, present_keys, present_override
 from atp_tune.spec.mistakes import KeyPath, dotted, invalid
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
@@ -114,7 +113,7 @@ def absolute_storage(address: str, folder: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads the tables of a study file; former names of keys are replaced by the present ones."""
+    """Reads the tables of a study file."""
     if is_special(path):
         raise UserError(f"{path}: cannot be read: Not a file")
     try:
@@ -127,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}: line {line}: is not UTF-8 text") from None
     try:
-        return present_keys(tomllib.loads(text))
+        return tomllib.loads(text)
     except RecursionError:
         reason = "values are nested too deeply"
     except ValueError as error:  # not only TOMLDecodeError: also, for example, an integer of 5000 digits
@@ -149,8 +148,7 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
     if not is_text(text):
         raise UserError(f"{path} with --set {text}: is not UTF-8 text")
     written, equals, value = text.partition("=")
-    written = ".".join(part.strip() for part in written.split("."))
-    *tables, key = keys = tuple(present_key(written).split("."))
+    *tables, key = keys = tuple(part.strip() for part in written.split("."))
     if not equals or not all(keys):
         raise UserError(f"{path} with --set {text}: must have the form key.path=value")
     if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):
@@ -159,8 +157,7 @@ def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
             raise UserError(f"{path} with --set {text}: {dotted(keys[:depth])}: is not a table")
-    found = _toml_value(value.strip())
-    data[key] = present_keys(found, written) if isinstance(found, dict) else found
+    data[key] = _toml_value(value.strip())
     return keys
 
 
@@ -206,7 +203,7 @@ def load(
         raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    own = tuple(text for text in map(present_override, overrides) if not text.startswith(PLACES))
+    own = tuple(text for text in overrides if not text.startswith(PLACES))
     return StudyFile(path.stem, path, study, own, bool(plugins), trusts_model)
 
 
@@ -235,5 +232,5 @@ def from_settings(stored: dict[str, Any]) -> StudyFile:
     overrides = stored.get("overrides", [])
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         raise ValueError("no overrides")
-    study = Study.model_validate(present_keys(dict(stored["settings"])), context=STORED)
-    return StudyFile(name, Path(path), study, tuple(map(present_override, overrides)))
+    study = Study.model_validate(stored["settings"], context=STORED)
+    return StudyFile(name, Path(path), study, tuple(overrides))

@@ -2,8 +2,7 @@
 
 Optuna's dashboard shows each user attribute of a trial as a column, and all of a study's on its page. So details, which
 are lists, tables and identities, are stored as system attributes, their names after `PREFIX`. `AttributeStorage`
-separates them when it writes and joins them when it reads: to all other modules they are user attributes. Version 0.1
-stored them as such, which is read alike.
+separates them when it writes and joins them when it reads: to all other modules they are user attributes.
 """
 
 import json
@@ -28,7 +27,7 @@ UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql":
 PREFIX = "atp_tune:"
 OF_TRIAL = frozenset(
     {
-        "batch_windows", "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
+        "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
         "sparsities", "linear_sparsities", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
         "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
         "bits", "linear_bits", "quantized_bytes", "row_offsets",

@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
-from atp_tune.spec.former import LACKING, present_key, present_value
 from atp_tune.spec.search import ACCURACY, DENSITY
 from atp_tune.spec.study import Study
 from atp_tune.storage.progress import measured
@@ -25,7 +24,7 @@ PRODUCTS = "model.products"  # where the caller has set another number format fo
 OBJECTIVE = "search.objective"
 PLUGINS = "plugins."  # before the name of a plug-in and `.content`, its hash
 METRICS = {ACCURACY: "top-1 error"}  # what Optuna calls an objective, where it is not called so itself
-PERPLEXITY = ("perplexity",)  # the objective of studies from before the key
+PERPLEXITY = ("perplexity",)  # the objective, if the facts name none
 SUFFIX = ".screen"  # of a screening's name, after its main study's
 # Keys in which a screening differs from its main study.
 CHANGED = ("prune.statistics", "texts.validation.stride", "search.trials", "search.stopper", "search.screen")
@@ -62,7 +61,7 @@ def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
 
 def has_bos(study: optuna.Study) -> bool:
     """Whether the windows of a stored study begin with BOS."""
-    return bool(_fact(study.user_attrs.get("fingerprint", {}), BOS))
+    return bool(study.user_attrs.get("fingerprint", {}).get(BOS))
 
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
@@ -114,7 +113,7 @@ def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tup
     if partly:
         unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, PRODUCTS, BOS)} - {*facts}
         stored = {key: value for key, value in stored.items() if key not in unknown}
-    keys = [key for key in sorted({*facts, *stored}) if _fact(facts, key) != _fact(stored, key)]
+    keys = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
     return {key: (_shown(facts, key), _shown(stored, key)) for key in keys}
 
 
@@ -141,46 +140,19 @@ def device_kind(name: str) -> str:
 
 
 def batches_of(study: optuna.Study) -> dict[str, int]:
-    """The batch sizes, in windows per text, with which a study's trials begin.
-
-    Earlier versions did not store them on the study: then those of the first measured trial, {} without one.
-    """
-    attrs = study.user_attrs
-    facts, stored = attrs.get("fingerprint", {}), attrs.get("batches")
-    first = min(measured(study), key=lambda trial: trial.number, default=None) if stored is None else None
-    return dict(stored or (batches_in(first, facts) if first else {}))
+    """The batch sizes, in windows per text, with which a study's trials begin."""
+    return dict(study.user_attrs.get("batches", {}))
 
 
-def batches_in(trial: FrozenTrial, facts: Facts) -> dict[str, int]:
-    """The batch sizes at a trial's end; `facts`: its study's. Earlier versions stored the calibration text's only."""
-    windows, most = trial.user_attrs.get("batch_windows"), facts.get("texts.calibration.nsamples")
-    former = {"calibration": min(windows, most) if isinstance(most, int) else windows} if windows else {}
-    return dict(trial.user_attrs.get("batches", former))
-
-
-def _fact(facts: Facts, key: str) -> Any:
-    return facts.get(key, LACKING.get(key))
+def batches_in(trial: FrozenTrial) -> dict[str, int]:
+    """The batch sizes at a trial's end."""
+    return dict(trial.user_attrs.get("batches", {}))
 
 
 def _shown(facts: Facts, key: str) -> str:
-    if key not in {**LACKING, **facts}:
-        return "not set"
-    value = present_value(key, _fact(facts, key))
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(facts[key], ensure_ascii=False) if key in facts else "not set"
 
 
 def is_screening(study: optuna.Study) -> bool:
-    """Whether a study is the screening of another, and so has nothing to report.
-
-    Its attribute `screens` names the other study. Without it (an earlier version) name and overrides decide: a name
-    alone may be chosen by a user.
-    """
-    attrs = study.user_attrs
-    if "screens" in attrs:
-        return True
-    made = attrs.get("made_from")
-    overrides = made.get("overrides") if isinstance(made, dict) else None
-    given = (
-        [present_key(str(override).partition("=")[0]) for override in overrides] if isinstance(overrides, list) else []
-    )
-    return study.study_name.endswith(SUFFIX) and given[-len(CHANGED) :] == list(CHANGED)
+    """Whether a study is the screening of another, which its attribute `screens` names, and has nothing to report."""
+    return "screens" in study.user_attrs

@@ -162,7 +162,6 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queues a lost trial with the same parameters."""
     history, cut_offs = [*history_of(trial), trial.number], [one.stored() for one in cut_offs_of(trial)]
     attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
-    attributes.pop("deaths", None)
     again = optuna.create_trial(
         state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
     )
@@ -182,12 +181,8 @@ def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
 
 
 def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
-    """The cut-offs of a trial and the trials that it repeats, the earliest first.
-
-    Earlier versions stored only their number (`deaths`): then empty cut-offs.
-    """
-    before = [CutOff()] * min(MOST, trial.system_attrs.get("deaths", 0))
-    before += map(CutOff.read, trial.system_attrs.get("cut_offs", []))
+    """The cut-offs of a trial and the trials that it repeats, the earliest first."""
+    before = list(map(CutOff.read, trial.system_attrs.get("cut_offs", [])))
     return [*before, CutOff.read(trial.user_attrs.get("cut_off", {}))] if _is_cut_off(trial) else before
 
 
@@ -198,14 +193,8 @@ def _is_cut_off(trial: FrozenTrial) -> bool:
 
 
 def given_up(trial: FrozenTrial) -> str:
-    """Why a trial that was cut off is given up, to follow the words `cut off`; "" for any other trial.
-
-    Earlier versions gave up every trial at its third cut-off; their complete studies stay complete.
-    """
-    if not _is_cut_off(trial):
-        return ""
-    formerly = "cut_off" not in trial.user_attrs and trial.system_attrs.get("deaths", 0) >= SAME - 1
-    return why_given_up(cut_offs_of(trial)) or (f"{SAME} times" if formerly else "")
+    """Why a trial that was cut off is given up, to follow the words `cut off`; "" for any other trial."""
+    return why_given_up(cut_offs_of(trial)) if _is_cut_off(trial) else ""
 
 
 def is_given_up(trial: FrozenTrial) -> bool:

@@ -21,7 +21,6 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import METHODS
 from atp_tune.spec.config import Batch, Found
-from atp_tune.spec.former import present_attributes
 from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.quantize import MeanBits, Width
 from atp_tune.spec.search import Share, StoredOffsets
@@ -78,7 +77,7 @@ def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
 TRIAL = _kinds(
     {
         **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
-        **dict.fromkeys(("repeats", "stopped_after", "batch_windows"), Count),
+        **dict.fromkeys(("repeats", "stopped_after"), Count),
         "pid": Annotated[int, Field(ge=0, lt=2**31)],
         **dict.fromkeys(("process_started", "booted"), Amount),
         "stderr": Annotated[float, Field(ge=0)],
@@ -137,7 +136,7 @@ STUDY = _kinds(
 SYSTEM = _kinds(
     {
         "fixed_params": dict[Words, Any],
-        **dict.fromkeys(("deaths", "failed_trial"), Count),
+        "failed_trial": Count,
         "retry_history": list[Count],
         "cut_offs": list[CutOff],
     }
@@ -190,7 +189,7 @@ class ValidatedStudy(optuna.Study):
     def user_attrs(self) -> dict[str, Any]:
         """The study's valid attributes."""
         with readable(self.study_name):
-            attrs = checked(folded(present_attributes(super().user_attrs)), STUDY)
+            attrs = checked(folded(super().user_attrs), STUDY)
         if "fingerprint" in attrs:
             attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
         return attrs
@@ -241,11 +240,10 @@ class StudySnapshot(optuna.Study):
 
 def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
     """The trial itself if it is valid, else a copy with its valid parts; `values`: number of its study's objectives."""
-    attrs = present_attributes(trial.user_attrs)
-    user, system = checked(attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
+    user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
     is_ours = _is_ours(trial, values, "kls" in user)
-    is_whole = (len(user), len(system)) == (len(attrs), len(trial.system_attrs))
-    if is_ours and is_whole and attrs is trial.user_attrs:
+    is_whole = (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs))
+    if is_ours and is_whole:
         return trial
     trial = copy(trial)
     trial.user_attrs, trial.system_attrs = user, system

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from atp_tune.spec.former import KEYS
 from atp_tune.spec.schema import study_schema
 
 HEAD = """# Settings
@@ -24,15 +23,13 @@ Schema = dict[str, Any]
 def page() -> str:
     """The page in Markdown: a section for each table, a heading for each key."""
     schema = study_schema()
-    former = "\n".join(f"- `{old}` is `{new}` now" for old, new in sorted(KEYS.items()))
-    ending = f"## Former names\n\nStudy files with these keys are read too.\n\n{former}\n"
-    return HEAD + "".join(_table(schema, schema, "", "")) + ending
+    return HEAD + "".join(_table(schema, schema, "", ""))
 
 
 def _table(schema: Schema, table: Schema, place: str, what: str) -> Iterator[str]:
     """The keys of one table, then the tables in it."""
     yield f"## {f'[{place}]' if place else 'Top of the file'} {{ #{place or 'top'} }}\n\n{_sentence(what)}\n\n"
-    present = {key: value for key, value in table["properties"].items() if not value.get("deprecated")}
+    present = table["properties"]
     for key, value in present.items():
         plain = [form for form in _forms(schema, value) if "properties" not in form]
         if plain:
@@ -55,8 +52,7 @@ def _key(schema: Schema, place: str, key: str, value: Schema, needed: bool) -> s
 
 def _forms(schema: Schema, value: Schema) -> list[Schema]:
     forms = value.get("anyOf", [value])
-    found = [schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form for form in forms]
-    return [form for form in found if not form.get("deprecated")]
+    return [schema["$defs"][form["$ref"].rpartition("/")[2]] if "$ref" in form else form for form in forms]
 
 
 def _type(schema: Schema, value: Schema) -> str:
