@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from atp_tune.frozen import SettingsTable
-from atp_tune.spec.search import ACCURACY, Share
+from atp_tune.spec.search import Share
 
 if TYPE_CHECKING:
-    from atp_tune.spec.study import Study
+    pass
 
 KINDS = {  # of sources → the form of what follows the colon, for people
     "folder": "folder:PATH",
@@ -126,42 +126,3 @@ class Probe(ImageSet):
         None, ge=8, le=4096, description="height and width of the images; default: the processor's"
     )
     l2: float = Field(0.01, gt=0, description="penalty: l2 times the sum of squares of the classifier's weights")
-
-
-def check_study(study: "Study") -> None:
-    """ValueError for settings that do not go with an image classifier, or with a language model."""
-    probe, images = study.model.probe, study.images
-    if study.protocol == "paper-images" and images is None:
-        raise ValueError("protocol: paper-images is of image classifiers, and this study has texts; take paper")
-    if study.protocol == "paper-images" and study.prune.statistics != "dense":
-        given = study.prune.statistics
-        raise ValueError(
-            f'prune.statistics: protocol = "paper-images" has "dense", not "{given}"; set it, or take paper'
-        )
-    if images is None:
-        if probe is not None:
-            raise ValueError("model.probe: is for models of images, and this study has texts; leave it out")
-        if ACCURACY in study.search.objective:
-            raise ValueError("search.objective: accuracy is of images, and this study has texts; take perplexity or kl")
-        if study.limit is not None and study.limit.max_drop is not None:
-            raise ValueError(
-                "limit.max_drop: is of the accuracy on images, and this study has texts; take max_increase"
-            )
-        if study.search.score == CLASSES:
-            raise ValueError("search.score: classes is the score of images, and this study has texts; leave it out")
-        return
-    limit = study.limit
-    for key, is_given, reason in (
-        ("texts", study.texts is not None, "a study has either texts or images; leave one of them out"),
-        ("search.score", "score" in study.search.model_fields_set, "images have one score, classes; leave it out"),
-        ("continuations", study.continuations.prompts != (), "a classifier continues no prompts; leave it out"),
-        (
-            "limit.min_accuracy", limit is not None and limit.min_accuracy is not None,
-            "is measured on tasks of texts; take max_drop, of the accuracy on images",
-        ),
-    ):  # fmt: skip
-        if is_given:
-            raise ValueError(f"{key}: {reason}")
-    for role, own in (("validation", images.validation), ("test", images.test)):
-        if probe is not None and own is not None and own.overlaps(probe):
-            raise ValueError(f"images.{role}: reads the same images as model.probe; give it another split or part")

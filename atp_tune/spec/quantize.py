@@ -9,7 +9,6 @@ from atp_tune.allocations.bits import share_of, stored_bits
 from atp_tune.frozen import FrozenModel, SettingsTable, check_once
 from atp_tune.pruners import Pruner
 from atp_tune.quantizers import make_quantizer
-from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
 
 if TYPE_CHECKING:
@@ -112,44 +111,6 @@ class Bits(FrozenModel):
     target: float = Field(ge=2, le=8)
     nominal: float = Field(ge=2, le=8)
     effective: float | None = Field(None, ge=0, le=64)
-
-
-def check_bits(study: "Study") -> None:
-    """ValueError for settings that do not go with `bits`, or with their absence."""
-    bits, quantize = study.bits, study.quantize
-    if bits is None:
-        if quantize != QuantizeConfig():
-            raise ValueError("quantize: belongs to a study with bits, and this one has a sparsity; leave it out")
-        return
-    others = sorted({*study.prune.model_fields_set, *study.prune.tables} - {"statistics"})
-    low, high = quantize.widths[0], quantize.widths[-1]
-    if not low <= bits <= high:
-        raise ValueError(f"bits: must be from {low} to {high}, as quantize.widths allows, got {bits:g}")
-    if study.sparsity is not None:
-        _check_both(study, bits)
-        return
-    of_zeros = [name for name in study.allocation.names if name in OF_ZEROS]
-    other = f"{(*of_zeros, '')[0]} is of zeros; take prices, atp or another that shares out bits too,"
-    for key, is_given, reason in (
-        (f"prune.{(*others, '')[0]}", others, "is of zeros; leave it out, of prune only statistics stay"),
-        ("limit", study.limit is not None, "needs an interval of sparsities; leave it out"),
-        ("allocation.names", of_zeros, other),
-    ):
-        if is_given:
-            raise ValueError(f"{key}: {reason} where bits are given")
-
-
-def _check_both(study: "Study", bits: float) -> None:
-    """ValueError for settings that do not go with pruning and rounding in one study."""
-    quantize = study.quantize
-    known = ", ".join(map(str, quantize.widths))
-    for key, is_given, reason in (
-        ("bits", bits not in quantize.widths, f"must be one of {known}"),
-        ("quantize.quantizers", len(quantize.quantizers) > 1, 'must be one name, as ["gptq"],'),
-        ("prune.pattern", parse(study.prune.pattern).channels, "must be of single weights"),
-    ):
-        if is_given:
-            raise ValueError(f"{key}: {reason} where a sparsity and bits are given")
 
 
 def level_of(study: "Study") -> float:

@@ -4,7 +4,6 @@ Symbols: S target sparsity in (0, 1), the share of zeros over all linears of all
 progression, per block. S is one number, or an interval in which the study searches.
 """
 
-import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self
@@ -15,13 +14,13 @@ from pydantic_core import PydanticKnownError
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe, check_study
-from atp_tune.spec.patterns import parse
+from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe
 from atp_tune.spec.prune import PruneConfig, check_names
-from atp_tune.spec.quantize import PER_LINEAR, Methods, QuantizeConfig, check_bits, level_of, methods_of
+from atp_tune.spec.quantize import Methods, QuantizeConfig, level_of, methods_of
 from atp_tune.spec.recover import RecoverConfig
-from atp_tune.spec.search import ACCURACY, DENSITY, NEXT_TOKEN, STEP, LimitConfig, SearchConfig
-from atp_tune.spec.texts import Text, Texts, check_pairs
+from atp_tune.spec.rules import check_together
+from atp_tune.spec.search import DENSITY, LimitConfig, SearchConfig
+from atp_tune.spec.texts import Text, Texts
 
 BY_ROW_PRICES = "row-prices"  # the allocation that has offsets of rows
 
@@ -194,137 +193,8 @@ class Study(SettingsTable):
         return value
 
     @model_validator(mode="after")
-    def _of_kind(self) -> Self:
-        check_study(self)
-        check_bits(self)
-        if self.texts is not None:
-            check_pairs(self.texts, (*self.allocation.by_prices, None)[0], self.model.has_tower)
-        if self.model.has_tower:
-            self._check_tower()
-        if self.recover is not None:
-            self._check_recover()
-        if self.speed and (self.by_bits or parse(self.prune.pattern).channels):
-            what = "bits" if self.by_bits else 'prune.pattern = "channels"'
-            raise ValueError(f"speed: packed weights have single zeros, which {what} makes none of; leave it out")
-        return self
-
-    def _check_recover(self) -> None:
-        """ValueError for a setting of which the best plan cannot be trained."""
-        for is_given, reason in (
-            (self.bits is not None, "bits are given, since training would undo the rounding"),
-            (parse(self.prune.pattern).channels, 'prune.pattern = "channels" (`finetune` trains the folder)'),
-            (self.interval is not None and self.limit is None, "sparsity is an interval without a limit"),
-            (self.search.score != NEXT_TOKEN, "plug-ins score, since training lowers the NLL or KL of the next token"),
-            (self.model.has_tower, 'model.prune = ["language", "vision"]'),
-            (isinstance(self.data.calibration, Text) and self.data.calibration.images is not None,
-             "texts.calibration has images"),
-        ):  # fmt: skip
-            if is_given:
-                raise ValueError(f'recover: must be left out, or "none", where {reason}')
-
-    def _check_tower(self) -> None:
-        """ValueError for a setting that does not go with a pruned vision tower."""
-        for key, is_given, reason in (
-            ("images", self.images is not None, "a classifier has no language model; leave model.prune out"),
-            ("bits", self.bits is not None, "are of language models alone"),
-            ("prune.pattern", parse(self.prune.pattern).channels, "channels are of language models alone"),
-            ("search.score", self.search.score != NEXT_TOKEN, "plug-ins score texts, and these are pairs"),
-        ):
-            if is_given:
-                raise ValueError(f'{key}: {reason} where model.prune = ["language", "vision"]')
-
-    @model_validator(mode="after")
-    def _roles(self) -> Self:
-        calibration, search, report = self.data.calibration, self.data.validation, self.data.test
-        data = "texts" if self.images is None else "images"
-        if self.is_by_paper:
-            if report is not None:
-                raise ValueError(
-                    f'{data}.test: protocol = "{self.protocol}" reports on the validation {data[:-1]}; leave it out'
-                )
-            if self.texts is not None and self.texts.bos is True:
-                raise ValueError('texts.bos: protocol = "paper" measures as the papers do, without BOS; leave it out')
-            return self
-        if report is None:
-            raise ValueError(f'{data}.test: is needed (or ask for protocol = "paper", which tunes on the test text)')
-        for role, text, other in (
-            ("validation", search, calibration),
-            ("test", report, calibration),
-            ("test", report, search),
-        ):
-            if text.overlaps(other):  # type: ignore[arg-type]
-                name = "calibration" if other is calibration else "validation"
-                what = "documents" if self.images is None else "images"
-                raise ValueError(
-                    f"{data}.{role}: reads the same {what} as {data}.{name}; give it another split or part"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _ranged(self) -> Self:
-        if self.interval is None:
-            if self.limit is not None:
-                raise ValueError(f"limit: needs an interval of sparsities, such as sparsity = [0.1, {self.sparsity}]")
-            return self
-        low, high = self.interval
-        if not low < high:
-            raise ValueError(f"sparsity: the interval [{low}, {high}] must run from the lower to the higher")
-        if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in self.interval):
-            raise ValueError(f"sparsity: the ends of [{low}, {high}] must be multiples of {STEP}")
-        search = self.search
-        for key, is_given, reason in (
-            ("search.objective", len(search.objective) > 1, "must be one name"),
-            ("search.objective", ACCURACY in search.objective, 'must be "cross-entropy" or "kl"'),
-            ("search.sampler", search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
-            ("search.stopper", search.stopper != "none", "must be left out"),
-            ("search.early_termination", search.early_termination, "must be left out"),
-            ("allocation.beta", not isinstance(self.allocation.beta, str), 'must be "auto" or "both"'),
-            ("prune.pattern", parse(self.prune.pattern).sparsity is not None, "must not fix the sparsity"),
-        ):
-            if is_given:
-                raise ValueError(f"{key}: {reason} where sparsity is an interval")
-        limit, is_by_kl = self.limit, "kl" in search.objective
-        by_hits = limit is not None and (limit.min_accuracy is not None or limit.max_drop is not None)
-        if limit is not None and not by_hits and (limit.max_kl is not None) != is_by_kl:
-            raise ValueError('limit: max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"')
-        return self
-
-    @model_validator(mode="after")
-    def _screened(self) -> Self:
-        windows, screen = self.data.validation.nsamples, self.search.screen
-        kinds = len(getattr(self.data.validation, "turns", ()))
-        if screen and windows and screen.stride >= windows:
-            raise ValueError(f"search.screen.stride: leaves one of {windows} windows; must be less than that")
-        if screen and kinds and screen.stride % kinds == 0:
-            raise ValueError(f"search.screen.stride: leaves windows of one kind; take no multiple of {kinds}")
-        return self
-
-    @model_validator(mode="after")
-    def _regular(self) -> Self:
-        pattern = parse(self.prune.pattern)
-        if pattern.group is None or pattern.sparsity is None or not isinstance(self.sparsity, float):
-            return self
-        if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) or self.allocation.names != ("uniform",):
-            only = f"{pattern.sparsity:.6g}"
-            raise ValueError(
-                f"prune.pattern: {self.prune.pattern} makes {only} zeros in every block; set sparsity = {only} and "
-                f'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:{max(8, pattern.group)}"'
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _of_channels(self) -> Self:
-        if not parse(self.prune.pattern).channels:
-            return self
-        by_linears = [name for name in self.allocation.names if name in PER_LINEAR]
-        own = f"{(*by_linears, '')[0]} gives each linear a sparsity of its own; take atp or another that does not,"
-        for key, is_given, reason in (
-            ("allocation.names", by_linears, own),
-            ("search.screen", self.search.screen is not None, "ranks single weights; leave it out"),
-            ("search.sampler", self.search.sampler == "grid", 'must be "gp", "tpe" or "random"'),
-        ):
-            if is_given:
-                raise ValueError(f'{key}: {reason} where prune.pattern = "channels"')
+    def _together(self) -> Self:
+        check_together(self)
         return self
 
     @property

@@ -131,47 +131,6 @@ class Texts(SettingsTable):
     )
 
 
-def check_pairs(texts: Texts, by_prices: str | None, with_tower: bool) -> None:
-    """ValueError for settings that do not go with pairs of image and text; `with_tower`: a vision tower is pruned."""
-    given = {role: text for role, text in texts if isinstance(text, Text)}
-    for role, text in given.items():
-        if with_tower and text.images is None:
-            raise ValueError(
-                f"texts.{role}.images: is needed, the column of images, where the vision tower is pruned "
-                '(model.prune = ["language", "vision"]), which without images has no inputs and changes no score'
-            )
-        if not with_tower and role != "calibration" and text.images is not None:
-            raise ValueError(
-                f"texts.{role}.images: models are measured on text; give images to texts.calibration alone"
-            )
-        if text.images is not None:
-            _check_pairs_of(role, text)
-    own = texts.calibration
-    if own.images is None:
-        return
-    if texts.bos == "auto":
-        raise ValueError("texts.bos: is measured on texts, and texts.calibration has images; give true or false")
-    if with_tower and texts.bos:
-        raise ValueError("texts.bos: the processor writes what pairs begin with; set it to false")
-    if by_prices:
-        reason = "goes down on texts, and texts.calibration has images; take another"
-        raise ValueError(f"allocation.names: {by_prices} {reason}")
-
-
-def _check_pairs_of(role: str, text: Text) -> None:
-    """ValueError for settings of one text that do not go with images."""
-    for key, is_given, reason in (
-        ("source", not text.source.startswith("hub:")
-         and not (text.source.startswith("file:") and text.source.endswith(".parquet")),
-         "pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
-        ("shuffle", text.shuffle, 'is of documents; take sampling = "random" for pairs'),
-        ("draws", getattr(text, "draws", 1) > 1, "are of texts; leave it out for pairs"),
-        ("nsamples", text.nsamples is None, "is needed, the number of pairs"),
-    ):  # fmt: skip
-        if is_given:
-            raise ValueError(f"texts.{role}.{key}: {reason}")
-
-
 def short_source(source: str) -> str:
     """The source of a model or a text for people: of one in memory, the first digits of its content."""
     return source[: len(MEMORY) + 12] if source.startswith(MEMORY) else source
