@@ -15,7 +15,7 @@ from atp_tune.packed import gpu
 from atp_tune.packed.gpu import GpuMatrix
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1), (3, 7), (33, 70), (9, 300), (70, 576)]
+SHAPES = [(1, 1), (3, 7), (33, 70), (9, 300), (70, 576), (9, 512)]
 
 
 def sparse(shape: tuple[int, int], share: float, dtype: torch.dtype) -> Tensor:
@@ -107,17 +107,24 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("tokens", "x", "values", "group"),
+    ("tokens", "x", "values", "group", "unit"),
     [
-        (1, "bf16", "bf16", 0),
-        (16, "bf16", "bf16", 0),
-        (16, "bf16", "i8", 4),
-        (1, "fp16", "i8", 24),
-        (16, "fp16", "fp32", 0),
+        (1, "bf16", "bf16", 0, 256),
+        (16, "bf16", "bf16", 0, 64),
+        (16, "bf16", "i8", 4, 256),
+        (1, "fp16", "i8", -1, 64),
+        (16, "fp16", "fp32", 0, 2),
     ],
 )
 def test_the_product_compiles(
-    tokens: int, x: str, values: str, group: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    x: str,
+    values: str,
+    group: int,
+    unit: int,
+    capability: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton", reason=WHY)
     import triton.language as tl
@@ -126,10 +133,10 @@ def test_the_product_compiles(
 
     tensors: dict[str, str] = {
         "x_at": f"*{x}", "values_at": f"*{values}", "bitmask_at": "*u8", "offsets_at": "*i64", "scales_at": "*fp32",
-        "bias_at": "*bf16", "y_at": f"*{x}", "tokens": "i32", "rows": "i32",
+        "bias_at": "*bf16", "y_at": f"*{x}", "tokens": "i32", "rows": "i32", "units": "i32",
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "COLUMNS": 192, "LENGTH": 24, "GROUP": group, "TOKENS": tokens,
+        "UNIT": unit, "GROUP": group, "TOKENS": tokens,
         "ROWS": 8 if tokens == 1 else 32, "BYTES": 32, "KIND": tl.bfloat16 if x == "bf16" else tl.float16,
     }  # fmt: skip
     if not group:
@@ -145,8 +152,17 @@ def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from atp_tune.packed.kernel_triton import _unpack
 
     tensors = {"values_at": "*bf16", "bitmask_at": "*u8", "offsets_at": "*i64", "out_at": "*bf16"}
-    constants = {"scales_at": None, "COLUMNS": 70, "LENGTH": 9, "GROUP": 0, "ROWS": 4, "BYTES": 32}
-    compiles(_unpack, {**tensors, "rows": "i32"}, constants, 90, tmp_path, monkeypatch)
+    constants = {"scales_at": None, "UNIT": 2, "GROUP": 0, "ROWS": 4, "BYTES": 32}
+    compiles(_unpack, {**tensors, "rows": "i32", "units": "i32"}, constants, 90, tmp_path, monkeypatch)
+
+
+def test_widths_share_their_code() -> None:
+    """Of the linears of SmolLM2-1.7B and Llama-3-8B, then SmolLM2-135M: a width was compiled for each."""
+    pytest.importorskip("triton", reason=WHY)
+    from atp_tune.packed.kernel_triton import _units
+
+    assert {_units(columns)[1] for columns in (2048, 8192, 4096, 14336)} == {256}
+    assert [_units(columns) for columns in (576, 1536, 70)] == [(9, 64), (6, 256), (35, 2)]
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
