@@ -22,7 +22,7 @@ EXTRAS = {  # of pyproject.toml: for each module its package
     "ray": {"ray": "ray"},
     "finetune": {"peft": "peft"},
     "quantized": {"compressed_tensors": "compressed-tensors"},
-    "speed": {"zstandard": "zstandard", "onnx": "onnx"},
+    "speed": {"zstandard": "zstandard"},
     "tensorboard": {"tensorboard": "tensorboard"},
     "mlflow": {"mlflow": "mlflow-skinny"},
     "wandb": {"wandb": "wandb"},

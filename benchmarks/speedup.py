@@ -1,8 +1,6 @@
-"""What zeros are worth in packed folders, DeepSparse and torch: the tables of docs/speedup.md, on an idle machine.
+"""What zeros are worth in packed folders and torch: the tables of docs/speedup.md, on an idle machine.
 
     python benchmarks/speedup.py                         packed; goes on where it was stopped; 10 minutes on 2 cores
-    python tune.py speedup --engine deepsparse --setup   once
-    python benchmarks/speedup.py --engine deepsparse --tokens 512 --runs 7   a quarter of an hour
     OMP_NUM_THREADS=1 python benchmarks/speedup.py       the same on one core, as lines of their own
     python benchmarks/speedup.py --batch 4               four texts at once, as lines of their own
     python benchmarks/speedup.py --large                 16 blocks of width 2048, 4 of 4096; 12 GB of memory, 40 of disk
@@ -75,7 +73,7 @@ def main() -> None:
         task = Workload(options.tokens, options.steps, options.runs, options.batch)
         for name, make in () if options.show else lines(options):
             if (name, cpu_name()) not in known():
-                keep(name, measure(make(display), options.engine, task, "cpu", display))
+                keep(name, measure(make(display), "packed", task, "cpu", display))
     write_between(PAGE, MARKS, tables())
     print(tables())
 
@@ -85,7 +83,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--csr", action="store_true")
-    parser.add_argument("--engine", choices=("packed", "deepsparse"), default="packed")
     parser.add_argument("--tokens", type=int, default=Workload.tokens)
     parser.add_argument("--steps", type=int, default=Workload.steps)
     parser.add_argument("--only", type=int, metavar="PERCENT")
@@ -97,25 +94,21 @@ def parse() -> argparse.Namespace:
 
 def lines(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[EventHandler], Pair]]]:
     """Name of each model, and what makes it."""
-    packed, after = options.engine == "packed", of_runs(options)
+    after = of_runs(options)
     small: Models = {"SmolLM2-135M": smol, "random Llama, 4 blocks of width 2048": partial(wide, WIDE)}
     large: Models = {f"random Llama, {name}": partial(wide, shape) for name, shape in LARGE.items()}
-    percents = (70, 80, 60, 50) if packed else (50, 60, 70)
     for name, make in (large if options.large else small).items():
-        alone = options.batch > 1 or not (packed or make is smol)
-        for percent in (options.only,) if options.only else (70,) if alone else percents:
+        for percent in (options.only,) if options.only else (70,) if options.batch > 1 else (70, 80, 60, 50):
             yield f"{name}, {percent} %, {after}", partial(make, percent)
 
 
 def of_runs(options: argparse.Namespace) -> str:
     """How a model is run, where that is told by the names of lines."""
-    parts = [f"threads: {torch.get_num_threads()}"]
-    if options.engine == "packed":
-        parts.append("packed")
-        if (options.tokens, options.steps) != (Workload.tokens, Workload.steps):
-            parts.append(f"{options.tokens} + {options.steps} tokens")
-        if isa := os.environ.get(ISA):
-            parts.append(f"kernel {isa}")
+    parts = [f"threads: {torch.get_num_threads()}", "packed"]
+    if (options.tokens, options.steps) != (Workload.tokens, Workload.steps):
+        parts.append(f"{options.tokens} + {options.steps} tokens")
+    if isa := os.environ.get(ISA):
+        parts.append(f"kernel {isa}")
     if options.batch > 1:
         parts.append(f"batch {options.batch}")
     return ", ".join(parts)

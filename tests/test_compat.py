@@ -174,7 +174,6 @@ METHODS = {
     ("transformers.modeling_utils", "PreTrainedModel", "_get_dtype_plan"): ("self", "dtype"),
 }
 OTHERS = {
-    "_eng_net",  # of DeepSparse, which is installed nowhere here; its last release is from 2024
     "_version",  # of torch's tensors: how often one was changed in place
     "_forward_pre_hooks",  # of torch's modules: see test_unchanged
     "_C", "_current_level", "_dispatch_tls_local_include_set",  # of torch: see the ways in test_packed_ways

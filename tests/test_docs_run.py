@@ -39,7 +39,6 @@ ELSEWHERE = {  # words of commands that another test runs
     "serve": "does not end: test_serving.py",
     "push": "needs the hub: test_pushing.py",
     "--push": "needs the hub: test_pushing.py",
-    "deepsparse": "needs another Python: test_speed.py",
     "grpc://HOST:13000": "needs a server: test_network.py, test_ray.py",
     "grpcs://HOST:443": "needs a server: test_network.py",
     "postgresql+psycopg://ada@HOST/trials": "needs a server: test_database.py",

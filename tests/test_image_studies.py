@@ -232,7 +232,6 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
             "--images: idx:.* shares images with the test images; give another source",
         ),
         (("speedup", "--config", "tiny.best.json", "--tokens", "9"), "--tokens: an image classifier has no prompt"),
-        (("speedup", "--config", "tiny.best.json", "--engine", "deepsparse"), "runs language models, and this is an"),
         (("generate", "--config", "tiny.best.json", "--prompt", "x"), "generate: model is an image classifier"),
         (("export", "--study", "tiny.toml", "--format", "llm-compressor"), "calibrates on texts"),
         (("evaluate", "--config", "tiny.best.json", "--tasks", "piqa"), "--tasks: are of texts"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import zstandard
@@ -18,10 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from atp_tune.api.pruning import prune_study
@@ -35,9 +30,8 @@ from atp_tune.sparse import packed_models
 from atp_tune.sparse.packed_models import packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
-from atp_tune.speed import deepsparse_engine, graphs, torch_engine
+from atp_tune.speed import torch_engine
 from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
-from atp_tune.speed.graphs import Decoder, check_family
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, Workload, measured
 
@@ -45,16 +39,6 @@ SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3,
 }  # fmt: skip
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama, not shared": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
-    "llama, scaled positions": LlamaConfig(
-        **SHAPE, rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
-    ),
-    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +47,9 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def random_model(family: str) -> Any:
+def random_model() -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases are 1 and 0 in a new model
@@ -73,65 +57,11 @@ def random_model(family: str) -> Any:
     return model
 
 
-# --- the decoder and its graphs against transformers
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_the_decoder_is_the_model(family: str) -> None:
-    """The prompt at once, then token by token, with what is not there yet on the left."""
-    model, tokens, positions = random_model(family), 7, 12
-    decoder, ids = Decoder(model, positions), torch.randint(64, (1, positions))
-    wanted = model(ids).logits[0]
-    logits, *present = decoder(ids[:, :tokens], *list(graphs.example(decoder, tokens, tokens))[1:])
-    torch.testing.assert_close(logits[0, 0], wanted[tokens - 1], rtol=1e-4, atol=1e-5)
-    past = [torch.cat((kept.new_full((1, 4, positions - 1 - tokens, kept.shape[3]), 9.0), kept), 2) for kept in present]
-    for position in range(tokens, positions):
-        mask = (torch.arange(positions) >= positions - position - 1).long()[None]
-        given = ids[:, position : position + 1], mask, torch.tensor([[position]]), mask[:, None, None]
-        logits, *present = decoder(*given, *past)
-        torch.testing.assert_close(logits[0, 0], wanted[position], rtol=1e-4, atol=1e-5)
-        past = [kept[:, :, 1:] for kept in present]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_graphs_are_the_model(phase: Phase, tmp_path: Path) -> None:
-    """Computed by onnx's own reference, with the names and shapes that DeepSparse looks for."""
-    from onnx import load
-    from onnx.reference import ReferenceEvaluator
-
-    model, task = random_model("llama"), Workload(tokens=5, steps=2)
-    path = graphs.export(model, task, tmp_path)[phase]
-    graph = load(path)
-    kept = [f"{block}.{kind}" for block in range(2) for kind in ("key", "value")]
-    past = [f"past_key_values.{name}" for name in kept] if phase == "decode" else []
-    assert [one.name for one in graph.graph.input] == [*graphs.NAMES, *past]
-    assert [one.name for one in graph.graph.output] == ["logits", *(f"present.{name}" for name in kept)]
-    assert [one.version for one in graph.opset_import if not one.domain] == [14]
-    tokens, positions = (5, 5) if phase == "prefill" else (1, 8)  # 5 + 2 tokens, and one that is left out
-    given = [tensor.numpy() for tensor in graphs.example(Decoder(model, positions), tokens, positions)]
-    found = ReferenceEvaluator(graph).run(None, dict(zip([*graphs.NAMES, *past], given, strict=True)))
-    with torch.no_grad():
-        wanted = Decoder(model, positions)(*map(torch.from_numpy, given))
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
-    assert found[0].shape == (1, 1, 64)
-
-
-def test_other_families_are_refused() -> None:
-    with pytest.raises(UserError, match="opt is not exported, only llama, mistral, qwen2, qwen3; --engine torch"):
-        check_family(OPTConfig(), 8)
-    with pytest.raises(UserError, match="--tokens: 9 positions are more than the model's sliding window of 8"):
-        check_family(MistralConfig(**SHAPE, sliding_window=8), 9)
-    check_family(MistralConfig(**SHAPE, sliding_window=8), 8)
-
-
 # --- sizes and zeros
 
 
 def test_zeros_are_counted_by_kind(tmp_path: Path) -> None:
-    model = random_model("llama")
+    model = random_model()
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
             block.self_attn.q_proj.weight[: 8 * (index + 1)] = 0
@@ -449,9 +379,7 @@ def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) ->
         assert answer.code == 2
         assert "give one of DIR, --config FILE and --study NAME" in answer.err
     for options, error in (
-        (["--setup"], "only with --engine deepsparse"),
         (["--study", "smol", "--batch", "4"], "--batch: not with --study, whose points are compared at one"),
-        ([done, "--engine", "deepsparse", "--batch", "4"], "--batch: not with --engine deepsparse"),
     ):
         answer = command("speedup", *options)
         assert answer.code == 2
@@ -473,88 +401,9 @@ def test_another_dense_model(done: Path, command: CommandLine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("library", "engine"), [("zstandard", "torch"), ("onnx", "deepsparse")])
-def test_a_library_that_is_not_installed(
-    library: str, engine: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_is_not_installed(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (done / "tiny.best.json").read_text()
-    monkeypatch.setitem(sys.modules, library, None)
-    answer = command("speedup", "--config", done / "tiny.best.json", "--engine", engine)
-    assert answer.error.endswith(f"{library} is not installed; run: {install('speed')}")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    answer = command("speedup", "--config", done / "tiny.best.json", "--engine", "torch")
+    assert answer.error.endswith(f"zstandard is not installed; run: {install('speed')}")
     assert (done / "tiny.best.json").read_text() == before
-
-
-# --- DeepSparse
-
-
-def test_deepsparse_that_is_not_there(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepsparse_engine, "check_machine", lambda: None)
-    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "deepsparse").error == (
-        "--engine deepsparse: is not installed; run: python tune.py speedup --engine deepsparse --setup"
-    )
-
-
-def test_machines_on_which_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepsparse_engine.platform, "machine", lambda: "arm64")
-    with pytest.raises(UserError, match=r"runs on Linux on x86-64, this is .* on arm64; --engine torch"):
-        deepsparse_engine.check_machine()
-    monkeypatch.setattr(deepsparse_engine.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(deepsparse_engine, "cpu_flags", lambda: {"sse4_2"})
-    with pytest.raises(UserError, match="needs a CPU with AVX2 or AVX-512"):
-        deepsparse_engine.check_machine()
-
-
-def test_a_python_that_it_has_binaries_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 11, 9))
-    assert deepsparse_engine.find_python() == Path(sys.executable)
-    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"needs Python 3.8 to 3.11, this is 3.14; install python3.11 so that it is in"):
-        deepsparse_engine.find_python()
-    older = tmp_path / "python3.9"
-    older.write_text("#!/bin/sh\n")
-    older.chmod(0o755)
-    assert deepsparse_engine.find_python() == older
-
-
-def test_an_installation_that_fails_leaves_nothing(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(deepsparse_engine, "check_machine", lambda: None)
-    broken = tmp_path / "python3.11"
-    broken.write_text("#!/bin/sh\necho 'no venv here' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(deepsparse_engine, "find_python", lambda: broken)
-    with pytest.raises(UserError, match="cannot be installed: no venv here; the network is needed once"):
-        deepsparse_engine.setup(ignore_events)
-    assert list((cache / "engines").iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("avx2" not in deepsparse_engine.cpu_flags(), reason="DeepSparse needs AVX2")
-def test_deepsparse(done: Path, command: CommandLine, cache: Path) -> None:
-    """Installed as a user does; a tiny Llama at 70 %, whose logits agree, and a process that dies.
-
-    40 tokens and 32: at the 65th its cache grows, and it would overrun positions that are no power of two.
-    """
-    answer = command("speedup", "--engine", "deepsparse", "--setup")
-    assert answer.code == 0, answer.err
-    assert "proprietary" in answer.out
-    out = done.parent / "sparse"
-    command("prune", "--study", done / "tiny.toml", "--beta", 0, *settings("sparsity=0.7"), "--out", out)
-    answer = command("speedup", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2)
-    assert answer.code == 0, answer.err
-    found = read_config(out / ABOUT).speed
-    assert found is not None
-    row = found.engines[-1]
-    assert (row.name, row.version) == ("deepsparse, float32", "1.8.0")
-    assert row.logits is not None and row.logits < 1e-5
-    assert all(rate > 0 for rates in (row.prefill, row.decode) for rate in (*rates.dense, *rates.sparse))
-    assert [file.name for file in (cache / "engines").iterdir()] == ["deepsparse-1.8.0"]  # no graphs are left
-
-    (package,) = (cache / "engines" / "deepsparse-1.8.0" / "lib").glob("python3.*/site-packages/deepsparse")
-    (package / "engine.py").unlink()
-    said = command("speedup", out, "--engine", "deepsparse", "--tokens", 40, "--runs", 2).error
-    assert said.startswith("--engine deepsparse: its process has ended: ")
-    assert read_config(out / ABOUT).speed == found

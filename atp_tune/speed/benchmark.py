@@ -26,8 +26,6 @@ from atp_tune.pruners.selection import nonzeros
 from atp_tune.sparse.packed_models import is_fast
 from atp_tune.sparse.shards import cast
 from atp_tune.spec.patterns import parse
-from atp_tune.speed import deepsparse_engine
-from atp_tune.speed.graphs import check_onnx
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed
 from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
@@ -35,11 +33,10 @@ from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, 
 
 CHUNK = 16 << 20  # bytes per read
 LEVEL = 3  # of zstd, its default
-ENGINES: dict[str, Callable[[Pair, Workload, torch.device, EventHandler], list[Opening]]] = {
-    "torch": lambda pair, task, device, _: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
-    "deepsparse": lambda pair, task, _, watch: [deepsparse_engine.opened(pair, task, watch)],
-    PACKED: lambda pair, task, device, _: opened_packed(pair, task, device),
-    SEMI_STRUCTURED: lambda pair, task, device, _: [opened_semi_structured(pair, task, device)],
+ENGINES: dict[str, Callable[[Pair, Workload, torch.device], list[Opening]]] = {
+    "torch": lambda pair, task, device: [opened(pair, task, device, dtype) for dtype in dtypes(device)],
+    PACKED: opened_packed,
+    SEMI_STRUCTURED: lambda pair, task, device: [opened_semi_structured(pair, task, device)],
 }
 
 
@@ -51,20 +48,12 @@ def default_engine(device: str, pattern: str) -> str:
     return PACKED if is_fast(find_device(device)) and not parse(pattern).channels else "torch"
 
 
-def check(engine: str, pattern: str, device: str, of_images: bool = False) -> None:
-    """UserError if an engine cannot run here or not with this pattern; called before a model is pruned.
-
-    `of_images`: the model is an image classifier.
-    """
+def check(engine: str, pattern: str, device: str) -> None:
+    """UserError if an engine cannot run here or not with this pattern; called before a model is pruned."""
     require("speed", "speedup", "zstandard")
     find_device(device)
     if engine != "torch" and parse(pattern).channels:
         raise UserError(f"--engine {engine}: runs models with zeros, and this one has fewer channels; take torch")
-    if engine == "deepsparse":
-        if of_images:
-            raise UserError("--engine deepsparse: runs language models, and this is an image classifier; take packed")
-        check_onnx()
-        deepsparse_engine.python_of()
     if engine == PACKED:
         check_packed(find_device(device))
     if engine == SEMI_STRUCTURED:
@@ -88,15 +77,15 @@ def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHa
     """Measures sizes, zeros and rates of a pair of models; torch is measured beside every engine, for comparison."""
     task = replace(task, of_images=pair.of_images)
     check_positions(pair, task)
-    place = find_device("cpu" if engine == "deepsparse" else device)
-    first = ENGINES[engine](pair, task, place, watch) if engine != "torch" else []
+    place = find_device(device)
+    first = ENGINES[engine](pair, task, place) if engine != "torch" else []
     with oom_as_user_error("speedup"):
         watch(TrialStarted("compressing the weight files", None))
         with in_format_of(pair.sparse, pair.dense) as dense:
             found = sizes(dense, pair.sparse, watch)
         with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
             zeros = zeros_by_kind(sparse)
-        openings = [("torch", each) for each in ENGINES["torch"](pair, task, place, watch)]
+        openings = [("torch", each) for each in ENGINES["torch"](pair, task, place)]
         openings += [(engine, each) for each in first]
         if task.of_images:
             images = tuple(measured_images(opening, name, task, watch) for name, opening in openings)

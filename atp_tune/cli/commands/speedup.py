@@ -31,7 +31,6 @@ class EngineName(StrEnum):
 
     packed = "packed"
     torch = "torch"
-    deepsparse = "deepsparse"
     semi_structured = "semi-structured"
 
 
@@ -46,13 +45,10 @@ def speedup(
         EngineName | None,
         typer.Option(
             metavar="ENGINE",
-            help="packed (the default on a CPU), torch, deepsparse (on a CPU) or semi-structured (2:4 on an "
-            "NVIDIA GPU); torch is always measured.",
+            help="packed (the default on a CPU), torch or semi-structured (2:4 on an NVIDIA GPU); torch is always "
+            "measured.",
         ),
     ] = None,
-    setup: Annotated[
-        bool, typer.Option("--setup", metavar="", help="First install DeepSparse, in an environment of its own.")
-    ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
     tokens: Annotated[
         int | None, typer.Option(min=4, help=f"Length of a language model's prompt in tokens, by default {TOKENS}.")
@@ -76,21 +72,12 @@ def speedup(
 
     Example: `python tune.py speedup --config studies/smol.best.json`
 
-    Example: `python tune.py speedup --config studies/smol.best.json --engine deepsparse --setup`
-
     Example: `python tune.py speedup --study smol-front`
     """
-    if setup:
-        if engine != EngineName.deepsparse:
-            raise typer.BadParameter("only with --engine deepsparse", param_hint="--setup")
-        _set_up()
-        if config is None and model is None and options.study is None:
-            return
     if sum(given is not None for given in (config, model, options.study)) != 1:
         raise typer.BadParameter("give one of DIR, --config FILE and --study NAME", param_hint="--config")
-    if batch > 1 and (options.study is not None or engine == EngineName.deepsparse):
-        other = "--study, whose points are compared at one" if options.study is not None else "--engine deepsparse"
-        raise typer.BadParameter(f"not with {other}", param_hint="--batch")
+    if batch > 1 and options.study is not None:
+        raise typer.BadParameter("not with --study, whose points are compared at one", param_hint="--batch")
     if options.study is not None:
         _measure_points(options, engine, (tokens, runs))
         return
@@ -108,7 +95,7 @@ def speedup(
         read = read_config(path)
         named = default_engine(place, read.prune.pattern) if engine is None else engine.value
         of_images = _of_images(read.score, tokens)
-        check(named, read.prune.pattern, place, of_images)
+        check(named, read.prune.pattern, place)
         annotations.check(path, read, options.storage)
         pair = find_pair(read, path.parent / read.folder, model, place, display, options.allowed)
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
@@ -144,7 +131,8 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
 
         pattern = file.study.prune.pattern
         named = default_engine(place, pattern) if engine is None else engine.value
-        check(named, pattern, place, _of_images(file.study.score, length[0]))
+        _of_images(file.study.score, length[0])
+        check(named, pattern, place)
         path = file.best_of(name)
         for count, trial in enumerate(trials, 1):
             config = best_config(file, stored, path, trial.number)
@@ -166,17 +154,6 @@ def _of_images(score: str, tokens: int | None) -> bool:
     if score == CLASSES and tokens is not None:
         raise UserError("--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once")
     return score == CLASSES
-
-
-def _set_up() -> None:
-    """Makes DeepSparse's environment, and prints its folder."""
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
-    from atp_tune.speed.deepsparse_engine import setup
-
-    with quiet(), Display() as display:
-        home = setup(display)
-    console.print(f"DeepSparse is in {home}")
 
 
 def _show(found: "Speed") -> None:

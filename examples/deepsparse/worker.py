@@ -1,6 +1,6 @@
 """A script for DeepSparse's environment, which lacks this package: measures what stdin asks for.
 
-    python -I deepsparse_worker.py TASK.json
+    python -I worker.py TASK.json
 
 TASK.json holds `graphs` (side → phase → path), `ids`, `tokens`, `steps`, `cores`, `folder`. Answers are JSON lines on
 stdout: the number of compiled models, after each; version and instruction set; then, for each line [side, phase] on
