@@ -11,7 +11,6 @@ EVERY = 1 if os.environ.get("ATP_TUNE_CASES") == "all" else 10
 FEW = 6  # cases of a test that are all tried
 AT_A_RELEASE = (  # a minute or more each on two cores, of what a shorter test of the same file sees too
     "tests/test_applying.py::test_a_large_folder_is_written_in_the_memory_of_a_few_blocks[auto]",
-    "tests/test_benchmarks.py::test_memory",
     "tests/test_ray.py::test_more_workers_than_gpus",
     "tests/test_ray.py::test_two_hosts",
     "tests/test_slurm.py::test_an_array_runs_a_study[time is up]",

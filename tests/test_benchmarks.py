@@ -45,26 +45,6 @@ def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert len(found) == 8
 
 
-@pytest.mark.slow
-def test_what_plan_foretells_of_shapes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their weights take no room on the disk; a descent with rows is counted."""
-    large = benchmark("large_plan")
-    monkeypatch.setattr(large, "PLACE", tmp_path)
-    told = []
-    for words in ((), ("--set", "allocation=['uniform']")):
-        monkeypatch.setattr(sys, "argv", ["large_plan.py", "tiny", *words])
-        with pytest.raises(SystemExit) as ended:
-            large.main()
-        assert ended.value.code == 0
-        told.append(capfd.readouterr().out)
-    assert ", of which " in told[0] and "for prices" in told[0] and "for prices" not in told[1]
-    assert "does not fit" not in told[0]
-    model = next(tmp_path.glob("tiny-*"))
-    assert all(file.stat().st_blocks * 512 < 20_000 for file in model.glob("block-*.safetensors"))
-
-
 def test_gpu_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -84,23 +64,6 @@ def test_blocks_of_the_large_shape_share_memory() -> None:
     assert len(places) == 6
     assert len(set(places)) == 2
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-
-
-@pytest.mark.slow
-def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model large enough to be told from what libraries take: host memory at rest and while a trial runs."""
-    memory = benchmark("memory")
-    monkeypatch.setattr(memory, "SIZES", {"0.1 GB": memory.SIZES["0.1 GB"]})
-    monkeypatch.setattr(sys, "argv", ["memory.py"])
-    memory.main()
-    head, *measured = rows(capsys.readouterr().out)
-    for row in measured:
-        found = dict(zip(head, row, strict=True))
-        assert float(found["× weights"]) < 1.1
-        assert float(found["copies"]) < 2.5  # two, and what the allocator takes: up to 2.3 beside other jobs
-        if found["weights lie"] in ("none", "disk"):
-            assert float(found["loading"]) < 0.1 * float(found["weights"])
-    assert len(measured) == 6
 
 
 def test_speedup_shows_its_runs(
@@ -160,125 +123,3 @@ def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert all("±" in line["test, against uniform"] and "±" in line["prices against it, test"] for line in cells[1:3])
     benchmark("allocations").main()
     assert capsys.readouterr().out == f"{out}\n"
-
-
-@pytest.mark.slow
-def test_refinement(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    words = f"--study {place}/tiny.toml --pruners wanda magnitude --swaps 0 9 --steps 4".split()
-    monkeypatch.setattr(sys, "argv", ["refinement.py", *words])
-    benchmark("refinement").main()
-    found = rows(capsys.readouterr().out)[1:]
-    ways = [["0", "0"], ["0", "4"], ["9", "4"]]
-    assert [row[1:4] for row in found] == [
-        ["dense", "", ""],
-        *([n, *way] for n in ("wanda", "magnitude") for way in ways),
-    ]
-    changed = [row for k, row in enumerate(found) if k not in (0, 1, 4)]
-    assert all("±" in row[5] and row[7] for row in changed), changed
-    assert any(row[5].startswith("-") for row in changed)  # of a random model not all, on every CPU
-
-
-def made_up(page: Any, series: str, name: str, size: int, nlls: list[float], **more: Any) -> Any:
-    """A point of a made-up study, whose validation text is a nat harder than its test text."""
-    texts = {"validation": [nll + 1 for nll in nlls], "test": nlls}
-    found = {"values": "bf16", "facts": "a", "bits": 16.0, "zeros": 0.0, "ranks": {}, "seconds": 1.0, **more}
-    return page.Measured(study="s", series=series, name=name, bytes=size, nlls=texts, cpu="", date="", **found)
-
-
-@pytest.fixture
-def compressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The command and its page, whose files lie in a folder of their own."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    command, page = benchmark("compressions"), importlib.import_module("compressions_page")
-    for name, file in (("POINTS", "points.jsonl"), ("RATES", "rates.jsonl"), ("PAGE", "page.md"), ("PICTURE", "a.svg")):
-        monkeypatch.setattr(page, name, tmp_path / "kept" / file)
-    monkeypatch.setattr(page, "svg", lambda figures: f"{len(figures)} figures")  # a browser draws them elsewhere
-    (tmp_path / "kept").mkdir()
-    page.PAGE.write_text(f"before\n{page.MARKS[0]}\nold\n{page.MARKS[1]}\nafter\n")
-    return command, page
-
-
-def test_compressions_on_the_envelope(compressions: tuple[Any, Any]) -> None:
-    """None is beaten by another in both; of equal bytes, and of equal perplexities, one stays."""
-    _, page = compressions
-    sizes = {"a": (9, 1.0), "b": (5, 1.0), "c": (5, 1.5), "d": (4, 2.0), "e": (7, 1.2), "f": (1, 9.0), "g": (6, 0.9)}
-    points = [made_up(page, "2:4", name, size, [nll]) for name, (size, nll) in sizes.items()]
-    found = page.envelope(points, page.on_validation)
-    assert [one.name for one in found] == ["f", "d", "b", "g"]
-    for one in found:
-        assert all(other.bytes > one.bytes for other in points if page.on_validation(other) < page.on_validation(one))
-
-
-def test_compressions_are_shown(compressions: tuple[Any, Any]) -> None:
-    """The last line of a point counts; the table has the nats from dense, paired, and measured rates alone."""
-    from atp_tune.metrics.speed import Measured, Rates
-
-    _, page = compressions
-    dense, old, new = (
-        made_up(page, series, name, size, nlls, values=values, facts=facts)
-        for series, name, size, nlls, values, facts in (
-            ("dense", "16 bits", 2_000_000, [1.0, 2.0, 3.0], "bf16", "a"),
-            ("zeros", "50 %", 1_000_000, [5.0, 5.0, 5.0], "int8", "b"),
-            ("zeros", "50 %", 1_000_000, [1.5, 2.4, 3.6], "int8", "c"),
-        )
-    )
-    for one in (dense, old, new):
-        page.keep(one)
-    assert page.known() == [dense, new]
-    rates = Rates(dense=(10.0, 20.0), sparse=(20.0, 30.0))
-    speed = Measured(
-        engine="packed int8", version="2", dtype="float32", device="a CPU", cores=2, tokens=8, steps=4, logits=None,
-        prefill=rates, decode=rates,
-    )  # fmt: skip
-    page.keep_rate(page.Rate(new.key, "today", speed))
-    assert [rate.speed for rate in page.rates()] == [speed]
-    page.write_page()
-    text = page.PAGE.read_text()
-    assert text.startswith(f"before\n{page.MARKS[0]}\n\n### s\n\n| ")
-    assert text.endswith(f"\n\n{page.MARKS[1]}\nafter\n")
-    head, first, second = rows(text)
-    assert dict(zip(head, first, strict=True))["tokens/s (dense)"] == "15.0"
-    row = dict(zip(head, second, strict=True))
-    assert row["nats, test"] == "+0.500 ± 0.058"  # of 0.5, 0.4, 0.6
-    assert (row["MB"], row["tokens/s (dense)"], row["of dense"]) == ("1.0", "25.0 (15.0)", "1.75 (1.50 to 2.00)×")
-    assert page.PICTURE.read_text() == "2 figures"  # by bytes, and by speed
-
-
-@pytest.mark.slow
-def test_compressions(
-    compressions: tuple[Any, Any], place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every kind of point; bytes are those of the folders; what is kept is not measured again; then speed."""
-    command, page = compressions
-    shown = (
-        "dense, 16 bits", "bits, GPTQ, 3", "bits, GPTQ, prices, 3", "zeros, 50 %", "zeros, prices, 50 %",
-        "zeros and bits, 50 %, 4 bits", "channels, 25 %", "2:4, Wanda",
-    )  # fmt: skip
-    points = [point for point in command.points() if point.title in shown]
-    monkeypatch.setattr(command, "points", lambda: points)
-    words = ["compressions.py", "--study", f"{place}/tiny.toml"]
-    monkeypatch.setattr(sys, "argv", words)
-    command.main()
-    found = {(one.series, one.name, one.values): one for one in page.known()}
-    assert len(found) == sum(len(point.values) for point in points) == 10
-    dense = found["dense", "16 bits", "bf16"]
-    assert all(one.bytes < dense.bytes for one in found.values() if one is not dense)
-    assert found["bits, GPTQ, prices", "3", "bits"].bits <= found["bits, GPTQ", "3", "bits"].bits
-    assert found["2:4", "Wanda", "bf16"].bits == 9  # of 16: half the values, and a bit for each weight
-    assert found["channels", "25 %", "bf16"].bits == pytest.approx(12, abs=0.5)
-    kept = page.POINTS.read_text()
-    capsys.readouterr()
-    command.main()
-    assert page.POINTS.read_text() == kept
-    page.POINTS.write_text("".join(line + "\n" for line in kept.splitlines() if '"int8"' not in line))
-    command.main()
-    assert {one.key: one.nlls for one in page.known()} == {one.key: one.nlls for one in found.values()}
-    monkeypatch.setattr(sys, "argv", [*words, "--speed", "--tokens", "8", "--runs", "1"])
-    command.main()
-    engines = {rate.key[1:]: rate.speed.engine for rate in page.rates()}
-    assert engines == {
-        ("zeros", "50 %", "bf16"): "packed bf16", ("zeros", "50 %", "int8"): "packed int8",
-        ("zeros, prices", "50 %", "bf16"): "packed bf16", ("zeros, prices", "50 %", "int8"): "packed int8",
-        ("channels", "25 %", "bf16"): "torch", ("2:4", "Wanda", "bf16"): "packed bf16",
-    }  # fmt: skip
-    assert "### tiny" in page.PAGE.read_text()

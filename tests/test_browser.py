@@ -149,7 +149,6 @@ def test_two_studies_in_one_report(browser: Browser, done: Path, command: Comman
 
 
 def test_five_hundred_trials_are_shown(browser: Browser, tmp_path: Path, long: optuna.Study) -> None:
-    """How soon, benchmarks/report.py measures."""
     (tmp_path / "many.html").write_bytes(html.make([gather(long, datetime.now())]))
     with opened(browser, tmp_path / "many.html", 1400, "light") as page:
         expect(page.locator(".js-plotly-plot")).to_have_count(5)

@@ -151,7 +151,7 @@ def test_perplexity_equals_the_models_own_loss(context: Session) -> None:
 
 
 def test_plan_foretells_a_trial(context: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In seconds of this process, which other work does not change; benchmarks/plan.py takes real ones."""
+    """In seconds of this process, which other work does not change; docs/speed.md has real ones."""
     for module in (probe, timing):
         monkeypatch.setattr(module, "perf_counter", process_time)
     found = foresee(load("smol-60", [*SHORT, "device=cpu"]), "smol-60", ignore_events)
