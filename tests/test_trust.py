@@ -237,6 +237,23 @@ def test_links_of_a_hub_cache_are_files(checkpoint: Path, tmp_path: Path) -> Non
     }
 
 
+def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> None:
+    """A folder LICENSES/ of the dense model was left behind."""
+    source, out = tmp_path / "model", tmp_path / "out"
+    for name in ("config.json", "model.safetensors", "LICENSES/MIT.txt", "original/params.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    out.mkdir()
+    trust.copy_small(source, out, (".safetensors",))
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()) == [
+        "LICENSES/MIT.txt",
+        "config.json",
+    ]
+    (source / "LICENSES/out.txt").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="is a link to /etc/hostname, outside its folder; copy the file"):
+        trust.small_files(source, ())
+
+
 @pytest.mark.parametrize("kind", ["file", "full", "link", "dangling"])
 def test_nothing_is_written_over(kind: str, done: Path, command: CommandLine, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -14,7 +13,7 @@ from typing import Any
 
 from atp_tune.cache import check_room, folder_atomically, sha256_of, temporary_folder
 from atp_tune.checkpoints.quantized import BESIDE, BY_TENSOR, check_plain, check_scaled, without_quantization
-from atp_tune.checkpoints.trust import ASK_CODE, read_table, small_files
+from atp_tune.checkpoints.trust import ASK_CODE, copy_small, read_table
 from atp_tune.errors import UserError
 
 ORIGIN = "origin.json"  # of a folder that was a GGUF file
@@ -28,6 +27,7 @@ GGUF_FACTS = {  # keys of a model card's head; the last that a file has counts
 }
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+INDEX = (".index.json",)
 
 
 def gguf_to_folder(file: Path, target: Path) -> None:
@@ -53,7 +53,7 @@ def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
     options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
     with written_folder(source, target) as folder:
         _complete_model(source, dtype="auto", **options).save_pretrained(folder)
-        _copy_small(source, folder)
+        copy_small(source, folder, WEIGHTS, INDEX)
 
 
 def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) -> None:
@@ -68,7 +68,7 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
             dequantize_folder(source, folder)
         else:
             _save_dequantized(source, folder, method, trusted)
-        _copy_small(source, folder, BESIDE)
+        copy_small(source, folder, WEIGHTS, (*INDEX, *BESIDE))
 
 
 def is_of_gguf(folder: Path) -> bool:
@@ -165,12 +165,6 @@ def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) ->
     model.save_pretrained(target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
-
-
-def _copy_small(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
-    for file in small_files(source, WEIGHTS):
-        if not file.name.endswith((".index.json", *without)) and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
 
 
 def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:

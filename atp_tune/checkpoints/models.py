@@ -160,7 +160,7 @@ def check_files(folder: Path) -> None:
 
 def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, content: str) -> Path:
     """Where the cache has what a folder is converted to: by its content and all files that are copied with it."""
-    files = {file.name: sha256_of(file) for file in trust.small_files(folder, convert.WEIGHTS)}
+    files = {str(file.relative_to(folder)): sha256_of(file) for file in trust.small_files(folder, convert.WEIGHTS)}
     return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=files)
 
 

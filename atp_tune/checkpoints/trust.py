@@ -4,6 +4,7 @@ Errors: UserError that names the key that allows it, if there is one.
 """
 
 import json
+import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -89,17 +90,27 @@ def _classes(config: dict[str, Any]) -> list[str]:
 
 
 def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
-    """The files of a folder without weights (by suffix); UserError for a link to a file outside it.
+    """The files of a folder, and of its folder of licences, without weights (by suffix).
 
-    Links into the folder `blobs` two levels up, as in the Hugging Face cache, are allowed.
+    UserError for a link to a file outside it, but for the folder `blobs` two levels up, as in the Hugging Face cache.
     """
     home, blobs = folder.resolve(), folder.resolve().parents[1:2]
-    found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in weights]
+    files = sorted([*folder.iterdir(), *folder.glob("LICEN[CS]E*/*")])
+    found = [file for file in files if file.is_file() and file.suffix not in weights]
     for file in found:
         inside = (home, *(place / "blobs" for place in blobs))
-        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
+        if not any(file.resolve().is_relative_to(place) for place in inside):
             raise UserError(f"model.source: {file} is a link to {file.resolve()}, outside its folder; copy the file")
     return found
+
+
+def copy_small(source: Path, out: Path, weights: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
+    """Copies a model folder's small files, but those whose names end like `without`, or that `out` has."""
+    for file in small_files(source, weights):
+        copy = out / file.relative_to(source)
+        if not file.name.endswith(without) and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ its tensors only. One tensor at a time is in memory. Layout: docs/formats.md.
 
 import hashlib
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from atp_tune.cache import check_room, folder_atomically, write_out
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.headers import parse_header
-from atp_tune.checkpoints.trust import read_table, small_files
+from atp_tune.checkpoints.trust import copy_small, read_table
 from atp_tune.errors import UserError
 from atp_tune.paths import check_writable
 
@@ -90,9 +89,7 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     check_room(out, size) if shared else check_writable(out, size)
     try:
         with folder_atomically(out, shared) as folder, ExitStack() as stack:
-            for file in small_files(source, WEIGHTS):
-                if file.name not in added:
-                    shutil.copyfile(file, folder / file.name)
+            copy_small(source, folder, WEIGHTS, tuple(added))
             tensors = _Tensors(source, stack)
             if original is None:
                 tensors.save(folder)

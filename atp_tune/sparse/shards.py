@@ -18,7 +18,7 @@ from torch import Tensor
 from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.headers import places, read_header
-from atp_tune.checkpoints.trust import is_slim, read_table, small_files
+from atp_tune.checkpoints.trust import copy_small, is_slim, read_table
 from atp_tune.checkpoints.unpacking import bytes_of, dtypes
 from atp_tune.errors import UserError
 from atp_tune.sparse.own_code import bring_own_code
@@ -124,8 +124,7 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
     """
     try:
         with folder_atomically(out) as folder:
-            for file in small_files(source, WEIGHTS):
-                shutil.copyfile(file, folder / file.name)
+            copy_small(source, folder, WEIGHTS)
             if is_slim(source):
                 bring_own_code(folder)
             yield folder
