@@ -30,6 +30,7 @@ from atp_tune.checkpoints.streaming import copy_to
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
@@ -176,8 +177,7 @@ class Trial:
 def trial(context: Session) -> Trial:
     """One trial of Wanda."""
     record = Record(context)
-    blocks = record.follow(context.prune(uniform(context)))
-    record.nlls = context.all_nlls(blocks, "validation")
+    record.nlls = context.measure(uniform(context), [record, RoleScores("validation")])[1].nlls
     found = record.close()
     return Trial(found["seconds"], max(found["peak_bytes"].values()))
 
@@ -185,7 +185,7 @@ def trial(context: Session) -> Trial:
 def dense_seconds(context: Session) -> float:
     """Seconds of the dense model on the validation text, in which a block computes least while the next one comes."""
     began = perf_counter()
-    context.all_nlls(context.dense(), "validation")
+    context.measure(None, [RoleScores("validation")])
     return perf_counter() - began
 
 

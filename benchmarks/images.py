@@ -25,6 +25,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.plan import make_plan
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
 
@@ -116,12 +117,12 @@ class Measuring:
 
     def _scores(self, target: float, point: Point | None, role: str) -> WindowScores:
         if point is None:
-            return self._context.all_scores(self._context.dense(), role)
+            own: WindowScores = self._context.measure(None, [RoleScores(role)])[0]
+            return own
         key = (key_of(target, point), role)
         if key not in self._known:
             plan = make_plan(PRUNER, point[0], self._context.budget(target), dict(point[1]))
-            blocks = ((block.index, block.weights) for block in self._context.prune(plan))
-            self._known[key] = self._context.all_scores(blocks, role)
+            [self._known[key]] = self._context.measure(plan, [RoleScores(role)])
         return self._known[key]
 
 

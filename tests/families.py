@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -17,7 +18,9 @@ from atp_tune.checkpoints.offload import Offload
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.inputs.windows import Windows
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
+from atp_tune.scores import WindowScores
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.spec.prune import PruneConfig
 
@@ -223,6 +226,19 @@ def bench_of(
     place = (folder, "content", "tiny")
     source = NoFolder(*place) if folder == Path() else ModelFolder(*place)
     return Session(source, checkpoint, texts, prune or PruneConfig(), watch)
+
+
+def scores_of(work: Session, blocks: Iterable[Any], role: str, kl: bool = False) -> WindowScores:
+    """Scores of a model that is given as blocks, or by index and tensors, on one text."""
+    given = (block if isinstance(block, PrunedBlock) else PrunedBlock(*block) for block in blocks)
+    found: WindowScores
+    [found] = work.measure(None, [RoleScores(role, kl)], blocks=given)
+    return found
+
+
+def nlls_of(work: Session, blocks: Iterable[Any], role: str) -> list[float]:
+    """Window NLLs of a model that is given so."""
+    return scores_of(work, blocks, role).nlls
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

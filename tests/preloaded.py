@@ -36,7 +36,6 @@ with quiet():  # which libraries read as they are imported
     import atp_tune.cli.application
     import atp_tune.inputs.local
     import atp_tune.report
-    import atp_tune.search.continuations
     import atp_tune.search.objective
     import atp_tune.search.runner
     import atp_tune.serving.serve

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,8 @@ from atp_tune.inputs.images import Images
 from atp_tune.metrics.answers import Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report.html import _answers
+from atp_tune.run.observers import ImageAnswers, LeftOut
 from atp_tune.run.session import Session
-from atp_tune.search.answers import StudyAnswers
-from atp_tune.search.final_scores import _work
 from atp_tune.spec.prune import PruneConfig
 
 CPU = torch.device("cpu")
@@ -44,7 +41,8 @@ class Strip:
             ModelFolder(folder, "content", "vit"), Checkpoint(model, CPU), items, PruneConfig(), self._hear,
             inputs="images", score="classes",
         )  # fmt: skip
-        self.work = StudyAnswers(self.context, "test")
+        self.answers = ImageAnswers("test")
+        self.work = LeftOut(self.answers, NAMES, "answers on images", self._hear)
 
     def _hear(self, event: Any) -> None:
         if isinstance(event, Message):
@@ -52,15 +50,9 @@ class Strip:
 
     def all(self) -> Answers | None:
         for name in NAMES:
-            for _ in self.work.follow(name, self._blocks()):
-                pass
-            self.work.say(name)
-        return self.work.result()
-
-    def _blocks(self) -> Iterator[Any]:
-        checkpoint = self.context.checkpoint
-        for index in range(len(checkpoint.blocks)):
-            yield index, checkpoint.weights(index)
+            self.context.measure(None, [self.work], name)
+        found: Answers | None = self.work.result()
+        return found
 
 
 def change(folder: Path, name: str, **more: Any) -> Path:
@@ -108,7 +100,7 @@ def test_logits_that_fail_leave_it_out(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_class_without_a_name_has_its_number(folder: Path) -> None:
     strip = Strip(folder)
-    strip.work._names = {0: "crane"}
+    change(folder, "config.json", id2label={"0": "crane"})
     found = strip.all()
     assert found is not None and found.labels == ("crane", "LABEL_1", "crane", "LABEL_1")
 
@@ -122,11 +114,3 @@ def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
     )
     shown = _answers(type("Summary", (), {"answers": found})())  # type: ignore[arg-type]
     assert [is_right for _, _, is_right in shown[0][2]] == [True, False, True]
-
-
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_the_strip_is_turned_off_with_the_continuations(tokens: int, folder: Path) -> None:
-    study = SimpleNamespace(images=SimpleNamespace(test=1), continuations=SimpleNamespace(tokens=tokens))
-    run: Any = SimpleNamespace(file=SimpleNamespace(study=study))
-    work = _work(run, Strip(folder).context, True, (), NAMES)
-    assert work.wanted == (NAMES if tokens else ())

@@ -15,6 +15,7 @@ from families import (
     checkpoint_of,
     few,
     multimodal,
+    nlls_of,
     random_ids,
     replay_of,
     same_bits,
@@ -72,7 +73,7 @@ def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> 
     context = bench_of(model)
     plan = make_plan("wanda", "atp", context.budget(0.5), {"beta": 0.05})
     pruned = list(context.prune(plan))
-    found = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
+    found = nlls_of(context, ((block.index, block.weights) for block in pruned), "validation")
     state = model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     for block in pruned:

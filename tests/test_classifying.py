@@ -13,11 +13,11 @@ from PIL import EpsImagePlugin, Image
 from tinystudy import CommandLine
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from atp_tune.chatting import ChatModels
 from atp_tune.checkpoints import devices
-from atp_tune.classifying import TOP, _first, classify
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
+from atp_tune.sparse.both_models import CHAT, BothModels
+from atp_tune.sparse.classifying import TOP, _first, classify
 
 CLASSES = 7
 NAMES = {0: "cat", 1: "a | b", 2: "[red]", 3: "\x1b[2Jdog", 4: "e", 5: "f", 6: "g"}
@@ -144,4 +144,4 @@ def test_a_file_of_another_format_starts_no_program(
 
 def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^chat: .* is an image classifier, which has no text; take `classify`"):
-        ChatModels(folder, "cpu", ignore_events, {})
+        BothModels(folder, CHAT, "cpu", ignore_events, {})

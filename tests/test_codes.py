@@ -148,7 +148,7 @@ def folders(
         context.bits, pruner = bits[0], "magnitude"
     plan = Plan(pruner, "uniform", shares, bits=bits)
     record = Record(context)
-    list(record.follow(context.prune(plan)))
+    context.measure(plan, [record])
     (place / "codes").mkdir()
     codes, checkpoint = Codes(place / "codes", quantize), context.checkpoint
 

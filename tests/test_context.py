@@ -3,15 +3,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, random_ids, same_bits, tiny
+from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, nlls_of, random_ids, same_bits, tiny
 
 from atp_tune.blocks import batching
 from atp_tune.events import Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
-from atp_tune.run import scoring, session
-from atp_tune.run.scoring import can_keep
+from atp_tune.run import observers, session
+from atp_tune.run.observers import can_keep
 from atp_tune.run.session import Session
 from atp_tune.spec import prune
 from atp_tune.spec.prune import PruneConfig
@@ -41,7 +41,7 @@ def test_each_block_is_a_step() -> None:
     list(work.prune(UNIFORM))
     assert steps(events) == [("prune", done, 4) for done in (1, 2, 3, 4)]
     events.clear()
-    work.all_nlls(work.dense(), "test")
+    nlls_of(work, work.blocks(None), "test")
     assert steps(events) == [("evaluate", done, 4) for done in (1, 2, 3, 4)]
 
 
@@ -60,9 +60,9 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
     events: list[Any] = []
     work = bench_of(tiny("llama"), watch=events.append)
     pruned = ((block.index, block.weights) for block in work.prune(UNIFORM))
-    streamed = work.all_nlls(pruned, "validation")
+    streamed = nlls_of(work, pruned, "validation")
     assert [phase for phase, *_ in steps(events)] == ["prune", "evaluate"] * 4
-    assert streamed == work.all_nlls([(block.index, block.weights) for block in work.prune(UNIFORM)], "validation")
+    assert streamed == nlls_of(work, [(block.index, block.weights) for block in work.prune(UNIFORM)], "validation")
 
 
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +145,6 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("free", "expected"), [(10**9, True), (0, False)])
 def test_blocks_are_kept_where_they_fit(free: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "free_memory", lambda device: free)
+    monkeypatch.setattr(observers, "free_memory", lambda device: free)
     assert can_keep(checkpoint_of(tiny("llama"))) == expected
     assert not can_keep(checkpoint_of(tiny("llama"), "cpu"))

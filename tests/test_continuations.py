@@ -20,13 +20,12 @@ from atp_tune.cli import tables
 from atp_tune.cli.console import Terminal
 from atp_tune.events import Event, Message
 from atp_tune.generation import prompts as generation_prompts
-from atp_tune.metrics.continuations import NAMES, PROMPTS, Continuations
+from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import allocation_of, best_of_each
-from atp_tune.run import scoring
-from atp_tune.search import continuations
+from atp_tune.run import observers
 from atp_tune.spec.config import read_config
 from atp_tune.storage import progress
 
@@ -158,22 +157,11 @@ def test_a_model_that_fails_to_write_loses_no_study(place: Path, monkeypatch: py
 @pytest.mark.parametrize("how", ["offload", "room"])
 def test_a_model_without_room_is_left_out(how: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "room":
-        monkeypatch.setattr(scoring, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(observers, "free_memory", lambda device: 1000)
     said = left_out(place, *["model.offload=disk"] * (how == "offload"))
     assert said == [
         "continuations: left out, the model leaves no room for a pruned copy; `tune.py generate` makes them"
     ]
-
-
-def test_a_model_of_other_inputs_says_nothing() -> None:
-    class Context:
-        inputs = "pixels"
-
-    work = continuations.StudyContinuations(Context(), PROMPTS, TOKENS, NAMES)  # type: ignore[arg-type]
-    assert work.wanted == ()
-    assert list(work.follow("best", [(0, {})])) == [(0, {})]
-    work.say("best")
-    assert work.result() is None
 
 
 # The command

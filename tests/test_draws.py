@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from families import nlls_of
 from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, study_file
 
 from atp_tune.allocations import prices
@@ -28,7 +29,6 @@ from atp_tune.plan import Plan, make_plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
-from atp_tune.scores import WindowScores
 from atp_tune.search import final_scores
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig
@@ -69,7 +69,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
     context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
     plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
-    return context.all_nlls(((block.index, block.weights) for block in context.prune(plan)), "test")
+    return nlls_of(context, ((block.index, block.weights) for block in context.prune(plan)), "test")
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
         monkeypatch.setattr(context, "_pool", lambda fitted=fitted: fitted)
         plan = make_plan("wanda", "prices", context.budget(0.6), {"kappa": trial.params["kappa"]})
         blocks = context.prune(plan)
-        expected.append(context.all_nlls(((block.index, block.weights) for block in blocks), "test"))
+        expected.append(nlls_of(context, ((block.index, block.weights) for block in blocks), "test"))
     found = study.user_attrs["refits"][str(trial.number)]["3"]
     assert [found[str(draw)] for draw in range(3)] == [pytest.approx(nlls, rel=1e-5) for nlls in expected]
     assert (found["0"] == study.user_attrs["test_nlls"][str(trial.number)]) == (each is not None)
@@ -217,15 +217,15 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = Session.all_scores, [0]
+    whole, calls = final_scores._redrawn, [0]
 
-    def dies(self: Session, *more: Any, **options: Any) -> WindowScores:
+    def dies(*own: Any) -> list[float]:
         calls[0] += 1
-        if calls[0] == 8:  # dense, then dense, uniform and best on the test text, then uniform and best of two draws
+        if calls[0] == 4:  # uniform and best of two draws
             raise KeyboardInterrupt
-        return whole(self, *more, **options)
+        return whole(*own)
 
-    monkeypatch.setattr(Session, "all_scores", dies)
+    monkeypatch.setattr(final_scores, "_redrawn", dies)
     with pytest.raises(KeyboardInterrupt):
         run(place, THREE)
     known = stored(place).user_attrs["draws"]

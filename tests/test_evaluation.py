@@ -5,7 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import CPU, FAMILIES, TOKENS, bench_of, random_ids, replay_of, tiny
+from families import CPU, FAMILIES, TOKENS, bench_of, nlls_of, random_ids, replay_of, scores_of, tiny
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
@@ -15,10 +15,11 @@ from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.measures import perplexity
 from atp_tune.plan import Plan
-from atp_tune.run import scoring
+from atp_tune.run import observers
+from atp_tune.run.observers import RoleScores, parts_of
 from atp_tune.run.session import Session
 from atp_tune.scores import evaluation, losses, next_token
-from atp_tune.scores.evaluation import Block, group_scores, head_scores
+from atp_tune.scores.evaluation import Block, final_states, head_scores
 from atp_tune.scores.losses import loss_gradient, mean_loss, token_kls, token_nlls
 from atp_tune.scores.next_token import NEXT_TOKEN
 
@@ -35,7 +36,17 @@ def batch_of(windows: int, notes: list[str] | None = None) -> AutoBatch:
 
 @torch.inference_mode()
 def nlls_in(replay: Replay, groups: list[Tensor], batch: AutoBatch, heads: AutoBatch) -> list[list[float]]:
-    return [scores.nlls for scores in group_scores(replay, NEXT_TOKEN, batch, heads, dense_blocks(replay), groups)]
+    states = final_states(replay, batch, dense_blocks(replay), groups)
+    return [
+        head_scores(replay, NEXT_TOKEN, heads, group, hidden).nlls for group, hidden in zip(groups, states, strict=True)
+    ]
+
+
+def parts_in(work: Session, role: str, pruned: Any = None, kl: bool = False, one_by_one: bool = True) -> list[Any]:
+    """The scores of each part, of the dense model by default."""
+    heard: list[Any] = []
+    work.measure(None, [RoleScores(role, kl, heard.append, one_by_one)], blocks=pruned)
+    return heard
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,10 +64,10 @@ def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
     pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
-    nlls = work.all_nlls(((block.index, block.weights) for block in pruned), "validation")
+    nlls = nlls_of(work, ((block.index, block.weights) for block in pruned), "validation")
     other = pruned_copy(model, work, pruned)
     assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
-    assert nlls != pytest.approx(work.all_nlls(work.dense(), "validation"), rel=1e-3)
+    assert nlls != pytest.approx(nlls_of(work, work.blocks(None), "validation"), rel=1e-3)
 
 
 def pruned_copy(model: Any, work: Session, pruned: list[PrunedBlock]) -> Any:
@@ -72,7 +83,7 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
     pruned = list(work.prune(Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
-    kls = work.all_scores(((block.index, block.weights) for block in pruned), "validation", kl=True).kls
+    kls = scores_of(work, ((block.index, block.weights) for block in pruned), "validation", kl=True).kls
     expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
     assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert max(kls) > 1.001 * min(kls) > 0
@@ -82,15 +93,15 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
 def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     monkeypatch.setattr(work.batch("validation"), "windows", batch)
-    assert work.all_scores(work.dense(), "validation", kl=True).kls == [0.0] * 7
-    assert work.all_scores(work.dense(), "validation").kls == []
+    assert scores_of(work, work.blocks(None), "validation", kl=True).kls == [0.0] * 7
+    assert scores_of(work, work.blocks(None), "validation").kls == []
 
 
 @pytest.mark.slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
-    expected, nlls = work.all_scores(pruned, "validation", kl=True).kls, work.all_nlls(pruned, "validation")
+    expected, nlls = scores_of(work, pruned, "validation", kl=True).kls, nlls_of(work, pruned, "validation")
     for windows, heads, positions, cached in (
         (1, 1, 256, 1),
         (2, 8, 5, 1 << 22),
@@ -102,7 +113,7 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         monkeypatch.setattr(next_token, "POSITIONS", positions)
         monkeypatch.setattr(losses, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
-            parts = list(work.scores(pruned, "validation", one_by_one, kl=True))
+            parts = parts_in(work, "validation", pruned, True, one_by_one)
             assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
             assert [nll for part in parts for nll in part.nlls] == pytest.approx(nlls, rel=1e-5)
 
@@ -112,8 +123,8 @@ def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPa
     original = evaluation.advance
     monkeypatch.setattr(evaluation, "advance", lambda *args: ran.append(1) or original(*args))
     for _ in range(3):
-        work.all_scores(work.dense(), "validation", kl=True)
-    assert len(ran) == (1 + 3) * 4 * len(work._roles["validation"].parts())
+        scores_of(work, work.blocks(None), "validation", kl=True)
+    assert len(ran) == (1 + 3) * 4 * len(parts_of(work.items("validation"), work.batch("validation").windows))
 
 
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
@@ -161,46 +172,44 @@ def test_blocks_are_met_once_and_in_order() -> None:
             yield index, weights
 
     with torch.inference_mode():
-        list(group_scores(replay, NEXT_TOKEN, batch_of(1), batch_of(1), blocks(), random_ids(4).split(2)))
+        final_states(replay, batch_of(1), blocks(), random_ids(4).split(2))
     assert met == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
 def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     work, events = bench_of(tiny("llama")), []
-    expected = work.all_nlls(work.dense(), "validation")
+    expected = nlls_of(work, work.blocks(None), "validation")
     for kept in (True, False):
-        monkeypatch.setattr(scoring, "can_keep", lambda checkpoint, kept=kept: kept)
+        monkeypatch.setattr(observers, "can_keep", lambda checkpoint, kept=kept: kept)
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
-            monkeypatch.setattr(scoring, "GROUPS", most)
+            monkeypatch.setattr(observers, "GROUPS", most)
             monkeypatch.setattr(work.batch("validation"), "windows", batch)
-            groups = [scores.nlls for scores in work.scores(work.dense(), "validation", one_by_one=True)]
+            groups = [scores.nlls for scores in parts_in(work, "validation")]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
             assert [
-                scores.nlls for scores in work.scores(work.dense(), "validation")
+                scores.nlls for scores in parts_in(work, "validation", one_by_one=False)
             ] == groups  # to the last bit: the batches are the same
         assert events == []
 
 
 def test_the_first_group_comes_before_the_second_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     work, ran = bench_of(tiny("llama")), []
-    monkeypatch.setattr(scoring, "can_keep", lambda checkpoint: True)
+    monkeypatch.setattr(observers, "can_keep", lambda checkpoint: True)
     monkeypatch.setattr(work.batch("validation"), "windows", 3)
     original = work.replay.run
     monkeypatch.setattr(work.replay, "run", lambda *args: ran.append(len(args[2])) or original(*args))
-    groups = work.scores(work.dense(), "validation", one_by_one=True)
-    next(groups)
-    assert ran == [3] * 4
-    next(groups)
-    assert ran == [3] * 4 + [2] * 4
+    seen: list[list[int]] = []
+    work.measure(None, [RoleScores("validation", heard=lambda scores: seen.append([*ran]), one_by_one=True)])
+    assert seen[:2] == [[3] * 4, [3] * 4 + [2] * 4]
 
 
 def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), offload="none"), bench_of(tiny("gpt2"), offload="cpu")
-    expected = one.all_nlls(one.dense(), "test")
-    assert other.all_nlls(other.dense(), "test") == expected
-    assert [nll for scores in other.scores(other.dense(), "test", True) for nll in scores.nlls] == expected
+    expected = nlls_of(one, one.blocks(None), "test")
+    assert nlls_of(other, other.blocks(None), "test") == expected
+    assert [nll for scores in parts_in(other, "test") for nll in scores.nlls] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])

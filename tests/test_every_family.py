@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from everytype import model_of, types
-from families import CPU, bench_of, check, few, same_bits
+from families import CPU, bench_of, check, few, nlls_of, same_bits
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
 from torch import Tensor
@@ -147,7 +147,7 @@ def check_logits(model: Any, replay: Any) -> None:
 def check_pruned(model: Any, context: Any) -> None:
     """NLLs of the pruned blocks are those of the model with these weights; half of each block's linears is zero."""
     pruned = list(context.prune(make_plan("wanda", "uniform", context.budget(0.5), {})))
-    found = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
+    found = nlls_of(context, ((block.index, block.weights) for block in pruned), "validation")
     own = dict(model.named_parameters(remove_duplicate=False))
     for block in pruned:
         for linear in context.checkpoint.linears[block.index]:
@@ -214,11 +214,11 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     context = bench_of(model_of(kind), ids=text)
-    first = context.all_nlls(context.dense(), "validation")
-    assert context.all_nlls(context.dense(), "validation") == first
+    first = nlls_of(context, context.blocks(None), "validation")
+    assert nlls_of(context, context.blocks(None), "validation") == first
     search = context._roles["validation"]
     search.items = search.items.flip(0)
-    assert context.all_nlls(context.dense(), "validation") == pytest.approx(first[::-1], rel=1e-5)
+    assert nlls_of(context, context.blocks(None), "validation") == pytest.approx(first[::-1], rel=1e-5)
     alone = [naive.nlls_of(context.checkpoint.model, ids[None])[0] for ids in text(7, 13, seed=1)]
     assert first == pytest.approx(alone, rel=1e-5)
 

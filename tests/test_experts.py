@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import naive
 import pytest
 import torch
-from families import MIXTURES, TOKENS, bench_of, few, random_ids, same_bits, tiny
+from families import MIXTURES, TOKENS, bench_of, few, nlls_of, random_ids, same_bits, tiny
 from safetensors.torch import load_file
 from test_input_hooks import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
@@ -61,7 +61,7 @@ def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> N
     work = bench_of(tiny(family), PruneConfig(statistics=statistics))
     plan = Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
     with Additions() as additions:
-        work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "validation")
+        nlls_of(work, [(block.index, block.weights) for block in work.prune(plan)], "validation")
     assert additions.seen > 100
     assert additions.unordered == []
 
@@ -287,4 +287,4 @@ def test_router_logits_are_not_asked_for() -> None:
     expected = naive.nlls_of(model, random_ids(3, seed=2))
     model.config.output_router_logits = True
     work = bench_of(model)
-    assert work.all_nlls(work.dense(), "test") == pytest.approx(expected, rel=1e-5)
+    assert nlls_of(work, work.blocks(None), "test") == pytest.approx(expected, rel=1e-5)

@@ -51,7 +51,7 @@ from tinystudy import (
 )
 
 from atp_tune.events import Event, Message, TrialStarted
-from atp_tune.run.session import Session
+from atp_tune.run.observers import RoleScores
 from atp_tune.scores import evaluation
 from atp_tune.search import runner
 from atp_tune.spec.config import read_config
@@ -519,15 +519,15 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
 
 @pytest.mark.slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def report_fails(bench: Session, blocks: Any, role: str, kl: bool = False) -> Any:
-        if role == "test":
+    def report_fails(scores: RoleScores) -> Any:
+        if scores._role == "test":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(bench, blocks, role, kl)
+        return whole(scores)
 
-    whole = Session.all_scores
+    whole = RoleScores.end
     study = ("--study", place / "tiny.toml")
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "all_scores", report_fails)
+        patch.setattr(RoleScores, "end", report_fails)
         assert command(*study).error.startswith("test text: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
     assert command(*study).code == 0

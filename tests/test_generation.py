@@ -23,7 +23,7 @@ from atp_tune.generation.conversation import Answer, ChatOptions, Speaker
 from atp_tune.generation.decoding import end_tokens, generate, longest
 from atp_tune.generation.prompts import continued, encode
 from atp_tune.plan import Plan
-from atp_tune.search.kept_blocks import prune_whole
+from atp_tune.run.observers import Kept
 
 PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]
 NEW = 6
@@ -83,7 +83,7 @@ def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     work = bench_of(model)
     plan = Plan("magnitude", "uniform", (0.6,) * len(work.checkpoint.blocks))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ends, weights_of = end_tokens(model, Letters()), prune_whole(work, plan, "a test", "another")
+    ends, [weights_of] = end_tokens(model, Letters()), work.measure(plan, [Kept("a test", "another")])
     found = [cut(tokens, ends) for tokens in said(work.replay, weights_of)]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert found != [cut(tokens, ends) for tokens in said(work.replay)]

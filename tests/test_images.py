@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import CPU, few
+from families import CPU, few, scores_of
 from image_families import CLASSES, FAMILIES, context_of, images, make
 from PIL import Image
 from tinystudy import CommandLine
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_model_itself(family: str) -> None:
             hidden = work.replay.run(index, work.checkpoint.weights(index), hidden)
         assert torch.equal(work.replay.logits(batch, hidden), own)
     assert len(work.checkpoint.blocks) == (FAMILIES[family][3] or len(work.checkpoint.blocks))
-    found = work.all_scores(work.dense(), "validation", kl=True)
+    found = scores_of(work, work.blocks(None), "validation", kl=True)
     assert found.nlls == pytest.approx(
         functional.cross_entropy(own, batch.classes, reduction="none").tolist(), rel=1e-4
     )
@@ -139,7 +139,7 @@ def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
     work, batch = context_of(family), images(family, 7, 2)
     plan = Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
     pruned = [(block.index, dict(block.weights)) for block in work.prune(plan)]
-    found = work.all_scores(pruned, "validation").nlls
+    found = scores_of(work, pruned, "validation").nlls
     model = make(family)
     with torch.inference_mode():
         for index, weights in pruned:
@@ -194,7 +194,7 @@ def test_whole_channels_of_a_classifier_go(family: str) -> None:
                 model.get_submodule(work.checkpoint.block_names[index]).get_submodule(linear.name).weight.copy_(matrix)
         own = functional.cross_entropy(model(pixel_values=batch.pixels).logits, batch.classes, reduction="none")
     assert total / sum(work.checkpoint.sizes) == pytest.approx(0.2, abs=0.01)
-    found = work.all_scores([(index, weights) for index, weights, _ in pruned], "validation").nlls
+    found = scores_of(work, [(index, weights) for index, weights, _ in pruned], "validation").nlls
     assert found == pytest.approx(own.tolist(), rel=1e-4)
 
 

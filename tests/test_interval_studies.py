@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from families import scores_of
 from test_runner import reopen, states
 from test_zeroshot import make_tasks
 from tinystudy import CommandLine, run, study_file
@@ -148,7 +149,7 @@ def test_the_test_text_beside_a_trial_has_the_bits_of_the_test_text_alone(
         space = make_space(file.study, context.budget(file.study.highest))
         for trial in study.trials:
             blocks = ((block.index, block.weights) for block in context.prune(space.plan(trial.params)))
-            scores = context.all_scores(blocks, "test", kl=objective == "kl")
+            scores = scores_of(context, blocks, "test", kl=objective == "kl")
             assert scores.nlls == found["test_nlls"][str(trial.number)]
             assert scores.kls == found["test_kls"].get(str(trial.number), [])
 

@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from families import nlls_of
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
@@ -16,8 +17,10 @@ from tinystudy import quiet, run, study_file
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
+from atp_tune.run import observers
 from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
+from atp_tune.scores.evaluation import head_scores
 from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
 from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
@@ -73,7 +76,7 @@ def test_a_trial_is_perplexity_on_the_search_text(context: Session, space: Space
     trial = ask(study, space)
     [value] = Objective(context, space, False, ignore_events)(trial)
     pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
-    nlls = context.all_nlls(pruned, "validation")
+    nlls = nlls_of(context, pruned, "validation")
     assert value == math.exp(fmean(nlls))
     assert trial.user_attrs["nlls"] == nlls
 
@@ -103,23 +106,19 @@ def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space
     assert set(study.trials[1].user_attrs) > {"sparsities", "host"}
 
 
-def test_a_model_whose_numbers_are_none_fails(context: Session, space: Space, study: optuna.Study) -> None:
-    class Broken:
-        checkpoint, dtype, windows, begin = context.checkpoint, context.dtype, context.windows, context.begin
-        batch, batches, stored_bytes = context.batch, context.batches, context.stored_bytes
+def test_a_model_whose_numbers_are_none_fails(
+    context: Session, space: Space, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> WindowScores:
+        scores = head_scores(*given)
+        return WindowScores([*scores.nlls[:-1], math.nan], [])
 
-        def prune(self, plan: Any) -> Any:
-            return context.prune(plan)
-
-        def scores(self, blocks: Any, role: str, one_by_one: bool, kl: bool) -> Any:
-            scores = next(iter(context.scores(blocks, role, one_by_one)))
-            yield WindowScores([*scores.nlls[:-1], math.nan], [])
-
+    monkeypatch.setattr(observers, "head_scores", broken)
     trial = ask(study, space)
     with pytest.raises(
         TrialError, match=r"^perplexity is inf: the pruned model's numbers overflow or are not defined$"
     ):
-        Objective(Broken(), space, False, ignore_events)(trial)  # type: ignore[arg-type]
+        Objective(context, space, False, ignore_events)(trial)
     assert trial.user_attrs["failure"].startswith("perplexity is inf")
     assert trial.params == PARAMS
     assert len(trial.user_attrs["sparsities"]) == 4

@@ -287,9 +287,10 @@ def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torc
     context = bench_of(model.float(), folder=tmp_path / "dense")
     record = Record(context)
     sparsities = (0.3, *([0.6] * (len(context.checkpoint.blocks) - 1)))
-    for index, weights in record.follow(context.prune(Plan("wanda", "uniform", sparsities))):
-        for key, tensor in weights.items():
-            context.checkpoint.blocks[index].get_parameter(key).data = tensor
+    for block in context.prune(Plan("wanda", "uniform", sparsities)):
+        record.block(block)
+        for key, tensor in block.weights.items():
+            context.checkpoint.blocks[block.index].get_parameter(key).data = tensor
     model.to(dtype).save_pretrained(tmp_path / "sparse", max_shard_size="40KB")
     pack_folder(tmp_path / "sparse", tmp_path / "packed")
     dense, packed = (bytes_of(tmp_path / folder) for folder in ("dense", "packed"))

@@ -14,6 +14,7 @@ from families import (
     checkpoint_of,
     copy_of,
     few,
+    nlls_of,
     random_ids,
     replay_of,
     same_bits,
@@ -366,12 +367,12 @@ def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
     plan = atp_plan(bench_of(model), "wanda")
     work = bench_of(model, prune, watch=events.append)
     limit_embedding(model, 2, monkeypatch)
-    nlls = work.all_nlls([(block.index, block.weights) for block in work.prune(plan)], "validation")
+    nlls = nlls_of(work, [(block.index, block.weights) for block in work.prune(plan)], "validation")
     assert [work.batch(role).windows for role in ("calibration", "validation")] == [2, 2]
     assert len([event for event in events if "memory ran out" in str(event)]) == 3  # for each text, and the head
     other = bench_of(model, prune)
     other.begin({"calibration": 2, "validation": 2, "heads": work.heads.windows})
-    assert other.all_nlls([(block.index, block.weights) for block in other.prune(plan)], "validation") == nlls
+    assert nlls_of(other, [(block.index, block.weights) for block in other.prune(plan)], "validation") == nlls
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "channels"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, bench_of, checkpoint_of, copy_of, few, same_bits, tiny
+from families import CPU, bench_of, checkpoint_of, copy_of, few, nlls_of, same_bits, tiny
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor, nn
 
@@ -112,7 +112,7 @@ def test_a_callers_model_is_given_back_by_the_bench(offload: Offload) -> None:
     model = tiny("llama").train()
     before = copy_of(model)
     with bench_of(model, offload=offload) as context:
-        assert context.all_nlls(context.dense(), "test")
+        assert nlls_of(context, context.blocks(None), "test")
     assert model.training
     assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
 

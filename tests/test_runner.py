@@ -29,6 +29,7 @@ from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.results.trials import allocation_of
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop
 from atp_tune.spec.config import read_config
@@ -675,10 +676,10 @@ def test_an_error_that_nobody_expected_is_not_hidden(place: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_dense_model_that_cannot_be_measured_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_small(context: Session, blocks: Any, role: str) -> None:
+    def too_small(*_: Any) -> None:
         raise TrialError("out of memory with one window at a time")
 
-    monkeypatch.setattr(Session, "all_scores", too_small)
+    monkeypatch.setattr(RoleScores, "begin", too_small)
     with pytest.raises(TrialError, match="out of memory"):
         run(place)
 

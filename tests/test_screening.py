@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import optuna
 import pytest
+from families import nlls_of
 from test_runner import reopen, states, without_bench
 from test_space import SIZES, space_for, study_of
 from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
@@ -296,8 +297,8 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     other = whole.screening(4)
     assert isinstance(other, Session)
     assert other.checkpoint is whole.checkpoint and other.replay is whole.replay
-    nlls = whole.all_nlls(whole.dense(), "validation")
-    assert other.all_nlls(other.dense(), "validation") == pytest.approx(nlls[::4], rel=1e-5)
+    nlls = nlls_of(whole, whole.blocks(None), "validation")
+    assert nlls_of(other, other.blocks(None), "validation") == pytest.approx(nlls[::4], rel=1e-5)
     assert len(other.windows["validation"].ids) == 4 and len(whole.windows["validation"].ids) == 16
     assert other.contents().keys() == whole.contents().keys()
     assert whole.prune_settings.statistics == "block"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU
+from families import CPU, nlls_of, scores_of
 from torch import Tensor
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
@@ -120,12 +120,12 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: Session) 
     model, search = context.checkpoint.model, random_images(7, 2)
     with torch.inference_mode():
         own = functional.cross_entropy(model(pixel_values=search.pixels).logits, search.classes, reduction="none")
-    assert context.all_nlls(context.dense(), "validation") == pytest.approx(own.tolist(), rel=1e-5)
+    assert nlls_of(context, context.blocks(None), "validation") == pytest.approx(own.tolist(), rel=1e-5)
     plan = Plan("sparsegpt", "uniform", (0.5,) * 3)
     pruned = [(block.index, block.weights) for block in context.prune(plan)]
-    found = context.all_scores(pruned, "validation", kl=True)
+    found = scores_of(context, pruned, "validation", kl=True)
     assert len(found.nlls) == len(found.kls) == 7 and min(found.kls) > 0
-    assert context.all_scores(context.dense(), "validation", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
+    assert scores_of(context, context.blocks(None), "validation", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
 
 
 def test_its_dense_model_is_measured_for_allocations(context: Session) -> None:

@@ -13,6 +13,7 @@ import naive
 import optuna
 import pytest
 import torch
+from families import nlls_of
 from safetensors.torch import load_file
 from synthetic import storage_in
 from test_applying import block_of
@@ -28,6 +29,7 @@ from atp_tune.measures import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.objective import Record
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
@@ -147,7 +149,7 @@ def test_sparsegpt_of_the_first_block_equals_brain_surgery(context: Session, mon
 def test_perplexity_equals_the_models_own_loss(context: Session) -> None:
     model = AutoModelForCausalLM.from_pretrained(context.folder.path, dtype=torch.float32)
     expected = naive.nlls_of(model, torch.from_numpy(context.windows["validation"].ids))
-    assert context.all_nlls(context.dense(), "validation") == pytest.approx(expected, rel=1e-5)
+    assert nlls_of(context, context.blocks(None), "validation") == pytest.approx(expected, rel=1e-5)
 
 
 def test_plan_foretells_a_trial(context: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +160,7 @@ def test_plan_foretells_a_trial(context: Session, monkeypatch: pytest.MonkeyPatc
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})
     list(context.prune(plan))  # what is measured once is not a trial's
     record = Record(context)
-    blocks = record.follow(context.prune(plan))
-    record.nlls = context.all_nlls(blocks, "validation")
+    context.measure(plan, [record, RoleScores("validation")])
     assert found.trial[0].seconds is not None
     assert 0.5 < found.trial[0].seconds.total / sum(record.close()["seconds"].values()) < 2
 

@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from atp_tune.api.pruning import prune_study
+from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
 from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
-from atp_tune.search import kept_blocks
+from atp_tune.run import observers
 from atp_tune.sparse import packed_models
 from atp_tune.sparse.packed_models import packed_copy
 from atp_tune.sparse.provenance import ABOUT
@@ -183,7 +184,7 @@ def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(
             weight[:, ::2] = 0
             weights[linear.key] = weight
             other.get_parameter(checkpoint.key(index, linear)).data.copy_(weight)
-        blocks.append((index, weights))
+        blocks.append(PrunedBlock(index, weights))
     ids = torch.arange(12)[None]
     model: Any = checkpoint.model
     before = model(ids).logits
@@ -194,7 +195,7 @@ def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(
     assert packed.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert type(model.get_output_embeddings()) is nn.Linear
     for memory in ("host_memory", "free_memory"):
-        monkeypatch.setattr(kept_blocks, memory, lambda *_: 1)
+        monkeypatch.setattr(observers, memory, lambda *_: 1)
     with pytest.raises(UserError, match=r"^a test: a pruned copy needs .* GiB beside the dense model"):
         packed_copy(checkpoint, (pytest.fail(f"block {index} was pruned") for index in range(1)), "a test", "another")
 
@@ -208,7 +209,7 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
     if where == "without a compiler":
         monkeypatch.setattr(packed_models, "kernel_name", lambda: None)
     for memory in ("host_memory", "free_memory") if where == "without memory" else ():
-        monkeypatch.setattr(kept_blocks, memory, lambda *_: 1)
+        monkeypatch.setattr(observers, memory, lambda *_: 1)
     words = ("--study", done / "tiny.toml", *settings("speed=true", "device=cpu"))
     first = command(*words)
     found = read_config(done / "tiny.best.json").speed

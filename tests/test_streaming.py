@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, CPU, bench_of, checkpoint_of, few, same_bits, tiny
+from families import ALL, CPU, bench_of, checkpoint_of, few, nlls_of, same_bits, tiny
 from tinystudy import wait_until
 from torch import Tensor
 
@@ -242,8 +242,8 @@ def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[T
     assert context.checkpoint.offload == offload
     blocks = len(context.checkpoint.blocks)
     pruned = list(context.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
-    nlls = context.all_nlls(((block.index, block.weights) for block in pruned), "validation")
-    return [block.weights for block in pruned], [*nlls, *context.all_nlls(context.dense(), "test")]
+    nlls = nlls_of(context, ((block.index, block.weights) for block in pruned), "validation")
+    return [block.weights for block in pruned], [*nlls, *nlls_of(context, context.blocks(None), "test")]
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
     copies.order.clear()
     copies.most = copies.alive
     pruned = ((block.index, block.weights) for block in context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
-    context.all_nlls(pruned, "validation")
+    nlls_of(context, pruned, "validation")
     settle(stream)
     assert copies.most <= 2 * matrices
     assert len(copies.order) == 4 * matrices  # blocks 1, 2 and 3, and 0 ahead of the next trial

@@ -11,6 +11,7 @@ from atp_tune.blocks.timing import Timer, wait_for
 from atp_tune.cost import probe
 from atp_tune.cost.probe import Clock
 from atp_tune.plan import Plan
+from atp_tune.run.observers import RoleScores
 from atp_tune.search.objective import Record
 
 CUDA = torch.device("cuda:1")
@@ -77,8 +78,7 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(CPU)
     context = bench_of(tiny("llama"))
     record = Record(context)
-    pruned = record.follow(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
-    record.nlls = context.all_nlls(pruned, "validation")
+    context.measure(Plan("wanda", "uniform", (0.5,) * 4), [record, RoleScores("validation")])
     assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
 
 

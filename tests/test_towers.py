@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, few
+from families import CPU, few, nlls_of, scores_of
 from test_pairs import FAMILIES, STUDY, TOKENS, check_half_pruned, norms_of, wanted, write_model, write_pairs
 from tinystudy import CommandLine
 from torch.nn import functional
@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Pat
         assert work.checkpoint.in_tower == 2 and len(work.checkpoint.blocks) == 5
         plan = make_plan("wanda", "atp", work.budget(0.5), {"beta": 0.1}, work.pattern)
         blocks = [(block.index, block.weights) for block in work.prune(plan)]
-        scores = work.all_scores(blocks, "validation", kl=True)
+        scores = scores_of(work, blocks, "validation", kl=True)
         model: Any = AutoModelForImageTextToText.from_pretrained(models[family], dtype=torch.float32)
         batch = work.items("validation")
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Pat
             kls.append(float((true.exp() * (true - own)).sum()) / len(places))
             nlls[-1] /= len(places)
         assert scores.nlls == pytest.approx(nlls, rel=1e-5) and scores.kls == pytest.approx(kls, rel=1e-3, abs=1e-6)
-        other = work.all_nlls([*((i, work.checkpoint.weights(i)) for i in range(2)), *blocks[2:]], "validation")
+        other = nlls_of(work, [*((i, work.checkpoint.weights(i)) for i in range(2)), *blocks[2:]], "validation")
         assert other != scores.nlls  # the tower's zeros count
 
 

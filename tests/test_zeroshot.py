@@ -13,19 +13,18 @@ import torch
 from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune import zeroshot
 from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
+from atp_tune.run import observers
+from atp_tune.run.observers import Kept
 from atp_tune.run.session import Session, Setup
-from atp_tune.search import kept_blocks
-from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import plan_of
+from atp_tune.sparse.comparing import TaskOptions, evaluate, evaluate_folder
 from atp_tune.spec.config import read_config
-from atp_tune.zeroshot import TaskOptions, evaluate, evaluate_folder
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -260,7 +259,7 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     config = read_config(done / "tiny.best.json")
     asked = TaskOptions((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
     usual = evaluate(config, done, asked, lambda event: None, {})
-    monkeypatch.setattr(kept_blocks, "ROOM", 0)
+    monkeypatch.setattr(observers, "ROOM", 0)
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "100kB")
     assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
@@ -276,7 +275,8 @@ def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     plan = plan_of(config, context)
     ids = torch.arange(12)[None]
     dense = context.checkpoint.model(ids).logits
-    with context.replay.whole(prune_whole(context, plan, *zeroshot.SCORED)) as model:
+    [weights_of] = context.measure(plan, [Kept("evaluate", "evaluate DIR")])
+    with context.replay.whole(weights_of) as model:
         assert not torch.equal(model(ids).logits, dense)
     assert torch.equal(context.checkpoint.model(ids).logits, dense)
     after = context.checkpoint.model.state_dict()
@@ -304,8 +304,8 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
 def test_no_room_for_a_pruned_copy(
     done: Path, tasks: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_blocks, "ROOM", 0)
-    monkeypatch.setattr(kept_blocks, "host_memory", lambda: 1000)
+    monkeypatch.setattr(observers, "ROOM", 0)
+    monkeypatch.setattr(observers, "host_memory", lambda: 1000)
     answer = command("evaluate", "--config", done / "tiny.best.json", "--tasks", f"{tasks}/far.yaml", "--limit", "1")
     assert answer.error.endswith("write it with `apply`, then evaluate DIR")
 

@@ -20,9 +20,9 @@ from atp_tune.spec.images import CLASSES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from atp_tune.classifying import Classified
     from atp_tune.metrics.continuations import Continuations
     from atp_tune.sparse.applying import Way
+    from atp_tune.sparse.classifying import Classified
 
 
 class Configuration:
@@ -120,7 +120,7 @@ class Configuration:
 
         Each continuation has `tokens` tokens at most.
         """
-        from atp_tune.sparse.continuations import continuations
+        from atp_tune.sparse.comparing import continuations
 
         if self.config.score == CLASSES:
             raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
@@ -140,7 +140,7 @@ class Configuration:
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
         """
-        from atp_tune import classifying
+        from atp_tune.sparse import classifying
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with (
@@ -171,14 +171,12 @@ class Configuration:
         Returns:
             The scores of each task, and their means.
         """
-        from atp_tune import classification, zeroshot
+        from atp_tune.sparse import comparing
 
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
-            asked = zeroshot.TaskOptions(names, limit, num_fewshot, batch, device)
-            if self.config.score == CLASSES:
-                return classification.evaluate_config(self.config, self._base, asked, watch, self._allowed)
-            return zeroshot.evaluate(self.config, self._base, asked, watch, self._allowed)
+            asked = comparing.TaskOptions(names, limit, num_fewshot, batch, device)
+            return comparing.evaluate(self.config, self._base, asked, watch, self._allowed)
 
     def _working(self) -> AbstractContextManager[EventHandler]:
         return working(False, out="folder") if self._watch is None else nullcontext(self._watch)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +21,11 @@ from atp_tune.measures import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, context_length
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import Way, config_of, measured_folder, only_plan, write_sparse
+from atp_tune.search.space import make_space
+from atp_tune.sparse.applying import Way, config_of, measured_folder, write_sparse
 from atp_tune.spec.finding import BARE
-from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.texts import Text
@@ -110,8 +110,8 @@ def prune(
         assert usual is not None
         text = _text(_chosen(sources.texts, watch), "calibration", folder, nsamples, seqlen, usual.calibration)
         setup = _setup(file, {"calibration": text}, file.study.bos)
-        with _planned(file, setup, parameters, watch) as (context, plan):
-            weights = weights_of(context, plan)
+        with Session.open(setup, watch) as context:
+            weights = weights_of(context, only_plan(file, context, dict(parameters)))
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
@@ -132,12 +132,12 @@ def prune_study(
     setup = _setup(file, texts, _stored_bos(file))
     if out is not None:
         setup = replace(setup, ask=Way(write_sparse).asked(out))
-    with _planned(file, setup, parameters, watch) as (context, plan):
+    with Session.open(setup, watch) as context:
+        plan = only_plan(file, context, dict(parameters))
         setup = replace(setup, bos=context.bos)
         if out is None:
             watch(TrialStarted("pruning", plan))
-            pruned = ((block.index, block.weights) for block in context.prune(plan))
-            return plan, perplexity_of(context.all_nlls(pruned, "test"))
+            return plan, perplexity_of(context.measure(plan, [RoleScores("test")])[0].nlls)
         dense = write_sparse(
             context, plan, out, config_of(file, context, plan).seen_from(file.folder, out), dtype=dtype
         )
@@ -156,13 +156,25 @@ def _stored_bos(file: StudyFile) -> bool | None:
     return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
-@contextmanager
-def _planned(
-    file: StudyFile, setup: Setup, parameters: Mapping[str, float], watch: EventHandler
-) -> Iterator[tuple[Session, Plan]]:
-    """The context of a study, and its one plan with these parameters."""
-    with Session.open(setup, watch) as context:
-        yield context, only_plan(file, context, dict(parameters))
+def only_plan(file: StudyFile, context: Session, parameters: dict[str, float]) -> Plan:
+    """The plan of the first allocation that has these parameters; other parameters get their defaults."""
+    names = file.study.allocation.short_names
+    space = make_space(file.study, context.budget(file.study.highest))
+    fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
+    if not fitting:
+        unknown = next(name for name in parameters if name not in space.intervals[names[0]])
+        known = ", ".join(space.intervals[names[0]]) or "none"
+        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
+    point = {**space.defaults(fitting[0]), **parameters}
+    try:
+        return space.plan({"pruner": file.study.methods.short_names[0], "allocation": fitting[0], **point})
+    except ValueError as error:
+        wrong = next(iter(parameters), "beta")
+        raise UserError(f"{_option(wrong)}: {error}") from None
+
+
+def _option(parameter: str) -> str:
+    return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
 def perplexity(
@@ -210,9 +222,10 @@ def perplexity(
         usual = Text.model_validate({**HUB_TEXTS["papers"]["test"], "seqlen": SEQLEN})
         most, chosen = nsamples or 1_000_000, _chosen(sources.texts, watch)
         text = _text(chosen, "test", folder, most, seqlen, usual, is_exact=bool(nsamples))
-        with _opened(named, file.study.prune, text, file.study.device, bos, watch) as context:
+        setup = Setup(named, file.study.prune, {"calibration": text}, Path(), file.study.device, bos=bos)
+        with Session.open(setup, watch) as context:
             watch(TrialStarted("perplexity", None))
-            return perplexity_of(context.all_nlls(context.dense(), "calibration"))
+            return perplexity_of(context.measure(None, [RoleScores("calibration")])[0].nlls)
 
 
 def _bare(source: str, device: str | None) -> StudyFile:
@@ -268,11 +281,3 @@ def _text(
     if nsamples and is_exact and there < nsamples:
         raise UserError(f"nsamples: the text has {there} windows of {seqlen} tokens; lower nsamples or seqlen")
     return text.model_copy(update={"nsamples": there})
-
-
-def _opened(
-    model: ModelConfig, settings: PruneConfig, text: Text, device: str, bos: bool | None, watch: EventHandler
-) -> Session:
-    """A context with one text."""
-    setup = Setup(model, settings, {"calibration": text}, Path(), device, bos=bos)
-    return Session.open(setup, watch)

@@ -40,13 +40,13 @@ BlockStatistics = Mapping[str, Statistics]
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A pruned block: its tensors by name, zeros per linear, and seconds by phase."""
+    """A pruned block: its tensors by name, zeros per linear, and seconds by phase; of a dense one the tensors alone."""
 
     index: int
     weights: dict[str, Tensor]
-    zeros: dict[str, int]
-    error: float | None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
-    seconds: dict[str, float]
+    zeros: dict[str, int] = field(default_factory=dict)
+    error: float | None = None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
+    seconds: dict[str, float] = field(default_factory=dict)
     experts_without_tokens: tuple[str, ...] = ()  # pruned by magnitude
     channels: Mapping[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
     bits: Mapping[str, int] = field(default_factory=dict)  # of each linear, where weights are rounded

@@ -20,6 +20,7 @@ from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
 from atp_tune.plan import Plan, make_plan
 from atp_tune.run.session import Session
+from atp_tune.scores.evaluation import head_scores
 
 T = TypeVar("T")
 PROBE_SECONDS = 15.0  # seconds after which no further block is probed
@@ -142,6 +143,7 @@ def _pruned(context: Session, index: int, hidden: Tensor, name: str, sparsity: f
 def _probe_ends(context: Session, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
     heads, clock = context.heads, Clock(context.checkpoint.device)
+    ends = context.replay, context.score, heads
     role = "validation" if "validation" in context.windows else "test"
     items = context.items(role)[: heads.windows]
     final = deque(_dense_states(context, role, items), maxlen=1)[0] if _is_shaped(context) else None
@@ -150,7 +152,7 @@ def _probe_ends(context: Session, kl: bool) -> float:
             clock.forget()  # the first turn is a warm-up
         hidden = clock.time("embed", partial(context.replay.embed, items))
         hidden = hidden if final is None else final  # the head takes states of the last block's shape
-        clock.time("head", partial(context.head_scores, items, hidden, hidden if kl else None))
+        clock.time("head", partial(head_scores, *ends, items, hidden, hidden if kl else None))
     return (clock.typical("embed") + clock.typical("head")) / (len(items) * context.windows[role].positions)
 
 

@@ -21,7 +21,7 @@ from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.refinement import WithHessian
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.scores.evaluation import Block
+from atp_tune.scores.evaluation import Block, Passing
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 
@@ -167,3 +167,14 @@ class DenseMeasurements:
 def dense_blocks(checkpoint: Checkpoint) -> Iterator[Block]:
     """The dense model as blocks, in order."""
     return ((index, checkpoint.weights(index)) for index in range(len(checkpoint.blocks)))
+
+
+def dense_final_states(
+    replay: Replay, batch: AutoBatch, parts: Sequence[Batch], watch: EventHandler, phase: str = "evaluate"
+) -> list[Tensor]:
+    """Final hidden states [items, positions, width] of the dense model for each part, in host memory."""
+    checkpoint, passing = replay.checkpoint, Passing(replay, batch, parts)
+    for index, weights in dense_blocks(checkpoint):
+        passing.block(index, weights)
+        watch(Step(phase, index + 1, len(checkpoint.blocks)))
+    return [states.cpu() for states in passing.states]

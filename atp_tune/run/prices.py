@@ -53,7 +53,7 @@ from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.quantizers.rtn import RTN
-from atp_tune.run.scoring import dense_final_states
+from atp_tune.run.dense_model import dense_final_states
 from atp_tune.scores import Score as ModelScore
 from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.spec.recover import NLL_SHARES, Loss

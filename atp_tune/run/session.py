@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.towers import verified_with_tower
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.devices import find_device, other_products, reuse_freed_memory
+from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve
 from atp_tune.events import Event, EventHandler, Message, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind, Items
@@ -36,12 +38,10 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run.dense_model import DenseMeasurements, dense_blocks
+from atp_tune.run.dense_model import DenseMeasurements, dense_blocks, dense_final_states
 from atp_tune.run.prices import POOL, CalibrationGradients, Descent, bit_costs, by_pruner, by_score, priced_shares
-from atp_tune.run.scoring import Alongside, RoleScorer
-from atp_tune.scores import SCORES, Score, WindowScores, joined
+from atp_tune.scores import SCORES, Score
 from atp_tune.scores.bos import compare_bos
-from atp_tune.scores.evaluation import Block, head_scores
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.images import CLASSES, IMAGES
@@ -52,6 +52,9 @@ from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
 from atp_tune.spec.study import Data, ModelConfig, Study
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import Interval
+
+if TYPE_CHECKING:
+    from atp_tune.run.observers import Observer
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,13 @@ class Session(Released):
         pool: Callable[[], Items] | None = None,
         draws: Sequence[tuple[Items, Items]] = (),
         bos_effect: BosEffect | None = None,
+        batches: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights.
 
         `quantize`: weights are rounded, after pruning to so many `bits`. `path`: targets of a descent by prices over an
         interval of sparsities; `pool`: what its steps draw from. `draws` of the calibration text: windows, and what
-        plans are fitted to. `bos_effect`: None if not measured.
+        plans are fitted to. `bos_effect`: None if not measured. `batches`: those that `compare` begins with.
         """
         self.folder = folder
         self.checkpoint = checkpoint
@@ -166,13 +170,14 @@ class Session(Released):
         self.inputs, self.score = KINDS[inputs].of(windows), SCORES[score]
         items: dict[str, Batch] = {role: each.batch(checkpoint.device) for role, each in windows.items()}
         self.replay = replay or verified_replay(checkpoint, self.inputs, self.score, windows)
-        batches = {role: _auto_batch(watch, checkpoint, each.positions) for role, each in windows.items()}
-        longest = max(each.positions for each in windows.values())
+        sizes = {role: _auto_batch(watch, checkpoint, each.positions) for role, each in windows.items()}
+        longest = max((each.positions for each in windows.values()), default=1)
         self.heads = _auto_batch(watch, checkpoint, *self.score.head_cost(checkpoint, longest))
-        self._roles = {role: self._scorer(items[role], batch) for role, batch in batches.items()}
+        self._roles = {role: Role(items[role], batch) for role, batch in sizes.items()}
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws = draws
         self._path = path
+        self._batches = batches
         self._pool = pool or (lambda: windows["calibration"])
 
     @classmethod
@@ -247,6 +252,7 @@ class Session(Released):
             pool=pool,
             draws=draws,
             bos_effect=effect,
+            batches=setup.batches,
         )
         session.begin(setup.batches)
         return session
@@ -298,7 +304,7 @@ class Session(Released):
         """A copy with other items of one role and these attributes, without dense measurements and error curve."""
         other = copy(self)
         vars(other).pop("measured", None)
-        roles = {**self._roles, role: self._scorer(items.batch(self.checkpoint.device), self.batch(role))}
+        roles = {**self._roles, role: Role(items.batch(self.checkpoint.device), self.batch(role))}
         windows = {**self.windows, role: items}
         vars(other).update(windows=windows, _roles=roles, _has_error_curve=False, **changed)
         return other
@@ -437,40 +443,79 @@ class Session(Released):
             self.watch(Step("prune", block.index + 1, len(self.checkpoint.blocks)))
             yield block
 
-    @torch.inference_mode()
-    def scores(
-        self, blocks: Iterable[Block], role: str, one_by_one: bool = False, kl: bool = False
-    ) -> Iterator[WindowScores]:
-        """Scores of a model, given as blocks, on the windows of one text, part by part: see `RoleScorer.scores`.
+    def dense_states(self, role: str, parts: Sequence[Batch]) -> Sequence[Tensor]:
+        """Final hidden states [windows, tokens, width] of the dense model for each part of a role, in host memory.
 
-        UserError if the model's files were changed meanwhile: memory-mapped weights change with them.
+        Computed once, in the batches of a trial, so that the KL of the dense model from itself is exactly 0.
         """
-        for scores in self._roles[role].scores(blocks, one_by_one, kl):
-            self.folder.check_unchanged()
-            yield scores
+        own, sizes = self._roles[role], [len(part) for part in parts]
+        if not own.dense:
+            own.dense = dense_final_states(self.replay, own.batch, parts, self.watch)
+        if [len(hidden) for hidden in own.dense] == sizes:
+            return own.dense
+        return torch.split(torch.cat([*own.dense]), sizes)  # batches became smaller when memory ran out
 
-    def alongside(self, role: str, kl: bool = False) -> Alongside:
-        """What scores a model on one text while its blocks pass by for another."""
-        return self._roles[role].alongside(kl)
+    def blocks(self, plan: Plan | None) -> Iterator[PrunedBlock]:
+        """The blocks of a plan, or of the dense model for None."""
+        if plan is not None:
+            return self.prune(plan)
+        return (PrunedBlock(index, weights) for index, weights in dense_blocks(self.checkpoint))
 
-    def all_scores(self, blocks: Iterable[Block], role: str, kl: bool = False) -> WindowScores:
-        """Scores of a model, given as blocks, on all windows of one text."""
-        return joined(list(self.scores(blocks, role, kl=kl)))
+    def measure(
+        self,
+        plan: Plan | None,
+        observers: Sequence["Observer[Any]"],
+        name: str = "",
+        blocks: Iterable[PrunedBlock] | None = None,
+    ) -> list[Any]:
+        """Passes the blocks of a plan, or of the dense model, or other `blocks`, to observers; what each found.
 
-    def all_nlls(self, blocks: Iterable[Block], role: str) -> list[float]:
-        """Window NLLs of a model, given as blocks, on one text."""
-        return self.all_scores(blocks, role).nlls
+        All see a block before the next one is pruned, so that no more than one pruned block need be held. They end in
+        their order; after an error of one those behind it do not.
+        """
+        for observer in observers:
+            observer.begin(self, name, plan)
+        for block in self.blocks(plan) if blocks is None else blocks:
+            for observer in observers:
+                observer.block(block)
+        for observer in observers:
+            observer.found[name] = observer.end()
+        return [observer.found[name] for observer in observers]
 
-    def head_scores(self, items: Batch, hidden: Tensor, dense: Tensor | None = None) -> WindowScores:
-        """Scores of items from their final hidden states; with those of the dense model (`dense`) also KLs."""
-        return head_scores(self.replay, self.score, self.heads, items, hidden, dense)
+    def compare(
+        self,
+        plans: Mapping[str, Plan | None],
+        observers: Sequence["Observer[Any]"],
+        titles: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, float]:
+        """Measures models one after the other, by name; an equal plan is not measured again. Seconds of each.
 
-    def dense(self) -> Iterator[Block]:
-        """The dense model as blocks."""
-        return dense_blocks(self.checkpoint)
+        `titles`: by name, for people.
+        """
+        seconds: dict[str, float] = {}
+        for name, plan in plans.items():
+            equal = [other for other in seconds if plan and (known := plans[other]) and known.levels == plan.levels]
+            if equal:
+                seconds[name] = 0.0
+                for observer in observers:
+                    observer.found[name] = observer.found[equal[0]]
+                continue
+            self.watch(TrialStarted(titles.get(name, name), plan))
+            self.begin(self._batches)
+            began = perf_counter()
+            with oom_as_user_error(titles.get(name, name)):
+                self.measure(plan, observers, name)
+            seconds[name] = round(perf_counter() - began, 1)
+        return seconds
 
-    def _scorer(self, items: Batch, batch: AutoBatch) -> RoleScorer:
-        return RoleScorer(self.replay, self.score, items, batch, self.heads, self.watch)
+
+@dataclass
+class Role:
+    """The items of one role on the compute device, their batch size in blocks, and their final dense states."""
+
+    items: Batch
+    batch: AutoBatch
+    dense: Sequence[Tensor] = ()
 
 
 def verified_replay(

@@ -5,7 +5,7 @@ objective measures them while it has the pruned blocks, since all of them are co
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import nan
 from time import sleep
@@ -18,7 +18,6 @@ from atp_tune.cache import alone_with
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 from atp_tune.metrics.continuations import NAMES, PROMPTS
-from atp_tune.plan import Plan
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import fits_anew, undrawn, unreported
@@ -30,11 +29,9 @@ from atp_tune.storage.process_identity import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
+    from atp_tune.run.observers import LeftOut
     from atp_tune.run.session import Session
     from atp_tune.scores import WindowScores
-    from atp_tune.scores.evaluation import Block
-    from atp_tune.search.answers import StudyAnswers
-    from atp_tune.search.continuations import StudyContinuations
     from atp_tune.search.runner import StudyRun
 
 CONTINUATIONS: Key = "continuations"  # user attribute of a study: texts by trial
@@ -55,10 +52,10 @@ def report(run: "StudyRun", study: optuna.Study, context: "Session", space: Spac
     if is_missing:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
-        texts = _Texts(run, study, context, is_missing)
-        for name in unreported(study):
-            store_test_scores(study, name, *_measure(run, study, context, space, name, texts))
-        texts.complete(space)
+        names, shown = _shown(run, study, context, is_missing)
+        for row in unreported(study):
+            store_test_scores(study, row, *_measure(run, study, context, space, row, names.get(row, ""), shown))
+        _complete(run, study, context, space, names, shown)
         anew = fits_anew(study)
         for draw, name in undrawn(study, draws):
             try:
@@ -111,94 +108,97 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
             config.write(out)
 
 
-class _Texts:
-    """Continuations by dense, uniform and the best of each allocation, stored on the study once all of them are there.
+def _shown(
+    run: "StudyRun", study: optuna.Study, context: "Session", is_missing: bool
+) -> tuple[dict[str, str], "LeftOut | None"]:
+    """The models that continue prompts, by row of the test text, and what collects that; None if nothing does.
 
-    Of an image classifier answers on images, by dense, uniform and the best of all.
+    These are dense, uniform and the best of each allocation; of an image classifier dense, uniform and the best of all
+    answer on images. `is_missing`: numbers on the test text are; else the study ended without these texts, or has them.
     """
+    from atp_tune.inputs import KINDS
+    from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
 
-    def __init__(self, run: "StudyRun", study: optuna.Study, context: "Session", is_missing: bool) -> None:
-        """`is_missing`: numbers on the test text are; else the study ended without these texts, or has them."""
-        asked, best = run.file.study.continuations, progress.best_trial(study)
-        uniform = uniform_of(study, best)
-        self._run, self._study, self._context = run, study, context
-        self._best, self._uniform = best, uniform
-        is_wanted = bool(is_missing and best and uniform and not self._known())
-        self._names = {"dense": "dense"}
-        if best and uniform:
-            ranked = [] if run.file.study.interval else best_of_each(study)
-            others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
-            self._names |= {row: name for row, name in others.items() if name not in NAMES}
-            self._names |= {str(best.number): "best", str(uniform.number): "uniform"}
-        names = (*dict.fromkeys((*NAMES, *self._names.values())),)
-        self.work = _work(run, context, is_wanted, (*PROMPTS, *asked.prompts), names)
-
-    def name(self, row: str) -> str | None:
-        """The model of a row of the test text, if it is to continue the prompts."""
-        return self._names.get(row)
-
-    def complete(self, space: Space) -> None:
-        """Continues the prompts by models that were measured before, then stores all texts."""
-        for row, name in self._names.items():
-            if name in self.work.wanted:
-                plan = None if row == "dense" else space.plan_of(self._study.trials[int(row)])
-                self._run.watch(TrialStarted(f"continuations: {name}", plan if name == "best" else None))
-                _begin(self._study, self._context, row)
-                for _ in self.work.follow(name, _blocks(self._context, plan)):
-                    pass
-                self.work.say(name)
-        if self._best and self._uniform and self._best.number == self._uniform.number:
-            self.work.repeat("best", "uniform")
-        found = self.work.result()
-        if found and self._best:
-            store(self._study, self._key, self._best.number, found.model_dump(mode="json"))
-
-    @property
-    def _key(self) -> str:
-        return CONTINUATIONS if self._run.file.study.images is None else ANSWERS
-
-    def _known(self) -> bool:
-        if self._best is None:
-            return False
-        known = CONTINUATIONS in attached(self._study, self._best.number)
-        return known or answers_of(self._study, self._best) is not None
+    spec, best = run.file.study, progress.best_trial(study)
+    asked, uniform = spec.continuations, uniform_of(study, best)
+    if best is None or uniform is None:
+        return {}, None
+    known = CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None
+    if not is_missing or known or not asked.tokens:
+        return {}, None
+    names = {"dense": "dense"}
+    if spec.images is not None:
+        role = "validation" if spec.data.test is None else "test"
+        names |= {str(best.number): "best", str(uniform.number): "uniform"}
+        return names, LeftOut(ImageAnswers(role), NAMES, "answers on images", context.watch)
+    if context.inputs is not KINDS["tokens"]:
+        return {}, None
+    ranked = [] if spec.interval else best_of_each(study)
+    others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
+    names |= {row: name for row, name in others.items() if name not in NAMES}
+    names |= {str(best.number): "best", str(uniform.number): "uniform"}
+    work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
+    shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", context.watch)
+    if not can_keep(context.checkpoint):
+        shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
+    return names, shown
 
 
-def _work(
-    run: "StudyRun", context: "Session", is_wanted: bool, prompts: Sequence[str], names: Sequence[str]
-) -> "StudyContinuations | StudyAnswers":
-    """What collects continuations or answers between the final scores; nothing unless it `is_wanted`."""
-    from atp_tune.search.answers import StudyAnswers
-    from atp_tune.search.continuations import StudyContinuations
-
-    study = run.file.study
-    if study.images is not None and is_wanted and study.continuations.tokens:
-        return StudyAnswers(context, "validation" if study.images.test is None else "test")
-    return StudyContinuations(context, prompts, study.continuations.tokens if is_wanted else 0, names)
+def _complete(
+    run: "StudyRun",
+    study: optuna.Study,
+    context: "Session",
+    space: Space,
+    names: Mapping[str, str],
+    shown: "LeftOut | None",
+) -> None:
+    """Shows the models that were measured before, then stores what all of them wrote, or saw."""
+    if shown is None:
+        return
+    for row, name in names.items():
+        if name in shown.wanted:
+            plan = None if row == "dense" else space.plan_of(study.trials[int(row)])
+            run.watch(TrialStarted(f"continuations: {name}", plan if name == "best" else None))
+            _begin(study, context, row)
+            context.measure(plan, [shown], name)
+    shown.repeat("best", "uniform")  # one trial may be both
+    best, found = progress.best_trial(study), shown.result()
+    if found and best:
+        key = CONTINUATIONS if run.file.study.images is None else ANSWERS
+        store(study, key, best.number, found.model_dump(mode="json"))
 
 
 def _measure(
-    run: "StudyRun", study: optuna.Study, context: "Session", space: Space, name: str, texts: _Texts
+    run: "StudyRun",
+    study: optuna.Study,
+    context: "Session",
+    space: Space,
+    row: str,
+    name: str,
+    shown: "LeftOut | None",
 ) -> "WindowScores":
-    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised."""
+    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised.
+
+    `name`: of its model, if that is shown too.
+    """
     from atp_tune.checkpoints.devices import oom_as_user_error
+    from atp_tune.run.observers import RoleScores
     from atp_tune.scores import WindowScores
 
-    trial = None if name == "dense" else study.trials[int(name)]
+    trial = None if row == "dense" else study.trials[int(row)]
     if run.file.study.data.test is None:
         if trial is None:
             return WindowScores(study.user_attrs["dense"], [], study.user_attrs.get("dense_ranks", []))
         return WindowScores(trial.user_attrs["nlls"], *(trial.user_attrs.get(key, []) for key in ("kls", "ranks")))
     plan = None if trial is None else space.plan_of(trial)
     title = "test text:" if run.file.study.images is None else "test images:"
-    title += f" trial {name}" if trial else " dense model"
+    title += f" trial {row}" if trial else " dense model"
     run.watch(TrialStarted(title, plan))
-    _begin(study, context, name)
-    kl, model = "kl" in run.file.study.search.objective and trial is not None, texts.name(name)
+    _begin(study, context, row)
+    scores = RoleScores("test", "kl" in run.file.study.search.objective and trial is not None)
     with oom_as_user_error(title):
-        found = context.all_scores(texts.work.follow(model, _blocks(context, plan)), "test", kl=kl)
-    texts.work.say(model)
-    return found
+        context.measure(plan, [scores, *([shown] if shown else [])], name)
+    return scores.found[name]
 
 
 def _redrawn(
@@ -209,6 +209,7 @@ def _redrawn(
     Draw 0 is the trial's own, but for a plan that is fitted anew to less than the study's own plan was.
     """
     from atp_tune.checkpoints.devices import oom_as_user_error
+    from atp_tune.run.observers import RoleScores
 
     spec, trial = run.file.study.data, study.trials[int(name)]
     is_refitted = anew and is_fitted(allocation_of(trial))
@@ -221,7 +222,8 @@ def _redrawn(
     with oom_as_user_error(title):
         if is_refitted:
             plan = replace(space, budget=drawn.budget(space.budget.target)).plan(trial.params)
-        return context.all_nlls(_blocks(drawn, plan), "validation" if spec.test is None else "test")
+        scores = RoleScores("validation" if spec.test is None else "test")
+        return list(drawn.measure(plan, [scores])[0].nlls)
 
 
 def _begin(study: optuna.Study, context: "Session", name: str) -> None:
@@ -229,8 +231,3 @@ def _begin(study: optuna.Study, context: "Session", name: str) -> None:
     trial = None if name == "dense" else study.trials[int(name)]
     own = fingerprint.batches_in(trial) if trial else {}
     context.begin({**fingerprint.batches_of(study), **own})
-
-
-def _blocks(context: "Session", plan: Plan | None) -> Iterable["Block"]:
-    """The blocks of a plan, or of the dense model for None."""
-    return context.dense() if plan is None else ((block.index, block.weights) for block in context.prune(plan))

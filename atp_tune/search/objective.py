@@ -32,13 +32,11 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Estimate, divergence, error_rate, perplexity
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan, method_in
-from atp_tune.run.scoring import GROUPS
+from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
-from atp_tune.scores.evaluation import Block
 from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
-from atp_tune.search.task_accuracy import TaskAccuracy
 from atp_tune.spec.search import ACCURACY
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
@@ -58,7 +56,7 @@ class Objective:
     stops: bool  # the study has a stopper
     watch: EventHandler
     objectives: tuple[str, ...] = PERPLEXITY
-    tasks: TaskAccuracy | None = None  # the study has a limit of accuracy
+    tasks: TaskResults | None = None  # the study has a limit of accuracy
     tests: bool = False  # while its blocks are there, each trial is measured on the test text too
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
@@ -72,25 +70,31 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
-        context, batches = self.context, batches_of(trial.study)
+        context, batches, kl = self.context, batches_of(trial.study), "kl" in self.objectives
         context.begin(batches)
         record = Record(context, self.objectives)
-        pruned = record.follow(context.prune(plan))
-        pruned = self.tasks.follow(self.context, pruned) if self.tasks else pruned
-        test = context.alongside("test", "kl" in self.objectives) if self.tests else None
-        pruned = test.follow(pruned) if test else pruned
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
-        for scores in context.scores(pruned, "validation", may_stop, "kl" in self.objectives):
+
+        def hear(scores: WindowScores) -> None:
             record.add(scores)
             if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
-                self._store(trial, record)
-                return (estimate(trial, record.compared, record.kind),)
+                raise HopelessError
+            if len(record.nlls) == len(context.windows["validation"]):
+                record.results()  # a TrialError comes before the tasks, which take minutes
+
+        validation, test = RoleScores("validation", kl, hear, may_stop), RoleScores("test", kl)
+        more: list[Observer[Any]] = [*([self.tasks] if self.tasks else []), *([test] if self.tests else [])]
+        try:
+            context.measure(plan, [record, validation, *more])
+        except HopelessError:
+            self._store(trial, record)
+            return (estimate(trial, record.compared, record.kind),)
         results = record.results()
         if self.tasks:
-            set_attributes(trial, {"accuracies": self.tasks.measure()})
-        if test:
-            store_test_scores(trial.study, str(trial.number), *test.scores())
+            set_attributes(trial, {"accuracies": self.tasks.accuracies("")})
+        if self.tests:
+            store_test_scores(trial.study, str(trial.number), *test.found[""])
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
@@ -140,10 +144,15 @@ def reasons(trial: Trial) -> Iterator[None]:
         raise TrialError(reason) from error
 
 
-class Record:
+class HopelessError(Exception):
+    """The stopper ends a trial."""
+
+
+class Record(Observer[None]):
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
     def __init__(self, context: Session, objectives: Sequence[str] = PERPLEXITY) -> None:
+        super().__init__()
         self._context = context
         self._objectives = objectives
         self.kind: Kind = "nlls" if "perplexity" in objectives else "kls" if "kl" in objectives else "misses"
@@ -163,17 +172,18 @@ class Record:
         self._timer = Timer(self._device)
         reset_peak_memory(self._device)
 
-    def follow(self, pruned: Iterator[PrunedBlock]) -> Iterator[Block]:
-        """Yields the weights of each pruned block after recording its zeros, error and seconds."""
-        for block in pruned:
-            self.errors += [] if block.error is None else [round(block.error, 6)]
-            self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
-            for linear in self._linears[block.index]:
-                self._count(linear, block)
-            for phase, seconds in block.seconds.items():
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-            self.peak_bytes["prune"] = peak_memory(self._device)
-            yield block.index, block.weights
+    def block(self, block: PrunedBlock) -> None:
+        """Records the zeros, error and seconds of a pruned block."""
+        self.errors += [] if block.error is None else [round(block.error, 6)]
+        self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
+        for linear in self._linears[block.index]:
+            self._count(linear, block)
+        for phase, seconds in block.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.peak_bytes["prune"] = peak_memory(self._device)
+
+    def end(self) -> None:
+        """Nothing: the trial goes on until `close`."""
 
     def _count(self, linear: Linear, block: PrunedBlock) -> None:
         zeros = block.zeros[linear.name]

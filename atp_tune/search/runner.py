@@ -36,8 +36,8 @@ from atp_tune.storage.process_identity import versions
 from atp_tune.storage.trace import Trace
 
 if TYPE_CHECKING:
+    from atp_tune.run.observers import TaskResults
     from atp_tune.run.session import Session
-    from atp_tune.search.task_accuracy import TaskAccuracy
 
 Callback = Callable[[optuna.Study, FrozenTrial], object]
 
@@ -67,7 +67,7 @@ class StudyRun:
     mix: bool = False
     screens: str | None = None
     callbacks: Sequence[Callback] = ()
-    tasks: "TaskAccuracy | None" = None
+    tasks: "TaskResults | None" = None
     opened: "Callable[[Session], object] | None" = None
     trace: Trace = field(default_factory=Trace)
 
@@ -199,14 +199,14 @@ def _drive(run: StudyRun) -> optuna.Study:
         return _search(run, context, db, before)
 
 
-def _tasks(run: StudyRun) -> "TaskAccuracy | None":
+def _tasks(run: StudyRun) -> "TaskResults | None":
     """What measures the accuracies of a limit; None without such a limit."""
     limit = run.file.study.limit
     if limit is None or limit.min_accuracy is None:
         return None
-    from atp_tune.search.task_accuracy import TaskAccuracy
+    from atp_tune.run.observers import TaskResults
 
-    return TaskAccuracy(limit.min_accuracy, limit.items, run.file.folder, run.watch)
+    return TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch)
 
 
 def _search(
@@ -325,13 +325,14 @@ def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
 
 def _measure_dense(run: StudyRun, study: optuna.Study, context: "Session") -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
+    from atp_tune.run.observers import RoleScores
 
     if "dense" in study.user_attrs:
         return
     run.watch(TrialStarted("dense model", None))
     context.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        nlls, _, ranks = context.all_scores(context.dense(), "validation")
+        nlls, _, ranks = context.measure(None, [RoleScores("validation")])[0]
     if not math.isfinite(perplexity(nlls).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "

@@ -22,9 +22,9 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
-from atp_tune.search.space import make_space
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import Shards, declare, sparse_folder
@@ -112,27 +112,6 @@ def write_applied(
     with Session.open(replace(setup, ask=way.asked(out)), watch) as context:
         made = way.write(context, plan_of(config, context), out, config.seen_from(base, out))
         return setup, made
-
-
-def only_plan(file: StudyFile, context: Session, parameters: dict[str, float]) -> Plan:
-    """The plan of the first allocation that has these parameters; other parameters get their defaults."""
-    names = file.study.allocation.short_names
-    space = make_space(file.study, context.budget(file.study.highest))
-    fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
-    if not fitting:
-        unknown = next(name for name in parameters if name not in space.intervals[names[0]])
-        known = ", ".join(space.intervals[names[0]]) or "none"
-        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
-    point = {**space.defaults(fitting[0]), **parameters}
-    try:
-        return space.plan({"pruner": file.study.methods.short_names[0], "allocation": fitting[0], **point})
-    except ValueError as error:
-        wrong = next(iter(parameters), "beta")
-        raise UserError(f"{_option(wrong)}: {error}") from None
-
-
-def _option(parameter: str) -> str:
-    return "--beta" if parameter == "beta" else f"--parameter {parameter}"
 
 
 def plan_of(config: Config, context: Session) -> Plan:
@@ -344,4 +323,4 @@ def all_folder_scores(setup: Setup, folder: Path, watch: EventHandler, title: st
     )
     with Session.open(replace(setup, model=model), watch) as context:
         watch(TrialStarted(title, None))
-        return {role: context.all_scores(context.dense(), role) for role in setup.texts}
+        return {role: context.measure(None, [RoleScores(role)])[0] for role in setup.texts}

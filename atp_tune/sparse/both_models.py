@@ -18,13 +18,15 @@ from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memo
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.inputs import InputKind
+from atp_tune.generation.conversation import Speaker
+from atp_tune.inputs import KINDS, InputKind
+from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
 from atp_tune.plan import Plan
+from atp_tune.run.observers import Kept
 from atp_tune.run.session import Session
-from atp_tune.search.kept_blocks import prune_whole
 from atp_tune.sparse.applying import check_model, plan_as_pruned
-from atp_tune.sparse.continuations import open_config, uniform_plan
+from atp_tune.sparse.comparing import open_config, uniform_plan
 from atp_tune.sparse.packed_models import is_fast, pack_if_faster, packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
@@ -51,6 +53,9 @@ class Use:
     kind: Callable[[ModelFolder], InputKind[Any]]
     of_images: bool = False
     packs: bool = False
+
+
+CHAT = Use("chat", "chat DIR", lambda folder: KINDS["tokens"], packs=True)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class BothModels(Released):
         self._watch = watch
         self._allowed = allowed
         self._open: list[Released] = []
+        self._speakers: dict[Which, Speaker] = {}
         if not place.is_dir() and not place.is_file():
             raise UserError(f"{place}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
         of_images = self._about.score == CLASSES if self._about else classifies_images(place)
@@ -91,6 +97,14 @@ class BothModels(Released):
     def model(self, side: Which) -> WholeModel:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
         return {"dense": lambda: self._dense, "sparse": lambda: self._sparse, "uniform": lambda: self._uniform}[side]()
+
+    def speaker(self, side: Which) -> Speaker:
+        """A model that chats; UserError likewise."""
+        if side not in self._speakers:
+            own = self.model(side)
+            tokenizer = load_tokenizer(own.folder.path, own.folder.trusted)
+            self._speakers[side] = Speaker(own.opened, own.device, tokenizer, own.bos)
+        return self._speakers[side]
 
     def release(self) -> None:
         """Frees the models."""
@@ -112,9 +126,9 @@ class BothModels(Released):
         self._watch(TrialStarted("pruning", plan))
         names = self._use.command, self._use.with_folder
         if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
-            model, _ = packed_copy(checkpoint, ((block.index, block.weights) for block in context.prune(plan)), *names)
+            model, _ = packed_copy(checkpoint, context.prune(plan), *names)
             return self._of_context(lambda: nullcontext(model))
-        weights = prune_whole(context, plan, *names)
+        [weights] = context.measure(plan, [Kept(*names)])
         return self._of_context(partial(context.replay.whole, weights))
 
     def _of_context(self, opened: Callable[[], AbstractContextManager[nn.Module]]) -> WholeModel:

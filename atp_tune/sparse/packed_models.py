@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
 from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
-from atp_tune.scores.evaluation import Block
-from atp_tune.search.kept_blocks import KeptBlocks
+from atp_tune.run.observers import check_room
 
 
 def is_fast(device: torch.device) -> bool:
@@ -36,26 +36,29 @@ def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
     return len(found)
 
 
-def packed_copy(checkpoint: Checkpoint, blocks: Iterable[Block], what: str, instead: str) -> tuple[nn.Module, int]:
+def packed_copy(
+    checkpoint: Checkpoint, blocks: Iterable[PrunedBlock], what: str, instead: str
+) -> tuple[nn.Module, int]:
     """A copy of a model with the pruned weights of its blocks, packed where that is for, and the number of packed ones.
 
     All other weights are the model's own, which lies in memory as a whole; the dense model stays as it is. UserError,
-    before a block is asked for, if memory is too small: see `KeptBlocks`.
+    before a block is asked for, if memory is too small: see `check_room`.
     """
-    KeptBlocks(checkpoint, what, instead)
+    check_room(checkpoint, what, instead)
     model, packed = checkpoint.model, 0
     known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for index, weights in blocks:
-        for linear in checkpoint.linears[index]:
-            weight = nn.Parameter(weights[linear.key], requires_grad=False)
-            module: Any = None if linear.expert is not None else checkpoint.blocks[index].get_submodule(linear.name)
+    for block in blocks:
+        for linear in checkpoint.linears[block.index]:
+            weight = nn.Parameter(block.weights[linear.key], requires_grad=False)
+            owner = checkpoint.blocks[block.index]
+            module: Any = None if linear.expert is not None else owner.get_submodule(linear.name)
             if is_packable(module) and zeros_of(weight.detach()) >= LEAST:
                 pruned = copy.copy(module)
                 pruned._parameters = {**module._parameters, "weight": weight}
                 known[id(module)] = packed_linear(pruned)
                 packed += 1
             else:
-                known[id(model.get_parameter(checkpoint.key(index, linear)))] = weight
+                known[id(model.get_parameter(checkpoint.key(block.index, linear)))] = weight
     found = copy.deepcopy(model, known)
     speed_dense_linears(found)
     return found, packed

@@ -57,8 +57,7 @@ def measure_in_memory(context: Session, plan: Plan, task: Workload, watch: Event
     checkpoint, folder = context.checkpoint, context.folder
     if checkpoint.offload != "none":
         raise UserError("the dense model does not fit into memory as a whole")
-    blocks = ((block.index, block.weights) for block in context.prune(plan))
-    sparse, count = packed_copy(checkpoint, blocks, "memory", "speedup DIR")
+    sparse, count = packed_copy(checkpoint, context.prune(plan), "memory", "speedup DIR")
     if not count:
         raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)

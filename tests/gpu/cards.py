@@ -17,6 +17,7 @@ from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Tensors
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
+from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
 from atp_tune.spec.prune import PruneConfig
@@ -65,8 +66,7 @@ def plan(context: Session, pruner: str = "wanda") -> Plan:
 def trial(context: Session, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
     record = Record(context)
-    pruned = record.follow(context.prune(plan(context, pruner)))
-    record.nlls = context.all_nlls(pruned, "validation")
+    record.nlls = context.measure(plan(context, pruner), [record, RoleScores("validation")])[1].nlls
     return record
 
 

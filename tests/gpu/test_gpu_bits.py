@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 import torch
 from cards import bench_on, plan, pruned_blocks, same_blocks, trial
-from families import ALL, bench_of, tiny
+from families import ALL, bench_of, nlls_of, tiny
 
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.plan import Plan
@@ -50,8 +50,8 @@ def family_nlls(family: str, offload: Offload, device: torch.device) -> list[flo
     """Window NLLs of a pruned tiny model and of the dense one."""
     context = bench_of(tiny(family), offload=offload, device=device)
     blocks = context.prune(Plan("wanda", "uniform", (0.5,) * len(context.checkpoint.blocks)))
-    nlls = context.all_nlls(((block.index, block.weights) for block in blocks), "validation")
-    return [*nlls, *context.all_nlls(context.dense(), "test")]
+    nlls = nlls_of(context, ((block.index, block.weights) for block in blocks), "validation")
+    return [*nlls, *nlls_of(context, context.blocks(None), "test")]
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -68,7 +68,7 @@ def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> No
             weights += linear.size
     assert differ < 0.01 * weights
     nlls = [
-        context.all_nlls(((block.index, block.weights) for block in blocks), "validation")
+        nlls_of(context, ((block.index, block.weights) for block in blocks), "validation")
         for context, blocks in ((here, ones), (there, others))
     ]
     assert fmean(nlls[0]) == pytest.approx(fmean(nlls[1]), rel=0.01)
@@ -77,7 +77,7 @@ def test_a_cpu_comes_to_nearly_the_same(pruner: str, device: torch.device) -> No
 def test_bf16_comes_near_float32(device: torch.device) -> None:
     benches = [bench_on(device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert [context.dtype for context in benches] == ["float32", "bfloat16"]
-    dense = [fmean(context.all_nlls(context.dense(), "validation")) for context in benches]
+    dense = [fmean(nlls_of(context, context.blocks(None), "validation")) for context in benches]
     pruned = [fmean(trial(context).nlls) for context in benches]
     assert dense[1] == pytest.approx(dense[0], rel=0.01)
     assert pruned[1] == pytest.approx(pruned[0], rel=0.02)

@@ -49,7 +49,7 @@ def calibration_seconds(context: Session) -> float:
     replay, batch, device = context.replay, context.batch("calibration"), context.checkpoint.device
     ids = torch.from_numpy(context.windows["calibration"].ids).to(device)
     hidden, seconds = replay.embed(ids).clone(), 0.0
-    for index, weights in context.dense():
+    for index, weights in context.blocks(None):
         wait_for(device)
         began = perf_counter()
         measure(replay, batch, index, weights, hidden, InputNorms)

@@ -10,7 +10,7 @@ from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.classifying import Classified
+    from atp_tune.sparse.classifying import Classified
 
 
 def classify(
@@ -44,10 +44,10 @@ def classify(
         raise typer.BadParameter("give pictures after the folder", param_hint="FILE...")
     if config is not None and not config.is_file():
         raise typer.BadParameter(f"there is no file {config}", param_hint="--config")
-    from atp_tune import classifying
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import ignore_events
+    from atp_tune.sparse import classifying
 
     allowed = vars(may)
     with quiet(), Display() as display:

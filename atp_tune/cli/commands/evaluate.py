@@ -70,9 +70,8 @@ def evaluate(
     with quiet():
         if read:
             check(path, read, storage)
-        from atp_tune import classification, zeroshot
         from atp_tune.api.configuration import Configuration
-        from atp_tune.checkpoints.classes import classifies_images
+        from atp_tune.sparse.comparing import TaskOptions, evaluate_folder
 
         where = device or "auto"
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
@@ -81,9 +80,8 @@ def evaluate(
                 made = Configuration(read, path.parent / read.folder, where, allowed, watch=watch)
                 found = made.evaluate(names, limit=limit, num_fewshot=num_fewshot, batch=batch)
             else:
-                folder, asked = model or Path(), zeroshot.TaskOptions(names, limit, num_fewshot, batch, where)
-                scored = classification if classifies_images(folder) else zeroshot
-                found = scored.evaluate_folder(folder, asked, watch, allowed)
+                asked = TaskOptions(names, limit, num_fewshot, batch, where)
+                found = evaluate_folder(model or Path(), asked, watch, allowed)
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)
     if read and not json:

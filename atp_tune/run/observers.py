@@ -1,0 +1,430 @@
+"""What is found out about models while their blocks pass by: scores, continuations, answers on images, tasks.
+
+`Session.measure` passes the blocks of one model to its observers, and `Session.compare` those of several models, one
+after the other. An observer keeps what it finds by the name of the model.
+"""
+
+import base64
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.classes import model_config
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
+from atp_tune.errors import UserError
+from atp_tune.events import EventHandler, Message, Step
+from atp_tune.extras import require
+from atp_tune.generation.prompts import WeightsOf, continued
+from atp_tune.inputs import Batch
+from atp_tune.inputs.pixels import ImageProcessor, class_name
+from atp_tune.inputs.windows import load_tokenizer
+from atp_tune.measures import mean_of_tasks
+from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
+from atp_tune.metrics.continuations import NAMES, Continuations
+from atp_tune.plan import Plan
+from atp_tune.scores import WindowScores, joined
+from atp_tune.scores.evaluation import Passing, head_scores
+from atp_tune.spec.config import SHARES
+
+if TYPE_CHECKING:
+    from atp_tune.run.session import Session
+    from atp_tune.scores.task_scores import TaskResult
+    from atp_tune.scores.tasks import Tasks
+
+T = TypeVar("T")
+GROUPS = 8  # parts of validation items; a stopper may end a trial between two of them
+ROOM = 0.5  # share of the device's free memory for a pruned copy of the linears
+SEQUENCES = 8  # in a batch of the tasks of a limit
+
+
+class Observer(ABC, Generic[T]):
+    """Sees the blocks of one model after another, and keeps what it finds by the name of the model (`found`)."""
+
+    session: "Session"
+    name: str
+    plan: Plan | None
+
+    def __init__(self) -> None:
+        self.found: dict[str, T] = {}
+
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """Begins with a model, before its first block is pruned; `plan`: None is the dense model."""
+        self.session, self.name, self.plan = session, name, plan
+
+    def block(self, block: PrunedBlock) -> None:
+        """Sees the next block."""
+
+    @abstractmethod
+    def end(self) -> T:
+        """What is found of the model, after its last block."""
+
+
+class RoleScores(Observer[WindowScores]):
+    """Scores models on the items of one role, part by part."""
+
+    def __init__(
+        self,
+        role: str,
+        kl: bool = False,
+        heard: Callable[[WindowScores], object] = lambda scores: None,
+        one_by_one: bool = False,
+    ) -> None:
+        """`kl`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise.
+
+        `one_by_one`: all blocks are kept if they fit into memory, and run on a part only when the one before was heard.
+        """
+        super().__init__()
+        self._role = role
+        self._kl = kl
+        self._heard = heard
+        self._one_by_one = one_by_one
+
+    @torch.inference_mode()
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """Embeds the items."""
+        super().begin(session, name, plan)
+        self._parts = parts_of(session.items(self._role), session.batch(self._role).windows)
+        self._dense = session.dense_states(self._role, self._parts) if self._kl else []
+        self._kept: list[PrunedBlock] | None = [] if self._one_by_one and can_keep(session.checkpoint) else None
+        self._passing = self._embedded(self._parts if self._kept is None else [])
+
+    def _embedded(self, parts: Sequence[Batch]) -> Passing:
+        return Passing(self.session.replay, self.session.batch(self._role), parts)
+
+    @torch.inference_mode()
+    def block(self, block: PrunedBlock) -> None:
+        """Runs the items through a block, or keeps it."""
+        if self._kept is None:
+            self._pass(block)
+        else:
+            self._kept.append(block)
+
+    def _pass(self, block: PrunedBlock) -> None:
+        self._passing.block(block.index, block.weights)
+        self.session.watch(Step("evaluate", block.index + 1, len(self.session.checkpoint.blocks)))
+
+    @torch.inference_mode()
+    def end(self) -> WindowScores:
+        """Scores part after part.
+
+        UserError if the model's files were changed meanwhile: memory-mapped weights change with them.
+        """
+        session, found = self.session, list[WindowScores]()
+        for index, part in enumerate(self._parts):
+            if self._kept is not None:
+                self._passing = self._embedded([part])
+                for block in self._kept:
+                    self._pass(block)
+            hidden = self._passing.states[index if self._kept is None else 0]
+            dense = self._dense[index] if self._dense else None
+            found.append(head_scores(session.replay, session.score, session.heads, part, hidden, dense))
+            session.folder.check_unchanged()
+            self._heard(found[-1])
+        del self._passing, self._kept, self._dense
+        return joined(found)
+
+
+def parts_of(items: Batch, least: int) -> list[Batch]:
+    """Items in at most `GROUPS` parts whose lengths differ by at most one, none smaller than a batch of `least`."""
+    size, more = divmod(len(items), count := min(GROUPS, -(-len(items) // least)))
+    ends = [part * size + min(part, more) for part in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(ends)]
+
+
+class Whole(Observer[T]):
+    """Keeps the pruned linears of a model while its blocks pass by, so that it can be run as a whole at the end.
+
+    The copy is in host memory while blocks pass by, then on the device if it has room, so work in between has as much
+    of the device's memory as without the copy. The dense model needs none.
+    """
+
+    def __init__(self, what: str, instead: str) -> None:
+        """For errors: `what` needs the copy, and the command that needs none."""
+        super().__init__()
+        self._names = what, instead
+
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """UserError if memory is too small for the copy."""
+        super().begin(session, name, plan)
+        self._blocks: list[dict[str, Tensor]] = []
+        if plan is not None:
+            self._on_host = check_room(session.checkpoint, *self._names)
+
+    def block(self, block: PrunedBlock) -> None:
+        """Keeps the linears of a pruned block."""
+        if self.plan is None:
+            return
+        own = {x.key: block.weights[x.key] for x in self.session.checkpoint.linears[block.index]}
+        self._blocks.append({key: tensor.cpu() for key, tensor in own.items()} if self._on_host else own)
+
+    def end(self) -> T:
+        """Runs the model, whose linears are on the device if they fit there beside the dense ones."""
+        checkpoint, blocks, self._blocks = self.session.checkpoint, self._blocks, []
+        device = checkpoint.device
+        if self.plan is None:
+            return self.run(checkpoint.weights)
+        if can_keep(checkpoint):
+            blocks = [{key: tensor.to(device) for key, tensor in own.items()} for own in blocks]
+
+        def weights_of(index: int) -> dict[str, Tensor]:
+            return {**checkpoint.weights(index), **{key: own.to(device) for key, own in blocks[index].items()}}
+
+        return self.run(weights_of)
+
+    @abstractmethod
+    def run(self, weights_of: WeightsOf) -> T:
+        """What the whole model does; `weights_of`: the tensors of a block on the compute device."""
+
+
+def can_keep(checkpoint: Checkpoint) -> bool:
+    """Whether a pruned copy of all linears fits on the device beside the dense ones."""
+    return checkpoint.offload == "none" and _copied(checkpoint) < ROOM * free_memory(checkpoint.device)
+
+
+def check_room(checkpoint: Checkpoint, what: str, instead: str) -> bool:
+    """Whether a pruned copy fits into host memory; UserError if it fits on the device neither."""
+    if (on_host := _copied(checkpoint) <= host_memory()) or can_keep(checkpoint):
+        return on_host
+    raise UserError(
+        f"{what}: a pruned copy needs {_copied(checkpoint) / 1024**3:.1f} GiB beside the dense model; write it with "
+        f"`apply`, then {instead}"
+    )
+
+
+def _copied(checkpoint: Checkpoint) -> int:
+    return sum(checkpoint.sizes) * checkpoint.dtype.itemsize
+
+
+class Kept(Whole[WeightsOf]):
+    """Keeps a model whole, for the caller."""
+
+    def run(self, weights_of: WeightsOf) -> WeightsOf:
+        """The tensors of a block on the compute device, by its index."""
+        return weights_of
+
+
+class Prompts(Whole[tuple[str, ...]]):
+    """Continuations of prompts, at most `tokens` long."""
+
+    def __init__(self, prompts: Sequence[str], tokens: int, what: str = "generate") -> None:
+        """`what`: what needs the copy, for errors."""
+        super().__init__(what, "chat DIR")
+        self._prompts = tuple(prompts)
+        self._tokens = tokens
+
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """UserError if the tokenizer cannot be loaded too."""
+        super().begin(session, name, plan)
+        if not self.found:
+            self._tokenizer = load_tokenizer(session.folder.path, session.folder.trusted)
+
+    def run(self, weights_of: WeightsOf) -> tuple[str, ...]:
+        """The continuation of each prompt."""
+        session = self.session
+
+        def step(done: int, total: int) -> None:
+            session.watch(Step("generate", done, total))
+
+        return continued(session.replay, weights_of, self._tokenizer, self._prompts, self._tokens, session.bos, step)
+
+    def result(self) -> Continuations:
+        """The continuations by dense, uniform and best, and by others."""
+        own = {name: self.found[name] for name in NAMES}
+        others = {name: texts for name, texts in self.found.items() if name not in NAMES}
+        asked: Any = {"prompts": self._prompts, "tokens": self._tokens, "dtype": self.session.dtype}
+        return Continuations(**asked, **own, others=others)
+
+
+class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
+    """What image classifiers see in the first images of a role."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    @torch.inference_mode()
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """Embeds the images."""
+        super().begin(session, name, plan)
+        self._images = session.items(self._role)[:COUNT]
+        config = model_config(session.folder.path, session.folder.trusted)
+        self.names = {index: str(name)[:100] for index, name in config.id2label.items()}
+        self._passing = Passing(session.replay, session.batch(self._role), [self._images])
+
+    @torch.inference_mode()
+    def block(self, block: PrunedBlock) -> None:
+        """Runs the images through a block."""
+        self._passing.block(block.index, block.weights)
+
+    @torch.inference_mode()
+    def end(self) -> tuple[ImageAnswer, ...]:
+        """The most probable class of each image."""
+        logits = self.session.replay.logits(self._images, self._passing.states[0]).float()
+        del self._passing
+        found = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
+        return tuple(
+            ImageAnswer(name=class_name(self.names, index), index=index, probability=min(1.0, value))
+            for index, value in found
+        )
+
+    def result(self) -> Answers:
+        """The images, their classes, and the answers of dense, uniform and best."""
+        folder, indices = self.session.folder, tuple(self._images.classes.tolist())
+        processor = ImageProcessor.of(folder.path, folder.trusted)
+        pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.pixels.cpu())
+        labels = tuple(class_name(self.names, index) for index in indices)
+        return Answers(pictures=pictures, labels=labels, indices=indices, **self.found)
+
+
+def _png(colours: Any) -> str:
+    """A small PNG in base64 of an array [height, width, channels] of uint8."""
+    from PIL import Image
+
+    picture = Image.fromarray(colours)
+    picture.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
+    """Results on lm-eval's tasks, by set of tasks and task."""
+
+    def __init__(
+        self,
+        sets: Mapping[str, "Tasks"],
+        limit: int | None,
+        num_fewshot: int | None = None,
+        batch: int = SEQUENCES,
+        what: str = "evaluate",
+    ) -> None:
+        """`limit`: items of each task, at most; `batch`: sequences at a time; `what`: for errors."""
+        super().__init__(what, "evaluate DIR")
+        self.sets = sets
+        self._asked = limit, num_fewshot, batch
+        self.seconds: dict[str, float] = {}  # that each model was run
+
+    @classmethod
+    def of_limit(cls, least: Mapping[str, float], items: int | None, base: Path, watch: EventHandler) -> "TaskResults":
+        """For the tasks of `limit.min_accuracy`, by name or path, which starts at `base`.
+
+        UserError, before a model is loaded, if lm-eval is not installed, a task is unknown, or its data is not there.
+        """
+        key = "limit.min_accuracy"
+        require("eval", key)
+        from atp_tune.scores.tasks import find_tasks
+
+        watch(Message(f"reading the tasks of {key}"))
+        try:
+            sets = {name: find_tasks((name,), watch, base=base) for name in least}
+        except UserError as error:
+            raise UserError(str(error).replace("--tasks", key, 1)) from None
+        for name, found in sets.items():
+            if found.missing:
+                reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())
+                raise UserError(f"{key} {name}: cannot be measured whole: {reasons}")
+        return cls(sets, items, what=key)
+
+    def tokenizer(self, folder: Path, trusted: bool) -> Any:
+        """The tokenizer of a folder, or its processor if a task asks about images; UserError if it has none."""
+        asks = "".join(each.about_images for each in self.sets.values())
+        if not asks:
+            return load_tokenizer(folder, trusted)
+        from atp_tune.scores.image_tasks import load_processor
+
+        return load_processor(folder, trusted, asks)
+
+    def run(self, weights_of: WeightsOf) -> dict[str, dict[str, "TaskResult"]]:
+        """Runs the model on all tasks."""
+        from atp_tune.scores.task_scores import score
+
+        session, began = self.session, perf_counter()
+        tokenizer = self.tokenizer(session.folder.path, session.folder.trusted)
+        with session.replay.whole(weights_of) as model, oom_as_user_error(self.name or self._names[0]):
+            found = {
+                name: score(model, tokenizer, tasks, *self._asked, session.watch) for name, tasks in self.sets.items()
+            }
+        self.seconds[self.name] = round(perf_counter() - began, 1)
+        return found
+
+    def accuracies(self, name: str) -> dict[str, list[float]]:
+        """The accuracy of a model, and its standard error, by set of tasks: the mean over the tasks of the set."""
+        found: dict[str, list[float]] = {}
+        for tasks, results in self.found[name].items():
+            shares = []
+            for result in results.values():
+                share = next((share for share in SHARES if share in result.scores), None)
+                if share is None:
+                    raise UserError(f"{self._names[0]} {tasks}: has no accuracy, only {', '.join(result.scores)}")
+                shares.append(result.scores[share])
+            mean = mean_of_tasks(shares)
+            found[tasks] = [mean.value, mean.stderr]
+        return found
+
+
+class LeftOut(Observer[None]):
+    """An observer that a study does without if it fails: that ends in one line, and it sees no further model."""
+
+    def __init__(self, work: Any, names: Sequence[str], what: str, watch: EventHandler) -> None:
+        """`names`: of the models that it is to see, each once; others pass by unseen."""
+        super().__init__()
+        self._work: Any = work
+        self._what = what
+        self._watch = watch
+        self.wanted = tuple(names)
+        self._is_asked = False
+
+    def begin(self, session: "Session", name: str, plan: Plan | None) -> None:
+        """Begins with a model if it is wanted."""
+        self.name, self._is_asked = name, name in self.wanted
+        self._try(lambda work: work.begin(session, name, plan))
+
+    def block(self, block: PrunedBlock) -> None:
+        """Passes a block on."""
+        self._try(lambda work: work.block(block))
+
+    def end(self) -> None:
+        """Keeps what is found of a model."""
+
+        def keep(work: Any) -> None:
+            work.found[self.name] = work.end()
+            self.wanted = tuple(name for name in self.wanted if name != self.name)
+
+        self._try(keep)
+
+    def _try(self, call: Callable[[Any], T]) -> T | None:
+        if not self._is_asked:
+            return None
+        try:
+            return call(self._work)
+        except Exception as error:  # a model's own code may raise anything
+            self.leave_out(str(error) if isinstance(error, UserError) else one_line(error))
+            return None
+
+    def leave_out(self, reason: str) -> None:
+        """Sees no further model, and says why."""
+        self.wanted, self._is_asked, self._work = (), False, None
+        self._watch(Message(f"{self._what}: left out, {reason}"))
+
+    def repeat(self, name: str, other: str) -> None:
+        """Takes what was found of an equal model."""
+        if name in self.wanted and other not in self.wanted:
+            self._work.found[name] = self._work.found[other]
+            self.wanted = tuple(each for each in self.wanted if each != name)
+
+    def result(self) -> Any:
+        """What the work makes of all models; None if one is missing, or it was left out."""
+        if self.wanted or self._work is None:
+            return None
+        self._is_asked = True
+        return self._try(lambda work: work.result())
