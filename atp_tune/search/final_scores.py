@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import nan
 from time import sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
@@ -126,17 +126,15 @@ def _shown(
     known = CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None
     if not is_missing or known or not asked.tokens:
         return {}, None
-    names = {"dense": "dense"}
-    if spec.images is not None:
-        role = "validation" if spec.data.test is None else "test"
-        names |= {str(best.number): "best", str(uniform.number): "uniform"}
-        return names, LeftOut(ImageAnswers(role), NAMES, "answers on images", context.watch)
-    if context.inputs is not KINDS["tokens"]:
-        return {}, None
     ranked = [] if spec.interval else best_of_each(study)
     others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
-    names |= {row: name for row, name in others.items() if name not in NAMES}
+    names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
     names |= {str(best.number): "best", str(uniform.number): "uniform"}
+    if spec.images is not None:
+        work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
+        return names, LeftOut(work, NAMES, "answers on images", context.watch)
+    if context.inputs is not KINDS["tokens"]:
+        return {}, None
     work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
     shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", context.watch)
     if not can_keep(context.checkpoint):
