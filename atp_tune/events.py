@@ -1,7 +1,8 @@
 """Events that a run reports, for the command line and other handlers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.plan import Plan
@@ -90,3 +91,21 @@ def ignore_events(event: Event) -> None:
 
 def silent(message: str) -> None:
     """Ignores the message."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command works: the folder at which relative paths start (`base`), the device, permissions, listener.
+
+    `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set, and
+    `trust_plugins`, by which the code of its plug-ins may run.
+    """
+
+    base: Path
+    device: str = "auto"
+    allowed: Mapping[str, bool] = field(default_factory=dict)
+    watch: EventHandler = ignore_events
+
+    def note(self, text: str) -> None:
+        """Reports one line."""
+        self.watch(Message(text))

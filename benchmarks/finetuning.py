@@ -35,10 +35,10 @@ from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
-from atp_tune.events import Event, Message, ignore_events
+from atp_tune.events import Event, Message, Place
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup
-from atp_tune.sparse.applying import folder_nlls
+from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.finetuning import finetune
 from atp_tune.sparse.finetuning_data import divided, read_windows
 from atp_tune.sparse.provenance import PrunedWith, Settings, origin
@@ -162,8 +162,8 @@ class Measuring:
         for role, text in self._texts.items():
             if role not in known:
                 model = ModelConfig(source=str(folder.absolute()), dtype=self._made.dtype)
-                setup = Setup(model, PruneConfig(), {"test": text}, self._made.base, "auto", bos=self._made.bos)
-                known = {**known, role: folder_nlls(setup, folder, ignore_events, role)}
+                setup = Setup(model, PruneConfig(), {"test": text}, Place(self._made.base), bos=self._made.bos)
+                known = {**known, role: folder_scores(setup, folder, role)["test"].nlls}
                 self._keep(row, {**self._rows.get(row, {}), "nlls": known})
 
     def _train(self, row: str, out: Path) -> None:

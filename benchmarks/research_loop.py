@@ -86,6 +86,7 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 
 def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol-60 lies, its number format and its windows, some keys of the study changed."""
+    from atp_tune.events import Place
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import Windows
     from atp_tune.run.session import Session, Setup
@@ -96,7 +97,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     study = (file := load("smol-60", changes)).study
     data = study.data
     texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation, "test": study.test_text}
-    context = Session.open(Setup(study.model, study.prune, texts, file.folder, "cpu"))
+    context = Session.open(Setup(study.model, study.prune, texts, Place(file.folder, "cpu")))
     (work / "model").write_text(str(context.folder.path))
     (work / "dtype").write_text(context.dtype)
     for role, drawn in context.windows.items():

@@ -36,7 +36,7 @@ from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
 from atp_tune.cpu import cpu_name
-from atp_tune.events import EventHandler
+from atp_tune.events import EventHandler, Place
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
@@ -120,7 +120,7 @@ def smol(percent: int, watch: EventHandler) -> Pair:
     if not out.is_dir():
         prune_study(load("smol-60", [f"sparsity={percent / 100}"]), {"beta": 0.0}, out, watch)
     config = read_config(out / ABOUT)
-    return find_pair(config, out / config.folder, out, "cpu", watch, {})
+    return find_pair(config, out, Place(out / config.folder, "cpu", watch=watch))
 
 
 def wide(shape: Mapping[str, int], percent: int, watch: EventHandler) -> Pair:

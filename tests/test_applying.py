@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints import streaming
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, TrialStarted, ignore_events
+from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
+from atp_tune.scores import WindowScores
 from atp_tune.sparse import applying
 from atp_tune.sparse.applying import apply, plan_of, write_sparse
 from atp_tune.sparse.shards import cast, declare
@@ -46,7 +47,7 @@ def config(done: Path) -> Config:
 
 
 def applied(config: Config, place: Path, out: Path) -> Perplexity:
-    return apply(config, place / config.folder, out, "cpu", ignore_events)
+    return apply(config, out, Place(place / config.folder, "cpu"))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -182,7 +183,7 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
     texts = {"calibration": config.calibration, "test": config.texts.test}
     model = config.model.model().model_copy(update={"offload": "cpu"})
-    bench = Session.open(Setup(model, config.prune, texts, done, "cpu"), ignore_events)
+    bench = Session.open(Setup(model, config.prune, texts, Place(done, "cpu")))
     plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
 
@@ -209,7 +210,7 @@ def test_what_is_there_is_not_overwritten(kind: str, done: Path, config: Config,
         out.mkdir()
     (out / "mine" if kind == "folder" else out).write_text("mine")
     events: list[Event] = []
-    said = message(lambda: apply(config, done, out, "cpu", events.append))
+    said = message(lambda: apply(config, out, Place(done, "cpu", watch=events.append)))
     assert said == f"--out {out}: exists already; choose another folder or remove it"
     assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
     assert events == []  # asked before any work
@@ -247,14 +248,14 @@ def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
     about = tmp_path / "out" / "atp_tune.json"
     other = config.model_copy(update={"trial": 99})
 
-    def replaced(*_: object) -> list[float]:
+    def replaced(*_: object) -> dict[str, WindowScores]:
         other.write(about)
-        return [1.0, 2.0]
+        return {"test": WindowScores([1.0, 2.0], [])}
 
     config.write(about)
-    monkeypatch.setattr(applying, "folder_nlls", replaced)
+    monkeypatch.setattr(applying, "folder_scores", replaced)
     with pytest.raises(UserError, match="was replaced while it was measured, and is left as it is"):
-        applying.measured_folder(None, tmp_path / "out", None, print)  # type: ignore[arg-type]
+        applying.measured_folder(None, None, tmp_path / "out")  # type: ignore[arg-type]
     assert read_config(about) == other
 
 
@@ -320,7 +321,7 @@ def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path
     _, measured = prune_study(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
     about = read_config(tmp_path / "one" / "atp_tune.json")
     assert (about.trial, about.perplexity.test) == (None, measured)
-    again = apply(about, tmp_path / "one" / about.folder, tmp_path / "two", "cpu", ignore_events)
+    again = apply(about, tmp_path / "two", Place(tmp_path / "one" / about.folder, "cpu"))
     assert again == measured
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert all(same_bytes(one[name], two[name]) for name in one)

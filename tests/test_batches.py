@@ -14,7 +14,7 @@ from tinystudy import TOKENS, CommandLine, run, stored, study_file
 
 from atp_tune.blocks import batching, prune_pass
 from atp_tune.blocks.replay import Replay
-from atp_tune.events import ignore_events
+from atp_tune.events import Place
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
@@ -130,13 +130,13 @@ def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewh
     config = read_config(done / "tiny.best.json")
     assert config.batches["calibration"] == 8
     seen = calibrated(elsewhere)
-    apply(config, done, tmp_path / "out", "cpu", ignore_events)
+    apply(config, tmp_path / "out", Place(done, "cpu"))
     assert set(seen) == {8}
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == config.batches
     shutil.rmtree(tmp_path / "out")
     former = config.model_copy(update={"batches": {}})
     seen.clear()
-    apply(former, done, tmp_path / "out", "cpu", ignore_events)
+    apply(former, tmp_path / "out", Place(done, "cpu"))
     assert set(seen) == {ELSEWHERE}  # nothing else is known
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == {"calibration": ELSEWHERE}
 
@@ -159,7 +159,7 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
     for name, one in folders.items():
         if name == "there":
             monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
-        apply(one, place, place / name, "cpu", ignore_events)
+        apply(one, place / name, Place(place, "cpu"))
     here, there, former = (load_file(place / name / "model.safetensors") for name in folders)
     assert all(same_bits(here[name], there[name]) for name in here)
     assert not all(same_bits(here[name], former[name]) for name in here)
@@ -167,7 +167,7 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
 
 def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> None:
     spec = study_file(done).study
-    context = Session.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, done, "cpu"))
+    context = Session.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, Place(done, "cpu")))
     keys = set()
     for windows in (8, 2):
         context.begin({"calibration": windows})

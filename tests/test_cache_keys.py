@@ -20,7 +20,7 @@ from atp_tune.api.models import weights_of
 from atp_tune.cache_keys import FOLDERS, key
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import ignore_events
+from atp_tune.events import Place, ignore_events
 from atp_tune.inputs import windows
 from atp_tune.inputs.pixels import ImageProcessor
 from atp_tune.inputs.probe import _known
@@ -360,15 +360,15 @@ def test_a_sparse_model_of_speedup_is_of_its_text_and_no_other_process_removes_i
     """The key had the name of the calibration text alone, and `speedup --study` removed what others read."""
     place = Path(shutil.copytree(tiny_done, tmp_path / "place"))
     config = read_config(place / "tiny.best.json")
-    own: Any = config, place, None, "cpu", ignore_events, {}
+    own: Any = config, None, Place(place, "cpu")
     first = find_pair(*own).sparse
     (place / "calibration.txt").write_text((place / "long.txt").read_text()[50_000:70_000])
-    with passing_pair(config, place, *own[3:]) as passing:
+    with passing_pair(config, own[2]) as passing:
         other = find_pair(*own)
         assert len({first, passing.sparse, other.sparse}) == 3
         weights = [folder / "model.safetensors" for folder in (first, passing.sparse, other.sparse)]
         assert weights[0].read_bytes() != weights[1].read_bytes() == weights[2].read_bytes()
     assert other.sparse.is_dir() and not passing.sparse.exists()
-    with passing_pair(config, place, *own[3:]) as passing:
+    with passing_pair(config, own[2]) as passing:
         assert passing.sparse == other.sparse
     assert other.sparse.is_dir()

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from atp_tune.checkpoints import devices
 from atp_tune.errors import UserError
-from atp_tune.events import ignore_events
+from atp_tune.events import Place
 from atp_tune.sparse.both_models import CHAT, BothModels
 from atp_tune.sparse.classifying import TOP, _first, classify
 
@@ -44,7 +44,7 @@ def test_classes_are_those_of_transformers(
 ) -> None:
     """In float32 also where bfloat16 is fast: transformers computes in it here."""
     monkeypatch.setattr(devices, "multiplies_bf16_fast", lambda device: False)
-    found = classify(pictures, folder, False, "cpu", ignore_events, {})
+    found = classify(pictures, folder, False, Place(folder, "cpu"))
     assert [one.file for one in found] == list(map(str, pictures))
     model, processor = (
         AutoModelForImageClassification.from_pretrained(folder),
@@ -64,7 +64,7 @@ def test_classes_are_those_of_transformers(
         name = guess.name.replace("|", "\\|").replace("\x1b", "\\x1b")
         assert f"| {name} {guess.probability:.1%} " in shown.out
     printed = json.loads(command("classify", folder, *pictures[:2], "--json").out)
-    alone = classify(pictures[:2], folder, False, "cpu", ignore_events, {})  # a batch of another size: other last bits
+    alone = classify(pictures[:2], folder, False, Place(folder, "cpu"))  # a batch of another size: other last bits
     assert printed == [one.model_dump(mode="json") for one in alone]
 
 
@@ -144,4 +144,4 @@ def test_a_file_of_another_format_starts_no_program(
 
 def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^chat: .* is an image classifier, which has no text; take `classify`"):
-        BothModels(folder, CHAT, "cpu", ignore_events, {})
+        BothModels(folder, CHAT, Place(folder, "cpu"))

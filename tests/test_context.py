@@ -6,7 +6,7 @@ import torch
 from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, nlls_of, random_ids, same_bits, tiny
 
 from atp_tune.blocks import batching
-from atp_tune.events import Step, ignore_events
+from atp_tune.events import Place, Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
 from atp_tune.plan import Plan
@@ -134,8 +134,7 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ModelConfig(source="model", dtype="bfloat16"),
         PruneConfig(),
         {"calibration": Text(source="c4")},
-        tmp_path,
-        "cpu",
+        Place(tmp_path, "cpu"),
     )
     work = Session.open(setup)
     assert asked == [("model", tmp_path)]

@@ -20,7 +20,7 @@ from atp_tune.allocations import prices
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, TrialStarted, ignore_events
+from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
 from atp_tune.measures import perplexity, reach_of
@@ -64,7 +64,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     spec = study_file(place).study
     text = spec.texts.calibration.model_copy(update=keys)
     texts = {"calibration": text, "test": spec.test_text}
-    opened = Session.open(Setup(spec.model, spec.prune, texts, place, "cpu"))
+    opened = Session.open(Setup(spec.model, spec.prune, texts, Place(place, "cpu")))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
     context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)

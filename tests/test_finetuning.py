@@ -17,7 +17,7 @@ from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Message, ignore_events
+from atp_tune.events import Event, Message, Place, ignore_events
 from atp_tune.extras import install
 from atp_tune.measures import change, perplexity
 from atp_tune.sparse import finetuning
@@ -39,7 +39,7 @@ def tiny_sparse(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = read_config(place / "tiny.best.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(config, place, place / "sparse", "cpu", ignore_events)
+        apply(config, place / "sparse", Place(place, "cpu"))
     return place
 
 
@@ -280,14 +280,14 @@ def test_other_options_do_not_go_on_from_it(place: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "SAVED", 2)
-    save = finetuning.all_folder_scores
+    save = finetuning.folder_scores
 
     def interrupt(*arguments: Any) -> Any:
         if (place / "out.part").exists():
             os.kill(os.getpid(), signal.SIGINT)
         return save(*arguments)
 
-    monkeypatch.setattr(finetuning, "all_folder_scores", interrupt)
+    monkeypatch.setattr(finetuning, "folder_scores", interrupt)
     answer = command("finetune", place / "sparse", "--out", place / "out", *SHORT)
     assert answer.code == 130
     assert f"stopped: the same command resumes from {place / 'out'}.part" in answer.out

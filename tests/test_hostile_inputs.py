@@ -36,7 +36,7 @@ from atp_tune.api.configuration import Configuration
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import app
 from atp_tune.cli.model_group import MODEL
-from atp_tune.events import ignore_events
+from atp_tune.events import Place
 from atp_tune.serving import serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
@@ -133,7 +133,7 @@ def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("hostile") / "place"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(read_config(place / "tiny.best.json"), place, place / "sparse", "cpu", ignore_events)
+        apply(read_config(place / "tiny.best.json"), place / "sparse", Place(place, "cpu"))
     write_classifier(place / "vit")
     Image.effect_noise((9, 7), 50).save(place / "picture.png")
     gc.collect()

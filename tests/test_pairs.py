@@ -22,6 +22,7 @@ from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
+from atp_tune.events import Place
 from atp_tune.inputs.pairs import PairBatch, _image_token, _stacked, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
@@ -192,7 +193,9 @@ def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path)
     """Each linear loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far, on images and text."""
     text = Text(source="package:pydoc_data.topics:topics", nsamples=2, seqlen=TOKENS)
     texts = {"calibration": wanted(write_pairs(tmp_path / "p.parquet")), "validation": text}
-    setup = Setup(ModelConfig(source=str(models["idefics3"]), dtype="float32"), PruneConfig(), texts, tmp_path, "cpu")
+    setup = Setup(
+        ModelConfig(source=str(models["idefics3"]), dtype="float32"), PruneConfig(), texts, Place(tmp_path, "cpu")
+    )
     with Session.open(setup) as work:
         batch, plan = work.items("calibration"), make_plan("wanda", "uniform", work.budget(0.5), {}, work.pattern)
         model: Any = AutoModelForImageTextToText.from_pretrained(models["idefics3"], dtype=torch.float32)

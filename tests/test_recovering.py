@@ -20,6 +20,7 @@ from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import cache_keys, tune
 from atp_tune.cache import cache_dir
+from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.recovery import recovery_said, trained_rows
 from atp_tune.results.summary import summarise
@@ -286,7 +287,7 @@ def judged(
     scores = {"test": type("Scores", (), {"nlls": [first, 1.5]})()}
     part().touch()
     monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
-    own: Any = (None, RecoverConfig(), Path(), "cpu", print)
+    own: Any = (None, RecoverConfig(), Place(Path(), "cpu"))
     return recovered(*own, uniform=[3.5, 2.5], kinds=("manual", "news"))
 
 
@@ -334,7 +335,7 @@ def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch
         raise NoGainError("finetune: no step …")
 
     monkeypatch.setattr(recovering, "apply_trained", fails)
-    found = recovered(None, RecoverConfig(), Path(), "cpu", print)  # type: ignore[arg-type]
+    found = recovered(None, RecoverConfig(), Place(Path(), "cpu"))  # type: ignore[arg-type]
     assert (found.kept, found.reason, found.validation) == (False, NO_GAIN, None)
 
 

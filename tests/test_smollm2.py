@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.blocks import timing
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
-from atp_tune.events import ignore_events
+from atp_tune.events import Place, ignore_events
 from atp_tune.measures import perplexity
 from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
@@ -65,7 +65,7 @@ def context(smollm2: Path) -> Session:
     texts = {"calibration": spec.texts.calibration, "validation": spec.texts.validation}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(smollm2))
-        return Session.open(Setup(spec.model, spec.prune, texts, file.folder, "cpu"))
+        return Session.open(Setup(spec.model, spec.prune, texts, Place(file.folder, "cpu")))
 
 
 def run(*arguments: str | Path) -> str:

@@ -15,6 +15,7 @@ from atp_tune.blocks.towers import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
+from atp_tune.events import Place
 from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
 from atp_tune.plan import make_plan
@@ -53,7 +54,7 @@ def context(folder: Path, place: Path, **prune: Any) -> Session:
         "validation": wanted(file, part=(0.5, 1), nsamples=7),
     }
     model = ModelConfig(source=str(folder), dtype="float32", prune=BOTH)
-    return Session.open(Setup(model, PruneConfig(**prune), texts, place, "cpu"))
+    return Session.open(Setup(model, PruneConfig(**prune), texts, Place(place, "cpu")))
 
 
 @pytest.mark.slow

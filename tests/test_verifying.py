@@ -12,6 +12,7 @@ import pytest
 from tinystudy import TUNE, CommandLine
 
 from atp_tune.errors import UserError
+from atp_tune.events import Place
 from atp_tune.sparse.verifying import compared, differences, verify
 from atp_tune.spec.config import read_config
 from atp_tune.spec.manifest import Environment, environment
@@ -22,13 +23,12 @@ FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 @pytest.fixture(scope="module")
 def made(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sparse folder of the tiny study; to be read only."""
-    from atp_tune.events import ignore_events
     from atp_tune.sparse.applying import apply
 
     out = tmp_path_factory.mktemp("sparse") / "sparse"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATP_TUNE_CACHE", str(out.parent / "cache"))
-        apply(read_config(tiny_done / "tiny.best.json"), tiny_done, out, "cpu", ignore_events)
+        apply(read_config(tiny_done / "tiny.best.json"), out, Place(tiny_done, "cpu"))
     return out
 
 

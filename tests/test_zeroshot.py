@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.blocks import batching
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.events import Event, Step, ignore_events
+from atp_tune.events import Event, Place, Step
 from atp_tune.extras import install
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
 from atp_tune.run import observers
@@ -181,7 +181,7 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
 @pytest.mark.slow
 def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) -> None:
     config, events = read_config(done / "tiny.best.json"), list[Event]()
-    evaluate(config, done, TaskOptions((f"{tasks}/far.yaml",), 1, None, 2, "cpu"), events.append, {})
+    evaluate(config, TaskOptions((f"{tasks}/far.yaml",), 1, None, 2), Place(done, "cpu", watch=events.append))
     steps = [event for event in events if isinstance(event, Step) and event.phase == "answer"]
     assert [(step.done, step.total) for step in steps] == [(done, 4) for _ in range(3) for done in range(1, 5)]
 
@@ -196,7 +196,7 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
         return step(self, *more)
 
     monkeypatch.setattr(Pass, "step", noted)
-    evaluate(config, done, TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), lambda _: None, {})
+    evaluate(config, TaskOptions((f"{tasks}/far.yaml",), 1, None, 1), Place(done, "cpu"))
     assert seen == {config.batches["calibration"]} == {8}
 
 
@@ -218,7 +218,7 @@ def test_no_program_is_asked_about_the_machine(done: Path, tasks: Path, monkeypa
 
     begin, asked = subprocess.Popen.__init__, list[Any]()
     monkeypatch.setattr(subprocess.Popen, "__init__", noted)
-    evaluate_folder(done / "model", TaskOptions((f"{tasks}/far.yaml",), 1, None, 1, "cpu"), ignore_events, {})
+    evaluate_folder(done / "model", TaskOptions((f"{tasks}/far.yaml",), 1, None, 1), Place(done, "cpu"))
     assert asked == []
 
 
@@ -257,18 +257,18 @@ def test_copies_in_host_memory_and_streamed_blocks_score_the_same(
     done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(done / "tiny.best.json")
-    asked = TaskOptions((f"{tasks}/far.yaml",), 2, None, 4, "cpu")
-    usual = evaluate(config, done, asked, lambda event: None, {})
+    asked = TaskOptions((f"{tasks}/far.yaml",), 2, None, 4)
+    usual = evaluate(config, asked, Place(done, "cpu"))
     monkeypatch.setattr(observers, "ROOM", 0)
-    assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
+    assert evaluate(config, asked, Place(done, "cpu")).tasks == usual.tasks
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "100kB")
-    assert evaluate(config, done, asked, lambda event: None, {}).tasks == usual.tasks
+    assert evaluate(config, asked, Place(done, "cpu")).tasks == usual.tasks
 
 
 def test_the_dense_model_stays_as_it_is(done: Path) -> None:
     config = read_config(done / "tiny.best.json")
     texts = {"calibration": config.calibration}
-    context = Session.open(Setup(config.model.model(), config.prune, texts, done, "cpu"))
+    context = Session.open(Setup(config.model.model(), config.prune, texts, Place(done, "cpu")))
     before = {
         name: (tensor.data_ptr(), tensor.clone()) for name, tensor in context.checkpoint.model.state_dict().items()
     }
@@ -294,9 +294,9 @@ def test_the_model_is_let_go_of(done: Path, tasks: Path, monkeypatch: pytest.Mon
         released.append(len(list(checkpoint.model.parameters())))
 
     monkeypatch.setattr(Checkpoint, "release", release)
-    asked = TaskOptions((f"{tasks}/far.yaml",), 1, None, 4, "cpu")
-    evaluate(read_config(done / "tiny.best.json"), done, asked, ignore_events, {})
-    evaluate_folder(done / "model", asked, ignore_events, {})
+    asked = TaskOptions((f"{tasks}/far.yaml",), 1, None, 4)
+    evaluate(read_config(done / "tiny.best.json"), asked, Place(done, "cpu"))
+    evaluate_folder(done / "model", asked, Place(done, "cpu"))
     assert released == [0, 0]
 
 

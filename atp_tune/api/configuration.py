@@ -2,8 +2,8 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from atp_tune.api.lender import Lender
 from atp_tune.api.progress import working
 from atp_tune.cache import temporary_folder
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler
+from atp_tune.events import EventHandler, Place
 from atp_tune.measures import Perplexity
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.images import CLASSES
@@ -57,8 +57,8 @@ class Configuration:
 
     def apply(self) -> PreTrainedModel:
         """The pruned model in memory; a model of the caller is copied and stays dense."""
-        with self._working() as watch:
-            return models.pruned(self.config, self._base, self._device, self._lender, self._allowed, watch)
+        with self._working() as place:
+            return models.pruned(self.config, place, self._lender)
 
     def save(
         self, folder: str | Path, *, packed: bool = False, slim: bool = False, dtype: str | None = None
@@ -93,15 +93,13 @@ class Configuration:
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
             codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
             measured = self._save(sparse, to_pack(self.config, codes), dtype)
-            with self._working() as watch:
-                pack_folder(sparse, out, watch=watch, codes=codes)
+            with self._working() as place:
+                pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 
     def _save(self, out: Path, way: Way | None, dtype: str | None) -> Perplexity:
-        with self._working() as watch:
-            return models.save(
-                self.config, self._base, out, self._device, self._lender, self._allowed, watch, way, dtype
-            )
+        with self._working() as place:
+            return models.save(self.config, out, place, self._lender, way, dtype)
 
     def push(self, repository: str, *, private: bool = False) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
@@ -124,8 +122,8 @@ class Configuration:
 
         if self.config.score == CLASSES:
             raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
-        with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
-            return continuations(self.config, self._base, prompts, tokens, device, watch, self._allowed)
+        with self._working() as place, models.lent_as(self.config, self._lender, place) as there:
+            return continuations(self.config, prompts, tokens, there)
 
     def classify(self, files: str | Path | Sequence[str | Path], *, both: bool = False) -> tuple[Classified, ...]:
         """The five most probable classes of each picture by this configuration, pruned in memory.
@@ -144,13 +142,13 @@ class Configuration:
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with (
-            temporary_folder() as place,
-            self._working() as watch,
-            models.lent_as(self.config, self._lender, self._device) as device,
+            temporary_folder() as folder,
+            self._working() as place,
+            models.lent_as(self.config, self._lender, place) as there,
         ):
-            found = place / "configuration.json"
+            found = folder / "configuration.json"
             self.write(found)
-            return classifying.classify(paths, found, both, device, watch, self._allowed)
+            return classifying.classify(paths, found, both, there)
 
     def evaluate(
         self,
@@ -174,12 +172,13 @@ class Configuration:
         from atp_tune.sparse import comparing
 
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-        with self._working() as watch, models.lent_as(self.config, self._lender, self._device) as device:
-            asked = comparing.TaskOptions(names, limit, num_fewshot, batch, device)
-            return comparing.evaluate(self.config, self._base, asked, watch, self._allowed)
+        with self._working() as place, models.lent_as(self.config, self._lender, place) as there:
+            return comparing.evaluate(self.config, comparing.TaskOptions(names, limit, num_fewshot, batch), there)
 
-    def _working(self) -> AbstractContextManager[EventHandler]:
-        return working(False, out="folder") if self._watch is None else nullcontext(self._watch)
+    @contextmanager
+    def _working(self) -> Iterator[Place]:
+        with working(False, out="folder") if self._watch is None else nullcontext(self._watch) as watch:
+            yield Place(self._base, self._device, self._allowed, watch)
 
 
 def load_config(

@@ -4,7 +4,7 @@ import optuna
 
 from atp_tune.api.lender import Lender
 from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted
+from atp_tune.events import Place, TrialStarted
 from atp_tune.metrics.speed import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
@@ -54,9 +54,10 @@ def _measured(run: StudyRun, config: Config, lender: Lender) -> Speed:
 
     spec = run.file.study
     base = run.file.best_of(run.name).parent / config.folder
-    with lent_as(config, lender, spec.device) as device:
-        if not is_fast(find_device(device)):
+    place = Place(base, spec.device, run.file.permissions, run.watch)
+    with lent_as(config, lender, place) as place:
+        if not is_fast(find_device(place.device)):
             raise UserError("the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang")
         run.watch(TrialStarted("speed: the best plan, packed, beside the dense model", None))
-        with oom_as_user_error("speed"), open_config(config, base, device, run.watch, run.file.permissions) as context:
+        with oom_as_user_error("speed"), open_config(config, place) as context:
             return measure_in_memory(context, plan_of(config, context), Workload(*AT_THE_END), run.watch)

@@ -18,7 +18,7 @@ from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, TrialStarted
+from atp_tune.events import Place, TrialStarted
 from atp_tune.measures import Perplexity
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
@@ -35,32 +35,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def pruned(
-    config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
-) -> "PreTrainedModel":
-    """The model of a configuration in memory; relative paths start at `base`."""
+def pruned(config: Config, place: Place, lender: Lender) -> "PreTrainedModel":
+    """The model of a configuration in memory."""
     if config.is_trained:
-        return _trained(config, base, device, lender, allowed, watch)
+        return _trained(config, place, lender)
     texts = {"calibration": config.calibration}
-    with lent_as(config, lender, device) as where:
-        setup = Setup.of_config(config, texts, base, where, allowed)
-        with Session.open(setup, watch) as context:
-            weights = weights_of(context, plan_of(config, context))
-            loaded = None if lender.model is not None else context.checkpoint.take_model()
+    with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as context:
+        weights = weights_of(context, plan_of(config, context))
+        loaded = None if lender.model is not None else context.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 
-def _trained(
-    config: Config, base: Path, device: str, lender: Lender, allowed: Mapping[str, bool], watch: EventHandler
-) -> "PreTrainedModel":
+def _trained(config: Config, place: Place, lender: Lender) -> "PreTrainedModel":
     """The same of a configuration whose kept weights are trained, through a folder that is removed."""
-    with temporary_folder(cache_dir("recovered") / "model") as place:
-        folder = place / "trained"
-        save(config, base, folder, device, lender, allowed, watch)
-        model = config.model.model(allowed).model_copy(
+    with temporary_folder(cache_dir("recovered") / "model") as temporary:
+        folder = temporary / "trained"
+        save(config, folder, place, lender)
+        model = config.model.model(place.allowed).model_copy(
             update={"source": str(folder), "revision": None, "sha256": None, "probe": None, "offload": "none"}
         )
-        where = find_device(device if lender.model is None else str(lender.model.device))
+        where = find_device(place.device if lender.model is None else str(lender.model.device))
         checkpoint = resolve(model, Path()).checkpoint(model, where)
         linears = [(i, linear) for i, each in enumerate(checkpoint.linears) for linear in each]
         keys = [checkpoint.key(i, linear) for i, linear in linears]
@@ -71,12 +65,9 @@ def _trained(
 
 def save(
     config: Config,
-    base: Path,
     out: Path,
-    device: str,
+    place: Place,
     lender: Lender,
-    allowed: Mapping[str, bool],
-    watch: EventHandler,
     way: Way | None = None,
     dtype: str | None = None,
 ) -> Perplexity:
@@ -85,15 +76,15 @@ def save(
     `way`: as of `apply`, `dtype`: as of `write_sparse`; not used where the kept weights are trained, as a configuration
     may say.
     """
-    with in_folder(config, lender, device, out.parent) as (of_folder, where, dense):
+    with in_folder(config, lender, place, out.parent) as (of_folder, there, dense):
         trained = None
         if config.trained is not None:
-            trained = apply_trained(of_folder, config.trained.settings, base, out, where, watch, allowed).record
+            trained = apply_trained(of_folder, config.trained.settings, out, there).record
             measured = trained.after
         else:
             way = way or Way(write_sparse)
             way = replace(way, write=partial(way.write, dtype=dtype))
-            measured = apply(of_folder, base, out, where, watch, allowed, way)
+            measured = apply(of_folder, out, there, way)
         if dense is not None:
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
@@ -104,33 +95,33 @@ def save(
 
 @contextmanager
 def in_folder(
-    config: Config, lender: Lender, device: str, parent: Path
-) -> Iterator[tuple[Config, str, ModelFolder | None]]:
-    """The configuration with a model on the disk, the device to work on, and the folder of a model in memory.
+    config: Config, lender: Lender, place: Place, parent: Path
+) -> Iterator[tuple[Config, Place, ModelFolder | None]]:
+    """The configuration with a model on the disk, where to work, and the folder of a model in memory.
 
     Such a model is written, dense, to a temporary folder in `parent`; None for others.
     """
-    with lent_as(config, lender, device) as where:
+    with lent_as(config, lender, place) as there:
         if lender.model is None:
-            yield config, where, None
+            yield config, there, None
             return
         size = sum(parameter.nbytes for parameter in lender.model.parameters())
         check_writable(parent / ABOUT, 2 * size, "a folder in ")  # dense and sparse
-        with temporary_folder(parent / "atp_tune") as place:
-            dense = _saved(lender, place)
-            model = config.model.model_copy(update={"id": str(place), "fingerprint": dense.content})
-            yield config.model_copy(update={"model": model}), where, dense
+        with temporary_folder(parent / "atp_tune") as folder:
+            dense = _saved(lender, folder)
+            model = config.model.model_copy(update={"id": str(folder), "fingerprint": dense.content})
+            yield config.model_copy(update={"model": model}), there, dense
 
 
 @contextmanager
-def lent_as(config: Config, lender: Lender, device: str) -> Iterator[str]:
-    """Lends the model of a configuration, and yields the device to work on: a model's in memory, else `device`.
+def lent_as(config: Config, lender: Lender, place: Place) -> Iterator[Place]:
+    """Lends the model of a configuration, and yields where to work: on the device of a model in memory.
 
     UserError if what is lent is not the configuration's model.
     """
     with lender.lend() as sources:
         check_same(config, sources.model)
-        yield sources.device or device
+        yield replace(place, device=sources.device or place.device)
 
 
 def check_same(config: Config, lent: str | None) -> None:

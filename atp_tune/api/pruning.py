@@ -14,7 +14,7 @@ from atp_tune.api.models import copied, of_one_text, replaced, weights_of, writt
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.events import EventHandler, Message, Place, TrialStarted
 from atp_tune.inputs.windows import first_windows
 from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
@@ -109,8 +109,8 @@ def prune(
         usual = file.study.texts
         assert usual is not None
         text = _text(_chosen(sources.texts, watch), "calibration", folder, nsamples, seqlen, usual.calibration)
-        setup = _setup(file, {"calibration": text}, file.study.bos)
-        with Session.open(setup, watch) as context:
+        setup = _setup(file, {"calibration": text}, file.study.bos, watch)
+        with Session.open(setup) as context:
             weights = weights_of(context, only_plan(file, context, dict(parameters)))
             loaded = None if lender.model is not None else context.checkpoint.take_model()
     if loaded is not None:
@@ -129,10 +129,10 @@ def prune_study(
     if out is not None:
         check_free(out)
     texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
-    setup = _setup(file, texts, _stored_bos(file))
+    setup = _setup(file, texts, _stored_bos(file), watch)
     if out is not None:
         setup = replace(setup, ask=Way(write_sparse).asked(out))
-    with Session.open(setup, watch) as context:
+    with Session.open(setup) as context:
         plan = only_plan(file, context, dict(parameters))
         setup = replace(setup, bos=context.bos)
         if out is None:
@@ -141,11 +141,11 @@ def prune_study(
         dense = write_sparse(
             context, plan, out, config_of(file, context, plan).seen_from(file.folder, out), dtype=dtype
         )
-    return plan, measured_folder(setup, out, dense, watch)
+    return plan, measured_folder(setup, dense, out)
 
 
-def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None) -> Setup:
-    return replace(Setup.of_study(file.study, file.folder, bos), texts=texts, draws=1, sparsities=None)
+def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None, watch: EventHandler) -> Setup:
+    return replace(Setup.of_study(file.study, file.folder, bos, watch), texts=texts, draws=1, sparsities=None)
 
 
 def _stored_bos(file: StudyFile) -> bool | None:
@@ -222,8 +222,9 @@ def perplexity(
         usual = Text.model_validate({**HUB_TEXTS["papers"]["test"], "seqlen": SEQLEN})
         most, chosen = nsamples or 1_000_000, _chosen(sources.texts, watch)
         text = _text(chosen, "test", folder, most, seqlen, usual, is_exact=bool(nsamples))
-        setup = Setup(named, file.study.prune, {"calibration": text}, Path(), file.study.device, bos=bos)
-        with Session.open(setup, watch) as context:
+        place = Place(Path(), file.study.device, watch=watch)
+        setup = Setup(named, file.study.prune, {"calibration": text}, place, bos=bos)
+        with Session.open(setup) as context:
             watch(TrialStarted("perplexity", None))
             return perplexity_of(context.measure(None, [RoleScores("calibration")])[0].nlls)
 

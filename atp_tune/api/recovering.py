@@ -7,7 +7,7 @@ import optuna
 from atp_tune.api.lender import Lender
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
-from atp_tune.events import TrialStarted
+from atp_tune.events import Place, TrialStarted
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
 from atp_tune.results.summary import summarise
@@ -81,6 +81,7 @@ def _recovered(
     from atp_tune.sparse.recovering import recovered
 
     base = run.file.best_of(run.name).parent / config.folder
-    with in_folder(config, lender, run.file.study.device, cache_dir("recovered")) as (of_folder, device, _):
+    place = Place(base, run.file.study.device, run.file.permissions, run.watch)
+    with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, place, _):
         kinds = getattr(run.file.study.test_text, "turns", ())
-        return recovered(of_folder, asked, base, device, run.watch, run.file.permissions, uniform, kinds)
+        return recovered(of_folder, asked, place, uniform, kinds)

@@ -87,20 +87,20 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     from atp_tune.run.session import Session, Setup
 
     # Without `bos` in the study file the forecast ignores BOS: its cost is too small.
-    setup = Setup.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))))
-    device = find_device(setup.device)
+    setup = Setup.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))), watch)
+    device = find_device(setup.place.device)
     dtype = find_dtype(setup.model.dtype, device)
     if said := file.study.without_effect:
         watch(Message(said))
     watch(Message(f"loading the model and the {file.study.items}"))
-    folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)))
+    folder = resolve(setup.model, setup.place.base, setup.place.note)
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     context, rates = None, None
     needed = peaks(known.held(0), known.offload(), known.free, known.has_own_memory)
     if not problems(known.held(0), needed, known.offload(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
-            context = Session.open(setup, watch)
+            context = Session.open(setup)
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
@@ -153,7 +153,7 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     from atp_tune.run.dense_model import CURVE_TOKENS
 
     study = file.study
-    items = KINDS[setup.inputs].read(setup.texts, folder, setup.base, bool(setup.bos))
+    items = KINDS[setup.inputs].read(setup.texts, folder, setup.place.base, bool(setup.bos))
     size = {role: len(each) * each.positions for role, each in items.items()}
     windows, length = len(items["calibration"]), items["calibration"].positions
     curve = min(windows, max(1, CURVE_TOKENS // length)) * length

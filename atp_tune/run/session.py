@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve
-from atp_tune.events import Event, EventHandler, Message, Step, TrialStarted, ignore_events
+from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind, Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a session opens: model, pruners, texts by role, and the folder of relative paths (`base`).
+    """What a session opens: model, pruners, texts by role, and where.
 
     `batches`: sizes for `Session.begin`. `draws`: of the calibration text, each with a pool of its own if plans are
     found `by_prices`. `bos`: windows begin with BOS; None if the dense model's perplexity on the calibration text
@@ -71,8 +70,7 @@ class Setup:
     model: ModelConfig
     prune: PruneConfig
     texts: dict[str, Data]
-    base: Path
-    device: str
+    place: Place
     batches: Mapping[str, int] = field(default_factory=dict)
     draws: int = 1
     bos: bool | None = False
@@ -84,16 +82,15 @@ class Setup:
     ask: Ask = ask_nothing
 
     @classmethod
-    def of_study(cls, study: Study, base: Path, bos: bool | None) -> "Setup":
-        """The setup for a study's trials."""
+    def of_study(cls, study: Study, base: Path, bos: bool | None, watch: EventHandler = ignore_events) -> "Setup":
+        """The setup for a study's trials; relative paths start at `base`."""
         data = study.data
         texts: dict[str, Data] = {"calibration": data.calibration, "validation": data.validation}
         return cls(
             study.model,
             study.prune,
             texts if data.test is None else {**texts, "test": data.test},
-            base,
-            study.device,
+            Place(base, study.device, watch=watch),
             draws=data.calibration.draws,
             bos=bos,
             score=study.score,
@@ -104,17 +101,14 @@ class Setup:
         )
 
     @classmethod
-    def of_config(
-        cls, config: Config, texts: dict[str, Data], base: Path, device: str, allowed: Mapping[str, bool]
-    ) -> "Setup":
-        """The setup for a configuration's plan, with its plug-ins; `allowed` as for `apply`, UserError likewise."""
-        plug_in_config(config, texts, base, allowed.get("trust_plugins", False))
+    def of_config(cls, config: Config, texts: dict[str, Data], place: Place) -> "Setup":
+        """The setup for a configuration's plan, with its plug-ins, for which UserError unless they are allowed."""
+        plug_in_config(config, texts, place.base, place.allowed.get("trust_plugins", False))
         return cls(
-            config.model.model(allowed),
+            config.model.model(place.allowed),
             config.prune,
             texts,
-            base,
-            device,
+            place,
             batches=config.batches,
             bos=config.bos,
             score=config.score,
@@ -151,7 +145,7 @@ class Session(Released):
         pool: Callable[[], Items] | None = None,
         draws: Sequence[tuple[Items, Items]] = (),
         bos_effect: BosEffect | None = None,
-        batches: Mapping[str, int] = MappingProxyType({}),
+        batches: Mapping[str, int] | None = None,
     ) -> None:
         """`replay`: the verified replay of this checkpoint, if there is one; verifying copies all weights.
 
@@ -177,22 +171,22 @@ class Session(Released):
         self._has_error_curve = True  # `prune` measures the error of the hidden states
         self._draws = draws
         self._path = path
-        self._batches = batches
+        self._batches = batches or {}
         self._pool = pool or (lambda: windows["calibration"])
 
     @classmethod
-    def open(cls, setup: Setup, watch: EventHandler = ignore_events) -> "Session":
+    def open(cls, setup: Setup) -> "Session":
         """Loads the model and the texts; UserError if one cannot be loaded."""
-        device, inputs = find_device(setup.device), KINDS[setup.inputs]
+        device, base, inputs = find_device(setup.place.device), setup.place.base, KINDS[setup.inputs]
         if device.type == "cpu":
             reuse_freed_memory()
-        folder = resolve(setup.model, setup.base, lambda text: watch(Message(text)), setup.ask)
-        windows = inputs.read(setup.texts, folder, setup.base, bool(setup.bos))
+        folder = resolve(setup.model, base, setup.place.note, setup.ask)
+        windows = inputs.read(setup.texts, folder, base, bool(setup.bos))
         positions = {role: len(each) * each.positions for role, each in windows.items()}
         largest = max((number for role, number in positions.items() if role != "calibration"), default=0)
         checkpoint = folder.checkpoint(setup.model, device, (positions.get("calibration", 0), largest))
         try:
-            return cls._opened(setup, folder, checkpoint, windows, watch)
+            return cls._opened(setup, folder, checkpoint, windows)
         except BaseException:
             checkpoint.release()
             raise
@@ -204,11 +198,11 @@ class Session(Released):
         folder: ModelFolder,
         checkpoint: Checkpoint,
         windows: Mapping[str, Items],
-        watch: EventHandler,
     ) -> "Session":
+        watch, base = setup.place.watch, setup.place.base
         if checkpoint.offload != "none":
-            place = "in host memory" if checkpoint.offload == "cpu" else "on disk"
-            watch(Message(f"blocks are kept {place} and copied to the device one by one"))
+            where = "in host memory" if checkpoint.offload == "cpu" else "on disk"
+            setup.place.note(f"blocks are kept {where} and copied to the device one by one")
         # The model can be replayed, and takes the items.
         kind, text = KINDS[setup.inputs], setup.texts.get("calibration")
         replay = verified_replay(checkpoint, kind.of(windows), SCORES[setup.score], windows)
@@ -223,17 +217,17 @@ class Session(Released):
             batch = _auto_batch(watch, checkpoint, windows["calibration"].positions)
             longest = max(each.positions for each in windows.values())
             heads = _auto_batch(watch, checkpoint, *SCORES[setup.score].head_cost(checkpoint, longest))
-            effect = compare_bos(replay, batch, heads, dense_blocks(checkpoint), folder, text, setup.base)
+            effect = compare_bos(replay, batch, heads, dense_blocks(checkpoint), folder, text, base)
             if effect is not None:
-                watch(Message(f"texts.bos: {effect}"))
+                setup.place.note(f"texts.bos: {effect}")
             if effect is not None and effect.taken:
-                windows = kind.read(setup.texts, folder, setup.base, True)
+                windows = kind.read(setup.texts, folder, base, True)
         # What steps by prices draw from, and the draws of the calibration text.
         bos, pool, draws = kind.facts(windows).get(BOS, False), None, list[tuple[Items, Items]]()
         if text is not None:
-            pool = partial(kind.many, text, POOL, folder, setup.base, bos)
+            pool = partial(kind.many, text, POOL, folder, base, bos)
         if setup.draws > 1:
-            found = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, setup.base, bos)
+            found = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, base, bos)
             draws = [(items, pool if setup.by_prices else items) for items, pool in found]
             for drawn in chain.from_iterable(found):
                 kind.check_disjoint({**windows, "calibration": drawn})
@@ -486,7 +480,7 @@ class Session(Released):
         self,
         plans: Mapping[str, Plan | None],
         observers: Sequence["Observer[Any]"],
-        titles: Mapping[str, str] = MappingProxyType({}),
+        titles: Mapping[str, str] | None = None,
     ) -> dict[str, float]:
         """Measures models one after the other, by name; an equal plan is not measured again. Seconds of each.
 
@@ -500,10 +494,11 @@ class Session(Released):
                 for observer in observers:
                     observer.found[name] = observer.found[equal[0]]
                 continue
-            self.watch(TrialStarted(titles.get(name, name), plan))
+            title = (titles or {}).get(name, name)
+            self.watch(TrialStarted(title, plan))
             self.begin(self._batches)
             began = perf_counter()
-            with oom_as_user_error(titles.get(name, name)):
+            with oom_as_user_error(title):
                 self.measure(plan, observers, name)
             seconds[name] = round(perf_counter() - began, 1)
         return seconds

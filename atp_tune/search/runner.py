@@ -281,11 +281,11 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
     if said := spec.without_effect:
         run.note(said)
     run.note(f"loading the model and the {spec.items}")
-    setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study))
+    setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study), run.watch)
     if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
         setup = replace(setup, ask=lambda folder, size: check_room(cache_dir("recovered"), 2 * size))
     with oom_as_user_error("loading"):
-        return Session.open(setup, run.watch)
+        return Session.open(setup)
 
 
 def _describe(run: StudyRun, study: optuna.Study, context: "Session", total: int, batches: dict[str, int]) -> None:

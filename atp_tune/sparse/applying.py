@@ -18,7 +18,7 @@ from atp_tune.checkpoints.classes import reads_images
 from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
@@ -75,42 +75,23 @@ SOURCE = "source"  # the number format of the dense model's files
 SAID = 1e-6  # difference of sparsities that rounding may make
 
 
-def apply(
-    config: Config,
-    base: Path,
-    out: Path,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool] | None = None,
-    way: "Way | None" = None,
-) -> Perplexity:
+def apply(config: Config, out: Path, place: Place, way: "Way | None" = None) -> Perplexity:
     """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
 
     `way`: how the folder is written, by `write_sparse` by default.
-    `allowed`: keys of `study.ModelConfig` that a configuration, which may be a stranger's, cannot set, and
-    `trust_plugins`, by which the code of its plug-ins may run.
     UserError if `out` exists, or if the model is not the configuration's.
     """
-    setup, dense = write_applied(config, base, out, device, watch, allowed, way)
-    return measured_folder(setup, out, dense, watch)
+    return measured_folder(*write_applied(config, out, place, way), out)
 
 
-def write_applied(
-    config: Config,
-    base: Path,
-    out: Path,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool] | None = None,
-    way: "Way | None" = None,
-) -> tuple[Setup, Dense]:
+def write_applied(config: Config, out: Path, place: Place, way: "Way | None" = None) -> tuple[Setup, Dense]:
     """`apply` without the measurement; returns its setup and the dense model."""
     check_free(out)
     texts = {"calibration": config.calibration, "test": config.texts.test}
     way = way or Way(write_sparse)
-    setup = Setup.of_config(config, texts, base, device, allowed or {})
-    with Session.open(replace(setup, ask=way.asked(out)), watch) as context:
-        made = way.write(context, plan_of(config, context), out, config.seen_from(base, out))
+    setup = Setup.of_config(config, texts, place)
+    with Session.open(replace(setup, ask=way.asked(out))) as context:
+        made = way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
         return setup, made
 
 
@@ -292,13 +273,13 @@ def _pruned(
                 yield part, was, saved[part]
 
 
-def measured_folder(setup: Setup, out: Path, dense: Dense, watch: EventHandler) -> Perplexity:
+def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
     """Measures a written folder, and stores the perplexity in its configuration and card.
 
     UserError, and nothing is stored, if the folder is another by then.
     """
     config = read_config(out / ABOUT)
-    measured = perplexity(folder_nlls(setup, out, watch, f"checking {out}"))
+    measured = perplexity(folder_scores(setup, out, f"checking {out}")["test"].nlls)
     if read_config(out / ABOUT) != config:
         raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
     scores = config.perplexity.model_copy(update={"test": measured})
@@ -306,21 +287,11 @@ def measured_folder(setup: Setup, out: Path, dense: Dense, watch: EventHandler) 
     return measured
 
 
-def folder_nlls(setup: Setup, folder: Path, watch: EventHandler, title: str) -> list[float]:
-    """Window NLLs on the test text of a folder, loaded like any model."""
-    return folder_scores(setup, folder, watch, title).nlls
-
-
-def folder_scores(setup: Setup, folder: Path, watch: EventHandler, title: str) -> WindowScores:
-    """Scores on the test text, or the test images, of a folder, loaded like any model."""
-    return all_folder_scores(setup, folder, watch, title)["test"]
-
-
-def all_folder_scores(setup: Setup, folder: Path, watch: EventHandler, title: str) -> dict[str, WindowScores]:
-    """The same on every text, or all images, of the setup, by role."""
+def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, WindowScores]:
+    """Scores of a folder, loaded like any model, on every text, or all images, of the setup, by role."""
     model = setup.model.model_copy(
         update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
     )
-    with Session.open(replace(setup, model=model), watch) as context:
-        watch(TrialStarted(title, None))
+    with Session.open(replace(setup, model=model)) as context:
+        context.watch(TrialStarted(title, None))
         return {role: context.measure(None, [RoleScores(role)])[0] for role in setup.texts}

@@ -1,8 +1,8 @@
 """The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.events import Place, TrialStarted
 from atp_tune.generation.conversation import Speaker
 from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.windows import load_tokenizer
@@ -71,26 +71,23 @@ class WholeModel:
 class BothModels(Released):
     """The two models of a sparse folder, or of a configuration, and uniform with the same pruner and target."""
 
-    def __init__(
-        self, place: Path, use: Use, device: str, watch: EventHandler, allowed: Mapping[str, bool], dense: bool = False
-    ) -> None:
-        """`allowed`: keys of `study.ModelConfig`, as for `apply`; `dense`: that model will be asked for.
+    def __init__(self, found: Path, use: Use, place: Place, dense: bool = False) -> None:
+        """`found`: the folder, or the file; `dense`: that model will be asked for.
 
         UserError, before anything is loaded, for a place that is neither, a model of another kind, an unknown dense
         model, and a device that is not here.
         """
-        self._place = place
+        self._found = found
         self._use = use
-        self._device = str(find_device(device))
-        self._watch = watch
-        self._allowed = allowed
+        self._place = replace(place, base=found if found.is_dir() else found.parent)
+        find_device(place.device)
         self._open: list[Released] = []
         self._speakers: dict[Which, Speaker] = {}
-        if not place.is_dir() and not place.is_file():
-            raise UserError(f"{place}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
-        of_images = self._about.score == CLASSES if self._about else classifies_images(place)
-        if of_images != use.of_images and (self._about or (place / "config.json").is_file()):
-            raise UserError(f"{use.command}: {place} {OTHER[of_images]}")
+        if not found.is_dir() and not found.is_file():
+            raise UserError(f"{found}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        of_images = self._about.score == CLASSES if self._about else classifies_images(found)
+        if of_images != use.of_images and (self._about or (found / "config.json").is_file()):
+            raise UserError(f"{use.command}: {found} {OTHER[of_images]}")
         if dense:
             self._made_from()
 
@@ -115,15 +112,14 @@ class BothModels(Released):
     def _context(self) -> Session:
         """The dense model of the configuration, ready to be pruned."""
         config = self._made_from()
-        base = (self._place if self._place.is_dir() else self._place.parent) / config.folder
-        context = open_config(config, base, self._device, self._watch, self._allowed)
+        context = open_config(config, replace(self._place, base=self._place.base / config.folder))
         self._open.append(context)
         return context
 
     def _pruned(self, plan: Plan) -> WholeModel:
         """A plan's model, beside the dense one: it has linears of its own, packed where that is faster."""
         context, checkpoint = self._context, self._context.checkpoint
-        self._watch(TrialStarted("pruning", plan))
+        self._place.watch(TrialStarted("pruning", plan))
         names = self._use.command, self._use.with_folder
         if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
             model, _ = packed_copy(checkpoint, context.prune(plan), *names)
@@ -141,46 +137,43 @@ class BothModels(Released):
 
     @cached_property
     def _sparse(self) -> WholeModel:
-        if self._place.is_file():
+        if self._found.is_file():
             return self._pruned(plan_as_pruned(self._made_from(), self._context))
-        source = {"source": str(self._place.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
-        model = ModelConfig.model_validate({**source, **of_model(self._allowed)})
-        return self._load(model, resolve(model, Path(), self._note), has_zeros=True)
+        source = {"source": str(self._found.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
+        model = ModelConfig.model_validate({**source, **of_model(self._place.allowed)})
+        return self._load(model, resolve(model, Path(), self._place.note), has_zeros=True)
 
     @cached_property
     def _dense(self) -> WholeModel:
-        if self._place.is_file():
+        if self._found.is_file():
             return self._of_context(partial(self._context.replay.whole, self._context.checkpoint.weights))
         made = self._made_from()
-        model = made.model.model(self._allowed)
-        folder = resolve(model, self._place / made.folder, self._note)
+        model = made.model.model(self._place.allowed)
+        folder = resolve(model, self._place.base / made.folder, self._place.note)
         check_model(made, folder)
         return self._load(model, folder)
 
     def _made_from(self) -> Config:
         """The configuration; UserError for a folder without one."""
         if self._about is None:
-            raise UserError(f"{self._place}: has no {ABOUT}, so its dense model is not known")
+            raise UserError(f"{self._found}: has no {ABOUT}, so its dense model is not known")
         return self._about
 
     @cached_property
     def _about(self) -> Config | None:
         """The configuration, or that in the folder; None without one."""
-        file = self._place / ABOUT if self._place.is_dir() else self._place
+        file = self._found / ABOUT if self._found.is_dir() else self._found
         return read_config(file) if file.is_file() else None
 
     def _load(self, model: ModelConfig, folder: ModelFolder, has_zeros: bool = False) -> WholeModel:
-        device, inputs = find_device(self._device), self._use.kind(folder)
-        self._note(f"loading {model.source}")
+        device, inputs = find_device(self._place.device), self._use.kind(folder)
+        self._place.note(f"loading {model.source}")
         checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
         self._open.append(checkpoint)
         if has_zeros and self._use.packs:
             pack_if_faster(checkpoint)
         whole = partial(_replay(checkpoint, inputs, folder).whole, checkpoint.weights)
         return WholeModel(whole, folder, device, bool(self._about and self._about.bos))
-
-    def _note(self, text: str) -> None:
-        self._watch(Message(text))
 
 
 def _replay(checkpoint: Checkpoint, inputs: InputKind[Any], folder: ModelFolder) -> Replay:

@@ -15,7 +15,7 @@ from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.devices import oom_as_user_error
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler
+from atp_tune.events import Place
 from atp_tune.frozen import FrozenModel
 from atp_tune.inputs import InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES, Images
@@ -43,17 +43,15 @@ class Classified(FrozenModel):
     dense: tuple[Guess, ...] | None = None
 
 
-def classify(
-    files: Sequence[Path], place: Path, both: bool, device: str, watch: EventHandler, allowed: Mapping[str, bool]
-) -> tuple[Classified, ...]:
+def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> tuple[Classified, ...]:
     """The first `TOP` classes of each picture by the model of a folder or a configuration.
 
-    `both`: by its dense model too. `allowed`: as for `apply`. UserError, before a model is loaded, for a file that is
+    `both`: by its dense model too. UserError, before a model is loaded, for a file that is
     no picture.
     """
     found = _Found(pictures_of(files, "FILE"))
     use = Use("classify", "classify DIR FILE", found.kind, of_images=True)
-    with BothModels(place, use, device, watch, allowed, dense=both) as models, oom_as_user_error("classify"):
+    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
         sparse = found.guesses(models.model("sparse"))
         dense = found.guesses(models.model("dense")) if both else [None] * len(sparse)
     return tuple(

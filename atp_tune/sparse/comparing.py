@@ -6,7 +6,7 @@ device are copied one by one too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from atp_tune.checkpoints.classes import check_language, classifies_images
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message
+from atp_tune.events import Place
 from atp_tune.extras import require
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
 from atp_tune.metrics.continuations import NAMES, Continuations
@@ -37,29 +37,17 @@ TOPS = {"top-1": 1, "top-5": 5}
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of `evaluate`: tasks by name or path, items and few-shot examples of each, batch size, device."""
+    """Options of `evaluate`: tasks by name or path, items and few-shot examples of each, batch size."""
 
     tasks: tuple[str, ...]
     limit: int | None
     num_fewshot: int | None
     batch: int
-    device: str
 
 
-def open_config(
-    config: Config,
-    base: Path,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool],
-    more: Mapping[str, Data] | None = None,
-) -> Session:
-    """The session that prunes to a configuration, to be closed; paths start at `base`, `allowed` as for `apply`.
-
-    `more`: texts beside the one for calibration.
-    """
-    texts = {"calibration": config.calibration, **(more or {})}
-    return Session.open(Setup.of_config(config, texts, base, device, allowed), watch)
+def open_config(config: Config, place: Place, **more: Data) -> Session:
+    """The session that prunes to a configuration, to be closed; `more`: texts beside the one for calibration."""
+    return Session.open(Setup.of_config(config, {"calibration": config.calibration, **more}, place))
 
 
 def uniform_plan(config: Config, session: Session) -> Plan:
@@ -73,43 +61,33 @@ def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
     return {"dense": None, "uniform": uniform_plan(config, session), "best": best}
 
 
-def continuations(
-    config: Config,
-    base: Path,
-    prompts: Sequence[str],
-    tokens: int,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool],
-) -> Continuations:
+def continuations(config: Config, prompts: Sequence[str], tokens: int, place: Place) -> Continuations:
     """What dense, uniform with the same pruner, and best make of prompts.
 
     UserError if the model is not the configuration's.
     """
     work = Prompts(prompts, tokens)
-    with oom_as_user_error("generate"), open_config(config, base, device, watch, allowed) as session:
+    with oom_as_user_error("generate"), open_config(config, place) as session:
         session.compare(_plans(config, session), [work], {name: f"continuations: {name}" for name in NAMES})
         return work.result()
 
 
-def evaluate(
-    config: Config, base: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]
-) -> ZeroShot:
-    """Scores dense, uniform with the same pruner, and best on tasks, or on test images; `allowed` as for `apply`.
+def evaluate(config: Config, asked: TaskOptions, place: Place) -> ZeroShot:
+    """Scores dense, uniform with the same pruner, and best on tasks, or on test images.
 
     UserError, before the model is loaded, for tasks that cannot be loaded, and if the model is not the configuration's.
     """
     if config.score == CLASSES:
         check_options(asked)
-        with open_config(config, base, asked.device, watch, allowed, {"test": config.texts.test}) as session:
+        with open_config(config, place, test=config.texts.test) as session:
             return _on_images(session, _plans(config, session), asked)
-    work = _tasks(asked, watch)
-    with open_config(config, base, asked.device, watch, allowed) as session:
+    work = _tasks(asked, place)
+    with open_config(config, place) as session:
         session.compare(_plans(config, session), [work])
         return _zero_shot(work, session, asked)
 
 
-def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allowed: Mapping[str, bool]) -> ZeroShot:
+def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
     """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one.
 
     A classifier is scored on the test images that this file names.
@@ -124,34 +102,27 @@ def evaluate_folder(folder: Path, asked: TaskOptions, watch: EventHandler, allow
                 f"{folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
                 "`apply` has written"
             )
-        setup = _setup(folder, made.dtype, allowed, asked, {"test": made.test}, made.base, score=CLASSES)
-        with Session.open(setup, watch) as session:
+        place = replace(place, base=made.base)
+        with Session.open(_setup(folder, made.dtype, place, {"test": made.test}, score=CLASSES)) as session:
             return _on_images(session, {"model": None}, asked)
     check_language(folder, "evaluate")
-    work, trusted = _tasks(asked, watch), of_model(allowed).get("trust_remote_code", False)
+    work, trusted = _tasks(asked, place), of_model(place.allowed).get("trust_remote_code", False)
     try:
         dtype = read_config(folder / ABOUT).model.dtype if (folder / ABOUT).is_file() else "auto"
     except UserError:
         dtype = "auto"
-    setup = _setup(  # a missing tokenizer is said before the weights are loaded
-        folder, dtype, allowed, asked, {}, Path(), ask=lambda found, _: work.tokenizer(found, trusted) and None
-    )
-    with Session.open(setup, watch) as session:
+
+    def ask(found: Path, size: int) -> None:  # a missing tokenizer is said before the weights are loaded
+        work.tokenizer(found, trusted)
+
+    with Session.open(_setup(folder, dtype, place, {}, ask=ask)) as session:
         session.compare({"model": None}, [work], {"model": str(folder)})
         return _zero_shot(work, session, asked)
 
 
-def _setup(
-    folder: Path,
-    dtype: str,
-    allowed: Mapping[str, bool],
-    asked: TaskOptions,
-    texts: dict[str, Data],
-    base: Path,
-    **more: Any,
-) -> Setup:
-    model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(allowed)})
-    return Setup(model, PruneConfig(), texts, base, asked.device, **more)
+def _setup(folder: Path, dtype: str, place: Place, texts: dict[str, Data], **more: Any) -> Setup:
+    model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(place.allowed)})
+    return Setup(model, PruneConfig(), texts, place, **more)
 
 
 def check_options(asked: TaskOptions) -> None:
@@ -162,14 +133,14 @@ def check_options(asked: TaskOptions) -> None:
         raise UserError("--num-fewshot: goes with tasks of texts; leave it out")
 
 
-def _tasks(asked: TaskOptions, watch: EventHandler) -> TaskResults:
+def _tasks(asked: TaskOptions, place: Place) -> TaskResults:
     """Loads the tasks; UserError if lm-eval is not installed, and for those that are unknown or cannot be loaded."""
     require("eval", "evaluate")
-    find_device(asked.device)
+    find_device(place.device)
     from atp_tune.scores.tasks import find_tasks
 
-    watch(Message("reading the tasks"))
-    found = find_tasks(asked.tasks, watch, images=True)
+    place.note("reading the tasks")
+    found = find_tasks(asked.tasks, place.watch, images=True)
     return TaskResults({"": found}, asked.limit, asked.num_fewshot, asked.batch)
 
 

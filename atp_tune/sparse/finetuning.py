@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_e
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, Step, TrialStarted
+from atp_tune.events import EventHandler, Place, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.inputs.images import Images
 from atp_tune.inputs.windows import Windows
@@ -30,7 +30,7 @@ from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import WindowScores
-from atp_tune.sparse.applying import all_folder_scores
+from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.card_finetuning import amend
 from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
 from atp_tune.sparse.provenance import (
@@ -76,7 +76,6 @@ class FinetuningJob:
     settings: Settings
     dense: Perplexity | None
     teacher: ModelFolder | None
-    watch: EventHandler
     stays: bool
 
     @cached_property
@@ -99,7 +98,7 @@ class FinetuningJob:
             model=self.folder.content,
             text=self.items.content,
             teacher=self.teacher and self.teacher.content,
-            arithmetic=computed_in(self.folder.path, find_device(self.setup.device)),
+            arithmetic=computed_in(self.folder.path, find_device(self.setup.place.device)),
         )
         return cache_dir("recovered") / f"{own}.safetensors"
 
@@ -137,8 +136,8 @@ def finetune(
     UserError if `out` exists, if the training text shares documents with the validation or test text, or if no step
     lowers the loss on held-out windows.
     """
-    allowed = {"trust_plugins": trusts_plugins}
-    return train(model, out, text, test, settings, device, watch, allowed, teacher).record
+    place = Place(Path(), device, {"trust_plugins": trusts_plugins}, watch)
+    return train(model, out, text, test, settings, place, teacher).record
 
 
 def train(
@@ -147,41 +146,39 @@ def train(
     text: Data | None,
     test: Data | None,
     settings: Settings,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool],
+    place: Place,
     teacher: str | None = None,
     stays: bool = False,
 ) -> Trained:
-    """`finetune`, with the permissions of `apply`; what is trained `stays` in the cache, for another run."""
+    """`finetune` somewhere, but with the paths of the folder; what is trained `stays` in the cache, for another run."""
     if settings.train == "lora":
         require("finetune", "finetune")
     check_free(out)
-    find_device(device)
+    find_device(place.device)
     if not model.is_dir():
         raise UserError(f"{model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
     made = origin(model)
     if made:
         own: dict[str, Data] = {"text": made.calibration} if text is None else {}
         own |= {"test_text": made.test, "validation_text": made.validation} if test is None else {}
-        plug_in_texts(made.config, own, made.base, allowed.get("trust_plugins", False))
+        plug_in_texts(made.config, own, made.base, place.allowed.get("trust_plugins", False))
     if made and made.config.bits is not None:
         raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
     own_test, (text, test) = test is None, choose(text, test, made)
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
-    folder = resolve(named, Path(), lambda line: watch(Message(line)), lambda _, size: check_free(out, size))
+    folder = resolve(named, Path(), place.note, lambda _, size: check_free(out, size))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
     dense_model = None
     if settings.has_teacher:
-        dense_model = find_teacher(teacher, made, folder, lambda line: watch(Message(line)), allowed)
-    base, bos = (made.base, made.bos) if made else (Path(), False)
+        dense_model = find_teacher(teacher, made, folder, place.note, place.allowed)
+    place, bos = replace(place, base=made.base if made else Path()), made is not None and made.bos
     measured = {"validation": made.validation} if made and own_test and made.validation != test else {}
     measured["test"] = test
-    settings, items, score = _items(text, measured, folder, settings, base, bos)
+    settings, items, score = _items(text, measured, folder, settings, place.base, bos)
     dense = made.dense if made and made.test == test else None
-    setup = Setup(named, PruneConfig(), measured, base, device, bos=bos, score=score)
+    setup = Setup(named, PruneConfig(), measured, place, bos=bos, score=score)
     with oom_as_user_error("finetune"):
-        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, watch, stays))
+        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays))
 
 
 def _items(
@@ -201,17 +198,17 @@ def _items(
 def _run(job: FinetuningJob) -> Trained:
     from atp_tune.sparse.training import Trainer, stored_format
 
-    before = all_folder_scores(job.setup, job.folder.path, job.watch, f"checking {job.folder.path}")
-    device = find_device(job.setup.device)
+    before = folder_scores(job.setup, job.folder.path, f"checking {job.folder.path}")
+    device = find_device(job.setup.place.device)
     reset_peak_memory(device)
     checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
     items, held_out = divided(job.items, job.settings)
     teacher = Teacher(job.teacher, device) if job.teacher else None
     trainer = Trainer(checkpoint, items, job.settings, held_out, teacher)
-    job.watch(TrialStarted(f"fine-tuning {job.out}", None))
-    job.watch(Message(f"training needs {trainer.memory}"))
+    job.setup.place.watch(TrialStarted(f"fine-tuning {job.out}", None))
+    job.setup.place.note(f"training needs {trainer.memory}")
     if held_out is None and job.settings.patience:
-        job.watch(Message(f"{len(items)} {_called(job)} are too few to hold some out: all steps are done, and count"))
+        job.setup.place.note(f"{len(items)} {_called(job)} are too few to hold some out: all steps are done, and count")
     began = monotonic()
     _train(trainer, job)
     kept = _chosen(trainer, job, len(held_out) if held_out is not None else 0)
@@ -220,7 +217,7 @@ def _run(job: FinetuningJob) -> Trained:
         zeros = _write(trainer, checkpoint, job, folder)
         del trainer
         checkpoint.release()
-        after = all_folder_scores(job.setup, folder, job.watch, f"checking {job.out}")
+        after = folder_scores(job.setup, folder, f"checking {job.out}")
         changes = {role: _changed(before[role].nlls, after[role].nlls) for role in after}
         done = Finetuned(
             model=named_for(job.folder.path), fingerprint=job.folder.content, text=job.text, windows=len(items),
@@ -288,25 +285,25 @@ def _train(trainer: "Trainer", job: FinetuningJob) -> None:
     if job.part.exists():
         job.part.touch()
         trainer.restore(job.part, job.facts)
-        job.watch(Message(f"resumes after step {len(trainer.losses)} of {total}"))
+        job.setup.place.note(f"resumes after step {len(trainer.losses)} of {total}")
     if trainer.must_measure:
-        job.watch(Message(f"held-out loss before training: {trainer.measure():.4f}"))
+        job.setup.place.note(f"held-out loss before training: {trainer.measure():.4f}")
     before, began = len(trainer.losses), monotonic()
     while not trainer.has_ended:
         loss = trainer.step()
         done, said = len(trainer.losses), ""
         if trainer.must_measure:
             said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
-        job.watch(Step(f"loss {loss:.3f}", done, total))
+        job.setup.place.watch(Step(f"loss {loss:.3f}", done, total))
         if done % SAVED == 0 or trainer.has_ended:
             trainer.save(job.part, job.facts)
         if said or done % SAVED == 0 or trainer.has_ended:
             left = (monotonic() - began) / (done - before) * (total - done)
             mean = fmean(trainer.losses[-SAVED:])
-            job.watch(Message(f"step {done} of {total}: loss {mean:.3f}{said}, {duration(left)} left"))
+            job.setup.place.note(f"step {done} of {total}: loss {mean:.3f}{said}, {duration(left)} left")
     if len(trainer.losses) < total:
         waited = job.settings.patience
-        job.watch(Message(f"stopped: the held-out loss has not fallen in {waited} measurements"))
+        job.setup.place.note(f"stopped: the held-out loss has not fallen in {waited} measurements")
 
 
 def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:

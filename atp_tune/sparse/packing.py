@@ -38,7 +38,7 @@ from atp_tune.checkpoints.unpacking import (
     unpack_folder,
 )
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Step, TrialStarted, ignore_events
+from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.codes import fits_kernel
@@ -60,7 +60,7 @@ from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse import card_bits
-from atp_tune.sparse.applying import SOURCE, Way, folder_nlls, write_sparse
+from atp_tune.sparse.applying import SOURCE, Way, folder_scores, write_sparse
 from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
 from atp_tune.sparse.coding import Codes
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
@@ -211,11 +211,12 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     if (made := origin(source)) is None:
         return None
     model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
-    setup = Setup(model, PruneConfig(), {"test": made.test}, made.base, device, bos=made.bos, score=made.config.score)
-    before = perplexity(folder_nlls(setup, source, watch, f"checking {source}"))
-    with temporary_folder(folder) as place:
-        unpack_folder(folder, place)
-        return before, perplexity(folder_nlls(setup, place, watch, "checking the rounded weights"))
+    place = Place(made.base, device, watch=watch)
+    setup = Setup(model, PruneConfig(), {"test": made.test}, place, bos=made.bos, score=made.config.score)
+    before = perplexity(folder_scores(setup, source, f"checking {source}")["test"].nlls)
+    with temporary_folder(folder) as rounded:
+        unpack_folder(folder, rounded)
+        return before, perplexity(folder_scores(setup, rounded, "checking the rounded weights")["test"].nlls)
 
 
 class _Packing:

@@ -6,13 +6,13 @@ same folder without training.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.errors import UserError
-from atp_tune.events import Event, EventHandler, Message, TrialStarted
+from atp_tune.events import Event, EventHandler, Message, Place, TrialStarted
 from atp_tune.measures import Estimate, by_kind, change
 from atp_tune.paths import check_free
 from atp_tune.sparse.applying import Way, write_applied, write_sparse
@@ -25,15 +25,7 @@ PRUNED = Way(write_sparse, copies=2)  # and then its weights trained
 NO_GAIN = "no step lowered the loss on the held-out windows"
 
 
-def apply_trained(
-    config: Config,
-    recover: RecoverConfig,
-    base: Path,
-    out: Path,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool] | None = None,
-) -> Trained:
+def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Place) -> Trained:
     """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
 
     Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss. Errors of training name
@@ -42,10 +34,10 @@ def apply_trained(
     check_free(out)
     settings = settings_of(recover, config)
     with temporary_folder(out) as pruned:  # beside: relative paths stay right
-        watch = _calling(watch, str(pruned), "the pruned model")
-        write_applied(config, base, pruned, device, watch, allowed, PRUNED)
+        place = replace(place, watch=_calling(place.watch, str(pruned), "the pruned model"))
+        write_applied(config, pruned, place, PRUNED)
         try:
-            return train(pruned, out, None, None, settings, device, watch, allowed or {}, stays=True)
+            return train(pruned, out, None, None, settings, place, stays=True)
         except NoGainError:
             raise
         except UserError as error:
@@ -55,10 +47,7 @@ def apply_trained(
 def recovered(
     config: Config,
     recover: RecoverConfig,
-    base: Path,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool] | None = None,
+    place: Place,
     uniform: Sequence[float] = (),
     kinds: Sequence[str] = (),
 ) -> Recovered:
@@ -67,11 +56,11 @@ def recovered(
     `uniform`: window NLLs of the uniform allocation on the test text, if known; `kinds`: those of that text, in turn.
     The folder is removed.
     """
-    with temporary_folder(cache_dir("recovered") / "model") as place:
-        out = place / "trained"
-        watch = _calling(watch, str(out), "the best plan")
+    with temporary_folder(cache_dir("recovered") / "model") as folder:
+        out = folder / "trained"
+        place = replace(place, watch=_calling(place.watch, str(out), "the best plan"))
         try:
-            done = apply_trained(config, recover, base, out, device, watch, allowed)
+            done = apply_trained(config, recover, out, place)
         except NoGainError:
             return Recovered(settings=recover, kept=False, reason=NO_GAIN)
     record, held = done.record, done.record.held_out

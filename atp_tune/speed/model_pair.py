@@ -1,6 +1,6 @@
 """The two models to compare: a sparse checkpoint and its dense model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from atp_tune.checkpoints.headers import check_claims
 from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
 from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message
+from atp_tune.events import Place
 from atp_tune.inputs import KINDS
 from atp_tune.metrics.speed import Side
 from atp_tune.run.session import Setup
@@ -62,16 +62,8 @@ def about(folder: Path) -> Path:
     return path
 
 
-def find_pair(
-    config: Config,
-    base: Path,
-    sparse: Path | None,
-    device: str,
-    watch: EventHandler,
-    allowed: Mapping[str, bool],
-    passing: Path | None = None,
-) -> Pair:
-    """The dense model of a configuration, whose paths start at `base`, and its sparse model.
+def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path | None = None) -> Pair:
+    """The dense model of a configuration, and its sparse model.
 
     If `sparse` is None, the sparse model is pruned into the cache, as `apply` does, or into the folder `passing`,
     unless the cache has it; one of pruned channels is slim.
@@ -82,41 +74,39 @@ def find_pair(
             "speedup: weights are rounded, and run as floats, as fast as the dense model's; "
             "`export` writes recipes for engines that compute with bits"
         )
-    dense = resolve(config.model.model(allowed), base, lambda text: watch(Message(text)))
+    dense = resolve(config.model.model(place.allowed), place.base, place.note)
     check_model(config, dense)
     if sparse is not None and is_packed(sparse):
-        sparse = resolve(ModelConfig(source=str(sparse.absolute())), base, lambda text: watch(Message(text))).path
+        sparse = resolve(ModelConfig(source=str(sparse.absolute())), place.base, place.note).path
     elif sparse is not None:
         check_files(sparse)
         check_claims(sparse)
     else:
-        known = _cached(config, base, dense, device, allowed)
+        known = _cached(config, dense, place)
         sparse = known if passing is None or known.is_dir() else passing
         if not sparse.is_dir():
             way = SLIM if parse(config.prune.pattern).channels else Way(write_sparse)
             with folder_atomically(sparse, shared=True) as folder:
-                write_applied(config, base, folder, device, watch, allowed, way)
+                write_applied(config, folder, place, way)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
 
 
 @contextmanager
-def passing_pair(
-    config: Config, base: Path, device: str, watch: EventHandler, allowed: Mapping[str, bool]
-) -> Iterator[Pair]:
+def passing_pair(config: Config, place: Place) -> Iterator[Pair]:
     """The pair of a configuration; what this writes is removed at the end, and no other process reads it."""
-    with temporary_folder(cache_dir("sparse") / "passing") as place:
-        yield find_pair(config, base, None, device, watch, allowed, place / "sparse")
+    with temporary_folder(cache_dir("sparse") / "passing") as folder:
+        yield find_pair(config, None, place, folder / "sparse")
 
 
-def _cached(config: Config, base: Path, dense: ModelFolder, device: str, allowed: Mapping[str, bool]) -> Path:
+def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     """The folder in the cache of a configuration's sparse model."""
-    setup = Setup.of_config(config, {"calibration": config.calibration}, base, device, allowed)
-    items = KINDS[setup.inputs].read(setup.texts, dense, base, bool(setup.bos))
-    place = find_device(device)
+    setup = Setup.of_config(config, {"calibration": config.calibration}, place)
+    items = KINDS[setup.inputs].read(setup.texts, dense, place.base, bool(setup.bos))
+    device = find_device(place.device)
     own = key(
         "sparse",
         config=config.model_dump(mode="json", exclude=FOUND),
         text=items["calibration"].content,
-        arithmetic=arithmetic(place, find_dtype(config.model.dtype, place)),
+        arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),
     )
     return cache_dir("sparse") / own

@@ -80,7 +80,7 @@ def at_terminal() -> bool:
 def _chat(place: Path, options: tuple[int, float], system: str | None, device: str, allowed: dict[str, bool]) -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.cli.chat_session import ChatSession, as_message
-    from atp_tune.events import Event, Message, TrialStarted
+    from atp_tune.events import Event, Message, Place, TrialStarted
     from atp_tune.generation.conversation import ChatOptions
     from atp_tune.sparse.both_models import CHAT, BothModels
 
@@ -91,7 +91,7 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
             console.print(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
 
     is_terminal = at_terminal()
-    models = BothModels(place, CHAT, device, show if is_terminal else ignore_events, allowed)
+    models = BothModels(place, CHAT, Place(place, device, allowed, show if is_terminal else ignore_events))
     message = "" if is_terminal else as_message(sys.stdin.buffer.read())
     with models, oom_as_user_error("chat"):
         session = ChatSession(models.speaker, ChatOptions(*options), system)

@@ -46,13 +46,12 @@ def classify(
         raise typer.BadParameter(f"there is no file {config}", param_hint="--config")
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.events import ignore_events
+    from atp_tune.events import Place, ignore_events
     from atp_tune.sparse import classifying
 
-    allowed = vars(may)
     with quiet(), Display() as display:
-        watch = ignore_events if json else display
-        found = classifying.classify(files, place, both, device or "auto", watch, allowed)
+        there = Place(Path(), device or "auto", vars(may), ignore_events if json else display)
+        found = classifying.classify(files, place, both, there)
     _show(found, json)
 
 

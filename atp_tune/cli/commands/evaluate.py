@@ -59,10 +59,9 @@ def evaluate(
     if model is not None and storage is not None:
         raise typer.BadParameter("only with --config", param_hint="--storage")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    allowed = vars(may)
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
-    from atp_tune.events import ignore_events
+    from atp_tune.events import Place, ignore_events
     from atp_tune.results.annotations import attach, check
     from atp_tune.spec.config import read_config
 
@@ -70,18 +69,17 @@ def evaluate(
     with quiet():
         if read:
             check(path, read, storage)
-        from atp_tune.api.configuration import Configuration
-        from atp_tune.sparse.comparing import TaskOptions, evaluate_folder
+        from atp_tune.sparse import comparing
 
-        where = device or "auto"
         with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            watch = ignore_events if json else display
-            if read:
-                made = Configuration(read, path.parent / read.folder, where, allowed, watch=watch)
-                found = made.evaluate(names, limit=limit, num_fewshot=num_fewshot, batch=batch)
-            else:
-                asked = TaskOptions(names, limit, num_fewshot, batch, where)
-                found = evaluate_folder(model or Path(), asked, watch, allowed)
+            base = path.parent / read.folder if read else Path()
+            place = Place(base, device or "auto", vars(may), ignore_events if json else display)
+            asked = comparing.TaskOptions(names, limit, num_fewshot, batch)
+            found = (
+                comparing.evaluate(read, asked, place)
+                if read
+                else comparing.evaluate_folder(model or Path(), asked, place)
+            )
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)
     if read and not json:

@@ -83,6 +83,7 @@ def speedup(
         return
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
+    from atp_tune.events import Place
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
@@ -97,7 +98,7 @@ def speedup(
         of_images = _of_images(read.score, tokens)
         check(named, read.prune.pattern, place)
         annotations.check(path, read, options.storage)
-        pair = find_pair(read, path.parent / read.folder, model, place, display, options.allowed)
+        pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, display))
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
         found = measure(pair, named, task, place, display)
         places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
@@ -111,7 +112,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_summary
-    from atp_tune.events import Message
+    from atp_tune.events import Message, Place
     from atp_tune.results.best_config import best_config
     from atp_tune.results.stored import file_as_run
     from atp_tune.results.summary import summarise
@@ -140,7 +141,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
                 Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(config.sparsity.target)} sparsity")
             )
             dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
-            with passing_pair(config, path.parent / config.folder, place, display, options.allowed) as pair:
+            with passing_pair(config, Place(path.parent / config.folder, place, options.allowed, display)) as pair:
                 task = Workload(tokens=length[0] or TOKENS, runs=length[1])
                 measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, display)
             attach(path, config, "speed", measured, file.storage_url)
