@@ -1,31 +1,21 @@
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tinystudy import study_file
 
 from atp_tune.allocations import prices
 from atp_tune.checkpoints.headers import ModelSizes
 from atp_tune.checkpoints.offload import Free
-from atp_tune.cost import once
-from atp_tune.cost.forecast import (
-    Passes,
-    ProbeRates,
-    PrunerRate,
-    ScreeningCost,
-    TrainingCost,
-    dense_seconds,
-    passes,
-    screened,
-    trained,
-    trial_seconds,
-    whole,
-)
+from atp_tune.cost.forecast import UNKNOWN, Passes, ProbeRates, PrunerRate, passes
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.spec.recover import RecoverConfig
+from atp_tune.cost.parts import Amounts, Done, Part, parts, sums, training
+from atp_tune.spec.study import Study
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
 RATES = ProbeRates(
+    blocks=4,
     load=5.0,
     run={"calibration": 0.001, "validation": 0.002, "test": 0.003},
     dense=0.004,
@@ -45,7 +35,7 @@ def test_tokens_of_a_trial() -> None:
 
 
 def test_seconds_of_a_trial_are_those_of_its_passes() -> None:
-    found = trial_seconds(RATES, "wanda", passes("block", True, TOKENS, 300), blocks=4)
+    found = RATES.trial("wanda", passes("block", True, TOKENS, 300))
     assert found.calibrate == pytest.approx(4 * 1000 * 0.0015)
     assert found.prune == 1.0
     assert found.evaluate == pytest.approx(4 * 300 * 0.002 + 300 * 0.01)
@@ -56,90 +46,92 @@ def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
     cost = passes("block", True, TOKENS, 300)
     work = 1.5 + 0.25 + 0.6
     for fetch in (1.0, 10.0):
-        found = trial_seconds(replace(RATES, fetch=fetch), "wanda", cost, blocks=4)
+        found = replace(RATES, fetch=fetch).trial("wanda", cost)
         assert found.total == pytest.approx(4 * max(fetch, work) + 3)
-    assert dense_seconds(replace(RATES, fetch=10.0), 300, 4, "validation") == pytest.approx(40 + 3)
+    assert replace(RATES, fetch=10.0).dense_on(300, "validation") == pytest.approx(40 + 3)
 
 
-def test_the_whole_is_the_sum_of_its_parts() -> None:
+def known(study: Study, **changes: Any) -> Amounts:
+    return replace(Amounts(study, TOKENS, 10, 12, 3.0, False), **changes)
+
+
+def by_name(study: Study, done: Done, rates: ProbeRates = RATES, **changes: Any) -> dict[str, list[Part]]:
+    found: dict[str, list[Part]] = {}
+    for part in parts(known(study, **changes), done, rates):
+        found.setdefault(part.name, []).append(part)
+    return found
+
+
+def study(place: Path, *keys: str) -> Study:
+    return study_file(place, "prune.pruners=['wanda', 'magnitude']", "continuations.tokens=0", *keys).study
+
+
+def test_the_whole_is_the_sum_of_its_parts(tiny_place: Path) -> None:
     costs = {"wanda": passes("block", True, TOKENS, 300), "magnitude": passes("block", False, TOKENS, 300)}
-    trials = [trial_seconds(RATES, name, cost, 4).total for name, cost in costs.items()]
+    trials = [RATES.trial(name, cost).total for name, cost in costs.items()]
     report = [
-        trial_seconds(RATES, name, cost.model_copy(update={"evaluate": 200}), 4, "test").total
-        for name, cost in costs.items()
+        RATES.trial(name, cost.model_copy(update={"evaluate": 200}), "test").total for name, cost in costs.items()
     ]
-    found = whole(RATES, 10, 0, costs, TOKENS, 4, once=0, rows=2)
-    dense = dense_seconds(RATES, 300, 4, "validation") + dense_seconds(RATES, 200, 4, "test")
-    curve = 4 * 100 * 0.001
-    assert found.seconds == pytest.approx(5 + curve + dense + 5 * sum(trials) + sum(report))
-    assert found.seconds_left == found.seconds
-    assert found.tokens == 5 * (2300 + 400) + 300 + 100 + 200 + 2 * (1050 + 200)
-    half = whole(RATES, 10, 6, costs, TOKENS, 4, once=0, rows=2)
-    assert half.seconds == found.seconds
-    assert half.seconds_left == pytest.approx(
-        5 + curve + dense - dense_seconds(RATES, 300, 4, "validation") + 2 * sum(trials) + sum(report)
+    spec = study(tiny_place)
+    dense, tested, curve = RATES.dense_on(300, "validation"), RATES.dense_on(200, "test"), 4 * 100 * 0.001
+    tokens, seconds, left = sums(list(parts(known(spec), Done(10), RATES)))
+    assert seconds == left == pytest.approx(5 + curve + dense + tested + 5 * sum(trials) + sum(report))
+    assert tokens == 5 * (2300 + 400) + 300 + 100 + 200 + 2 * (1050 + 200)
+    _, half, left = sums(list(parts(known(spec), Done(10, 6), RATES)))
+    assert half == seconds
+    assert left == pytest.approx(5 + curve + tested + 2 * sum(trials) + sum(report))
+    assert sums(list(parts(known(spec), Done(10, 10), RATES)))[2] == 0
+    assert sums(list(parts(known(spec), Done(10), UNKNOWN))) == (tokens, None, None)
+
+
+def test_what_is_measured_once_on_the_dense_model(tiny_place: Path) -> None:
+    [one], [other] = (
+        by_name(study(tiny_place, f"allocation={name}"), Done(10))["loading"] for name in ("uniform", "owl")
     )
-    assert whole(RATES, 10, 10, costs, TOKENS, 4, once=0, rows=2).seconds_left == 0
+    assert one.seconds + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
+    assert one.tokens + 2000 == other.tokens
 
 
-def test_what_is_measured_once_on_the_dense_model() -> None:
-    costs = {"wanda": passes("dense", True, TOKENS, 300)}
-    one, other = (whole(RATES, 10, 0, costs, TOKENS, 4, once=once, rows=None) for once in (0, 1000))
-    assert (one.seconds or 0) + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
-    assert (one.tokens or 0) + 2000 == other.tokens
+def test_a_screening_comes_on_top(tiny_place: Path) -> None:
+    spec = study(tiny_place, "search.screen={trials=6, stride=4, confirm=2}", "search.sampler=gp")
+    found = by_name(spec, Done(3, 0, 6))
+    [screening], [_, dense] = found["screening"], found["dense"]
+    alone = {name: 4 * RATES.pruners[name].prune + 75 * (4 * 0.002 + 0.01) for name in RATES.pruners}
+    assert (screening.number, screening.left, screening.tokens) == (6, 6, 75)
+    assert screening.seconds == pytest.approx(sum(alone.values()) / 2)
+    assert dense.tokens == 75 + 2 * 1000 * len(["wanda"])
+    assert dense.seconds == pytest.approx(4 * 1000 * 0.004 + RATES.dense_on(75, "validation"))
+    late = by_name(spec, Done(3, 0, 6, 4))
+    assert (late["screening"][0].left, late["dense"][1].left) == (2, 0)
 
 
-def test_a_screening_comes_on_top() -> None:
-    costs = {"wanda": passes("block", True, TOKENS, 300)}
-    screening = ScreeningCost(trials=6, done=0, evaluated=75, once=1000)
-    plain = whole(RATES, 3, 0, costs, TOKENS, 4, once=0, rows=1)
-    found = screened(plain, screening, RATES, costs, 4)
-    assert found.screened == 6 and plain.screened == 0
-    assert (found.tokens or 0) - (plain.tokens or 0) == 7 * 75 + 2 * 1000
-    trial = 4 * 0.25 + 75 * (4 * 0.002 + 0.01)
-    once = 4 * 1000 * 0.004 + dense_seconds(RATES, 75, 4, "validation")
-    assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(once + 6 * trial)
-    assert found.seconds_left == found.seconds
-    late = screened(plain, replace(screening, done=4), RATES, costs, 4)
-    assert (late.seconds_left or 0) - (plain.seconds_left or 0) == pytest.approx(2 * trial)
-    unknown = screened(whole(None, 3, 0, costs, TOKENS, 4, once=0, rows=1), screening, None, costs, 4)
-    assert unknown.seconds is None and unknown.tokens == found.tokens
-
-
-def test_the_training_of_the_best_plan_comes_on_top() -> None:
+def test_the_training_of_the_best_plan_comes_on_top(tiny_place: Path) -> None:
     """64 steps of 2 windows of 32 tokens; 9 measurements of 8, 1 of the dense model; texts before and after."""
-    known: Any = SimpleNamespace(tokens=TOKENS, validation_windows=10)
-    training = once.training(known, RecoverConfig(seqlen=32))
-    assert training == TrainingCost(forward=2 * 64 * 64 + (9 + 1) * 256, backward=64 * 64, measured=1000, loads=5)
-    alone = once.training(known, RecoverConfig(loss="next-token", steps=8))
-    assert alone == TrainingCost(forward=8 * 60 + 2 * 240, backward=8 * 60, measured=1000, loads=4)
-    plain = whole(RATES, 3, 0, {"wanda": passes("block", True, TOKENS, 300)}, TOKENS, 4, once=0, rows=1)
-    found, late = (trained(plain, alone, RATES, 4, is_done) for is_done in (False, True))
-    tokens = 8 * 60 + 2 * 240 + 2 * 8 * 60 + 1000
-    assert (found.tokens or 0) - (plain.tokens or 0) == tokens
-    assert (found.seconds or 0) - (plain.seconds or 0) == pytest.approx(tokens * (4 * 0.002 + 0.01) + 4 * 5)
-    assert found.seconds_left == found.seconds == late.seconds
-    assert late.seconds_left == plain.seconds_left
-    unknown = plain.model_copy(update={"seconds": None, "seconds_left": None})
-    assert trained(unknown, alone, None, 4, False).seconds is None
+    spec = study(tiny_place, "recover={seqlen=32}")
+    assert training(known(spec)) == (2 * 64 * 64 + (9 + 1) * 256 + 2 * 64 * 64 + 1000, 5)
+    spec = study(tiny_place, "recover={loss='next-token', steps=8}")
+    [found] = by_name(spec, Done(3), validation_windows=10)["training"]
+    assert found.tokens == 8 * 60 + 2 * 240 + 2 * 8 * 60 + 1000
+    assert found.seconds == pytest.approx(found.tokens * (4 * 0.002 + 0.01) + 4 * 5)
+    assert (found.left, by_name(spec, Done(3, is_trained=True))["training"][0].left) == (1, 0)
 
 
-def test_descents_wait_for_what_copies_take_beyond_the_products() -> None:
+def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
+    """Each of two more draws measures uniform and the best; the best's plan is a descent of its own."""
+    keys = ("allocation=prices", "prune.pruners=['wanda']", "texts.calibration.draws=3")
+    found = by_name(study(tiny_place, *keys), Done(3))
+    [descent], [draw] = found["prices"], found["draw"]
+    assert (draw.number, draw.left) == (4, 4)
+    assert draw.tokens == pytest.approx(2000 + 200 + (2 * 2 * 1000 + 2 * descent.tokens) / 4)  # norms of each draw
+    assert draw.prices == pytest.approx(2 * descent.seconds / 4)
+
+
+def test_descents_wait_for_what_copies_take_beyond_the_products(tiny_place: Path) -> None:
     """Two copies of each of 4 blocks a step, of 20, against tokens that are counted as those that go through twice."""
-    study = SimpleNamespace(descents=((("prices",), False),), by_bits=False, interval=None, highest=0.5)
-    study.allocation = SimpleNamespace(by_prices=True)
-    known: Any = SimpleNamespace(study=study, tokens=TOKENS, windows=10, passes=3, sizes=SIZES)
-    copies, products = 4 * 2 * prices.STEPS, 4 * once.descents(known) * RATES.dense
-    assert once.waiting_seconds(known, RATES) == 0
-    found = once.waiting_seconds(known, replace(RATES, fetch=1000.0))
-    assert found == pytest.approx(copies * 1000 - products)
-
-
-def test_without_a_probe_tokens_are_known_and_seconds_not() -> None:
-    costs = {"wanda": passes("block", True, TOKENS, 300)}
-    found = whole(None, 10, 0, costs, TOKENS, 4, once=0, rows=None)
-    assert (found.tokens, found.seconds, found.seconds_left) == (23400, None, None)
-    assert whole(RATES, None, 0, costs, TOKENS, 4, once=0, rows=None).seconds is None
+    spec = study(tiny_place, "allocation=prices")
+    [plain], [slow] = (by_name(spec, Done(3), replace(RATES, fetch=fetch))["prices"] for fetch in (0.0, 1000.0))
+    assert plain.seconds == pytest.approx(4 * plain.tokens / 2 * RATES.dense)
+    assert slow.seconds == pytest.approx(4 * 2 * prices.STEPS * 1000)
 
 
 SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize=4)

@@ -9,7 +9,8 @@ from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_f
 
 from atp_tune.cli.commands.plan import cost_beside
 from atp_tune.cost import memory, planning, probe
-from atp_tune.cost.once import Amounts, after_seconds
+from atp_tune.cost.parts import Amounts, Done
+from atp_tune.cost.parts import parts as parts_of
 from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
@@ -74,7 +75,8 @@ def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, sp
     assert parts.get("speed") == ((1, speed) if speed else None)
     known = Amounts(study, memory.Tokens(256, 512, 512, 0), 8, 16, 3.0, False)
     expected = (models * 3 * 8 * 32 + speed) * (4 * 0.002 + 0.01) + 5 * (speed > 0)
-    assert after_seconds(known, RATES, 4) == pytest.approx(expected)
+    after = [part for part in parts_of(known, Done(3), RATES) if part.name in ("generate", "speed")]
+    assert sum(part.number * part.seconds for part in after) == pytest.approx(expected)
 
 
 @pytest.mark.slow

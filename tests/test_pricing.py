@@ -32,7 +32,7 @@ from atp_tune.blocks.kept_runs import KeptRuns, Run
 from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
 from atp_tune.blocks.pricing import Pricing
 from atp_tune.checkpoints.linears import Linear
-from atp_tune.cost import once
+from atp_tune.cost import parts
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
@@ -645,7 +645,7 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
 def test_a_plan_counts_what_a_pruner_makes_for_its_own_prices(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(once, "LEVELS", 10**9)
+    monkeypatch.setattr(parts, "LEVELS", 10**9)
     words = ("plan", "--study", place / "tiny.toml", "--json")
     wishes = settings('allocation=["prices"]', 'prune.pruners=["sparsegpt"]')
     found = [json.loads(command(*words, *wishes, *settings(f"prune.prices={by}")).out) for by in ("wanda", "own")]

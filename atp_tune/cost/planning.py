@@ -3,34 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import psutil
 
-from atp_tune.allocations import ALLOCATIONS, Budget
+from atp_tune.allocations import Budget
 from atp_tune.checkpoints.headers import ModelSizes, read_sizes
 from atp_tune.checkpoints.offload import Free, Offload, choose
-from atp_tune.cost import forecast
-from atp_tune.cost.forecast import DrawsCost, Forecast, Passes, ProbeRates, ScreeningCost, StudyCost, TrialCost, Weights
+from atp_tune.cost.forecast import UNKNOWN, Forecast, Passes, ProbeRates, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.once import (
-    Amounts,
-    after_seconds,
-    descent_bytes,
-    descents,
-    levels_seconds,
-    plans_anew,
-    share_anew,
-    step_tokens,
-    training,
-    waiting_seconds,
-)
+from atp_tune.cost.parts import Amounts, Done, parts, rows_descents, step_tokens, sums
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.samplers import total_trials
 from atp_tune.search.space import make_space
 from atp_tune.spec.images import IMAGES
-from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening, progress
@@ -41,6 +28,7 @@ if TYPE_CHECKING:
     from atp_tune.run.session import Session, Setup
 
 
+FLOAT32 = 4  # bytes
 WHOLE_TEXT = 150  # windows of a text without a number: of 2048 tokens, the test part of WikiText-2
 
 
@@ -55,7 +43,6 @@ class Known(Amounts):
     itemsize: int
     free: Free
     has_own_memory: bool  # the device's memory is not the host's
-    kinds: int  # of statistics measured once on the dense model
     process: int  # bytes
 
     def offload(self) -> Offload:
@@ -140,7 +127,7 @@ def _asked(known: Known, study: Study) -> Known:
     curve = min(windows["calibration"], max(1, CURVE_TOKENS // length)) * length
     return replace(
         known, study=study, tokens=Tokens(size["calibration"], size["validation"], size["test"], curve),
-        windows=windows["calibration"], validation_windows=windows["validation"], kinds=_kinds(study),
+        windows=windows["calibration"], validation_windows=windows["validation"],
         main=None, screening=None,
     )  # fmt: skip
 
@@ -164,7 +151,7 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     return Known(
         study, tokens, windows, len(items["validation"]), PASSES, False,
         _stored(file, name), _stored(file, name + SUFFIX), read_sizes(folder.path), width,
-        itemsize, free, device.type == "cuda", _kinds(study), psutil.Process().memory_info().rss,
+        itemsize, free, device.type == "cuda", psutil.Process().memory_info().rss,
     )  # fmt: skip
 
 
@@ -181,20 +168,6 @@ def _with_model(known: Known, context: "Session") -> Known:
     return replace(known, sizes=replace(known.sizes, blocks=blocks))
 
 
-def _kinds(study: Study) -> int:
-    """Number of kinds of statistics that are measured once on the dense model."""
-    if study.prune.statistics == "dense":
-        return dense_kinds(study)
-    names = study.allocation.short_names
-    own = {study.prune.pruner(name).measures for name in study.own_prices} - {None}
-    return len(own) + any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names)
-
-
-def dense_kinds(study: Study) -> int:
-    """Number of kinds of statistics that the pruners of a study need."""
-    return len({study.methods.pruner(name).measures for name in study.methods.short_names} - {None})
-
-
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
     db = opening.open_storage(file.storage_url, create=False)
     return opening.find_study(db, name) if db else None
@@ -209,7 +182,7 @@ def _forecast(
     known: Known, name: str, device: str, dtype: str, context: "Session | None", rates: ProbeRates | None
 ) -> Forecast:
     offload = context.checkpoint.offload if context else known.offload()
-    work = max(rates.work if rates else 0, descent_bytes(known))
+    work = max(rates.work if rates else 0, _descent_bytes(known))
     if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += known.held(0).blocks
     if context is not None:
@@ -234,13 +207,30 @@ def _forecast(
 
 
 def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
-    def trial(what: Literal["trial", "screening"], pruner: str, cost: Passes) -> TrialCost:
-        seconds = forecast.trial_seconds(rates, pruner, cost, len(known.sizes.blocks)) if rates else None
-        return TrialCost(what=what, pruner=pruner, tokens=cost, seconds=seconds)
+    """Yields the cost of a trial of each pruner, in the study and in its screening."""
+    alone = Passes(listen=0, run=0, evaluate=known.screened)
+    for what, costs in (
+        ("trial", known.costs),
+        ("screening", dict.fromkeys(known.costs, alone) if known.screened else {}),
+    ):
+        for pruner, cost in costs.items():
+            seconds = rates.trial(pruner, cost) if rates else None
+            yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=seconds)
 
-    yield from (trial("trial", pruner, cost) for pruner, cost in known.costs.items())
-    if screening := _screening(known):
-        yield from (trial("screening", pruner, screening.cost) for pruner in known.costs)
+
+def _descent_bytes(known: Known) -> int:
+    """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients.
+
+    With rows also the dense model's final states of the pool.
+    """
+    from atp_tune.run.prices import POOL
+
+    if not (tokens := step_tokens(known)):
+        return 0
+    sizes, pool = known.sizes.blocks, POOL * (rows_descents(known) > 0)
+    states = ((len(sizes) + 1) * tokens + pool) * known.width * known.itemsize
+    errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
+    return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 
 
 def _rank_bytes(study: Study, context: "Session") -> int:
@@ -254,73 +244,22 @@ def _rank_bytes(study: Study, context: "Session") -> int:
 
 
 def _whole(known: Known, context: "Session | None", rates: ProbeRates | None) -> StudyCost:
-    study, trials = known.study, known.study.search.trials
+    """The sum of a study's parts; without tokens and seconds where the number of its trials is not known."""
+    study, trials, main, screen = known.study, known.study.search.trials, known.main, known.study.search.screen
     if context is not None:
         trials = total_trials(study.search, make_space(study, context.budget(study.highest)))
     elif study.interval is not None:  # the total depends on no size of the model
         trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
-    done, trials = (0, None) if trials is None else _progress(known.main, trials)
-    plans = compared(study)
-    rows = None if study.data.test is None else pruned_again(study, trials or 0)
-    once = known.kinds * known.tokens.calibration + descents(known)
-    blocks, times = len(known.sizes.blocks), 1 + share_anew(known)
-    found = forecast.whole(rates, trials, done, known.costs, known.tokens, blocks, once, rows, drawn(known, plans))
-    if rates is not None and (descended := times * descents(known)):
-        own = times * (levels_seconds(known, rates) + waiting_seconds(known, rates))
-        found = forecast.added(found, 0, (own, 0.0 if done else own))
-        found = found.model_copy(update={"descents": own + blocks * descended * rates.dense})
-    if rates is not None:
-        after = after_seconds(known, rates, blocks)
-        found = forecast.added(found, 0, (after, after if found.seconds_left else 0.0))
-    ends_early = study.search.early_termination or study.limit is not None
-    has_tasks = study.limit is not None and study.limit.min_accuracy is not None
-    found = found.model_copy(update={"early_termination": ends_early, "without_tasks": has_tasks})
-    if study.recover is not None:
-        is_done = known.main is not None and "recovered" in known.main.user_attrs
-        found = forecast.trained(found, training(known, study.recover), rates, blocks, is_done)
-    screening = _screening(known)
-    return forecast.screened(found, screening, rates, known.costs, blocks) if screening else found
-
-
-def pruned_again(study: Study, trials: int) -> int:
-    """Number of plans that are pruned again for the test text.
-
-    Over an interval without a limit all trials may be on the front, or be the uniform ones beside it.
-    """
-    if study.compares_all:
-        return 0
-    return trials if study.interval is not None and study.limit is None else compared(study)
-
-
-def compared(study: Study) -> int:
-    """Number of plans that all draws of the calibration text prune: at most the best of each allocation and uniform.
-
-    Over an interval of sparsities, where allocations do not compare, the best and its uniform.
-    """
-    if study.interval is not None:
-        return 2
-    allocations = len(set(study.allocation.short_names) - {"uniform"})
-    return max(1, allocations + min(allocations, len(study.methods.short_names)))
-
-
-def drawn(known: Amounts, plans: int) -> DrawsCost:
-    """The cost of the draws of the calibration text after the first, and of what the first finds anew."""
-    study = known.study
-    more = study.data.calibration.draws - 1
-    once = more * _kinds(study) * known.tokens.calibration + round(share_anew(known) * descents(known))
-    plans = more * plans + (known.is_short and plans_anew(known))
-    return DrawsCost(plans, "validation" if study.data.test is None else "test", once)
-
-
-def _screening(known: Known) -> ScreeningCost | None:
-    screen, tokens = known.study.search.screen, known.tokens
-    if screen is None:
-        return None
-    done, trials = _progress(known.screening, screen.trials)
-    return ScreeningCost(trials, done, screened_tokens(known, screen), dense_kinds(known.study) * tokens.calibration)
-
-
-def screened_tokens(known: Amounts, screen: ScreenConfig) -> int:
-    """Tokens that a trial of the screening is evaluated on."""
-    windows = known.validation_windows
-    return known.tokens.validation // windows * -(-windows // screen.stride)
+    done, total = (0, None) if trials is None else _progress(main, trials)
+    screened, asked = _progress(known.screening, screen.trials) if screen else (0, 0)
+    is_trained = main is not None and "recovered" in main.user_attrs
+    found = list(parts(known, Done(total or 0, done, asked, screened, is_trained), rates or UNKNOWN))
+    tokens, seconds, left = (None, None, None) if total is None else sums(found)
+    by_prices = sum(part.number * part.prices for part in found)
+    training = next((part.seconds for part in found if part.name == "training"), None)
+    return StudyCost(
+        trials=total, done=done, screened=asked, tokens=tokens, seconds=seconds, seconds_left=left,
+        early_termination=study.search.early_termination or study.limit is not None,
+        without_tasks=study.limit is not None and study.limit.min_accuracy is not None,
+        descents=by_prices or None if rates else None, training=training if rates else None,
+    )  # fmt: skip

@@ -81,7 +81,7 @@ def probe(context: Session, pruners: tuple[str, ...], sparsity: float, load: flo
     if context.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
     found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
-    return ProbeRates(load, run, dense, ends, clock.typical("fetch"), found, taken[0])
+    return ProbeRates(last + 1, load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
 def _entering(context: Session, role: str, probed: list[int]) -> dict[int, Tensor]:

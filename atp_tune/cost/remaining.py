@@ -133,32 +133,22 @@ def foretold(watch: EventHandler) -> EventHandler:
 
 
 def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
+    """The number and the mean size of what is ahead, by part."""
     from atp_tune.blocks.gradients import PASSES
+    from atp_tune.cost.forecast import UNKNOWN
     from atp_tune.cost.memory import Tokens
-    from atp_tune.cost.once import Amounts, continued, descents, speed, training
-    from atp_tune.cost.planning import compared, drawn, pruned_again, screened_tokens
+    from atp_tune.cost.parts import Amounts, Done, parts
 
     study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
     size = {role: number * length for role, (number, length) in opened.items.items()}
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
     known = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
-    pruning = fmean(cost.total - cost.evaluate for cost in known.costs.values())
-    draws, screen = drawn(known, compared(study)), study.search.screen
-    found: dict[str, tuple[int, float]] = {
-        "dense": (1 + (screen is not None), tokens.validation),
-        "trial": (opened.total - opened.done, fmean(cost.total for cost in known.costs.values())),
-        "draw": (draws.plans, pruning + draws.evaluated(tokens) + 2 * draws.once / max(1, draws.plans)),
-    }
-    if screen is not None:
-        found["screening"] = screen.trials, screened_tokens(known, screen)
-    if tokens_of_prices := descents(known):
-        found["prices"] = len(study.descents), 2 * tokens_of_prices / len(study.descents)
-    if study.data.test is not None:
-        found["test"] = 1 + pruned_again(study, opened.total), pruning + tokens.test
-    if (generated := continued(study))[0]:
-        found["generate"] = generated
-    if study.recover is not None:
-        found["training"] = 1, training(known, study.recover).tokens
-    if measured := speed(known):
-        found["speed"] = 1, measured
+    screened = study.search.screen.trials if study.search.screen else 0
+    found: dict[str, tuple[int, float]] = {}
+    for part in parts(known, Done(opened.total, opened.done, screened), UNKNOWN):
+        if part.name in STAGES and part.number:
+            number, each = found.get(part.name, (0, 0.0))
+            whole = number + int(part.number)
+            found[part.name] = whole, (number * each + part.number * part.size) / whole
+    found["trial"] = opened.total - opened.done, found["trial"][1]
     return found
