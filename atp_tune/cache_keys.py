@@ -11,7 +11,6 @@ FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "models/bin": (1, ("content", "files")),
     "models/quantized": (1, ("content", "files")),
     "models/packed": (1, ("content", "files")),
-    "models/probe": (2, ("model", "probe", "images", "processor", "versions")),
     "windows": (4, ("text", "content", "tokenizer", "libraries", "bos", "draws")),
     "pixels": (2, ("pictures", "processor", "libraries")),
     "statistics": (2, ("model", "tower", "items", "kind", "pruner", "batch", "arithmetic", "versions")),

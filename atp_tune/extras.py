@@ -14,7 +14,7 @@ from pathlib import Path
 from atp_tune.errors import UserError
 
 EXTRAS = {  # of pyproject.toml: for each module its package
-    "images": {"PIL": "pillow", "onnx": "onnx"},
+    "images": {"PIL": "pillow"},
     "postgres": {"psycopg": "psycopg"},
     "png": {"kaleido": "kaleido"},
     "eval": {"lm_eval": "lm-eval"},

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from atp_tune.cache import folder_atomically
-from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.checkpoints.classes import model_config
+from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
 from atp_tune.inputs.images import read_images
 from atp_tune.spec.images import ImageSet
@@ -95,7 +96,7 @@ def study_of(name: str, overrides: Sequence[str] = ()) -> StudyFile:
     file = load(STUDY, [*counts, *overrides])
     if found.make is None:
         return replace(file, name=name)
-    model = file.study.model.model_copy(update={"source": str(trained(name)), "sha256": None, "probe": None})
+    model = file.study.model.model_copy(update={"source": str(trained(name))})
     return replace(file, name=name, study=file.study.model_copy(update={"model": model}))
 
 
@@ -110,17 +111,17 @@ def trained(name: str) -> Path:
 
 
 def _train(asked: Classifier, file: StudyFile, place: Path) -> None:
-    probe = file.study.model.probe
-    assert asked.make is not None and probe is not None and probe.labels is not None
-    names = dict(enumerate(probe.labels))
+    data = file.study.images
+    assert asked.make is not None and data is not None
+    own = resolve(file.study.model, file.folder)  # examples/fashion/prepare.py has made it
+    names: dict[int, str] = model_config(own.path, own.trusted).id2label
     torch.manual_seed(0)
     model = asked.make({"id2label": names, "label2id": {label: index for index, label in names.items()}})
     model.save_pretrained(place)
     ViTImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3
     ).save_pretrained(place)
-    keys = ("source", "sha256", "file", "labels", "part")
-    wanted = ImageSet.model_validate({key: getattr(probe, key) for key in keys})
+    wanted = ImageSet(source=data.calibration.source, labels=tuple(names.values()), part=data.calibration.part)
     images = read_images("calibration", wanted, ModelFolder(place, "", ""), file.folder)
     steps, began = asked.epochs * (len(images) // BATCH), monotonic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=asked.rate, weight_decay=DECAY)

@@ -1,12 +1,10 @@
 """Keys of the cache: whatever changes an entry changes its key, setting by setting of a study."""
 
 import functools
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +20,6 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Place, ignore_events
 from atp_tune.inputs import windows
-from atp_tune.inputs.pixels import ImageProcessor
-from atp_tune.inputs.probe import _known
 from atp_tune.run import session as contexts
 from atp_tune.run.prices import CalibrationGradients
 from atp_tune.run.session import Session, Setup
@@ -33,7 +29,6 @@ from atp_tune.sparse.finetuning import FinetuningJob, _items
 from atp_tune.sparse.recovering import settings_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import _flat
-from atp_tune.spec.images import Probe
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
@@ -77,7 +72,7 @@ CHANGES = {  # a setting, and another value of it
 OF_PRUNING = "sparsity", "bits", "model", "prune", "allocation", "texts.calibration"
 REFUSED = "prune.swaps", "prune.pruners", "bits", "recover.rank"  # which do not go with each base
 ELSEWHERE = (  # settings of texts of the hub, of images, of channels and of bits alone, which have tests of their own
-    r"texts\.\w+\.(config|split|column|revision|images|draws)|images.*|model\.(probe.*|revision|sha256|prune)|limit.*|protocol|"
+    r"texts\.\w+\.(config|split|column|revision|images|draws)|images.*|model\.(revision|sha256|prune)|limit.*|protocol|"
     r"texts\.bos|prune\.channels\..*|quantize\..*|search\.score|search\.screen\..*|recover"
 )
 
@@ -285,18 +280,6 @@ def test_a_key_is_made_of_all_its_ingredients_and_no_other(monkeypatch: pytest.M
         for wrong in ({**given, "other": 1}, dict(list(given.items())[1:])):
             with pytest.raises(TypeError, match=f"{folder}: its key is of {names[0]}"):
                 key(folder, **wrong)
-
-
-def test_a_classifier_of_pinned_images_is_found_by_its_processor_too(tmp_path: Path) -> None:
-    """Another `preprocessor_config.json` beside the same weights was given the classifier of before."""
-    source = Probe(source="pypi:a==1", sha256="0" * 64, file="images")
-    folder = ModelFolder(tmp_path, "content", "model")
-
-    def known(mean: float) -> Path | None:
-        own = SimpleNamespace(to_json_string=lambda: json.dumps({"image_mean": mean}))
-        return _known(folder, source, ImageProcessor(own, tmp_path))
-
-    assert known(0.5) == known(0.5) != known(0.4)
 
 
 def test_the_table_of_keys_is_that_of_the_code() -> None:

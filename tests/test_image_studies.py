@@ -40,7 +40,6 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
-from atp_tune.inputs import probe as probes
 from atp_tune.measures import accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.summary import summarise
@@ -538,42 +537,13 @@ def test_a_study_resumes_and_knows_its_images(place: Path) -> None:
         run(place, "search.trials=7")
 
 
-def test_a_probe_is_fitted_once(
-    place: Path, cache: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model without a classifier gets one; without the table it is refused. On another machine the study goes on."""
-    torch.manual_seed(0)
+def test_a_model_without_a_classifier_is_refused(place: Path) -> None:
     shutil.rmtree(place / "model")
-    Dinov2Model(
-        Dinov2Config(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=4, mlp_ratio=2
-        )
-    ).save_pretrained(place / "model")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(place / "model")
-    with pytest.raises(UserError, match=r"model is no image classifier .*names Dinov2Model.*\[model.probe\]"):
-        run(place)
-    probe = (
-        '[model.probe]\nsource = "idx:train-images-idx3-ubyte.gz"\npart = [0.0, 0.5]\nsize = 16\n\n[images.calibration]'
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2)).save_pretrained(
+        place / "model"
     )
-    (place / "tiny.toml").write_text(STUDY.replace("[images.calibration]", probe))
-    notes: list[str] = []
-    study = run(place, "search.trials=2", watch=lambda event: notes.append(getattr(event, "text", "")))
-    assert sum("fitting a classifier of 4 classes to 200 images" in note for note in notes) == 1
-    dense = summarise(study).hits.trial(None).test
-    assert dense is not None and dense.value > 0.5  # a random backbone: 0.25 is chance
-    notes.clear()
-    run(place, "search.trials=3", watch=lambda event: notes.append(getattr(event, "text", "")))
-    assert not any("fitting" in note for note in notes)
-    shutil.rmtree(cache / "models" / "probe")
-    own = probes.fitted
-    monkeypatch.setattr(probes, "fitted", lambda *asked: tuple(found * (1 + 1e-6) for found in own(*asked)))
-    assert len(run(place, "search.trials=4").trials) == 4
-    config = read_config(place / "tiny.best.json")
-    assert config.model.probe is not None and config.model.probe.size == 16
-    assert command("apply", "--config", place / "tiny.best.json", "--out", place / "sparse").code == 0
-    card = " ".join((place / "sparse" / "README.md").read_text().split())
-    assert "Its classifier, one linear, was fitted by atp_tune before pruning, by logistic regression on" in card
-    assert "train-images-idx3-ubyte.gz" in card
+    with pytest.raises(UserError, match=r"model is no image classifier .*names Dinov2Model\); give one"):
+        run(place)
 
 
 def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
@@ -603,7 +573,7 @@ def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
         ("[images.test]", "[texts.test]", "texts.calibration: is needed"),
         ("nsamples = 24", "nsamples = 24\nseqlen = 8", "images.calibration.seqlen: unknown key"),
         ('"idx:t10k-images-idx3-ubyte.gz"', '"file:x.txt"', 'images.test.source: "file:x.txt" is none of folder:PATH'),
-        ('"idx:t10k-images-idx3-ubyte.gz"', '"deb:x==1"', "images.test.sha256: is needed with a deb: source"),
+        ('"idx:t10k-images-idx3-ubyte.gz"', '"deb:x==1"', 'images.test.source: "deb:x==1" is none of folder:PATH'),
         ('"idx:t10k-images-idx3-ubyte.gz"', '"hub:a/b"', "images.test.split: a hub: source needs one"),
         (
             '"idx:t10k-images-idx3-ubyte.gz"',
@@ -612,11 +582,6 @@ def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
         ),
         ("trials = 6", "trials = 6\nscore = 'next-token'", "search.score: images have one score"),
         ("[search]", "[continuations]\nprompts = ['x']\n[search]", "continuations: a classifier continues no"),
-        (
-            "[images.calibration]",
-            '[model.probe]\nsource = "idx:train-images-idx3-ubyte.gz"\n\n[images.calibration]',
-            "images.validation: reads the same images as model.probe",
-        ),
         ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
     ],
 )

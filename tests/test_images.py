@@ -5,9 +5,7 @@ import io
 import json
 import shutil
 import struct
-import tarfile
 import tracemalloc
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,13 @@ from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from atp_tune.blocks.verification import verified
-from atp_tune.cache import sha256_of
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.checkpoints.onnx_backbone import RENAMED, onnx_to_folder
 from atp_tune.errors import UserError
-from atp_tune.inputs import archives, pixel_cache
+from atp_tune.inputs import pixel_cache
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests, images_of
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
-from atp_tune.inputs.probe import fitted
 from atp_tune.measures import accuracy, gain
 from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.classes import CLASSES as SCORE
@@ -242,23 +237,6 @@ def test_ranks_and_accuracies_are_those_of_loops() -> None:
     differences = [0, -1, 1, 1] * 2  # and half an image to each kind of pair
     assert found.value == pytest.approx(0.25)
     assert found.stderr == pytest.approx(np.std([*differences, 0, 0, 1, -1]) / 6**0.5)
-
-
-def test_the_probe_is_the_minimum() -> None:
-    draw = torch.Generator().manual_seed(0)
-    features = torch.randn(60, 7, generator=draw, dtype=torch.float64) * torch.arange(1, 8) + 3
-    classes = (features[:, 0] > 3).long() + (features[:, 1] > 4).long()
-    weight, bias = fitted(features, classes, 3, 0.01)
-    spread = features.std(0)
-
-    def loss(weight: torch.Tensor, bias: torch.Tensor) -> float:
-        entropy = functional.cross_entropy(features @ weight.T + bias, classes)
-        return float(entropy + 0.01 * (weight * spread).square().sum())
-
-    least = loss(weight, bias)
-    for _ in range(20):
-        step = torch.randn(weight.shape, generator=draw, dtype=torch.float64) * 1e-3
-        assert loss(weight + step, bias) > least and loss(weight, bias + step[:, 0]) > least
 
 
 # Sources
@@ -644,100 +622,6 @@ def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
         read(classifier, tmp_path, source="hub:org/none", split="train")
 
 
-def debian(folder: Path, content: dict[str, bytes]) -> bytes:
-    """A package of Debian with these files."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
-        for name, data in content.items():
-            entry = tarfile.TarInfo(f"./{name}")
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": stream.getvalue()}
-    parts = [b"!<arch>\n"]
-    for name, data in members.items():
-        parts += [f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode(), data, b"\n" * (len(data) % 2)]
-    return b"".join(parts)
-
-
-@pytest.mark.parametrize("kind", ["deb", "pypi"])
-def test_a_package_is_checked_and_unpacked_once(
-    kind: str, classifier: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real archives, from a folder in the place of a network."""
-    file = write_idx(tmp_path)
-    names = {f"share/{name}": (tmp_path / name).read_bytes() for name in (file.name, "train-labels-idx1-ubyte.gz")}
-    made = tmp_path / ("x_1_all.deb" if kind == "deb" else "x-1-py3-none-any.whl")
-    if kind == "deb":
-        made.write_bytes(debian(tmp_path, names))
-    else:
-        with zipfile.ZipFile(made, "w") as archive:
-            for name, data in names.items():
-                archive.writestr(name, data)
-    fetched = []
-
-    def fetch(pinned: str, folder: Path, *_: str) -> Path:
-        fetched.append(pinned)
-        return Path(shutil.copy(made, folder))
-
-    monkeypatch.setattr(archives, "_from_debian" if kind == "deb" else "download_wheel", fetch)
-    right = {"source": f"{kind}:x==1", "sha256": sha256_of(made), "file": f"share/{file.name}"}
-    with pytest.raises(UserError, match=r"images\.validation\.sha256: the study says 0{64}, .* nothing was kept"):
-        read(classifier, tmp_path, **{**right, "sha256": "0" * 64})
-    for _ in range(2):
-        assert len(read(classifier, tmp_path, **right)) == 12
-    assert fetched == ["x==1"] * 2
-    for wrong in ("share/none", "../../x"):
-        with pytest.raises(UserError, match=r"images\.validation\.file: .* has no "):
-            read(classifier, tmp_path, **{**right, "file": wrong})
-
-
-def test_a_package_with_a_path_out_of_its_folder_is_refused(
-    classifier: ModelFolder, tmp_path: Path, monkeypatch: Any
-) -> None:
-    made = tmp_path / "x_1_all.deb"
-    made.write_bytes(debian(tmp_path, {"../../../evil": b"x"}))
-    monkeypatch.setattr(archives, "_from_debian", lambda pinned, folder, *_: Path(shutil.copy(made, folder)))
-    with pytest.raises(UserError, match=r"x_1_all.deb cannot be unpacked: ValueError: .*evil lies out of its folder"):
-        read(classifier, tmp_path, source="deb:x==1", sha256=sha256_of(made), file="x")
-    assert not list(tmp_path.glob("**/evil"))
-
-
-@pytest.mark.slow
-def test_a_backbone_in_onnx_is_that_of_transformers(tmp_path: Path) -> None:
-    """A graph with the names that the exporter gives: the folder's hidden states are the model's own."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
-    )
-    model = transformers.Dinov2Model(config).eval()
-    former = {new: old for old, new in RENAMED.items()}
-    tensors, nodes = [], []
-    for present, tensor in model.state_dict().items():
-        name = present
-        for new, old in former.items():
-            name = name.replace(new, old)
-        if name.endswith(".weight") and tensor.dim() == 2:
-            tensors.append(numpy_helper.from_array(tensor.T.contiguous().numpy(), f"onnx::MatMul_{len(tensors)}"))
-            place = "/backbone/" + name.removesuffix(".weight").replace(".", "/")
-            nodes.append(helper.make_node("MatMul", ["x", tensors[-1].name], ["y"], name=f"{place}/MatMul"))
-        elif name == "embeddings.position_embeddings":
-            tensors += [
-                numpy_helper.from_array(part.contiguous().numpy(), f"onnx::{key}")
-                for key, part in (("Reshape_2", tensor[:, 1:]), ("Concat_1", tensor[:, :1]))
-            ]
-        elif name != "embeddings.mask_token":
-            tensors.append(numpy_helper.from_array(tensor.numpy(), f"backbone.{name}"))
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "m.onnx")
-    onnx_to_folder(tmp_path / "m.onnx", tmp_path / "out")
-    found = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
-    pixels = torch.randn(2, 3, 28, 28)
-    with torch.inference_mode():
-        assert torch.equal(found(pixels).last_hidden_state, model(pixels).last_hidden_state)
-
-
 PAPER = ["imagenet-deit", "imagenet-convnext"]
 
 
@@ -787,7 +671,6 @@ def test_the_shipped_studies_are_read(name: str) -> None:
     ("change", "said"),
     [
         ("search.score=classes", "search.score: classes is the score of images, and this study has texts"),
-        ("model.probe={source = 'idx:x'}", "model.probe: is for models of images, and this study has texts"),
         (
             "images={calibration = {source = 'idx:x'}, validation = {source = 'idx:y'}}",
             "texts: a study has either texts",

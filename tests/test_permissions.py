@@ -123,7 +123,7 @@ WAYS = [
     Way("search.sampler", "FILE.py:NAME", plugin('search.sampler="own.py:Own"'), PLUGINS),
     Way("search.score", "FILE.py:NAME", plugin('search.score="own.py:Own"'), PLUGINS),
     Way("texts.ROLE.source", "FILE.py:NAME", plugin('texts.validation.source="own.py:Own"'), PLUGINS),
-    Way("texts.ROLE.source, images.ROLE.source, model.probe.source", OTHERS, in_package, PLUGINS),
+    Way("texts.ROLE.source, images.ROLE.source", OTHERS, in_package, PLUGINS),
     Way("the same of a configuration", OTHERS, in_a_configuration, PLUGINS),
     Way("limit.min_accuracy", "a task's YAML file", in_a_task("tasks/own.yaml"), PLUGINS),
     Way("limit.min_accuracy", "a folder of tasks", in_a_task("tasks/"), PLUGINS),

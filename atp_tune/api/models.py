@@ -52,7 +52,7 @@ def _trained(config: Config, place: Place, lender: Lender) -> "PreTrainedModel":
         folder = temporary / "trained"
         save(config, folder, place, lender)
         model = config.model.model(place.allowed).model_copy(
-            update={"source": str(folder), "revision": None, "sha256": None, "probe": None, "offload": "none"}
+            update={"source": str(folder), "revision": None, "sha256": None, "offload": "none"}
         )
         where = find_device(place.device if lender.model is None else str(lender.model.device))
         checkpoint = resolve(model, Path()).checkpoint(model, where)

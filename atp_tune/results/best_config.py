@@ -67,7 +67,6 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
             id=spec.model.source,
             revision=spec.model.revision,
             sha256=spec.model.sha256,
-            probe=spec.model.probe,
             prune=spec.model.prune,
             fingerprint=facts["model.content"],
             dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],

@@ -167,7 +167,7 @@ def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
         trial=None,
         model=ModelRef(
             id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
-            fingerprint=context.folder.content, dtype=context.dtype, probe=study.model.probe,
+            fingerprint=context.folder.content, dtype=context.dtype,
             prune=study.model.prune,
         ),
         pruner=plan.pruner,
@@ -289,9 +289,7 @@ def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
 
 def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, WindowScores]:
     """Scores of a folder, loaded like any model, on every text, or all images, of the setup, by role."""
-    model = setup.model.model_copy(
-        update={"source": str(folder.absolute()), "sha256": None, "revision": None, "probe": None}
-    )
+    model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     with Session.open(replace(setup, model=model)) as context:
         context.watch(TrialStarted(title, None))
         return {role: context.measure(None, [RoleScores(role)])[0] for role in setup.texts}

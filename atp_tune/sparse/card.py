@@ -161,7 +161,6 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "classifies": isinstance(text, ImageSet),
         "reads_images": dense.reads_images,
         "with_tower": "vision" in config.model.prune,
-        "probe": escaped(words(config.model.probe)) if config.model.probe else "",
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
         "in_memory": config.model.id.startswith(MEMORY),
@@ -303,8 +302,8 @@ def words(text: Data) -> str:
     if isinstance(text, ImageSet):
         part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g} shuffled"
         name = f"{kind}:{Path(rest).name}" if is_local_text(text.source) else text.source
-        inside = f" {Path(text.file).name}" if text.file else f" {text.split}" if text.split else ""
-        return f"{name}{inside}{part}, {text.nsamples or 'all'} images"
+        split = f" {text.split}" if text.split else ""
+        return f"{name}{split}{part}, {text.nsamples or 'all'} images"
     source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
     split = f" {text.split}" if text.split else ""

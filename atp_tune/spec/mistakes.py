@@ -20,8 +20,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 _HASH = "must be 64 hexadecimal digits in lower case"
 PATTERNS = {
-    **{f"{table}.sha256": _HASH for table in ("model", "model.probe")},
-    **{f"images.{role}.sha256": _HASH for role in ("calibration", "validation", "test")},
+    "model.sha256": _HASH,
     "device": "must be auto, cpu, mps, cuda or cuda:N",
 }
 _NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"

@@ -120,7 +120,7 @@ def code_in(study: Study) -> Iterator[tuple[str, str]]:
     yield from ((named.key, named.written) for named in named_in(study) if is_place(named.written))
     table = "texts" if study.images is None else "images"
     data = {f"{table}.{role}.source": text for role, text in study.data if isinstance(text, Text | ImageSet)}
-    yield from _imports(data if study.model.probe is None else {**data, "model.probe.source": study.model.probe})
+    yield from _imports(data)
     if study.limit is not None:
         yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
 

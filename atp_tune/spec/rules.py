@@ -34,7 +34,7 @@ def _where(condition: Any, where: str, *rows: Row) -> Iterator[Row]:
 
 def _of_items(study: "Study") -> Iterator[Row]:
     """Yields the rows on image classifiers and language models."""
-    images, probe, limit, prune = study.images, study.model.probe, study.limit, study.prune
+    images, limit, prune = study.images, study.limit, study.prune
     own = 'protocol = "paper-images" has "dense"'
     yield (
         "protocol",
@@ -47,7 +47,6 @@ def _of_items(study: "Study") -> Iterator[Row]:
         (f'{own}, not "{prune.statistics}"; set it, or take paper'),
     )
     if images is None:
-        yield "model.probe", probe, "is for models of images, and this study has texts; leave it out"
         yield (
             "search.objective",
             ACCURACY in study.search.objective,
@@ -72,12 +71,6 @@ def _of_items(study: "Study") -> Iterator[Row]:
             limit and limit.min_accuracy,
             ("is measured on tasks of texts; take max_drop, of the accuracy on images"),
         )
-        for role, part in (("validation", images.validation), ("test", images.test)):
-            yield (
-                f"images.{role}",
-                probe and part and part.overlaps(probe),
-                ("reads the same images as model.probe; give it another split or part"),
-            )
 
 
 def _of_roles(study: "Study") -> Iterator[Row]:

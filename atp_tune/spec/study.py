@@ -14,7 +14,7 @@ from pydantic_core import PydanticKnownError
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.spec.images import CLASSES, ImageSet, ImageSets, Probe
+from atp_tune.spec.images import CLASSES, ImageSet, ImageSets
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.quantize import Methods, QuantizeConfig, level_of, methods_of
 from atp_tune.spec.recover import RecoverConfig
@@ -45,7 +45,6 @@ class ModelConfig(SettingsTable):
     )
     allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
     trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
-    probe: Probe | None = Field(None, description="of a model of images without a classifier: fit a linear one")
     prune: tuple[Literal["language", "vision"], ...] = Field(
         ("language",), description='of a model that reads images beside text: ["language", "vision"] for its tower too'
     )
