@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'atp_tune' has no attribute {name!r}")
     if _PLACES[name].startswith("api."):
-        from atp_tune.threads import wait_asleep
+        from atp_tune.system import wait_asleep
 
         wait_asleep()  # before torch is imported
     found = globals()[name] = getattr(import_module(f"atp_tune.{_PLACES[name]}"), name)

@@ -161,7 +161,7 @@ def _system() -> str:
 def _processor() -> Processor:
     import torch
 
-    from atp_tune.cpu import cpu_flags, cpu_name
+    from atp_tune.system import cpu_flags, cpu_name
 
     flags = cpu_flags()
     return Processor(
@@ -216,7 +216,7 @@ def _triton() -> str:
     """Whether SparseGPT's kernel compiles and runs on the first GPU."""
     import torch
 
-    from atp_tune import launching
+    from atp_tune import system
     from atp_tune.pruners import columns
 
     if find_spec("triton") is None:
@@ -224,11 +224,11 @@ def _triton() -> str:
     if not torch.cuda.is_available():
         return "has no GPU to run on"
     reasons = Reasons()
-    launching.log.addHandler(reasons)
+    system.log.addHandler(reasons)
     try:
         columns.on_gpu(torch.device("cuda", 0))
     finally:
-        launching.log.removeHandler(reasons)
+        system.log.removeHandler(reasons)
     return "; ".join(reasons.texts) or "works"
 
 

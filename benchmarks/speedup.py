@@ -35,7 +35,6 @@ from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
-from atp_tune.cpu import cpu_name
 from atp_tune.events import EventHandler, Place
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.provenance import ABOUT
@@ -44,6 +43,7 @@ from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
 from atp_tune.speed.model_pair import Pair, find_pair
 from atp_tune.speed.throughput import Workload
+from atp_tune.system import cpu_name
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"

@@ -10,7 +10,7 @@ from families import few
 from torch import Tensor
 from tritons import WHY, compiles, interpreted
 
-from atp_tune import launching
+from atp_tune import system
 from atp_tune.pruners import columns
 from atp_tune.pruners.columns import plain, strips, sweep
 
@@ -170,6 +170,6 @@ def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypa
 
 
 def test_without_triton(launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    monkeypatch.setattr(system, "find_spec", lambda name: None)
     assert columns.on_gpu(CPU) is plain
     assert not caplog.records

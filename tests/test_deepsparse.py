@@ -13,10 +13,10 @@ import torch
 from tinystudy import HANGS, CommandLine, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
-from atp_tune.cpu import cpu_flags
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.speed.throughput import Workload
+from atp_tune.system import cpu_flags
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "deepsparse" / "speed.py"
 SHAPE = {

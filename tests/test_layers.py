@@ -23,11 +23,7 @@ LARGEST = 640  # lines of a file
 LAYERS = [
     "errors",
     "extras",
-    "threads",
-    "launching",
-    "libraries",
-    "cpu",
-    "interrupts",
+    "system",
     "frozen",
     "registry",
     "paths",
@@ -48,7 +44,6 @@ LAYERS = [
     "checkpoints",
     "inputs",
     "presets",
-    "study_request",
     "blocks",
     "scores",
     "generation",
@@ -235,7 +230,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
         assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
         own = {module for module in anywhere()[name] if module.startswith("atp_tune")}
-        below = {f"atp_tune.{name}" for name in ("errors", "frozen", "launching", "registry", "plugins")}
+        below = {f"atp_tune.{name}" for name in ("errors", "frozen", "system", "registry", "plugins")}
         assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
 

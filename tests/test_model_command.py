@@ -20,7 +20,16 @@ from atp_tune.cli.commands import model
 from atp_tune.cli.model_group import MODEL
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
-from atp_tune.presets import HUB_TEXTS, PARTS, PRESETS, search_over_interval, texts_from, texts_from_hub
+from atp_tune.presets import (
+    HUB_TEXTS,
+    PARTS,
+    PRESETS,
+    StudyRequest,
+    search_over_interval,
+    texts_from,
+    texts_from_hub,
+    usual_texts,
+)
 from atp_tune.spec.config import read_config
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
@@ -29,7 +38,6 @@ from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.spec.writing import write_study
 from atp_tune.storage.progress import best_trial, counted, excess_of
-from atp_tune.study_request import StudyRequest, usual_texts
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tritons import WHY, compiles, interpreted
 
-from atp_tune import launching
+from atp_tune import system
 from atp_tune.packed import gpu
 from atp_tune.packed.gpu import GpuMatrix
 
@@ -194,7 +194,7 @@ def test_where_the_kernel_is_taken(tokens: int, rows: int, processors: int | Non
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.has_kernel.cache_clear()
-    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    monkeypatch.setattr(system, "find_spec", lambda name: None)
     assert not gpu.has_kernel(CPU)
     gpu.has_kernel.cache_clear()
 

@@ -18,7 +18,7 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
-from atp_tune import cpu
+from atp_tune import system
 from atp_tune.packed import kernel, kernel_dense, library
 from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, by_tiles, kernel_name, multiplies, row_offsets
 
@@ -294,14 +294,14 @@ def test_the_variant_of_a_cpu(
     if library.library() is None or sys.platform != "linux" or "avx2" not in library.variants():
         pytest.skip("needs the library for x86")
     fields = {"vendor_id": vendor, "flags": f"{' '.join(library._AVX512)} {flags}"}
-    monkeypatch.setattr(cpu, "_cpuinfo", fields.get)
+    monkeypatch.setattr(system, "_cpuinfo", fields.get)
     compiled = library._compiled() | 1 << library.VARIANTS["amx"]  # which the system may have refused here
     monkeypatch.setattr(library, "_compiled", lambda: compiled)
     assert library.variants.__wrapped__()[0] == name
-    monkeypatch.setattr(kernel, "torch_multiplies_bf16_fast", cpu.multiplies_bf16_fast)
+    monkeypatch.setattr(kernel, "torch_multiplies_bf16_fast", system.multiplies_bf16_fast)
     bf16, wide = torch.bfloat16, torch.float32
     assert multiplies(name, bf16, 100, bf16) is multiplies(name, bf16, 100, torch.int8) is not by_torch
-    assert multiplies(name, bf16, 100, wide) is not cpu.multiplies_bf16_fast()
+    assert multiplies(name, bf16, 100, wide) is not system.multiplies_bf16_fast()
     assert multiplies(name, bf16, BATCH + 1, bf16) and multiplies(name, wide, 100, wide)
 
 

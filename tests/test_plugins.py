@@ -29,6 +29,7 @@ from atp_tune.figures.style import colour_of
 from atp_tune.frozen import STORED, SettingsTable
 from atp_tune.inputs.documents import documents
 from atp_tune.plan import Plan
+from atp_tune.presets import StudyRequest
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms
@@ -48,7 +49,6 @@ from atp_tune.spec.studyfile import from_settings, load
 from atp_tune.spec.studyfile import settings as settings_of
 from atp_tune.spec.texts import Text
 from atp_tune.spec.writing import study_text
-from atp_tune.study_request import StudyRequest
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
 GOLDEN = Path(__file__).parent / "golden" / "config.json"

@@ -22,13 +22,13 @@ from sqlalchemy.exc import OperationalError
 from tinystudy import HANGS
 
 from atp_tune.errors import UserError
-from atp_tune.interrupts import interruptible
 from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import retry
 from atp_tune.storage.database import CALLS
 from atp_tune.storage.opening import open_database, open_storage
 from atp_tune.storage.remote import connect
 from atp_tune.storage.retry import Retrying
+from atp_tune.system import interruptible
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 END = (TrialState.COMPLETE, [1.5])

@@ -20,7 +20,7 @@ from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, context_length
+from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
@@ -31,7 +31,6 @@ from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
-from atp_tune.study_request import check_text, source_of, usual_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from atp_tune import cpu
+from atp_tune import system
 from atp_tune.errors import UserError
 
 GIB = 1024**3
@@ -80,7 +80,7 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
     """Whether bf16 matrices multiply at least about twice as fast as float32 matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and cpu.multiplies_bf16_fast()
+    return device.type == "cpu" and system.multiplies_bf16_fast()
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> list[str]:

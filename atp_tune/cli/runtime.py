@@ -6,9 +6,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from atp_tune import interrupts
+from atp_tune import system
 from atp_tune.cli.terminal import console
-from atp_tune.libraries import silenced
+from atp_tune.system import silenced
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = b"\x1b[?25h"
@@ -57,5 +57,5 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
             with suppress(OSError, ValueError):  # not by `console`, which may be writing just now
                 os.write(console.file.fileno(), SHOW_CURSOR)
 
-    with interrupts.interruptible(*stops, once=once):
+    with system.interruptible(*stops, once=once):
         yield

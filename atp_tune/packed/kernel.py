@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from atp_tune import cpu
+from atp_tune import system
 from atp_tune.packed.library import (
     ALONE,
     VARIANTS,
@@ -214,7 +214,7 @@ def by_tiles(name: str | None, dtype: torch.dtype, values: torch.dtype) -> bool:
 @cache
 def torch_multiplies_bf16_fast() -> bool:
     """As of `cpu`, looked up once."""
-    return cpu.multiplies_bf16_fast()
+    return system.multiplies_bf16_fast()
 
 
 def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:

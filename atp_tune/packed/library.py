@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from atp_tune import cpu
+from atp_tune import system
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 TORCH = "torch"  # ATP_TUNE_ISA: no variant
@@ -65,7 +65,7 @@ def variants() -> tuple[str, ...]:
     """The variants that the library has and this CPU can run, the fastest first."""
     if library() is None:
         return ()
-    flags, order = _flags(), _FASTEST_ON_AMD if cpu.is_amd() else _FASTEST_FIRST
+    flags, order = _flags(), _FASTEST_ON_AMD if system.is_amd() else _FASTEST_FIRST
     return tuple(name for name in order if _compiled() >> VARIANTS[name] & 1 and _NEEDS.get(name, frozenset()) <= flags)
 
 
@@ -149,7 +149,7 @@ def _compiled() -> int:
 
 def _flags() -> frozenset[str]:
     """What the CPU can do, in the words of /proc/cpuinfo; elsewhere than on Linux as torch sees it."""
-    if flags := cpu.cpu_flags():
+    if flags := system.cpu_flags():
         return flags
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.launching import launches
+from atp_tune.system import launches
 
 STRIP = 16  # columns
 ALONE = 9216  # matrix elements up to which OpenBLAS multiplies by a vector in one thread, which is faster

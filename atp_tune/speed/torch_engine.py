@@ -20,13 +20,13 @@ from transformers.utils import logging as hf_logging
 from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_dtype
-from atp_tune.cpu import cpu_name
 from atp_tune.errors import UserError
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.inputs.pixels import ImageProcessor
 from atp_tune.metrics.speed import Phase, Side
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
+from atp_tune.system import cpu_name
 
 SEMI_STRUCTURED = "semi-structured"
 PICTURE = 256  # pixels a side of a picture from which the size of a classifier's images is learnt

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import UserError
-from atp_tune.interrupts import pause
+from atp_tune.system import pause
 
 RETRY_SECONDS = 3600  # seconds of an outage after which a worker gives up
 RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one repeats

@@ -26,7 +26,6 @@ from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
-from atp_tune.cpu import cpu_flags, cpu_name
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.metrics.speed import PHASES, SIDES, Sizes, Speed
@@ -35,6 +34,7 @@ from atp_tune.speed.benchmark import check_positions
 from atp_tune.speed.model_pair import Pair, about, find_pair
 from atp_tune.speed.throughput import About, Workload, measured
 from atp_tune.speed.torch_engine import dtypes, opened, random_ids
+from atp_tune.system import cpu_flags, cpu_name
 
 VERSION = "1.8.0"
 PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself, which needs numpy 1

@@ -20,10 +20,10 @@ from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
+    from atp_tune.presets import StudyRequest
     from atp_tune.run.session import Session
     from atp_tune.spec.study import Study
     from atp_tune.spec.studyfile import StudyFile
-    from atp_tune.study_request import StudyRequest
 
 OWN_CODE = "model.trust_remote_code=true"  # as --set takes it
 
@@ -146,12 +146,12 @@ def model(
 
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
     """
+    from atp_tune.presets import StudyRequest
     from atp_tune.spec.finding import HERE, known
     from atp_tune.spec.plugged import rooted
     from atp_tune.spec.studyfile import tables
     from atp_tune.spec.typed import goal, only_limit
     from atp_tune.spec.writing import write_study
-    from atp_tune.study_request import StudyRequest
 
     if source in [path.stem for path in known()] and not Path(source).exists():
         raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")

@@ -1,0 +1,222 @@
+"""The machine and the process: threads, the CPU, Triton, the noise of libraries, and signals."""
+
+import logging
+import os
+import platform
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Timer, current_thread, main_thread
+from time import sleep
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+# How torch's threads wait for each other. They sleep soon, so that other jobs on the same cores cost less: by default
+# libgomp's threads spin for millions of rounds, which makes a trial several times slower if other jobs use the cores;
+# on idle cores 10,000 rounds are no slower. It reads this once, when torch is imported.
+
+SPINS = "10000"
+
+
+def wait_asleep() -> None:
+    """Sets it for this process and its children, unless the user did; has no effect once torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+# The CPU, by /proc/cpuinfo.
+
+
+def cpu_flags() -> frozenset[str]:
+    """Flags of the CPU in Linux, such as avx2 and avx512f; empty if unknown."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def cpu_name() -> str:
+    """The model name of the CPU, and whether it has AMX: virtual machines give one name to CPUs with and without."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in cpu_flags() else name
+
+
+def is_amd() -> bool:
+    """Whether AMD made the CPU, as far as is known."""
+    return _cpuinfo("vendor_id") == "AuthenticAMD"
+
+
+def multiplies_bf16_fast() -> bool:
+    """Whether torch multiplies bf16 matrices at least about twice as fast as float32 matrices.
+
+    By AMX, or AVX-512 BF16 of an AMD CPU; an Intel CPU without AMX multiplies them half as fast (docs/log.md).
+    """
+    flags = cpu_flags()
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and is_amd())
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first CPU; empty if it has none, and elsewhere than on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+# Triton, which needs a C compiler at the first launch that many images lack.
+
+
+def launches(launch: Callable[[], object], without: str) -> bool:
+    """Whether a kernel runs, which `launch` imports and launches once; False without Triton.
+
+    If it fails, a warning in the log says why, after `without`, which says what is done instead. Memory that ran out
+    tells nothing of the kernel: that error is raised.
+    """
+    if find_spec("triton") is None:
+        return False
+    try:
+        launch()
+    except Exception as error:  # from Triton, its import, a compiler, ptxas or the driver
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        log.warning(f"{without}: {type(error).__name__}: {reason}")
+        return False
+    return True
+
+
+# Logs, bars and warnings of the libraries that do the work; their exceptions still reach the caller.
+
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}  # read when they are imported
+LOGGERS = ("bitsandbytes",)  # PEFT imports it; on a CPU with AVX-512 BF16 it then asks for a package, with a warning
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silences them within; what is said, shown and warned of is as before at the end."""
+    import optuna
+
+    before = _of_transformers()
+    variables = {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(variables)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    _set(("ERROR", False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for name in variables:
+            os.environ.pop(name, None)
+        _set(before)
+
+
+def _of_transformers() -> tuple[Any, bool]:
+    """The verbosity of transformers, and whether it shows bars; its defaults before it is imported."""
+    module = sys.modules.get("transformers.utils.logging")
+    if module is None:
+        return os.environ.get("TRANSFORMERS_VERBOSITY", "warning").upper(), True
+    return module.get_verbosity(), bool(module.is_progress_bar_enabled())
+
+
+def _set(what: tuple[Any, bool]) -> None:
+    """Sets both, if transformers is imported; a verbosity is a number or the name of one."""
+    module: Any = sys.modules.get("transformers.utils.logging")
+    if module is None:
+        return
+    verbosity, shows_bars = what
+    module.set_verbosity(getattr(module, verbosity, module.WARNING) if isinstance(verbosity, str) else verbosity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a variable that switches off the bars of downloads
+        (module.enable_progress_bar if shows_bars else module.disable_progress_bar)()
+
+
+# Ctrl-C and SIGTERM: they raise KeyboardInterrupt, but never within a call of the storage.
+
+SOON = 0.02  # seconds until an interruption that would break a call is tried again
+
+
+@contextmanager
+def interruptible(*stops: signal.Signals, once: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The first of these signals raises KeyboardInterrupt outside calls of the storage; `once` is called before.
+
+    An exception within a transaction of SQLAlchemy would leave the database locked and Optuna's threads waiting; within
+    a request of gRPC, a channel whose next request may never be answered. After the first signal `once` may install
+    other handlers; those of before are back at the end. Does nothing in a thread that gets no signals.
+
+    Where Python swallows the exception, as in a generator that is deleted, the signal is sent again.
+    """
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        if in_call(frame):
+            send_again(signum)
+            return
+        once()
+        raise Interruption(signum)
+
+    def swallowed(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, Interruption):
+            others(what)
+            return
+        for stop in stops:
+            signal.signal(stop, first)
+        send_again(what.exc_value.signum)
+
+    before, others = {stop: signal.signal(stop, first) for stop in stops}, sys.unraisablehook
+    sys.unraisablehook = swallowed
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+class Interruption(KeyboardInterrupt):
+    """The exception of a signal, with the signal's number."""
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+def send_again(signum: int) -> None:
+    """Sends a signal to the main thread in a moment; a real one also ends a sleep."""
+    Timer(SOON, signal.pthread_kill, (main_thread().ident, signum)).start()
+
+
+def in_call(frame: FrameType | None) -> bool:
+    """Whether the stack is within a call of the storage, other than a `pause`.
+
+    True also in callbacks of weak references and in finalisers, which an exception would leave half done, and in which
+    Python swallows it.
+    """
+    while frame is not None:
+        if frame.f_code is pause.__code__:
+            return False
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "__del__":
+            return True
+        if module.startswith(("sqlalchemy.", "optuna.storages.", "optuna.study._tell", "weakref")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def pause(seconds: float) -> None:
+    """Sleeps between two attempts of a call; it may be interrupted here."""
+    sleep(seconds)
