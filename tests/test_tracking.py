@@ -12,7 +12,7 @@ from tinystudy import CommandLine, settings, stored
 
 from atp_tune.extras import install
 from atp_tune.results.summary import summarise
-from atp_tune.tracking import TRACKERS
+from atp_tune.tracking.trackers import TRACKERS
 
 FEW = settings("texts.calibration.nsamples=2", "texts.validation.nsamples=4", "texts.test.nsamples=4")
 ROWS = list[tuple[int, float]]  # steps and values
@@ -65,7 +65,7 @@ def from_wandb(place: Path) -> dict[str, ROWS]:
             record.ParseFromString(content)
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             for name, value in row.items():
-                if name not in ("plan", "state"):
+                if name != "plan":
                     found.setdefault(name, []).append((int(row["trial"]), value))
             for item in record.summary.update:
                 key = item.key or ".".join(item.nested_key)
@@ -141,18 +141,18 @@ def test_a_server_for_mlflow_is_respected(
 class Fails:
     place = "nowhere"
 
-    def __init__(self, study: Any) -> None:
-        self.written = 0
+    def __init__(self, *study: Any) -> None:
+        pass
 
-    def known(self) -> set[int]:
+    def steps(self, name: str) -> set[int]:
         return set()
 
-    def log(self, record: Any) -> None:
+    def log(self, *record: Any) -> None:
         raise OSError("disk\nfull")
 
 
 def test_a_tracker_that_fails_is_said_once(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRACKERS.data, "mlflow", Fails)
+    monkeypatch.setitem(TRACKERS, "mlflow", Fails)
     answer = track(command, place, "--track", "mlflow", "--track", "tensorboard", "--trials", "3")
     assert answer.out.count("--track mlflow: OSError: disk full; the study goes on without it\n") == 1
     assert len(from_tensorboard(place)["trial/perplexity"]) == 3

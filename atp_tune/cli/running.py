@@ -96,7 +96,7 @@ Said = Callable[["StudyFile", "Session"], str]  # what is said of a new study, o
 
 def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:
     """Runs or resumes a study, or prints its cost."""
-    from atp_tune.tracking import check_installed
+    from atp_tune.tracking.trackers import check_installed
 
     file = options.load(study)
     names = _devices(file.study.device, options.workers, options.devices)

@@ -1,33 +1,32 @@
 """Keeps trackers up to date with a study while it runs; one that fails is left out, and the study goes on."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.events import Event, EventHandler, Message, TrialEnded
-from atp_tune.results.summary import summarise
-from atp_tune.tracking import TRACKERS, TrackedStudy, Tracker
-from atp_tune.tracking.records import final_numbers, records
+from atp_tune.results.summary import Summary, summarise
+from atp_tune.results.trials import error_of, kl_of, parameters_of, score_of
+from atp_tune.tracking.trackers import SECONDS, TRACKERS, Beside, Tracker
+
+Numbers = dict[str, float]
 
 
 class Follower:
     """An event handler that writes each trial that has ended to the trackers; a context manager.
 
-    `load` reads the study from its storage, None before it is made; `beside` gives the path of a file beside its
-    database; `tell` gets a message if a tracker fails.
+    `load` reads the study from its storage, None before it is made; `tell` gets a message if a tracker fails.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        load: Callable[[], optuna.Study | None],
-        beside: Callable[[str], Path],
-        tell: EventHandler,
+        self, names: Sequence[str], load: Callable[[], optuna.Study | None], beside: Beside, tell: EventHandler
     ) -> None:
         self._waiting = list(dict.fromkeys(names))  # not yet opened
         self._open: dict[str, Tracker] = {}
@@ -53,30 +52,30 @@ class Follower:
     def _write(self, final: bool = False) -> None:
         if not (self._waiting or self._open):
             return
-        self._study = self._study or self._load()
-        study = self._study
+        self._study = study = self._study or self._load()
         if study is None or not (trials := study.get_trials(deepcopy=False)):
             return
         key = sha256_of_json([study.study_name, str(trials[0].datetime_start)])[:16]
         for name in self._waiting:
-            self._guarded(name, partial(self._begin, name, TrackedStudy(study.study_name, key, self._beside)))
+            self._guarded(name, partial(self._begin, name, study.study_name, key))
         self._waiting = []
         summary = summarise(study)
-        rows = list(records(study, summary))
+        rows = list(records(trials, summary))
 
         def write(tracker: Tracker) -> None:
-            known = tracker.known()
+            known = tracker.steps(SECONDS)
             for row in rows:
-                if row.number not in known:
-                    tracker.log(row)
+                if row[0] not in known:
+                    tracker.log(*row)
             if final and rows:
-                tracker.finish(final_numbers(summary), rows[-1].number)
+                last, finals = rows[-1][0], final_numbers(summary)
+                tracker.log(last, {name: finals[name] for name in finals if last not in tracker.steps(name)})
 
         for name, tracker in list(self._open.items()):
             self._guarded(name, partial(write, tracker))
 
-    def _begin(self, name: str, study: TrackedStudy) -> None:
-        self._open[name] = tracker = TRACKERS[name](study)
+    def _begin(self, name: str, study: str, key: str) -> None:
+        self._open[name] = tracker = TRACKERS[name](study, key, self._beside)
         self._tell(Message(f"--track {name}: {tracker.place}"))
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
@@ -86,3 +85,53 @@ class Follower:
         except Exception as error:  # trackers raise many types
             self._open.pop(name, None)
             self._tell(Message(f"--track {name}: {one_line(error)}; the study goes on without it"))
+
+
+def records(trials: Sequence[FrozenTrial], summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
+    """The trials that have ended, by number: numbers, with the best up to each and the baselines; plan and state."""
+    best: Numbers = {}
+    baselines = _named("baseline", {"dense": summary.dense.validation, "uniform": summary.uniform.validation})
+    for trial in trials:
+        if trial.state.is_finished():
+            found = _values(trial)
+            if "stopped_after" not in trial.user_attrs:  # else the values are estimates
+                own = {key: value for key, value in found.items() if "stderr" not in key}
+                best |= {key: min(value, best.get(key, math.inf)) for key, value in own.items()}
+            drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
+            parameters = {key: float(value) for key, value in drawn.items() if _is_number(value)}
+            numbers = {
+                f"{table}/{key}": value
+                for table, each in (("trial", found), ("best", best), ("parameters", parameters))
+                for key, value in each.items()
+            }
+            seconds = trial.duration.total_seconds() if trial.duration else 0.0
+            plan = " ".join(str(value) for key, value in drawn.items() if key not in parameters)
+            yield trial.number, {**numbers, **baselines, SECONDS: seconds}, f"{plan} ({trial.state.name.lower()})"
+
+
+def final_numbers(summary: Summary) -> Numbers:
+    """Perplexities of dense, uniform and best on both texts, as far as they are known, and the best trial's number."""
+    rows = {"dense": summary.dense, "uniform": summary.uniform, "best": summary.best}
+    found: Numbers = {}
+    for text in ("validation", "test"):
+        found |= _named(f"final/{text}", {name: getattr(scores, text) for name, scores in rows.items()})
+    return found | ({"final/best_trial": float(summary.best_trial.number)} if summary.best_trial else {})
+
+
+def _values(trial: FrozenTrial) -> Numbers:
+    """A trial's perplexity and KL with their standard errors, and its top-1 error, as far as it has them."""
+    found: Numbers = {}
+    for name, score in (("perplexity", score_of(trial)), ("kl", kl_of(trial))):
+        if score is not None and math.isfinite(score.value):
+            found |= {name: score.value} | ({f"{name}_stderr": score.stderr} if score.stderr else {})
+    error = error_of(trial)
+    return found if error is None else {**found, "top1_error": error}
+
+
+def _named(prefix: str, scores: Mapping[str, Any]) -> Numbers:
+    values = {name: getattr(score, "value", math.nan) for name, score in scores.items()}
+    return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

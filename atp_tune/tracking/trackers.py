@@ -1,0 +1,153 @@
+"""Experiment trackers that a study can write to: TensorBoard, MLflow, Weights & Biases.
+
+A tracker has one run per study and one step per trial, the trial's number. What it has it knows itself, so that a study
+that is resumed goes on in the same run and no trial is written twice. Each imports its package when it is opened.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from atp_tune.cache import alone_with, write_atomically
+from atp_tune.errors import without_secrets
+from atp_tune.extras import require
+
+PROJECT = "atp_tune"  # of Weights & Biases; MLflow calls it an experiment
+TAG = "atp_tune.study"  # by which MLflow finds a run again
+SECONDS = "trial/seconds"  # a number that every trial has
+Beside = Callable[[str], Path]  # the path of a file beside the study's database
+
+
+class Tracker(Protocol):
+    """One run of one tracker; `place`: where it writes, for people."""
+
+    place: str
+
+    def __init__(self, name: str, key: str, beside: Beside) -> None:
+        """`name`: of the study; `key`: of the study too, which stays when its database moves."""
+
+    def steps(self, name: str) -> set[int]:
+        """The steps at which it has a number."""
+
+    def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
+        """Writes a trial with its plan and state in words, or the final numbers at the step of the last trial."""
+
+    def close(self) -> None:
+        """Flushes all to the disk or the server."""
+
+
+class TensorBoardRun:
+    """Event files in the folder NAME.tensorboard; a resumed run adds one."""
+
+    def __init__(self, name: str, key: str, beside: Beside) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = str(beside(f"{name}.tensorboard"))
+        self.place = f"tensorboard --logdir {folder}"
+        self._steps: dict[str, set[int]] = defaultdict(set)
+        if Path(folder).is_dir():
+            read = EventAccumulator(folder, size_guidance={"scalars": 0})  # 0: none is left out
+            read.Reload()
+            self._steps |= {tag: {event.step for event in read.Scalars(tag)} for tag in read.Tags()["scalars"]}
+        self._writer = SummaryWriter(folder)
+
+    def steps(self, name: str) -> set[int]:
+        """Of its files, and of this run."""
+        return self._steps[name]
+
+    def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
+        """Writes scalars, and the plan as a text."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+            self._steps[name].add(step)
+        if plan:
+            self._writer.add_text("trial/plan", plan, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes its file."""
+        self._writer.close()
+
+
+class MLflowRun:
+    """A run of the experiment atp_tune, in MLFLOW_TRACKING_URI or the SQLite file NAME.mlflow.db."""
+
+    def __init__(self, name: str, key: str, beside: Beside) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        own = f"sqlite:///{beside(f'{name}.mlflow.db').absolute()}"
+        address = os.environ.get("MLFLOW_TRACKING_URI") or own
+        self.place = f"experiment {PROJECT} in {without_secrets(address)}"
+        self._client = MlflowClient(tracking_uri=address)
+        found = self._client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
+        runs = self._client.search_runs([experiment], f"tags.`{TAG}` = '{key}'")
+        run = runs[0] if runs else self._client.create_run(experiment, run_name=name, tags={TAG: key})
+        self._run = run.info.run_id
+        self._client.update_run(self._run, status="RUNNING")
+
+    def steps(self, name: str) -> set[int]:
+        """Of the history of a metric."""
+        return {metric.step for metric in self._client.get_metric_history(self._run, name)}
+
+    def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
+        """Writes metrics, and the plan as a tag; the metric that marks a trial as known comes last."""
+        if plan:
+            self._client.set_tag(self._run, f"trial.{step}", plan)
+        for name in sorted(numbers, key=lambda name: name == SECONDS):
+            self._client.log_metric(self._run, name, numbers[name], step=step)
+
+    def close(self) -> None:
+        """Marks the run as finished for now."""
+        self._client.set_terminated(self._run)
+
+
+class WandbRun:
+    """A run of the project atp_tune, whose id is the same each time; its files are in the folder NAME.wandb.
+
+    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are respected. A run that is offline cannot be asked what it has, so the
+    file `trials.json` of the folder lists the trials that were written.
+    """
+
+    def __init__(self, name: str, key: str, beside: Beside) -> None:
+        import wandb
+
+        folder = beside(f"{name}.wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._list, project = folder / "trials.json", os.environ.get("WANDB_PROJECT") or PROJECT
+        self.place = f"project {project}, files in {folder}"
+        quiet = wandb.Settings(silent=True, console="off")
+        self._run: Any = wandb.init(project=project, name=name, id=key, resume="allow", dir=str(folder), settings=quiet)
+        self._run.define_metric("*", step_metric="trial")
+
+    def steps(self, name: str) -> set[int]:
+        """Of trials; final numbers may be written again."""
+        return set(json.loads(self._list.read_text())) if name == SECONDS and self._list.is_file() else set()
+
+    def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
+        """Writes a trial, or the final numbers into the run's summary."""
+        if not plan:
+            self._run.summary.update(numbers)
+            return
+        self._run.log({"trial": step, "plan": plan, **numbers})
+        with alone_with(self._list):
+            write_atomically(self._list, json.dumps(sorted({step, *self.steps(SECONDS)})).encode())
+
+    def close(self) -> None:
+        """Ends the run for now; a later one with its id goes on."""
+        self._run.finish()
+
+
+# Each name is also that of the module that the tracker needs, and of the extra that installs it.
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoardRun, "mlflow": MLflowRun, "wandb": WandbRun}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """UserError if the package of a tracker is missing."""
+    for name in names:
+        require(name, f"--track {name}")
