@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.bit_pricing import BitPricing, Costs
 from atp_tune.blocks.gradients import BlockGradients
+from atp_tune.blocks.pricing import BitPricing, Costs
 from atp_tune.quantizers.rtn import RTN
 from atp_tune.run.prices import CalibrationGradients, bit_costs, items_of_costs, priced_shares
 from atp_tune.run.session import Session

@@ -16,10 +16,10 @@ from test_card import body, card, rows
 from test_config import config
 from tinystudy import CommandLine, run, settings, stored
 
+from atp_tune import generation as generation_prompts
 from atp_tune.cli import tables
 from atp_tune.cli.console import Terminal
 from atp_tune.events import Event, Message
-from atp_tune.generation import prompts as generation_prompts
 from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line

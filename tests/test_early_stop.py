@@ -2,8 +2,8 @@
 
 import pytest
 
-from atp_tune.sparse.early_stop import EarlyStop, windows_held_out, windows_read
 from atp_tune.sparse.provenance import Settings
+from atp_tune.sparse.training import EarlyStop, windows_held_out, windows_read
 
 SETTINGS = Settings(steps=10, rank=2, alpha=4, learning_rate=0.1, seqlen=8, batch=9, seed=0, patience=2)
 

@@ -19,9 +19,7 @@ from transformers import GenerationConfig
 from atp_tune.blocks.replay import Replay
 from atp_tune.cli.chat_session import stoppable
 from atp_tune.errors import UserError
-from atp_tune.generation.conversation import Answer, ChatOptions, Speaker
-from atp_tune.generation.decoding import end_tokens, generate, longest
-from atp_tune.generation.prompts import continued, encode
+from atp_tune.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
 from atp_tune.plan import Plan
 from atp_tune.run.observers import Kept
 

@@ -25,12 +25,10 @@ from torch.nn import functional
 
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.allocations.rows import RowSparsities
-from atp_tune.blocks import gradients, kept_runs
+from atp_tune.blocks import gradients
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.gradients import BlockGradients, Sample
-from atp_tune.blocks.kept_runs import KeptRuns, Run
-from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels
-from atp_tune.blocks.pricing import Pricing
+from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Run, Sample
+from atp_tune.blocks.pricing import BAND, GRID, ByPlaces, ByPruner, Levels, Pricing
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.cost import parts
 from atp_tune.pruners import Pruner, make_pruner
@@ -332,8 +330,8 @@ def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
 ) -> None:
     """To the last bit, with room for all batches, for some and a half, and for none."""
     context, ids, sizes, found = bench_of(tiny(family)), random_ids(6, seed=5), list[int](), []
-    made, measured, batches = KeptRuns, kept_runs.graph_bytes, len(context.checkpoint.blocks) * -(-6 // windows)
-    monkeypatch.setattr(kept_runs, "graph_bytes", lambda result: sizes.append(measured(result)) or sizes[-1])
+    made, measured, batches = KeptRuns, gradients.graph_bytes, len(context.checkpoint.blocks) * -(-6 // windows)
+    monkeypatch.setattr(gradients, "graph_bytes", lambda result: sizes.append(measured(result)) or sizes[-1])
     for room_for, expected in ((batches + 1, batches), (some + 0.5, 2 * batches - some), (0, 2 * batches)):
         pricing, ran = pricing_of(context, windows), list[int]()
         replay, room = pricing._gradients.replay, int(room_for * max(sizes, default=1 << 20))
@@ -355,9 +353,9 @@ def test_a_graph_has_the_bytes_of_what_its_gradients_need() -> None:
     """Each tensor once: input and weight of a product, the result of exp, both factors of a square."""
     x, weight = torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()
     y = (x @ weight.T).exp()
-    assert kept_runs.graph_bytes(y) == 4 * (4 * 8 + 16 * 8 + 4 * 16)
-    assert kept_runs.graph_bytes(y.square().sum() + y.sum()) == kept_runs.graph_bytes(y)
-    assert kept_runs.graph_bytes(x + 1) == 0
+    assert gradients.graph_bytes(y) == 4 * (4 * 8 + 16 * 8 + 4 * 16)
+    assert gradients.graph_bytes(y.square().sum() + y.sum()) == gradients.graph_bytes(y)
+    assert gradients.graph_bytes(x + 1) == 0
 
 
 @pytest.mark.parametrize(("room_for", "expected"), [(4 * 300, 3), (2 * 300, 3.5), (0, 4)])

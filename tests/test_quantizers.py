@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problems, small, tied_problems
 from torch import Tensor
 
-from atp_tune.blocks.linear_pruner import unmeasured
+from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.plan import Plan, make_plan
 from atp_tune.pruners.refinement import Refined
 from atp_tune.pruners.sparsegpt import SparseGPT

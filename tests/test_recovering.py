@@ -220,7 +220,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
 def test_what_prevents_training_is_said_and_ends_no_study(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atp_tune.sparse.training_memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("atp_tune.sparse.training.free_memory", lambda device: 1000)
     answer = run(place, command, "recover.steps=9")
     assert (answer.code, answer.err) == (0, "")
     (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from atp_tune.errors import UserError
-from atp_tune.sparse import training, training_memory
+from atp_tune.sparse import training
 from atp_tune.sparse.provenance import Settings
-from atp_tune.sparse.training import Trainer, order, rate, stored_format
-from atp_tune.sparse.training_memory import bytes_needed, memory_needed
+from atp_tune.sparse.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
 
 SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, seqlen=13, batch=2, seed=3)
 FACTS = {"rank": "2"}
@@ -144,7 +143,7 @@ def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.Mon
         assert found == plain + 8 * 26 * checkpoint.config.vocab_size
     alone = memory_needed(checkpoint, SETTINGS).needed
     assert memory_needed(checkpoint, SETTINGS, teacher=1000).needed == alone + 1000
-    monkeypatch.setattr(training_memory, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(training, "free_memory", lambda device: 2**30)
     with pytest.raises(
         UserError, match=r"with 2\.0 GiB of the dense model; lower --batch, --seqlen or --rank, or take"
     ):
@@ -300,7 +299,7 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
     checkpoint = checkpoint_of(with_zeros("llama"))
     needed = bytes_needed(checkpoint, SETTINGS, recompute=False)
     assert bytes_needed(checkpoint, SETTINGS, recompute=True) < needed
-    monkeypatch.setattr(training_memory, "free_memory", lambda device: needed)
+    monkeypatch.setattr(training, "free_memory", lambda device: needed)
     tight = trainer()
     assert "partial" in str(tight._model.model.layers[0].forward)
     assert "partial" not in str(roomy._model.model.layers[0].forward)
@@ -308,7 +307,7 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
 
 
 def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
     with pytest.raises(
         UserError, match=r"^finetune: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
     ):

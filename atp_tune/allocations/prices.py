@@ -25,7 +25,8 @@ plan that costs least, by what rounding each linear to each number of bits costs
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
 biased at the distance of pruning. For pruners that change the kept weights a descent by Wanda's masks goes too far;
-κ = 0.6 is the second point of a search, and `prune.prices = "own"` descends by what the pruner makes (`blocks.levels`).
+κ = 0.6 is the second point of a search, and `prune.prices = "own"` descends by what the pruner makes
+(`blocks.pricing`).
 """
 
 import math

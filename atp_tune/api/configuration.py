@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from atp_tune.metrics.continuations import Continuations
     from atp_tune.sparse.applying import Way
-    from atp_tune.sparse.classifying import Classified
+    from atp_tune.sparse.both_models import Classified
 
 
 class Configuration:
@@ -138,7 +138,7 @@ class Configuration:
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
         """
-        from atp_tune.sparse import classifying
+        from atp_tune.sparse.both_models import classify
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with (
@@ -148,7 +148,7 @@ class Configuration:
         ):
             found = folder / "configuration.json"
             self.write(found)
-            return classifying.classify(paths, found, both, there)
+            return classify(paths, found, both, there)
 
     def evaluate(
         self,

@@ -13,7 +13,7 @@ step 1 is omitted, and step 3 runs only the windows of the error curve, if any.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -22,16 +22,16 @@ from torch import Tensor
 from atp_tune.allocations.rows import zeros_of_rows
 from atp_tune.blocks.batching import AutoBatch, once_more
 from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
-from atp_tune.blocks.linear_pruner import of_rows, unmeasured
+from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, prune_sequentially, stop_when_all_seen
 from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.sequential import prune_sequentially
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.inputs import Batch
 from atp_tune.plan import Plan
-from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners import Pruner, Statistics, make_pruner
+from atp_tune.pruners.refinement import Refined
 from atp_tune.pruners.selection import nonzeros
+from atp_tune.pruners.wanda import Wanda, WandaOfRows
 from atp_tune.quantizers.grid import Grid
 from atp_tune.quantizers.quantizing import Quantizing
 
@@ -341,3 +341,22 @@ def relative_error(hidden: Tensor, dense: Tensor) -> float:
     reference = dense.to(hidden.device).float()
     difference = hidden[: len(dense)].float() - reference
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference))
+
+
+def of_rows(pruner: Pruner, zeros: Tensor) -> Pruner:
+    """Wanda, by itself or with what follows it, with so many zeros [out] in the rows of one linear."""
+    if isinstance(pruner, Quantizing):
+        assert pruner.pruner is not None
+        return replace(pruner, pruner=of_rows(pruner.pruner, zeros))
+    if isinstance(pruner, Refined):
+        return pruner.after(lambda own: of_rows(own, zeros))
+    assert isinstance(pruner, Wanda)
+    return WandaOfRows(zeros)
+
+
+def unmeasured(pruner: Pruner) -> Pruner:
+    """The pruner for a linear without inputs: magnitude, with the same group; RTN, where weights are rounded."""
+    if isinstance(pruner, Quantizing):
+        return pruner.unmeasured(None if pruner.pruner is None else unmeasured(pruner.pruner))
+    group = getattr(pruner, "group", None)
+    return make_pruner("magnitude", None if group is None else {"group": group})

@@ -10,7 +10,7 @@ from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, is_text
 
 if TYPE_CHECKING:
-    from atp_tune.generation.conversation import Answer, ChatMessage, ChatOptions, Speaker
+    from atp_tune.generation import Answer, ChatMessage, ChatOptions, Speaker
     from atp_tune.sparse.both_models import Which
 
 Shown = Literal["sparse", "dense", "uniform", "both"]

@@ -24,7 +24,7 @@ from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_e
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.extras import require
-from atp_tune.generation.prompts import WeightsOf, continued
+from atp_tune.generation import WeightsOf, continued
 from atp_tune.inputs import Batch
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer

@@ -36,12 +36,9 @@ from atp_tune.allocations.prices import (
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.bit_pricing import BitPricing
 from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients, Sample
-from atp_tune.blocks.levels import BAND, GRID, ByPlaces, ByPruner, Levels, Places
-from atp_tune.blocks.pricing import Pricing
+from atp_tune.blocks.pricing import BAND, GRID, BitPricing, ByPlaces, ByPruner, Levels, Places, Pricing, RowPricing
 from atp_tune.blocks.prune_pass import BlockStatistics
-from atp_tune.blocks.row_pricing import RowPricing
 from atp_tune.cache import cache_dir, file_atomically, made_once, write_atomically
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint

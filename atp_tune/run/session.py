@@ -40,7 +40,7 @@ from atp_tune.pruners.wanda import Wanda
 from atp_tune.run.dense_model import DenseMeasurements, dense_blocks, dense_final_states
 from atp_tune.run.prices import POOL, CalibrationGradients, Descent, bit_costs, by_pruner, by_score, priced_shares
 from atp_tune.scores import SCORES, Score
-from atp_tune.scores.bos import compare_bos
+from atp_tune.scores.evaluation import compare_bos
 from atp_tune.spec.config import Config
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.images import CLASSES, IMAGES

@@ -1,6 +1,10 @@
-"""The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked."""
+"""The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked.
 
-from collections.abc import Callable
+For the command `classify` they see classes in pictures. The probability of a class is its softmax. Of equal ones the
+class with the lower index comes first, as in accuracies.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -8,18 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
-from atp_tune.checkpoints.classes import classifies_images
+from atp_tune.checkpoints.classes import classifies_images, model_config
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory
+from atp_tune.checkpoints.devices import find_device, find_dtype, is_out_of_memory, oom_as_user_error
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
-from atp_tune.generation.conversation import Speaker
+from atp_tune.frozen import FrozenModel
+from atp_tune.generation import Speaker
 from atp_tune.inputs import KINDS, InputKind
+from atp_tune.inputs.images import LABELLED_IMAGES, Images
+from atp_tune.inputs.pictures import Pictures, pictures_of
+from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
 from atp_tune.plan import Plan
@@ -186,3 +194,85 @@ def _replay(checkpoint: Checkpoint, inputs: InputKind[Any], folder: ModelFolder)
         if is_out_of_memory(error):
             raise
         raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error
+
+
+TOP = 5  # classes of an answer
+BATCH = 32  # pictures at a time
+
+
+class Guess(FrozenModel):
+    """A class: its index and name in the model's config, and its probability."""
+
+    index: int
+    name: str
+    probability: float
+
+
+class Classified(FrozenModel):
+    """The classes of a picture by the model that was asked, and by its dense model: the most probable is the first."""
+
+    file: str
+    classes: tuple[Guess, ...]
+    dense: tuple[Guess, ...] | None = None
+
+
+def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> tuple[Classified, ...]:
+    """The first `TOP` classes of each picture by the model of a folder or a configuration.
+
+    `both`: by its dense model too. UserError, before a model is loaded, for a file that is
+    no picture.
+    """
+    found = _Found(pictures_of(files, "FILE"))
+    use = Use("classify", "classify DIR FILE", found.kind, of_images=True)
+    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
+        sparse = found.guesses(models.model("sparse"))
+        dense = found.guesses(models.model("dense")) if both else [None] * len(sparse)
+    return tuple(
+        Classified(file=str(file), classes=own, dense=other)
+        for file, own, other in zip(files, sparse, dense, strict=True)
+    )
+
+
+class _Found:
+    """Pictures, decoded once to see that all can be, and their pixels by the processor of the first model."""
+
+    def __init__(self, found: Pictures) -> None:
+        self._pictures = found
+        self._folder: ModelFolder | None = None
+        for index in range(len(found)):
+            found.picture(index)
+
+    def kind(self, folder: ModelFolder) -> InputKind[Any]:
+        """The kind of input of a model, for images of the size of these."""
+        self._folder = self._folder or folder
+        return LABELLED_IMAGES.of({"test": self._images})
+
+    def guesses(self, own: WholeModel) -> list[tuple[Guess, ...]]:
+        """The first classes of each picture by a model."""
+        self._folder = self._folder or own.folder
+        return list(self._guesses(own, model_config(own.folder.path, own.folder.trusted).id2label))
+
+    def _guesses(self, own: WholeModel, names: Mapping[int, Any]) -> Iterator[tuple[Guess, ...]]:
+        for start in range(0, len(self._images), BATCH):
+            batch = self._images[start : start + BATCH].batch(own.device)
+            with torch.inference_mode(), own.opened() as model:
+                logits = LABELLED_IMAGES.forward(model, batch).logits
+            if not logits.isfinite().all():
+                raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
+            for places, values in zip(*_first(logits), strict=True):
+                yield tuple(
+                    Guess(index=index, name=class_name(names, index), probability=value)
+                    for index, value in zip(places.tolist(), values.tolist(), strict=True)
+                )
+
+    @cached_property
+    def _images(self) -> Images:
+        assert self._folder is not None
+        pixels = ImageProcessor.of(self._folder.path, self._folder.trusted).pixels(self._pictures)
+        return Images.of(pixels, torch.zeros(len(pixels), dtype=torch.int64), 1)
+
+
+def _first(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and probabilities [images, at most TOP] of the most probable classes of logits [images, classes]."""
+    values, places = logits.float().softmax(1).sort(dim=1, descending=True, stable=True)
+    return places[:, :TOP], values[:, :TOP]

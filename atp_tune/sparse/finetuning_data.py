@@ -11,8 +11,8 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, doubles_of, images_of
 from atp_tune.inputs.windows import Windows, first_windows, shared_windows, token_windows
-from atp_tune.sparse.early_stop import windows_held_out, windows_read
 from atp_tune.sparse.provenance import PrunedWith, Settings
+from atp_tune.sparse.training import windows_held_out, windows_read
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text

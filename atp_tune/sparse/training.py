@@ -5,13 +5,14 @@
            both: the mean of the two (`scores.losses`)
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
-    stop   the loss on held-out windows chooses the step whose adapters are merged (`early_stop`)
+    stop   the loss on held-out windows chooses the step whose adapters are merged (`EarlyStop`)
 
 Dropout is off and the seed fixes the order of the windows, so a run that was interrupted and resumed ends with the same
 weights as one that was not; on a GPU, whose attention adds gradients in no fixed order, but for rounding.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,14 @@ from torch import Tensor, nn
 
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import arithmetic, find_dtype
+from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
 from atp_tune.scores.losses import loss_gradient, mean_loss
 from atp_tune.sparse.adapters import make_adapters, recompute_blocks
-from atp_tune.sparse.early_stop import EarlyStop
 from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.teacher import Teacher
-from atp_tune.sparse.training_memory import memory_needed
-from atp_tune.spec.recover import NLL_SHARES
+from atp_tune.spec.recover import FEWEST, MOST, NLL_SHARES, SHARE
 
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -236,3 +235,98 @@ def stored_format(folder: Path) -> torch.dtype:
         with safe_open(shard, "pt") as tensors:
             kinds |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
+
+
+STEP_SHARE = 0.5  # of free memory; if a step needs more, the backward pass recomputes blocks
+ADAPTER_BYTES = 20  # per trained number in float32: value, gradient, two moments, and the best value so far
+LORA_BYTES = (16, 8)  # per weight: sum, mask, rounded sum, gradients; per token and feature of a linear
+SCALE_BYTES = (4, 16)  # per weight: as multiplied; per token and feature: with and without its scale
+LOGIT_BYTES = 16  # per logit: its value and gradient, both with and without the last position
+TEACHER_BYTES = 8  # per logit of the dense model: its value, with and without the last position
+
+
+@dataclass(frozen=True)
+class MemoryNeeded:
+    """Bytes that training needs beside the weights of the sparse model, bytes that are free, and what to do."""
+
+    needed: int
+    free: int
+    recompute: bool
+
+    def __str__(self) -> str:
+        return f"about {self.needed / GIB:.1f} GiB beside the weights, {self.free / GIB:.1f} GiB are free"
+
+
+def memory_needed(
+    checkpoint: Checkpoint, settings: Settings, positions: int | None = None, teacher: int = 0
+) -> MemoryNeeded:
+    """The memory of a run, with recomputed blocks if it is short; UserError if it is too small even then.
+
+    `positions`: hidden states of an image in the first block, of an image classifier; `teacher`: bytes of the dense
+    model's weights, which are not loaded yet.
+    """
+    free = free_memory(checkpoint.device)
+    for recompute in (False, True):
+        needed = bytes_needed(checkpoint, settings, recompute, positions) + teacher
+        if needed < (1 if recompute else STEP_SHARE) * free:
+            return MemoryNeeded(needed, free, recompute)
+    dense = f", with {teacher / GIB:.1f} GiB of the dense model" if teacher else ""
+    raise UserError(
+        f"finetune: needs {MemoryNeeded(needed, free, True)}{dense}; lower "
+        f"--batch{', --seqlen' * (settings.seqlen is not None)}{' or --rank' * (settings.rank is not None)}, "
+        "or take a larger device"
+    )
+
+
+def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool, positions: int | None = None) -> int:
+    """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
+    tokens = settings.batch * (positions or settings.seqlen or 1)
+    widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
+    sizes = [sum(x.size for x in linears if x.expert is None) for linears in checkpoint.linears]
+    adapters = (settings.rank or 1) * sum(map(sum, widths)) * ADAPTER_BYTES
+    per_weight, per_feature = LORA_BYTES if settings.rank else SCALE_BYTES
+    blocks = [size * per_weight + tokens * sum(w) * per_feature for size, w in zip(sizes, widths, strict=True)]
+    if positions:  # of an image classifier, whose stages may have other widths
+        width = max(x.in_features for linears in checkpoint.linears for x in linears)
+        logits = settings.batch * checkpoint.config.num_labels
+    else:
+        config = checkpoint.config.get_text_config()
+        width, logits = config.hidden_size, tokens * config.vocab_size
+    kept = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
+    return int(adapters + kept + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
+
+
+class EarlyStop:
+    """Held-out losses by step, from step 0, which is the pruned model."""
+
+    def __init__(self, patience: int, losses: list[tuple[int, float]] | None = None) -> None:
+        """`patience`: measurements without a lower loss after which training ends."""
+        self._patience = patience
+        self.losses = losses or []
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The step with the lowest loss, the first of equals, and its loss."""
+        return min(self.losses, key=lambda each: each[1])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last `patience` measurements have not lowered the loss."""
+        return bool(self.losses) and len(self.losses) - 1 - self.losses.index(self.best) >= self._patience
+
+    def add(self, step: int, loss: float) -> bool:
+        """Notes a measurement; whether it is the best so far."""
+        self.losses.append((step, loss))
+        return self.best[0] == step
+
+
+def windows_read(settings: Settings) -> int:
+    """How many windows, or images, a run reads: those of its steps, and those that it holds out."""
+    needed = settings.steps * settings.batch
+    return needed + (min(max(math.ceil(needed / (SHARE - 1)), FEWEST), MOST) if settings.patience else 0)
+
+
+def windows_held_out(found: int, settings: Settings) -> int:
+    """How many of the windows that were found are held out, at their end; 0 where too few would be left to train on."""
+    own = min(max(found // SHARE, FEWEST), MOST) if settings.patience else 0
+    return own if found - own >= min(settings.steps * settings.batch, own) else 0

@@ -81,7 +81,7 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.cli.chat_session import ChatSession, as_message
     from atp_tune.events import Event, Message, Place, TrialStarted
-    from atp_tune.generation.conversation import ChatOptions
+    from atp_tune.generation import ChatOptions
     from atp_tune.sparse.both_models import CHAT, BothModels
 
     def show(event: Event) -> None:

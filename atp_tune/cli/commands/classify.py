@@ -10,7 +10,7 @@ from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.sparse.classifying import Classified
+    from atp_tune.sparse.both_models import Classified
 
 
 def classify(
@@ -47,11 +47,11 @@ def classify(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import Place, ignore_events
-    from atp_tune.sparse import classifying
+    from atp_tune.sparse.both_models import classify
 
     with quiet(), Display() as display:
         there = Place(Path(), device or "auto", vars(may), ignore_events if json else display)
-        found = classifying.classify(files, place, both, there)
+        found = classify(files, place, both, there)
     _show(found, json)
 
 

@@ -1,1 +1,0 @@
-"""Text from a model in memory, by the `generate` of transformers."""
