@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atp_tune.plan import Plan
-
 if TYPE_CHECKING:
+    from atp_tune.plan import Plan
     from atp_tune.spec.study import Study
 
 
@@ -23,7 +22,7 @@ class TrialStarted:
     """A trial begins, or another measurement (dense model, final scores), which has no `number`."""
 
     title: str
-    plan: Plan | None
+    plan: "Plan | None"
     number: int | None = None
 
 

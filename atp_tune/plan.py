@@ -1,88 +1,183 @@
-"""The plan of a trial: pruner, allocation and sparsities, enough for `apply` to prune again."""
+"""The plan of a trial: a method, an allocation and a level for each linear, enough for `apply` to prune again.
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+It is stored whole, as a trial's attribute `plan` and as the key `plan` of a configuration. There a level is a number,
+its sparsity, or a table of what it has; a block whose linears do not differ has one level:
 
-from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Sparsities
-from atp_tune.allocations import bits as of_bits
-from atp_tune.allocations.budget import SYMBOLS
-from atp_tune.allocations.channels import means, rounded
-from atp_tune.allocations.rows import RowOffsets
-from atp_tune.errors import UserError
-from atp_tune.spec.patterns import Pattern
+    {"method": "wanda", "allocation": "atp", "parameters": {"beta": 0.004}, "levels": [0.588, 0.592, …]}
+
+    where linears differ        {"sparsity": 0.6, "linears": [0.55, 0.62, …]}
+    where rows differ           {"sparsity": 0.6, "linears": [{"sparsity": 0.55, "rows": "eNpj…"}, …]}
+    where weights are rounded   {"bits": 4}; after pruning {"sparsity": 0.5, "bits": 4}
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer, model_validator
+
+from atp_tune.allocations import ALLOCATIONS, Budget
+from atp_tune.allocations.budget import SYMBOLS, weighted_mean
+from atp_tune.allocations.channels import check_whole
+from atp_tune.allocations.rows import offsets_of
+from atp_tune.frozen import FrozenModel
 
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
-LinearBits = tuple[tuple[int, ...], ...]  # one per linear of each block
+SAID = 1e-6  # difference between the level of a block and the mean of its linears that rounding may make
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A pruner and one sparsity per block (share of zeros), with the allocation and parameters that they come from.
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is done to one linear, or to each linear of a block.
 
-    `linear_sparsities`: one per linear of each block, if they differ within blocks. `target`: the sparsity, where the
-    study searches for it. `bits`: one number per block, where weights are rounded (by `pruner`, then a quantizer);
-    `linear_bits`: one per linear of each block, if they differ within blocks, and `bits` are then means. `row_offsets`:
-    of the rows of each linear, if they differ within linears.
+    `sparsity`: its share of zeros; None where nothing is pruned. `bits` of its weights; None where nothing is rounded.
+    `rows`: how much sparser than the linear its rows are, as text of `allocations.rows`, if they differ. `linears`: of
+    a block, if they differ; the block's own numbers are then their means, weighted by size.
     """
 
-    pruner: str
-    allocation: str
-    sparsities: tuple[float, ...]
-    parameters: dict[str, float] = field(default_factory=dict)
-    linear_sparsities: LinearSparsities | None = None
-    target: float | None = None
-    bits: tuple[float, ...] | None = None
-    linear_bits: LinearBits | None = None
-    row_offsets: RowOffsets | None = None
+    sparsity: Share | None = None
+    bits: Annotated[int | float, Field(ge=2, le=8)] | None = None
+    rows: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")] | None = None
+    linears: tuple["StoredLevel", ...] = ()
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
-    def levels(self) -> tuple[object, ...]:
-        """What it does to each block, whatever it comes from."""
-        return self.sparsities, self.linear_sparsities, self.bits, self.linear_bits, self.row_offsets
+    def amount(self) -> float:
+        """The bits where weights are rounded and not pruned, else the sparsity."""
+        return (self.bits or 0) if self.sparsity is None else self.sparsity
+
+    def stored(self) -> Any:
+        """The level as JSON has it."""
+        found = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) not in (None, ())}
+        if self.linears:
+            found["linears"] = [linear.stored() for linear in self.linears]
+        return self.sparsity if [*found] == ["sparsity"] else found
+
+
+StoredLevel = Annotated[
+    Level,
+    BeforeValidator(lambda value: {"sparsity": value} if isinstance(value, int | float) else value),
+    PlainSerializer(Level.stored),
+]
+
+
+class Plan(FrozenModel):
+    """A method, which is a pruner, or a quantizer where weights are only rounded, and a level for each block.
+
+    The levels come from an allocation with these parameters. `target`: the sparsity, where a study searches for it.
+    """
+
+    method: str
+    allocation: str
+    parameters: dict[str, FiniteFloat] = Field({})
+    target: Share | None = None
+    levels: tuple[StoredLevel, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        """All levels have a sparsity or none has, and so their bits, which are whole numbers of a linear."""
+        every = [level for block in self.levels for level in (block, *block.linears)]
+        kinds = {(level.sparsity is None, level.bits is None) for level in every}
+        if len(kinds) > 1 or (True, True) in kinds:
+            raise ValueError("levels: must all have a sparsity, or bits, or both")
+        if any(isinstance(level.bits, float) or level.linears for level in self.each_linear()):
+            raise ValueError("levels: a linear has a whole number of bits, and no linears of its own")
+        if any(block.rows is not None for block in self.levels):
+            raise ValueError("levels: rows are those of a linear, and a block has several")
+        return self
+
+    @classmethod
+    def stored_in(cls, attributes: Mapping[str, Any]) -> Self | None:
+        """The plan that a trial with these attributes has; None without one."""
+        return cls.model_validate(attributes["plan"]) if "plan" in attributes else None
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether weights are rounded and nothing is pruned: the method is a quantizer."""
+        return self.levels[0].sparsity is None
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The bits of every linear, where weights are pruned and then rounded."""
+        bits = self.levels[0].bits
+        return None if self.by_bits or bits is None else int(bits)
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        """The sparsity of each block, or its bits where weights are only rounded; means where linears differ."""
+        return tuple(level.amount for level in self.levels)
+
+    @property
+    def does(self) -> tuple[str, tuple[Level, ...]]:
+        """What it does to weights, wherever its levels come from."""
+        return self.method, self.levels
+
+    @property
+    def by_linear(self) -> bool:
+        """Whether the linears of a block differ."""
+        return any(level.linears for level in self.levels)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the rows of a linear differ."""
+        return any(level.rows is not None for level in self.each_linear())
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all linears of all blocks have the same level."""
+        return not self.by_linear and len(set(self.amounts)) == 1
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all linears have the same sparsity, except for the pattern's rounding."""
-        if self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()):
-            return True
-        levels = self.bits if self.bits is not None and not self.prunes else self.sparsities
-        return self.linear_sparsities is None and self.linear_bits is None and len(set(levels)) == 1
+        """Whether all linears have the same level, except for the pattern's rounding."""
+        return self.allocation == "uniform" or is_zero(self.allocation, self.parameters.values()) or self.is_even
 
-    @property
-    def prunes(self) -> bool:
-        """Whether it zeros weights."""
-        return self.linear_sparsities is not None or any(self.sparsities)
+    def each_linear(self) -> Iterable[Level]:
+        """The levels of all linears; one for each block whose linears do not differ."""
+        return (level for block in self.levels for level in block.linears or (block,))
 
-    def of(self, index: int, linears: int) -> tuple[float, ...]:
-        """The sparsity of each linear of block `index`."""
-        return self.linear_sparsities[index] if self.linear_sparsities else (self.sparsities[index],) * linears
+    def mean_bits(self, sizes: Sequence[int]) -> float:
+        """The bits per weight, without scales, of blocks of these sizes."""
+        return weighted_mean([level.bits or 0 for level in self.levels], sizes)
 
-    def offsets_of(self, index: int) -> tuple[bytes, ...]:
-        """The offsets of the rows of each linear of block `index`; none where they do not differ within linears."""
-        return () if self.row_offsets is None else self.row_offsets.blocks[index]
+    def of(self, index: int, linears: int) -> tuple[Level, ...]:
+        """The level of each linear of block `index`."""
+        return self.levels[index].linears or (self.levels[index],) * linears
 
-    def bits_of(self, index: int, linears: int) -> tuple[int, ...]:
-        """The bits of each linear of block `index`, where weights are rounded."""
-        if self.linear_bits is not None:
-            return self.linear_bits[index]
-        return () if self.bits is None else (int(self.bits[index]),) * linears
+    def check_fits(self, budget: Budget) -> None:
+        """ValueError unless the levels can be those of a plan for this budget's blocks, linears, channels and bits."""
+        sizes = budget.linear_sizes
+        if len(self.levels) != len(budget.sizes):
+            raise ValueError(f"levels: {len(self.levels)} for a model of {len(budget.sizes)} blocks")
+        if self.by_bits != bool(budget.widths) or {x.bits for x in self.each_linear()} - {*budget.widths, budget.bits}:
+            raise ValueError("levels: are not of what is done to weights here")
+        check_whole([[linear.amount for linear in block.linears] for block in self.levels], budget.channels)
+        for index, block in enumerate(self.levels):
+            if not block.linears:
+                continue
+            if len(block.linears) != len(sizes[index]):
+                raise ValueError(f"levels: not one for each of the {len(sizes[index])} linears of block {index}")
+            mean = weighted_mean([linear.amount for linear in block.linears], sizes[index])
+            if abs(mean - block.amount) > SAID:
+                raise ValueError(f"levels: block {index} has {block.amount:g}, by its linears {mean:g}")
+            for linear, shape in zip(block.linears, budget.linears[index] if budget.linears else (), strict=False):
+                if linear.rows is not None:
+                    offsets_of(linear.rows, shape.rows)
 
     def __str__(self) -> str:
         level = "" if self.target is None else f"{percent(self.target)} "
         if self.is_uniform:
-            return f"{level}{self.pruner} uniform"
-        return f"{level}{self.pruner} {self.allocation} {shown(self.parameters)}".rstrip()
+            return f"{level}{self.method} uniform"
+        return f"{level}{self.method} {self.allocation} {shown(self.parameters)}".rstrip()
 
     def __repr__(self) -> str:
-        return f"<Plan {self}, {len(self.sparsities)} blocks>"  # its numbers fill pages
+        return f"<Plan {self}, {len(self.levels)} blocks>"  # its numbers fill pages
 
 
 def method_in(params: Mapping[str, Any]) -> str:
-    """The pruner that a trial's parameters name, or where weights are rounded alone the quantizer; "" without any.
-
-    Studies of bits that are older than the name `quantizer` call theirs `pruner`.
-    """
+    """The pruner that a trial's parameters name, or where weights are rounded alone the quantizer; "" without any."""
     return str(next((params[name] for name in METHODS if name in params), ""))
 
 
@@ -105,57 +200,3 @@ def shown(parameters: dict[str, float]) -> str:
     return " ".join(
         f"{SYMBOLS.get(name, name)}={value:{formats.get(name, '.3g')}}" for name, value in parameters.items()
     )
-
-
-def make_plan(
-    pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
-) -> Plan:
-    """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
-    plan = _made(pruner, allocation, budget, parameters, pattern or Pattern())
-    return plan if budget.bits is None else replace(plan, bits=(budget.bits,) * len(budget.sizes))
-
-
-def _made(pruner: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern) -> Plan:
-    budget = replace(budget, pruner=pruner)
-    shared = ALLOCATIONS[allocation].sparsities(budget, **parameters)
-    blocks = tuple(s for s in shared if not isinstance(s, tuple))
-    if pattern.channels:
-        linears = rounded(_one_per_block(allocation, blocks, budget), budget.channels, budget.target)
-        return Plan(pruner, allocation, means(linears, budget.channels), parameters, linears)
-    if budget.widths:
-        return _rounding(Plan(pruner, allocation, (0.0,) * len(budget.sizes), parameters), shared, budget)
-    if blocks:
-        return Plan(pruner, allocation, pattern.round(blocks, budget.sizes), parameters)
-    linears = _rounded(tuple(s for s in shared if isinstance(s, tuple)), budget, pattern)
-    offsets = getattr(ALLOCATIONS[allocation], "row_offsets", None)  # no plug-in has it: they are checked
-    rows = None if offsets is None else offsets(budget, **parameters)
-    return Plan(pruner, allocation, budget.block_means(linears), parameters, linears, row_offsets=rows)
-
-
-def _rounding(plan: Plan, shared: Sparsities, budget: Budget) -> Plan:
-    """A plan with the bits of its blocks, or of their linears."""
-    blocks = tuple(s for s in shared if not isinstance(s, tuple))
-    if blocks:
-        wanted = [of_bits.bits_of(s, budget.widths) for s in blocks]
-        return replace(plan, bits=of_bits.rounded(wanted, budget.sizes, budget.widths))
-    rows = [[of_bits.bits_of(s, budget.widths) for s in row] for row in shared if isinstance(row, tuple)]
-    sizes = [shape.size for shapes in budget.linears for shape in shapes]
-    found = iter(of_bits.rounded([b for row in rows for b in row], sizes, budget.widths))
-    linears = tuple(tuple(next(found) for _ in row) for row in rows)
-    return replace(plan, bits=budget.block_means(linears), linear_bits=linears)
-
-
-def _one_per_block(allocation: str, blocks: tuple[float, ...], budget: Budget) -> tuple[float, ...]:
-    if len(blocks) != len(budget.sizes):
-        raise UserError(
-            f"allocation: {allocation} gives the linears of a block different sparsities, and channels go from all of "
-            "them at once; take uniform, atp, curve, owl or alphapruning"
-        )
-    return blocks
-
-
-def _rounded(linears: LinearSparsities, budget: Budget, pattern: Pattern) -> LinearSparsities:
-    """The sparsities of all linears of all blocks, rounded together."""
-    sizes = [shape.size for shapes in budget.linears for shape in shapes]
-    rounded = iter(pattern.round([s for block in linears for s in block], sizes))
-    return tuple(tuple(next(rounded) for _ in block) for block in linears)

@@ -99,7 +99,8 @@ def search(curve: Curve, seed: int, total: int = TOTAL) -> End:
         beta = trial.suggest_float("beta", 0.0, curve.high)
         nlls = curve.nlls(beta)
         trial.set_user_attr("nlls", nlls.tolist())
-        trial.set_user_attr("sparsities", [BUDGET.target - beta, BUDGET.target + beta])
+        levels = [BUDGET.target - beta, BUDGET.target + beta]
+        trial.set_user_attr("plan", {"method": "wanda", "allocation": "atp", "levels": levels})
         return math.exp(nlls.mean())
 
     settled = False

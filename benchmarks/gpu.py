@@ -33,6 +33,7 @@ from atp_tune.pruners import columns
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.prune import PruneConfig
 
 REPEATS = 10  # of each matmul of the floor
@@ -155,7 +156,7 @@ def open_context(shape: Shape, offload: Offload, distinct: int, device: torch.de
 
 def uniform(context: Session, pruner: str = "wanda") -> Plan:
     """50 % everywhere."""
-    return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
+    return make_plan(pruner, "uniform", context.budget(0.5), {})
 
 
 # --- what is measured

@@ -23,10 +23,10 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cache import write_out
 from atp_tune.cli.runtime import quiet
 from atp_tune.measures import accuracy, change, gain, perplexity
-from atp_tune.plan import make_plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
+from atp_tune.spec.patterns import make_plan
 from atp_tune.system import cpu_name
 
 PAGE, KEPT = ROOT / "docs" / "images.md", ROOT / "docs" / "images.json"

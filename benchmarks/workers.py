@@ -34,7 +34,7 @@ def work(address: str, name: str, total: int) -> None:
     def objective(trial: optuna.Trial) -> tuple[float]:
         database.set_attributes(trial, identity())
         beta = trial.suggest_float("beta", 0, 1)
-        database.set_attributes(trial, {"sparsities": [beta] * 32})
+        database.set_attributes(trial, {"plan": {"method": "wanda", "allocation": "atp", "levels": [beta] * 32}})
         database.set_attributes(trial, dict.fromkeys(("errors", "nlls", "seconds"), [beta] * 32))
         return (beta,)
 

@@ -372,7 +372,7 @@ def text_of(source: str, **values: Any) -> Change:
 
 def plugged(place: str) -> Change:
     """The pruner is a plug-in."""
-    return best(pruner="evil", plugins={"evil": {"kind": "pruner", "place": place, "sha256": "0" * 64}})
+    return best(plan__method="evil", plugins={"evil": {"kind": "pruner", "place": place, "sha256": "0" * 64}})
 
 
 CONFIGURATION = [
@@ -406,13 +406,13 @@ CONFIGURATION = [
     Input("10¹² windows", best(calibration__nsamples=10**12)),
     Input("10¹² windows at random", best(calibration__nsamples=10**12, calibration__sampling="random")),
     Input("windows of 10¹² tokens", best(calibration__seqlen=10**12)),
-    Input("sparsities above 1", best(block_sparsities=[2] * 4)),
-    Input("sparsities that are NaN", best(block_sparsities=[float("nan")] * 4)),
-    Input("sparsities of another model", best(block_sparsities=[0.5] * 999)),
-    Input("sparsities of other linears", best(linear_sparsities=[[0.5]] * 4)),
+    Input("sparsities above 1", best(plan__levels=[2] * 4)),
+    Input("sparsities that are NaN", best(plan__levels=[float("nan")] * 4)),
+    Input("sparsities of another model", best(plan__levels=[0.5] * 999)),
+    Input("sparsities of other linears", best(plan__levels=[{"sparsity": 0.5, "linears": [0.5]}] * 4)),
     Input("names of linears that are formulas and markup", best(
-        linear_sparsities=[[0.5] * 7] * 4, linears=[["=cmd|' /C calc'!A0", MARKUP, *"abcde"]] * 4,
-        blocks="+1\n- x: &a"), "treated as text"),
+        plan__levels=[{"sparsity": 0.5, "linears": [0.5] * 7}] * 4,
+        linears=[["=cmd|' /C calc'!A0", MARKUP, *"abcde"]] * 4, blocks="+1\n- x: &a"), "treated as text"),
     Input("a study name with markup", best(study=MARKUP), "treated as text"),
     Input("a study name that is a path", best(study="../../../x"), "treated as text"),
     Input("a trial of 19 digits", best(trial=10**18), "treated as text"),

@@ -44,7 +44,11 @@ def made_up(
         params["lam"] = more.pop("lam")
     known = state == TrialState.COMPLETE
     measured = {
-        "sparsities": [TARGET + slope * (i - (BLOCKS - 1) / 2) for i in range(BLOCKS)],
+        "plan": {
+            "method": pruner,
+            "allocation": allocation,
+            "levels": [TARGET + slope * (i - (BLOCKS - 1) / 2) for i in range(BLOCKS)],
+        },
         "errors": [0.2 * 1.05**i * (1 + 20 * abs(slope - 0.006)) for i in range(BLOCKS)],
         "nlls": nlls,
         "stderr": 3.5,

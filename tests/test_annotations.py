@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from families import few
+from plans import planned
 from tinystudy import CommandLine, run, stored, study_file
 
 from atp_tune.errors import UserError
@@ -159,7 +160,10 @@ def test_a_storage_by_name(done: Path, tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("changed", [{"trial": 99}, {"block_sparsities": (0.5,) * 4}, {"pruner": "alps"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"trial": 99}, {"plan": planned("wanda", "atp", (0.5,) * 4)}],
+)
 def test_another_study_of_the_same_name_is_left_alone(done: Path, changed: dict[str, object]) -> None:
     path, config = best_of(done)
     assert study_of(path, config.model_copy(update=changed)) is None

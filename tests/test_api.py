@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from plans import planned
 from tinystudy import CommandLine, make_tokenizer, run, study_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -27,7 +28,6 @@ from transformers.utils import logging as hf_logging
 import atp_tune
 from atp_tune import UserError
 from atp_tune.api import rows
-from atp_tune.plan import Plan
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.results.status import to_json
 from atp_tune.spec.config import read_config
@@ -106,7 +106,7 @@ def test_help_fits_a_screen(name: str) -> None:
 
 
 def test_a_plan_is_shown_in_a_line() -> None:
-    assert repr(Plan("wanda", "atp", (0.4, 0.6), {"beta": 0.01})) == "<Plan wanda atp β=0.01000, 2 blocks>"
+    assert repr(planned("wanda", "atp", (0.4, 0.6), {"beta": 0.01})) == "<Plan wanda atp β=0.01000, 2 blocks>"
 
 
 # The same as the command line
@@ -152,7 +152,7 @@ def test_the_trials_are_those_of_the_study_file(
         assert here.params == there.params
         assert here.user_attrs["nlls"] == there.user_attrs["nlls"]
     assert result.study.user_attrs["test_nlls"] == study.user_attrs["test_nlls"]
-    assert result.best.block_sparsities == read_config(place / "tiny.best.json").block_sparsities
+    assert result.best.plan.amounts == read_config(place / "tiny.best.json").plan.amounts
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
 
 
 def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
-    assert found.configuration(trial=0).config.allocation.name == "uniform"
+    assert found.configuration(trial=0).config.plan.allocation == "uniform"
     assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
     assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
     assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (

@@ -15,6 +15,7 @@ import pytest
 import torch
 from byhand import ByHand
 from families import few
+from plans import planned
 from processes import popen
 from safetensors.torch import load_file, save_file
 from tinystudy import BLOCKS, CommandLine, quiet, settings, study_file
@@ -104,7 +105,7 @@ def test_a_sparse_checkpoint_is_what_the_configuration_says(
     pruner: str, done: Path, config: Config, tmp_path: Path
 ) -> None:
     sparsities = (0.4, 0.47, 0.53, 0.6)
-    config = config.model_copy(update={"pruner": pruner, "block_sparsities": sparsities})
+    config = config.model_copy(update={"plan": planned(pruner, "atp", sparsities)})
     measured = applied(config, done, tmp_path / "out")
     check_zeros(tmp_path / "out", done / "model", pruner, sparsities)
     assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("test"))), rel=1e-5)
@@ -122,7 +123,7 @@ def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Co
     by_hand = ByHand(done, out)
     assert math.exp(fmean(by_hand.nlls("test"))) == pytest.approx(config.perplexity.test.value, rel=1e-3)
     assert by_hand.zeros() == pytest.approx(config.sparsity.realised)
-    check_zeros(out, done / "model", config.pruner, config.block_sparsities)
+    check_zeros(out, done / "model", config.plan.method, config.plan.amounts)
     assert {file.name for file in out.iterdir()} == {
         "atp_tune.json", "README.md", *(file.name for file in (done / "model").iterdir())
     }  # fmt: skip
@@ -147,7 +148,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_
     file = study_file(done, "prune.pruners=['wanda']", "model.dtype=bfloat16")
     plan, _ = prune_study(file, {"beta": 0.04}, tmp_path / "out", ignore_events)
     assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
-    check_zeros(tmp_path / "out", source, "wanda", plan.sparsities)
+    check_zeros(tmp_path / "out", source, "wanda", plan.amounts)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
@@ -197,7 +198,7 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     assert copied.keys() >= {tensor.data_ptr() for tensor in bench.checkpoint.blocks.parameters()} - first
     assert all(times == 1 or place in first for place, times in copied.items())
     assert max(copied[place] for place in first) <= 2  # the pass that would follow is prepared
-    check_zeros(tmp_path / "out", done / "model", config.pruner, config.block_sparsities)
+    check_zeros(tmp_path / "out", done / "model", config.plan.method, config.plan.amounts)
 
 
 # --- what is refused, with nothing left behind
@@ -235,9 +236,9 @@ def test_another_model_is_refused(done: Path, config: Config, tmp_path: Path) ->
 
 
 def test_a_wrong_number_of_blocks_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
-    config = config.model_copy(update={"block_sparsities": (0.5,) * 3})
+    config = config.model_copy(update={"plan": planned("wanda", "atp", (0.5,) * 3)})
     said = message(lambda: applied(config, done, tmp_path / "out"))
-    assert said == "block_sparsities: 3 values for a model of 4 blocks"
+    assert said == "plan.levels: 3 for a model of 4 blocks; take the file that a study or `export` wrote"
     assert not (tmp_path / "out").exists()
 
 
@@ -295,12 +296,11 @@ def test_a_failure_half_way_leaves_nothing(
 
 @pytest.mark.slow
 def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
-    assert config.allocation.beta is not None
     assert config.perplexity.test
-    file = study_file(done, f"prune.pruners=['{config.pruner}']")
-    plan, measured = prune_study(file, {"beta": config.allocation.beta}, None, ignore_events)
-    assert plan.sparsities == config.block_sparsities
-    assert (plan.pruner, plan.allocation) == (config.pruner, "atp")
+    file = study_file(done, f"prune.pruners=['{config.plan.method}']")
+    plan, measured = prune_study(file, config.plan.parameters, None, ignore_events)
+    assert plan.amounts == config.plan.amounts
+    assert (plan.method, plan.allocation) == (config.plan.method, "atp")
     assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-6)
     assert measured.stderr == pytest.approx(config.perplexity.test.stderr, rel=1e-4)
 
@@ -310,7 +310,7 @@ def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     file = study_file(done)
     plan, measured = prune_study(file, {"beta": 0.05}, tmp_path / "out", events.append)
-    check_zeros(tmp_path / "out", done / "model", "wanda", plan.sparsities)
+    check_zeros(tmp_path / "out", done / "model", "wanda", plan.amounts)
     assert measured.value == pytest.approx(prune_study(file, {"beta": 0.05}, None, ignore_events)[1].value, rel=1e-6)
     titles = [event.title for event in events if isinstance(event, TrialStarted)]
     assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
@@ -331,7 +331,7 @@ def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path
 def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
     file = study_file(done, "allocation.names=['uniform']", "sparsity=0.25")
     plan, _ = prune_study(file, {}, None, ignore_events)
-    assert plan.sparsities == (0.25,) * BLOCKS
+    assert plan.amounts == (0.25,) * BLOCKS
 
 
 @pytest.mark.slow

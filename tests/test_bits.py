@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import sqlite3
 import sys
-from contextlib import closing
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +15,8 @@ import yaml
 from families import checkpoint_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import linears_of, planned
+from plans import stored as stored_plan
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_config import config
@@ -28,11 +28,13 @@ from atp_tune.allocations import Budget, Shape, bits
 from atp_tune.api import rows as api_rows
 from atp_tune.errors import UserError
 from atp_tune.exporting import FORMATS, as_csv, as_yaml
-from atp_tune.plan import make_plan
+from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise
+from atp_tune.results.trials import levels_of
 from atp_tune.sparse.packing import NEEDED
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import facts
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
@@ -87,7 +89,7 @@ def test_plans_of_both_signs_are_mirror_images(blocks: int, target: float, beta:
     budget = Budget(bits.share_of(target, WIDTHS), (10,) * blocks, widths=WIDTHS)
     middle = 1 / (3 * (blocks - 1)) / 2  # the first and last block at ±half a bit
     for step in (beta, middle, 2 * middle):
-        early, late = (make_plan("gptq", "atp", budget, {"beta": sign * step}).bits for sign in (1, -1))
+        early, late = (make_plan("gptq", "atp", budget, {"beta": sign * step}).amounts for sign in (1, -1))
         assert early is not None
         assert late == early[::-1], step
 
@@ -102,10 +104,9 @@ def test_a_plan_has_bits_where_the_budget_has_widths() -> None:
     budget = Budget(bits.share_of(3.5, WIDTHS), (10,) * 8, widths=WIDTHS)
     late = make_plan("gptq", "atp", budget, {"beta": -0.03})
     early = make_plan("gptq", "atp", budget, {"beta": 0.03})
-    assert late.bits is not None
-    assert late.bits == (early.bits or ())[::-1] == tuple(sorted(late.bits))
-    assert bits.mean_of(late.bits, budget.sizes) == 3.5
-    assert late.sparsities == (0.0,) * 8
+    assert late.amounts == early.amounts[::-1] == tuple(sorted(late.amounts))
+    assert late.mean_bits(budget.sizes) == 3.5
+    assert late.by_bits
     assert make_plan("gptq", "uniform", budget, {}).is_uniform
     assert not late.is_uniform
 
@@ -157,11 +158,11 @@ def test_linears_have_bits_where_an_allocation_shares_them_out_by_linear() -> No
     known = SimpleNamespace(priced_sparsities=lambda target, score: shares)
     budget = Budget(bits.share_of(49 / 12, WIDTHS), (48, 48), shapes, known, widths=WIDTHS)  # type: ignore[arg-type]
     plan = make_plan("gptq", "prices", budget, {"kappa": 1.0})
-    assert plan.linear_bits == ((8, 2), (5, 4))
-    assert plan.bits == (4.0, pytest.approx(13 / 3))
-    assert [plan.bits_of(index, 2) for index in (0, 1)] == [(8, 2), (5, 4)]
+    assert linears_of(plan) == ((8, 2), (5, 4))
+    assert plan.amounts == (4.0, pytest.approx(13 / 3))
+    assert [level.bits for index in (0, 1) for level in plan.of(index, 2)] == [8, 2, 5, 4]
     assert not plan.is_uniform
-    assert make_plan("gptq", "prices", budget, {"kappa": 0.0}).bits == (4, 4)
+    assert make_plan("gptq", "prices", budget, {"kappa": 0.0}).amounts == (4, 4)
 
 
 @pytest.mark.parametrize(("group", "symmetric", "expected"), [(16, False, 3 + 3 * 19 / 40), (-1, True, 3 + 16 / 40)])
@@ -202,9 +203,8 @@ def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) ->
     betas = {trial.params.get("beta", 0.0) for trial in trials}
     assert min(betas) < 0 < max(betas)
     for trial in trials:
-        assert sum(trial.user_attrs["bits"]) == 14
+        assert sum(levels_of(trial) or ()) == 14
         assert trial.user_attrs["effective_bits"] == pytest.approx(3.5 + 19.5 / 16)
-        assert "sparsities" not in trial.user_attrs
     assert {round(row["effective_bits"], 3) for row in api_rows.trials(summarise(study))} == {round(3.5 + 19.5 / 16, 3)}
     dense = study.user_attrs["dense_bytes"]
     linears = 4 * sum(study.user_attrs["sizes"])
@@ -242,32 +242,11 @@ def test_a_study_goes_on(bits_done: Path, command: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_that_calls_the_quantizer_a_pruner_goes_on(bits_done: Path, command: CommandLine) -> None:
-    shown = command("status", "--study", bits_done / "tiny.toml").out
-    before = command("status", "--study", bits_done / "tiny.toml", "--json").out
-    with closing(sqlite3.connect(bits_done / "tiny.db")) as db, db:
-        assert db.execute("UPDATE trial_params SET param_name = 'pruner' WHERE param_name = 'quantizer'").rowcount
-        attributes = (
-            "UPDATE trial_system_attributes SET value_json = replace(value_json, '\"quantizer\"', '\"pruner\"')"
-        )
-        db.execute(f"{attributes} WHERE key = 'fixed_params'")
-    assert command("status", "--study", bits_done / "tiny.toml").out == shown
-    said = command("status", "--study", bits_done / "tiny.toml", "--json").out
-    assert said == before.replace('"quantizer": ', '"pruner": ')
-    assert command("--study", bits_done / "tiny.toml", "--trials", "8").code == 0
-    trials = stored(bits_done).get_trials()
-    assert (len(trials), {"pruner" in trial.params for trial in trials}) == (8, {True})
-    assert summarise(stored(bits_done)).complete
-    assert "(+0.000%)" in command("apply", "--config", bits_done / "tiny.best.json", "--out", bits_done / "out").out
-
-
-@pytest.mark.slow
 def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandLine) -> None:
     best = read_config(bits_done / "tiny.best.json")
-    assert best.block_bits is not None
     assert best.quantize is not None
     assert best.bits == Bits(target=3.5, nominal=3.5, effective=3.5 + 19.5 / 16)
-    assert best.block_sparsities == (0.0,) * 4
+    assert best.plan.by_bits and sum(best.plan.amounts) == 14
     said = command("apply", "--config", bits_done / "tiny.best.json", "--out", bits_done / "out")
     assert "(+0.000%)" in said.out
     card = (bits_done / "out" / "README.md").read_text()
@@ -275,10 +254,10 @@ def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandL
     assert "quantized" in card
     assert "zero" not in card.lower()
     made = read_config(bits_done / "out" / "atp_tune.json")
-    assert (made.block_bits, made.quantize, made.bits) == (best.block_bits, best.quantize, best.bits)
+    assert (made.plan, made.quantize, made.bits) == (best.plan, best.quantize, best.bits)
     assert command("apply", "--verify", bits_done / "out").code == 0
     check_codes(bits_done, command, zeros=False)
-    beta = f"--beta={best.allocation.beta or 0.01}"
+    beta = f"--beta={best.plan.parameters.get('beta') or 0.01}"
     words = ["prune", "--study", bits_done / "tiny.toml", beta, "--out", bits_done / "pruned"]
     assert "3.5 bits: perplexity" in command(*words).out
     for words, reason in (
@@ -333,7 +312,7 @@ def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine)
     assert command(*words, "--set", "quantize.quantizers=['rtn']").code == 0
     trials = measured(stored(bits_done, "others", bits_done / "tiny.db"))
     assert {trial.params["allocation"] for trial in trials} >= {"curve", "owl", "alphapruning"}
-    assert all(sum(trial.user_attrs["bits"]) <= 14 for trial in trials)
+    assert all(sum(levels_of(trial) or ()) <= 14 for trial in trials)
 
 
 @pytest.mark.slow
@@ -343,23 +322,26 @@ def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
     assert (answer.code, answer.err) == (0, "")
     study = stored(bits_done, "priced", bits_done / "tiny.db")
     assert [trial.params.get("kappa") for trial in study.trials][:3] == [0.0, 1.0, 0.6]
-    rows = study.trials[1].user_attrs["linear_bits"]
+    plan = Plan.model_validate(study.trials[1].user_attrs["plan"])
+    rows = linears_of(plan)
+    assert rows is not None
     assert len({b for row in rows for b in row}) > 1
     sizes = study.user_attrs["sizes"]
-    assert all(bits.mean_of(trial.user_attrs["bits"], sizes) <= 3.5 for trial in measured(study))
-    assert bits.mean_of(study.trials[1].user_attrs["bits"], sizes) > 3.4
+    plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in measured(study)]
+    assert all(each.mean_bits(sizes) <= 3.5 for each in plans)
+    assert plan.mean_bits(sizes) > 3.4
     assert "prices" in command("status", "--study", bits_done / "tiny.toml", "--study-name", "priced").out
     assert command("report", *words[:4], "--out", bits_done / "r.html").code == 0
     found = bits_done / "found.json"
     exported = command("export", *words[:4], "--trial", "1", "--out", found)
     assert exported.code == 0
     best = read_config(found)
-    assert best.linear_bits == tuple(map(tuple, rows))
+    assert best.plan == plan
     assert command("export", "--config", found, "--format", "llm-compressor", "--out", bits_done / "r.yaml").code == 0
     applied = command("apply", "--config", found, "--out", bits_done / "out").out
     tested = best.perplexity.test is not None  # as of the best trials, and which those are differs by CPU
     assert ("(+0.000%)" if tested else "(the configuration has none yet)") in applied
-    assert read_config(bits_done / "out" / "atp_tune.json").linear_bits == best.linear_bits
+    assert read_config(bits_done / "out" / "atp_tune.json").plan == plan
     assert command("apply", "--verify", bits_done / "out").code == 0
     weights = load_file(bits_done / "out" / "model.safetensors")
     for row, names in zip(rows, best.linears or (), strict=True):
@@ -376,7 +358,7 @@ def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
     (place / "tiny.toml").write_text((place / "tiny.toml").read_text().replace("sparsity = 0.6", lines))
     assert "tiny: 50% sparsity at 3 bits" in command("--study", place / "tiny.toml").out
     best = read_config(place / "tiny.best.json")
-    assert (best.pruner, best.block_bits, best.by_bits) == ("wanda", (3,) * 4, False)
+    assert (best.plan.method, best.plan.fixed_bits, best.by_bits) == ("wanda", 3, False)
     assert best.bits is not None
     assert best.bits.effective is not None
     assert abs(best.bits.effective - (1 + 3 * (1 - best.sparsity.realised) + 19 / 16)) < 0.1  # or without its mask
@@ -460,9 +442,13 @@ def test_studies_without_bits_have_the_facts_that_they_had(place: Path) -> None:
     assert not [key for key in found if key.startswith("prune.") and key != "prune.statistics"]
 
 
+def rounded(*bits: float, method: str = "gptq", linears: Any = None, sparsities: Any = None) -> Plan:
+    return planned(method, "atp", sparsities or (None,) * len(bits), {"beta": 0.0125}, linears, bits)
+
+
 ROUNDED: dict[str, Any] = {
-    "quantize": QuantizeConfig(group_size=32), "block_bits": (4, 3, 4), "bits": Bits(target=3.7, nominal=11 / 3),
-    "block_sparsities": (0.0,) * 3, "pruner": "gptq", "prune": PruneConfig(),
+    "quantize": QuantizeConfig(group_size=32), "plan": rounded(4, 3, 4), "bits": Bits(target=3.7, nominal=11 / 3),
+    "prune": PruneConfig(),
     "linears": (("attn.q", "mlp.up"),) * 2 + (("mlp.up",),),
 }  # fmt: skip
 
@@ -470,47 +456,36 @@ ROUNDED: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"block_bits": None}, "quantize: is needed with block_bits and bits"),
-        ({"quantize": None, "pruner": "wanda"}, "quantize: is needed with block_bits and bits"),
-        ({"block_bits": (4, 3)}, "block_bits: not one number for each block"),
-        ({"block_bits": (4, 3, 9)}, "less than or equal to 8"),
-        ({"block_bits": (4, 3, 1)}, "greater than or equal to 2"),
-        ({"block_sparsities": (0.0, 0.5, 0.0)}, "block_sparsities: must be 0 where weights are rounded"),
-        ({"pruner": "wanda"}, "block_bits: must be equal where weights are pruned too"),
-        ({"block_bits": (4, 3, 3.5)}, "block_bits: must be whole numbers without linear_bits"),
-        ({"linear_bits": ((4, 4), (3, 3))}, "linear_bits: not the bits of each block"),
-        ({"linear_bits": ((4, 4), (3, 3), (4, 4))}, "linears: not one name for each of linear_bits"),
-        ({"linear_bits": ((4, 4), (3, 9), (4,))}, "less than or equal to 8"),
-        ({"pruner": "awq"}, "Input should be 'magnitude', 'wanda'"),
-        ({"quantize": None, "block_bits": None, "bits": None}, "Input should be 'magnitude', 'wanda'"),
+        ({"plan": planned("wanda", "atp", (0.5, 0.6, 0.7))}, "quantize: is needed with bits and a plan that has bits"),
+        ({"quantize": None}, "quantize: is needed with bits and a plan that has bits"),
+        ({"plan": rounded(4, 3)}, "linears: not one name for each linear"),
+        ({"plan": rounded(3, 4, 4, linears=((4, 4), (3, 3), (4, 4)))}, "linears: not one name for each linear"),
+        ({"plan": rounded(4, 3, 4, method="awq")}, "Input should be 'rtn' or 'gptq'"),
+        ({"plan": rounded(4, 3, 4, method="wanda")}, "Input should be 'rtn' or 'gptq'"),
+        ({"plan": rounded(4, 4, 4, sparsities=(0.5, 0.6, 0.7))}, "Input should be 'magnitude', 'wanda'"),
     ],
 )
 def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: str) -> None:
-    values = config(**ROUNDED).model_dump(mode="json")
-    values |= {key: value for key, value in changes.items() if value is None or key != "quantize"}
+    values = config(**{**ROUNDED, **changes}).model_dump(mode="json")
     with pytest.raises(ValidationError, match=re.escape(reason)):
         Config.model_validate(values)
 
 
 def test_a_pruner_that_is_called_like_a_quantizer_prunes() -> None:
     plugin = {"rtn": PluginRef(kind="pruner", place="x.py:rtn", sha256="0" * 64)}
-    values = {**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "rtn", "linears": None}
-    both = config(**values, plugins=plugin)
-    assert (both.by_bits, both.fixed_bits) == (False, 4)
-    allocation = {"rtn": PluginRef(kind="allocation", place="x.py:rtn", sha256="0" * 64)}
-    assert config(**{**ROUNDED, "pruner": "rtn"}, plugins=allocation).by_bits
+    plan = rounded(4, 4, 4, method="rtn", sparsities=(0.5, 0.6, 0.7))
+    both = config(**{**ROUNDED, "plan": plan, "linears": None}, plugins=plugin)
+    assert Config.model_validate(both.model_dump(mode="json")) == both
+    assert (both.by_bits, both.plan.fixed_bits) == (False, 4)
 
 
 def test_attributes_of_a_stranger_are_left_out() -> None:
     from atp_tune.storage.validation import TRIAL, checked
 
-    wrong: list[Any] = [[], [1], [9], [1.5], ["4"], 4, [[4]], [True]]
-    for value in wrong:
-        assert checked({"bits": value}, TRIAL) == {}, value
-    for rows in ([], [[]], [4], [[2.5]], [[4], [9]]):
-        assert checked({"linear_bits": rows}, TRIAL) == {}, rows
-    assert checked({"bits": [2.5], "linear_bits": [[2, 3]]}, TRIAL) == {"bits": [2.5], "linear_bits": [[2, 3]]}
-    assert checked({"bits": [2, 8], "effective_bits": 4.5}, TRIAL) == {"bits": [2, 8], "effective_bits": 4.5}
+    known = stored_plan([None], [[2, 3]], method="rtn", bits=[2.5]) | {"effective_bits": 4.5}
+    assert checked(known, TRIAL) == known
+    for levels in ([], [{"bits": 9}], [{"bits": 2.5}], 4, [[4]]):
+        assert checked({"plan": {**known["plan"], "levels": levels}}, TRIAL) == {}, levels
 
 
 # exports
@@ -531,7 +506,7 @@ def test_tables_say_bits() -> None:
 
 
 def test_tables_of_zeros_and_bits_say_both() -> None:
-    both = config(**{**ROUNDED, "block_bits": (4, 4, 4), "block_sparsities": (0.5, 0.6, 0.7), "pruner": "wanda"})
+    both = config(**{**ROUNDED, "plan": rounded(4, 4, 4, method="wanda", sparsities=(0.5, 0.6, 0.7))})
     assert as_csv(both).splitlines()[:2] == ["block,module,sparsity,bits", "0,model.layers.0,0.5,4"]
     assert yaml.safe_load(as_yaml(both))["bits"] == 4
 
@@ -546,7 +521,7 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
         4: ["model.layers.0.attn.q", "model.layers.0.mlp.up", "model.layers.2.mlp.up"],
     }
     assert by_bits == linears
-    (stage,) = yaml.safe_load(made("llm-compressor", pruner="rtn", quantize=QuantizeConfig(group_size=-1))).values()
+    (stage,) = yaml.safe_load(made("llm-compressor", plan=RTN, quantize=QuantizeConfig(group_size=-1))).values()
     (group, _) = stage["bits_modifiers"]["QuantizationModifier"]["config_groups"].values()
     assert group["weights"]["strategy"] == "channel"
     found = json.loads(made("gptqmodel"))
@@ -569,13 +544,14 @@ def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     assert made("llama.cpp").splitlines() == [
         r"blk\.(1)\.(attn|ffn)_.*=q3_k", r"blk\.(0|2)\.(attn|ffn)_.*=q4_k",
     ]  # fmt: skip
-    script = made("torchao", pruner="rtn")
+    script = made("torchao", plan=RTN)
     compile(script, "torchao.py", "exec")
     assert "PerGroup(32)" in script
 
 
+RTN = rounded(4, 3, 4, method="rtn")
 BY_LINEAR: dict[str, Any] = {
-    "linear_bits": ((4, 3), (3, 3), (8,)), "block_bits": (3.25, 3, 8),
+    "plan": rounded(3.25, 3, 8, linears=((4, 3), (3, 3), (8,))),
     "linears": (("attn.q_proj", "mlp.up_proj"),) * 2 + (("mlp.up_proj",),),
 }  # fmt: skip
 
@@ -605,14 +581,14 @@ def test_recipes_of_bits_by_linear() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("gptqmodel", {"pruner": "rtn"}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
+        ("gptqmodel", {"plan": RTN}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
         ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
         ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
-        ("torchao", {"pruner": "rtn", "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
-        ("llama.cpp", {"block_bits": (7, 3, 4)}, "block_bits = 7: llama.cpp has k-quants of"),
+        ("torchao", {"plan": RTN, "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
+        ("llama.cpp", {"plan": rounded(7, 3, 4)}, "plan.levels = 7: llama.cpp has k-quants of"),
         *((kind, {"linears": None}, "linears: the configuration lacks") for kind in ("gptqmodel", "llm-compressor")),
         *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
-        ("torchao", {"blocks": "a'b\n", "pruner": "rtn"}, "is not the name of a module"),
+        ("torchao", {"blocks": "a'b\n", "plan": RTN}, "is not the name of a module"),
     ],
 )
 def test_what_recipes_cannot_say(kind: str, changes: Any, reason: str) -> None:
@@ -663,9 +639,9 @@ def test_recipes_name_the_linears_that_apply_rounds(family: str, kind: str, monk
     model = tiny(family)
     checkpoint = checkpoint_of(model)
     own = tuple((3, 4, 4, 3)[: len(checkpoint.blocks)])
-    known = {"block_bits": own, "block_sparsities": (0.0,) * len(own), "blocks": checkpoint.blocks_name}
+    plan = rounded(*own, method="rtn" if kind == "torchao" else "gptq")
+    known: dict[str, Any] = {"plan": plan, "blocks": checkpoint.blocks_name}
     known |= {"linears": tuple(map(tuple, checkpoint.linear_names)), "conv1d": checkpoint.has_conv1d}
-    known |= {"pruner": "rtn"} if kind == "torchao" else {}
     if family != "llama":
         reason = "this model has Conv1D" if family == "gpt2" else "no name for a single expert"
         with pytest.raises(UserError, match=f"--format {kind}: .*{reason}") as caught:
@@ -674,13 +650,13 @@ def test_recipes_name_the_linears_that_apply_rounds(family: str, kind: str, monk
         return
     text = made(kind, **known)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    rounded: dict[int, set[str]] = {}
+    wanted: dict[int, set[str]] = {}
     for i, linears in enumerate(checkpoint.linears):
-        rounded.setdefault(own[i], set()).update(f"{checkpoint.blocks_name}.{i}.{linear.name}" for linear in linears)
+        wanted.setdefault(own[i], set()).update(f"{checkpoint.blocks_name}.{i}.{linear.name}" for linear in linears)
     if kind == "torchao":
-        assert of_torchao(text, names, model, monkeypatch) == rounded
+        assert of_torchao(text, names, model, monkeypatch) == wanted
     else:
-        assert (of_gptqmodel if kind == "gptqmodel" else of_llm_compressor)(text, names) == rounded
+        assert (of_gptqmodel if kind == "gptqmodel" else of_llm_compressor)(text, names) == wanted
 
 
 @pytest.mark.parametrize("kind", ["gptqmodel", "torchao", "llama.cpp"])

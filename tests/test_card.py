@@ -12,13 +12,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from plans import planned
 from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
-from atp_tune.spec.config import AllocationRef, Baselines, Config, EvaluationTexts, read_config
+from atp_tune.spec.config import Baselines, Config, EvaluationTexts, read_config
 from atp_tune.spec.manifest import Manifest, environment
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.texts import Text
@@ -136,21 +137,25 @@ def test_folders_of_the_machine_are_not_told(tmp_path: Path) -> None:
 
 
 def channels(**changes: Any) -> Config:
-    shares = {"block_sparsities": (0.25, 0.26, 0.25), "linear_sparsities": ((0.3, 0.2), (0.3, 0.21), (0.3, 0.2))}
+    plan = planned("wanda", "atp", (0.25, 0.26, 0.25), {"beta": 0.0125}, ((0.3, 0.2), (0.3, 0.21), (0.3, 0.2)))
     prune = PruneConfig(pattern="channels", pruners=("wanda", "magnitude"))
-    return config(**{**shares, "pruner": "wanda", "prune": prune, "linears": None, **changes})
+    return config(**{"plan": plan, "prune": prune, "linears": None, **changes})
 
 
 def test_settings_of_channels_are_told() -> None:
     told = "heads = False, {}refit = True, damping = 0.01, round\\_to = 8"
     facts = dict(rows(card(channels()), "## How it was made"))
     assert facts["pruner"] == "wanda, " + told.format("score = norm, ")
-    facts = dict(rows(card(channels(pruner="magnitude")), "## How it was made"))
+    facts = dict(
+        rows(card(channels(plan=channels().plan.model_copy(update={"method": "magnitude"}))), "## How it was made")
+    )
     assert facts["pruner"] == "magnitude, " + told.format("")
 
 
 def test_uniform_channels_are_called_uniform() -> None:
-    made = card(channels(allocation=AllocationRef(name="uniform", beta=None)))
+    made = card(
+        channels(plan=planned("wanda", "uniform", (0.25, 0.26, 0.25), None, ((0.3, 0.2), (0.3, 0.21), (0.3, 0.2))))
+    )
     assert "Every block has the same share of zeros, but for rounding." in body(made)
     assert "its own share" not in body(made)
     assert made.data.tags[-1] == "uniform"
@@ -239,13 +244,13 @@ def test_what_is_not_measured_is_not_told() -> None:
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
 def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
-    assert ("changed to make up" in body(card(config(pruner=pruner)))) == (pruner != "wanda")
+    text = body(card(config(plan=planned(pruner, "atp", (0.575, 0.6, 0.625)))))
+    assert ("changed to make up" in text) == (pruner != "wanda")
 
 
 def test_prices_and_refinement_are_named() -> None:
-    linears = {"block_sparsities": (0.3, 0.2), "linear_sparsities": ((0.4, 0.2), (0.2, 0.2)), "linears": None}
-    chosen = AllocationRef(name="prices", beta=None, parameters={"kappa": 1.0})
-    text = body(card(config(**linears, allocation=chosen, prune=PruneConfig(refine=5))))
+    plan = planned("sparsegpt", "prices", (0.3, 0.2), {"kappa": 1.0}, ((0.4, 0.2), (0.2, 0.2)))
+    text = body(card(config(plan=plan, linears=None, prune=PruneConfig(refine=5))))
     assert (
         "Each linear has its own share of zeros, chosen by the allocation `prices κ=1` of atp_tune, by gradients"
         in text

@@ -9,6 +9,7 @@ import naive
 import pytest
 import torch
 from families import CPU, TOKENS, bench_of, copy_of, few, random_ids, same_bits, tiny
+from plans import linears_of
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,11 +17,10 @@ from atp_tune.allocations.channels import BlockChannels, ChannelSet, rounded
 from atp_tune.blocks.channel_pruning import too_sparse
 from atp_tune.blocks.channels import find_channels
 from atp_tune.errors import TrialError, UserError
-from atp_tune.plan import make_plan
 from atp_tune.pruners.channels import HessianAndMoments, channel_scores, magnitude_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
-from atp_tune.spec.patterns import parse
+from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 
 CHANNELS = parse("channels")
@@ -318,7 +318,7 @@ def test_the_pass_is_that_of_naive_loops(family: str, pruner: str, keys: dict[st
     work = bench_of(model, prune)
     plan = make_plan(pruner, "atp", work.budget(0.35), {"beta": 0.05}, CHANNELS)
     pruned = list(work.prune(plan))
-    expected = naive_pass(model, work, plan.linear_sparsities, prune.channels, pruner).state_dict()
+    expected = naive_pass(model, work, linears_of(plan), prune.channels, pruner).state_dict()
     total = 0
     for one in pruned:
         for name, tensor in one.weights.items():
@@ -328,7 +328,7 @@ def test_the_pass_is_that_of_naive_loops(family: str, pruner: str, keys: dict[st
         linears = work.checkpoint.linears[one.index]
         assert one.zeros == {x.name: int((x.matrix(one.weights[x.key]) == 0).sum()) for x in linears}
         total += sum(one.zeros.values())
-        assert sum(one.zeros.values()) / work.checkpoint.sizes[one.index] == pytest.approx(plan.sparsities[one.index])
+        assert sum(one.zeros.values()) / work.checkpoint.sizes[one.index] == pytest.approx(plan.amounts[one.index])
     assert total / sum(work.checkpoint.sizes) == pytest.approx(0.35, abs=0.01)
     assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
@@ -370,8 +370,8 @@ def test_the_bound_of_beta_keeps_every_block_within_what_channels_can_make() -> 
     bound = atp.bounds(budget)["beta"][1]
     plan = make_plan("wanda", "atp", budget, {"beta": bound}, CHANNELS)
     step = work.channels[0].mlp.weights / work.channels[0].size
-    assert max(plan.sparsities) == pytest.approx(budget.highest, abs=step)
-    assert budget.mean(plan.sparsities) == pytest.approx(0.4, abs=step)
+    assert max(plan.amounts) == pytest.approx(budget.highest, abs=step)
+    assert budget.mean(plan.amounts) == pytest.approx(0.4, abs=step)
 
 
 # what does not go with channels

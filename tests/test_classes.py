@@ -30,8 +30,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import auto_class, language_model, reads_images
 from atp_tune.checkpoints.headers import read_sizes
 from atp_tune.errors import UserError
-from atp_tune.plan import make_plan
 from atp_tune.sparse.shards import Shards
+from atp_tune.spec.patterns import make_plan
 
 IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image
 
@@ -169,7 +169,7 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
     assert command("--study", place / "tiny.toml").code == 0
     own = json.loads((place / "tiny.best.json").read_text())
     assert own["blocks"] == "model.language_model.layers"
-    for key in ("perplexity", "baselines", "allocation", "block_sparsities", "sparsity"):
+    for key in ("perplexity", "baselines", "plan", "sparsity"):
         assert own[key] == language[key], key
 
     out = place / "sparse"

@@ -14,6 +14,7 @@ import torch
 from families import ALL, bench_of, few, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import planned
 from safetensors.torch import load_file
 from test_packing import bytes_of, changed_tensor, edited, first, logits, registered, same_files, sparse_model
 from test_pruners import Problem, dtypes, hessian_of, problem, problems, tied_problems
@@ -27,7 +28,6 @@ from atp_tune.checkpoints.unpacking import unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
-from atp_tune.plan import Plan
 from atp_tune.quantizers import make_quantizer
 from atp_tune.quantizers.grid import Grid
 from atp_tune.search.objective import Record
@@ -146,7 +146,7 @@ def folders(
     pruner = "rtn"
     if any(shares):
         context.bits, pruner = bits[0], "magnitude"
-    plan = Plan(pruner, "uniform", shares, bits=bits)
+    plan = planned(pruner, "uniform", shares, bits=bits)
     record = Record(context)
     context.measure(plan, [record])
     (place / "codes").mkdir()
@@ -344,7 +344,7 @@ def test_codes_that_no_tensor_asks_for_are_an_error(tmp_path: Path) -> None:
     context.quantize = QuantizeConfig(group_size=8)
     blocks = len(context.checkpoint.blocks)
     codes = Codes(tmp_path, context.quantize)
-    block = next(iter(context.prune(Plan("rtn", "uniform", (0.0,) * blocks, bits=(4,) * blocks), grids=True)))
+    block = next(iter(context.prune(planned("rtn", "uniform", (0.0,) * blocks, bits=(4,) * blocks), grids=True)))
     (name,) = codes.save(context.checkpoint, block, context.checkpoint.linears[0][0].key)
     assert codes.find(("other",)) is None
     with pytest.raises(UserError, match=f"has no tensor {name}"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import planned
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
@@ -13,7 +14,6 @@ from atp_tune.metrics.draws import OverDraws, Spread
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.spec.config import (
     FORMAT,
-    AllocationRef,
     Baselines,
     BothDraws,
     Config,
@@ -47,12 +47,10 @@ def config(**changes: Any) -> Config:
         study="smöl",
         trial=7,
         model=ModelRef(id="org/name", revision="main", sha256=None, fingerprint="ab" * 32, dtype="bfloat16"),
-        pruner="sparsegpt",
+        plan=planned("sparsegpt", "atp", (0.575, 0.6, 0.625), {"beta": 0.0125}),
         prune=PruneConfig(
             pruners=("wanda", "sparsegpt"), statistics="dense", sparsegpt=SparseGPTSettings(damping=0.02, columns=64)
         ),
-        allocation=AllocationRef(name="atp", beta=0.0125, parameters={"beta": 0.0125}),
-        block_sparsities=(0.575, 0.6, 0.625),
         blocks="model.layers",
         sparsity=Sparsity(target=0.6, realised=0.5995),
         perplexity=scores(12.5, 13.25),
@@ -94,13 +92,13 @@ def test_the_format_is_the_golden_file(tmp_path: Path) -> None:
 
 def test_the_golden_file_reads_as_it_was_written() -> None:
     assert read_config(GOLDEN) == config()
-    assert read_config(GOLDEN).format == FORMAT == "atp_tune.config/2"
+    assert read_config(GOLDEN).format == FORMAT == "atp_tune.config/3"
 
 
 def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
     sparsities = (0.1 + 0.2, 1 / 3, 0.6 - 1e-16, 0.0, 1.0)
-    config(block_sparsities=sparsities).write(tmp_path / "best.json")
-    assert read_config(tmp_path / "best.json").block_sparsities == sparsities
+    config(plan=planned("wanda", "atp", sparsities)).write(tmp_path / "best.json")
+    assert read_config(tmp_path / "best.json").plan.amounts == sparsities
 
 
 def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
@@ -121,21 +119,20 @@ def test_values_never_change() -> None:
 # --- files that are none
 
 
-ADVICE = "is it a configuration of atp_tune (atp_tune.config/2)?"
+ADVICE = "is it a configuration of atp_tune (atp_tune.config/3)?"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
-        ({"format": "atp_tune.config/3"}, f"FILE: format: Input should be 'atp_tune.config/2'; {ADVICE}"),
-        ({"pruner": "magic"},
-         f"FILE: pruner: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
-        ({"block_sparsities": [0.5, 1.5]},
-         f"FILE: block_sparsities.1: Input should be less than or equal to 1; {ADVICE}"),
-        ({"block_sparsities": [0.5, None]}, f"FILE: block_sparsities.1: Input should be a valid number; {ADVICE}"),
-        ({"block_sparsities": []},
-         f"FILE: block_sparsities: Tuple should have at least 1 item after validation, not 0; {ADVICE}"),
+        ({"format": "atp_tune.config/4"}, f"FILE: format: Input should be 'atp_tune.config/3'; {ADVICE}"),
+        ({"plan": {"method": "magic", "allocation": "atp", "levels": [0.5]}},
+         f"FILE: plan.method: Input should be 'magnitude', 'wanda', 'sparsegpt', 'dsnot' or 'alps'; {ADVICE}"),
+        ({"plan": {"method": "wanda", "allocation": "atp", "levels": [0.5, 1.5]}},
+         f"FILE: plan.levels.1.sparsity: Input should be less than or equal to 1; {ADVICE}"),
+        ({"plan": {"method": "wanda", "allocation": "atp", "levels": []}},
+         f"FILE: plan.levels: Tuple should have at least 1 item after validation, not 0; {ADVICE}"),
         ({"model": {}}, f"FILE: model.id: is needed; {ADVICE}"),
         ({"sparsity": {"target": 0.6, "realised": -1}},
          f"FILE: sparsity.realised: Input should be greater than or equal to 0; {ADVICE}"),
@@ -206,7 +203,7 @@ def test_a_folder_in_its_place(tmp_path: Path) -> None:
 def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # as fast as can be, so that there is much to see
     path = tmp_path / "best.json"
-    long, short = config(block_sparsities=(0.5,) * 5000), config()
+    long, short = config(plan=planned("wanda", "atp", (0.5,) * 5000)), config()
     short.write(path)
     stop, seen = threading.Event(), set()
 
@@ -223,3 +220,11 @@ def test_a_reader_never_sees_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     reader.join()
     assert seen <= {long.to_json().encode(), short.to_json().encode()}
     assert seen
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_older_format_is_refused_in_one_line(tmp_path: Path, version: int) -> None:
+    said = message(edited(tmp_path / "best.json", format=f"atp_tune.config/{version}", block_sparsities=[0.5]))
+    assert said.startswith(
+        f"FILE: is of an older format, atp_tune.config/{version}, without the key plan; search again"
+    )

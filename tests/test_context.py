@@ -4,19 +4,19 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, nlls_of, random_ids, same_bits, tiny
+from plans import planned
 
 from atp_tune.blocks import batching
 from atp_tune.events import Place, Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.windows import Windows
-from atp_tune.plan import Plan
 from atp_tune.run import observers, session
 from atp_tune.run.observers import can_keep
 from atp_tune.run.session import Session
 from atp_tune.spec import prune
 from atp_tune.spec.prune import PruneConfig
 
-UNIFORM = Plan("wanda", "uniform", (0.5,) * 4)
+UNIFORM = planned("wanda", "uniform", (0.5,) * 4)
 
 
 def steps(events: list[Any]) -> list[tuple[str, int, int]]:
@@ -71,7 +71,7 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "make_pruner", lambda *args: made.append(args) or original(*args))
     work = bench_of(tiny("llama"), PruneConfig.model_validate({"sparsegpt": {"damping": 0.5, "columns": 7}}))
     for pruner in ("sparsegpt", "wanda"):
-        list(work.prune(Plan(pruner, "uniform", (0.5,) * 4)))
+        list(work.prune(planned(pruner, "uniform", (0.5,) * 4)))
     assert made == [
         ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}, 0, 0),
         ("wanda", {"compare": "row", "group": None}, 0, 0),
@@ -81,7 +81,7 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_keep_to_the_pattern_of_the_study() -> None:
     work = bench_of(tiny("llama"), PruneConfig(pattern="mixed:8"))
     sparsities = (0.375, 0.5, 0.625, 0.875)
-    for block in work.prune(Plan("wanda", "atp", sparsities, {"beta": 0.1})):
+    for block in work.prune(planned("wanda", "atp", sparsities, {"beta": 0.1})):
         linears = work.checkpoint.linears[block.index]
         for linear in linears:
             zeros = (linear.matrix(block.weights[linear.key]) == 0).reshape(-1, 8).sum(1)
@@ -108,7 +108,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     whole = bench_of(model)
     calibration = whole.windows["calibration"]
     longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
-    plan = Plan("wanda", "uniform", (0.5,) * 4)
+    plan = planned("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "test": longer}):
         other = Session(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
         assert other.batch("calibration").windows == whole.batch("calibration").windows == 4

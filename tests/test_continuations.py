@@ -71,7 +71,7 @@ def test_a_study_ends_with_what_its_models_write(place: Path) -> None:
     assert {*found.names} == {"dense", "uniform", *ranked}
     assert found.others
     sparsities = {"dense": None, "uniform": [0.6] * 4}
-    sparsities |= {name: trial.user_attrs["sparsities"] for name, trial in ranked.items()}
+    sparsities |= {name: trial.user_attrs["plan"]["levels"] for name, trial in ranked.items()}
     for name in found.names:
         assert list(found.of(name)) == [by_hand(place, prompt, sparsities[name]) for prompt in PROMPTS], name
     assert read_config(place / "tiny.best.json").continuations == found

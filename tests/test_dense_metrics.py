@@ -13,8 +13,8 @@ from atp_tune.allocations import ALLOCATIONS, DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
-from atp_tune.plan import make_plan
 from atp_tune.run.session import Session
+from atp_tune.spec.patterns import make_plan
 
 FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench
@@ -265,6 +265,6 @@ def test_a_plan_meets_the_target(family: str, allocation: str) -> None:
     work = bench_of(tiny(family))
     budget = work.budget(0.6)
     plan = make_plan("wanda", allocation, budget, {})
-    assert budget.mean(plan.sparsities) == pytest.approx(0.6, abs=1 / sum(budget.sizes))
+    assert budget.mean(plan.amounts) == pytest.approx(0.6, abs=1 / sum(budget.sizes))
     assert not plan.is_uniform
     assert len(list(work.prune(plan))) == len(work.checkpoint.blocks)

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, bench_of, few, same_bits, tiny
+from plans import planned
 from test_prune_pass import atp_plan
 
 from atp_tune.blocks import dense_statistics
 from atp_tune.blocks.dense_statistics import CachedStatistics, is_room, place_of, save_all
 from atp_tune.events import Message
-from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
@@ -75,7 +75,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pruner", few(PRUNERS, ("wanda", "sparsegpt")))
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(pruner, "atp", (0.4, 0.5, 0.6, 0.7))
+    plan = planned(pruner, "atp", (0.4, 0.5, 0.6, 0.7))
     with monkeypatch.context() as patch:
         patch.setattr(dense_model, "is_room", lambda folder, needed: False)
         expected = list(bench_of(tiny("llama"), DENSE).prune(plan))

@@ -3,15 +3,15 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import planned
 
 from atp_tune.api import progress
 from atp_tune.cli import display
 from atp_tune.cli.display import Display, Line
 from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
-from atp_tune.plan import Plan
 
-priced = Plan("wanda", "row-prices", (0.5, 0.7), target=0.6)
+priced = planned("wanda", "row-prices", (0.5, 0.7), target=0.6)
 
 
 @pytest.fixture

@@ -25,12 +25,13 @@ from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
 from atp_tune.measures import perplexity, reach_of
 from atp_tune.metrics.draws import over_draws
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
 from atp_tune.search import final_scores
 from atp_tune.spec.config import read_config
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.texts import Calibration
 
@@ -68,7 +69,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
     context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
-    plan = Plan(trial.params["pruner"], "atp", tuple(trial.user_attrs["sparsities"]), {"beta": trial.params["beta"]})
+    plan = Plan.model_validate(trial.user_attrs["plan"])
     return nlls_of(context, ((block.index, block.weights) for block in context.prune(plan)), "test")
 
 

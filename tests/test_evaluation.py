@@ -6,6 +6,7 @@ import naive
 import pytest
 import torch
 from families import CPU, FAMILIES, TOKENS, bench_of, nlls_of, random_ids, replay_of, scores_of, tiny
+from plans import planned
 from torch import Tensor
 
 from atp_tune.blocks.batching import AutoBatch
@@ -14,7 +15,6 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.measures import perplexity
-from atp_tune.plan import Plan
 from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores, parts_of
 from atp_tune.run.session import Session
@@ -63,7 +63,7 @@ def test_perplexity_is_the_model_s_own_loss(family: str) -> None:
 def test_perplexity_of_a_pruned_model_is_its_own_loss(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
-    pruned = list(work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
+    pruned = list(work.prune(planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))))
     nlls = nlls_of(work, ((block.index, block.weights) for block in pruned), "validation")
     other = pruned_copy(model, work, pruned)
     assert nlls == pytest.approx(naive.nlls_of(other, random_ids(7, TOKENS, seed=1)), rel=1e-5)
@@ -82,7 +82,7 @@ def pruned_copy(model: Any, work: Session, pruned: list[PrunedBlock]) -> Any:
 def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
-    pruned = list(work.prune(Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
+    pruned = list(work.prune(planned("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
     kls = scores_of(work, ((block.index, block.weights) for block in pruned), "validation", kl=True).kls
     expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
     assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
@@ -100,7 +100,7 @@ def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
-    pruned = [(b.index, b.weights) for b in work.prune(Plan("wanda", "uniform", (0.5,) * 4))]
+    pruned = [(b.index, b.weights) for b in work.prune(planned("wanda", "uniform", (0.5,) * 4))]
     expected, nlls = scores_of(work, pruned, "validation", kl=True).kls, nlls_of(work, pruned, "validation")
     for windows, heads, positions, cached in (
         (1, 1, 256, 1),

@@ -9,6 +9,7 @@ import naive
 import pytest
 import torch
 from families import MIXTURES, TOKENS, bench_of, few, nlls_of, random_ids, same_bits, tiny
+from plans import planned
 from safetensors.torch import load_file
 from test_input_hooks import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
@@ -25,7 +26,6 @@ from atp_tune.checkpoints.experts import expert_inputs
 from atp_tune.checkpoints.linears import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.events import ignore_events
-from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.spec.prune import PruneConfig
@@ -59,7 +59,7 @@ class Additions(TorchDispatchMode):
 def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> None:
     """Else a trial on CUDA would come to other bits each time."""
     work = bench_of(tiny(family), PruneConfig(statistics=statistics))
-    plan = Plan("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
+    plan = planned("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))
     with Additions() as additions:
         nlls_of(work, [(block.index, block.weights) for block in work.prune(plan)], "validation")
     assert additions.seen > 100
@@ -174,7 +174,7 @@ def silence(model: Any, index: int = 1) -> Any:
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
     model = silence(tiny(family))
-    work, plan = bench_of(model, PruneConfig(statistics=statistics)), Plan("wanda", "atp", (0.4, 0.5, 0.6))
+    work, plan = bench_of(model, PruneConfig(statistics=statistics)), planned("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
     assert [block.experts_without_tokens for block in pruned] == [(), names, ()]
@@ -189,7 +189,8 @@ def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, 
 def test_what_measures_nothing_misses_nothing() -> None:
     model = silence(tiny("olmoe"))
     assert all(
-        block.experts_without_tokens == () for block in bench_of(model).prune(Plan("magnitude", "uniform", (0.5,) * 3))
+        block.experts_without_tokens == ()
+        for block in bench_of(model).prune(planned("magnitude", "uniform", (0.5,) * 3))
     )
 
 
@@ -220,7 +221,7 @@ def test_activations_are_of_the_experts_that_a_token_meets() -> None:
 
 def test_a_tensor_of_experts_is_not_written_to_and_lies_apart() -> None:
     model = tiny("mixtral")
-    for block in bench_of(model).prune(Plan("wanda", "uniform", (0.5,) * 3)):
+    for block in bench_of(model).prune(planned("wanda", "uniform", (0.5,) * 3)):
         experts = model.model.layers[block.index].mlp.experts
         for name in ("gate_up_proj", "down_proj"):
             tensor = block.weights[f"mlp.experts.{name}"]
@@ -275,9 +276,9 @@ def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) 
         index, silent = int(key.split(".")[2]), ".1.mlp.experts.2." in key
         zeros = int((after[key] == 0).sum())
         if pruner == "wanda" and not silent:
-            assert zeros == tensor.shape[0] * int(tensor.shape[1] * plan.sparsities[index])
+            assert zeros == tensor.shape[0] * int(tensor.shape[1] * plan.amounts[index])
         elif ".experts." not in key or ".down_proj." in key:
-            assert zeros == int(tensor.numel() * plan.sparsities[index])
+            assert zeros == int(tensor.numel() * plan.amounts[index])
     assert sum(".experts." in key for key in after) == 3 * 5 * 3
 
 

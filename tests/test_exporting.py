@@ -17,6 +17,7 @@ import torch
 import yaml
 from byhand import ByHand
 from families import few
+from plans import linears_of, planned
 from safetensors.torch import load_file
 from test_config import config
 from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
@@ -27,6 +28,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
 from atp_tune.inputs.windows import token_windows
+from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings, SparseGPTSettings, WandaSettings
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.prune import PruneConfig
@@ -34,7 +36,15 @@ from atp_tune.storage.progress import measured
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))
-BY_LINEAR = {"linear_sparsities": ((0.5, 0.6), (0.55, 0.65), (0.7,)), "linears": NAMES}
+
+
+def by_linear(pruner: str = "sparsegpt") -> dict[str, Any]:
+    rows = (0.5, 0.6), (0.55, 0.65), (0.7,)
+    return {"plan": planned(pruner, "curve", (0.575, 0.6, 0.625), None, rows), "linears": NAMES}
+
+
+def by_block(pruner: str, *sparsities: float) -> Plan:
+    return planned(pruner, "atp", sparsities or (0.575, 0.6, 0.625), {"beta": 0.0125})
 
 
 def error(call: Callable[[], object]) -> str:
@@ -65,7 +75,7 @@ def test_which_format_is_meant(given: str | None, out: str | None, kind: str) ->
 
 def test_tables_say_that_shares_are_of_whole_channels() -> None:
     prune = PruneConfig(pattern="channels", pruners=("wanda",), channels=ChannelSettings(heads=True, round_to=4))
-    made = config(pruner="wanda", prune=prune, **BY_LINEAR)
+    made = config(prune=prune, **by_linear("wanda"))
     table = yaml.safe_load(as_yaml(made))
     assert table["shares_of"] == "whole channels"
     assert table["settings"] == prune.channels.model_dump()
@@ -134,7 +144,7 @@ def test_what_cannot_be_asked_for(words: list[str], said: str, command: CommandL
 
 
 def test_nothing_is_written_that_cannot_be_said(done: Path, command: CommandLine) -> None:
-    found = read_config(done / "tiny.best.json").model_copy(update={"pruner": "alps"})
+    found = read_config(done / "tiny.best.json").model_copy(update={"plan": by_block("alps")})
     found.write(done / "alps.json")
     answer = command("export", "--config", done / "alps.json", "--format", "llm-compressor")
     assert answer.error == (
@@ -155,7 +165,7 @@ def test_a_study_of_single_linears_knows_their_names(done: Path, command: Comman
     rows = list(csv.DictReader((tmp_path / "bent.csv").read_text().splitlines()))
     names = [name for name, _ in ByHand(done).model.model.named_modules() if name.endswith("_proj")]
     assert [row["module"] for row in rows] == [f"model.{name}" for name in names]
-    found = read_config(tmp_path / "bent.json").linear_sparsities
+    found = linears_of(read_config(tmp_path / "bent.json").plan)
     assert found
     assert [float(row["sparsity"]) for row in rows] == [value for block in found for value in block]
 
@@ -176,7 +186,7 @@ def test_tables_by_block() -> None:
 
 
 def test_tables_by_linear() -> None:
-    lines = as_csv(config(**BY_LINEAR)).splitlines()
+    lines = as_csv(config(**by_linear())).splitlines()
     assert lines[1:3] == ["0,model.layers.0.attn.q,0.5", "0,model.layers.0.mlp.up,0.6"]
     assert lines[5:] == ["2,model.layers.2.mlp.up,0.7"]
 
@@ -185,14 +195,14 @@ def test_tables_by_linear() -> None:
 @pytest.mark.parametrize("name", ["=1+1", "+1", "a\nb", "a,b", "@x", "- x: &a", ""])
 def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> None:
     """A spreadsheet takes some for formulas."""
-    for changed in ({"blocks": name}, {**BY_LINEAR, "linears": ((name, "b"), *NAMES[1:])}):
+    for changed in ({"blocks": name}, {**by_linear(), "linears": ((name, "b"), *NAMES[1:])}):
         with pytest.raises(UserError, match="is not the name of a module"):
             make(config(**changed))
 
 
 @pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
 @pytest.mark.parametrize(
-    ("missing", "what"), [({"blocks": None}, "blocks"), ({**BY_LINEAR, "linears": None}, "linears")]
+    ("missing", "what"), [({"blocks": None}, "blocks"), ({**by_linear(), "linears": None}, "linears")]
 )
 def test_files_of_earlier_versions_have_no_names(make: Callable[[Config], str], missing: Any, what: str) -> None:
     assert error(lambda: make(config(**missing))).startswith(f"{what}: the configuration lacks the names of its {what}")
@@ -218,16 +228,17 @@ def test_a_recipe_by_block() -> None:
 
 
 def test_a_recipe_by_linear_and_by_number() -> None:
-    (one,) = recipe(pruner="wanda", **BY_LINEAR)
+    (one,) = recipe(**by_linear("wanda"))
     assert one["WandaPruningModifier"]["sparsity"] == [0.5, 0.6, 0.55, 0.65, 0.7]
     assert one["WandaPruningModifier"]["targets"][-1] == "model.layers.2.mlp.up"
-    mixed = recipe(pruner="wanda", prune=PruneConfig(pattern="mixed:4"), block_sparsities=(0.5, 0.0, 0.5, 0.75))
+    mixed = recipe(plan=by_block("wanda", 0.5, 0.0, 0.5, 0.75), prune=PruneConfig(pattern="mixed:4"))
     assert [modifier["WandaPruningModifier"] for modifier in mixed] == [
         {"sparsity": 0.5, "mask_structure": "2:4", "targets": ["model.layers.0", "model.layers.2"]},
         {"sparsity": 0.75, "mask_structure": "3:4", "targets": ["model.layers.3"]},
     ]
     groups = recipe(
-        prune=PruneConfig(pattern="2:4", sparsegpt=SparseGPTSettings(columns=30)), block_sparsities=(0.5,) * 3
+        prune=PruneConfig(pattern="2:4", sparsegpt=SparseGPTSettings(columns=30)),
+        plan=by_block("sparsegpt", 0.5, 0.5, 0.5),
     )
     assert groups[0]["SparseGPTModifier"]["block_size"] == 28
 
@@ -235,13 +246,16 @@ def test_a_recipe_by_linear_and_by_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pruner": "magnitude"}, "pruner = magnitude: llm-compressor has a modifier for wanda and sparsegpt alone"),
         (
-            {"pruner": "wanda", "prune": PruneConfig(wanda=WandaSettings(compare="row-variant"))},
+            {"plan": by_block("magnitude")},
+            "pruner = magnitude: llm-compressor has a modifier for",
+        ),
+        (
+            {"plan": by_block("wanda"), "prune": PruneConfig(wanda=WandaSettings(compare="row-variant"))},
             "compares scores of a row",
         ),
-        ({"block_sparsities": (0.5, 1.0, 0.6)}, "cannot zero a whole matrix by SparseGPT"),
-        ({**BY_LINEAR, "linears": (("a[0]", "a[1]"), *NAMES[1:])}, "has no name for a single expert"),
+        ({"plan": by_block("sparsegpt", 0.5, 1.0, 0.6)}, "cannot zero a whole matrix by SparseGPT"),
+        ({**by_linear(), "linears": (("a[0]", "a[1]"), *NAMES[1:])}, "has no name for a single expert"),
     ],
 )
 def test_what_a_recipe_cannot_say(changes: Any, reason: str) -> None:
@@ -273,7 +287,7 @@ def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, co
     exec(code, names)  # the docs' own words
     by_hand, found = ByHand(done), names["model"].model.layers
     for block in range(BLOCKS):
-        sparsities = plan.of(block, 7)
+        sparsities = [level.amount for level in plan.of(block, 7)]
         modules = [module for module in found[block].modules() if isinstance(module, torch.nn.Linear)]
         for dense, linear, sparsity in zip(by_hand.linears(block), modules, sparsities, strict=True):
             for row, original in zip(linear.weight, dense.weight, strict=True):

@@ -71,9 +71,13 @@ def trial_at(sparsity: float, share: float, level: float, kl: bool = False, **mo
     kls = [abs(nll - math.log(DENSE)) for nll in nlls]
     value = sum(kls) / WINDOWS if kl else math.exp(sum(nlls) / WINDOWS)
     known = {
-        "sparsities": [sparsity + beta * (k - 1.5) for k in range(BLOCKS)],
+        "plan": {
+            "method": "wanda",
+            "allocation": "atp",
+            "parameters": {"beta": beta},
+            "levels": [sparsity + beta * (k - 1.5) for k in range(BLOCKS)],
+        },
         "errors": [0.1 + 0.02 * k for k in range(BLOCKS)],
-        "parameters": {"beta": beta},
         "nlls": nlls,
         "stderr": 1.0,
         "realised": sparsity,
@@ -456,7 +460,7 @@ def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
     levels = {0.2: (21.0, 20.5), 0.5: (30.0, 26.0), 0.7: (60.0, 90.0)}
     study = with_test_text(made_front(tmp_path, levels=levels), *range(6))
     config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")
-    assert (config.allocation.name, config.allocation.beta, config.allocation.parameters) == ("uniform", None, {})
+    assert (config.plan.allocation, config.plan.parameters) == ("uniform", {})
     assert config.sparsity.target == 0.5
     from atp_tune.sparse.card import Dense, model_card
 

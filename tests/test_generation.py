@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import ALL, bench_of, few, replay_of, tiny
+from plans import planned
 from tinystudy import make_model, make_tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
@@ -20,7 +21,6 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.cli.chat_session import stoppable
 from atp_tune.errors import UserError
 from atp_tune.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
-from atp_tune.plan import Plan
 from atp_tune.run.observers import Kept
 
 PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]
@@ -79,7 +79,7 @@ def test_continuations_are_the_greedy_tokens(family: str) -> None:
 def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
-    plan = Plan("magnitude", "uniform", (0.6,) * len(work.checkpoint.blocks))
+    plan = planned("magnitude", "uniform", (0.6,) * len(work.checkpoint.blocks))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ends, [weights_of] = end_tokens(model, Letters()), work.measure(plan, [Kept("a test", "another")])
     found = [cut(tokens, ends) for tokens in said(work.replay, weights_of)]

@@ -16,6 +16,7 @@ import transformers
 from families import CPU, few, scores_of
 from image_families import CLASSES, FAMILIES, context_of, images, make
 from PIL import Image
+from plans import planned
 from tinystudy import CommandLine
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -29,12 +30,11 @@ from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, dige
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.measures import accuracy, gain
-from atp_tune.plan import Plan, make_plan
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of
 from atp_tune.spec.facts import facts
 from atp_tune.spec.images import ImageSet
-from atp_tune.spec.patterns import parse
+from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.studyfile import load
 
 STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
@@ -65,7 +65,7 @@ def test_wanda_is_a_naive_loop(family: str, statistics: str) -> None:
     """Each linear is pruned by the norms of its inputs in the model as it is pruned so far, run as a whole."""
     work = context_of(family, statistics=statistics)
     linears, names = work.checkpoint.linears, work.checkpoint.block_names
-    plan = Plan("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
+    plan = planned("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
     found = {
         f"{names[block.index]}.{linear.name}": block.weights[linear.key].clone()
         for block in work.prune(plan)
@@ -81,7 +81,7 @@ def test_wanda_is_a_naive_loop(family: str, statistics: str) -> None:
             weight = model.get_submodule(name).weight
             score = weight.abs() * norms[linear.name]
             for row in range(len(weight)):
-                gone = torch.sort(score[row], stable=True)[1][: int(score.shape[1] * plan.sparsities[index])]
+                gone = torch.sort(score[row], stable=True)[1][: int(score.shape[1] * plan.amounts[index])]
                 weight.data[row, gone] = 0
             assert (found[name] == weight).float().mean() > 0.99, name  # a near-tie may fall otherwise in other batches
             weight.data.copy_(found[name])
@@ -92,10 +92,10 @@ def test_the_papers_code_for_images_is_a_naive_loop(family: str) -> None:
     """All inputs are those of the dense model, and the lowest scores of each whole matrix go, whatever its stage."""
     work = context_of(family, statistics="dense", wanda={"compare": "matrix"})
     linears, names = work.checkpoint.linears, work.checkpoint.block_names
-    plan = Plan("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
+    plan = planned("wanda", "uniform", tuple(0.3 + 0.1 * (index % 4) for index in range(len(linears))))
     model, calibration = make(family), images(family, 6, 1)
     for block in work.prune(plan):
-        norms, sparsity = _norms(model, names[block.index], calibration), plan.sparsities[block.index]
+        norms, sparsity = _norms(model, names[block.index], calibration), plan.amounts[block.index]
         for linear in linears[block.index]:
             weight = model.get_submodule(f"{names[block.index]}.{linear.name}").weight
             scores = [
@@ -132,7 +132,7 @@ def _norms(model: Any, block: str, batch: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", few(["vit", "convnext", "swin", "hiera"], ["swin"]))
 def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
     work, batch = context_of(family), images(family, 7, 2)
-    plan = Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
+    plan = planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
     pruned = [(block.index, dict(block.weights)) for block in work.prune(plan)]
     found = scores_of(work, pruned, "validation").nlls
     model = make(family)

@@ -122,9 +122,9 @@ def test_every_point_of_the_front_is_measured_on_the_test_text(ran: Path) -> Non
     best = best_trial(study)
     assert best is not None
     assert (config.trial, config.sparsity.target) == (best.number, best.params["sparsity"])
-    is_uniform = config.allocation.name == "uniform"  # as ATP with beta = 0 is
+    is_uniform = config.plan.allocation == "uniform"  # as ATP with beta = 0 is
     assert is_uniform == (parameters_of(best).get("beta") == 0)
-    assert config.allocation.parameters == ({} if is_uniform else parameters_of(best))
+    assert config.plan.parameters == ({} if is_uniform else parameters_of(best))
 
 
 @pytest.mark.slow

@@ -152,7 +152,8 @@ def test_tensors_get_the_types_of_the_plan(
     wanted: dict[str, str] = {}
     for block, linears in enumerate(plan["linears"]):
         for place_, linear in enumerate(linears):
-            bits = plan["linear_bits"][block][place_] if plan.get("linear_bits") else plan["block_bits"][block]
+            level = plan["plan"]["levels"][block]
+            bits = level["linears"][place_]["bits"] if "linears" in level else level["bits"]
             wanted[f"blk.{block}.{TENSORS[linear.rpartition('.')[2]]}.weight"] = K_QUANTS[round(bits)]
     assert len(set(wanted.values())) > 2
     assert wanted == {name: kind for name, kind in found.items() if name in wanted}

@@ -1,6 +1,5 @@
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,6 @@ from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, run, study_file
 
-from atp_tune.allocations.rows import RowOffsets
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.run import observers
@@ -103,7 +101,7 @@ def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space
         False,
         watch,
     )(ask(study, space, beta=0.05))
-    assert set(study.trials[1].user_attrs) > {"sparsities", "host"}
+    assert set(study.trials[1].user_attrs) > {"plan", "host"}
 
 
 def test_a_model_whose_numbers_are_none_fails(
@@ -121,7 +119,7 @@ def test_a_model_whose_numbers_are_none_fails(
         Objective(context, space, False, ignore_events)(trial)
     assert trial.user_attrs["failure"].startswith("perplexity is inf")
     assert trial.params == PARAMS
-    assert len(trial.user_attrs["sparsities"]) == 4
+    assert len(trial.user_attrs["plan"]["levels"]) == 4
 
 
 # --- what was measured before
@@ -138,18 +136,6 @@ def test_a_measured_pair_is_found(space: Space, study: optuna.Study) -> None:
     assert found
     assert found.number == 0
     assert measured_before(study, space, beta=0.2) is None
-
-
-def test_offsets_are_compressed_once_for_all_earlier_trials(
-    space: Space, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for beta in (0.1, 0.15, 0.2):
-        done(study, space, 5.0, {"nlls": [1.0]}, beta=beta)
-    trial, made = ask(study, space, beta=0.25), list[int]()
-    offsets = RowOffsets(((bytes(3),),) * 4)
-    monkeypatch.setattr(RowOffsets, "stored", lambda self: made.append(1) or "")
-    assert find_measured(trial, replace(space.plan(trial.params), row_offsets=offsets)) is None
-    assert made == [1]
 
 
 @pytest.mark.parametrize(
@@ -187,12 +173,12 @@ def test_a_third_time_is_answered_by_the_first(context: Session, space: Space, s
 def test_points_that_a_pattern_rounds_to_one_plan_are_measured_once(place: Path) -> None:
     words = ("prune.pattern=mixed:4", "search.sampler=random", "search.trials=8")
     study = run(place, *words)
-    plans = [(t.params["pruner"], str(t.user_attrs["sparsities"])) for t in study.trials]
+    plans = [(t.params["pruner"], str(t.user_attrs["plan"]["levels"])) for t in study.trials]
     own = [plan for plan, trial in zip(plans, study.trials, strict=True) if "repeats" not in trial.user_attrs]
     assert 1 < len(set(own)) == len(own) == len(set(plans)) < len(plans)
     for trial in study.trials:
         first = study.trials[trial.user_attrs.get("repeats", trial.number)]
-        assert (trial.value, trial.user_attrs["sparsities"]) == (first.value, first.user_attrs["sparsities"])
+        assert (trial.value, trial.user_attrs["plan"]["levels"]) == (first.value, first.user_attrs["plan"]["levels"])
 
 
 # --- stopping

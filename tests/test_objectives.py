@@ -68,7 +68,7 @@ def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     assert [direction.name for direction in study.directions] == ["MINIMIZE"]
     best = study.best_trial
     assert best.number == min(study.trials, key=lambda trial: trial.values[0]).number
-    pruned = ByHand(made).prune("wanda", best.user_attrs["sparsities"])
+    pruned = ByHand(made).prune("wanda", best.user_attrs["plan"]["levels"])
     expected = naive.kls_of(dense.model, pruned.model, dense.windows("validation"))
     assert best.user_attrs["kls"] == pytest.approx(expected, rel=1e-5)
     assert best.user_attrs["nlls"] == pytest.approx(pruned.nlls("validation"), rel=1e-5)
@@ -393,7 +393,7 @@ def test_any_trial_can_be_exported(made: Path, place: Path, command: CommandLine
     assert command(*asked, "--trial", str(other.number)).out == f"{out}\n"
     config = read_config(out)
     assert config.trial == other.number
-    assert config.block_sparsities == tuple(other.user_attrs["sparsities"])
+    assert config.plan.amounts == tuple(other.user_attrs["plan"]["levels"])
     assert config.perplexity.validation == score_of(other)
     assert config.kl
     assert config.kl.best.validation == kl_of(other)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from families import ALL, MULTIMODAL, TOKENS, VOCABULARY, bench_of, few
+from plans import planned
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine
 from torch import Tensor
@@ -47,7 +48,6 @@ from atp_tune.packed.modeling_atp_sparse import (
     unpack,
 )
 from atp_tune.packed.registering import register
-from atp_tune.plan import Plan
 from atp_tune.search.objective import Record
 from atp_tune.sparse.card import ALONE, DENSE_FILES
 from atp_tune.sparse.packing import AGAIN, NEEDED, NOT_STORED, pack_folder
@@ -287,7 +287,7 @@ def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torc
     context = bench_of(model.float(), folder=tmp_path / "dense")
     record = Record(context)
     sparsities = (0.3, *([0.6] * (len(context.checkpoint.blocks) - 1)))
-    for block in context.prune(Plan("wanda", "uniform", sparsities)):
+    for block in context.prune(planned("wanda", "uniform", sparsities)):
         record.block(block)
         for key, tensor in block.weights.items():
             context.checkpoint.blocks[block.index].get_parameter(key).data = tensor

@@ -1,29 +1,34 @@
+import json
+from typing import Any
+
 import pytest
+from plans import linears_of, planned, stored
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
-from atp_tune.plan import Plan, make_plan
-from atp_tune.spec.patterns import parse
+from atp_tune.plan import Plan
+from atp_tune.spec.patterns import make_plan, parse
 
 
 def test_a_plan_is_an_allocation_at_its_parameters() -> None:
     plan = make_plan("wanda", "atp", Budget(0.5, (4, 4, 4)), {"beta": 0.1})
-    assert plan == Plan("wanda", "atp", pytest.approx((0.4, 0.5, 0.6)), {"beta": 0.1})
-    assert make_plan("wanda", "uniform", Budget(0.5, (4, 4)), {}).sparsities == (0.5, 0.5)
+    assert plan == planned("wanda", "atp", plan.amounts, {"beta": 0.1})
+    assert plan.amounts == pytest.approx((0.4, 0.5, 0.6))
+    assert make_plan("wanda", "uniform", Budget(0.5, (4, 4)), {}).amounts == (0.5, 0.5)
 
 
 def test_a_plan_keeps_to_the_pattern() -> None:
     budget = Budget(0.5, (4, 4, 4))
     plan = make_plan("wanda", "atp", budget, {"beta": 0.1}, parse("mixed:8"))
-    assert plan.sparsities == (0.375, 0.5, 0.625)
+    assert plan.amounts == (0.375, 0.5, 0.625)
     third = make_plan("wanda", "uniform", Budget(0.333333, (4, 4)), {}, parse("1:3"))
-    assert third.sparsities == (1 / 3, 1 / 3)
+    assert third.amounts == (1 / 3, 1 / 3)
 
 
 def test_uniform_is_uniform_though_the_pattern_rounds() -> None:
     for allocation, parameters in (("uniform", {}), ("atp", {"beta": 0.0})):
         plan = make_plan("wanda", allocation, Budget(0.55, (4, 4, 4)), parameters, parse("mixed:8"))
-        assert plan.is_uniform and len(set(plan.sparsities)) == 2
+        assert plan.is_uniform and len(set(plan.amounts)) == 2
     assert not make_plan("wanda", "atp", Budget(0.55, (4, 4, 4)), {"beta": 0.2}, parse("mixed:8")).is_uniform
 
 
@@ -36,8 +41,8 @@ def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(ALLOCATIONS, "uniform", Given)
     shapes = ((Shape(4, 8, True), Shape(4, 8, False)),) * 2
     plan = make_plan("wanda", "uniform", Budget(0.5, (64, 64), shapes), {}, parse("mixed:8"))
-    assert plan.linear_sparsities == ((0.375, 0.625), (0.5, 0.5))
-    assert plan.sparsities == (0.5, 0.5)
+    assert linears_of(plan) == ((0.375, 0.625), (0.5, 0.5))
+    assert plan.amounts == (0.5, 0.5)
 
 
 class Priced:
@@ -53,8 +58,8 @@ def test_prices_keep_to_the_pattern(kappa: float) -> None:
     budget = Budget(0.5, (64, 64), shapes, Priced())  # type: ignore[arg-type]
     plan = make_plan("wanda", "prices", budget, {"kappa": kappa}, parse("mixed:8"))
     rows = {0.6: ((0.375, 0.5), (0.625, 0.5)), 1.0: ((0.25, 0.625), (0.625, 0.5))}
-    assert plan.linear_sparsities == rows.get(kappa)
-    assert sum(plan.sparsities) == 1.0
+    assert linears_of(plan) == rows.get(kappa)
+    assert sum(plan.amounts) == 1.0
 
 
 def test_a_plan_out_of_bounds() -> None:
@@ -63,5 +68,41 @@ def test_a_plan_out_of_bounds() -> None:
 
 
 def test_a_plan_says_what_it_is() -> None:
-    assert str(Plan("wanda", "atp", (0.4, 0.6), {"beta": 0.0123456})) == "wanda atp β=0.01235"
-    assert str(Plan("magnitude", "uniform", (0.5,))) == "magnitude uniform"
+    assert str(planned("wanda", "atp", (0.4, 0.6), {"beta": 0.0123456})) == "wanda atp β=0.01235"
+    assert str(planned("magnitude", "uniform", (0.5,))) == "magnitude uniform"
+
+
+def test_a_plan_is_stored_with_a_number_for_each_block_whose_linears_do_not_differ() -> None:
+    plan = planned("wanda", "atp", (0.1 + 0.2, 1 / 3), {"beta": 0.01}, [(0.2, 0.4), ()])
+    levels = [{"sparsity": 0.1 + 0.2, "linears": [0.2, 0.4]}, 1 / 3]
+    found = json.loads(plan.model_dump_json(exclude_none=True))
+    assert found == {"method": "wanda", "allocation": "atp", "parameters": {"beta": 0.01}, "levels": levels}
+    assert Plan.model_validate(found) == plan
+    assert stored([None] * 2, bits=[4, 3])["plan"]["levels"] == [{"bits": 4}, {"bits": 3}]
+    assert stored([0.5], bits=[4])["plan"]["levels"] == [{"sparsity": 0.5, "bits": 4}]
+    large = planned("wanda", "atp", [0.5 + k / 1000 for k in range(80)]).model_dump_json()
+    assert len(large) < 1000  # of a model of 70 billion weights
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ([], "at least 1 item"),
+        ([1.5], "less than or equal to 1"),
+        ([float("nan")], "finite number"),
+        (["0.5 and more"], "valid dictionary|instance of Level"),
+        ([{}], "must all have a sparsity, or bits, or both"),
+        ([{"bits": 4}, 0.5], "must all have a sparsity, or bits, or both"),
+        ([{"bits": 4}, {"bits": 9}], "less than or equal to 8"),
+        ([{"bits": 1}], "greater than or equal to 2"),
+        ([{"bits": 3.5}], "a linear has a whole number of bits"),
+        ([{"bits": 3.5, "linears": [{"bits": 3}, {"bits": 4.5}]}], "a linear has a whole number of bits"),
+        ([{"sparsity": 0.5, "linears": [{"sparsity": 0.5, "linears": [0.5]}]}], "no linears of its own"),
+        ([{"sparsity": 0.5, "rows": "a b"}], "match pattern"),
+        ([{"sparsity": 0.5, "colour": 1}], "Unexpected keyword"),
+        ([{"sparsity": 0.5, "rows": "AAAA"}], "rows are those of a linear"),
+    ],
+)
+def test_levels_that_no_plan_has(levels: list[Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan.model_validate({"method": "wanda", "allocation": "atp", "levels": levels})

@@ -15,6 +15,7 @@ import jsonschema
 import optuna
 import pytest
 import torch
+from plans import planned
 from plugging import forgotten
 from pydantic import Field
 from tinystudy import CommandLine, settings
@@ -28,7 +29,6 @@ from atp_tune.figures.style import PRUNERS as COLOURS
 from atp_tune.figures.style import colour_of
 from atp_tune.frozen import STORED, SettingsTable
 from atp_tune.inputs.documents import documents
-from atp_tune.plan import Plan
 from atp_tune.presets import StudyRequest
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
@@ -711,7 +711,7 @@ def test_the_search_space_of_plug_ins(write: Callable[..., Path]) -> None:
     assert both.within(both.uniform()[1], "flat") == {"pruner": "mine", "allocation": "flat", "tilt": 0.0}
     assert both.within({**both.uniform()[1], "beta": 0.1}, "flat") is None
     assert space.plan({"pruner": "mine", "allocation": "flat", "tilt": 0.0}).is_uniform
-    assert not Plan("mine", "flat", (0.4, 0.6), {"tilt": 0.0}).is_uniform
+    assert not planned("mine", "flat", (0.4, 0.6), {"tilt": 0.0}).is_uniform
 
 
 # Samplers, texts and scores
@@ -818,7 +818,7 @@ def test_all_kinds_in_one_study(write: Callable[..., Path], tmp_path: Path) -> N
 def configured(**changes: Any) -> dict[str, Any]:
     ref = {"kind": "pruner", "place": "own/mine.py:Mine", "sha256": hashlib.sha256(PRUNER.encode()).hexdigest()}
     content: dict[str, Any] = json.loads(GOLDEN.read_text())
-    return {**content, "pruner": "mine", "plugins": {"mine": ref}, **changes}
+    return {**content, "plan": {**content["plan"], "method": "mine"}, "plugins": {"mine": ref}, **changes}
 
 
 def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -828,7 +828,7 @@ def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path
     assert Config.model_validate_json(read.to_json(), context=STORED) == read
     assert "is not run" in message(lambda: plug_in_config(read, {}, tmp_path, False))
     plug_in_config(read, {}, tmp_path, True)
-    assert make_pruner(read.pruner, read.prune.settings(read.pruner)).group is None
+    assert make_pruner("mine", read.prune.settings("mine")).group is None
     with (tmp_path / "own" / "mine.py").open("a") as stream:
         stream.write("# changed\n")
     assert message(lambda: plug_in_config(read, {}, tmp_path, True)).startswith(
@@ -841,12 +841,15 @@ def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"plugins": {}}, "pruner: Input should be 'magnitude', "),
+        ({"plugins": {}}, "plan.method: Input should be 'magnitude', "),
         (
-            {"pruner": "wanda", "allocation": {"name": "mine", "beta": None}},
-            "allocation.name: Input should be 'uniform', ",
+            {"plan": {"method": "wanda", "allocation": "mine", "levels": [0.5]}},
+            "plan.allocation: Input should be 'uniform', ",
         ),
-        ({"pruner": "wanda", "score": "other"}, "score: Input should be 'next-token'"),
+        (
+            {"plan": {"method": "wanda", "allocation": "atp", "levels": [0.5]}, "score": "other"},
+            "score: Input should be 'next-token'",
+        ),
         (
             {"plugins": {"mine": {"kind": "pruner", "place": "x", "sha256": "0" * 64}}},
             "plugins.mine.place: Value error, must",

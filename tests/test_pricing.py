@@ -18,6 +18,7 @@ import pytest
 import torch
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from naive_allocations import scores
+from plans import linears_of
 from test_curve import budgets
 from tinystudy import CommandLine, settings, stored
 from torch import Tensor
@@ -31,6 +32,7 @@ from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Run, Sample
 from atp_tune.blocks.pricing import BAND, GRID, ByPlaces, ByPruner, Levels, Pricing
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.cost import parts
+from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
@@ -536,7 +538,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert kappas[:3] == [0.0, 1.0, 0.6] and len(kappas) == 4
     [file] = (cache / "prices").glob("*.json")
     [found] = json.loads(file.read_text())
-    rows = study.trials[1].user_attrs["linear_sparsities"]
+    rows = linears_of(Plan.model_validate(study.trials[1].user_attrs["plan"])) or ()
     assert [row == pytest.approx(other) for row, other in zip(found, rows, strict=True)] == [True] * len(rows)
     assert "prices (κ = " in answer.out
     written = file.stat().st_mtime_ns
@@ -544,7 +546,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert again.code == 0 and file.stat().st_mtime_ns == written
     assert [t.values for t in stored(place, "again").trials] == [t.values for t in study.trials]
     best = read_config(place / "tiny.best.json")
-    assert best.allocation.name in ("prices", "uniform")
+    assert best.plan.allocation in ("prices", "uniform")
     once = command("prune", "--study", place / "tiny.toml", "--allocation", "prices", "--parameter", "κ=1")
     assert once.code == 0 and "prices κ=1" in once.out
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
@@ -557,7 +559,7 @@ def test_a_study_by_own_weights(place: Path, command: CommandLine, cache: Path) 
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
-    found = {trial.params["pruner"]: trial.user_attrs["linear_sparsities"] for trial in trials}
+    found = {trial.params["pruner"]: linears_of(Plan.model_validate(trial.user_attrs["plan"])) for trial in trials}
     assert found["wanda"] != found["sparsegpt"] and len(list((cache / "prices").glob("*.json"))) == 2
     words = ("prune", "--study", place / "tiny.toml", "--allocation", "prices")
     assert command(*words, "--pruner", "wanda", *settings("prune.refine=2", "prune.prices=own")).code == 0
@@ -588,7 +590,7 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
     for trial in trials:
         target, kappa = trial.params["sparsity"], prices.FARTHEST * trial.params["kappa"]
         end = prices.between(prices.path(0.3, 0.45), ends, target).linears
-        kept = [s for row in trial.user_attrs["linear_sparsities"] for s in row]
+        kept = [s for row in linears_of(Plan.model_validate(trial.user_attrs["plan"])) or () for s in row]
         wanted = [target + kappa * (s - target) for row in end for s in row]
         if min(wanted) >= 0 and max(wanted) <= 1:
             assert kept == pytest.approx(wanted)
@@ -603,7 +605,7 @@ def test_a_study_with_a_pattern(place: Path, command: CommandLine) -> None:
     assert (answer.code, answer.err) == (0, "")
     different = set()
     for trial in [trial for trial in stored(place).trials if trial.params.get("kappa")]:
-        kept = {s for row in trial.user_attrs["linear_sparsities"] for s in row}
+        kept = {s for row in linears_of(Plan.model_validate(trial.user_attrs["plan"])) or () for s in row}
         assert all((8 * s).is_integer() for s in kept)
         different |= kept
         assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.01)
@@ -621,7 +623,7 @@ def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypa
     answer = command(place / "model", *words, *more)
     assert answer.code == 0, answer.err
     best = read_config(place / "studies" / "limited.best.json")
-    assert best.allocation.name == "prices"
+    assert best.plan.allocation == "prices"
     assert best.linear_sparsities is not None
 
 

@@ -20,6 +20,7 @@ from families import (
     same_bits,
     tiny,
 )
+from plans import planned
 from torch import Tensor, nn
 
 from atp_tune.allocations import Budget, Shape, atp
@@ -30,13 +31,14 @@ from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measur
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
@@ -54,7 +56,7 @@ def naive_pass(model: Any, work: Session, plan: Plan, prune: PruneMatrix, dense:
     ids, blocks = random_ids(5, TOKENS, seed=0), work.checkpoint.blocks_name
     pruned, errors = copy.deepcopy(model), []
     states = naive.states_of(model, work.checkpoint.blocks, ids)
-    for index, sparsity in enumerate(plan.sparsities):
+    for index, sparsity in enumerate(plan.amounts):
         names = [f"{blocks}.{index}.{linear.name}" for linear in work.checkpoint.linears[index]]
         inputs = naive.inputs_of(model if dense else pruned, names, ids)
         for name in names:
@@ -96,7 +98,7 @@ def test_wanda_with_atp_in_every_family(family: str) -> None:
     check_same_weights(pruned, expected, work)
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
-    for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
+    for block, sparsity, linears in zip(pruned, plan.amounts, work.checkpoint.linears, strict=True):
         assert block.experts_without_tokens == ()
         counts = {x.name: x.out_features * int(x.in_features * sparsity) for x in linears}
         assert block.zeros == counts
@@ -115,7 +117,7 @@ def test_sparsegpt_in_every_family(family: str) -> None:
     work = bench_of(model, PruneConfig(sparsegpt=SparseGPTSettings(damping=0.02, columns=16)))
     plan = atp_plan(work, "sparsegpt")
     pruned = list(work.prune(plan))
-    for block, sparsity, linears in zip(pruned, plan.sparsities, work.checkpoint.linears, strict=True):
+    for block, sparsity, linears in zip(pruned, plan.amounts, work.checkpoint.linears, strict=True):
         for x in linears:
             widths = [min(16, x.in_features - start) for start in range(0, x.in_features, 16)]
             assert block.zeros[x.name] == sum(int(x.out_features * width * sparsity) for width in widths)
@@ -145,7 +147,7 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
 
     model = tiny(family)
     work = bench_of(model, PruneConfig(sparsegpt=SparseGPTSettings(damping=0.05, columns=32)))
-    plan = Plan("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    plan = planned("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
     expected = naive_pass(model, work, plan, prune)[0].state_dict()
     for block in work.prune(plan):
         for linear in work.checkpoint.linears[block.index]:
@@ -207,7 +209,7 @@ def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch
 
 def test_nothing_pruned_is_no_error() -> None:
     model = tiny("llama")
-    for block in bench_of(model).prune(Plan("wanda", "uniform", (0.0,) * 4)):
+    for block in bench_of(model).prune(planned("wanda", "uniform", (0.0,) * 4)):
         assert block.error == 0
         assert sum(block.zeros.values()) == 0
         dense = model.model.layers[block.index].state_dict()
@@ -216,7 +218,7 @@ def test_nothing_pruned_is_no_error() -> None:
 
 def test_everything_pruned() -> None:
     work = bench_of(tiny("llama"))
-    for block in work.prune(Plan("wanda", "uniform", (1.0,) * 4)):
+    for block in work.prune(planned("wanda", "uniform", (1.0,) * 4)):
         assert sum(block.zeros.values()) == work.checkpoint.sizes[block.index]
 
 
@@ -436,7 +438,7 @@ def test_a_pass_knows_no_bench() -> None:
     with torch.inference_mode():
         states = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))
         work = Pass(replay, batch, make_pruner("wanda"), [state[:3] for state in states])
-        pruned = list(work.run(Plan("wanda", "uniform", (0.5,) * 4), hidden))
+        pruned = list(work.run(planned("wanda", "uniform", (0.5,) * 4), hidden))
     assert [block.index for block in pruned] == [0, 1, 2, 3]
     assert all(set(block.seconds) == {"calibrate", "prune"} for block in pruned)
     last = (hidden[:3] - states[-1][:3]).norm() / states[-1][:3].norm()
@@ -446,7 +448,7 @@ def test_a_pass_knows_no_bench() -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_bfloat16_model_is_pruned_in_bfloat16(family: str) -> None:
     work = bench_of(tiny(family, torch.bfloat16))
-    for block in work.prune(Plan("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))):
+    for block in work.prune(planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))):
         assert {tensor.dtype for tensor in block.weights.values()} == {torch.bfloat16}
 
 

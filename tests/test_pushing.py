@@ -355,8 +355,8 @@ def test_what_was_not_asked_for_is_not_uploaded(
 
 @pytest.mark.slow
 def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, command: CommandLine, done: Path) -> None:
-    other = (done / "tiny.best.json").read_text().replace('"pruner": "wanda"', '"pruner": "magnitude"')
-    other = other if '"pruner": "magnitude"' in other else other.replace('"dtype": "float32"', '"dtype": "bfloat16"')
+    other = (done / "tiny.best.json").read_text().replace('"method": "wanda"', '"method": "magnitude"')
+    other = other if '"method": "magnitude"' in other else other.replace('"dtype": "float32"', '"dtype": "bfloat16"')
     (done / "other.json").write_text(other)
     answer = command("apply", "--config", done / "other.json", "--out", sparse, "--push", "alice/tiny")
     assert "exists already; choose another folder or remove it" in answer.error

@@ -12,7 +12,7 @@ from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problem
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import unmeasured
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan
 from atp_tune.pruners.refinement import Refined
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
@@ -22,6 +22,7 @@ from atp_tune.quantizers.grid import Grid, parts_of
 from atp_tune.quantizers.quantizing import Quantizing
 from atp_tune.quantizers.rtn import RTN
 from atp_tune.run.session import Session
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.quantize import QuantizeConfig
 
 widths = st.integers(2, 8)
@@ -183,19 +184,18 @@ def test_blocks_are_rounded_in_order(family: str, name: str) -> None:
     """Each behind those that are rounded already, each linear on its own."""
     work = bench(family)
     plan = plan_of(work, name)
-    assert plan.bits is not None
-    assert set(plan.bits) == {3, 4}
+    assert set(plan.amounts) == {3, 4}
     seen = []
     for block in work.prune(plan):
         dense = work.checkpoint.weights(block.index)
         for linear in work.checkpoint.linears[block.index]:
             was, now = linear.matrix(dense[linear.key]), linear.matrix(block.weights[linear.key])
             if name == "rtn":
-                assert same_bits(now.contiguous(), naive.rtn(was, plan.bits[block.index], 12, False))
+                assert same_bits(now.contiguous(), naive.rtn(was, int(plan.amounts[block.index]), 12, False))
             for row in now[:3]:
-                assert max(len(part.unique()) for part in row.split(12)) <= 2 ** plan.bits[block.index]
+                assert max(len(part.unique()) for part in row.split(12)) <= 2 ** int(plan.amounts[block.index])
         seen += set(block.bits.values())
-    assert tuple(seen) == plan.bits
+    assert tuple(seen) == plan.amounts
 
 
 def test_the_pass_of_gptq_is_the_loop_in_the_first_block() -> None:

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, few, tiny
+from plans import planned
 from test_context import bench_of
 
 from atp_tune.blocks import dense_statistics
 from atp_tune.blocks.dense_statistics import Ranked, can_rank
-from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
@@ -19,7 +19,9 @@ PATTERNS = ("unstructured", "mixed:8")
 
 
 def pruned(work: Session, sparsity: float) -> list[dict[str, torch.Tensor]]:
-    return [block.weights for block in work.prune(Plan("wanda", "uniform", (sparsity,) * len(work.checkpoint.blocks)))]
+    return [
+        block.weights for block in work.prune(planned("wanda", "uniform", (sparsity,) * len(work.checkpoint.blocks)))
+    ]
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gpt2")))

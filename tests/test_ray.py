@@ -99,7 +99,7 @@ def stop_in_a_trial(place: Path) -> int:
         [pid] = {trial.user_attrs["pid"] for trial in measured(place)}
         os.kill(pid, signal.SIGSTOP)
         now = [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
-        if now and "sparsities" in now[0].user_attrs:
+        if now and "plan" in now[0].user_attrs:
             return int(pid)
         os.kill(pid, signal.SIGCONT)
         sleep(0.01)

@@ -91,12 +91,12 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
     written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
     assert (written.code, written.err) == (0, "")
     assert f"the configuration says {found.test.perplexity} (+0.000%)" in written.out
-    by_hand, pruned = ByHand(place, place / "out"), ByHand(place).prune(config.pruner, list(config.block_sparsities))
+    by_hand, pruned = ByHand(place, place / "out"), ByHand(place).prune(config.plan.method, list(config.plan.amounts))
     for role, scores in (("validation", found.validation), ("test", found.test)):
         before, after = pruned.nlls(role), by_hand.nlls(role)
         assert scores.perplexity.value == pytest.approx(perplexity(after).value, rel=1e-5)
         assert scores.change.value == pytest.approx(change(before, after).value, rel=1e-2)
-    uniform = ByHand(place).prune(config.pruner, [0.5] * len(config.block_sparsities)).nlls("test")
+    uniform = ByHand(place).prune(config.plan.method, [0.5] * len(config.plan.amounts)).nlls("test")
     assert found.against_uniform is not None
     assert found.against_uniform.value == pytest.approx(change(uniform, by_hand.nlls("test")).value, abs=2e-3)
 

@@ -11,6 +11,7 @@ import torch
 from families import CPU, MIXTURES, bench_of, few, same_bits, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import planned
 from test_prune_pass import atp_plan, naive_pass
 from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsities, tied_problems
 from tinystudy import CommandLine, run, settings, stored, study_file
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import TrialError
-from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.refinement import DAMPING, Refined, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
@@ -133,7 +133,7 @@ def test_it_is_its_naive_pass(family: str, way: Any) -> None:
 
     model = tiny(family)
     work = bench_of(model, PruneConfig(refine=3, statistics=way))
-    plan = Plan("wanda", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    plan = planned("wanda", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
     found = {block.index: block for block in work.prune(plan)}
     if way == "sequential":  # which `naive_pass` does not do
         alone = bench_of(model, PruneConfig(statistics=way)).prune(plan)

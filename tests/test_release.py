@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, bench_of, checkpoint_of, copy_of, few, nlls_of, same_bits, tiny
+from plans import planned
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     with context:
         others = [context.screening(2), context.budget(0.5)]
         assert others[1].dense_metrics.outlier_ratios(3)  # type: ignore[attr-defined]
-        assert len(list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))) == 4
+        assert len(list(context.prune(planned("wanda", "uniform", (0.5,) * 4)))) == 4
         held = [weakref.ref(tensor.untyped_storage()) for tensor in checkpoint.model.parameters()]
         assert all(storage() is not None for storage in held)
     assert all(storage() is None for storage in held)

@@ -269,9 +269,8 @@ def test_the_keys_of_the_json(found: optuna.Study) -> None:
     assert study["change"]["value"] < 0
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
-        "number", "state", "plan", "sparsity", "pruner", "allocation", "parameters", "perplexity", "realised",
-        "sparsities",
-        "linear_sparsities", "errors", "seconds", "device", "dtype", "remark", "kl",
+        "number", "state", "plan", "sparsity", "pruner", "allocation", "parameters", "levels", "perplexity", "realised",
+        "errors", "seconds", "device", "dtype", "remark", "kl",
     ]  # fmt: skip
     assert study["trials"][1]["parameters"] == {"beta": 0.006}
     assert study["trials"][3]["remark"] == "no"

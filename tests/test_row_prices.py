@@ -28,6 +28,7 @@ from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.gradients import Sample
 from atp_tune.blocks.pricing import BAND, ByPlaces, RowPricing
 from atp_tune.blocks.prune_pass import of_rows
+from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -321,8 +322,9 @@ def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> No
     assert (answer.code, answer.err) == (0, "")
     assert "row-prices (κ = " in answer.out
     study = stored(place)
-    one, other = study.trials[1].user_attrs, study.trials[2].user_attrs
-    assert one["row_offsets"] != other["row_offsets"] and "row_offsets" not in study.trials[0].user_attrs
+    one = study.trials[1].user_attrs
+    plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in study.trials]
+    assert [plan.by_row for plan in plans[:3]] == [False, True, True] and plans[1].levels != plans[2].levels
     assert one["realised"] == pytest.approx(0.6, abs=1e-3)
     assert one["realised"] > study.trials[0].user_attrs["realised"]
     again = command("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
@@ -331,7 +333,7 @@ def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> No
     for file in (cache / "prices").glob("*"):
         file.unlink()
     best = read_config(place / "tiny.best.json")
-    assert best.allocation.name == "row-prices" and best.row_offsets is not None
+    assert best.plan.allocation == "row-prices" and best.plan.by_row
     words = ("--config", place / "tiny.best.json")
     applied = command("apply", *words, "--out", place / "sparse")
     assert applied.code == 0 and "(+0.000%)" in applied.out
@@ -353,16 +355,15 @@ def test_offsets_that_do_not_fit_are_refused(place: Path, command: CommandLine) 
     assert command("--study", place / "tiny.toml", *STUDY).code == 0
     path = place / "tiny.best.json"
     config = json.loads(path.read_text())
-    for changes, message in (
-        ({"row_offsets": "AAAA"}, "row_offsets: no offsets of rows in base64"),
-        (
-            {"row_offsets": base64.b64encode(zlib.compress(b"1")).decode()},
-            "row_offsets: not one offset for each of the",
-        ),
-        ({"pruner": "sparsegpt"}, "row_offsets: sparsegpt does not take the lowest scores of each row"),
-        ({"linear_sparsities": None, "linears": None}, "row_offsets: belong to linear_sparsities, which are missing"),
+    linear = config["plan"]["levels"][0]["linears"][0]
+    rows = linear["rows"]
+    for text, method, message in (
+        ("AAAA", "wanda", "rows: no offsets of rows in base64"),
+        (base64.b64encode(zlib.compress(b"1")).decode(), "wanda", "rows: not one offset for each of the"),
+        (rows, "sparsegpt", "rows: sparsegpt does not take the lowest scores of each row"),
     ):
-        path.write_text(json.dumps({**config, **changes}))
+        linear["rows"], config["plan"]["method"] = text, method
+        path.write_text(json.dumps(config))
         answer = command("apply", "--config", path, "--out", place / "sparse")
         assert answer.code == 2 and message in answer.err and not (place / "sparse").exists()
 
@@ -374,7 +375,7 @@ def test_an_interval_with_rows(place: Path, command: CommandLine, monkeypatch: p
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]
-    assert len({trial.user_attrs["row_offsets"] for trial in trials}) > 1
+    assert len({str(trial.user_attrs["plan"]["levels"]) for trial in trials}) > 1
     for trial in trials:
         assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=2e-3)
 
@@ -385,7 +386,8 @@ def test_several_pruners_descend_in_their_own_ways(place: Path, command: Command
     answer = command("--study", place / "tiny.toml", *settings(*wishes))
     assert (answer.code, answer.err) == (0, "")
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
-    kinds = {(t.params["pruner"], t.params["allocation"]): "row_offsets" in t.user_attrs for t in trials}
+    plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in trials]
+    kinds = {(plan.method, plan.allocation): plan.by_row for plan in plans}
     assert {kind for kind, has in kinds.items() if has} == {("wanda", "row-prices")}
     assert len(list((cache / "prices").glob("*.json"))) == 2
     plan = command("plan", "--study", place / "tiny.toml", "--json", *settings(*wishes))

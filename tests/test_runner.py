@@ -18,6 +18,7 @@ import pytest
 import torch
 from byhand import ByHand
 from optuna.trial import TrialState
+from plans import linears_of
 from processes import popen
 from safetensors.torch import load_file, save_file
 from synthetic import storage_in
@@ -82,7 +83,7 @@ def test_it_starts_with_uniform_for_each_pruner(done: Path) -> None:
     assert [t.params for t in trials[:2]] == [
         {"pruner": pruner, "allocation": "atp", "beta": 0.0} for pruner in ("wanda", "magnitude")
     ]
-    assert all(t.user_attrs["sparsities"] == [0.5] * BLOCKS for t in trials[:2])
+    assert all(t.user_attrs["plan"]["levels"] == [0.5] * BLOCKS for t in trials[:2])
     assert all(t.params["beta"] > 0 for t in trials[2:])
 
 
@@ -91,14 +92,14 @@ def test_attributes_of_a_trial(done: Path) -> None:
     for trial in study.trials:
         attrs = trial.user_attrs
         assert set(attrs) - {"start"} == {
-            "host", "pid", "process_started", "booted", "sparsities", "realised", "errors", "nlls", "seconds",
+            "host", "pid", "process_started", "booted", "plan", "realised", "errors", "nlls", "seconds",
             "peak_bytes", "device", "dtype", "versions", "stderr", "batches",
             "packed_bytes", "packed MB",
             "zeros %", "± stderr", "time (s)", "peak GB",
         }  # fmt: skip
         assert attrs["host"] == os.uname().nodename
         assert psutil.Process(attrs["pid"]).ppid() == os.getppid()  # the study was made here or by a worker beside
-        assert len(attrs["sparsities"]) == len(attrs["errors"]) == BLOCKS
+        assert len(attrs["plan"]["levels"]) == len(attrs["errors"]) == BLOCKS
         assert len(attrs["nlls"]) == 16
         assert all(isinstance(nll, float) and 0 < nll < 10 for nll in attrs["nlls"])
         assert all(0 < error < 10 for error in attrs["errors"])
@@ -110,7 +111,7 @@ def test_attributes_of_a_trial(done: Path) -> None:
         assert set(attrs["versions"]) == {"atp_tune", "torch", "transformers", "optuna"}
         assert trial.value == pytest.approx(math.exp(fmean(attrs["nlls"])))
         assert 0 < attrs["stderr"] < trial.value
-        assert fmean(attrs["sparsities"]) == pytest.approx(0.5)
+        assert fmean(attrs["plan"]["levels"]) == pytest.approx(0.5)
 
 
 def test_attributes_of_the_study(done: Path) -> None:
@@ -142,11 +143,11 @@ def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     assert best
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
     for trial in {t.number: t for t in (best, study.trials[1], wanda)}.values():
-        byhand = ByHand(done).prune(trial.params["pruner"], trial.user_attrs["sparsities"])
+        byhand = ByHand(done).prune(trial.params["pruner"], trial.user_attrs["plan"]["levels"])
         assert trial.user_attrs["nlls"] == pytest.approx(byhand.nlls("validation"), rel=1e-5)
         assert trial.user_attrs["realised"] == byhand.zeros()
     assert study.user_attrs["dense"] == pytest.approx(ByHand(done).nlls("validation"), rel=1e-5)
-    byhand = ByHand(done).prune(best.params["pruner"], best.user_attrs["sparsities"])
+    byhand = ByHand(done).prune(best.params["pruner"], best.user_attrs["plan"]["levels"])
     assert study.user_attrs["test_nlls"][str(best.number)] == pytest.approx(byhand.nlls("test"), rel=1e-5)
 
 
@@ -610,7 +611,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     assert states(study) == ["FAIL"] * 4
     for trial in study.trials:
         assert trial.params["pruner"] in ("magnitude", "wanda", "sparsegpt")
-        assert len(trial.user_attrs["sparsities"]) == BLOCKS
+        assert len(trial.user_attrs["plan"]["levels"]) == BLOCKS
         assert "lost" not in trial.user_attrs
     assert reasons == [t.user_attrs["failure"] for t in study.trials]
     assert reasons[0]
@@ -655,7 +656,7 @@ def test_memory_that_runs_out_fails_the_trial(place: Path, monkeypatch: pytest.M
     study = run(place)
     assert states(study) == ["COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[1].user_attrs["failure"] == "out of memory"
-    assert study.trials[1].user_attrs["sparsities"] == list(raised[0].sparsities)
+    assert study.trials[1].user_attrs["plan"]["levels"] == list(raised[0].amounts)
     assert study.trials[1].params["beta"] == raised[0].parameters["beta"]
     assert states(run(place)) == ["COMPLETE", "FAIL", "COMPLETE"]
 
@@ -905,20 +906,19 @@ def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None
         assert rank.against.value == pytest.approx(math.exp(fmean(own) - fmean(base)) - 1)
     best = ranks[0].trial
     config = read_config(place / "tiny.best.json")
-    assert config.allocation.parameters == {k: v for k, v in best.params.items() if k not in ("pruner", "allocation")}
+    assert config.plan.parameters == {k: v for k, v in best.params.items() if k not in ("pruner", "allocation")}
 
 
 @pytest.mark.slow
 def test_a_split_within_the_block_is_carried_to_the_configuration(place: Path) -> None:
     study = run(place, "allocation=curve", "search.trials=3", "sparsity=0.5")
     trial = study.trials[2]  # where the curve begins beside ATP's middle
-    rows = trial.user_attrs["linear_sparsities"]
+    plan = Plan.model_validate(trial.user_attrs["plan"])
+    rows = linears_of(plan) or ()
     assert [len(row) for row in rows] == [7] * BLOCKS
     assert all(row[2] < row[0] == row[1] == row[6] for row in rows)  # the value projection is denser
     assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.03)  # whole weights of rows of 32
-    assert trial.user_attrs["sparsities"] == pytest.approx(
-        [(row[0] * (7680 - 512) + row[2] * 512) / 7680 for row in rows], abs=1e-9
-    )
+    assert plan.amounts == pytest.approx([(row[0] * (7680 - 512) + row[2] * 512) / 7680 for row in rows], abs=1e-9)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def search_of(**changes: Any) -> SearchConfig:
 def fake_perplexity(plan: Plan) -> float:
     """A valley at β = 0.07 whose walls explode, as they do; magnitude is worse everywhere."""
     distance = plan.parameters.get("beta", 0.0) - 0.07
-    return math.exp(3 + 150 * distance**2 + 3000 * max(0.0, distance) ** 3 + (plan.pruner == "magnitude"))
+    return math.exp(3 + 150 * distance**2 + 3000 * max(0.0, distance) ** 3 + (plan.method == "magnitude"))
 
 
 def run(space: Space, sampler: BaseSampler, trials: int, storage: BaseStorage | None = None) -> optuna.Study:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, nlls_of, scores_of
+from plans import planned
 from torch import Tensor
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
@@ -20,7 +21,6 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import ignore_events
 from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
-from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.scores import SCORES, WindowScores
 from atp_tune.scores.next_token import NEXT_TOKEN
@@ -121,7 +121,7 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: Session) 
     with torch.inference_mode():
         own = functional.cross_entropy(model(pixel_values=search.pixels).logits, search.classes, reduction="none")
     assert nlls_of(context, context.blocks(None), "validation") == pytest.approx(own.tolist(), rel=1e-5)
-    plan = Plan("sparsegpt", "uniform", (0.5,) * 3)
+    plan = planned("sparsegpt", "uniform", (0.5,) * 3)
     pruned = [(block.index, block.weights) for block in context.prune(plan)]
     found = scores_of(context, pruned, "validation", kl=True)
     assert len(found.nlls) == len(found.kls) == 7 and min(found.kls) > 0

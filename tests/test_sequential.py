@@ -6,6 +6,7 @@ import naive
 import pytest
 import torch
 from families import ALL, MIXTURES, TOKENS, bench_of, checkpoint_of, few, random_ids, same_bits, tiny
+from plans import planned
 from test_experts import silence
 from test_prune_pass import atp_plan, check_same_weights, magnitude, wanda, work_of
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def order_of(model: Any, block: str, ids: Tensor) -> list[str]:
 def naive_pass(model: Any, work: Any, plan: Plan, prune: PruneMatrix) -> Any:
     """A copy of the model, pruned linear after linear, with a full forward of the copy before each."""
     ids, pruned = random_ids(5, TOKENS, seed=0), copy.deepcopy(model)
-    for index, sparsity in enumerate(plan.sparsities):
+    for index, sparsity in enumerate(plan.amounts):
         for name in order_of(model, f"{work.checkpoint.blocks_name}.{index}", ids):
             x = naive.inputs_of(pruned, [name], ids)[name]
             with torch.no_grad():
@@ -75,7 +76,7 @@ def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     model = silence(tiny(family))
-    work, plan = bench_of(model, ONE_PASS), Plan("wanda", "atp", (0.4, 0.5, 0.6))
+    work, plan = bench_of(model, ONE_PASS), planned("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
     assert [block.experts_without_tokens for block in pruned] == [(), names, ()]
@@ -90,7 +91,7 @@ def test_sparsegpt_in_one_pass(family: str) -> None:
 
     model = tiny(family)
     work = bench_of(model, ONE_PASS)
-    plan = Plan("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
+    plan = planned("sparsegpt", "atp", (0.4, 0.6, 0.5, 0.5)[: len(work.checkpoint.blocks)])
     expected = naive_pass(model, work, plan, prune).state_dict()
     for block in work.prune(plan):
         for linear in work.checkpoint.linears[block.index]:
@@ -103,7 +104,7 @@ def test_sparsegpt_in_one_pass(family: str) -> None:
 @pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "magnitude"])
 def test_statistics_differ_from_those_of_whole_blocks(pruner: str) -> None:
     one, other = (bench_of(tiny("llama"), PruneConfig(statistics=way)) for way in ("sequential", "block"))
-    plan = Plan(pruner, "uniform", (0.5,) * 4)
+    plan = planned(pruner, "uniform", (0.5,) * 4)
     first, second = (next(iter(work.prune(plan))) for work in (one, other))
     assert torch.equal(first.weights["self_attn.q_proj.weight"], second.weights["self_attn.q_proj.weight"])
     assert not torch.equal(first.weights["mlp.down_proj.weight"], second.weights["mlp.down_proj.weight"])
@@ -111,7 +112,7 @@ def test_statistics_differ_from_those_of_whole_blocks(pruner: str) -> None:
 
 def test_magnitude_measures_nothing_here_either() -> None:
     one, other = (bench_of(tiny("llama"), PruneConfig(statistics=way)) for way in ("sequential", "block"))
-    plan = Plan("magnitude", "uniform", (0.5,) * 4)
+    plan = planned("magnitude", "uniform", (0.5,) * 4)
     for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
         assert a.error == b.error
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
@@ -120,7 +121,7 @@ def test_magnitude_measures_nothing_here_either() -> None:
 @pytest.mark.parametrize("family", few(["llama", "mistral", "bloom", *MIXTURES], ("mistral", "gpt_oss")))
 @torch.inference_mode()
 def test_batches_do_not_matter_and_each_block_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, found, original = Plan("wanda", "uniform", (0.5,) * 4), [], Replay.step
+    plan, found, original = planned("wanda", "uniform", (0.5,) * 4), [], Replay.step
     for windows in (8, 1, 3):
         replay, batch, hidden = work_of(tiny(family), windows)
         ran: list[int] = []

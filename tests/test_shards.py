@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, TOKENS, bench_of, checkpoint_of, random_ids, same_bits, tiny
+from plans import planned
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_config import config
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.paths import check_free
-from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.applying import write_sparse
 from atp_tune.sparse.shards import Shards, sparse_folder
@@ -121,7 +121,7 @@ CASES = [
 def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
     folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
     before, work = raw(folder), bench_over(folder)
-    plan = Plan(pruner, "uniform", (0.5,) * len(work.checkpoint.blocks))
+    plan = planned(pruner, "uniform", (0.5,) * len(work.checkpoint.blocks))
     write_sparse(work, plan, out, config())
     after, blocks = raw(out), list(work.prune(plan))
 
@@ -163,7 +163,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     folder, out = SOURCES["many shards"](tmp_path / "dense"), tmp_path / "deep" / "sparse"
     for name in ("pytorch_model.bin", "model.gguf", "old.pt"):
         (folder / name).write_text("weights in another form")
-    plan = Plan("wanda", "uniform", (0.5,) * 4)
+    plan = planned("wanda", "uniform", (0.5,) * 4)
     write_sparse(bench_over(folder), plan, out, config())
     left_out = {"pytorch_model.bin", "model.gguf", "old.pt", "notes"}
     names = {file.name for file in folder.iterdir()} - left_out
@@ -182,7 +182,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
     folder, out = SOURCES["a shard per tensor"](tmp_path / "dense"), tmp_path / "sparse"
-    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, config())
+    write_sparse(bench_over(folder), planned("wanda", "uniform", (0.5,) * 4), out, config())
     embedding = raw(folder)["model.embed_tokens.weight"][0]
     assert (out / embedding).read_bytes() == (folder / embedding).read_bytes()
 
@@ -191,7 +191,7 @@ def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
 def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_path: Path) -> None:
     """float32 on disk, computed in bf16: what stays is the source's float32."""
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
-    work, plan = bench_over(folder, torch.bfloat16), Plan("wanda", "uniform", (0.5,) * 4)
+    work, plan = bench_over(folder, torch.bfloat16), planned("wanda", "uniform", (0.5,) * 4)
     write_sparse(work, plan, out, config())
     dense, sparse = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     for block in work.prune(plan):
@@ -271,7 +271,7 @@ def test_a_source_that_is_not_what_was_loaded(change: Any, tmp_path: Path) -> No
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, key: change(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"{key} in model.safetensors is not what transformers loaded"):
-        write_sparse(work, Plan("wanda", "uniform", (0.5,) * 4), out, config())
+        write_sparse(work, planned("wanda", "uniform", (0.5,) * 4), out, config())
     assert not out.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
@@ -297,5 +297,5 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
     out.mkdir()
     check_free(out)
-    write_sparse(bench_over(folder), Plan("wanda", "uniform", (0.5,) * 4), out, config())
+    write_sparse(bench_over(folder), planned("wanda", "uniform", (0.5,) * 4), out, config())
     assert (out / "model.safetensors").exists()

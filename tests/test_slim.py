@@ -15,6 +15,7 @@ import image_families
 import pytest
 import torch
 from families import CPU, bench_of, few, random_ids, tiny
+from plans import linears_of, planned
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, LlamaForCausalLM
@@ -25,7 +26,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.packed.modeling_atp_slim import places
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
 from atp_tune.sparse import slim
@@ -34,7 +35,7 @@ from atp_tune.sparse.own_code import OURS
 from atp_tune.sparse.packing import pack_folder, write_to_pack
 from atp_tune.sparse.slim import check_pattern, write_slim
 from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.patterns import parse
+from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
 
@@ -46,8 +47,7 @@ Make = Callable[..., tuple[Path, Path]]
 
 def config_of(prune: PruneConfig, plan: Plan) -> Config:
     """A configuration of a plan."""
-    shares = {"block_sparsities": plan.sparsities, "linear_sparsities": plan.linear_sparsities}
-    return read_config(GOLDEN).model_copy(update={"prune": prune, "pruner": "wanda", **shares})
+    return read_config(GOLDEN).model_copy(update={"prune": prune, "plan": plan.model_copy(update={"method": "wanda"})})
 
 
 def prepared(
@@ -410,29 +410,28 @@ def test_a_small_difference_is_not_hidden_by_bfloat16(
 def test_a_configuration_of_no_whole_channels_is_refused(tmp_path: Path) -> None:
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3)
     config = config.model_copy(update={"model": config.model.model_copy(update={"fingerprint": "content"})})
-    assert plan_of(config, work).linear_sparsities == plan.linear_sparsities
-    assert plan.linear_sparsities is not None
-    (*attention, gate, up, down), *others = plan.linear_sparsities
+    assert plan_of(config, work) == config.plan
+    (*attention, gate, up, down), *others = linears_of(plan) or ()
     names = [name for name, _ in work.channels[0].linears]
     assert names[-3:] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     for row, said in (
-        ((*attention, gate, up, down + 0.01), rf"linear_sparsities: block 0: {down + 0.01:g} of mlp.down_proj, where"),
-        ((*attention, gate, up + 1 / 40, down), rf"linear_sparsities: block 0: {up + 1 / 40:g} of mlp.up_proj, where"),
+        ((*attention, gate, up, down + 0.01), rf"plan.levels: block 0: {down + 0.01:g} of mlp.down_proj, by"),
+        ((*attention, gate, up + 1 / 40, down), rf"plan.levels: block 0: {up + 1 / 40:g} of mlp.up_proj, by"),
         (
             (0.5, *attention[1:], gate, up, down),
-            rf"linear_sparsities: block 0: 0.5 of {names[0]}, where whole channels",
+            rf"plan.levels: block 0: 0.5 of {names[0]}, by whole channels",
         ),
         (
             (*attention, 1.0, 1.0, 1.0),
-            r"linear_sparsities: block 0: 1 of mlp.gate_proj, where whole channels are 0.975",
+            r"plan.levels: block 0: 1 of mlp.gate_proj, by whole channels 0.975",
         ),
-        ((*attention, 0.0, 0.0, 0.0), r"block_sparsities: block 0: 0.\d+, by linear_sparsities 0"),
+        ((*attention, 0.0, 0.0, 0.0), r"plan.levels: block 0 has 0.\d+, by its linears 0"),
     ):
-        wrong = config.model_copy(update={"linear_sparsities": (row, *others)})
+        wrong = config.model_copy(update={"plan": planned("wanda", "atp", plan.amounts, None, (row, *others))})
         with pytest.raises(UserError, match=f"^{said}.*; take the file that a study or `export` wrote$"):
             plan_of(wrong, work)
-    with pytest.raises(UserError, match=r'^linear_sparsities: is needed where prune.pattern = "channels"'):
-        plan_of(config.model_copy(update={"linear_sparsities": None}), work)
+    with pytest.raises(UserError, match=r"^plan\.levels: block 0: needs the shares of its 7 linears"):
+        plan_of(config.model_copy(update={"plan": planned("wanda", "atp", plan.amounts)}), work)
 
 
 @pytest.mark.slow

@@ -26,7 +26,6 @@ from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import Place, ignore_events
 from atp_tune.measures import perplexity
-from atp_tune.plan import make_plan
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.run.observers import RoleScores
@@ -34,6 +33,7 @@ from atp_tune.run.session import Session, Setup
 from atp_tune.search.objective import Record
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def test_wanda_masks_of_the_first_blocks_equal_a_double_loop(context: Session) -
         inputs = naive.inputs_of(model, list(names_of(block.index).values()), ids)
         for name, full in names_of(block.index).items():
             dense, pruned = model.get_submodule(full).weight.data, block.weights[f"{name}.weight"]
-            mask = naive.wanda_mask(dense[::STRIDE], inputs[full], plan.sparsities[block.index])
+            mask = naive.wanda_mask(dense[::STRIDE], inputs[full], plan.amounts[block.index])
             assert torch.equal(mask, pruned[::STRIDE] == 0), full
             dense.masked_fill_(pruned == 0, 0)  # block 1 has the inputs that come out of block 0
 
@@ -182,7 +182,7 @@ def test_from_study_to_sparse_checkpoint(tuned: tuple[Path, str], sparse: Path) 
     place, printed = tuned
     assert "[2/2]" in printed and "| wanda + uniform " in printed
     best = json.loads((place / "smol-60.best.json").read_text())
-    assert_zeros(sparse, best["block_sparsities"])
+    assert_zeros(sparse, best["plan"]["levels"])
     assert_perplexity(sparse, best)
 
 

@@ -5,10 +5,12 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from plans import planned, stored
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.channels import BlockChannels, ChannelSet
 from atp_tune.errors import UserError
+from atp_tune.plan import Plan
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.study import Study
 
@@ -54,7 +56,7 @@ def test_an_interval_inside_the_bound_is_taken(beta: tuple[float, float]) -> Non
 def test_both_signs_are_the_whole_admissible_interval() -> None:
     space = space_for(study_of(allocation={"beta": "both"}), SIZES)
     assert space.intervals == {"atp": {"beta": (pytest.approx(-0.2), pytest.approx(0.2))}}
-    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": -0.1}).sparsities[0] == pytest.approx(0.8)
+    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": -0.1}).amounts[0] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("short", ["curve", ["atp", "curve"]])
@@ -134,15 +136,15 @@ def test_a_suggestion_is_a_plan_and_its_parameters_give_it_again() -> None:
         "allocation": ("atp",),
         "beta": space.intervals["atp"]["beta"],
     }
-    assert plan.sparsities == pytest.approx((0.4, 0.5, 0.6, 0.7, 0.8))
-    assert (plan.pruner, plan.allocation, plan.parameters) == ("sparsegpt", "atp", {"beta": 0.1})
+    assert plan.amounts == pytest.approx((0.4, 0.5, 0.6, 0.7, 0.8))
+    assert (plan.method, plan.allocation, plan.parameters) == ("sparsegpt", "atp", {"beta": 0.1})
     assert space.plan(values) == plan
 
 
 def test_uniform_has_no_parameters() -> None:
     space = space_for(study_of(allocation={"names": ["uniform", "atp"]}), SIZES)
     trial = Fixed({"pruner": "wanda", "allocation": "uniform"})
-    assert space.suggest(trial).sparsities == (0.6,) * 5
+    assert space.suggest(trial).amounts == (0.6,) * 5
     assert trial.asked == {"pruner": ("wanda",), "allocation": ("uniform", "atp")}
     assert space.plan({"pruner": "wanda", "allocation": "uniform", "beta": 0.1}).parameters == {}
 
@@ -152,12 +154,12 @@ def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> No
     study = study_of(allocation={"names": names}, prune={"pruners": ["wanda", "magnitude"]})
     space = space_for(study, SIZES)
     plans = [space.plan(params) for params in space.uniform()]
-    assert [plan.pruner for plan in plans] == ["wanda", "magnitude"]
-    assert {plan.sparsities for plan in plans} == {(0.6,) * 5}
+    assert [plan.method for plan in plans] == ["wanda", "magnitude"]
+    assert {plan.amounts for plan in plans} == {(0.6,) * 5}
     asked = optuna.create_study()
     for params in space.uniform():
         asked.enqueue_trial(params)
-        assert space.suggest(asked.ask()).sparsities == (0.6,) * 5
+        assert space.suggest(asked.ask()).amounts == (0.6,) * 5
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_bound_that_floats_miss_is_on_the_grid() -> None:
     space = space_for(study_of(sparsity=0.9), SIZES)
     assert space.intervals["atp"]["beta"][1] < 0.05
     assert [params["beta"] for params in space.grid(0.01)] == [0.01, 0.02, 0.03, 0.04, 0.05]
-    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.05}).sparsities[-1] == 1.0
+    assert space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.05}).amounts[-1] == 1.0
 
 
 def test_the_paper_s_grid_of_an_80_block_model() -> None:
@@ -212,8 +214,8 @@ def test_a_step_beyond_the_bound() -> None:
 def test_one_block() -> None:
     space = space_for(study_of(), (100,))
     assert space.intervals == {"atp": {"beta": (0.0, 0.0)}}
-    assert [space.plan(params).sparsities for params in space.uniform()] == [(0.6,)]
-    assert space.suggest(optuna.create_study().ask()).sparsities == (0.6,)
+    assert [space.plan(params).amounts for params in space.uniform()] == [(0.6,)]
+    assert space.suggest(optuna.create_study().ask()).amounts == (0.6,)
 
 
 def test_a_space_can_be_made_without_a_study() -> None:
@@ -224,7 +226,7 @@ def test_a_space_can_be_made_without_a_study() -> None:
 def test_a_space_holds_the_pattern_of_its_study() -> None:
     space = space_for(study_of(prune={"pattern": "mixed:4"}), SIZES)
     values = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
-    assert space.plan(values).sparsities == space.suggest(Fixed(values)).sparsities == (0.5, 0.5, 0.5, 0.75, 0.75)
+    assert space.plan(values).amounts == space.suggest(Fixed(values)).amounts == (0.5, 0.5, 0.5, 0.75, 0.75)
 
 
 def trial_of(**stored: Any) -> optuna.trial.FrozenTrial:
@@ -245,28 +247,36 @@ def test_a_measured_trial_keeps_its_plan() -> None:
     """Whatever its parameters give now."""
     space = space_for(study_of(), SIZES)
     plan = space.plan(trial_of().params)
-    assert space.plan_of(trial_of()) == space.plan_of(trial_of(sparsities=list(plan.sparsities))) == plan
+    assert space.plan_of(trial_of(plan=plan.model_dump(mode="json"))) == plan
     other = [0.5, 0.7, 0.6, 0.6, 0.6]
-    assert space.plan_of(trial_of(sparsities=other)) == replace(plan, sparsities=tuple(other))
+    assert space.plan_of(trial_of(**stored(other))).amounts == tuple(other)
     space = space_for(study_of(), SIZES, linears=2)
-    rows = [[s, 1 - s] for s in other]
-    found = space.plan_of(trial_of(sparsities=other, linear_sparsities=rows))
-    assert found.linear_sparsities == tuple(map(tuple, rows))
+    rows = [[s - 0.1, s + 0.1] for s in other]
+    assert space.plan_of(trial_of(**stored(other, rows))) == planned("wanda", "atp", other, linears=rows)
+
+
+def test_a_trial_without_a_plan_is_of_an_older_version() -> None:
+    with pytest.raises(UserError, match=r"^trial -1: plan: has none that this version reads; start another study with"):
+        space_for(study_of(), SIZES).plan_of(trial_of())
 
 
 @pytest.mark.parametrize(
-    "stored",
+    ("plan", "said"),
     [
-        {"sparsities": [0.6] * 4},
-        {"sparsities": [0.6] * 4 + [1.2]},
-        {"sparsities": [0.6] * 5, "linear_sparsities": [[0.6]] * 5},
-        {"sparsities": [0.6] * 5, "linear_sparsities": [[0.6, -1.0]] * 5},
+        (planned("wanda", "atp", [0.6] * 4), "levels: 4 for a model of 5 blocks"),
+        (
+            planned("wanda", "atp", [0.6] * 5, linears=[[0.6]] * 5),
+            "levels: not one for each of the 2 linears of block 0",
+        ),
+        (planned("wanda", "atp", [0.6] * 5, linears=[[0.6, 0.7]] * 5), "levels: block 0 has 0.6, by its linears 0.65"),
+        (planned("wanda", "atp", [0.6] * 5, bits=[4] * 5), "levels: are not of what is done to weights here"),
+        (planned("rtn", "atp", [None] * 5, bits=[4] * 5), "levels: are not of what is done to weights here"),
     ],
-    ids=["fewer blocks", "above 1", "fewer linears", "below 0"],
+    ids=["fewer blocks", "fewer linears", "another mean", "bits too", "bits alone"],
 )
-def test_a_trial_of_another_model_is_refused(stored: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"^trial -1: its stored sparsities are not those of this model"):
-        space_for(study_of(), SIZES, linears=2).plan_of(trial_of(**stored))
+def test_a_trial_of_another_model_is_refused(plan: Plan, said: str) -> None:
+    with pytest.raises(UserError, match=f"^trial -1: plan: {said}"):
+        space_for(study_of(), SIZES, linears=2).plan_of(trial_of(plan=plan.model_dump(mode="json")))
 
 
 def test_a_measured_trial_of_channels_keeps_its_plan() -> None:
@@ -275,9 +285,12 @@ def test_a_measured_trial_of_channels_keeps_its_plan() -> None:
     study = study_of(prune={"pattern": "channels"}, sparsity=0.3)
     space = make_space(study, Budget(0.3, SIZES, channels=(block,) * 5))
     plan = space.plan(trial_of().params)
-    assert plan.linear_sparsities is not None
-    rows = [list(row) for row in plan.linear_sparsities]
-    assert space.plan_of(trial_of(sparsities=list(plan.sparsities), linear_sparsities=rows)) == plan
-    for wrong in (None, rows[1:], [[*row[:2], 0.1] for row in rows], [row[:2] for row in rows]):
-        with pytest.raises(UserError, match=r"^trial -1: its stored sparsities are not those of this model"):
-            space.plan_of(trial_of(sparsities=list(plan.sparsities), linear_sparsities=wrong))
+    assert space.plan_of(trial_of(plan=plan.model_dump(mode="json"))) == plan
+    rows = [[level.sparsity for level in block.linears] for block in plan.levels]
+    for wrong, said in (
+        (None, "block 0: needs the shares of its 3 linears"),
+        ([[row[0], row[1] - 0.01, row[2] + 0.02] for row in rows], "by whole channels"),
+        ([row[:2] for row in rows], "block 0: needs the shares of its 3 linears"),
+    ):
+        with pytest.raises(UserError, match=f"^trial -1: plan: .*{said}"):
+            space.plan_of(trial_of(**stored(plan.amounts, wrong)))

@@ -53,7 +53,7 @@ def test_a_share_is_of_the_bound_at_its_sparsity(sparsity: float, share: float) 
     budget = Budget(sparsity, SIZES)
     beta = share * atp.bounds(budget)["beta"][1]
     assert plan.parameters == {"beta": pytest.approx(beta)}
-    assert plan.sparsities == pytest.approx(atp.sparsities(budget, beta))
+    assert plan.amounts == pytest.approx(atp.sparsities(budget, beta))
     assert (plan.target, plan.is_uniform) == (sparsity, share == 0)
     assert str(plan).startswith(f"{100 * sparsity:g}% wanda ")
 

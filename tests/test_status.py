@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import plans
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
@@ -71,7 +72,7 @@ def add(
         value=value,
         params={} if waiting else params,
         distributions={} if waiting else DISTRIBUTIONS,
-        user_attrs={"sparsities": [0.6 - beta, 0.6 + beta], **attributes},
+        user_attrs={**plans.stored([0.6 - beta, 0.6 + beta]), **attributes},
     )
     trial.datetime_start = None if waiting else NOW - timedelta(seconds=seconds)
     trial.datetime_complete = NOW if state.is_finished() else None
@@ -477,7 +478,7 @@ def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pyt
             value=value,
             params={"pruner": "wanda", "allocation": allocation, "beta": 0.25},
             distributions=DISTRIBUTIONS,
-            user_attrs={"sparsities": [0.5, 0.7], "nlls": [1.8, 2.4], "stderr": 0.25},
+            user_attrs={**plans.stored([0.5, 0.7]), "nlls": [1.8, 2.4], "stderr": 0.25},
         )
         study.add_trial(trial)
     other = create_trial(

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from families import ALL, CPU, bench_of, checkpoint_of, few, nlls_of, same_bits, tiny
+from plans import planned
 from tinystudy import wait_until
 from torch import Tensor
 
 from atp_tune.checkpoints import streaming
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Freed, Stream, Tensors, Wanted
-from atp_tune.plan import Plan
 
 BLOCKS: list[Tensors] = [{"a": torch.full((50, 4), float(i)), "norm": torch.arange(4) + i} for i in range(5)]
 
@@ -241,7 +241,7 @@ def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[T
     context = bench_of(tiny(family), offload=offload)
     assert context.checkpoint.offload == offload
     blocks = len(context.checkpoint.blocks)
-    pruned = list(context.prune(Plan(pruner, "uniform", (0.5,) * blocks)))
+    pruned = list(context.prune(planned(pruner, "uniform", (0.5,) * blocks)))
     nlls = nlls_of(context, ((block.index, block.weights) for block in pruned), "validation")
     return [block.weights for block in pruned], [*nlls, *nlls_of(context, context.blocks(None), "test")]
 
@@ -274,11 +274,11 @@ def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
     matrices = len(context.checkpoint.linears[0])
     stream = context.checkpoint._stream
     assert stream is not None
-    list(context.prune(Plan("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
+    list(context.prune(planned("wanda", "uniform", (0.5,) * 4)))  # what is measured once for all trials
     settle(stream)  # block 0 has been copied ahead
     copies.order.clear()
     copies.most = copies.alive
-    pruned = ((block.index, block.weights) for block in context.prune(Plan("wanda", "uniform", (0.5,) * 4)))
+    pruned = ((block.index, block.weights) for block in context.prune(planned("wanda", "uniform", (0.5,) * 4)))
     nlls_of(context, pruned, "validation")
     settle(stream)
     assert copies.most <= 2 * matrices

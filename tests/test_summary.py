@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import optuna
+import plans
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
@@ -51,7 +52,7 @@ def add(study: optuna.Study, beta: float, value: float | None, pruner: str = "wa
         value=value,
         params={"pruner": pruner, "allocation": "atp", "beta": beta},
         distributions=DISTRIBUTIONS,
-        user_attrs={"sparsities": sparsities, "stderr": 0.5} | attributes,
+        user_attrs={**plans.stored(sparsities), "stderr": 0.5} | attributes,
     )
     study.add_trial(trial)
 
@@ -176,9 +177,9 @@ def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     assert config.model.id == "model"
     assert config.model.fingerprint == study.user_attrs["fingerprint"]["model.content"]
     assert config.model.dtype == "float32"
-    assert (config.pruner, config.allocation.name) == (best.params["pruner"], "atp")
-    assert config.allocation.beta == best.params["beta"]
-    assert config.block_sparsities == tuple(best.user_attrs["sparsities"])
+    assert (config.plan.method, config.plan.allocation) == (best.params["pruner"], "atp")
+    assert config.plan.parameters == {"beta": best.params["beta"]}
+    assert config.plan.amounts == tuple(best.user_attrs["plan"]["levels"])
     assert (config.sparsity.target, config.sparsity.realised) == (0.5, best.user_attrs["realised"])
     assert config.calibration == file.study.texts.calibration.text
     assert config.batches == best.user_attrs["batches"]

@@ -39,7 +39,7 @@ def study_of_gp(space: Space, trials: int) -> optuna.Study:
 
     def objective(trial: optuna.Trial) -> float:
         plan = space.suggest(trial)
-        trial.set_user_attr("sparsities", list(plan.sparsities))
+        trial.set_user_attr("plan", plan.model_dump(mode="json"))
         trial.set_user_attr("nlls", [math.log(fake_perplexity(plan)) + 0.01 * sign for sign in (-1, 1) * 8])
         return fake_perplexity(plan)
 

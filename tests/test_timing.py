@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from families import CPU, bench_of, tiny
+from plans import planned
 
 from atp_tune.blocks import timing
 from atp_tune.blocks.timing import Timer, wait_for
 from atp_tune.cost import probe
 from atp_tune.cost.probe import Clock
-from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.search.objective import Record
 
@@ -78,7 +78,7 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(CPU)
     context = bench_of(tiny("llama"))
     record = Record(context)
-    context.measure(Plan("wanda", "uniform", (0.5,) * 4), [record, RoleScores("validation")])
+    context.measure(planned("wanda", "uniform", (0.5,) * 4), [record, RoleScores("validation")])
     assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
 
 
@@ -86,7 +86,7 @@ def test_the_pass_times_the_device_of_its_checkpoint(monkeypatch: pytest.MonkeyP
     waited: list[torch.device] = []
     monkeypatch.setattr(timing, "wait_for", waited.append)
     context = bench_of(tiny("llama"))
-    (*_,) = context.prune(Plan("wanda", "uniform", (0.5,) * 4))
+    (*_,) = context.prune(planned("wanda", "uniform", (0.5,) * 4))
     assert waited == [CPU] * 4 * 4  # blocks; the start and three laps of each
 
 

@@ -18,12 +18,12 @@ from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
-from atp_tune.plan import make_plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.spec.block_names import block_name, in_tower, joined
 from atp_tune.spec.config import ModelRef, read_config
 from atp_tune.spec.facts import facts
+from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.studyfile import load
@@ -251,7 +251,7 @@ def test_a_study_of_both_parts(
     ran = command("--study", "pairs.toml", "--set", 'allocation=["atp", "owl"]')
     assert ran.code == 0 and "best:" in ran.out, ran
     config = read_config(tmp_path / "pairs.best.json")
-    assert len(config.block_sparsities) == 5 and config.model.prune == BOTH
+    assert len(config.plan.amounts) == 5 and config.model.prune == BOTH
     applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
     assert applied.code == 0 and "(+0.000%)" in applied.out, applied
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse")

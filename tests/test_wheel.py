@@ -88,7 +88,7 @@ def test_a_study_and_its_report(run: Run, place: Path) -> None:
     done = run("atp-tune", "--study", "tiny.toml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "atp-tune apply --config tiny.best.json" in done.stdout and "tune.py" not in done.stdout
-    assert json.loads((place / "tiny.best.json").read_text())["block_sparsities"]
+    assert json.loads((place / "tiny.best.json").read_text())["plan"]["levels"]
     with closing(sqlite3.connect(place / "tiny.db")) as database:
         attributes = dict(database.execute("SELECT key, value_json FROM study_system_attributes"))
     assert {"dashboard:note_str:0", "dashboard:plot_data:perplexity:0"} < attributes.keys()

@@ -90,11 +90,6 @@ def evenly(count: int) -> list[int]:
     return [i for i in reversed_ if i < count]
 
 
-def mean_of(bits: Sequence[float], sizes: Sequence[int]) -> float:
-    """The mean of one number of bits per block, weighted by size."""
-    return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
-
-
 def stored_bits(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, zeros: int = 0) -> int:
     """Bits of a quantized matrix with the scales and zero points of its groups; a group size of -1 is a whole row.
 

@@ -114,14 +114,23 @@ class Budget:
 
     def mean(self, sparsities: tuple[float, ...]) -> float:
         """Mean of one sparsity per block weighted by size: the share of zeros in all blocks."""
-        return sum(s * size for s, size in zip(sparsities, self.sizes, strict=True)) / sum(self.sizes)
+        return weighted_mean(sparsities, self.sizes)
 
-    def block_means(self, sparsities: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    @property
+    def linear_sizes(self) -> list[list[int]]:
+        """Number of weights of each linear of each block."""
+        if self.channels:
+            return [[size for _, size in block.linears] for block in self.channels]
+        return [[shape.size for shape in shapes] for shapes in self.linears]
+
+    def block_means(self, levels: Sequence[Sequence[float]]) -> tuple[float, ...]:
         """Sparsity, or bits, of each block, from those of its linears."""
-        return tuple(
-            sum(s * shape.size for s, shape in zip(row, shapes, strict=True)) / sum(shape.size for shape in shapes)
-            for row, shapes in zip(sparsities, self.linears, strict=True)
-        )
+        return tuple(map(weighted_mean, levels, self.linear_sizes))
+
+
+def weighted_mean(levels: Sequence[float], sizes: Sequence[int]) -> float:
+    """The mean of sparsities, or bits, weighted by the number of weights."""
+    return sum(level * size for level, size in zip(levels, sizes, strict=True)) / sum(sizes)
 
 
 def ranked_by(pruner: str) -> Score:

@@ -89,9 +89,11 @@ class BlockChannels:
         return tuple(gone.get(name, 0.0) for name, _ in self.linears)
 
 
-def check_whole(rows: LinearSparsities, blocks: Sequence[BlockChannels]) -> None:
-    """ValueError for shares of linears that are not whole channels, of all linears of a set alike."""
-    for index, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+def check_whole(rows: Sequence[Sequence[float]], blocks: Sequence[BlockChannels]) -> None:
+    """ValueError for shares of linears that are not whole channels, of all linears of a set alike, or are missing."""
+    for index, (row, block) in enumerate(zip(rows, blocks, strict=False)):
+        if len(row) != len(block.linears):
+            raise ValueError(f"levels: block {index}: needs the shares of its {len(block.linears)} linears")
         given = {name: share for (name, _), share in zip(block.linears, row, strict=True)}
         whole = dict.fromkeys(given, 0.0)
         for each in block.sets:
@@ -99,24 +101,7 @@ def check_whole(rows: LinearSparsities, blocks: Sequence[BlockChannels]) -> None
             whole |= dict.fromkeys(each.linears, count / each.count)
         for name, share in given.items():
             if abs(share - whole[name]) > SLACK:
-                raise ValueError(f"block {index}: {share:g} of {name}, where whole channels are {whole[name]:g}")
-
-
-def is_whole(rows: LinearSparsities, blocks: Sequence[BlockChannels]) -> bool:
-    """Whether shares of linears are those of whole channels."""
-    try:
-        check_whole(rows, blocks)
-    except ValueError:
-        return False
-    return True
-
-
-def means(rows: LinearSparsities, blocks: Sequence[BlockChannels]) -> tuple[float, ...]:
-    """The sparsity of each block, from the shares of its linears that go."""
-    return tuple(
-        sum(share * size for share, (_, size) in zip(row, block.linears, strict=True)) / block.size
-        for row, block in zip(rows, blocks, strict=True)
-    )
+                raise ValueError(f"levels: block {index}: {share:g} of {name}, by whole channels {whole[name]:g}")
 
 
 def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target: float) -> LinearSparsities:

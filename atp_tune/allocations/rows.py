@@ -39,21 +39,12 @@ class RowOffsets:
     def read(cls, text: str, shapes: Sequence[Sequence[Shape]]) -> "RowOffsets":
         """Offsets from `stored`; ValueError if they are not those of linears with these shapes."""
         rows = [[shape.rows for shape in block] for block in shapes]
-        total = sum(map(sum, rows))
-        try:
-            unpacking = zlib.decompressobj()
-            found = unpacking.decompress(base64.b64decode(text, validate=True), total + 1)
-        except (ValueError, zlib.error):
-            raise ValueError("no offsets of rows in base64") from None
-        if len(found) != total or not unpacking.eof:
-            raise ValueError(f"not one offset for each of the {total} rows of the model's linears")
-        ends = accumulate(count for block in rows for count in block)
+        found, ends = offsets_of(text, sum(map(sum, rows))), accumulate(count for block in rows for count in block)
         return cls(tuple(tuple(found[(end := next(ends)) - count : end] for count in block) for block in rows))
 
     def stored(self) -> str:
         """The offsets as text: bytes of all linears one after the other, compressed, in base64."""
-        data = b"".join(row for block in self.blocks for row in block)
-        return base64.b64encode(zlib.compress(data, LEVEL)).decode("ascii")
+        return text_of(b"".join(row for block in self.blocks for row in block))
 
     def scaled(self, factor: float) -> "RowOffsets":
         """The offsets times a factor."""
@@ -79,6 +70,23 @@ class RowSparsities:
         if self.offsets is None or other.offsets is None:
             return RowSparsities(linears)
         return RowSparsities(linears, self.offsets.towards(other.offsets, share))
+
+
+def text_of(offsets: bytes) -> str:
+    """Offsets as text: compressed, in base64."""
+    return base64.b64encode(zlib.compress(offsets, LEVEL)).decode("ascii")
+
+
+def offsets_of(text: str, rows: int) -> bytes:
+    """Offsets from `text_of`; ValueError if they are not those of so many rows."""
+    try:
+        unpacking = zlib.decompressobj()
+        found = unpacking.decompress(base64.b64decode(text, validate=True), rows + 1)
+    except (ValueError, zlib.error):
+        raise ValueError("rows: no offsets of rows in base64") from None
+    if len(found) != rows or not unpacking.eof:
+        raise ValueError(f"rows: not one offset for each of the {rows} rows")
+    return found
 
 
 def zeros_of_rows(columns: int, sparsity: float, offsets: bytes) -> "Zeros":

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atp_tune.allocations.rows import zeros_of_rows
+from atp_tune.allocations.rows import offsets_of, zeros_of_rows
 from atp_tune.blocks.batching import AutoBatch, once_more
 from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, prune_sequentially, stop_when_all_seen
@@ -27,7 +27,7 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.timing import Timer
 from atp_tune.checkpoints.linears import Linear
 from atp_tune.inputs import Batch
-from atp_tune.plan import Plan
+from atp_tune.plan import Level, Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.refinement import Refined
 from atp_tune.pruners.selection import nonzeros
@@ -93,7 +93,8 @@ class Pass:
         weights = self.replay.checkpoint.weights(index)
         pruned: Pruning | PrunedChannels
         if self.channels is not None:
-            pruned = self._prune_channels(index, weights, hidden, plan.of(index, len(linears)), timer)
+            shares = tuple(level.amount for level in plan.of(index, len(linears)))
+            pruned = self._prune_channels(index, weights, hidden, shares, timer)
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         elif self.in_one_pass and self.pruner.measures is not None:
             pruned = self._prune_sequentially(index, weights, hidden, plan, timer)
@@ -104,15 +105,15 @@ class Pass:
         zeros = pruned.zeros()
         timer.lap("calibrate")
         lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
-        bits = {x.name: b for x, b in zip(linears, plan.bits_of(index, len(linears)), strict=False)}
+        levels = zip(linears, plan.of(index, len(linears)), strict=True)
+        bits = {linear.name: int(level.bits) for linear, level in levels if level.bits is not None}
         grids = getattr(pruned, "grids", {})
         return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits, grids)
 
     def _pruning(self, plan: Plan, index: int, weights: dict[str, Tensor]) -> "Pruning":
         """The pruning of block `index`, before its first linear."""
         linears = self.replay.checkpoint.linears[index]
-        shares, bits = plan.of(index, len(linears)), plan.bits_of(index, len(linears))
-        return Pruning(linears, weights, self.pruner, shares, bits, self.keeps_grids, plan.offsets_of(index))
+        return Pruning(linears, weights, self.pruner, plan.of(index, len(linears)), self.keeps_grids)
 
     def _measure_and_prune(
         self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
@@ -179,13 +180,11 @@ class Pruning:
         linears: list[Linear],
         weights: dict[str, Tensor],
         pruner: Pruner,
-        sparsities: tuple[float, ...],
-        bits: tuple[int, ...] = (),
+        levels: tuple[Level, ...],
         keeps_grids: bool = False,
-        offsets: tuple[bytes, ...] = (),
     ) -> None:
-        """`bits`: of each linear, where weights are rounded; the pruner is then a `Quantizing`, whose grids are kept
-        if `keeps_grids`. `offsets`: of the rows of each linear, see `allocations.rows`, where they differ.
+        """`levels`: of each linear; where they have bits, the pruner is a `Quantizing`, whose grids are kept if
+        `keeps_grids`.
         """
         keys = {linear.key for linear in linears}
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
@@ -193,9 +192,7 @@ class Pruning:
         self.experts_without_tokens: list[str] = []
         self._dense = weights
         self._pruner = pruner
-        self._sparsities = dict(zip((linear.name for linear in linears), sparsities, strict=True))
-        self._bits = dict(zip((linear.name for linear in linears), bits, strict=False))
-        self._offsets = dict(zip((linear.name for linear in linears), offsets, strict=False))
+        self._levels = dict(zip((linear.name for linear in linears), levels, strict=True))
         self.grids: dict[str, Grid] = {}
         self._keeps_grids = keeps_grids
         self._kept: dict[str, Tensor] = {}
@@ -207,19 +204,20 @@ class Pruning:
         if statistics is None and rule.measures is not None:
             rule = unmeasured(rule)
             self.experts_without_tokens.append(linear.name)
-        elif linear.name in self._offsets:
-            own = linear.in_features, self._sparsities[linear.name], self._offsets[linear.name]
-            rule = of_rows(rule, torch.from_numpy(zeros_of_rows(*own)))
+        elif (level := self._levels[linear.name]).rows is not None:
+            offsets = offsets_of(level.rows, linear.out_features)
+            rule = of_rows(rule, torch.from_numpy(zeros_of_rows(linear.in_features, level.sparsity or 0.0, offsets)))
         sparse = once_more(partial(self._pruned, rule, linear, statistics))
         linear.matrix(self.weights[linear.key]).copy_(sparse)
         self._kept[linear.name] = nonzeros(sparse)
 
     def _pruned(self, rule: Pruner, linear: Linear, statistics: Statistics | None) -> Tensor:
         """What the rule makes of a linear's dense weight."""
-        dense, sparsity = linear.matrix(self._dense[linear.key]), self._sparsities[linear.name]
+        dense, level = linear.matrix(self._dense[linear.key]), self._levels[linear.name]
+        sparsity = level.sparsity or 0.0
         if not isinstance(rule, Quantizing):
             return rule.prune(dense, sparsity, statistics)
-        rule = rule.at(self._bits[linear.name])
+        rule = rule.at(int(level.bits or 0))
         pruned = rule.sparse(dense, sparsity, statistics)
         if self._keeps_grids:
             self.grids[linear.name] = rule.grid(pruned)

@@ -18,9 +18,9 @@ from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
-from atp_tune.plan import Plan, make_plan
 from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import head_scores
+from atp_tune.spec.patterns import make_plan
 
 T = TypeVar("T")
 PROBE_SECONDS = 15.0  # seconds after which no further block is probed
@@ -132,11 +132,10 @@ def _pruned(context: Session, index: int, hidden: Tensor, name: str, sparsity: f
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
     pruner = context.methods.pruner(name)
     in_one_pass = context.prune_settings.statistics == "sequential"
-    plan = Plan(name, "uniform", (sparsity,) * len(context.checkpoint.blocks))
-    of_channels = context.channel_pruner(name)
-    if of_channels is not None or context.quantize is not None:
-        plan = make_plan(name, "uniform", context.budget(sparsity), {}, context.pattern)
-    work = Pass(context.replay, context.batch("calibration"), pruner, None, None, in_one_pass, of_channels)
+    plan = make_plan(name, "uniform", context.budget(sparsity), {}, context.pattern)
+    work = Pass(
+        context.replay, context.batch("calibration"), pruner, None, None, in_one_pass, context.channel_pruner(name)
+    )
     return work.step(plan, index, hidden).seconds
 
 

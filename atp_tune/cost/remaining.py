@@ -62,7 +62,7 @@ class Remaining:
             case TrialStarted(title, plan):
                 self._start(title.split()[0].rstrip(":"), now, who)
                 if plan is not None and "prices" in plan.allocation and "prices" in self._parts:
-                    if (key := (plan.pruner, plan.allocation)) not in self._descended:
+                    if (key := (plan.method, plan.allocation)) not in self._descended:
                         self._parts["prices"].number -= 1
                     self._descended.add(key)
             case Step(phase, done, total):

@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.measures import accuracy
+from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.report.tables import points
 from atp_tune.results.accuracies import gained
@@ -205,12 +206,12 @@ def _measured(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _sparsities(attrs: Attributes) -> str:
-    if bits := attrs.get("bits"):
-        effective = f" With scales: {attrs['effective_bits']:.2f} a weight." if "effective_bits" in attrs else ""
-        return f"Bits by block: {' '.join(f'{b:.3g}' for b in bits)}.{effective}"
-    plan = attrs.get("sparsities")
-    if not plan:
+    if (found := Plan.stored_in(attrs)) is None:
         return ""
+    plan = found.amounts
+    if found.by_bits:
+        effective = f" With scales: {attrs['effective_bits']:.2f} a weight." if "effective_bits" in attrs else ""
+        return f"Bits by block: {' '.join(f'{b:.3g}' for b in plan)}.{effective}"
     counted = f" Zeros counted: {attrs['realised']:.3%}." if "realised" in attrs else ""
     ends = f"from {min(plan):.1%} to {max(plan):.1%}, first block {plan[0]:.1%}, last block {plan[-1]:.1%}"
     every = f"{plan[0]:.1%} in every block"
@@ -245,7 +246,8 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
         found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
-    if "realised" in attrs and "bits" not in attrs:
+    plan = Plan.stored_in(attrs)
+    if "realised" in attrs and not (plan and plan.by_bits):
         found["zeros %"] = round(100 * attrs["realised"], 2)
     if "packed_bytes" in attrs and "effective_bits" not in attrs:
         found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)

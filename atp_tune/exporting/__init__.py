@@ -72,17 +72,17 @@ def as_yaml(config: Config) -> str:
         head: dict[str, Any] = {
             "study": config.study,
             "model": config.model.id,
-            "quantizer": config.pruner,
-            "settings": config.quantize.told(config.pruner),
+            "quantizer": config.plan.method,
+            "settings": config.quantize.told(config.plan.method),
             "bits": config.bits.model_dump(),
         }
         return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
     head = {
         "study": config.study,
         "model": config.model.id,
-        "pruner": config.pruner,
+        "pruner": config.plan.method,
         "pattern": config.prune.pattern,
-        "settings": config.prune.told(config.pruner),
+        "settings": config.prune.told(config.plan.method),
         **config.prune.refinement,
         "sparsity": config.sparsity.model_dump(),
         **_shares(config),
@@ -92,8 +92,8 @@ def as_yaml(config: Config) -> str:
 
 def _shares(config: Config) -> dict[str, str | int]:
     """What the sparsities are shares of, if not of single weights; the bits of kept weights, if they are rounded."""
-    if config.fixed_bits is not None:
-        return {"bits": config.fixed_bits}
+    if config.plan.fixed_bits is not None:
+        return {"bits": config.plan.fixed_bits}
     return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
 
 
@@ -105,13 +105,13 @@ def as_recipe(config: Config) -> str:
         return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:
         raise _not_to_be_said("prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels")
-    if config.pruner not in MODIFIERS:
-        raise _not_to_be_said("pruner", config.pruner, f"has a modifier for {' and '.join(MODIFIERS)} alone")
+    if config.plan.method not in MODIFIERS:
+        raise _not_to_be_said("pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone")
     for key, count in config.prune.refinement.items():
         what = {"swaps": "swaps in masks", "refine": "refinement of kept weights"}[key]
         lack = f"has no {what}; a study with prune.{key} = 0 has none either"
         raise _not_to_be_said(f"prune.{key}", str(count), lack)
-    name, settings = MODIFIERS[config.pruner](config)
+    name, settings = MODIFIERS[config.plan.method](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]
     stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in enumerate(groups)}
@@ -123,14 +123,14 @@ def _wanda(config: Config) -> tuple[str, dict[str, Any]]:
     compare = config.prune.settings("wanda")["compare"]
     if compare != "row":
         raise _not_to_be_said("prune.wanda.compare", compare, "compares scores of a row")
-    if config.row_offsets is not None:
-        raise _not_to_be_said("allocation.name", config.allocation.name, "gives all rows of a linear one sparsity")
+    if config.plan.by_row:
+        raise _not_to_be_said("allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity")
     return "WandaPruningModifier", {}
 
 
 def _sparsegpt(config: Config) -> tuple[str, dict[str, Any]]:
-    if 1 in config.block_sparsities or any(1 in block for block in config.linear_sparsities or ()):
-        raise _not_to_be_said("block_sparsities", "1", "cannot zero a whole matrix by SparseGPT")
+    if any(level.sparsity == 1 for level in config.plan.each_linear()):
+        raise _not_to_be_said("plan.levels", "1", "cannot zero a whole matrix by SparseGPT")
     settings = config.prune.settings("sparsegpt")
     columns, group = settings["columns"], settings["group"]
     width = max(columns // group, 1) * group if group else columns
@@ -144,7 +144,7 @@ def _by_sparsity(config: Config) -> dict[str, Any]:
     """One modifier: a sparsity for each block, or for each linear by name."""
     modules = _modules(config)
     blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
-    targets = blocks if config.linear_sparsities is None else list(modules)
+    targets = list(modules) if config.plan.by_linear else blocks
     return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
 
 
@@ -177,7 +177,7 @@ def _head(config: Config) -> str:
         raise UserError("--format llm-compressor: calibrates on texts, not on pairs with images; take yaml or csv")
     amount = f"{config.sparsity.target:.4g}" if config.bits is None else f"{config.bits.target:g} bits"
     return HEAD.format(
-        pruner=config.pruner, amount=amount, allocation=config.allocation.name,
+        pruner=config.plan.method, amount=amount, allocation=config.plan.allocation,
         study="a plan" if config.trial is None else f"trial {config.trial}",
         windows=text.nsamples or "ALL", tokens=text.seqlen, dtype=config.model.dtype,
         arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",

@@ -68,7 +68,7 @@ def modifier(config: Config) -> dict[str, Any]:
         weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
         weights["observer"] = "memoryless_minmax"
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}
-    if config.pruner == "rtn":
+    if config.plan.method == "rtn":
         return {"QuantizationModifier": {"config_groups": groups}}
     order = "weight" if quantize.act_order else None  # the groups of the dense weights, then the order
     return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": quantize.damping}}
@@ -77,13 +77,13 @@ def modifier(config: Config) -> dict[str, Any]:
 def as_gptqmodel(config: Config) -> str:
     """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
     quantize = _asked(config, "gptqmodel")
-    if config.pruner != "gptq":
-        raise _cannot("gptqmodel", "pruner", config.pruner, "quantizes by gptq alone")
+    if config.plan.method != "gptq":
+        raise _cannot("gptqmodel", "pruner", config.plan.method, "quantizes by gptq alone")
     if config.prune.statistics == "dense":
         raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
     by_bits = _linears(config, "gptqmodel")
     most = max(by_bits, key=lambda bits: len(by_bits[bits]))
-    of_blocks = config.linear_bits is None
+    of_blocks = not config.plan.by_linear
     made = {
         "bits": most,
         "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
@@ -114,8 +114,8 @@ def _pattern(linears: list[str], of_blocks: bool) -> str:
 def as_torchao(config: Config) -> str:
     """A script that rounds a model by torchao; UserError for GPTQ's weights."""
     quantize = _asked(config, "torchao")
-    if config.pruner != "rtn":
-        raise _cannot("torchao", "pruner", config.pruner, "rounds to nearest alone")
+    if config.plan.method != "rtn":
+        raise _cannot("torchao", "pruner", config.plan.method, "rounds to nearest alone")
     if quantize.symmetric:
         raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
     assert config.bits is not None
@@ -132,7 +132,7 @@ def as_llama_cpp(config: Config) -> str:
     _asked(config, "llama.cpp")
     found = _blocks_of_tensors(config)
     if wrong := next((bits for _, bits in found if bits not in K_QUANTS), None):
-        raise _cannot("llama.cpp", "block_bits", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
+        raise _cannot("llama.cpp", "plan.levels", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     lines = (
         rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
         for (tensor, bits), blocks in sorted(found.items(), key=lambda row: row[0][1])
@@ -146,9 +146,8 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
     place, found = names(config, "blocks"), dict[int, list[str]]()
     for index, linears in enumerate(names(config, "linears")):
-        own = config.linear_bits[index] if config.linear_bits else (_block_bits(config, index),) * len(linears)
-        for linear, bits in zip(linears, own, strict=True):
-            found.setdefault(bits, []).append(f"{place}.{index}.{linear}")
+        for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True):
+            found.setdefault(int(level.amount), []).append(f"{place}.{index}.{linear}")
     found = dict(sorted(found.items()))
     for name in (name for own in found.values() for name in own):
         if not NAME.fullmatch(name):
@@ -161,22 +160,16 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
 def _blocks_of_tensors(config: Config) -> dict[tuple[str, int], list[int]]:
     """The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one."""
     found: dict[tuple[str, int], list[int]] = {}
-    for index in range(len(config.block_sparsities)):
-        if config.linear_bits is None:
-            found.setdefault(("(attn|ffn)_.*", _block_bits(config, index)), []).append(index)
+    for index, block in enumerate(config.plan.levels):
+        if not block.linears:
+            found.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
             continue
-        for linear, bits in zip(names(config, "linears")[index], config.linear_bits[index], strict=True):
+        for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
             tensor = TENSORS.get(linear.rpartition(".")[2])
             if tensor is None:
                 raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
-            found.setdefault((rf"{tensor}\.weight", bits), []).append(index)
+            found.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
     return found
-
-
-def _block_bits(config: Config, index: int) -> int:
-    """The bits of a block whose linears have equal bits."""
-    assert config.block_bits is not None
-    return int(config.block_bits[index])
 
 
 def refuse_both(config: Config, kind: str) -> None:

@@ -17,16 +17,14 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
 
     UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
     """
-    for index, sparsity in enumerate(config.block_sparsities):
-        rows, level, kind = config.linear_sparsities, sparsity, "sparsity"
-        if config.by_bits and config.block_bits is not None:
-            rows, level, kind = config.linear_bits, config.block_bits[index], "bits"
-        linears = rows and zip(names(config, "linears")[index], rows[index], strict=True)
-        for linear, amount in linears or [("", level)]:
-            name = block_name(names(config, "blocks"), index) + (f".{linear}" if linears else "")
+    kind = "bits" if config.by_bits else "sparsity"
+    for index, block in enumerate(config.plan.levels):
+        linears = names(config, "linears")[index] if block.linears else ("",)
+        for linear, level in zip(linears, block.linears or (block,), strict=True):
+            name = block_name(names(config, "blocks"), index) + (f".{linear}" if block.linears else "")
             if not NAME.fullmatch(name):
                 raise UserError(f"linears: {name} is not the name of a module")
-            yield {"block": index, "module": name, kind: amount}
+            yield {"block": index, "module": name, kind: level.amount}
 
 
 def names(config: Config, key: Literal["blocks", "linears"]) -> Any:

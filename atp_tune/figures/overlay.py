@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from atp_tune.figures.style import CYCLE, DASHES, error_bars, log_axis, new_figure, range_of, rounded
 from atp_tune.figures.trials import best_of, finite, told, value_of
 from atp_tune.results.summary import Summary
+from atp_tune.results.trials import levels_of
 
 LONGEST = 40  # letters of a name in a legend
 MARKS = ("circle", "diamond", "square", "triangle-down")  # after all colours
@@ -23,9 +24,9 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
     figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
     for k, summary in enumerate(summaries):
         best = best_of(summary)
-        if best is not None and best.user_attrs.get("sparsities"):
+        if best is not None and summary.bits is None and (levels := levels_of(best)):
             figure.add_scatter(
-                y=rounded(best.user_attrs["sparsities"], 4), name=label(summary.name), mode="lines",
+                y=rounded(levels, 4), name=label(summary.name), mode="lines",
                 line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
                 hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best)}<extra></extra>",
             )  # fmt: skip

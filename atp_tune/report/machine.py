@@ -33,10 +33,9 @@
       kinds                 perplexities by kind of a mixed test text, of `dense`, of trials by number, and `trained`
       importance            parameter → share of 1; empty with too few trials
       trials[]              number, state, plan, sparsity (its target, where that is searched), pruner, allocation,
-                            parameters, perplexity, realised, sparsities,
-                            linear_sparsities, errors, seconds (phase → s), device, dtype, remark; of a study
-                            with `bits` also bits (of each block), effective_bits (a weight, with scales) and
-                            quantized_bytes (of all weights)
+                            parameters, levels (of each block, as `plan.py` stores them), perplexity, realised,
+                            errors, seconds (phase → s), device, dtype, remark; of a study with `bits` also
+                            effective_bits (a weight, with scales) and quantized_bytes (of all weights)
       seconds, devices      of all trials
       study_file            name and settings, as the study was made; or null
       fingerprint, versions facts that the values depend on, and versions of libraries
@@ -141,8 +140,8 @@ def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
 
 def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
     attrs = trial.user_attrs
-    kept = ("realised", "sparsities", "linear_sparsities", "errors", "seconds", "device", "dtype")
-    rounded = ("bits", "linear_bits", "effective_bits", "quantized_bytes") if summary.bits is not None else ()
+    kept = ("realised", "errors", "seconds", "device", "dtype")
+    rounded = ("effective_bits", "quantized_bytes") if summary.bits is not None else ()
     return {
         "number": trial.number,
         "state": trial.state.name.lower(),
@@ -151,6 +150,7 @@ def _trial(trial: FrozenTrial, summary: Summary) -> dict[str, Any]:
         "pruner": method_in(trial.params) or None,
         "allocation": trial.params.get("allocation"),
         "parameters": parameters_of(trial),
+        "levels": attrs.get("plan", {}).get("levels"),
         "perplexity": _dumped(score_of(trial)),
         **{key: attrs.get(key) for key in (*kept, *rounded)},
         "remark": remark_of(trial, summary),

@@ -1,12 +1,8 @@
 """How much a study compresses, in words: sparsity, or bits per weight where it rounds weights."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from optuna.trial import FrozenTrial
 
-from atp_tune.allocations.bits import mean_of
-from atp_tune.plan import percent
+from atp_tune.plan import Plan, percent
 from atp_tune.results.summary import Summary
 from atp_tune.spec.study import Study
 
@@ -37,13 +33,10 @@ def amount_of(trial: FrozenTrial, summary: Summary) -> str:
     attrs = trial.user_attrs
     if summary.bits is None:
         return f"{attrs['realised']:.2%}" if "realised" in attrs else ""
-    return bits_said(attrs, summary) if "bits" in attrs else ""
-
-
-def bits_said(attrs: Mapping[str, Any], summary: Summary) -> str:
-    """Bits per weight of a trial with these attributes: `3.50 (3.85 with scales)`."""
-    bits, sizes = attrs["bits"], summary.sizes
-    nominal = mean_of(bits, sizes if len(sizes) == len(bits) else [1] * len(bits))
+    plan, sizes = Plan.stored_in(attrs), summary.sizes
+    if plan is None:
+        return ""
+    nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
     effective = f" ({attrs['effective_bits']:.2f} with scales)" if "effective_bits" in attrs else ""
     return f"{nominal:.2f}{effective}"
 

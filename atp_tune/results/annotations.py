@@ -20,8 +20,7 @@ from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed
 from atp_tune.paths import check_writable
-from atp_tune.plan import method_in
-from atp_tune.results.trials import levels_of
+from atp_tune.plan import Plan
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
 from atp_tune.spec.recover import Recovered
@@ -84,10 +83,8 @@ def _with(config: Config, found: Mapping[Key, Any]) -> Config:
 
 def is_same(one: Config, other: Config) -> bool:
     """Whether two configurations are of one trial of one study."""
-    plan = ("pruner", "block_sparsities", "linear_sparsities", "row_offsets", "block_bits", "linear_bits")
-    parts = ("study", "trial", *plan)
-    return one.model.fingerprint == other.model.fingerprint and all(
-        getattr(one, part) == getattr(other, part) for part in parts
+    return all(getattr(one, part) == getattr(other, part) for part in ("study", "trial", "plan")) and (
+        one.model.fingerprint == other.model.fingerprint
     )
 
 
@@ -119,12 +116,10 @@ def _in_storage(address: str, config: Config) -> optuna.Study | None:
     study = opening.find_study(db, config.study) if db else None
     if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
         return None
-    wanted = (config.trial, config.pruner, config.block_bits if config.by_bits else config.block_sparsities)
-    kept = (
-        (trial.number, method_in(trial.params), tuple(levels_of(trial) or ()))
-        for trial in study.get_trials(deepcopy=False)
+    plans = (
+        Plan.stored_in(trial.user_attrs) for trial in study.get_trials(deepcopy=False) if trial.number == config.trial
     )
-    return study if any(one == wanted for one in kept) else None
+    return study if any(plan is not None and plan.does == config.plan.does for plan in plans) else None
 
 
 def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:

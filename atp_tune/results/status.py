@@ -16,7 +16,7 @@ from pydantic import Field
 from atp_tune.frozen import FrozenModel
 from atp_tune.measures import Accuracies
 from atp_tune.metrics.draws import OverDraws
-from atp_tune.plan import method_in
+from atp_tune.plan import Plan, method_in
 from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.formatting import dense_speed, plan_of, remark_of
 from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of, rate_of
@@ -252,6 +252,7 @@ def _best(rank: Rank, summary: Summary) -> Best:
 
 def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
     attrs, score = trial.user_attrs, score_of(trial)
+    plan = Plan.stored_in(attrs)
     return TrialStatus(
         number=trial.number,
         state=trial.state.name.lower(),
@@ -268,7 +269,7 @@ def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
         sparsity=sparsity_of(trial),
         packed_bytes=trial.user_attrs.get("packed_bytes"),
         accuracy=summary.hits.trial(trial) if summary.hits else None,
-        bits=attrs.get("bits"),
+        bits=plan.amounts if plan and plan.by_bits else None,
         effective_bits=attrs.get("effective_bits"),
         quantized_bytes=attrs.get("quantized_bytes"),
     )

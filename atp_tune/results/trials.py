@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.measures import Divergence, Perplexity, divergence, perplexity
-from atp_tune.plan import METHODS, is_zero, method_in
+from atp_tune.plan import METHODS, Plan, is_zero, method_in
 from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress
 
@@ -21,13 +21,15 @@ def is_uniform(trial: FrozenTrial) -> bool:
     numbers = [value for name, value in trial.params.items() if name not in NO_PARAMETERS]
     if allocation == "uniform" or is_zero(allocation, numbers):
         return True
-    return not {"linear_sparsities", "linear_bits"} & attrs.keys() and len(set(levels_of(trial) or ())) == 1
+    levels = attrs.get("plan", {}).get("levels", [])  # as they are stored: this is asked of all trials of a study
+    has_linears = isinstance(levels[0], dict) and "linears" in levels[0] if levels else True
+    return not has_linears and all(level == levels[0] for level in levels)
 
 
 def levels_of(trial: FrozenTrial | None) -> list[float] | None:
     """A trial's bits of each block, or means of its linears, else sparsities of each block; None without a plan."""
-    attrs = trial.user_attrs if trial else {}
-    return attrs.get("bits") or attrs.get("sparsities")
+    plan = Plan.stored_in(trial.user_attrs) if trial else None
+    return None if plan is None else list(plan.amounts)
 
 
 def allocation_of(trial: FrozenTrial) -> str:
@@ -40,9 +42,8 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
 
     Over an interval of sparsities a trial draws shares of their bounds, and stores the values when it has its plan.
     """
-    known = trial.user_attrs.get("parameters")
-    if known is not None or "sparsity" in trial.params:
-        return dict(known or {})
+    if "sparsity" in trial.params:
+        return dict(trial.user_attrs.get("plan", {}).get("parameters", {}))
     return {name: value for name, value in trial.params.items() if name not in NO_PARAMETERS}
 
 

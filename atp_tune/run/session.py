@@ -113,7 +113,7 @@ class Setup:
             bos=config.bos,
             score=config.score,
             quantize=config.quantize,
-            bits=config.fixed_bits,
+            bits=config.plan.fixed_bits,
         )
 
     @property
@@ -422,13 +422,13 @@ class Session(Released):
 
         `grids`: rounded blocks have the scales and zero points of their linears too.
         """
-        pruner, batch = self.methods.pruner(plan.pruner), self.batch("calibration")
+        pruner, batch = self.methods.pruner(plan.method), self.batch("calibration")
         way = self.prune_settings.statistics
         dense = self.measured.fast_statistics(pruner) if pruner.measures and way == "dense" else None
         states = self.measured.states if self._has_error_curve else None
         work = Pass(self.replay, batch, pruner, states, dense, in_one_pass=way == "sequential")
         calibration = self.items("calibration")
-        work.channels, work.keeps_grids = self.channel_pruner(plan.pruner), grids
+        work.channels, work.keeps_grids = self.channel_pruner(plan.method), grids
         measures = (work.channels or pruner).measures
         measured = len(calibration) if dense is None and measures else 0
         windows = max(measured, self.measured.curve_windows if self._has_error_curve else 0)

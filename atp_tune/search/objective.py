@@ -31,7 +31,7 @@ from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Estimate, divergence, error_rate, perplexity
 from atp_tune.packed.layout import matrix_bytes
-from atp_tune.plan import Plan, method_in
+from atp_tune.plan import Plan
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
@@ -65,7 +65,7 @@ class Objective:
             set_attributes(trial, identity())
             plan = self.space.suggest(trial)
             self.watch(TrialStarted(f"trial {trial.number}", plan, trial.number))
-            set_attributes(trial, {**planned(plan), **({} if plan.target is None else {"parameters": plan.parameters})})
+            set_attributes(trial, {"plan": plan.model_dump(mode="json", exclude_none=True)})
             earlier = find_measured(trial, plan)
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
@@ -260,35 +260,18 @@ class Record(Observer[None]):
         }
 
 
-def planned(plan: Plan) -> dict[str, object]:
-    """A plan's bits, or sparsities, per block and, where they differ within a block, per linear, as attributes."""
-    if plan.bits is not None and not plan.prunes:
-        rows = {"linear_bits": [list(row) for row in plan.linear_bits]} if plan.linear_bits else {}
-        return {"bits": list(plan.bits), **rows}
-    linears = {"linear_sparsities": list(map(list, plan.linear_sparsities))} if plan.linear_sparsities else {}
-    offsets = plan.row_offsets
-    return {
-        "sparsities": list(plan.sparsities),
-        **linears,
-        **({} if offsets is None else {"row_offsets": offsets.stored()}),
-    }
-
-
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
-    """An earlier trial of the same point or plan that was fully measured or whose plan failed, if any."""
-    made = planned(plan)  # once: offsets of a million rows take a tenth of a second to be compressed
+    """An earlier trial of the same point or plan that was fully measured or whose plan failed, if any.
+
+    A pattern may round several points to one plan.
+    """
+    made = plan.model_dump(mode="json")
     for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-        same = other.params == trial.params or _has(other, plan.pruner, made)
+        found = other.user_attrs.get("plan", {})
+        same = other.params == trial.params or all(found.get(key) == made[key] for key in ("method", "levels"))
         if same and counts(other) and "stopped_after" not in other.user_attrs:
             return other
     return None
-
-
-def _has(trial: FrozenTrial, pruner: str, made: dict[str, object]) -> bool:
-    """Whether a trial has this plan, as `planned` says it: a pattern may round several points to one plan."""
-    kinds = ("sparsities", "linear_sparsities", "bits", "linear_bits", "row_offsets")
-    own = {key: trial.user_attrs[key] for key in kinds if key in trial.user_attrs}
-    return method_in(trial.params) == pruner and own == made
 
 
 def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups: int) -> bool:

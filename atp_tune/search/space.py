@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, contains_uniform, contents_of
-from atp_tune.allocations.channels import is_whole
-from atp_tune.allocations.rows import RowOffsets
+from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
 from atp_tune.errors import UserError
-from atp_tune.plan import Plan, make_plan, method_in
-from atp_tune.spec.patterns import Pattern, parse
+from atp_tune.plan import Plan, method_in
+from atp_tune.spec.patterns import Pattern, make_plan, parse
 from atp_tune.spec.search import STEP
 from atp_tune.spec.study import Study
 
@@ -94,61 +92,20 @@ class Space:
             bounds = self.bounds_at(allocation, budget)
             values = {name: _value(share, *bounds[name]) for name, share in values.items()}
         plan = make_plan(method_in(params), allocation, budget, values, self.pattern)
-        return plan if self.sparsities is None else replace(plan, target=budget.target)
+        return plan if self.sparsities is None else plan.model_copy(update={"target": budget.target})
 
     def plan_of(self, trial: MeasuredTrial) -> Plan:
         """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
 
         UserError if what is stored does not fit the model.
         """
-        params, stored = trial.params, trial.user_attrs
-        if self.budget.widths:
-            return self._rounded_plan(trial)
-        if "sparsities" not in stored:
-            return self.plan(params)
-        blocks, rows = tuple(stored["sparsities"]), stored.get("linear_sparsities")
-        linears = None if rows is None else tuple(map(tuple, rows))
-        if not self._fits(blocks, linears):
-            raise UserError(f"trial {trial.number}: its stored sparsities are not those of this model")
-        own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
-        target = None if self.sparsities is None else round(params["sparsity"], 6)
-        parameters = own if target is None else dict(stored.get("parameters", own))
-        offsets = self._stored_offsets(trial)
-        plan = Plan(method_in(params), params["allocation"], blocks, parameters, linears, target, row_offsets=offsets)
-        return plan if self.budget.bits is None else replace(plan, bits=(self.budget.bits,) * len(blocks))
-
-    def _stored_offsets(self, trial: MeasuredTrial) -> RowOffsets | None:
-        """The offsets of rows that a trial stored; UserError if they do not fit the model."""
-        if "row_offsets" not in trial.user_attrs:
-            return None
         try:
-            return RowOffsets.read(trial.user_attrs["row_offsets"], self.budget.linears)
+            if (plan := Plan.stored_in(trial.user_attrs)) is None:
+                raise ValueError("has none that this version reads; start another study with --study-name NAME")
+            plan.check_fits(self.budget)
         except ValueError as error:
-            raise UserError(f"trial {trial.number}: row_offsets: {error}") from None
-
-    def _rounded_plan(self, trial: MeasuredTrial) -> Plan:
-        """The plan of a trial that rounds weights, with the bits that it stored."""
-        params, stored = trial.params, trial.user_attrs
-        if "bits" not in stored:
-            return self.plan(params)
-        bits, rows = tuple(stored["bits"]), tuple(map(tuple, stored.get("linear_bits", ())))
-        shapes = [len(row) for row in self.budget.linears] if rows else []
-        known = {b for row in rows for b in row} if rows else set(bits)
-        if len(bits) != len(self.budget.sizes) or [*map(len, rows)] != shapes or not known <= set(self.budget.widths):
-            raise UserError(f"trial {trial.number}: its stored bits are not those of this model")
-        own = {name: float(params[name]) for name in self.intervals[params["allocation"]]}
-        none = (0.0,) * len(bits)
-        return Plan(method_in(params), params["allocation"], none, own, bits=bits, linear_bits=rows or None)
-
-    def _fits(self, blocks: tuple[float, ...], rows: LinearSparsities | None) -> bool:
-        """Whether stored sparsities of blocks, and of their linears, are those that this model can have."""
-        channels, numbers = self.budget.channels, (*blocks, *(s for row in rows or () for s in row))
-        wanted = [len(block.linears) for block in channels] or [len(shapes) for shapes in self.budget.linears]
-        if len(blocks) != len(self.budget.sizes) or not all(0 <= s <= 1 for s in numbers):
-            return False
-        if rows is None or list(map(len, rows)) != wanted:
-            return rows is None and not self.pattern.channels
-        return not self.pattern.channels or is_whole(rows, channels)
+            raise UserError(f"trial {trial.number}: plan: {error}") from None
+        return plan
 
     def uniform(self, sparsity: float | None = None) -> list[Params]:
         """The uniform point of each pruner, which every study measures; `sparsity`: where it is a parameter."""

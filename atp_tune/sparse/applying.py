@@ -3,14 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from atp_tune.allocations.bits import mean_of
-from atp_tune.allocations.channels import check_whole, means
-from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.checkpoint import Checkpoint
@@ -29,7 +25,6 @@ from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import Shards, declare, sparse_folder
 from atp_tune.spec.config import (
-    AllocationRef,
     Baselines,
     Config,
     EvaluationTexts,
@@ -38,7 +33,6 @@ from atp_tune.spec.config import (
     Sparsity,
     read_config,
 )
-from atp_tune.spec.patterns import parse
 from atp_tune.spec.plugged import records
 from atp_tune.spec.quantize import Bits
 from atp_tune.spec.study import Study
@@ -72,7 +66,6 @@ class Way:
 
 
 SOURCE = "source"  # the number format of the dense model's files
-SAID = 1e-6  # difference of sparsities that rounding may make
 
 
 def apply(config: Config, out: Path, place: Place, way: "Way | None" = None) -> Perplexity:
@@ -96,35 +89,16 @@ def write_applied(config: Config, out: Path, place: Place, way: "Way | None" = N
 
 
 def plan_of(config: Config, context: Session) -> Plan:
-    """The plan of a configuration; UserError if the context has another model."""
+    """The plan of a configuration; UserError if the context has another model, or one that the plan does not fit."""
     check_model(config, context.folder)
-    blocks = len(context.checkpoint.blocks)
-    if len(config.block_sparsities) != blocks:
-        raise UserError(f"block_sparsities: {len(config.block_sparsities)} values for a model of {blocks} blocks")
-    found = config.linear_sparsities
-    if found is not None and [len(row) for row in found] != [len(row) for row in context.checkpoint.linears]:
-        raise UserError("linear_sparsities: not one value for each linear of the model's blocks")
-    if parse(config.prune.pattern).channels:
-        _check_channels(config, context)
-    name, values = config.allocation.name, config.allocation.parameters
-    rows, bits = config.linear_bits, config.block_bits
-    if rows is not None and [len(row) for row in rows] != [len(row) for row in context.checkpoint.linears]:
-        raise UserError("linear_bits: not one value for each linear of the model's blocks")
-    offsets = _row_offsets(config, context)
-    shares = config.block_sparsities, values, found
-    return Plan(config.pruner, name, *shares, bits=bits, linear_bits=rows, row_offsets=offsets)
-
-
-def _row_offsets(config: Config, context: Session) -> RowOffsets | None:
-    """The offsets of rows of a configuration; UserError if they are not the model's, or the pruner takes none."""
-    if config.row_offsets is None:
-        return None
-    if not config.prune.by_rows(config.pruner):
-        raise UserError(f"row_offsets: {config.pruner} does not take the lowest scores of each row; leave them out")
+    plan = config.plan
     try:
-        return RowOffsets.read(config.row_offsets, context.checkpoint.shapes)
+        plan.check_fits(context.budget(config.target))
+        if plan.by_row and not config.prune.by_rows(plan.method):
+            raise ValueError(f"rows: {plan.method} does not take the lowest scores of each row; leave them out")
     except ValueError as error:
-        raise UserError(f"row_offsets: {error}") from None
+        raise UserError(f"plan.{error}; take the file that a study or `export` wrote") from None
+    return plan
 
 
 def plan_as_pruned(config: Config, context: Session) -> Plan:
@@ -134,20 +108,6 @@ def plan_as_pruned(config: Config, context: Session) -> Plan:
             Message("the model as it was pruned: `apply` trains what is kept, and its folder goes in the place of FILE")
         )
     return plan_of(config, context)
-
-
-def _check_channels(config: Config, context: Session) -> None:
-    """UserError if the shares of a configuration are no whole channels, or not those of its blocks."""
-    rows, again = config.linear_sparsities, "take the file that a study or `export` wrote"
-    if rows is None:
-        raise UserError(f'linear_sparsities: is needed where prune.pattern = "channels"; {again}')
-    try:
-        check_whole(rows, context.channels)
-    except ValueError as error:
-        raise UserError(f"linear_sparsities: {error}; {again}") from None
-    for index, (own, said) in enumerate(zip(means(rows, context.channels), config.block_sparsities, strict=True)):
-        if abs(own - said) > SAID:
-            raise UserError(f"block_sparsities: block {index}: {said:g}, by linear_sparsities {own:g}; {again}")
 
 
 def check_model(config: Config, folder: ModelFolder) -> None:
@@ -170,16 +130,11 @@ def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
             fingerprint=context.folder.content, dtype=context.dtype,
             prune=study.model.prune,
         ),
-        pruner=plan.pruner,
+        plan=plan,
         prune=study.prune,
-        allocation=AllocationRef(
-            name=plan.allocation, beta=plan.parameters.get("beta"), parameters=plan.parameters
-        ),
-        block_sparsities=plan.sparsities,
-        linear_sparsities=plan.linear_sparsities,
-        row_offsets=None if plan.row_offsets is None else plan.row_offsets.stored(),
         sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
-        **_of_bits(study, context, plan),
+        quantize=None if study.bits is None else study.quantize,
+        bits=_bits(study, context, plan),
         perplexity=nothing,
         baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.data.calibration.text,
@@ -193,18 +148,16 @@ def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
     )  # fmt: skip
 
 
-def _of_bits(study: Study, context: Session, plan: Plan) -> dict[str, Any]:
-    """The keys of a plan that rounds weights; none for others."""
-    if study.bits is None or plan.bits is None:
-        return {}
+def _bits(study: Study, context: Session, plan: Plan) -> Bits | None:
+    """The bits per weight of a plan that rounds weights; None for others."""
+    if study.bits is None:
+        return None
     checkpoint, total = context.checkpoint, 0
     for index, linears in enumerate(checkpoint.linears):
-        for x, bits in zip(linears, plan.bits_of(index, len(linears)), strict=True):
-            total += study.quantize.stored_bits(x.out_features, x.in_features, bits)
-    nominal = mean_of(plan.bits, checkpoint.sizes)
+        for x, level in zip(linears, plan.of(index, len(linears)), strict=True):
+            total += study.quantize.stored_bits(x.out_features, x.in_features, int(level.bits or 0))
     effective = total / sum(checkpoint.sizes) if study.by_bits else None  # else the zeros are not counted yet
-    found = Bits(target=study.bits, nominal=nominal, effective=effective)
-    return {"quantize": study.quantize, "block_bits": plan.bits, "linear_bits": plan.linear_bits, "bits": found}
+    return Bits(target=study.bits, nominal=plan.mean_bits(checkpoint.sizes), effective=effective)
 
 
 def write_sparse(
@@ -238,8 +191,8 @@ def write_sparse(
         known = {
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
-            "linears": checkpoint.linear_names if config.linear_sparsities or config.by_bits else None,
-            "conv1d": config.by_bits and checkpoint.has_conv1d,
+            "linears": checkpoint.linear_names if plan.by_linear or plan.by_bits else None,
+            "conv1d": plan.by_bits and checkpoint.has_conv1d,
             "batches": {**config.batches, "calibration": context.batches["calibration"]},
             "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),

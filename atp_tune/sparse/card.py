@@ -103,7 +103,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         base_model_relation=base and RELATION,
         library_name="transformers",
         pipeline_tag=_task(config, dense),
-        tags=["atp-tune", *_kinds(config), config.pruner, _allocation(config).split()[0]],
+        tags=["atp-tune", *_kinds(config), config.plan.method, _allocation(config).split()[0]],
         model_name=name,
         eval_results=list(_results(config)) or None,
         **kept,
@@ -130,17 +130,17 @@ def _task(config: Config, dense: Dense) -> str:
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
     """The values of the template."""
     text = config.texts.test
-    bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.block_sparsities))
+    bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.plan.amounts))
     return {
         "base": escaped(_source(config, dense)),
         "realised": f"{config.sparsity.realised:.1%}",
-        "pruner": config.pruner,
+        "pruner": config.plan.method,
         "allocation": _allocation(config),
-        "after": SOURCES.get(config.allocation.name, ""),
-        "by_row": config.row_offsets is not None,
-        "by_linear": bool(config.linear_sparsities or config.linear_bits),
-        "uniform": _is_uniform(config),
-        "rounded": len(set(config.block_sparsities)) > 1,
+        "after": SOURCES.get(config.plan.allocation, ""),
+        "by_row": config.plan.by_row,
+        "by_linear": config.plan.by_linear,
+        "uniform": config.plan.is_uniform,
+        "rounded": len(set(config.plan.amounts)) > 1,
         "scores": list(_scores(config)),
         "test": escaped(words(text)),
         "bos": config.bos,
@@ -179,7 +179,7 @@ def _of_channels(config: Config) -> dict[str, Any]:
 def _updated_by(config: Config) -> str:
     """What changed the weights that are kept; "" if nothing did."""
     refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
-    return " and ".join([*([config.pruner] if config.pruner in UPDATING else []), *refined])
+    return " and ".join([*([config.plan.method] if config.plan.method in UPDATING else []), *refined])
 
 
 def _errors(text: Data) -> str:
@@ -194,7 +194,7 @@ def _draws(config: Config) -> str:
         return ""
     against = f", {found.beside('uniform’s')}" if found.change else ""
     data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
-    how = found.how(data, is_fitted(config.allocation.name))
+    how = found.how(data, is_fitted(config.plan.allocation))
     was = "was, before training," if config.is_trained else "is"
     return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
 
@@ -223,8 +223,8 @@ def _scores(config: Config) -> Iterator[dict[str, str]]:
     """Perplexity of dense, uniform and this model, where measured."""
     rows = (
         ("dense", config.baselines.dense.test),
-        (f"{config.pruner}, uniform", config.baselines.uniform.test),
-        (f"{THIS} ({config.pruner}, {escaped(_allocation(config))})", config.perplexity.test),
+        (f"{config.plan.method}, uniform", config.baselines.uniform.test),
+        (f"{THIS} ({config.plan.method}, {escaped(_allocation(config))})", config.perplexity.test),
     )
     for index, (name, score) in enumerate(rows):
         if score is not None:
@@ -311,27 +311,22 @@ def words(text: Data) -> str:
     return f"{source}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
 
 
-def _is_uniform(config: Config) -> bool:
-    if config.allocation.name == "uniform":
-        return True  # also of whole channels, which round
-    return config.has_equal_blocks
-
-
 def _allocation(config: Config) -> str:
-    if _is_uniform(config):
+    if config.plan.is_uniform:
         return "uniform"
-    return f"{config.allocation.name} {shown(config.allocation.parameters)}".strip()
+    return f"{config.plan.allocation} {shown(config.plan.parameters)}".strip()
 
 
 def _facts(config: Config, dense: Dense) -> dict[str, str]:
-    settings = {key: value for key, value in config.prune.told(config.pruner).items() if value is not None}
+    pruner = config.plan.method
+    settings = {key: value for key, value in config.prune.told(pruner).items() if value is not None}
     settings |= config.prune.refinement
     listed = "".join(f", {key} = {value}" for key, value in settings.items())
     commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
     searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
-        **({} if config.by_bits else {"pruner": f"{config.pruner}{listed}", "pattern of zeros": config.prune.pattern}),
+        **({} if config.by_bits else {"pruner": f"{pruner}{listed}", "pattern of zeros": config.prune.pattern}),
         **card_bits.facts(config),
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),

@@ -13,18 +13,18 @@ AS_FLOATS, AS_CODES = ", as floats.", ", and stored as codes."
 
 def values(config: Config) -> dict[str, Any]:
     """The values of the template that differ; none where weights are not rounded."""
-    if config.bits is None or config.block_bits is None:
+    if config.bits is None:
         return {}
     if not config.by_bits:
-        return {"also": f"Kept weights are rounded to {config.block_bits[0]} bits by {_quantizer(config)}{AS_FLOATS}"}
+        return {"also": f"Kept weights are rounded to {config.plan.fixed_bits} bits by {_quantizer(config)}{AS_FLOATS}"}
     effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
-    bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.block_bits))
+    bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.plan.amounts))
     return {
         "bits": f"{config.bits.nominal:.2f} bits each{effective}",
         "dense_files": FILES,
         "equal": "Every tensor that was not rounded is equal to the dense model's byte for byte.",
-        "updated": config.pruner == "gptq",
-        "rounded": not config.has_equal_blocks,
+        "updated": config.plan.method == "gptq",
+        "rounded": not config.plan.is_even,
         "chart": fenced("text", bars),
     }
 
@@ -38,4 +38,4 @@ def facts(config: Config) -> dict[str, str]:
 
 
 def _quantizer(config: Config) -> str:
-    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.pruner
+    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.plan.method

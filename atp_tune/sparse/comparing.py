@@ -18,14 +18,14 @@ from atp_tune.events import Place
 from atp_tune.extras import require
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
 from atp_tune.metrics.continuations import NAMES, Continuations
-from atp_tune.plan import Plan, make_plan
+from atp_tune.plan import Plan
 from atp_tune.run.observers import Prompts, RoleScores, TaskResults
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import ABOUT, origin
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.images import CLASSES, ImageSet
-from atp_tune.spec.patterns import parse
+from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig, of_model
 from atp_tune.storage.process_identity import versions
@@ -52,7 +52,7 @@ def open_config(config: Config, place: Place, **more: Data) -> Session:
 
 def uniform_plan(config: Config, session: Session) -> Plan:
     """The uniform plan with the pruner and the target of a configuration."""
-    return make_plan(config.pruner, "uniform", session.budget(config.target), {}, parse(config.prune.pattern))
+    return make_plan(config.plan.method, "uniform", session.budget(config.target), {}, parse(config.prune.pattern))
 
 
 def _plans(config: Config, session: Session) -> dict[str, Plan | None]:

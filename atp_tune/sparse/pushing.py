@@ -55,15 +55,8 @@ def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool 
         return False
     found = read_config(folder / ABOUT)
     is_packed = found.manifest is not None and any(map(PACKED.match, found.manifest.files))
-    return (is_packed, found.slim) == (packed, slim) and _weights_of(found) == _weights_of(config)
-
-
-def _weights_of(config: Config) -> list[object]:
-    """The parts of a configuration that determine the weights."""
-    plan = [config.pruner, config.prune, config.allocation, config.block_sparsities, config.linear_sparsities]
-    plan += [config.row_offsets, config.quantize, config.block_bits, config.linear_bits]
-    plan += [None if config.trained is None else config.trained.settings]
-    return [config.model.fingerprint, config.model.dtype, *plan, config.calibration, config.bos]
+    training = [each.trained and each.trained.settings for each in (found, config)]
+    return (is_packed, found.slim, found.made_of, training[0]) == (packed, slim, config.made_of, training[1])
 
 
 def check_permission(name: str, private: bool) -> None:

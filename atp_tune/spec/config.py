@@ -1,6 +1,6 @@
 """The best configuration: a JSON file with all that is needed to prune the model again, and its scores.
 
-The format `atp_tune.config/2` is published: keys may be added, but are never renamed or removed.
+The format `atp_tune.config/3` is published: keys may be added, but are never renamed or removed.
 """
 
 import json
@@ -31,16 +31,16 @@ from atp_tune.measures import Accuracies, Divergence, Estimate, Perplexity, Task
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.speed import Speed
-from atp_tune.quantizers import QUANTIZERS
+from atp_tune.plan import Plan, Share
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.quantize import Bits, MeanBits, QuantizeConfig, Width
+from atp_tune.spec.quantize import Bits, QuantizeConfig
 from atp_tune.spec.recover import Recovered
-from atp_tune.spec.search import NEXT_TOKEN, Share, StoredOffsets
+from atp_tune.spec.search import NEXT_TOKEN
 from atp_tune.spec.study import Data, ModelConfig, of_model
 
-FORMAT: Literal["atp_tune.config/2"] = "atp_tune.config/2"
+FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
 
 
 def dumps(value: Any, indent: int | None) -> str:
@@ -116,14 +116,6 @@ class ModelRef(FrozenModel):
         """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
         found: dict[str, Any] = inner(self)
         return {key: value for key, value in found.items() if key != "prune" or self.prune != ("language",)}
-
-
-class AllocationRef(FrozenModel):
-    """The allocation and its parameters; `beta` is null for allocations without β."""
-
-    name: str
-    beta: FiniteFloat | None
-    parameters: dict[str, FiniteFloat] = Field({})
 
 
 class Sparsity(FrozenModel):
@@ -228,36 +220,22 @@ class ZeroShot(FrozenModel):
 class Config(FrozenModel):
     """The best configuration of a study."""
 
-    format: Literal["atp_tune.config/2"] = FORMAT
+    format: Literal["atp_tune.config/3"] = FORMAT
     study: str
     trial: int | None = Field(description="null for a single plan without a search")
     model: ModelRef
-    pruner: str
+    plan: Plan = Field(description="method, allocation and its parameters, and the level of each block or linear")
     prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
-    allocation: AllocationRef
-    block_sparsities: tuple[Share, ...] = Field(min_length=1)
-    linear_sparsities: tuple[tuple[Share, ...], ...] | None = Field(
-        None, description="one per linear of each block, if they differ within blocks"
-    )
-    row_offsets: StoredOffsets | None = Field(
-        None,
-        description="how much sparser than its linear each row is, in 1/256 of its inputs; int8 of all linears one "
-        "after the other, compressed by zlib, in base64",
-    )
     blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
     linears: tuple[tuple[str, ...], ...] | None = Field(
-        None, description="names within their block of the linears, with `linear_sparsities` or where bits are given"
+        None,
+        description="names within their block of the linears, where they differ or weights are only rounded",
     )
     conv1d: bool = Field(False, description="where weights are rounded: whether linears are `Conv1D`, as GPT-2's")
     sparsity: Sparsity
     quantize: QuantizeConfig | None = Field(
-        None, description="where weights are rounded: settings of the quantizer; `pruner` names it, else `quantizers`"
-    )
-    block_bits: tuple[Width | MeanBits, ...] | None = Field(
-        None, description="bits of each block, where weights are rounded; with `linear_bits` means, weighted by size"
-    )
-    linear_bits: tuple[tuple[Width, ...], ...] | None = Field(
-        None, description="bits of each linear of each block, if they differ within blocks"
+        None,
+        description="where weights are rounded: settings of the quantizer: the method, else `quantizers`",
     )
     bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
     perplexity: Scores
@@ -289,29 +267,14 @@ class Config(FrozenModel):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        """Checks that each linear sparsity has a name, if there are names, and that the names of methods are known."""
-        check_known(self.pruner, self.allocation.name, self.score, self.plugins, self.by_bits)
-        if len({self.quantize is None, self.block_bits is None, self.bits is None}) > 1:
-            raise ValueError("quantize: is needed with block_bits and bits, and they with it")
-        if self.block_bits is not None and len(self.block_bits) != len(self.block_sparsities):
-            raise ValueError("block_bits: not one number for each block")
-        if self.by_bits and any((*self.block_sparsities, *(self.linear_sparsities or ()))):
-            raise ValueError("block_sparsities: must be 0 where weights are rounded alone")
-        if not self.by_bits and len(set(self.block_bits or ())) > 1:
-            raise ValueError("block_bits: must be equal where weights are pruned too")
-        if self.linear_bits is None and any(isinstance(bits, float) for bits in self.block_bits or ()):
-            raise ValueError("block_bits: must be whole numbers without linear_bits")
-        if self.linear_bits is not None and (not self.by_bits or len(self.linear_bits) != len(self.block_sparsities)):
-            raise ValueError("linear_bits: not the bits of each block, where weights are rounded alone")
-        if self.row_offsets is not None and self.linear_sparsities is None:
-            raise ValueError("row_offsets: belong to linear_sparsities, which are missing")
-        if self.linears and self.by_bits and len(self.linears) != len(self.block_sparsities):
-            raise ValueError("linears: not the names of each block")
-        if self.linears and self.linear_bits and [*map(len, self.linears)] != [*map(len, self.linear_bits)]:
-            raise ValueError("linears: not one name for each of linear_bits")
-        rows = self.linear_sparsities or ()
-        if self.linears and not self.by_bits and [len(row) for row in self.linears] != [len(row) for row in rows]:
-            raise ValueError("linears: not one name for each of linear_sparsities")
+        """Checks that the names of methods are known, and that the plan's levels have what belongs to them."""
+        check_known(self.plan.method, self.plan.allocation, self.score, self.plugins, self.by_bits)
+        if len({self.quantize is None, self.plan.levels[0].bits is None, self.bits is None}) > 1:
+            raise ValueError("quantize: is needed with bits and a plan that has bits, and they with it")
+        named = [*map(len, self.linears or ())]
+        fit = [len(level.linears) in (0, own) for level, own in zip(self.plan.levels, named, strict=False)]
+        if named and not (len(named) == len(self.plan.levels) and all(fit)):
+            raise ValueError("linears: not one name for each linear of the plan's levels")
         return self
 
     @property
@@ -331,15 +294,8 @@ class Config(FrozenModel):
 
     @property
     def by_bits(self) -> bool:
-        """Whether weights are rounded and nothing is pruned: the pruner is a quantizer."""
-        plugin = self.plugins.get(self.pruner)  # a pruner may be called like a quantizer
-        is_plugged = plugin is not None and plugin.kind == "pruner"
-        return self.quantize is not None and QUANTIZERS.is_built_in(self.pruner) and not is_plugged
-
-    @property
-    def fixed_bits(self) -> int | None:
-        """The bits of every block, where weights are pruned too."""
-        return None if self.by_bits or self.block_bits is None else int(self.block_bits[0])
+        """Whether weights are rounded and nothing is pruned: the plan's method is a quantizer."""
+        return self.plan.by_bits
 
     @property
     def target(self) -> float:
@@ -349,10 +305,15 @@ class Config(FrozenModel):
         return self.sparsity.target
 
     @property
-    def has_equal_blocks(self) -> bool:
-        """Whether all linears of all blocks have the same sparsity, or the same bits."""
-        levels = self.block_bits if self.by_bits and self.block_bits else self.block_sparsities
-        return self.linear_sparsities is None and self.linear_bits is None and len(set(levels)) == 1
+    def made_of(self) -> dict[str, Any]:
+        """All that decides the weights of its pruned model, before any training."""
+        return self.model_dump(
+            mode="json",
+            include={
+                **dict.fromkeys(("plan", "prune", "quantize", "calibration", "plugins", "bos"), True),
+                "model": {"fingerprint", "dtype", "prune"},
+            },
+        )
 
     def seen_from(self, base: Path, place: Path) -> Self:
         """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
@@ -360,8 +321,8 @@ class Config(FrozenModel):
 
     def __str__(self) -> str:
         """The plan and its perplexities in a line."""
-        parameters = " ".join(f"{name}={value:.4g}" for name, value in self.allocation.parameters.items())
-        plan = f"{self.pruner} {self.allocation.name} {parameters}".rstrip() + ", trained" * self.is_trained
+        parameters = " ".join(f"{name}={value:.4g}" for name, value in self.plan.parameters.items())
+        plan = f"{self.plan.method} {self.plan.allocation} {parameters}".rstrip() + ", trained" * self.is_trained
         texts = ("validation", self.final.validation), ("test", self.final.test)
         scores = [f"{text} perplexity {score}" for text, score in texts if score]
         if self.by_bits and self.bits is not None:
@@ -382,8 +343,14 @@ class Config(FrozenModel):
 
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
+    found = _parse(path)
+    if isinstance(found, dict) and found.get("format") in ("atp_tune.config/1", "atp_tune.config/2"):
+        raise UserError(
+            f"{path}: is of an older format, {found['format']}, without the key plan; search again with another "
+            "--study-name, or take the version of atp_tune that wrote it"
+        )
     try:
-        return Config.model_validate(_parse(path), context=STORED)
+        return Config.model_validate(found, context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"

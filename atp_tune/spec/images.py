@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from atp_tune.frozen import SettingsTable
-from atp_tune.spec.search import Share
+from atp_tune.plan import Share
 
 if TYPE_CHECKING:
     pass

@@ -1,4 +1,4 @@
-"""Patterns: where zeros may stand, and which sparsities are possible.
+"""Patterns: where zeros may stand, and which sparsities are possible; and the plan of an allocation, rounded to one.
 
 unstructured    anywhere
 N:M             N zeros in every M consecutive inputs of a row: one sparsity, N/M
@@ -8,7 +8,12 @@ channels        whole MLP channels and heads, see `allocations.channels`
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from atp_tune.allocations import ALLOCATIONS, Budget, bits, channels
+from atp_tune.allocations.rows import RowOffsets, text_of
+from atp_tune.errors import UserError
+from atp_tune.plan import Level, Plan
 
 CHANNELS = "channels"
 SLACK = 1e-9  # a smaller remainder is a rounding error of M·s
@@ -61,3 +66,46 @@ def parse(text: str) -> Pattern:
             return Pattern(group, zeros)
     known = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8"
     raise ValueError(f'must be {known}, got "{text}"; "channels" removes whole channels')
+
+
+def make_plan(
+    method: str, allocation: str, budget: Budget, parameters: dict[str, float], pattern: Pattern | None = None
+) -> Plan:
+    """The plan of one allocation at given parameters, rounded to the pattern; ValueError if inadmissible."""
+    budget, pattern, module = replace(budget, pruner=method), pattern or Pattern(), ALLOCATIONS[allocation]
+    shared = module.sparsities(budget, **parameters)
+    by_linear = isinstance(shared[0], tuple)
+
+    # All numbers, one for each block or linear, are rounded together.
+    flat = [s for row in shared for s in (row if isinstance(row, tuple) else (row,))]
+    sizes = [size for row in budget.linear_sizes for size in row] if by_linear else budget.sizes
+    rows: Sequence[Sequence[float]] = ()
+    if pattern.channels:
+        if by_linear:
+            raise UserError(
+                f"allocation: {allocation} gives the linears of a block different sparsities, and channels go from all "
+                "of them at once; take uniform, atp, curve, owl or alphapruning"
+            )
+        rows = channels.rounded(flat, budget.channels, budget.target)
+    elif budget.widths:
+        flat = [*bits.rounded([bits.bits_of(s, budget.widths) for s in flat], sizes, budget.widths)]
+    else:
+        flat = [*pattern.round(flat, sizes)]
+
+    def level(amount: float, offsets: bytes | None = None, linears: tuple[Level, ...] = ()) -> Level:
+        if budget.widths:
+            return Level(bits=amount, linears=linears)
+        return Level(amount, budget.bits, None if offsets is None else text_of(offsets), linears)
+
+    # A level for each block, with those of its linears if they differ, or if whole channels go.
+    levels = map(level, flat)
+    if by_linear:
+        numbers = iter(flat)
+        rows = [[next(numbers) for _ in row] for row in budget.linear_sizes]
+    if rows:
+        find_offsets = getattr(module, "row_offsets", None)  # no plug-in has it: they are checked
+        found: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
+        offsets = found.blocks if found else [[None] * len(row) for row in rows]
+        of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
+        levels = map(level, budget.block_means(rows), [None] * len(rows), of_linears)
+    return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))

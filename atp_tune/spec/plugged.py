@@ -75,15 +75,15 @@ class PluginRef(FrozenModel):
 
 
 def check_known(
-    pruner: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool = False
+    method: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool = False
 ) -> None:
-    """ValidationError unless a configuration's pruner, allocation and score are built in or among its plug-ins.
+    """ValidationError unless a configuration's method, allocation and score are built in or among its plug-ins.
 
-    `rounds`: weights are rounded, so that the pruner is a quantizer.
+    `rounds`: weights are only rounded, so that the method is a quantizer.
     """
     for place, name, known in (
-        (("pruner",), pruner, QUANTIZERS if rounds else PRUNERS),
-        (("allocation", "name"), allocation, ALLOCATIONS),
+        (("plan", "method"), method, QUANTIZERS if rounds else PRUNERS),
+        (("plan", "allocation"), allocation, ALLOCATIONS),
         (("score",), score, SCORES),
     ):
         plugin = plugins.get(name)
@@ -282,7 +282,7 @@ def plug_in_config(config: "Config", texts: Mapping[str, Data], base: Path, trus
     An allocation's is not needed, since the configuration holds the sparsities. `base`: the folder that relative paths
     start at. UserError without permission, and for a plug-in that is missing, or has changed since.
     """
-    _bring_recorded(config, {"pruner": config.pruner, "score": config.score}, base, trusted)
+    _bring_recorded(config, {"pruner": config.plan.method, "score": config.score}, base, trusted)
     plug_in_texts(config, texts, base, trusted)
 
 

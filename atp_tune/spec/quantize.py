@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 QuantizerName = Literal["rtn", "gptq"]
 Width = Annotated[int, Field(ge=2, le=8)]
-MeanBits = Annotated[float, Field(ge=2, le=8)]  # of the linears of a block
 WIDTHS = (2, 3, 4, 5, 6, 8)
 OF_ZEROS = ("er", "erk", "global", "row-prices")  # allocations that no number of bits follows from
 PER_LINEAR = ("prices", "alphapruning-linear", *OF_ZEROS)  # those that differ within blocks

@@ -6,12 +6,11 @@ from pydantic import Field, field_validator, model_validator
 
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.measures import Limit
+from atp_tune.plan import Share
 from atp_tune.plugins import IN_SCHEMA
 from atp_tune.registry import Registry
 from atp_tune.spec.prune import check_names
 
-Share = Annotated[float, Field(ge=0, le=1)]
-StoredOffsets = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")]  # of rows, see `allocations.rows`
 Objective = Literal["perplexity", "kl", "accuracy"]
 MIN = Field(min_length=1)
 Objectives = Annotated[tuple[Objective, ...], MIN]

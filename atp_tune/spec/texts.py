@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
 from atp_tune.frozen import SettingsTable
-from atp_tune.spec.search import Share
+from atp_tune.plan import Share
 
 MANUAL = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
 MIXED = "mixed"

@@ -27,11 +27,6 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
 
-FOUND = {  # keys of a configuration that do not change its sparse model: names, other texts, and what was measured
-    "study", "trial", "blocks", "linears", "conv1d", "bits", "perplexity", "baselines", "kl", "accuracy", "draws",
-    "texts", "seed", "versions", "folder", "zero_shot", "speed", "continuations", "recovered", "slim", "manifest",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -105,7 +100,8 @@ def _cached(config: Config, dense: ModelFolder, place: Place) -> Path:
     device = find_device(place.device)
     own = key(
         "sparse",
-        config=config.model_dump(mode="json", exclude=FOUND),
+        config=config.made_of,
+        batches=dict(config.batches),
         text=items["calibration"].content,
         arithmetic=arithmetic(device, find_dtype(config.model.dtype, device)),
     )

@@ -28,9 +28,9 @@ PREFIX = "atp_tune:"
 OF_TRIAL = frozenset(
     {
         "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
-        "sparsities", "linear_sparsities", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
-        "batches", "cut_off", "parameters", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
-        "bits", "linear_bits", "quantized_bytes", "row_offsets",
+        "plan", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
+        "batches", "cut_off", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
+        "quantized_bytes",
     }
 )  # fmt: skip
 OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12

@@ -19,11 +19,9 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.metrics.bos import BosEffect
-from atp_tune.plan import METHODS
+from atp_tune.plan import METHODS, Plan, Share
 from atp_tune.spec.config import Batch, Found
 from atp_tune.spec.plugged import PluginRef
-from atp_tune.spec.quantize import MeanBits, Width
-from atp_tune.spec.search import Share, StoredOffsets
 
 GONE = "does not exist"  # in Optuna's KeyError for a missing study
 FOREIGN = "it was not written by atp_tune"
@@ -52,6 +50,12 @@ def _plugged(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return found
 
 
+def _planned(found: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.model_validate(found)
+    _written(plan.method + plan.allocation + "".join(plan.parameters))
+    return found
+
+
 Words = Annotated[str, AfterValidator(_written)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
@@ -61,7 +65,6 @@ Total = Annotated[int, Field(ge=0, lt=10**9)]
 Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
 Kls = Annotated[list[Amount], Field(min_length=1)]
 Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
-Shares = Annotated[list[Share], Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
@@ -89,19 +92,14 @@ TRIAL = _kinds(
         "kls": Kls,
         "ranks": Ranks,
         "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
-        "sparsities": Shares,
-        "bits": Annotated[list[Width | MeanBits], Field(min_length=1)],
-        "linear_bits": Annotated[list[Annotated[list[Width], Field(min_length=1)]], Field(min_length=1)],
+        "plan": Annotated[dict[str, Any], AfterValidator(_planned)],
         "effective_bits": Annotated[float, Field(ge=0, le=64)],
-        "linear_sparsities": Annotated[list[Shares], Field(min_length=1)],
-        "row_offsets": StoredOffsets,
         "seconds": dict[Words, Amount],
         "peak_bytes": dict[Words, Count],
         "versions": dict[Words, Words],
         "experts_without_tokens": list[Words],
         "batches": Batches,
         "cut_off": CutOff,
-        "parameters": dict[Words, float],
         "accuracies": dict[Words, Annotated[list[Amount], Field(min_length=2, max_length=2)]],
     }
 )

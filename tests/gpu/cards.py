@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from families import NoFolder
+from plans import planned
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,7 +61,7 @@ def bench_on(
 
 def plan(context: Session, pruner: str = "wanda") -> Plan:
     """Half of the weights of each block."""
-    return Plan(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
+    return planned(pruner, "uniform", (0.5,) * len(context.checkpoint.blocks))
 
 
 def trial(context: Session, pruner: str = "wanda") -> Record:

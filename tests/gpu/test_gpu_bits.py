@@ -6,9 +6,9 @@ import pytest
 import torch
 from cards import bench_on, plan, pruned_blocks, same_blocks, trial
 from families import ALL, bench_of, nlls_of, tiny
+from plans import planned
 
 from atp_tune.checkpoints.offload import Offload
-from atp_tune.plan import Plan
 from atp_tune.spec.prune import PruneConfig
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def test_where_weights_lie_changes_no_bit(family: str, offload: Offload, device:
 def family_nlls(family: str, offload: Offload, device: torch.device) -> list[float]:
     """Window NLLs of a pruned tiny model and of the dense one."""
     context = bench_of(tiny(family), offload=offload, device=device)
-    blocks = context.prune(Plan("wanda", "uniform", (0.5,) * len(context.checkpoint.blocks)))
+    blocks = context.prune(planned("wanda", "uniform", (0.5,) * len(context.checkpoint.blocks)))
     nlls = nlls_of(context, ((block.index, block.weights) for block in blocks), "validation")
     return [*nlls, *nlls_of(context, context.blocks(None), "test")]
 

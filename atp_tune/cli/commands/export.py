@@ -136,10 +136,10 @@ def export(
 def _notes_on(config: "Config") -> list[str]:
     """What a table or a recipe does not have of a configuration."""
     found = []
-    if config.row_offsets is not None:
+    if config.plan.by_row:
         found.append(
             "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
-            "--format json has the rows (row_offsets)"
+            "--format json has the rows (plan)"
         )
     if config.is_trained:
         found.append(

@@ -9,7 +9,6 @@ import typer
 from atp_tune.cli import completion
 from atp_tune.cli.options import Device, DType, Overrides, TrustPlugins, load_study
 from atp_tune.cli.terminal import console
-from atp_tune.plan import percent
 from atp_tune.spec.finding import BARE
 
 
@@ -85,6 +84,8 @@ def prune(
     base = Path() if study is None else None
     file = load_study(study or str(BARE), None, device, [*named, *(set_ or [])], trust_plugins, base)
     if file.study.interval is not None:
+        from atp_tune.plan import percent
+
         searched = f"{study or 'the study'} searches from {percent(file.study.interval)}"
         raise typer.BadParameter(f"{searched}; give one, such as --sparsity 0.6", param_hint="--sparsity")
     if study is None:  # relative paths start at the current folder

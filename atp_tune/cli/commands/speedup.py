@@ -11,7 +11,6 @@ from atp_tune.cli.best import BestOptions
 from atp_tune.cli.options import load_study, stored_study
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import UserError
-from atp_tune.plan import percent
 
 if TYPE_CHECKING:
     from atp_tune.metrics.speed import Speed
@@ -113,6 +112,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_summary
     from atp_tune.events import Message, Place
+    from atp_tune.plan import percent
     from atp_tune.results.best_config import best_config
     from atp_tune.results.stored import file_as_run
     from atp_tune.results.summary import summarise
