@@ -15,10 +15,9 @@ from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
-from atp_tune.search.limit_search import LimitSampler, LimitSearch
+from atp_tune.search.goals import LimitSampler, Screened, WithinLimit
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Space, make_space
-from atp_tune.search.strategy import Screened, Strategy, make_strategy
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import best_trial, excess_of
@@ -33,6 +32,12 @@ def shifted(sparsity: float, share: float) -> float:
     return loss(sparsity, share) - 0.2 * sparsity
 
 
+def within(space: Space, surrogate: Surrogate, limit: dict[str, float]) -> WithinLimit:
+    goal = WithinLimit(study_of(sparsity=INTERVAL, search={**TPE, "trials": 30}, limit=limit).search, space, limit)
+    goal.model, goal.dense = surrogate, DENSE
+    return goal
+
+
 def searched(
     space: Space,
     limit: dict[str, float],
@@ -41,13 +46,13 @@ def searched(
     jump: float = 0.0,
     cost: float = 0.0,
     name: str = "beta",
-    again: Callable[[optuna.Study], Strategy] | None = None,
+    again: Callable[[optuna.Study], object] | None = None,
 ) -> optuna.Study:
     """A study driven until its search is idle; to the loss, `jump` is added above 40 %, and `cost` times the share.
 
-    `again`: the strategy that it is resumed with before each trial.
+    `again`: gives it the sampler that it is resumed with, before each trial.
     """
-    search = LimitSearch(space, surrogate, limit, DENSE)
+    search = within(space, surrogate, limit)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", limit)
     study.set_user_attr("dense", DENSE)
@@ -63,7 +68,8 @@ def searched(
     for _ in range(most):
         if search.is_idle(study):
             break
-        study.sampler = again(study).sampler if again else study.sampler
+        if again:
+            again(study)
         study.optimize(objective, n_trials=1)
     return study
 
@@ -116,11 +122,9 @@ def test_without_a_model_a_limit_below_the_dense_model_is_halved_towards() -> No
 def test_an_interrupted_search_without_a_screening_has_the_points_of_another() -> None:
     """The trials before the interruption were a model's after it, which no uninterrupted search had."""
     limit, space = {"max_increase": 0.2}, space_over()
-    spec = study_of(sparsity=INTERVAL, search={**TPE, "trials": 30}, limit=limit)
+    goal = within(space, Surrogate(space, [], 0), limit)
     whole = searched(space, limit, Surrogate(space, [], 0))
-    resumed = searched(
-        space, limit, Surrogate(space, [], 0), again=lambda study: make_strategy(spec, space, study, Screened(), 30)
-    )
+    resumed = searched(space, limit, Surrogate(space, [], 0), again=lambda study: goal.begin(study, Screened(), 30))
     assert len(whole.trials) > 4
     assert [trial.params for trial in resumed.trials] == [trial.params for trial in whole.trials]
 
@@ -200,7 +204,7 @@ def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
 @pytest.mark.slow
 def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     space = space_over()
-    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0}, DENSE)
+    search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0})
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     for name, value in {"limit": {"max_increase": 2.0}, "dense": DENSE, "total": 2}.items():
         study.set_user_attr(name, value)
@@ -219,7 +223,7 @@ def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
 @pytest.mark.slow
 def test_two_workers_measure_different_sparsities() -> None:
     space = space_over()
-    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)
+    search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2})
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", {"max_increase": 0.2})
     study.set_user_attr("dense", DENSE)
@@ -231,7 +235,7 @@ def test_two_workers_measure_different_sparsities() -> None:
 @pytest.mark.slow
 def test_a_plan_that_fails_is_beyond_the_limit() -> None:
     space = space_over()
-    search = LimitSearch(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2}, DENSE)
+    search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2})
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     for name, value in {"limit": {"max_increase": 0.2}, "dense": DENSE}.items():
         study.set_user_attr(name, value)

@@ -18,16 +18,15 @@ from test_space import SIZES, space_for, study_of
 
 from atp_tune.plan import Plan
 from atp_tune.search import samplers
+from atp_tune.search.goals import AtSparsity
 from atp_tune.search.proposals import _grid, around_best, branch_study
 from atp_tune.search.samplers import (
     STARTS,
     BranchSampler,
     SeededSampler,
-    first_trials,
     make_sampler,
     make_stopper,
     seed_of,
-    total_trials,
     wait_for_earlier,
     whose_turn,
 )
@@ -136,7 +135,7 @@ def test_a_mixed_space_gives_each_allocation_its_parameters(sampler: str) -> Non
     space = space_of(allocation=MIXED, prune=BOTH)
     search = search_of(sampler=sampler)
     study = optuna.create_study(sampler=make_sampler(search, space))
-    for params in first_trials(search, space):
+    for params in AtSparsity(search, space).starts():
         study.enqueue_trial(params)
     study.optimize(lambda trial: mixed_perplexity(space.suggest(trial)), n_trials=24)
     tried = [trial.params["allocation"] for trial in study.trials]
@@ -353,9 +352,9 @@ def test_measurements_on_atp_count_for_the_curve() -> None:
 def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
     space, search = space_of(prune=prune), search_of(trials=None, sampler="grid", step=0.05)
     study = optuna.create_study(sampler=make_sampler(search, space))
-    for params in first_trials(search, space):
+    for params in AtSparsity(search, space).starts():
         study.enqueue_trial(params)
-    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=total_trials(search, space))
+    study.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=AtSparsity(search, space).total)
     assert params_of(study)[: len(space.pruners)] == space.uniform()
     expected = [
         {"pruner": pruner, "allocation": "atp", "beta": beta}
@@ -366,7 +365,9 @@ def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
 
 def test_a_grid_is_shuffled_by_the_seed_of_the_study() -> None:
     space = space_of(prune=BOTH)
-    one, again, other = (first_trials(search_of(sampler="grid", step=0.02, seed=seed), space) for seed in (0, 0, 1))
+    one, again, other = (
+        AtSparsity(search_of(sampler="grid", step=0.02, seed=seed), space).starts() for seed in (0, 0, 1)
+    )
     assert one == again != other
     assert one[:2] == other[:2] == space.uniform()
     assert sorted(map(str, one)) == sorted(map(str, other))
@@ -385,7 +386,7 @@ def test_a_grid_is_shuffled_by_the_seed_of_the_study() -> None:
     ],
 )
 def test_the_total(search: dict[str, Any], prune: dict[str, Any], total: int) -> None:
-    assert total_trials(search_of(**search), space_of(prune=prune)) == total
+    assert AtSparsity(search_of(**search), space_of(prune=prune)).total == total
 
 
 def test_a_stopper_by_name() -> None:

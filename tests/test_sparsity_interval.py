@@ -11,9 +11,9 @@ from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget, atp, curve
+from atp_tune.search.goals import OverInterval, Screened
 from atp_tune.search.proposals import kinds_of
-from atp_tune.search.samplers import first_trials, make_sampler, total_trials
-from atp_tune.search.screening import over_interval
+from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space, make_space
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
@@ -82,7 +82,7 @@ def test_levels_are_equally_far_and_multiples_of_the_step() -> None:
 
 def test_it_begins_at_both_ends_and_in_the_middle() -> None:
     study = study_of(sparsity=INTERVAL, search=TPE)
-    first = first_trials(study.search, space_over())
+    first = OverInterval(study.search, space_over()).starts()
     assert [(point["sparsity"], point["beta"]) for point in first] == [
         (0.2, 0.0), (0.2, 0.5), (0.45, 0.0), (0.45, 0.5), (0.7, 0.0), (0.7, 0.5),
     ]  # fmt: skip
@@ -97,7 +97,7 @@ def loss(sparsity: float, share: float) -> float:
 def screened(space: Space, trials: int = 24, seed: int = 0) -> list[optuna.trial.FrozenTrial]:
     search = study_of(sparsity=INTERVAL, search={**TPE, "seed": seed}).search
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=make_sampler(search, space))
-    for point in first_trials(search, space):
+    for point in OverInterval(search, space).starts():
         study.enqueue_trial(point)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -193,7 +193,8 @@ def test_without_trials_it_is_uniform() -> None:
 @pytest.mark.slow
 def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
     space = space_over(prune={"pruners": ["wanda", "magnitude"]})
-    points = over_interval(Surrogate(space, screened(space), 0, DENSE), space, 4)
+    search = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "screen": {"trials": 24, "confirm": 4}}).search
+    points = OverInterval(search, space).begin(optuna.create_study(), Screened(screened(space), DENSE), 99)
     assert sorted({point["sparsity"] for point in points}) == space.levels(4)
     assert {point["pruner"] for point in points} <= {"wanda", "magnitude"}
     for one in points:
@@ -203,9 +204,9 @@ def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
 
 def test_the_total_is_a_trial_and_uniform_for_each_point() -> None:
     study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "screen": {"trials": 24, "confirm": 8}})
-    assert total_trials(study.search, space_over()) == 16
+    assert OverInterval(study.search, space_over()).total == 16
     study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "trials": 5, "screen": {"trials": 24, "confirm": 8}})
-    assert total_trials(study.search, space_over()) == 5
+    assert OverInterval(study.search, space_over()).total == 5
 
 
 def test_trials_stay_on_the_grid_of_sparsities() -> None:

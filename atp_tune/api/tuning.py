@@ -19,9 +19,8 @@ from atp_tune.api.result import Result
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message
+from atp_tune.search.goals import goal_of
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
-from atp_tune.search.samplers import total_trials
-from atp_tune.search.space import make_space
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import in_memory
@@ -183,7 +182,7 @@ def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
         return f"{said}the best plan is to be {'trained' if trains else 'measured'}"
     said += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
-    search = file.study.search.model_copy(update={"trials": done + 1})
-    space = make_space(file.study, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
-    is_open = not has_found and total_trials(search, space) > done
+    more = file.study.model_copy(update={"search": file.study.search.model_copy(update={"trials": done + 1})})
+    goal = goal_of(more, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
+    is_open = not has_found and goal.total > done
     return f"{said} (--trials N adds more)" if is_open else said

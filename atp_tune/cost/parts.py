@@ -168,14 +168,8 @@ def pruned_again(study: Study, trials: int) -> int:
 
 
 def compared(study: Study) -> int:
-    """Number of plans that all draws of the calibration text prune: at most the best of each allocation and uniform.
-
-    Over an interval of sparsities, where allocations do not compare, the best and its uniform.
-    """
-    if study.interval is not None:
-        return 2
-    allocations = len(set(study.allocation.short_names) - {"uniform"})
-    return max(1, allocations + min(allocations, len(study.methods.short_names)))
+    """Number of plans that all draws of the calibration text prune: at most those that lead, and their uniforms."""
+    return max(1, study.leaders + min(study.leaders, len(study.methods.short_names)))
 
 
 def step_tokens(known: Amounts) -> int:
@@ -196,12 +190,9 @@ def _path(known: Amounts) -> tuple[float, ...]:
 
 
 def plans_anew(known: Amounts) -> int:
-    """Number of plans that each draw of the calibration text finds anew by a descent.
-
-    They are at most the best of each allocation; over an interval of sparsities the best of all.
-    """
-    allocations = len(known.study.allocation.by_prices)
-    return min(1, allocations) if known.study.interval is not None else min(allocations, len(known.study.descents))
+    """Number of plans that each draw of the calibration text finds anew by a descent."""
+    study = known.study
+    return min(len(study.allocation.by_prices), study.leaders, len(study.descents))
 
 
 def share_anew(known: Amounts) -> float:
@@ -246,11 +237,10 @@ def _own_weights(known: Amounts, rates: ProbeRates) -> float:
 
 def continued(study: Study) -> tuple[int, int]:
     """How many models continue prompts at the end, and tokens of each that take as long to read."""
-    tokens, allocations = study.continuations.tokens, {*study.allocation.short_names} - {"uniform"}
+    tokens = study.continuations.tokens
     if not tokens or study.images is not None:
         return 0, 0
-    models = 2 + (1 if study.interval is not None else max(1, len(allocations)))
-    return models, (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
+    return 2 + max(1, study.leaders), (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
 
 
 def speed_tokens(known: Amounts) -> int:

@@ -15,8 +15,7 @@ from atp_tune.cost.forecast import UNKNOWN, Forecast, Passes, ProbeRates, StudyC
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.cost.parts import Amounts, Done, parts, rows_descents, step_tokens, sums
 from atp_tune.events import EventHandler, Message
-from atp_tune.search.samplers import total_trials
-from atp_tune.search.space import make_space
+from atp_tune.search.goals import goal_of
 from atp_tune.spec.images import IMAGES
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
@@ -247,9 +246,9 @@ def _whole(known: Known, context: "Session | None", rates: ProbeRates | None) ->
     """The sum of a study's parts; without tokens and seconds where the number of its trials is not known."""
     study, trials, main, screen = known.study, known.study.search.trials, known.main, known.study.search.screen
     if context is not None:
-        trials = total_trials(study.search, make_space(study, context.budget(study.highest)))
+        trials = goal_of(study, context.budget(study.highest)).total
     elif study.interval is not None:  # the total depends on no size of the model
-        trials = total_trials(study.search, make_space(study, Budget(study.highest, known.sizes.blocks)))
+        trials = goal_of(study, Budget(study.highest, known.sizes.blocks)).total
     done, total = (0, None) if trials is None else _progress(main, trials)
     screened, asked = _progress(known.screening, screen.trials) if screen else (0, 0)
     is_trained = main is not None and "recovered" in main.user_attrs

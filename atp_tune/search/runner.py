@@ -20,10 +20,9 @@ from atp_tune.measures import perplexity
 from atp_tune.paths import check_writable
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
-from atp_tune.search.samplers import make_stopper, total_trials
+from atp_tune.search.goals import Screened, goal_of
+from atp_tune.search.samplers import make_stopper
 from atp_tune.search.screening import renamed, screening_file
-from atp_tune.search.space import make_space
-from atp_tune.search.strategy import Screened, make_strategy
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import records
@@ -170,14 +169,13 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
     sizes, best = study.user_attrs.get("sizes"), progress.best_trial(study)
     if sizes is None or progress.running(study) or _has_other_limit(study, file):
         return False
-    total = total_trials(file.study.search, make_space(file.study, Budget(file.study.highest, tuple(sizes))))
+    total = goal_of(file.study, Budget(file.study.highest, tuple(sizes))).total
     done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
     return done and (best is None or not (unreported(study) or undrawn(study, file.study.data.calibration.draws)))
 
 
 def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
-    limit = file.study.limit.given if file.study.limit else None
-    return not is_screening(study) and study.user_attrs.get("limit") != limit
+    return study.user_attrs.get("limit") != (file.study.limit and file.study.limit.given)
 
 
 def _device(run: StudyRun) -> str:
@@ -193,20 +191,14 @@ def _drive(run: StudyRun) -> optuna.Study:
     if before:
         run = _with_stored_total(run, before)
         recover_lost(run, before)  # before loading: other hosts would fail these trials without reading their traces
-    run = replace(run, tasks=run.tasks or _tasks(run))
+    if run.tasks is None and (limit := run.file.study.limit) and limit.min_accuracy is not None:
+        from atp_tune.run.observers import TaskResults
+
+        tasks = TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch)
+        run = replace(run, tasks=tasks)
     opened: AbstractContextManager[Session] = nullcontext(run.context) if run.context else open_context(run, before)
     with opened as context:
         return _search(run, context, db, before)
-
-
-def _tasks(run: StudyRun) -> "TaskResults | None":
-    """What measures the accuracies of a limit; None without such a limit."""
-    limit = run.file.study.limit
-    if limit is None or limit.min_accuracy is None:
-        return None
-    from atp_tune.run.observers import TaskResults
-
-    return TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch)
 
 
 def _search(
@@ -215,10 +207,11 @@ def _search(
     """The part of the run that needs a context; `before`: the study found in `db`."""
     batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
     context.begin(batches)
-    search, space = run.file.study.search, make_space(run.file.study, context.budget(run.file.study.highest))
-    total = total_trials(search, space)
-    if run.file.study.limit is not None and len(context.windows["validation"]) == 1:
+    search = run.file.study.search
+    goal = goal_of(run.file.study, context.budget(run.file.study.highest))
+    if goal.is_from_dense and len(context.windows["validation"]) == 1:
         raise UserError("limit: holds within the standard error, which one validation window has not; give two or more")
+    total = goal.total
     db = db or opening.open_storage(run.file.storage_url, create=True)
     assert db is not None
     known = {**facts(run.file.study, run.file.folder), **context.contents()}
@@ -235,18 +228,16 @@ def _search(
             run.opened(context)
     study.pruner = make_stopper(search)
     screened = Screened()
-    if search.screen is None or run.file.study.limit is not None:  # a limit is relative to the dense model
+    if search.screen is None or goal.is_from_dense:
         _measure_dense(run, study, context)
     if search.screen is not None:
         run, screened = _screen(run, search.screen, context)
-    strategy = make_strategy(run.file.study, space, study, screened, total)
-    study.sampler = strategy.sampler
-    for params in strategy.first:
+    for params in goal.begin(study, screened, total):
         study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
-    total = run_trials(run, study, context, space, total, strategy.goal)
+    total = run_trials(run, study, context, goal, total)
     if run.reports and progress.counted(study) >= total:
         _measure_dense(run, study, context)
-        report(run, study, context, space)
+        report(run, study, context, goal.space)
         run.publish(study)
     return study
 
@@ -298,7 +289,7 @@ def _describe(run: StudyRun, study: optuna.Study, context: "Session", total: int
         "dense_bytes": context.stored_bytes[0], "total": total, "made_from": settings(run.file),
         **({} if "batches" in known else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
-        **({"limit": spec.limit.given if spec.limit else None} if is_new_limit and not run.screens else {}),
+        **({"limit": spec.limit and spec.limit.given} if is_new_limit else {}),
         **({"kinds": list(turns)} if (turns := getattr(spec.test_text, "turns", ())) else {}),
         "model.source": spec.model.source,
         **({"plugins": plugged} if plugged else {}),

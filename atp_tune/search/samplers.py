@@ -1,6 +1,5 @@
 """The sampler and the stopper of a study, and the trials that it begins with."""
 
-import random
 import warnings
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plugins import short_name
 from atp_tune.search.proposals import around_best, branch_study, gp_posterior, kinds_of, levelled, nudge_from_known
-from atp_tune.search.space import Params, Space
+from atp_tune.search.space import Space
 from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.progress import counts, place, running
@@ -129,7 +128,9 @@ class BranchSampler(BaseSampler):
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         found = {name: found[name] if name in found else _only(own[name]) for name in own}
-        failed = branch_study(_failed(study), self._space, self._branch, own, count).trials
+        lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
+        lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
+        failed = branch_study(lost, self._space, self._branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
         point = {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
         return point if self._space.sparsities is None else self._space.at(point, point["sparsity"])
@@ -172,12 +173,6 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [other for other in others if other.number != trial.number and "allocation" in other.params]
 
 
-def _failed(study: Study) -> list[FrozenTrial]:
-    """Trials that failed for good: the inner sampler does not see them, and would propose their points again."""
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return [trial for trial in failed if counts(trial) and "allocation" in trial.params]
-
-
 def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     """The allocation of the next trial: by turns the allocation with the fewest trials and the leading one.
 
@@ -199,39 +194,3 @@ def make_stopper(search: SearchConfig) -> BasePruner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return WilcoxonPruner() if search.stopper == "wilcoxon" else NopPruner()
-
-
-def first_trials(search: SearchConfig, space: Space) -> list[Params]:
-    """The points that a study queues: uniform per pruner, then the allocations' starts or the grid's points, shuffled.
-
-    Over an interval of sparsities these are queued at its ends and middle.
-
-    The grid is queued too: Optuna's GridSampler loses points over a resume, and ends in a KeyError where trials were
-    queued beside a grid of one point.
-    """
-    if space.sparsities is not None:
-        return [space.at(point, level) for level in space.levels(3) for point in (*space.uniform(), *space.starts())]
-    if search.sampler != "grid":
-        return [*space.uniform(), *space.starts()]
-    points = space.grid(search.step)
-    random.Random(search.seed).shuffle(points)
-    return [*space.uniform(), *points]
-
-
-def total_trials(search: SearchConfig, space: Space) -> int:
-    """The study's total: `search.trials`, but at most the number of points on a grid or without parameters.
-
-    The default of a study with a screening is uniform per pruner and the confirmed points; over an interval of
-    sparsities it is each confirmed point and uniform at its sparsity.
-    """
-    if space.sparsities is not None:
-        assert search.trials is not None or search.screen is not None
-        return search.trials or (2 * len(space.levels(search.screen.confirm)) if search.screen else 0)
-    if search.screen is not None:
-        points = len(space.uniform()) + search.screen.confirm
-        return min(search.trials or points, points) if search.sampler == "grid" else search.trials or points
-    points = len(first_trials(search, space))
-    if search.sampler == "grid" or not any(map(space.is_open, space.intervals)):
-        return min(search.trials or points, points)
-    assert search.trials is not None
-    return search.trials

@@ -12,11 +12,9 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
-from atp_tune.plan import method_in
 from atp_tune.search import proposals
 from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
-from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage.fingerprint import CHANGED
@@ -25,10 +23,10 @@ APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32
 
 
 def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
-    """The study file of the screening: the main one with overrides."""
+    """The study file of the screening: the main one with overrides, without a limit."""
     values: tuple[str | int, ...] = ("dense", screen.stride, screen.trials, "none", "none")
     keys = CHANGED if file.study.images is None else [key.replace("texts.", "images.") for key in CHANGED]
-    return overridden(file, dict(zip(keys, values, strict=True)))
+    return overridden(file, {**dict(zip(keys, values, strict=True)), "limit": "none"})
 
 
 def renamed(watch: EventHandler) -> EventHandler:
@@ -42,22 +40,6 @@ def renamed(watch: EventHandler) -> EventHandler:
         watch(replace(event, what="screening") if isinstance(event, TrialEnded) else event)
 
     return on_event
-
-
-def over_interval(surrogate: Surrogate, space: Space, count: int) -> list[Params]:
-    """The points that a study over an interval of sparsities queues: at each level, the best and uniform."""
-    points: list[Params] = []
-    for level in space.levels(count):
-        best = surrogate.best_at(level).params
-        uniform = next(point for point in space.uniform(level) if method_in(point) == method_in(best))
-        points += [best] if uniform == best else [best, uniform]
-    return points
-
-
-def begins_with(points: list[Params], space: Space, total: int) -> list[Params]:
-    """The points that a study with a screening queues: those to confirm, then uniform for each pruner."""
-    uniform = space.uniform()
-    return [*points[: max(0, total - len(uniform))], *uniform][:total]
 
 
 def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list[Params]:

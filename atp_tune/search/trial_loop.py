@@ -12,7 +12,7 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
 from atp_tune.results.trials import error_of, is_by_kl, kl_of, score_of
-from atp_tune.search.space import Space
+from atp_tune.search.goals import AtSparsity
 from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.process_identity import GRACE
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from atp_tune.run.session import Session
     from atp_tune.search.objective import Objective
     from atp_tune.search.runner import StudyRun
-    from atp_tune.search.strategy import Goal
 
 POLL = 2  # seconds between looks at a trial of another process
 PUBLISH = 30  # seconds between writes of note and figures, each of which takes half a second
@@ -33,9 +32,8 @@ def run_trials(
     run: "StudyRun",
     study: optuna.Study,
     context: "Session",
-    space: Space,
+    goal: AtSparsity,
     total: int,
-    goal: "Goal | None" = None,
 ) -> int:
     """Runs trials until the total is reached or the time is up, and returns the study's present total.
 
@@ -46,7 +44,7 @@ def run_trials(
     search = run.file.study.search
     objective = Objective(
         context,
-        space,
+        goal.space,
         search.stopper != "none",
         run.watch,
         search.objective,
@@ -60,8 +58,8 @@ def run_trials(
         total = study.user_attrs.get("total", total)
         elsewhere = [trial for trial in trials if trial.state == TrialState.RUNNING]
         remaining = total - sum(map(progress.counts, trials)) - len(elsewhere)
-        is_idle = goal is not None and goal.is_idle(study)
-        if goal is not None and is_idle and remaining > 0 and not elsewhere:
+        is_idle = goal.is_idle(study)
+        if is_idle and remaining > 0 and not elsewhere:
             run.note(f"ended after {total - remaining} of {total}: {goal.reached}")
             progress.terminate_early(study, total)
         elif remaining > 0 and not is_idle:
@@ -91,7 +89,7 @@ def _optimise(
     total: int,
     end: float | None,
     publish: "Publisher",
-    goal: "Goal | None",
+    goal: AtSparsity,
 ) -> None:
     callbacks = Callbacks(run)
 
@@ -109,7 +107,7 @@ def _optimise(
                 f"terminated early after {done} of {total}: a better point is expected to gain less than {GAIN:.0%}"
             )
             study.stop()
-        if goal is not None and goal.is_idle(study):
+        if goal.is_idle(study):
             study.stop()
         is_late = end is not None and monotonic() >= end  # Optuna's timeout depends on the wall clock
         running = sum(other.state == TrialState.RUNNING for other in trials)

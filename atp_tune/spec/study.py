@@ -261,6 +261,11 @@ class Study(SettingsTable):
         return "texts" if self.images is None else "images"
 
     @property
+    def leaders(self) -> int:
+        """How many plans lead at the end: one of each allocation but uniform; over an interval they do not compare."""
+        return 1 if self.interval else len({*self.allocation.short_names} - {"uniform"})
+
+    @property
     def compares_all(self) -> bool:
         """Whether every trial is a point of a front, or uniform beside one, so that the test text is read for each."""
         is_front = self.interval is not None and self.limit is None and self.search.trials is None

@@ -1,0 +1,328 @@
+"""What a study seeks: the best plan at one sparsity, the front over an interval, or the sparsest plan within a limit.
+
+A goal knows its space and total, which points are queued first, the sampler of the others, and when it is reached.
+
+Within a limit: the screening's model (`search.surrogate`) predicts at each sparsity S the best parameters and their
+excess over the limit, g(S). The trials are measured in full, so their excess differs from g by a shift, which changes
+slowly with S. The next trial is at the highest S with g(S) + shift ≤ 0, inside the bracket: above the sparsest trial
+within the limit, and below the first one beyond it. Without a screening the parameters are the first of the first
+allocation, and the log of the measured increase is taken to be linear in S; for accuracies, and where dense itself is
+beyond the limit, the bracket is halved. When the bracket has no sparsity left, uniform is measured at the best trial's
+sparsity. If it is better there, the model was wrong, and the search goes on with uniform alone; else it has ended.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from atp_tune.allocations import Budget
+from atp_tune.measures import Limit, perplexity
+from atp_tune.plan import method_in
+from atp_tune.results.trials import is_uniform, uniform_of
+from atp_tune.search.proposals import kinds_of
+from atp_tune.search.samplers import make_sampler, wait_for_earlier
+from atp_tune.search.screening import confirmed
+from atp_tune.search.space import Params, Space, make_space
+from atp_tune.search.surrogate import SMALLEST, Surrogate
+from atp_tune.spec.search import STEP, SearchConfig
+from atp_tune.spec.study import Study
+from atp_tune.storage import progress
+
+NEAR = STEP / 2  # two sparsities nearer than this are the same
+GROWTH = 8.0  # of the log of the increase per unit of sparsity; SmolLM2: 9 from 27 to 48 %, 7 from there to 63 %
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A screening's trials, the best first, and the window NLLs of its dense model; empty until it is complete."""
+
+    trials: Sequence[FrozenTrial] = ()
+    dense: Sequence[float] = ()
+
+
+def goal_of(spec: Study, budget: Budget) -> "AtSparsity":
+    """The goal of a study with this budget."""
+    kind = WithinLimit if spec.limit else OverInterval if spec.interval else AtSparsity
+    return kind(spec.search, make_space(spec, budget), spec.limit.given if spec.limit else None)
+
+
+@dataclass
+class AtSparsity:
+    """The best plan at one sparsity, or one number of bits."""
+
+    search: SearchConfig
+    space: Space
+    limit: Limit | None = None
+    reached: ClassVar[str] = ""  # why nothing is left to measure before the total
+    is_from_dense: ClassVar[bool] = False  # whether values are compared with the dense model's
+
+    @property
+    def total(self) -> int:
+        """`search.trials`, but at most the number of points on a grid or without parameters.
+
+        The default of a study with a screening is uniform per pruner and the confirmed points.
+        """
+        screen, asked, space = self.search.screen, self.search.trials, self.space
+        points = len(space.uniform()) + screen.confirm if screen else len(self.starts())
+        is_finite = self.search.sampler == "grid" or not (screen or any(map(space.is_open, space.intervals)))
+        return min(asked or points, points) if is_finite else asked or points
+
+    def starts(self) -> list[Params]:
+        """Uniform per pruner, then the allocations' starts, or the grid's points, shuffled.
+
+        The grid is queued too: Optuna's GridSampler loses points over a resume, and ends in a KeyError where trials
+        were queued beside a grid of one point.
+        """
+        if self.search.sampler != "grid":
+            return [*self.space.uniform(), *self.space.starts()]
+        points = self.space.grid(self.search.step)
+        random.Random(self.search.seed).shuffle(points)
+        return [*self.space.uniform(), *points]
+
+    def begin(self, study: optuna.Study, screened: Screened, total: int) -> list[Params]:
+        """Gives the study its sampler, and returns the points that it queues first.
+
+        After a screening, which found `screened`, they are those to confirm, then uniform.
+        """
+        study.sampler = make_sampler(self.search, self.space, screened.trials)
+        if self.search.screen is None:
+            return self.starts()[:total]
+        points, uniform = confirmed(screened.trials, self.space, self.search.screen.confirm), self.space.uniform()
+        return [*points[: max(0, total - len(uniform))], *uniform][:total]
+
+    def is_idle(self, study: optuna.Study) -> bool:
+        """Whether nothing is left to measure for it, beside what is being measured now."""
+        return False
+
+
+@dataclass
+class OverInterval(AtSparsity):
+    """The front over an interval of sparsities: at each of some sparsities the best point, and uniform beside it."""
+
+    reached = "the best point at a sparsity is uniform"
+    queued: Sequence[Params] = ()
+
+    @property
+    def total(self) -> int:
+        """`search.trials`; by default each confirmed point and uniform at its sparsity."""
+        screen = self.search.screen
+        return self.search.trials or (2 * len(self.space.levels(screen.confirm)) if screen else 0)
+
+    def starts(self) -> list[Params]:
+        """Uniform and the allocations' starts at the ends and the middle of the interval."""
+        space = self.space
+        return [space.at(point, level) for level in space.levels(3) for point in (*space.uniform(), *space.starts())]
+
+    def begin(self, study: optuna.Study, screened: Screened, total: int) -> list[Params]:
+        """As at one sparsity; after a screening, at each level the point that its model finds best, and uniform."""
+        study.sampler = make_sampler(self.search, self.space)
+        if self.search.screen is None:
+            return self.starts()[:total]
+        surrogate, points = self.surrogate(screened.trials, screened.dense), list[Params]()
+        for level in self.space.levels(self.search.screen.confirm) if screened.trials else ():
+            best = surrogate.best_at(level).params
+            uniform = next(point for point in self.space.uniform(level) if method_in(point) == method_in(best))
+            points += [best] if uniform == best else [best, uniform]
+        self.queued = () if self.search.trials else points[:total]
+        return points[:total]
+
+    def surrogate(self, trials: Sequence[FrozenTrial], dense: Sequence[float] | None) -> Surrogate:
+        """A model of the value over sparsity and parameters, fitted to these trials."""
+        return Surrogate(self.space, trials, self.search.seed, None if "kl" in self.search.objective else dense or None)
+
+    def is_idle(self, study: optuna.Study) -> bool:
+        """Whether no queued point is left that no trial has measured, failed at, or measures now."""
+        trials = study.get_trials(deepcopy=False) if self.queued else []
+        begun = [trial.params for trial in trials if progress.counts(trial) or trial.state == TrialState.RUNNING]
+        return bool(self.queued) and all(point in begun for point in self.queued)
+
+
+@dataclass
+class WithinLimit(OverInterval):
+    """The sparsest plan within a limit; `dense`: window NLLs of the dense model on the windows of the screening."""
+
+    reached = "the next sparsity is beyond the limit"
+    is_from_dense = True
+    model: Surrogate = field(init=False)
+    dense: Sequence[float] | None = None
+    _cache: dict[float, float | None] = field(default_factory=dict)
+
+    def begin(self, study: optuna.Study, screened: Screened, total: int) -> list[Params]:
+        """Nothing is queued: the sampler chooses every point."""
+        trials, self.dense = screened.trials, screened.dense or None
+        if not trials:  # without a screening never the study's own: a resumed study would propose other points
+            trials = progress.measured(study) if self.search.screen else []
+            self.dense = study.user_attrs.get("dense")
+        self.model = self.surrogate(trials, self.dense)
+        study.sampler = LimitSampler(self)
+        return []
+
+    def is_idle(self, study: optuna.Study) -> bool:
+        """Whether the best trial is known to the step, and uniform is measured at its sparsity."""
+        return not self._free(study) and self._missing_uniform(study) is None
+
+    def next_point(self, study: optuna.Study, trial: FrozenTrial) -> Params:
+        """The point of the next trial; `trial`: its own, which has no parameters yet."""
+        free = self._free(study)
+        total = study.user_attrs.get("total")
+        is_last = total is not None and progress.counted(study) + 1 >= total
+        uniform = self._missing_uniform(study)
+        if uniform is not None and (is_last or not free):
+            return uniform
+        sparsity = self._chosen(study, free) if free else self._levels()[0]
+        if leader := self._leader(study):
+            return self.space.at(leader, sparsity)
+        found, starts = self.model.best_at(sparsity), self.space.starts()
+        return self.space.at(starts[0], sparsity) if found.increase is None and starts else found.params
+
+    def _levels(self) -> list[float]:
+        assert self.space.sparsities is not None
+        low, high = self.space.sparsities
+        return self.space.levels(1 + round((high - low) / STEP))
+
+    def _leader(self, study: optuna.Study) -> Params | None:
+        """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
+        excesses = {trial.number: progress.excess_of(study, trial) for trial in progress.measured(study)}
+        pairs = [
+            (trial, uniform)
+            for trial in progress.measured(study)
+            if not is_uniform(trial) and (uniform := uniform_of(study, trial)) is not None
+        ]
+        trial, uniform = max(pairs, key=lambda pair: pair[0].params["sparsity"], default=(None, None))
+        if trial is None or uniform is None or excesses[uniform.number] >= excesses[trial.number]:
+            return None
+        return dict(uniform.params)
+
+    def _measured(self, study: optuna.Study, only_uniform: bool = False) -> dict[float, float]:
+        """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
+        found: dict[float, float] = {}
+        for trial in study.get_trials(deepcopy=False):
+            sparsity = progress.sparsity_of(trial)
+            if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
+                excess = progress.excess_of(study, trial)
+                found[sparsity] = min(excess, found.get(sparsity, math.inf))
+        return found
+
+    def _free(self, study: optuna.Study) -> list[float]:
+        """The sparsities that no trial measures now, between the sparsest trial within the limit and one beyond it."""
+        low = max((sparsity for sparsity, excess in self._measured(study).items() if excess <= 0), default=0.0)
+        found = self._measured(study, only_uniform=self._leader(study) is not None)
+        high = min((sparsity for sparsity, excess in found.items() if excess > 0 and sparsity > low), default=1.0)
+        busy = [progress.sparsity_of(trial) for trial in progress.running(study)]
+        return [
+            level
+            for level in self._levels()
+            if low + NEAR < level < high - NEAR and not any(one and abs(one - level) < NEAR for one in busy)
+        ]
+
+    def _chosen(self, study: optuna.Study, free: list[float]) -> float:
+        """The highest of these sparsities whose predicted excess, shifted by the measured ones, is within the limit."""
+        shifts = self._shifts(study)
+        predicted = {level: self._predicted(level) for level in free}
+        if any(value is None for value in predicted.values()):
+            return self._guessed(study, free)
+        inside = [level for level, value in predicted.items() if value is not None and value + shifts(level) <= 0]
+        return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
+
+    def _guessed(self, study: optuna.Study, free: list[float]) -> float:
+        """One of these sparsities without a model: the log of the increase is linear.
+
+        The middle for accuracies, and where the dense model itself is beyond the limit.
+        """
+        allowed = self._excess(0.0)
+        measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
+        known = [
+            (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
+            for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
+            if allowed is not None and allowed < 0 and math.isfinite(excess)
+        ]
+        below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
+        match [*below, *above]:
+            case [(low, left), (high, right)]:
+                root = left - low * (right - left) / (high - low)
+            case [(log, sparsity)]:
+                root = sparsity - log / GROWTH
+            case _:
+                root = free[len(free) // 2]
+        return max((level for level in free if level < root + NEAR), default=free[0])
+
+    def _shifts(self, study: optuna.Study) -> Any:
+        """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""
+        known = sorted(
+            (sparsity, excess - predicted)
+            for sparsity, excess in self._measured(study).items()
+            if math.isfinite(excess) and (predicted := self._predicted(sparsity)) is not None
+        )
+
+        def shift(level: float) -> float:
+            below = [one for one in known if one[0] <= level]
+            above = [one for one in known if one[0] > level]
+            if below and above:
+                (left, before), (right, after) = below[-1], above[0]
+                return before + (after - before) * (level - left) / (right - left)
+            return (below[-1:] or above[:1] or [(0.0, 0.0)])[0][1]
+
+        return shift
+
+    def _predicted(self, sparsity: float) -> float | None:
+        """The excess that the screening's model predicts for the best point at a sparsity."""
+        if sparsity not in self._cache:
+            found = self.model.best_at(sparsity).increase
+            self._cache[sparsity] = None if found is None else self._excess(found)
+        return self._cache[sparsity]
+
+    def _excess(self, increase: float) -> float | None:
+        key, value = next(iter((self.limit or {}).items()))
+        if isinstance(value, Mapping) or key == "max_drop":
+            return None
+        if key == "max_kl":
+            return increase - value
+        if key == "max_increase":
+            return increase - math.log1p(value)
+        return increase - math.log(value / perplexity(self.dense).value) if self.dense else None
+
+    def _missing_uniform(self, study: optuna.Study) -> Params | None:
+        """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""
+        best = progress.best_trial(study)
+        if best is None or is_uniform(best) or uniform_of(study, best) is not None:
+            return None
+        points = self.space.uniform(progress.sparsity_of(best))
+        point = next(point for point in points if method_in(point) == method_in(best.params))
+        states = (TrialState.RUNNING, TrialState.FAIL)
+        others = study.get_trials(deepcopy=False, states=states)
+        return None if any(other.params == point for other in others) else point
+
+
+class LimitSampler(BaseSampler):
+    """Proposes the points of a search for the sparsest plan within a limit."""
+
+    def __init__(self, goal: WithinLimit) -> None:
+        self._goal = goal
+        self._point: Params = {}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Pruner, allocation, sparsity, and the parameters of the allocation of the next point."""
+        space = self._goal.space
+        wait_for_earlier(study, trial, space)
+        self._point = self._goal.next_point(study, trial)
+        allocations = CategoricalDistribution(tuple(space.intervals))
+        return {"allocation": allocations, **kinds_of(space, self._point["allocation"])}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next point."""
+        return self._point
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Not asked for: `sample_relative` gives all parameters."""
+        raise AssertionError(param_name)
