@@ -29,7 +29,7 @@ from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
-from atp_tune.search import final_scores
+from atp_tune.search.final_scores import FinalScores
 from atp_tune.spec.config import read_config
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.study import ModelConfig
@@ -218,7 +218,7 @@ def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = final_scores._redrawn, [0]
+    whole, calls = FinalScores._redrawn, [0]
 
     def dies(*own: Any) -> list[float]:
         calls[0] += 1
@@ -226,7 +226,7 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
             raise KeyboardInterrupt
         return whole(*own)
 
-    monkeypatch.setattr(final_scores, "_redrawn", dies)
+    monkeypatch.setattr(FinalScores, "_redrawn", dies)
     with pytest.raises(KeyboardInterrupt):
         run(place, THREE)
     known = stored(place).user_attrs["draws"]
@@ -248,14 +248,14 @@ def test_a_draw_that_gives_no_number_ends_no_study(place: Path, monkeypatch: pyt
 
     Later the study never was complete: each run measured again, and the spread over the draws before was shown.
     """
-    whole = final_scores._redrawn
+    whole = FinalScores._redrawn
 
     def fails(*own: Any) -> list[float]:
-        if own[5] == 2:
+        if own[2] == 2:
             raise TrialError("prices are not finite")
         return whole(*own)
 
-    monkeypatch.setattr(final_scores, "_redrawn", fails)
+    monkeypatch.setattr(FinalScores, "_redrawn", fails)
     events: list[Event] = []
     study = run(place, THREE, watch=events.append)
     assert (place / "tiny.best.json").exists()

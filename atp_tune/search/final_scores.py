@@ -5,8 +5,8 @@ objective measures them while it has the pruned blocks, since all of them are co
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from time import sleep
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from atp_tune.storage.process_identity import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
-    from atp_tune.run.observers import LeftOut
+    from atp_tune.run.observers import LeftOut, Observer
     from atp_tune.run.session import Session
     from atp_tune.scores import WindowScores
     from atp_tune.search.runner import StudyRun
@@ -52,25 +52,146 @@ def report(run: "StudyRun", study: optuna.Study, context: "Session", space: Spac
     if is_missing:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
-        names, shown = _shown(run, study, context, is_missing)
-        for row in unreported(study):
-            store_test_scores(study, row, *_measure(run, study, context, space, row, names.get(row, ""), shown))
-        _complete(run, study, context, space, names, shown)
-        anew = fits_anew(study)
-        for draw, name in undrawn(study, draws):
-            try:
-                nlls = _redrawn(run, study, context, space, name, draw, anew)
-            except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
-                run.note(f"draw {draw + 1} of trial {name} gives no number: {error}; its spread over draws is left out")
-                nlls = [nan] * len(study.user_attrs["test_nlls"][name])
-            study.set_user_attr(f"refits:{name}:{draws}:{draw}" if anew else f"draws:{name}:{draw}", nlls)
-            if anew:
-                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(context.fitted_to)}
-                study.set_user_attr("fitted_to", fitted_to)
+        FinalScores(run, study, context, space).measure(draws, is_missing)
     finally:
         if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
     write_best(run, study)
+
+
+@dataclass(frozen=True)
+class FinalScores:
+    """The final measurements of a study, by row of the test text: numbers of trials, and `dense`."""
+
+    run: "StudyRun"
+    study: optuna.Study
+    context: "Session"
+    space: Space
+
+    def measure(self, draws: int, is_missing: bool) -> None:
+        """Measures and stores what is missing; `is_missing`: a number on the test text, or in a draw of it, is."""
+        study, (names, shown) = self.study, self._shown() if is_missing else ({}, None)
+        for row in unreported(study):
+            store_test_scores(study, row, *self._on_test_text(row, names.get(row, ""), shown))
+        if shown is not None:
+            self._complete(names, shown)
+        anew = fits_anew(study)
+        for draw, row in undrawn(study, draws):
+            try:
+                nlls = self._redrawn(row, draw, anew)
+            except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
+                said = f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
+                self.run.note(said)
+                nlls = [nan] * len(study.user_attrs["test_nlls"][row])
+            study.set_user_attr(f"refits:{row}:{draws}:{draw}" if anew else f"draws:{row}:{draw}", nlls)
+            if anew:
+                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(self.context.fitted_to)}
+                study.set_user_attr("fitted_to", fitted_to)
+
+    def _shown(self) -> "tuple[dict[str, str], LeftOut | None]":
+        """The models that continue prompts, by row, and what collects that; None if nothing does, or it is known.
+
+        These are dense, uniform and the best of each allocation; of an image classifier dense, uniform and the best of
+        all answer on images.
+        """
+        from atp_tune.inputs import KINDS
+        from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
+
+        study, context, spec = self.study, self.context, self.run.file.study
+        asked, best = spec.continuations, progress.best_trial(study)
+        uniform = uniform_of(study, best)
+        if best is None or uniform is None or not asked.tokens:
+            return {}, None
+        if CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None:
+            return {}, None
+        ranked = [] if spec.interval else best_of_each(study)
+        others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
+        names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
+        names |= {str(best.number): "best", str(uniform.number): "uniform"}
+        if spec.images is not None:
+            work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
+            return names, LeftOut(work, NAMES, "answers on images", context.watch)
+        if context.inputs is not KINDS["tokens"]:
+            return {}, None
+        work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
+        shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", context.watch)
+        if not can_keep(context.checkpoint):
+            shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
+        return names, shown
+
+    def _complete(self, names: Mapping[str, str], shown: "LeftOut") -> None:
+        """Shows the models that were measured before, then stores what all of them wrote, or saw."""
+        for row, name in names.items():
+            if name in shown.wanted:
+                self._pass(row, f"continuations: {name}", [shown], name)
+        shown.repeat("best", "uniform")  # one trial may be both
+        best, found = progress.best_trial(self.study), shown.result()
+        if found and best:
+            key = CONTINUATIONS if self.run.file.study.images is None else ANSWERS
+            store(self.study, key, best.number, found.model_dump(mode="json"))
+
+    def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "WindowScores":
+        """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
+
+        `name`: of the row's model, if that is shown too.
+        """
+        from atp_tune.run.observers import RoleScores
+        from atp_tune.scores import WindowScores
+
+        spec, is_dense = self.run.file.study, row == "dense"
+        if spec.data.test is None and is_dense:
+            known = self.study.user_attrs
+            return WindowScores(known["dense"], [], known.get("dense_ranks", []))
+        if spec.data.test is None:
+            known = self.study.trials[int(row)].user_attrs
+            return WindowScores(known["nlls"], known.get("kls", []), known.get("ranks", []))
+        title = f"test {'text' if spec.images is None else 'images'}: {'dense model' if is_dense else f'trial {row}'}"
+        scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
+        self._pass(row, title, [scores, *([shown] if shown else [])], name)
+        return scores.found[name]
+
+    def _redrawn(self, row: str, draw: int, anew: bool) -> list[float]:
+        """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
+
+        Draw 0 is the trial's own, but for a plan that is fitted anew to less than the study's own plan was.
+        """
+        from atp_tune.run.observers import RoleScores
+
+        spec = self.run.file.study.data
+        is_refitted = anew and is_fitted(allocation_of(self.study.trials[int(row)]))
+        if not (draw or (is_refitted and self.context.is_short)):
+            return list(self.study.user_attrs["test_nlls"][row])
+        scores = RoleScores("validation" if spec.test is None else "test")
+        title = f"draw {draw + 1} of {spec.calibration.draws}: trial {row}"
+        self._pass(row, title, [scores], "", self.context.drawn(draw), is_refitted)
+        return scores.found[""].nlls
+
+    def _pass(
+        self,
+        row: str,
+        title: str,
+        observers: "Sequence[Observer[Any]]",
+        name: str,
+        drawn: "Session | None" = None,
+        is_refitted: bool = False,
+    ) -> None:
+        """Passes the blocks of a row's model to observers, with the batch sizes of its measurement.
+
+        Those affect its mask. `drawn`: prunes it, and its plan is fitted to that draw if it `is_refitted`.
+        """
+        from atp_tune.checkpoints.devices import oom_as_user_error
+
+        trial = None if row == "dense" else self.study.trials[int(row)]
+        plan = self.space.plan_of(trial) if trial else None
+        self.run.watch(TrialStarted(title, plan))
+        own = fingerprint.batches_in(trial) if trial else {}
+        self.context.begin({**fingerprint.batches_of(self.study), **own})
+        session = drawn or self.context
+        with oom_as_user_error(title):
+            if is_refitted and trial:
+                target = self.space.budget.target
+                plan = replace(self.space, budget=session.budget(target)).plan(trial.params)
+            session.measure(plan, observers, name)
 
 
 def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: list[float], ranks: list[int]) -> None:
@@ -82,19 +203,16 @@ def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: li
 
 
 def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:
-    """Waits while another process of this host measures the test text: two may reach the total together."""
+    """Waits while another live process of this host measures the test text: two may reach the total together."""
     is_noted = False
-    while (unreported(study) or undrawn(study, draws)) and _is_reported(study):
+    while unreported(study) or undrawn(study, draws):
+        other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
+        if not isinstance(other, dict) or other.get("pid") == os.getpid() or not is_alive(checked(other, TRIAL)):
+            return
         if not is_noted:
             run.note("waiting for the numbers on the test text, which another process measures")
         is_noted = True
         sleep(POLL)
-
-
-def _is_reported(study: optuna.Study) -> bool:
-    """Whether another live process of this host measures the test text; False for processes of other hosts."""
-    other = study._storage.get_study_system_attrs(study._study_id).get(REPORTER)
-    return isinstance(other, dict) and other.get("pid") != os.getpid() and is_alive(checked(other, TRIAL))
 
 
 def write_best(run: "StudyRun", study: optuna.Study) -> None:
@@ -106,126 +224,3 @@ def write_best(run: "StudyRun", study: optuna.Study) -> None:
         config = best_config(run.file, study, out)
         if not out.exists() or out.read_bytes() != config.to_json().encode():
             config.write(out)
-
-
-def _shown(
-    run: "StudyRun", study: optuna.Study, context: "Session", is_missing: bool
-) -> tuple[dict[str, str], "LeftOut | None"]:
-    """The models that continue prompts, by row of the test text, and what collects that; None if nothing does.
-
-    These are dense, uniform and the best of each allocation; of an image classifier dense, uniform and the best of all
-    answer on images. `is_missing`: numbers on the test text are; else the study ended without these texts, or has them.
-    """
-    from atp_tune.inputs import KINDS
-    from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
-
-    spec, best = run.file.study, progress.best_trial(study)
-    asked, uniform = spec.continuations, uniform_of(study, best)
-    if best is None or uniform is None:
-        return {}, None
-    known = CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None
-    if not is_missing or known or not asked.tokens:
-        return {}, None
-    ranked = [] if spec.interval else best_of_each(study)
-    others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
-    names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
-    names |= {str(best.number): "best", str(uniform.number): "uniform"}
-    if spec.images is not None:
-        work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
-        return names, LeftOut(work, NAMES, "answers on images", context.watch)
-    if context.inputs is not KINDS["tokens"]:
-        return {}, None
-    work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
-    shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", context.watch)
-    if not can_keep(context.checkpoint):
-        shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
-    return names, shown
-
-
-def _complete(
-    run: "StudyRun",
-    study: optuna.Study,
-    context: "Session",
-    space: Space,
-    names: Mapping[str, str],
-    shown: "LeftOut | None",
-) -> None:
-    """Shows the models that were measured before, then stores what all of them wrote, or saw."""
-    if shown is None:
-        return
-    for row, name in names.items():
-        if name in shown.wanted:
-            plan = None if row == "dense" else space.plan_of(study.trials[int(row)])
-            run.watch(TrialStarted(f"continuations: {name}", plan if name == "best" else None))
-            _begin(study, context, row)
-            context.measure(plan, [shown], name)
-    shown.repeat("best", "uniform")  # one trial may be both
-    best, found = progress.best_trial(study), shown.result()
-    if found and best:
-        key = CONTINUATIONS if run.file.study.images is None else ANSWERS
-        store(study, key, best.number, found.model_dump(mode="json"))
-
-
-def _measure(
-    run: "StudyRun",
-    study: optuna.Study,
-    context: "Session",
-    space: Space,
-    row: str,
-    name: str,
-    shown: "LeftOut | None",
-) -> "WindowScores":
-    """Scores of a trial, or of `dense`, on the test text (else the validation text), with KLs if minimised.
-
-    `name`: of its model, if that is shown too.
-    """
-    from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.run.observers import RoleScores
-    from atp_tune.scores import WindowScores
-
-    trial = None if row == "dense" else study.trials[int(row)]
-    if run.file.study.data.test is None:
-        if trial is None:
-            return WindowScores(study.user_attrs["dense"], [], study.user_attrs.get("dense_ranks", []))
-        return WindowScores(trial.user_attrs["nlls"], *(trial.user_attrs.get(key, []) for key in ("kls", "ranks")))
-    plan = None if trial is None else space.plan_of(trial)
-    title = "test text:" if run.file.study.images is None else "test images:"
-    title += f" trial {row}" if trial else " dense model"
-    run.watch(TrialStarted(title, plan))
-    _begin(study, context, row)
-    scores = RoleScores("test", "kl" in run.file.study.search.objective and trial is not None)
-    with oom_as_user_error(title):
-        context.measure(plan, [scores, *([shown] if shown else [])], name)
-    return scores.found[name]
-
-
-def _redrawn(
-    run: "StudyRun", study: optuna.Study, context: "Session", space: Space, name: str, draw: int, anew: bool
-) -> list[float]:
-    """Window NLLs of a trial that another draw prunes; `anew`: a plan that is fitted is fitted to that draw.
-
-    Draw 0 is the trial's own, but for a plan that is fitted anew to less than the study's own plan was.
-    """
-    from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.run.observers import RoleScores
-
-    spec, trial = run.file.study.data, study.trials[int(name)]
-    is_refitted = anew and is_fitted(allocation_of(trial))
-    if not (draw or (is_refitted and context.is_short)):
-        return list(study.user_attrs["test_nlls"][name])
-    plan, drawn = space.plan_of(trial), context.drawn(draw)
-    title = f"draw {draw + 1} of {spec.calibration.draws}: trial {name}"
-    run.watch(TrialStarted(title, plan))
-    _begin(study, context, name)
-    with oom_as_user_error(title):
-        if is_refitted:
-            plan = replace(space, budget=drawn.budget(space.budget.target)).plan(trial.params)
-        scores = RoleScores("validation" if spec.test is None else "test")
-        return list(drawn.measure(plan, [scores])[0].nlls)
-
-
-def _begin(study: optuna.Study, context: "Session", name: str) -> None:
-    """Begins with the batch sizes of a trial's measurement, which affect its mask, or of `dense`."""
-    trial = None if name == "dense" else study.trials[int(name)]
-    own = fingerprint.batches_in(trial) if trial else {}
-    context.begin({**fingerprint.batches_of(study), **own})
