@@ -4,7 +4,7 @@ What is in no key must not change an entry: docs/reliability.md says what each k
 """
 
 from atp_tune.cache import sha256_of_json
-from atp_tune.storage.process_identity import versions
+from atp_tune.storage.process import versions
 
 # Folder: its format, to be increased when the same ingredients give another entry, and the ingredients of its key.
 FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -20,8 +20,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
 from atp_tune.storage import database, fingerprint, lost_trials, opening, progress
-from atp_tune.storage.process_identity import identity
-from atp_tune.storage.trace import Trace
+from atp_tune.storage.process import Trace, identity
 
 WORK = "work"  # the word by which this file calls itself
 

@@ -8,8 +8,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.linears import Linear
 
 
 def linears_of(checkpoint: Checkpoint) -> list[list[tuple[str, Linear]]]:

@@ -38,7 +38,7 @@ with quiet():  # which libraries read as they are imported
     import atp_tune.report
     import atp_tune.search.objective
     import atp_tune.search.runner
-    import atp_tune.serving.serve
+    import atp_tune.serving.servers
     import atp_tune.sparse.applying
     from atp_tune.blocks import prune_pass
     from atp_tune.checkpoints import devices

@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from atp_tune.allocations.channels import BlockChannels, ChannelSet, rounded
-from atp_tune.blocks.channel_pruning import too_sparse
-from atp_tune.blocks.channels import find_channels
+from atp_tune.blocks.channels import find_channels, too_sparse
 from atp_tune.errors import TrialError, UserError
 from atp_tune.pruners.channels import HessianAndMoments, channel_scores, magnitude_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings

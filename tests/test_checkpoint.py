@@ -12,10 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints import checkpoint as module
-from atp_tune.checkpoints.blocks import find_blocks
+from atp_tune.checkpoints.blocks import find_blocks, find_linears
 from atp_tune.checkpoints.buffers import Mapped, mapped_files
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.linears import find_linears
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.errors import UserError
 

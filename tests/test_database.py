@@ -28,10 +28,9 @@ from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
 from atp_tune.extras import install
 from atp_tune.results.summary import summarise
-from atp_tune.serving.dashboard_storage import make_view
-from atp_tune.serving.maintenance import Maintenance
+from atp_tune.serving.dashboard_storage import Maintenance, make_view
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import database, fingerprint, opening, progress, retry
+from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password
 from atp_tune.storage.remote import connect
@@ -44,7 +43,7 @@ MEASURES = (
 
 @pytest.fixture(autouse=True)
 def without_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.05, 0.2))
+    monkeypatch.setattr(database, "RETRY_PAUSES", (0.05, 0.2))
     with quiet():
         yield
 
@@ -253,7 +252,7 @@ def test_a_worker_gives_up_in_one_line(
     def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
         if self.number == 1:
             killed(frail)
-            monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
+            monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
         return suggest(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(optuna.Trial, "suggest_float", kill)

@@ -18,10 +18,9 @@ from atp_tune.measures import perplexity
 from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores, parts_of
 from atp_tune.run.session import Session
-from atp_tune.scores import evaluation, losses, next_token
+from atp_tune.scores import evaluation, next_token
 from atp_tune.scores.evaluation import Block, final_states, head_scores
-from atp_tune.scores.losses import loss_gradient, mean_loss, token_kls, token_nlls
-from atp_tune.scores.next_token import NEXT_TOKEN
+from atp_tune.scores.next_token import NEXT_TOKEN, loss_gradient, mean_loss, token_kls, token_nlls
 
 
 def dense_blocks(replay: Replay) -> Iterator[Block]:
@@ -111,7 +110,7 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         monkeypatch.setattr(work.batch("validation"), "windows", windows)
         monkeypatch.setattr(work.heads, "windows", heads)
         monkeypatch.setattr(next_token, "POSITIONS", positions)
-        monkeypatch.setattr(losses, "CACHED", cached)
+        monkeypatch.setattr(next_token, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
             parts = parts_in(work, "validation", pruned, True, one_by_one)
             assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
@@ -130,7 +129,7 @@ def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CACHED", cached)
+    monkeypatch.setattr(next_token, "CACHED", cached)
     dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
     p, q = dense.double().softmax(1), logits.double().softmax(1)
     expected = [sum(float(p[t, v] * (p[t, v] / q[t, v]).log()) for v in range(97)) for t in range(10)]
@@ -271,7 +270,7 @@ def test_slices_of_positions_change_no_result(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CACHED", cached)
+    monkeypatch.setattr(next_token, "CACHED", cached)
     logits, targets = 30 * torch.randn(10, 97).to(dtype), torch.randint(97, (10,))
     before = logits.clone()
     expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
@@ -286,7 +285,7 @@ def test_gradients_by_logits_are_those_of_the_losses(
     share: float | None, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`share` of the NLL; None without a dense model."""
-    monkeypatch.setattr(losses, "CACHED", cached)
+    monkeypatch.setattr(next_token, "CACHED", cached)
     (dense, logits), targets = (5 * torch.randn(10, 97).to(dtype) for _ in range(2)), torch.randint(97, (10,))
     leaf, p = logits.double().requires_grad_(), dense.double().softmax(1)
     loss = torch.nn.functional.cross_entropy(leaf, targets, reduction="sum")

@@ -37,7 +37,7 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import app
 from atp_tune.cli.model_group import MODEL
 from atp_tune.events import Place
-from atp_tune.serving import serve
+from atp_tune.serving import servers
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig
@@ -165,7 +165,7 @@ def limited(home: Path) -> Iterator[None]:
         pipes.cancel()
 
 
-def visit(served: serve.Served, ended: list[bool]) -> None:
+def visit(served: servers.Served, ended: list[bool]) -> None:
     """Asks for what a browser would ask for."""
 
     def get(path: str) -> Any:
@@ -189,18 +189,18 @@ def visit(served: serve.Served, ended: list[bool]) -> None:
 @pytest.fixture
 def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve` ends when what it serves has been looked at."""
-    real = serve.serve
+    real = servers.serve
 
-    def short(service: serve.Service, _: object, ready: Callable[[serve.Served], None], tell: Any) -> None:
+    def short(service: servers.Service, _: object, ready: Callable[[servers.Served], None], tell: Any) -> None:
         ended: list[bool] = []
 
-        def begun(served: serve.Served) -> None:
+        def begun(served: servers.Served) -> None:
             ready(served)
             Thread(target=visit, args=(served, ended)).start()
 
         real(service, lambda: bool(ended), begun, tell)
 
-    monkeypatch.setattr(serve, "serve", short)
+    monkeypatch.setattr(servers, "serve", short)
 
 
 @pytest.fixture

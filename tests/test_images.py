@@ -25,7 +25,7 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs import pixel_cache
+from atp_tune.inputs import pixels
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests, images_of
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
@@ -409,7 +409,7 @@ def test_damaged_pixels_are_made_anew(
 def test_many_pixels_are_not_kept(
     classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_cache, "LARGEST", 1000)
+    monkeypatch.setattr(pixels, "LARGEST", 1000)
     read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
     assert not list((cache / "pixels").iterdir())
 

@@ -25,7 +25,7 @@ from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.trace import left_of
+from atp_tune.storage.process import left_of
 
 pytestmark = pytest.mark.slow
 ROWS = Rows()

@@ -251,7 +251,7 @@ LIGHT = [
     "search.samplers",
     "search.space",
     "search.runner",
-    "serving.serve",
+    "serving.servers",
     "sparse.card",
     "sparse.pushing",
     "sparse.verifying",

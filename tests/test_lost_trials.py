@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from atp_tune.cache import cache_dir
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.storage.lost_trials import MOST, SAME, CutOff, why_given_up
-from atp_tune.storage.trace import Trace, forget, left_of
+from atp_tune.storage.process import Trace, forget, left_of
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])
 CRASHES = st.sampled_from(["Aborted", "RuntimeError"])
@@ -183,7 +183,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 ENDING = """
 import os, sys
 from atp_tune.events import Step
-from atp_tune.storage.trace import Trace
+from atp_tune.storage.process import Trace
 
 trace = Trace()
 watch = trace.heard_by(lambda event: None)

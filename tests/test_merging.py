@@ -20,7 +20,7 @@ from atp_tune.dashboard.notes import with_own_words
 from atp_tune.errors import UserError
 from atp_tune.merging import Merged, merge
 from atp_tune.results.summary import summarise
-from atp_tune.serving.maintenance import Maintenance
+from atp_tune.serving.dashboard_storage import Maintenance
 from atp_tune.storage import lost_trials, progress
 
 

@@ -6,7 +6,7 @@ import pytest
 from tinystudy import CommandLine, run, study_file
 
 from atp_tune.events import Event, Message
-from atp_tune.serving.serve import Service, serve
+from atp_tune.serving.servers import Service, serve
 from atp_tune.storage import opening
 
 

@@ -22,7 +22,7 @@ from atp_tune.scores.evaluation import head_scores
 from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
 from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
 

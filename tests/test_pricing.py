@@ -30,7 +30,7 @@ from atp_tune.blocks import gradients
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Run, Sample
 from atp_tune.blocks.pricing import BAND, GRID, ByPlaces, ByPruner, Levels, Pricing
-from atp_tune.checkpoints.linears import Linear
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.cost import parts
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from atp_tune import __version__
-from atp_tune.storage.process_identity import identity, is_alive, is_dead, versions
+from atp_tune.storage.process import identity, is_alive, is_dead, versions
 
 Child = subprocess.Popen[bytes]
 

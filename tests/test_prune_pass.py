@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from atp_tune.allocations import Budget, Shape, atp
 from atp_tune.blocks import batching
 from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.channel_pruning import ChannelPruner
+from atp_tune.blocks.channels import ChannelPruner
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints import devices

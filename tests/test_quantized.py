@@ -21,9 +21,9 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from atp_tune.checkpoints import quantized
+from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.headers import read_sizes
-from atp_tune.checkpoints.linears import find_linears
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.extras import install

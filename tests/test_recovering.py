@@ -35,7 +35,7 @@ from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
 from atp_tune.storage import opening
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 
 SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
 

@@ -16,9 +16,9 @@ from tinystudy import HANGS, CommandLine, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import fingerprint, lost_trials, opening, progress, remote, retry, trace
+from atp_tune.storage import database, fingerprint, lost_trials, opening, process, progress, remote
 from atp_tune.storage.lost_trials import SAME
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 from atp_tune.storage.remote import RemoteStorage, connect
 
 
@@ -54,7 +54,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST", 1)
-    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.05,))
+    monkeypatch.setattr(database, "RETRY_PAUSES", (0.05,))
 
 
 def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
@@ -126,7 +126,7 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
 
 @pytest.mark.slow
 def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
     study, trial = started(server)
     server.stop()
     with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. All earlier results are stored"):
@@ -197,7 +197,7 @@ def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.Mo
     study.tell(trial, 1.0)
     there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
     server.stop()
-    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.1)
     there.record_heartbeat(trial._trial_id)
     server.start()
 
@@ -210,7 +210,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
         trial = study.ask()
         for name, value in {**identity(), "process_started": 0.0}.items():
             trial.set_user_attr(name, value)
-        trace._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
+        process._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
         assert lost_trials.recover(study) == [number]
     there = opening.find_study(server.database, "s")
     assert there is not None

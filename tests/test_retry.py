@@ -23,11 +23,10 @@ from tinystudy import HANGS
 
 from atp_tune.errors import UserError
 from atp_tune.serving.servers import ServedDatabase, proxy
-from atp_tune.storage import retry
-from atp_tune.storage.database import CALLS
+from atp_tune.storage import database
+from atp_tune.storage.database import CALLS, Retrying
 from atp_tune.storage.opening import open_database, open_storage
 from atp_tune.storage.remote import connect
-from atp_tune.storage.retry import Retrying
 from atp_tune.system import interruptible
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
@@ -36,7 +35,7 @@ END = (TrialState.COMPLETE, [1.5])
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "RETRY_PAUSES", (0.001,))
+    monkeypatch.setattr(database, "RETRY_PAUSES", (0.001,))
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "server"])

@@ -35,7 +35,7 @@ from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atp_tune.blocks.input_hooks import prune_sequentially
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints.linears import find_linears
+from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner

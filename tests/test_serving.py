@@ -25,7 +25,7 @@ from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_f
 
 from atp_tune.dashboard.notes import OWN, with_own_words
 from atp_tune.errors import UserError
-from atp_tune.serving.serve import Served, Service, choose, serve
+from atp_tune.serving.servers import Served, Service, choose, serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress

@@ -32,7 +32,7 @@ from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.spec.config import read_config
-from atp_tune.storage import process_identity
+from atp_tune.storage import process
 
 NOW = datetime(2026, 1, 1, 12)
 DISTRIBUTIONS = {
@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_null(study: optuna.Study) -> None:
 
 def test_a_lost_process_is_named(study: optuna.Study) -> None:
     add(study, 0.1, state=TrialState.RUNNING, seconds=35, host="elsewhere", pid=1)
-    add(study, 0.1, state=TrialState.RUNNING, seconds=7, **{**process_identity.identity(), "process_started": 0.0})
+    add(study, 0.1, state=TrialState.RUNNING, seconds=7, **{**process.identity(), "process_started": 0.0})
     elsewhere, lost = document(study)["running"]
     assert elsewhere == {
         "trial": 0, "plan": "wanda atp β=0.10000", "seconds": 35.0, "host": "elsewhere", "lost": False,

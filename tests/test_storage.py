@@ -16,11 +16,11 @@ from tinystudy import quiet
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
-from atp_tune.storage import database, lost_trials, opening, trace
+from atp_tune.storage import database, lost_trials, opening, process
 from atp_tune.storage.fingerprint import check_facts, create_study, is_new
 from atp_tune.storage.lost_trials import queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 from atp_tune.storage.progress import START, best_trial, counted, is_repetition, is_surplus, running
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
@@ -307,11 +307,11 @@ def die(study: optuna.Study, left: bytes = b"", **identity: Any) -> int:
     for name, value in {**DEAD, **identity}.items():
         trial.set_user_attr(name, value)
     if left:
-        trace._file(study.study_name, trial.number, identity.get("pid", DEAD["pid"])).write_bytes(left)
+        process._file(study.study_name, trial.number, identity.get("pid", DEAD["pid"])).write_bytes(left)
     return trial.number
 
 
-PRUNE = b"after prune 12 of 30".ljust(trace.WIDTH)
+PRUNE = b"after prune 12 of 30".ljust(process.WIDTH)
 
 
 def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna.Study) -> None:
@@ -337,7 +337,7 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
 def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lost_trials, "MOST", 8)
     for number in range(7):
-        die(study, f"after prune {number % 2} of 30".encode().ljust(trace.WIDTH))
+        die(study, f"after prune {number % 2} of 30".encode().ljust(process.WIDTH))
         recover(study)
     trial = study.ask()
     assert remark_of(study.trials[trial.number]) == "cut off 7 times before"
@@ -349,7 +349,7 @@ def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatc
 @pytest.mark.slow
 def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
     for number in range(3):
-        place = f"after prune {number} of 30".encode().ljust(trace.WIDTH)
+        place = f"after prune {number} of 30".encode().ljust(process.WIDTH)
         die(study, place + b"Fatal Python error: Aborted\n\nCurrent thread 0x00007f5c8ade9990:\n")
         recover(study)
     assert remark_of(study.trials[2]) == (

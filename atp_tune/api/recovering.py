@@ -18,7 +18,7 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage import progress
-from atp_tune.storage.process_identity import identity
+from atp_tune.storage.process import identity
 
 
 def is_pending(run: StudyRun, study: optuna.Study) -> bool:

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import torch
 
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory, is_out_of_memory, release_memory
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.events import Notify
 

@@ -23,8 +23,8 @@ from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score, TailStart, ranked_by
 from atp_tune.allocations.prices import between
 from atp_tune.allocations.rows import RowSparsities
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 from atp_tune.pruners.statistics import InputNorms

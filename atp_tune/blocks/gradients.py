@@ -18,9 +18,9 @@ from torch import Tensor
 from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.prune_pass import embed
 from atp_tune.blocks.replay import Replay
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import TrialError
 from atp_tune.inputs import Batch, InputKind
 

@@ -28,8 +28,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from atp_tune.checkpoints.experts import expert_inputs, expert_name, expert_weights
-from atp_tune.checkpoints.linears import Linear
+from atp_tune.checkpoints.blocks import Linear, expert_inputs, expert_name, expert_weights
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 

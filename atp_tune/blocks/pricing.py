@@ -50,7 +50,7 @@ from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.gradients import BlockGradients, Sample, check_finite
 from atp_tune.blocks.prune_pass import BlockStatistics, unmeasured
-from atp_tune.checkpoints.linears import Linear
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.inputs import Batch
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import zeroed

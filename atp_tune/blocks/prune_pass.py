@@ -21,11 +21,11 @@ from torch import Tensor
 
 from atp_tune.allocations.rows import offsets_of, zeros_of_rows
 from atp_tune.blocks.batching import AutoBatch, once_more
-from atp_tune.blocks.channel_pruning import ChannelPruner, PrunedChannels
+from atp_tune.blocks.channels import ChannelPruner, PrunedChannels
 from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, prune_sequentially, stop_when_all_seen
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.timing import Timer
-from atp_tune.checkpoints.linears import Linear
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.inputs import Batch
 from atp_tune.plan import Level, Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner

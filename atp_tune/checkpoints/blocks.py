@@ -6,12 +6,219 @@ Between the stages of an image classifier lie steps such as downsampling, which 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.classes import is_image_classifier, language_model, vision_tower
+from atp_tune.checkpoints.quantized import check_plain
 from atp_tune.errors import UserError
 from atp_tune.spec.block_names import joined
+
+# --- The linears of a block, the weight matrices that are pruned.
+#
+# Pruned: `nn.Linear` and its subclasses, GPT-2's `Conv1D`, experts of a mixture. Dense: routers, convolutions over
+# tokens, parameters of a recurrence.
+
+OTHERS = 0.25  # largest size of other matrices, relative to the linears of a block
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A prunable weight matrix: the path of its module in the block; `transposed`: the weight is stored [in, out].
+
+    The matrix of an expert is a slice of a 3-D tensor; its name ends in the index, `[expert]`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in the block of the tensor that holds the weight."""
+        return f"{self.name}.weight" if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
+
+    @property
+    def module(self) -> str:
+        """Path in the block of the module that multiplies by the weight."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """View [out, in] of the weight in the tensor that holds it."""
+        own = stored if self.expert is None else stored[self.expert]
+        return own.T if self.transposed else own
+
+
+def is_attention(name: str) -> bool:
+    """Whether a linear belongs to attention, by its path: attn or attention."""
+    return "attn" in name or "attention" in name
+
+
+def is_value(name: str) -> bool:
+    """Whether a linear is the value projection of attention, not fused with others."""
+    return name.rpartition(".")[2] in ("v_proj", "value")
+
+
+def is_state_space(name: str) -> bool:
+    """Whether a linear is Mamba's Δ projection, whose weight the model may read without calling the module, so that
+    its inputs are unknown.
+    """
+    return name.rpartition(".")[2] == "dt_proj"
+
+
+def is_position_bias(name: str) -> bool:
+    """Whether a linear makes a bias of attention from positions, not from images, as SwinV2's."""
+    return "position_bias" in name
+
+
+def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
+    """The prunable linears of a block, in the order of its modules.
+
+    `of_images`: of an image classifier, whose other matrices, which are convolutions and biases by position, stay
+    dense. Errors: UserError if there is none, or in a language model for a weight of an unknown kind.
+    """
+    if of_images:
+        linears = ((name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear))
+        return [
+            Linear(name, part.out_features, part.in_features, False)
+            for name, part in linears
+            if not is_position_bias(name)
+        ]
+    experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
+    gates, found = find_gates(block), []
+    for name, module in block.named_modules():
+        if name in experts:
+            found += experts[name]
+        elif isinstance(module, nn.Linear | Conv1D) and module not in gates and not is_state_space(name):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.T.shape if transposed else module.weight.shape
+            found.append(Linear(name, rows, columns, transposed))
+    check_plain(block, (linear.key for linear in found))
+    if not found:
+        raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
+    _check_others(block, found, gates)
+    return found
+
+
+def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) -> None:
+    """UserError if matrices outside the linears hold more than `OTHERS`: the block would be denser than reported.
+
+    Routers and recurrences have small ones.
+    """
+    known = {linear.key for linear in found} | {
+        f"{name}.weight" for name, module in block.named_modules() if module in gates
+    }
+    others = {
+        name: parameter.numel()
+        for name, parameter in block.named_parameters()
+        if name not in known
+        and sum(size > 1 for size in parameter.shape) > 1
+        and not is_state_space(name.rpartition(".")[0])
+    }
+    if sum(others.values()) > OTHERS * sum(linear.size for linear in found):
+        name = max(others, key=others.__getitem__)
+        kind = type(block.get_submodule(name.rpartition(".")[0])).__name__
+        raise UserError(f"model module {kind}: {name.rpartition('.')[2]} is a matrix in a form that is not known")
+
+
+def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
+    found = []
+    for weight in expert_weights(module):
+        experts, *shape = getattr(module, weight).shape
+        rows, columns = shape[::-1] if module.is_transposed else shape
+        found += [
+            Linear(expert_name(path, weight, expert), rows, columns, bool(module.is_transposed), expert)
+            for expert in range(experts)
+        ]
+    return found
+
+
+# --- Experts of a mixture, as transformers 5 stores and runs them.
+#
+# An experts module holds two 3-D parameters, W_up [experts, wide, width] and W_down [experts, width, inner]; if
+# `is_transposed`, the last two dimensions are swapped. For the tokens X_e that the router sends to expert e:
+#
+#     H_e = gate(X_e W_up[e]ᵀ + b_up[e])    X_e [tokens of e, width], H_e [tokens of e, inner] the inputs of W_down[e]
+#
+# `gate` is a method of the module. Source: `use_experts_implementation` in `transformers.integrations.moe`.
+
+ATTRIBUTES = ("num_experts", "has_bias", "is_transposed", "_apply_gate")
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module itself has stacked matrices: parameters with over two dimensions, at least two larger than 1.
+
+    Filters of a depthwise convolution [channels, 1, width] do not count.
+    """
+    return not is_depthwise(module) and any(map(_is_stack, module.parameters(recurse=False)))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a depthwise convolution over tokens, as in state-space blocks."""
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+
+
+def _is_stack(parameter: Tensor) -> bool:
+    return parameter.dim() > 2 and sum(size > 1 for size in parameter.shape) > 1
+
+
+def expert_weights(module: Any) -> tuple[str, str]:
+    """Names of W_up and W_down of an experts module; UserError if it stores experts in another way."""
+    deep = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False) if _is_stack(parameter)}
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    if deep != {up: 3, "down_proj": 3} or not all(hasattr(module, name) for name in ATTRIBUTES):
+        kind, name = type(module).__name__, next(iter(deep))
+        raise UserError(f"model module {kind}: {name} has {deep[name]} dimensions in a form that is not known")
+    return up, "down_proj"
+
+
+def expert_name(path: str, weight: str, expert: int) -> str:
+    """The name of an expert's matrix as a linear of its block, such as `mlp.experts.down_proj[3]`."""
+    return f"{path}.{weight}[{expert}]"
+
+
+def find_gates(block: nn.Module) -> set[nn.Module]:
+    """The linears that gate experts: siblings of an experts module, or the only linear in a sibling (a router).
+
+    They have one output per expert, or a single output, the gate of a shared expert.
+    """
+    gates: set[nn.Module] = set()
+    for holder in block.modules():
+        counts = {child.num_experts for child in holder.children() if holds_experts(child)}
+        for child in holder.children() if counts else ():
+            linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
+            if len(linears) == 1 and linears[0].weight.shape[0] in {1, *counts}:
+                gates.add(linears[0])
+    return gates
+
+
+def expert_inputs(module: Any, weight: str, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Expert and inputs [tokens, in] of W_up or W_down for each expert with tokens, with the weights of the module.
+
+    hidden [tokens, width] and chosen experts [tokens, k] are the arguments of the module.
+    """
+    up, _ = expert_weights(module)
+    for expert in range(module.num_experts):
+        rows = hidden[(chosen == expert).any(-1)]
+        if len(rows):
+            yield expert, rows if weight == up else _inner(module, up, expert, rows)
+
+
+def _inner(module: Any, up: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(module, up)[expert]
+    bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
+    wide = nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
+    inner: Tensor = module._apply_gate(wide) if up == "gate_up_proj" else module.act_fn(wide)
+    return inner
 
 
 @dataclass(frozen=True)

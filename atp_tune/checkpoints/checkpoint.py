@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
-from atp_tune.checkpoints.blocks import find_blocks
+from atp_tune.checkpoints.blocks import Linear, find_blocks, find_linears, is_attention, is_value
 from atp_tune.checkpoints.buffers import mapped_files, move_into, on_disk, pinned, plain
 from atp_tune.checkpoints.classes import auto_class, is_image_classifier, width_of
 from atp_tune.checkpoints.convert import one_line
@@ -31,7 +31,6 @@ from atp_tune.checkpoints.devices import (
     make_current,
     release_memory,
 )
-from atp_tune.checkpoints.linears import Linear, find_linears, is_attention, is_value
 from atp_tune.checkpoints.offload import Free, Offload, choose, hessian_bytes, states
 from atp_tune.checkpoints.quantized import check_full
 from atp_tune.checkpoints.streaming import Stream, Tensors

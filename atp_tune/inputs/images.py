@@ -15,8 +15,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixel_cache import cached_pixels
-from atp_tune.inputs.pixels import ImageProcessor, class_indices
+from atp_tune.inputs.pixels import ImageProcessor, cached_pixels, class_indices
 from atp_tune.spec.images import ImageSet
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out

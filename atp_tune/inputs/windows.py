@@ -28,7 +28,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
 from atp_tune.spec.texts import Text, short_source
-from atp_tune.storage.process_identity import version_of
+from atp_tune.storage.process import version_of
 
 if TYPE_CHECKING:
     import torch

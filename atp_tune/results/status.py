@@ -26,7 +26,7 @@ from atp_tune.spec.config import Divergences, ModelAccuracies, Score, Scores, du
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
-from atp_tune.storage.process_identity import is_dead
+from atp_tune.storage.process import is_dead
 from atp_tune.storage.progress import counts, sparsity_of
 
 FORMAT: Literal["atp_tune.status/2"] = "atp_tune.status/2"

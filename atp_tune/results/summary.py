@@ -37,7 +37,7 @@ from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.process_identity import is_dead
+from atp_tune.storage.process import is_dead
 from atp_tune.storage.validation import StudySnapshot
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value

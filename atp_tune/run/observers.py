@@ -38,8 +38,7 @@ from atp_tune.spec.config import SHARES
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session
-    from atp_tune.scores.task_scores import TaskResult
-    from atp_tune.scores.tasks import Tasks
+    from atp_tune.scores.tasks import TaskResult, Tasks
 
 T = TypeVar("T")
 GROUPS = 8  # parts of validation items; a stopper may end a trial between two of them
@@ -340,13 +339,13 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         asks = "".join(each.about_images for each in self.sets.values())
         if not asks:
             return load_tokenizer(folder, trusted)
-        from atp_tune.scores.image_tasks import load_processor
+        from atp_tune.scores.classes import load_processor
 
         return load_processor(folder, trusted, asks)
 
     def run(self, weights_of: WeightsOf) -> dict[str, dict[str, "TaskResult"]]:
         """Runs the model on all tasks."""
-        from atp_tune.scores.task_scores import score
+        from atp_tune.scores.tasks import score
 
         session, began = self.session, perf_counter()
         tokenizer = self.tokenizer(session.folder.path, session.folder.trusted)

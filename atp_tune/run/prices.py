@@ -41,9 +41,9 @@ from atp_tune.blocks.pricing import BAND, GRID, BitPricing, ByPlaces, ByPruner, 
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.cache import cache_dir, file_atomically, made_once, write_atomically
 from atp_tune.cache_keys import key
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import host_memory
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind, Items
 from atp_tune.pruners import Pruner

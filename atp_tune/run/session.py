@@ -21,8 +21,7 @@ from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.channel_pruning import ChannelPruner, too_sparse
-from atp_tune.blocks.channels import find_channels
+from atp_tune.blocks.channels import ChannelPruner, find_channels, too_sparse
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.towers import verified_with_tower

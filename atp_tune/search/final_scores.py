@@ -25,7 +25,7 @@ from atp_tune.results.trials import allocation_of, best_of_each, is_uniform, uni
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint, progress
-from atp_tune.storage.process_identity import identity, is_alive
+from atp_tune.storage.process import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:

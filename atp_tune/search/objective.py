@@ -24,8 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
@@ -41,7 +41,7 @@ from atp_tune.spec.search import ACCURACY
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
-from atp_tune.storage.process_identity import identity, versions
+from atp_tune.storage.process import identity, versions
 from atp_tune.storage.progress import best_trial, counts
 
 Kind = Literal["nlls", "kls", "misses"]  # what trials are compared by, window by window

@@ -31,8 +31,7 @@ from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.process_identity import versions
-from atp_tune.storage.trace import Trace
+from atp_tune.storage.process import Trace, versions
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import TaskResults

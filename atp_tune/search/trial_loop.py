@@ -15,8 +15,7 @@ from atp_tune.results.trials import error_of, is_by_kl, kl_of, score_of
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, progress
-from atp_tune.storage.process_identity import GRACE
-from atp_tune.storage.trace import Trace
+from atp_tune.storage.process import GRACE, Trace
 from atp_tune.storage.validation import ValidatedStudy
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers.pytorch_utils import Conv1D
 
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.sparse.provenance import Settings
 
 

@@ -37,7 +37,7 @@ from atp_tune.spec.plugged import records
 from atp_tune.spec.quantize import Bits
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage.process_identity import versions
+from atp_tune.storage.process import versions
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[..., Dense]  # of context, plan, folder and configuration, as `write_sparse`

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.linears import Linear
 from atp_tune.errors import UserError
 from atp_tune.packed.codes import Coded, Parts, encode, spread
 from atp_tune.quantizers.grid import Grid

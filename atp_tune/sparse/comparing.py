@@ -28,7 +28,7 @@ from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig, of_model
-from atp_tune.storage.process_identity import versions
+from atp_tune.storage.process import versions
 
 TASKS = ("zero-shot",)  # the default of --tasks, which are of texts
 METRIC = "acc"  # as lm-eval calls it

@@ -51,7 +51,7 @@ from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.texts import Text
-from atp_tune.storage.process_identity import versions
+from atp_tune.storage.process import versions
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer

@@ -2,7 +2,7 @@
 
     loss   next-token: mean NLL of a batch of windows, nats per token; of images mean cross-entropy of their classes
            kl: mean of KL(p ‖ q), p the dense model's distribution of the next token, or class, and q this model's
-           both: the mean of the two (`scores.losses`)
+           both: the mean of the two (`scores.next_token`)
     rate   rises over the first 5 % of the steps, then falls along a cosine
     step   AdamW without weight decay; gradients are clipped to norm 1
     stop   the loss on held-out windows chooses the step whose adapters are merged (`EarlyStop`)
@@ -26,7 +26,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
-from atp_tune.scores.losses import loss_gradient, mean_loss
+from atp_tune.scores.next_token import loss_gradient, mean_loss
 from atp_tune.sparse.adapters import make_adapters, recompute_blocks
 from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.teacher import Teacher

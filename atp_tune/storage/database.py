@@ -12,16 +12,22 @@ was lost, then the retry of
 
 import logging
 import math
+import shlex
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, repeat
+from pathlib import Path
+from threading import Lock, local
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, func, select
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
@@ -30,10 +36,141 @@ from atp_tune.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
 from atp_tune.storage.attributes import AttributeStorage
-from atp_tune.storage.process_identity import GRACE, is_alive
-from atp_tune.storage.retry import Retrying, is_told
-from atp_tune.storage.sqlite_errors import BUSY, way_out
+from atp_tune.storage.process import GRACE, is_alive
 from atp_tune.storage.validation import unreadable
+from atp_tune.system import pause
+
+# --- Retries of calls to a server that is unreachable, with a warning when an outage begins and ends.
+#
+# So no network failure or restart of the server costs a worker its result.
+
+RETRY_SECONDS = 3600  # seconds of an outage after which a worker gives up
+RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts; the last one repeats
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+
+class Retrying:
+    """Retries calls to one server (`name` in messages), from any thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._since: float | None = None
+        self._lock = Lock()
+        self._thread = local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Retrying, (self._name,)  # a copy begins without an outage
+
+    @property
+    def has_repeated(self) -> bool:
+        """Whether this thread's last call took several attempts, so that an earlier one may have succeeded unseen."""
+        return bool(getattr(self._thread, "has_repeated", False))
+
+    def ask(self, attempt: Callable[[], Answer], away: Callable[[Answer], str]) -> Answer:
+        """The first answer for which `away` gives no reason; UserError after `RETRY_SECONDS` of one outage.
+
+        The limit is for the outage, not the call: after a run has given up, its last calls do not wait again.
+        """
+        pauses, has_repeated = chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])), False
+        try:
+            while reason := away(answer := attempt()):
+                self._wait(reason, next(pauses))
+                has_repeated = True
+        finally:
+            self._thread.has_repeated = has_repeated  # set at the end: an attempt may make a call of its own
+        self._answered()
+        return answer
+
+    def _wait(self, reason: str, seconds: float) -> None:
+        with self._lock:
+            if self._since is None:
+                self._since = monotonic()
+                log.warning("%s %s; trying again, nothing is lost", self._name, reason)
+        if monotonic() - self._since >= RETRY_SECONDS:
+            raise UserError(
+                f"{self._name} {reason}, for {RETRY_SECONDS / 60:.0f} minutes now. All earlier results are stored; "
+                "the same command resumes the study"
+            )
+        pause(seconds)
+
+    def _answered(self) -> None:
+        with self._lock:
+            if self._since is not None:
+                self._since = None
+                log.warning("%s answers again", self._name)
+
+
+def is_told(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
+    """Whether a trial has this state and these values."""
+    return (trial.state, trial.values) == (state, list(values) if values else None)
+
+
+# --- Errors of SQLite files and disks, with what to do, in one line instead of SQLAlchemy's and Optuna's tracebacks.
+
+BUSY = 60  # seconds that a writer waits for SQLite's lock
+
+_GO_ON = "what is stored is safe, and the same command resumes"
+_MEND = (
+    "restore a backup, or save what is readable with `sqlite3 {file} .recover | sqlite3 NEW.db` "
+    "and go on with --storage sqlite:///NEW.db"
+)
+WAYS = {  # SQLite's words → what to do
+    "is full": f"make room on the disk: {_GO_ON}",
+    "disk i/o error": f"check the disk: {_GO_ON}",
+    "readonly": "name another with --storage sqlite:///FILE.db",
+    "unable to open": "name another with --storage sqlite:///FILE.db",
+    "malformed": _MEND,
+    "not a database": _MEND,
+    "could not decode": _MEND,
+    "no such table": _MEND,
+    "no such column": _MEND,
+}
+
+
+OPTUNAS = {  # tables of all versions of Optuna's schema
+    "studies", "study_directions", "study_user_attributes", "study_system_attributes", "trials",
+    "trial_user_attributes", "trial_system_attributes", "trial_params", "trial_values", "version_info",
+}  # fmt: skip
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a disk is full or fails, which a person may repair while programs wait."""
+    return any(sign in str(error).lower() for sign in ("is full", "disk i/o error"))
+
+
+def way_out(error: BaseException, address: str) -> str | None:
+    """What to do about a database's error; None if unknown."""
+    way = next((way for sign, way in WAYS.items() if sign in str(error).lower()), None)
+    return way and way.format(file=shlex.quote(str(make_url(address).database)))
+
+
+def check_whole(file: Path) -> None:
+    """UserError if a SQLite file is damaged or another program's; without writing to it.
+
+    Optuna creates its tables in any file that it opens, even to read.
+    """
+    tables, is_made = set[str](), None
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
+            connection.text_factory = lambda text: text.decode(errors="replace")  # results may quote damaged bytes
+            found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            is_made = "version_info" in tables and connection.execute("SELECT 1 FROM version_info").fetchone()
+    except sqlite3.OperationalError:  # no damage; opening the storage raises it again
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found == "ok" and tables and not tables & OPTUNAS:
+        raise UserError(f"storage {file}: is another program's database; name another with --storage sqlite:///FILE.db")
+    if is_made and (missing := sorted(OPTUNAS - tables)):  # Optuna would create it again, empty
+        found = f"no such table: {missing[0]}"
+    if found != "ok":
+        raise UserError(
+            f"storage {file}: is damaged ({' '.join(found.split())}); {_MEND.format(file=shlex.quote(str(file)))}"
+        )
+
 
 # One connection stays open, more while threads need them: 90 workers fit into PostgreSQL's limit of 100.
 POOL = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 15}
@@ -62,8 +199,6 @@ CALLS = (
     "_set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_user_attr",
     "set_trial_user_attrs", "set_study_system_attrs", "_get_stale_trial_ids",
 )  # fmt: skip
-
-log = logging.getLogger(__name__)
 
 
 def without_password(address: str) -> str:

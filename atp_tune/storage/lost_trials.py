@@ -15,8 +15,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import is_heartbeat_enabled
-from atp_tune.storage import trace
-from atp_tune.storage.process_identity import GRACE, has_rebooted, is_dead
+from atp_tune.storage import process
+from atp_tune.storage.process import GRACE, has_rebooted, is_dead
 from atp_tune.storage.validation import checked_trial
 
 INTERRUPTED = "interrupted"  # the attribute `lost` after Ctrl-C
@@ -110,7 +110,7 @@ def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[F
     """Fails one of the trials found dead, unless another process has done so."""
     cut_off = _cut_off(study.study_name, trial, dead)
     if _end(study, trial, {"cut_off": cut_off.stored(), "lost": reason}):
-        trace.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+        process.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
 
 
 def end_interrupted(study: optuna.Study, number: int) -> None:
@@ -136,7 +136,7 @@ def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> Cut
     if not is_dead(attrs):
         return CutOff()
     others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
-    place, crash = trace.left_of(study, trial.number, attrs["pid"])
+    place, crash = process.left_of(study, trial.number, attrs["pid"])
     return CutOff(place, crash, alone=not (others or has_rebooted(attrs)))
 
 

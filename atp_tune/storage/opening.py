@@ -19,14 +19,15 @@ from atp_tune.storage import in_memory
 from atp_tune.storage.database import (
     Database,
     RetryingDatabase,
+    check_whole,
     engine_options,
     reason_of,
+    way_out,
     with_driver,
     without_password,
 )
 from atp_tune.storage.lost_trials import queue_lost
-from atp_tune.storage.process_identity import GRACE, HEARTBEAT
-from atp_tune.storage.sqlite_errors import check_whole, way_out
+from atp_tune.storage.process import GRACE, HEARTBEAT
 from atp_tune.storage.validation import ValidatedStudy, readable
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to create the tables of a new database

@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import BaseHeartbeat, storage_client
 from atp_tune.errors import UserError
-from atp_tune.storage.process_identity import HEARTBEAT
-from atp_tune.storage.retry import Retrying, is_told
+from atp_tune.storage.database import Retrying, is_told
+from atp_tune.storage.process import HEARTBEAT
 
 PORT = 13000  # of `serve`, and of Optuna
 FIRST = 10  # seconds in which a server must answer at the start

@@ -11,7 +11,7 @@ from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.serving.serve import Served, Service
+    from atp_tune.serving.servers import Served, Service
 
 
 def serve(
@@ -33,8 +33,8 @@ def serve(
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
     from atp_tune.cli.runtime import STOPS, quiet
-    from atp_tune.serving.serve import choose
-    from atp_tune.serving.serve import serve as answer
+    from atp_tune.serving.servers import choose
+    from atp_tune.serving.servers import serve as answer
 
     service = choose(study, storage, listen, port, grpc_port, artifacts)
     told: list[int] = []
