@@ -16,7 +16,6 @@ from tinystudy import CommandLine, settings
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
 from atp_tune.search.goals import LimitSampler, Screened, WithinLimit
-from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Space, make_space
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
@@ -136,7 +135,7 @@ def test_prices_within_a_limit() -> None:
     metrics = Descended(len(SIZES))
     space = make_space(study, Budget(0.7, (200,) * len(SIZES), shapes, metrics))  # type: ignore[arg-type]
     points = [space.at({"pruner": "wanda", "allocation": "prices", "kappa": 0.4}, level) for level in (0.2, 0.45, 0.7)]
-    distributions = {**kinds_of(space, "prices"), "allocation": CategoricalDistribution(tuple(space.intervals))}
+    distributions = {**space.kinds("prices"), "allocation": CategoricalDistribution(tuple(space.intervals))}
     done = [
         optuna.create_trial(
             value=math.exp(loss(point["sparsity"], point["kappa"])), params=point, distributions=distributions

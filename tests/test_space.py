@@ -38,7 +38,7 @@ class Fixed:
         self.asked[name] = tuple(choices)
         return self.values[name]
 
-    def suggest_float(self, name: str, low: float, high: float) -> float:
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
         self.asked[name] = (low, high)
         return float(self.values[name])
 

@@ -12,7 +12,6 @@ from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget, atp, curve
 from atp_tune.search.goals import OverInterval, Screened
-from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space, make_space
 from atp_tune.search.surrogate import Surrogate
@@ -138,7 +137,7 @@ def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour
         {**space.uniform()[0], "allocation": "atp", "beta": draw.random(), "sparsity": draw.choice(space.levels(101))}
         for _ in range(24)
     ]
-    kinds = {"allocation": CategoricalDistribution(("atp",)), **kinds_of(space, "atp")}
+    kinds = {"allocation": CategoricalDistribution(("atp",)), **space.kinds("atp")}
     trials = [
         create_trial(
             values=[math.exp(flat(point["sparsity"], point["beta"])), 1 - point["sparsity"]],
@@ -161,7 +160,7 @@ def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour
 @pytest.mark.parametrize("trials", [5, 11])
 def test_a_neighbour_that_loses_nothing_says_nothing_of_a_higher_sparsity(trials: int) -> None:
     """Of few points the nearest are far: the increase of the sparsest model was said to be that of the densest."""
-    space, kinds = space_over(), {"allocation": CategoricalDistribution(("atp",)), **kinds_of(space_over(), "atp")}
+    space, kinds = space_over(), {"allocation": CategoricalDistribution(("atp",)), **space_over().kinds("atp")}
     points = [
         {**space.uniform()[0], "allocation": "atp", "beta": 0.37 * at % 1, "sparsity": sparsity}
         for at, sparsity in enumerate(space.levels(trials))
@@ -211,7 +210,7 @@ def test_the_total_is_a_trial_and_uniform_for_each_point() -> None:
 
 def test_trials_stay_on_the_grid_of_sparsities() -> None:
     space = space_over()
-    kind = kinds_of(space, "atp")["sparsity"]
+    kind = space.kinds("atp")["sparsity"]
     for trial in screened(space):
         assert kind._contains(trial.params["sparsity"])
         assert trial.params == trial.params | {"sparsity": round(trial.params["sparsity"], 6)}

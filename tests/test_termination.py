@@ -17,7 +17,6 @@ from atp_tune.errors import UserError
 from atp_tune.events import Message
 from atp_tune.results.summary import summarise
 from atp_tune.search import runner, termination, trial_loop
-from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
@@ -49,7 +48,7 @@ def study_of_gp(space: Space, trials: int) -> optuna.Study:
 
 def points(space: Space, values: dict[float, float], **more: Any) -> list[FrozenTrial]:
     """Measured trials of ATP, from β and perplexities, that ended a minute apart in this order."""
-    kinds = kinds_of(space, "atp")
+    kinds = space.kinds("atp")
     allocation = optuna.distributions.CategoricalDistribution(tuple(space.intervals))
     made = []
     for number, (beta, value) in enumerate(values.items()):
@@ -150,8 +149,8 @@ def test_repetitions_are_no_points() -> None:
 
 def test_gaps() -> None:
     space = space_of()
-    (kind,) = (kind for name, kind in kinds_of(space, "atp").items() if name == "beta")
-    width, kinds = kind.high - kind.low, kinds_of(space, "atp")
+    (kind,) = (kind for name, kind in space.kinds("atp").items() if name == "beta")
+    width, kinds = kind.high - kind.low, space.kinds("atp")
     even = {kind.low + width * (k / 6): 3.0 + 0.01 * k for k in range(7)}
     assert not has_gap(points(space, even), kinds)
     betas = sorted(even)
@@ -164,7 +163,7 @@ def test_gaps() -> None:
 
 def test_a_gap_that_the_other_pruner_fills_is_one() -> None:
     space = space_of(prune={"pruners": ["wanda", "magnitude"]})
-    kinds = kinds_of(space, "atp")
+    kinds = space.kinds("atp")
     width = kinds["beta"].high - kinds["beta"].low  # type: ignore[attr-defined]
     own = points(space, {width * (k / 6): 3.0 for k in (0, 1, 2, 5, 6)})
     other = points(space, {width * (k / 6): 3.5 for k in (3, 4)}, pruner="magnitude")

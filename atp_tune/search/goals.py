@@ -26,10 +26,9 @@ from atp_tune.allocations import Budget
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
 from atp_tune.results.trials import is_uniform, uniform_of
-from atp_tune.search.proposals import kinds_of
 from atp_tune.search.samplers import make_sampler, wait_for_earlier
 from atp_tune.search.screening import confirmed
-from atp_tune.search.space import Params, Space, make_space
+from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
 from atp_tune.search.surrogate import SMALLEST, Surrogate
 from atp_tune.spec.search import STEP, SearchConfig
 from atp_tune.spec.study import Study
@@ -49,8 +48,10 @@ class Screened:
 
 def goal_of(spec: Study, budget: Budget) -> "AtSparsity":
     """The goal of a study with this budget."""
-    kind = WithinLimit if spec.limit else OverInterval if spec.interval else AtSparsity
-    return kind(spec.search, make_space(spec, budget), spec.limit.given if spec.limit else None)
+    space, limit = make_space(spec, budget), spec.limit.given if spec.limit else None
+    if isinstance(space, SpaceOverInterval):
+        return (WithinLimit if limit else OverInterval)(spec.search, space, limit)
+    return AtSparsity(spec.search, space)
 
 
 @dataclass
@@ -107,6 +108,7 @@ class OverInterval(AtSparsity):
     """The front over an interval of sparsities: at each of some sparsities the best point, and uniform beside it."""
 
     reached = "the best point at a sparsity is uniform"
+    space: SpaceOverInterval
     queued: Sequence[Params] = ()
 
     @property
@@ -183,7 +185,6 @@ class WithinLimit(OverInterval):
         return self.space.at(starts[0], sparsity) if found.increase is None and starts else found.params
 
     def _levels(self) -> list[float]:
-        assert self.space.sparsities is not None
         low, high = self.space.sparsities
         return self.space.levels(1 + round((high - low) / STEP))
 
@@ -313,7 +314,7 @@ class LimitSampler(BaseSampler):
         wait_for_earlier(study, trial, space)
         self._point = self._goal.next_point(study, trial)
         allocations = CategoricalDistribution(tuple(space.intervals))
-        return {"allocation": allocations, **kinds_of(space, self._point["allocation"])}
+        return {"allocation": allocations, **space.kinds(self._point["allocation"])}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -13,13 +13,12 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.plan import METHODS
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.search import STEP
 from atp_tune.storage.progress import place
 
 LEAST = 1e-6  # nats per token: a smaller KL is raised to this before its log is taken
@@ -30,14 +29,6 @@ ORDER = ("misses", "nlls")  # attributes by which equal values are ordered
 GRID = 40  # steps of β at which the posterior is stored
 
 Distributions = dict[str, BaseDistribution]
-
-
-def kinds_of(space: Space, branch: str) -> Distributions:
-    """Distributions of the pruner or quantizer, the sparsity if it is a parameter, and an allocation's parameters."""
-    kinds: Distributions = {space.method: CategoricalDistribution(space.pruners)}
-    if space.sparsities is not None:
-        kinds["sparsity"] = FloatDistribution(*space.sparsities, step=STEP)
-    return kinds | {name: FloatDistribution(*ends) for name, ends in space.intervals[branch].items()}
 
 
 def branch_study(

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plugins import short_name
-from atp_tune.search.proposals import around_best, branch_study, gp_posterior, kinds_of, levelled, nudge_from_known
+from atp_tune.search.proposals import around_best, branch_study, gp_posterior, levelled, nudge_from_known
 from atp_tune.search.space import Space
 from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
@@ -108,7 +108,7 @@ class BranchSampler(BaseSampler):
         wait_for_earlier(study, trial, self._space)
         self._branch = whose_turn(_others(study, trial), self._space)
         allocations = CategoricalDistribution(tuple(self._space.intervals))
-        return {"allocation": allocations, **kinds_of(self._space, self._branch)}
+        return {"allocation": allocations, **self._space.kinds(self._branch)}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -133,7 +133,7 @@ class BranchSampler(BaseSampler):
         failed = branch_study(lost, self._space, self._branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
         point = {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
-        return point if self._space.sparsities is None else self._space.at(point, point["sparsity"])
+        return self._space.at(point, point.get("sparsity"))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -184,7 +184,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     tried = Counter(trial.params["allocation"] for trial in trials)
     fewest = min(open_ones, key=lambda name: tried[name])
     done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
-    if len(trials) % 2 == 0 or not done or space.sparsities is not None:  # one leads at one sparsity alone
+    if len(trials) % 2 == 0 or not done or not space.has_leader:
         return fewest
     return str(min(done, key=place).params["allocation"])
 

@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.search import proposals
-from atp_tune.search.proposals import kinds_of
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import StudyFile, overridden
@@ -55,4 +54,4 @@ def confirmed(screened: Sequence[FrozenTrial], space: Space, count: int) -> list
 def is_near(point: Params, other: Params, space: Space) -> bool:
     """Whether two points have one pruner and allocation, and parameters within `APART` of each other."""
     moved = space.within(other, point["allocation"])
-    return moved is not None and proposals.is_near(point, moved, kinds_of(space, point["allocation"]), APART)
+    return moved is not None and proposals.is_near(point, moved, space.kinds(point["allocation"]), APART)

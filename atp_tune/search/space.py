@@ -11,7 +11,9 @@ Points with the same shares are alike at all S: u = 0 is uniform, and the best u
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
 from atp_tune.errors import UserError
@@ -52,19 +54,19 @@ class MeasuredTrial(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """A search space; `intervals`: allocation → parameter → interval, of shares if `sparsities` is given.
+    """A search space at one sparsity; `intervals`: allocation → parameter → interval.
 
-    `sparsities`: the interval of the sparsity, if it is a parameter; then the budget has its highest. `both_signs`:
-    the initial points of an allocation with β, and those of a grid, are repeated with the other sign. `method`: what
-    Optuna calls the parameter that chooses one of `pruners`, which are quantizers where weights are rounded alone.
+    `both_signs`: the initial points of an allocation with β, and those of a grid, are repeated with the other sign.
+    `method`: what Optuna calls the parameter that chooses one of `pruners`, which are quantizers where weights are
+    rounded alone.
     """
+
+    has_leader: ClassVar[bool] = True  # its trials compare, so that one allocation leads
 
     budget: Budget
     pruners: tuple[str, ...]
     intervals: dict[str, dict[str, Interval]]
     pattern: Pattern = field(default_factory=Pattern)
-    sparsities: Interval | None = None
-    bounds_at: Callable[[str, Budget], dict[str, Interval]] | None = None
     both_signs: bool = False
     method: str = "pruner"
 
@@ -76,23 +78,21 @@ class Space:
         """A trial's plan; only the parameters of the suggested allocation are suggested."""
         params: Params = {self.method: trial.suggest_categorical(self.method, self.pruners)}
         params["allocation"] = trial.suggest_categorical("allocation", tuple(self.intervals))
-        if self.sparsities is not None:
-            params["sparsity"] = trial.suggest_float("sparsity", *self.sparsities, step=STEP)
-        for name, interval in self.intervals[params["allocation"]].items():
-            params[name] = trial.suggest_float(name, *interval)
+        for name, kind in self.kinds(params["allocation"]).items():
+            if isinstance(kind, FloatDistribution):
+                params[name] = trial.suggest_float(name, kind.low, kind.high, step=kind.step)
         return self.plan(params)
+
+    def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
+        """Distributions of the pruner or quantizer, and of an allocation's parameters."""
+        own = {name: FloatDistribution(*ends) for name, ends in self.intervals[allocation].items()}
+        return {self.method: CategoricalDistribution(self.pruners), **own}
 
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters."""
-        allocation, budget = params["allocation"], self.budget
+        allocation = params["allocation"]
         values = {name: float(params[name]) for name in self.intervals[allocation]}
-        if self.sparsities is not None:
-            assert self.bounds_at is not None
-            budget = replace(budget, target=round(params["sparsity"], 6))
-            bounds = self.bounds_at(allocation, budget)
-            values = {name: _value(share, *bounds[name]) for name, share in values.items()}
-        plan = make_plan(method_in(params), allocation, budget, values, self.pattern)
-        return plan if self.sparsities is None else plan.model_copy(update={"target": budget.target})
+        return make_plan(method_in(params), allocation, self.budget, values, self.pattern)
 
     def plan_of(self, trial: MeasuredTrial) -> Plan:
         """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
@@ -112,21 +112,11 @@ class Space:
         allocation = min(baselines(self.intervals), key=lambda name: len(contents_of(name)))
         zeros = dict.fromkeys(self.intervals[allocation], 0.0)
         points = [{self.method: pruner, "allocation": allocation, **zeros} for pruner in self.pruners]
-        return points if self.sparsities is None else [self.at(point, sparsity) for point in points]
+        return [self.at(point, sparsity) for point in points]
 
     def at(self, params: Params, sparsity: float | None = None) -> Params:
-        """A point at another sparsity, the highest by default, rounded as trials draw it."""
-        assert self.sparsities is not None
-        low, high = self.sparsities
-        wanted = high if sparsity is None else min(high, max(low, sparsity))
-        return {**params, "sparsity": round(low + STEP * round((wanted - low) / STEP), 6)}
-
-    def levels(self, count: int) -> list[float]:
-        """Sparsities at equal distances over the whole interval."""
-        assert self.sparsities is not None
-        low, high = self.sparsities
-        steps = [low + (high - low) * k / max(1, count - 1) for k in range(count)]
-        return list(dict.fromkeys(self.at({}, step)["sparsity"] for step in steps))
+        """A point at another sparsity, where that is a parameter."""
+        return params
 
     def starts(self) -> list[Params]:
         """The initial points of each allocation for each pruner, without repetitions and uniform.
@@ -137,11 +127,12 @@ class Space:
         for allocation in self.intervals:
             for start in self._starts(allocation):
                 points += [{self.method: pruner, "allocation": allocation, **start} for pruner in self.pruners]
-        if self.sparsities is not None:
-            middle = sum(self.sparsities) / 2
-            points = [self.at(point, middle) for point in points]
         known = [*self.uniform(), *points]
-        return [point for point in points if not any(self._repeats(point, other) for other in known)]
+        return [
+            point
+            for point in points
+            if not any(point is not other and point == self.within(other, point["allocation"]) for other in known)
+        ]
 
     def defaults(self, allocation: str) -> dict[str, float]:
         """An allocation's default parameters: all 0 for a progression, which needs a β, else the authors'."""
@@ -154,7 +145,8 @@ class Space:
         own = params["allocation"]
         if own == allocation:
             return params
-        own = "uniform" if self._is_uniform(params) else own
+        if own in self.intervals and contains_uniform(own) and not any(map(params.get, self.intervals[own])):
+            own = "uniform"  # all its parameters are 0
         if own not in contents_of(allocation):
             return None
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
@@ -162,13 +154,6 @@ class Space:
             return None
         kept: Params = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
         return {self.method: method_in(params), **kept, "allocation": allocation, **moved}
-
-    def _is_uniform(self, params: Params) -> bool:
-        """Whether all parameters of a point are 0, where that is uniform."""
-        allocation = params["allocation"]
-        if allocation not in self.intervals or not contains_uniform(allocation):
-            return False
-        return not any(params.get(name, 0.0) for name in self.intervals[allocation])
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
@@ -193,22 +178,64 @@ class Space:
         return [{"beta": round(k * step, 10)} for k in (*range(1, count + 1), *range(-1, -below - 1, -1))]
 
     def _starts(self, allocation: str) -> list[dict[str, float]]:
-        bounds, budget = self.intervals[allocation], self.budget
-        if self.sparsities is not None:
-            assert self.bounds_at is not None
-            budget = replace(budget, target=sum(self.sparsities) / 2)
-            bounds = self.bounds_at(allocation, budget)
-        points = ALLOCATIONS[allocation].initial_points(budget)
+        bounds, points = self.intervals[allocation], ALLOCATIONS[allocation].initial_points(self.budget)
         if self.both_signs and "beta" in bounds:
             points = [*points, *({**point, "beta": -point["beta"]} for point in points)]
-        starts = [{name: min(high, max(low, start[name])) for name, (low, high) in bounds.items()} for start in points]
-        if self.sparsities is None:
-            return starts
-        return [{name: _share(value, *bounds[name]) for name, value in start.items()} for start in starts]
+        return [{name: min(high, max(low, start[name])) for name, (low, high) in bounds.items()} for start in points]
 
-    def _repeats(self, point: Params, other: Params) -> bool:
-        """Whether `point` is the same as `other`, which an allocation that `point` belongs to may contain."""
-        return point is not other and point == self.within(other, point["allocation"])
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceOverInterval(Space):
+    """A space in which the sparsity is a parameter too, and the others are shares of their bounds there.
+
+    The budget has the highest sparsity. `bounds_at`: an allocation's bounds with another budget.
+    """
+
+    has_leader = False
+    sparsities: Interval
+    bounds_at: Callable[[str, Budget], dict[str, Interval]]
+
+    def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
+        """Also of the sparsity, before those of the allocation's parameters."""
+        found = super().kinds(allocation)
+        return {self.method: found[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **found}
+
+    def plan(self, params: Params) -> Plan:
+        """The plan of a stored trial's parameters, with its target."""
+        here = self._there(params["allocation"], round(params["sparsity"], 6))
+        values = {}
+        for name, (low, high) in here.intervals[params["allocation"]].items():
+            share = float(params[name])
+            is_signed = low <= 0 <= high
+            values[name] = share * (high if share >= 0 else -low) if is_signed else low + share * (high - low)
+        return here.plan({**params, **values}).model_copy(update={"target": here.budget.target})
+
+    def at(self, params: Params, sparsity: float | None = None) -> Params:
+        """A point at another sparsity, the highest by default, rounded as trials draw it."""
+        low, high = self.sparsities
+        wanted = high if sparsity is None else min(high, max(low, sparsity))
+        return {**params, "sparsity": round(low + STEP * round((wanted - low) / STEP), 6)}
+
+    def levels(self, count: int) -> list[float]:
+        """Sparsities at equal distances over the whole interval."""
+        low, high = self.sparsities
+        steps = [low + (high - low) * k / max(1, count - 1) for k in range(count)]
+        return list(dict.fromkeys(self.at({}, step)["sparsity"] for step in steps))
+
+    def _starts(self, allocation: str) -> list[dict[str, float]]:
+        here = self._there(allocation, sum(self.sparsities) / 2)
+        starts = here._starts(allocation)
+        for start in starts:
+            for name, (low, high) in here.intervals[allocation].items():
+                least, width = (0.0, high if start[name] >= 0 else -low) if low <= 0 <= high else (low, high - low)
+                start[name] = (start[name] - least) / (width or 1.0)
+        return starts
+
+    def _there(self, allocation: str, sparsity: float) -> Space:
+        """The space of an allocation at one sparsity."""
+        budget = replace(self.budget, target=sparsity)
+        bounds = {allocation: self.bounds_at(allocation, budget)}
+        return Space(budget, self.pruners, bounds, self.pattern, self.both_signs, self.method)
 
 
 def make_space(study: Study, budget: Budget) -> Space:
@@ -224,9 +251,11 @@ def make_space(study: Study, budget: Budget) -> Space:
     both = (study.images is not None or study.by_bits) and study.beta == "both"
     method = "quantizer" if study.by_bits else "pruner"
     if study.interval is None:
-        return Space(budget, pruners, bounds, pattern, both_signs=both, method=method)
+        return Space(budget, pruners, bounds, pattern, both, method)
     shares = {name: {key: _shares(*ends) for key, ends in own.items()} for name, own in bounds.items()}
-    return Space(budget, pruners, shares, pattern, study.interval, partial(_intervals, study), both)
+    return SpaceOverInterval(
+        budget, pruners, shares, pattern, both, sparsities=study.interval, bounds_at=partial(_intervals, study)
+    )
 
 
 def baselines(names: Iterable[str]) -> list[str]:
@@ -239,37 +268,16 @@ def _shares(low: float, high: float) -> Interval:
     return (-1.0 if low < 0 else 0.0, 1.0 if high > 0 else 0.0) if low <= 0 <= high else (0.0, 1.0)
 
 
-def _value(share: float, low: float, high: float) -> float:
-    """The value of a share of the bounds."""
-    if low <= 0 <= high:
-        return share * (high if share >= 0 else -low)
-    return low + share * (high - low)
-
-
-def _share(value: float, low: float, high: float) -> float:
-    """The share of the bounds of a value within them."""
-    if low <= 0 <= high:
-        return value / ((high if value >= 0 else -low) or 1.0)
-    return (value - low) / ((high - low) or 1.0)
-
-
 def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:
-    bounds = ALLOCATIONS[allocation].bounds(budget)
-    if "beta" in bounds:
-        bounds["beta"] = _beta_interval(study.beta, bounds["beta"], budget)
-    return bounds
-
-
-def _beta_interval(asked: Any, bounds: Interval, budget: Budget) -> Interval:
-    if asked == "auto":
-        return 0.0, bounds[1]
-    if asked == "both":
+    bounds, asked = ALLOCATIONS[allocation].bounds(budget), study.beta
+    if "beta" not in bounds or asked == "both":
         return bounds
-    low, high = asked
-    if low < bounds[0] or high > bounds[1]:
+    least, most = bounds["beta"]
+    low, high = (0.0, most) if asked == "auto" else asked
+    if asked != "auto" and (low < least or high > most):
         raise UserError(
-            f"allocation.beta: [{low:g}, {high:g}] leaves the admissible interval [{bounds[0]:.6g}, {bounds[1]:.6g}] "
+            f"allocation.beta: [{low:g}, {high:g}] leaves the admissible interval [{least:.6g}, {most:.6g}] "
             f"of {len(budget.sizes)} blocks at {'a share of' if budget.widths else 'sparsity'} {budget.target:g}; "
             'narrow it, or write beta = "auto"'
         )
-    return low, high
+    return {**bounds, "beta": (low, high)}

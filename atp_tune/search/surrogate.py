@@ -25,7 +25,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial
 
 from atp_tune.measures import perplexity
-from atp_tune.search.proposals import Distributions, branch_study, kinds_of, posterior_at
+from atp_tune.search.proposals import Distributions, branch_study, posterior_at
 from atp_tune.search.space import Params, Space
 
 CANDIDATES = 512
@@ -75,7 +75,7 @@ class Branch:
         self._space = space
         self._name = name
         self._seed = seed
-        self._kinds = kinds_of(space, name)
+        self._kinds = space.kinds(name)
         shadow = branch_study([_clamped(trial) for trial in trials], space, name, self._kinds)
         done = [trial for trial in shadow.trials if trial.value is not None]
         known = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]

@@ -29,7 +29,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.plan import method_in
-from atp_tune.search.proposals import branch_study, kinds_of
+from atp_tune.search.proposals import branch_study
 from atp_tune.search.space import Space
 from atp_tune.storage.progress import ranked
 
@@ -68,7 +68,7 @@ def regret_of(trials: Sequence[FrozenTrial], space: Space, branch: str) -> float
     """Bound of the regret in one allocation, as a difference of logs; infinite with too few points or a gap."""
     from optuna.terminator import RegretBoundEvaluator
 
-    kinds = kinds_of(space, branch)
+    kinds = space.kinds(branch)
     points = branch_study(list(trials), space, branch, kinds).trials
     if len(points) < LEAST or has_gap(points, kinds):
         return math.inf
