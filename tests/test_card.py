@@ -16,6 +16,7 @@ from plans import planned
 from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
+from atp_tune.measures import TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
@@ -190,7 +191,7 @@ def test_perplexities_side_by_side() -> None:
 
 def test_zero_shot_scores() -> None:
     measures = {"dense": (0.7, 0.02), "uniform": (0.5, None), "best": (0.61234, 0.02)}
-    found = {name: SimpleNamespace(value=value, stderr=stderr) for name, (value, stderr) in measures.items()}
+    found = {name: TaskScore(value=value, stderr=stderr) for name, (value, stderr) in measures.items()}
     task = SimpleNamespace(
         task="arc_easy", metric="acc", num_fewshot=0, scores={name: {"acc": one} for name, one in found.items()}
     )
