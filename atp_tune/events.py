@@ -37,25 +37,20 @@ class Step:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial ended with its values (perplexity `value`, and `kl` or `error` if minimised), or None and the reason.
+    """A trial ended with its scores on the validation text by measure, or none and the reason.
 
-    `best`, `best_kl` and `best_error`: the study's best, the second only if the study minimises KL alone, the third if
-    it minimises the top-1 error; `best_sparsity`: its sparsity, where the study searches for it. `what`: `trial`, or
-    `screening` for a trial of a screening.
+    `best`: that of the study's best by the measure that is minimised; `best_sparsity`: its sparsity, where the study
+    searches for it. `what`: `trial`, or `screening` for a trial of a screening.
     """
 
     number: int
-    value: float | None
+    scores: Mapping[str, float]
     reason: str | None
-    best: float | None
+    best: Mapping[str, float]
     done: int
     total: int
     what: str = "trial"
-    kl: float | None = None
-    best_kl: float | None = None
     best_sparsity: float | None = None
-    error: float | None = None
-    best_error: float | None = None
 
 
 @dataclass(frozen=True)

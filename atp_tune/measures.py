@@ -30,7 +30,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AllowInfNan, BeforeValidator, FiniteFloat, PlainSerializer
 
@@ -40,6 +40,8 @@ ROUNDED = 1e-12  # nats; smaller errors are those of floats
 Error = Annotated[float, BeforeValidator(lambda error: error or 0.0), PlainSerializer(lambda error: error or None)]
 C = TypeVar("C")
 Items: TypeAlias = Sequence[float]
+Role = Literal["validation", "test"]  # of a text
+TEXTS: tuple[Role, Role] = ("validation", "test")
 Limit: TypeAlias = Mapping[str, float | Mapping[str, float]]  # one key and its value
 
 
@@ -60,6 +62,11 @@ class Estimate(FrozenModel):
         """Both in a format of numbers; the value alone if its error is not known."""
         error = f" ± {self.times * self.stderr:{style.removeprefix('+')}}" if self.stderr else ""
         return f"{self.times * self.value:{style}}{error}{self.unit}"
+
+    @property
+    def alone(self) -> str:
+        """The value without its error."""
+        return f"{self.times * self.value:{self.style}}{self.unit}"
 
     def beside(self, what: str) -> str:
         """A change in a sentence, without a sign: `16.2% ± 2.2% below uniform’s`, `1.2 ± 0.5 points above dense`."""
@@ -104,14 +111,6 @@ class TaskScore(Estimate):
 
     value: FiniteFloat
     stderr: Annotated[Error, AllowInfNan(False)]
-
-
-class Accuracies(FrozenModel):
-    """Top-1 accuracies on the validation and test images, as far as measured, and top-5 on the latter."""
-
-    validation: Accuracy | None = None
-    test: Accuracy | None = None
-    test_top5: Accuracy | None = None
 
 
 def perplexity(nlls: Items) -> Perplexity:
@@ -217,7 +216,8 @@ class Measure:
     name     in objectives, JSON, data frames and trackers; `column`: in heads of tables; `title`: in sentences
     items    the key of its items, one a window or image, in a trial's attributes
     score    of items; `change`: from one model's items to another's, None where it is not defined
-    dense    the score of the dense model where it is so by definition, else None
+    note     what it is, in a sentence below tables; `objective`: what is minimised
+    kind     of its scores; `dense`: that of the dense model in words where it is so by definition
     """
 
     name: str
@@ -226,12 +226,39 @@ class Measure:
     items: str
     score: Callable[[Items], Estimate]
     change: Callable[[Items, Items], Estimate | None]
-    dense: Any = None
+    kind: type[Estimate]
+    dense: str = ""
+    note: str = ""
+    objective: str = ""
+    is_higher_better: bool = False
+
+    def written(self, value: float) -> str:
+        """A score without its error."""
+        return self.kind(value=value, stderr=0.0).alone
+
+    def of_loss(self, value: float, items: int) -> float:
+        """The score that a minimised value of so many items stands for: of an error rate the accuracy."""
+        return 1 - ((items + 1) * value - 0.5) / items if self.is_higher_better else value
+
+    def loss_of(self, score: float, items: int) -> float:
+        """The minimised value that a score of so many items has: the inverse of `of_loss`."""
+        return (items * (1 - score) + 0.5) / (items + 1) if self.is_higher_better else score
+
+    def is_gain(self, change: Estimate) -> bool:
+        """Whether a change is for the better."""
+        return change.value > 0 if self.is_higher_better else change.value < 0
 
 
-PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "nlls", perplexity, change)
-KL = Measure("kl", "KL", "KL divergence", "kls", divergence, relative, dense=0)
-ACCURACY = Measure("accuracy", "accuracy", "accuracy", "ranks", accuracy, gain)
+PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "nlls", perplexity, change, Perplexity)
+KL = Measure(
+    "kl", "KL", "KL divergence", "kls", divergence, relative, Divergence, dense="0",
+    note="KL: from the dense model's next-token distribution to the pruned one's, nats per token.",
+    objective="KL divergence from the dense model (nats per token)",
+)  # fmt: skip
+ACCURACY = Measure(
+    "accuracy", "accuracy", "accuracy", "ranks", accuracy, gain, Accuracy, is_higher_better=True,
+    objective="top-1 error (1 - accuracy, with half an image added)",
+)  # fmt: skip
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, ACCURACY)}
 
 

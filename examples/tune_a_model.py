@@ -12,5 +12,5 @@ folder = sys.argv[2] if len(sys.argv) > 2 else "tuned-60"
 
 result = atp_tune.tune(model, sparsity=0.6, texts="packaged")
 print(result)
-print(result.trials[["plan", "perplexity", "stderr", "test_perplexity"]])
+print(result.trials[["plan", "perplexity", "perplexity_stderr", "test_perplexity"]])
 print(f"{folder}: perplexity {result.save(folder)} on the test text")

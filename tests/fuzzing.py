@@ -164,7 +164,7 @@ def config(data: bytes) -> None:
     if read is not None:
         read.to_json().encode()
         read.model.model({"allow_pickle": False})
-        check_screen(lambda: apply.show(Perplexity(value=20, stderr=1), read.perplexity.test, path))
+        check_screen(lambda: apply.show(Perplexity(value=20, stderr=1), read.scored(), path))
 
 
 def toml(data: bytes) -> None:

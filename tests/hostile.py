@@ -417,7 +417,7 @@ CONFIGURATION = [
     Input("a study name that is a path", best(study="../../../x"), "treated as text"),
     Input("a trial of 19 digits", best(trial=10**18), "treated as text"),
     Input("a negative trial", best(trial=-1), "treated as text"),
-    Input("invalid perplexities", best(perplexity={"validation": {"value": -1, "stderr": 0}, "test": None})),
+    Input("invalid perplexities", best(scores={"best": {"perplexity": {"test": {"value": -1, "stderr": 0}}}})),
     Input("scores of the wrong type", best(speed=[5], zero_shot={"tasks": 1})),
     Input("markup in versions", best(versions={MARKUP: MARKUP}), "treated as text"),
     Input("a pruner in a file", both(replaced("evil.py", MINE), plugged("evil.py:evil")), "code not run"),

@@ -344,7 +344,7 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
     assert repr(found.summary) == "<Summary llamaforcausallm-60: 3 of 3 trials>"
     assert rows.trials(found.summary)[0]["allocation"] == "uniform"  # as its plan says
     shown = found._repr_html_()
-    assert shown.startswith("<table>") and "uniform, wanda" in shown
+    assert shown.startswith("<table>") and "<td>wanda + uniform</td>" in shown
 
 
 def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
@@ -359,7 +359,7 @@ def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
 @pytest.mark.slow
 def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
     measured = found.save(tmp_path / "new" / "sparse")
-    assert measured.value == pytest.approx(found.best.final.test.value, rel=1e-6)  # type: ignore[union-attr]
+    assert measured.value == pytest.approx(found.best.final("test").value, rel=1e-6)  # type: ignore[union-attr]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sparse"]
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "sparse")
     assert are_equal(weights(there), weights(found.apply()))
@@ -378,7 +378,7 @@ def test_a_configuration_needs_no_study(done: Path, tmp_path: Path, command: Com
     assert found.config == read_config(config)
     answer = command("apply", "--config", config, "--out", tmp_path / "theirs", "--device", "cpu")
     assert (answer.code, answer.err) == (0, "")
-    assert found.save(tmp_path / "ours") == read_config(tmp_path / "theirs" / "atp_tune.json").perplexity.test
+    assert found.save(tmp_path / "ours") == read_config(tmp_path / "theirs" / "atp_tune.json").scored()
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
     assert are_equal(weights(there), weights(found.apply()))
     ours = found.generate(["t1 t2"], tokens=4)
@@ -421,10 +421,10 @@ def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> Non
 @pytest.mark.slow
 def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], found: atp_tune.Result) -> None:
     measured = atp_tune.perplexity(model, tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
-    dense = found.summary.dense.test
+    dense = found.summary.results.score("dense", "test")
     assert dense is not None and measured.value == dense.value
     worse = atp_tune.perplexity(found.apply(), tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
-    assert worse.value == pytest.approx(found.best.final.test.value, rel=1e-6)  # type: ignore[union-attr]
+    assert worse.value == pytest.approx(found.best.final("test").value, rel=1e-6)  # type: ignore[union-attr]
 
 
 # Storage

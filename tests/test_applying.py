@@ -114,24 +114,24 @@ def test_a_sparse_checkpoint_is_what_the_configuration_says(
 @pytest.mark.slow
 def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Config, tmp_path: Path) -> None:
     measured = applied(config, done, tmp_path / "new" / "out")
-    assert config.perplexity.test
-    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-3)
+    assert config.scored()
+    assert measured.value == pytest.approx(config.scored().value, rel=1e-3)
     out = tmp_path / "new" / "out"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The quick brown fox", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
     by_hand = ByHand(done, out)
-    assert math.exp(fmean(by_hand.nlls("test"))) == pytest.approx(config.perplexity.test.value, rel=1e-3)
+    assert math.exp(fmean(by_hand.nlls("test"))) == pytest.approx(config.scored().value, rel=1e-3)
     assert by_hand.zeros() == pytest.approx(config.sparsity.realised)
     check_zeros(out, done / "model", config.plan.method, config.plan.amounts)
     assert {file.name for file in out.iterdir()} == {
         "atp_tune.json", "README.md", *(file.name for file in (done / "model").iterdir())
     }  # fmt: skip
     about = read_config(out / "atp_tune.json")
-    assert about.perplexity.test == measured
-    scores = about.perplexity.model_copy(update={"test": config.perplexity.test})
+    assert about.scored() == measured
+    scores = {**about.scores, "best": config.scores["best"]}
     assert about.manifest is not None  # tests/test_verifying.py
-    changed = {"perplexity": scores, "folder": config.folder, "manifest": None}
+    changed = {"scores": scores, "folder": config.folder, "manifest": None}
     assert about.model_copy(update=changed) == config
     assert (out / about.folder).resolve() == done
     assert [file.name for file in out.parent.iterdir()] == ["out"]
@@ -158,8 +158,8 @@ def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> N
     for file in ("tiny.db", "tiny.toml", "validation.txt"):
         (done / file).unlink()
     config = read_config(done / "tiny.best.json")
-    assert config.perplexity.test
-    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.perplexity.test.value, rel=1e-3)
+    assert config.scored()
+    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.scored().value, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -296,13 +296,13 @@ def test_a_failure_half_way_leaves_nothing(
 
 @pytest.mark.slow
 def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
-    assert config.perplexity.test
+    assert config.scored()
     file = study_file(done, f"prune.pruners=['{config.plan.method}']")
     plan, measured = prune_study(file, config.plan.parameters, None, ignore_events)
     assert plan.amounts == config.plan.amounts
     assert (plan.method, plan.allocation) == (config.plan.method, "atp")
-    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-6)
-    assert measured.stderr == pytest.approx(config.perplexity.test.stderr, rel=1e-4)
+    assert measured.value == pytest.approx(config.scored().value, rel=1e-6)
+    assert measured.stderr == pytest.approx(config.scored().stderr, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
 def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
     _, measured = prune_study(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
     about = read_config(tmp_path / "one" / "atp_tune.json")
-    assert (about.trial, about.perplexity.test) == (None, measured)
+    assert (about.trial, about.scored()) == (None, measured)
     again = apply(about, tmp_path / "two", Place(tmp_path / "one" / about.folder, "cpu"))
     assert again == measured
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")

@@ -339,7 +339,7 @@ def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
     assert best.plan == plan
     assert command("export", "--config", found, "--format", "llm-compressor", "--out", bits_done / "r.yaml").code == 0
     applied = command("apply", "--config", found, "--out", bits_done / "out").out
-    tested = best.perplexity.test is not None  # as of the best trials, and which those are differs by CPU
+    tested = best.scored() is not None  # as of the best trials, and which those are differs by CPU
     assert ("(+0.000%)" if tested else "(the configuration has none yet)") in applied
     assert read_config(bits_done / "out" / "atp_tune.json").plan == plan
     assert command("apply", "--verify", bits_done / "out").code == 0

@@ -332,9 +332,9 @@ def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine
     answer = command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse")
     assert (answer.code, answer.err) == (0, "")
     assert "warning" not in answer.out
-    assert config.perplexity.test is not None
+    assert config.scored() is not None
     measured = perplexity(nlls(finished / "sparse", by_hand(finished, "test", bos=True)))
-    assert measured.value == pytest.approx(config.perplexity.test.value, rel=1e-5)
+    assert measured.value == pytest.approx(config.scored().value, rel=1e-5)
     assert read_config(finished / "sparse/atp_tune.json").bos is True
     card = (finished / "sparse/README.md").read_text()
     assert "16 windows of 32 tokens, each beginning with BOS; ± is" in card
@@ -350,7 +350,7 @@ def test_a_configuration_without_the_key_has_none(finished: Path, command: Comma
     assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
     masks = [{name: tensor == 0 for name, tensor in tensors(finished / name).items()} for name in ("older", "sparse")]
     assert any(not torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-    measured = read_config(finished / "older/atp_tune.json").perplexity.test
+    measured = read_config(finished / "older/atp_tune.json").scored()
     without = perplexity(nlls(finished / "older", by_hand(finished, "test", bos=False)))
     assert measured is not None
     assert measured.value == pytest.approx(without.value, rel=1e-5)
@@ -365,8 +365,8 @@ def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -
     config = read_config(out / "atp_tune.json")
     measured = perplexity(nlls(out, by_hand(wanting, "test", bos=True)))
     assert config.bos is True
-    assert config.perplexity.test is not None
-    assert config.perplexity.test.value == pytest.approx(measured.value, rel=1e-5)
+    assert config.scored() is not None
+    assert config.scored().value == pytest.approx(measured.value, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -20,14 +20,15 @@ from atp_tune.blocks import batching
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import draw_perplexity
-from atp_tune.figures.trials import off_scale, told, uniform_line, written_of
-from atp_tune.measures import accuracy, error_rate, excess
-from atp_tune.report import latex, tables
+from atp_tune.figures.trials import off_scale, told, written
+from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
+from atp_tune.report import latex
 from atp_tune.report.contents import gather
-from atp_tune.results.accuracies import sign_of_beta
-from atp_tune.results.outcome import limit_of, outcome_of
+from atp_tune.results import tables
+from atp_tune.results.outcome import limit_of, outcome_of, sign_of_beta
+from atp_tune.results.results import Results
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import error_of, is_uniform, score_of
+from atp_tune.results.trials import is_uniform
 from atp_tune.search.objective import estimate
 from atp_tune.spec.typed import parse_limit
 from atp_tune.storage.progress import ranked
@@ -54,15 +55,19 @@ def test_of_equal_accuracies_the_lower_cross_entropy_leads() -> None:
     first, second = made(0.3, [1, 0], [2.0, 1.0]), made(0.3, [0, 1], [1.0, 1.5])
     worse, stopped = made(0.5, [1, 1], [0.1, 0.1]), made(0.1, [0], [0.1], stopped_after=1)
     assert ranked([worse, first, stopped, second]) == [second, first, worse]
-    found = score_of(first)
-    assert found is not None and found.value == pytest.approx(math.exp(1.5)) and score_of(stopped) is None
-    assert error_of(first) == 0.5 and error_of(stopped) == 0.1
+    results = Results({}, [worse, first, stopped, second], ("accuracy",))
+    found = results.score(first, "validation")
+    assert found is not None and found.value == pytest.approx(math.exp(1.5))
+    assert results.score(stopped, "validation") is None
+    scores = [results.score(trial, "validation", ACCURACY) for trial in (first, stopped)]
+    assert [score and score.value for score in scores] == [0.5, pytest.approx(1 - (3 * 0.1 - 0.5) / 2)]
 
 
 def by_error() -> optuna.Study:
     study = optuna.create_study()
     with quiet():
         study.set_metric_names(["top-1 error"])
+    study.set_user_attr("fingerprint", {"search.objective": ["accuracy"]})
     return study
 
 
@@ -71,11 +76,10 @@ def test_accuracies_are_shown_without_the_half_image() -> None:
     study = by_error()
     for misses in ([1, 0], [1, 1]):
         study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0], allocation="uniform"))
-    summary = replace(summarise(study), objectives=("accuracy",))
+    summary = summarise(study)
     first, second = study.trials
-    assert summary.by_accuracy and told(first).endswith(", accuracy 50.0%")
-    assert (written_of(first, summary), off_scale(second, summary)) == ("50.0%", "0.0%")
-    assert uniform_line(summary, first.values[0]) == "50.0%"
+    assert summary.results.main is ACCURACY and told(first, summary).endswith(", accuracy 50.0% ± 28.9%")
+    assert (written(first, summary), off_scale(second, summary)) == ("50.0%", "0.0%")
 
 
 def test_figures_have_accuracies_in_per_cent() -> None:
@@ -90,7 +94,7 @@ def test_figures_have_accuracies_in_per_cent() -> None:
         )
     study.set_user_attr("dense_ranks", [0, 0, 0, 0])
     posterior = {"curves": {"": {"beta": [-0.1, 0.1], "mean": [0.5, 0.3], "low": [0.3, 0.1], "high": [0.7, 0.5]}}}
-    summary = replace(summarise(study), objectives=("accuracy",), gp_posterior=posterior, best_trial=study.trials[1])
+    summary = replace(summarise(study), gp_posterior=posterior, best_trial=study.trials[1])
     figure, history = draw_perplexity(summary), draw_history(summary)
     assert figure is not None and history is not None and figure.layout.title.text == "Accuracy against β"
     assert figure.layout.yaxis.title.text == "accuracy, validation images" and figure.layout.yaxis.type == "linear"
@@ -112,20 +116,19 @@ def test_the_table_of_trials_has_accuracies() -> None:
     for misses, more in (([1, 0], {}), ([1, 1], {"stopped_after": 1})):
         study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0], **more))
     found = tables.trials(summarise(study))
-    assert found.head[4:6] == ("accuracy", "zeros") and [row[4] for row in found.rows] == ["50.0% ± 28.9%", ""]
-    assert found.words == (1, 7, 8) and len(found.rows[0]) == len(found.head)
+    assert found.head[4:6] == ["accuracy", "zeros"] and [row[4] for row in found.rows] == ["50.0% ± 28.9%", "0.0%"]
+    assert found.words == [1, 2, 7] and len(found.rows[0]) == len(found.head)
 
 
 def test_a_latex_table_has_accuracies() -> None:
     study = by_error()
     misses = [1, 0]
     study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0]))
-    summary = replace(summarise(study), objectives=("accuracy",))
-    text = latex.make([replace(gather(study, datetime.now()), summary=summary)]).decode()
-    assert "Against uniform & Validation accuracy & Test accuracy" in text and "Perplexity and accuracy" in text
-    assert "Validation images & Test images" in text and " text" not in text
+    text = latex.make([gather(study, datetime.now())]).decode()
+    assert "against uniform & validation accuracy & test accuracy" in text and "Perplexity and accuracy" in text
+    assert " text" not in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line]
-    assert {line.count("&") for line in rows} == {6} and r"$50.0 \pm 28.9\,\%$" in text
+    assert {line.count("&") for line in rows} == {7} and r"50.0\% $\pm$ 28.9\%" in text
 
 
 @pytest.mark.parametrize("ranks", [None, [0, 1], []])
@@ -136,7 +139,8 @@ def test_the_sign_of_beta_in_a_tampered_database(ranks: list[int] | None) -> Non
         kinds = {"beta": FloatDistribution(-1, 1)}
         value = error_rate(misses).value
         study.add_trial(optuna.create_trial(value=value, user_attrs=attrs, params={"beta": beta}, distributions=kinds))
-    assert sign_of_beta(study).startswith("Sign of β: positive") and "66.7%" in sign_of_beta(study)
+    assert sign_of_beta(summarise(study)).startswith("Sign of β: positive")
+    assert ("66.7%" in sign_of_beta(summarise(study))) == (ranks != [0, 1])
 
 
 def test_misses_of_other_numbers_do_not_compare() -> None:
@@ -149,7 +153,7 @@ def test_misses_of_other_numbers_do_not_compare() -> None:
                 value=error_rate(misses).value, user_attrs=attrs, params={"beta": beta}, distributions=kinds
             )
         )
-    assert "may be chance" not in sign_of_beta(study)
+    assert "may be chance" not in sign_of_beta(summarise(study))
 
 
 def test_a_stopped_trial_is_estimated_from_the_best() -> None:
@@ -221,21 +225,23 @@ def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> No
         assert trial.user_attrs["stderr"] == accuracy(wrong).stderr
     summary = summarise(study)
     best = summary.best_trial
-    assert best is not None and summary.by_accuracy and summary.complete
+    assert best is not None and summary.results.main is ACCURACY and summary.complete
     assert best == min(study.trials, key=lambda trial: (trial.value, fmean(trial.user_attrs["nlls"])))
-    assert "(accuracy, validation)" in summary.sign
+    assert "(accuracy, validation)" in sign_of_beta(summary)
     note, contents = study_note(summary, "x", "x", []), gather(study, best.datetime_complete)
-    assert "top-1 error (1 - accuracy" in note and "Top-1 error on the validation images" in trial_note(best, summary)
+    assert "top-1 error (1 - accuracy" in note and "Accuracy on the validation images" in trial_note(best, summary)
     assert columns(best)["± stderr"] == round(best.user_attrs["stderr"], 4)
     if not is_uniform(best):
-        gain, role = summary.hits.gains[str(best.number)]
+        found = summary.results.against_uniform(best, ACCURACY)
+        assert found is not None
+        gain, role = found.change, found.on
         said = f"The best plan’s accuracy is {gain.beside('uniform’s')} on the {role} images."
         assert contents.verdict.replace("\u00a0", " ").startswith(said) and said in note
-        assert ("may be chance" in contents.verdict) == gain.may_be_chance(summary.windows[role])
-    assert told(best).endswith(f", accuracy {1 - fmean(best.user_attrs['misses']):.1%}")
+        assert ("may be chance" in contents.verdict) == gain.may_be_chance(summary.results.counts[role])
+    assert told(best, summary).endswith(f", accuracy {accuracy(best.user_attrs['ranks'])}")
     again = ("--set", "sparsity=0.9", "--set", "search.objective=accuracy", "--set", f"search.sampler={sampler}")
     shown = tune("--study", place / "tiny.toml", *again, "--trials", "9")
-    assert shown.code == 0 and re.search(r"\[9/9\] trial 8: .*perplexity .*, top-1 error \d+\.\d% in", shown.out), shown
+    assert shown.code == 0 and re.search(r"\[9/9\] trial 8: .*perplexity .*, accuracy \d+\.\d% in", shown.out), shown
     status = tune("status", "--study", place / "tiny.toml")
     assert status.code == 0, status
     reported = tune("report", "--study", place / "tiny.toml", "--out", place / "r.html")

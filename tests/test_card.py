@@ -20,7 +20,7 @@ from atp_tune.measures import TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
-from atp_tune.spec.config import Baselines, Config, EvaluationTexts, read_config
+from atp_tune.spec.config import Config, EvaluationTexts, read_config
 from atp_tune.spec.manifest import Manifest, environment
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.texts import Text
@@ -180,7 +180,7 @@ def rows(made: ModelCard, head: str) -> list[list[str]]:
 
 
 def test_perplexities_side_by_side() -> None:
-    made = card(config(baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, 14.5))))
+    made = card(config(scores={"dense": scores(8.0, 8.5), "uniform": scores(14.0, 14.5), "best": scores(12.5, 13.25)}))
     assert rows(made, "## Evaluation")[2:5] == [
         ["dense", "8.50 ± 0.25"],
         ["sparsegpt, uniform", "14.50 ± 0.25"],
@@ -190,7 +190,7 @@ def test_perplexities_side_by_side() -> None:
 
 
 def test_zero_shot_scores() -> None:
-    measures = {"dense": (0.7, 0.02), "uniform": (0.5, None), "best": (0.61234, 0.02)}
+    measures = {"dense": (0.7, 0.02), "uniform": (0.5, 0.0), "best": (0.61234, 0.02)}
     found = {name: TaskScore(value=value, stderr=stderr) for name, (value, stderr) in measures.items()}
     task = SimpleNamespace(
         task="arc_easy", metric="acc", num_fewshot=0, scores={name: {"acc": one} for name, one in found.items()}
@@ -235,11 +235,11 @@ def test_size_and_speed_as_they_were_measured() -> None:
 
 def test_what_is_not_measured_is_not_told() -> None:
     none = scores(1.0, None)
-    made = card(config(perplexity=none, baselines=Baselines(dense=none, uniform=none)))
+    made = card(config(scores=dict.fromkeys(("dense", "uniform", "best"), none)))
     assert "model-index" not in made.data.to_dict()
     assert "± is" not in body(made)
-    infinite = config().perplexity.test.model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
-    made = card(config(perplexity=none.model_copy(update={"test": infinite})))
+    infinite = config().scored().model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
+    made = card(config(scores={"best": {"perplexity": {"test": infinite}}}))
     assert "model-index" not in made.data.to_dict()
 
 
@@ -352,16 +352,16 @@ def test_names_of_others_are_only_names(name: str) -> None:
 def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (done / "model" / "README.md").write_text(DENSE_CARD)
     worse = read_config(done / "tiny.best.json")
-    promised = worse.perplexity.test
+    promised = worse.scored()
     assert promised
-    off = worse.perplexity.model_copy(update={"test": promised.model_copy(update={"value": promised.value * 1.5})})
-    worse.model_copy(update={"perplexity": off}).write(done / "worse.json")
+    off = {"perplexity": {"test": promised.model_copy(update={"value": promised.value * 1.5})}}
+    worse.model_copy(update={"scores": {**worse.scores, "best": off}}).write(done / "worse.json")
     assert command("apply", "--config", done / "worse.json", "--out", tmp_path / "sparse").code == 0
     made = ModelCard.load(tmp_path / "sparse" / "README.md")
     assert made.data.license == "other"
     (result,) = made.data.eval_results
     assert result.metric_value == pytest.approx(promised.value, rel=1e-3)
-    assert rows(made, "## Evaluation")[4][1] == str(read_config(tmp_path / "sparse" / "atp_tune.json").perplexity.test)
+    assert rows(made, "## Evaluation")[4][1] == str(read_config(tmp_path / "sparse" / "atp_tune.json").scored())
     assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
 
 

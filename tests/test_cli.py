@@ -58,7 +58,7 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert re.search(r"0 +complete +wanda uniform ", watched.out)
     assert re.search(r"[1-8] of 9 trials are done", watched.out)
     assert command("export", "--study", study, *settings(*LONG), "--out", place / "early.json").code == 0
-    assert read_config(place / "early.json").perplexity.test is None
+    assert read_config(place / "early.json").scored() is None
 
     answer = finish(process)
     assert (answer.code, answer.err) == (0, "")
@@ -399,7 +399,7 @@ def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_p
 @pytest.mark.slow
 def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
-    content["perplexity"]["test"]["value"] *= 1.01
+    content["scores"]["best"]["perplexity"]["test"]["value"] *= 1.01
     (done / "tiny.best.json").write_text(json.dumps(content))
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0
@@ -409,7 +409,7 @@ def test_apply_warns_of_another_number(done: Path, command: CommandLine, tmp_pat
 @pytest.mark.slow
 def test_apply_of_an_early_export(done: Path, command: CommandLine, tmp_path: Path) -> None:
     content = json.loads((done / "tiny.best.json").read_text())
-    content["perplexity"]["test"] = None
+    content["scores"]["best"]["perplexity"]["test"] = None
     (done / "tiny.best.json").write_text(json.dumps(content))
     answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 0

@@ -9,17 +9,15 @@ from plans import planned
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
-from atp_tune.measures import Perplexity
+from atp_tune.measures import Estimate, Perplexity, Role
 from atp_tune.metrics.draws import OverDraws, Spread
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.spec.config import (
     FORMAT,
-    Baselines,
     BothDraws,
     Config,
     EvaluationTexts,
     ModelRef,
-    Scores,
     Sparsity,
     read_config,
 )
@@ -29,11 +27,9 @@ from atp_tune.spec.texts import Text
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 
 
-def scores(search: float, report: float | None) -> Scores:
-    return Scores(
-        validation=Perplexity(value=search, stderr=0.5),
-        test=None if report is None else Perplexity(value=report, stderr=0.25),
-    )
+def scores(search: float, report: float | None) -> dict[str, dict[Role, Estimate | None]]:
+    test = None if report is None else Perplexity(value=report, stderr=0.25)
+    return {"perplexity": {"validation": Perplexity(value=search, stderr=0.5), "test": test}}
 
 
 DRAWN = OverDraws(
@@ -53,8 +49,7 @@ def config(**changes: Any) -> Config:
         ),
         blocks="model.layers",
         sparsity=Sparsity(target=0.6, realised=0.5995),
-        perplexity=scores(12.5, 13.25),
-        baselines=Baselines(dense=scores(8.0, 8.5), uniform=scores(14.0, None)),
+        scores={"best": scores(12.5, 13.25), "dense": scores(8.0, 8.5), "uniform": scores(14.0, None)},
         calibration=Text(source="c4", split="train", sampling="random", nsamples=128, seed=3),
         batches={"calibration": 8, "validation": 16},
         draws=BothDraws(best=DRAWN, uniform=None),

@@ -140,7 +140,7 @@ def left_out(place: Path, *overrides: str) -> list[str]:
 
     study = run(place, ASKED, *overrides, watch=hear)
     assert "continuations" not in study.user_attrs
-    assert read_config(place / "tiny.best.json").perplexity.test
+    assert read_config(place / "tiny.best.json").scored()
     return [note for note in notes if note.startswith("continuations")]
 
 

@@ -30,9 +30,9 @@ def test_what_is_left_is_of_the_whole_study(clock: list[float], capsys: pytest.C
         (0.0, TrialStarted("dense model", None)),
         (50.0, TrialStarted("prices", None)),  # half a second a token: 300 s, 4 × 100 s, 2 × 150 s, 1000 s
         (120.0, TrialStarted("trial 0", priced, 0)),
-        (20.0, TrialEnded(0, 20.0, None, 20.0, 1, 4)),
+        (20.0, TrialEnded(0, {"perplexity": 20.0}, None, {"perplexity": 20.0}, 1, 4)),
         (0.0, TrialStarted("trial 1", priced, 1)),
-        (20.0, TrialEnded(1, 18.0, None, 18.0, 2, 2)),  # ended early
+        (20.0, TrialEnded(1, {"perplexity": 18.0}, None, {"perplexity": 18.0}, 2, 2)),  # ended early
         (0.0, TrialStarted("test text: dense model", None)),
         (90.0, TrialStarted("test text: trial 1", priced)),
         (70.0, TrialStarted("training the kept weights of trial 1", None)),
@@ -88,7 +88,7 @@ def test_the_estimate_ends_at_the_end_and_is_never_0(data: st.DataObject) -> Non
         for number in range(3):
             begin(f"{what} {number}")
             pass_time(what)
-            remaining.hear(TrialEnded(number, 1.0, None, 1.0, number + 1, 3, what), now)
+            remaining.hear(TrialEnded(number, {"perplexity": 1.0}, None, {"perplexity": 1.0}, number + 1, 3, what), now)
     for _ in range(2):
         begin("test text: trial 1")
         pass_time("test")
@@ -112,13 +112,13 @@ def test_workers_share_what_is_left(clock: list[float], capsys: pytest.CaptureFi
     for number, line in enumerate((one, other)):
         line(TrialStarted(f"trial {number}", priced, number))
     clock.append(10.0)
-    one(TrialEnded(0, 20.0, None, 20.0, 1, 7))
-    other(TrialEnded(1, 18.0, None, 18.0, 2, 7))
+    one(TrialEnded(0, {"perplexity": 20.0}, None, {"perplexity": 20.0}, 1, 7))
+    other(TrialEnded(1, {"perplexity": 18.0}, None, {"perplexity": 18.0}, 2, 7))
     assert "(best 18.00, 25 s left)" in capsys.readouterr().out
     other.hide()
     one(TrialStarted("trial 2", None, 2))
     clock.append(10.0)
-    one(TrialEnded(2, 19.0, None, 18.0, 3, 7))
+    one(TrialEnded(2, {"perplexity": 19.0}, None, {"perplexity": 18.0}, 3, 7))
     assert "(best 18.00, 40 s left)" in capsys.readouterr().out
 
 

@@ -159,7 +159,7 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
     assert written["settings"] == SETTINGS.model_dump()
     assert len(written["losses"]) == 6
     assert all(0 < loss < 10 for loss in written["losses"])
-    assert written["dense"]["value"] == read_config(place / "tiny.best.json").baselines.dense.test.value  # type: ignore[union-attr]
+    assert written["dense"]["value"] == read_config(place / "tiny.best.json").scored("dense", "test").value  # type: ignore[union-attr]
     assert (place / "out" / ABOUT).read_bytes() == (place / "sparse" / ABOUT).read_bytes()
 
 

@@ -23,15 +23,15 @@ from atp_tune import figures, report
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.figures.history import draw_history
-from atp_tune.measures import change, relative
+from atp_tune.measures import KL, change, relative
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather
+from atp_tune.results import status
 from atp_tune.results.best_config import best_config
 from atp_tune.results.front import nearest, points_of, sparsest_within
 from atp_tune.results.outcome import outcome_of
-from atp_tune.results.status import status_of
+from atp_tune.results.status import PointStatus, status_of
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.results.trials import scores_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load, settings
 from atp_tune.storage import progress
@@ -138,18 +138,23 @@ def test_the_front_beside_dense_and_uniform() -> None:
     points = points_of(study)
     assert [point.trial.number for point in points] == [1, 2, 4, 6]  # at 20 % uniform is better
     assert [point.sparsity for point in points] == list(LEVELS)
-    assert [point.uniform.number if point.uniform else None for point in points] == [1, 3, 5, 7]
+    results = summarise(study).results
+    beside = [results.uniform(point.trial) for point in points]
+    assert [uniform and uniform.number for uniform in beside] == [1, 3, 5, 7]
     assert [point.is_best for point in points] == [False, False, True, False]  # the knee
     assert [point.excess for point in points] == [None] * 4
     first, second, third, _ = points
     tests, trials = study.user_attrs["test_nlls"], study.trials
-    assert first.against is None
-    assert second.against is not None
-    assert (second.against.text, second.against.change) == ("test", change(tests["3"], tests["2"]))
-    assert second.against.perplexity["validation"] == change(trials[3].user_attrs["nlls"], trials[2].user_attrs["nlls"])
-    assert second.dense.change == change(tests["dense"], tests["2"])
-    assert third.against is not None
-    assert (third.against.text, third.dense.text) == ("validation", "test")  # uniform is not on the test text
+    assert results.against_uniform(first.trial) is None
+    against, dense = results.against_uniform(second.trial), results.change("dense", second.trial)
+    assert against is not None and dense is not None
+    assert (against.on, against.change) == ("test", change(tests["3"], tests["2"]))
+    searched = results.change(trials[3], trials[2], on="validation")
+    assert searched is not None
+    assert searched.change == change(trials[3].user_attrs["nlls"], trials[2].user_attrs["nlls"])
+    assert dense.change == change(tests["dense"], tests["2"])
+    found = results.against_uniform(third.trial), results.change("dense", third.trial)
+    assert [one and one.on for one in found] == ["validation", "test"]  # uniform is not on the test text
 
 
 def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
@@ -169,10 +174,11 @@ def test_points_of_a_study_of_kl() -> None:
     study = made_front(kl=True)
     third = next(point for point in points_of(study) if point.sparsity == 0.5)
     kls = [study.trials[number].user_attrs["kls"] for number in (5, 4)]
-    assert third.against is not None
-    assert third.against.kl_change == relative(*kls)
-    assert third.dense.kl == {}
-    assert summarise(study).by_kl
+    results = summarise(study).results
+    against = results.against_uniform(third.trial, KL)
+    assert against is not None and against.change == relative(*kls)
+    assert results.change("dense", third.trial, KL) is None
+    assert results.main is KL
 
 
 def test_other_studies_have_no_points(done: Path) -> None:
@@ -296,7 +302,7 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     assert [" ←" in row for row in rows] == [False, False, False, True, False]
     assert "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: " in said
     assert "\n`export` writes another point: --sparsity, --max-increase or --trial names it\n" in said
-    uniform = scores_of(study.trials[5], study.user_attrs["test_nlls"]).test
+    uniform = summarise(study).results.score(study.trials[5], "test")
     assert rows[3].split("|")[6].strip() == str(uniform)
     assert " 50% wanda atp β=0.05000 " in said  # of all trials
     assert "spread" not in said
@@ -375,7 +381,7 @@ def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_pat
     assert answer.err.count("\n") == bool(said)
     config = read_config(file)
     assert (config.trial, config.sparsity.target) == (number, list(LEVELS)[number // 2])
-    assert config.baselines.uniform.validation is not None
+    assert config.scored("uniform", "validation") is not None
 
 
 @pytest.mark.slow
@@ -482,7 +488,9 @@ def test_figures_of_a_front() -> None:
     assert list(uniform.x) == list(front.x) == [20, 30, 50, 70]
     assert list(front.y) == pytest.approx([summary.trials[n].values[0] for n in (1, 2, 4, 6)], rel=1e-4)
     assert all(error > 0 for error in front.error_y.array)
-    assert [shape.name for shape in drawn["points"].layout.shapes] == [f"dense {summary.dense.validation.value:.2f}"]
+    assert [shape.name for shape in drawn["points"].layout.shapes] == [
+        f"dense {summary.results.score('dense', 'validation').value:.2f}"
+    ]
     assert drawn["points"].layout.yaxis.type == "log"
     names = ["20% (trial 1)", "30% (trial 2)", "50% (trial 4)", "70% (trial 6)"]
     assert [trace.name for trace in drawn["sparsity"].data] == [trace.name for trace in drawn["error"].data] == names
@@ -502,7 +510,9 @@ def test_figures_of_a_limit(limit: dict[str, float], kl: bool, name: str, value:
     assert [trace.name for trace in drawn["points"].data][:2] == ["uniform", "searched"]
     line = drawn["points"].layout.shapes[-1]
     assert line.name.startswith(name)
-    assert line.y0 == (value * summary.dense.validation.value if value else next(iter(limit.values())))
+    assert line.y0 == (
+        value * summary.results.score("dense", "validation").value if value else next(iter(limit.values()))
+    )
     assert ("KL" in drawn["points"].layout.yaxis.title.text) == kl
     assert {trace.name.split(" (")[0] for trace in drawn["sparsity"].data} <= {"best", "uniform"}
 
@@ -526,9 +536,8 @@ def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
     assert contents.sparsity == f"{best.params['sparsity']:g} of 0.2 to 0.7"
     text = markdown.make([contents]).decode()
     dense = "against dense, validation" if limit else "uniform | against dense"
-    assert (
-        f"| sparsity | method | trial | validation perplexity | test perplexity | {dense} | against uniform |" in text
-    )
+    head = f"| method | trial | sparsity | validation perplexity | test perplexity | {dense} | against uniform |"
+    assert head in text
     assert "## Pareto front" not in text
     assert "## Allocations" not in text
     assert f"**{best.number}**" in text
@@ -538,7 +547,7 @@ def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
     assert "too few trials" not in page
     table = latex.make([contents, contents]).decode()
     assert "sparsity " + contents.sparsity in table
-    assert table.count(r"50\% atp ($\beta=0.0500$)") == 2
+    assert table.count(r"wanda + atp ($\beta$ = 0.05000) & 50\% & ") == 2
     assert report.gather(optuna_empty(), NOW).sparsity == "0.2 to 0.7"
 
 
@@ -564,19 +573,18 @@ def test_the_json_of_the_points() -> None:
     summary = summarise(study)
     (read,) = json.loads(machine.make([gather(study, NOW)]))["studies"]
     said = json.loads(status_of(summary, NOW).model_dump_json())
-    assert read["sparsity"] == {"target": 0.5, "realised": 0.5, "interval": [0.2, 0.7]}
-    assert said["sparsity"] == [0.2, 0.7]
+    assert read["sparsity"] == said["sparsity"] == [0.2, 0.7] and read["realised"] == 0.5
     assert read["limit"] == said["limit"] == {"max_increase": 0.35}
     for points in (read["points"], said["points"]):
         assert [point["trial"] for point in points] == [point.trial.number for point in summary.points]
         assert [point["best"] for point in points].index(True) == 5
-        assert points[5]["against_uniform"]["on"] == "test"
+        assert points[5]["against_uniform"]["perplexity"]["on"] == "test"
         assert points[5]["uniform"] == 5
-        assert (points[0]["uniform"], points[0]["against_uniform"]) == (1, None)
+        assert (points[0]["uniform"], points[0]["against_uniform"]) == (1, {"perplexity": None})
     assert said["best"]["sparsity"] == 0.5
     assert [trial["sparsity"] for trial in said["trials"]] == [trial["sparsity"] for trial in read["trials"]]
     assert read["trials"][4]["sparsity"] == 0.5
-    documented = machine.__doc__ or ""
+    documented = f"{PointStatus.__doc__} {status.__doc__}"
     assert all(key in documented for key in read["points"][0])
 
 
@@ -584,14 +592,14 @@ def test_the_note_of_the_dashboard() -> None:
     summary = summarise(with_test_text(made_front(limit={"max_increase": 0.35}), *range(8)))
     note = study_note(summary, "sqlite:///x.db")
     assert "at 20% to 70% sparsity" in note
-    assert re.search(r"^\| 0% \| &emsp;dense \| &emsp; \| &emsp;[\d.]+ ± ", note, re.M)
-    assert "\n| --: | :-- |" in note
+    assert re.search(r"^\| dense \| &emsp; \| &emsp;0% \| &emsp;[\d.]+ ± ", note, re.M)
+    assert "\n| :-- | --: |" in note
     assert "python tune.py --study smol-front " in note
     assert "The best is the sparsest plan within 35% more perplexity than dense." in note
     assert "**Best: trial 4, 50% wanda + atp" in note
     assert "against uniform" in trial_note(summary.trials[4], summary)
-    ratio = summary.trials[6].values[0] / summary.trials[7].values[0] - 1
-    assert f"{ratio:+.1%} against uniform" in trial_note(summary.trials[6], summary)  # at 70 %
+    found = summary.results.change(summary.trials[7], summary.trials[6], on="validation")
+    assert found and f"{found.change} against uniform" in trial_note(summary.trials[6], summary)  # at 70 %
 
 
 # A real study

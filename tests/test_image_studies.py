@@ -40,8 +40,10 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
-from atp_tune.measures import accuracy, gain, perplexity
+from atp_tune.measures import ACCURACY, TEXTS, accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
+from atp_tune.results.outcome import sign_of_beta
+from atp_tune.results.results import Against
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.sparse.packing import pack_folder
@@ -159,27 +161,28 @@ def test_one_command_finds_a_plan(place: Path) -> None:
     summary = summarise(study)
     assert {bool(trial.params.get("beta", 0) < 0) for trial in summary.trials} == {True, False}
     nlls, hits = own_scores(place / "model", place)
-    dense = summary.dense.test
+    dense = summary.results.score("dense", "test")
     assert dense is not None and dense.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
-    own = summary.hits.trial(None)
-    assert own.test is not None and own.test.value == pytest.approx(sum(hits) / len(hits))
+    results = summary.results
+    own = {text: results.score("dense", text, ACCURACY) for text in TEXTS}
+    assert own["test"] is not None and own["test"].value == pytest.approx(sum(hits) / len(hits))
     for rank in summary.ranks:
-        ranks = study.user_attrs["test_ranks"][str(rank.trial.number)]
-        assert summary.hits.trial(rank.trial).test == accuracy(ranks)
-        assert len(ranks) == 80 and len(rank.trial.user_attrs["ranks"]) == 60
-        if not is_uniform(rank.trial):
+        ranks = study.user_attrs["test_ranks"][str(rank.number)]
+        assert results.score(rank, "test", ACCURACY) == accuracy(ranks)
+        assert len(ranks) == 80 and len(rank.user_attrs["ranks"]) == 60
+        if not is_uniform(rank):
             uniform = study.user_attrs["test_ranks"][str(summary.uniforms[0].number)]
-            assert summary.hits.gains[str(rank.trial.number)] == (gain(uniform, ranks), "test")
-    assert summary.sign.startswith("Sign of β: ")
-    best = summary.ranks[0].trial
+            assert results.against_uniform(rank, ACCURACY) == Against(gain(uniform, ranks), "test", 80)
+    assert sign_of_beta(summary).startswith("Sign of β: ")
+    best = summary.ranks[0]
     note = study_note(summary, "sqlite:///tiny.db")
-    assert "validation accuracy | " in note and f"{own.validation} | " in note and " text" not in note
-    assert f"{summary.hits.trial(best).test} | " in note
-    hit_share = summary.hits.trial(best).validation
-    assert f"Accuracy on the validation images {hit_share}." in trial_note(best, summary)
+    assert "validation accuracy | " in note and f"{own['validation']} | " in note and " text" not in note
+    assert f"{results.score(best, 'test', ACCURACY)} | " in note
+    hit_share = results.score(best, "validation", ACCURACY)
+    assert f"Accuracy on the validation images {hit_share}" in trial_note(best, summary)
     assert hit_share is not None and columns(best)["accuracy %"] == pytest.approx(100 * hit_share.value, abs=0.01)
     config = read_config(place / "tiny.best.json")
-    assert config.score == "classes" and config.accuracy is not None and config.accuracy.dense == own
+    assert config.score == "classes" and config.scores["dense"]["accuracy"] == own
     assert reopen(place).user_attrs["fingerprint"]["images.validation.nsamples"] == 60
 
 
@@ -196,13 +199,13 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert "test accuracy" in ran.out and "perplexity: over classes" in ran.out and "Sign of β" in ran.out
     assert "images" in ran.out and " windows" not in ran.out
     status = json.loads(tune("status", "--study", "tiny.toml", "--json").out)
-    assert status["accuracy"]["dense"]["test"]["value"] > 0.7 and status["sign"]
+    assert status["dense"]["accuracy"]["test"]["value"] > 0.7 and status["sign"]
     applied = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
     assert applied.code == 0 and "(+0.000%)" in applied.out, applied
     config = read_config(place / "sparse" / "atp_tune.json")
     nlls, _ = own_scores(place / "sparse", place)
-    assert config.perplexity.test is not None
-    assert config.perplexity.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    assert config.scored() is not None
+    assert config.scored().value == pytest.approx(perplexity(nlls).value, rel=1e-4)
     card = (place / "sparse" / "README.md").read_text()
     assert "AutoModelForImageClassification" in card and "| accuracy |" in card and "tokenizer" not in card
     evaluated = tune("evaluate", "--config", "tiny.best.json")
@@ -291,8 +294,8 @@ def test_channels_of_a_classifier_go(place: Path, tune: CommandLine, monkeypatch
     assert applied.code == 0 and "(+0.000%)" in applied.out, applied
     nlls, _ = own_scores(place / "slim", place)
     found = read_config(place / "slim" / "atp_tune.json")
-    assert found.slim and found.perplexity.test is not None
-    assert found.perplexity.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    assert found.slim and found.scored() is not None
+    assert found.scored().value == pytest.approx(perplexity(nlls).value, rel=1e-4)
     assert "AutoModelForImageClassification" in (place / "slim" / "README.md").read_text()
     assert "top-1" in tune("evaluate", "slim", "--limit", "10").out
     assert tune("classify", "slim", *write_pictures(place), "--both").code == 0
@@ -373,10 +376,10 @@ def test_the_best_plan_of_a_classifier_is_trained(
     assert ran.code == 0 and "Trained after pruning: 12 steps of scales of rows and columns by KL" in ran.out, ran
     found = read_config(place / "tiny.best.json")
     written = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
-    assert written.code == 0 and found.final.test is not None, written
-    assert f"the configuration says {found.final.test} (+0.000%)" in written.out
+    assert written.code == 0 and found.final("test") is not None, written
+    assert f"the configuration says {found.final('test')} (+0.000%)" in written.out
     nlls, _ = own_scores(place / "sparse", place)
-    assert found.final.test.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
+    assert found.final("test").value == pytest.approx(perplexity(nlls).value, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
@@ -509,8 +512,8 @@ def test_other_ways_to_search(place: Path, settings: tuple[str, ...]) -> None:
         settings = settings[:-1]
     summary = summarise(run(place, *settings))
     assert summary.complete and summary.best_trial is not None
-    best = summary.hits.trial(summary.best_trial)
-    assert best.validation is not None and 0.2 < best.validation.value <= 1
+    best = summary.results.score(summary.best_trial, "validation", ACCURACY)
+    assert best is not None and 0.2 < best.value <= 1
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])

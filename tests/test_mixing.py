@@ -13,7 +13,7 @@ from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import remark_of
-from atp_tune.results.remarks import study_remarks
+from atp_tune.results.outcome import study_remarks
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import read_config
 from atp_tune.storage import fingerprint, opening, progress

@@ -342,7 +342,7 @@ def test_the_sparsest_plan_within_a_limit(here: Path, command: CommandLine) -> N
     beyond = [trial for trial in study.trials if trial.params["sparsity"] > best.params["sparsity"]]
     assert all(excess_of(study, trial) > 0 for trial in beyond)
     found = read_config(here / "studies" / f"{name}.best.json")
-    assert found.trial == best.number and found.perplexity.test is not None
+    assert found.trial == best.number and found.scored() is not None
     again = command(*words)
     done = counted(study)
     assert again.out.splitlines()[0].startswith(f"complete: {done} of {done} trials; nothing to do")

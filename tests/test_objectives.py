@@ -18,7 +18,7 @@ from synthetic import storage_in
 from tinystudy import CommandLine, few_at_a_time, quiet, run, settings, start, stored, study_file
 from tinystudy import finish as finished
 
-from atp_tune import figures
+from atp_tune import figures, measures
 from atp_tune.allocations import Budget
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
@@ -28,7 +28,7 @@ from atp_tune.report import gather, write
 from atp_tune.results.best_config import best_config
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform, kl_of, score_of
+from atp_tune.results.trials import is_uniform
 from atp_tune.search import termination
 from atp_tune.search.proposals import levelled
 from atp_tune.search.space import make_space
@@ -73,7 +73,8 @@ def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     assert best.user_attrs["kls"] == pytest.approx(expected, rel=1e-5)
     assert best.user_attrs["nlls"] == pytest.approx(pruned.nlls("validation"), rel=1e-5)
     assert best.value == fmean(best.user_attrs["kls"])
-    score, kl = score_of(best), kl_of(best)
+    results = summarise(study).results
+    score, kl = results.score(best, "validation"), results.score(best, "validation", measures.KL)
     assert score
     assert kl
     assert score.value == math.exp(fmean(best.user_attrs["nlls"]))
@@ -91,22 +92,21 @@ def test_the_best_is_by_kl_and_compared_with_uniform_by_windows(made: Path) -> N
     assert summary.best_trial == study.best_trial
     uniform, kls = summary.uniform_trial, study.user_attrs["test_kls"]
     assert uniform
-    rank = next(rank for rank in summary.ranks if rank.trial.number != uniform.number)
-    assert rank.kl_against
-    expected = fmean(kls[str(rank.trial.number)]) / fmean(kls[str(uniform.number)]) - 1
-    assert rank.kl_against.value == pytest.approx(expected)
-    assert 0 < rank.kl_against.stderr < 0.2
+    rank = next(rank for rank in summary.ranks if rank.number != uniform.number)
+    against = summary.results.against_uniform(rank, measures.KL)
+    assert against
+    expected = fmean(kls[str(rank.number)]) / fmean(kls[str(uniform.number)]) - 1
+    assert against.change.value == pytest.approx(expected)
+    assert 0 < against.change.stderr < 0.2
 
 
 @pytest.mark.slow
 def test_the_configuration_holds_both(made: Path) -> None:
     config = read_config(made / "kl.best.json")
     summary = summarise(stored(made, "kl"))
-    assert config.perplexity == summary.best
-    assert config.kl
-    assert config.kl.best == summary.kl(summary.best_trial)
-    assert config.kl.uniform == summary.kl(summary.uniform_trial)
-    assert config.kl.best.test
+    assert config.scores["best"] == summary.results.scores(summary.best_trial)
+    assert config.scores["uniform"] == summary.results.scores(summary.uniform_trial)
+    assert config.scored(measure=measures.KL)
 
 
 @pytest.mark.slow
@@ -131,7 +131,10 @@ def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest
         bests = [fmean(full) for full in windows_of(study, "kls") if len(full) == 16]
         assert trial.value is not None
         assert trial.value > min(bests)
-        assert score_of(trial) is None
+        results = summarise(study).results
+        assert results.score(trial, "validation") is None
+        told = results.score(trial, "validation", measures.KL)
+        assert told and (told.value, told.stderr) == (trial.value, 0)
     kls = study.trials[0].user_attrs["kls"]
     assert study.trials[0].intermediate_values == {k: pytest.approx(fmean(kls[2 * k : 2 * k + 2])) for k in range(8)}
     status_of(summarise(study), datetime.now())
@@ -247,11 +250,11 @@ def test_progress_names_both_values(made: Path, place: Path, command: CommandLin
     events: list[Any] = []
     run(place, BOTH, watch=events.append)
     ended = [event for event in events if isinstance(event, TrialEnded)]
-    assert [[event.value, event.kl] for event in ended] == [trial.values for trial in stored(place).trials]
-    assert ended[-1].best == min(event.value for event in ended)
+    assert [[*event.scores.values()] for event in ended] == [trial.values for trial in stored(place).trials]
+    assert ended[-1].best == {"perplexity": min(event.scores["perplexity"] for event in ended)}
     answer = command("--study", place / "tiny.toml", "--study-name", "again", *settings(KL))
     trial = stored(place, "again").trials[0]
-    score = score_of(trial)
+    score = summarise(stored(place, "again")).results.score(trial, "validation")
     assert score
     assert f": perplexity {score.value:.2f}, KL {trial.values[0]:.4f} in " in answer.out
     assert "(best KL " in answer.out
@@ -307,12 +310,12 @@ def test_tables_show_the_values_and_the_front(made: Path, command: CommandLine) 
     summary = summarise(stored(made, "both"))
     for trial in summary.front:
         assert f"| {trial.number}     |" in said
-        assert str(summary.kl(trial).validation) in said
+        assert str(summary.results.score(trial, "validation", measures.KL)) in said
     assert "the lowest perplexity of the front; `export --trial N` takes another" in said
     assert "| 0               | 0               | – " in said
     said = command("status", "--study", made / "tiny.toml", "--study-name", "kl").out
     assert "Pareto front" not in said
-    assert str(summarise(stored(made, "kl")).kl(stored(made, "kl").best_trial).test) in said
+    assert str(summarise(stored(made, "kl")).results.score(stored(made, "kl").best_trial, "test", measures.KL)) in said
 
 
 @pytest.mark.slow
@@ -323,16 +326,19 @@ def test_the_json_of_status_and_report(made: Path, tmp_path: Path) -> None:
         said = json.loads(to_json(status_of(summary, datetime.now())))
         assert said["objective"] == objectives
         assert said["front"] == [trial.number for trial in summary.front]
-        assert said["best"]["kl"] == summary.kl(summary.best_trial).model_dump()
+        best = summary.results.score(summary.best_trial, "test", measures.KL)
+        assert best and said["best"]["scores"]["kl"]["test"] == best.model_dump()
         uniform = is_uniform(summary.best_trial)  # then there is nothing to compare it with
-        assert said["best"]["kl_change"] is None if uniform else said["best"]["kl_change"]["on"] == "test"
-        assert [trial["kl"]["validation"]["value"] for trial in said["trials"]] == [t.values[-1] for t in study.trials]
-        assert all(trial["value"] > 10 for trial in said["trials"])  # perplexities
+        against = said["best"]["against_uniform"]["kl"]
+        assert against is None if uniform else against["on"] == "test"
+        scores = [trial["scores"] for trial in said["trials"]]
+        assert [score["kl"]["validation"]["value"] for score in scores] == [t.values[-1] for t in study.trials]
+        assert all(score["perplexity"]["validation"]["value"] > 10 for score in scores)
         write([gather(study, datetime.now())], "json", tmp_path / "r.json")
         [read] = json.loads((tmp_path / "r.json").read_text())["studies"]
         assert (read["objective"], read["front"]) == (objectives, said["front"])
-        assert read["kl"]["best"] == said["best"]["kl"]
-        assert read["trials"][1]["kl"] == said["trials"][1]["kl"]
+        assert read["best"]["scores"] == said["best"]["scores"]
+        assert read["trials"][1]["scores"] == said["trials"][1]["scores"]
 
 
 @pytest.mark.slow
@@ -343,11 +349,9 @@ def test_reports(name: str, kind: str, made: Path, tmp_path: Path) -> None:
     with quiet():
         write([gather(study, datetime.now())], kind, tmp_path / "report")
     text, summary = (tmp_path / "report").read_text(), summarise(study)
-    best = summary.kl(summary.best_trial)
-    assert best.validation
-    assert best.test
-    shown = [f"{kl.value:.4f}" for kl in (best.validation, best.test)]
-    assert all(value in text for value in shown)
+    for role in measures.TEXTS:
+        found = summary.results.score(summary.best_trial, role, measures.KL)
+        assert found and found.alone in text
     assert ("Pareto front" in text) == (name == "both" and kind != "latex")
 
 
@@ -375,10 +379,11 @@ def test_notes_of_the_dashboard(made: Path) -> None:
         summary = summarise(stored(made, name))
         note = study_note(summary, "sqlite:///tiny.db")
         assert "KL divergence from the dense model (nats per token) on the validation text; lower is better" in note
-        assert str(summary.kl(summary.best_trial).test) in note
-        assert note.count("(Pareto front)") == len(summary.front)
+        assert str(summary.results.score(summary.best_trial, "test", measures.KL)) in note
+        assert ("Pareto front:" in note) == (name == "both")
         for trial in summary.trials:
-            assert f"KL divergence from the dense model {kl_of(trial)}." in trial_note(trial, summary)
+            found = summary.results.score(trial, "validation", measures.KL)
+            assert f"KL divergence on the validation text {found}" in trial_note(trial, summary)
 
 
 @pytest.mark.slow
@@ -394,9 +399,7 @@ def test_any_trial_can_be_exported(made: Path, place: Path, command: CommandLine
     config = read_config(out)
     assert config.trial == other.number
     assert config.plan.amounts == tuple(other.user_attrs["plan"]["levels"])
-    assert config.perplexity.validation == score_of(other)
-    assert config.kl
-    assert config.kl.best.validation == kl_of(other)
+    assert config.scores["best"] == summary.results.scores(other)
     assert not (place / "both.best.json").exists()
     error = command(*asked, "--trial", "99").error
     assert error == "study both: trial 99 is not measured in full; `status` lists all"

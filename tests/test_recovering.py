@@ -22,8 +22,9 @@ from atp_tune import cache_keys, tune
 from atp_tune.cache import cache_dir
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
-from atp_tune.results.recovery import recovery_said, trained_rows
+from atp_tune.results.outcome import recovery_said
 from atp_tune.results.summary import summarise
+from atp_tune.results.tables import overview
 from atp_tune.search.runner import StudyRun
 from atp_tune.sparse import recovering
 from atp_tune.sparse.finetuning import NoGainError, Trained
@@ -193,7 +194,7 @@ def seen_and_interrupted(run: StudyRun, *_: object) -> None:
 def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLine) -> None:
     """Where pruning raised the perplexity by less than `min_increase`, which is asked again of other settings."""
     before = config_of(place)
-    dense, pruned = before.baselines.dense.validation, before.perplexity.validation
+    dense, pruned = before.scored("dense", "validation"), before.scored("best", "validation")
     assert dense is not None
     assert pruned is not None
     increase = pruned.value / dense.value - 1
@@ -405,7 +406,7 @@ def test_errors_of_training_name_the_keys_of_the_table() -> None:
 
 def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     study, texts = stored(done), changed(-0.3)
-    assert trained_rows(summarise(study), 8) == []
+    assert not any(", trained" in row[0] for row in overview(summarise(study)).rows)
     assert recovery_said(summarise(study)) == ""
     made = study.user_attrs["made_from"]
     asked = {**made, "settings": {**made["settings"], "recover": {"steps": 9}}}
@@ -427,9 +428,9 @@ def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
     db = opening.open_storage(study_file(done).storage_url, create=False)
     assert db is not None
     summary = summarise(opening.find_study(db, "tiny"))  # type: ignore[arg-type]
-    (row,) = trained_rows(summary, 8)
+    row = overview(summary).rows[-1]
     assert row[0].endswith(", trained")
-    assert row[2:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%", "–", "–", "–"]
+    assert row[3:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%"]
     assert recovery_said(summary) == (
         "Trained after pruning: 64 steps of scales of rows and columns by NLL and KL from the dense model on the "
         "calibration text, of which step 48 was taken; its perplexity is 30.0% ± 1.0% below on the validation text and "

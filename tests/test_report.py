@@ -20,6 +20,9 @@ from atp_tune.errors import UserError
 from atp_tune.metrics.answers import Answers
 from atp_tune.report import html, latex, machine, markdown, tables
 from atp_tune.report.contents import gather, toml
+from atp_tune.results import status
+from atp_tune.results.status import Best, Status, TrialStatus, status_of, to_json
+from atp_tune.results.summary import summarise
 from atp_tune.spec.studyfile import load, settings
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -100,9 +103,10 @@ def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_real_study(done: Path, kind: str) -> None:
     made = MAKERS[kind]([gather(stored(done), NOW)]).decode()
-    best = gather(stored(done), NOW).summary.best
-    assert best.test is not None
-    assert f"{best.test.value:.2f}" in made or str(best.test.value) in made
+    summary = gather(stored(done), NOW).summary
+    best = summary.results.score(summary.best_trial, "test")
+    assert best is not None
+    assert best.alone in made or str(best.value) in made
 
 
 @pytest.mark.slow
@@ -254,30 +258,31 @@ def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
 def test_the_keys_of_the_json(found: optuna.Study) -> None:
     read = document(found)
     assert list(read) == ["format", "made", "studies"]
-    assert (read["format"], read["made"]) == ("atp_tune.report/2", "2026-01-02T03:04:05")
+    assert (read["format"], read["made"]) == ("atp_tune.report/3", "2026-01-02T03:04:05")
     (study,) = read["studies"]
     assert list(study) == [
-        "name", "description", "sparsity", "state", "dense", "uniform", "best", "best_trial", "change", "ranks",
-        "objective", "front", "limit", "points",
-        "kl", "zero_shot", "speed", "recovered", "continuations", "draws", "windows", "kinds", "importance", "trials",
-        "seconds", "devices", "study_file", "fingerprint", "versions",
+        *[key for key in json.loads(to_json(status_of(summarise(found), NOW))) if key != "format"],
+        "description", "state", "realised", "zero_shot", "speed", "recovered", "continuations", "importance", "time",
+        "devices", "study_file", "fingerprint", "versions",
     ]  # fmt: skip
-    assert study["state"] == {"done": 4, "total": 16, "running": 0, "failed": 1}
-    assert study["best"]["validation"] == {"value": found.trials[1].value, "stderr": 3.5}
-    assert study["best"]["test"] is None
-    assert study["change"]["on"] == "validation"
-    assert study["change"]["value"] < 0
+    assert (study["done"], study["total"]) == (4, 16)
+    assert study["state"] == {"running": 0, "failed": 1}
+    scores = study["best"]["scores"]["perplexity"]
+    assert scores == {"validation": {"value": found.trials[1].value, "stderr": 3.5}, "test": None}
+    against = study["best"]["against_uniform"]["perplexity"]
+    assert against["on"] == "validation" and against["value"] < 0
     assert [rank["allocation"] for rank in study["ranks"]] == ["atp", "uniform"]
     assert list(study["trials"][0]) == [
-        "number", "state", "plan", "sparsity", "pruner", "allocation", "parameters", "levels", "perplexity", "realised",
-        "errors", "seconds", "device", "dtype", "remark", "kl",
+        "number", "state", "params", "parameters", "plan", "scores", "realised", "seconds", "remark", "cut_off",
+        "sparsity", "packed_bytes", "bits", "effective_bits", "quantized_bytes", "levels", "times", "errors", "device",
+        "dtype",
     ]  # fmt: skip
-    assert study["trials"][1]["parameters"] == {"beta": 0.006}
+    assert study["trials"][1]["params"]["beta"] == 0.006
     assert study["trials"][3]["remark"] == "no"
 
 
 def test_every_key_is_documented(found: optuna.Study) -> None:
-    documented = machine.__doc__ or ""
+    documented = "".join(str(part.__doc__) for part in (machine, status, Status, TrialStatus, Best))
     (study,) = document(found)["studies"]
     for key in (*study, *study["trials"][0], *study["ranks"][0]):
         assert re.search(rf"\b{key}\b", documented), key
@@ -290,10 +295,11 @@ def test_json_has_no_number_that_is_none() -> None:
 def test_markdown_tables_are_whole(found: optuna.Study) -> None:
     found.add_trial(made_up(0.01, state=TrialState.FAIL, failure="a|b\n# *c*"))
     text = markdown.make([gather(found, NOW)]).decode()
-    assert "| perplexity | validation text | test text |\n| :-- | --: | --: |" in text
+    head = "| method | trial | sparsity | validation perplexity | test perplexity | against uniform |"
+    assert f"{head}\n| :-- | --: | --: | --: | --: | --: |" in text
     assert r"a\|b \# \*c\*" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 4, 6, 9}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 7, 8}
     assert "```toml\ndescription = " in text
     assert "python tune.py --study made-up.toml\n" in text
 
@@ -306,9 +312,10 @@ def test_markdown_of_several_studies() -> None:
 
 def test_the_table_for_a_paper(found: optuna.Study) -> None:
     lines = latex.make([gather(found, NOW)]).decode().splitlines()
-    best = next(line for line in lines if line.startswith("wanda & atp"))
+    best = next(line for line in lines if line.startswith("wanda + atp"))
     assert re.fullmatch(
-        r"wanda & atp \(\$\\beta=0\.0060\$\) & \$\d+\.\d\d \\pm 3\.50\$ & -- & \$-\d+\.\d \\pm \d\.\d\\,\\%\$ \\\\",
+        r"wanda \+ atp \(\$\\beta\$ = 0\.00600\) & [\d.]+\\% & \d+\.\d\d \$\\pm\$ 3\.50 & -- & "
+        r"-\d+\.\d\\% \$\\pm\$ \d\.\d\\% \(validation\) \\\\",
         best,
     )
     assert sum(line.endswith(r"\\") for line in lines) == 4  # head, dense, uniform, best

@@ -161,12 +161,10 @@ def test_the_best_configuration_is_written(done: Path) -> None:
     best = progress.best_trial(study)
     assert best
     assert (config.study, config.trial) == ("tiny", best.number)
-    assert config.perplexity.validation
-    assert config.perplexity.validation.value == best.value
-    assert config.perplexity.test
-    assert config.perplexity.test.value == pytest.approx(
-        math.exp(fmean(study.user_attrs["test_nlls"][str(best.number)]))
-    )
+    assert config.scored("best", "validation")
+    assert config.scored("best", "validation").value == best.value
+    assert config.scored()
+    assert config.scored().value == pytest.approx(math.exp(fmean(study.user_attrs["test_nlls"][str(best.number)])))
 
 
 # --- going on
@@ -893,18 +891,19 @@ def test_the_best_of_each_allocation_is_reported_and_ranked(place: Path) -> None
         names = {"atp": {"beta"}, "owl": {"M", "lam"}}.get(trial.params["allocation"])
         if names is not None:
             assert set(trial.params) == {"pruner", "allocation"} | names
-    ranks = summarise(study).ranks
-    assert {allocation_of(rank.trial) for rank in ranks} == {"uniform", "atp", "curve", "owl"}
-    values = [rank.trial.value or 0 for rank in ranks]
+    ranks, results = summarise(study).ranks, summarise(study).results
+    assert {allocation_of(rank) for rank in ranks} == {"uniform", "atp", "curve", "owl"}
+    values = [rank.value or 0 for rank in ranks]
     assert values == sorted(values)
     for rank in ranks:
-        if allocation_of(rank.trial) == "uniform":
-            assert rank.against is None
+        if allocation_of(rank) == "uniform":
+            assert results.against_uniform(rank) is None
             continue
-        own, base = (study.user_attrs["test_nlls"][str(t.number)] for t in (rank.trial, study.trials[0]))
-        assert rank.on == "test" and rank.against
-        assert rank.against.value == pytest.approx(math.exp(fmean(own) - fmean(base)) - 1)
-    best = ranks[0].trial
+        own, base = (study.user_attrs["test_nlls"][str(t.number)] for t in (rank, study.trials[0]))
+        against = results.against_uniform(rank)
+        assert against and against.on == "test"
+        assert against.change.value == pytest.approx(math.exp(fmean(own) - fmean(base)) - 1)
+    best = ranks[0]
     config = read_config(place / "tiny.best.json")
     assert config.plan.parameters == {k: v for k, v in best.params.items() if k not in ("pruner", "allocation")}
 
@@ -934,7 +933,7 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     assert reports.pop("dense") == study.user_attrs["dense"]
     assert all(nlls == study.trials[int(number)].user_attrs["nlls"] for number, nlls in reports.items())
     config = read_config(place / "tiny.best.json")
-    assert config.perplexity.test == config.perplexity.validation
+    assert config.scored() == config.scored("best", "validation")
     assert config.texts.test == config.texts.validation
 
 

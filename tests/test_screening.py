@@ -391,9 +391,9 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
     assert command(*words).code == 0
     assert set(reopen(place, "mine.screen").user_attrs["test_nlls"]) > {"dense"}
-    assert read_config(place / "mine.screen.best.json").perplexity.test is not None
+    assert read_config(place / "mine.screen.best.json").scored() is not None
     status = json.loads(command("status", *words, "--json").out)
-    assert status["complete"] and status["best"]["test"]
+    assert status["complete"] and status["best"]["scores"]["perplexity"]["test"]
     run(place, name="mine")
     assert summarise(reopen(place, "mine")).screening is None
 

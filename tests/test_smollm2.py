@@ -211,7 +211,7 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     ids = torch.tensor(tokenizer("\n\n".join(part)).input_ids)
     windows = ids[: 2 * tokens].view(2, tokens)
     measured = perplexity(naive.nlls_of(model, windows)).value
-    promised = best["perplexity"]["test"]["value"]
+    promised = best["scores"]["best"]["perplexity"]["test"]["value"]
     assert abs(measured / promised - 1) < 0.001
 
 

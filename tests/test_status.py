@@ -27,7 +27,7 @@ from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, setting
 from atp_tune.cli import live_status, tables
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
-from atp_tune.measures import Perplexity
+from atp_tune.measures import TEXTS, Perplexity
 from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
@@ -99,24 +99,27 @@ def test_the_document_of_a_finished_study(done: Path, command: CommandLine) -> N
     assert (answer.code, answer.err) == (0, "")
     says, summary = json.loads(answer.out), summarise(stored(done))
     assert summary.best_trial
-    assert says["format"] == "atp_tune.status/2"
+    assert says["format"] == "atp_tune.status/3"
     assert (says["study"], says["sparsity"], says["done"], says["total"]) == ("tiny", 0.5, 6, 6)
     assert (says["complete"], says["running"], says["seconds_left"]) == (True, [], None)
-    assert says["dense"] == summary.dense.model_dump()
-    assert says["uniform"] == summary.uniform.model_dump()
+    results, uniform = summary.results, summary.uniform_trial
+    for model, named in (("dense", "dense"), (uniform, "uniform")):
+        for text in TEXTS:
+            assert says[named]["perplexity"][text] == results.score(model, text).model_dump()  # type: ignore[union-attr,arg-type]
     assert says["best"] == says["ranks"][0]
     best = says["best"]
     assert best["trial"] == summary.best_trial.number
     assert {"pruner": best["pruner"], "allocation": "atp", **best["parameters"]} == summary.best_trial.params
-    assert {"validation": best["validation"], "test": best["test"]} == summary.best.model_dump()
-    assert summary.ranks[0].against
-    assert best["change"] == {**summary.ranks[0].against.model_dump(), "on": "test"}
+    found = {text: results.score(summary.best_trial, text) for text in TEXTS}
+    assert best["scores"] == {"perplexity": {text: score.model_dump() for text, score in found.items() if score}}
+    against = results.against_uniform(summary.ranks[0])
+    assert against
+    assert best["against_uniform"]["perplexity"] == {**against.change.model_dump(), "on": "test"}
     assert [trial["number"] for trial in says["trials"]] == list(range(6))
     trial = says["trials"][best["trial"]]
     assert trial["state"] == "complete"
     assert trial["params"] == summary.best_trial.params
-    assert {"value": trial["value"], "stderr": trial["stderr"]} == best["validation"]
-    assert trial["test"] == best["test"]
+    assert trial["scores"] == best["scores"]
     assert trial["realised"] == summary.best_trial.user_attrs["realised"]
     assert trial["seconds"] == pytest.approx(sum(summary.best_trial.user_attrs["seconds"].values()))
     assert trial["remark"] is None
@@ -129,17 +132,16 @@ def test_the_keys_that_are_promised(study: optuna.Study) -> None:
         "format", "study", "sparsity", "done", "total", "complete", "seconds_left", "running", "dense", "uniform",
         "best", "ranks", "trials", "screening", "objective", "front",
         "bos", "uniform_draws", "windows", "limit", "points",
-        "dense_bytes", "dense_tokens_per_second", "dense_images_per_second", "requested", "accuracy", "sign", "bits",
+        "dense_bytes", "dense_tokens_per_second", "dense_images_per_second", "requested", "sign", "bits",
         "kinds",
     ]  # fmt: skip
     assert list(says["best"]) == [
-        "trial", "pruner", "allocation", "parameters", "validation", "test", "change", "kl", "kl_change",
-        "draws", "sparsity",
+        "trial", "pruner", "allocation", "parameters", "scores", "against_uniform", "draws", "sparsity",
     ]  # fmt: skip
-    assert (says["objective"], says["front"], says["best"]["kl"]) == (["perplexity"], [], None)
+    assert (says["objective"], says["front"], [*says["best"]["scores"]]) == (["perplexity"], [], ["perplexity"])
     assert list(says["trials"][0]) == [
-        "number", "state", "params", "plan", "value", "stderr", "test", "realised", "seconds", "remark", "kl",
-        "cut_off", "sparsity", "packed_bytes", "accuracy", "bits", "effective_bits", "quantized_bytes",
+        "number", "state", "params", "parameters", "plan", "scores", "realised", "seconds", "remark",
+        "cut_off", "sparsity", "packed_bytes", "bits", "effective_bits", "quantized_bytes",
     ]  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
     add(study, 0.0, state=TrialState.WAITING)
     says = document(study)
     assert (says["done"], says["best"], says["ranks"]) == (0, None, [])
-    assert says["dense"] == says["uniform"] == {"validation": None, "test": None}
+    assert (says["dense"], says["uniform"]) == ({"perplexity": {"validation": None, "test": None}}, {})
     assert says["trials"][0]["state"] == "waiting"
 
 
@@ -158,10 +160,10 @@ def test_what_is_not_finite_is_null(study: optuna.Study) -> None:
     add(study, 0.1, 9.0, nlls=[1.0, 1.0])
     add(study, 0.2, math.inf, stopped_after=8)
     says = document(study)
-    assert says["dense"] == {"validation": None, "test": None}
-    assert says["uniform"]["test"] is None
-    assert says["best"]["change"] == {"value": -1.0, "stderr": None, "on": "test"}
-    assert says["trials"][2]["value"] is None
+    assert says["dense"] == {"perplexity": {"validation": None, "test": None}}
+    assert says["uniform"]["perplexity"]["test"] is None
+    assert says["best"]["against_uniform"]["perplexity"] == {"value": -1.0, "stderr": None, "on": "test"}
+    assert says["trials"][2]["scores"]["perplexity"]["validation"] is None
     assert says["trials"][2]["remark"] == "stopped after 8 windows"
 
 
@@ -253,11 +255,12 @@ def test_export_prints_what_it_writes(done: Path, command: CommandLine, tmp_path
 
 def test_a_configuration_without_a_finite_report_is_json(done: Path) -> None:
     config = read_config(done / "tiny.best.json")
-    endless = config.perplexity.model_copy(update={"test": Perplexity(value=math.inf, stderr=math.inf)})
-    written = config.model_copy(update={"perplexity": endless}).to_json()
-    assert json.loads(written)["perplexity"]["test"] is None
+    endless = {**config.scores["best"]["perplexity"], "test": Perplexity(value=math.inf, stderr=math.inf)}
+    scores = {**config.scores, "best": {"perplexity": endless}}
+    written = config.model_copy(update={"scores": scores}).to_json()
+    assert json.loads(written)["scores"]["best"]["perplexity"]["test"] is None
     (done / "some.json").write_text(written)
-    assert read_config(done / "some.json").perplexity.validation == config.perplexity.validation
+    assert read_config(done / "some.json").scored("best", "validation") == config.scored("best", "validation")
 
 
 @pytest.mark.slow

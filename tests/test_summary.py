@@ -14,14 +14,14 @@ from optuna.trial import TrialState
 from tinystudy import quiet, stored, study_file
 
 from atp_tune.errors import UserError
-from atp_tune.measures import perplexity
+from atp_tune.measures import TEXTS, perplexity
 from atp_tune.report import html, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results.best_config import best_config
-from atp_tune.results.formatting import kinds_rows
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform, score_of, uniform_of
+from atp_tune.results.tables import kinds
+from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.storage import progress
 
 DISTRIBUTIONS = {
@@ -60,9 +60,8 @@ def add(study: optuna.Study, beta: float, value: float | None, pruner: str = "wa
 def test_a_study_that_has_just_begun(study: optuna.Study) -> None:
     summary = summarise(study)
     assert (summary.name, summary.total, summary.done, summary.trials) == ("s", 9, 0, [])
-    for scores in (summary.dense, summary.uniform, summary.best):
-        assert scores.validation is None
-        assert scores.test is None
+    for model in ("dense", summary.uniform_trial, summary.best_trial):
+        assert all(summary.results.score(model, text) is None for text in TEXTS)
     assert summary.best_trial is None
 
 
@@ -76,15 +75,18 @@ def test_dense_uniform_and_best(study: optuna.Study) -> None:
     assert summary.best_trial
     assert summary.best_trial.number == 2
     assert summary.done == 4
-    assert summary.dense.validation == perplexity([1.0, 2.0])
-    assert summary.uniform.validation
-    assert summary.uniform.validation.value == 11  # of the best trial's pruner
-    assert summary.best.validation
-    assert (summary.best.validation.value, summary.best.validation.stderr) == (8.0, 0.5)
+    assert summary.results.score("dense", "validation") == perplexity([1.0, 2.0])
+    assert summary.results.score(summary.uniform_trial, "validation")
+    assert summary.results.score(summary.uniform_trial, "validation").value == 11  # of the best trial's pruner
+    assert summary.results.score(summary.best_trial, "validation")
+    assert (
+        summary.results.score(summary.best_trial, "validation").value,
+        summary.results.score(summary.best_trial, "validation").stderr,
+    ) == (8.0, 0.5)
     study.set_user_attr("test_nlls", {"dense": [1.5, 2.5], "1": [2.0, 3.0], "2": [2.0, 2.5]})
     summary = summarise(study)
-    assert summary.dense.test == perplexity([1.5, 2.5])
-    assert summary.best.test == perplexity([2.0, 2.5])
+    assert summary.results.score("dense", "test") == perplexity([1.5, 2.5])
+    assert summary.results.score(summary.best_trial, "test") == perplexity([2.0, 2.5])
 
 
 def test_test_perplexity_by_kind(study: optuna.Study) -> None:
@@ -93,13 +95,14 @@ def test_test_perplexity_by_kind(study: optuna.Study) -> None:
     add(study, 0.0, 10.0)
     add(study, 0.1, 8.0)
     study.set_user_attr("test_nlls", nlls)
-    assert summarise(study).kinds == {} and kinds_rows(summarise(study)) == []
+    assert summarise(study).kinds == {} and kinds(summarise(study)) is None
     study.set_user_attr("kinds", ["manual", "news"])
     kept = {"settings": {}, "kept": True, "kinds": {"manual": {"value": 3.5, "stderr": 0.1}}}
     study.set_user_attr("recovered", {"1": kept})
     summary = summarise(study)
     assert summary.kinds["0"] == {"manual": perplexity([1.0, 1.5, 1.0]), "news": perplexity([3.0, 3.5])}
-    assert kinds_rows(summary) == [
+    made = kinds(summary)
+    assert made is not None and [made.head, *made.rows] == [
         ["test perplexity by kind", "manual", "news"],
         ["dense", "3.21", "9.49"],
         ["wanda uniform", "3.21 (1.00×)", "25.79 (2.72×)"],
@@ -146,11 +149,11 @@ def test_uniform_stays_uniform_where_the_pattern_rounds(study: optuna.Study) -> 
     assert [is_uniform(trial) for trial in study.trials] == [True, False]
 
 
-def test_score_of(study: optuna.Study) -> None:
+def test_scores_of_trials(study: optuna.Study) -> None:
     add(study, 0.0, None, failure="no")
     add(study, 0.1, 9.0)
-    assert score_of(study.trials[0]) is None
-    assert str(score_of(study.trials[1])) == "9.00 ± 0.50"
+    assert summarise(study).results.score(study.trials[0], "validation") is None
+    assert str(summarise(study).results.score(study.trials[1], "validation")) == "9.00 ± 0.50"
 
 
 def test_a_real_study(done: Path) -> None:
@@ -160,12 +163,16 @@ def test_a_real_study(done: Path) -> None:
     assert best
     assert summary.done == summary.total == len(summary.trials) == 6
     assert best.value == min(t.value for t in study.trials if t.value)
-    assert summary.best.validation
-    assert summary.best.validation.value == best.value
+    assert summary.results.score(summary.best_trial, "validation")
+    assert summary.results.score(summary.best_trial, "validation").value == best.value
     nlls = best.user_attrs["nlls"]
-    assert summary.best.validation.stderr == pytest.approx(best.value * stdev(nlls) / len(nlls) ** 0.5)
-    assert summary.dense.validation
-    assert summary.dense.validation.value == pytest.approx(math.exp(fmean(study.user_attrs["dense"])))
+    assert summary.results.score(summary.best_trial, "validation").stderr == pytest.approx(
+        best.value * stdev(nlls) / len(nlls) ** 0.5
+    )
+    assert summary.results.score("dense", "validation")
+    assert summary.results.score("dense", "validation").value == pytest.approx(
+        math.exp(fmean(study.user_attrs["dense"]))
+    )
 
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
@@ -185,8 +192,9 @@ def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     assert config.batches == best.user_attrs["batches"]
     assert (config.texts.validation, config.texts.test) == (file.study.texts.validation, file.study.texts.test)
     assert config.versions == best.user_attrs["versions"]
-    assert config.perplexity == summarise(study).best
-    assert config.baselines.uniform == summarise(study).uniform
+    summary = summarise(study)
+    assert config.scores["best"] == summary.results.scores(summary.best_trial)
+    assert config.scores["uniform"] == summary.results.scores(summary.uniform_trial)
     assert config.folder == "../done"  # where the study's relative paths start, seen from the file
 
 

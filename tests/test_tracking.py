@@ -114,10 +114,16 @@ def test_each_trial_is_written_once_over_resumed_runs(name: str, place: Path, co
     betas = [(trial.number, pytest.approx(trial.params["beta"])) for trial in study.trials if "beta" in trial.params]
     assert found["parameters/beta"] == betas
     summary = summarise(study)
-    assert summary.dense.validation and summary.best.test and summary.best_trial
-    assert found["baseline/dense"][-1][1] == pytest.approx(summary.dense.validation.value, rel=1e-6)
+    assert (
+        summary.results.score("dense", "validation")
+        and summary.results.score(summary.best_trial, "test")
+        and summary.best_trial
+    )
+    assert found["baseline/dense"][-1][1] == pytest.approx(summary.results.score("dense", "validation").value, rel=1e-6)
     assert {"trial/perplexity_stderr", "baseline/uniform", "final/test/uniform", "trial/seconds"} <= found.keys()
-    assert found["final/test/best"][-1][1] == pytest.approx(summary.best.test.value, rel=1e-6)
+    assert found["final/test/best"][-1][1] == pytest.approx(
+        summary.results.score(summary.best_trial, "test").value, rel=1e-6
+    )
     assert found["final/best_trial"][-1][1] == summary.best_trial.number
     for key, rows in found.items():
         assert max(Counter(step for step, _ in rows).values()) == 1, key

@@ -62,7 +62,7 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
 
 def _skipped(config: Config, asked: RecoverConfig) -> Recovered | None:
     """Why the best plan is not worth training; None if it is."""
-    dense, pruned = config.baselines.dense.validation, config.perplexity.validation
+    dense, pruned = config.scored("dense", "validation"), config.scored("best", "validation")
     if not asked.min_increase or dense is None or pruned is None:
         return None
     increase = pruned.value / dense.value - 1

@@ -12,12 +12,15 @@ from atp_tune.api import rows
 from atp_tune.api.arguments import Settings, as_arguments, study_file
 from atp_tune.api.lender import Lender
 from atp_tune.errors import UserError
+from atp_tune.measures import TEXTS
 from atp_tune.results.best_config import best_config
 from atp_tune.results.choosing import at_sparsity, within
 from atp_tune.results.formatting import method_of, texts_note
+from atp_tune.results.results import TRAINED, Model
 from atp_tune.results.stored import file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
-from atp_tune.spec.config import Config, scores_after
+from atp_tune.results.tables import overview
+from atp_tune.spec.config import Config
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.spec.typed import only_limit
 from atp_tune.storage import opening
@@ -165,18 +168,16 @@ class Result:
         done = f"{summary.done} of {summary.total} trials"
         if summary.best_trial is None:
             return f"<Result {self.name}: {done}>"
-        best = scores_after(summary.trained) if summary.trained else summary.best
-        texts = ("validation", best.validation), ("test", best.test)
-        scores = ", ".join(f"{text} perplexity {score}" for text, score in texts if score)
-        trained = ", trained" if summary.trained else ""
+        model: Model = TRAINED if summary.results.trained else summary.best_trial
+        found = ((text, summary.results.score(model, text)) for text in TEXTS)
+        scores = ", ".join(f"{text} perplexity {score}" for text, score in found if score)
+        trained = ", trained" if summary.results.trained else ""
         return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{trained}, {scores}>"
 
     def _repr_html_(self) -> str:
         """The table of results, for notebooks."""
-        from atp_tune.report.tables import headline, points
-
         summary = self.summary
-        table = points(summary) if summary.interval else headline(summary)
+        table = overview(summary)
 
         def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

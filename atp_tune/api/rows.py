@@ -1,85 +1,66 @@
 """Rows of trials and of a front's points, for notebooks: flat, one value in a cell."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
-from atp_tune.results.status import status_of
+from atp_tune.measures import PERPLEXITY, TEXTS
+from atp_tune.results.formatting import method_of, plan_of, rate_unit, remark_of, spent
+from atp_tune.results.results import DENSE
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform
-from atp_tune.spec.config import Scores
+from atp_tune.results.trials import allocation_of
 
 Row = dict[str, Any]
 
 
 def trials(summary: Summary) -> list[Row]:
-    """A row for each trial: number, state, plan, sparsity, perplexities with errors, seconds and parameters.
+    """A row for each trial: number, state, plan, sparsity, scores with errors, seconds and parameters.
 
     Where weights are rounded alone `effective_bits` are in the place of sparsity: per weight, with scales.
     """
-    status = status_of(summary, datetime.now())
-    has_kl, has_hits = "kl" in status.objective, bool(summary.hits)
-    uniform = {trial.number for trial in summary.trials if "allocation" in trial.params and is_uniform(trial)}
+    amount = {"sparsity": "realised"} if summary.bits is None else {"effective_bits": "effective_bits"}
     return [
         {
             "trial": trial.number,
-            "state": trial.state.lower(),
-            "plan": trial.plan,
-            **({"sparsity": trial.realised} if trial.bits is None else {"effective_bits": trial.effective_bits}),
-            "perplexity": trial.value,
-            "stderr": trial.stderr,
-            "test_perplexity": trial.test and trial.test.value,
-            "test_stderr": trial.test and (trial.test.stderr or None),
-            **({"kl": trial.kl and trial.kl.validation and trial.kl.validation.value} if has_kl else {}),
-            **(
-                {"accuracy": trial.accuracy and trial.accuracy.validation and trial.accuracy.validation.value}
-                if has_hits
-                else {}
-            ),
-            "seconds": trial.seconds,
+            "state": trial.state.name.lower(),
+            "plan": plan_of(trial),
+            **{name: trial.user_attrs.get(key) for name, key in amount.items()},
+            **dict(summary.results.record(trial)),
+            "seconds": round(sum(spent(trial).values()), 3) if spent(trial) else None,
             **trial.params,
-            **({"allocation": "uniform"} if trial.number in uniform else {}),  # whose parameters are 0
-            "remark": trial.remark,
+            **({"allocation": allocation_of(trial)} if "allocation" in trial.params else {}),
+            "remark": remark_of(trial, summary) or None,
         }
-        for trial in status.trials
+        for trial in summary.trials
     ]
 
 
 def points(summary: Summary) -> list[Row]:
-    """A row for each point: sparsity, method, perplexities, and changes against dense and uniform with their errors."""
-    uniforms = {point.trial.number: point.uniform_scores for point in summary.points}
-    return [
-        {
-            "trial": point.trial,
-            "sparsity": point.sparsity,
-            "method": point.method,
-            "perplexity": point.validation and point.validation.value,
-            "stderr": point.validation and (point.validation.stderr or None),
-            "test_perplexity": point.test and point.test.value,
-            "test_stderr": point.test and (point.test.stderr or None),
-            **_beside(uniforms.get(point.trial)),
-            **{
-                f"{name}{ending}": against and getattr(against, key)
-                for name, against in (
-                    ("against_dense", point.against_dense),
-                    ("against_uniform", point.against_uniform),
-                )
-                for ending, key in (("", "value"), ("_stderr", "stderr"))
-            },
-            "excess": point.excess,
-            "packed_bytes": point.packed_bytes,
-            "tokens_per_second": point.tokens_per_second,
-            "images_per_second": point.images_per_second,
-            "best": point.best,
-        }
-        for point in status_of(summary, datetime.now()).points
-    ]
-
-
-def _beside(uniform: Scores | None) -> Row:
-    """The perplexities of uniform at the same sparsity."""
-    found = {"uniform": uniform and uniform.validation, "test_uniform": uniform and uniform.test}
-    return {f"{name}_perplexity": score and score.value for name, score in found.items()}
+    """A row for each point: sparsity, method, scores, uniform's, and changes against dense and uniform with errors."""
+    results, rows = summary.results, list[Row]()
+    for point in summary.points:
+        uniform = results.uniform(point.trial)
+        beside = {f"{'test_' * (text == 'test')}uniform_perplexity": results.score(uniform, text) for text in TEXTS}
+        changes = {"against_dense": results.change(DENSE, point.trial)}
+        for by in results.measures:
+            name = "against_uniform" if by is PERPLEXITY else f"{by.name}_against_uniform"
+            changes[name] = results.against_uniform(point.trial, by)
+        against = [(name, found and found.change) for name, found in changes.items()]
+        rows.append(
+            {
+                "trial": point.trial.number,
+                "sparsity": point.sparsity,
+                "method": method_of(point.trial),
+                **dict(results.record(point.trial)),
+                **{name: found and found.value for name, found in beside.items()},
+                **{name: found and found.value for name, found in against},
+                **{f"{name}_stderr": found and (found.stderr or None) for name, found in against},
+                "excess": point.excess,
+                "packed_bytes": point.packed_bytes,
+                f"{rate_unit(summary)}_per_second": point.speed and point.speed.fastest,
+                "best": point.is_best,
+            }
+        )
+    return rows
 
 
 def frame(rows: Sequence[Row]) -> Any:

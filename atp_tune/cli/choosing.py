@@ -1,12 +1,12 @@
 """Which trial of a study `export` writes: the one that its options name, or that the user chooses from a table."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import typer
 
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def _asked(study: "optuna.Study") -> int | None:
 
 
 def _show(summary: "Summary") -> None:
-    from atp_tune.results.formatting import dense_row, points_head, points_row
+    from atp_tune.cli.tables import drawn
+    from atp_tune.results.tables import overview
 
-    rows = [[str(k), *points_row(summary, point, " ←")] for k, point in enumerate(summary.points, 1)]
-    console.print(markdown(["point", *points_head(summary)], [["", *dense_row(summary)], *rows]))
+    made = overview(summary)
+    rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
+    console.print(drawn(replace(made, head=["point", *made.head], rows=rows)))

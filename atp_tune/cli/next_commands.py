@@ -21,7 +21,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     except UserError:
         return
     is_there = made is not None and summary.best_trial and made.trial == summary.best_trial.number
-    if made is None or summary.best.test is None or not is_there:
+    if made is None or not summary.is_tested or not is_there:
         return
     is_slim = summary.of_channels
     form = "slim" if is_slim else "sparse" if summary.bits is None else "rounded"
@@ -38,10 +38,10 @@ def show_next(summary: Summary, file: StudyFile) -> None:
             ["apply", "--config", config, "--out", out, *["--slim"] * is_slim, *permission(file.study)],
         ),
         second,
-        *[("top-1 and top-5", ["evaluate", "--config", config])] * bool(summary.hits),
+        *[("top-1 and top-5", ["evaluate", "--config", config])] * (summary.results.data == "images"),
     ]
     console.print(f"best configuration: {config}")
-    if not summary.hits:
+    if summary.results.data == "text":
         rows.insert(0, ("talk with it", ["chat", *study, *permission(file.study)]))
     for what, words in rows:
         console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")

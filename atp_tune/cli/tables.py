@@ -8,40 +8,26 @@ from rich.table import Table
 from atp_tune.cli.next_commands import show_next
 from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import printable
+from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import percent
 from atp_tune.report.tables import speed
-from atp_tune.results.amounts import amount_of, asked, column, dense_amount
+from atp_tune.results import tables
 from atp_tune.results.formatting import (
-    ACCURACY,
-    NOTHING,
-    cells,
-    changed,
+    asked,
     continuations_note,
-    dense_row,
-    drawn,
     draws_note,
-    draws_of,
     duration,
     errors_of,
-    hit_cells,
     in_one_line,
-    kinds_rows,
     method_of,
-    plan_of,
-    points_head,
-    points_row,
-    remark_of,
     sizes_note,
     texts_note,
 )
-from atp_tune.results.outcome import draws_said, limit_of, outcome_of
-from atp_tune.results.recovery import trained_rows
-from atp_tune.results.remarks import study_remarks
+from atp_tune.results.outcome import draws_said, limit_of, outcome_of, study_remarks
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, score_of
-from atp_tune.spec.config import Scores
+from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import StudyFile
 
 MARK = " ←"  # at the best of several points
@@ -51,15 +37,16 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
-    console.print(_points(summary) if summary.interval else _results(summary))
-    if kinds := kinds_rows(summary):
-        console.print(f"\n{markdown(kinds[0], kinds[1:])}")
+    made = tables.overview(summary)
+    console.print(drawn(made if summary.interval else made.without("trial")))
+    if kinds := tables.kinds(summary):
+        console.print(f"\n{drawn(kinds)}")
     console.print("\n" + "\n".join(_notes(summary)), style="dim")
     best = summary.best_trial
     if best is not None:
         _show_best(summary, best)
     if summary.front and not summary.interval:
-        console.print(f"\nPareto front\n\n{_front(summary)}\n")
+        console.print(f"\nPareto front\n\n{drawn(tables.front(summary))}\n")
     _show_rest(summary)
     if (scores := summary.zero_shot) is not None and scores.mean:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
@@ -74,6 +61,16 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         show_continuations(summary.continuations)
     if best is not None:
         show_next(summary, file)
+
+
+def drawn(made: tables.Table) -> str:
+    """A table in Markdown, with an arrow at the best trial."""
+    where = list(made.head).index("trial") if "trial" in made.head else -1
+    rows = [
+        [f"{cell}{MARK}" if (row, column) == (made.best, where) else cell for column, cell in enumerate(cells)]
+        for row, cells in enumerate(made.rows)
+    ]
+    return markdown(made.head, rows)
 
 
 def show_continuations(found: Continuations) -> None:
@@ -92,52 +89,19 @@ def show_continuations(found: Continuations) -> None:
     console.print(f"\n{continuations_note(found)}\n", style="dim")
 
 
-def _results(summary: Summary) -> str:
-    """Dense, uniform of each pruner, and the best of each other allocation."""
-    has_kl, draws = "kl" in summary.objectives, drawn(summary)
-    head = ["method", column(summary), "validation perplexity", "test perplexity", "against uniform"]
-    head += [f"perplexity, {draws} draws", f"against uniform, {draws} draws"] if draws else []
-    head += ["validation KL", "test KL", "KL against uniform"] if has_kl else []
-    head += ACCURACY if summary.hits else ()
-
-    def row(trial: FrozenTrial, scores: Scores, change: str = NOTHING, kl_change: str = NOTHING) -> list[str]:
-        over = [cell or NOTHING for cell in draws_of(summary, trial)] if draws else []
-        kls = [*cells(summary.kl(trial)), kl_change] if has_kl else []
-        hits = hit_cells(summary, trial) if summary.hits else ()
-        return [method_of(trial), amount_of(trial, summary) or NOTHING, *cells(scores), change, *over, *kls, *hits]
-
-    rows = [["dense", dense_amount(summary), *cells(summary.dense), NOTHING, *[NOTHING, NOTHING][: 2 * bool(draws)]]]
-    rows[0] += ["0", "0", NOTHING] if has_kl else []
-    rows[0] += hit_cells(summary, None) if summary.hits else ()
-    for trial in summary.uniforms:
-        rows.append(row(trial, Scores(validation=score_of(trial), test=summary.reports.get(trial.number))))
-    for rank in summary.ranks:
-        if not is_uniform(rank.trial):
-            changes = (changed(against, rank.on) for against in (rank.against, rank.kl_against))
-            rows.append(row(rank.trial, rank.scores, *changes))
-    rows += trained_rows(summary, len(head))
-    return markdown(head, rows)
-
-
-def _points(summary: Summary) -> str:
-    """Dense, and the points of a study over an interval of sparsities, with an arrow at the best."""
-    rows = [points_row(summary, point, MARK) for point in summary.points]
-    return markdown(points_head(summary), [dense_row(summary), *rows])
-
-
 def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
-    items = summary.items
+    items = summary.results.unit
     what = "pruner" if summary.bits is None else "quantizer"
     same = f"same {what}{' and sparsity' * bool(summary.interval)}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
     notes.append(texts_note(summary))
-    if summary.hits:
+    if summary.results.data == "images":
         notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
     if summary.limit:
         by_tasks = "min_accuracy" in summary.limit
-        where = "at the lower end" if by_tasks else f"validation {summary.data}, at the upper end"
+        where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
         notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
     return [note for note in notes if note]
 
@@ -155,15 +119,6 @@ def _show_best(summary: Summary, best: FrozenTrial) -> None:
         console.print(over)
 
 
-def _front(summary: Summary) -> str:
-    """The trials of the Pareto front, on the validation text."""
-    rows = (
-        (str(trial.number), method_of(trial), str(score_of(trial)), str(summary.kl(trial).validation))
-        for trial in summary.front
-    )
-    return markdown(("trial", "method", "validation perplexity", "validation KL"), rows)
-
-
 def _show_rest(summary: Summary) -> None:
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
     if not summary.interval and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
@@ -176,7 +131,7 @@ def _show_rest(summary: Summary) -> None:
         console.print(f"ended early, after {summary.total} of {summary.requested} trials")
     if summary.total is not None and summary.done < summary.total:
         console.print(f"{summary.done} of {summary.total} trials are done")
-    elif not summary.complete and summary.best_trial is not None and summary.best.test is None:
+    elif not summary.complete and summary.best_trial is not None and not summary.is_tested:
         console.print("the test text is not measured yet: the same command resumes the study")
     elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
         console.print("not all final numbers are measured yet: the same command resumes the study")
@@ -185,7 +140,8 @@ def _show_rest(summary: Summary) -> None:
 def show_status(summary: Summary, file: StudyFile) -> None:
     """Prints all trials of a study, then its summary."""
     console.print(trials_table(summary, summary.trials))
-    values = [score.value for trial in summary.trials if (score := score_of(trial)) is not None]
+    found = (summary.results.score(trial, "validation") for trial in summary.trials)
+    values = [score.value for score in found if score is not None]
     if len(values) > 1 and not summary.interval:
         console.print(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
     show_summary(summary, file)
@@ -193,37 +149,22 @@ def show_status(summary: Summary, file: StudyFile) -> None:
 
 def trials_table(summary: Summary, trials: list[FrozenTrial]) -> Table:
     """Some of a study's trials, one a row."""
-    has_kl, has_hits = "kl" in summary.objectives, bool(summary.hits)
-    measures = ["perplexity", *["KL"] * has_kl, *["accuracy"] * has_hits]
-    rows = table("trial", "state", "plan", *measures, "zeros" if summary.bits is None else "bits", "s", "remark")
-    for trial in trials:
-        attrs, score, kl = trial.user_attrs, score_of(trial), summary.kl(trial).validation
-        is_best = summary.best_trial is not None and trial.number == summary.best_trial.number
-        rows.add_row(
-            str(trial.number),
-            trial.state.name.lower(),
-            plan_of(trial),
-            "" if score is None else str(score) if "stderr" in attrs else f"{score.value:.2f}",
-            *([f"{kl.value:.4f}" if kl else ""] if has_kl else []),
-            *([str(summary.hits.trial(trial).validation or "")] if has_hits else []),
-            amount_of(trial, summary),
-            f"{sum(attrs['seconds'].values()):.0f}" if "seconds" in attrs else "",
-            "; ".join(filter(None, ("best" if is_best else "", remark_of(trial, summary)))),
-        )
-    return rows
+    made = tables.trials(summary, trials)
+    drawn = table(*made.head)
+    for row in made.rows:
+        drawn.add_row(*row)
+    return drawn
 
 
 def progress_line(status: Status) -> str:
     """One line: trials done, best value, running trials with their times, time left."""
     done = f"[{status.done}/{status.total}]" if status.total else f"[{status.done}]"
-    best, score = "no best yet", status.best and status.best.validation
-    if status.best and score:
-        kl = status.best.kl and status.best.kl.validation
-        value = f"KL {kl.value:.4f}" if kl and status.objective[0] == "kl" else f"{score.value:.2f}"
-        best_hits = status.accuracy and status.accuracy.best.validation
-        value = str(best_hits) if best_hits and status.objective[0] == "accuracy" else value
+    best = "no best yet"
+    if status.best and (score := status.best.scores[status.objective[0]]["validation"]):
+        measure = MEASURES[status.objective[0]]
+        name = "" if measure is PERPLEXITY else f"{measure.column} "
         at = "" if status.best.sparsity is None else f" at {percent(status.best.sparsity)}"
-        best = f"best {value}{at} (trial {status.best.trial})"
+        best = f"best {name}{measure.written(score.value)}{at} (trial {status.best.trial})"
     running = [
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running
@@ -240,5 +181,5 @@ def _idle(status: Status) -> str:
         return "complete"
     if status.total is None or status.done < status.total:
         return "no trial runs"
-    lacks = status.best is None or status.best.test is None
+    lacks = status.best is None or status.best.scores["perplexity"]["test"] is None
     return "the test text is not measured yet" if lacks else "not all final numbers are measured yet"

@@ -7,27 +7,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
-from atp_tune.measures import accuracy
+from atp_tune.measures import MEASURES, accuracy
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
-from atp_tune.report.tables import points
-from atp_tune.results.accuracies import gained
-from atp_tune.results.amounts import wanted
-from atp_tune.results.formatting import (
-    ACCURACY,
-    cells,
-    command_of,
-    errors_of,
-    hit_cells,
-    method_of,
-    plan_of,
-    remark_of,
-)
-from atp_tune.results.outcome import against_uniform, limit_of, outcome_of
-from atp_tune.results.remarks import study_remarks
+from atp_tune.results.formatting import command_of, errors_of, plan_of, remark_of, wanted
+from atp_tune.results.outcome import against_uniform, limit_of, outcome_of, study_remarks
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import error_of, is_uniform, score_of, uniform_among
-from atp_tune.spec.config import Divergences, Scores
+from atp_tune.results.tables import front, overview
+from atp_tune.results.trials import is_uniform
 from atp_tune.spec.plugged import permission
 from atp_tune.spec.texts import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
@@ -57,7 +44,7 @@ def study_note(
     `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
     remarks = map(escaped, study_remarks(summary))
-    results = (_what(summary), _scores(summary), _gain(summary), _state(summary))
+    results = (_what(summary), table(overview(summary), GAP), _front(summary), _gain(summary), _state(summary))
     parts = [*results, *remarks, _files(summary, address, files), _commands(summary, join)]
     return "\n\n".join(part for part in parts if part)
 
@@ -72,11 +59,8 @@ def _what(summary: Summary) -> str:
     settings = f"pattern {escaped(spec.prune.pattern)}"
     if spec.by_bits:
         settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
-    objectives = {
-        "kl": "KL divergence from the dense model (nats per token)", "density": "density (1 - sparsity)",
-        "accuracy": "top-1 error (1 - accuracy, with half an image added)",
-    }  # fmt: skip
-    objective = " and ".join(objectives.get(objective, objective) for objective in summary.objectives)
+    others = {"density": "density (1 - sparsity)"}
+    objective = " and ".join(others.get(name) or MEASURES[name].objective or name for name in summary.objectives)
     data = "text" if spec.images is None else "images"
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
@@ -89,57 +73,18 @@ def _what(summary: Summary) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def _scores(summary: Summary) -> str:
-    if summary.interval:
-        return table(points(summary), GAP)
-    rows: list[tuple[str, Scores, str, FrozenTrial | None]] = [("dense", summary.dense, "–", None)]
-    data = summary.data
-    for rank in summary.ranks:
-        best = "**best** " if rank.trial == summary.best_trial else ""
-        name = f"{best}{escaped(method_of(rank.trial))}, trial {rank.trial.number}"
-        rows.append((name, rank.scores, f"{rank.against} ({rank.on} {data})" if rank.against else "–", rank.trial))
-    if not any(is_uniform(rank.trial) for rank in summary.ranks) and summary.uniform.validation:
-        rows.insert(1, ("uniform", summary.uniform, "–", summary.uniform_trial))
-    accuracies = ACCURACY if summary.hits else ()
-    head = (f"validation {data}", f"test {data}", "against uniform", *accuracies)
-    lines = [f"| | {GAP}{f' | {GAP}'.join(head)} |", "|---|" + "---:|" * len(head)]
-    for name, scores, change, trial in rows:
-        hits = hit_cells(summary, trial) if summary.hits else ()
-        lines.append(f"| {name} | {GAP}{f' | {GAP}'.join((*cells(scores), change, *hits))} |")
-    return "\n".join([*lines, *_kls(summary)])
-
-
-def _kls(summary: Summary) -> list[str]:
-    """A table of KL divergences, of the Pareto front too, if the study minimises them."""
-    if "kl" not in summary.objectives:
-        return []
-    data = summary.data
-    lines = ["", f"| KL from the dense model | {GAP}validation {data} | {GAP}test {data} |", "|---|---:|---:|"]
-    shown = [rank.trial for rank in summary.ranks]
-    shown += [summary.uniform_trial] if summary.uniform_trial and summary.uniform_trial not in shown else []
-    shown += [trial for trial in summary.front if trial not in shown]
-    for trial in shown:
-        on_front = " (Pareto front)" if trial in summary.front else ""
-        name = f"{escaped(method_of(trial))}, trial {trial.number}{on_front}"
-        lines.append(f"| {name} | {GAP}{_cells(summary.kl(trial))} |")
-    return lines
-
-
-def _cells(scores: Scores | Divergences) -> str:
-    return f" | {GAP}".join(cells(scores))
+def _front(summary: Summary) -> str:
+    return f"Pareto front:\n\n{table(front(summary), GAP)}" if summary.front and not summary.interval else ""
 
 
 def _gain(summary: Summary) -> str:
     if summary.best_trial is None:
         return "No trial has a value yet."
-    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.items}."
+    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.results.unit}."
     if summary.interval:
         said = escaped(outcome_of(summary))
         return f"**{said[:1].upper()}{said[1:]}.** {errors}"
-    if summary.by_accuracy:
-        return f"{gained(summary) or 'No trial is better than uniform so far.'} {errors}"
-    said = "" if is_uniform(summary.best_trial) else against_uniform(summary)
-    return f"{said or 'No trial is better than uniform so far.'} {errors}"
+    return f"{against_uniform(summary) or 'No trial is better than uniform so far.'} {errors}"
 
 
 def _state(summary: Summary) -> str:
@@ -193,16 +138,14 @@ def _why(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _measured(trial: FrozenTrial, summary: Summary) -> str:
-    score, kl = score_of(trial), summary.kl(trial).validation
-    beside = uniform_among(summary.trials, trial) if summary.interval else summary.uniform_trial
-    uniform = score_of(beside) if beside is not None and not is_uniform(trial) else None
-    against = f", {score.value / uniform.value - 1:+.1%} against uniform" if score and uniform else ""
-    parts = [f"Perplexity on the validation {summary.data} {score}{against}."] if score else []
-    error = error_of(trial)
-    parts += [f"Top-1 error on the validation images {error:.1%}."] if error is not None else []
-    hits = summary.hits.trial(trial).validation
-    parts += [f"Accuracy on the validation images {hits}."] if hits else []
-    return " ".join([*parts, *([f"KL divergence from the dense model {kl}."] if kl else [])])
+    results, uniform = summary.results, None if is_uniform(trial) else summary.results.uniform(trial)
+    said = []
+    for by in results.measures:
+        if own := results.score(trial, "validation", by):
+            found = results.change(uniform, trial, by, "validation") if uniform else None
+            beside = f", {found.change} against uniform" if found else ""
+            said.append(f"{by.title[0].upper()}{by.title[1:]} on the validation {results.data} {own}{beside}.")
+    return " ".join(said)
 
 
 def _sparsities(attrs: Attributes) -> str:

@@ -1,26 +1,19 @@
-"""Figures of studies by accuracy: drawn by the error that is minimised, then shown as accuracies.
-
-E = (k + ½) / (n + 1), k of n images wrong        accuracy = 100 % · (1 - k / n)
-"""
+"""Figures of studies by accuracy: drawn by the error that is minimised, then shown as accuracies in per cent."""
 
 import plotly.graph_objects as go
-from optuna.trial import FrozenTrial
 
 from atp_tune.figures.style import AxisRange, rounded
-from atp_tune.results.trials import is_by_accuracy
+from atp_tune.results.summary import Summary
 
 
-def show_accuracies(figure: go.Figure, trials: list[FrozenTrial], view: AxisRange) -> None:
-    """Puts accuracies in per cent on the axis of errors, of as many images as the trials have.
-
-    `view`: the errors that the axis shows. Where no trial tells the number of images, errors stay.
-    """
-    images = next((len(trial.user_attrs["misses"]) for trial in trials if is_by_accuracy(trial)), 0)
-    if not images:
+def show_accuracies(figure: go.Figure, summary: Summary, view: AxisRange) -> None:
+    """Puts scores on an axis of minimised values where the two differ; `view`: the values that the axis shows."""
+    main, images = summary.results.main, summary.results.counts.get("validation", 0)
+    if not main.is_higher_better or not images:
         return
 
     def accuracy(error: float) -> float:
-        return 100 * (1 - ((images + 1) * error - 0.5) / images)
+        return 100 * main.of_loss(error, images)
 
     for trace in figure.data:
         trace.y = rounded(map(accuracy, trace.y))
@@ -34,8 +27,3 @@ def show_accuracies(figure: go.Figure, trials: list[FrozenTrial], view: AxisRang
     figure.update_yaxes(
         type="linear", range=[low - pad, min(high + pad, 101)], tickmode="auto", tickformat="~g", ticksuffix=" %"
     )
-
-
-def error_of_dense(images: int, accuracy: float) -> float:
-    """The error that such a figure draws for an accuracy, as of the dense model."""
-    return (images * (1 - accuracy) + 0.5) / (images + 1)

@@ -44,7 +44,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         figure.add_scatter(
             y=rounded(levels, 4), name=role(name, trial), mode="lines",
             line={"color": colour, "width": 2.5 if trial == best else 1.75, "dash": dash, "shape": "hvh"},
-            hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+            hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial, summary)}<extra></extra>",
         )  # fmt: skip
     if not figure.data:
         return None
@@ -76,7 +76,7 @@ def draw_error(summary: Summary) -> go.Figure | None:
             figure.add_scatter(
                 y=_errors(trial), name=role(name, trial), mode="lines+markers", marker={"size": 5},
                 line={"color": colour, "width": 2.5 if trial == best else 1.75, "dash": dash},
-                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial)}<extra></extra>",
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(trial, summary)}<extra></extra>",
             )  # fmt: skip
     values = [error for trace in figure.data for error in trace.y if error is not None]
     if not values:

@@ -1,5 +1,6 @@
 """Figures over trials: values and the best so far, times, and two objectives against each other."""
 
+from functools import partial
 from itertools import accumulate
 
 import plotly.graph_objects as go
@@ -25,14 +26,14 @@ from atp_tune.figures.trials import (
     off_scale,
     role,
     told,
-    uniform_line,
     uniform_of,
-    uniform_value,
     validation,
     value_of,
+    written,
 )
+from atp_tune.measures import KL, PERPLEXITY
+from atp_tune.results.formatting import spent
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import kl_of, score_of
 
 MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate": "evaluate (perplexity)"}
 
@@ -42,12 +43,12 @@ def draw_history(summary: Summary) -> go.Figure | None:
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
     if not done or summary.interval:  # values at different sparsities do not compare
         return None
-    seen = range_of(done, None, summary.by_accuracy)
+    seen = range_of(done, None, summary.results.main.is_higher_better)
     figure = new_figure("How the search went", "trial", axis_of(summary))
     shown = [trial for trial in done if not seen.hides(trial)]
     figure.add_scatter(
         x=[trial.number for trial in shown], y=rounded(map(value_of, shown)), name="each trial", mode="markers",
-        marker={"color": faint(INK, 0.6), "size": 6}, text=[told(trial) for trial in shown],
+        marker={"color": faint(INK, 0.6), "size": 6}, text=[told(trial, summary) for trial in shown],
         hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
@@ -55,13 +56,13 @@ def draw_history(summary: Summary) -> go.Figure | None:
         mode="lines", line={"color": BEST, "width": 2.5, "shape": "hv"},
         hovertemplate="best so far %{y:.5g}<extra></extra>",
     )  # fmt: skip
-    value = uniform_value(summary)
-    if value is not None:
-        level(figure, value, f"uniform {uniform_line(summary, value)}{seen.arrow(value)}", UNIFORM)
+    uniform = uniform_of(summary)
+    if uniform is not None:
+        value = value_of(uniform)
+        level(figure, value, f"uniform {written(uniform, summary)}{seen.arrow(value)}", UNIFORM)
     hidden = [f"trial {trial.number}: {off_scale(trial, summary)} ↑" for trial in done if seen.hides(trial)]
     set_range(seen, figure, hidden)
-    if summary.by_accuracy:
-        show_accuracies(figure, done, seen)
+    show_accuracies(figure, summary, seen)
     return figure
 
 
@@ -86,11 +87,6 @@ def draw_seconds(summary: Summary) -> go.Figure | None:
     return figure if figure.data else None
 
 
-def spent(trial: FrozenTrial) -> dict[str, float]:
-    """Seconds of a trial by phase; empty for one that repeats an earlier trial."""
-    return {} if "repeats" in trial.user_attrs else dict(trial.user_attrs.get("seconds") or {})
-
-
 def draw_front(summary: Summary) -> go.Figure | None:
     """KL against perplexity on the validation text; None with one of them or without a measured trial."""
     front = finite(list(summary.front))
@@ -99,20 +95,31 @@ def draw_front(summary: Summary) -> go.Figure | None:
     figure = new_figure("Perplexity and KL divergence", "", f"KL divergence, {validation(summary)}")
     figure.update_xaxes(axis(f"perplexity, {validation(summary)}"))
     numbers = {trial.number for trial in front}
-    _add_points(figure, [t for t in finite(summary.trials) if t.number not in numbers], "other trials", INK)
+    _add_points(figure, summary, [t for t in finite(summary.trials) if t.number not in numbers], "other trials", INK)
     _add_points(
-        figure, front, "Pareto front", BEST, mode="lines+markers", line={"color": BEST, "shape": "hv", "width": 1.5}
+        figure,
+        summary,
+        front,
+        "Pareto front",
+        BEST,
+        mode="lines+markers",
+        line={"color": BEST, "shape": "hv", "width": 1.5},
     )
     uniform = uniform_of(summary)
     if uniform is not None:
         mark = {"symbol": "circle-open", "size": 15, "color": UNIFORM, "line": {"width": 2}}
-        _add_points(figure, [uniform], role("uniform", uniform), UNIFORM, marker=mark, error_x=None, error_y=None)
+        _add_points(
+            figure, summary, [uniform], role("uniform", uniform), UNIFORM, marker=mark, error_x=None, error_y=None
+        )
     return figure
 
 
-def _add_points(figure: go.Figure, trials: list[FrozenTrial], name: str, colour: str, **more: object) -> None:
+def _add_points(
+    figure: go.Figure, summary: Summary, trials: list[FrozenTrial], name: str, colour: str, **more: object
+) -> None:
     """Trials as points with their standard errors."""
-    found = [(trial, score_of(trial), kl_of(trial)) for trial in trials]
+    score_of = partial(summary.results.score, text="validation")
+    found = [(trial, score_of(trial, measure=PERPLEXITY), score_of(trial, measure=KL)) for trial in trials]
     both = [(trial, score, kl) for trial, score, kl in found if score and kl]
     bars = {"color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
     look = {
@@ -125,5 +132,5 @@ def _add_points(figure: go.Figure, trials: list[FrozenTrial], name: str, colour:
     if both:
         figure.add_scatter(
             x=rounded(score.value for _, score, _ in both), y=rounded(kl.value for _, _, kl in both), name=name,
-            text=[told(trial) for trial, _, _ in both], hovertemplate="%{text}<extra></extra>", **look,
+            text=[told(trial, summary) for trial, _, _ in both], hovertemplate="%{text}<extra></extra>", **look,
         )  # fmt: skip

@@ -28,7 +28,7 @@ def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
             figure.add_scatter(
                 y=rounded(levels, 4), name=label(summary.name), mode="lines",
                 line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
-                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best)}<extra></extra>",
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best, summary)}<extra></extra>",
             )  # fmt: skip
     return figure if len(figure.data) > 1 else None
 
@@ -49,7 +49,7 @@ def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
             x=rounded(t.params["beta"] for t in shown), y=rounded(map(value_of, shown)), name=label(summary.name),
             mode="markers", marker={"color": colour, "size": 8, "symbol": MARKS[k // len(CYCLE) % 4]},
             error_y=error_bars(shown, colour),
-            text=[told(t) for t in shown], hovertemplate="%{text}<extra></extra>",
+            text=[told(t, summary) for t in shown], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     figure.update_yaxes(log_axis(min(seen.low for seen in views), max(seen.high for seen in views)))
     return figure

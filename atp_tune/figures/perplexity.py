@@ -11,9 +11,11 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget, atp
-from atp_tune.figures.accuracy import error_of_dense, show_accuracies
+from atp_tune.figures.accuracy import show_accuracies
 from atp_tune.figures.style import (
-    DENSE,
+    DENSE as GREY,
+)
+from atp_tune.figures.style import (
     INK,
     SYMBOLS,
     UNIFORM,
@@ -31,17 +33,17 @@ from atp_tune.figures.style import (
 from atp_tune.figures.trials import (
     axis_of,
     finite,
-    measure_of,
     off_scale,
     role,
     told,
-    uniform_line,
-    uniform_value,
+    uniform_of,
     value_of,
+    written,
 )
 from atp_tune.plan import method_in
+from atp_tune.results.results import DENSE
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_by_accuracy, is_uniform
+from atp_tune.results.trials import is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
@@ -61,33 +63,31 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     done = finite(summary.trials)
     if not done or summary.interval:  # the bounds of β depend on the sparsity
         return None
-    measure = measure_of(summary)
-    dense = _dense(summary, done)
-    seen, panels = range_of(done, dense, summary.by_accuracy), split(done)
-    name = measure[0].upper() + measure[1:]
+    results, main = summary.results, summary.results.main
+    known = results.score(DENSE, "validation", main)
+    dense = main.loss_of(known.value, results.counts.get("validation", 1)) if known else None
+    seen, panels = range_of(done, dense, main.is_higher_better), split(done)
+    name = main.title[0].upper() + main.title[1:]
     title = f"{name} against β" if panels.over_beta else f"{name} of each allocation"
     figure = new_figure(title, "", axis_of(summary))
     _set_axes(figure, panels, bounds_of(summary))
     if panels.over_beta:
         add_gp_posterior(figure, summary.gp_posterior)
-    _add_trials(figure, panels, seen)
-    _add_lines(figure, summary, seen, dense)
+    _add_trials(figure, summary, panels, seen)
+    uniform, best = uniform_of(summary), summary.best_trial
+    if uniform is not None and best:
+        several = len({method_in(trial.params) for trial in summary.trials}) > 1
+        label = f"uniform, {method_in(best.params)}" if several else "uniform"
+        value = value_of(uniform)
+        level(figure, value, f"{label} {written(uniform, summary)}{seen.arrow(value)}", UNIFORM)
+    if dense is not None and known:
+        level(figure, dense, f"dense {known.alone}{seen.arrow(dense)}", GREY, "dot")
     _mark(figure, done[0], panels)
     entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
     figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * bool(panels.over_beta and panels.others))
     set_range(seen, figure, [f"{_place(t, panels)}: {off_scale(t, summary)} ↑" for t in done if seen.hides(t)])
-    if summary.by_accuracy:
-        show_accuracies(figure, done, seen)
+    show_accuracies(figure, summary, seen)
     return figure
-
-
-def _dense(summary: Summary, trials: list[FrozenTrial]) -> float | None:
-    """The dense model's value in the figure; none for KL, which is 0."""
-    if summary.by_accuracy:
-        found = summary.hits.trial(None).validation
-        images = next((len(t.user_attrs["misses"]) for t in trials if is_by_accuracy(t)), 0)
-        return error_of_dense(images, found.value) if found and images else None
-    return summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
 
 
 def split(trials: list[FrozenTrial]) -> Panels:
@@ -142,7 +142,7 @@ def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float
     figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
 
 
-def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:
+def _add_trials(figure: go.Figure, summary: Summary, panels: Panels, seen: AxisRange) -> None:
     """Adds a trace per pruner (and allocation, if several have β) to each panel."""
     several = len({_allocation(trial) for trial in panels.over_beta if not is_uniform(trial)}) > 1
     named = set()
@@ -153,10 +153,10 @@ def _add_trials(figure: go.Figure, panels: Panels, seen: AxisRange) -> None:
             figure.add_scatter(
                 x=[_position(trial, axis_name) for trial in shown], y=rounded(map(value_of, shown)),
                 name=escape(name), legendgroup=name, showlegend=axis_name == "x" or pruner not in named,
-                xaxis=axis_name, **_look(pruner, allocation or "atp", shown),
+                xaxis=axis_name, **_look(summary, pruner, allocation or "atp", shown),
             )  # fmt: skip
             named.add(pruner)
-            _add_hidden(figure, [trial for trial in group if seen.hides(trial)], axis_name, seen)
+            _add_hidden(figure, summary, [trial for trial in group if seen.hides(trial)], axis_name, seen)
 
 
 def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str, str], list[FrozenTrial]]]:
@@ -167,39 +167,29 @@ def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str
         yield name, sorted(group, key=_beta)
 
 
-def _look(pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, Any]:
+def _look(summary: Summary, pruner: str, allocation: str, trials: list[FrozenTrial]) -> dict[str, Any]:
     """Markers, error bars and hover texts."""
     colour = colour_of(pruner)
     return {
         "mode": "markers",
         "marker": {"color": colour, "size": 8, "symbol": SYMBOLS.get(allocation, "circle")},
         "error_y": error_bars(trials, colour),
-        "text": [told(trial) for trial in trials],
+        "text": [told(trial, summary) for trial in trials],
         "hovertemplate": "%{text}<extra></extra>",
     }
 
 
-def _add_hidden(figure: go.Figure, trials: list[FrozenTrial], axis_name: str, seen: AxisRange) -> None:
+def _add_hidden(
+    figure: go.Figure, summary: Summary, trials: list[FrozenTrial], axis_name: str, seen: AxisRange
+) -> None:
     """Adds trials above the axis range as arrows at its upper end."""
     if trials:
         figure.add_scatter(
             x=[_position(trial, axis_name) for trial in trials], y=[seen.high] * len(trials), mode="markers",
             marker={"color": colour_of(method_in(trials[0].params)), "size": 11, "symbol": "triangle-up"},
-            text=[told(trial) for trial in trials], hovertemplate="%{text}<extra></extra>", showlegend=False,
+            text=[told(trial, summary) for trial in trials], hovertemplate="%{text}<extra></extra>", showlegend=False,
             xaxis=axis_name, name="off the scale",
         )  # fmt: skip
-
-
-def _add_lines(figure: go.Figure, summary: Summary, seen: AxisRange, dense: float | None) -> None:
-    uniform, best = uniform_value(summary), summary.best_trial
-    if uniform is not None and best:
-        several = len({method_in(trial.params) for trial in summary.trials}) > 1
-        name = f"uniform, {method_in(best.params)}" if several else "uniform"
-        level(figure, uniform, f"{name} {uniform_line(summary, uniform)}{seen.arrow(uniform)}", UNIFORM)
-    if dense is not None:
-        known = summary.hits.trial(None).validation if summary.by_accuracy else None
-        said = f"{known.value:.1%}" if known else f"{dense:.2f}"
-        level(figure, dense, f"dense {said}{seen.arrow(dense)}", DENSE, "dot")
 
 
 def _mark(figure: go.Figure, best: FrozenTrial, panels: Panels) -> None:

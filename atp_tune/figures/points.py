@@ -7,11 +7,12 @@ from math import isfinite
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from atp_tune.figures.style import BEST, DENSE, INK, UNIFORM, WORST, faint, level, log_axis, new_figure, rounded
-from atp_tune.figures.trials import axis_of, measure_of, role, told, value_of, written
-from atp_tune.measures import Estimate
+from atp_tune.figures.style import BEST, INK, UNIFORM, WORST, faint, level, log_axis, new_figure, rounded
+from atp_tune.figures.style import DENSE as GREY
+from atp_tune.figures.trials import axis_of, role, told, value_of
+from atp_tune.results.results import DENSE
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform, kl_of, score_of
+from atp_tune.results.trials import is_uniform
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ def draw_points(summary: Summary) -> go.Figure | None:
     shown = _marks(summary, [point.trial for point in summary.points])
     if not shown:
         return None
-    around = {point.uniform.number: point.uniform for point in summary.points if point.uniform is not None}
+    beside = map(summary.results.uniform, (point.trial for point in summary.points))
+    around = {trial.number for trial in beside if trial is not None}
     uniform = _marks(summary, [trial for trial in summary.trials if trial.number in around])
     found = [mark for mark in shown if not is_uniform(mark.trial)] if summary.limit else shown
-    figure = new_figure(f"Sparsity and {measure_of(summary)}", "sparsity (%)", axis_of(summary))
-    _add(figure, uniform, "uniform", UNIFORM, "square", "dot")
-    _add(figure, found, "searched" if summary.limit else "best at each sparsity", BEST, "circle", "solid")
+    figure = new_figure(f"Sparsity and {summary.results.main.title}", "sparsity (%)", axis_of(summary))
+    _add(figure, summary, uniform, "uniform", UNIFORM, "square", "dot")
+    _add(figure, summary, found, "searched" if summary.limit else "best at each sparsity", BEST, "circle", "solid")
     best = next((mark for mark in shown if summary.best_trial and mark.trial.number == summary.best_trial.number), None)
     if best is not None:
         figure.add_scatter(
@@ -51,13 +53,15 @@ def _marks(summary: Summary, trials: Sequence[FrozenTrial]) -> list[Mark]:
     found = []
     for trial in trials:
         value, sparsity = value_of(trial), trial.params.get("sparsity")
-        known: Estimate | None = kl_of(trial) if summary.by_kl else score_of(trial)
+        known = summary.results.score(trial, "validation", summary.results.main)
         if sparsity is not None and isfinite(value) and value > 0:
             found.append(Mark(trial, round(100 * sparsity, 4), value, known.stderr if known else 0.0))
     return sorted(found, key=lambda mark: (mark.sparsity, mark.trial.number))
 
 
-def _add(figure: go.Figure, marks: list[Mark], name: str, colour: str, symbol: str, dash: str) -> None:
+def _add(
+    figure: go.Figure, summary: Summary, marks: list[Mark], name: str, colour: str, symbol: str, dash: str
+) -> None:
     """Marks with their standard errors, joined by a line."""
     if marks:
         figure.add_scatter(
@@ -66,21 +70,22 @@ def _add(figure: go.Figure, marks: list[Mark], name: str, colour: str, symbol: s
             marker={"color": colour, "size": 8, "symbol": symbol},
             error_y={"array": rounded((mark.stderr for mark in marks), 4), "color": faint(colour, 0.6),
                      "thickness": 1.2, "width": 0},
-            text=[told(mark.trial) for mark in marks], hovertemplate="%{text}<extra></extra>",
+            text=[told(mark.trial, summary) for mark in marks], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
 
 
 def _add_levels(figure: go.Figure, summary: Summary) -> list[float]:
     """Lines at the dense model and the limit, as far as the axis has them; their values."""
-    dense = summary.dense.validation.value if summary.dense.validation and not summary.by_kl else None
-    limit = None
+    main, limit = summary.results.main, None
+    known = None if main.is_higher_better else summary.results.score(DENSE, "validation", main)
+    dense = known.value if known else None
     for key, value in (summary.limit or {}).items():
-        if not isinstance(value, Mapping) and key != "max_drop" and summary.by_kl == (key == "max_kl"):
+        if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
             limit = value if key != "max_increase" else (1 + value) * dense if dense else None
     if dense is not None:
-        level(figure, dense, f"dense {written(dense, summary)}", DENSE, "dot")
+        level(figure, dense, f"dense {main.written(dense)}", GREY, "dot")
     if limit is not None:
-        level(figure, limit, f"limit {written(limit, summary)}", WORST, "dash")
+        level(figure, limit, f"limit {main.written(limit)}", WORST, "dash")
     return [line for line in (dense, limit) if line is not None]
 
 

@@ -5,10 +5,11 @@ from math import isfinite
 
 from optuna.trial import FrozenTrial
 
+from atp_tune.measures import PERPLEXITY
 from atp_tune.plan import method_in
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import error_of, is_uniform, kl_of, levels_of, score_of, uniform_among
+from atp_tune.results.trials import is_uniform, levels_of, uniform_among
 from atp_tune.storage.progress import ranked, values_of
 
 
@@ -18,56 +19,29 @@ def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """Perplexity on the validation text, or KL or top-1 error if the study minimises only that; NaN without a value."""
+    """The first value that a trial's study minimises, such as its perplexity; NaN without a value."""
     return values_of(trial)[0] if trial.values else float("nan")
-
-
-def measure_of(summary: Summary) -> str:
-    """The name of that value."""
-    return "KL divergence" if summary.by_kl else "accuracy" if summary.by_accuracy else "perplexity"
 
 
 def axis_of(summary: Summary) -> str:
     """The title of an axis of that value."""
-    return f"{measure_of(summary)}, {validation(summary)}"
+    return f"{summary.results.main.title}, {validation(summary)}"
 
 
 def validation(summary: Summary) -> str:
     """What trials are measured on."""
-    return f"validation {summary.data}"
+    return f"validation {summary.results.data}"
 
 
-def written(value: float, summary: Summary) -> str:
-    """That value as text: 4 digits for KL, 2 for perplexity, accuracy in per cent for an error."""
-    if summary.by_accuracy:
-        return f"{1 - value:.1%}"
-    return f"{value:.4f}" if summary.by_kl else f"{value:.2f}"
-
-
-def written_of(trial: FrozenTrial, summary: Summary) -> str:
-    """A trial's value as text; its accuracy without the half image that keeps the minimised error above 0."""
-    error = error_of(trial)
-    return written(value_of(trial) if error is None else error, summary)
+def written(trial: FrozenTrial, summary: Summary) -> str:
+    """The score of a trial that its study minimises, as text."""
+    found = summary.results.score(trial, "validation", summary.results.main)
+    return found.alone if found else ""
 
 
 def off_scale(trial: FrozenTrial, summary: Summary) -> str:
     """The same, of a trial above the axis: perplexities are large there, and need no digits."""
-    is_perplexity = not (summary.by_kl or summary.by_accuracy)
-    return f"{value_of(trial):.0f}" if is_perplexity else written_of(trial, summary)
-
-
-def uniform_line(summary: Summary, value: float) -> str:
-    """That value of uniform as text."""
-    uniform = uniform_of(summary) if summary.by_accuracy else None
-    return written_of(uniform, summary) if uniform else written(value, summary)
-
-
-def uniform_value(summary: Summary) -> float | None:
-    """That value of uniform."""
-    if summary.by_kl or summary.by_accuracy:
-        uniform = uniform_of(summary)
-        return value_of(uniform) if uniform else None
-    return summary.uniform.validation.value if summary.uniform.validation else None
+    return f"{value_of(trial):.0f}" if summary.results.main is PERPLEXITY else written(trial, summary)
 
 
 def best_of(summary: Summary) -> FrozenTrial | None:
@@ -104,13 +78,12 @@ def worst_of(summary: Summary) -> FrozenTrial | None:
     return done[-1] if len(done) > 1 else None
 
 
-def told(trial: FrozenTrial) -> str:
-    """Number, plan and values of a trial in two lines, for its hover text."""
-    kl = kl_of(trial)
-    more = f", KL {kl}" if kl else ""
-    error = error_of(trial)
-    more += f", accuracy {1 - error:.1%}" if error is not None else ""
-    return f"trial {trial.number}: {escape(plan_of(trial))}<br>perplexity {score_of(trial)}{more}"
+def told(trial: FrozenTrial, summary: Summary) -> str:
+    """Number, plan and scores of a trial in two lines, for its hover text."""
+    results = summary.results
+    scores = ((by, results.score(trial, "validation", by)) for by in results.measures)
+    said = ", ".join(f"{by.column} {found}" for by, found in scores if found or by is PERPLEXITY)
+    return f"trial {trial.number}: {escape(plan_of(trial))}<br>{said}"
 
 
 def role(name: str, trial: FrozenTrial) -> str:

@@ -12,12 +12,8 @@ import optuna
 import tomli_w
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.figures.history import spent
-from atp_tune.results.accuracies import gained
-from atp_tune.results.amounts import amount_of
-from atp_tune.results.formatting import draws_note, errors_of, texts_note
-from atp_tune.results.outcome import against_uniform, draws_said, outcome_of
-from atp_tune.results.remarks import study_remarks
+from atp_tune.results.formatting import amount_of, draws_note, errors_of, spent, texts_note
+from atp_tune.results.outcome import against_uniform, draws_said, outcome_of, study_remarks
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
@@ -144,8 +140,6 @@ class Contents:
             return f"{said[:1].upper()}{said[1:]}."
         if is_uniform(summary.best_trial):
             return "No trial is better than uniform."
-        if summary.by_accuracy:
-            return gained(summary).replace(" ± ", "\u00a0±\u00a0") or "Uniform has not been measured yet."
         said = against_uniform(summary).replace(" ± ", "\u00a0±\u00a0")
         return said or "Uniform has not been measured yet."
 

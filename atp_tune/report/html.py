@@ -19,7 +19,9 @@ from atp_tune.metrics.continuations import NAMES
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import continuations_note
+from atp_tune.results.results import DENSE, Model
 from atp_tune.results.summary import Summary
+from atp_tune.results.tables import front, kinds, overview, trials
 
 TITLE = 32  # px of a figure's title, which the page shows instead
 HERE = Path(__file__).parent
@@ -65,22 +67,23 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     drawn = figures.draw(summary)
     went = draw_history(summary)
+    models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     made = _drawn({**drawn, **({"history": went} if went else {})})
     return {
         "id": f"study-{index + 1}",
         "contents": contents,
         "summary": summary,
         "figures": made,
-        "headline": tables.points(summary) if summary.interval else tables.headline(summary),
-        "kinds": tables.kinds(summary),
-        "front": tables.front(summary) if summary.front and not summary.interval else None,
-        "ranks": tables.ranks(summary) if len(summary.ranks) > 1 and not summary.interval else None,
+        "headline": overview(summary),
+        "scores": {name: summary.results.scores(model).get("perplexity") for name, model in models.items()},
+        "kinds": kinds(summary),
+        "front": front(summary) if summary.front and not summary.interval else None,
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
         "speed": tables.speed(summary.speed) if summary.speed else None,
         "continuations": tables.continuations(summary.continuations) if summary.continuations else None,
         "answers": _answers(summary),
         "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
-        "trials": tables.trials(summary),
+        "trials": trials(summary),
         "fingerprint": tables.fingerprint(contents),
         "commands": tables.commands(summary),
         "file_name": f"{tables.plain_name(summary.name)}.toml",

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from atp_tune.errors import printable
 from atp_tune.report import tables
 from atp_tune.report.contents import Contents
-from atp_tune.report.tables import ReportTable
 from atp_tune.results.formatting import continuations_note
+from atp_tune.results.tables import Table, front, kinds, overview, trials
 
 _RATES = "Rates are medians over runs; the last column is the median (lowest to highest) of the runs' ratios."
-_KL = " KL: from the dense model's next-token distribution to the pruned one's, nats per token."
 
 
 def escaped(text: str) -> str:
@@ -38,14 +37,12 @@ def _study(contents: Contents) -> list[str]:
     parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
     parts += [
         *map(escaped, contents.notes),
-        table(tables.points(summary) if summary.interval else tables.headline(summary)),
-        *([table(kinds)] if (kinds := tables.kinds(summary)) else []),
-        contents.errors + (_KL if "kl" in summary.objectives else ""),
+        table(overview(summary)),
+        *([table(found)] if (found := kinds(summary)) else []),
+        contents.errors + "".join(f" {by.note}" for by in summary.results.measures if by.note),
     ]
     if summary.front and not summary.interval:
-        parts += ["## Pareto front", table(tables.front(summary))]
-    if len(summary.ranks) > 1 and not summary.interval:
-        parts += ["## Allocations", table(tables.ranks(summary))]
+        parts += ["## Pareto front", table(front(summary))]
     if summary.zero_shot:
         made = tables.zero_shot(summary.zero_shot)
         parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
@@ -56,7 +53,7 @@ def _study(contents: Contents) -> list[str]:
         parts += ["## Continuations", table(made), escaped(continuations_note(summary.continuations)) + "."]
     if contents.importance:
         parts += ["## Importance", table(tables.importance(contents))]
-    parts += ["## Trials", table(tables.trials(summary)), "## How to reproduce"]
+    parts += ["## Trials", table(trials(summary)), "## How to reproduce"]
     parts.append(fenced("sh", "\n".join(command for _, command in tables.commands(summary))))
     if contents.study_file is not None:
         parts.append(fenced("toml", contents.study_file))
@@ -72,7 +69,7 @@ def _sparsity(contents: Contents) -> str:
     return f"Sparsity {contents.sparsity}{counted}."
 
 
-def table(made: ReportTable, gap: str = "") -> str:
+def table(made: Table, gap: str = "") -> str:
     """A Markdown table with numbers aligned to the right; `gap`: written before each cell but a row's first."""
     rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
     rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]

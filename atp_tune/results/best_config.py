@@ -8,13 +8,10 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
-from atp_tune.results.accuracies import accuracies_of
 from atp_tune.results.annotations import with_attached
+from atp_tune.results.results import DENSE
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import scores_of, uniform_of
 from atp_tune.spec.config import (
-    Baselines,
-    BothDivergences,
     BothDraws,
     Config,
     EvaluationTexts,
@@ -48,13 +45,10 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
 
 def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
     summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
-    plan, uniform = Plan.model_validate(attrs["plan"]), uniform_of(study, best)
+    plan, uniform, results = Plan.model_validate(attrs["plan"]), summary.results.uniform(best), summary.results
     if plan.is_uniform:  # with β = 0, as every allocation has such a point
         plan = plan.model_copy(update={"allocation": "uniform", "parameters": {}})
-    reports = study.user_attrs.get("test_nlls", {})
-    number, kl, draws = uniform.number if uniform else -1, None, None
-    if best.number in summary.kls:
-        kl = BothDivergences(best=summary.kl(best), uniform=summary.kls.get(number))
+    number, draws = uniform.number if uniform else -1, None
     if best.number in summary.over_draws:
         draws = BothDraws(best=summary.over_draws[best.number], uniform=summary.over_draws.get(number))
     bits = None
@@ -80,10 +74,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
         quantize=None if bits is None else spec.quantize,
         bits=bits,
-        perplexity=scores_of(best, reports),
-        baselines=Baselines(dense=summary.dense, uniform=scores_of(uniform, reports)),
-        kl=kl,
-        accuracy=accuracies_of(summary, best),
+        scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
         calibration=spec.data.calibration.text,
         batches=fingerprint.batches_in(best),
         draws=draws,

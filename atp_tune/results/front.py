@@ -4,7 +4,7 @@ Without a limit they are the Pareto front of sparsity and perplexity (or KL), an
 where uniform is measured too; with one, all plans that were measured in full, each within the limit or beyond it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -12,41 +12,17 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
-from atp_tune.measures import Change, Limit
+from atp_tune.measures import Limit
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import speed_of
-from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
-from atp_tune.results.trials import is_uniform, scores_of, uniform_of
-from atp_tune.spec.config import Scores
+from atp_tune.results.trials import is_uniform
 from atp_tune.storage import progress
-
-
-@dataclass(frozen=True)
-class Versus:
-    """Changes of perplexity, and of KL if it is minimised, by text; `text`: the one on which to compare."""
-
-    text: Role
-    perplexity: Mapping[Role, Change]
-    kl: Mapping[Role, Change]
-
-    @property
-    def change(self) -> Change | None:
-        """The change of perplexity on that text."""
-        return self.perplexity.get(self.text)
-
-    @property
-    def kl_change(self) -> Change | None:
-        """The change of KL on that text."""
-        return self.kl.get(self.text)
 
 
 @dataclass(frozen=True)
 class Point:
     """A trial at its target sparsity.
 
-    uniform      the uniform trial with its pruner and sparsity, with its scores; the trial itself if it is uniform
-    dense        changes against dense
-    against      changes against uniform; None where the trial is uniform itself or uniform is not measured
     excess       over the study's limit, see `measures.excess`; None without a limit
     is_best      it is the study's best trial
     on_front     no other trial is both sparser and better
@@ -56,16 +32,16 @@ class Point:
 
     trial: FrozenTrial
     sparsity: float
-    scores: Scores
-    uniform: FrozenTrial | None
-    uniform_scores: Scores
-    dense: Versus
-    against: Versus | None
     excess: float | None
     is_best: bool
     on_front: bool = True
     packed_bytes: int | None = None
     speed: Speed | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it is within the study's limit."""
+        return self.excess is not None and self.excess <= 0
 
 
 def points_of(study: optuna.Study) -> list[Point]:
@@ -79,7 +55,15 @@ def points_of(study: optuna.Study) -> list[Point]:
     shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
     numbers = {trial.number for trial in front}
     return [
-        _point(study, trial, best is not None and trial.number == best.number, trial.number in numbers)
+        Point(
+            trial=trial,
+            sparsity=float(trial.params["sparsity"]),
+            excess=progress.excess_of(study, trial) if study.user_attrs.get("limit") else None,
+            is_best=best is not None and trial.number == best.number,
+            on_front=trial.number in numbers,
+            packed_bytes=trial.user_attrs.get("packed_bytes"),
+            speed=speed_of(study, trial.number),
+        )
         for trial in shown
     ]
 
@@ -93,35 +77,6 @@ def _best_beside_uniform(measured: Sequence[FrozenTrial], front: Sequence[Frozen
         if trial.params.get("sparsity") in sparsities:
             found.setdefault(trial.params["sparsity"], trial)
     return list(found.values())
-
-
-def _point(study: optuna.Study, trial: FrozenTrial, is_best: bool, on_front: bool) -> Point:
-    uniform, reports = uniform_of(study, trial), study.user_attrs.get("test_nlls", {})
-    return Point(
-        trial=trial,
-        sparsity=float(trial.params["sparsity"]),
-        scores=scores_of(trial, reports),
-        uniform=uniform,
-        uniform_scores=scores_of(uniform, reports),
-        dense=_versus(study, None, trial),
-        against=None if uniform is None or is_uniform(trial) else _versus(study, uniform, trial),
-        excess=progress.excess_of(study, trial) if study.user_attrs.get("limit") else None,
-        is_best=is_best,
-        on_front=on_front,
-        packed_bytes=trial.user_attrs.get("packed_bytes"),
-        speed=speed_of(study, trial.number),
-    )
-
-
-def _versus(study: optuna.Study, before: FrozenTrial | None, after: FrozenTrial) -> Versus:
-    texts: tuple[Role, Role] = ("validation", "test")
-    changes = {text: change_on(study, text, before, after) for text in texts}
-    kls = {text: kl_change_on(study, text, before, after) for text in texts} if before is not None else {}
-    return Versus(
-        text=common_text(study, before, after),
-        perplexity={text: found for text, found in changes.items() if found is not None},
-        kl={text: found for text, found in kls.items() if found is not None},
-    )
 
 
 def nearest(study: optuna.Study, sparsity: float) -> FrozenTrial:

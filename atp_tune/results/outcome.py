@@ -1,16 +1,26 @@
-"""The outcome of a study over an interval of sparsities in sentences, the same on the screen, in notes and reports."""
+"""What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports."""
 
 from collections.abc import Mapping
 
-from atp_tune.measures import Limit
-from atp_tune.plan import percent
+from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role
+from atp_tune.plan import METHODS, percent
 from atp_tune.results.formatting import drawn_how, method_of
-from atp_tune.results.front import Point, Versus
-from atp_tune.results.pairing import Role
+from atp_tune.results.front import Point
+from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform
+from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.recover import Loss, RecoverConfig
 from atp_tune.spec.search import STEP
-from atp_tune.spec.typed import INCREASE
+from atp_tune.spec.typed import INCREASE, LIMIT
 from atp_tune.storage.progress import knee_of, ranked
+
+LOSSES: dict[Loss, str] = {
+    "both": "by NLL and KL from the dense model",
+    "kl": "by KL from the dense model",
+    "next-token": "by the next token",
+}
+METHOD = (*METHODS, "allocation")  # parameters of a trial
 
 
 def limit_of(limit: Limit) -> str:
@@ -41,19 +51,17 @@ def outcome_of(summary: Summary) -> str:
 
 
 def against_uniform(summary: Summary) -> str:
-    """How far the best is from uniform at one sparsity, over the windows of a text and over draws; "" without both."""
-    rank, by_kl = summary.ranks[0] if summary.ranks else None, summary.by_kl
-    found = (rank.kl_against if by_kl else rank.against) if rank else None
-    if rank is None or found is None:
+    """How far the best is from uniform at one sparsity, over the items of a text and over draws; "" without both."""
+    best, results, main = summary.best_trial, summary.results, summary.results.main
+    found = results.against_uniform(best, main)
+    if best is None or found is None:
         return ""
-    over = None if by_kl else summary.over_draws.get(rank.trial.number)
-    what = "KL divergence" if by_kl else "perplexity"
-    said = f"The best plan’s {what} is {found.beside('uniform’s')} on the {rank.on} {summary.data}"
+    over = summary.over_draws.get(best.number) if main is PERPLEXITY else None
+    said = f"The best plan’s {main.title} is {found.change.beside('uniform’s')} on the {found.on} {results.data}"
     if over and over.change:
-        said += f" (± standard error over {summary.items}), and over {over.count} draws of the calibration "
-        said += f"{summary.data} {over.beside('it')} (± standard deviation between draws)"
-    is_chance = found.may_be_chance(summary.windows.get(rank.on, 0))
-    return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if is_chance else "")
+        said += f" (± standard error over {results.unit}), and over {over.count} draws of the calibration "
+        said += f"{results.data} {over.beside('it')} (± standard deviation between draws)"
+    return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if found.is_chance else "")
 
 
 def draws_said(summary: Summary) -> str:
@@ -69,13 +77,12 @@ def _within(summary: Summary, best: Point, limit: Limit) -> str:
     key, words = next(iter(limit)), limit_of(limit)
     name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
     search, test = _measured(summary, best, key, "validation"), _measured(summary, best, key, "test")
-    data = summary.data
+    data = summary.results.data
     on_test = f"; on the test {data} {test}" if test else ""
     on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
-    is_within = best.excess is not None and best.excess <= 0
-    at_end = summary.interval is not None and abs(best.sparsity - summary.interval[is_within]) < STEP / 2
+    at_end = summary.interval is not None and abs(best.sparsity - summary.interval[best.is_within]) < STEP / 2
     further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" if at_end else ""
-    if is_within:
+    if best.is_within:
         return f"best: {name}{on_search}, within the limit of {words}{on_test}{further}"
     return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}{further}"
 
@@ -85,19 +92,14 @@ def _measured(summary: Summary, point: Point, key: str, text: Role) -> str:
     if key == "min_accuracy" and text == "validation":
         accuracies = point.trial.user_attrs.get("accuracies", {})
         return ", ".join(f"{task} {value:.1%} ± {stderr:.1%}" for task, (value, stderr) in accuracies.items())
-    found = {
-        "max_increase": point.dense.perplexity.get(text),
-        "max_perplexity": getattr(point.scores, text),
-        "max_kl": getattr(summary.kl(point.trial), text),
-        "max_drop": _accuracies(summary, point, text) if key == "max_drop" else "",
-    }.get(key)
-    return str(found or "")
-
-
-def _accuracies(summary: Summary, point: Point, text: Role) -> str:
-    """The accuracy of a point beside the dense model's; "" without one."""
-    own, dense = (getattr(summary.hits.trial(trial), text) for trial in (point.trial, None))
-    return f"accuracy {own}, dense {dense}" if own and dense else ""
+    results, trial = summary.results, point.trial
+    if key == "max_drop":
+        own, dense = (results.score(model, text, ACCURACY) for model in (trial, DENSE))
+        return f"accuracy {own}, dense {dense}" if own and dense else ""
+    if key == "max_increase":
+        change = results.change(DENSE, trial, on=text)
+        return str(change.change) if change else ""
+    return str(next((results.score(trial, text, by) for by in results.measures if key == f"max_{by.name}"), None) or "")
 
 
 def _front(summary: Summary, best: Point) -> str:
@@ -105,7 +107,10 @@ def _front(summary: Summary, best: Point) -> str:
     ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in (points[0], points[-1])]
     if len(points) == 1:
         return f"Pareto front: one point, {ends[0]}"
-    better = sum(_is_better(summary, point.against) for point in points if point.against is not None)
+    changes = [summary.results.against_uniform(point.trial, summary.results.main) for point in points]
+    better = sum(
+        found is not None and summary.results.main.is_gain(found.change) and not found.is_chance for found in changes
+    )
     gained = f"{better} of them beat uniform at the same sparsity by more than chance"
     front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{_missing(summary)}"
     name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
@@ -114,10 +119,10 @@ def _front(summary: Summary, best: Point) -> str:
 
 def _why(summary: Summary, best: Point) -> str:
     """Why this point of a front is its best."""
-    if knee_of(ranked(summary.trials), not summary.by_kl and not summary.by_accuracy):
+    if knee_of(ranked(summary.trials), summary.results.main is PERPLEXITY):
         return "the knee: it lies furthest below the line from the front’s first point to its last"
-    change, words = best.dense.perplexity.get("validation"), f"{percent(INCREASE)} more perplexity than dense"
-    is_within = change is not None and change.value + change.stderr <= INCREASE
+    found, words = summary.results.change(DENSE, best.trial, on="validation"), limit_of(LIMIT)
+    is_within = found is not None and found.change.value + found.change.stderr <= INCREASE
     return f"the {'sparsest within' if is_within else 'nearest to'} {words}"
 
 
@@ -134,16 +139,106 @@ def _missing(summary: Summary) -> str:
     return f"; {len(measured)} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
 
 
-def _is_better(summary: Summary, against: Versus) -> bool:
-    change = against.kl_change if summary.by_kl else against.change
-    windows = summary.windows.get(against.text, 0)
-    return change is not None and change.value < 0 and not change.may_be_chance(windows)
-
-
 def _value(summary: Summary, point: Point) -> str:
     """The measure that the study minimises, on the validation text."""
-    if summary.by_kl:
-        kl = summary.kl(point.trial).validation
-        return f"KL {kl.value:.4f}" if kl else "KL not known"
-    score = point.scores.validation
-    return f"perplexity {score.value:.2f}" if score else "perplexity not known"
+    main = summary.results.main
+    found = summary.results.score(point.trial, "validation", main)
+    return f"{main.column} {found.alone if found else 'not known'}"
+
+
+def study_remarks(summary: Summary) -> list[str]:
+    """Sentences on what is unusual in a study: BOS, refined or trained weights, and trials on several devices."""
+    refined, trained = _refinement(summary), recovery_said(summary)
+    found = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
+    return [remark for remark in found if remark]
+
+
+def _mixture(summary: Summary) -> str:
+    """One sentence for a study with trials on several devices, in several dtypes or batch sizes; else ""."""
+    if not summary.unlike:
+        return ""
+    others = ", ".join(dict.fromkeys(summary.unlike.values()))
+    batches = ", those of different batches by about 1 %" if "batches" in others else ""
+    return (
+        f"{len(summary.unlike)} of {len(summary.trials)} trials ran {others}: perplexities of different devices differ "
+        f"in the last digits, those of different number formats by per cents{batches}."
+    )
+
+
+def _beginning(summary: Summary) -> str:
+    """One sentence for a study whose windows begin with BOS; else ""."""
+    if not summary.bos:
+        return ""
+    return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
+
+
+def _refinement(summary: Summary) -> str:
+    """One sentence for a study whose pruners are refined; else ""."""
+    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
+    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
+    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
+    return f"Pruned weights are refined by {by}, those of uniform too." if by else ""
+
+
+def recovery_said(summary: Summary) -> str:
+    """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
+    found, asked = summary.recovered, summary.made_from.study.recover if summary.made_from else None
+    if found is None or (not found.kept and asked is not None and asked != found.settings):
+        return _pending(summary, asked)
+    how = _how(found.settings)
+    if found.skipped:
+        return f"Not trained after pruning: {found.reason}."
+    if not found.kept:
+        return f"Not trained after pruning: with {how}, {found.reason}."
+    texts = {"validation": found.validation, "test": found.test}
+    changes = " and ".join(
+        f"{each.change.beside('')} on the {name} {summary.results.data}" for name, each in texts.items() if each
+    )
+    return (
+        f"Trained after pruning: {how}, of which step {found.step} was taken; its perplexity is {changes}, against the "
+        "same plan as it was pruned. `apply` writes the trained model."
+    )
+
+
+def _pending(summary: Summary, asked: RecoverConfig | None) -> str:
+    if asked is None or not summary.complete or summary.best_trial is None:
+        return ""
+    if summary.training:
+        return f"The best plan is being trained on {summary.training}, with {_how(asked)}."
+    return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
+
+
+def _how(settings: RecoverConfig) -> str:
+    what = "scales of rows and columns" if settings.train == "scales" else "masked LoRA"
+    return f"{settings.steps} steps of {what} {LOSSES[settings.loss]} on the calibration text"
+
+
+def sign_of_beta(summary: Summary) -> str:
+    """Which sign of β is better on the validation images, in a sentence; "" unless both were measured.
+
+    Trials are compared by the study's objective, within the pruner and the allocation of the best of them. Over an
+    interval of sparsities trials at different sparsities do not compare.
+    """
+    results, main = summary.results, summary.results.main
+    done = [trial for trial in ranked(summary.trials) if trial.params.get("beta") and not is_uniform(trial)]
+    if summary.interval or not done or ACCURACY not in results.measures:
+        return ""
+    better = done[0]
+    same = [trial for trial in done if all(trial.params.get(key) == better.params.get(key) for key in METHOD)]
+    is_positive = better.params["beta"] > 0
+    other = next((trial for trial in same if (trial.params["beta"] > 0) != is_positive), None)
+    if other is None:
+        return ""
+    word = "positive, which keeps early blocks denser," if is_positive else "negative, which keeps late blocks denser,"
+    uniform, found = results.uniform(better), results.change(other, better, main, "validation")
+    values = [str(results.score(trial, "validation", main) or NOTHING) for trial in (better, other, uniform)]
+    said = [
+        f"β = {trial.params['beta']:.4g} has {value}" for trial, value in zip((better, other), values, strict=False)
+    ]
+    beside = f", uniform {values[2]}" if uniform is not None else ""
+    # Of equal accuracies the cross-entropy has decided.
+    chance = found is not None and (found.is_chance or not found.change.value)
+    return (
+        f"Sign of β: {word} is better: {said[0]}, the best of the other sign, {said[1]}{beside} "
+        f"({main.column}, validation){', a difference that may be chance' * chance}."
+    )

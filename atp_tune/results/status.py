@@ -1,37 +1,79 @@
 """The JSON documents of `status` and `studies`, which their screen output is made from too.
 
-The format is published (`atp_tune.status/2`): keys are added under the same number, never renamed or removed. A value
-that is unknown or not finite is null. Perplexities are on the validation text unless named `test`.
+The format is published (`atp_tune.status/3`): keys are added under the same number, never renamed or removed. A value
+that is unknown or not finite is null. `scores` are by measure (`perplexity`, `kl`, `accuracy`), then by text
+(`validation`, `test`): {value, stderr}, or null. The report's JSON has the same keys for each study, and more.
 """
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 from optuna.trial import FrozenTrial
-from pydantic import Field
+from pydantic import Field, PlainSerializer
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.measures import Accuracies
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.accuracies import accuracies_of
-from atp_tune.results.formatting import dense_speed, plan_of, remark_of
-from atp_tune.results.status_points import Against, Number, PointStatus, against_of, point_of, rate_of
-from atp_tune.results.summary import Rank, ScreeningProgress, Summary
-from atp_tune.results.trials import allocation_of, parameters_of, score_of
-from atp_tune.spec.config import Divergences, ModelAccuracies, Score, Scores, dumps
+from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of
+from atp_tune.results.front import Point
+from atp_tune.results.outcome import sign_of_beta
+from atp_tune.results.results import DENSE, Model
+from atp_tune.results.results import Against as Change
+from atp_tune.results.summary import ScreeningProgress, Summary
+from atp_tune.results.trials import allocation_of, parameters_of
+from atp_tune.spec.config import Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process import is_dead
 from atp_tune.storage.progress import counts, sparsity_of
 
-FORMAT: Literal["atp_tune.status/2"] = "atp_tune.status/2"
+FORMAT: Literal["atp_tune.status/3"] = "atp_tune.status/3"
 
 State = Literal["not started", "unfinished", "complete", "unknown", "invalid"]
+
+
+Number = Annotated[float | None, PlainSerializer(lambda x: x if x is not None and isfinite(x) else None)]
+
+
+class Against(FrozenModel):
+    """A change from uniform with the same pruner (or from dense), paired by items of one text."""
+
+    value: Number
+    stderr: Number
+    on: Literal["validation", "test"]
+
+    @classmethod
+    def of(cls, found: Change | None) -> "Against | None":
+        """None without a change."""
+        return None if found is None else cls(value=found.change.value, stderr=found.change.stderr or None, on=found.on)
+
+
+class PointStatus(FrozenModel):
+    """A point of a study over an interval of sparsities: a trial, its sparsity and method, and whether it is the best.
+
+    `against_dense`: of the perplexity; `against_uniform`: by measure.
+    `uniform`: number of the uniform trial at the same sparsity. `excess`: over the limit; at most 0 within it.
+    `packed_bytes`: of all weights in a packed folder. `tokens_per_second`: decoded one at a time, weights not rounded,
+    by the fastest engine that `speedup` measured; of an image classifier `images_per_second`, one at a time.
+    """
+
+    trial: int
+    sparsity: float
+    method: str
+    scores: Scores
+    against_dense: Against | None
+    against_uniform: dict[str, Against | None]
+    uniform: int | None
+    excess: Number
+    best: bool
+    packed_bytes: int | None = None
+    tokens_per_second: float | None = None
+    images_per_second: float | None = None
 
 
 class Running(FrozenModel):
@@ -45,71 +87,68 @@ class Running(FrozenModel):
 
 
 class Best(FrozenModel):
-    """The best trial of one allocation.
+    """The best trial of one allocation: its pruner, allocation and parameters.
 
-    `kl`, `kl_change`: its KL from the dense model. `draws`: its test perplexity and change over draws of the
-    calibration text. `sparsity`: its target, where the study searches for it.
+    `against_uniform`: by measure. `draws`: its test perplexity and change over draws of the calibration text.
+    `sparsity`: its target, where the study searches for it.
     """
 
     trial: int
     pruner: str
     allocation: str
     parameters: dict[str, float]
-    validation: Score
-    test: Score
-    change: Against | None
-    kl: Divergences | None = None
-    kl_change: Against | None = None
+    scores: Scores
+    against_uniform: dict[str, Against | None]
     draws: OverDraws | None = None
     sparsity: float | None = None
 
 
 class TrialStatus(FrozenModel):
-    """One trial, with Optuna's state and `params`; `plan`: the params as a short text.
+    """One trial, by number, with Optuna's state and `params`; `plan`: the params as a short text.
 
-    `value`, `stderr`: perplexity on the validation text. `realised`: the counted share of zeros. `kl`: null if not
-    minimised. `cut_off`: how often this trial and those that it repeats were lost with their process. `sparsity`: its
-    target, where the study searches for it. `packed_bytes`: of all weights in a packed folder. `accuracy`: of an image
-    classifier, as in `Status`. Where weights are rounded, `bits`: of each block, `effective_bits`: a weight with
-    scales, `quantized_bytes`: of all weights so stored.
+    `parameters`: of the allocation; over an interval of sparsities its params are shares of their bounds.
+
+    `seconds`: of all phases. `remark`: why it has no value, or what is unusual.
+    `realised`: the counted share of zeros. `cut_off`: how often this trial and those that it repeats were lost with
+    their process. `sparsity`: its target, where the study searches for it. `packed_bytes`: of all weights in a packed
+    folder. Where weights are rounded, `bits`: of each block, `effective_bits`: a weight with scales,
+    `quantized_bytes`: of all weights so stored.
     """
 
     number: int
     state: str
     params: dict[str, float | str]
+    parameters: dict[str, float]
     plan: str
-    value: Number
-    stderr: Number
-    test: Score
+    scores: Scores
     realised: float | None
     seconds: float | None
     remark: str | None
-    kl: Divergences | None = None
     cut_off: int = 0
     sparsity: float | None = None
     packed_bytes: int | None = None
-    accuracy: Accuracies | None = None
     bits: tuple[int | float, ...] | None = None
     effective_bits: float | None = None
     quantized_bytes: int | None = None
 
 
 class Status(FrozenModel):
-    """A study's present state; `uniform` has the best trial's pruner, `best` is the first of `ranks`.
+    """The present state of a study, with scores of `dense` and of `uniform`, which has the pruner of `best`.
 
+    `best` is the first of `ranks`. `done` of `total` trials are; `complete`: with their final numbers. `seconds_left`:
+    until then; `running`, `trials`: see below. `screening`: the progress of the study that comes before.
     `uniform_draws`: uniform over draws of the calibration text. `windows`: number of windows by text, over which errors
-    are computed. `objective`: `perplexity`, `kl` or both. `front`: with both, the numbers of the Pareto front's trials,
-    the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval in which
-    the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
+    are computed. `objective`: what trials minimise. `front`: with two measures, the numbers of the Pareto front's
+    trials, the lowest perplexity (`best`) first. `bos`: windows begin with BOS. `sparsity`: a number, or the interval
+    in which the study searches; then `points` are the plans to choose from, and `limit` bounds the quality of the best.
     `dense_bytes`: of all weights in the dense model's files. `dense_tokens_per_second`: decoded one at a time by torch,
-    where `speedup` measured points; of an image classifier `dense_images_per_second`. `requested`: trials
-    that were asked for, if the study ended after fewer.
-    `accuracy`, `sign`: of an image classifier, the shares of right answers, and which sign of β is better. `bits`:
-    target in bits per weight, in the place of a sparsity. `kinds`: test perplexity by kind of a mixed text, of `dense`,
-    of trials by number, and of the best one `trained`.
+    where `speedup` measured points; of an image classifier `dense_images_per_second`. `requested`: trials that were
+    asked for, if the study ended after fewer. `sign`: of an image classifier, which sign of β is better. `bits`: target
+    in bits per weight, in the place of a sparsity. `kinds`: test perplexity by kind of a mixed text, of `dense`, of
+    trials by number, and of the best one `trained`.
     """
 
-    format: Literal["atp_tune.status/2"] = FORMAT
+    format: Literal["atp_tune.status/3"] = FORMAT
     study: str
     sparsity: float | tuple[float, float] | None
     done: int
@@ -134,7 +173,6 @@ class Status(FrozenModel):
     dense_tokens_per_second: float | None = None
     dense_images_per_second: float | None = None
     requested: int | None = None
-    accuracy: ModelAccuracies | None = None
     sign: str | None = None
     bits: float | None = None
     kinds: dict[str, dict[str, Score]] = Field({})
@@ -168,7 +206,8 @@ def to_json(what: FrozenModel | Sequence[FrozenModel], indent: int | None = 2) -
 def status_of(summary: Summary, now: datetime) -> Status:
     """A study's status at a local time."""
     running = tuple(_running(trial, now) for trial in summary.trials if trial.state.name == "RUNNING")
-    ranks = tuple(_best(rank, summary) for rank in summary.ranks)
+    ranks = tuple(_best(trial, summary) for trial in summary.ranks)
+    results, uniform = summary.results, summary.uniform_trial
     return Status(
         study=summary.name,
         sparsity=summary.sparsity,
@@ -177,8 +216,8 @@ def status_of(summary: Summary, now: datetime) -> Status:
         complete=summary.complete,
         seconds_left=seconds_left(summary, running),
         running=running,
-        dense=summary.dense,
-        uniform=summary.uniform,
+        dense=results.scores(DENSE),
+        uniform=results.scores(uniform),
         best=ranks[0] if ranks else None,
         ranks=ranks,
         trials=tuple(_trial(summary, trial) for trial in summary.trials),
@@ -186,15 +225,14 @@ def status_of(summary: Summary, now: datetime) -> Status:
         objective=summary.objectives,
         front=tuple(trial.number for trial in summary.front),
         bos=summary.bos,
-        uniform_draws=summary.over_draws.get(summary.uniform_trial.number) if summary.uniform_trial else None,
-        windows=dict(summary.windows),
+        uniform_draws=summary.over_draws.get(uniform.number) if uniform else None,
+        windows=results.counts,
         limit=None if summary.limit is None else dict(summary.limit),
-        points=tuple(point_of(summary, point) for point in summary.points),
+        points=tuple(_point(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
-        **{f"dense_{key}": rate for key, rate in rate_of(summary, dense_speed(summary)).items()},
+        **{f"dense_{rate_unit(summary)}_per_second": dense_speed(summary)},
         requested=summary.requested,
-        accuracy=accuracies_of(summary),
-        sign=summary.sign or None,
+        sign=sign_of_beta(summary) or None,
         bits=summary.bits,
         kinds={row: dict(found) for row, found in summary.kinds.items()},
     )
@@ -233,45 +271,58 @@ def _running(trial: FrozenTrial, now: datetime) -> Running:
     )
 
 
-def _best(rank: Rank, summary: Summary) -> Best:
-    against, kl_against = (against_of(change, rank.on) for change in (rank.against, rank.kl_against))
+def _against(summary: Summary, model: Model) -> dict[str, Against | None]:
+    results = summary.results
+    return {by.name: Against.of(results.against_uniform(model, by)) for by in results.measures}
+
+
+def _point(summary: Summary, point: Point) -> PointStatus:
+    results, trial = summary.results, point.trial
+    uniform = results.uniform(trial)
+    return PointStatus(
+        trial=trial.number,
+        sparsity=point.sparsity,
+        method=method_of(trial),
+        scores=results.scores(trial),
+        against_dense=Against.of(results.change(DENSE, trial)),
+        against_uniform=_against(summary, trial),
+        uniform=uniform.number if uniform else None,
+        excess=point.excess,
+        best=point.is_best,
+        packed_bytes=point.packed_bytes,
+        **{f"{rate_unit(summary)}_per_second": point.speed.fastest if point.speed else None},
+    )
+
+
+def _best(trial: FrozenTrial, summary: Summary) -> Best:
     return Best(
-        trial=rank.trial.number,
-        pruner=method_in(rank.trial.params),
-        allocation=allocation_of(rank.trial),
-        parameters=parameters_of(rank.trial),
-        validation=rank.scores.validation,
-        test=rank.scores.test,
-        change=against,
-        kl=summary.kls.get(rank.trial.number),
-        kl_change=kl_against,
-        draws=summary.over_draws.get(rank.trial.number),
-        sparsity=sparsity_of(rank.trial),
+        trial=trial.number,
+        pruner=method_in(trial.params),
+        allocation=allocation_of(trial),
+        parameters=parameters_of(trial),
+        scores=summary.results.scores(trial),
+        against_uniform=_against(summary, trial),
+        draws=summary.over_draws.get(trial.number),
+        sparsity=sparsity_of(trial),
     )
 
 
 def _trial(summary: Summary, trial: FrozenTrial) -> TrialStatus:
-    attrs, score = trial.user_attrs, score_of(trial)
+    attrs = trial.user_attrs
     plan = Plan.stored_in(attrs)
     return TrialStatus(
         number=trial.number,
         state=trial.state.name.lower(),
         params=trial.params,
+        parameters=parameters_of(trial),
         plan=plan_of(trial),
-        value=score.value if score else None,
-        stderr=(score.stderr or None) if score and ("stderr" in attrs or "kls" in attrs or "misses" in attrs) else None,
-        test=summary.reports.get(trial.number),
-        realised=attrs.get("realised"),
+        scores=summary.results.scores(trial),
         seconds=round(sum(attrs["seconds"].values()), 3) if "seconds" in attrs else None,
         remark=remark_of(trial, summary) or None,
-        kl=summary.kls.get(trial.number),
         cut_off=len(cut_offs_of(trial)),
         sparsity=sparsity_of(trial),
-        packed_bytes=trial.user_attrs.get("packed_bytes"),
-        accuracy=summary.hits.trial(trial) if summary.hits else None,
         bits=plan.amounts if plan and plan.by_bits else None,
-        effective_bits=attrs.get("effective_bits"),
-        quantized_bytes=attrs.get("quantized_bytes"),
+        **{key: attrs.get(key) for key in ("realised", "packed_bytes", "effective_bits", "quantized_bytes")},
     )
 
 
@@ -290,7 +341,7 @@ def listed(file: StudyFile, summary: Summary | None) -> Listed:
         state=state,
         done=summary.done if summary else 0,
         total=(summary.total if summary else None) or file.study.search.trials,
-        best=score_of(best) if best else None,
+        best=summary.results.score(best, "validation") if summary and best else None,
         description=file.study.description if name == file.name else f"--study {file.name} --study-name {name}",
         path=str(file.path),
         error=None,

@@ -10,30 +10,25 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
 from atp_tune.frozen import FrozenModel
-from atp_tune.measures import Change, Limit, Perplexity, by_kind, perplexity
+from atp_tune.measures import Limit, Perplexity, Role, by_kind
 from atp_tune.metrics.answers import Answers
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.speed import Speed
-from atp_tune.results.accuracies import Hits, hits_of, sign_of_beta
 from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.front import Point, points_of
-from atp_tune.results.pairing import Role, change_on, common_text, kl_change_on
+from atp_tune.results.results import DENSE, Model, Results
 from atp_tune.results.trials import (
     allocation_of,
     best_of_each,
-    divergences_of,
     is_uniform,
-    scores_of,
-    stored,
     uniform_of,
     uniforms_of,
 )
 from atp_tune.spec.block_names import in_tower
-from atp_tune.spec.config import Divergences, Scores, ZeroShot
+from atp_tune.spec.config import ZeroShot
 from atp_tune.spec.recover import Recovered
-from atp_tune.spec.search import ACCURACY
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
@@ -41,21 +36,6 @@ from atp_tune.storage.process import is_dead
 from atp_tune.storage.validation import StudySnapshot
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The best trial of one allocation, and its change from uniform with the same pruner.
-
-    `against`: of the perplexity, paired by windows, on the test text if both have it, else the validation text (`on`).
-    `kl_against`: of the KL, if the study minimises KL.
-    """
-
-    trial: FrozenTrial
-    scores: Scores
-    against: Change | None
-    on: Role
-    kl_against: Change | None = None
 
 
 class ScreeningProgress(FrozenModel):
@@ -68,19 +48,16 @@ class ScreeningProgress(FrozenModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """A study's numbers: dense, uniform and best, each on the validation and test text.
+    """What a study found; `results`: the numbers of its models.
 
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
     sizes         weights per block; `in_tower`: so many, the first, are of a vision tower
-    uniform       the uniform trial with the best trial's pruner; `uniforms`: of each pruner
-    reports       perplexity on the test text by trial
+    ranks         the best trial of each allocation; `uniforms`: the uniform trial of each pruner
     gp_posterior  the GP's posterior of perplexity over β; None without a GP
     unlike        trial → device, dtype or batch sizes unlike the study's first trial, as text
     over_draws    test perplexity over draws of the calibration text by trial
-    windows       number of windows by text
     dense_bytes   of all weights of the dense model in its files; None in studies of earlier versions
-    kls           KL by trial, if minimised
     front         with two objectives, the trials of the Pareto front
     points        over an interval of sparsities, the trials to choose from; see `results.front`
     limit         of quality, if the study finds the sparsest plan within it
@@ -89,8 +66,7 @@ class Summary:
     of_channels   whole channels are pruned
     bits          weights are rounded and none is pruned, to so many bits in the mean; `rounded`: a sentence, if weights
                   are rounded after pruning
-    hits          of an image classifier, accuracies by trial; `sign`: which sign of β is better, in a sentence
-    recovered     training of the best trial's kept weights; `training`: the host where it goes on, "" if it does not
+    training      the host where the best trial's kept weights are being trained, "" if they are not
     answers       of an image classifier, what dense, uniform and best see in a few test images
     kinds         test perplexity by kind of a mixed text, of `dense`, of trials by number, and of the best `trained`
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
@@ -101,42 +77,32 @@ class Summary:
     trials: list[FrozenTrial]
     total: int | None
     done: int
-    dense: Scores
-    uniform: Scores
-    best: Scores
     best_trial: FrozenTrial | None
-    ranks: list[Rank]
+    ranks: list[FrozenTrial]
+    results: Results
     made_from: StudyFile | None
     sizes: tuple[int, ...]
     uniforms: list[FrozenTrial]
-    reports: dict[int, Perplexity]
     complete: bool
     requested: int | None = None
     in_tower: int = 0
     gp_posterior: dict[str, Any] | None = None
     unlike: Mapping[int, str] = field(default_factory=dict)
     screening: ScreeningProgress | None = None
-    objectives: tuple[str, ...] = fingerprint.PERPLEXITY
-    kls: Mapping[int, Divergences] = field(default_factory=dict)
     front: Sequence[FrozenTrial] = ()
-    uniform_trial: FrozenTrial | None = None
     zero_shot: ZeroShot | None = None
     speed: Speed | None = None
     continuations: Continuations | None = None
     bos: bool = False
     bos_effect: BosEffect | None = None
     over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
-    windows: Mapping[str, int] = field(default_factory=dict)
     points: Sequence[Point] = ()
     dense_bytes: int | None = None
     limit: Limit | None = None
     of_channels: bool = False
     bits: float | None = None
     rounded: str = ""
-    hits: Hits = field(default_factory=Hits)
-    sign: str = ""
     answers: Answers | None = None
-    recovered: Recovered | None = None
     training: str = ""
     kinds: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)
 
@@ -149,90 +115,71 @@ class Summary:
         return self.sparsity if isinstance(self.sparsity, tuple) else None
 
     @property
-    def trained(self) -> Recovered | None:
-        """How the best trial's kept weights were trained; None if they stay as they were pruned."""
-        return self.recovered if self.recovered is not None and self.recovered.kept else None
+    def objectives(self) -> tuple[str, ...]:
+        """What trials minimise, in the order of their values."""
+        return self.results.objectives
 
     @property
-    def by_kl(self) -> bool:
-        """Whether KL is the only measure that is minimised, beside the density."""
-        return self.objectives[0] == "kl"
+    def recovered(self) -> Recovered | None:
+        """How the training of the best trial's kept weights went; None without."""
+        return self.results.recovered
 
     @property
-    def by_accuracy(self) -> bool:
-        """Whether the top-1 error is minimised."""
-        return self.objectives[0] == ACCURACY
+    def uniform_trial(self) -> FrozenTrial | None:
+        """The uniform trial with the best trial's pruner and sparsity."""
+        return self.results.uniform(self.best_trial)
 
     @property
-    def data(self) -> str:
-        """What plans are measured on: text or images."""
-        return "images" if self.hits else "text"
-
-    @property
-    def items(self) -> str:
-        """What errors are over: windows of a text, or images."""
-        return "images" if self.hits else "windows"
+    def is_tested(self) -> bool:
+        """Whether the best trial is measured on the test text."""
+        return self.best_trial is not None and bool(self.results.items(self.best_trial, "test"))
 
     @property
     def text(self) -> Role:
         """The text on which to compare dense, uniform and best: test once all of them have it."""
-        scores = [self.dense, *(part for part in (self.uniform, self.best) if part.validation or part.test)]
-        return "test" if all(part.test for part in scores) else "validation"
-
-    def kl(self, trial: FrozenTrial | None) -> Divergences:
-        """A trial's KL on both texts, as far as known."""
-        return self.kls.get(trial.number if trial else -1, Divergences(validation=None, test=None))
+        models: list[Model] = [DENSE, *(trial for trial in (self.uniform_trial, self.best_trial) if trial)]
+        return "test" if all(self.results.items(model, "test") for model in models) else "validation"
 
 
 def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
     study = StudySnapshot(study)
     best = progress.best_trial(study)
-    reports, facts = study.user_attrs.get("test_nlls", {}), study.user_attrs.get("fingerprint", {})
-    uniform = uniform_of(study, best)
+    facts, trials = study.user_attrs.get("fingerprint", {}), study.get_trials(deepcopy=False)
     found = attached(study, best.number) if best else {}
+    recovered = Recovered.model_validate(found["recovered"]) if "recovered" in found else None
     return Summary(
         name=study.study_name,
         sparsity=progress.interval_of(study) or facts.get("sparsity"),
-        trials=study.get_trials(deepcopy=False),
+        trials=trials,
         total=study.user_attrs.get("total"),
         done=progress.counted(study),
-        dense=Scores(validation=stored(study.user_attrs.get("dense")), test=stored(reports.get("dense"))),
-        uniform=scores_of(uniform, reports),
-        best=scores_of(best, reports),
         best_trial=best,
-        ranks=[_rank(study, trial) for trial in best_of_each(study)],
+        ranks=best_of_each(study),
+        results=Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered),
         made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
         uniforms=uniforms_of(study),
-        reports={int(name): perplexity(nlls) for name, nlls in reports.items() if name != "dense" and nlls},
         complete=_is_complete(study),
         requested=progress.requested(study),
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
-        objectives=fingerprint.objectives_of(facts),
-        kls=divergences_of(study),
         front=progress.front_of(study),
-        uniform_trial=uniform,
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=speed_of(study, best.number) if best else None,
         continuations=Continuations.model_validate(found["continuations"]) if "continuations" in found else None,
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
-        windows=_windows(study),
         points=points_of(study),
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
         bits=None if "sparsity" in facts else facts.get("bits"),
         rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
-        hits=(hits := hits_of(study)),
-        sign=sign_of_beta(study) if hits else "",
         answers=answers_of(study, best) if best else None,
-        recovered=Recovered.model_validate(found["recovered"]) if "recovered" in found else None,
         kinds=_kinds(study, found.get("recovered", {})),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
     )
@@ -249,16 +196,6 @@ def _kinds(study: optuna.Study, recovered: Mapping[str, Any]) -> dict[str, Mappi
 def _rounded(facts: Mapping[str, Any]) -> str:
     quantizer = next(iter(facts.get("quantize.quantizers", ())), "a quantizer")
     return f"Kept weights are rounded to {facts['bits']:g} bits by {quantizer}, those of uniform too; zeros stay zero."
-
-
-def _windows(study: optuna.Study) -> dict[str, int]:
-    """Number of windows of each measured text."""
-    best = progress.best_trial(study)
-    nlls = {
-        "validation": study.user_attrs.get("dense") or (best.user_attrs.get("nlls") if best else None),
-        "test": next(iter(study.user_attrs.get("test_nlls", {}).values()), None),
-    }
-    return {role: len(found) for role, found in nlls.items() if found}
 
 
 def _screening(study: optuna.Study) -> ScreeningProgress | None:
@@ -398,12 +335,3 @@ def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
     windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
     known = {name: (windows, windows) for name in names.short_names if is_fitted(name)}
     return known | dict.fromkeys(names.by_prices, (each, own))
-
-
-def _rank(study: optuna.Study, trial: FrozenTrial) -> Rank:
-    scores, uniform = scores_of(trial, study.user_attrs.get("test_nlls", {})), uniform_of(study, trial)
-    if uniform is None or is_uniform(trial):
-        return Rank(trial, scores, None, "validation")
-    text = common_text(study, uniform, trial)
-    changes = change_on(study, text, uniform, trial), kl_change_on(study, text, uniform, trial)
-    return Rank(trial, scores, changes[0], text, changes[1])

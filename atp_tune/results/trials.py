@@ -1,15 +1,12 @@
 """A stored trial's allocation and scores, and the uniform trial to compare it with."""
 
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.measures import Divergence, Perplexity, divergence, perplexity
 from atp_tune.plan import METHODS, Plan, is_zero, method_in
-from atp_tune.spec.config import Divergences, Scores
 from atp_tune.storage import progress
 
 NO_PARAMETERS = (*METHODS, "allocation", "sparsity")  # of an allocation, among a trial's parameters
@@ -45,52 +42,6 @@ def parameters_of(trial: FrozenTrial) -> dict[str, float]:
     if "sparsity" in trial.params:
         return dict(trial.user_attrs.get("plan", {}).get("parameters", {}))
     return {name: value for name, value in trial.params.items() if name not in NO_PARAMETERS}
-
-
-def score_of(trial: FrozenTrial) -> Perplexity | None:
-    """A trial's validation perplexity with its error; None without one, e.g. if it is by KL and was stopped."""
-    if trial.values is None:
-        return None
-    if "kls" not in trial.user_attrs and not is_by_accuracy(trial):
-        return Perplexity(value=trial.values[0], stderr=trial.user_attrs.get("stderr", 0.0))
-    nlls = trial.user_attrs.get("nlls")
-    return perplexity(nlls) if nlls and "stopped_after" not in trial.user_attrs else None
-
-
-def kl_of(trial: FrozenTrial) -> Divergence | None:
-    """A trial's KL on the validation text; None if its study does not minimise KL."""
-    if trial.values is None or "kls" not in trial.user_attrs:
-        return None
-    value = trial.values[0] if is_by_kl(trial) else trial.values[-1]
-    return Divergence(value=value, stderr=divergence(trial.user_attrs["kls"]).stderr)
-
-
-def divergences_of(study: optuna.Study) -> dict[int, Divergences]:
-    """The KL of each trial that has one, on both texts."""
-    reports = study.user_attrs.get("test_kls", {})
-    found = {trial.number: (kl_of(trial), reports.get(str(trial.number))) for trial in study.get_trials(deepcopy=False)}
-    return {
-        number: Divergences(validation=search, test=divergence(report) if report else None)
-        for number, (search, report) in found.items()
-        if search
-    }
-
-
-def is_by_kl(trial: FrozenTrial) -> bool:
-    """Whether a trial's only value, or its only one beside the density, is its KL."""
-    return len(progress.values_of(trial)) - ("sparsity" in trial.params) == 1 and "kls" in trial.user_attrs
-
-
-def is_by_accuracy(trial: FrozenTrial) -> bool:
-    """Whether a trial's value is its top-1 error."""
-    return "misses" in trial.user_attrs
-
-
-def error_of(trial: FrozenTrial) -> float | None:
-    """A trial's top-1 error on the validation images, estimated if it was stopped; None if it is not minimised."""
-    if not trial.values or not is_by_accuracy(trial):
-        return None
-    return trial.values[0] if "stopped_after" in trial.user_attrs else statistics.fmean(trial.user_attrs["misses"])
 
 
 def uniform_of(study: optuna.Study, best: FrozenTrial | None) -> FrozenTrial | None:
@@ -131,15 +82,3 @@ def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
     for trial in progress.measured(study):
         best.setdefault(allocation_of(trial), trial)
     return list(best.values())
-
-
-def scores_of(trial: FrozenTrial | None, reports: dict[str, list[float]]) -> Scores:
-    """A trial's perplexities on both texts; `reports`: window NLLs on the test text by trial."""
-    if trial is None:
-        return Scores(validation=None, test=None)
-    return Scores(validation=score_of(trial), test=stored(reports.get(str(trial.number))))
-
-
-def stored(nlls: list[float] | None) -> Perplexity | None:
-    """The perplexity of window NLLs, None without any."""
-    return perplexity(nlls) if nlls else None

@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
-from atp_tune.results.trials import error_of, is_by_kl, kl_of, score_of
+from atp_tune.results.results import Results
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.termination import GAIN, should_terminate
 from atp_tune.storage import lost_trials, progress
+from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.process import GRACE, Trace
 from atp_tune.storage.validation import ValidatedStudy
 
@@ -97,7 +98,8 @@ def _optimise(
         best, done = progress.best_of(study, trials), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
-            run.watch(_ended(trial, reason, best, done, total))
+            objectives = objectives_of(study.user_attrs.get("fingerprint", {}))
+            run.watch(_ended(Results({}, trials, objectives), trial, reason, best, done, total))
         publish.after_trial(study, best)
         callbacks(study, trial, done, total)
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
@@ -134,15 +136,15 @@ def _optimise(
         raise callbacks.error
 
 
-def _ended(trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int) -> TrialEnded:
+def _ended(
+    results: Results, trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int
+) -> TrialEnded:
     """The event of a trial's end, with its values and the best."""
-    value, kl = (found.value if found else None for found in (score_of(trial), kl_of(trial)))
-    best_value, best_kl = (of(best) if best else None for of in (score_of, kl_of))
+    scores = {by.name: found.value for by in results.measures if (found := results.score(trial, "validation", by))}
+    lowest = results.score(best, "validation", results.main)
     return TrialEnded(
-        trial.number, value, reason, best_value.value if best_value else None, done, total,
-        kl=kl, best_kl=best_kl.value if best and best_kl and is_by_kl(best) else None,
+        trial.number, scores, reason, {results.main.name: lowest.value} if lowest else {}, done, total,
         best_sparsity=progress.sparsity_of(best) if best else None,
-        error=error_of(trial), best_error=error_of(best) if best else None,
     )  # fmt: skip
 
 

@@ -25,11 +25,9 @@ from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import Shards, declare, sparse_folder
 from atp_tune.spec.config import (
-    Baselines,
     Config,
     EvaluationTexts,
     ModelRef,
-    Scores,
     Sparsity,
     read_config,
 )
@@ -121,7 +119,7 @@ def check_model(config: Config, folder: ModelFolder) -> None:
 
 def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
-    study, nothing = file.study, Scores(validation=None, test=None)
+    study = file.study
     return Config(
         study=file.name,
         trial=None,
@@ -135,8 +133,6 @@ def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
         sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
         quantize=None if study.bits is None else study.quantize,
         bits=_bits(study, context, plan),
-        perplexity=nothing,
-        baselines=Baselines(dense=nothing, uniform=nothing),
         calibration=study.data.calibration.text,
         batches=context.batches,
         texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),
@@ -235,8 +231,9 @@ def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
     measured = perplexity(folder_scores(setup, out, f"checking {out}")["test"].nlls)
     if read_config(out / ABOUT) != config:
         raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
-    scores = config.perplexity.model_copy(update={"test": measured})
-    describe(out, config.model_copy(update={"perplexity": scores}), dense)
+    best = config.scores.get("best", {})
+    own = {**best, "perplexity": {**best.get("perplexity", {}), "test": measured}}
+    describe(out, config.model_copy(update={"scores": {**config.scores, "best": own}}), dense)
     return measured
 
 

@@ -15,14 +15,15 @@ from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.trust import is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
-from atp_tune.measures import Perplexity, error_over
+from atp_tune.measures import MEASURES, Estimate, error_over
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
+from atp_tune.results.results import NOTHING
 from atp_tune.sparse import card_bits, card_untested
 from atp_tune.sparse.provenance import ABOUT, CARD
-from atp_tune.spec.config import Compared, Config
+from atp_tune.spec.config import Baseline, Compared, Config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import parse
@@ -141,7 +142,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "by_linear": config.plan.by_linear,
         "uniform": config.plan.is_uniform,
         "rounded": len(set(config.plan.amounts)) > 1,
-        "scores": list(_scores(config)),
+        "measures": _scores(config)[0],
+        "scores": _scores(config)[1],
         "test": escaped(words(text)),
         "bos": config.bos,
         "errors": _errors(text),
@@ -219,17 +221,20 @@ def read_card(file: Path) -> Any:
         return None
 
 
-def _scores(config: Config) -> Iterator[dict[str, str]]:
-    """Perplexity of dense, uniform and this model, where measured."""
-    rows = (
-        ("dense", config.baselines.dense.test),
-        (f"{config.plan.method}, uniform", config.baselines.uniform.test),
-        (f"{THIS} ({config.plan.method}, {escaped(_allocation(config))})", config.perplexity.test),
-    )
-    for index, (name, score) in enumerate(rows):
-        if score is not None:
-            hits = config.accuracy and getattr(config.accuracy, ("dense", "uniform", "best")[index])
-            yield {"name": name, "score": str(score), "accuracy": str((hits and hits.test) or "–")}
+def _scores(config: Config) -> tuple[list[str], list[list[str]]]:
+    """A head and rows: the scores of dense, uniform and this model on the test text, where measured."""
+    names: dict[Baseline, str] = {
+        "dense": "dense",
+        "uniform": f"{config.plan.method}, uniform",
+        "best": f"{THIS} ({config.plan.method}, {escaped(_allocation(config))})",
+    }
+    shown = [by for by in MEASURES.values() if any(config.scored(model, measure=by) for model in names)]
+    rows = [
+        [name, *(str(config.scored(model, measure=by) or (model == "dense" and by.dense) or NOTHING) for by in shown)]
+        for model, name in names.items()
+        if config.scored(model)
+    ]
+    return [by.column for by in shown], rows
 
 
 def _tasks(config: Config) -> Iterator[dict[str, Any]]:
@@ -252,7 +257,7 @@ def _continuations(config: Config) -> Iterator[list[str]]:
 
 def _results(config: Config) -> Iterator[EvalResult]:
     """The metrics of this model in the schema of the hub."""
-    yield from result(config.perplexity.test, config.texts.test, config.bos)
+    yield from result(config.scored(), config.texts.test, config.bos)
     for task in config.zero_shot.tasks if config.zero_shot else ():
         if found := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
@@ -262,7 +267,7 @@ def _results(config: Config) -> Iterator[EvalResult]:
             )  # fmt: skip
 
 
-def result(score: Perplexity | None, text: Data, bos: bool) -> list[EvalResult]:
+def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
     """A perplexity in the schema of the hub; none if it was not measured, or is not finite."""
     if score is None or not isfinite(score.value):
         return []

@@ -25,7 +25,7 @@ from atp_tune.events import EventHandler, Place, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.inputs.images import Images
 from atp_tune.inputs.windows import Windows
-from atp_tune.measures import Perplexity, accuracy, change, gain, perplexity
+from atp_tune.measures import Estimate, accuracy, change, gain, perplexity
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
@@ -74,7 +74,7 @@ class FinetuningJob:
     text: Data
     items: Windows | Images
     settings: Settings
-    dense: Perplexity | None
+    dense: Estimate | None
     teacher: ModelFolder | None
     stays: bool
 

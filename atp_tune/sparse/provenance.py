@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.frozen import FrozenModel
-from atp_tune.measures import Accuracy, Change, Gain, Perplexity
+from atp_tune.measures import Accuracy, Change, Estimate, Gain, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text
@@ -36,7 +36,7 @@ class PrunedWith:
     validation: Data
     test: Data
     dtype: Literal["float32", "bfloat16", "float16"]
-    dense: Perplexity | None  # of the dense model on the test text
+    dense: Estimate | None  # of the dense model on the test text
     bos: bool  # windows begin with BOS
 
 
@@ -46,7 +46,7 @@ def origin(folder: Path) -> PrunedWith | None:
     if not file.is_file():
         return None
     made = read_config(file)
-    base, texts, dense = folder / made.folder, made.texts, made.baselines.dense.test
+    base, texts, dense = folder / made.folder, made.texts, made.scored("dense")
     calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
     return PrunedWith(made, base, calibration, validation, test, made.model.dtype, dense, made.bos)
 

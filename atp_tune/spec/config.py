@@ -27,7 +27,7 @@ from atp_tune.allocations.bits import share_of
 from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
-from atp_tune.measures import Accuracies, Divergence, Estimate, Perplexity, TaskScore
+from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Role, TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.metrics.speed import Speed
@@ -43,6 +43,9 @@ from atp_tune.spec.study import Data, ModelConfig, of_model
 FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
 
 
+Baseline = Literal["dense", "uniform", "best"]
+
+
 def dumps(value: Any, indent: int | None) -> str:
     """JSON with all control characters escaped, so that it is safe to show on a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -53,14 +56,22 @@ def _finite(score: Estimate | None) -> Estimate | None:
     return score if score and math.isfinite(score.value + score.stderr) else None
 
 
-def _positive(score: Perplexity | None) -> Perplexity | None:
-    if score and not (score.value > 0 and score.stderr >= 0):
-        raise ValueError("must be a perplexity")
-    return score
+def _by_measure(found: dict[str, dict[Role, Estimate | None]]) -> dict[str, dict[Role, Estimate | None]]:
+    for name, scores in found.items():
+        if name not in MEASURES:
+            raise ValueError(f"{name}: must be one of {', '.join(MEASURES)}")
+        for text, score in scores.items():
+            if score and not (score.value >= 0 and score.stderr >= 0):
+                raise ValueError(f"{text}: must be at least 0")
+    return {
+        name: {text: score and MEASURES[name].kind(**dict(score)) for text, score in scores.items()}
+        for name, scores in found.items()
+    }
 
 
 # JSON has no infinity: it is written as null
-Score = Annotated[Perplexity | None, AfterValidator(_positive), PlainSerializer(_finite)]
+Score = Annotated[Estimate | None, PlainSerializer(_finite)]
+Scores = Annotated[dict[str, dict[Role, Score]], AfterValidator(_by_measure)]  # by measure, then by text
 
 
 def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -77,13 +88,6 @@ def _a_path(text: str) -> str:
 Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 
 
-def _at_least_zero(score: Divergence | None) -> Divergence | None:
-    if score and not (score.value >= 0 and score.stderr >= 0):
-        raise ValueError("must be a divergence")
-    return score
-
-
-KL = Annotated[Divergence | None, AfterValidator(_at_least_zero), PlainSerializer(_finite)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -125,53 +129,11 @@ class Sparsity(FrozenModel):
     realised: Share
 
 
-class Scores(FrozenModel):
-    """Perplexities on the validation text and, once measured, the test text."""
-
-    validation: Score
-    test: Score
-
-
-def scores_after(found: Recovered) -> Scores:
-    """Perplexities after training."""
-    texts = {"validation": found.validation, "test": found.test}
-    return Scores(**{name: None if each is None else each.perplexity for name, each in texts.items()})
-
-
-class Divergences(FrozenModel):
-    """KL divergences from the dense model (nats per token) on the validation text and, once measured, the test text."""
-
-    validation: KL
-    test: KL
-
-
-class BothDivergences(FrozenModel):
-    """Divergences of the best plan, and of the uniform allocation with the same pruner."""
-
-    best: Divergences
-    uniform: Divergences | None
-
-
-class ModelAccuracies(FrozenModel):
-    """Accuracies of the dense model, of the uniform allocation with the same pruner, and of the best plan."""
-
-    dense: Accuracies
-    uniform: Accuracies
-    best: Accuracies
-
-
 class BothDraws(FrozenModel):
     """Test scores of the best plan over draws of the calibration text, and of uniform with the same pruner."""
 
     best: OverDraws
     uniform: OverDraws | None
-
-
-class Baselines(FrozenModel):
-    """Scores of the dense model, and of the uniform allocation with the same pruner."""
-
-    dense: Scores
-    uniform: Scores
 
 
 class EvaluationTexts(FrozenModel):
@@ -238,10 +200,9 @@ class Config(FrozenModel):
         description="where weights are rounded: settings of the quantizer: the method, else `quantizers`",
     )
     bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
-    perplexity: Scores
-    baselines: Baselines
-    kl: BothDivergences | None = Field(None, description="if KL is an objective of the study")
-    accuracy: ModelAccuracies | None = Field(None, description="of an image classifier")
+    scores: dict[Baseline, Scores] = Field(
+        {}, description="of dense, uniform with the same pruner and the best plan: by measure, then by text"
+    )
     calibration: Data
     batches: dict[str, Batch] = Field(
         {}, description="windows per batch, by role of the text; they affect near-ties in the masks"
@@ -287,10 +248,16 @@ class Config(FrozenModel):
         """Whether the kept weights are to be trained after pruning."""
         return self.trained is not None
 
-    @property
-    def final(self) -> Scores:
-        """Perplexities of the model that `apply` writes: after training, where the kept weights are trained."""
-        return self.perplexity if self.trained is None else scores_after(self.trained)
+    def scored(self, model: Baseline = "best", text: Role = "test", measure: Measure = PERPLEXITY) -> Estimate | None:
+        """The score of a model on a text; None if it was not measured."""
+        return self.scores.get(model, {}).get(measure.name, {}).get(text)
+
+    def final(self, text: Role) -> Estimate | None:
+        """Perplexity of the model that `apply` writes: after training, where the kept weights are trained."""
+        if self.trained is None:
+            return self.scored("best", text)
+        found = self.trained.validation if text == "validation" else self.trained.test
+        return found.perplexity if found else None
 
     @property
     def by_bits(self) -> bool:
@@ -323,8 +290,7 @@ class Config(FrozenModel):
         """The plan and its perplexities in a line."""
         parameters = " ".join(f"{name}={value:.4g}" for name, value in self.plan.parameters.items())
         plan = f"{self.plan.method} {self.plan.allocation} {parameters}".rstrip() + ", trained" * self.is_trained
-        texts = ("validation", self.final.validation), ("test", self.final.test)
-        scores = [f"{text} perplexity {score}" for text, score in texts if score]
+        scores = [f"{text} perplexity {score}" for text in TEXTS if (score := self.final(text))]
         if self.by_bits and self.bits is not None:
             return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
         return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])

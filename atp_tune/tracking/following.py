@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -12,8 +11,10 @@ from optuna.trial import FrozenTrial
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.events import Event, EventHandler, Message, TrialEnded
+from atp_tune.measures import PERPLEXITY, TEXTS, Role
+from atp_tune.results.results import DENSE, Model, Results
 from atp_tune.results.summary import Summary, summarise
-from atp_tune.results.trials import error_of, kl_of, parameters_of, score_of
+from atp_tune.results.trials import parameters_of
 from atp_tune.tracking.trackers import SECONDS, TRACKERS, Beside, Tracker
 
 Numbers = dict[str, float]
@@ -90,13 +91,16 @@ class Follower:
 def records(trials: Sequence[FrozenTrial], summary: Summary) -> Iterator[tuple[int, Numbers, str]]:
     """The trials that have ended, by number: numbers, with the best up to each and the baselines; plan and state."""
     best: Numbers = {}
-    baselines = _named("baseline", {"dense": summary.dense.validation, "uniform": summary.uniform.validation})
+    results = summary.results
+    baselines = _scores(results, "baseline", {"dense": DENSE, "uniform": summary.uniform_trial}, "validation")
     for trial in trials:
         if trial.state.is_finished():
-            found = _values(trial)
+            found = {name: value for name, value in results.record(trial) if value is not None and math.isfinite(value)}
             if "stopped_after" not in trial.user_attrs:  # else the values are estimates
-                own = {key: value for key, value in found.items() if "stderr" not in key}
-                best |= {key: min(value, best.get(key, math.inf)) for key, value in own.items()}
+                for by in results.measures:
+                    if by.name in found:
+                        better = max if by.is_higher_better else min
+                        best[by.name] = better(found[by.name], best.get(by.name, found[by.name]))
             drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
             parameters = {key: float(value) for key, value in drawn.items() if _is_number(value)}
             numbers = {
@@ -110,27 +114,22 @@ def records(trials: Sequence[FrozenTrial], summary: Summary) -> Iterator[tuple[i
 
 
 def final_numbers(summary: Summary) -> Numbers:
-    """Perplexities of dense, uniform and best on both texts, as far as they are known, and the best trial's number."""
-    rows = {"dense": summary.dense, "uniform": summary.uniform, "best": summary.best}
+    """Scores of dense, uniform and best on both texts, as far as they are known, and the best trial's number."""
+    models = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     found: Numbers = {}
-    for text in ("validation", "test"):
-        found |= _named(f"final/{text}", {name: getattr(scores, text) for name, scores in rows.items()})
+    for text in TEXTS:
+        found |= _scores(summary.results, f"final/{text}", models, text)
     return found | ({"final/best_trial": float(summary.best_trial.number)} if summary.best_trial else {})
 
 
-def _values(trial: FrozenTrial) -> Numbers:
-    """A trial's perplexity and KL with their standard errors, and its top-1 error, as far as it has them."""
-    found: Numbers = {}
-    for name, score in (("perplexity", score_of(trial)), ("kl", kl_of(trial))):
-        if score is not None and math.isfinite(score.value):
-            found |= {name: score.value} | ({f"{name}_stderr": score.stderr} if score.stderr else {})
-    error = error_of(trial)
-    return found if error is None else {**found, "top1_error": error}
-
-
-def _named(prefix: str, scores: Mapping[str, Any]) -> Numbers:
-    values = {name: getattr(score, "value", math.nan) for name, score in scores.items()}
-    return {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+def _scores(results: Results, prefix: str, models: Mapping[str, Model | None], text: Role) -> Numbers:
+    """Scores by model, of measures other than perplexity under their name."""
+    scores = {
+        "/".join([prefix, *([] if by is PERPLEXITY else [by.name]), name]): results.score(model, text, by)
+        for by in results.measures
+        for name, model in models.items()
+    }
+    return {name: found.value for name, found in scores.items() if found and math.isfinite(found.value)}
 
 
 def _is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
-    from atp_tune.measures import Perplexity
+    from atp_tune.measures import Estimate
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -122,7 +122,7 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
     with quiet(), Display() as display:
         measured = best.made(display).save(out, packed=packed, slim=slim, dtype=dtype)
     found = best.config
-    promised = found.final.test or (found.final.validation if found.is_trained else None)
+    promised = found.final("test") or (found.final("validation") if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
     if packed or is_slim(out):
         console.print("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
@@ -149,7 +149,7 @@ def _verify(folder: Path) -> None:
     console.print(markdown(("", "there", "here", "effect"), rows))
 
 
-def show(measured: "Perplexity", promised: "Perplexity | None", out: Path, codes: bool = False) -> None:
+def show(measured: "Estimate", promised: "Estimate | None", out: Path, codes: bool = False) -> None:
     """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
     console.print(f"sparse checkpoint: {out}")
     if promised is None:

@@ -1,0 +1,166 @@
+"""What the models of a study were measured to be: items by model, text and measure, and what follows from them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from optuna.trial import FrozenTrial
+
+from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, TEXTS, Estimate, Items, Measure, Role, paired
+from atp_tune.results.trials import is_uniform, uniform_among
+from atp_tune.spec.recover import Recovered
+
+Model: TypeAlias = FrozenTrial | Literal["dense", "trained"]  # `trained`: the best plan after training
+DENSE: Literal["dense"] = "dense"
+TRAINED: Literal["trained"] = "trained"
+NOTHING = "–"  # an empty cell of a table
+
+
+@dataclass(frozen=True)
+class Against:
+    """A change from another model, paired by the items of the text `on`; the error is that of the difference."""
+
+    change: Estimate
+    on: Role
+    items: int
+
+    def __str__(self) -> str:
+        return f"{self.change}" + (" (validation)" if self.on == "validation" else "")
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether 0 lies in its 95 % interval."""
+        return self.change.may_be_chance(self.items)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The items of a study's models: `attrs` of the study, its trials, and how its best was trained.
+
+    `objectives`: names of what trials minimise, in the order of their values.
+    """
+
+    attrs: Mapping[str, Any]
+    trials: Sequence[FrozenTrial]
+    objectives: tuple[str, ...]
+    recovered: Recovered | None = None
+
+    @property
+    def trained(self) -> Recovered | None:
+        """How the best trial's kept weights were trained; None if they stay as they were pruned."""
+        return self.recovered if self.recovered is not None and self.recovered.kept else None
+
+    @cached_property
+    def measures(self) -> tuple[Measure, ...]:
+        """What the models were measured by, in the order of columns."""
+
+        def is_known(measure: Measure) -> bool:
+            is_there = f"dense_{measure.items}" in self.attrs or f"test_{measure.items}" in self.attrs
+            return is_there or any(measure.items in trial.user_attrs for trial in self.trials)
+
+        shown = (measure for measure in MEASURES.values() if measure.name in self.objectives or is_known(measure))
+        return tuple(dict.fromkeys((PERPLEXITY, *shown)))
+
+    @property
+    def main(self) -> Measure:
+        """The measure that is minimised; of two, the first."""
+        return MEASURES[self.objectives[0]]
+
+    @property
+    def data(self) -> str:
+        """What plans are measured on: text or images."""
+        return "images" if ACCURACY in self.measures else "text"
+
+    @property
+    def unit(self) -> str:
+        """What errors are over: windows of a text, or images."""
+        return "images" if ACCURACY in self.measures else "windows"
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of items of each measured text."""
+        best = next((trial for trial in self.trials if trial.values and "nlls" in trial.user_attrs), DENSE)
+        validation = self.items(DENSE, "validation") or self.items(best, "validation")
+        test: Items = next(iter(self.attrs.get("test_nlls", {}).values()), ())
+        return {role: len(found) for role, found in (("validation", validation), ("test", test)) if found}
+
+    def items(self, model: Model, text: Role, measure: Measure = PERPLEXITY) -> Items:
+        """The items of a model on a text; empty if it was not measured, or stopped."""
+        key, name = measure.items, model if isinstance(model, str) else str(model.number)
+        if text == "test":
+            return self.attrs.get(f"test_{key}", {}).get(name) or ()
+        if not isinstance(model, str):
+            return () if "stopped_after" in model.user_attrs else model.user_attrs.get(key) or ()
+        return self.attrs.get("dense" if measure is PERPLEXITY else f"dense_{key}") or () if model == DENSE else ()
+
+    def score(self, model: Model | None, text: Role, measure: Measure = PERPLEXITY) -> Estimate | None:
+        """The score of a model on a text; None if it is not known. Of a stopped trial its estimate."""
+        if isinstance(model, FrozenTrial) and text == "validation":
+            return self._measured(model, measure)
+        if after := self._after_training(model, measure):
+            told = after.validation if text == "validation" else after.test
+            return told.perplexity if told else None
+        found = () if model is None else self.items(model, text, measure)
+        return measure.score(found) if found else None
+
+    def _measured(self, trial: FrozenTrial, measure: Measure) -> Estimate | None:
+        """The value that the trial has in the study, with its error; the score of its items where it has none."""
+        items, values = self.items(trial, "validation", measure), trial.values or []
+        place = self.objectives.index(measure.name) if measure.name in self.objectives else len(values)
+        found = measure.score(items) if items else None
+        if not values or len(values) <= place or (found and measure.is_higher_better):
+            return found if values else None
+        stderr = trial.user_attrs.get("stderr") if not place else None
+        known = stderr if stderr is not None or found is None else found.stderr
+        count = self.counts.get("validation", 1)
+        return measure.kind(value=measure.of_loss(values[place], count), stderr=known or 0.0)
+
+    def _after_training(self, model: Model | None, measure: Measure) -> Recovered | None:
+        return self.trained if model == TRAINED and measure is PERPLEXITY else None
+
+    def uniform(self, trial: FrozenTrial | None) -> FrozenTrial | None:
+        """The uniform trial with a trial's pruner and sparsity; None without one."""
+        return None if trial is None else uniform_among(self.trials, trial)
+
+    def on(self, before: Model, after: Model) -> Role:
+        """The text on which to compare two models: test if both have it, else validation."""
+        return "test" if self.items(before, "test") and self.items(after, "test") else "validation"
+
+    def change(
+        self, before: Model, after: Model, measure: Measure = PERPLEXITY, on: Role | None = None
+    ) -> Against | None:
+        """The change from one model to another on a text, by default the one on which to compare them."""
+        text = on or self.on(before, after)
+        old, new = (self.items(model, text, measure) for model in (before, after))
+        found = paired(measure.change, old, new)
+        return None if found is None else Against(found, text, len(new))
+
+    def against_uniform(self, model: Model | None, measure: Measure = PERPLEXITY) -> Against | None:
+        """The change of a trial, or of the best after training, from uniform with the same pruner and sparsity."""
+        if isinstance(model, str) or model is None:
+            after = self._after_training(model, measure)
+            known = after.against_uniform if after else None
+            return Against(known, "test", self.counts.get("test", 0)) if known else None
+        uniform = None if is_uniform(model) else self.uniform(model)
+        return None if uniform is None else self.change(uniform, model, measure)
+
+    def shown(self, model: Model, text: Role, measure: Measure) -> Estimate | str | None:
+        """The score in a table; of dense also where it is so by definition."""
+        return (model == DENSE and measure.dense) or self.score(model, text, measure)
+
+    def scores(self, model: Model | None) -> dict[str, dict[str, Estimate | None]]:
+        """All scores of a model, by measure and text: the form of files and of rows."""
+        return {
+            measure.name: {text: self.score(model, text, measure) for text in TEXTS}
+            for measure in self.measures
+            if model is not None
+        }
+
+    def record(self, model: Model) -> Iterator[tuple[str, float | None]]:
+        """All scores of a model in one flat row: `perplexity`, `perplexity_stderr`, `test_perplexity` and so on."""
+        for measure in self.measures:
+            for text in TEXTS:
+                found, name = self.score(model, text, measure), f"{'test_' * (text == 'test')}{measure.name}"
+                yield name, found.value if found else None
+                yield f"{name}_stderr", found.stderr or None if found else None

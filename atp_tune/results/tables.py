@@ -1,0 +1,188 @@
+"""The tables of a study as text: each surface shows the same ones, and only says how a table is drawn."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from optuna.trial import FrozenTrial
+
+from atp_tune.measures import PERPLEXITY, TEXTS
+from atp_tune.metrics.draws import OverDraws
+from atp_tune.plan import percent
+from atp_tune.results.formatting import (
+    amount_of,
+    column,
+    dense_amount,
+    dense_speed,
+    drawn,
+    has_bytes,
+    megabytes,
+    method_of,
+    plan_of,
+    rate_unit,
+    remark_of,
+    spent,
+    stored_as,
+)
+from atp_tune.results.results import DENSE, NOTHING, TRAINED, Model
+from atp_tune.results.summary import Summary
+from atp_tune.results.trials import is_uniform
+
+Column: TypeAlias = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
+
+
+@dataclass(frozen=True)
+class Table:
+    """A head and rows of cells; `words`: columns of text, others hold numbers; `best`: the row to emphasise."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+    best: int | None = None
+
+    def without(self, name: str) -> "Table":
+        """The table without a column."""
+        kept = [place for place, column in enumerate(self.head) if column != name]
+        rows = [[row[place] for place in kept] for row in self.rows]
+        words = [new for new, old in enumerate(kept) if old in self.words]
+        return Table([self.head[place] for place in kept], rows, words, self.best)
+
+
+def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | None, *words: str) -> Table:
+    """A table with one row for each model; `words`: heads of the columns of text."""
+    head = [name for name, _ in columns]
+    cells = [[cell(model) for _, cell in columns] for model in models]
+    rows = [[NOTHING if found is None else str(found) for found in row] for row in cells]
+    where = next((row for row, model in enumerate(models) if best is not None and model == best), None)
+    return Table(head, rows, [place for place, name in enumerate(head) if name in words], where)
+
+
+def overview(summary: Summary) -> Table:
+    """Dense, uniform and the best of each allocation; over an interval of sparsities dense and the points."""
+    shown = summary.uniforms + [trial for trial in summary.ranks if not is_uniform(trial)]
+    if summary.interval:
+        shown = [point.trial for point in summary.points]
+    trained: list[Model] = [TRAINED] * (summary.results.trained is not None)
+    return table_of([*_plan(summary), *_measured(summary), *_sizes(summary)], [DENSE, *shown, *trained],
+                    summary.best_trial, "method", "limit")  # fmt: skip
+
+
+def _plan(summary: Summary) -> Iterator[Column]:
+    def trial_of(model: Model) -> FrozenTrial | None:
+        return summary.best_trial if model == TRAINED else None if isinstance(model, str) else model
+
+    def method(model: Model) -> str:
+        trial = trial_of(model)
+        return DENSE if trial is None else method_of(trial) + ", trained" * (model == TRAINED)
+
+    def amount(model: Model) -> str | None:
+        trial = trial_of(model)
+        if trial is None:
+            return dense_amount(summary)
+        return percent(trial.params["sparsity"]) if summary.interval else amount_of(trial, summary) or None
+
+    yield "method", method
+    yield "trial", lambda model: "" if isinstance(model, str) else model.number
+    yield column(summary), amount
+
+
+def _measured(summary: Summary) -> Iterator[Column]:
+    """By measure the scores on both texts and the change from uniform with the same pruner; also over draws."""
+    results, count = summary.results, drawn(summary)
+
+    def beside(model: Model) -> str | None:
+        uniform = None if isinstance(model, str) or is_uniform(model) else results.uniform(model)
+        if isinstance(model, str) or uniform is None:
+            return None
+        on = results.on(uniform, model)
+        return f"{results.score(uniform, on) or NOTHING}{' (validation)' * (on == 'validation')}"
+
+    def over(model: Model) -> OverDraws | None:
+        return None if isinstance(model, str) else summary.over_draws.get(model.number)
+
+    for measure in results.measures:
+        for text in TEXTS:
+            yield f"{text} {measure.column}", partial(results.shown, text=text, measure=measure)
+        if measure is PERPLEXITY and summary.interval:
+            if summary.limit:  # it holds on the validation text, and uniform has rows of its own
+                yield (
+                    "against dense, validation",
+                    lambda m: None if m == DENSE else results.change(DENSE, m, on="validation"),
+                )
+            else:
+                yield "uniform", beside
+                yield "against dense", lambda m: None if m == DENSE else results.change(DENSE, m)
+        name = "" if measure is PERPLEXITY else f"{measure.column} "
+        yield f"{name}against uniform", partial(results.against_uniform, measure=measure)
+        if measure is PERPLEXITY and count and not summary.interval:
+            yield f"perplexity, {count} draws", over
+            yield f"against uniform, {count} draws", lambda m: (found := over(m)) and (found.changed or None)
+
+
+def _sizes(summary: Summary) -> Iterator[Column]:
+    """Bytes and rate of points, and whether they are within the limit."""
+    points, dense = {point.trial.number: point for point in summary.points}, dense_speed(summary)
+
+    def size(model: Model) -> str | None:
+        known = summary.dense_bytes if isinstance(model, str) else points[model.number].packed_bytes
+        return None if known is None else megabytes(known)
+
+    def rate(model: Model) -> str | None:
+        speed = None if isinstance(model, str) else points[model.number].speed
+        known = dense if isinstance(model, str) else speed and speed.fastest
+        return None if known is None else f"{known:.1f}"
+
+    if has_bytes(summary):
+        yield stored_as(summary), size
+    if dense is not None:
+        yield f"{rate_unit(summary)}/s", rate
+    if summary.limit:
+        yield "limit", lambda m: "" if isinstance(m, str) else "within" if points[m.number].is_within else "beyond"
+
+
+def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Table:
+    """Every trial, or some of them, on the validation text."""
+    results, best = summary.results, summary.best_trial
+
+    def of(cell: Callable[[FrozenTrial], object]) -> Callable[[Model], object]:
+        return lambda model: "" if isinstance(model, str) or (found := cell(model)) is None else found
+
+    columns: list[Column] = [
+        ("trial", of(lambda trial: trial.number)),
+        ("state", of(lambda trial: trial.state.name.lower())),
+        ("plan", of(plan_of)),
+        *((by.column, of(partial(results.score, text="validation", measure=by))) for by in results.measures),
+        ("zeros" if summary.bits is None else "bits", of(lambda trial: amount_of(trial, summary))),
+        ("s", of(lambda trial: f"{sum(spent(trial).values()):.1f}" if spent(trial) else "")),
+        ("remark", of(lambda trial: "; ".join(filter(None, ("best" * (trial == best), remark_of(trial, summary)))))),
+    ]
+    return table_of(columns, summary.trials if shown is None else shown, best, "state", "plan", "remark")
+
+
+def front(summary: Summary) -> Table:
+    """The trials of the Pareto front of two objectives, on the validation text."""
+    results = summary.results
+    columns: list[Column] = [
+        ("trial", lambda m: None if isinstance(m, str) else m.number),
+        ("method", lambda m: None if isinstance(m, str) else method_of(m)),
+        *(
+            (f"validation {by.column}", partial(results.score, text="validation", measure=by))
+            for by in results.measures
+        ),
+    ]
+    return table_of(columns, summary.front, next(iter(summary.front), None), "method")
+
+
+def kinds(summary: Summary) -> Table | None:
+    """Test perplexity by kind of a mixed text, and how many times dense's; None for other texts."""
+    dense, shown = summary.kinds.get(DENSE, {}), [point.trial for point in summary.points] or summary.trials
+    names = {DENSE: DENSE, **{str(trial.number): plan_of(trial) for trial in shown}, TRAINED: "best, trained"}
+
+    def cell(row: str, kind: str) -> str:
+        found, before = summary.kinds[row].get(kind), dense[kind]
+        times = "" if row == DENSE or found is None else f" ({found.value / before.value:.2f}×)"
+        return NOTHING if found is None else f"{found.value:.2f}{times}"
+
+    rows = [[name, *(cell(row, kind) for kind in dense)] for row, name in names.items() if row in summary.kinds]
+    return Table(["test perplexity by kind", *dense], rows) if dense else None
