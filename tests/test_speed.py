@@ -1,5 +1,6 @@
 """Sizes, zeros, engines and the command `speedup`."""
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,25 +11,28 @@ from typing import Any
 import pytest
 import torch
 import zstandard
+from families import tiny
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine, quiet, settings, stored, study_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
-    LlamaConfig,
 )
 
 from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.cli.commands.speedup import rates_table
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
-from atp_tune.metrics.speed import Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.metrics.speed import GRAPH, PHASES, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
 from atp_tune.sparse import packed_models
-from atp_tune.sparse.packed_models import packed_copy
+from atp_tune.sparse.packed_models import pack_linears, packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import torch_engine
@@ -48,9 +52,9 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def random_model() -> Any:
+def random_model(family: str = "llama") -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases are 1 and 0 in a new model
@@ -134,6 +138,7 @@ class Counting:
     """An engine whose runs take 1, 2, 3, … seconds."""
 
     about = About("counting", "1", "float32", "none", 2)
+    phases = PHASES
 
     def __init__(self) -> None:
         self.asked: list[tuple[Side, Phase]] = []
@@ -168,6 +173,10 @@ def test_the_sparse_model_against_the_best_dense_one_in_torch() -> None:
     rows = (row("torch", "float32", 3), row("torch", "bfloat16", 4), row("other", "float32", 50))
     found = Speed(sizes=Sizes(dense=1, sparse=1, dense_zstd=1, sparse_zstd=1), zeros={}, engines=rows)
     assert found.over_torch(rows[2], "decode") == 1.5
+    in_graph = rows[0].model_copy(update={"graph": Rates(dense=(12, 12, 12), sparse=(30, 30, 30))})
+    found = found.model_copy(update={"engines": (in_graph, *rows[1:])})
+    assert [found.over_torch(row, phase) for row, phase in ((in_graph, GRAPH), (rows[2], "decode"))] == [2.5, 0.5]
+    assert found.over_torch(in_graph, "prefill") == 1.5 and found.fastest == 30
 
 
 def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(
@@ -236,19 +245,93 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
 
 @pytest.mark.slow
 def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
-    """And a run of decode leaves the prompt's keys and values as they were."""
+    """Prefill up to the prompt's last token, decode the tokens after it."""
     sparse = tmp_path / "sparse"
     prune_study(study_file(done), {"beta": 0.0}, sparse, ignore_events)
     task, cpu = Workload(tokens=6, steps=3, runs=1, batch=2), torch.device("cpu")
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
-        before = {side: cache.get_seq_length() for side, cache in engine._prompts.items()}
-        assert engine.seconds("sparse", "decode") > 0
-        assert engine.seconds("dense", "prefill") > 0
-        assert {side: cache.get_seq_length() for side, cache in engine._prompts.items()} == before
         for side, folder in (("dense", done / "model"), ("sparse", sparse)):
-            wanted = AutoModelForCausalLM.from_pretrained(folder)(engine._ids[:, :6]).logits[:, -1:]
-            torch.testing.assert_close(engine._prefill(side).logits, wanted.detach())
+            logits = AutoModelForCausalLM.from_pretrained(folder)(engine._ids).logits.detach()
+            for phase, last in (("prefill", 5), ("decode", 8), ("prefill", 5)):
+                seconds, found = engine._run(side, phase)
+                assert seconds > 0
+                torch.testing.assert_close(found, logits[:, last])
+
+
+class Fixed:
+    """An opening of an engine that is there."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __enter__(self) -> Any:
+        return self.engine
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+
+def decoders(dense: Any, kind: Kind = "same") -> tuple[torch_engine.Eager, Workload]:
+    """A model and its packed copy with half of its weights, decoded by torch's compiler too, on a CPU in one graph."""
+    checkpoint = Checkpoint(copy.deepcopy(dense).requires_grad_(False), torch.device("cpu"))
+    for index, linears in enumerate(checkpoint.linears):
+        for linear in linears:
+            checkpoint.weights(index)[linear.key][:, ::2] = 0
+    assert pack_linears(checkpoint, kind)
+    task = Workload(tokens=6, steps=4, runs=1, batch=2)
+    about = torch_engine.about_torch("packed", torch.float32, torch.device("cpu"))
+    models = {"dense": dense, "sparse": checkpoint.model}
+    ids = torch.randint(60, (2, 10), generator=torch.Generator().manual_seed(1))
+    return torch_engine.Eager(about, models, ids, task, {"backend": "aot_eager"}), task  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("llama", "same"), ("qwen2", "int8"), ("qwen3", "bf16")])
+def test_decoding_in_one_graph_gives_the_same_tokens(family: str, kind: Kind) -> None:
+    """With a static cache, dense and packed; the compiler refuses a break of the graph (`fullgraph`)."""
+    pytest.importorskip("triton")
+    engine, task = decoders(random_model(family), kind)
+    assert engine.phases == ("prefill", "decode", GRAPH)
+    for side in SIDES:
+        eager, compiled = (engine._run(side, phase)[1] for phase in ("decode", GRAPH))
+        torch.testing.assert_close(compiled, eager)
+        assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
+    found = measured(Fixed(engine), "packed", task, ignore_events)  # type: ignore[arg-type]
+    assert found.phases[-1] == GRAPH and found.graph is not None
+    assert len(found.graph.dense) == len(found.decode.sparse) == 1
+    speed = Speed(sizes=Sizes(dense=1, sparse=1), engines=(found,))
+    assert [row.split("|")[2].strip() for row in rates_table(speed).splitlines()[2:]] == list(found.phases)
+    assert Measured.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.slow
+def test_a_family_without_a_static_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """Falcon's ALiBi is of as many positions as there are tokens: it is decoded as before, and a line says so."""
+    pytest.importorskip("triton")
+    engine, task = decoders(tiny("falcon-alibi"))
+    assert engine.phases == ("prefill", "decode")
+    assert caplog.messages[0].startswith(
+        "packed: tokens are decoded by the launches of Python, in no CUDA graph: RuntimeError: The size of tensor a"
+    )
+    found = measured(Fixed(engine), "packed", task, ignore_events)  # type: ignore[arg-type]
+    assert found.graph is None and found.phases[-1] == "decode"
+
+
+def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    assert decoders(random_model())[0].phases == ("prefill", "decode", GRAPH)
+    monkeypatch.setitem(torch_engine.EXACT, torch.float32, -1.0)
+    assert decoders(random_model())[0].phases == ("prefill", "decode")
+    assert "ValueError: with a static cache logits differ by " in caplog.messages[0]
+
+
+def test_torch_knows_the_options_of_its_compiler() -> None:
+    """It refuses others at once, before it compiles."""
+    torch.compile(nn.Linear(1, 1), **torch_engine.COMPILER)
+    with pytest.raises(RuntimeError, match="Unexpected optimization option triton"):
+        torch.compile(nn.Linear(1, 1), options={"triton.other": True})
 
 
 # --- 2:4

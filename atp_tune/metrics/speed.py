@@ -8,9 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from atp_tune.frozen import FrozenModel
 
 Side = Literal["dense", "sparse"]
-Phase = Literal["prefill", "decode", "classify"]
+Phase = Literal["prefill", "decode", "decode in a CUDA graph", "classify"]
 SIDES: tuple[Side, ...] = ("dense", "sparse")
 PHASES: tuple[Phase, ...] = ("prefill", "decode")  # of a language model
+GRAPH: Phase = "decode in a CUDA graph"  # each token, compiled, with a static cache: no launches by Python
 CLASSIFY: tuple[Phase, ...] = ("classify",)  # of an image classifier
 AT_THE_END = TOKENS, STEPS, RUNS = 64, 16, 3  # of a study with `speed`: some seconds of a small model
 ROUNDING = "packed "  # begins the names of engines that round the weights: packed bf16, packed int8
@@ -68,15 +69,16 @@ class Measured(EngineRun):
     steps: PositiveInt = Field(description="tokens decoded after the prompt in a run, one at a time")
     prefill: Rates
     decode: Rates
+    graph: Rates | None = Field(None, description="as decode, in a CUDA graph and with a static cache; on a GPU")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases that were measured; the last is the one that is compared."""
-        return PHASES
+        return PHASES if self.graph is None else (*PHASES, GRAPH)
 
     def rates(self, phase: Phase) -> Rates:
-        """The rates of a phase."""
-        return self.prefill if phase == "prefill" else self.decode
+        """The rates of a phase; those of `decode` for a graph that there is not."""
+        return {"prefill": self.prefill, GRAPH: self.graph}.get(phase) or self.decode
 
 
 class MeasuredImages(EngineRun):
@@ -117,9 +119,10 @@ class Speed(FrozenModel, allow_inf_nan=False):
         return "images" if self.images else "tokens"
 
     def torch_dense(self, phase: Phase) -> float:
-        """Median rate of the dense model in torch, in its fastest number format."""
-        by_torch = [row for row in self.rows if row.engine == "torch"]
-        return max(median(row.rates(phase).dense) for row in by_torch or self.rows)
+        """Median rate of the dense model in torch, in its fastest number format and way to decode."""
+        by_torch = [row for row in self.rows if row.engine == "torch"] or self.rows
+        ways = {"decode", GRAPH} if phase in ("decode", GRAPH) else {phase}
+        return max(median(row.rates(way).dense) for row in by_torch for way in ways)
 
     @property
     def fastest(self) -> float | None:

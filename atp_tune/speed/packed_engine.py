@@ -18,10 +18,9 @@ from atp_tune.run.session import Session
 from atp_tune.sparse.packed_models import pack_linears, packed_copy
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
-from atp_tune.speed.torch_engine import opened, opened_in_memory
+from atp_tune.speed.torch_engine import EXACT, opened, opened_in_memory
 
 PACKED = "packed"
-EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # differences that the order of sums makes
 
 
 def check_packed(device: torch.device) -> None:

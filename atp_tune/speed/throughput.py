@@ -6,7 +6,7 @@ from itertools import product
 from typing import Protocol
 
 from atp_tune.events import EventHandler, Step, TrialStarted
-from atp_tune.metrics.speed import CLASSIFY, PHASES, SIDES, Measured, MeasuredImages, Phase, Rates, Side
+from atp_tune.metrics.speed import GRAPH, SIDES, Measured, MeasuredImages, Phase, Rates, Side
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,9 @@ class Workload:
     batch: int = 1
     of_images: bool = False
 
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """What is measured in a run."""
-        return CLASSIFY if self.of_images else PHASES
-
     def amount(self, phase: Phase) -> int:
         """Tokens, or images, of a run of a phase."""
-        return self.batch * {"prefill": self.tokens, "decode": self.steps, "classify": 1}[phase]
+        return self.batch * {"prefill": self.tokens, "classify": 1}.get(phase, self.steps)
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,10 @@ class SpeedEngine(Protocol):
     def about(self) -> About:
         """The engine and its device."""
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What is measured in a run."""
+
     def seconds(self, side: Side, phase: Phase) -> float:
         """Seconds of one run of a phase."""
 
@@ -62,7 +61,7 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
     """Opens an engine and measures both language models in turns; the first round is a warm-up."""
     about, rates = _rates(opening, name, task, watch)
     length = {"tokens": task.tokens, "steps": task.steps, "batch": task.batch}
-    return Measured(**vars(about), **length, prefill=rates["prefill"], decode=rates["decode"])
+    return Measured(**vars(about), **length, prefill=rates["prefill"], decode=rates["decode"], graph=rates.get(GRAPH))
 
 
 def measured_images(opening: Opening, name: str, task: Workload, watch: EventHandler) -> MeasuredImages:
@@ -75,11 +74,11 @@ def _rates(opening: Opening, name: str, task: Workload, watch: EventHandler) -> 
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
         about = engine.about
-        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(task.phases, SIDES)}
+        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(engine.phases, SIDES)}
         for run in range(task.runs + 1):
-            for phase, side in product(task.phases, SIDES):  # dense, sparse, dense, sparse
+            for phase, side in product(engine.phases, SIDES):  # dense, sparse, dense, sparse
                 seconds = engine.seconds(side, phase)
                 if run:
                     found[phase, side].append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
-    return about, {phase: Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in task.phases}
+    return about, {phase: Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in engine.phases}

@@ -6,7 +6,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
+from transformers import StaticCache
 from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.timing import wait_for
@@ -23,7 +23,8 @@ from atp_tune.checkpoints.devices import device_name, find_dtype
 from atp_tune.errors import UserError
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.inputs.pixels import ImageProcessor
-from atp_tune.metrics.speed import Phase, Side
+from atp_tune.launching import launches
+from atp_tune.metrics.speed import CLASSIFY, GRAPH, PHASES, Phase, Side
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
 from atp_tune.system import cpu_name
@@ -32,11 +33,18 @@ SEMI_STRUCTURED = "semi-structured"
 PICTURE = 256  # pixels a side of a picture from which the size of a classifier's images is learnt
 FEW = 4  # tokens by which a changed model is compared: as few as in decoding
 CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores
+COMPILER = {  # as `generate` compiles with a static cache (mode reduce-overhead), but without a graph it fails
+    "options": {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
+}
+NO_GRAPH = "tokens are decoded by the launches of Python, in no CUDA graph"
+EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # differences that the order of sums makes
 Change = Callable[[Checkpoint], None]
 
 
 class EagerClassifiers:
     """Both image classifiers in memory."""
+
+    phases = CLASSIFY
 
     def __init__(self, about: About, models: Mapping[Side, Any], pixels: Tensor) -> None:
         """`pixels` [batch, channels, height, width] on the device of the models, in their number format."""
@@ -58,36 +66,55 @@ class EagerClassifiers:
 
 
 class Eager:
-    """Both language models in memory, with the cached keys and values of the prompt."""
+    """Both language models in memory; a compiler decodes single tokens too, with a static cache, on CUDA in a graph."""
 
-    def __init__(self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload) -> None:
-        """`ids` [batch, tokens + steps] on the device of the models."""
+    def __init__(
+        self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload, compiler: Mapping[str, Any] | None
+    ) -> None:
+        """`ids` [batch, tokens + steps] on the device of the models; `compiler`: arguments of `torch.compile`."""
         self.about = about
         self._models, self._ids, self._task = models, ids, task
-        with torch.inference_mode():
-            self._prompts = {side: self._prefill(side).past_key_values for side in models}
+        self._graphs: dict[Side, tuple[Any, StaticCache]] = {}
+        has_graph = compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}")
+        self.phases = (*PHASES, GRAPH) if has_graph else PHASES
 
-    @torch.inference_mode()
     def seconds(self, side: Side, phase: Phase) -> float:
         """Seconds of one run of a phase."""
-        cache = deepcopy(self._prompts[side])
-        run = (lambda: self._prefill(side)) if phase == "prefill" else (lambda: self._decode(side, cache))
-        wait_for(self._ids.device)
-        began = perf_counter()
-        run()
-        wait_for(self._ids.device)
-        return perf_counter() - began
+        return self._run(side, phase)[0]
 
     def close(self) -> None:
-        """Frees the models and their caches."""
-        self._models, self._prompts = {}, {}
+        """Frees the models, their caches and what was compiled."""
+        if self._graphs:
+            torch.compiler.reset()
+        self._models, self._graphs = {}, {}
 
-    def _prefill(self, side: Side) -> Any:
-        return self._models[side](input_ids=self._ids[:, : self._task.tokens], use_cache=True, logits_to_keep=1)
+    def _run(self, side: Side, phase: Phase) -> tuple[float, Tensor]:
+        """Seconds of one run of a phase, and the logits of its last token."""
+        prompt, *steps = torch.split(self._ids, [self._task.tokens, *[1] * self._task.steps], dim=1)
+        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        compute, cache = self._graphs[side] if phase == GRAPH else (self._models[side], None)
+        with torch.no_grad() if phase == GRAPH else torch.inference_mode():
+            if cache is not None:
+                cache.reset()  # type: ignore[no-untyped-call]
+            if phase != "prefill":
+                cache = self._models[side](input_ids=prompt, past_key_values=cache, **how).past_key_values
+            wait_for(self._ids.device)
+            began = perf_counter()
+            for ids in [prompt] if phase == "prefill" else steps:
+                found = compute(input_ids=ids, past_key_values=cache, **how)
+            wait_for(self._ids.device)
+            return perf_counter() - began, found.logits[:, -1].float().clone()
 
-    def _decode(self, side: Side, cache: Any) -> None:
-        for step in range(self._task.tokens, self._task.tokens + self._task.steps):
-            self._models[side](input_ids=self._ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+    def _compile(self, compiler: Mapping[str, Any]) -> None:
+        """Compiles the decoding of a token as one graph, and runs it; ValueError if it computes something else."""
+        for side, model in self._models.items():
+            cache = StaticCache(config=model.config, max_cache_len=self._ids.shape[1])
+            self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
+            for _ in range(3):  # is compiled, recorded, replayed
+                found = self._run(side, GRAPH)[1]
+            wanted = self._run(side, "decode")[1]
+            if not (difference := relative(found, wanted)) <= EXACT[model.dtype]:
+                raise ValueError(f"with a static cache logits differ by {difference:.1g} of the largest")
 
 
 def dtypes(device: torch.device) -> list[torch.dtype]:
@@ -147,7 +174,9 @@ def _batch(pair: Pair, dense: Checkpoint, task: Workload) -> Tensor:
 
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> "Eager | EagerClassifiers":
-    return EagerClassifiers(about, models, batch) if task.of_images else Eager(about, models, batch, task)
+    if task.of_images:
+        return EagerClassifiers(about, models, batch)
+    return Eager(about, models, batch, task, COMPILER if batch.is_cuda else None)
 
 
 @torch.inference_mode()
@@ -164,10 +193,15 @@ def _difference(
     after = model(**arguments).logits.float()
     if not before.isfinite().all():
         return None
-    found = float((after - before).abs().max() / before.abs().max())
+    found = relative(after, before)
     if limit is not None and not found <= limit:
         raise UserError(f"speedup: the logits differ by {found:.1g} of the largest from transformers'; report it")
     return found
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, over the largest number."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:

@@ -1,6 +1,7 @@
 """Packed models on a GPU by their Triton kernels; on a CPU those stand in the place of the CPU's, interpreted."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import pytest
 import torch
 from families import VOCABULARY
 from test_packed_gpu import SHAPES, check_codes, check_floats
+from tinystudy import quiet
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from atp_tune.metrics.speed import GRAPH, SIDES
 from atp_tune.packed import gpu, kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.sparse.packing import pack_folder
+from atp_tune.speed import torch_engine
+from atp_tune.speed.throughput import Workload
 
 pytestmark = pytest.mark.gpu
 
@@ -82,3 +87,17 @@ def test_the_operator(device: torch.device, folders: tuple[Path, Path], monkeypa
     with torch.inference_mode():
         found = torch.compile(linear, fullgraph=True, backend=backend)(x)
         assert_close(found, linear(x))
+
+
+def test_a_token_in_a_cuda_graph(device: torch.device, folders: tuple[Path, Path]) -> None:
+    """As `speedup` decodes, dense and packed; on a CPU compiled, but by no compiler that records graphs."""
+    if device.type == "cpu" and kernel_name() is None:
+        pytest.skip("needs a kernel")
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(folder).to(device).eval() for folder in folders)
+    models: Any = {"dense": dense, "sparse": sparse}
+    compiler: Any = torch_engine.COMPILER if device.type == "cuda" else {"backend": "aot_eager"}
+    about = torch_engine.about_torch("packed", torch.bfloat16, device)
+    ids = torch.randint(VOCABULARY, (1, 12), device=device)
+    with quiet(), closing(torch_engine.Eager(about, models, ids, Workload(tokens=8, steps=4), compiler)) as engine:
+        assert engine.phases[-1] == GRAPH
+        assert all(engine.seconds(side, GRAPH) > 0 for side in SIDES)
