@@ -259,9 +259,9 @@ def test_the_speed_of_a_classifier(
     assert "tokens" not in answer.out and "stored in tiny.best.json, study tiny" in answer.out
     found = read_config(place / "tiny.best.json").speed
     assert found is not None and found.fastest and found.unit == "images"
-    assert not found.engines and all(len(row.classify.dense) == 2 for row in found.images)
+    assert all([*row.rates] == ["classify"] and len(row.rates["classify"].dense) == 2 for row in found.engines)
     assert set(found.zeros) >= {"mlp.fc1", "mlp.fc2"}
-    packed = [row for row in found.images if row.engine == "packed"]
+    packed = [row for row in found.engines if row.engine == "packed"]
     assert all(row.logits is not None and row.logits < 1e-3 for row in packed) and len(packed) == (engine == "packed")
     shown = tune("--study", "tiny.toml", "--trials", "2")
     assert re.search(r"classify, images per second: \w+, float32 +\|", shown.out)

@@ -28,7 +28,7 @@ from atp_tune.cli.commands.speedup import rates_table
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
-from atp_tune.metrics.speed import GRAPH, PHASES, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.metrics.speed import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
 from atp_tune.sparse import packed_models
@@ -138,7 +138,7 @@ class Counting:
     """An engine whose runs take 1, 2, 3, … seconds."""
 
     about = About("counting", "1", "float32", "none", 2)
-    phases = PHASES
+    phases = ("prefill", "decode")
 
     def __init__(self) -> None:
         self.asked: list[tuple[Side, Phase]] = []
@@ -159,8 +159,8 @@ def test_dense_and_sparse_take_turns_and_the_first_round_is_not_counted() -> Non
     once = [("dense", "prefill"), ("sparse", "prefill"), ("dense", "decode"), ("sparse", "decode")]
     assert engine.asked == 3 * once
     assert found.prefill == Rates(dense=(100 / 5, 100 / 9), sparse=(100 / 6, 100 / 10))
-    assert found.decode.dense == (10 / 7, 10 / 11)
-    assert found.prefill.ratios == pytest.approx((5 / 6, 9 / 10))
+    assert found.rates["decode"].dense == (10 / 7, 10 / 11)
+    assert found.rates["prefill"].ratios == pytest.approx((5 / 6, 9 / 10))
     assert (found.batch, found.name) == (2, "counting, float32, batch 2")
 
 
@@ -233,7 +233,7 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
         assert f"speed: not measured, {said}" in first.out.splitlines() and found is None
         return
     assert found and found.sizes.packed and found.sizes.packed < found.sizes.dense
-    assert [row.engine for row in found.rows] == ["packed"]
+    assert [row.engine for row in found.engines] == ["packed"]
     assert "nothing to do" not in first.out
     assert "| decode, tokens per second: packed, " in first.out and "| packed, MB " in first.out
     again = command(*words)
@@ -252,11 +252,11 @@ def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Pat
     with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
         assert isinstance(engine, torch_engine.Eager)
         for side, folder in (("dense", done / "model"), ("sparse", sparse)):
-            logits = AutoModelForCausalLM.from_pretrained(folder)(engine._ids).logits.detach()
+            logits = AutoModelForCausalLM.from_pretrained(folder)(engine._batch).logits.detach()
             for phase, last in (("prefill", 5), ("decode", 8), ("prefill", 5)):
                 seconds, found = engine._run(side, phase)
                 assert seconds > 0
-                torch.testing.assert_close(found, logits[:, last])
+                torch.testing.assert_close(found, logits[:, last : last + 1])
 
 
 class Fixed:
@@ -298,10 +298,10 @@ def test_decoding_in_one_graph_gives_the_same_tokens(family: str, kind: Kind) ->
         torch.testing.assert_close(compiled, eager)
         assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
     found = measured(Fixed(engine), "packed", task, ignore_events)  # type: ignore[arg-type]
-    assert found.phases[-1] == GRAPH and found.graph is not None
-    assert len(found.graph.dense) == len(found.decode.sparse) == 1
+    assert list(found.rates) == ["prefill", "decode", GRAPH]
+    assert len(found.rates[GRAPH].dense) == len(found.rates["decode"].sparse) == 1
     speed = Speed(sizes=Sizes(dense=1, sparse=1), engines=(found,))
-    assert [row.split("|")[2].strip() for row in rates_table(speed).splitlines()[2:]] == list(found.phases)
+    assert [row.split("|")[2].strip() for row in rates_table(speed).splitlines()[2:]] == list(found.rates)
     assert Measured.model_validate_json(found.model_dump_json()) == found
 
 
@@ -315,7 +315,7 @@ def test_a_family_without_a_static_cache(caplog: pytest.LogCaptureFixture) -> No
         "packed: tokens are decoded by the launches of Python, in no CUDA graph: RuntimeError: The size of tensor a"
     )
     found = measured(Fixed(engine), "packed", task, ignore_events)  # type: ignore[arg-type]
-    assert found.graph is None and found.phases[-1] == "decode"
+    assert found.graph is None and list(found.rates)[-1] == "decode"
 
 
 def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +416,7 @@ def check_stored(found: Speed | None) -> None:
     assert len(found.zeros) == 7
     assert all(0.4 < share < 0.6 for share in found.zeros.values())
     assert found.engines[0].name == "torch, float32"
-    assert len(found.engines[0].decode.dense) == len(found.engines[0].prefill.sparse) == 2
+    assert len(found.engines[0].rates["decode"].dense) == len(found.engines[0].rates["prefill"].sparse) == 2
 
 
 @pytest.mark.slow

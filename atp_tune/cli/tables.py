@@ -51,9 +51,9 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     if (scores := summary.zero_shot) is not None and scores.mean:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
         console.print(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
-    if summary.speed is not None and summary.speed.rows:
+    if summary.speed is not None and summary.speed.engines:
         made = speed(summary.speed, where=False)
-        where = ", ".join(dict.fromkeys(row.where for row in summary.speed.rows))
+        where = ", ".join(dict.fromkeys(row.where for row in summary.speed.engines))
         console.print(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
     for remark in study_remarks(summary):
         console.print(remark)

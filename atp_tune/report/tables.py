@@ -66,9 +66,8 @@ def speed(found: Speed, where: bool = True) -> Table:
     for name, before, after in kinds:
         if before is not None and after is not None:
             rows.append((name, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{before / max(1, after):.2f}× smaller"))
-    for row in found.rows:
-        for phase in row.phases:
-            rates = row.rates(phase)
+    for row in found.engines:
+        for phase, rates in row.rates.items():
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
             ratio = f"{spread(rates.ratios, '.2f')}× as fast"
             name = f"{phase}, {found.unit} per second: {row.name}" + (f", {row.where}" if where else "")

@@ -131,8 +131,8 @@ def rate_unit(summary: Summary) -> str:
 def dense_speed(summary: Summary) -> float | None:
     """Tokens, or images, per second of the dense model in torch, the median over points; None if none is measured."""
     speeds = [point.speed for point in summary.points if point.speed]
-    rows = [(speed, row) for speed in speeds for row in speed.rows if row.engine == "torch"]
-    found = {id(speed): speed.torch_dense(row.phases[-1]) for speed, row in rows}
+    rows = [(speed, row) for speed in speeds for row in speed.engines if row.engine == "torch"]
+    found = {id(speed): speed.torch_dense(list(row.rates)[-1]) for speed, row in rows}
     return median(found.values()) if found else None
 
 

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from atp_tune.sparse.shards import cast
 from atp_tune.spec.patterns import parse
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed
-from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
+from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
 
 CHUNK = 16 << 20  # bytes per read
@@ -62,7 +61,7 @@ def check(engine: str, pattern: str, device: str) -> None:
 
 def check_positions(pair: Pair, task: Workload) -> None:
     """UserError if the prompt and the tokens after it exceed the model's positions."""
-    if task.of_images:
+    if pair.of_images:
         return
     config = model_config(pair.dense, pair.trusted).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -75,7 +74,6 @@ def check_positions(pair: Pair, task: Workload) -> None:
 
 def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHandler) -> Speed:
     """Measures sizes, zeros and rates of a pair of models; torch is measured beside every engine, for comparison."""
-    task = replace(task, of_images=pair.of_images)
     check_positions(pair, task)
     place = find_device(device)
     first = ENGINES[engine](pair, task, place) if engine != "torch" else []
@@ -87,9 +85,6 @@ def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHa
             zeros = zeros_by_kind(sparse)
         openings = [("torch", each) for each in ENGINES["torch"](pair, task, place)]
         openings += [(engine, each) for each in first]
-        if task.of_images:
-            images = tuple(measured_images(opening, name, task, watch) for name, opening in openings)
-            return Speed(sizes=found, zeros=zeros, images=images)
         engines = tuple(measured(opening, name, task, watch) for name, opening in openings)
         return Speed(sizes=found, zeros=zeros, engines=engines)
 

@@ -1,6 +1,5 @@
 """The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it."""
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.packed_models import pack_linears, packed_copy
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.throughput import Opening, Workload, measured, measured_images
+from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import EXACT, opened, opened_in_memory
 
 PACKED = "packed"
@@ -60,12 +59,9 @@ def measure_in_memory(context: Session, plan: Plan, task: Workload, watch: Event
     if not count:
         raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)
-    task = replace(task, of_images=pair.of_images)
     dense, packed = (sum(weight.nbytes for weight in model.parameters()) for model in (checkpoint.model, sparse))
     sizes = Sizes(dense=dense, sparse=dense, packed=packed)
     opening = opened_in_memory(pair, checkpoint, sparse, task, PACKED)
-    if task.of_images:
-        return Speed(sizes=sizes, images=(measured_images(opening, PACKED, task, watch),))
     return Speed(sizes=sizes, engines=(measured(opening, PACKED, task, watch),))
 
 

@@ -3,24 +3,23 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 from atp_tune.events import EventHandler, Step, TrialStarted
-from atp_tune.metrics.speed import GRAPH, SIDES, Measured, MeasuredImages, Phase, Rates, Side
+from atp_tune.metrics.speed import GRAPH, SIDES, Measured, Phase, Side
 
 
 @dataclass(frozen=True)
 class Workload:
     """Measured `runs` times: `batch` prompts of `tokens` at once, then `steps` tokens of each, one at a time.
 
-    `of_images`: `batch` images at once instead.
+    Of an image classifier `batch` images at once instead.
     """
 
     tokens: int = 128
     steps: int = 32
     runs: int = 5
     batch: int = 1
-    of_images: bool = False
 
     def amount(self, phase: Phase) -> int:
         """Tokens, or images, of a run of a phase."""
@@ -58,27 +57,18 @@ Opening = AbstractContextManager[SpeedEngine]
 
 
 def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -> Measured:
-    """Opens an engine and measures both language models in turns; the first round is a warm-up."""
-    about, rates = _rates(opening, name, task, watch)
-    length = {"tokens": task.tokens, "steps": task.steps, "batch": task.batch}
-    return Measured(**vars(about), **length, prefill=rates["prefill"], decode=rates["decode"], graph=rates.get(GRAPH))
-
-
-def measured_images(opening: Opening, name: str, task: Workload, watch: EventHandler) -> MeasuredImages:
-    """The same of two image classifiers."""
-    about, rates = _rates(opening, name, task, watch)
-    return MeasuredImages(**vars(about), batch=task.batch, classify=rates["classify"])
-
-
-def _rates(opening: Opening, name: str, task: Workload, watch: EventHandler) -> tuple[About, dict[Phase, Rates]]:
+    """Opens an engine and measures both models in turns; the first round is a warm-up."""
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
-        about = engine.about
         found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(engine.phases, SIDES)}
         for run in range(task.runs + 1):
-            for phase, side in product(engine.phases, SIDES):  # dense, sparse, dense, sparse
+            for (phase, side), taken in found.items():  # dense, sparse, dense, sparse
                 seconds = engine.seconds(side, phase)
                 if run:
-                    found[phase, side].append(task.amount(phase) / seconds)
+                    taken.append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
-    return about, {phase: Rates(**{side: tuple(found[phase, side]) for side in SIDES}) for phase in engine.phases}
+        length = {"tokens": task.tokens, "steps": task.steps} if "prefill" in engine.phases else {}
+        fields: Any = {
+            phase.replace(GRAPH, "graph"): {side: found[phase, side] for side in SIDES} for phase in engine.phases
+        }
+        return Measured(**vars(engine.about), batch=task.batch, **length, **fields)

@@ -23,11 +23,10 @@ from atp_tune.checkpoints.devices import device_name, find_dtype
 from atp_tune.errors import UserError
 from atp_tune.inputs.pictures import Pictures
 from atp_tune.inputs.pixels import ImageProcessor
-from atp_tune.launching import launches
-from atp_tune.metrics.speed import CLASSIFY, GRAPH, PHASES, Phase, Side
+from atp_tune.metrics.speed import GRAPH, Phase, Side
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload
-from atp_tune.system import cpu_name
+from atp_tune.system import cpu_name, launches
 
 SEMI_STRUCTURED = "semi-structured"
 PICTURE = 256  # pixels a side of a picture from which the size of a classifier's images is learnt
@@ -41,42 +40,27 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # diff
 Change = Callable[[Checkpoint], None]
 
 
-class EagerClassifiers:
-    """Both image classifiers in memory."""
-
-    phases = CLASSIFY
-
-    def __init__(self, about: About, models: Mapping[Side, Any], pixels: Tensor) -> None:
-        """`pixels` [batch, channels, height, width] on the device of the models, in their number format."""
-        self.about = about
-        self._models, self._pixels = models, pixels
-
-    @torch.inference_mode()
-    def seconds(self, side: Side, phase: Phase) -> float:
-        """Seconds of the logits of the batch."""
-        wait_for(self._pixels.device)
-        began = perf_counter()
-        self._models[side](pixel_values=self._pixels)
-        wait_for(self._pixels.device)
-        return perf_counter() - began
-
-    def close(self) -> None:
-        """Frees the models."""
-        self._models = {}
-
-
 class Eager:
-    """Both language models in memory; a compiler decodes single tokens too, with a static cache, on CUDA in a graph."""
+    """Both models in memory; a compiler decodes single tokens too, with a static cache, on CUDA in a graph."""
 
     def __init__(
-        self, about: About, models: Mapping[Side, Any], ids: Tensor, task: Workload, compiler: Mapping[str, Any] | None
+        self,
+        about: About,
+        models: Mapping[Side, Any],
+        batch: Tensor,
+        task: Workload,
+        compiler: Mapping[str, Any] | None,
     ) -> None:
-        """`ids` [batch, tokens + steps] on the device of the models; `compiler`: arguments of `torch.compile`."""
+        """`batch`: ids [batch, tokens + steps], or pixels in the models' number format, on their device.
+
+        `compiler`: arguments of `torch.compile`.
+        """
         self.about = about
-        self._models, self._ids, self._task = models, ids, task
+        self._models, self._batch, self._task = models, batch, task
         self._graphs: dict[Side, tuple[Any, StaticCache]] = {}
-        has_graph = compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}")
-        self.phases = (*PHASES, GRAPH) if has_graph else PHASES
+        self.phases: tuple[Phase, ...] = ("prefill", "decode") if batch.dim() == 2 else ("classify",)
+        if compiler is not None and launches(lambda: self._compile(compiler), f"{about.engine}: {NO_GRAPH}"):
+            self.phases += (GRAPH,)
 
     def seconds(self, side: Side, phase: Phase) -> float:
         """Seconds of one run of a phase."""
@@ -89,26 +73,31 @@ class Eager:
         self._models, self._graphs = {}, {}
 
     def _run(self, side: Side, phase: Phase) -> tuple[float, Tensor]:
-        """Seconds of one run of a phase, and the logits of its last token."""
-        prompt, *steps = torch.split(self._ids, [self._task.tokens, *[1] * self._task.steps], dim=1)
-        how: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        """Seconds of one run of a phase, and its last logits."""
         compute, cache = self._graphs[side] if phase == GRAPH else (self._models[side], None)
         with torch.no_grad() if phase == GRAPH else torch.inference_mode():
-            if cache is not None:
-                cache.reset()  # type: ignore[no-untyped-call]
-            if phase != "prefill":
-                cache = self._models[side](input_ids=prompt, past_key_values=cache, **how).past_key_values
-            wait_for(self._ids.device)
+            inputs: list[dict[str, Any]] = [{"pixel_values": self._batch}]
+            if phase != "classify":
+                parts = torch.split(self._batch, [self._task.tokens, *[1] * self._task.steps], dim=1)
+                inputs = [{"input_ids": ids, "use_cache": True, "logits_to_keep": 1} for ids in parts]
+                # The prompt alone is timed, or what comes after it, from keys and values of its own.
+                prompt, inputs = inputs[0], inputs[:1] if phase == "prefill" else inputs[1:]
+                if cache is not None:
+                    cache.reset()  # type: ignore[no-untyped-call]
+                if phase != "prefill":
+                    cache = self._models[side](**prompt, past_key_values=cache).past_key_values
+                    inputs = [{**each, "past_key_values": cache} for each in inputs]
+            wait_for(self._batch.device)
             began = perf_counter()
-            for ids in [prompt] if phase == "prefill" else steps:
-                found = compute(input_ids=ids, past_key_values=cache, **how)
-            wait_for(self._ids.device)
-            return perf_counter() - began, found.logits[:, -1].float().clone()
+            for each in inputs:
+                found = compute(**each)
+            wait_for(self._batch.device)
+            return perf_counter() - began, found.logits.float().clone()
 
     def _compile(self, compiler: Mapping[str, Any]) -> None:
         """Compiles the decoding of a token as one graph, and runs it; ValueError if it computes something else."""
         for side, model in self._models.items():
-            cache = StaticCache(config=model.config, max_cache_len=self._ids.shape[1])
+            cache = StaticCache(config=model.config, max_cache_len=self._batch.shape[1])
             self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
             for _ in range(3):  # is compiled, recorded, replayed
                 found = self._run(side, GRAPH)[1]
@@ -141,7 +130,7 @@ def opened(
     with pair.load("dense", dtype, device) as dense, pair.load("sparse", dtype, device) as sparse:
         batch = _batch(pair, dense, task)
         if change is not None:
-            few = {"pixel_values": batch[:1]} if task.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
+            few = {"pixel_values": batch[:1]} if pair.of_images else {"input_ids": batch[:1, :FEW], "use_cache": False}
             about = replace(about, logits=_difference(sparse, change, few, limit))
         # The engine alone has the models, or they would outlive its closing.
         with closing(_engine(about, {"dense": dense.model, "sparse": sparse.model}, batch, task)) as engine:
@@ -169,14 +158,12 @@ def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
 
 def _batch(pair: Pair, dense: Checkpoint, task: Workload) -> Tensor:
     """The input of both models, on the device of the dense one."""
-    made = random_pixels(pair, task).to(dense.dtype) if task.of_images else random_ids(dense, task)
+    made = random_pixels(pair, task).to(dense.dtype) if pair.of_images else random_ids(dense, task)
     return made.to(dense.device)
 
 
-def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> "Eager | EagerClassifiers":
-    if task.of_images:
-        return EagerClassifiers(about, models, batch)
-    return Eager(about, models, batch, task, COMPILER if batch.is_cuda else None)
+def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> Eager:
+    return Eager(about, models, batch, task, COMPILER if batch.is_cuda and batch.dim() == 2 else None)
 
 
 @torch.inference_mode()

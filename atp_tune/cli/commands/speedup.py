@@ -183,19 +183,17 @@ def _show(found: "Speed") -> None:
 
 def summary_of(found: "Speed") -> Iterator[str]:
     """What was measured: a line for all engines, and a line for each."""
-    first = found.rows[0]
-    if first in found.engines:
-        row = found.engines[0]
+    row = found.engines[0]
+    what = "classify: an image" if row.batch == 1 else f"classify: {row.batch} images at once"
+    if row.tokens:
         texts = "a prompt" if row.batch == 1 else f"{row.batch} prompts at once, each"
         what = f"prefill: {texts} of {row.tokens} tokens; decode: the {row.steps} tokens after it, one at a time"
-    else:
-        what = "classify: an image" if first.batch == 1 else f"classify: {first.batch} images at once"
-    runs = len(first.rates(first.phases[0]).dense)
+    runs = len(next(iter(row.rates.values())).dense)
     yield (
         f"{found.unit} per second, median (lowest to highest) of {runs} runs in which dense and sparse took turns; "
         f"{what}"
     )
-    for one in found.rows:
+    for one in found.engines:
         exact = "" if one.logits is None else f"; logits are transformers' within {one.logits:.0e} of the largest"
         yield f"{one.name}: version {one.version} on {one.where}{exact}"
 
@@ -205,9 +203,8 @@ def rates_table(found: "Speed") -> str:
     from atp_tune.metrics.speed import spread
 
     rows = []
-    for row in found.rows:
-        for phase in row.phases:
-            rates = row.rates(phase)
+    for row in found.engines:
+        for phase, rates in row.rates.items():
             both = (spread(values, ".1f") for values in (rates.dense, rates.sparse))
             ratio = spread(rates.ratios, ".2f")
             rows.append((row.name, phase, *both, f"{ratio}×", f"{found.over_torch(row, phase):.2f}×"))
