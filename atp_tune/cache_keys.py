@@ -16,7 +16,7 @@ FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "statistics": (2, ("model", "tower", "items", "kind", "pruner", "batch", "arithmetic", "versions")),
     "prices": (2, ("dense", "pool", "score", "targets", "levels", "batches", "constants", "versions")),
     "recovered": (2, ("settings", "model", "text", "teacher", "arithmetic", "versions")),
-    "sparse": (2, ("config", "text", "arithmetic", "versions")),
+    "sparse": (3, ("config", "batches", "text", "arithmetic", "versions")),
 }
 
 
