@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.timing import Timer
-from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
@@ -78,10 +77,12 @@ class Objective:
 
         def hear(scores: WindowScores) -> None:
             record.add(scores)
-            if self._is_hopeless(trial, record, len(scores.nlls)) and may_stop:
-                raise HopelessError
-            if len(record.nlls) == len(context.windows["validation"]):
+            seen, windows = record.compared, len(context.windows["validation"])
+            is_late = self.stops and is_hopeless(trial, seen, len(scores.nlls), windows, GROUPS)
+            if len(seen) == windows:
                 record.results()  # a TrialError comes before the tasks, which take minutes
+            elif is_late and may_stop:
+                raise HopelessError
 
         validation, test = RoleScores("validation", kl, hear, may_stop), RoleScores("test", kl)
         more: list[Observer[Any]] = [*([self.tasks] if self.tasks else []), *([test] if self.tests else [])]
@@ -101,11 +102,6 @@ class Objective:
             trial.study.set_user_attr("batches", context.batches)
         density = () if plan.target is None else (round(1 - plan.target, 6),)
         return (*(result.value for result in results), *density)
-
-    def _is_hopeless(self, trial: Trial, record: "Record", new: int) -> bool:
-        """Whether the stopper would end the trial now; False after its last windows."""
-        windows, seen = len(self.context.windows["validation"]), record.compared
-        return self.stops and is_hopeless(trial, seen, new, windows, GROUPS) and len(seen) < windows
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
         measured = {**record.close(), "batches": self.context.batches, **more}
@@ -166,9 +162,7 @@ class Record(Observer[None]):
         self._zeros = self._weights = 0
         self._packed, self._itemsize = context.stored_bytes
         self._stored_bits = 0  # of linears that are rounded
-        self._linears = context.checkpoint.linears
         self._device = context.checkpoint.device
-        self._dtype = context.dtype
         self._timer = Timer(self._device)
         reset_peak_memory(self._device)
 
@@ -176,35 +170,23 @@ class Record(Observer[None]):
         """Records the zeros, error and seconds of a pruned block."""
         self.errors += [] if block.error is None else [round(block.error, 6)]
         self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
-        for linear in self._linears[block.index]:
-            self._count(linear, block)
+        for linear in self._context.checkpoint.linears[block.index]:
+            shape, zeros = (linear.out_features, linear.in_features), block.zeros[linear.name]
+            packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
+            if not block.channels:
+                packed = matrix_bytes(*shape, zeros, self._itemsize)
+            bits = block.bits.get(linear.name)
+            if bits is not None and (quantize := self._context.quantize) is not None:
+                self._stored_bits += quantize.stored_bits(*shape, bits, 0 if self._context.bits is None else zeros)
+            self._packed += packed - linear.size * self._itemsize
+            self._zeros += zeros
+            self._weights += linear.size
         for phase, seconds in block.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.peak_bytes["prune"] = peak_memory(self._device)
 
     def end(self) -> None:
         """Nothing: the trial goes on until `close`."""
-
-    def _count(self, linear: Linear, block: PrunedBlock) -> None:
-        zeros = block.zeros[linear.name]
-        packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
-        if not block.channels:
-            packed = matrix_bytes(linear.out_features, linear.in_features, zeros, self._itemsize)
-        bits = block.bits.get(linear.name)
-        if bits is not None and (quantize := self._context.quantize) is not None:
-            gone = 0 if self._context.bits is None else zeros
-            self._stored_bits += quantize.stored_bits(linear.out_features, linear.in_features, bits, gone)
-        self._packed += packed - linear.size * self._itemsize
-        self._zeros += zeros
-        self._weights += linear.size
-
-    def _quantized(self) -> dict[str, Any]:
-        """Bits per weight with scales, and bytes of all weights of the model so stored; none without rounding."""
-        if not self._stored_bits:
-            return {}
-        others = self._context.stored_bytes[0] - self._weights * self._itemsize
-        effective = self._stored_bits / self._weights
-        return {"effective_bits": effective, "quantized_bytes": others + -(-self._stored_bits // 8)}
 
     def add(self, scores: WindowScores) -> None:
         """Records the scores of further windows."""
@@ -242,6 +224,9 @@ class Record(Observer[None]):
         self._timer.lap("all")
         self.seconds["evaluate"] = self._timer.seconds["all"] - sum(self.seconds.values())
         self.peak_bytes["evaluate"] = peak_memory(self._device)
+        # Bits per weight with scales, and bytes of all weights of the model so stored, where they are rounded.
+        others = self._context.stored_bytes[0] - self._weights * self._itemsize
+        effective, stored = self._stored_bits / self._weights, others + -(-self._stored_bits // 8)
         return {
             "realised": self._zeros / self._weights,
             "packed_bytes": self._packed,
@@ -250,9 +235,9 @@ class Record(Observer[None]):
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_bytes": self.peak_bytes,
             "device": device_name(self._device),
-            "dtype": self._dtype,
+            "dtype": self._context.dtype,
             "versions": versions(),
-            **self._quantized(),
+            **({"effective_bits": effective, "quantized_bytes": stored} if self._stored_bits else {}),
             **({"kls": self.kls} if self.kls else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
             **({"misses": self.misses} if self.kind == "misses" else {}),
