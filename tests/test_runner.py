@@ -487,7 +487,7 @@ def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
     def end_it(event: Event) -> None:
         if isinstance(event, Message) and event.text.startswith("waiting"):
             other = reopen(place)
-            for name in ("sparsities", "realised", "nlls", "versions"):
+            for name in ("plan", "realised", "nlls", "versions"):
                 other._storage.set_trial_user_attr(other.trials[2]._trial_id, name, best[name])
             with quiet():
                 other.tell(2, 77.0)

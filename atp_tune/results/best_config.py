@@ -14,11 +14,8 @@ from atp_tune.results.summary import summarise
 from atp_tune.spec.config import (
     BothDraws,
     Config,
-    EvaluationTexts,
-    ModelRef,
     Sparsity,
 )
-from atp_tune.spec.quantize import Bits
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.validation import StudySnapshot
@@ -51,37 +48,22 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
     number, draws = uniform.number if uniform else -1, None
     if best.number in summary.over_draws:
         draws = BothDraws(best=summary.over_draws[best.number], uniform=summary.over_draws.get(number))
-    bits = None
-    if spec.bits is not None:
-        nominal = plan.mean_bits(summary.sizes)
-        bits = Bits(target=spec.bits, nominal=nominal, effective=attrs["effective_bits"])
-    return Config(
+    return Config.of_study(
+        spec,
+        plan,
+        {"fingerprint": facts["model.content"], "dtype": attrs.get("dtype") or facts[fingerprint.DTYPE]},
+        summary.sizes,
+        attrs["effective_bits"] if spec.bits is not None else None,
         study=study.study_name,
         trial=best.number,
-        model=ModelRef(
-            id=spec.model.source,
-            revision=spec.model.revision,
-            sha256=spec.model.sha256,
-            prune=spec.model.prune,
-            fingerprint=facts["model.content"],
-            dtype=attrs.get("dtype") or facts[fingerprint.DTYPE],
-        ),
-        plan=plan,
-        prune=spec.prune,
         blocks=study.user_attrs.get("blocks"),
         linears=study.user_attrs.get("linears") if plan.by_linear or plan.by_bits else None,
         conv1d=study.user_attrs.get("conv1d", False),
         sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
-        quantize=None if bits is None else spec.quantize,
-        bits=bits,
         scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
-        calibration=spec.data.calibration.text,
         batches=fingerprint.batches_in(best),
         draws=draws,
-        texts=EvaluationTexts(validation=spec.data.validation, test=spec.test_text),
-        score=spec.score,
         plugins=study.user_attrs.get("plugins", {}),
         bos=summary.bos,
-        seed=spec.search.seed,
         versions=attrs["versions"],
     ).seen_from(file.folder, out.parent)

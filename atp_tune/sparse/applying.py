@@ -26,14 +26,10 @@ from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.sparse.shards import Shards, declare, sparse_folder
 from atp_tune.spec.config import (
     Config,
-    EvaluationTexts,
-    ModelRef,
     Sparsity,
     read_config,
 )
 from atp_tune.spec.plugged import records
-from atp_tune.spec.quantize import Bits
-from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process import versions
 
@@ -119,41 +115,25 @@ def check_model(config: Config, folder: ModelFolder) -> None:
 
 def config_of(file: StudyFile, context: Session, plan: Plan) -> Config:
     """The configuration of a plan, without measurements."""
-    study = file.study
-    return Config(
+    study, checkpoint = file.study, context.checkpoint
+    effective = None
+    if study.by_bits:  # else the zeros are not counted yet
+        total = sum(
+            study.quantize.stored_bits(x.out_features, x.in_features, int(level.bits or 0))
+            for index, linears in enumerate(checkpoint.linears)
+            for x, level in zip(linears, plan.of(index, len(linears)), strict=True)
+        )
+        effective = total / sum(checkpoint.sizes)
+    return Config.of_study(
+        study, plan, {"fingerprint": context.folder.content, "dtype": context.dtype}, checkpoint.sizes, effective,
         study=file.name,
         trial=None,
-        model=ModelRef(
-            id=study.model.source, revision=study.model.revision, sha256=study.model.sha256,
-            fingerprint=context.folder.content, dtype=context.dtype,
-            prune=study.model.prune,
-        ),
-        plan=plan,
-        prune=study.prune,
         sparsity=Sparsity(target=study.sparsity or 0.0, realised=study.sparsity or 0.0),
-        quantize=None if study.bits is None else study.quantize,
-        bits=_bits(study, context, plan),
-        calibration=study.data.calibration.text,
         batches=context.batches,
-        texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),
-        score=study.score,
         plugins=records(study, file.folder),
         bos=context.bos,
-        seed=study.search.seed,
         versions=versions(),
     )  # fmt: skip
-
-
-def _bits(study: Study, context: Session, plan: Plan) -> Bits | None:
-    """The bits per weight of a plan that rounds weights; None for others."""
-    if study.bits is None:
-        return None
-    checkpoint, total = context.checkpoint, 0
-    for index, linears in enumerate(checkpoint.linears):
-        for x, level in zip(linears, plan.of(index, len(linears)), strict=True):
-            total += study.quantize.stored_bits(x.out_features, x.in_features, int(level.bits or 0))
-    effective = total / sum(checkpoint.sizes) if study.by_bits else None  # else the zeros are not counted yet
-    return Bits(target=study.bits, nominal=plan.mean_bits(checkpoint.sizes), effective=effective)
 
 
 def write_sparse(

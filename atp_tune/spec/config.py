@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -38,7 +38,7 @@ from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import Bits, QuantizeConfig
 from atp_tune.spec.recover import Recovered
 from atp_tune.spec.search import NEXT_TOKEN
-from atp_tune.spec.study import Data, ModelConfig, of_model
+from atp_tune.spec.study import Data, ModelConfig, Study, of_model
 
 FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
 
@@ -237,6 +237,39 @@ class Config(FrozenModel):
         if named and not (len(named) == len(self.plan.levels) and all(fit)):
             raise ValueError("linears: not one name for each linear of the plan's levels")
         return self
+
+    @classmethod
+    def of_study(
+        cls,
+        study: Study,
+        plan: Plan,
+        model: dict[str, str],
+        sizes: Sequence[int],
+        effective: float | None,
+        /,
+        **own: Any,
+    ) -> Self:
+        """The configuration of a study's plan, with `own` keys that the study does not say, such as scores.
+
+        `model`: fingerprint and dtype of the model. `sizes`: weights of each block. `effective`: bits of a weight with
+        scales, where weights are rounded.
+        """
+        bits = None
+        if study.bits is not None:
+            bits = Bits(target=study.bits, nominal=plan.mean_bits(sizes), effective=effective)
+        named = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
+        return cls(
+            model=ModelRef.model_validate({**named, **model}),
+            plan=plan,
+            prune=study.prune,
+            quantize=None if bits is None else study.quantize,
+            bits=bits,
+            calibration=study.data.calibration.text,
+            texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),
+            score=study.score,
+            seed=study.search.seed,
+            **own,
+        )
 
     @property
     def trained(self) -> Recovered | None:
