@@ -46,7 +46,7 @@ from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.quantize import Methods, QuantizeConfig, methods_of
+from atp_tune.spec.quantize import QuantizeConfig, Treatments
 from atp_tune.spec.study import Data, ModelConfig, Study
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import Interval
@@ -370,9 +370,9 @@ class Session(Released):
         return parse(self.prune_settings.pattern)
 
     @property
-    def methods(self) -> Methods:
+    def methods(self) -> Treatments:
         """What is done to weights."""
-        return methods_of(self.prune_settings, self.quantize, self.bits is not None)
+        return Treatments(self.prune_settings, self.quantize, self.bits is not None)
 
     def channel_pruner(self, pruner: str) -> ChannelPruner | None:
         """What removes whole channels with a pruner's scores; None for other patterns."""

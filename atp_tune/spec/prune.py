@@ -143,12 +143,6 @@ class PruneConfig(SettingsTable):
         """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
         return make_pruner(name, self.settings(name), self.refine, self.swaps)
 
-    def measures(self, name: str) -> bool:
-        """Whether a pruner needs statistics of inputs; in whole channels, the refit does."""
-        if parse(self.pattern).channels and self.channels.refit:
-            return True
-        return self.pruner(name).measures is not None
-
     def has_own_prices(self, name: str) -> bool:
         """Whether the allocation `prices` needs what a pruner makes of the weights: masks of scores do not tell it."""
         in_groups = name == "wanda" and parse(self.pattern).group is not None

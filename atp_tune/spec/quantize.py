@@ -9,10 +9,10 @@ from atp_tune.allocations.bits import share_of, stored_bits
 from atp_tune.frozen import FrozenModel, SettingsTable, check_once
 from atp_tune.pruners import Pruner
 from atp_tune.quantizers import make_quantizer
+from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
 
 if TYPE_CHECKING:
-    from atp_tune.quantizers.quantizing import Quantizing
     from atp_tune.spec.study import Study
 
 QuantizerName = Literal["rtn", "gptq"]
@@ -45,11 +45,6 @@ class QuantizeConfig(SettingsTable):
             raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
         return self
 
-    @property
-    def short_names(self) -> tuple[str, ...]:
-        """The names of the quantizers."""
-        return self.quantizers
-
     def told(self, quantizer: str) -> dict[str, Any]:
         """The settings that determine what a quantizer does; rtn has no `damping`."""
         of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if quantizer == "gptq" else []
@@ -59,47 +54,34 @@ class QuantizeConfig(SettingsTable):
         """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""
         return stored_bits(rows, columns, bits, self.group_size, self.symmetric, zeros)
 
-    def pruner(self, name: str, after: Pruner | None = None) -> "Quantizing":
-        """The quantizer as the pass over the blocks uses it, after a pruner if there is one."""
-        from atp_tune.quantizers.quantizing import Quantizing
-
-        how = self.group_size, self.symmetric, self.damping, self.act_order
-        return Quantizing(make_quantizer(name, *how), after)
-
-    def measures(self, name: str) -> bool:
-        """Whether a quantizer needs statistics of inputs."""
-        return self.pruner(name).measures is not None
-
 
 @dataclass(frozen=True)
-class PruneAndQuantize:
-    """Pruners, each with the one quantizer after it, in the form of `PruneConfig` and `QuantizeConfig`."""
+class Treatments:
+    """What is done to weights, in order: zeros by a pruner, if it `prunes`, then rounding, if there is `quantize`."""
 
     prune: PruneConfig
-    quantize: QuantizeConfig
+    quantize: QuantizeConfig | None = None
+    prunes: bool = True
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """The short names of the pruners."""
-        return self.prune.short_names
+        """The methods to compare, by their short names: pruners, or quantizers where weights are only rounded."""
+        return self.prune.short_names if self.prunes or self.quantize is None else self.quantize.quantizers
 
     def pruner(self, name: str) -> Pruner:
-        """A pruner whose kept weights are rounded, and whose zeros stay."""
-        return self.quantize.pruner(self.quantize.quantizers[0], self.prune.pruner(name))
+        """A method as the pass over the blocks uses it: zeros stay where kept weights are rounded."""
+        if self.quantize is None:
+            return self.prune.pruner(name)
+        from atp_tune.quantizers.quantizing import Quantizing
+
+        own, quantizer = self.quantize, self.quantize.quantizers[0] if self.prunes else name
+        made = make_quantizer(quantizer, own.group_size, own.symmetric, own.damping, own.act_order)
+        return Quantizing(made, self.prune.pruner(name) if self.prunes else None)
 
     def measures(self, name: str) -> bool:
-        """Whether statistics of inputs are needed."""
-        return self.pruner(name).measures is not None
-
-
-Methods = PruneConfig | QuantizeConfig | PruneAndQuantize
-
-
-def methods_of(prune: PruneConfig, quantize: QuantizeConfig | None, prunes: bool) -> Methods:
-    """What is done to weights: pruning, rounding (with `quantize`), or first one, then the other."""
-    if quantize is None:
-        return prune
-    return PruneAndQuantize(prune, quantize) if prunes else quantize
+        """Whether statistics of inputs are needed; in whole channels, the refit needs them."""
+        refits = parse(self.prune.pattern).channels and self.prune.channels.refit
+        return refits or self.pruner(name).measures is not None
 
 
 class Bits(FrozenModel):

@@ -16,7 +16,7 @@ from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.spec.images import CLASSES, ImageSet, ImageSets
 from atp_tune.spec.prune import PruneConfig, check_names
-from atp_tune.spec.quantize import Methods, QuantizeConfig, level_of, methods_of
+from atp_tune.spec.quantize import QuantizeConfig, Treatments, level_of
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.rules import check_together
 from atp_tune.spec.search import DENSITY, LimitConfig, SearchConfig
@@ -246,9 +246,9 @@ class Study(SettingsTable):
         return 'prune.prices = "own" changes nothing: all that these pruners make is masks, as they are descended by'
 
     @property
-    def methods(self) -> Methods:
+    def methods(self) -> Treatments:
         """What is done to weights."""
-        return methods_of(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
+        return Treatments(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
 
     @property
     def fixed_bits(self) -> int | None:
