@@ -355,12 +355,12 @@ def difference(name: str, found: Mapping[str, str], is_exact: bool) -> str:
 
 
 NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-OPAQUE = re.compile(r"\b[0-9a-f]{12,}\b|[\w+/=]{40,}")  # digests, rows in base64
+OPAQUE = re.compile(r"(?<![\w.])[0-9a-f]{12,}\b|[\w+/=]{40,}")  # digests, rows in base64
 SPACE = re.compile(r"[ ─-]{2,}")
 
 
 def is_close(before: str, after: str) -> bool:
-    """Whether words are the same and numbers close: by 3 of the last printed digit, or a five-hundredth."""
+    """Whether words are the same and numbers close: by 3 of the last printed digit, 0.001 or a five-hundredth."""
     first, second = (SPACE.sub(" ", OPAQUE.sub("OPAQUE", text)) for text in (before, after))
     if NUMBER.sub("#", first) != NUMBER.sub("#", second):
         return False
@@ -375,7 +375,8 @@ def near(before: str, after: str) -> bool:
     if not max(digits):
         return False
     one, other = (float(text.replace("−", "-")) for text in (before, after))
-    return abs(one - other) <= max(3 * 10.0 ** -min(4, *digits), 0.002 * abs(one))
+    least = 3 * 10.0 ** -min(digits) if min(digits) < 4 else 0.001  # training makes the most of last bits
+    return abs(one - other) <= max(least, 0.002 * abs(one))
 
 
 # Writing

@@ -18,5 +18,6 @@ def test_a_study_is_as_it_was(name: str, tmp_path: Path) -> None:
 def test_elsewhere_words_are_equal_and_numbers_close() -> None:
     assert is_close("trial 3: 16.91 ± 1.16", "trial 3: 16.93 ± 1.17")
     assert is_close('"value": 16.912856675452907', '"value": 16.90000000000001')
+    assert is_close("458.8616674236156", "458.86162292402") and not is_close("458.8616674236156", "448.8616674236156")
     for other in ("trial 4: 16.91 ± 1.16", "trial 3: 17.91 ± 1.16", "trials 3: 16.91 ± 1.16"):
         assert not is_close("trial 3: 16.91 ± 1.16", other)
