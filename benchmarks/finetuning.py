@@ -40,10 +40,11 @@ from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import folder_scores
 from atp_tune.sparse.finetuning import finetune
 from atp_tune.sparse.finetuning_data import divided, read_windows
-from atp_tune.sparse.provenance import PrunedWith, Settings, origin
+from atp_tune.sparse.provenance import PrunedWith, origin
 from atp_tune.sparse.teacher import Teacher, find_teacher
 from atp_tune.sparse.training import Trainer, stored_format
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.texts import Text
 from atp_tune.system import cpu_name
@@ -169,7 +170,7 @@ class Measuring:
     def _train(self, row: str, out: Path) -> None:
         if row not in self._rows:
             self._keep(row, {"settings": self._settings(row).model_dump()})
-        settings = Settings.model_validate(self._rows[row]["settings"])
+        settings = Training.model_validate(self._rows[row]["settings"])
         print(f"{self._name}: {row}, {settings.steps} steps", flush=True)
         shutil.rmtree(out, ignore_errors=True)
         done = finetune(self._sparse, out, None, None, settings, "auto", told)
@@ -180,9 +181,9 @@ class Measuring:
         }  # fmt: skip
         self._keep(row, found)
 
-    def _settings(self, row: str) -> Settings:
+    def _settings(self, row: str) -> Training:
         """Those of a row, with the steps asked for or as many as fit into the minutes by the time of the first ones."""
-        settings = Settings(steps=self._steps or 1000, **COMMON, **ROWS[row])
+        settings = Training(steps=self._steps or 1000, **COMMON, **ROWS[row])
         if self._steps is not None:
             return settings
         device, calibration, folder = find_device("auto"), self._made.calibration, self._folder()

@@ -26,7 +26,6 @@ from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import config_of
 from atp_tune.sparse.finetuning import FinetuningJob, _items
-from atp_tune.sparse.recovering import settings_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import _flat
 from atp_tune.spec.recover import RecoverConfig
@@ -66,11 +65,11 @@ CHANGES = {  # a setting, and another value of it
     "search.step": "0.1", "search.stopper": '"wilcoxon"', "search.early_termination": "true",
     "search.screen": "{trials = 2}", "continuations.tokens": "4", "continuations.prompts": '["Once"]',
     "recover.train": '"scales"', "recover.loss": '"next-token"', "recover.steps": "9", "recover.batch": "3",
-    "recover.seqlen": "16", "recover.learning_rate": "0.5", "recover.rank": "3", "recover.eval_every": "2",
-    "recover.patience": "7", "recover.min_increase": "0.3", "recover.seed": "4",
+    "recover.seqlen": "16", "recover.learning_rate": "0.5", "recover.rank": "3", "recover.alpha": "3",
+    "recover.eval_every": "2", "recover.patience": "7", "recover.min_increase": "0.3", "recover.seed": "4",
 }  # fmt: skip
 OF_PRUNING = "sparsity", "bits", "model", "prune", "allocation", "texts.calibration"
-REFUSED = "prune.swaps", "prune.pruners", "bits", "recover.rank"  # which do not go with each base
+REFUSED = "prune.swaps", "prune.pruners", "bits", "recover.rank", "recover.alpha"  # which do not go with each base
 ELSEWHERE = (  # settings of texts of the hub, of images, of channels and of bits alone, which have tests of their own
     r"texts\.\w+\.(config|split|column|revision|images|draws)|images.*|model\.(revision|sha256|prune)|limit.*|protocol|"
     r"texts\.bos|prune\.channels\..*|quantize\..*|search\.score|search\.screen\..*|recover"
@@ -164,9 +163,8 @@ def of_training(file: StudyFile, context: Session) -> str:
     config, folder = config_of(file, context, plan_of(file, context)), context.folder
     recover = study.recover or RecoverConfig()
     texts = study.data.calibration.text, study.data.test or study.data.validation
-    settings, items, _ = _items(
-        texts[0], {"test": texts[1]}, folder, settings_of(recover, config), file.folder, context.bos
-    )
+    filled = recover.filled(getattr(config.texts.validation, "seqlen", None))
+    settings, items, _ = _items(texts[0], {"test": texts[1]}, folder, filled, file.folder, context.bos)
     teacher = folder if settings.has_teacher else None
     own = (setup_of(file), folder, Path(), texts[0], items, settings, None, teacher, ignore_events, True)
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ with (REPO / "pyproject.toml").open("rb") as file:
 EXTRAS = set(PROJECT["optional-dependencies"])
 
 NEEDED = {  # parts of commands, with the extra that they need
-    "finetune ": "finetune", "speedup": "speed", "evaluate": "eval", "classify": "images", "png": "png",
+    "finetune .*lora": "finetune", "speedup": "speed", "evaluate": "eval", "classify": "images", "png": "png",
     "(fashion|imagenet)": "images", "ray ": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb",
     r"postgresql\+": "postgres",
 }  # fmt: skip

@@ -47,7 +47,6 @@ ELSEWHERE = {  # words of commands that another test runs
     "fashion": "fetches 120 MB and takes minutes: test_image_studies.py has a small one",
     "search.seed=1": "runs on another machine: test_merging.py",
 }
-ABSENT = {"finetune": "finetune"}  # commands of the README, with the extra that they need
 SHORTER = {  # options that make a command as short as the tiny model
     "own": settings(
         "texts.calibration.draws=1",
@@ -157,14 +156,12 @@ def test_the_commands_of_a_tutorial_run(
             run(words, command, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ABSENT)
-def test_a_command_of_the_readme_that_needs_an_extra_runs(
-    name: str, finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+def test_training_as_in_the_readme_runs(
+    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(finished, tmp_path, monkeypatch)
-    for words in commands(README, inline=False):
-        if words[0] == name:
-            run(words, command, monkeypatch)
+    (words,) = (words for words in commands(README, inline=False) if words[0] == "finetune")
+    run(words, command, monkeypatch)
 
 
 GUIDES = [page for page in PAGES if page not in (README, *TUTORIALS) and commands(page, inline=False)]

@@ -2,10 +2,22 @@
 
 import pytest
 
-from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.training import EarlyStop, windows_held_out, windows_read
+from atp_tune.spec.recover import Training
 
-SETTINGS = Settings(steps=10, rank=2, alpha=4, learning_rate=0.1, seqlen=8, batch=9, seed=0, patience=2)
+SETTINGS = Training(
+    train="lora",
+    loss="next-token",
+    eval_every=20,
+    steps=10,
+    rank=2,
+    alpha=4,
+    learning_rate=0.1,
+    seqlen=8,
+    batch=9,
+    seed=0,
+    patience=2,
+)
 
 
 def after(*losses: float, patience: int = 2) -> EarlyStop:

@@ -23,13 +23,43 @@ from atp_tune.measures import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
 from atp_tune.sparse.finetuning import finetune
-from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, Settings, origin, read_text, rooted
+from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
 from atp_tune.sparse.training import order
 from atp_tune.spec.config import read_config
+from atp_tune.spec.recover import Training
 from atp_tune.spec.texts import Text
 
-SHORT = ("--steps", "6", "--batch", "4", "--seqlen", str(TOKENS), "--learning-rate", "0.01")
-SETTINGS = Settings(steps=6, rank=4, alpha=8, learning_rate=0.01, seqlen=TOKENS, batch=4, seed=0)
+SHORT = (
+    "--train",
+    "lora",
+    "--loss",
+    "next-token",
+    "--eval-every",
+    "20",
+    "--patience",
+    "5",
+    "--steps",
+    "6",
+    "--batch",
+    "4",
+    "--seqlen",
+    str(TOKENS),
+    "--learning-rate",
+    "0.01",
+)
+SETTINGS = Training(
+    train="lora",
+    loss="next-token",
+    eval_every=20,
+    patience=0,
+    steps=6,
+    rank=4,
+    alpha=8,
+    learning_rate=0.01,
+    seqlen=TOKENS,
+    batch=4,
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +158,8 @@ def test_training_that_helps_nothing_writes_nothing(place: Path, command: Comman
     words = (place / "sparse", "--out", place / "out", *SHORT, "--steps", "90", "--learning-rate", "3")
     answer = command("finetune", *words, "--eval-every", "2", "--patience", "2")
     assert answer.code == 2
-    assert answer.error.startswith("finetune: no step lowered the loss on the ")
-    assert " at best), so nothing was written; lower --learning-rate, or give more or other text" in answer.error
+    assert answer.error.startswith("training: no step lowered the loss on the ")
+    assert " at best), so nothing was written; lower the learning rate, or give more or other text" in answer.error
     assert "stopped: the held-out loss has not fallen in 2 measurements" in answer.out
     assert "step 4 of 90: " in answer.out
     assert "step 6 of 90: " not in answer.out
@@ -325,7 +355,7 @@ def without_record(place: Path) -> tuple[str, ...]:
 def test_a_teacher_that_is_named(place: Path, command: CommandLine) -> None:
     options = without_record(place)
     words = ("finetune", place / "sparse", "--out", place / "out", *options, "--loss", "kl")
-    said = f"--loss: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
+    said = f"loss: {place / 'sparse'} has no atp_tune.json, so its dense model is not known; name it by --teacher"
     assert command(*words).error == said
     answer = command(*words, "--teacher", place / "model")
     assert (answer.code, answer.err) == (0, "")
@@ -358,7 +388,7 @@ def test_a_dense_model_that_is_gone_or_another(place: Path, command: CommandLine
     assert command(*words).error.startswith("model.fingerprint: ")
     shutil.rmtree(place / "model")
     error = command(*words).error
-    assert error.startswith("--loss: the dense model: model.source: ")
+    assert error.startswith("loss: the dense model: model.source: ")
     assert error.endswith(", or name it by --teacher")
     assert command(*words, "--teacher", place / "none").error.startswith("--teacher: model.source: ")
 
@@ -431,7 +461,7 @@ def test_a_model_that_is_no_folder(place: Path, command: CommandLine) -> None:
 
 def test_without_peft_it_says_what_to_install(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert refused(place) == f"finetune: peft is not installed; run: {install('finetune')}"
+    assert refused(place) == f"training by LoRA: peft is not installed; run: {install('finetune')}"
 
 
 @pytest.mark.parametrize(

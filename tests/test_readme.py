@@ -6,7 +6,6 @@ with the real model, of 93 MB. ATP_TUNE_README=install lets pip install every pa
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,10 +15,8 @@ from conftest import made_once
 from localhub import Uploads, publish_c4, publish_wikitext2, serve
 from pages import REPO, blocks, steps
 from plain import clean_variables, environment
-from test_docs_run import ABSENT, INTERVAL, MODELS, POINT, SHORTER
+from test_docs_run import INTERVAL, MODELS, POINT, SHORTER
 from tinystudy import TOPICS
-
-from atp_tune.extras import EXTRAS
 
 pytestmark = pytest.mark.slow
 README = REPO / "README.md"
@@ -122,18 +119,11 @@ def check(found: list[list[str] | str], answers: list[tuple[int, str, str]], **r
         assert step[0] != "serve" or '"study_summaries"' in out
 
 
-def absent(plain: Path) -> dict[str, str]:
-    """How the line of each command ends that needs an extra: elsewhere than in the checkout, it says where that is."""
-    place = plain / "checkout"
-    return {name: f"run: pip install -e {shlex.quote(f'{place}[{extra}]')}" for name, extra in ABSENT.items()}
-
-
 def test_each_line_is_run_here_or_elsewhere() -> None:
     lines = [line for block in blocks(README) if block.language == "" for line in block.text.splitlines()]
     others = {line for line in lines if "tune.py" not in line and not line.startswith("|")}
     assert others == {*ELSEWHERE}
     assert lines[0].startswith(f"{INSTALL} && python tune.py ")
-    assert EXTRAS.keys() >= {*ABSENT.values()}
 
 
 def test_all_of_it_runs_with_a_hub(plain: Path, reader: Path, tiny_place: Path, tmp_path: Path) -> None:
@@ -149,7 +139,7 @@ def test_all_of_it_runs_with_a_hub(plain: Path, reader: Path, tiny_place: Path, 
     found = [one for step in map(shortened, steps(README)) for one in ([step, BACK] if step[0] == "push" else [step])]
     with serve(root, uploads) as (address, asked):
         answers = run(plain, reader, found, HF_ENDPOINT=address, HF_TOKEN="t")
-    check(found, answers, **absent(plain))
+    check(found, answers)
     assert sum("texts: C4 to calibrate, WikiText-2 to measure" in out + err for _, out, err in answers) >= 4
     assert len(uploads.resumed) == 1 and uploads.resumed[0] > 0
     assert uploads.commits == ["Upload by atp_tune"] and len(uploads.received) == 1
@@ -168,5 +158,5 @@ def test_all_of_it_runs_without_a_network(plain: Path, reader: Path, tiny_place:
     ]
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE)
     answers = run(plain, reader, found, HF_ENDPOINT=NOWHERE, HF_TOKEN="t", **proxies)
-    check(found, answers, **absent(plain), push="the same command resumes the upload")
+    check(found, answers, push="the same command resumes the upload")
     assert sum("since the hub is out of reach" in out + err for _, out, err in answers) >= 4

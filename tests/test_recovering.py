@@ -1,5 +1,6 @@
 """`recover`, as a user asks for it: the best plan of a study is trained at its end, and `apply` writes it."""
 
+import inspect
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import cache_keys, tune
 from atp_tune.cache import cache_dir
+from atp_tune.cli.commands.finetune import finetune
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.outcome import recovery_said
@@ -29,11 +31,11 @@ from atp_tune.search.runner import StudyRun
 from atp_tune.sparse import recovering
 from atp_tune.sparse.finetuning import NoGainError, Trained
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
-from atp_tune.sparse.recovering import NO_GAIN, recovered, settings_of
+from atp_tune.sparse.recovering import NO_GAIN, recovered
 from atp_tune.sparse.training import Trainer
 from atp_tune.spec.config import Config, dumps, read_config
 from atp_tune.spec.mistakes import _unknown
-from atp_tune.spec.recover import RecoverConfig, Recovered
+from atp_tune.spec.recover import RecoverConfig, Recovered, Training
 from atp_tune.spec.study import Study
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
@@ -130,7 +132,7 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     record = Finetuned.model_validate_json((place / "known" / FINETUNED).read_text())
     found = config_of(place).recovered
     assert found is not None
-    assert record.settings == settings_of(found.settings, config_of(place))
+    assert record.settings == found.settings.filled(config_of(place).texts.validation.seqlen)
     assert record.validation is not None
     assert found.validation is not None
     assert record.validation.after == found.validation.perplexity
@@ -225,8 +227,8 @@ def test_what_prevents_training_is_said_and_ends_no_study(
     answer = run(place, command, "recover.steps=9")
     assert (answer.code, answer.err) == (0, "")
     (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]
-    assert line.startswith("warning: the best plan stays as it was pruned: recover: needs about ")
-    assert "lower recover.batch, recover.seqlen, or take a larger device" in line
+    assert line.startswith("warning: the best plan stays as it was pruned: training: needs about ")
+    assert "lower batch, seqlen, or take a larger device" in line
 
 
 @pytest.mark.slow
@@ -333,7 +335,7 @@ def test_with_the_papers_protocol_one_text_is_both(monkeypatch: pytest.MonkeyPat
 
 def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
-        raise NoGainError("finetune: no step …")
+        raise NoGainError("training: no step …")
 
     monkeypatch.setattr(recovering, "apply_trained", fails)
     found = recovered(None, RecoverConfig(), Place(Path(), "cpu"))  # type: ignore[arg-type]
@@ -384,21 +386,21 @@ def test_a_misspelt_key_is_sought_in_its_own_table_first() -> None:
     assert _unknown(("recover", "draws")) == "did you mean texts.calibration.draws?"
 
 
-def test_settings_are_those_of_finetune() -> None:
-    texts = type("Texts", (), {"validation": type("Text", (), {"seqlen": 77})()})()
-    config: Any = type("Config", (), {"texts": texts})()
-    found = settings_of(RecoverConfig(train="lora", rank=3, seqlen=None), config)
+def test_settings_without_a_value_are_filled() -> None:
+    found = RecoverConfig(train="lora", rank=3).filled(77)
     assert (found.rank, found.alpha, found.seqlen, found.learning_rate, found.loss) == (3, 6, 77, 0.001, "both")
-    scales = settings_of(RecoverConfig(seqlen=9), config)
-    assert (scales.rank, scales.alpha, scales.seqlen, scales.train) == (None, None, 9, "scales")
+    scales = RecoverConfig(seqlen=9).filled(77)
+    assert (scales.rank, scales.alpha, scales.seqlen, scales.learning_rate) == (None, None, 9, 0.003)
+    with pytest.raises(ValueError, match='alpha: is a setting of train = "lora"; leave it out'):
+        RecoverConfig(alpha=3)
 
 
-def test_errors_of_training_name_the_keys_of_the_table() -> None:
-    said = "finetune: needs about 3 GiB; lower --batch, --seqlen or --rank, or take a larger device"
-    assert recovering._by_keys(said) == (
-        "recover: needs about 3 GiB; lower recover.batch, recover.seqlen or recover.rank, or take a larger device"
-    )
-    assert recovering._by_keys("--text: shares windows") == "--text: shares windows"
+def test_the_command_has_the_defaults_of_the_table() -> None:
+    """As a user who reads what training brings in a study expects of `finetune`."""
+    options = inspect.signature(finetune).parameters
+    assert {name: field.default for name, field in Training.model_fields.items()} == {
+        name: options[name].default for name in Training.model_fields
+    }
 
 
 # What is said.

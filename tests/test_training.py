@@ -15,10 +15,22 @@ from torch.func import functional_call
 
 from atp_tune.errors import UserError
 from atp_tune.sparse import training
-from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
+from atp_tune.spec.recover import Training
 
-SETTINGS = Settings(steps=5, rank=2, alpha=3, learning_rate=0.02, seqlen=13, batch=2, seed=3)
+SETTINGS = Training(
+    train="lora",
+    loss="next-token",
+    eval_every=20,
+    patience=0,
+    steps=5,
+    rank=2,
+    alpha=3,
+    learning_rate=0.02,
+    seqlen=13,
+    batch=2,
+    seed=3,
+)
 FACTS = {"rank": "2"}
 
 
@@ -28,7 +40,7 @@ def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "find_dtype", lambda name, device: torch.float32)
 
 
-def trainer(settings: Settings = SETTINGS, family: str = "llama") -> Trainer:
+def trainer(settings: Training = SETTINGS, family: str = "llama") -> Trainer:
     return Trainer(checkpoint_of(with_zeros(family)), random_ids(7), settings)
 
 
@@ -97,7 +109,7 @@ def kl_trainer(held_out: Tensor | None = None, loss: str = "kl", **settings: obj
     return ours
 
 
-def with_loss(loss: str, **settings: object) -> Settings:
+def with_loss(loss: str, **settings: object) -> Training:
     return SETTINGS.model_copy(update={"loss": loss, **settings})
 
 
@@ -144,9 +156,7 @@ def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.Mon
     alone = memory_needed(checkpoint, SETTINGS).needed
     assert memory_needed(checkpoint, SETTINGS, teacher=1000).needed == alone + 1000
     monkeypatch.setattr(training, "free_memory", lambda device: 2**30)
-    with pytest.raises(
-        UserError, match=r"with 2\.0 GiB of the dense model; lower --batch, --seqlen or --rank, or take"
-    ):
+    with pytest.raises(UserError, match=r"with 2\.0 GiB of the dense model; lower batch, seqlen or rank, or take"):
         memory_needed(checkpoint, SETTINGS, teacher=2**31)
 
 
@@ -309,19 +319,19 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
 def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "free_memory", lambda device: 1000)
     with pytest.raises(
-        UserError, match=r"^finetune: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
+        UserError, match=r"^training: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
     ):
         trainer()
 
 
 def test_windows_longer_than_the_model_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^--seqlen 65: the model has 64 positions; lower it$"):
+    with pytest.raises(UserError, match=r"^seqlen: 65, the model has 64 positions; lower it$"):
         trainer(SETTINGS.model_copy(update={"seqlen": 65}))
 
 
 def test_a_loss_that_is_no_number_is_said() -> None:
     ours = trainer(SETTINGS.model_copy(update={"learning_rate": 1e30}))
-    with pytest.raises(UserError, match=r"^finetune: the loss is (nan|inf) at step \d; lower --learning-rate$"):
+    with pytest.raises(UserError, match=r"^training: the loss is (nan|inf) at step \d; lower the learning rate$"):
         for _ in range(5):
             ours.step()
 

@@ -48,8 +48,7 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
     try:
         found = _skipped(config, asked) or _recovered(run, best.number, config, asked, nlls, lender or Lender())
     except UserError as error:
-        said = str(error) if str(error).startswith("recover") else f"recover: {error}"
-        run.note(f"warning: the best plan stays as it was pruned: {said}")
+        run.note(f"warning: the best plan stays as it was pruned: {error}")
         return
     finally:
         study.set_user_attr("training", {})

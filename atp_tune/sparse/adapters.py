@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.sparse.provenance import Settings
+from atp_tune.spec.recover import Training
 
 
 class Adapters(ABC):
@@ -109,7 +109,7 @@ def linears_of(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
     return [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
 
 
-def make_adapters(checkpoint: Checkpoint, settings: Settings) -> Adapters:
+def make_adapters(checkpoint: Checkpoint, settings: Training) -> Adapters:
     """What the settings train."""
     if settings.rank is None or settings.alpha is None:
         return Scales(checkpoint)

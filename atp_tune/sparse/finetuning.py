@@ -39,7 +39,6 @@ from atp_tune.sparse.provenance import (
     Finetuned,
     HeldOut,
     PerplexityChange,
-    Settings,
     Zeros,
     manifest_of,
     origin,
@@ -49,6 +48,7 @@ from atp_tune.sparse.teacher import Teacher, find_teacher
 from atp_tune.spec.images import CLASSES, ImageSet
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.texts import Text
 from atp_tune.storage.process import versions
@@ -73,7 +73,7 @@ class FinetuningJob:
     out: Path
     text: Data
     items: Windows | Images
-    settings: Settings
+    settings: Training
     dense: Estimate | None
     teacher: ModelFolder | None
     stays: bool
@@ -121,7 +121,7 @@ def finetune(
     out: Path,
     text: Data | None,
     test: Data | None,
-    settings: Settings,
+    settings: Training,
     device: str,
     watch: EventHandler,
     trusts_plugins: bool = False,
@@ -145,14 +145,14 @@ def train(
     out: Path,
     text: Data | None,
     test: Data | None,
-    settings: Settings,
+    settings: Training,
     place: Place,
     teacher: str | None = None,
     stays: bool = False,
 ) -> Trained:
     """`finetune` somewhere, but with the paths of the folder; what is trained `stays` in the cache, for another run."""
     if settings.train == "lora":
-        require("finetune", "finetune")
+        require("finetune", "training by LoRA")
     check_free(out)
     find_device(place.device)
     if not model.is_dir():
@@ -165,6 +165,7 @@ def train(
     if made and made.config.bits is not None:
         raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
     own_test, (text, test) = test is None, choose(text, test, made)
+    settings = settings.filled(getattr(made.validation if made else text, "seqlen", None))
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), place.note, lambda _, size: check_free(out, size))
     small_files(folder.path, WEIGHTS)  # refuses links before anything runs
@@ -177,13 +178,13 @@ def train(
     settings, items, score = _items(text, measured, folder, settings, place.base, bos)
     dense = made.dense if made and made.test == test else None
     setup = Setup(named, PruneConfig(), measured, place, bos=bos, score=score)
-    with oom_as_user_error("finetune"):
+    with oom_as_user_error("training"):
         return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays))
 
 
 def _items(
-    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Settings, base: Path, bos: bool
-) -> tuple[Settings, Windows | Images, str]:
+    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Training, base: Path, bos: bool
+) -> tuple[Training, Windows | Images, str]:
     """What is trained on, the settings for it, and the score that it has; UserError if it cannot be read."""
     images = {role: data for role, data in measured.items() if isinstance(data, ImageSet)}
     texts = {role: data for role, data in measured.items() if isinstance(data, Text)}
@@ -253,8 +254,8 @@ def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | N
         job.part.unlink(missing_ok=True)
         last, loss = min(losses[1:], key=lambda each: each[1])
         raise NoGainError(
-            f"finetune: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
-            f"{loss:.4f} after step {last} at best), so nothing was written; lower --learning-rate, or give more or "
+            f"training: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
+            f"{loss:.4f} after step {last} at best), so nothing was written; lower the learning rate, or give more or "
             f"other {'text' if isinstance(job.items, Windows) else 'images'}"
         )
     trainer.take_best()

@@ -11,9 +11,10 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images, doubles_of, images_of
 from atp_tune.inputs.windows import Windows, first_windows, shared_windows, token_windows
-from atp_tune.sparse.provenance import PrunedWith, Settings
+from atp_tune.sparse.provenance import PrunedWith
 from atp_tune.sparse.training import windows_held_out, windows_read
 from atp_tune.spec.images import ImageSet
+from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text
 
@@ -52,7 +53,7 @@ def _share(one: Data, other: Data) -> bool:
 
 
 def read_training_images(
-    text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Settings, base: Path
+    text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Training, base: Path
 ) -> Images:
     """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
     needed = windows_read(settings)
@@ -66,7 +67,7 @@ def read_training_images(
 
 
 def read_windows(
-    text: Text, measured: Mapping[str, Text], folder: Path, settings: Settings, bos: bool, base: Path
+    text: Text, measured: Mapping[str, Text], folder: Path, settings: Training, bos: bool, base: Path
 ) -> Windows:
     """The windows to train on and to hold out; UserError if a text that is measured shares some of them.
 
@@ -93,7 +94,7 @@ def _naming(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {error}") from None
 
 
-def divided(items: Windows | Images, settings: Settings) -> tuple[Tensor | Images, Tensor | Images | None]:
+def divided(items: Windows | Images, settings: Training) -> tuple[Tensor | Images, Tensor | Images | None]:
     """What is trained on, and what is held out, at the end of it; None if nothing is."""
     found = torch.from_numpy(items.ids) if isinstance(items, Windows) else items
     count = windows_held_out(len(items), settings)

@@ -16,13 +16,12 @@ from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
-from atp_tune.spec.recover import NLL_SHARES, Loss
+from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data
 from atp_tune.spec.texts import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"
-LORA_RANK = 8  # by default; α is twice the rank
 DESCRIPTIONS = (ABOUT, FINETUNED, CARD)  # files that commands and people change later
 
 
@@ -95,31 +94,6 @@ def read_image_set(option: str, value: str) -> ImageSet:
     return _read(option, value, {}, ImageSet)
 
 
-class Settings(FrozenModel):
-    """The settings of `finetune`, which with model, dense model and text determine the weights.
-
-    No `seqlen` for images, no `rank` and `alpha` where scales are trained. The loss on held-out windows is measured
-    every `eval_every` steps; training ends if `patience` measurements do not lower it; 0: nothing is held out.
-    """
-
-    steps: int
-    rank: int | None
-    alpha: int | None
-    learning_rate: float
-    seqlen: int | None
-    batch: int
-    seed: int
-    loss: Loss = "next-token"
-    train: Literal["lora", "scales"] = "lora"
-    eval_every: int = 20
-    patience: int = 0
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the dense model's predictions take part in the loss."""
-        return NLL_SHARES[self.loss] < 1
-
-
 class Zeros(FrozenModel):
     """Numbers of zeros, before and after, and of all weights, in the linears that were fine-tuned."""
 
@@ -167,7 +141,7 @@ class Finetuned(FrozenModel):
     text: Data
     windows: int
     test: Data
-    settings: Settings
+    settings: Training
     losses: tuple[float, ...]
     before: Perplexity
     after: Perplexity

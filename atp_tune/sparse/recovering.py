@@ -5,19 +5,17 @@ same folder without training.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from atp_tune.cache import cache_dir, temporary_folder
-from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, Place, TrialStarted
 from atp_tune.measures import Estimate, by_kind, change
 from atp_tune.paths import check_free
 from atp_tune.sparse.applying import Way, write_applied, write_sparse
 from atp_tune.sparse.finetuning import NoGainError, Trained, train
-from atp_tune.sparse.provenance import LORA_RANK, PerplexityChange, Settings
+from atp_tune.sparse.provenance import PerplexityChange
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores
 
@@ -28,20 +26,13 @@ NO_GAIN = "no step lowered the loss on the held-out windows"
 def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Place) -> Trained:
     """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
 
-    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss. Errors of training name
-    the keys of `[recover]`.
+    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss.
     """
     check_free(out)
-    settings = settings_of(recover, config)
     with temporary_folder(out) as pruned:  # beside: relative paths stay right
         place = replace(place, watch=_calling(place.watch, str(pruned), "the pruned model"))
         write_applied(config, pruned, place, PRUNED)
-        try:
-            return train(pruned, out, None, None, settings, place, stays=True)
-        except NoGainError:
-            raise
-        except UserError as error:
-            raise UserError(_by_keys(str(error))) from None
+        return train(pruned, out, None, None, recover, place, stays=True)
 
 
 def recovered(
@@ -87,17 +78,6 @@ def recovered(
     )
 
 
-def settings_of(recover: RecoverConfig, config: Config) -> Settings:
-    """The settings of `finetune` that a table `[recover]` stands for."""
-    is_lora, texts = recover.train == "lora", config.texts.validation
-    rank = (recover.rank or LORA_RANK) if is_lora else None
-    return Settings(
-        steps=recover.steps, rank=rank, alpha=None if rank is None else 2 * rank, learning_rate=recover.rate,
-        seqlen=recover.seqlen or getattr(texts, "seqlen", None), batch=recover.batch, seed=recover.seed,
-        loss=recover.loss, train=recover.train, eval_every=recover.eval_every, patience=recover.patience,
-    )  # fmt: skip
-
-
 def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
     """A handler that has a name for a folder that is removed in the end."""
 
@@ -120,10 +100,3 @@ def _scores(found: PerplexityChange) -> RecoveredScores | None:
 def _is_finite(found: Estimate) -> bool:
     """Whether JSON can hold it."""
     return math.isfinite(found.value + found.stderr)
-
-
-def _by_keys(message: str) -> str:
-    """An error of `finetune` with the keys of `[recover]` in the place of options."""
-    keys = "|".join(RecoverConfig.model_fields)
-    found = re.sub(r"--([a-z-]+)", lambda option: "recover." + option[1].replace("-", "_"), message)
-    return re.sub(rf"recover\.(?!(?:{keys})\b)([a-z_]+)", r"--\1", found).replace("finetune: ", "recover: ", 1)

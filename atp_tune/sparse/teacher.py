@@ -58,8 +58,8 @@ def find_teacher(
         _check_vocabulary(named, found.path, model.path)
         return found
     if made is None:
-        raise UserError(f"--loss: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher")
-    found = _resolved("--loss: the dense model", made.config.model.model(allowed), made.base, notify)
+        raise UserError(f"loss: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher")
+    found = _resolved("loss: the dense model", made.config.model.model(allowed), made.base, notify)
     check_model(made.config, found)
     return found
 

@@ -28,9 +28,8 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.images import Images
 from atp_tune.scores.next_token import loss_gradient, mean_loss
 from atp_tune.sparse.adapters import make_adapters, recompute_blocks
-from atp_tune.sparse.provenance import Settings
 from atp_tune.sparse.teacher import Teacher
-from atp_tune.spec.recover import FEWEST, MOST, NLL_SHARES, SHARE
+from atp_tune.spec.recover import FEWEST, MOST, NLL_SHARES, SHARE, Training
 
 WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -46,7 +45,7 @@ class Trainer:
         self,
         checkpoint: Checkpoint,
         items: Items,
-        settings: Settings,
+        settings: Training,
         held_out: Items | None = None,
         teacher: Teacher | None = None,
     ) -> None:
@@ -126,7 +125,7 @@ class Trainer:
 
     def _check(self, loss: float, said: str) -> None:
         if not math.isfinite(loss):
-            raise UserError(f"finetune: {said}; lower --learning-rate")
+            raise UserError(f"training: {said}; lower the learning rate")
 
     def _backward(self, items: Items) -> float:
         """The mean loss of a batch, whose gradients the parameters get."""
@@ -200,7 +199,7 @@ def targets_of(batch: Items) -> Tensor:
     return batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
 
 
-def order(windows: int, settings: Settings) -> Tensor:
+def order(windows: int, settings: Training) -> Tensor:
     """Indices of windows [steps × batch]: all windows in a random order, then in another, and so on."""
     generator = torch.Generator().manual_seed(settings.seed)
     needed = settings.steps * settings.batch
@@ -208,19 +207,19 @@ def order(windows: int, settings: Settings) -> Tensor:
     return torch.cat(rounds)[:needed]
 
 
-def rate(done: int, settings: Settings) -> float:
+def rate(done: int, settings: Training) -> float:
     """Learning rate of the step that follows `done` steps."""
     warm = math.ceil(WARM_UP * settings.steps)
     if done < warm:
-        return settings.learning_rate * (done + 1) / warm
-    return settings.learning_rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
+        return settings.rate * (done + 1) / warm
+    return settings.rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
 
 
 def check_length(checkpoint: Checkpoint, tokens: int) -> None:
     """UserError if windows of so many tokens exceed the model's positions."""
     positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise UserError(f"--seqlen {tokens}: the model has {positions} positions; lower it")
+        raise UserError(f"seqlen: {tokens}, the model has {positions} positions; lower it")
 
 
 def computed_in(folder: Path, device: torch.device) -> list[str]:
@@ -258,7 +257,7 @@ class MemoryNeeded:
 
 
 def memory_needed(
-    checkpoint: Checkpoint, settings: Settings, positions: int | None = None, teacher: int = 0
+    checkpoint: Checkpoint, settings: Training, positions: int | None = None, teacher: int = 0
 ) -> MemoryNeeded:
     """The memory of a run, with recomputed blocks if it is short; UserError if it is too small even then.
 
@@ -272,13 +271,13 @@ def memory_needed(
             return MemoryNeeded(needed, free, recompute)
     dense = f", with {teacher / GIB:.1f} GiB of the dense model" if teacher else ""
     raise UserError(
-        f"finetune: needs {MemoryNeeded(needed, free, True)}{dense}; lower "
-        f"--batch{', --seqlen' * (settings.seqlen is not None)}{' or --rank' * (settings.rank is not None)}, "
+        f"training: needs {MemoryNeeded(needed, free, True)}{dense}; lower "
+        f"batch{', seqlen' * (settings.seqlen is not None)}{' or rank' * (settings.rank is not None)}, "
         "or take a larger device"
     )
 
 
-def bytes_needed(checkpoint: Checkpoint, settings: Settings, recompute: bool, positions: int | None = None) -> int:
+def bytes_needed(checkpoint: Checkpoint, settings: Training, recompute: bool, positions: int | None = None) -> int:
     """Estimate of the bytes beside the weights: adapters, summed weights, activations of all blocks or one, logits."""
     tokens = settings.batch * (positions or settings.seqlen or 1)
     widths = [[x.in_features + x.out_features for x in linears if x.expert is None] for linears in checkpoint.linears]
@@ -320,13 +319,13 @@ class EarlyStop:
         return self.best[0] == step
 
 
-def windows_read(settings: Settings) -> int:
+def windows_read(settings: Training) -> int:
     """How many windows, or images, a run reads: those of its steps, and those that it holds out."""
     needed = settings.steps * settings.batch
     return needed + (min(max(math.ceil(needed / (SHARE - 1)), FEWEST), MOST) if settings.patience else 0)
 
 
-def windows_held_out(found: int, settings: Settings) -> int:
+def windows_held_out(found: int, settings: Training) -> int:
     """How many of the windows that were found are held out, at their end; 0 where too few would be left to train on."""
     own = min(max(found // SHARE, FEWEST), MOST) if settings.patience else 0
     return own if found - own >= min(settings.steps * settings.batch, own) else 0

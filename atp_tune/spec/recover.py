@@ -1,4 +1,4 @@
-"""The table `[recover]` of a study: training of the best plan's kept weights, after the search, under guard.
+"""Training of kept weights, by `finetune` or by the table `[recover]` of a study, after its search and under guard.
 
     recover = {}            with the defaults below
     [recover]
@@ -20,10 +20,11 @@ SHARE = 10  # one of so many windows is held out
 Loss = Literal["both", "kl", "next-token"]
 NLL_SHARES: dict[Loss, float] = {"both": 0.5, "kl": 0.0, "next-token": 1.0}  # the rest is KL from the dense model
 RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
+RANK = 8  # of LoRA, by default
 
 
-class RecoverConfig(SettingsTable):
-    """How the kept weights of the best plan are trained; all zeros stay. Training text: the calibration text's."""
+class Training(SettingsTable):
+    """How kept weights are trained; all zeros stay."""
 
     train: Literal["scales", "lora"] = Field(
         "scales", description="scales: one for each row and column of each linear; lora: masked LoRA"
@@ -41,19 +42,22 @@ class RecoverConfig(SettingsTable):
         None, gt=0, description="the highest, after warm-up; default: 0.003, of lora 0.001"
     )
     rank: int | None = Field(None, ge=1, description="of lora alone; default: 8")
+    alpha: int | None = Field(
+        None, ge=1, description="of lora alone: adapters are scaled by alpha / rank; default: twice the rank"
+    )
     eval_every: int = Field(8, ge=1, description="steps between two measurements of the loss on held-out windows")
-    patience: int = Field(3, ge=1, description="measurements without a lower held-out loss after which training ends")
-    min_increase: float = Field(
-        0.0,
+    patience: int = Field(
+        3,
         ge=0,
-        description="train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %",
+        description="measurements without a lower held-out loss after which training ends; 0: nothing is held out",
     )
     seed: int = Field(0, ge=0, description="of adapters and of the order of the windows")
 
     @model_validator(mode="after")
     def _of_lora(self) -> Self:
-        if self.rank is not None and self.train != "lora":
-            raise ValueError('rank: is a setting of train = "lora"; leave it out')
+        for key in ("rank", "alpha"):
+            if getattr(self, key) is not None and self.train != "lora":
+                raise ValueError(f'{key}: is a setting of train = "lora"; leave it out')
         return self
 
     @property
@@ -65,6 +69,25 @@ class RecoverConfig(SettingsTable):
     def rate(self) -> float:
         """The highest learning rate."""
         return RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+    def filled(self, seqlen: int | None) -> "Training":
+        """The settings with a value for each; `seqlen`: tokens per window, if they have none."""
+        rank = (self.rank or RANK) if self.train == "lora" else None
+        own = {
+            "rank": rank, "alpha": rank and (self.alpha or 2 * rank), "learning_rate": self.rate,
+            "seqlen": self.seqlen or seqlen,
+        }  # fmt: skip
+        return Training(**{**self.model_dump(include={*Training.model_fields}), **own})
+
+
+class RecoverConfig(Training):
+    """How the kept weights of the best plan are trained; training text: the calibration text's."""
+
+    min_increase: float = Field(
+        0.0,
+        ge=0,
+        description="train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %",
+    )
 
 
 class RecoveredScores(FrozenModel):

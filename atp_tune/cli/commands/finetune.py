@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from atp_tune.sparse.provenance import Finetuned
 
 TEXT = "SOURCE|TABLE"
-RANK = 8  # as `provenance.LORA_RANK`
-RATES = {"lora": 1e-4, "scales": 3e-3}  # default learning rates
+SEQLEN = 512  # tokens per window, where the folder does not say how it was pruned
 
 
 class Loss(StrEnum):
@@ -54,37 +53,40 @@ def finetune(
     test_images: Annotated[
         str | None, typer.Option(metavar=TEXT, help="Of an image classifier, images to measure on; as --test-text.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 8,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 2,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window; default: those of the validation text's windows, or 512."),
+    ] = None,
     loss: Annotated[
         Loss,
         typer.Option(
             help="next-token: NLL of the text; kl: KL divergence from the dense model's predictions; both: their mean."
         ),
-    ] = Loss.next_token,
+    ] = Loss.both,
     teacher: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Dense model of `kl` and `both`; default: that which DIR was pruned from."),
     ] = None,
     train: Annotated[
         Train, typer.Option(help="lora: masked LoRA; scales: a scale for each row and column of each linear.")
-    ] = Train.lora,
-    rank: Annotated[int | None, typer.Option(min=1, help=f"LoRA rank r; default: {RANK}.")] = None,
+    ] = Train.scales,
+    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank r; default: 8.")] = None,
     alpha: Annotated[
         int | None, typer.Option(min=1, help="LoRA α: adapters are scaled by α / r; default: twice the rank.")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.0001, of scales 0.003."),
+        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.003, of lora 0.001."),
     ] = None,
     eval_every: Annotated[
         int, typer.Option("--eval-every", min=1, help="Steps between two measurements on held-out windows.")
-    ] = 20,
+    ] = 8,
     patience: Annotated[
         int,
         typer.Option(min=0, help="Stop after so many measurements without a lower loss; 0: hold out nothing."),
-    ] = 5,
+    ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters and of the order of the windows.")] = 0,
     device: Device = None,
     trust_plugins: TrustPlugins = False,
@@ -96,25 +98,27 @@ def finetune(
 
     An image classifier is trained on labelled images, in the forms of `[images.*]`, and its accuracy is measured too.
 
-    The adapters are masked during training and merged at the end, so the result is an ordinary Hugging Face folder.
-    The same command resumes a run that was interrupted. Needs the extra `finetune`.
+    What is trained is merged at the end, so the result is an ordinary Hugging Face folder. The same command resumes a
+    run that was interrupted. The defaults are those of `[recover]` in a study; `--train lora` needs the extra
+    `finetune`.
 
     Example: `python tune.py finetune smol-sparse --out smol-tuned --text file:articles.txt`
 
-    Example: `python tune.py finetune smol-sparse --out smol-tuned --train scales --loss both`
+    Example: `python tune.py finetune smol-sparse --out smol-tuned --train lora --loss next-token --steps 300`
 
     Example: `python tune.py finetune DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
     check_free(out)
-    from atp_tune.sparse.provenance import Settings, read_image_set, read_text
+    from atp_tune.sparse.provenance import read_image_set, read_text
+    from atp_tune.spec.recover import Training
 
-    learning_rate = RATES[train] if learning_rate is None else learning_rate
-    if not 0 < learning_rate < float("inf"):
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
+    if train == Train.scales and (wrong := "--rank" if rank else "--alpha" if alpha else None):
+        raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=wrong)
     if teacher is not None and loss == Loss.next_token:
         raise typer.BadParameter("is not read with --loss next-token", param_hint="--teacher")
-    rank, alpha = _size(train, rank, alpha)
-    settings = Settings(
+    settings = Training(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
         loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
     )  # fmt: skip
@@ -126,7 +130,7 @@ def finetune(
         kind = "an image classifier: give --images" if of_images else "a language model: give --text"
         raise typer.BadParameter(f"the model in {model} is {kind}", param_hint=option)
     named, measured = (
-        value and (read_image_set(option, value) if of_images else read_text(option, value, seqlen))
+        value and (read_image_set(option, value) if of_images else read_text(option, value, seqlen or SEQLEN))
         for option, value in given[of_images].items()
     )
     from atp_tune.cli.display import Display
@@ -142,16 +146,6 @@ def finetune(
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)
-
-
-def _size(train: Train, rank: int | None, alpha: int | None) -> tuple[int | None, int | None]:
-    """LoRA's rank and α; none of scales."""
-    if train == Train.scales:
-        if given := "--rank" if rank else "--alpha" if alpha else None:
-            raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=given)
-        return None, None
-    rank = rank or RANK
-    return rank, alpha or 2 * rank
 
 
 def _show(done: "Finetuned", out: Path) -> None:
