@@ -492,7 +492,7 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert wrong(by="tokenizer").startswith("tokenizer: is a str")
     assert wrong(on=[1, 2]) == "texts: is a list; give no token ids, a list of str, or a datasets.Dataset of them"
     assert wrong(on=[]) == "texts: hold no text"
-    assert wrong(on={"train": ["a"]}).startswith("texts: give calibration (or train), validation and test")
+    assert wrong(on={"train": ["a"]}).startswith("texts: give calibration, validation and test")
     assert wrong(on=["a short text"]).startswith("the part of")
     assert said(lambda: atp_tune.tune(place / "model", tokenizer)).startswith("tokenizer: goes with a model in memory")
     assert said(lambda: atp_tune.tune(place / "tiny.toml", sparsity=0.5)).startswith("sparsity: a study says it itself")

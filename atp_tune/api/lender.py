@@ -8,7 +8,7 @@ from typing import Any
 
 from atp_tune.errors import UserError
 
-ROLES = {"train": "calibration", "calibration": "calibration", "validation": "validation", "test": "test"}
+ROLES = ("calibration", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,12 @@ def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | No
 
     if texts is None or not isinstance(texts, Mapping):
         return None if texts is None else one(texts, "texts")
-    unknown = [role for role in texts if role not in ROLES]
-    found = {ROLES[role]: one(value, f'texts["{role}"]') for role, value in texts.items() if role not in unknown}
-    if unknown or len(found) < len(set(ROLES.values())):
+    if {*texts} != {*ROLES}:
         raise UserError(
-            "texts: give calibration (or train), validation and test, or one list, of which three parts are used; "
+            "texts: give calibration, validation and test, or one list, of which three parts are used; "
             f"got {', '.join(map(str, texts)) or 'none'}"
         )
-    return found
+    return {role: one(value, f'texts["{role}"]') for role, value in texts.items()}
 
 
 def _device_of(model: Any) -> str:
