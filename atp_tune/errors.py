@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _SECRETS = (  # passwords in URLs: after the user name, and as a parameter
@@ -42,6 +43,15 @@ class UserError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(without_secrets(text)))
+
+
+@contextmanager
+def named(present: str, former: str = "") -> Iterator[None]:
+    """Errors say a present name where they first say a former one; without that the name goes before what they say."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(former, present, 1)) from None
 
 
 class PluginError(UserError):

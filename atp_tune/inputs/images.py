@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import classifies_images, model_config
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, named
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, cached_pixels, class_indices
@@ -179,10 +179,8 @@ def check_classifier(folder: ModelFolder) -> None:
 
 def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
     """The images of one role, as the model's processor makes them; UserError that names the key."""
-    try:
+    with named(f"images.{role}."):
         return images_of(wanted, folder, base, at_most)
-    except UserError as error:
-        raise UserError(f"images.{role}.{error}") from None
 
 
 def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:

@@ -12,7 +12,7 @@ from atp_tune.checkpoints.classes import check_known
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, named
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
 from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, token_windows
@@ -113,10 +113,8 @@ def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool
     """The windows of the text of one role, or its pairs of image and text; UserError that names the key."""
     if text.images is None:
         return read_text(role, text, folder, base, bos)
-    try:
+    with named(f"texts.{role}."):
         return read_pairs(text, folder, base)
-    except UserError as error:
-        raise UserError(f"texts.{role}.{error}") from None
 
 
 def in_dtype(batch: PairBatch, model: nn.Module) -> dict[str, Tensor]:
@@ -130,8 +128,7 @@ def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool,
     try:
         return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos, draws=draws)
     except UserError as error:
-        named = str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}"
-        raise UserError(named) from None
+        raise UserError(str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}") from None
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:

@@ -21,7 +21,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, named
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.extras import require
 from atp_tune.generation import WeightsOf, continued
@@ -324,10 +324,8 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         from atp_tune.scores.tasks import find_tasks
 
         watch(Message(f"reading the tasks of {key}"))
-        try:
+        with named(key, "--tasks"):
             sets = {name: find_tasks((name,), watch, base=base) for name in least}
-        except UserError as error:
-            raise UserError(str(error).replace("--tasks", key, 1)) from None
         for name, found in sets.items():
             if found.missing:
                 reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())

@@ -1,14 +1,13 @@
 """What `finetune` trains and measures on: its texts, or images, which may not share documents, and their windows."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, named
 from atp_tune.inputs.images import Images, doubles_of, images_of
 from atp_tune.inputs.windows import Windows, first_windows, shared_windows, token_windows
 from atp_tune.sparse.provenance import PrunedWith
@@ -57,10 +56,10 @@ def read_training_images(
 ) -> Images:
     """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
     needed = windows_read(settings)
-    with _naming("--images"):
+    with named("--images: "):
         whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
         found = images_of(whole, folder, base, at_most=text.nsamples is None)
-    with _naming("--test-images"):
+    with named("--test-images: "):
         others = {role: images_of(other, folder, base) for role, other in measured.items()}
     doubles = doubles_of({**others, "training": found})["training"]
     return found.without(doubles) if doubles else found
@@ -73,25 +72,17 @@ def read_windows(
 
     `base`: where plug-ins read from; the files of other texts are absolute.
     """
-    with _naming("--text"):
+    with named("--text: "):
         whole = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
     for role, other in measured.items():
-        with _naming(f"--{role}-text"):
+        with named(f"--{role}-text: "):
             windows = token_windows(other, folder, base, bos=bos)
         if shared := shared_windows(found, windows):
             raise UserError(
                 f"--text: {len(shared)} windows of {text.source} are in the {role} text too; give another source"
             )
     return found
-
-
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from None
 
 
 def divided(items: Windows | Images, settings: Training) -> tuple[Tensor | Images, Tensor | Images | None]:

@@ -16,7 +16,7 @@ from atp_tune.cli.commands.plan import cost_beside, show_plan
 from atp_tune.cli.options import AllowPickle, TrustRemoteCode, load_study, stored_study
 from atp_tune.cli.running import RunOptions, Said, start
 from atp_tune.cli.terminal import console
-from atp_tune.errors import UserError
+from atp_tune.errors import UserError, named
 from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
@@ -206,10 +206,8 @@ def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
 
 def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
     """Runs the study; errors name another study as this command does."""
-    try:
+    with named("--name NAME", "--study-name NAME"):
         start(str(path), options, said=said)
-    except UserError as error:
-        raise UserError(str(error).replace("--study-name NAME", "--name NAME")) from None
 
 
 def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "Session") -> str:
@@ -242,10 +240,8 @@ def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":
     with temporary_folder() as folder:
         place = folder / path.name
         write_study(place, made, ())
-        try:
+        with named(path.name, str(place)):
             return replace(options, storage=None, device=None).load(str(place)).study
-        except UserError as error:
-            raise UserError(str(error).replace(str(place), path.name)) from None
 
 
 def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -> None:
