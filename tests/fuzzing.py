@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import plans
 import tomli_w
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -134,7 +135,7 @@ def finished() -> tuple[StudyFile, dict[str, Any], list[FrozenTrial]]:
     trials = [
         made_up(0.0, host="here", pid=1, process_started=1.0, peak_bytes={"prune": 1}, dtype="float32"),
         made_up(0.0, "sparsegpt"),
-        made_up(BOUND / 3, experts_without_tokens=["0.x"], linear_sparsities=[[0.5, 0.7]] * 30),
+        made_up(BOUND / 3, experts_without_tokens=["0.x"], **plans.stored([0.6] * 30, [[0.5, 0.7]] * 30)),
         made_up(None, allocation="owl", lam=0.1),
         made_up(BOUND / 2, state=TrialState.FAIL, failure="out of memory"),
         made_up(BOUND / 4, state=TrialState.RUNNING, host="here", pid=1, process_started=1.0),

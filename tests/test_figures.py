@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import plans
 import plotly.graph_objects as go
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -62,7 +63,7 @@ def test_an_empty_study_has_no_figure(study: optuna.Study) -> None:
 
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL])
 def test_trials_without_a_value_make_no_figure(study: optuna.Study, state: TrialState) -> None:
-    study.add_trial(create_trial(state=state, user_attrs={"sparsities": [0.5] * BLOCKS}))
+    study.add_trial(create_trial(state=state, user_attrs=plans.stored([0.5] * BLOCKS)))
     assert drawn(study) == {}
 
 

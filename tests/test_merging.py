@@ -13,6 +13,7 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import get_note, save_note
 from pgserver import PostgreSQL
+from plans import stored as stored_plan
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
@@ -201,7 +202,7 @@ def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command:
 
 @pytest.mark.slow
 def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
-    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, linear_sparsities=[[0.5]])
+    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, **stored_plan([0.5], [[0.5]]))
     trial.intermediate_values = {0: 2.5, 3: float("inf")}
     before = made(tmp_path / "a.db", trial)
     made(tmp_path / "b.db", made_up(0.0))

@@ -624,7 +624,7 @@ def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypa
     assert answer.code == 0, answer.err
     best = read_config(place / "studies" / "limited.best.json")
     assert best.plan.allocation == "prices"
-    assert best.linear_sparsities is not None
+    assert best.plan.by_linear
 
 
 @pytest.mark.slow

@@ -270,14 +270,14 @@ def test_facts_are_equal_after_the_way_through_the_database(study: optuna.Study)
 
 @pytest.mark.slow
 def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> None:
-    number = add(study, **DEAD, sparsities=[0.5])
+    number = add(study, **DEAD, realised=0.5)
     add(study, **identity())
     add(study, host="elsewhere", pid=1, process_started=0.0)
     add(study)
     assert recover(study) == [number]
     assert states(study) == ["FAIL", "RUNNING", "RUNNING", "RUNNING", "WAITING"]
     lost, again = study.trials[0], study.trials[4]
-    assert lost.user_attrs == {**DEAD, "sparsities": [0.5], "lost": "its process died", "cut_off": {"alone": True}}
+    assert lost.user_attrs == {**DEAD, "realised": 0.5, "lost": "its process died", "cut_off": {"alone": True}}
     assert again.params == lost.params
     assert again.user_attrs == {}
     assert recover(study) == []

@@ -294,7 +294,7 @@ def wait_for(database: Path, number: int, process: Process, seconds: float = HAN
 def _measures(database: Path, number: int) -> bool:
     query = (
         "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
-        f"WHERE number = ? AND state = 'RUNNING' AND key = '{PREFIX}sparsities'"
+        f"WHERE number = ? AND state = 'RUNNING' AND key = '{PREFIX}plan'"
     )
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
