@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
-from atp_tune.measures import MEASURES, accuracy
+from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, plan_of, remark_of, wanted
@@ -184,8 +184,9 @@ def measured_columns(attrs: Attributes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if attrs.get("stderr"):
         found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
-    if ranks := attrs.get("ranks"):
-        found["accuracy %"] = round(100 * accuracy(ranks).value, 2)
+    for by in MEASURES.values():
+        if by.kind is Accuracy and (items := attrs.get(by.items)):
+            found[f"{by.column} %"] = round(100 * by.score(items).value, 2)
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
         found["bits with scales"] = round(attrs["effective_bits"], 2)
         found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)

@@ -4,7 +4,7 @@ A search sees only lists of numbers, one per item (a window or an image). A new 
 `Score` and a row of `SCORES`, or a plug-in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -21,12 +21,13 @@ __all__ = ["SCORES", "Score", "WindowScores", "joined"]
 class WindowScores(NamedTuple):
     """NLL and KL of each window (or other item), in nats per token; `kls` is empty without a dense model.
 
-    `ranks`: of an image's right class, 0 for the first; empty for texts.
+    `ranks`: of an image's right class, 0 for the first; empty for texts. `more`: of further measures, by their key.
     """
 
     nlls: list[float]
     kls: list[float]
     ranks: list[int] = []  # noqa: RUF012 - never changed
+    more: Mapping[str, list[float]] = {}
 
 
 class Score(Head, Protocol):
@@ -54,4 +55,5 @@ class Score(Head, Protocol):
 def joined(parts: Sequence[WindowScores]) -> WindowScores:
     """Concatenates scores."""
     nlls, kls, ranks = ([one for part in parts for one in part[kind]] for kind in range(3))
-    return WindowScores(nlls, kls, ranks)  # type: ignore[arg-type]
+    more = {key: [one for part in parts for one in part.more[key]] for key in (parts[0].more if parts else ())}
+    return WindowScores(nlls, kls, ranks, more)  # type: ignore[arg-type]

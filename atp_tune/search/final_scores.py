@@ -17,6 +17,7 @@ from atp_tune.allocations import is_fitted
 from atp_tune.cache import alone_with
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
+from atp_tune.measures import MEASURES
 from atp_tune.metrics.continuations import NAMES, PROMPTS
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
@@ -72,7 +73,7 @@ class FinalScores:
         """Measures and stores what is missing; `is_missing`: a number on the test text, or in a draw of it, is."""
         study, (names, shown) = self.study, self._shown() if is_missing else ({}, None)
         for row in unreported(study):
-            store_test_scores(study, row, *self._on_test_text(row, names.get(row, ""), shown))
+            store_test_scores(study, row, self._on_test_text(row, names.get(row, ""), shown))
         if shown is not None:
             self._complete(names, shown)
         anew = fits_anew(study)
@@ -144,7 +145,8 @@ class FinalScores:
             return WindowScores(known["dense"], [], known.get("dense_ranks", []))
         if spec.data.test is None:
             known = self.study.trials[int(row)].user_attrs
-            return WindowScores(known["nlls"], known.get("kls", []), known.get("ranks", []))
+            more = {by.items: known[by.items] for by in MEASURES.values() if by.items in known}
+            return WindowScores(more.pop("nlls"), more.pop("kls", []), more.pop("ranks", []), more)
         title = f"test {'text' if spec.images is None else 'images'}: {'dense model' if is_dense else f'trial {row}'}"
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
@@ -194,12 +196,12 @@ class FinalScores:
             session.measure(plan, observers, name)
 
 
-def store_test_scores(study: optuna.Study, name: str, nlls: list[float], kls: list[float], ranks: list[int]) -> None:
-    """Stores the NLLs, KLs and ranks of a trial, or of `dense`, on the test items."""
-    for key, found in (("test_kls", kls), ("test_ranks", ranks)):
+def store_test_scores(study: optuna.Study, name: str, scores: "WindowScores") -> None:
+    """Stores the scores of a trial, or of `dense`, on the test items."""
+    for key, found in {"kls": scores.kls, "ranks": scores.ranks, **scores.more}.items():
         if found:  # before the NLLs, which mark a trial as reported
-            study.set_user_attr(f"{key}:{name}", found)
-    study.set_user_attr(f"test_nlls:{name}", nlls)
+            study.set_user_attr(f"test_{key}:{name}", found)
+    study.set_user_attr(f"test_nlls:{name}", scores.nlls)
 
 
 def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:

@@ -95,7 +95,7 @@ class Objective:
         if self.tasks:
             set_attributes(trial, {"accuracies": self.tasks.accuracies("")})
         if self.tests:
-            store_test_scores(trial.study, str(trial.number), *test.found[""])
+            store_test_scores(trial.study, str(trial.number), test.found[""])
         self._store(trial, record, stderr=results[0].stderr)
         if context.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
@@ -155,6 +155,7 @@ class Record(Observer[None]):
         self.nlls: list[float] = []
         self.kls: list[float] = []
         self.ranks: list[int] = []
+        self.more: dict[str, list[float]] = {}
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -193,6 +194,8 @@ class Record(Observer[None]):
         self.nlls += scores.nlls
         self.kls += scores.kls
         self.ranks += scores.ranks
+        for key, found in scores.more.items():
+            self.more.setdefault(key, []).extend(found)
 
     @property
     def misses(self) -> list[int]:
@@ -240,6 +243,7 @@ class Record(Observer[None]):
             **({"effective_bits": effective, "quantized_bytes": stored} if self._stored_bits else {}),
             **({"kls": self.kls} if self.kls else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
+            **self.more,
             **({"misses": self.misses} if self.kind == "misses" else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }

@@ -322,7 +322,7 @@ def _measure_dense(run: StudyRun, study: optuna.Study, context: "Session") -> No
     run.watch(TrialStarted("dense model", None))
     context.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        nlls, _, ranks = context.measure(None, [RoleScores("validation")])[0]
+        nlls, _, ranks, _ = context.measure(None, [RoleScores("validation")])[0]
     if not math.isfinite(perplexity(nlls).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "

@@ -21,24 +21,25 @@ from atp_tune.compat import (
     TrialUserAttributeModel,
     transaction,
 )
+from atp_tune.measures import MEASURES
 
 UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 PREFIX = "atp_tune:"
 OF_TRIAL = frozenset(
     {
-        "pid", "process_started", "booted", "stderr", "realised", "errors", "nlls", "kls",
+        "pid", "process_started", "booted", "stderr", "realised", "errors",
         "plan", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
-        "batches", "cut_off", "accuracies", "dtype", "packed_bytes", "ranks", "misses",
-        "quantized_bytes",
+        "batches", "cut_off", "accuracies", "dtype", "packed_bytes", "misses",
+        "quantized_bytes", *(by.items for by in MEASURES.values()),
     }
 )  # fmt: skip
 OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12
     {
-        "sizes", "blocks", "linears", "terminated_early", "dense", "test_nlls", "test_kls", "draws", "zero_shot",
+        "sizes", "blocks", "linears", "terminated_early", "dense", "draws", "zero_shot",
         "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
-        "limit", "dense_bytes", "dense_ranks", "test_ranks", "answers", "conv1d", "recovered", "training", "refits",
-        "fitted_to", "kinds",
+        "limit", "dense_bytes", "dense_ranks", "answers", "conv1d", "recovered", "training", "refits",
+        "fitted_to", "kinds", *(f"test_{by.items}" for by in MEASURES.values()),
     }
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from atp_tune.errors import UserError
+from atp_tune.measures import MEASURES
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import METHODS, Plan, Share
 from atp_tune.spec.config import Batch, Found
@@ -70,7 +71,8 @@ Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Batches = dict[Words, Batch]
 CutOff = dict[Words, Words | bool]
 FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
-TABLES = ("test_nlls", "test_kls", "test_ranks", "draws", "refits", *FOUND)  # by trial, each row apart: see `folded`
+ITEMS = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
+TABLES = (*(f"test_{key}" for key in ITEMS), "draws", "refits", *FOUND)  # by trial, each row apart: see `folded`
 
 
 def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
@@ -88,9 +90,7 @@ TRIAL = _kinds(
         "packed_bytes": Count,
         "quantized_bytes": Count,
         "errors": list[float],
-        "nlls": Nlls,
-        "kls": Kls,
-        "ranks": Ranks,
+        **ITEMS,
         "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
         "plan": Annotated[dict[str, Any], AfterValidator(_planned)],
         "effective_bits": Annotated[float, Field(ge=0, le=64)],
@@ -113,12 +113,10 @@ STUDY = _kinds(
         "total": Total,
         "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
         "dense": Nlls,
-        "test_nlls": dict[Role, Nlls],
         **dict.fromkeys(FOUND, dict[Role, Found]),
         "training": dict[Words, Words | int | float],
-        "test_kls": dict[Role, Kls],
         "dense_ranks": Ranks,
-        "test_ranks": dict[Role, Ranks],
+        **{f"test_{key}": dict[Role, kind] for key, kind in ITEMS.items()},  # type: ignore[valid-type]
         "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
         "draws": dict[Number, dict[Number, Nlls]],
         "refits": dict[Number, dict[Number, dict[Number, Nlls]]],  # by trial, number of draws, and draw
