@@ -5,6 +5,8 @@ items are one number for each window of a text, or for each image:
 
     nlls     NLL in nats per token                PPL = exp(m)                  stderr = PPL · sd / √n
     kls      KL from the dense model, likewise    KL = m                        stderr = sd / √n
+    kls_99   the 99th percentile of a window's positions, its KLs in order; scored as KL
+    same_tops  share of a window's positions at which the most likely token is the dense model's    mean, sd / √n
     ranks    of an image's right class, 0: first  A_k = share of ranks < k      stderr = √(p (1 - p) / (n + 1))
 
 m mean and sd standard deviation of n items; the error of a perplexity is by the delta method. KL = Σ p ln(p / q), p and
@@ -151,6 +153,17 @@ def relative(before: Items, after: Items) -> Change | None:
     return Change(value=ratio - 1, stderr=error_of_mean(rest) / mean)
 
 
+def share(shares: Items) -> Accuracy:
+    """Mean of the shares of windows [n]."""
+    return Accuracy(value=statistics.fmean(shares), stderr=error_of_mean(shares))
+
+
+def share_gain(before: Items, after: Items) -> Gain:
+    """The difference of the mean shares of the same windows [n]."""
+    gains = [new - old for old, new in zip(before, after, strict=True)]
+    return Gain(value=statistics.fmean(gains), stderr=error_of_mean(gains))
+
+
 def accuracy(ranks: Items, top: int = 1) -> Accuracy:
     """The share of ranks [n] below `top`."""
     hits = sum(rank < top for rank in ranks)
@@ -259,7 +272,16 @@ ACCURACY = Measure(
     "accuracy", "accuracy", "accuracy", "ranks", accuracy, gain, Accuracy, is_higher_better=True,
     objective="top-1 error (1 - accuracy, with half an image added)",
 )  # fmt: skip
-MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, ACCURACY)}
+KL_99 = Measure(
+    "kl_99", "KL 99%", "99th percentile of the KL", "kls_99", divergence, relative, Divergence, dense="0",
+    note="KL 99%: the KL that 1 % of a window's positions exceed, mean over windows.",
+)  # fmt: skip
+SAME_TOP = Measure(
+    "same_top", "same top", "share of positions with the dense model's most likely token", "same_tops",
+    share, share_gain, Accuracy, dense="100%", is_higher_better=True,
+    note="Same top: the share of positions at which the most likely token is the dense model's.",
+)  # fmt: skip
+MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}
 
 
 def error_over(windows: int | None) -> str:

@@ -132,6 +132,7 @@ class NextToken:
             return self._of_pairs(replay, batch, hidden, dense)
         predicted = batch.shape[1] - 1
         nlls, kls = torch.zeros(2, len(batch), dtype=torch.float32, device=batch.device)
+        beside: list[tuple[Tensor, Tensor]] = []
         for start in range(0, predicted, POSITIONS):
             here = slice(start, min(start + POSITIONS, predicted))
             logits = replay.logits(batch[:, here], hidden[:, here]).flatten(0, 1)
@@ -139,14 +140,18 @@ class NextToken:
             nlls += token_nlls(logits, targets).view(len(batch), -1).sum(1)
             if dense is not None:
                 others = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
-                kls += token_kls(others, logits).view(len(batch), -1).sum(1)
-        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
+                found = token_kls(others, logits).view(len(batch), -1)
+                kls += found.sum(1)
+                beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
+        more = {} if dense is None else beside_dense(beside, None)
+        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist(), more=more)
 
     def _of_pairs(self, replay: Replay, batch: PairBatch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
         ids = batch.tensors[IDS]
         assert batch.image is not None
         counted = torch.ne(ids[:, 1:], batch.image)
         nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
+        beside: list[tuple[Tensor, Tensor]] = []
         for start in range(0, counted.shape[1], POSITIONS):
             here = slice(start, min(start + POSITIONS, counted.shape[1]))
             of_text = counted[:, here]
@@ -155,9 +160,11 @@ class NextToken:
             nlls += (token_nlls(logits, targets).view_as(of_text) * of_text).sum(1)
             if dense is not None:
                 others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
-                kls += (token_kls(others, logits).view_as(of_text) * of_text).sum(1)
-        predicted = counted.sum(1)
-        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist())
+                found = token_kls(others, logits).view_as(of_text)
+                kls += (found * of_text).sum(1)
+                beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
+        predicted, more = counted.sum(1), {} if dense is None else beside_dense(beside, counted)
+        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist(), more=more)
 
     def gradient(
         self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
@@ -183,6 +190,18 @@ class NextToken:
 
 
 NEXT_TOKEN: Score = NextToken()
+
+
+def beside_dense(parts: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None) -> dict[str, list[float]]:
+    """By window the 99th percentile of the KL, and the share of positions with the dense model's most likely token.
+
+    `parts`: of slices of positions, KL and whether both models have one most likely token [windows, positions];
+    `counted`: of all positions, which of them count.
+    """
+    kls, same = (torch.cat(each, 1).float() for each in zip(*parts, strict=True))
+    if counted is not None:
+        kls, same = (each.masked_fill(~counted, torch.nan) for each in (kls, same))
+    return {"kls_99": kls.nanquantile(0.99, dim=1).tolist(), "same_tops": same.nanmean(1).tolist()}
 
 
 def is_causal(logits: Tensor, other: Tensor, is_routed: bool) -> bool:
