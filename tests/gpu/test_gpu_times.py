@@ -49,11 +49,11 @@ def calibration_seconds(context: Session) -> float:
     replay, batch, device = context.replay, context.batch("calibration"), context.checkpoint.device
     ids = torch.from_numpy(context.windows["calibration"].ids).to(device)
     hidden, seconds = replay.embed(ids).clone(), 0.0
-    for index, weights in context.blocks(None):
+    for block in context.blocks(None):
         wait_for(device)
         began = perf_counter()
-        measure(replay, batch, index, weights, hidden, InputNorms)
-        advance(replay, batch, index, weights, hidden)
+        measure(replay, batch, block.index, block.weights, hidden, InputNorms)
+        advance(replay, batch, block.index, block.weights, hidden)
         wait_for(device)
         seconds += perf_counter() - began
     return seconds
