@@ -121,7 +121,9 @@ NEEDS: dict[str, dict[str, list[tuple[tuple[str, ...], Callable[[Patch], None], 
         "device": [(("prune", *STUDY, "--beta", "0", *DEVICE), is_fine, HERE)],
     },
     "finetune": {
-        "package": [(("finetune", "sparse", "--out", "out"), lacks("finetune"), "finetune: it is not installed")],
+        "package": [
+            (("finetune", "sparse", "--out", "out", "--train", "lora"), lacks("finetune"), "LoRA: it is not installed"),
+        ],
         "output": [(("finetune", "sparse", "--out", "model"), is_fine, FREE)],
         "disk": [(("finetune", "sparse", "--out", "out"), is_full, ROOM)],
         "device": [(("finetune", "sparse", "--out", "out", *DEVICE), is_fine, HERE)],

@@ -75,7 +75,7 @@ def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], 
     assert command("apply", "--config", best, "--out", sparse).code == 0
     assert loads == TWICE
     loads.clear()
-    options = ("--steps", "2", "--seqlen", "32", "--batch", "2", "--patience", "0")
+    options = ("--loss", "next-token", "--steps", "2", "--seqlen", "32", "--batch", "2", "--patience", "0")
     answer = command("finetune", sparse, "--out", tmp_path / "tuned", *options)
     assert answer.code == 0, answer.err
     assert loads == THRICE
@@ -83,7 +83,7 @@ def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], 
 
 @pytest.mark.slow
 def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
-    answer = command("speedup", "--config", done / "tiny.best.json", "--seqlen", "8", "--runs", "1", "--device", "cpu")
+    answer = command("speedup", "--config", done / "tiny.best.json", "--tokens", "8", "--runs", "1", "--device", "cpu")
     assert answer.code == 0, answer.err
     assert loads[:4] == TWICE  # to be pruned, and to be counted
     # torch in one number format and packed in three, or two of each; where bfloat16 is fast two and three

@@ -234,7 +234,20 @@ def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: Sess
 
 def test_fine_tuning_makes_it_better(sparse: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--steps", "10", "--batch", "2", "--seqlen", "64", "--learning-rate", "0.001")
+    options = (
+        "--train",
+        "lora",
+        "--loss",
+        "next-token",
+        "--steps",
+        "10",
+        "--batch",
+        "2",
+        "--seqlen",
+        "64",
+        "--learning-rate",
+        "0.001",
+    )
     run("finetune", sparse, "--out", out, "--test-text", MEASURED, *options)
     done = Finetuned.model_validate_json((out / FINETUNED).read_text())
     assert sum(done.losses[-5:]) < sum(done.losses[:5])
