@@ -37,7 +37,7 @@ from atp_tune.storage.remote import connect
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
-    f"WHERE number = %s AND state = 'RUNNING' AND key = '{PREFIX}sparsities'"
+    f"WHERE number = %s AND state = 'RUNNING' AND key = '{PREFIX}plan'"
 )
 
 

@@ -64,7 +64,7 @@ ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 LONG = ("texts.calibration.nsamples=250", "texts.validation.nsamples=250", f"search.trials={TOTAL}")
 RUNS = f"""SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
-    WHERE state = 'RUNNING' AND key = '{PREFIX}sparsities'"""
+    WHERE state = 'RUNNING' AND key = '{PREFIX}plan'"""
 # Changes when a trial, or a number of the report, is stored.
 PROGRESS = f"""SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
     (SELECT count(*) FROM study_system_attributes WHERE key LIKE '{PREFIX}test_nlls:%')"""

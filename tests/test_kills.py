@@ -36,7 +36,7 @@ PATIENCE = 900  # seconds, for a machine with other jobs
 HUNTED = 3  # the trial that is hit each time, by the number it had first
 RUNNING = f"""
     SELECT pid.value_json, COALESCE(first.value_json, number), number FROM trials
-    JOIN trial_system_attributes AS plan ON plan.trial_id = trials.trial_id AND plan.key = '{PREFIX}sparsities'
+    JOIN trial_system_attributes AS plan ON plan.trial_id = trials.trial_id AND plan.key = '{PREFIX}plan'
     JOIN trial_system_attributes AS pid ON pid.trial_id = trials.trial_id AND pid.key = '{PREFIX}pid'
     LEFT JOIN trial_system_attributes AS first ON first.trial_id = trials.trial_id AND first.key = 'failed_trial'
     WHERE state = 'RUNNING'"""
