@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sqlite3
 import sys
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -220,6 +222,20 @@ def test_what_a_study_stores_and_shows(bits_done: Path, command: CommandLine) ->
         assert kind == "tex" or "3.5" in (bits_done / f"r.{kind}").read_text()
     assert "bits per weight, without scales" in (bits_done / "r.html").read_text()
     assert "3.5 bits per weight, 3.50 (4.72 with scales) in the best" in (bits_done / "r.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_plan_for_another_number_of_blocks_is_no_configuration(bits_done: Path, command: CommandLine) -> None:
+    with closing(sqlite3.connect(bits_done / "tiny.db")) as connection, connection:
+        rows = "SELECT rowid, value_json FROM trial_system_attributes WHERE key = 'atp_tune:plan'"
+        for row, text in connection.execute(rows).fetchall():
+            plan = json.loads(text)
+            plan["levels"].append({"bits": 4})
+            connection.execute(
+                "UPDATE trial_system_attributes SET value_json = ? WHERE rowid = ?", (json.dumps(plan), row)
+            )
+    for words in (("export",), ()):
+        assert "lacks what a configuration needs" in command(*words, "--study", bits_done / "tiny.toml").error
 
 
 @pytest.mark.slow

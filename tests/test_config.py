@@ -153,6 +153,14 @@ def test_garbage(content: bytes, tmp_path: Path) -> None:
     assert message(tmp_path / "best.json").startswith("FILE: not JSON (")
 
 
+def test_numbers_that_no_file_can_hold_are_refused(tmp_path: Path) -> None:
+    """Also infinity by its size: `apply` could not write it again."""
+    for number in ("NaN", "1e999"):
+        text = config().to_json().replace('"seed": ', f'"x": {number},\n  "seed": ', 1)
+        (tmp_path / "best.json").write_text(text)
+        assert message(tmp_path / "best.json").startswith("FILE: not JSON (Out of range")
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     expected = "FILE: {}; write one with: python tune.py export --study NAME"
     assert message(tmp_path / "no.json") == expected.format("No such file or directory")

@@ -55,6 +55,15 @@ def test_scores_are_the_values_of_trials_with_the_errors_of_their_items() -> Non
     assert found.measures == (PERPLEXITY, KL) and found.main is PERPLEXITY and found.counts == {"validation": 3}
 
 
+def test_a_stopped_trial_that_stands_first_does_not_tell_the_number_of_items() -> None:
+    stopped = trial(0, 0.2, [0.4], nlls=[1.0] * 10, ranks=[0] * 6 + [2] * 4, stopped_after=10)
+    whole = trial(1, 0.1, [10.5 / 41], nlls=[1.0] * 40, ranks=[0] * 30 + [3] * 10)
+    found = Results({}, [stopped, whole], ("accuracy",))
+    told = found.score(stopped, "validation", ACCURACY)
+    assert found.counts == {"validation": 40}
+    assert told and told.value == pytest.approx(1 - (41 * 0.4 - 0.5) / 40)
+
+
 def test_changes_are_paired_and_on_the_test_text_if_both_have_it() -> None:
     found = results()
     uniform, _, best, stopped = found.trials

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial
-from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
@@ -33,7 +32,7 @@ def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | N
         raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
     try:
         return with_attached(_config(file, study, best, out), study, out)
-    except (KeyError, ValidationError):
+    except (KeyError, ValueError):  # pydantic's are of this kind
         raise UserError(
             f"study {study.study_name}: trial {best.number} lacks what a configuration needs; "
             "start another study with --study-name NAME"

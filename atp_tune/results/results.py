@@ -80,8 +80,8 @@ class Results:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Number of items of each measured text."""
-        best = next((trial for trial in self.trials if trial.values and "nlls" in trial.user_attrs), DENSE)
-        validation = self.items(DENSE, "validation") or self.items(best, "validation")
+        of_trials = (self.items(trial, "validation") for trial in self.trials if trial.values)
+        validation = self.items(DENSE, "validation") or next(filter(None, of_trials), ())
         test: Items = next(iter(self.attrs.get("test_nlls", {}).values()), ())
         return {role: len(found) for role, found in (("validation", validation), ("test", test)) if found}
 

@@ -360,7 +360,7 @@ def read_config(path: Path) -> Config:
 def _parse(path: Path) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for an unpaired surrogate
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # ValueError for an unpaired surrogate too
         return value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
