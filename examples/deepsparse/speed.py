@@ -27,8 +27,8 @@ from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, Step
-from atp_tune.metrics.speed import PHASES, SIDES, Sizes, Speed
+from atp_tune.events import EventHandler, Message, Place, Step
+from atp_tune.metrics.speed import SIDES, Phase, Side, Sizes, Speed
 from atp_tune.spec.config import read_config
 from atp_tune.speed.benchmark import check_positions
 from atp_tune.speed.model_pair import Pair, about, find_pair
@@ -46,6 +46,7 @@ LICENCE = (
 TOLERANCE = 1e-3  # of the largest logit; another order of float32 sums changes 1e-5 of it
 OPSET = 14  # the newest that DeepSparse reads
 NAMES = ("input_ids", "attention_mask", "positions", "causal_mask")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FAR = 1e9  # subtracted from scores of masked positions
 
@@ -69,7 +70,7 @@ def measure(folder: Path, task: Workload, watch: EventHandler) -> Speed:
     """Rates of both models of a folder, in torch and in DeepSparse."""
     path = about(folder)
     config = read_config(path)
-    pair = find_pair(config, path.parent / config.folder, folder, "cpu", watch, {})
+    pair = find_pair(config, folder, Place(path.parent / config.folder, "cpu", watch=watch))
     check_positions(pair, task)
     python, cpu = environment(watch), torch.device("cpu")
     openings = [("torch", opened(pair, task, cpu, dtype)) for dtype in dtypes(cpu)]
@@ -110,11 +111,12 @@ class DeepSparse:
     """The process of DeepSparse, and its answers."""
 
     about: About
+    phases = PHASES
 
     def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
         self._process, self._errors = process, errors
 
-    def seconds(self, side: str, phase: str) -> float:
+    def seconds(self, side: Side, phase: Phase) -> float:
         """Seconds of one run of a phase."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # `answer` reports why it died
@@ -152,7 +154,7 @@ def compiled(python: Path, pair: Pair, task: Workload, watch: EventHandler) -> I
         (folder / "task.json").write_text(json.dumps({**told, "tokens": task.tokens, "steps": task.steps}))
         # Its process, whose answers are compared before they are timed
         command = [str(python), "-I", str(Path(__file__).with_name("worker.py")), str(folder / "task.json")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "NM_DISABLE_ANALYTICS": "1"})
         try:
             engine = DeepSparse(process, errors)
@@ -194,6 +196,9 @@ class Decoder(nn.Module):
     Embedding, norms, linears, MLP and head are the model's own modules. Attention is written here. Each key/value head
     is repeated for all query heads that share it: the result is the same, and DeepSparse's own cache crashes otherwise.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, model: Any, positions: int) -> None:
         """`model`: of transformers; `positions`: length of the table of rotary embeddings."""
@@ -261,9 +266,10 @@ def capacity(task: Workload) -> int:
 
 
 @torch.no_grad()
-def export(model: Any, task: Workload, folder: Path) -> dict[str, str]:
+def export(model: Any, task: Workload, folder: Path) -> dict[Phase, str]:
     """Writes both graphs of a model in float32, and returns their paths by phase."""
-    decoder, paths = Decoder(model, capacity(task)).eval(), {}
+    decoder = Decoder(model, capacity(task)).eval()
+    paths: dict[Phase, str] = {}
     for phase, (tokens, positions) in zip(PHASES, ((task.tokens, task.tokens), (1, capacity(task))), strict=True):
         inputs, paths[phase] = list(example(decoder, tokens, positions)), str(folder / f"{phase}.onnx")
         kept = [f"{block}.{kind}" for block in range(len(decoder.inner.layers)) for kind in ("key", "value")]

@@ -15,6 +15,7 @@ and the classifier is W = A / σ, b - W μ. All other weights stay as they are. 
 Debian (31 MB; MIT; apt-get download, no rights). Both files are checked by their SHA-256.
 """
 
+import argparse
 import math
 import re
 import shutil
@@ -65,6 +66,7 @@ RENAMED = {  # names of transformers 4 → 5
 
 def main() -> None:
     """Makes the images, then the model, unless they are there."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with quiet(), tempfile.TemporaryDirectory() as temporary:
         if not all((OUT / name).is_file() for name in FILES):
             print("downloading Fashion-MNIST", flush=True)
@@ -192,11 +194,11 @@ def fitted(features: Tensor, classes: Tensor, count: int, l2: float) -> tuple[Te
     def loss() -> Tensor:
         search.zero_grad()
         value = functional.cross_entropy(z @ weight.T + bias, classes) + l2 * weight.square().sum()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
     with torch.enable_grad():
-        search.step(loss)
+        search.step(loss)  # type: ignore[no-untyped-call]
     scaled = weight.detach() / spread
     return scaled, bias.detach() - scaled @ mean
 
