@@ -45,7 +45,7 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.checkpoints.checkpoint import Checkpoint
     from atp_tune.cli import main
     from atp_tune.pruners.wanda import Wanda
-    from atp_tune.scores import evaluation
+    from atp_tune.run import observers
     from atp_tune.storage import fingerprint, opening, remote
 
     get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, once
@@ -113,11 +113,11 @@ def at_call(owner: Any, name: str, number: int, action: Callable[[], None]) -> N
 
 PHASES: dict[str, tuple[Any, str, int]] = {  # what is called in it, and how often before the fault
     "loading": (Checkpoint, "load", 1),
-    "measuring the dense model": (evaluation, "head_scores", 1),
+    "measuring the dense model": (observers, "head_scores", 1),
     "calibration": (prune_pass, "measure", 10),
     "pruning": (Wanda, "prune", 31),
-    "evaluation": (evaluation, "head_scores", 4),
-    "measuring the test text": (evaluation, "head_scores", TOTAL + 3),
+    "evaluation": (observers, "head_scores", 4),
+    "measuring the test text": (observers, "head_scores", TOTAL + 3),
 }
 
 

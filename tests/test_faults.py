@@ -51,8 +51,8 @@ from tinystudy import (
 )
 
 from atp_tune.events import Event, Message, TrialStarted
+from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores
-from atp_tune.scores import evaluation
 from atp_tune.search import runner
 from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, progress
@@ -456,9 +456,9 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
         return nlls(*arguments, **options)
 
     file, calls = place / "model" / "model.safetensors", list[int]()
-    good, nlls = file.read_bytes(), evaluation.head_scores
+    good, nlls = file.read_bytes(), observers.head_scores
     other = good[:-4] + bytes(4)
-    monkeypatch.setattr(evaluation, "head_scores", change)
+    monkeypatch.setattr(observers, "head_scores", change)
     study = ("--study", place / "tiny.toml")
     said = "model.source: the files of model were changed while they were in use; nothing was stored of it. "
     assert command(*study).error.startswith(said)
