@@ -289,10 +289,10 @@ def test_events_tell_of_every_trial(place: Path) -> None:
     events: list[Event] = []
     study = run(place, watch=events.append)
     ended = [event for event in events if isinstance(event, TrialEnded)]
-    assert [(e.number, e.value, e.reason, e.done, e.total) for e in ended] == [
-        (t.number, t.value, None, t.number + 1, 3) for t in study.trials
+    assert [(e.number, e.scores, e.reason, e.done, e.total) for e in ended] == [
+        (t.number, {"perplexity": t.value}, None, t.number + 1, 3) for t in study.trials
     ]
-    assert ended[-1].best == study.best_value
+    assert ended[-1].best == {"perplexity": study.best_value}
     titles = [event.title for event in events if isinstance(event, TrialStarted)]
     assert titles[:4] == ["dense model", "trial 0", "trial 1", "trial 2"]
     assert titles[4] == "test text: dense model"
