@@ -65,6 +65,15 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
     assert streamed == nlls_of(work, [(block.index, block.weights) for block in work.prune(UNIFORM)], "validation")
 
 
+def test_plans_are_compared_once_if_they_do_the_same() -> None:
+    """An equal allocation by another pruner is another model."""
+    work, scores = bench_of(tiny("llama")), observers.RoleScores("test")
+    named = {name: planned(name, "uniform", (0.5,) * 4) for name in ("wanda", "magnitude")}
+    work.compare({**named, "again": planned("wanda", "atp", (0.5,) * 4)}, [scores])
+    assert scores.found["again"] is scores.found["wanda"]
+    assert scores.found["magnitude"].nlls != scores.found["wanda"].nlls
+
+
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     original = prune.make_pruner

@@ -487,7 +487,7 @@ class Session(Released):
         """
         seconds: dict[str, float] = {}
         for name, plan in plans.items():
-            equal = [other for other in seconds if plan and (known := plans[other]) and known.levels == plan.levels]
+            equal = [other for other in seconds if plan and (known := plans[other]) and known.does == plan.does]
             if equal:
                 seconds[name] = 0.0
                 for observer in observers:
