@@ -168,7 +168,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     left_out = {"pytorch_model.bin", "model.gguf", "old.pt", "notes"}
     names = {file.name for file in folder.iterdir()} - left_out
     assert {file.name for file in out.iterdir()} == names | {"atp_tune.json", "README.md"}
-    assert read_config(out / "atp_tune.json").pruner == config().pruner
+    assert read_config(out / "atp_tune.json").plan == config().plan
     for name in names:
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (folder / name).read_bytes()

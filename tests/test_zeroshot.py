@@ -157,7 +157,7 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
     config = done / "tiny.best.json"
     answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2")
     assert answer.code == 0, answer.err
-    pruner = read_config(config).pruner
+    pruner = read_config(config).plan.method
     assert answer.out.startswith(f"reading the tasks\ndense\nuniform {pruner} uniform\nbest {pruner} ")
     assert answer.out.endswith(f"stored in {config} and on study tiny\n")
     assert answer.err == ""
