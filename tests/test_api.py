@@ -554,7 +554,7 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
     )
     assert "is streamed" in said(lambda: value(table.to_iterable_dataset()))
     split = DatasetDict(
-        train=Dataset.from_dict({"text": texts["calibration"]}),
+        calibration=Dataset.from_dict({"text": texts["calibration"]}),
         validation=Dataset.from_dict({"text": texts["validation"]}),
         test=Dataset.from_dict({"text": texts["test"]}),
     )

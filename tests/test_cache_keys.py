@@ -18,7 +18,7 @@ from atp_tune.api.models import weights_of
 from atp_tune.cache_keys import FOLDERS, key
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import Place, ignore_events
+from atp_tune.events import Place
 from atp_tune.inputs import windows
 from atp_tune.run import session as contexts
 from atp_tune.run.prices import CalibrationGradients
@@ -166,13 +166,13 @@ def of_training(file: StudyFile, context: Session) -> str:
     filled = recover.filled(getattr(config.texts.validation, "seqlen", None))
     settings, items, _ = _items(texts[0], {"test": texts[1]}, folder, filled, file.folder, context.bos)
     teacher = folder if settings.has_teacher else None
-    own = (setup_of(file), folder, Path(), texts[0], items, settings, None, teacher, ignore_events, True)
+    own = (setup_of(file), folder, Path(), texts[0], items, settings, None, teacher, True)
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]
 
 
 def of_sparse(file: StudyFile, context: Session) -> str:
     config = config_of(file, context, plan_of(file, context))
-    return model_pair._cached(config, file.folder, context.folder, file.study.device, {}).name
+    return model_pair._cached(config, context.folder, Place(file.folder, file.study.device)).name
 
 
 def plan_of(file: StudyFile, context: Session) -> Any:
