@@ -20,7 +20,7 @@ it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the l
 targets of the path s* is linear.
 
 Where weights are rounded to fewer bits, s* has no descent: it is the share between the most and the fewest bits of the
-plan that costs least, by what rounding each linear to each number of bits costs (`blocks/bit_pricing.py`).
+plan that costs least, by what rounding each linear to each number of bits costs (`blocks/pricing.py`).
 
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
