@@ -315,7 +315,7 @@ def test_the_table_for_a_paper(found: optuna.Study) -> None:
     best = next(line for line in lines if line.startswith("wanda + atp"))
     assert re.fullmatch(
         r"wanda \+ atp \(\$\\beta\$ = 0\.00600\) & [\d.]+\\% & \d+\.\d\d \$\\pm\$ 3\.50 & -- & "
-        r"-\d+\.\d\\% \$\\pm\$ \d\.\d\\% \(validation\) \\\\",
+        r"\$-\$\d+\.\d\\% \$\\pm\$ \d\.\d\\% \(validation\) \\\\",
         best,
     )
     assert sum(line.endswith(r"\\") for line in lines) == 4  # head, dense, uniform, best

@@ -37,8 +37,7 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
-    made = tables.overview(summary)
-    console.print(drawn(made if summary.interval else made.without("trial")))
+    console.print(drawn(tables.overview(summary, "" if summary.interval else "trial")))
     if kinds := tables.kinds(summary):
         console.print(f"\n{drawn(kinds)}")
     console.print("\n" + "\n".join(_notes(summary)), style="dim")

@@ -1,5 +1,6 @@
 """A LaTeX table for a paper: dense, uniform and the best of each allocation."""
 
+import re
 from collections.abc import Sequence
 
 from atp_tune.report.contents import Contents
@@ -10,14 +11,15 @@ from atp_tune.results.tables import overview
 _SPECIAL = {
     **{char: f"\\{char}" for char in "#$%&_{}"},
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "–": "--", "’": "'", "±": r"$\pm$", "×": r"$\times$", "β": r"$\beta$", "γ": r"$\gamma$",
+    ">": r"\textgreater{}", "–": "--", "’": "'", "±": r"$\pm$", "−": "$-$", "×": r"$\times$",
+    "β": r"$\beta$", "γ": r"$\gamma$", "κ": r"$\kappa$",
     "δ": r"$\delta$", "φ": r"$\varphi$", "ν": r"$\nu$", "λ": r"$\lambda$", "ε": r"$\varepsilon$",
 }  # fmt: skip
 
 
 def make(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies, with the columns of each; it needs \usepackage{booktabs}."""
-    tables = [overview(contents.summary).without("trial") for contents in studies]
+    tables = [overview(contents.summary, "trial") for contents in studies]
     head = [*dict.fromkeys(name for table in tables for name in table.head)]
     parts = []
     for contents, table in zip(studies, tables, strict=True):
@@ -32,7 +34,7 @@ def make(studies: Sequence[Contents]) -> bytes:
     units = " or ".join(dict.fromkeys(contents.summary.results.unit for contents in studies))
     errors = errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}"
     measures = dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)
-    what, body = " and ".join(measures), "\n\\midrule\n".join(parts)
+    what, body = ", ".join(measures), "\n\\midrule\n".join(parts)
     return f"""\
 % \\usepackage{{booktabs}}
 \\begin{{table}}
@@ -50,5 +52,6 @@ def make(studies: Sequence[Contents]) -> bytes:
 
 
 def escaped(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return "".join(_SPECIAL.get(char, char) for char in " ".join(text.split()))
+    """Text with LaTeX's special characters escaped; the sign of a number is a minus, no hyphen."""
+    signed = re.sub(r"(?<!\S)-(?=\d)", "−", " ".join(text.split()))
+    return "".join(_SPECIAL.get(char, char) for char in signed)

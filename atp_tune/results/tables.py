@@ -41,13 +41,6 @@ class Table:
     words: Sequence[int] = (0,)
     best: int | None = None
 
-    def without(self, name: str) -> "Table":
-        """The table without a column."""
-        kept = [place for place, column in enumerate(self.head) if column != name]
-        rows = [[row[place] for place in kept] for row in self.rows]
-        words = [new for new, old in enumerate(kept) if old in self.words]
-        return Table([self.head[place] for place in kept], rows, words, self.best)
-
 
 def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | None, *words: str) -> Table:
     """A table with one row for each model; `words`: heads of the columns of text."""
@@ -58,14 +51,14 @@ def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | N
     return Table(head, rows, [place for place, name in enumerate(head) if name in words], where)
 
 
-def overview(summary: Summary) -> Table:
-    """Dense, uniform and the best of each allocation; over an interval of sparsities dense and the points."""
+def overview(summary: Summary, hidden: str = "") -> Table:
+    """Dense, uniform and the best of each allocation; over an interval dense and the points. `hidden`: a column."""
     shown = summary.uniforms + [trial for trial in summary.ranks if not is_uniform(trial)]
     if summary.interval:
         shown = [point.trial for point in summary.points]
     trained: list[Model] = [TRAINED] * (summary.results.trained is not None)
-    return table_of([*_plan(summary), *_measured(summary), *_sizes(summary)], [DENSE, *shown, *trained],
-                    summary.best_trial, "method", "limit")  # fmt: skip
+    columns = [each for each in (*_plan(summary), *_measured(summary), *_sizes(summary)) if each[0] != hidden]
+    return table_of(columns, [DENSE, *shown, *trained], summary.best_trial, "method", "limit")
 
 
 def _plan(summary: Summary) -> Iterator[Column]:
@@ -108,7 +101,9 @@ def _measured(summary: Summary) -> Iterator[Column]:
             if summary.limit:  # it holds on the validation text, and uniform has rows of its own
                 yield (
                     "against dense, validation",
-                    lambda m: None if m == DENSE else results.change(DENSE, m, on="validation"),
+                    lambda m: (
+                        None if m == DENSE else (found := results.change(DENSE, m, on="validation")) and found.change
+                    ),
                 )
             else:
                 yield "uniform", beside

@@ -144,6 +144,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "rounded": len(set(config.plan.amounts)) > 1,
         "measures": _scores(config)[0],
         "scores": _scores(config)[1],
+        "notes": " ".join(by.note for by in MEASURES.values() if by.note and config.scored(measure=by)),
         "test": escaped(words(text)),
         "bos": config.bos,
         "errors": _errors(text),
