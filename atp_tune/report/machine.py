@@ -11,8 +11,8 @@
       continuations         prompts, and what dense, uniform, best and `others`, the best of each other allocation,
                             make of each; or null
       importance            parameter → share of 1; empty with too few trials
-      trials[]              also levels (of each block, as `plan.py` stores them), errors (by block), times (phase → s),
-                            device, dtype
+      trials[]              also levels (of each block, as `plan.py` stores them, without those of rows), errors (by
+                            block), times (phase → s), device, dtype
       time, devices         of all trials: seconds, names
       study_file            name and settings, as the study was made; or null
       fingerprint, versions facts that the values depend on, and versions of libraries
@@ -52,7 +52,9 @@ def _study(contents: Contents) -> dict[str, Any]:
     status = status_of(summary, contents.made).without_clock().model_dump(exclude={"format"})
     for trial, row in zip(summary.trials, status["trials"], strict=True):
         attrs = trial.user_attrs
-        row["levels"], row["times"] = attrs.get("plan", {}).get("levels"), attrs.get("seconds")
+        stored = json.dumps(attrs.get("plan", {}).get("levels"))
+        row["levels"] = json.loads(stored, object_hook=lambda level: level.pop("rows", level) and level)
+        row["times"] = attrs.get("seconds")
         row.update({key: attrs.get(key) for key in KEPT})
     return {
         **status,

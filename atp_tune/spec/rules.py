@@ -39,28 +39,28 @@ def _of_items(study: "Study") -> Iterator[Row]:
     yield (
         "protocol",
         images is None and study.protocol == "paper-images",
-        ("paper-images is of image classifiers, and this study has texts; take paper"),
+        "paper-images is of image classifiers, and this study has texts; take paper",
     )
     yield (
         "prune.statistics",
         study.protocol == "paper-images" and prune.statistics != "dense",
-        (f'{own}, not "{prune.statistics}"; set it, or take paper'),
+        f'{own}, not "{prune.statistics}"; set it, or take paper',
     )
     if images is None:
         yield (
             "search.objective",
             ACCURACY in study.search.objective,
-            ("accuracy is of images, and this study has texts; take perplexity or kl"),
+            "accuracy is of images, and this study has texts; take perplexity or kl",
         )
         yield (
             "limit.max_drop",
             limit and limit.max_drop is not None,
-            ("is of the accuracy on images, and this study has texts; take max_increase"),
+            "is of the accuracy on images, and this study has texts; take max_increase",
         )
         yield (
             "search.score",
             study.search.score == CLASSES,
-            ("classes is the score of images, and this study has texts; leave it out"),
+            "classes is the score of images, and this study has texts; leave it out",
         )
     else:
         yield "texts", study.texts, "a study has either texts or images; leave one of them out"
@@ -69,7 +69,7 @@ def _of_items(study: "Study") -> Iterator[Row]:
         yield (
             "limit.min_accuracy",
             limit and limit.min_accuracy,
-            ("is measured on tasks of texts; take max_drop, of the accuracy on images"),
+            "is measured on tasks of texts; take max_drop, of the accuracy on images",
         )
 
 
@@ -80,23 +80,23 @@ def _of_roles(study: "Study") -> Iterator[Row]:
     yield (
         f"{data}.test",
         study.is_by_paper and roles["test"],
-        (f'protocol = "{study.protocol}" reports on the validation {data[:-1]}; leave it out'),
+        f'protocol = "{study.protocol}" reports on the validation {data[:-1]}; leave it out',
     )
     yield (
         "texts.bos",
         study.is_by_paper and study.texts and study.texts.bos is True,
-        ('protocol = "paper" measures as the papers do, without BOS; leave it out'),
+        'protocol = "paper" measures as the papers do, without BOS; leave it out',
     )
     yield (
         f"{data}.test",
         not study.is_by_paper and roles["test"] is None,
-        ('is needed (or ask for protocol = "paper", which tunes on the test text)'),
+        'is needed (or ask for protocol = "paper", which tunes on the test text)',
     )
     for role, other in (("validation", "calibration"), ("test", "calibration"), ("test", "validation")):
         yield (
             f"{data}.{role}",
             not study.is_by_paper and roles[role].overlaps(roles[other]),
-            (f"reads the same {what} as {data}.{other}; give it another split or part"),
+            f"reads the same {what} as {data}.{other}; give it another split or part",
         )
 
 
@@ -119,12 +119,12 @@ def _of_texts(study: "Study") -> Iterator[Row]:
         yield (
             f"{key}.images",
             not tower and role != "calibration" and pairs,
-            ("models are measured on text; give images to texts.calibration alone"),
+            "models are measured on text; give images to texts.calibration alone",
         )
         yield (
             f"{key}.source",
             pairs and not text.source.startswith("hub:") and not is_parquet,
-            ("pairs of image and text are read from file:X.parquet or hub:ORG/NAME"),
+            "pairs of image and text are read from file:X.parquet or hub:ORG/NAME",
         )
         yield f"{key}.shuffle", pairs and text.shuffle, 'is of documents; take sampling = "random" for pairs'
         yield f"{key}.draws", pairs and getattr(text, "draws", 1) > 1, "are of texts; leave it out for pairs"
@@ -134,13 +134,13 @@ def _of_texts(study: "Study") -> Iterator[Row]:
         yield (
             "texts.bos",
             texts.bos == "auto",
-            ("is measured on texts, and texts.calibration has images; give true or false"),
+            "is measured on texts, and texts.calibration has images; give true or false",
         )
         yield "texts.bos", tower and texts.bos, "the processor writes what pairs begin with; set it to false"
         yield (
             "allocation.names",
             by_prices,
-            (f"{by_prices} goes down on texts, and texts.calibration has images; take another"),
+            f"{by_prices} goes down on texts, and texts.calibration has images; take another",
         )
     yield from _where(
         tower, 'model.prune = ["language", "vision"]',
@@ -162,12 +162,12 @@ def _of_weights(study: "Study") -> Iterator[Row]:
     yield (
         "quantize",
         bits is None and quantize != QuantizeConfig(),
-        ("belongs to a study with bits, and this one has a sparsity; leave it out"),
+        "belongs to a study with bits, and this one has a sparsity; leave it out",
     )
     yield (
         "bits",
         bits and not low <= bits <= high,
-        (f"must be from {low} to {high}, as quantize.widths allows, got {bits or 0:g}"),
+        f"must be from {low} to {high}, as quantize.widths allows, got {bits or 0:g}",
     )
     yield from _where(
         bits and study.sparsity is not None, "a sparsity and bits are given",
@@ -217,7 +217,7 @@ def _of_the_best(study: "Study") -> Iterator[Row]:
     yield (
         "speed",
         study.speed and (study.by_bits or pattern.channels),
-        (f"packed weights have single zeros, which {what} makes none of; leave it out"),
+        f"packed weights have single zeros, which {what} makes none of; leave it out",
     )
 
 
@@ -228,13 +228,13 @@ def _of_search(study: "Study") -> Iterator[Row]:
     yield (
         "limit",
         limit and not study.interval,
-        (f"needs an interval of sparsities, such as sparsity = [0.1, {study.sparsity}]"),
+        f"needs an interval of sparsities, such as sparsity = [0.1, {study.sparsity}]",
     )
     yield "sparsity", low >= high, f"the interval [{low}, {high}] must run from the lower to the higher"
     yield (
         "sparsity",
         any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)),
-        (f"the ends of [{low}, {high}] must be multiples of {STEP}"),
+        f"the ends of [{low}, {high}] must be multiples of {STEP}",
     )
     yield from _where(
         study.interval, "sparsity is an interval",
@@ -250,7 +250,7 @@ def _of_search(study: "Study") -> Iterator[Row]:
     yield (
         "limit",
         limit and not by_hits and (limit.max_kl is not None) != ("kl" in search.objective),
-        ('max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"'),
+        'max_kl goes with search.objective = "kl", limits of perplexity with "perplexity"',
     )
     windows, kinds, stride = validation.nsamples, len(getattr(validation, "turns", ())), 0
     if search.screen:
@@ -258,12 +258,12 @@ def _of_search(study: "Study") -> Iterator[Row]:
     yield (
         "search.screen.stride",
         stride and windows and stride >= windows,
-        (f"leaves one of {windows} windows; must be less than that"),
+        f"leaves one of {windows} windows; must be less than that",
     )
     yield (
         "search.screen.stride",
         stride and kinds and stride % kinds == 0,
-        (f"leaves windows of one kind; take no multiple of {kinds}"),
+        f"leaves windows of one kind; take no multiple of {kinds}",
     )
 
 
