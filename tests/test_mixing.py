@@ -62,7 +62,7 @@ def test_another_number_format(began: Path, command: CommandLine) -> None:
     assert read_config(began / "tiny.best.json").model.dtype == best.user_attrs["dtype"]
     command("report", "--study", began / "tiny.toml", "--format", "json", "--out", began / "r.json")
     trials = json.loads((began / "r.json").read_text())["studies"][0]["trials"]
-    assert [trial["remark"] for trial in trials] == ["", "", "in bfloat16"]
+    assert [trial["remark"] for trial in trials] == [None, None, "in bfloat16"]
 
 
 def open_db(place: Path) -> BaseStorage:
