@@ -510,7 +510,7 @@ import torch
 from atp_tune.packed import library
 library.LIBRARY = Path(sys.argv[1])
 library._flags = lambda: frozenset().union(*library._NEEDS.values())
-library.cpu.is_amd = lambda: False  # whose CPUs have no tiles
+library.system.is_amd = lambda: False  # whose CPUs have no tiles
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from atp_tune.packed import kernel_dense
 from atp_tune.packed.kernel import PackedMatrix, multiplies
