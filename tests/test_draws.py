@@ -191,7 +191,7 @@ def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: Comm
     assert config.draws.best.perplexity.mean == pytest.approx(mean(values))
     for kind in ("md", "html", "json"):
         command("report", *options, "--format", kind, "--out", drawn / f"r.{kind}")
-    assert json.loads((drawn / "r.json").read_text())["studies"][0]["draws"]["best"] == document["best"]["draws"]
+    assert json.loads((drawn / "r.json").read_text())["studies"][0]["best"]["draws"] == document["best"]["draws"]
     for kind in ("md", "html"):
         text = (drawn / f"r.{kind}").read_text().replace("\u00a0", " ")
         assert value in text
@@ -451,7 +451,7 @@ def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> N
     with closing(sqlite3.connect(drawn / "tiny.db")) as connection:
         gone = ("atp_tune:test_nlls:dense", f"atp_tune:test_nlls:{numbers[0]}")
         connection.execute("DELETE FROM study_system_attributes WHERE key IN (?, ?)", gone)
-        insert = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'reports', ?)"
+        insert = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'test_nlls', ?)"
         connection.execute(insert, (json.dumps(whole),))
         connection.commit()
     reports = stored(drawn).user_attrs["test_nlls"]

@@ -275,7 +275,8 @@ def test_studies(done: Path, command: CommandLine, tmp_path: Path, monkeypatch: 
     answer = command("studies", "--json")
     assert (answer.code, answer.err) == (0, "")
     found = {study["name"]: study for study in json.loads(answer.out)}
-    best = summarise(stored(done)).best.validation
+    summary = summarise(stored(done))
+    best = summary.results.score(summary.best_trial, "validation")
     assert best
     assert found["tiny"] == {
         "name": "tiny", "state": "complete", "done": 6, "total": 6, "best": best.model_dump(),
@@ -394,7 +395,7 @@ def test_a_small_screen_shows_the_best_and_the_last(study: optuna.Study, monkeyp
     study.set_user_attr("total", 60)
     for number in range(39):
         add(study, 0.001 * number, 8.0 if number == 3 else 10.0, stderr=0.5)
-    add(study, 0.5, state=TrialState.RUNNING, seconds=35)
+    add(study, 0.4, state=TrialState.RUNNING, seconds=35)
     for _ in range(20):
         add(study, 0.0, state=TrialState.WAITING)
     summary = summarise(study)
