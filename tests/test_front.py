@@ -294,11 +294,11 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
     study = with_test_text(made_front(tmp_path), *range(8))
     said = command("status", "--study", tmp_path / "made.toml").out
     assert "made: 20% to 70% sparsity\n" in said
-    head = next(line for line in said.splitlines() if line.startswith("| sparsity"))
-    columns = ["sparsity", "method", "trial", "validation perplexity", "test perplexity", "uniform"]
+    head = next(line for line in said.splitlines() if line.startswith("| method"))
+    columns = ["method", "trial", "sparsity", "validation perplexity", "test perplexity", "uniform"]
     assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against dense", "against uniform"]
     rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
-    assert [row.split("|")[1].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
+    assert [row.split("|")[3].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
     assert [" ←" in row for row in rows] == [False, False, False, True, False]
     assert "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: " in said
     assert "\n`export` writes another point: --sparsity, --max-increase or --trial names it\n" in said
@@ -313,7 +313,7 @@ def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
 def test_the_summary_of_a_limit(tmp_path: Path, command: CommandLine) -> None:
     made_front(tmp_path, {"max_increase": 0.35})
     said = command("status", "--study", tmp_path / "made.toml").out
-    rows = {line.split("|")[3].strip(): line for line in said.splitlines() if line.startswith("| ") and "%" in line}
+    rows = {line.split("|")[2].strip(): line for line in said.splitlines() if line.startswith("| ") and "%" in line}
     assert list(rows) == ["", "1", "0", "3", "2", "5", "4 ←", "7", "6"]
     assert [row.split("|")[-2].strip() for row in rows.values()] == [
         "",
@@ -453,7 +453,7 @@ def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
         pass
     os.close(ours)
     assert process.wait(HANGS) == 0, said
-    assert "| point | sparsity" in said.decode()
+    assert re.search(r"\| point \| method +\| trial \| sparsity \| validation perplexity \|", said.decode())
     assert ("must be a number from 1 to 4" in said.decode()) == (typed[0] == "9")
     assert [file.name for file in tmp_path.glob("*.json")] == [name]
 
@@ -612,8 +612,9 @@ def test_a_real_front(place: Path, command: CommandLine) -> None:
     summary, file = summarise(study), study_file(place)
     assert summary.complete
     assert [point.sparsity for point in summary.points] == sorted(point.sparsity for point in summary.points)
-    assert all(point.scores.test for point in summary.points)
-    assert all(point.against is None or point.against.text == "test" for point in summary.points)
+    assert all(summary.results.score(point.trial, "test") for point in summary.points)
+    changes = [summary.results.against_uniform(point.trial) for point in summary.points]
+    assert all(found is None or found.on == "test" for found in changes)
     assert summary.best_trial is not None
     assert set(summary.over_draws) >= {summary.best_trial.number}
     said = command("status", "--study", place / "tiny.toml").out

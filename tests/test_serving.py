@@ -98,7 +98,9 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     best = progress.best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: `model` at 50% sparsity")
-    assert f", trial {best.number} | &emsp;{best.value:.2f} ± {best.user_attrs['stderr']:.2f} |" in body
+    score = re.escape(f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}")
+    row = rf"^\| \*\*[^|]+\*\* \| &emsp;\*\*{best.number}\*\* \| &emsp;\*\*[^|]+\*\* \| &emsp;\*\*{score}\*\* \|"
+    assert re.search(row, body, re.M)
     assert "6 of 6 trials are done." in body
     assert "below uniform’s on the test text" in body
     assert "tiny.toml`" in body
