@@ -125,7 +125,7 @@ def test_a_latex_table_has_accuracies() -> None:
     misses = [1, 0]
     study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0]))
     text = latex.make([gather(study, datetime.now())]).decode()
-    assert "against uniform & validation accuracy & test accuracy" in text and "Perplexity and accuracy" in text
+    assert "against uniform & validation accuracy & test accuracy" in text and "Perplexity, accuracy" in text
     assert " text" not in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line]
     assert {line.count("&") for line in rows} == {7} and r"50.0\% $\pm$ 28.9\%" in text
