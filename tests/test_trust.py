@@ -249,6 +249,9 @@ def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> 
         "LICENSES/MIT.txt",
         "config.json",
     ]
+    (source / "my-README.md").write_text("of the dense model")  # no file of its own name is left
+    trust.copy_small(source, out, (".safetensors",), ("/README.md", "/config.json"))
+    assert (out / "my-README.md").exists()
     (source / "LICENSES/out.txt").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="is a link to /etc/hostname, outside its folder; copy the file"):
         trust.small_files(source, ())

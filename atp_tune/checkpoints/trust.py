@@ -105,10 +105,10 @@ def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
 
 
 def copy_small(source: Path, out: Path, weights: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
-    """Copies a model folder's small files, but those whose names end like `without`, or that `out` has."""
+    """Copies a model folder's small files, but those whose "/NAME" ends like `without`, or that `out` has."""
     for file in small_files(source, weights):
         copy = out / file.relative_to(source)
-        if not file.name.endswith(without) and not copy.exists():
+        if not f"/{file.name}".endswith(without) and not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
 

@@ -89,7 +89,7 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     check_room(out, size) if shared else check_writable(out, size)
     try:
         with folder_atomically(out, shared) as folder, ExitStack() as stack:
-            copy_small(source, folder, WEIGHTS, tuple(added))
+            copy_small(source, folder, WEIGHTS, tuple(f"/{name}" for name in added))
             tensors = _Tensors(source, stack)
             if original is None:
                 tensors.save(folder)

@@ -49,7 +49,7 @@ def run_trials(
         run.watch,
         search.objective,
         None if run.screens else run.tasks,
-        run.file.study.compares_all and not run.screens,
+        run.file.study.compares_all,
     )
     publish = Publisher(run)
     end = None if run.timeout is None else monotonic() + run.timeout
