@@ -62,11 +62,14 @@ def entries(named: Sequence[tuple[str, str]] = ()) -> list[Entry]:
 
 def _entry(known: Registry[Any], name: str) -> Entry:
     each, origin = known[name], known.origin(name)
+    # The first sentence of an object's docstring, else of its class; "" without one.
+    text = getattr(each, "__doc__", None) or ""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return Entry(
         kind=known.kind,
         name=name,
         origin=_source(origin),
-        about=first_sentence(each),
+        about=re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
         settings=tuple(_settings(name)) if known.kind == "pruner" else (),
         parameters=_parameters(each) if known.kind == "allocation" else {},
     )
@@ -88,13 +91,6 @@ def _source(origin: Origin | None) -> str:
     if origin.via == "decorator":
         return f"decorator in {origin.file or origin.place}"
     return str(origin.file)
-
-
-def first_sentence(each: Any) -> str:
-    """The first sentence of an object's docstring, else of its class; "" without one."""
-    text = getattr(each, "__doc__", None) or ""
-    paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    return re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip(".")
 
 
 def _settings(pruner: str) -> Iterator[Setting]:

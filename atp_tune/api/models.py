@@ -38,29 +38,25 @@ if TYPE_CHECKING:
 def pruned(config: Config, place: Place, lender: Lender) -> "PreTrainedModel":
     """The model of a configuration in memory."""
     if config.is_trained:
-        return _trained(config, place, lender)
+        # The same of a configuration whose kept weights are trained, through a folder that is removed.
+        with temporary_folder(cache_dir("recovered") / "model") as temporary:
+            folder = temporary / "trained"
+            save(config, folder, place, lender)
+            model = config.model.model(place.allowed).model_copy(
+                update={"source": str(folder), "revision": None, "sha256": None, "offload": "none"}
+            )
+            where = find_device(place.device if lender.model is None else str(lender.model.device))
+            checkpoint = resolve(model, Path()).checkpoint(model, where)
+            linears = [(i, linear) for i, each in enumerate(checkpoint.linears) for linear in each]
+            keys = [checkpoint.key(i, linear) for i, linear in linears]
+            weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
+            loaded = None if lender.model is not None else checkpoint.take_model()
+            return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
     texts = {"calibration": config.calibration}
     with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as context:
         weights = weights_of(context, plan_of(config, context))
         loaded = None if lender.model is not None else context.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
-
-
-def _trained(config: Config, place: Place, lender: Lender) -> "PreTrainedModel":
-    """The same of a configuration whose kept weights are trained, through a folder that is removed."""
-    with temporary_folder(cache_dir("recovered") / "model") as temporary:
-        folder = temporary / "trained"
-        save(config, folder, place, lender)
-        model = config.model.model(place.allowed).model_copy(
-            update={"source": str(folder), "revision": None, "sha256": None, "offload": "none"}
-        )
-        where = find_device(place.device if lender.model is None else str(lender.model.device))
-        checkpoint = resolve(model, Path()).checkpoint(model, where)
-        linears = [(i, linear) for i, each in enumerate(checkpoint.linears) for linear in each]
-        keys = [checkpoint.key(i, linear) for i, linear in linears]
-        weights = {key: checkpoint.model.get_parameter(key).detach().cpu() for key in keys}
-        loaded = None if lender.model is not None else checkpoint.take_model()
-        return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 
 def save(

@@ -39,7 +39,8 @@ def shown(progress: bool) -> Iterator[EventHandler]:
     if not progress:
         yield Lines()
         return
-    is_shown = sys.stderr.isatty() or _is_notebook()
+    # Whether this process is the kernel of a notebook; false in a terminal's IPython.
+    is_shown = sys.stderr.isatty() or ("ipykernel" in sys.modules and "zmq" in sys.modules)
     lines = Lines(is_shown)
     own = None if is_shown or logger.hasHandlers() else logging.StreamHandler()
     level = logger.level
@@ -54,11 +55,6 @@ def shown(progress: bool) -> Iterator[EventHandler]:
         if own:
             logger.removeHandler(own)
             logger.setLevel(level)
-
-
-def _is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook; false in a terminal's IPython."""
-    return "ipykernel" in sys.modules and "zmq" in sys.modules
 
 
 class Lines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -103,7 +103,7 @@ class Result:
 
         config = self._config(**choice)
         where = device or self._file.study.device
-        return Configuration(config, Path(config.folder), where, self._allowed, self._lender)
+        return Configuration(config, Path(config.folder), where, self._file.permissions, self._lender)
 
     def apply(self, *, device: str | None = None, **choice: Any) -> PreTrainedModel:
         """The model, pruned, in memory; a model of the caller is copied and stays dense.
@@ -158,10 +158,6 @@ class Result:
             elif limit := only_limit({key: None if value is None else str(value) for key, value in limits.items()}):
                 trial = within(self.study, limit).trial.number
             return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
-
-    @property
-    def _allowed(self) -> Mapping[str, bool]:
-        return self._file.permissions
 
     def __repr__(self) -> str:
         summary = self.summary

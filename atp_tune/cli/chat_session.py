@@ -87,15 +87,12 @@ class ChatSession:
         elif line == "/help":
             console.print(HELP)
         elif (shown := line.removeprefix("/")) in SIDES:
-            self._switch(shown)
+            for side in SIDES[shown]:
+                self._speaker(side)  # loaded now, not while a person waits for an answer
+            self._shown = shown
+            console.print("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
         else:
             console.print(f"{line}: is no command; /help lists them")
-
-    def _switch(self, shown: Shown) -> None:
-        for side in SIDES[shown]:
-            self._speaker(side)  # loaded now, not while a person waits for an answer
-        self._shown = shown
-        console.print("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
 
     def _reply(self, text: str) -> None:
         """Answers a message by each model that is shown; the last answer stays in the conversation."""

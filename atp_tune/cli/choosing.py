@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import optuna
 
     from atp_tune.results.choosing import Choice
-    from atp_tune.results.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,12 @@ def _asked(study: "optuna.Study") -> int | None:
     summary = summarise(study)
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
-    _show(summary)
+    from atp_tune.cli.tables import drawn
+    from atp_tune.results.tables import overview
+
+    made = overview(summary)
+    rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
+    console.print(drawn(replace(made, head=["point", *made.head], rows=rows)))
     usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
     numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
     answer = ""
@@ -86,12 +90,3 @@ def _asked(study: "optuna.Study") -> int | None:
             raise KeyboardInterrupt from None  # Ctrl-D
     number = numbers[answer]
     return None if number == summary.best_trial.number else number
-
-
-def _show(summary: "Summary") -> None:
-    from atp_tune.cli.tables import drawn
-    from atp_tune.results.tables import overview
-
-    made = overview(summary)
-    rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
-    console.print(drawn(replace(made, head=["point", *made.head], rows=rows)))

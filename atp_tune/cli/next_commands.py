@@ -25,7 +25,10 @@ def show_next(summary: Summary, file: StudyFile) -> None:
         return
     is_slim = summary.of_channels
     form = "slim" if is_slim else "sparse" if summary.bits is None else "rounded"
-    config, out = _from_here(best), _free(f"{printable(summary.name).replace('/', '_')}-{form}")
+    # A name that no file has here: the name itself, or followed by -2, -3 and so on.
+    name = f"{printable(summary.name).replace('/', '_')}-{form}"
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    config, out = _from_here(best), next((free for free in names if not Path(free).exists()), name)
     study = ["--study", *study_words(summary, file)]
     if summary.points and not summary.limit:
         middle = summary.points[len(summary.points) // 2].sparsity
@@ -62,9 +65,3 @@ def _from_here(path: Path) -> str:
     """A path relative to the current folder, if it is inside."""
     here = Path.cwd()
     return printable(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-def _free(name: str) -> str:
-    """A name that no file has here: the name itself, or followed by -2, -3 and so on."""
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    return next((free for free in names if not Path(free).exists()), name)

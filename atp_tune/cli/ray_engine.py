@@ -30,7 +30,17 @@ POLL = 0.3  # seconds between two polls of the actor
 
 def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str) -> None:
     """Runs the study in `count` tasks of the cluster, by default one for each of its GPUs."""
-    _connect(address)
+    # Connects to the cluster as a driver; UserError if there is none at the address.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        host, _, port = ray_address(address).rpartition(":")
+        socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
+        ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, ValueError, RuntimeError) as error:
+        how = "start it with `ray start --head`, join it with `ray start --address HOST:6379`, here too"
+        raise UserError(f"ray: no cluster at {address} ({str(error).splitlines()[0]}); {how}") from None
+    signal.signal(signal.SIGTERM, terminate)  # Ray's own would exit at once
     try:
         if job.file.database is not None and len(set(_hosts().values())) > 1:
             raise UserError(_out_of_reach(job.file))
@@ -47,20 +57,6 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
         supervise(workers, lambda alive: _listen(alive, workers, news))
     finally:
         ray.shutdown()
-
-
-def _connect(address: str) -> None:
-    """Connects to the cluster as a driver; UserError if there is none at the address."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        host, _, port = ray_address(address).rpartition(":")
-        socket.create_connection((host, int(port)), ANSWER).close()  # Ray itself would try for minutes
-        ray.init(f"{host}:{port}", log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, ValueError, RuntimeError) as error:
-        how = "start it with `ray start --head`, join it with `ray start --address HOST:6379`, here too"
-        raise UserError(f"ray: no cluster at {address} ({str(error).splitlines()[0]}); {how}") from None
-    signal.signal(signal.SIGTERM, terminate)  # Ray's own would exit at once
 
 
 def _out_of_reach(file: StudyFile) -> str:

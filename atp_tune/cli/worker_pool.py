@@ -178,7 +178,11 @@ class ProcessWorker(StudyWorker):
         try:
             event: Event | str = self.news.recv()
         except (EOFError, OSError):
-            self._end()
+            self._process.join()
+            if self._process.exitcode == 0:
+                self.ended()
+            else:
+                self.died(f"exit code {self._process.exitcode}")
             return
         if isinstance(event, str):
             self._process.join(STOP_TIMEOUT)
@@ -195,13 +199,6 @@ class ProcessWorker(StudyWorker):
         """Waits for the process, and kills it if it does not stop."""
         self._process.join(STOP_TIMEOUT)
         self._process.kill()
-
-    def _end(self) -> None:
-        self._process.join()
-        if self._process.exitcode == 0:
-            self.ended()
-        else:
-            self.died(f"exit code {self._process.exitcode}")
 
 
 def _work(job: WorkerJob, index: int, devices: Sequence[str], news: Connection) -> None:

@@ -37,14 +37,10 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
     made = figures_of(summary) | note_of(note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(made, stored))
     if folder is not None and (config := config_of(study, summary)) is not None:
-        make_folder(folder)
+        # Makes the folder of a study's files; UserError for a link, which a stranger may have made.
+        artifacts.refuse_link(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         attach(study, folder, artifacts.CONFIG, config)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the folder of a study's files; UserError for a link, which a stranger may have made."""
-    artifacts.refuse_link(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:

@@ -118,28 +118,26 @@ def _set_axes(figure: go.Figure, panels: Panels, bounds: tuple[float, float] | N
         )
     if panels.over_beta:
         figure.update_xaxes(domain=[0, end], selector={"domain": None})
-        _set_betas(figure, [_beta(trial) for trial in panels.over_beta], bounds, not names)
+        # Sets the axis of β, and draws admissible bounds that are near the data.
+        betas = [_beta(trial) for trial in panels.over_beta]
+        alone = not names
+        low, high = min(betas), max(betas)
+        span, title = high - low, "β, common difference per block" if alone else "β, difference per block"
+        near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
+        drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
+        for k, bound in enumerate(sorted(drawn, reverse=True)):
+            figure.add_shape(
+                type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
+                name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
+                showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
+            )  # fmt: skip
+        if bounds and not drawn:
+            title += f" (admissible up to {bounds[1]:.4f})"
+        low, high = min([low, *drawn]), max([high, *drawn])
+        pad = 0.04 * (high - low) or span or 0.01
+        figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
     else:
         figure.update_xaxes(visible=False, selector={"domain": None})
-
-
-def _set_betas(figure: go.Figure, betas: list[float], bounds: tuple[float, float] | None, alone: bool) -> None:
-    """Sets the axis of β, and draws admissible bounds that are near the data."""
-    low, high = min(betas), max(betas)
-    span, title = high - low, "β, common difference per block" if alone else "β, difference per block"
-    near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
-    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
-    for k, bound in enumerate(sorted(drawn, reverse=True)):
-        figure.add_shape(
-            type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
-            name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
-            showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
-        )  # fmt: skip
-    if bounds and not drawn:
-        title += f" (admissible up to {bounds[1]:.4f})"
-    low, high = min([low, *drawn]), max([high, *drawn])
-    pad = 0.04 * (high - low) or span or 0.01
-    figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
 
 
 def _add_trials(figure: go.Figure, summary: Summary, panels: Panels, seen: AxisRange) -> None:

@@ -43,7 +43,18 @@ def draw_points(summary: Summary) -> go.Figure | None:
             x=[best.sparsity], y=rounded([best.value]), mode="markers", name=role("best", best.trial), hoverinfo="skip",
             marker={"symbol": "circle-open", "size": 17, "color": INK, "line": {"width": 2}},
         )  # fmt: skip
-    levels = _add_levels(figure, summary)
+    # Lines at the dense model and the limit, as far as the axis has them; their values.
+    main, limit = summary.results.main, None
+    known = None if main.is_higher_better else summary.results.score(DENSE, "validation", main)
+    dense = known.value if known else None
+    for key, value in (summary.limit or {}).items():
+        if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
+            limit = value if key != "max_increase" else (1 + value) * dense if dense else None
+    if dense is not None:
+        level(figure, dense, f"dense {main.written(dense)}", GREY, "dot")
+    if limit is not None:
+        level(figure, limit, f"limit {main.written(limit)}", WORST, "dash")
+    levels = [line for line in (dense, limit) if line is not None]
     _set_axes(figure, [*shown, *uniform], levels)
     return figure
 
@@ -72,21 +83,6 @@ def _add(
                      "thickness": 1.2, "width": 0},
             text=[told(mark.trial, summary) for mark in marks], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-
-
-def _add_levels(figure: go.Figure, summary: Summary) -> list[float]:
-    """Lines at the dense model and the limit, as far as the axis has them; their values."""
-    main, limit = summary.results.main, None
-    known = None if main.is_higher_better else summary.results.score(DENSE, "validation", main)
-    dense = known.value if known else None
-    for key, value in (summary.limit or {}).items():
-        if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
-            limit = value if key != "max_increase" else (1 + value) * dense if dense else None
-    if dense is not None:
-        level(figure, dense, f"dense {main.written(dense)}", GREY, "dot")
-    if limit is not None:
-        level(figure, limit, f"limit {main.written(limit)}", WORST, "dash")
-    return [line for line in (dense, limit) if line is not None]
 
 
 def _set_axes(figure: go.Figure, marks: list[Mark], levels: list[float]) -> None:

@@ -148,7 +148,14 @@ def _value(summary: Summary, point: Point) -> str:
 
 def study_remarks(summary: Summary) -> list[str]:
     """Sentences on what is unusual in a study: BOS, refined or trained weights, and trials on several devices."""
-    refined, trained = _refinement(summary), recovery_said(summary)
+    # One sentence for a study whose pruners are refined; else "".
+    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
+    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
+    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
+    refined, trained = (
+        (f"Pruned weights are refined by {by}, those of uniform too." if by else ""),
+        recovery_said(summary),
+    )
     found = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
     return [remark for remark in found if remark]
 
@@ -172,19 +179,15 @@ def _beginning(summary: Summary) -> str:
     return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
 
 
-def _refinement(summary: Summary) -> str:
-    """One sentence for a study whose pruners are refined; else ""."""
-    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
-    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
-    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
-    return f"Pruned weights are refined by {by}, those of uniform too." if by else ""
-
-
 def recovery_said(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
     found, asked = summary.recovered, summary.made_from.study.recover if summary.made_from else None
     if found is None or (not found.kept and asked is not None and asked != found.settings):
-        return _pending(summary, asked)
+        if asked is None or not summary.complete or summary.best_trial is None:
+            return ""
+        if summary.training:
+            return f"The best plan is being trained on {summary.training}, with {_how(asked)}."
+        return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
     how = _how(found.settings)
     if found.skipped:
         return f"Not trained after pruning: {found.reason}."
@@ -198,14 +201,6 @@ def recovery_said(summary: Summary) -> str:
         f"Trained after pruning: {how}, of which step {found.step} was taken; its perplexity is {changes}, against the "
         "same plan as it was pruned. `apply` writes the trained model."
     )
-
-
-def _pending(summary: Summary, asked: RecoverConfig | None) -> str:
-    if asked is None or not summary.complete or summary.best_trial is None:
-        return ""
-    if summary.training:
-        return f"The best plan is being trained on {summary.training}, with {_how(asked)}."
-    return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
 
 
 def _how(settings: RecoverConfig) -> str:

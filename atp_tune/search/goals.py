@@ -228,31 +228,25 @@ class WithinLimit(OverInterval):
         shifts = self._shifts(study)
         predicted = {level: self._predicted(level) for level in free}
         if any(value is None for value in predicted.values()):
-            return self._guessed(study, free)
+            # One of these sparsities without a model: the log of the increase is linear.
+            allowed = self._excess(0.0)
+            measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
+            known = [
+                (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
+                for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
+                if allowed is not None and allowed < 0 and math.isfinite(excess)
+            ]
+            below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
+            match [*below, *above]:
+                case [(low, left), (high, right)]:
+                    root = left - low * (right - left) / (high - low)
+                case [(log, sparsity)]:
+                    root = sparsity - log / GROWTH
+                case _:
+                    root = free[len(free) // 2]
+            return max((level for level in free if level < root + NEAR), default=free[0])
         inside = [level for level, value in predicted.items() if value is not None and value + shifts(level) <= 0]
         return max(inside, default=free[0] if shifts(free[0]) else free[len(free) // 2])
-
-    def _guessed(self, study: optuna.Study, free: list[float]) -> float:
-        """One of these sparsities without a model: the log of the increase is linear.
-
-        The middle for accuracies, and where the dense model itself is beyond the limit.
-        """
-        allowed = self._excess(0.0)
-        measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
-        known = [
-            (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
-            for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
-            if allowed is not None and allowed < 0 and math.isfinite(excess)
-        ]
-        below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
-        match [*below, *above]:
-            case [(low, left), (high, right)]:
-                root = left - low * (right - left) / (high - low)
-            case [(log, sparsity)]:
-                root = sparsity - log / GROWTH
-            case _:
-                root = free[len(free) // 2]
-        return max((level for level in free if level < root + NEAR), default=free[0])
 
     def _shifts(self, study: optuna.Study) -> Any:
         """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""

@@ -98,7 +98,13 @@ def drive(run: StudyRun) -> optuna.Study:
 
 def finished_study(run: StudyRun) -> optuna.Study | None:
     """The study if it is complete; UserError if its facts differ or it cannot be stored."""
-    _check_name(run.name)
+    # UserError for a study name that is unfit for files and terminals.
+    name = run.name
+    if not name or printable(name) != name or len(name.encode()) > LONGEST:
+        shown = name if len(name) <= 40 else f"{name[:39]}…"
+        raise UserError(
+            f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
+        )
     opening.check_writable(run.file.storage_url)
     if run.writes:
         check_writable(run.file.best_of(run.name))
@@ -120,15 +126,6 @@ def finished_study(run: StudyRun) -> optuna.Study | None:
     if run.reports and NOTE not in study._storage.get_study_system_attrs(study._study_id):
         run.publish(study)  # the run that completed it died before
     return study
-
-
-def _check_name(name: str) -> None:
-    """UserError for a study name that is unfit for files and terminals."""
-    if not name or printable(name) != name or len(name.encode()) > LONGEST:
-        shown = name if len(name) <= 40 else f"{name[:39]}…"
-        raise UserError(
-            f"study {shown}: its name must have 1 to {LONGEST} bytes, all printable; choose --study-name NAME"
-        )
 
 
 def _check_screening(run: StudyRun) -> None:
@@ -197,48 +194,44 @@ def _drive(run: StudyRun) -> optuna.Study:
         run = replace(run, tasks=tasks)
     opened: AbstractContextManager[Session] = nullcontext(run.context) if run.context else open_context(run, before)
     with opened as context:
-        return _search(run, context, db, before)
-
-
-def _search(
-    run: StudyRun, context: "Session", db: optuna.storages.BaseStorage | None, before: optuna.Study | None
-) -> optuna.Study:
-    """The part of the run that needs a context; `before`: the study found in `db`."""
-    batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
-    context.begin(batches)
-    search = run.file.study.search
-    goal = goal_of(run.file.study, context.budget(run.file.study.highest))
-    if goal.is_from_dense and len(context.windows["validation"]) == 1:
-        raise UserError("limit: holds within the standard error, which one validation window has not; give two or more")
-    total = goal.total
-    db = db or opening.open_storage(run.file.storage_url, create=True)
-    assert db is not None
-    known = {**facts(run.file.study, run.file.folder), **context.contents()}
-    study = fingerprint.create_study(db, run.name, known, run.mix)
-    _describe(run, study, context, total, batches)
-    _compare_versions(run, study)
-    if run.reports and (done := progress.counted(study)):
-        run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
-    if run.reports:
-        items = {role: (len(each), each.positions) for role, each in context.windows.items()}
-        total_now = progress.total_of(study, total, run.file.goes_on)
-        run.watch(Opened(run.file.study, total_now, progress.counted(study), items, context.is_short))
-        if run.opened is not None and not progress.points_of(study):
-            run.opened(context)
-    study.pruner = make_stopper(search)
-    screened = Screened()
-    if search.screen is None or goal.is_from_dense:
-        _measure_dense(run, study, context)
-    if search.screen is not None:
-        run, screened = _screen(run, search.screen, context)
-    for params in goal.begin(study, screened, total):
-        study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
-    total = run_trials(run, study, context, goal, total)
-    if run.reports and progress.counted(study) >= total:
-        _measure_dense(run, study, context)
-        report(run, study, context, goal.space)
-        run.publish(study)
-    return study
+        # The part of the run that needs a context; `before`: the study found in `db`.
+        batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
+        context.begin(batches)
+        search = run.file.study.search
+        goal = goal_of(run.file.study, context.budget(run.file.study.highest))
+        if goal.is_from_dense and len(context.windows["validation"]) == 1:
+            raise UserError(
+                "limit: holds within the standard error, which one validation window has not; give two or more"
+            )
+        total = goal.total
+        db = db or opening.open_storage(run.file.storage_url, create=True)
+        assert db is not None
+        known = {**facts(run.file.study, run.file.folder), **context.contents()}
+        study = fingerprint.create_study(db, run.name, known, run.mix)
+        _describe(run, study, context, total, batches)
+        _compare_versions(run, study)
+        if run.reports and (done := progress.counted(study)):
+            run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
+        if run.reports:
+            items = {role: (len(each), each.positions) for role, each in context.windows.items()}
+            total_now = progress.total_of(study, total, run.file.goes_on)
+            run.watch(Opened(run.file.study, total_now, progress.counted(study), items, context.is_short))
+            if run.opened is not None and not progress.points_of(study):
+                run.opened(context)
+        study.pruner = make_stopper(search)
+        screened = Screened()
+        if search.screen is None or goal.is_from_dense:
+            _measure_dense(run, study, context)
+        if search.screen is not None:
+            run, screened = _screen(run, search.screen, context)
+        for params in goal.begin(study, screened, total):
+            study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
+        total = run_trials(run, study, context, goal, total)
+        if run.reports and progress.counted(study) >= total:
+            _measure_dense(run, study, context)
+            report(run, study, context, goal.space)
+            run.publish(study)
+        return study
 
 
 def _screen(run: StudyRun, screen: ScreenConfig, context: "Session") -> tuple[StudyRun, Screened]:

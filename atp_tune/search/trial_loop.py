@@ -99,7 +99,23 @@ def _optimise(
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             objectives = objectives_of(study.user_attrs.get("fingerprint", {}))
-            run.watch(_ended(Results({}, trials, objectives), trial, reason, best, done, total))
+            # The event of a trial's end, with its values and the best.
+            results = Results({}, trials, objectives)
+            scores = {
+                by.name: found.value for by in results.measures if (found := results.score(trial, "validation", by))
+            }
+            lowest = results.score(best, "validation", results.main)
+            run.watch(
+                TrialEnded(
+                    trial.number,
+                    scores,
+                    reason,
+                    {results.main.name: lowest.value} if lowest else {},
+                    done,
+                    total,
+                    best_sparsity=progress.sparsity_of(best) if best else None,
+                )
+            )
         publish.after_trial(study, best)
         callbacks(study, trial, done, total)
         if run.file.study.search.early_termination and done < total and should_terminate(study, objective.space):
@@ -134,18 +150,6 @@ def _optimise(
         run.note(f"trial {attempt.number} sent no heartbeat for {GRACE} s: it is run again")
     if callbacks.error is not None:
         raise callbacks.error
-
-
-def _ended(
-    results: Results, trial: FrozenTrial, reason: str | None, best: FrozenTrial | None, done: int, total: int
-) -> TrialEnded:
-    """The event of a trial's end, with its values and the best."""
-    scores = {by.name: found.value for by in results.measures if (found := results.score(trial, "validation", by))}
-    lowest = results.score(best, "validation", results.main)
-    return TrialEnded(
-        trial.number, scores, reason, {results.main.name: lowest.value} if lowest else {}, done, total,
-        best_sparsity=progress.sparsity_of(best) if best else None,
-    )  # fmt: skip
 
 
 class Callbacks:

@@ -22,7 +22,7 @@ from atp_tune.dashboard.parts import PREFIX
 from atp_tune.dashboard.publishing import attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
-from atp_tune.results.summary import Summary, final_numbers, summarise
+from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.storage import artifacts, lost_trials, opening, progress
 from atp_tune.storage.database import Database, reason_of, without_password
 from atp_tune.storage.opening import open_database
@@ -125,14 +125,11 @@ class Additions:
 
     def _make(self, study: Study, stored: Attributes) -> Attributes:
         summary = summarise(study)
-        return without_rests(figures_of(summary) | self._notes(summary, stored), stored)
-
-    def _notes(self, summary: Summary, stored: Attributes) -> dict[str, Any]:
         text = study_note(summary, self._address, self._join)
         notes = note_of(text, stored, step=self._changes)
         for trial in summary.trials:
             notes |= note_of(trial_note(trial, summary), stored, trial._trial_id, self._changes)
-        return notes
+        return without_rests(figures_of(summary) | notes, stored)
 
 
 def _state(study: Study, stored: Attributes) -> object:
@@ -175,20 +172,17 @@ class Maintenance:
             if study is None or "fingerprint" not in study.user_attrs:
                 continue
             try:
-                self._recover(study)
+                # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
+                for number in lost_trials.recover(study):
+                    trial = study.get_trials(deepcopy=False)[number]
+                    reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
+                    end = f"cut off {why}, it is given up" if why else "it is queued again"
+                    self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
                 attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB
             except UserError as error:
                 if self._told.get(name) != str(error):
                     self._tell(f"warning: {error}")
                 self._told[name] = str(error)
-
-    def _recover(self, study: optuna.Study) -> None:
-        """Queues lost trials again, since workers on other machines cannot detect that a trial is lost."""
-        for number in lost_trials.recover(study):
-            trial = study.get_trials(deepcopy=False)[number]
-            reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
-            end = f"cut off {why}, it is given up" if why else "it is queued again"
-            self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
 
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""

@@ -275,7 +275,10 @@ def serve(
     """
     if is_remote(service.address):
         raise UserError("serve: a server's URL is for workers; serve the database itself, as in sqlite:///FILE.db")
-    _check_folder(service.address)
+    # UserError if the folder of a SQLite file does not exist, probably by a typing error.
+    _, is_sqlite, path = service.address.partition("sqlite:///")
+    if is_sqlite and not Path(path.partition("?")[0]).parent.is_dir():
+        raise UserError(f"storage {path}: its folder does not exist; name a file in a folder that does")
     database = open_database(service.address, True, ServedDatabase)
     assert database is not None
     if warning := network_warning(service.address):
@@ -293,13 +296,6 @@ def serve(
                     maintenance.turn()
                     turn = monotonic() + TURN
                 sleep(LOOK)
-
-
-def _check_folder(address: str) -> None:
-    """UserError if the folder of a SQLite file does not exist, probably by a typing error."""
-    _, is_sqlite, path = address.partition("sqlite:///")
-    if is_sqlite and not Path(path.partition("?")[0]).parent.is_dir():
-        raise UserError(f"storage {path}: its folder does not exist; name a file in a folder that does")
 
 
 def _folder(path: Path) -> Path:
@@ -320,7 +316,18 @@ def choose(
     elif study is not None:
         address = load(study).storage_url
     else:
-        newest, *older = _databases()
+        # The databases of the known studies, the one that was changed last first; UserError if there is none.
+        databases = set[Path]()
+        for path in known():
+            try:
+                database = load(str(path)).database
+            except UserError:  # an invalid study file does not prevent serving the others
+                continue
+            if database is not None and database.exists():
+                databases.add(database)
+        if not databases:
+            raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
+        newest, *older = sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)
         address, others = f"sqlite:///{newest}", tuple(file.stem for file in older)
     return Service(address, listen, port, grpc_port, artifacts or _beside(address), others)
 
@@ -330,18 +337,3 @@ def _beside(address: str) -> Path:
     folder = artifacts_of(address)
     refuse_link(folder)
     return folder
-
-
-def _databases() -> list[Path]:
-    """The databases of the known studies, the one that was changed last first; UserError if there is none."""
-    databases = set[Path]()
-    for path in known():
-        try:
-            database = load(str(path)).database
-        except UserError:  # an invalid study file does not prevent serving the others
-            continue
-        if database is not None and database.exists():
-            databases.add(database)
-    if not databases:
-        raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
-    return sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)

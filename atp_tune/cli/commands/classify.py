@@ -1,16 +1,13 @@
 """`tune.py classify`: what a sparse image classifier, and its dense model, see in pictures."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from atp_tune.cli.options import Device, Json, Permissions
 from atp_tune.cli.terminal import console, markdown
 from atp_tune.errors import printable
-
-if TYPE_CHECKING:
-    from atp_tune.sparse.both_models import Classified
 
 
 def classify(
@@ -52,10 +49,6 @@ def classify(
     with quiet(), Display() as display:
         there = Place(Path(), device or "auto", vars(may), ignore_events if json else display)
         found = classify(files, place, both, there)
-    _show(found, json)
-
-
-def _show(found: "tuple[Classified, ...]", json: bool) -> None:
     from atp_tune.results.status import to_json
 
     if json:
@@ -65,11 +58,11 @@ def _show(found: "tuple[Classified, ...]", json: bool) -> None:
     for one in found:
         answers = [one.classes] if one.dense is None else [one.dense, one.classes]
         for name, guesses in zip(("dense", "sparse"), answers, strict=False):
-            label = [] if one.dense is None else [name]
-            rows.append([_cell(one.file), *label, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
+            side = [] if one.dense is None else [name]
+            rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
     model = [] if found[0].dense is None else ["model"]
-    places = [str(place + 1) for place in range(len(found[0].classes))]
-    console.print(markdown(["picture", *model, *places], rows))
+    ranks = [str(place + 1) for place in range(len(found[0].classes))]
+    console.print(markdown(["picture", *model, *ranks], rows))
 
 
 def _cell(text: str) -> str:

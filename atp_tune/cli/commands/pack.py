@@ -2,16 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from atp_tune.cli.best import BestOptions
 from atp_tune.cli.commands.apply import write
 from atp_tune.cli.terminal import console
-
-if TYPE_CHECKING:
-    from atp_tune.sparse.packing import Packed
 
 GROUP = 32  # as in packed.modeling_atp_sparse, which imports torch
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
@@ -73,7 +70,16 @@ def pack(
 
     with quiet(), Display() as display:
         done = pack_folder(folder, out, values.value, group_size, options.device or "auto", display)
-    _show(done, out)
+    kinds = [f"{done.linears} linears"] if done.linears else []
+    kinds += [f"{done.stored} other matrices (in memory they are dense)"] if done.stored else []
+    share = done.packed_bytes / done.dense_bytes
+    console.print(f"packed folder: {out}")
+    console.print(f"packed: {' and '.join(kinds)}, {share:.3f} of their bytes")
+    console.print(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
+    if done.rounding is not None:
+        before, after = done.rounding
+        console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
+    console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
     from atp_tune.sparse.provenance import ABOUT
 
     if bits := _rounded(folder):
@@ -87,19 +93,6 @@ def _rounded(folder: Path) -> float | None:
 
     made = origin(folder)
     return None if made is None or made.config.bits is None else made.config.bits.target
-
-
-def _show(done: "Packed", out: Path) -> None:
-    kinds = [f"{done.linears} linears"] if done.linears else []
-    kinds += [f"{done.stored} other matrices (in memory they are dense)"] if done.stored else []
-    share = done.packed_bytes / done.dense_bytes
-    console.print(f"packed folder: {out}")
-    console.print(f"packed: {' and '.join(kinds)}, {share:.3f} of their bytes")
-    console.print(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
-    if done.rounding is not None:
-        before, after = done.rounding
-        console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
-    console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
 
 
 def unpack(
