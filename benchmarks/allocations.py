@@ -24,8 +24,9 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
+from atp_tune.results.goals import goal_in
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import best_of_each, is_uniform, parameters_of
+from atp_tune.results.trials import is_uniform, parameters_of
 from atp_tune.run.session import Session
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
 from atp_tune.spec.plugged import plug_in
@@ -203,7 +204,7 @@ def report_of_best(name: str, studies: dict[str, optuna.Study]) -> list[float] |
 
 def best_of(name: str, study: optuna.Study) -> FrozenTrial | None:
     """The best trial of the line's own allocation."""
-    return next((trial for trial in best_of_each(study) if name == "uniform" or not is_uniform(trial)), None)
+    return next((trial for trial in goal_in(study).rivals() if name == "uniform" or not is_uniform(trial)), None)
 
 
 def report_of(study: optuna.Study, trial: FrozenTrial) -> list[float]:

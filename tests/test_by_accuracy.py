@@ -25,7 +25,7 @@ from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
 from atp_tune.report import latex
 from atp_tune.report.contents import gather
 from atp_tune.results import tables
-from atp_tune.results.outcome import limit_of, outcome_of, sign_of_beta
+from atp_tune.results.outcome import limit_of, sign_of_beta
 from atp_tune.results.results import Results
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform
@@ -203,7 +203,8 @@ def test_the_sparsest_plan_within_a_drop_of_accuracy(place: Path, tune: CommandL
     inside = [trial for trial in study.trials if drops[trial.number] <= 0]  # type: ignore[operator]
     assert inside and best.params["sparsity"] == max(trial.params["sparsity"] for trial in inside)
     assert len(inside) < len(study.trials)
-    said = outcome_of(summarise(study))
+    summary = summarise(study)
+    said = summary.goal.outcome(summary)
     assert "accuracy " in said and "dense " in said and "10 points of accuracy less than dense" in said
     found = tune("export", "--study", place / "tiny.toml", "--max-drop", "10%", "--out", place / "x.json")
     assert found.code == 0 and f"trial {best.number}, " in found.err and "on the validation images" in found.err, found

@@ -23,11 +23,11 @@ from atp_tune.events import Event, Message
 from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
+from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import allocation_of, best_of_each
+from atp_tune.results.trials import allocation_of
 from atp_tune.run import observers
 from atp_tune.spec.config import read_config
-from atp_tune.storage import progress
 
 TOKENS = 8
 ASKED = f"continuations.tokens={TOKENS}"
@@ -64,7 +64,7 @@ def by_hand(place: Path, prompt: str, sparsities: list[float] | None) -> str:
 def test_a_study_ends_with_what_its_models_write(place: Path) -> None:
     """Dense, uniform, and the best of each allocation; it was the best of all alone."""
     study = run(place, ASKED, "allocation.beta=[0.0, 0.02]", 'allocation.names=["atp", "alphapruning"]')
-    found, ranked = texts_of(place), {allocation_of(trial): trial for trial in best_of_each(study)}
+    found, ranked = texts_of(place), {allocation_of(trial): trial for trial in goal_in(study).rivals()}
     assert found
     assert found.prompts == PROMPTS
     ranked["best"] = ranked.pop(next(iter(ranked)))
@@ -108,7 +108,7 @@ def test_only_the_run_that_measures_writes(place: Path, monkeypatch: pytest.Monk
     run(place, ASKED)
     assert texts_of(place) is None
     study = run(place, ASKED, "search.trials=12")
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     assert (texts_of(place) is not None) == (best.number > 2)
 

@@ -22,19 +22,16 @@ from tinystudy import TUNE, CommandLine, quiet, run, study_file
 from atp_tune import figures, report
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
-from atp_tune.figures.history import draw_history
 from atp_tune.measures import KL, change, relative
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results import status
 from atp_tune.results.best_config import best_config
-from atp_tune.results.front import nearest, points_of, sparsest_within
-from atp_tune.results.outcome import outcome_of
+from atp_tune.results.goals import best_trial, excess_of, goal_in
 from atp_tune.results.status import PointStatus, status_of
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load, settings
-from atp_tune.storage import progress
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 STUDIES = TUNE.parent / "studies"
@@ -130,12 +127,17 @@ def with_test_text(study: optuna.Study, *numbers: int) -> optuna.Study:
     return study
 
 
+def outcome(study: optuna.Study) -> str:
+    summary = summarise(study)
+    return summary.goal.outcome(summary)
+
+
 # The points
 
 
 def test_the_front_beside_dense_and_uniform() -> None:
     study = with_test_text(made_front(), 1, 2, 3, 4)
-    points = points_of(study)
+    points = goal_in(study).points()
     assert [point.trial.number for point in points] == [1, 2, 4, 6]  # at 20 % uniform is better
     assert [point.sparsity for point in points] == list(LEVELS)
     results = summarise(study).results
@@ -163,16 +165,16 @@ def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
     study.add_trial(trial_at(0.4, 0.5, 27.0))  # 8: worse than 50 % has, and than uniform
     study.add_trial(trial_at(0.4, 0.0, 26.5))
     study.add_trial(trial_at(0.6, 0.5, 99.0))  # without uniform beside it
-    points = points_of(study)
+    points = goal_in(study).points()
     assert [(point.trial.number, point.on_front) for point in points] == [
         (1, True), (2, True), (9, False), (4, True), (6, True),
     ]  # fmt: skip
-    assert outcome_of(summarise(study)).startswith("Pareto front: 4 points, from 20% ")
+    assert outcome(study).startswith("Pareto front: 4 points, from 20% ")
 
 
 def test_points_of_a_study_of_kl() -> None:
     study = made_front(kl=True)
-    third = next(point for point in points_of(study) if point.sparsity == 0.5)
+    third = next(point for point in goal_in(study).points() if point.sparsity == 0.5)
     kls = [study.trials[number].user_attrs["kls"] for number in (5, 4)]
     results = summarise(study).results
     against = results.against_uniform(third.trial, KL)
@@ -185,12 +187,11 @@ def test_other_studies_have_no_points(done: Path) -> None:
     from test_summary import stored
 
     study = stored(done)
-    assert points_of(study) == []
-    assert outcome_of(summarise(study)) == ""
+    assert goal_in(study).points() == []
     with pytest.raises(UserError, match=r"^study tiny: measures plans only at 0.5; choose one of its trials"):
-        nearest(study, 0.5)
+        goal_in(study).nearest("0.5")
     with pytest.raises(UserError, match=r"^study tiny: measures plans only at 0.5; "):
-        sparsest_within(study, {"max_increase": 0.1})
+        goal_in(study).sparsest({"max_increase": 0.1})
 
 
 def test_a_uniform_point_of_the_front_gets_its_final_numbers() -> None:
@@ -202,7 +203,7 @@ def test_a_uniform_point_of_the_front_gets_its_final_numbers() -> None:
 
 def test_a_limit_makes_every_plan_a_point() -> None:
     study = made_front(limit={"max_increase": 0.35})
-    points = points_of(study)
+    points = goal_in(study).points()
     assert [point.trial.number for point in points] == [1, 0, 3, 2, 5, 4, 7, 6]
     assert [point.trial.number for point in points if point.is_best] == [4]
     assert [point.trial.number for point in points if (point.excess or 0) <= 0] == [1, 0, 3, 2, 4]
@@ -210,30 +211,29 @@ def test_a_limit_makes_every_plan_a_point() -> None:
 
 @pytest.mark.parametrize(("wanted", "number"), [(0.5, 4), (0.45, 4), (0.4, 2), (0.25, 1), (0.7, 6), (0.2, 1)])
 def test_the_nearest_of_the_front(wanted: float, number: int) -> None:
-    assert nearest(made_front(), wanted).number == number  # of two as near the lower one
+    assert goal_in(made_front()).nearest(str(wanted)).trial.number == number  # of two as near the lower one
 
 
 @pytest.mark.parametrize(
-    ("limit", "number"), [({"max_increase": 0.1}, 2), ({"max_perplexity": 31.0}, 5), ({"max_increase": 0.001}, 1)]
+    ("limit", "number"), [({"max_increase": 0.1}, 2), ({"max_perplexity": 31.0}, 4), ({"max_increase": 0.001}, 1)]
 )
 def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: int) -> None:
     study = made_front()
-    found, excess = sparsest_within(study, limit)
-    inside = [t for t in study.trials if progress.excess_of(study, t, limit) <= 0]
-    highest = max((t.params["sparsity"] for t in inside), default=None)
-    assert (excess <= 0) == bool(inside)
-    if inside:
-        assert found.params["sparsity"] == highest
-        assert found.values[0] == min(t.values[0] for t in inside if t.params["sparsity"] == highest)
-    else:
-        assert found.number == number
+    inside = [t for t in study.trials if excess_of(study, t, limit) <= 0]
+    if not inside:
+        with pytest.raises(UserError, match=f"the nearest is trial {number}, "):
+            goal_in(study).sparsest(limit)
+        return
+    highest, found = max(t.params["sparsity"] for t in inside), goal_in(study).sparsest(limit).trial
+    assert (found.number, found.params["sparsity"]) == (number, highest)
+    assert found.values[0] == min(t.values[0] for t in inside if t.params["sparsity"] == highest)
 
 
 # Words
 
 
 def test_the_outcome_of_a_front() -> None:
-    said = outcome_of(summarise(made_front()))
+    said = outcome(made_front())
     assert said.startswith("Pareto front: 4 points, from 20% (perplexity 19.79) to 70% (perplexity ")
     gained, left = "3 of them beat uniform at the same sparsity by more than chance", "4 of 8 sparsities are measured"
     best = "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: it lies furthest below the line from the front’s"
@@ -254,9 +254,9 @@ def test_the_outcome_of_a_front() -> None:
 def test_the_best_of_a_front_is_not_its_densest_end(levels: dict[float, float], number: int, why: str) -> None:
     """It was the lowest perplexity, which is nearly always the least sparse plan."""
     study = made_front(levels={sparsity: (level,) for sparsity, level in levels.items()})
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best is not None and best.number == number
-    assert f"best: trial {number}, " in (said := outcome_of(summarise(study))) and why in said
+    assert f"best: trial {number}, " in (said := outcome(study)) and why in said
     shown = status_of(summarise(study), NOW).best
     assert shown is not None and shown.trial == number  # in the progress line too
 
@@ -267,22 +267,22 @@ def test_the_outcome_of_a_limit() -> None:
     found = change(study.user_attrs["dense"], best.user_attrs["nlls"])
     limit = "within the limit of 35% more perplexity than dense"
     said = f"best: trial 4, 50% wanda + atp (β = 0.05000): {found} on the validation text, {limit}"
-    assert outcome_of(summarise(study)) == said
+    assert outcome(study) == said
     with_test_text(study, 4, 5)
     tests = study.user_attrs["test_nlls"]
-    assert outcome_of(summarise(study)) == f"{said}; on the test text {change(tests['dense'], tests['4'])}"
+    assert outcome(study) == f"{said}; on the test text {change(tests['dense'], tests['4'])}"
 
 
 def test_a_limit_that_nothing_meets() -> None:
-    said = outcome_of(summarise(made_front(limit={"max_perplexity": 15.0})))
+    said = outcome(made_front(limit={"max_perplexity": 15.0}))
     assert said.startswith(
         "no trial is within the limit of perplexity 15: the nearest is trial 1, 20% wanda + uniform: 19.79 ±"
     )
     further = "the search ends at {}, unless --sparsity takes it further"
     assert said.endswith(f"; {further.format('20%')}")
-    assert outcome_of(summarise(made_front(limit={"max_increase": 9.0}))).endswith(f"; {further.format('70%')}")
+    assert outcome(made_front(limit={"max_increase": 9.0})).endswith(f"; {further.format('70%')}")
     nearest_one = "the nearest is trial 1, 20% wanda + uniform: "
-    said = outcome_of(summarise(made_front(limit={"max_kl": 0.001}, kl=True)))
+    said = outcome(made_front(limit={"max_kl": 0.001}, kl=True))
     assert said.startswith(f"no trial is within the limit of KL 0.001: {nearest_one}0.")
 
 
@@ -482,7 +482,7 @@ def test_figures_of_a_front() -> None:
     summary = summarise(made_front())
     drawn = figures.draw(summary)
     assert list(drawn) == ["points", "sparsity", "error", "seconds"]
-    assert draw_history(summary) is None
+    assert "How the search went" not in html.make([gather(made_front(), NOW)]).decode()
     uniform, front, ring = drawn["points"].data
     assert [uniform.name, front.name, ring.name] == ["uniform", "best at each sparsity", "best (trial 4)"]
     assert list(uniform.x) == list(front.x) == [20, 30, 50, 70]
@@ -565,7 +565,7 @@ def test_a_study_that_has_just_begun() -> None:
         assert make([contents])
     assert figures.draw(contents.summary) == {}
     assert study_note(contents.summary, "sqlite:///x.db")
-    assert outcome_of(contents.summary) == ""
+    assert contents.verdict == "No trial has been measured yet."
 
 
 def test_the_json_of_the_points() -> None:

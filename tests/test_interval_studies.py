@@ -13,6 +13,7 @@ from tinystudy import CommandLine, run, study_file
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
+from atp_tune.results.goals import best_trial, excess_of, front_of
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
 from atp_tune.search.runner import StudyRun, open_context, tune
@@ -20,7 +21,7 @@ from atp_tune.search.space import make_space
 from atp_tune.spec.config import read_config
 from atp_tune.spec.search import STEP
 from atp_tune.storage.fingerprint import batches_of
-from atp_tune.storage.progress import best_trial, excess_of, front_of, sparsity_of
+from atp_tune.storage.progress import sparsity_of
 
 INTERVAL = "sparsity=[0.3,0.8]"
 SCREEN = ("search.sampler=tpe", "search.screen.trials=8", "search.screen.stride=3", "search.screen.confirm=3")

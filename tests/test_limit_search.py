@@ -15,11 +15,11 @@ from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
+from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.search.goals import LimitSampler, Screened, WithinLimit
 from atp_tune.search.space import Space, make_space
 from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
-from atp_tune.storage.progress import best_trial, excess_of
 
 LIMITS = [{"max_increase": 0.2}, {"max_increase": 2.0}, {"max_perplexity": 30.0}]
 
@@ -54,6 +54,7 @@ def searched(
     search = within(space, surrogate, limit)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", limit)
+    study.set_user_attr("fingerprint", {"sparsity": list(space.sparsities)})
     study.set_user_attr("dense", DENSE)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:

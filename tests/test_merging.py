@@ -20,9 +20,10 @@ from tinystudy import CommandLine, quiet, run, stored, study_file
 from atp_tune.dashboard.notes import with_own_words
 from atp_tune.errors import UserError
 from atp_tune.merging import Merged, merge
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 from atp_tune.serving.dashboard_storage import Maintenance
-from atp_tune.storage import lost_trials, progress
+from atp_tune.storage import lost_trials
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, co
                 twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
                 assert study.user_attrs["test_nlls"][str(twin.number)] == nlls
     best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
-    assert progress.best_trial(study) is not None
+    assert best_trial(study) is not None
     assert study.best_value == best.value
 
 

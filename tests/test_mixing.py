@@ -13,10 +13,11 @@ from tinystudy import CommandLine, run
 
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import remark_of
+from atp_tune.results.goals import best_trial
 from atp_tune.results.outcome import study_remarks
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import read_config
-from atp_tune.storage import fingerprint, opening, progress
+from atp_tune.storage import fingerprint, opening
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -57,7 +58,7 @@ def test_another_number_format(began: Path, command: CommandLine) -> None:
     assert study is not None
     assert [trial.user_attrs["dtype"] for trial in study.trials] == ["float32", "float32", "bfloat16"]
     assert study.user_attrs["fingerprint"]["model.dtype"] == "float32"
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best is not None
     assert read_config(began / "tiny.best.json").model.dtype == best.user_attrs["dtype"]
     command("report", "--study", began / "tiny.toml", "--format", "json", "--out", began / "r.json")

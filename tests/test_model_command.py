@@ -30,6 +30,7 @@ from atp_tune.presets import (
     texts_from_hub,
     usual_texts,
 )
+from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
@@ -37,7 +38,7 @@ from atp_tune.spec.studyfile import StudyFile, load, tables
 from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.spec.writing import write_study
-from atp_tune.storage.progress import best_trial, counted, excess_of
+from atp_tune.storage.progress import counted
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
 

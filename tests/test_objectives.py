@@ -27,6 +27,7 @@ from atp_tune.events import TrialEnded
 from atp_tune.merging import merge
 from atp_tune.report import gather, write
 from atp_tune.results.best_config import best_config
+from atp_tune.results.goals import front_of
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import is_uniform
@@ -212,10 +213,10 @@ def test_the_front_of_any_values(seed: int) -> None:
     for _ in range(30):
         trial = study.ask()
         study.tell(trial, [trial.suggest_int(name, 1, 9) for name in "ab"])
-    found = progress.front_of(study)
+    found = front_of(study)
     assert {trial.number for trial in found} == naive_front(study.trials)
     assert [trial.values for trial in found] == sorted(trial.values for trial in found)
-    assert progress.front_of(optuna.create_study()) == []
+    assert front_of(optuna.create_study()) == []
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ from atp_tune.cost.parts import parts as parts_of
 from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
+from atp_tune.results.goals import front_of
 from atp_tune.results.trials import is_uniform
 from atp_tune.run.session import Session, Setup
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
-from atp_tune.storage.progress import counted, front_of
+from atp_tune.storage.progress import counted
 
 
 def test_a_study_is_foretold(place: Path) -> None:

@@ -28,6 +28,7 @@ from atp_tune.cli.runtime import quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.results.trials import allocation_of
 from atp_tune.run.observers import RoleScores
@@ -123,7 +124,7 @@ def test_attributes_of_the_study(done: Path) -> None:
     }  # fmt: skip
     assert attrs["sizes"] == [7680] * BLOCKS  # q, o: 32²; k, v: 16 · 32; three of 48 · 32
     assert len(attrs["dense"]) == 16
-    best = progress.best_trial(reopen(done))
+    best = best_trial(reopen(done))
     assert best
     assert best.number > 1
     uniform = {"wanda": "0", "magnitude": "1"}[best.params["pruner"]]
@@ -139,7 +140,7 @@ def test_attributes_of_the_study(done: Path) -> None:
 def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     """NLLs are compared window by window."""
     study = reopen(done)
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
     for trial in {t.number: t for t in (best, study.trials[1], wanda)}.values():
@@ -158,7 +159,7 @@ def test_the_dense_checkpoint_is_not_written_to(done: Path, tiny_place: Path) ->
 
 def test_the_best_configuration_is_written(done: Path) -> None:
     study, config = reopen(done), read_config(done / "tiny.best.json")
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     assert (config.study, config.trial) == ("tiny", best.number)
     assert config.scored("best", "validation")
@@ -244,7 +245,7 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
 def test_a_better_best_is_reported_too(done: Path) -> None:
     reports = reopen(done).user_attrs["test_nlls"]
     study = reopen(done)
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     trial = optuna.create_trial(
         value=1.0, params={**best.params, "beta": 0.01}, distributions=best.distributions, user_attrs=best.user_attrs
@@ -572,7 +573,7 @@ def test_another_name_lives_beside_it(done: Path) -> None:
     best = (done / "tiny.best.json").read_bytes()
     study = run(done, "sparsity=0.4", "search.trials=2", name="other")
     assert len(study.trials) == 2
-    assert progress.best_trial(study)
+    assert best_trial(study)
     assert len(reopen(done).trials) == 6
     assert (done / "tiny.best.json").read_bytes() == best
     assert read_config(done / "other.best.json").study == "other"
@@ -615,7 +616,7 @@ def test_plans_without_a_finite_perplexity_fail_and_the_study_ends(
     assert reasons[0]
     assert reasons[0].startswith("perplexity is ")
     assert "Hessian not finite" in str(reasons[2])
-    assert progress.best_trial(study) is None
+    assert best_trial(study) is None
     assert not (place / "tiny.best.json").exists()
     assert len(run(place, *overrides).trials) == 4
 
@@ -632,7 +633,7 @@ def test_a_hessian_that_cannot_be_inverted_fails_its_pruner_alone(place: Path, m
     for trial in failed:
         assert trial.state == TrialState.FAIL
         assert trial.user_attrs["failure"] == "Hessian not positive definite, even with damping 100"
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     assert best.params["pruner"] == "wanda"
     reports = set(study.user_attrs["test_nlls"])
@@ -737,7 +738,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     stopped = [t for t in study.trials if "stopped_after" in t.user_attrs]
     assert stopped
     assert states(study) == ["COMPLETE"] * 8
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     for trial in stopped:
         seen = trial.user_attrs["stopped_after"]
@@ -757,7 +758,7 @@ def test_hopeless_trials_are_stopped_and_never_the_best(place: Path, monkeypatch
     full = [t for t in study.trials if "stopped_after" not in t.user_attrs]
     for trial in full:
         assert trial.value == pytest.approx(same[trial.params["beta"]].value, rel=1e-6)
-    assert best.number == progress.best_trial(plain).number  # type: ignore[union-attr]
+    assert best.number == best_trial(plain).number  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
@@ -926,7 +927,7 @@ def test_the_papers_protocol_reports_the_search_text_without_measuring_again(pla
     events: list[Event] = []
     study = run(place, *GRID, "search.trials=5", watch=events.append)
     assert not [e for e in events if isinstance(e, TrialStarted) and e.title.startswith("test")]
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     reports = study.user_attrs["test_nlls"]
     assert reports.keys() >= {"dense", "0", str(best.number)}

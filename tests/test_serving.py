@@ -25,10 +25,11 @@ from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_f
 
 from atp_tune.dashboard.notes import OWN, with_own_words
 from atp_tune.errors import UserError
+from atp_tune.results.goals import best_trial
 from atp_tune.serving.servers import Served, Service, choose, serve
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
-from atp_tune.storage import opening, progress
+from atp_tune.storage import opening
 
 
 @dataclass
@@ -95,7 +96,7 @@ def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
     body = dashboard.study("tiny")["note"]["body"]
     study = opening.find_study(open_db(done), "tiny")
     assert study is not None
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best is not None
     assert body.startswith("## tiny: `model` at 50% sparsity")
     score = re.escape(f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}")

@@ -16,12 +16,13 @@ from tinystudy import quiet
 from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
+from atp_tune.results.goals import best_trial
 from atp_tune.storage import database, lost_trials, opening, process
 from atp_tune.storage.fingerprint import check_facts, create_study, is_new
 from atp_tune.storage.lost_trials import queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process import identity
-from atp_tune.storage.progress import START, best_trial, counted, is_repetition, is_surplus, running
+from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, running
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}

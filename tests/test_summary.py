@@ -18,11 +18,11 @@ from atp_tune.measures import TEXTS, perplexity
 from atp_tune.report import html, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results.best_config import best_config
+from atp_tune.results.goals import best_trial
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import summarise
 from atp_tune.results.tables import kinds
 from atp_tune.results.trials import is_uniform, uniform_of
-from atp_tune.storage import progress
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),
@@ -177,7 +177,7 @@ def test_a_real_study(done: Path) -> None:
 
 def test_the_configuration_of_the_best(done: Path, tmp_path: Path) -> None:
     file, study = study_file(done), stored(done)
-    best = progress.best_trial(study)
+    best = best_trial(study)
     assert best
     config = best_config(file, study, tmp_path / "out" / "best.json")
     assert (config.study, config.trial, config.seed) == ("tiny", best.number, 2)

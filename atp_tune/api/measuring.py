@@ -8,11 +8,11 @@ from atp_tune.events import Place, TrialStarted
 from atp_tune.metrics.speed import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 from atp_tune.search.final_scores import write_best
 from atp_tune.search.runner import StudyRun
 from atp_tune.spec.config import Config
-from atp_tune.storage import progress
 
 
 def is_unmeasured(run: StudyRun, study: optuna.Study) -> bool:
@@ -28,7 +28,7 @@ def measure_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
 
     What prevents it, such as a missing C compiler, is reported in one line, and ends no run.
     """
-    best = progress.best_trial(study)
+    best = best_trial(study)
     if best is None or not is_unmeasured(run, study):
         return
     try:

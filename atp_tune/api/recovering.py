@@ -10,6 +10,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
 from atp_tune.results.annotations import store
 from atp_tune.results.best_config import best_config
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 from atp_tune.results.trials import uniform_of
 from atp_tune.search.final_scores import write_best
@@ -17,7 +18,6 @@ from atp_tune.search.runner import StudyRun
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.studyfile import settings
-from atp_tune.storage import progress
 from atp_tune.storage.process import identity
 
 
@@ -36,7 +36,7 @@ def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = Non
 
     What prevents it, such as too little memory, is reported, and ends no run: the study is complete without.
     """
-    asked, best = run.file.study.recover, progress.best_trial(study)
+    asked, best = run.file.study.recover, best_trial(study)
     if asked is None or best is None or not is_pending(run, study):
         return
     if (made := settings(run.file)) != study.user_attrs.get("made_from"):

@@ -14,8 +14,8 @@ from atp_tune.api.lender import Lender
 from atp_tune.errors import UserError
 from atp_tune.measures import TEXTS
 from atp_tune.results.best_config import best_config
-from atp_tune.results.choosing import at_sparsity, within
 from atp_tune.results.formatting import method_of, texts_note
+from atp_tune.results.goals import goal_in
 from atp_tune.results.results import TRAINED, Model
 from atp_tune.results.stored import file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
@@ -91,7 +91,7 @@ class Result:
         from atp_tune.figures import draw
 
         drawn = draw(self.summary)
-        name = figure or ("points" if self.summary.interval else "perplexity")
+        name = figure or self.summary.goal.figures[0]
         if name not in drawn:
             has = ", ".join(drawn) or "none yet"
             raise UserError(f'plot: the study has no figure "{name}"; it has {has}')
@@ -154,9 +154,9 @@ class Result:
             raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
         with as_arguments():
             if sparsity is not None:
-                trial = at_sparsity(self.study, str(sparsity)).trial.number
+                trial = goal_in(self.study).nearest(str(sparsity)).trial.number
             elif limit := only_limit({key: None if value is None else str(value) for key, value in limits.items()}):
-                trial = within(self.study, limit).trial.number
+                trial = goal_in(self.study).sparsest(limit).trial.number
             return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     import optuna
 
-    from atp_tune.results.choosing import Choice
+    from atp_tune.results.goals import Choice
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
 
     `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
     """
-    from atp_tune.results.choosing import at_sparsity, within
+    from atp_tune.results.goals import goal_in
     from atp_tune.spec.typed import only_limit
     from atp_tune.storage.validation import StudySnapshot
 
@@ -53,9 +53,9 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
     if choice.trial is not None:
         return choice.trial
     if choice.sparsity is not None:
-        return _said(at_sparsity(study, choice.sparsity))
+        return _said(goal_in(study).nearest(choice.sparsity))
     if limit is not None:
-        return _said(within(study, limit))
+        return _said(goal_in(study).sparsest(limit))
     return _asked(study) if may_ask else None
 
 

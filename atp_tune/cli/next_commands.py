@@ -30,8 +30,8 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
     config, out = _from_here(best), next((free for free in names if not Path(free).exists()), name)
     study = ["--study", *study_words(summary, file)]
-    if summary.points and not summary.limit:
-        middle = summary.points[len(summary.points) // 2].sparsity
+    if points := summary.choices:
+        middle = points[len(points) // 2].sparsity
         second = ("another point", ["export", *study, "--sparsity", f"{middle:.4g}"])
     else:
         second = ("page with figures", ["report", *study])

@@ -16,15 +16,13 @@ from atp_tune.results import tables
 from atp_tune.results.formatting import (
     asked,
     continuations_note,
-    draws_note,
     duration,
     errors_of,
     in_one_line,
-    method_of,
     sizes_note,
     texts_note,
 )
-from atp_tune.results.outcome import draws_said, limit_of, outcome_of, study_remarks
+from atp_tune.results.outcome import limit_of, study_remarks
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform
@@ -37,15 +35,17 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
     console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
-    console.print(drawn(tables.overview(summary, "" if summary.interval else "trial")))
+    console.print(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         console.print(f"\n{drawn(kinds)}")
     console.print("\n" + "\n".join(_notes(summary)), style="dim")
     best = summary.best_trial
     if best is not None:
-        _show_best(summary, best)
-    if summary.front and not summary.interval:
-        console.print(f"\nPareto front\n\n{drawn(tables.front(summary))}\n")
+        console.print(summary.goal.outcome(summary))
+    if summary.choices:
+        console.print("`export` writes another point: --sparsity, --max-increase or --trial names it")
+    if front := tables.front(summary):
+        console.print(f"\nPareto front\n\n{drawn(front)}\n")
     _show_rest(summary)
     if (scores := summary.zero_shot) is not None and scores.mean:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
@@ -92,9 +92,9 @@ def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
     items = summary.results.unit
     what = "pruner" if summary.bits is None else "quantizer"
-    same = f"same {what}{' and sparsity' * bool(summary.interval)}, same {items}"
+    same = f"same {what}{summary.goal.same}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary) if summary.interval else draws_note(summary)]
+    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
     notes.append(texts_note(summary))
     if summary.results.data == "images":
         notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
@@ -105,22 +105,9 @@ def _notes(summary: Summary) -> list[str]:
     return [note for note in notes if note]
 
 
-def _show_best(summary: Summary, best: FrozenTrial) -> None:
-    """The best trial in words; of several that are equally good, how to choose another."""
-    if not summary.interval:
-        lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
-        console.print(f"best: trial {best.number}, {method_of(best)}{lowest}")
-        return
-    console.print(outcome_of(summary))
-    if not summary.limit:
-        console.print("`export` writes another point: --sparsity, --max-increase or --trial names it")
-    if over := draws_said(summary):
-        console.print(over)
-
-
 def _show_rest(summary: Summary) -> None:
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
-    if not summary.interval and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
+    if summary.goal.compares and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
         console.print("no trial is better than uniform")
     screening = summary.screening
     if screening is not None and not summary.trials:
@@ -141,7 +128,7 @@ def show_status(summary: Summary, file: StudyFile) -> None:
     console.print(trials_table(summary, summary.trials))
     found = (summary.results.score(trial, "validation") for trial in summary.trials)
     values = [score.value for score in found if score is not None]
-    if len(values) > 1 and not summary.interval:
+    if len(values) > 1 and summary.goal.compares:
         console.print(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
     show_summary(summary, file)
 

@@ -11,7 +11,7 @@ from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, plan_of, remark_of, wanted
-from atp_tune.results.outcome import against_uniform, limit_of, outcome_of, study_remarks
+from atp_tune.results.outcome import limit_of, study_remarks
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview
 from atp_tune.results.trials import is_uniform
@@ -44,7 +44,10 @@ def study_note(
     `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
     remarks = map(escaped, study_remarks(summary))
-    results = (_what(summary), table(overview(summary), GAP), _front(summary), _gain(summary), _state(summary))
+    fronts = f"Pareto front:\n\n{table(found, GAP)}" if (found := front(summary)) else ""
+    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.results.unit}."
+    gain = f"**{escaped(summary.goal.said(summary))}** {errors}"
+    results = (_what(summary), table(overview(summary), GAP), fronts, gain, _state(summary))
     parts = [*results, *remarks, _files(summary, address, files), _commands(summary, join)]
     return "\n\n".join(part for part in parts if part)
 
@@ -71,20 +74,6 @@ def _what(summary: Summary) -> str:
         f"better.{limit}",
     ]
     return "\n\n".join(line for line in lines if line)
-
-
-def _front(summary: Summary) -> str:
-    return f"Pareto front:\n\n{table(front(summary), GAP)}" if summary.front and not summary.interval else ""
-
-
-def _gain(summary: Summary) -> str:
-    if summary.best_trial is None:
-        return "No trial has a value yet."
-    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.results.unit}."
-    if summary.interval:
-        said = escaped(outcome_of(summary))
-        return f"**{said[:1].upper()}{said[1:]}.** {errors}"
-    return f"{against_uniform(summary) or 'No trial is better than uniform so far.'} {errors}"
 
 
 def _state(summary: Summary) -> str:

@@ -25,5 +25,5 @@ FIGURES = {
 
 def draw(summary: Summary) -> dict[str, go.Figure]:
     """The figures that have data, by name."""
-    drawn = {name: make(summary) for name, make in FIGURES.items()}
+    drawn = {name: FIGURES[name](summary) for name in summary.goal.figures}
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -30,7 +30,7 @@ BITS = "Bits of each block", "bits per weight, without scales"
 def draw_sparsity(summary: Summary) -> go.Figure | None:
     """Sparsity, or bits, against block, in steps; None while no trial has one."""
     best, uniform, second = best_of(summary), uniform_of(summary), second_of(summary)
-    shown = _along(summary) or [
+    shown = along(summary) or [
         ("best", best, BEST, "solid"),
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
@@ -48,9 +48,8 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         )  # fmt: skip
     if not figure.data:
         return None
-    made = None if summary.interval else summary.made_from
-    if uniform is None and made is not None:  # uniform would be the target in every block
-        target = made.study.bits if made.study.by_bits and made.study.bits else made.study.highest
+    target = summary.sparsity or summary.bits
+    if uniform is None and isinstance(target, float):  # uniform would be the target in every block
         level(figure, target, f"target {target:g}", INK, "dot")
     values = [value for trace in figure.data for value in trace.y]
     margin = max(0.02, 0.05 * (max(values) - min(values)))
@@ -64,7 +63,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
 def draw_error(summary: Summary) -> go.Figure | None:
     """Relative error after each block on a log axis; None while no trial has one."""
     best, uniform, worst = best_of(summary), uniform_of(summary), worst_of(summary)
-    shown = _along(summary) or [
+    shown = along(summary) or [
         ("best", best, BEST, "solid"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
         ("worst", None if worst == uniform else worst, WORST, "dot"),
@@ -86,19 +85,17 @@ def draw_error(summary: Summary) -> go.Figure | None:
     return figure.update_layout(legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5])
 
 
+def along(summary: Summary) -> list[tuple[str, FrozenTrial | None, str, str]]:
+    """Names and looks of the plans of a front, one for each sparsity; [] for other studies."""
+    return [
+        (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
+        for k, point in enumerate(summary.choices)
+    ]
+
+
 def _axis(summary: Summary) -> str:
     """The title of the axis of blocks, which says how many of them are of a vision tower."""
     return f"block (0 to {summary.in_tower - 1}: vision tower)" if summary.in_tower else "block"
-
-
-def _along(summary: Summary) -> list[tuple[str, FrozenTrial | None, str, str]]:
-    """Names and looks of the plans of a front, one for each sparsity; [] for other studies."""
-    if summary.limit or not summary.points:
-        return []
-    return [
-        (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
-        for k, point in enumerate(summary.points)
-    ]
 
 
 def _errors(trial: FrozenTrial) -> list[float | None]:

@@ -39,9 +39,9 @@ MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate":
 
 
 def draw_history(summary: Summary) -> go.Figure | None:
-    """The objective against the trial's number; None while none is measured, or over an interval of sparsities."""
+    """The objective against the trial's number; None while none is measured."""
     done = sorted(finite(summary.trials), key=lambda trial: trial.number)
-    if not done or summary.interval:  # values at different sparsities do not compare
+    if not done:
         return None
     seen = range_of(done, None, summary.results.main.is_higher_better)
     figure = new_figure("How the search went", "trial", axis_of(summary))
@@ -90,7 +90,7 @@ def draw_seconds(summary: Summary) -> go.Figure | None:
 def draw_front(summary: Summary) -> go.Figure | None:
     """KL against perplexity on the validation text; None with one of them or without a measured trial."""
     front = finite(list(summary.front))
-    if not front or summary.interval:
+    if not front:
         return None
     figure = new_figure("Perplexity and KL divergence", "", f"KL divergence, {validation(summary)}")
     figure.update_xaxes(axis(f"perplexity, {validation(summary)}"))

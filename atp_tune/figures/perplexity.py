@@ -59,9 +59,9 @@ class Panels:
 
 
 def draw_perplexity(summary: Summary) -> go.Figure | None:
-    """The objective on the validation text against β; None while none is measured, or over an interval of targets."""
+    """The objective on the validation text against β; None while none is measured."""
     done = finite(summary.trials)
-    if not done or summary.interval:  # the bounds of β depend on the sparsity
+    if not done:
         return None
     results, main = summary.results, summary.results.main
     known = results.score(DENSE, "validation", main)
@@ -101,7 +101,7 @@ def split(trials: list[FrozenTrial]) -> Panels:
 def bounds_of(summary: Summary) -> tuple[float, float] | None:
     """The admissible interval of β, if the study stores what it depends on."""
     study = summary.made_from.study if summary.made_from else None
-    if study is None or study.interval is not None or not summary.sizes:
+    if study is None or not summary.sizes:
         return None
     found = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
     return found if found[1] > 0 else None

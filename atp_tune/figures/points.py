@@ -33,10 +33,10 @@ def draw_points(summary: Summary) -> go.Figure | None:
     beside = map(summary.results.uniform, (point.trial for point in summary.points))
     around = {trial.number for trial in beside if trial is not None}
     uniform = _marks(summary, [trial for trial in summary.trials if trial.number in around])
-    found = [mark for mark in shown if not is_uniform(mark.trial)] if summary.limit else shown
+    found = shown if summary.choices else [mark for mark in shown if not is_uniform(mark.trial)]
     figure = new_figure(f"Sparsity and {summary.results.main.title}", "sparsity (%)", axis_of(summary))
     _add(figure, summary, uniform, "uniform", UNIFORM, "square", "dot")
-    _add(figure, summary, found, "searched" if summary.limit else "best at each sparsity", BEST, "circle", "solid")
+    _add(figure, summary, found, "best at each sparsity" if summary.choices else "searched", BEST, "circle", "solid")
     best = next((mark for mark in shown if summary.best_trial and mark.trial.number == summary.best_trial.number), None)
     if best is not None:
         figure.add_scatter(

@@ -6,11 +6,10 @@ from math import isfinite
 from optuna.trial import FrozenTrial
 
 from atp_tune.measures import PERPLEXITY
-from atp_tune.plan import method_in
 from atp_tune.results.formatting import plan_of
 from atp_tune.results.summary import Summary
 from atp_tune.results.trials import is_uniform, levels_of, uniform_among
-from atp_tune.storage.progress import ranked, values_of
+from atp_tune.storage.progress import ranked, sparsity_of, values_of
 
 
 def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -45,37 +44,35 @@ def off_scale(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def best_of(summary: Summary) -> FrozenTrial | None:
-    """The best trial."""
+    """The best trial, or the first that a figure can show."""
     shown = finite(summary.trials)
-    if summary.interval and summary.best_trial is not None:
-        return next((trial for trial in shown if trial.number == summary.best_trial.number), None)
-    return next(iter(shown), None)
+    return next((trial for trial in shown if trial == summary.best_trial), next(iter(shown), None))
 
 
 def uniform_of(summary: Summary) -> FrozenTrial | None:
-    """The first uniform trial of the best trial's pruner (and sparsity), as the summary has it."""
+    """The first uniform trial of the best trial's pruner and sparsity, as the summary has it."""
     best = best_of(summary)
-    if summary.interval:
-        return uniform_among(finite(summary.trials), best) if best else None
-    pruner = method_in(best.params) if best else None
-    found = (t for t in finite(summary.trials) if is_uniform(t) and method_in(t.params) == pruner)
-    return min(found, key=lambda trial: trial.number, default=None)
+    shown = sorted(finite(summary.trials), key=lambda trial: trial.number)
+    return uniform_among(shown, best) if best else None
 
 
 def second_of(summary: Summary) -> FrozenTrial | None:
-    """The best trial that is not uniform and has other sparsities than the best; None over an interval of targets."""
-    if summary.interval:
-        return None
+    """The best trial that is not uniform and has other sparsities than the best, with the same mean."""
     best = best_of(summary)
     levels = levels_of(best)
-    others = (t for t in finite(summary.trials) if t != best and not is_uniform(t))
-    return next((t for t in others if levels_of(t) not in (None, levels)), None)
+    others = (trial for trial in _beside_best(summary) if trial != best and not is_uniform(trial))
+    return next((trial for trial in others if levels_of(trial) not in (None, levels)), None)
 
 
 def worst_of(summary: Summary) -> FrozenTrial | None:
-    """The trial with the highest value, if there are several; None over an interval of targets."""
-    done = [] if summary.interval else finite(summary.trials)
+    """The trial with the highest value, if there are several with the target of the best."""
+    done = _beside_best(summary)
     return done[-1] if len(done) > 1 else None
+
+
+def _beside_best(summary: Summary) -> list[FrozenTrial]:
+    best = best_of(summary)
+    return [trial for trial in finite(summary.trials) if best and sparsity_of(trial) == sparsity_of(best)]
 
 
 def told(trial: FrozenTrial, summary: Summary) -> str:

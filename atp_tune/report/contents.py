@@ -12,10 +12,9 @@ import optuna
 import tomli_w
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.results.formatting import amount_of, draws_note, errors_of, spent, texts_note
-from atp_tune.results.outcome import against_uniform, draws_said, outcome_of, study_remarks
+from atp_tune.results.formatting import amount_of, errors_of, spent, texts_note
+from atp_tune.results.outcome import study_remarks
 from atp_tune.results.summary import Summary, summarise
-from atp_tune.results.trials import is_uniform
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of
@@ -50,8 +49,8 @@ class Contents:
         """The target as text: sparsity, with the interval in which the study searches, or bits; "" if not known."""
         if self.summary.bits is not None:
             return f"{self.summary.bits:g} bits"
-        target, interval = self.target, self.summary.interval
-        if interval is None:
+        target, interval = self.target, self.summary.sparsity
+        if not isinstance(interval, tuple):
             return "" if target is None else f"{target:g}"
         of = f"{interval[0]:g} to {interval[1]:g}"
         return of if target is None else f"{target:g} of {of}"
@@ -125,30 +124,21 @@ class Contents:
     @property
     def errors(self) -> str:
         """What ± means, the numbers over draws, if there are any, and the texts."""
-        draws = draws_said(self.summary) if self.summary.interval else draws_note(self.summary)
-        said = (f"± is the {errors_of(self.summary)}", draws, texts_note(self.summary))
+        summary = self.summary
+        said = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
         return "; ".join(part for part in said if part) + "."
 
     @property
     def verdict(self) -> str:
         """The change against uniform in one sentence, with the error of the difference where it is known."""
-        summary = self.summary
-        if summary.best_trial is None:
-            return "No trial has been measured yet."
-        if summary.interval:
-            said = outcome_of(summary)
-            return f"{said[:1].upper()}{said[1:]}."
-        if is_uniform(summary.best_trial):
-            return "No trial is better than uniform."
-        said = against_uniform(summary).replace(" ± ", "\u00a0±\u00a0")
-        return said or "Uniform has not been measured yet."
+        return self.summary.goal.said(self.summary).replace(" ± ", "\u00a0±\u00a0")
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    shares = {} if summary.interval else _importance(study, summary.trials)  # the sparsity would have nearly all
+    shares = _importance(study, summary.trials) if summary.goal.compares else {}  # the sparsity would have nearly all
     return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), shares, made)
 
 

@@ -65,10 +65,10 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
 
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
-    drawn = figures.draw(summary)
-    went = draw_history(summary)
+    found = figures.draw(summary)
+    went = draw_history(summary) if "perplexity" in found else None
     models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
-    made = _drawn({**drawn, **({"history": went} if went else {})})
+    made = _drawn({**found, **({"history": went} if went else {})})
     return {
         "id": f"study-{index + 1}",
         "contents": contents,
@@ -77,7 +77,7 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "headline": overview(summary),
         "scores": {name: summary.results.scores(model).get("perplexity") for name, model in models.items()},
         "kinds": kinds(summary),
-        "front": front(summary) if summary.front and not summary.interval else None,
+        "front": front(summary),
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
         "speed": tables.speed(summary.speed) if summary.speed else None,
         "continuations": tables.continuations(summary.continuations) if summary.continuations else None,

@@ -41,8 +41,8 @@ def _study(contents: Contents) -> list[str]:
         *([table(found)] if (found := kinds(summary)) else []),
         contents.errors + "".join(f" {by.note}" for by in summary.results.measures if by.note),
     ]
-    if summary.front and not summary.interval:
-        parts += ["## Pareto front", table(front(summary))]
+    if found := front(summary):
+        parts += ["## Pareto front", table(found)]
     if summary.zero_shot:
         made = tables.zero_shot(summary.zero_shot)
         parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]

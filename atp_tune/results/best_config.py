@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
 from atp_tune.results.annotations import with_attached
+from atp_tune.results.goals import best_trial
 from atp_tune.results.results import DENSE
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import (
@@ -23,7 +24,7 @@ from atp_tune.storage.validation import StudySnapshot
 def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
     """The configuration, to be written to `out`, of the best trial or of trial `number`; UserError without one."""
     study = StudySnapshot(study)
-    best = progress.best_trial(study)
+    best = best_trial(study)
     if number is not None and best is not None:
         best = next((trial for trial in progress.measured(study) if trial.number == number), None)
         if best is None:

@@ -1,9 +1,12 @@
 """Short texts about trials and studies, the same on the screen, in notes, figures and reports."""
 
+from __future__ import annotations
+
 import re
 import shlex
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -13,7 +16,6 @@ from atp_tune.extras import as_typed
 from atp_tune.measures import MEASURES, PERPLEXITY, error_over, reach_of
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import Plan, method_in, percent, shown
-from atp_tune.results.summary import Summary
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
@@ -21,6 +23,9 @@ from atp_tune.spec.study import Study
 from atp_tune.spec.texts import KINDS, MANUAL, MIXED, short_source
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
+
+if TYPE_CHECKING:
+    from atp_tune.results.summary import Summary
 
 DENSE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 

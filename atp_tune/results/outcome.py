@@ -1,19 +1,20 @@
 """What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from atp_tune.measures import ACCURACY, PERPLEXITY, Limit
 from atp_tune.plan import METHODS, percent
-from atp_tune.results.formatting import drawn_how, method_of
-from atp_tune.results.front import Point
-from atp_tune.results.results import DENSE, NOTHING
-from atp_tune.results.summary import Summary
+from atp_tune.results.results import NOTHING
 from atp_tune.results.trials import is_uniform
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Loss, RecoverConfig
-from atp_tune.spec.search import STEP
-from atp_tune.spec.typed import INCREASE, LIMIT
-from atp_tune.storage.progress import knee_of, ranked
+from atp_tune.storage.progress import ranked
+
+if TYPE_CHECKING:
+    from atp_tune.results.summary import Summary
 
 LOSSES: dict[Loss, str] = {
     "both": "by NLL and KL from the dense model",
@@ -39,17 +40,6 @@ def limit_of(limit: Limit) -> str:
     return f"{'KL' if name == 'kl' else name} {value:g}"
 
 
-def outcome_of(summary: Summary) -> str:
-    """The best point with its distance from dense and the limit, or without a limit the ends of the front.
-
-    "" for a study at one sparsity, or without a measured trial.
-    """
-    best = next((point for point in summary.points if point.is_best), None)
-    if best is None:
-        return ""
-    return _within(summary, best, summary.limit) if summary.limit else _front(summary, best)
-
-
 def against_uniform(summary: Summary) -> str:
     """How far the best is from uniform at one sparsity, over the items of a text and over draws; "" without both."""
     best, results, main = summary.best_trial, summary.results, summary.results.main
@@ -62,88 +52,6 @@ def against_uniform(summary: Summary) -> str:
         said += f" (± standard error over {results.unit}), and over {over.count} draws of the calibration "
         said += f"{results.data} {over.beside('it')} (± standard deviation between draws)"
     return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if found.is_chance else "")
-
-
-def draws_said(summary: Summary) -> str:
-    """The best plan over draws of the calibration text, over an interval of sparsities; "" without draws."""
-    over = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
-    if over is None or not summary.interval:
-        return ""
-    beside = f", {over.beside('uniform’s')}" if over.change else ""
-    return f"the best over {over.count} draws of the calibration text: {over}{beside} ({drawn_how(summary)})"
-
-
-def _within(summary: Summary, best: Point, limit: Limit) -> str:
-    key, words = next(iter(limit)), limit_of(limit)
-    name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
-    search, test = _measured(summary, best, key, "validation"), _measured(summary, best, key, "test")
-    data = summary.results.data
-    on_test = f"; on the test {data} {test}" if test else ""
-    on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
-    at_end = summary.interval is not None and abs(best.sparsity - summary.interval[best.is_within]) < STEP / 2
-    further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" if at_end else ""
-    if best.is_within:
-        return f"best: {name}{on_search}, within the limit of {words}{on_test}{further}"
-    return f"no trial is within the limit of {words}: the nearest is {name}{on_search}{on_test}{further}"
-
-
-def _measured(summary: Summary, point: Point, key: str, text: Role) -> str:
-    """What the limit bounds, on a text; "" if it is not measured."""
-    if key == "min_accuracy" and text == "validation":
-        accuracies = point.trial.user_attrs.get("accuracies", {})
-        return ", ".join(f"{task} {value:.1%} ± {stderr:.1%}" for task, (value, stderr) in accuracies.items())
-    results, trial = summary.results, point.trial
-    if key == "max_drop":
-        own, dense = (results.score(model, text, ACCURACY) for model in (trial, DENSE))
-        return f"accuracy {own}, dense {dense}" if own and dense else ""
-    if key == "max_increase":
-        change = results.change(DENSE, trial, on=text)
-        return str(change.change) if change else ""
-    return str(next((results.score(trial, text, by) for by in results.measures if key == f"max_{by.name}"), None) or "")
-
-
-def _front(summary: Summary, best: Point) -> str:
-    points = [point for point in summary.points if point.on_front]
-    ends = [f"{percent(point.sparsity)} ({_value(summary, point)})" for point in (points[0], points[-1])]
-    if len(points) == 1:
-        return f"Pareto front: one point, {ends[0]}"
-    changes = [summary.results.against_uniform(point.trial, summary.results.main) for point in points]
-    better = sum(
-        found is not None and summary.results.main.is_gain(found.change) and not found.is_chance for found in changes
-    )
-    gained = f"{better} of them beat uniform at the same sparsity by more than chance"
-    front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{_missing(summary)}"
-    name = f"trial {best.trial.number}, {percent(best.sparsity)} {method_of(best.trial)}"
-    return f"{front}; best: {name}, {_why(summary, best)}"
-
-
-def _why(summary: Summary, best: Point) -> str:
-    """Why this point of a front is its best."""
-    if knee_of(ranked(summary.trials), summary.results.main is PERPLEXITY):
-        return "the knee: it lies furthest below the line from the front’s first point to its last"
-    found, words = summary.results.change(DENSE, best.trial, on="validation"), limit_of(LIMIT)
-    is_within = found is not None and found.change.value + found.change.stderr <= INCREASE
-    return f"the {'sparsest within' if is_within else 'nearest to'} {words}"
-
-
-def _missing(summary: Summary) -> str:
-    """What is said where the total leaves out sparsities that the screening was to confirm."""
-    screen = summary.made_from.study.search.screen if summary.made_from else None
-    measured = {trial.params["sparsity"] for trial in summary.trials if trial.values and "sparsity" in trial.params}
-    if screen is None or summary.interval is None or summary.total is None or summary.done < summary.total:
-        return ""
-    low, high = summary.interval
-    wanted = min(screen.confirm, 1 + round((high - low) / STEP))
-    if len(measured) >= wanted:
-        return ""
-    return f"; {len(measured)} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
-
-
-def _value(summary: Summary, point: Point) -> str:
-    """The measure that the study minimises, on the validation text."""
-    main = summary.results.main
-    found = summary.results.score(point.trial, "validation", main)
-    return f"{main.column} {found.alone if found else 'not known'}"
 
 
 def study_remarks(summary: Summary) -> list[str]:
@@ -216,7 +124,7 @@ def sign_of_beta(summary: Summary) -> str:
     """
     results, main = summary.results, summary.results.main
     done = [trial for trial in ranked(summary.trials) if trial.params.get("beta") and not is_uniform(trial)]
-    if summary.interval or not done or ACCURACY not in results.measures:
+    if not summary.goal.compares or not done or ACCURACY not in results.measures:
         return ""
     better = done[0]
     same = [trial for trial in done if all(trial.params.get(key) == better.params.get(key) for key in METHOD)]

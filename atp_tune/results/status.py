@@ -19,7 +19,7 @@ from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of
-from atp_tune.results.front import Point
+from atp_tune.results.goals import Point
 from atp_tune.results.outcome import sign_of_beta
 from atp_tune.results.results import DENSE, Model
 from atp_tune.results.results import Against as Change

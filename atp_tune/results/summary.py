@@ -17,11 +17,10 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import answers_of, attached, speed_of
-from atp_tune.results.front import Point, points_of
+from atp_tune.results.goals import AtSparsity, Point, best_trial, front_of, goal_in
 from atp_tune.results.results import DENSE, Model, Results
 from atp_tune.results.trials import (
     allocation_of,
-    best_of_each,
     is_uniform,
     uniform_of,
     uniforms_of,
@@ -59,7 +58,7 @@ class Summary:
     over_draws    test perplexity over draws of the calibration text by trial
     dense_bytes   of all weights of the dense model in its files; None in studies of earlier versions
     front         with two objectives, the trials of the Pareto front
-    points        over an interval of sparsities, the trials to choose from; see `results.front`
+    points        over an interval of sparsities, the trials to choose from; see `results.goals`
     limit         of quality, if the study finds the sparsest plan within it
     zero_shot, speed  measurements of the best trial by `evaluate` and `speedup`
     continuations     of prompts, by dense, uniform and the best trial of each allocation
@@ -80,6 +79,7 @@ class Summary:
     best_trial: FrozenTrial | None
     ranks: list[FrozenTrial]
     results: Results
+    goal: AtSparsity
     made_from: StudyFile | None
     sizes: tuple[int, ...]
     uniforms: list[FrozenTrial]
@@ -110,9 +110,9 @@ class Summary:
         return f"<Summary {self.name}: {self.done} of {self.total} trials>"
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """The interval of sparsities in which the study searches; None at one sparsity."""
-        return self.sparsity if isinstance(self.sparsity, tuple) else None
+    def choices(self) -> Sequence[Point]:
+        """The points that are as good as the best."""
+        return self.points if self.goal.is_open else ()
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -144,19 +144,20 @@ class Summary:
 def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
     study = StudySnapshot(study)
-    best = progress.best_trial(study)
+    goal, best = goal_in(study), best_trial(study)
     facts, trials = study.user_attrs.get("fingerprint", {}), study.get_trials(deepcopy=False)
-    found = attached(study, best.number) if best else {}
+    found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
     recovered = Recovered.model_validate(found["recovered"]) if "recovered" in found else None
     return Summary(
         name=study.study_name,
-        sparsity=progress.interval_of(study) or facts.get("sparsity"),
+        sparsity=tuple(target) if isinstance(target, list) else target,
         trials=trials,
         total=study.user_attrs.get("total"),
         done=progress.counted(study),
         best_trial=best,
-        ranks=best_of_each(study),
+        ranks=goal.leaders(),
         results=Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered),
+        goal=goal,
         made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
@@ -166,14 +167,14 @@ def summarise(study: optuna.Study) -> Summary:
         gp_posterior=study.user_attrs.get("gp_posterior"),
         unlike=_unlike(study),
         screening=_screening(study),
-        front=progress.front_of(study),
+        front=front_of(study),
         zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
         speed=speed_of(study, best.number) if best else None,
         continuations=Continuations.model_validate(found["continuations"]) if "continuations" in found else None,
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
-        points=points_of(study),
+        points=goal.points(),
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
@@ -237,7 +238,7 @@ def _is_complete(study: optuna.Study) -> bool:
     total = study.user_attrs.get("total")
     if total is None or progress.counted(study) < total or progress.running(study):
         return False
-    return progress.best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+    return best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
 
 
 def _draws_of(study: optuna.Study) -> int:
@@ -254,14 +255,14 @@ def unreported(study: optuna.Study) -> list[str]:
     if is_screening(study):
         return []
     found = study.user_attrs.get("test_nlls", {})
-    return [name for name in ("dense", *_compared(study)) if name not in found]
+    return [name for name in ("dense", *goal_in(study).compared()) if name not in found]
 
 
 def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
     """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
-    names, found = _redrawn(study), _drawn(study, draws)
+    names, found = goal_in(study).redrawn(), _drawn(study, draws)
     return [(draw, name) for draw in range(draws) for name in names if str(draw) not in found.get(name, {})]
 
 
@@ -285,26 +286,9 @@ def final_numbers(study: optuna.Study) -> int:
     return len(study.user_attrs.get("test_nlls", {})) + sum(len(row) for table in tables for row in table.values())
 
 
-def _compared(study: optuna.Study) -> list[str]:
-    """Numbers of each allocation's best trial and its uniform trial; over an interval of sparsities, of the front's."""
-    ranked = best_of_each(study)
-    if progress.interval_of(study) is None:
-        ranked = [trial for trial in ranked if trial is ranked[0] or not is_uniform(trial)]
-    trials = [trial for best in ranked for trial in (uniform_of(study, best), best) if trial is not None]
-    return list(dict.fromkeys(str(trial.number) for trial in trials))
-
-
-def _redrawn(study: optuna.Study) -> list[str]:
-    """Numbers of the trials that other draws prune too: over an interval of sparsities, the best and its uniform."""
-    if progress.interval_of(study) is None:
-        return _compared(study)
-    best = progress.best_trial(study)
-    return list(dict.fromkeys(str(trial.number) for trial in (uniform_of(study, best), best) if trial is not None))
-
-
 def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     """The reported trials over the draws of the calibration text with which all of them are measured."""
-    names, count = _redrawn(study), _draws_of(study)
+    names, count = goal_in(study).redrawn(), _draws_of(study)
     draws = _drawn(study, count)
     measured = {name: draws[name] for name in names if name in draws}
     if not measured or len(measured) < len(names):

@@ -3,19 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 from optuna.trial import FrozenTrial
 
 from atp_tune.measures import PERPLEXITY, TEXTS
-from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
     amount_of,
     column,
     dense_amount,
     dense_speed,
-    drawn,
     has_bytes,
     megabytes,
     method_of,
@@ -25,11 +22,10 @@ from atp_tune.results.formatting import (
     spent,
     stored_as,
 )
+from atp_tune.results.goals import Column
 from atp_tune.results.results import DENSE, NOTHING, TRAINED, Model
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform
-
-Column: TypeAlias = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
+from atp_tune.storage.progress import sparsity_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,9 @@ def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | N
 
 def overview(summary: Summary, hidden: str = "") -> Table:
     """Dense, uniform and the best of each allocation; over an interval dense and the points. `hidden`: a column."""
-    shown = summary.uniforms + [trial for trial in summary.ranks if not is_uniform(trial)]
-    if summary.interval:
-        shown = [point.trial for point in summary.points]
     trained: list[Model] = [TRAINED] * (summary.results.trained is not None)
     columns = [each for each in (*_plan(summary), *_measured(summary), *_sizes(summary)) if each[0] != hidden]
-    return table_of(columns, [DENSE, *shown, *trained], summary.best_trial, "method", "limit")
+    return table_of(columns, [DENSE, *summary.goal.rows(summary), *trained], summary.best_trial, "method", "limit")
 
 
 def _plan(summary: Summary) -> Iterator[Column]:
@@ -73,7 +66,8 @@ def _plan(summary: Summary) -> Iterator[Column]:
         trial = trial_of(model)
         if trial is None:
             return dense_amount(summary)
-        return percent(trial.params["sparsity"]) if summary.interval else amount_of(trial, summary) or None
+        target = sparsity_of(trial)
+        return amount_of(trial, summary) or None if target is None else percent(target)
 
     yield "method", method
     yield "trial", lambda model: "" if isinstance(model, str) else model.number
@@ -82,37 +76,14 @@ def _plan(summary: Summary) -> Iterator[Column]:
 
 def _measured(summary: Summary) -> Iterator[Column]:
     """By measure the scores on both texts and the change from uniform with the same pruner; also over draws."""
-    results, count = summary.results, drawn(summary)
-
-    def beside(model: Model) -> str | None:
-        uniform = None if isinstance(model, str) or is_uniform(model) else results.uniform(model)
-        if isinstance(model, str) or uniform is None:
-            return None
-        on = results.on(uniform, model)
-        return f"{results.score(uniform, on) or NOTHING}{' (validation)' * (on == 'validation')}"
-
-    def over(model: Model) -> OverDraws | None:
-        return None if isinstance(model, str) else summary.over_draws.get(model.number)
-
+    results = summary.results
     for measure in results.measures:
         for text in TEXTS:
             yield f"{text} {measure.column}", partial(results.shown, text=text, measure=measure)
-        if measure is PERPLEXITY and summary.interval:
-            if summary.limit:  # it holds on the validation text, and uniform has rows of its own
-                yield (
-                    "against dense, validation",
-                    lambda m: (
-                        None if m == DENSE else (found := results.change(DENSE, m, on="validation")) and found.change
-                    ),
-                )
-            else:
-                yield "uniform", beside
-                yield "against dense", lambda m: None if m == DENSE else results.change(DENSE, m)
-        name = "" if measure is PERPLEXITY else f"{measure.column} "
-        yield f"{name}against uniform", partial(results.against_uniform, measure=measure)
-        if measure is PERPLEXITY and count and not summary.interval:
-            yield f"perplexity, {count} draws", over
-            yield f"against uniform, {count} draws", lambda m: (found := over(m)) and (found.changed or None)
+        if measure is PERPLEXITY:
+            yield from summary.goal.columns(summary)
+        else:
+            yield f"{measure.column} against uniform", partial(results.against_uniform, measure=measure)
 
 
 def _sizes(summary: Summary) -> Iterator[Column]:
@@ -132,7 +103,7 @@ def _sizes(summary: Summary) -> Iterator[Column]:
         yield stored_as(summary), size
     if dense is not None:
         yield f"{rate_unit(summary)}/s", rate
-    if summary.limit:
+    if any(point.excess is not None for point in summary.points):
         yield "limit", lambda m: "" if isinstance(m, str) else "within" if points[m.number].is_within else "beyond"
 
 
@@ -155,9 +126,11 @@ def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Tabl
     return table_of(columns, summary.trials if shown is None else shown, best, "state", "plan", "remark")
 
 
-def front(summary: Summary) -> Table:
-    """The trials of the Pareto front of two objectives, on the validation text."""
+def front(summary: Summary) -> Table | None:
+    """The trials of the Pareto front of two objectives, on the validation text; None where points are shown instead."""
     results = summary.results
+    if summary.points or not summary.front:
+        return None
     columns: list[Column] = [
         ("trial", lambda m: None if isinstance(m, str) else m.number),
         ("method", lambda m: None if isinstance(m, str) else method_of(m)),

@@ -66,19 +66,3 @@ def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
     return method_in(trial.params), progress.sparsity_of(trial)
-
-
-def best_of_each(study: optuna.Study) -> list[FrozenTrial]:
-    """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform.
-
-    Over an interval of sparsities, where trials at different sparsities do not compare: the best trial, and without a
-    limit the others of the Pareto front.
-    """
-    if progress.interval_of(study) is not None:
-        leading = progress.best_trial(study)
-        front = [] if study.user_attrs.get("limit") else progress.front_of(study)
-        return [leading, *(trial for trial in front if trial.number != leading.number)] if leading else []
-    best: dict[str, FrozenTrial] = {}
-    for trial in progress.measured(study):
-        best.setdefault(allocation_of(trial), trial)
-    return list(best.values())

@@ -21,11 +21,12 @@ from atp_tune.measures import MEASURES
 from atp_tune.metrics.continuations import NAMES, PROMPTS
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.best_config import best_config
+from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.summary import fits_anew, undrawn, unreported
-from atp_tune.results.trials import allocation_of, best_of_each, is_uniform, uniform_of
+from atp_tune.results.trials import allocation_of, is_uniform, uniform_of
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
-from atp_tune.storage import fingerprint, progress
+from atp_tune.storage import fingerprint
 from atp_tune.storage.process import identity, is_alive
 from atp_tune.storage.validation import TRIAL, checked
 
@@ -99,13 +100,13 @@ class FinalScores:
         from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
 
         study, context, spec = self.study, self.context, self.run.file.study
-        asked, best = spec.continuations, progress.best_trial(study)
+        asked, best = spec.continuations, best_trial(study)
         uniform = uniform_of(study, best)
         if best is None or uniform is None or not asked.tokens:
             return {}, None
         if CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None:
             return {}, None
-        ranked = [] if spec.interval else best_of_each(study)
+        ranked = goal_in(study).rivals()
         others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
         names = {"dense": "dense", **{row: name for row, name in others.items() if name not in NAMES}}
         names |= {str(best.number): "best", str(uniform.number): "uniform"}
@@ -126,7 +127,7 @@ class FinalScores:
             if name in shown.wanted:
                 self._pass(row, f"continuations: {name}", [shown], name)
         shown.repeat("best", "uniform")  # one trial may be both
-        best, found = progress.best_trial(self.study), shown.result()
+        best, found = best_trial(self.study), shown.result()
         if found and best:
             key = CONTINUATIONS if self.run.file.study.images is None else ANSWERS
             store(self.study, key, best.number, found.model_dump(mode="json"))
@@ -219,7 +220,7 @@ def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None
 
 def write_best(run: "StudyRun", study: optuna.Study) -> None:
     """Writes the best configuration unless the file has it: the last run may have been killed before it wrote."""
-    if not run.writes or progress.best_trial(study) is None:
+    if not run.writes or best_trial(study) is None:
         return
     out = run.file.best_of(run.name)
     with alone_with(out):

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.allocations import Budget
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
+from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.results.trials import is_uniform, uniform_of
 from atp_tune.search.samplers import make_sampler, wait_for_earlier
 from atp_tune.search.screening import confirmed
@@ -190,7 +191,7 @@ class WithinLimit(OverInterval):
 
     def _leader(self, study: optuna.Study) -> Params | None:
         """The uniform point that beats the model's at the highest sparsity where both are measured, if it does."""
-        excesses = {trial.number: progress.excess_of(study, trial) for trial in progress.measured(study)}
+        excesses = {trial.number: excess_of(study, trial) for trial in progress.measured(study)}
         pairs = [
             (trial, uniform)
             for trial in progress.measured(study)
@@ -207,7 +208,7 @@ class WithinLimit(OverInterval):
         for trial in study.get_trials(deepcopy=False):
             sparsity = progress.sparsity_of(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
-                excess = progress.excess_of(study, trial)
+                excess = excess_of(study, trial)
                 found[sparsity] = min(excess, found.get(sparsity, math.inf))
         return found
 
@@ -285,7 +286,7 @@ class WithinLimit(OverInterval):
 
     def _missing_uniform(self, study: optuna.Study) -> Params | None:
         """The uniform point at the best trial's sparsity, unless it is measured, has failed, or is being measured."""
-        best = progress.best_trial(study)
+        best = best_trial(study)
         if best is None or is_uniform(best) or uniform_of(study, best) is not None:
             return None
         points = self.space.uniform(progress.sparsity_of(best))

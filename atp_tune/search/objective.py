@@ -31,6 +31,7 @@ from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import Estimate, divergence, error_rate, perplexity
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
+from atp_tune.results.goals import best_trial
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
@@ -41,7 +42,7 @@ from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process import identity, versions
-from atp_tune.storage.progress import best_trial, counts
+from atp_tune.storage.progress import counts
 
 Kind = Literal["nlls", "kls", "misses"]  # what trials are compared by, window by window
 

@@ -18,6 +18,7 @@ from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
 from atp_tune.paths import check_writable
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.goals import Screened, goal_of
@@ -162,7 +163,7 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 
     Not with another limit than the study's: then another trial may be the best.
     """
-    sizes, best = study.user_attrs.get("sizes"), progress.best_trial(study)
+    sizes, best = study.user_attrs.get("sizes"), best_trial(study)
     if sizes is None or progress.running(study) or _has_other_limit(study, file):
         return False
     total = goal_of(file.study, Budget(file.study.highest, tuple(sizes))).total

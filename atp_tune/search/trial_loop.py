@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.formatting import loss_of
+from atp_tune.results.goals import goal_in
 from atp_tune.results.results import Results
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.termination import GAIN, should_terminate
@@ -95,7 +96,7 @@ def _optimise(
 
     def ended(study: optuna.Study, trial: FrozenTrial) -> None:
         trials = recover_lost(run, study)  # read once: reading a long study costs time at each short trial
-        best, done = progress.best_of(study, trials), sum(map(progress.counts, trials))
+        best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
             objectives = objectives_of(study.user_attrs.get("fingerprint", {}))

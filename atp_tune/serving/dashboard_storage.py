@@ -22,8 +22,9 @@ from atp_tune.dashboard.parts import PREFIX
 from atp_tune.dashboard.publishing import attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
+from atp_tune.results.goals import best_trial, front_of
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, lost_trials, opening, progress
+from atp_tune.storage import artifacts, lost_trials, opening
 from atp_tune.storage.database import Database, reason_of, without_password
 from atp_tune.storage.opening import open_database
 from atp_tune.storage.validation import ValidatedStudy
@@ -186,8 +187,8 @@ class Maintenance:
 
     def _attach(self, study: optuna.Study) -> bool:
         """Attaches best configuration and report if best trial, front or final numbers changed; whether it did."""
-        best = progress.best_trial(study)
-        front = [trial.number for trial in progress.front_of(study)]
+        best = best_trial(study)
+        front = [trial.number for trial in front_of(study)]
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False

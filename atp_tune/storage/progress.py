@@ -1,6 +1,5 @@
 """A study's progress: its measured trials in order, the best, and the trials that count towards its total."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,10 +7,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.measures import Limit, excess, knee
-from atp_tune.spec.typed import LIMIT
 from atp_tune.storage.lost_trials import is_double, is_given_up
-from atp_tune.storage.validation import readable
 
 START = "start"  # attribute of the trials that a study queues before its search
 
@@ -41,76 +37,9 @@ def values_of(trial: FrozenTrial) -> list[float]:
     return trial.values or []
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The best of the measured trials, if there is one."""
-    return best_of(study, study.get_trials(deepcopy=False))
-
-
-def best_of(study: optuna.Study, trials: Iterable[FrozenTrial], limit: Limit | None = None) -> FrozenTrial | None:
-    """The best of these trials: the lowest first value, over an interval the knee, or the sparsest within a limit.
-
-    `limit`: instead of the study's; `LIMIT` where there is no knee. If no trial is within it, the one with the smallest
-    excess.
-    """
-    done, limit = ranked(trials), limit or study.user_attrs.get("limit")
-    if limit is None and interval_of(study) is None:
-        return next(iter(done), None)
-    of_logs = study.user_attrs.get("fingerprint", {}).get("search.objective") not in (["kl"], ["accuracy"])
-    if limit is None and (at_knee := knee_of(done, of_logs)) is not None:
-        return at_knee
-    limit = limit or LIMIT
-    found = {trial.number: excess_of(study, trial, limit) for trial in done}
-    inside = [trial for trial in done if found[trial.number] <= 0]
-    if inside:
-        return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
-    return min(done, key=lambda trial: found[trial.number], default=None)
-
-
-def knee_of(trials: Iterable[FrozenTrial], of_logs: bool) -> FrozenTrial | None:
-    """The knee of the front of ranked trials over sparsity, None without one.
-
-    `of_logs`: their first values are perplexities, whose logs count, in nats as KL does.
-    """
-    front, lowest = list[FrozenTrial](), math.inf
-    for trial in sorted(trials, key=lambda trial: sparsity_of(trial) or 0.0, reverse=True):
-        if values_of(trial)[0] < lowest and (values_of(trial)[0] > 0 or not of_logs):
-            front, lowest = [trial, *front], values_of(trial)[0]
-    values = [values_of(trial)[0] for trial in front]
-    found = knee(
-        [
-            (sparsity_of(trial) or 0.0, math.log(value) if of_logs else value)
-            for trial, value in zip(front, values, strict=True)
-        ]
-    )
-    return None if found is None else front[found]
-
-
-def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
-    """How far a trial is beyond the study's limit, or this one: see `measures.excess`; infinite if not known."""
-    limit, dense = limit or study.user_attrs["limit"], study.user_attrs.get("dense")
-    own = trial.user_attrs
-    ranks = study.user_attrs.get("dense_ranks"), own.get("ranks")
-    found = excess(limit, dense, own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks)
-    return math.inf if found is None else found
-
-
-def interval_of(study: optuna.Study) -> tuple[float, float] | None:
-    """The interval of sparsities in which a study searches; None for a study at one sparsity."""
-    found = study.user_attrs.get("fingerprint", {}).get("sparsity")
-    return (found[0], found[1]) if isinstance(found, list) and len(found) == 2 else None
-
-
 def sparsity_of(trial: FrozenTrial) -> float | None:
     """The target sparsity that a trial drew; None in a study at one sparsity."""
     return trial.params.get("sparsity")
-
-
-def front_of(study: optuna.Study) -> list[FrozenTrial]:
-    """The Pareto front of a study of several objectives, the lowest perplexity first; [] for one objective."""
-    if len(study.directions) == 1:
-        return []
-    with readable(study.study_name):
-        return [trial for trial in ranked(study.best_trials) if "repeats" not in trial.user_attrs]
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -121,9 +121,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     stored, name = stored_study(file, options.study_name), options.study_name or file.name
     place = options.device or "auto"
     file, found = file_as_run(stored, file), summarise(stored)
-    trials = [point.trial for point in found.points if point.speed is None]
-    if not found.interval:
-        trials = [found.best_trial] if found.best_trial else []
+    trials = found.goal.timed(found)
     with quiet(), Display() as display:
         from atp_tune.results.annotations import attach
         from atp_tune.speed.benchmark import check, default_engine, measure

@@ -1,0 +1,466 @@
+"""What a study seeks, as it is stored: its best trial, the points to choose from, what is reported, and how it went.
+
+`search.goals` has the half that the search needs. Points are plans of a study over an interval of sparsities, each
+beside dense and uniform at the same sparsity. Without a limit they are the Pareto front of sparsity and perplexity (or
+KL), and the best plan at each other sparsity where uniform is measured too; with one, all plans that were measured in
+full, each within the limit or beyond it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from atp_tune.errors import UserError
+from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
+from atp_tune.metrics.speed import Speed
+from atp_tune.plan import percent
+from atp_tune.results.annotations import speed_of
+from atp_tune.results.formatting import drawn, drawn_how, draws_note, method_of
+from atp_tune.results.outcome import against_uniform, limit_of
+from atp_tune.results.results import DENSE, NOTHING, Model
+from atp_tune.results.trials import allocation_of, is_uniform, uniform_of
+from atp_tune.spec.search import STEP
+from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity
+from atp_tune.storage.fingerprint import objectives_of
+from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of
+from atp_tune.storage.validation import readable
+
+if TYPE_CHECKING:
+    from atp_tune.results.summary import Summary
+
+Column: TypeAlias = tuple[str, Callable[[Model], object]]  # head, and cell of a model; None is a dash
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial at its target sparsity.
+
+    excess       over the study's limit, see `measures.excess`; None without a limit
+    is_best      it is the study's best trial
+    on_front     no other trial is both sparser and better
+    packed_bytes  of all weights in a packed folder; None for trials of earlier versions
+    speed        what `speedup` measured; None without
+    """
+
+    trial: FrozenTrial
+    sparsity: float
+    excess: float | None
+    is_best: bool
+    on_front: bool = True
+    packed_bytes: int | None = None
+    speed: Speed | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it is within the study's limit."""
+        return self.excess is not None and self.excess <= 0
+
+    @property
+    def name(self) -> str:
+        """The trial with its sparsity and method."""
+        return f"trial {self.trial.number}, {percent(self.sparsity)} {method_of(self.trial)}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A trial, and why it was chosen."""
+
+    trial: FrozenTrial
+    why: str
+
+    def __str__(self) -> str:
+        at = percent(self.trial.params["sparsity"])
+        return f"trial {self.trial.number}, {at} {method_of(self.trial)}: {self.why}"
+
+
+@dataclass(frozen=True)
+class AtSparsity:
+    """The best plan at one sparsity, or one number of bits.
+
+    compares  values of all trials compare, which those at different sparsities do not
+    figures   names of those that show it
+    same      what the best has of uniform, beside its method; `hidden`: a column that its table needs not
+    is_open   all points are as good as the best: a person chooses
+    """
+
+    compares: ClassVar[bool] = True
+    figures: ClassVar[Sequence[str]] = ("perplexity", "front", "sparsity", "error", "seconds")
+    same: ClassVar[str] = ""
+    hidden: ClassVar[str] = "trial"
+    is_open: ClassVar[bool] = False
+
+    study: optuna.Study
+
+    def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+        """The best of these trials: the lowest first value."""
+        return next(iter(ranked(trials)), None)
+
+    def rivals(self) -> list[FrozenTrial]:
+        """The best trial of each allocation, the best first; a trial with equal sparsities counts as uniform."""
+        best: dict[str, FrozenTrial] = {}
+        for trial in measured(self.study):
+            best.setdefault(allocation_of(trial), trial)
+        return list(best.values())
+
+    def leaders(self) -> list[FrozenTrial]:
+        """The trials that lead, the best first."""
+        return self.rivals()
+
+    def compared(self) -> list[str]:
+        """Numbers of the trials with final scores: each leader and its uniform trial."""
+        first, rest = self.leaders()[:1], self.leaders()[1:]
+        return self._with_uniform([*first, *(trial for trial in rest if not is_uniform(trial))])
+
+    def redrawn(self) -> list[str]:
+        """Numbers of the trials that other draws of the calibration text prune too."""
+        return self.compared()
+
+    def _with_uniform(self, trials: Iterable[FrozenTrial]) -> list[str]:
+        both = [trial for best in trials for trial in (uniform_of(self.study, best), best) if trial is not None]
+        return list(dict.fromkeys(str(trial.number) for trial in both))
+
+    def points(self) -> list[Point]:
+        """The points by sparsity, the lowest first; [] at one sparsity."""
+        return []
+
+    def timed(self, summary: "Summary") -> list[FrozenTrial]:
+        """The trials that `speedup` is to measure."""
+        return [summary.best_trial] if summary.best_trial else []
+
+    def nearest(self, asked: Any) -> Choice:
+        """The trial of the front that is nearest to a sparsity, as typed; UserError for one that the study has not."""
+        only = self.study.user_attrs.get("fingerprint", {}).get("sparsity")
+        at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
+        name = f"study {self.study.study_name}"
+        raise UserError(f"{name}: measures plans {at}; choose one of its trials with --trial N")
+
+    sparsest = nearest  # within a limit; UserError if no trial is, or if the study lacks the numbers
+
+    def rows(self, summary: "Summary") -> list[FrozenTrial]:
+        """The trials in the table of results, below dense."""
+        return summary.uniforms + [trial for trial in summary.ranks if not is_uniform(trial)]
+
+    def columns(self, summary: "Summary") -> Iterator[Column]:
+        """Columns of changes of the perplexity, also over draws."""
+        count = drawn(summary)
+        yield "against uniform", summary.results.against_uniform
+        if count:
+            over = summary.over_draws
+            yield f"perplexity, {count} draws", lambda m: None if isinstance(m, str) else over.get(m.number)
+            yield (
+                f"against uniform, {count} draws",
+                lambda m: None if isinstance(m, str) or m.number not in over else over[m.number].changed or None,
+            )
+
+    def draws(self, summary: "Summary") -> str:
+        """What the numbers over draws of the calibration text are; "" without draws."""
+        return draws_note(summary)
+
+    def outcome(self, summary: "Summary") -> str:
+        """The best trial in words; "" without one."""
+        if summary.best_trial is None:
+            return ""
+        lowest = ", the lowest perplexity of the front; `export --trial N` takes another" if summary.front else ""
+        return f"best: trial {summary.best_trial.number}, {method_of(summary.best_trial)}{lowest}"
+
+    def said(self, summary: "Summary") -> str:
+        """How it went, in sentences."""
+        if summary.best_trial is None:
+            return "No trial has been measured yet."
+        if is_uniform(summary.best_trial):
+            return "No trial is better than uniform."
+        return against_uniform(summary) or "Uniform has not been measured yet."
+
+
+@dataclass(frozen=True)
+class OverInterval(AtSparsity):
+    """The front over an interval of sparsities; its best is at the knee."""
+
+    compares = False
+    figures = ("points", "sparsity", "error", "seconds")
+    same = " and sparsity"
+    hidden = ""
+    is_open = True
+
+    interval: Interval
+    limit: Limit = field(default_factory=lambda: LIMIT)  # where there is no knee
+
+    def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+        """The knee of the front, without one the sparsest within `LIMIT`."""
+        done = ranked(trials)
+        at_knee = self._knee(done)
+        return self._within(done, self.limit) if at_knee is None else at_knee
+
+    @property
+    def _of_logs(self) -> bool:
+        """Whether first values are perplexities, whose logs count, in nats as KL does."""
+        return objectives_of(self.study.user_attrs.get("fingerprint", {}))[0] == PERPLEXITY.name
+
+    def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
+        """The knee of the front of ranked trials over sparsity; None without one."""
+        front, lowest = list[FrozenTrial](), math.inf
+        for trial in sorted(done, key=lambda trial: sparsity_of(trial) or 0.0, reverse=True):
+            value = values_of(trial)[0]
+            if value < lowest and (value > 0 or not self._of_logs):
+                front, lowest = [trial, *front], value
+        values = (values_of(trial)[0] for trial in front)
+        heights = [math.log(value) if self._of_logs else value for value in values]
+        found = knee([(sparsity_of(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
+        return None if found is None else front[found]
+
+    def _within(self, done: Sequence[FrozenTrial], limit: Limit) -> FrozenTrial | None:
+        """The sparsest of ranked trials within a limit; if none is, the one with the smallest excess."""
+        found = {trial.number: excess_of(self.study, trial, limit) for trial in done}
+        if inside := [trial for trial in done if found[trial.number] <= 0]:
+            return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
+        return min(done, key=lambda trial: found[trial.number], default=None)
+
+    def rivals(self) -> list[FrozenTrial]:
+        """None: allocations at different sparsities do not compare."""
+        return []
+
+    def leaders(self) -> list[FrozenTrial]:
+        """The best trial, then the others of the front."""
+        best = best_trial(self.study)
+        return [best, *(trial for trial in self._others() if trial.number != best.number)] if best else []
+
+    def _others(self) -> list[FrozenTrial]:
+        return front_of(self.study)
+
+    def compared(self) -> list[str]:
+        """Each leader, also a uniform one, and its uniform trial."""
+        return self._with_uniform(self.leaders())
+
+    def redrawn(self) -> list[str]:
+        """The best and its uniform trial."""
+        return self._with_uniform(self.leaders()[:1])
+
+    def points(self) -> list[Point]:
+        """The front, and where none of its trials is, the best at each sparsity where uniform is measured."""
+        best, front = best_trial(self.study), front_of(self.study)
+        shown = [
+            trial
+            for trial in self._shown(front)
+            if sparsity_of(trial) is not None and "repeats" not in trial.user_attrs
+        ]
+        shown.sort(key=lambda trial: (trial.params["sparsity"], not is_uniform(trial), trial.number))
+        numbers = {trial.number for trial in front}
+        return [
+            Point(
+                trial=trial,
+                sparsity=float(trial.params["sparsity"]),
+                excess=excess_of(self.study, trial) if self.study.user_attrs.get("limit") else None,
+                is_best=best is not None and trial.number == best.number,
+                on_front=trial.number in numbers,
+                packed_bytes=trial.user_attrs.get("packed_bytes"),
+                speed=speed_of(self.study, trial.number),
+            )
+            for trial in shown
+        ]
+
+    def _shown(self, front: list[FrozenTrial]) -> list[FrozenTrial]:
+        done = measured(self.study)
+        sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
+        sparsities -= {trial.params.get("sparsity") for trial in front}
+        found: dict[float, FrozenTrial] = {}
+        for trial in sorted(done, key=place):
+            if trial.params.get("sparsity") in sparsities:
+                found.setdefault(trial.params["sparsity"], trial)
+        return [*front, *found.values()]
+
+    def timed(self, summary: "Summary") -> list[FrozenTrial]:
+        """The points that have no speed yet."""
+        return [point.trial for point in summary.points if point.speed is None]
+
+    def nearest(self, asked: str) -> Choice:
+        """The lower of two that are as near."""
+        wanted, (low, high) = one_sparsity(asked), self.interval
+        if not low <= wanted <= high:
+            raise UserError(f"--sparsity: {asked} is outside the study's interval, {percent((low, high))}")
+        distances = {
+            (round(abs(sparsity - wanted), 6), sparsity): trial
+            for trial in reversed(front_of(self.study))
+            if (sparsity := sparsity_of(trial)) is not None
+        }
+        if not distances:
+            raise UserError(f"study {self.study.study_name}: no trial has a value yet")
+        distance, _ = nearest = min(distances)
+        why = "on the front" if distance == 0 else f"the nearest to {percent(wanted)} on the front"
+        return Choice(distances[nearest], why)
+
+    def sparsest(self, asked: Limit) -> Choice:
+        """As the best of a study with this limit is chosen."""
+        found, name = self._within(measured(self.study), asked), f"study {self.study.study_name}"
+        if found is None:
+            raise UserError(f"{name}: no trial has a value yet")
+        over = excess_of(self.study, found, asked)
+        if over == math.inf:
+            lacking = {
+                "max_kl": "KL divergence; its search.objective has none",
+                "max_drop": "accuracy beside dense; --max-drop is of image classifiers",
+            }.get(next(iter(asked)), "perplexity beside dense")
+            raise UserError(f"{name}: no trial has a finite {lacking}")
+        words = f"{limit_of(asked)} on the validation {'images' if 'dense_ranks' in self.study.user_attrs else 'text'}"
+        if over > 0:
+            nearest = Choice(found, "it is exported by its number")
+            raise UserError(f"{name}: no trial is within {words}; the nearest is {nearest}")
+        return Choice(found, f"the sparsest within {words}")
+
+    def rows(self, summary: "Summary") -> list[FrozenTrial]:
+        """The points."""
+        return [point.trial for point in summary.points]
+
+    def columns(self, summary: "Summary") -> Iterator[Column]:
+        """Uniform at the same sparsity, on the text where both are measured, and the changes from dense and from it."""
+        results = summary.results
+
+        def beside(model: Model) -> str | None:
+            uniform = None if isinstance(model, str) or is_uniform(model) else results.uniform(model)
+            if isinstance(model, str) or uniform is None:
+                return None
+            on = results.on(uniform, model)
+            return f"{results.score(uniform, on) or NOTHING}{' (validation)' * (on == 'validation')}"
+
+        yield "uniform", beside
+        yield "against dense", lambda m: None if m == DENSE else results.change(DENSE, m)
+        yield "against uniform", results.against_uniform
+
+    def draws(self, summary: "Summary") -> str:
+        """The best plan over draws of the calibration text."""
+        over = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
+        if over is None:
+            return ""
+        beside = f", {over.beside('uniform’s')}" if over.change else ""
+        return f"the best over {over.count} draws of the calibration text: {over}{beside} ({drawn_how(summary)})"
+
+    def outcome(self, summary: "Summary") -> str:
+        """The ends of the front, and the best with the reason."""
+        best = next((point for point in summary.points if point.is_best), None)
+        return "" if best is None else self._told(summary, best)
+
+    def said(self, summary: "Summary") -> str:
+        """The outcome as a sentence."""
+        found = self.outcome(summary) or "no trial has been measured yet"
+        return f"{found[0].upper()}{found[1:]}."
+
+    def _told(self, summary: "Summary", best: Point) -> str:
+        results, main = summary.results, summary.results.main
+        points = [point for point in summary.points if point.on_front]
+        # The ends of the front, and how many of its points gain by more than chance.
+        scores = (results.score(point.trial, "validation", main) for point in (points[0], points[-1]))
+        values = (f"{main.column} {found.alone if found else 'not known'}" for found in scores)
+        ends = [
+            f"{percent(point.sparsity)} ({value})" for point, value in zip((points[0], points[-1]), values, strict=True)
+        ]
+        if len(points) == 1:
+            return f"Pareto front: one point, {ends[0]}"
+        changes = [results.against_uniform(point.trial, main) for point in points]
+        better = sum(found is not None and main.is_gain(found.change) and not found.is_chance for found in changes)
+        gained = f"{better} of them beat uniform at the same sparsity by more than chance"
+        # Why its best is the best.
+        why = "the knee: it lies furthest below the line from the front’s first point to its last"
+        if not self._knee(ranked(summary.trials)):
+            found = results.change(DENSE, best.trial, on="validation")
+            is_within = found is not None and found.change.value + found.change.stderr <= INCREASE
+            why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_of(self.limit)}"
+        front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{self._missing(summary)}"
+        return f"{front}; best: {best.name}, {why}"
+
+    def _missing(self, summary: "Summary") -> str:
+        """What is said where the total leaves out sparsities that the screening was to confirm."""
+        screen, (low, high) = summary.made_from.study.search.screen if summary.made_from else None, self.interval
+        if screen is None or summary.total is None or summary.done < summary.total:
+            return ""
+        count = len({sparsity_of(trial) for trial in summary.trials if trial.values} - {None})
+        wanted = min(screen.confirm, 1 + round((high - low) / STEP))
+        said = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
+        return said if count < wanted else ""
+
+
+@dataclass(frozen=True)
+class WithinLimit(OverInterval):
+    """The sparsest plan within a limit."""
+
+    is_open = False
+
+    def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+        """The sparsest within the limit; if none is, the one with the smallest excess."""
+        return self._within(ranked(trials), self.limit)
+
+    def _others(self) -> list[FrozenTrial]:
+        return []
+
+    def _shown(self, front: list[FrozenTrial]) -> list[FrozenTrial]:
+        return measured(self.study)
+
+    def columns(self, summary: "Summary") -> Iterator[Column]:
+        """The change from dense on the text where the limit holds; uniform has rows of its own."""
+        change = partial(summary.results.change, DENSE, on="validation")
+        yield (
+            "against dense, validation",
+            lambda m: None if m == DENSE else (found := change(m)) and found.change,
+        )
+        yield "against uniform", summary.results.against_uniform
+
+    def _told(self, summary: "Summary", best: Point) -> str:
+        """The best point with its distance from dense and the limit."""
+        key, words, data = next(iter(self.limit)), limit_of(self.limit), summary.results.data
+        search, test = self._bounded(summary, best, key, "validation"), self._bounded(summary, best, key, "test")
+        on_test = f"; on the test {data} {test}" if test else ""
+        on_search = f": {search}" + f" on the validation {data}" * (key != "min_accuracy") if search else ""
+        at_end = abs(best.sparsity - self.interval[best.is_within]) < STEP / 2
+        further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" * at_end
+        if best.is_within:
+            return f"best: {best.name}{on_search}, within the limit of {words}{on_test}{further}"
+        return f"no trial is within the limit of {words}: the nearest is {best.name}{on_search}{on_test}{further}"
+
+    def _bounded(self, summary: "Summary", point: Point, key: str, text: Role) -> str:
+        """What the limit bounds, on a text; "" if it is not measured."""
+        results, trial = summary.results, point.trial
+        if key == "min_accuracy" and text == "validation":
+            accuracies: Mapping[str, Sequence[float]] = trial.user_attrs.get("accuracies", {})
+            return ", ".join(f"{task} {value:.1%} ± {stderr:.1%}" for task, (value, stderr) in accuracies.items())
+        if key == "max_drop":
+            own, dense = (results.score(model, text, ACCURACY) for model in (trial, DENSE))
+            return f"accuracy {own}, dense {dense}" if own and dense else ""
+        if key == "max_increase":
+            change = results.change(DENSE, trial, on=text)
+            return str(change.change) if change else ""
+        scores = (results.score(trial, text, by) for by in results.measures if key == f"max_{by.name}")
+        return str(next(scores, None) or "")
+
+
+def goal_in(study: optuna.Study) -> AtSparsity:
+    """The goal of a stored study."""
+    limit, found = study.user_attrs.get("limit"), study.user_attrs.get("fingerprint", {}).get("sparsity")
+    if not (isinstance(found, list) and len(found) == 2):
+        return AtSparsity(study)
+    interval = found[0], found[1]
+    return WithinLimit(study, interval, limit) if limit else OverInterval(study, interval)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The best of the measured trials, if there is one."""
+    return goal_in(study).best(study.get_trials(deepcopy=False))
+
+
+def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = None) -> float:
+    """How far a trial is beyond the study's limit, or this one: see `measures.excess`; infinite if not known."""
+    own, attrs = trial.user_attrs, study.user_attrs
+    ranks = attrs.get("dense_ranks"), own.get("ranks")
+    numbers = attrs.get("dense"), own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks
+    found = excess(limit or attrs["limit"], *numbers)
+    return math.inf if found is None else found
+
+
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The Pareto front of a study of several objectives, the lowest perplexity first; [] for one objective."""
+    if len(study.directions) == 1:
+        return []
+    with readable(study.study_name):
+        return [trial for trial in ranked(study.best_trials) if "repeats" not in trial.user_attrs]
