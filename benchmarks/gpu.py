@@ -27,7 +27,7 @@ from atp_tune.checkpoints.devices import device_name, find_device
 from atp_tune.checkpoints.lending import LentModel
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import copy_to
-from atp_tune.inputs.windows import Windows
+from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.pruners import columns
 from atp_tune.run.observers import RoleScores
@@ -147,7 +147,7 @@ def open_context(shape: Shape, offload: Offload, distinct: int, device: torch.de
     for block in checkpoint.blocks:  # memory that is shared once more by parameters that are not
         put(block, {name: nn.Parameter(p.data, requires_grad=False) for name, p in block.named_parameters()})
     ids = torch.randint(shape.vocabulary, (2, shape.windows, shape.tokens), generator=torch.Generator().manual_seed(0))
-    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
+    texts = {role: Items.windows(part.numpy()) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     folder = LentModel(Path(tempfile.gettempdir()) / "nothing", "random", shape.name, model=model)
     context = Session(folder, checkpoint, texts, PruneConfig(), lambda event: None)
     next(iter(context.prune(uniform(context))))

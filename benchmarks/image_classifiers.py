@@ -32,6 +32,7 @@ from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
 from atp_tune.inputs.images import read_images
+from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.studyfile import StudyFile, load
 
@@ -130,7 +131,9 @@ def _train(asked: Classifier, file: StudyFile, place: Path) -> None:
     model.train()
     for step in range(steps):
         rows = order[step * BATCH : (step + 1) * BATCH]
-        loss = functional.cross_entropy(model(pixel_values=images.pixels[rows]).logits, images.classes[rows])
+        loss = functional.cross_entropy(
+            model(pixel_values=images.tensors[PIXELS][rows]).logits, images.tensors[LABELS][rows]
+        )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

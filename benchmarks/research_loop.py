@@ -88,7 +88,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol-60 lies, its number format and its windows, some keys of the study changed."""
     from atp_tune.events import Place
     from atp_tune.inputs.documents import documents
-    from atp_tune.inputs.windows import Windows
+    from atp_tune.inputs.items import Items
     from atp_tune.run.session import Session, Setup
     from atp_tune.spec.study import Data
     from atp_tune.spec.studyfile import load
@@ -102,7 +102,7 @@ def prepare(work: Path, changes: list[str]) -> None:
     (work / "dtype").write_text(context.dtype)
     for role, drawn in context.windows.items():
         text = texts[role]
-        assert isinstance(drawn, Windows) and isinstance(text, Text)
+        assert isinstance(drawn, Items) and isinstance(text, Text)
         np.save(work / f"{role}.npy", drawn.ids)
         (work / f"{role}.txt").write_text("\n\n".join(documents(text, file.folder)))
 

@@ -16,8 +16,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.events import EventHandler, ignore_events
+from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
-from atp_tune.inputs.windows import Windows
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
@@ -219,8 +219,7 @@ def bench_of(
     """A bench over random windows, or those that `ids` draws: 5 of calibration, 7 of search, 3 of report."""
     windows, draw = {"calibration": 5, "validation": 7, "test": 3}, ids or random_ids
     texts = {
-        role: Windows(draw(count, TOKENS, seed).numpy(), f"{role} text")
-        for seed, (role, count) in enumerate(windows.items())
+        role: Items.windows(draw(count, TOKENS, seed).numpy()) for seed, (role, count) in enumerate(windows.items())
     }
     checkpoint = checkpoint_of(model, offload, device)
     place = (folder, "content", "tiny")

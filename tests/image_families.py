@@ -11,7 +11,7 @@ from torch import nn
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import ignore_events
-from atp_tune.inputs.images import Images
+from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.run.session import Session
 from atp_tune.spec.prune import PruneConfig
 
@@ -109,13 +109,14 @@ def make(family: str, **more: Any) -> nn.Module:
     return made.eval().requires_grad_(False)  # as loaded ones: torch multiplies by weights with gradients otherwise
 
 
-def images(family: str, count: int, seed: int) -> Images:
+def images(family: str, count: int, seed: int) -> Items:
     """Random images of the size of a family, with random classes."""
     draw = torch.Generator().manual_seed(seed)
     side = FAMILIES[family][2].get("image_size", SIZE)
     side = side[0] if isinstance(side, list) else side
     pixels = torch.randn(count, 3, side, side, generator=draw)
-    return Images.of(pixels, torch.randint(CLASSES, (count,), generator=draw), (side // 4) ** 2 + 1)
+    labels = torch.randint(CLASSES, (count,), generator=draw)
+    return Items.of({PIXELS: pixels, LABELS: labels}, (side // 4) ** 2 + 1)
 
 
 def context_of(family: str, model: nn.Module | None = None, **prune: Any) -> Session:

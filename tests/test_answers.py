@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import Message
-from atp_tune.inputs.images import Images
+from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.metrics.answers import Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report.html import _answers
@@ -36,7 +36,7 @@ class Strip:
         self.colours = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=draw)
         pixels = (self.colours / 255 - 0.3) / 0.2
         model = AutoModelForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
-        items = {"test": Images.of(pixels, torch.tensor([0, 1, 0, 1]), (SIZE // 4) ** 2 + 1)}
+        items = {"test": Items.of({PIXELS: pixels, LABELS: torch.tensor([0, 1, 0, 1])}, (SIZE // 4) ** 2 + 1)}
         self.context = Session(
             ModelFolder(folder, "content", "vit"), Checkpoint(model, CPU), items, PruneConfig(), self._hear,
             inputs="images", score="classes",

@@ -9,7 +9,7 @@ from plans import planned
 from atp_tune.blocks import batching
 from atp_tune.events import Place, Step, ignore_events
 from atp_tune.inputs import tokens
-from atp_tune.inputs.windows import Windows
+from atp_tune.inputs.items import Items
 from atp_tune.run import observers, session
 from atp_tune.run.observers import can_keep
 from atp_tune.run.session import Session
@@ -29,9 +29,9 @@ def test_what_decides_a_value_is_told() -> None:
         "model.content": "content",
         "model.dtype": "bfloat16",
         "texts.bos": False,
-        "texts.calibration.content": "calibration text",
-        "texts.validation.content": "validation text",
-        "texts.test.content": "test text",
+        "texts.calibration.content": work.windows["calibration"].content,
+        "texts.validation.content": work.windows["validation"].content,
+        "texts.test.content": work.windows["test"].content,
     }
 
 
@@ -116,7 +116,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
     model = tiny("llama")
     whole = bench_of(model)
     calibration = whole.windows["calibration"]
-    longer = Windows(random_ids(2, 4 * TOKENS, seed=3).numpy(), "longer")
+    longer = Items.windows(random_ids(2, 4 * TOKENS, seed=3).numpy())
     plan = planned("wanda", "uniform", (0.5,) * 4)
     for texts in ({"calibration": calibration}, {"calibration": calibration, "test": longer}):
         other = Session(whole.folder, whole.checkpoint, texts, PruneConfig(), ignore_events)
@@ -129,7 +129,7 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
     from atp_tune.checkpoints.models import ModelFolder
-    from atp_tune.inputs.windows import Windows
+    from atp_tune.inputs.items import Items
     from atp_tune.spec.study import ModelConfig
     from atp_tune.spec.texts import Text
 
@@ -138,7 +138,7 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked: list[Any] = []
     folder = ModelFolder(tmp_path / "model", "sha", "model")
     monkeypatch.setattr(session, "resolve", lambda model, base, *_: asked.append((model.source, base)) or folder)
-    monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Windows(ids, "windows"))
+    monkeypatch.setattr(tokens, "token_windows", lambda *_, **options: Items.windows(ids))
     setup = session.Setup(
         ModelConfig(source="model", dtype="bfloat16"),
         PruneConfig(),

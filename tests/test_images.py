@@ -26,7 +26,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.inputs import pixels
-from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, digests, images_of
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, images_of
+from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, class_indices
 from atp_tune.measures import accuracy, gain
@@ -45,7 +46,7 @@ def test_scores_are_those_of_the_model_itself(family: str) -> None:
     """The logits from the blocks, one by one and in batches, are equal to the last bit to the model's own."""
     work, batch = context_of(family), images(family, 7, 2)
     with torch.inference_mode():
-        own = work.checkpoint.model(pixel_values=batch.pixels).logits
+        own = work.checkpoint.model(pixel_values=batch.tensors[PIXELS]).logits
         hidden = work.replay.embed(batch)
         for index in range(len(work.checkpoint.blocks)):
             hidden = work.replay.run(index, work.checkpoint.weights(index), hidden)
@@ -53,10 +54,10 @@ def test_scores_are_those_of_the_model_itself(family: str) -> None:
     assert len(work.checkpoint.blocks) == (FAMILIES[family][3] or len(work.checkpoint.blocks))
     found = scores_of(work, work.blocks(None), "validation", kl=True)
     assert found.nlls == pytest.approx(
-        functional.cross_entropy(own, batch.classes, reduction="none").tolist(), rel=1e-4
+        functional.cross_entropy(own, batch.tensors[LABELS], reduction="none").tolist(), rel=1e-4
     )
     assert found.kls == pytest.approx([0.0] * 7, abs=1e-6)
-    assert found.ranks == [int((row > row[k]).sum()) for row, k in zip(own, batch.classes, strict=True)]
+    assert found.ranks == [int((row > row[k]).sum()) for row, k in zip(own, batch.tensors[LABELS], strict=True)]
 
 
 @pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
@@ -123,7 +124,7 @@ def _norms(model: Any, block: str, batch: Any) -> dict[str, torch.Tensor]:
 
             handles.append(module.register_forward_pre_hook(hook))
     with torch.inference_mode():
-        model(pixel_values=batch.pixels)
+        model(pixel_values=batch.tensors[PIXELS])
     for handle in handles:
         handle.remove()
     return found
@@ -141,7 +142,9 @@ def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
             for name, tensor in weights.items():
                 if name in dict(model.get_submodule(work.checkpoint.block_names[index]).named_parameters()):
                     model.get_submodule(work.checkpoint.block_names[index]).get_parameter(name).copy_(tensor)
-        own = functional.cross_entropy(model(pixel_values=batch.pixels).logits, batch.classes, reduction="none")
+        own = functional.cross_entropy(
+            model(pixel_values=batch.tensors[PIXELS]).logits, batch.tensors[LABELS], reduction="none"
+        )
     assert found == pytest.approx(own.tolist(), rel=1e-4)
 
 
@@ -154,20 +157,20 @@ def test_the_gradient_of_prices_goes_through_steps_between_blocks(family: str) -
         hidden = start
         for index in range(len(work.checkpoint.blocks)):
             hidden = work.replay.run(index, work.checkpoint.weights(index), hidden)
-        loss = functional.cross_entropy(work.replay.logits(batch, hidden), batch.classes, reduction="sum")
+        loss = functional.cross_entropy(work.replay.logits(batch, hidden), batch.tensors[LABELS], reduction="sum")
         whole = torch.autograd.grad(loss, start)[0]
     assert whole.abs().max() > 0
     last = SCORE.gradient(work.replay, batch, hidden)
     with torch.enable_grad():
         leaf = hidden.detach().clone().requires_grad_()
-        own = functional.cross_entropy(work.replay.logits(batch, leaf), batch.classes, reduction="sum")
+        own = functional.cross_entropy(work.replay.logits(batch, leaf), batch.tensors[LABELS], reduction="sum")
     assert torch.allclose(last, torch.autograd.grad(own, leaf)[0], atol=1e-6)
     p = work.replay.logits(batch, 0.5 * hidden).detach().softmax(1)
     from_dense = SCORE.gradient(work.replay, batch, hidden, 0.5 * hidden)
     with torch.enable_grad():
         logits = work.replay.logits(batch, leaf)
         kl = (p * (p.log() - logits.log_softmax(1))).sum()
-        both = (functional.cross_entropy(logits, batch.classes, reduction="sum") + kl) / 2
+        both = (functional.cross_entropy(logits, batch.tensors[LABELS], reduction="sum") + kl) / 2
     assert torch.allclose(from_dense, torch.autograd.grad(both, leaf)[0], atol=1e-6)
 
 
@@ -187,7 +190,9 @@ def test_whole_channels_of_a_classifier_go(family: str) -> None:
                     assert not matrix[:, channels[linear.name]].any()
                 total += int((matrix == 0).sum())
                 model.get_submodule(work.checkpoint.block_names[index]).get_submodule(linear.name).weight.copy_(matrix)
-        own = functional.cross_entropy(model(pixel_values=batch.pixels).logits, batch.classes, reduction="none")
+        own = functional.cross_entropy(
+            model(pixel_values=batch.tensors[PIXELS]).logits, batch.tensors[LABELS], reduction="none"
+        )
     assert total / sum(work.checkpoint.sizes) == pytest.approx(0.2, abs=0.01)
     found = scores_of(work, [(index, weights) for index, weights, _ in pruned], "validation").nlls
     assert found == pytest.approx(own.tolist(), rel=1e-4)
@@ -349,10 +354,10 @@ def test_pixels_are_those_of_the_processor(classifier: ModelFolder, tmp_path: Pa
     all_ = pictures(ImageSet(source="idx:train-images-idx3-ubyte.gz"), tmp_path)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     own = [processor(all_.picture(k), return_tensors="pt")["pixel_values"][0] for k in order]
-    assert torch.equal(found.pixels, torch.stack([torch.as_tensor(each) for each in own]).float())
-    assert found.classes.tolist() == [k % CLASSES for k in order]
+    assert torch.equal(found.tensors[PIXELS], torch.stack([torch.as_tensor(each) for each in own]).float())
+    assert found.tensors[LABELS].tolist() == [k % CLASSES for k in order]
     assert found.positions == 5
-    assert found.thinned(5).classes.tolist() == found.classes[::5].tolist()
+    assert found.thinned(5).tensors[LABELS].tolist() == found.tensors[LABELS][::5].tolist()
 
 
 @pytest.fixture
@@ -372,13 +377,17 @@ def test_pixels_come_from_the_cache_to_the_last_bit(
         (place / name).rename(place / f"kind {number}")
     first = read(classifier, tmp_path, source="folder:photos")
     again = read(classifier, tmp_path, source="folder:photos")
-    assert len(decoded) == 8 and torch.equal(first.pixels, again.pixels) and first.content == again.content
+    assert (
+        len(decoded) == 8
+        and torch.equal(first.tensors[PIXELS], again.tensors[PIXELS])
+        and first.content == again.content
+    )
     assert [file.suffix for file in (cache / "pixels").iterdir()] == [".npy"]
     read(classifier, tmp_path, source="folder:photos", nsamples=3)  # another selection
     assert len(decoded) == 11
     (place / "kind 0" / "1.png").write_bytes(png((1, 2, 3)))  # another picture of the same name
     other = read(classifier, tmp_path, source="folder:photos")
-    assert len(decoded) == 19 and not torch.equal(other.pixels, first.pixels)
+    assert len(decoded) == 19 and not torch.equal(other.tensors[PIXELS], first.tensors[PIXELS])
 
 
 def test_pixels_of_another_processor_are_not_those_of_the_cache(
@@ -387,9 +396,14 @@ def test_pixels_of_another_processor_are_not_those_of_the_cache(
     source = f"idx:{write_idx(tmp_path)}"
     first = read(classifier, tmp_path, source=source)
     other = ModelFolder(shutil.copytree(classifier.path, tmp_path / "other"), "content", "vit")
-    assert torch.equal(read(other, tmp_path, source=source).pixels, first.pixels) and len(decoded) == 12
+    assert (
+        torch.equal(read(other, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS]) and len(decoded) == 12
+    )
     ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(other.path)
-    assert not torch.equal(read(other, tmp_path, source=source).pixels, first.pixels) and len(decoded) == 24
+    assert (
+        not torch.equal(read(other, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS])
+        and len(decoded) == 24
+    )
 
 
 @pytest.mark.parametrize("damage", ["a bit", "the end", "all"])
@@ -402,7 +416,7 @@ def test_damaged_pixels_are_made_anew(
     content = bytearray(whole := file.read_bytes())
     content[-200] ^= 1
     file.write_bytes({"a bit": bytes(content), "the end": whole[:-1], "all": b""}[damage])
-    assert torch.equal(read(classifier, tmp_path, source=source).pixels, first.pixels)
+    assert torch.equal(read(classifier, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS])
     assert len(decoded) == 24 and file.read_bytes() == whole
 
 
@@ -490,7 +504,7 @@ def test_bad_images_are_refused_in_one_line_with_their_place(
 
 def test_a_parquet_file_is_read(classifier: ModelFolder, sources: Path) -> None:
     found = read(classifier, sources, source="parquet:x.parquet", nsamples=1)
-    assert found.pixels.shape == (1, 3, 8, 8)
+    assert found.tensors[PIXELS].shape == (1, 3, 8, 8)
 
 
 def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
@@ -512,7 +526,7 @@ def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder
     roles = {"validation": ImageSet(source=f"idx:{one}"), "test": ImageSet(source=f"idx:{other}")}
     found = LabelledImages().read(roles, classifier, tmp_path, False)
     assert [len(found[role]) for role in roles] == [300, 199]
-    assert not set(digests(found["validation"])) & set(digests(found["test"]))
+    assert not set(found["validation"].digests()) & set(found["test"].digests())
 
 
 def test_draws_that_would_be_the_same_images_are_refused(classifier: ModelFolder, tmp_path: Path) -> None:
@@ -528,7 +542,7 @@ def test_draws_share_no_image(positions: int, pool: int, classifier: ModelFolder
     wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=8, seed=3)
     found = LabelledImages().draws(wanted, 2, positions, classifier, tmp_path, False)
     assert [(len(items), len(each)) for items, each in found] == [(8, pool)] * 2
-    one, other = ({*digests(items), *digests(each)} for items, each in found)
+    one, other = ({*items.digests(), *each.digests()} for items, each in found)
     assert not one & other
     assert found[0][0].content == images_of(wanted, classifier, tmp_path).content
     if positions == 40:
@@ -611,11 +625,11 @@ def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
     found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
-    assert found.classes.tolist() == [CLASSES - 1 - k for k in order]
+    assert found.tensors[LABELS].tolist() == [CLASSES - 1 - k for k in order]
     own = ImageProcessor.of(classifier.path, False).own(
         Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt"
     )
-    assert torch.equal(found.pixels[0], torch.as_tensor(own["pixel_values"])[0].float())
+    assert torch.equal(found.tensors[PIXELS][0], torch.as_tensor(own["pixel_values"])[0].float())
     with pytest.raises(UserError, match=r'label: hub:org/photos has no "label"; it has image, kind'):
         read(classifier, tmp_path, source="hub:org/photos", split="train")
     with pytest.raises(UserError, match="the hub shows you no dataset org/none"):

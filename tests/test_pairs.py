@@ -23,8 +23,9 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.inputs.pairs import PairBatch, _image_token, _stacked, read_pairs
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
+from atp_tune.inputs.items import Items
+from atp_tune.inputs.pairs import _image_token, _stacked, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.sparse.card import words
@@ -134,7 +135,7 @@ def test_the_replay_is_the_model_itself(family: str, models: dict[str, Path], tm
     replay, batch = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"]), pairs.batch(CPU)
     check_batch(replay, batch, "texts.calibration.images")
     with torch.inference_mode():
-        own = checkpoint.model(**in_dtype(batch, checkpoint.model)).logits
+        own = checkpoint.model(**batch.in_dtype(checkpoint.model.dtype)).logits
         blind = checkpoint.model(input_ids=batch.tensors["input_ids"]).logits if family == "llava" else None
         hidden = replay.embed(batch)
         for index in range(len(checkpoint.blocks)):
@@ -201,7 +202,7 @@ def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path)
         model: Any = AutoModelForImageTextToText.from_pretrained(models["idefics3"], dtype=torch.float32)
         for block in work.prune(plan):
             name = work.checkpoint.block_names[block.index]
-            norms = norms_of(model, model.get_submodule(name), in_dtype(batch, model))
+            norms = norms_of(model, model.get_submodule(name), batch.in_dtype(model.dtype))
             for linear in work.checkpoint.linears[block.index]:
                 weight = model.get_submodule(f"{name}.{linear.name}").weight
                 check_half_pruned(weight, norms[linear.name], block.weights[linear.key], linear.name)
@@ -239,7 +240,7 @@ def test_a_model_whose_masks_depend_on_the_image_is_refused() -> None:
     checkpoint, ids = Checkpoint(model, CPU), torch.arange(24).reshape(2, 12)
     ids[:, 3:7] = model.config.image_token_id
     types = (ids == model.config.image_token_id).long()
-    batch = PairBatch({"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": types})
+    batch = Items.of({"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": types})
     replay = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"])
     said = r"^x: Gemma3ForConditionalGeneration passes its blocks values that depend on the image; leave the images out"
     with pytest.raises(UserError, match=said):

@@ -16,8 +16,9 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, in_dtype
+from atp_tune.inputs.items import Items
+from atp_tune.inputs.pairs import check_distinct, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, has_text
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.spec.block_names import block_name, in_tower, joined
@@ -69,10 +70,10 @@ def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Pat
         model: Any = AutoModelForImageTextToText.from_pretrained(models[family], dtype=torch.float32)
         batch = work.items("validation")
         with torch.no_grad():
-            dense = model(**in_dtype(batch, model), use_cache=False).logits
+            dense = model(**batch.in_dtype(model.dtype), use_cache=False).logits
             for index, weights in blocks:
                 model.get_submodule(work.checkpoint.block_names[index]).load_state_dict(weights)
-            logits = model(**in_dtype(batch, model), use_cache=False).logits
+            logits = model(**batch.in_dtype(model.dtype), use_cache=False).logits
         ids, nlls, kls = batch.tensors["input_ids"], [], []
         for row in range(len(ids)):
             places = [k for k in range(TOKENS - 1) if ids[row, k + 1] != batch.image]
@@ -93,7 +94,7 @@ def test_wanda_in_a_tower_is_a_naive_loop(statistics: str, models: dict[str, Pat
     with context(models["llava"], tmp_path, statistics=statistics) as work:
         plan = make_plan("wanda", "uniform", work.budget(0.5), {}, work.pattern)
         model: Any = AutoModelForImageTextToText.from_pretrained(models["llava"], dtype=torch.float32)
-        tensors = in_dtype(work.items("calibration"), model)
+        tensors = work.items("calibration").in_dtype(model.dtype)
         dense = {name: norms_of(model, model.get_submodule(name), tensors) for name in work.checkpoint.block_names}
         for block in work.prune(plan):
             name = work.checkpoint.block_names[block.index]
@@ -114,7 +115,7 @@ def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str
         replay = verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"calibration": batch})
         seen: list[Any] = []
         last = checkpoint.blocks[first - 1].register_forward_hook(lambda *args: seen.append(args[-1]))
-        own = checkpoint.model(**in_dtype(batch, checkpoint.model), use_cache=False).logits
+        own = checkpoint.model(**batch.in_dtype(checkpoint.model.dtype), use_cache=False).logits
         last.remove()
         weights = [checkpoint.weights(index) for index in range(len(checkpoint.blocks))]
         hidden = replay.embed(batch)
@@ -173,7 +174,7 @@ def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Pa
         image = checkpoint.config.image_token_id
         batch["input_ids"][:, 1:9] = image
         with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
-            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": PairBatch(batch, image)})
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": Items.of(batch, image=image)})
 
 
 def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path])
     """Images of another size than the tower was made for: one line, whatever transformers raises."""
     with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
         ids = torch.full((2, TOKENS), checkpoint.config.image_token_id)
-        items = {"test": PairBatch({"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}, int(ids[0, 0]))}
+        items = {"test": Items.of({"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}, image=int(ids[0, 0]))}
         with pytest.raises(
             UserError, match=r"^model LlavaForCond.*: cannot be run block by block on its pairs: "
         ) as raised:
@@ -209,9 +210,9 @@ def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
 def test_pairs_of_two_roles_are_distinct() -> None:
     """By ids and image together; one role alone is not compared with itself."""
     ids, image = torch.arange(6).reshape(3, 2), torch.randn(3, 1, 2, 2)
-    pairs = Pairs.of({"input_ids": ids, "pixel_values": image})
-    other = Pairs.of({"input_ids": ids.flip(0), "pixel_values": image})
-    check_distinct({"test": Pairs.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
+    pairs = Items.of({"input_ids": ids, "pixel_values": image})
+    other = Items.of({"input_ids": ids.flip(0), "pixel_values": image})
+    check_distinct({"test": Items.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
     with pytest.raises(UserError, match=r"^texts.test: pair 1 is also in texts.calibration"):
         check_distinct({"calibration": pairs, "test": other})
 
@@ -222,9 +223,9 @@ def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path)
     texts = {"calibration": wanted(file, part=(0, 0.5), nsamples=2), "test": wanted(file, part=(0.5, 1), nsamples=2)}
     folder = ModelFolder(models["llava"], "x", "llava")
     pairs = read_pairs(texts["calibration"], folder, tmp_path)
-    assert pairs.has_text() and pairs.image is not None
+    assert has_text(pairs) and pairs.image is not None
     ids = torch.full_like(pairs.tensors["input_ids"], pairs.image)
-    blank = Pairs.of({**pairs.tensors, "input_ids": ids}, pairs.image)
+    blank = Items.of({**pairs.tensors, "input_ids": ids}, image=pairs.image)
     with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
         TOKEN_WINDOWS.check_fit(checkpoint, {"calibration": blank}, lambda batch: torch.zeros(1))
         with pytest.raises(UserError, match=r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.errors import UserError
-from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, shared_windows, token_windows
+from atp_tune.inputs.items import Items
+from atp_tune.inputs.windows import check_disjoint, first_windows, shared_windows, token_windows
 from atp_tune.spec.texts import KINDS, Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
@@ -251,10 +252,9 @@ def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: 
 
 
 def test_content_names_ids_and_shape() -> None:
-    from atp_tune.inputs import windows
 
     ids = np.arange(12)
-    shapes = {windows.Windows.of(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
+    shapes = {Items.windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
     assert len(shapes) == 3
 
 
@@ -272,8 +272,8 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_roles_share_no_window() -> None:
-    def windows(*rows: list[int]) -> Windows:
-        return Windows(np.array(rows), "")
+    def windows(*rows: list[int]) -> Items:
+        return Items.windows(np.array(rows))
 
     one = windows([1, 2], [3, 4])
     check_disjoint({"calibration": one, "validation": windows([2, 1], [4, 3]), "test": windows([1, 3, 2])})
@@ -290,10 +290,10 @@ def test_text_in_another_cut_is_found(one: int, other: int, start: int, bos: boo
     """A copy of a text whose windows are longer or begin elsewhere was taken for another text."""
     text = np.random.default_rng(seed).integers(0, 30, 1400)
 
-    def cut(tokens: int, from_: int) -> Windows:
+    def cut(tokens: int, from_: int) -> Items:
         rows = text[from_ : from_ + 1000 // tokens * tokens].reshape(-1, tokens)
         first = np.zeros((len(rows), int(bos)), dtype=rows.dtype)
-        return Windows.of(np.concatenate([first, rows], 1), bos)
+        return Items.windows(np.concatenate([first, rows], 1), bos)
 
     def runs(row: np.ndarray, run: int) -> set[tuple[int, ...]]:
         ids = row[int(bos) :].tolist()
@@ -388,7 +388,7 @@ def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> 
     assert first.content == again.content != token_windows(text, folder, tmp_path).content
 
 
-def kinds_of(windows: Windows, folder: Path) -> list[str]:
+def kinds_of(windows: Items, folder: Path) -> list[str]:
     """The kind of each window: the word that only its kind has; the manual has none of them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in windows.ids]

@@ -122,7 +122,7 @@ class BlockGradients:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        inputs: InputKind[Any],
+        inputs: InputKind,
         gradient: LossGradient,
         batch: AutoBatch,
         heads: AutoBatch,

@@ -47,7 +47,7 @@ class Replay:
     """Embeds, runs single blocks, and computes logits, with the code of the model."""
 
     @torch.inference_mode()
-    def __init__(self, checkpoint: Checkpoint, inputs: InputKind[Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, inputs: InputKind) -> None:
         self.checkpoint = checkpoint
         self.inputs = inputs
         self._calls: dict[tuple[int, int], list[Call]] = {}

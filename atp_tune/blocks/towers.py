@@ -8,6 +8,7 @@ Hidden states are [images, patches, width] in the tower and [pairs, tokens, widt
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from atp_tune.blocks.verification import (
 )
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs import Batch, InputKind
-from atp_tune.inputs.pairs import IDS, PairBatch
+from atp_tune.inputs.items import IDS, Items
 
 ONLY = 'take model.prune = ["language"]'
 
@@ -67,7 +68,7 @@ class OfPairs:
     called = "a pair of image and text"
     has_steps = False
 
-    def __init__(self, inputs: InputKind[Any], pairs: PairBatch) -> None:
+    def __init__(self, inputs: InputKind, pairs: Items) -> None:
         """`pairs`: some, of which the first is the example."""
         self._inputs = inputs
         self._pair = pairs[:1]
@@ -76,10 +77,10 @@ class OfPairs:
         """The output of the model for a batch."""
         return self._inputs.forward(model, batch)
 
-    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[PairBatch, PairBatch, PairBatch]:
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Items, Items, Items]:
         """Three batches of one shape: pixels of one value, and two of noise."""
 
-        def filled(seed: int) -> PairBatch:
+        def filled(seed: int) -> Items:
             draw = torch.Generator().manual_seed(seed)
             found = {}
             for name, tensor in self._pair.tensors.items():
@@ -88,15 +89,13 @@ class OfPairs:
                     noise = torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape)
                     rows.copy_(noise)
                 found[name] = rows
-            return PairBatch(found)
+            return replace(self._pair, tensors=found)
 
         return filled(0), filled(1), filled(2)
 
 
 @torch.inference_mode()
-def verified_with_tower(
-    checkpoint: Checkpoint, inputs: InputKind[Any], head: Head, items: dict[str, Batch]
-) -> TowerReplay:
+def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, items: dict[str, Batch]) -> TowerReplay:
     """The verified replay of a model whose vision tower is pruned too; UserError that names the first difference.
 
     `items`: pairs by role, on which the tower is compared with the model's own forward.
@@ -116,7 +115,7 @@ def verified_with_tower(
     return replay
 
 
-def _tower_of(checkpoint: Checkpoint, inputs: InputKind[Any], pairs: PairBatch) -> Replay:
+def _tower_of(checkpoint: Checkpoint, inputs: InputKind, pairs: Items) -> Replay:
     """The replay of the tower; Difference if it has not one image for each pair, or does not call its linears."""
     tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
     hidden = tower.embed(pairs[:2])

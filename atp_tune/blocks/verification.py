@@ -75,7 +75,7 @@ def as_user_error(what: str, remedy: str, failed: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def verified(checkpoint: Checkpoint, inputs: InputKind[Any], head: Head) -> Replay:
+def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
     """The verified replay of a model; UserError that names the first difference."""
     what = f"model {type(checkpoint.model).__name__}: "
     failed = f"cannot be run block by block on {inputs.called} alone: {{}}"

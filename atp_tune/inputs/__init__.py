@@ -6,46 +6,22 @@ object of type `InputKind` and a row of `KINDS`.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from atp_tune.checkpoints.checkpoint import Checkpoint
+    from atp_tune.inputs.items import Items
 
 
 Batch = Any  # items on the compute device, with length and slices; for texts a tensor of ids [windows, tokens]
 
 
-class Items(Protocol):
-    """The ordered items of one role (calibration, validation, test), in host memory."""
-
-    @property
-    def content(self) -> str:
-        """SHA-256 of the items."""
-
-    def __len__(self) -> int:
-        """Number of items."""
-
-    @property
-    def positions(self) -> int:
-        """Number of hidden states of an item, such as the tokens of a window."""
-
-    def batch(self, device: "torch.device") -> Batch:
-        """All items on a device."""
-
-    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> Self:
-        """Every stride-th item of those from `start` to `end`, from the first."""
-
-
-T = TypeVar("T", bound=Items)
-
-
-class InputKind(Protocol[T]):
+class InputKind(Protocol):
     """A kind of input: reads items, and calls a model with them.
 
     `called`: an item, for messages. `has_steps`: models may compute between blocks, and blocks may change the shape of
@@ -55,31 +31,33 @@ class InputKind(Protocol[T]):
     called: str
     has_steps: bool
 
-    def of(self, items: Mapping[str, T]) -> "InputKind[T]":
+    def of(self, items: Mapping[str, "Items"]) -> "InputKind":
         """The kind for items of this shape, such as images of one size."""
 
-    def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, T]:
+    def read(self, texts: Mapping[str, Any], folder: ModelFolder, base: Path, bos: bool) -> Mapping[str, "Items"]:
         """The items of each role; relative paths start at `base`. UserError for bad input or shared items."""
 
     def draws(
         self, text: Any, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
-    ) -> list[tuple[T, T]]:
+    ) -> list[tuple["Items", "Items"]]:
         """The items of `count` draws of a calibration text, and the pool of each, see `many`; the first is the text's.
 
         Pools do not overlap: in a text that has no room they hold fewer positions. UserError if the items have none, or
         if they are drawn at random and the text, of which that does not tell the room, is too short for the pools.
         """
 
-    def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> T:
+    def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> "Items":
         """As many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
 
-    def check_disjoint(self, items: Mapping[str, T]) -> None:
+    def check_disjoint(self, items: Mapping[str, "Items"]) -> None:
         """UserError if two roles share an item."""
 
-    def check_fit(self, checkpoint: "Checkpoint", items: Mapping[str, T], embed: Callable[[Batch], "Tensor"]) -> None:
+    def check_fit(
+        self, checkpoint: "Checkpoint", items: Mapping[str, "Items"], embed: Callable[[Batch], "Tensor"]
+    ) -> None:
         """UserError if a model cannot take the items; `embed` computes the hidden states that enter block 0."""
 
-    def facts(self, items: Mapping[str, T]) -> dict[str, bool]:
+    def facts(self, items: Mapping[str, "Items"]) -> dict[str, bool]:
         """Facts besides the content of the items, by key of a study file."""
 
     def forward(self, model: "nn.Module", batch: Batch) -> Any:
@@ -89,14 +67,14 @@ class InputKind(Protocol[T]):
         """Three example batches of one shape: a blank one, and two with different contents."""
 
 
-def cut_draws(whole: T, count: int, nsamples: int, stride: int, pool: int) -> list[tuple[T, T]]:
+def cut_draws(whole: "Items", count: int, nsamples: int, stride: int, pool: int) -> list[tuple["Items", "Items"]]:
     """Items, every stride-th of the first `nsamples`, and a pool, the first `pool`, of each of `count` parts."""
     per = len(whole) // count
     starts = range(0, count * per, per)
     return [(whole.thinned(stride, x, x + nsamples), whole.thinned(1, x, x + min(pool, per))) for x in starts]
 
 
-KINDS = Registry[InputKind[Any]](
+KINDS = Registry[InputKind](
     "kind of input",
     {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS", "images": "atp_tune.inputs.images:LABELLED_IMAGES"},
 )

@@ -1,7 +1,6 @@
 """Labelled images as a kind of input: a model is called with pixels [images, channels, height, width]."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from atp_tune.checkpoints.classes import classifies_images, model_config
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, named
 from atp_tune.inputs import InputKind, cut_draws
+from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.pixels import ImageProcessor, cached_pixels, class_indices
 from atp_tune.spec.images import ImageSet
@@ -22,67 +22,24 @@ DOUBLES = 0.01  # share of a role's images that an earlier role may have too; th
 PATCH = 4  # pixels between positions in the first blocks of models with stages
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Pixels float32 [images, channels, height, width] and classes int64 [images]; also a batch of them on a device.
-
-    `content`: SHA-256 of pixels, classes and shape; `positions`: hidden states of an image in the first block, for the
-    sizes of batches.
-    """
-
-    pixels: Tensor
-    classes: Tensor
-    content: str
-    positions: int
-
-    @classmethod
-    def of(cls, pixels: Tensor, classes: Tensor, positions: int) -> "Images":
-        """Makes images, with their SHA-256."""
-        found = hashlib.sha256(f"{tuple(pixels.shape)}".encode())
-        found.update(pixels.contiguous().numpy().astype("<f4", copy=False).reshape(-1).data)
-        found.update(classes.numpy().astype("<i8", copy=False).tobytes())
-        return cls(pixels, classes, found.hexdigest(), positions)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, rows: slice) -> "Images":
-        return replace(self, pixels=self.pixels[rows], classes=self.classes[rows])
-
-    def batch(self, device: torch.device) -> "Images":
-        """The images on a device."""
-        return replace(self, pixels=self.pixels.to(device), classes=self.classes.to(device))
-
-    def without(self, rows: Sequence[int]) -> "Images":
-        """All images but these."""
-        kept = torch.ones(len(self), dtype=torch.bool)
-        kept[list(rows)] = False
-        return Images.of(self.pixels[kept], self.classes[kept], self.positions)
-
-    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Images":
-        """Every stride-th image of those from `start` to `end`, from the first."""
-        pixels, classes = (found[start:end:stride].contiguous() for found in (self.pixels, self.classes))
-        return Images.of(pixels, classes, self.positions)
-
-
 @dataclass(frozen=True)
 class LabelledImages:
-    """The `InputKind` of image classifiers; its items are `Images`. `shape`: channels, height, width of an image."""
+    """The `InputKind` of image classifiers; its items are `Items`. `shape`: channels, height, width of an image."""
 
     shape: tuple[int, ...] = ()
     called = "an image"
     has_steps = True
 
-    def of(self, items: Mapping[str, Images]) -> "LabelledImages":
+    def of(self, items: Mapping[str, Items]) -> "LabelledImages":
         """The kind for images of the size of these; UserError if they differ in size."""
-        shapes = {role: tuple(images.pixels.shape[1:]) for role, images in items.items()}
+        shapes = {role: tuple(images.tensors[PIXELS].shape[1:]) for role, images in items.items()}
         (first, shape), *others = shapes.items()
         for role, other in others:
             if other != shape:
                 raise UserError(f"images.{role}: images are {_size(other)}, those of images.{first} {_size(shape)}")
         return replace(self, shape=shape)
 
-    def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Images]:
+    def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The images of each role; UserError for bad input, or if two roles share an image."""
         check_classifier(folder)
         found = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
@@ -91,8 +48,8 @@ class LabelledImages:
 
     def draws(
         self, text: ImageSet, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
-    ) -> list[tuple[Images, Images]]:
-        """Images and pool of each draw: pieces of the one order in which the images of the part are drawn."""
+    ) -> list[tuple[Items, Items]]:
+        """Items and pool of each draw: pieces of the one order in which the images of the part are drawn."""
         whole = len(pictures(text, base))
         part, nsamples = int(text.part[1] * whole) - int(text.part[0] * whole), text.nsamples or whole
         if count * nsamples > part:
@@ -105,39 +62,38 @@ class LabelledImages:
         more = text.model_copy(update={"nsamples": count * per, "stride": 1})
         return cut_draws(read_images("calibration", more, folder, base), count, nsamples, text.stride, pool)
 
-    def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Images:
+    def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
         """As many calibration images as hold `positions` hidden states: the first that are drawn."""
         more = text.model_copy(update={"nsamples": _pool_of(text, positions, folder, base), "stride": 1})
         return read_images("calibration", more, folder, base, at_most=True)
 
-    def check_disjoint(self, items: Mapping[str, Images]) -> None:
+    def check_disjoint(self, items: Mapping[str, Items]) -> None:
         """UserError if two roles share more than a few images, pixel by pixel: sources have some images twice."""
         doubles_of(items)
 
-    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Images], embed: Callable[[Images], Tensor]) -> None:
+    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Items], Tensor]) -> None:
         """Nothing: that the model takes images of this size is seen when its replay is verified."""
 
-    def facts(self, items: Mapping[str, Images]) -> dict[str, bool]:
+    def facts(self, items: Mapping[str, Items]) -> dict[str, bool]:
         """No facts besides the content."""
         return {}
 
-    def forward(self, model: nn.Module, batch: Images) -> Any:
+    def forward(self, model: nn.Module, batch: Items) -> Any:
         """The output of the model for images, in its dtype."""
-        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-        return model(pixel_values=batch.pixels.to(dtype))
+        return model(**batch.in_dtype(model.dtype))  # type: ignore[arg-type]
 
-    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Images, Images, Images]:
-        """Images of the right shape: black ones, noise, and the same noise upside down."""
+    def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Items, Items, Items]:
+        """Items of the right shape: black ones, noise, and the same noise upside down."""
         draw = torch.Generator().manual_seed(0)
         noise = torch.randn(items, *self.shape, generator=draw).to(checkpoint.device)
         classes = torch.zeros(items, dtype=torch.int64, device=checkpoint.device)
         blank, one, other = (
-            Images(pixels, classes, "", 1) for pixels in (torch.zeros_like(noise), noise, noise.flip(2))
+            Items({PIXELS: pixels, LABELS: classes}, 1) for pixels in (torch.zeros_like(noise), noise, noise.flip(2))
         )
         return blank, one, other
 
 
-LABELLED_IMAGES: InputKind[Images] = LabelledImages()
+LABELLED_IMAGES: InputKind = LabelledImages()
 
 
 def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) -> int:
@@ -146,12 +102,12 @@ def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) ->
     return max(1, positions // one.positions)
 
 
-def doubles_of(items: Mapping[str, Images]) -> dict[str, list[int]]:
+def doubles_of(items: Mapping[str, Items]) -> dict[str, list[int]]:
     """By role, the images that an earlier role has too; UserError if they are more than a few."""
     seen: dict[bytes, str] = {}
     found: dict[str, list[int]] = {}
     for role, images in items.items():
-        rows = digests(images)
+        rows = images.digests()
         found[role] = doubles = [index for index, row in enumerate(rows) if row in seen]
         if len(doubles) > DOUBLES * len(rows):
             raise UserError(
@@ -160,11 +116,6 @@ def doubles_of(items: Mapping[str, Images]) -> dict[str, list[int]]:
             )
         seen |= dict.fromkeys(rows, role)
     return found
-
-
-def digests(images: Images) -> list[bytes]:
-    """SHA-256 of the pixels of each image."""
-    return [hashlib.sha256(pixels.contiguous().numpy().reshape(-1).data).digest() for pixels in images.pixels]
 
 
 def check_classifier(folder: ModelFolder) -> None:
@@ -177,13 +128,13 @@ def check_classifier(folder: ModelFolder) -> None:
     )
 
 
-def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
+def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
     """The images of one role, as the model's processor makes them; UserError that names the key."""
     with named(f"images.{role}."):
         return images_of(wanted, folder, base, at_most)
 
 
-def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Images:
+def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
     """The images of a set, as the model's processor makes them; UserError that starts with a key of the set.
 
     `at_most`: fewer than `nsamples`, if the part has fewer.
@@ -191,7 +142,8 @@ def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool =
     found = chosen(pictures(wanted, base), wanted, at_most)
     classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
     pixels = cached_pixels(ImageProcessor.of(folder.path, folder.trusted), found)
-    return Images.of(pixels, torch.tensor(classes, dtype=torch.int64), _positions(folder, pixels))
+    labels = torch.tensor(classes, dtype=torch.int64)
+    return Items.of({PIXELS: pixels, LABELS: labels}, _positions(folder, pixels))
 
 
 def chosen(found: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures:

@@ -5,13 +5,10 @@ template, the image before the text, else by its image token and the text. All p
 none is padded and blocks are called as on windows of text of that length; shorter pairs are left out.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,84 +17,17 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.extras import require
+from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.pictures import NO_CLASS, Pictures, pictures
 from atp_tune.paths import written
 from atp_tune.spec.images import ImageSet
 from atp_tune.spec.texts import Text
 
 KEYS = {"column": "images", "label": "column"}  # of images and of their labels → of a text
-IDS, MASK = "input_ids", "attention_mask"
+MASK = "attention_mask"
 
 
-@dataclass(frozen=True, eq=False)
-class PairBatch:
-    """What the model is called with, by name: ids int64 [pairs, tokens], and tensors of images [pairs, …].
-
-    `image`: the id of the tokens that stand for images.
-    """
-
-    tensors: Mapping[str, Tensor]
-    image: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.tensors[IDS])
-
-    def __getitem__(self, rows: slice) -> "PairBatch":
-        return PairBatch({name: tensor[rows] for name, tensor in self.tensors.items()}, self.image)
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Pairs of one length, as `Windows`; `content`: SHA-256 of all tensors; `image`: as of `PairBatch`."""
-
-    tensors: Mapping[str, Tensor]
-    content: str
-    image: int | None = None
-    bos = False  # the processor writes what the model's texts begin with
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], image: int | None = None) -> "Pairs":
-        """Makes pairs, with their SHA-256."""
-        found = hashlib.sha256()
-        for name in sorted(tensors):
-            found.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-            found.update(tensors[name].contiguous().numpy().reshape(-1).data)
-        return cls(tensors, found.hexdigest(), image)
-
-    def __len__(self) -> int:
-        return len(self.tensors[IDS])
-
-    @property
-    def ids(self) -> np.ndarray:
-        """The ids [pairs, tokens], image tokens among them."""
-        return self.tensors[IDS].numpy()
-
-    @property
-    def positions(self) -> int:
-        """Number of tokens of a pair."""
-        return int(self.tensors[IDS].shape[1])
-
-    def batch(self, device: torch.device) -> PairBatch:
-        """The pairs on a device."""
-        return PairBatch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.image)
-
-    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Pairs":
-        """Every stride-th pair of those from `start` to `end`, from the first."""
-        rows = slice(start, end, stride)
-        return Pairs.of({name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}, self.image)
-
-    def has_text(self) -> bool:
-        """Whether each pair has a token, after its first, that stands for no image."""
-        return self.image is None or bool(torch.ne(self.tensors[IDS][:, 1:], self.image).any(1).all())
-
-    def digests(self) -> list[bytes]:
-        """A SHA-256 of each pair, of its ids and its image."""
-        names = sorted(self.tensors)
-        rows = zip(*(self.tensors[name].contiguous().flatten(1).numpy() for name in names), strict=True)
-        return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in rows]
-
-
-def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Pairs:
+def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     """The pairs of a calibration text with images; UserError that starts with a key of the text."""
     if not reads_images(folder.path):
         raise UserError(f"images: {folder.id} reads text alone; leave it out, or take a model that reads images too")
@@ -115,10 +45,10 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Pairs:
             f"nsamples: {len(rows)} of {len(found)} pairs have {text.seqlen} tokens with their image, {wanted} are "
             "asked for; lower it or seqlen"
         )
-    return Pairs.of(_stacked(rows[:: text.stride]), _image_token(processor))
+    return Items.of(_stacked(rows[:: text.stride]), image=_image_token(processor))
 
 
-def check_distinct(named: Mapping[str, Pairs]) -> None:
+def check_distinct(named: Mapping[str, Items]) -> None:
     """UserError if two roles share a pair."""
     seen: dict[bytes, str] = {}
     for role, pairs in named.items():

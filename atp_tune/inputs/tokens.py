@@ -1,4 +1,4 @@
-"""Windows of token ids as a kind of input: a model is called with ids [windows, tokens]."""
+"""Items of token ids as a kind of input: a model is called with ids [windows, tokens]."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,23 +14,24 @@ from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, named
 from atp_tune.inputs import Batch, InputKind, cut_draws
-from atp_tune.inputs.pairs import PairBatch, Pairs, check_distinct, read_pairs
-from atp_tune.inputs.windows import Windows, check_disjoint, first_windows, token_windows
+from atp_tune.inputs.items import Items
+from atp_tune.inputs.pairs import check_distinct, read_pairs
+from atp_tune.inputs.windows import check_disjoint, first_windows, token_windows
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.texts import Text
 
 
 class TokenWindows:
-    """The `InputKind` of causal language models; its items are `Windows`."""
+    """The `InputKind` of causal language models; its items are windows."""
 
     called = "a text"
     has_steps = False
 
-    def of(self, items: Mapping[str, Windows]) -> "TokenWindows":
+    def of(self, items: Mapping[str, Items]) -> "TokenWindows":
         """The kind itself, whatever the length of the windows."""
         return self
 
-    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Windows | Pairs]:
+    def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The windows of each text; UserError for bad input, or if two texts share a window."""
         found = {role: read_items(role, text, folder, base, bos) for role, text in texts.items()}
         self.check_disjoint(found)
@@ -38,8 +39,8 @@ class TokenWindows:
 
     def draws(
         self, text: Text, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
-    ) -> list[tuple[Windows, Windows]]:
-        """Windows and pool of each draw: with the seeds that follow, or from the windows that follow."""
+    ) -> list[tuple[Items, Items]]:
+        """Items and pool of each draw: with the seeds that follow, or from the windows that follow."""
         assert text.nsamples is not None
         pool = max(1, positions // text.seqlen)
         per = max(text.nsamples, pool if positions else 0)
@@ -60,42 +61,40 @@ class TokenWindows:
             found = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
         return cut_draws(found, count, text.nsamples, text.stride, pool)
 
-    def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Windows:
-        """Windows of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
+    def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
+        """Items of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
         count = max(1, positions // text.seqlen)
         if text.sampling == "random":
             more = text.model_copy(update={"nsamples": count, "stride": 1})
             return read_text("calibration", more, folder, base, bos)
         return first_windows(text, folder.path, base, count, folder.trusted, bos)
 
-    def check_disjoint(self, items: Mapping[str, Windows | Pairs]) -> None:
+    def check_disjoint(self, items: Mapping[str, Items]) -> None:
         """UserError if two texts share a window, or a pair of image and text."""
-        check_disjoint({role: windows for role, windows in items.items() if isinstance(windows, Windows)})
-        check_distinct({role: pairs for role, pairs in items.items() if isinstance(pairs, Pairs)})
+        check_disjoint({role: windows for role, windows in items.items() if windows.image is None})
+        check_distinct({role: pairs for role, pairs in items.items() if pairs.image is not None})
 
-    def check_fit(
-        self, checkpoint: Checkpoint, items: Mapping[str, Windows | Pairs], embed: Callable[[Batch], Tensor]
-    ) -> None:
+    def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Batch], Tensor]) -> None:
         """UserError if a model has no embedding of a token or too few positions for a window, or nothing to predict."""
         for role, windows in items.items():
             if windows.bos and not has_embedding(checkpoint, first := int(windows.ids[0, 0])):
                 raise UserError(
                     f"texts.bos: the model has no embedding of its tokenizer's BOS, {first}; set it to false"
                 )
-            if role != "calibration" and isinstance(windows, Pairs) and not windows.has_text():
+            if role != "calibration" and not has_text(windows):
                 raise UserError(f"texts.{role}.seqlen: {windows.positions} tokens of a pair hold no text; raise seqlen")
             check_known(checkpoint.model, int(windows.ids.max()), f"texts.{role}")
             check_length(checkpoint, windows, embed, f"texts.{role}")
 
-    def facts(self, items: Mapping[str, Windows]) -> dict[str, bool]:
+    def facts(self, items: Mapping[str, Items]) -> dict[str, bool]:
         """The fact whether windows begin with BOS."""
         return {BOS: any(windows.bos for windows in items.values())}
 
-    def forward(self, model: nn.Module, batch: Tensor | PairBatch) -> Any:
+    def forward(self, model: nn.Module, batch: Tensor | Items) -> Any:
         """The output of the model for ids, without a cache, so that each window starts without state."""
-        if isinstance(batch, PairBatch):
-            return model(**in_dtype(batch, model), use_cache=False)
-        return model(input_ids=batch, use_cache=False)
+        if isinstance(batch, Tensor):
+            return model(input_ids=batch, use_cache=False)
+        return model(**batch.in_dtype(model.dtype), use_cache=False)  # type: ignore[arg-type]
 
     def examples(self, checkpoint: Checkpoint, items: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [items, positions]: zeros, ascending, and descending in each window."""
@@ -106,10 +105,10 @@ class TokenWindows:
         return torch.zeros_like(up), up, up.flip(1)
 
 
-TOKEN_WINDOWS: InputKind[Any] = TokenWindows()
+TOKEN_WINDOWS: InputKind = TokenWindows()
 
 
-def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Windows | Pairs:
+def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool) -> Items:
     """The windows of the text of one role, or its pairs of image and text; UserError that names the key."""
     if text.images is None:
         return read_text(role, text, folder, base, bos)
@@ -117,13 +116,12 @@ def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool
         return read_pairs(text, folder, base)
 
 
-def in_dtype(batch: PairBatch, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a batch, pixels in the number format of a model."""
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    return {name: found.to(dtype) if found.is_floating_point() else found for name, found in batch.tensors.items()}
+def has_text(items: Items) -> bool:
+    """Whether each item has a token, after its first, that stands for no image."""
+    return items.image is None or bool((items.ids[:, 1:] != items.image).any(1).all())
 
 
-def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool, draws: int = 1) -> Windows:
+def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool, draws: int = 1) -> Items:
     """The windows of the text of one role, of all draws one after the other; UserError that names the key."""
     try:
         return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos, draws=draws)
@@ -142,7 +140,7 @@ def has_embedding(checkpoint: Checkpoint, token: int) -> bool:
 
 
 @torch.inference_mode()
-def check_length(checkpoint: Checkpoint, windows: Windows | Pairs, embed: Callable[[Batch], Tensor], what: str) -> None:
+def check_length(checkpoint: Checkpoint, windows: Items, embed: Callable[[Batch], Tensor], what: str) -> None:
     """UserError if the windows of a text are too long for a model, such as for its learned positions."""
     try:
         embed(windows.batch(checkpoint.device)[:1])

@@ -9,14 +9,12 @@ BOS and `tokens - 1` ids of the text, in which there is no other BOS; consecutiv
 so that each token of the text is predicted once. An NLL is the mean over the `tokens - 1` positions after the first.
 """
 
-import hashlib
 import io
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +25,9 @@ from atp_tune.checkpoints.trust import CODE
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
+from atp_tune.inputs.items import Items
 from atp_tune.spec.texts import Text, short_source
 from atp_tune.storage.process import version_of
-
-if TYPE_CHECKING:
-    import torch
 
 Encode = Callable[[str], list[int]]
 
@@ -48,40 +44,6 @@ LEAST_RUN = 64  # tokens: texts of one kind share shorter runs, such as a line o
 BASE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows of one length: `ids` int64 [windows, tokens]; `content`: SHA-256 of ids and shape; `bos`: all windows
-    begin with BOS.
-    """
-
-    ids: np.ndarray
-    content: str
-    bos: bool = False
-
-    @classmethod
-    def of(cls, ids: np.ndarray, bos: bool = False) -> "Windows":
-        """Makes windows of ids, with their SHA-256."""
-        return cls(ids, hashlib.sha256(f"{ids.shape}".encode() + ids.astype("<i8").tobytes()).hexdigest(), bos)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def positions(self) -> int:
-        """Number of tokens of a window."""
-        return int(self.ids.shape[1])
-
-    def batch(self, device: "torch.device") -> "torch.Tensor":
-        """The ids [windows, tokens] on a device."""
-        import torch
-
-        return torch.from_numpy(self.ids).to(device)
-
-    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Windows":
-        """Every stride-th window of those from `start` to `end`, from the first."""
-        return Windows.of(np.ascontiguousarray(self.ids[start:end:stride]), self.bos)
-
-
 def token_windows(
     text: Text,
     folder: Path,
@@ -90,7 +52,7 @@ def token_windows(
     trusted: bool = False,
     bos: bool = False,
     draws: int = 1,
-) -> Windows:
+) -> Items:
     """The windows of a study's text with the tokenizer in `folder`, from the cache if possible.
 
     Relative paths start at `base`; `trusted`: code in `folder` may run; `bos`: each window begins with BOS; `draws`: so
@@ -111,15 +73,15 @@ def token_windows(
         packed = io.BytesIO()
         np.save(packed, ids)
         keep(stored, packed.getvalue())
-    return Windows.of(ids, bos)
+    return Items.windows(ids, bos)
 
 
-def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Windows:
+def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool = False, bos: bool = False) -> Items:
     """At most the first `most` windows of a consecutive text; UserError if the text is shorter than a window."""
     _check_text(text)
     encode, first = _encoder(folder, trusted, bos)
     wanted = text.model_copy(update={"nsamples": most})
-    return Windows.of(in_turn([_first(documents(kind, base), encode, kind, first) for kind in wanted.kinds]), bos)
+    return Items.windows(in_turn([_first(documents(kind, base), encode, kind, first) for kind in wanted.kinds]), bos)
 
 
 def in_turn(parts: Sequence[np.ndarray], draws: int = 1) -> np.ndarray:
@@ -135,7 +97,7 @@ def _check_text(text: Text) -> None:
         raise UserError("images: pairs of image and text are for calibration; give another text")
 
 
-def check_disjoint(named: Mapping[str, Windows]) -> None:
+def check_disjoint(named: Mapping[str, Items]) -> None:
     """UserError if two roles share text, in whatever windows it is cut."""
     roles = list(named)
     for index, role in enumerate(roles):
@@ -147,7 +109,7 @@ def check_disjoint(named: Mapping[str, Windows]) -> None:
                 )
 
 
-def shared_windows(one: Windows, other: Windows) -> list[int]:
+def shared_windows(one: Items, other: Items) -> list[int]:
     """The windows of `one` that share a run of tokens with `other`: half a window of the shorter ones, or 64 tokens.
 
     If both are cut from one text, each shorter window lies within a longer one, or at least half of it does. Of windows
@@ -159,7 +121,7 @@ def shared_windows(one: Windows, other: Windows) -> list[int]:
     return np.flatnonzero(np.isin(mine, _runs(other, run)).any(1)).tolist()
 
 
-def _runs(windows: Windows, run: int) -> np.ndarray:
+def _runs(windows: Items, run: int) -> np.ndarray:
     """A number for each run of so many tokens [windows, runs]: equal for equal runs, as a polynomial modulo 2⁶⁴.
 
     Σ_i x_i bⁱ over a run is the difference of two sums from the window's first token, times b to minus its place.

@@ -16,7 +16,8 @@ from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import arithmetic
 from atp_tune.events import EventHandler, Message, Step
-from atp_tune.inputs import Batch, Items
+from atp_tune.inputs import Batch
+from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.refinement import WithHessian

@@ -26,6 +26,7 @@ from atp_tune.events import EventHandler, Message, Step
 from atp_tune.extras import require
 from atp_tune.generation import WeightsOf, continued
 from atp_tune.inputs import Batch
+from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import mean_of_tasks
@@ -278,9 +279,9 @@ class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
 
     def result(self) -> Answers:
         """The images, their classes, and the answers of dense, uniform and best."""
-        folder, indices = self.session.folder, tuple(self._images.classes.tolist())
+        folder, indices = self.session.folder, tuple(self._images.tensors[LABELS].tolist())
         processor = ImageProcessor.of(folder.path, folder.trusted)
-        pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.pixels.cpu())
+        pictures = tuple(_png(processor.colours(pixels)) for pixels in self._images.tensors[PIXELS].cpu())
         labels = tuple(class_name(self.names, index) for index in indices)
         return Answers(pictures=pictures, labels=labels, indices=indices, **self.found)
 

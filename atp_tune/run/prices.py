@@ -45,7 +45,8 @@ from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import host_memory
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
-from atp_tune.inputs import Batch, InputKind, Items
+from atp_tune.inputs import Batch, InputKind
+from atp_tune.inputs.items import Items
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
@@ -75,7 +76,7 @@ class CalibrationGradients:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        inputs: InputKind[Items],
+        inputs: InputKind,
         score: ModelScore,
         pool: Items,
         heads: AutoBatch,

@@ -30,7 +30,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
-from atp_tune.inputs import KINDS, Batch, InputKind, Items
+from atp_tune.inputs import KINDS, Batch, InputKind
+from atp_tune.inputs.items import Items
 from atp_tune.metrics.bos import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner
@@ -512,9 +513,7 @@ class Role:
     dense: Sequence[Tensor] = ()
 
 
-def verified_replay(
-    checkpoint: Checkpoint, inputs: InputKind[Any], score: Score, windows: Mapping[str, Items]
-) -> Replay:
+def verified_replay(checkpoint: Checkpoint, inputs: InputKind, score: Score, windows: Mapping[str, Items]) -> Replay:
     """The replay of a model, compared with its own forward; UserError that names the first difference."""
     if not checkpoint.in_tower:
         return verified(checkpoint, inputs, score)

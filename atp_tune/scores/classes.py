@@ -24,7 +24,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.classes import check_known, reads_images
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
-from atp_tune.inputs.images import Images
+from atp_tune.inputs.items import LABELS, Items
 from atp_tune.scores import Score, WindowScores
 from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
 
@@ -35,7 +35,7 @@ LOGIT = 16  # bytes per logit: its value, float32 copies and their log-softmax
 class Classes:
     """The `Score` of image classifiers, whose inputs are images with classes."""
 
-    def probes(self, checkpoint: Checkpoint) -> tuple[Images, ...]:
+    def probes(self, checkpoint: Checkpoint) -> tuple[Items, ...]:
         """None: any image of the right shape will do."""
         return ()
 
@@ -51,22 +51,22 @@ class Classes:
         """All positions of an image, and bytes for each."""
         return positions, SHELL + LOGIT * int(checkpoint.config.num_labels) // positions
 
-    def items(self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    def items(self, replay: Replay, batch: Items, hidden: Tensor, dense: Tensor | None) -> WindowScores:
         """Scores of each image, from its final hidden states."""
         logits = replay.logits(batch, hidden)
-        nlls = token_nlls(logits, batch.classes).tolist()
+        nlls = token_nlls(logits, batch.tensors[LABELS]).tolist()
         kls = [] if dense is None else token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
-        return WindowScores(nlls, kls, ranks_of(logits, batch.classes).tolist())
+        return WindowScores(nlls, kls, ranks_of(logits, batch.tensors[LABELS]).tolist())
 
     def gradient(
-        self, replay: Replay, batch: Images, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
+        self, replay: Replay, batch: Items, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
     ) -> Tensor:
         """Gradient of each image's loss by its final hidden states."""
         states = hidden.detach().requires_grad_()
         likely = None if dense is None else replay.logits(batch, dense.to(hidden.device))
         with torch.enable_grad():
             logits = replay.logits(batch, states)
-        by_logits = loss_gradient(logits.detach(), batch.classes, likely, share=share)
+        by_logits = loss_gradient(logits.detach(), batch.tensors[LABELS], likely, share=share)
         return torch.autograd.grad(logits, states, by_logits)[0]
 
 

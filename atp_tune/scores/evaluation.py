@@ -15,8 +15,9 @@ from atp_tune.blocks.prune_pass import advance, embed, entering
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.inputs import Batch
+from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import has_embedding
-from atp_tune.inputs.windows import Windows, bos_of, first_windows, load_tokenizer, token_windows
+from atp_tune.inputs.windows import bos_of, first_windows, load_tokenizer, token_windows
 from atp_tune.metrics.bos import TOKENS, WINDOWS, BosEffect
 from atp_tune.scores import Score, WindowScores, joined
 from atp_tune.scores.next_token import NEXT_TOKEN
@@ -87,7 +88,7 @@ def compare_bos(
     bos = bos_of(tokenizer)
     if bos is None or not has_embedding(replay.checkpoint, bos):
         return None
-    ids = _few_windows(text, folder, base).batch(replay.checkpoint.device)
+    ids = _few_windows(text, folder, base).tensors[IDS].to(replay.checkpoint.device)
     plain = ids[:, 1:].contiguous()
     states = final_states(replay, batch, blocks, [ids, plain])
     with_bos, without = (
@@ -96,7 +97,7 @@ def compare_bos(
     return BosEffect.of(str(tokenizer.bos_token), with_bos, without, ids.shape[1])
 
 
-def _few_windows(text: Text, folder: ModelFolder, base: Path) -> Windows:
+def _few_windows(text: Text, folder: ModelFolder, base: Path) -> Items:
     """A few windows of a text, with BOS."""
     few = text.model_copy(update={"nsamples": WINDOWS, "seqlen": min(TOKENS, text.seqlen), "stride": 1})
     if text.sampling == "random":

@@ -15,7 +15,7 @@ from torch.nn import functional
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.inputs.pairs import IDS, PairBatch
+from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import vocabulary
 from atp_tune.scores import Score, WindowScores
 
@@ -123,33 +123,14 @@ class NextToken:
         """Number of positions of a window whose logits are computed at a time, and bytes for each."""
         return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
 
-    def items(self, replay: Replay, batch: Tensor | PairBatch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    def items(self, replay: Replay, batch: Tensor | Items, hidden: Tensor, dense: Tensor | None) -> WindowScores:
         """Scores of each window in nats per token; norm and head are applied to slices of positions.
 
         Of pairs of image and text, tokens that stand for an image are not predicted.
         """
-        if isinstance(batch, PairBatch):
-            return self._of_pairs(replay, batch, hidden, dense)
-        predicted = batch.shape[1] - 1
-        nlls, kls = torch.zeros(2, len(batch), dtype=torch.float32, device=batch.device)
-        beside: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, predicted, POSITIONS):
-            here = slice(start, min(start + POSITIONS, predicted))
-            logits = replay.logits(batch[:, here], hidden[:, here]).flatten(0, 1)
-            targets = batch[:, here.start + 1 : here.stop + 1].flatten()
-            nlls += token_nlls(logits, targets).view(len(batch), -1).sum(1)
-            if dense is not None:
-                others = replay.logits(batch[:, here], dense[:, here].to(batch.device)).flatten(0, 1)
-                found = token_kls(others, logits).view(len(batch), -1)
-                kls += found.sum(1)
-                beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
-        more = {} if dense is None else beside_dense(beside, None)
-        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist(), more=more)
-
-    def _of_pairs(self, replay: Replay, batch: PairBatch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        ids = batch.tensors[IDS]
-        assert batch.image is not None
-        counted = torch.ne(ids[:, 1:], batch.image)
+        ids = batch if isinstance(batch, Tensor) else batch.tensors[IDS]
+        image = None if isinstance(batch, Tensor) else batch.image
+        counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if image is None else torch.ne(ids[:, 1:], image)
         nlls, kls = torch.zeros(2, len(ids), dtype=torch.float32, device=ids.device)
         beside: list[tuple[Tensor, Tensor]] = []
         for start in range(0, counted.shape[1], POSITIONS):
@@ -163,8 +144,11 @@ class NextToken:
                 found = token_kls(others, logits).view_as(of_text)
                 kls += (found * of_text).sum(1)
                 beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
-        predicted, more = counted.sum(1), {} if dense is None else beside_dense(beside, counted)
-        return WindowScores((nlls / predicted).tolist(), [] if dense is None else (kls / predicted).tolist(), more=more)
+        predicted = counted.sum(1)
+        if dense is None:
+            return WindowScores((nlls / predicted).tolist(), [])
+        more = beside_dense(beside, None if image is None else counted)
+        return WindowScores((nlls / predicted).tolist(), (kls / predicted).tolist(), more=more)
 
     def gradient(
         self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5

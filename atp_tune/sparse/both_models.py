@@ -25,7 +25,8 @@ from atp_tune.events import Place, TrialStarted
 from atp_tune.frozen import FrozenModel
 from atp_tune.generation import Speaker
 from atp_tune.inputs import KINDS, InputKind
-from atp_tune.inputs.images import LABELLED_IMAGES, Images
+from atp_tune.inputs.images import LABELLED_IMAGES
+from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import Pictures, pictures_of
 from atp_tune.inputs.pixels import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer
@@ -58,7 +59,7 @@ class Use:
 
     command: str
     with_folder: str
-    kind: Callable[[ModelFolder], InputKind[Any]]
+    kind: Callable[[ModelFolder], InputKind]
     of_images: bool = False
     packs: bool = False
 
@@ -184,7 +185,7 @@ class BothModels(Released):
         return WholeModel(whole, folder, device, bool(self._about and self._about.bos))
 
 
-def _replay(checkpoint: Checkpoint, inputs: InputKind[Any], folder: ModelFolder) -> Replay:
+def _replay(checkpoint: Checkpoint, inputs: InputKind, folder: ModelFolder) -> Replay:
     """The replay of a model; UserError where it does not take the inputs, such as images of its processor's size."""
     try:
         return Replay(checkpoint, inputs)
@@ -242,7 +243,7 @@ class _Found:
         for index in range(len(found)):
             found.picture(index)
 
-    def kind(self, folder: ModelFolder) -> InputKind[Any]:
+    def kind(self, folder: ModelFolder) -> InputKind:
         """The kind of input of a model, for images of the size of these."""
         self._folder = self._folder or folder
         return LABELLED_IMAGES.of({"test": self._images})
@@ -266,10 +267,10 @@ class _Found:
                 )
 
     @cached_property
-    def _images(self) -> Images:
+    def _images(self) -> Items:
         assert self._folder is not None
         pixels = ImageProcessor.of(self._folder.path, self._folder.trusted).pixels(self._pictures)
-        return Images.of(pixels, torch.zeros(len(pixels), dtype=torch.int64), 1)
+        return Items.of({PIXELS: pixels, LABELS: torch.zeros(len(pixels), dtype=torch.int64)}, 1)
 
 
 def _first(logits: Tensor) -> tuple[Tensor, Tensor]:

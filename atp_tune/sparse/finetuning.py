@@ -23,8 +23,7 @@ from atp_tune.checkpoints.trust import small_files
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted
 from atp_tune.extras import require
-from atp_tune.inputs.images import Images
-from atp_tune.inputs.windows import Windows
+from atp_tune.inputs.items import IDS, Items
 from atp_tune.measures import Estimate, accuracy, change, gain, perplexity
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
@@ -72,7 +71,7 @@ class FinetuningJob:
     folder: ModelFolder
     out: Path
     text: Data
-    items: Windows | Images
+    items: Items
     settings: Training
     dense: Estimate | None
     teacher: ModelFolder | None
@@ -184,7 +183,7 @@ def train(
 
 def _items(
     text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Training, base: Path, bos: bool
-) -> tuple[Training, Windows | Images, str]:
+) -> tuple[Training, Items, str]:
     """What is trained on, the settings for it, and the score that it has; UserError if it cannot be read."""
     images = {role: data for role, data in measured.items() if isinstance(data, ImageSet)}
     texts = {role: data for role, data in measured.items() if isinstance(data, Text)}
@@ -226,7 +225,7 @@ def _run(job: FinetuningJob) -> Trained:
             **changes["test"].model_dump(), validation=changes.get("validation"),
             accuracy=_accuracies(before["test"].ranks, after["test"].ranks),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
-            bos=isinstance(job.items, Windows) and job.items.bos,
+            bos=job.items.bos,
             manifest=manifest_of(folder, device_name(device)), held_out=kept,
             teacher=job.teacher and job.teacher.content,
         )  # fmt: skip
@@ -256,14 +255,14 @@ def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | N
         raise NoGainError(
             f"training: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
             f"{loss:.4f} after step {last} at best), so nothing was written; lower the learning rate, or give more or "
-            f"other {'text' if isinstance(job.items, Windows) else 'images'}"
+            f"other {'text' if IDS in job.items.tensors else 'images'}"
         )
     trainer.take_best()
     return HeldOut(windows=windows, losses=losses, best=step)
 
 
 def _called(job: FinetuningJob) -> str:
-    return "windows" if isinstance(job.items, Windows) else "images"
+    return "windows" if IDS in job.items.tensors else "images"
 
 
 def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, named
-from atp_tune.inputs.images import Images, doubles_of, images_of
-from atp_tune.inputs.windows import Windows, first_windows, shared_windows, token_windows
+from atp_tune.inputs.images import doubles_of, images_of
+from atp_tune.inputs.items import IDS, Items
+from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
 from atp_tune.sparse.provenance import PrunedWith
 from atp_tune.sparse.training import windows_held_out, windows_read
 from atp_tune.spec.images import ImageSet
@@ -53,7 +53,7 @@ def _share(one: Data, other: Data) -> bool:
 
 def read_training_images(
     text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Training, base: Path
-) -> Images:
+) -> Items:
     """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
     needed = windows_read(settings)
     with named("--images: "):
@@ -67,7 +67,7 @@ def read_training_images(
 
 def read_windows(
     text: Text, measured: Mapping[str, Text], folder: Path, settings: Training, bos: bool, base: Path
-) -> Windows:
+) -> Items:
     """The windows to train on and to hold out; UserError if a text that is measured shares some of them.
 
     `base`: where plug-ins read from; the files of other texts are absolute.
@@ -85,8 +85,8 @@ def read_windows(
     return found
 
 
-def divided(items: Windows | Images, settings: Training) -> tuple[Tensor | Images, Tensor | Images | None]:
+def divided(items: Items, settings: Training) -> tuple[Tensor | Items, Tensor | Items | None]:
     """What is trained on, and what is held out, at the end of it; None if nothing is."""
-    found = torch.from_numpy(items.ids) if isinstance(items, Windows) else items
+    found = items.tensors.get(IDS, items)
     count = windows_held_out(len(items), settings)
     return (found[:-count], found[-count:]) if count else (found, None)

@@ -14,7 +14,6 @@ weights as one that was not; on a GPU, whose attention adds gradients in no fixe
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
 from atp_tune.errors import UserError
-from atp_tune.inputs.images import Images
+from atp_tune.inputs.items import LABELS, Items
 from atp_tune.scores.next_token import loss_gradient, mean_loss
 from atp_tune.sparse.adapters import make_adapters, recompute_blocks
 from atp_tune.sparse.teacher import Teacher
@@ -35,7 +34,7 @@ WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 KEPT_SHARE = 0.5  # of the memory that training leaves, for the dense model's logits on held-out items
 BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
-Items = Tensor | Images  # token ids [windows, tokens], or labelled images
+Data = Tensor | Items  # token ids [windows, tokens], or labelled images
 
 
 class Trainer:
@@ -44,9 +43,9 @@ class Trainer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        items: Items,
+        items: Data,
         settings: Training,
-        held_out: Items | None = None,
+        held_out: Data | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         """`held_out`: what early stopping measures on; `teacher`: the dense model of the loss `kl`.
@@ -56,7 +55,7 @@ class Trainer:
         if settings.seqlen is not None:
             check_length(checkpoint, settings.seqlen)
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
-        positions = items.positions if isinstance(items, Images) else None
+        positions = items.positions if isinstance(items, Items) else None
         self.memory = memory_needed(checkpoint, settings, positions, teacher.bytes if teacher else 0)
         self._teacher = teacher.load() if teacher is not None else None
         if self.memory.recompute:
@@ -93,7 +92,7 @@ class Trainer:
         done, settings = len(self.losses), self._settings
         rows = self._order[done * settings.batch :][: settings.batch]
         self._optimizer.zero_grad()
-        loss = self._backward(self._items[rows])  # type: ignore[index]
+        loss = self._backward(self._items[rows])
         self._check(loss, f"the loss is {loss} at step {done + 1}")
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         for group in self._optimizer.param_groups:
@@ -127,7 +126,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(f"training: {said}; lower the learning rate")
 
-    def _backward(self, items: Items) -> float:
+    def _backward(self, items: Data) -> float:
         """The mean loss of a batch, whose gradients the parameters get."""
         batch = self._moved(items)
         targets, dense = targets_of(batch), self._dense(batch)
@@ -137,11 +136,11 @@ class Trainer:
         return mean_loss(found, targets, dense, self._share).item()
 
     @torch.no_grad()
-    def _dense(self, batch: Items) -> Tensor | None:
+    def _dense(self, batch: Data) -> Tensor | None:
         """Logits of the dense model, if it is learnt from."""
         return None if self._teacher is None else self._logits(self._teacher, batch)
 
-    def _dense_held_out(self, start: int, batch: Items) -> Tensor | None:
+    def _dense_held_out(self, start: int, batch: Data) -> Tensor | None:
         """The same of a held-out batch whose first item is `start`: kept, as long as there is room."""
         if start in self._kept:
             return self._kept[start]
@@ -150,15 +149,15 @@ class Trainer:
             self._kept[start], self._room = found, self._room - found.nbytes
         return found
 
-    def _moved(self, items: Items) -> Items:
-        return items.batch(self._device) if isinstance(items, Images) else items.to(self._device)
+    def _moved(self, items: Data) -> Data:
+        found: Data = items.batch(self._device) if isinstance(items, Items) else items.to(self._device)
+        return found
 
-    def _logits(self, model: nn.Module, batch: Items) -> Tensor:
+    def _logits(self, model: nn.Module, batch: Data) -> Tensor:
         """Logits [predicted tokens, vocabulary], or [images, classes]."""
         with self._mixed:
-            if isinstance(batch, Images):
-                dtype: Any = model.dtype
-                return model(pixel_values=batch.pixels.to(dtype)).logits  # type: ignore[no-any-return]
+            if isinstance(batch, Items):
+                return model(**batch.in_dtype(model.dtype)).logits  # type: ignore[no-any-return, arg-type]
             return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)  # type: ignore[no-any-return]
 
     def save(self, path: Path, facts: dict[str, str]) -> None:
@@ -194,9 +193,9 @@ class Trainer:
             raise UserError(f"{path}: was not written by an earlier run; remove it") from None
 
 
-def targets_of(batch: Items) -> Tensor:
+def targets_of(batch: Data) -> Tensor:
     """What a batch's logits predict: the next tokens [tokens], or the classes [images]."""
-    return batch.classes if isinstance(batch, Images) else batch[:, 1:].flatten()
+    return batch.tensors[LABELS] if isinstance(batch, Items) else batch[:, 1:].flatten()
 
 
 def order(windows: int, settings: Training) -> Tensor:

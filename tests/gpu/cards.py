@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.offload import Offload
 from atp_tune.checkpoints.streaming import Tensors
-from atp_tune.inputs.windows import Windows
+from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
@@ -53,7 +53,7 @@ def bench_on(
     """A bench over so many random windows a text, for a GPU of 512 tokens."""
     tokens = 512 if device.type == "cuda" else 32
     ids = torch.randint(VOCABULARY, (2, windows, tokens), generator=torch.Generator().manual_seed(0))
-    texts = {role: Windows(part.numpy(), role) for role, part in zip(("calibration", "validation"), ids, strict=True)}
+    texts = {role: Items.windows(part.numpy()) for role, part in zip(("calibration", "validation"), ids, strict=True)}
     model = llama(device, dtype)
     folder = NoFolder(Path(), "random", "llama")
     return Session(folder, Checkpoint(model, device, offload), texts, prune or PruneConfig(), lambda event: None)

@@ -1,0 +1,89 @@
+"""The ordered items of one role: windows of a text, pairs of an image and a text, or labelled images."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IDS, PIXELS, LABELS = "input_ids", "pixel_values", "labels"  # arguments of models
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Tensors [items, …] by the name of the model's argument, in host memory; also a batch of them on a device.
+
+    Windows have `input_ids` int64 [windows, tokens], pairs the tensors of their images too, and labelled images
+    `pixel_values` float32 [images, channels, height, width] and `labels` int64 [images]. `positions`: hidden states of
+    an item in the first block; `content`: SHA-256 of all tensors, "" of a batch; `bos`: windows begin with BOS;
+    `image`: the id of the tokens that stand for images.
+    """
+
+    tensors: Mapping[str, Tensor]
+    positions: int
+    content: str = ""
+    bos: bool = False
+    image: int | None = None
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], positions: int | None = None, bos: bool = False, image: int | None = None
+    ) -> "Items":
+        """Makes items, with their SHA-256; `positions`: by default the number of ids."""
+        found = hashlib.sha256(f"{tuple(next(iter(tensors.values())).shape)}".encode())
+        for tensor in tensors.values():
+            found.update(tensor.contiguous().numpy().reshape(-1).data)
+        return cls(tensors, positions or tensors[IDS].shape[1], found.hexdigest(), bos, image)
+
+    @classmethod
+    def windows(cls, ids: np.ndarray, bos: bool = False) -> "Items":
+        """Makes windows of ids [windows, tokens]."""
+        return cls.of({IDS: torch.from_numpy(ids)}, bos=bos)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: slice | Tensor) -> "Items":
+        return replace(self, tensors={name: tensor[rows] for name, tensor in self.tensors.items()}, content="")
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids [items, tokens], those of image tokens among them."""
+        return self.tensors[IDS].numpy()
+
+    def batch(self, device: torch.device) -> Any:
+        """All items on a device; of a text the ids alone."""
+        found = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return found[IDS] if [*found] == [IDS] else replace(self, tensors=found)
+
+    def selected(self, rows: slice | Tensor) -> "Items":
+        """Some of the items, with their SHA-256."""
+        found = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
+        return Items.of(found, self.positions, self.bos, self.image)
+
+    def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Items":
+        """Every stride-th item of those from `start` to `end`, from the first."""
+        return self.selected(slice(start, end, stride))
+
+    def without(self, rows: Sequence[int]) -> "Items":
+        """All items but these."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[list(rows)] = False
+        return self.selected(kept)
+
+    def digests(self) -> list[bytes]:
+        """A SHA-256 of each item, without its label."""
+        parts = [self.tensors[name].contiguous().flatten(1).numpy() for name in sorted(self.tensors) if name != LABELS]
+        rows = zip(*parts, strict=True)
+        return [hashlib.sha256(b"".join(part.tobytes() for part in row)).digest() for row in rows]
+
+    def in_dtype(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors but the labels, pixels in a model's number format."""
+        return {
+            name: found.to(dtype) if found.is_floating_point() else found
+            for name, found in self.tensors.items()
+            if name != LABELS
+        }
