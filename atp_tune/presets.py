@@ -20,9 +20,9 @@ from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import PRUNERS
+from atp_tune.spec.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
 from atp_tune.spec.patterns import CHANNELS
 from atp_tune.spec.study import ModelConfig, Study
-from atp_tune.spec.texts import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
 from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
 from atp_tune.spec.writing import toml_value

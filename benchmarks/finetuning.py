@@ -43,10 +43,10 @@ from atp_tune.sparse.finetuning_data import divided, read_windows
 from atp_tune.sparse.provenance import PrunedWith, origin
 from atp_tune.sparse.teacher import Teacher, find_teacher
 from atp_tune.sparse.training import Trainer, stored_format
+from atp_tune.spec.data import Text
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data, ModelConfig
-from atp_tune.spec.texts import Text
 from atp_tune.system import cpu_name
 
 ROOT = Path(__file__).parents[1]

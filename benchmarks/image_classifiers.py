@@ -33,7 +33,7 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.runtime import quiet
 from atp_tune.inputs.images import read_images
 from atp_tune.inputs.items import LABELS, PIXELS
-from atp_tune.spec.images import ImageSet
+from atp_tune.spec.data import ImageSet
 from atp_tune.spec.studyfile import StudyFile, load
 
 ROOT = Path(__file__).parents[1]

@@ -90,9 +90,9 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.items import Items
     from atp_tune.run.session import Session, Setup
+    from atp_tune.spec.data import Text
     from atp_tune.spec.study import Data
     from atp_tune.spec.studyfile import load
-    from atp_tune.spec.texts import Text
 
     study = (file := load("smol-60", changes)).study
     data = study.data

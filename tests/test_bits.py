@@ -35,13 +35,13 @@ from atp_tune.results.summary import summarise
 from atp_tune.results.trials import levels_of
 from atp_tune.sparse.packing import NEEDED
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.facts import facts
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.plugged import PluginRef
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
 from atp_tune.spec.study import Study
-from atp_tune.spec.texts import Text
 from atp_tune.storage.progress import measured
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"

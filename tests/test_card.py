@@ -21,9 +21,9 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
 from atp_tune.spec.config import Config, EvaluationTexts, read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.manifest import Manifest, environment
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.texts import Text
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]

@@ -21,8 +21,8 @@ from atp_tune.spec.config import (
     Sparsity,
     read_config,
 )
+from atp_tune.spec.data import Text
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.texts import Text
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 

@@ -130,8 +130,8 @@ def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
     from atp_tune.checkpoints.models import ModelFolder
     from atp_tune.inputs.items import Items
+    from atp_tune.spec.data import Text
     from atp_tune.spec.study import ModelConfig
-    from atp_tune.spec.texts import Text
 
     tiny("llama").save_pretrained(tmp_path / "model")
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()

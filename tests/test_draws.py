@@ -31,9 +31,9 @@ from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.final_scores import FinalScores
 from atp_tune.spec.config import read_config
+from atp_tune.spec.data import Calibration
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.study import ModelConfig
-from atp_tune.spec.texts import Calibration
 
 THREE = "texts.calibration.draws=3"
 
@@ -323,7 +323,7 @@ def test_draws_share_no_token(sampling: str, positions: int, pool: int | None, p
     ("settings", "error"),
     [
         ({"draws": 0}, "draws"),
-        ({"draws": 2}, "need a number of windows, which the next draw follows; give nsamples"),
+        ({"draws": 2}, "need a number of items, which the next draw follows; give nsamples"),
     ],
 )
 def test_a_wrong_number_of_draws(settings: dict[str, Any], error: str) -> None:

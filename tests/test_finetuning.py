@@ -26,8 +26,8 @@ from atp_tune.sparse.finetuning import finetune
 from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
 from atp_tune.sparse.training import order
 from atp_tune.spec.config import read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.recover import Training
-from atp_tune.spec.texts import Text
 
 SHORT = (
     "--train",

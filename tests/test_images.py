@@ -25,16 +25,15 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
-from atp_tune.inputs import pixels
+from atp_tune.inputs import pictures as pictures_module
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, images_of
 from atp_tune.inputs.items import LABELS, PIXELS
-from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixels import ImageProcessor, class_indices
+from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_indices, pictures
 from atp_tune.measures import accuracy, gain
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of
+from atp_tune.spec.data import ImageSet
 from atp_tune.spec.facts import facts
-from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.studyfile import load
 
@@ -423,7 +422,7 @@ def test_damaged_pixels_are_made_anew(
 def test_many_pixels_are_not_kept(
     classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "LARGEST", 1000)
+    monkeypatch.setattr(pictures_module, "LARGEST_KEPT", 1000)
     read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
     assert not list((cache / "pixels").iterdir())
 

@@ -32,10 +32,10 @@ from atp_tune.presets import (
 )
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.spec.config import read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.studyfile import StudyFile, load, tables
-from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.spec.writing import write_study
 from atp_tune.storage.progress import counted

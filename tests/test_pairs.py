@@ -24,17 +24,16 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.pairs import _image_token, _stacked, read_pairs
-from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import ModelConfig
 from atp_tune.spec.studyfile import load
-from atp_tune.spec.texts import Text
 
 SIDE, PATCH, TOKENS = 16, 8, 24
 TEXT: dict[str, Any] = {

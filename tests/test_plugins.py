@@ -38,6 +38,7 @@ from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.data import Text
 from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, records
 from atp_tune.spec.prune import PruneConfig
@@ -47,7 +48,6 @@ from atp_tune.spec.search import SAMPLERS
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import from_settings, load
 from atp_tune.spec.studyfile import settings as settings_of
-from atp_tune.spec.texts import Text
 from atp_tune.spec.writing import study_text
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"

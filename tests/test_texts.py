@@ -17,7 +17,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, hub_arguments, source_content
 from atp_tune.inputs.hub import Column
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
-from atp_tune.spec.texts import KINDS, Text
+from atp_tune.spec.data import KINDS, Text
 
 
 def message(text: Text, base: Path) -> str:

@@ -17,8 +17,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.pairs import check_distinct, read_pairs
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, has_text
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, check_distinct, has_text, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.spec.block_names import block_name, in_tower, joined

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import check_disjoint, first_windows, shared_windows, token_windows
-from atp_tune.spec.texts import KINDS, Text
+from atp_tune.spec.data import KINDS, Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"

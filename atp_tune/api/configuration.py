@@ -15,7 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place
 from atp_tune.measures import Perplexity
 from atp_tune.spec.config import Config, ZeroShot, read_config
-from atp_tune.spec.images import CLASSES
+from atp_tune.spec.data import CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

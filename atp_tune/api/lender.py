@@ -46,7 +46,7 @@ class Lender:
             yield Sources(model, device, self._lend_texts(stack))
 
     def _lend_texts(self, stack: ExitStack) -> str | Mapping[str, str] | None:
-        from atp_tune.inputs.memory import lent
+        from atp_tune.inputs.local import lent
 
         def named(texts: str | list[str]) -> str:
             return texts if isinstance(texts, str) else stack.enter_context(lent(texts))
@@ -60,7 +60,7 @@ class Lender:
 
 def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
     """A name or path of texts, documents, or either by role, from what a caller gives; UserError for anything else."""
-    from atp_tune.inputs.memory import documents_of
+    from atp_tune.inputs.local import documents_of
 
     def one(value: Any, what: str) -> str | list[str]:
         if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():

@@ -25,10 +25,10 @@ from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import Way, config_of, measured_folder, write_sparse
+from atp_tune.spec.data import Text
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.studyfile import StudyFile, load
-from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
 

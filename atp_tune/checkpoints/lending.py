@@ -24,8 +24,8 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import DTYPES
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
+from atp_tune.spec.data import MEMORY
 from atp_tune.spec.study import ModelConfig
-from atp_tune.spec.texts import MEMORY
 
 NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 SAMPLE = "A naïve café: 東京, 3.14 € — “quoted”\n\n\tif x != 0:  # twice  the  spaces\n"  # read by two tokenizers

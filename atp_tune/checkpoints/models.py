@@ -25,7 +25,7 @@ from atp_tune.events import Notify, silent
 from atp_tune.extras import CHECKOUT
 from atp_tune.paths import check_writable, is_special, written
 from atp_tune.spec import study
-from atp_tune.spec.texts import MEMORY
+from atp_tune.spec.data import MEMORY
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.cost.parts import Amounts, Done, parts, rows_descents, step_tokens, sums
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.goals import goal_of
-from atp_tune.spec.images import IMAGES
+from atp_tune.spec.data import IMAGES
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening, progress

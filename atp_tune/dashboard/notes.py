@@ -15,8 +15,8 @@ from atp_tune.results.outcome import limit_of, study_remarks
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview
 from atp_tune.results.trials import is_uniform
+from atp_tune.spec.data import short_source
 from atp_tune.spec.plugged import permission
-from atp_tune.spec.texts import short_source
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 

@@ -38,8 +38,8 @@ from atp_tune.errors import UserError
 from atp_tune.exporting import bits
 from atp_tune.exporting.modules import names, rows
 from atp_tune.spec.config import Config
+from atp_tune.spec.data import Text
 from atp_tune.spec.patterns import parse
-from atp_tune.spec.texts import Text
 
 ARGUMENTS = {
     "block": 'pipeline="sequential"',

@@ -19,8 +19,8 @@ from typing import Any
 from atp_tune.errors import UserError
 from atp_tune.exporting.modules import NAME, names
 from atp_tune.spec.config import Config
+from atp_tune.spec.data import Text
 from atp_tune.spec.quantize import QuantizeConfig
-from atp_tune.spec.texts import Text
 
 K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names

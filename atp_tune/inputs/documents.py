@@ -18,8 +18,8 @@ from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.inputs.hub import HubDataset
 from atp_tune.plugins import digest, guarded, short_name
 from atp_tune.registry import Origin, Registry
+from atp_tune.spec.data import KINDS, Text, short_source
 from atp_tune.spec.plugged import parts_of
-from atp_tune.spec.texts import KINDS, Text, short_source
 
 KNOWN = (
     f"c4, wikitext2, mixed[:{'|'.join(KINDS)}], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
@@ -50,7 +50,7 @@ SOURCES = Registry[TextSource](
         "hub": "atp_tune.inputs.hub:HUB",
         "file": "atp_tune.inputs.local:FILE",
         "package": "atp_tune.inputs.local:PACKAGE",
-        "memory": "atp_tune.inputs.memory:LENT",
+        "memory": "atp_tune.inputs.local:LENT",
     },
     "atp_tune.text_sources",
     "atp_tune.inputs.documents:finished",

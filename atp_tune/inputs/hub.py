@@ -8,7 +8,7 @@ from typing import Any
 from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
-from atp_tune.spec.texts import Text
+from atp_tune.spec.data import Text
 
 C4_FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",  # the file that Wanda and SparseGPT read

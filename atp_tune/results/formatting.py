@@ -17,10 +17,10 @@ from atp_tune.measures import MEASURES, PERPLEXITY, error_over, reach_of
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import Plan, method_in, percent, shown
 from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
+from atp_tune.spec.data import KINDS, MANUAL, MIXED, short_source
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission
 from atp_tune.spec.study import Study
-from atp_tune.spec.texts import KINDS, MANUAL, MIXED, short_source
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import sparsity_of
 

@@ -27,7 +27,7 @@ from atp_tune.extras import require
 from atp_tune.generation import WeightsOf, continued
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import LABELS, PIXELS
-from atp_tune.inputs.pixels import ImageProcessor, class_name
+from atp_tune.inputs.pictures import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import mean_of_tasks
 from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer

@@ -42,14 +42,13 @@ from atp_tune.run.prices import POOL, CalibrationGradients, Descent, bit_costs, 
 from atp_tune.scores import SCORES, Score
 from atp_tune.scores.evaluation import compare_bos
 from atp_tune.spec.config import Config
+from atp_tune.spec.data import CLASSES, IMAGES, Text
 from atp_tune.spec.facts import BOS
-from atp_tune.spec.images import CLASSES, IMAGES
 from atp_tune.spec.patterns import Pattern, parse
 from atp_tune.spec.plugged import plug_in_config
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import QuantizeConfig, Treatments
 from atp_tune.spec.study import Data, ModelConfig, Study
-from atp_tune.spec.texts import Text
 from atp_tune.spec.typed import Interval
 
 if TYPE_CHECKING:

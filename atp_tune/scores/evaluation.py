@@ -21,7 +21,7 @@ from atp_tune.inputs.windows import bos_of, first_windows, load_tokenizer, token
 from atp_tune.metrics.bos import TOKENS, WINDOWS, BosEffect
 from atp_tune.scores import Score, WindowScores, joined
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.spec.texts import Text
+from atp_tune.spec.data import Text
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 

@@ -27,8 +27,7 @@ from atp_tune.generation import Speaker
 from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
-from atp_tune.inputs.pictures import Pictures, pictures_of
-from atp_tune.inputs.pixels import ImageProcessor, class_name
+from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_name, pictures_of
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.metrics.speed import Side
 from atp_tune.plan import Plan
@@ -39,7 +38,7 @@ from atp_tune.sparse.comparing import open_config, uniform_plan
 from atp_tune.sparse.packed_models import is_fast, pack_if_faster, packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.images import CLASSES
+from atp_tune.spec.data import CLASSES
 from atp_tune.spec.study import ModelConfig, of_model
 
 Which = Side | Literal["uniform"]

@@ -24,12 +24,11 @@ from atp_tune.results.results import NOTHING
 from atp_tune.sparse import card_bits, card_untested
 from atp_tune.sparse.provenance import ABOUT, CARD
 from atp_tune.spec.config import Baseline, Compared, Config
+from atp_tune.spec.data import MEMORY, ImageSet, short_source
 from atp_tune.spec.facts import is_local_text
-from atp_tune.spec.images import ImageSet
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.study import Data
-from atp_tune.spec.texts import MEMORY, short_source
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -8,7 +8,7 @@ from typing import Any
 from atp_tune.checkpoints.trust import read_table
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.spec.config import Config
-from atp_tune.spec.images import ImageSet
+from atp_tune.spec.data import ImageSet
 
 REPEATS = 0.5  # of its bytes, which zlib needs: usual prose of 60 to 250 bytes takes 0.65 and more, a loop 0.45 at most
 SHORTEST = 60  # bytes of a text that is judged

@@ -24,7 +24,7 @@ from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import plan_as_pruned
 from atp_tune.sparse.provenance import ABOUT, origin
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
-from atp_tune.spec.images import CLASSES, ImageSet
+from atp_tune.spec.data import CLASSES, ImageSet
 from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig, of_model

@@ -44,12 +44,11 @@ from atp_tune.sparse.provenance import (
 )
 from atp_tune.sparse.shards import Shards, sparse_folder
 from atp_tune.sparse.teacher import Teacher, find_teacher
-from atp_tune.spec.images import CLASSES, ImageSet
+from atp_tune.spec.data import CLASSES, ImageSet, Text
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data, ModelConfig
-from atp_tune.spec.texts import Text
 from atp_tune.storage.process import versions
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
 from atp_tune.sparse.provenance import PrunedWith
 from atp_tune.sparse.training import windows_held_out, windows_read
-from atp_tune.spec.images import ImageSet
+from atp_tune.spec.data import ImageSet, Text
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data
-from atp_tune.spec.texts import Text
 
 TEST_SHARE = 0.1  # of the training text: the test text, where no other is known
 

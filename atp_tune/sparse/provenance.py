@@ -13,12 +13,11 @@ from atp_tune.frozen import FrozenModel
 from atp_tune.measures import Accuracy, Change, Estimate, Gain, Perplexity
 from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
+from atp_tune.spec.data import ImageSet, Text
 from atp_tune.spec.facts import is_local_text
-from atp_tune.spec.images import ImageSet
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data
-from atp_tune.spec.texts import Text
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"

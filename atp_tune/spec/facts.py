@@ -6,12 +6,11 @@ from typing import Any, TypeAlias
 
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
-from atp_tune.spec.images import LOCAL, ImageSet
+from atp_tune.spec.data import LOCAL, ImageSet, Text
 from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import NEXT_TOKEN, ScreenConfig
 from atp_tune.spec.study import Study
-from atp_tune.spec.texts import Text
 
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 

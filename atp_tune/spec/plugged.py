@@ -23,12 +23,11 @@ from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, r
 from atp_tune.pruners import PRUNERS
 from atp_tune.quantizers import QUANTIZERS
 from atp_tune.registry import Origin, Registry
-from atp_tune.spec.images import ImageSet
+from atp_tune.spec.data import ImageSet, Text
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
 from atp_tune.spec.study import Data, Study
-from atp_tune.spec.texts import Text
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config

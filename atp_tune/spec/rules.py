@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.spec.images import CLASSES
+from atp_tune.spec.data import CLASSES, Text
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.quantize import OF_ZEROS, PER_LINEAR, QuantizeConfig
 from atp_tune.spec.search import ACCURACY, NEXT_TOKEN, STEP
-from atp_tune.spec.texts import Text
 
 if TYPE_CHECKING:
     from atp_tune.spec.study import Study

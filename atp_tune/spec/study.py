@@ -14,13 +14,12 @@ from pydantic_core import PydanticKnownError
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.spec.images import CLASSES, ImageSet, ImageSets
+from atp_tune.spec.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.spec.prune import PruneConfig, check_names
 from atp_tune.spec.quantize import QuantizeConfig, Treatments, level_of
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.rules import check_together
 from atp_tune.spec.search import DENSITY, LimitConfig, SearchConfig
-from atp_tune.spec.texts import Text, Texts
 
 BY_ROW_PRICES = "row-prices"  # the allocation that has offsets of rows
 

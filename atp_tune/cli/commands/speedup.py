@@ -148,7 +148,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
 
 def _of_images(score: str, tokens: int | None) -> bool:
     """Whether a score is that of an image classifier; UserError if a number of tokens was asked for then."""
-    from atp_tune.spec.images import CLASSES
+    from atp_tune.spec.data import CLASSES
 
     if score == CLASSES and tokens is not None:
         raise UserError("--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once")

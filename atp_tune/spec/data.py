@@ -1,0 +1,223 @@
+"""The data of a study, by role: the tables `[texts.*]` of a language model, or `[images.*]` of an image classifier."""
+
+import posixpath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
+
+from atp_tune.frozen import SettingsTable
+from atp_tune.plan import Share
+
+MANUAL = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
+MIXED = "mixed"
+KINDS = ("manual", "news", "tales", "debates", "code")  # of `mixed`, of which windows are taken in turn
+MEMORY = "memory:"  # before the SHA-256 of a model or a text that lies in the memory of a Python process
+FORMS = {  # of sources of images → the form of what follows the colon, for people
+    "folder": "folder:PATH",
+    "idx": "idx:PATH",
+    "parquet": "parquet:PATH",
+    "hub": "hub:ORG/NAME",
+    "package": "package:MODULE/PATH",
+}
+KNOWN = ", ".join(FORMS.values())
+LOCAL = ("folder:", "idx:", "parquet:")
+IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an image classifier
+
+
+class Source(SettingsTable):
+    """The data of one role: a part of a source, and how many items are drawn from it."""
+
+    source: str = Field(min_length=1)
+    config: str | None = Field(None, description="configuration of a hub dataset")
+    split: str | None = Field(None, description="split of a hub dataset")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    column: str
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the source, as shares")
+    nsamples: int | None = Field(None, ge=1)
+    stride: int = Field(1, ge=1, description="use every stride-th item only, from the first")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Self:
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part: [{self.part[0]}, {self.part[1]}] holds nothing")
+        return self
+
+    @property
+    def place(self) -> str:
+        """What follows the colon."""
+        return self.source.partition(":")[2]
+
+    def _is_like(self, other: Self, *keys: str) -> bool:
+        return all(getattr(self, key) == getattr(other, key) for key in ("config", "split", "revision", *keys))
+
+    def _meets(self, other: Self) -> bool:
+        return self.part[0] < other.part[1] and other.part[0] < self.part[1]
+
+
+class Text(Source):
+    """One text and how its windows are drawn."""
+
+    source: str = Field(
+        min_length=1,
+        description="c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in",
+    )
+    column: str = Field("text", description="column of the text (hub, .jsonl, .parquet)")
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the text, as shares of its whole documents")
+    shuffle: bool = Field(
+        False, description="shuffle the documents before the part is cut, in all three texts: parts are of one kind"
+    )
+    sampling: Literal["consecutive", "random"] = Field(
+        "consecutive",
+        description="consecutive: documents are joined and cut without overlap; random: windows from random documents",
+    )
+    nsamples: int | None = Field(
+        None, ge=1, le=1_000_000, description="number of windows; by default all of a text with consecutive sampling"
+    )
+    stride: int = Field(1, ge=1, description="use every stride-th window only, from the first")
+    seqlen: int = Field(2048, ge=2, description="tokens per window")
+    seed: int = Field(0, ge=0, description="seed of random sampling")
+    images: str | None = Field(
+        None,
+        min_length=1,
+        description="of calibration: column of an image beside each text (file:X.parquet, hub:), for models that read "
+        "images too",
+    )
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Self:
+        if self.sampling == "random" and self.nsamples is None:
+            raise ValueError("nsamples: a random draw needs their number")
+        if self.source == MIXED and self.stride % len(KINDS) == 0:
+            raise ValueError(f"stride: every {self.stride}th window is of one kind; take no multiple of {len(KINDS)}")
+        return self
+
+    @property
+    def kinds(self) -> tuple[Self, ...]:
+        """The texts of which windows are taken in turn: of `mixed` one of each kind, else the text itself."""
+        if self.source != MIXED:
+            return (self,)
+        sizes = [self.nsamples and -(-(self.nsamples - place) // len(KINDS)) for place in range(len(KINDS))]
+        named = zip(KINDS, sizes, strict=True)
+        return tuple(
+            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in named if size != 0
+        )
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """The kinds of the first windows, after which they begin again; () for a text of one kind."""
+        count = len(KINDS)
+        return tuple(KINDS[turn * self.stride % count] for turn in range(count)) if self.source == MIXED else ()
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `images` out where there are none, so that files and keys of the cache stay as they were."""
+        found: dict[str, Any] = inner(self)
+        return found if self.images is not None else {key: value for key, value in found.items() if key != "images"}
+
+    def overlaps(self, other: "Text") -> bool:
+        """Whether both texts share documents of the same source, or of the same kind of `mixed`."""
+        within = {MIXED: {f"{MIXED}:{kind}" for kind in KINDS}, MANUAL: {f"{MIXED}:manual"}}
+        mine, others = (within.get(source, {source}) for source in (self.source, other.source))
+        if not mine & others or not self._is_like(other, "column"):
+            return False
+        # A shuffled part has documents of everywhere, and `mixed` leaves some of the manual out.
+        is_cut_otherwise = self.shuffle != other.shuffle or (self.source == MANUAL) != (other.source == MANUAL)
+        return is_cut_otherwise or self._meets(other)
+
+
+class ImageSet(Source):
+    """Labelled images of one role: which, and how many. They are shuffled once, alike for all roles of a source."""
+
+    source: str = Field(min_length=1, description=f"{KNOWN}; folder: PATH/CLASS/FILE, idx: a file of MNIST's format")
+    column: str = Field("image", description="column of the images (hub, parquet)")
+    label: str = Field("label", description="column of the classes (hub, parquet)")
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        None, description="names of the classes 0, 1, … of a source that has numbers; else they are the model's own"
+    )
+    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the shuffled images, as shares")
+    nsamples: int | None = Field(None, ge=1, le=10_000_000, description="number of images; by default all of the part")
+    stride: int = Field(1, ge=1, description="use every stride-th image only, from the first")
+    seed: int = Field(0, ge=0, description="of the draw of nsamples images from the part")
+
+    @model_validator(mode="after")
+    def _fetchable(self) -> Self:
+        if self.kind not in FORMS or not self.place:
+            raise ValueError(f'source: "{self.source}" is none of {KNOWN}')
+        of_hub = ("config", "split", "revision") if self.kind != "hub" else ()
+        if wrong := next((key for key in of_hub if getattr(self, key) is not None), None):
+            raise ValueError(f"{wrong}: does not go with a {self.kind}: source; leave it out")
+        if self.kind == "hub" and self.split is None:
+            raise ValueError("split: a hub: source needs one, such as train, validation or test")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The kind of source, the part before the colon."""
+        return self.source.partition(":")[0]
+
+    def overlaps(self, other: "ImageSet") -> bool:
+        """Whether both sets have images of the same part of one source."""
+        is_same = posixpath.normpath(self.place) == posixpath.normpath(other.place)
+        return is_same and self._is_like(other, "kind") and self._meets(other)
+
+
+class Drawn(Source):
+    """The data on which pruners measure, and the number of its draws."""
+
+    draws: int = Field(
+        1,
+        ge=1,
+        description="number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; "
+        "the study uses the first",
+    )
+
+    @model_validator(mode="after")
+    def _repeatable(self) -> Self:
+        if self.draws > 1 and self.nsamples is None:
+            raise ValueError("draws: need a number of items, which the next draw follows; give nsamples")
+        return self
+
+
+class Calibration(Text, Drawn):
+    """The calibration text, and the number of its draws."""
+
+    @property
+    def text(self) -> Text:
+        """The first draw, which the study uses."""
+        return Text.model_validate(self.model_dump(exclude={"draws"}))
+
+
+class CalibrationImages(ImageSet, Drawn):
+    """The images on which pruners measure; their labels are used by prices only."""
+
+    @property
+    def text(self) -> ImageSet:
+        """The first draw, which the study uses."""
+        return ImageSet.model_validate(self.model_dump(exclude={"draws"}))
+
+
+class Texts(SettingsTable):
+    """The texts by role; the test text is used for the final numbers only."""
+
+    calibration: Calibration = Field(description="the text on which pruners measure")
+    validation: Text = Field(description="the text on which trials are measured and compared")
+    test: Text | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
+    bos: Literal["auto"] | StrictBool = Field(
+        "auto",
+        description="every window begins with BOS, and the prediction of the token after it counts; auto: if the dense "
+        'model is much better with BOS (measured once per study), but never with protocol = "paper"',
+    )
+
+
+class ImageSets(SettingsTable):
+    """The images by role; the test images are used for the final numbers only."""
+
+    calibration: CalibrationImages = Field(description="the images on which pruners measure")
+    validation: ImageSet = Field(description="the images on which trials are measured and compared")
+    test: ImageSet | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
+
+
+def short_source(source: str) -> str:
+    """The source of a model or a text for people: of one in memory, the first digits of its content."""
+    return source[: len(MEMORY) + 12] if source.startswith(MEMORY) else source
