@@ -217,7 +217,7 @@ def _triton() -> str:
     import torch
 
     from atp_tune import system
-    from atp_tune.pruners import columns
+    from atp_tune.pruners import sparsegpt
 
     if find_spec("triton") is None:
         return "is not installed"
@@ -226,7 +226,7 @@ def _triton() -> str:
     reasons = Reasons()
     system.log.addHandler(reasons)
     try:
-        columns.on_gpu(torch.device("cuda", 0))
+        sparsegpt.on_gpu(torch.device("cuda", 0))
     finally:
         system.log.removeHandler(reasons)
     return "; ".join(reasons.texts) or "works"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints.classes import check_known
+from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.errors import UserError
 from atp_tune.inputs.windows import bos_of

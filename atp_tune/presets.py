@@ -176,7 +176,7 @@ def search_over_interval(
 
 def context_length(folder: "ModelFolder") -> int | None:
     """Tokens that a model can take at once; None if its config does not say."""
-    from atp_tune.checkpoints.classes import model_config
+    from atp_tune.checkpoints.blocks import model_config
 
     config = model_config(folder.path, folder.trusted).get_text_config()
     return getattr(config, "max_position_embeddings", None)
@@ -273,10 +273,10 @@ class StudyRequest:
         `name`: of the study; `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
         run; `notify` gets a line for each slow step and each choice.
         """
-        from atp_tune.checkpoints.classes import check_language
+        from atp_tune.checkpoints.blocks import check_language
+        from atp_tune.checkpoints.convert import pin_wheel
         from atp_tune.checkpoints.devices import find_device
         from atp_tune.checkpoints.models import resolve
-        from atp_tune.checkpoints.wheels import pin_wheel
 
         if self.limit and "min_accuracy" in self.limit:
             require("eval", "--min-accuracy")
@@ -310,7 +310,7 @@ class StudyRequest:
 
         A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
         """
-        from atp_tune.checkpoints.headers import has_experts
+        from atp_tune.checkpoints.files import has_experts
 
         if self.allocations or not has_experts(folder.path):
             return self.allocations or PRICES

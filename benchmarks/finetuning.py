@@ -38,11 +38,9 @@ from atp_tune.events import Event, Message, Place
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import folder_scores
-from atp_tune.sparse.finetuning import finetune
-from atp_tune.sparse.finetuning_data import divided, read_windows
+from atp_tune.sparse.finetuning import divided, finetune, read_windows
 from atp_tune.sparse.provenance import PrunedWith, origin
-from atp_tune.sparse.teacher import Teacher, find_teacher
-from atp_tune.sparse.training import Trainer, stored_format
+from atp_tune.sparse.training import Teacher, Trainer, find_teacher, stored_format
 from atp_tune.spec.data import Text
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Training

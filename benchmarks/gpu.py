@@ -21,15 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_tune.blocks.timing import wait_for
-from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import device_name, find_device
-from atp_tune.checkpoints.lending import LentModel
-from atp_tune.checkpoints.offload import Offload
-from atp_tune.checkpoints.streaming import copy_to
+from atp_tune.blocks.prune_pass import wait_for
+from atp_tune.checkpoints.checkpoint import Checkpoint, LentModel
+from atp_tune.checkpoints.devices import copy_to, device_name, find_device
+from atp_tune.checkpoints.files import Offload
 from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
-from atp_tune.pruners import columns
+from atp_tune.pruners import sparsegpt
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
@@ -295,9 +293,9 @@ def show_sparsegpt(shape: Shape, found: dict[str, float], device: torch.device) 
     for phase, seconds in found.items():
         line(phase, f"{seconds:.3f}", seconds * total)
     W, U = torch.randn(128, shape.width, device=device), torch.eye(128, device=device)
-    fast = columns.on_gpu(device) if device.type == "cuda" else columns.strips
+    fast = sparsegpt.on_gpu(device) if device.type == "cuda" else sparsegpt.strips
     head(f"Its inner loop over 128 columns of {shape.width} rows", "way", "milliseconds")
-    for way in (fast, columns.plain):
+    for way in (fast, sparsegpt.plain):
         line(f"`{way.__name__}`", 1000 * seconds_of(partial(way, W, U, torch.zeros_like(W)), device))
 
 

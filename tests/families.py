@@ -13,8 +13,8 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.files import Offload
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.checkpoints.offload import Offload
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS

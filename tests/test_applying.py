@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.checkpoints import streaming
+from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity
@@ -31,8 +31,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
 from atp_tune.sparse import applying
-from atp_tune.sparse.applying import apply, plan_of, write_sparse
-from atp_tune.sparse.shards import cast, declare
+from atp_tune.sparse.applying import apply, cast, declare, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
 
 
@@ -185,14 +184,14 @@ def test_a_folder_is_written_with_one_copy_of_each_block(
     texts = {"calibration": config.calibration, "test": config.texts.test}
     model = config.model.model().model_copy(update={"offload": "cpu"})
     bench = Session.open(Setup(model, config.prune, texts, Place(done, "cpu")))
-    plan, copied, copy_to = plan_of(config, bench), Counter[int](), streaming.copy_to
+    plan, copied, copy_to = plan_of(config, bench), Counter[int](), devices.copy_to
     assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
 
     def counted(device: torch.device, tensor: Tensor) -> Tensor:
         copied.update([tensor.data_ptr()])
         return copy_to(device, tensor)
 
-    monkeypatch.setattr(streaming, "copy_to", counted)
+    monkeypatch.setattr(devices, "copy_to", counted)
     write_sparse(bench, plan, tmp_path / "out", config)
     first = {tensor.data_ptr() for tensor in bench.checkpoint.blocks[0].parameters()}
     assert copied.keys() >= {tensor.data_ptr() for tensor in bench.checkpoint.blocks.parameters()} - first

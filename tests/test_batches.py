@@ -12,7 +12,7 @@ from families import same_bits
 from safetensors.torch import load_file
 from tinystudy import TOKENS, CommandLine, run, stored, study_file
 
-from atp_tune.blocks import batching, prune_pass
+from atp_tune.blocks import prune_pass, replay
 from atp_tune.blocks.replay import Replay
 from atp_tune.events import Place
 from atp_tune.pruners import make_pruner
@@ -28,7 +28,7 @@ ELSEWHERE = 2  # windows of the tiny study's that go through a block at a time o
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine whose own batches are smaller."""
-    monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
+    monkeypatch.setitem(replay.TOKENS, "cpu", ELSEWHERE * TOKENS)
     return monkeypatch
 
 
@@ -69,7 +69,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     calls, chosen = [0], set[int]()
     measure = prune_pass.measure
 
-    def failing(replay: Replay, batch: batching.AutoBatch, *more: Any) -> Any:
+    def failing(replay: Replay, batch: replay.AutoBatch, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] in chosen:
             batch.run(lambda windows: raised() if windows > 4 else None)
@@ -158,7 +158,7 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
     folders = {"here": config, "there": config, "former": config.model_copy(update={"batches": {}})}
     for name, one in folders.items():
         if name == "there":
-            monkeypatch.setitem(batching.TOKENS, "cpu", ELSEWHERE * TOKENS)
+            monkeypatch.setitem(replay.TOKENS, "cpu", ELSEWHERE * TOKENS)
         apply(one, place / name, Place(place, "cpu"))
     here, there, former = (load_file(place / name / "model.safetensors") for name in folders)
     assert all(same_bits(here[name], there[name]) for name in here)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from families import CPU
 
-from atp_tune.blocks import batching
-from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks import replay
+from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 
@@ -12,7 +12,7 @@ CUDA = torch.device("cuda")
 
 def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> AutoBatch:
     monkeypatch.setattr(devices.gc, "collect", int)  # takes longer than all else here
-    monkeypatch.setattr(batching, "TOKENS", {"cpu": windows})
+    monkeypatch.setattr(replay, "TOKENS", {"cpu": windows})
     batch = AutoBatch(CPU, 1, 1, notes.append)
     assert batch.windows == windows
     return batch
@@ -33,7 +33,7 @@ def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_the_largest_power_of_two_that_fits_and_is_fast(
     device: torch.device, free: int, tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "free_memory", lambda device: free)
+    monkeypatch.setattr(replay, "free_memory", lambda device: free)
     assert AutoBatch(device, tokens, 1000, print).windows == windows
 
 
@@ -103,14 +103,14 @@ def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    monkeypatch.setattr(batching, "release_memory", lambda: told.append("released"))
-    assert batching.once_more(lambda: work(1)) == "done"
+    monkeypatch.setattr(replay, "release_memory", lambda: told.append("released"))
+    assert replay.once_more(lambda: work(1)) == "done"
     assert told == ["tried", "released", "tried"]
     told.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        batching.once_more(lambda: work(2))
+        replay.once_more(lambda: work(2))
     with pytest.raises(ValueError, match="out of memory"):
-        batching.once_more(lambda: int("out of memory"))
+        replay.once_more(lambda: int("out of memory"))
     assert told == ["tried", "released", "tried"]
 
 
@@ -151,7 +151,7 @@ def test_a_cpu_does_not_begin_with_more_than_fits(monkeypatch: pytest.MonkeyPatc
     """Its system would end the process, where a GPU says that memory ran out."""
     for device, expected in ((CPU, 4), (CUDA, 32)):
         notes: list[str] = []
-        monkeypatch.setattr(batching, "free_memory", lambda device: 7 * 100 * 10)
+        monkeypatch.setattr(replay, "free_memory", lambda device: 7 * 100 * 10)
         batch = AutoBatch(device, 100, 10, notes.append)
         batch.begin(32)
         assert batch.windows == expected

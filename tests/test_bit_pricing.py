@@ -10,10 +10,9 @@ from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.gradients import BlockGradients
-from atp_tune.blocks.pricing import BitPricing, Costs
-from atp_tune.quantizers.rtn import RTN
+from atp_tune.blocks.gradients import BitPricing, BlockGradients, Costs
+from atp_tune.blocks.replay import AutoBatch
+from atp_tune.quantizers.rounding import RTN
 from atp_tune.run.prices import CalibrationGradients, bit_costs, items_of_costs, priced_shares
 from atp_tune.run.session import Session
 from atp_tune.spec.quantize import QuantizeConfig

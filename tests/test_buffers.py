@@ -8,8 +8,8 @@ import pytest
 import torch
 from families import same_bits
 
-from atp_tune.checkpoints import buffers
-from atp_tune.checkpoints.buffers import Mapped, mapped_files, move_into, on_disk, plain
+from atp_tune.checkpoints import devices
+from atp_tune.checkpoints.devices import Mapped, mapped_files, move_into, on_disk, plain
 from atp_tune.errors import UserError
 
 
@@ -103,7 +103,7 @@ class Runtime:
 def test_pinned_memory_is_registered_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    memory = buffers.pinned(5000)
+    memory = devices.pinned(5000)
     place = memory.data_ptr()
     assert place % 4096 == 0
     view = memory[:10]
@@ -118,8 +118,8 @@ def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.Monk
     runtime = Runtime(answer=2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch, "zeros", runtime.zeros)
-    buffers._say_once.cache_clear()
-    assert [len(buffers.pinned(size)) for size in (100, 200)] == [100, 200]
+    devices._say_once.cache_clear()
+    assert [len(devices.pinned(size)) for size in (100, 200)] == [100, 200]
     assert len(runtime.calls) == 2  # nothing is unregistered that was not registered
     runtime.zeros(1, device="cuda")
     assert caplog.text.count("cannot be pinned (CUDA error 2)") == 1

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
 from tinystudy import CommandLine, quiet, run
 
-from atp_tune.blocks import batching
+from atp_tune.blocks import replay
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import draw_perplexity
@@ -254,7 +254,7 @@ def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> No
 
 @pytest.mark.slow
 def test_the_stopper_compares_errors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setitem(batching.TOKENS, "cpu", 5 * 17)  # five images of 17 positions: the stopper comes to word often
+    monkeypatch.setitem(replay.TOKENS, "cpu", 5 * 17)  # five images of 17 positions: the stopper comes to word often
     more = ("prune.pruners=['wanda','magnitude']", "search.stopper=wilcoxon", "search.trials=10", "search.seed=1")
     study = run(place, *HARD, *more)
     stopped = [trial for trial in study.trials if "stopped_after" in trial.user_attrs]

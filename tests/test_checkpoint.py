@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints import checkpoint as module
 from atp_tune.checkpoints.blocks import find_blocks, find_linears
-from atp_tune.checkpoints.buffers import Mapped, mapped_files
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.offload import Offload
+from atp_tune.checkpoints.devices import Mapped, mapped_files
+from atp_tune.checkpoints.files import Offload
 from atp_tune.errors import UserError
 
 BLOCKS = {

@@ -26,11 +26,11 @@ from tinystudy import CommandLine, make_tokenizer, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
+from atp_tune.checkpoints.blocks import auto_class, language_model, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import auto_class, language_model, reads_images
-from atp_tune.checkpoints.headers import read_sizes
+from atp_tune.checkpoints.files import read_sizes
 from atp_tune.errors import UserError
-from atp_tune.sparse.shards import Shards
+from atp_tune.sparse.applying import Shards
 from atp_tune.spec.patterns import make_plan
 
 IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image

@@ -11,8 +11,8 @@ from torch import Tensor
 from tritons import WHY, compiles, interpreted
 
 from atp_tune import system
-from atp_tune.pruners import columns
-from atp_tune.pruners.columns import plain, strips, sweep
+from atp_tune.pruners import sparsegpt
+from atp_tune.pruners.sparsegpt import plain, strips, sweep
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (1, 40), (3, 7), (16, 5), (17, 30), (40, 2500), (128, 33), (130, 200)]
@@ -57,21 +57,21 @@ def test_the_first_columns_only() -> None:
 
 
 def test_float64_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "strips", None)
+    monkeypatch.setattr(sparsegpt, "strips", None)
     W, U, G = (part.double() for part in problem((20, 30)))
     torch.testing.assert_close(sweep(W.clone(), U, G), by_hand(W, U, G), rtol=1e-12, atol=1e-12)
 
 
 def test_a_strip_of_one_column_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     W, U, G = problem((20, 30))
-    monkeypatch.setattr(columns, "STRIP", 1)
+    monkeypatch.setattr(sparsegpt, "STRIP", 1)
     torch.testing.assert_close(strips(W.clone(), U, G), plain(W.clone(), U, G))
 
 
 INTERPRETED = """
 import torch
 from test_columns import by_hand, problem
-from atp_tune.pruners.columns import on_gpu
+from atp_tune.pruners.sparsegpt import on_gpu
 from atp_tune.pruners.columns_triton import tiles
 assert on_gpu(torch.device("cpu")) is tiles  # the interpreter needs no compiler
 for shape in ((1, 1), (1, 300), (3, 7), (17, 30), (128, 33), (130, 5)):
@@ -103,9 +103,9 @@ def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monk
 def launched() -> Iterator[None]:
     """No kernel was launched yet in this process."""
     pytest.importorskip("triton", reason=WHY)
-    columns.on_gpu.cache_clear()
+    sparsegpt.on_gpu.cache_clear()
     yield
-    columns.on_gpu.cache_clear()
+    sparsegpt.on_gpu.cache_clear()
 
 
 class Compiles:
@@ -129,7 +129,7 @@ def test_without_a_compiler_columns_are_swept_plainly(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(columns_triton, "_sweep", Compiles())
-    assert [columns.on_gpu(CPU) for _ in range(3)] == [plain] * 3
+    assert [sparsegpt.on_gpu(CPU) for _ in range(3)] == [plain] * 3
     (record,) = caplog.records
     assert "RuntimeError: Failed to find C compiler" in record.getMessage()
     assert "\n" not in record.getMessage()
@@ -142,7 +142,7 @@ def test_where_triton_has_no_driver_columns_are_swept_plainly(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    assert columns.on_gpu(CPU) is plain
+    assert sparsegpt.on_gpu(CPU) is plain
     assert "driver" in caplog.text
 
 
@@ -164,12 +164,12 @@ def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypa
     monkeypatch.setattr(columns_triton, "tiles", tiles)
     while errors:
         with pytest.raises(type(errors[0])) as caught:
-            columns.on_gpu(CPU)
+            sparsegpt.on_gpu(CPU)
         assert caught.value is errors.pop(0)
-    assert columns.on_gpu(CPU) is tiles
+    assert sparsegpt.on_gpu(CPU) is tiles
 
 
 def test_without_triton(launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(system, "find_spec", lambda name: None)
-    assert columns.on_gpu(CPU) is plain
+    assert sparsegpt.on_gpu(CPU) is plain
     assert not caplog.records

@@ -6,7 +6,7 @@ import torch
 from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, nlls_of, random_ids, same_bits, tiny
 from plans import planned
 
-from atp_tune.blocks import batching
+from atp_tune.blocks import replay
 from atp_tune.events import Place, Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.items import Items
@@ -102,17 +102,17 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
     """Memory for 0.3 · free bytes: 12 bytes a logit, and twice every linear's input and output in a block."""
     model, widths = tiny("llama"), (24 + 24, 24 + 12, 24 + 12, 24 + 24, 24 + 40, 24 + 40, 40 + 24)
     block, head = TOKENS * 2 * sum(widths) * 4, TOKENS * 12 * VOCABULARY
-    monkeypatch.setattr(batching, "free_memory", lambda device: int(4.1 * block / 0.3))
+    monkeypatch.setattr(replay, "free_memory", lambda device: int(4.1 * block / 0.3))
     work = bench_of(model)
     assert work.batch("calibration").windows == 4
-    monkeypatch.setattr(batching, "free_memory", lambda device: int(2.1 * head / 0.3))
+    monkeypatch.setattr(replay, "free_memory", lambda device: int(2.1 * head / 0.3))
     assert bench_of(model).heads.windows == 2
 
 
 @pytest.mark.slow
 def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial, `apply` and `evaluate` load other texts beside it, of other lengths."""
-    monkeypatch.setitem(batching.TOKENS, "cpu", 4 * TOKENS)
+    monkeypatch.setitem(replay.TOKENS, "cpu", 4 * TOKENS)
     model = tiny("llama")
     whole = bench_of(model)
     calibration = whole.windows["calibration"]

@@ -8,8 +8,8 @@ from families import CPU, bench_of, few, same_bits, tiny
 from plans import planned
 from test_prune_pass import atp_plan
 
-from atp_tune.blocks import dense_statistics
-from atp_tune.blocks.dense_statistics import CachedStatistics, is_room, place_of, save_all
+from atp_tune.blocks import dense_metrics
+from atp_tune.blocks.dense_metrics import CachedStatistics, is_room, place_of, save_all
 from atp_tune.events import Message
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
@@ -43,7 +43,7 @@ def blocks_of(kind: Any) -> list[dict[str, Any]]:
 def test_what_is_kept_is_what_was_measured(
     kind: Any, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense_statistics, "SMALL", small)
+    monkeypatch.setattr(dense_metrics, "SMALL", small)
     blocks = blocks_of(kind)
     if kind is Hessian:
         blocks[0]["a"].factor(0.01)  # one is kept with its factor, the others are factorised when they are asked
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_keeps_them_in_memory(room: bool, cache: Path, monke
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dense_statistics, "save_file", refuse)
+    monkeypatch.setattr(dense_metrics, "save_file", refuse)
     monkeypatch.setattr(dense_model, "is_room", lambda folder, needed: room)
     events: list[Any] = []
     work = bench_of(tiny("llama"), DENSE, watch=events.append)

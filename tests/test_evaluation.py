@@ -9,9 +9,8 @@ from families import CPU, FAMILIES, TOKENS, bench_of, nlls_of, random_ids, repla
 from plans import planned
 from torch import Tensor
 
-from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.measures import perplexity

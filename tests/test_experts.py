@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.blocks.batching import block_bytes
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
-from atp_tune.blocks.prune_pass import unmeasured
+from atp_tune.blocks.prune_pass import AllInputsSeen, InputCollector, stop_when_all_seen, unmeasured
+from atp_tune.blocks.replay import block_bytes
 from atp_tune.checkpoints.blocks import expert_inputs, find_linears
 from atp_tune.errors import TrialError
 from atp_tune.events import ignore_events

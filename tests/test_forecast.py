@@ -6,8 +6,7 @@ import pytest
 from tinystudy import study_file
 
 from atp_tune.allocations import prices
-from atp_tune.checkpoints.headers import ModelSizes
-from atp_tune.checkpoints.offload import Free
+from atp_tune.checkpoints.files import Free, ModelSizes
 from atp_tune.cost.forecast import UNKNOWN, Passes, ProbeRates, PrunerRate, passes
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.cost.parts import Amounts, Done, Part, parts, sums, training

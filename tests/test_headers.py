@@ -7,7 +7,7 @@ import torch
 from families import ALL, checkpoint_of, tiny
 from safetensors.torch import save_file
 
-from atp_tune.checkpoints.headers import check_claims, read_sizes
+from atp_tune.checkpoints.files import check_claims, read_sizes
 from atp_tune.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 from families import CPU
 from torch import Tensor, nn
 
-from atp_tune.blocks.input_hooks import AllInputsSeen, InputCollector, stop_when_all_seen
+from atp_tune.blocks.prune_pass import AllInputsSeen, InputCollector, stop_when_all_seen
 from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.errors import TrialError
 from atp_tune.pruners.statistics import Hessian, InputNorms

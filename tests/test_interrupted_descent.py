@@ -8,7 +8,7 @@ import torch
 from families import bench_of, tiny
 
 from atp_tune.allocations.rows import RowSparsities
-from atp_tune.blocks.pricing import Pricing, RowPricing
+from atp_tune.blocks.gradients import Pricing, RowPricing
 from atp_tune.events import Message
 from atp_tune.run import prices as module
 from atp_tune.run.prices import DescentSteps

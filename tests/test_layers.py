@@ -235,8 +235,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
 
 
 LIGHT = [
-    "checkpoints.headers",
-    "checkpoints.offload",
+    "checkpoints.files",
     "cost.forecast",
     "cost.planning",
     "environment",
@@ -253,8 +252,7 @@ LIGHT = [
     "search.runner",
     "serving.servers",
     "sparse.card",
-    "sparse.pushing",
-    "sparse.verifying",
+    "sparse.publishing",
     "spec.config",
     "spec.study",
     "spec.studyfile",

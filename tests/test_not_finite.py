@@ -13,12 +13,12 @@ from tinystudy import few_steps, run
 from torch import Tensor
 
 from atp_tune.blocks import gradients
-from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.gradients import BlockGradients, Sample
+from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.quantizers.grid import Grid
+from atp_tune.quantizers.rounding import Grid
 from atp_tune.scores import next_token
 
 Break = Callable[[pytest.MonkeyPatch], None]

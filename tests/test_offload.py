@@ -1,6 +1,6 @@
 import pytest
 
-from atp_tune.checkpoints.offload import Free, choose, hessian_bytes, states
+from atp_tune.checkpoints.files import Free, choose, hessian_bytes, states
 
 GB = 10**9
 

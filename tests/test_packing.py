@@ -33,9 +33,9 @@ from transformers import (
     logging,
 )
 
-from atp_tune.checkpoints import unpacking
+from atp_tune.checkpoints import convert
+from atp_tune.checkpoints.convert import ABOUT, unpack_folder
 from atp_tune.checkpoints.models import resolve
-from atp_tune.checkpoints.unpacking import ABOUT, unpack_folder
 from atp_tune.errors import UserError
 from atp_tune.packed.layout import pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
@@ -225,14 +225,14 @@ def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp
 
 def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one takes what the other has written."""
-    model, begin = ModelConfig(source=str(make())), unpacking._Tensors.__init__
+    model, begin = ModelConfig(source=str(make())), convert._Tensors.__init__
 
     def late(self: Any, *given: Any) -> None:
-        monkeypatch.setattr(unpacking._Tensors, "__init__", begin)
+        monkeypatch.setattr(convert._Tensors, "__init__", begin)
         resolve(model, Path())
         begin(self, *given)
 
-    monkeypatch.setattr(unpacking._Tensors, "__init__", late)
+    monkeypatch.setattr(convert._Tensors, "__init__", late)
     folder = resolve(model, Path()).path
     assert [*folder.parent.iterdir()] == [folder]
 
@@ -466,7 +466,7 @@ def test_each_module_is_imported_first(make: Make, tmp_path: Path) -> None:
     lines = [
         "import atp_tune.packed.modeling_atp_sparse",
         "import atp_tune.packed.layout",
-        "from pathlib import Path; from atp_tune.checkpoints.unpacking import unpack_folder; "
+        "from pathlib import Path; from atp_tune.checkpoints.convert import unpack_folder; "
         f"unpack_folder(Path({str(packed)!r}), Path({str(tmp_path / 'unpacked')!r}))",
     ]
     for line in lines:

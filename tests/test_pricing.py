@@ -27,9 +27,19 @@ from torch.nn import functional
 from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks import gradients
-from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.gradients import BlockGradients, KeptRuns, Run, Sample
-from atp_tune.blocks.pricing import BAND, GRID, ByPlaces, ByPruner, Levels, Pricing
+from atp_tune.blocks.gradients import (
+    BAND,
+    GRID,
+    BlockGradients,
+    ByPlaces,
+    ByPruner,
+    KeptRuns,
+    Levels,
+    Pricing,
+    Run,
+    Sample,
+)
+from atp_tune.blocks.replay import AutoBatch, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.cost import parts
 from atp_tune.plan import Plan

@@ -24,11 +24,10 @@ from plans import planned
 from torch import Tensor, nn
 
 from atp_tune.allocations import Budget, Shape, atp
-from atp_tune.blocks import batching
-from atp_tune.blocks.batching import AutoBatch
+from atp_tune.blocks import replay as replaying
 from atp_tune.blocks.channels import ChannelPruner
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
-from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
@@ -411,7 +410,7 @@ def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.Monkey
 
 def test_memory_that_runs_out_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was moved on before stays, and is not moved on again."""
-    monkeypatch.setattr(batching, "TOKENS", {"cpu": 4 * TOKENS})
+    monkeypatch.setattr(replaying, "TOKENS", {"cpu": 4 * TOKENS})
     monkeypatch.setattr(devices.gc, "collect", int)
     model, calls = tiny("llama"), []
     replay, batch, hidden = work_of(model, 4)

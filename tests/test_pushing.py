@@ -15,7 +15,7 @@ from tinystudy import CommandLine, finish, free_port, start, wait_until
 
 import atp_tune
 from atp_tune.cache import sha256_of
-from atp_tune.sparse import pushing
+from atp_tune.sparse import publishing
 from atp_tune.sparse.publishing import published, stage
 
 ALICE: dict[str, Any] = {
@@ -207,9 +207,9 @@ def test_who_may_not_write_is_told_before(
 
 
 def test_who_may_write_passes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushing.check_permission("lab/tiny", private=True)
+    publishing.check_permission("lab/tiny", private=True)
     monkeypatch.setenv("HF_TOKEN", "g")
-    pushing.check_permission("fin/tiny", private=False)
+    publishing.check_permission("fin/tiny", private=False)
     assert site.uploads.private == {}
 
 
@@ -218,7 +218,7 @@ def test_a_public_repository_is_no_place_for_a_private_folder(done: Path, site: 
     words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny", "--private"]
     assert command(*words).error.startswith("alice/tiny: is public on the hub already; make it private there first")
     site.uploads.private["alice/tiny"] = True
-    pushing.check_permission("alice/tiny", private=True)
+    publishing.check_permission("alice/tiny", private=True)
 
 
 def test_without_a_network(done: Path, site: Site, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from atp_tune.checkpoints import quantized
+from atp_tune.checkpoints import files
 from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.headers import read_sizes
+from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.extras import install
@@ -357,7 +357,7 @@ def test_compressed_tensors(form: str, arguments: dict[str, Any], tmp_path: Path
 )
 def test_what_transformers_would_read_wrongly(more: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        quantized.find_method(said_only(tmp_path, {"quant_method": "compressed-tensors", **more}), "it")
+        files.find_method(said_only(tmp_path, {"quant_method": "compressed-tensors", **more}), "it")
 
 
 # Refused
@@ -373,17 +373,13 @@ def said_only(place: Path, table: Any, **config: Any) -> Path:
 
 
 REFUSED = [
-    *(
-        method
-        for method in AUTO_QUANTIZATION_CONFIG_MAPPING
-        if method not in (*quantized.BY_TENSOR, *quantized.BY_MODEL)
-    ),
+    *(method for method in AUTO_QUANTIZATION_CONFIG_MAPPING if method not in (*files.BY_TENSOR, *files.BY_MODEL)),
     "never_heard_of",
 ]
 
 
 def test_methods_are_those_of_transformers() -> None:
-    assert {*quantized.BY_TENSOR, *quantized.BY_MODEL} <= AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
+    assert {*files.BY_TENSOR, *files.BY_MODEL} <= AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
     assert len(REFUSED) > 15
 
 
@@ -455,7 +451,7 @@ def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
     """Weights that were cast to FP8 as they are, without a scale, are numbers as others."""
     source, _ = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16))))
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(quantized.without_quantization(config)))
+    (source / "config.json").write_text(json.dumps(files.without_quantization(config)))
     with pytest.raises(UserError, match=r"holds .*\.weight as F8_E4M3 with a scale beside it \(.*\), but its config"):
         found(source)
     q.write(source, {k: v for k, v in q.read(source).items() if not k.endswith("_scale_inv")}, None)

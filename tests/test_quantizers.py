@@ -17,10 +17,7 @@ from atp_tune.pruners.refinement import Refined
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.quantizers import QUANTIZERS, make_quantizer
-from atp_tune.quantizers.gptq import GPTQ, plain, strips
-from atp_tune.quantizers.grid import Grid, parts_of
-from atp_tune.quantizers.quantizing import Quantizing
-from atp_tune.quantizers.rtn import RTN
+from atp_tune.quantizers.rounding import GPTQ, RTN, Grid, Quantizing, parts_of, plain, strips
 from atp_tune.run.session import Session
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.quantize import QuantizeConfig

@@ -6,8 +6,8 @@ from families import FAMILIES, few, tiny
 from plans import planned
 from test_context import bench_of
 
-from atp_tune.blocks import dense_statistics
-from atp_tune.blocks.dense_statistics import Ranked, can_rank
+from atp_tune.blocks import dense_metrics
+from atp_tune.blocks.dense_metrics import Ranked, can_rank
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
@@ -68,12 +68,12 @@ def test_only_what_compares_rows_or_groups_is_ranked(name: str, settings: dict[s
 
 def test_without_room_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
-    needed = dense_statistics.RANK_BYTES * sum(work.checkpoint.sizes)
+    needed = dense_metrics.RANK_BYTES * sum(work.checkpoint.sizes)
     for free, expected in (
-        (needed / dense_statistics.RANK_SHARE * 0.99, False),
-        (needed / dense_statistics.RANK_SHARE * 1.01, True),
+        (needed / dense_metrics.RANK_SHARE * 0.99, False),
+        (needed / dense_metrics.RANK_SHARE * 1.01, True),
     ):
-        monkeypatch.setattr(dense_statistics, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(dense_metrics, "free_memory", lambda device, free=free: free)
         assert can_rank(make_pruner("wanda"), work.checkpoint) == expected
 
 

@@ -28,10 +28,9 @@ from atp_tune.results.outcome import recovery_said
 from atp_tune.results.summary import summarise
 from atp_tune.results.tables import overview
 from atp_tune.search.runner import StudyRun
-from atp_tune.sparse import recovering
-from atp_tune.sparse.finetuning import NoGainError, Trained
+from atp_tune.sparse import finetuning
+from atp_tune.sparse.finetuning import NO_GAIN, NoGainError, Trained, recovered
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
-from atp_tune.sparse.recovering import NO_GAIN, recovered
 from atp_tune.sparse.training import Trainer
 from atp_tune.spec.config import Config, dumps, read_config
 from atp_tune.spec.mistakes import _unknown
@@ -289,7 +288,7 @@ def judged(
     )  # fmt: skip
     scores = {"test": type("Scores", (), {"nlls": [first, 1.5]})()}
     part().touch()
-    monkeypatch.setattr(recovering, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
+    monkeypatch.setattr(finetuning, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
     own: Any = (None, RecoverConfig(), Place(Path(), "cpu"))
     return recovered(*own, uniform=[3.5, 2.5], kinds=("manual", "news"))
 
@@ -337,7 +336,7 @@ def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch
     def fails(*_: object) -> None:
         raise NoGainError("training: no step …")
 
-    monkeypatch.setattr(recovering, "apply_trained", fails)
+    monkeypatch.setattr(finetuning, "apply_trained", fails)
     found = recovered(None, RecoverConfig(), Place(Path(), "cpu"))  # type: ignore[arg-type]
     assert (found.kept, found.reason, found.validation) == (False, NO_GAIN, None)
 

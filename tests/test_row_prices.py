@@ -24,16 +24,14 @@ from torch.nn import functional
 from atp_tune.allocations import LinearSparsities, Shape, prices
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
-from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.gradients import Sample
-from atp_tune.blocks.pricing import BAND, ByPlaces, RowPricing
+from atp_tune.blocks.gradients import BAND, ByPlaces, RowPricing, Sample
 from atp_tune.blocks.prune_pass import of_rows
+from atp_tune.blocks.replay import AutoBatch
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.quantizers.quantizing import Quantizing
-from atp_tune.quantizers.rtn import RTN
+from atp_tune.quantizers.rounding import RTN, Quantizing
 from atp_tune.run.dense_model import dense_blocks
 from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import final_states
@@ -232,7 +230,7 @@ def naive_move(smooth: list[float], offsets: list[float], found: list[float]) ->
 @pytest.mark.parametrize("family", few(FAMILIES, FAST))
 def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps, ten times as long, so that the second has other masks than the first, and KL alone (`prune.loss`)."""
-    monkeypatch.setattr("atp_tune.blocks.pricing.DISTANCE", 10 * DISTANCE)
+    monkeypatch.setattr("atp_tune.blocks.gradients.DISTANCE", 10 * DISTANCE)
     monkeypatch.setattr("test_row_prices.DISTANCE", 10 * DISTANCE)
     model = tiny(family)
     context, sparsities = bench_of(model), uneven(bench_of(model))

@@ -11,8 +11,7 @@ from test_experts import silence
 from test_prune_pass import atp_plan, check_same_weights, magnitude, wanda, work_of
 from torch import Tensor, nn
 
-from atp_tune.blocks.input_hooks import prune_sequentially
-from atp_tune.blocks.prune_pass import Pass
+from atp_tune.blocks.prune_pass import Pass, prune_sequentially
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.errors import TrialError

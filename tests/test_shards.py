@@ -19,8 +19,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
 from atp_tune.paths import check_free
 from atp_tune.run.session import Session
-from atp_tune.sparse.applying import write_sparse
-from atp_tune.sparse.shards import Shards, sparse_folder
+from atp_tune.sparse.applying import Shards, sparse_folder, write_sparse
 from atp_tune.spec.config import read_config
 
 

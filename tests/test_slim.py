@@ -30,8 +30,7 @@ from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
 from atp_tune.sparse import slim
-from atp_tune.sparse.applying import plan_of, write_sparse
-from atp_tune.sparse.own_code import OURS
+from atp_tune.sparse.applying import OURS, plan_of, write_sparse
 from atp_tune.sparse.packing import pack_folder, write_to_pack
 from atp_tune.sparse.slim import check_pattern, write_slim
 from atp_tune.spec.config import Config, read_config

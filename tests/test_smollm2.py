@@ -21,7 +21,7 @@ from test_zeroshot import make_tasks, naive_accuracy
 from tinystudy import HANGS, finish, settings, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune.blocks import timing
+from atp_tune.blocks import prune_pass
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import Place, ignore_events
@@ -154,7 +154,7 @@ def test_perplexity_equals_the_models_own_loss(context: Session) -> None:
 
 def test_plan_foretells_a_trial(context: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """In seconds of this process, which other work does not change; docs/speed.md has real ones."""
-    for module in (probe, timing):
+    for module in (probe, prune_pass):
         monkeypatch.setattr(module, "perf_counter", process_time)
     found = foresee(load("smol-60", [*SHORT, "device=cpu"]), "smol-60", ignore_events)
     plan = make_plan("wanda", "atp", context.budget(0.6), {"beta": 0.004})

@@ -31,8 +31,8 @@ from atp_tune.extras import install
 from atp_tune.metrics.speed import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
-from atp_tune.sparse import packed_models
-from atp_tune.sparse.packed_models import pack_linears, packed_copy
+from atp_tune.sparse import comparing
+from atp_tune.sparse.comparing import pack_linears, packed_copy
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import torch_engine
@@ -216,7 +216,7 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
 ) -> None:
     """They are measured once; where they cannot be, one line says why and nothing fails."""
     if where == "without a compiler":
-        monkeypatch.setattr(packed_models, "kernel_name", lambda: None)
+        monkeypatch.setattr(comparing, "kernel_name", lambda: None)
     for memory in ("host_memory", "free_memory") if where == "without memory" else ():
         monkeypatch.setattr(observers, memory, lambda *_: 1)
     words = ("--study", done / "tiny.toml", *settings("speed=true", "device=cpu"))

@@ -10,9 +10,9 @@ from plans import planned
 from tinystudy import wait_until
 from torch import Tensor
 
-from atp_tune.checkpoints import streaming
-from atp_tune.checkpoints.offload import Offload
-from atp_tune.checkpoints.streaming import Freed, Stream, Tensors, Wanted
+from atp_tune.checkpoints import devices
+from atp_tune.checkpoints.devices import Freed, Stream, Tensors, Wanted
+from atp_tune.checkpoints.files import Offload
 
 BLOCKS: list[Tensors] = [{"a": torch.full((50, 4), float(i)), "norm": torch.arange(4) + i} for i in range(5)]
 
@@ -49,7 +49,7 @@ class Watched:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Watched:
     watched = Watched()
-    monkeypatch.setattr(streaming, "copy_to", watched)
+    monkeypatch.setattr(devices, "copy_to", watched)
     return watched
 
 
@@ -161,7 +161,7 @@ def test_the_device_is_current_in_the_thread_before_it_copies(copies: Watched, m
     """Of a thread that is new it is the first GPU, on which a context of half a gigabyte would be opened."""
     told: list[object] = []
     thread = threading.current_thread
-    monkeypatch.setattr(streaming, "make_current", lambda device: told.append((thread().name, device, *copies.order)))
+    monkeypatch.setattr(devices, "make_current", lambda device: told.append((thread().name, device, *copies.order)))
     Stream(BLOCKS, CPU).get(0)
     assert told == [("atp_tune blocks", CPU)]
 

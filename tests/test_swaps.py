@@ -15,8 +15,8 @@ from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor
 
 from atp_tune.errors import TrialError, UserError
-from atp_tune.pruners import make_pruner, swaps
-from atp_tune.pruners.swaps import swapped
+from atp_tune.pruners import make_pruner, refinement
+from atp_tune.pruners.refinement import swapped
 from atp_tune.results.summary import summarise
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig
@@ -84,7 +84,7 @@ def test_in_the_end_no_pair_would_lower_the_error(
     """With all columns as candidates."""
     case = problem(shape, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swaps, "CANDIDATES", shape[1])
+        patch.setattr(refinement, "CANDIDATES", shape[1])
         _, improved = both("wanda", group, case, sparsity)
     W, H = scaled(case)
     for row, pruned in zip(W, improved, strict=True):
@@ -120,12 +120,12 @@ def test_parts_of_the_rows_are_worked_on_alike(monkeypatch: pytest.MonkeyPatch) 
     W, H = (one.float() for one in scaled(case))
     mask = both("wanda", None, case, 0.6)[0] == 0
     whole = swapped(mask, W, H, 20)
-    monkeypatch.setattr(swaps, "NUMBERS", 7 * 64)
+    monkeypatch.setattr(refinement, "NUMBERS", 7 * 64)
     assert float((swapped(mask, W, H, 20) != whole).float().mean()) < 0.01  # sums of other sizes round otherwise
 
 
 def test_a_wide_row_exchanges_several_pairs_in_a_round() -> None:
-    case = problem((4, 2 * swaps.WIDTH))
+    case = problem((4, 2 * refinement.WIDTH))
     alone, improved = both("wanda", None, case, 0.5, 1)
     assert bool(((alone != improved).sum(1) > 2).any())
 

@@ -7,8 +7,8 @@ import torch
 from families import CPU, bench_of, tiny
 from plans import planned
 
-from atp_tune.blocks import timing
-from atp_tune.blocks.timing import Timer, wait_for
+from atp_tune.blocks import prune_pass
+from atp_tune.blocks.prune_pass import Timer, wait_for
 from atp_tune.cost import probe
 from atp_tune.cost.probe import Clock
 from atp_tune.run.observers import RoleScores
@@ -46,7 +46,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
     monkeypatch.setattr(torch.cuda, "current_stream", made.current_stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the copy of the next block too"))
-    monkeypatch.setattr(timing, "perf_counter", made.perf_counter)
+    monkeypatch.setattr(prune_pass, "perf_counter", made.perf_counter)
     monkeypatch.setattr(probe, "perf_counter", made.perf_counter)
     return made
 
@@ -84,7 +84,7 @@ def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_pass_times_the_device_of_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
-    monkeypatch.setattr(timing, "wait_for", waited.append)
+    monkeypatch.setattr(prune_pass, "wait_for", waited.append)
     context = bench_of(tiny("llama"))
     (*_,) = context.prune(planned("wanda", "uniform", (0.5,) * 4))
     assert waited == [CPU] * 4 * 4  # blocks; the start and three laps of each

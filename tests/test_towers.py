@@ -11,7 +11,7 @@ from tinystudy import CommandLine
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
-from atp_tune.blocks.towers import verified_with_tower
+from atp_tune.blocks.verification import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError

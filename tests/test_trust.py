@@ -12,7 +12,7 @@ from test_models import checkpoint, message, pickled, tiny  # noqa: F401
 from tinystudy import CommandLine, run
 from transformers import LlamaForCausalLM
 
-from atp_tune.checkpoints import trust
+from atp_tune.checkpoints import files
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import resolve
@@ -136,7 +136,7 @@ def test_a_tokenizer_with_code(place: Path, marker: Path, command: CommandLine) 
 
 def test_the_words_for_code_that_transformers_refuses() -> None:
     error = ValueError("Please pass the argument `trust_remote_code=True`\nto allow it")
-    assert one_line(error).endswith(f"allow it with {trust.ASK_CODE}")
+    assert one_line(error).endswith(f"allow it with {files.ASK_CODE}")
 
 
 def test_the_keys_are_no_facts_at_their_defaults(place: Path) -> None:
@@ -232,7 +232,7 @@ def test_links_of_a_hub_cache_are_files(checkpoint: Path, tmp_path: Path) -> Non
     snapshot.mkdir(parents=True)
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    assert {file.name for file in trust.small_files(snapshot, (".safetensors",))} == {
+    assert {file.name for file in files.small_files(snapshot, (".safetensors",))} == {
         file.name for file in blobs.iterdir() if file.suffix != ".safetensors"
     }
 
@@ -244,17 +244,17 @@ def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> 
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     out.mkdir()
-    trust.copy_small(source, out, (".safetensors",))
+    files.copy_small(source, out, (".safetensors",))
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()) == [
         "LICENSES/MIT.txt",
         "config.json",
     ]
     (source / "my-README.md").write_text("of the dense model")  # no file of its own name is left
-    trust.copy_small(source, out, (".safetensors",), ("/README.md", "/config.json"))
+    files.copy_small(source, out, (".safetensors",), ("/README.md", "/config.json"))
     assert (out / "my-README.md").exists()
     (source / "LICENSES/out.txt").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="is a link to /etc/hostname, outside its folder; copy the file"):
-        trust.small_files(source, ())
+        files.small_files(source, ())
 
 
 @pytest.mark.parametrize("kind", ["file", "full", "link", "dangling"])

@@ -13,7 +13,7 @@ from tinystudy import TUNE, CommandLine
 
 from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.sparse.verifying import compared, differences, verify
+from atp_tune.sparse.publishing import compared, differences, verify
 from atp_tune.spec.config import read_config
 from atp_tune.spec.manifest import Environment, environment
 

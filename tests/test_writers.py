@@ -33,7 +33,7 @@ from atp_tune.cache import (
     write_atomically,
     write_out,
 )
-from atp_tune.checkpoints.unpacking import ABOUT as PACKED_ABOUT
+from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
 from atp_tune.results import annotations
 from atp_tune.scores import WindowScores
 from atp_tune.search.final_scores import store_test_scores, write_best

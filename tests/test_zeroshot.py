@@ -13,7 +13,7 @@ import torch
 from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp_tune.blocks import batching
+from atp_tune.blocks import replay
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.events import Event, Place, Step
@@ -189,7 +189,7 @@ def test_progress_counts_every_answer_of_every_model(done: Path, tasks: Path) ->
 @pytest.mark.slow
 def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, seen, step = read_config(done / "tiny.best.json"), set(), Pass.step
-    monkeypatch.setitem(batching.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
+    monkeypatch.setitem(replay.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
 
     def noted(self: Pass, *more: Any) -> Any:
         seen.add(self.batch.windows)

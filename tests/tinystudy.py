@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.allocations import prices
-from atp_tune.blocks import batching
+from atp_tune.blocks import replay
 from atp_tune.cli import main
 from atp_tune.cli.runtime import quiet
 from atp_tune.events import EventHandler, ignore_events
@@ -314,4 +314,4 @@ def go_silent(database: Path) -> None:
 
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of a tiny study's 16 windows: a stopper comes to word after each batch."""
-    monkeypatch.setitem(batching.TOKENS, "cpu", 2 * TOKENS)
+    monkeypatch.setitem(replay.TOKENS, "cpu", 2 * TOKENS)

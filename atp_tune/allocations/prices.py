@@ -5,7 +5,7 @@
 S target, κ (`kappa`) the distance from uniform: 0 is uniform, 1 the end s* of the descent. Values that leave [0, 1] are
 clipped and all are shifted by one number, such that the mean weighted by size is S.
 
-The price p_l of a linear is the loss in nats that one further pruned weight costs (`blocks/pricing.py`). The descent
+The price p_l of a linear is the loss in nats that one further pruned weight costs (`blocks/gradients.py`). The descent
 begins at uniform and takes T = 20 steps, each on other windows of the calibration text:
 
     v_l ← 0.7 v_l + 0.3 p_l
@@ -20,7 +20,7 @@ it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the l
 targets of the path s* is linear.
 
 Where weights are rounded to fewer bits, s* has no descent: it is the share between the most and the fewest bits of the
-plan that costs least, by what rounding each linear to each number of bits costs (`blocks/pricing.py`).
+plan that costs least, by what rounding each linear to each number of bits costs (`blocks/gradients.py`).
 
 Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are

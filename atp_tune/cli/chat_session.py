@@ -11,7 +11,7 @@ from atp_tune.errors import UserError, is_text
 
 if TYPE_CHECKING:
     from atp_tune.generation import Answer, ChatMessage, ChatOptions, Speaker
-    from atp_tune.sparse.both_models import Which
+    from atp_tune.sparse.comparing import Which
 
 Shown = Literal["sparse", "dense", "uniform", "both"]
 SIDES: "dict[Shown, tuple[Which, ...]]" = {

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from atp_tune.checkpoints.offload import Offload
+from atp_tune.checkpoints.files import Offload
 from atp_tune.cost.memory import Memory, Tokens
 from atp_tune.frozen import FrozenModel
 

@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from atp_tune.checkpoints.headers import ModelSizes
-from atp_tune.checkpoints.offload import Free, Offload, states
+from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
 from atp_tune.frozen import FrozenModel
 
 GIB = 1024**3

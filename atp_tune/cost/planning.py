@@ -9,8 +9,7 @@ import optuna
 import psutil
 
 from atp_tune.allocations import Budget
-from atp_tune.checkpoints.headers import ModelSizes, read_sizes
-from atp_tune.checkpoints.offload import Free, Offload, choose
+from atp_tune.checkpoints.files import Free, ModelSizes, Offload, choose, read_sizes
 from atp_tune.cost.forecast import UNKNOWN, Forecast, Passes, ProbeRates, StudyCost, TrialCost, Weights
 from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
 from atp_tune.cost.parts import Amounts, Done, parts, rows_descents, step_tokens, sums
@@ -133,7 +132,7 @@ def _asked(known: Known, study: Study) -> Known:
 
 def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
     from atp_tune.blocks.gradients import PASSES
-    from atp_tune.checkpoints.classes import model_config, width_of
+    from atp_tune.checkpoints.blocks import model_config, width_of
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
     from atp_tune.inputs import KINDS
     from atp_tune.run.dense_model import CURVE_TOKENS
@@ -188,7 +187,7 @@ def _forecast(
         work += _rank_bytes(known.study, context)
     held = known.held(work)
     if context is not None and known.study.prune.statistics == "sequential":
-        from atp_tune.blocks.batching import held_bytes
+        from atp_tune.blocks.replay import held_bytes
 
         held = replace(held, sequential=known.tokens.calibration * held_bytes(context.checkpoint))
     needed = peaks(held, offload, known.free, known.has_own_memory)
@@ -234,7 +233,7 @@ def _descent_bytes(known: Known) -> int:
 
 def _rank_bytes(study: Study, context: "Session") -> int:
     """Bytes of the ranks, which pruning with the dense model's statistics keeps."""
-    from atp_tune.blocks.dense_statistics import RANK_BYTES, can_rank
+    from atp_tune.blocks.dense_metrics import RANK_BYTES, can_rank
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0

@@ -13,8 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.prune_pass import Pass, advance, embed, entering
-from atp_tune.blocks.timing import wait_for
+from atp_tune.blocks.prune_pass import Pass, advance, embed, entering, wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import classifies_images, model_config
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, named
 from atp_tune.inputs import InputKind, cut_draws

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atp_tune.cache import cache_dir, keep, sha256_of, sha256_of_json, temporary_folder
-from atp_tune.checkpoints.wheels import download_wheel
+from atp_tune.checkpoints.convert import download_wheel
 from atp_tune.errors import UserError
 from atp_tune.events import Notify
 from atp_tune.inputs.local import PACKAGE, check_no_hub_keys

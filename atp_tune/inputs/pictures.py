@@ -23,7 +23,7 @@ from torch import Tensor
 from atp_tune.cache import cache_dir, file_atomically, sha256_of
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.convert import one_line, quiet
-from atp_tune.checkpoints.trust import CODE
+from atp_tune.checkpoints.files import CODE
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.extras import require
 from atp_tune.paths import is_special, written

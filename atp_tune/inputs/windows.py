@@ -21,7 +21,7 @@ import numpy as np
 from atp_tune.cache import cache_dir, keep, sha256_of
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.trust import CODE
+from atp_tune.checkpoints.files import CODE
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.inputs.documents import documents, source_content
@@ -156,7 +156,7 @@ def load_tokenizer(folder: Path, trusted: bool) -> Any:
     """Loads the tokenizer of a folder; UserError if that fails. `trusted`: code in the folder may run."""
     from transformers import AutoTokenizer
 
-    from atp_tune.checkpoints.classes import check_language
+    from atp_tune.checkpoints.blocks import check_language
 
     check_language(folder, "the tokenizer")
     try:

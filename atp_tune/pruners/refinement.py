@@ -12,17 +12,127 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from atp_tune.errors import UserError
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.pruners.swaps import swapped
+
+# --- SparseSwaps: exchanges pruned and kept weights of a row while that makes its layer-wise error smaller.
+#
+#     L = (B - W) H (B - W)ᵀ = e H eᵀ        e = W where the mask is, else 0; for each row; weights do not change
+#     restoring p:  -2 W_p c_p + W_p²        pruning u:  2 W_u c_u + W_u²        c = e H
+#     both:  -2 W_p W_u H_pu more
+#
+# in coordinates in which diag H is 1. Each round takes the `CANDIDATES` pruned weights of a row that are best
+# restored and as many kept ones that are best pruned, and pairs those that are each other's best; in a wide row,
+# several times, among those that are left. With N:M each group has one pair. All pairs that lower L are exchanged at
+# once. They bear on each other too: where L of a row did not fall, the row stays as it was, and exchanges half as
+# many pairs from then on, the best ones, until there are none.
+#
+# Source: Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", 2025, arXiv:2512.10922, which
+# exchanges one pair at a time, the best of all.
+
+CANDIDATES = 8  # of each kind in a round, at least: 32 end within 1 % of the same error, and take twice the time
+WIDTH = 384  # columns for which pairs are looked for once in a round; measured on rows of 576 and 1,536
+NUMBERS = 1 << 22  # in a tensor of the rows that are worked on at once: one a weight, or with N:M M
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
+def swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None = None) -> Tensor:
+    """A mask [out, in] with as many entries in each row, or group, after at most so many rounds.
+
+    W [out, in] and H [in, in] are float32 and scaled such that diag H is 1 (0 for a dead input without damping).
+    """
+    size = max(1, NUMBERS // (W.shape[1] * (group or 1)))
+    parts = (slice(first, first + size) for first in range(0, len(W), size))
+    return torch.cat([_swapped(mask[part], W[part], H, rounds, group) for part in parts])
+
+
+def _swapped(mask: Tensor, W: Tensor, H: Tensor, rounds: int, group: int | None) -> Tensor:
+    pairs = _pairs_in_rows if group is None else partial(_pairs_in_groups, within=_within_groups(H, group))
+    change, error = _error(mask, W, H)
+    allowed = torch.full((len(W), 1), W.shape[1], device=W.device)
+    for _ in range(rounds):
+        pruned, kept, gains = pairs(mask, W, H, change)
+        order = gains.argsort(1)
+        chosen = (gains.gather(1, order) < 0) & (torch.arange(gains.shape[1], device=W.device) < allowed)
+        allowed = torch.where(chosen.any(1, keepdim=True), allowed, 0)
+        if not chosen.any():
+            break
+        rows, places = chosen.nonzero(as_tuple=True)
+        places = order[rows, places]
+        other = mask.clone()
+        other[rows, pruned[rows, places]] = False
+        other[rows, kept[rows, places]] = True
+        new_change, new_error = _error(other, W, H)
+        better = new_error < error
+        mask, change = torch.where(better, other, mask), torch.where(better, new_change, change)
+        error = torch.where(better, new_error, error)
+        allowed = torch.where(better, allowed, chosen.sum(1, keepdim=True) // 2)
+    return mask
+
+
+def _error(mask: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns c [out, in] and L [out, 1]."""
+    gone = torch.where(mask, W, 0)
+    change = gone @ H
+    return change, (gone * change).sum(1, keepdim=True)
+
+
+def _alone(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """What restoring each pruned weight adds to L, and pruning each kept one; infinite for others.
+
+    A weight that is 0 is not restored: it would be a zero of the result all the same.
+    """
+    square, cross = W * W * H.diagonal(), 2 * W * change
+    return torch.where(mask & (W != 0), square - cross, torch.inf), torch.where(mask, torch.inf, square + cross)
+
+
+def _pairs_in_rows(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> Pairs:
+    """Columns of a pruned and of a kept weight, and what exchanging them adds to L, each [out, pairs]."""
+    times = max(1, W.shape[1] // WIDTH)
+    count = min(max(CANDIDATES, 2 * times), W.shape[1])
+    (restored, p), (pruned, u) = (values.topk(count, largest=False) for values in _alone(mask, W, H, change))
+    both = torch.take(H, (p * len(H))[:, :, None] + u[:, None])
+    both *= (-2 * W.gather(1, p))[:, :, None] * W.gather(1, u)[:, None]
+    both += restored[:, :, None] + pruned[:, None]
+    partner, gains = torch.zeros_like(p), torch.full_like(restored, torch.inf)
+    places = torch.arange(count, device=W.device)
+    for _ in range(times):
+        lowest, best = both.min(2)
+        mutual = (both.min(1).indices.gather(1, best) == places) & (lowest < 0)
+        partner, gains = torch.where(mutual, best, partner), torch.where(mutual, lowest, gains)
+        taken = torch.zeros_like(mutual, dtype=torch.int32).scatter_add_(1, best, mutual.int()) > 0
+        both.masked_fill_(mutual[:, :, None] | taken[:, None], torch.inf)
+    return p, u.gather(1, partner), gains
+
+
+def _within_groups(H: Tensor, group: int) -> Tensor:
+    """The part of H within each group of so many columns [groups, group, group]; the last group may be smaller."""
+    columns = torch.arange(len(H) + -len(H) % group, device=H.device).clamp(max=len(H) - 1).view(-1, group)
+    return H[columns[:, :, None], columns[:, None]]
+
+
+def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, within: Tensor) -> Pairs:
+    """The same with one pair in each group."""
+    group = within.shape[2]
+    rows, short = len(W), -W.shape[1] % group
+    first = torch.arange(0, W.shape[1], group, device=W.device)
+    values = functional.pad(W, (0, short)).view(rows, -1, group)
+    filled = (functional.pad(one, (0, short), value=torch.inf) for one in _alone(mask, W, H, change))
+    restored, pruned = (one.view(rows, -1, group) for one in filled)
+    both = restored[..., None] + pruned[..., None, :] - 2 * values[..., None] * values[..., None, :] * within
+    gains, best = both.flatten(2).min(2)
+    return first + best // group, first + best % group, gains
+
 
 DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
@@ -55,7 +165,7 @@ class Refined:
 
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the pruner's own statistics."""
-        own, _ = parts_of(statistics)
+        own, _ = own_and_hessian(statistics)
         if own is not None:
             self._pruner.prepare(own)
 
@@ -65,7 +175,7 @@ class Refined:
         UserError if there are swaps to make and the pruner changes weights that it keeps.
         """
         assert statistics is not None
-        own, hessian = parts_of(statistics)
+        own, hessian = own_and_hessian(statistics)
         pruned = self._pruner.prune(weight, sparsity, own)
         mask = pruned == 0
         if mask.all() or not mask.any():
@@ -133,7 +243,7 @@ def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
     return type(name, (WithHessian,), {"kind": kind, "__module__": module})
 
 
-def parts_of(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
+def own_and_hessian(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
     """A pruner's own statistics, and the Hessian."""
     if isinstance(statistics, WithHessian):
         return statistics.own, statistics.hessian

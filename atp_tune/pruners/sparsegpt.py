@@ -21,16 +21,89 @@ the operations of U, and each weight is written once, not once per block.
 Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023, algorithm 1.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atp_tune.pruners import Statistics
-from atp_tune.pruners.columns import plain, sweep
+from atp_tune.pruners.refinement import refine
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
-from atp_tune.pruners.settings import SparseGPTSettings
-from atp_tune.pruners.statistics import Hessian
+from atp_tune.pruners.settings import ALPSSettings, SparseGPTSettings
+from atp_tune.pruners.statistics import Hessian, Scaled
+from atp_tune.system import launches
+
+# --- The inner loop of SparseGPT: goes through the columns of a block and adds the error of each to those to the right.
+#
+# W [B, out] the columns of the weight in a block, each contiguous; U upper triangular [B, B]; G [B, out] is 1 / U_jj
+# for weights to zero and 0 for the others. For j = 0 … B-1
+#
+#     E_j = W_j G_j        W_k ← W_k - U_jk E_j  for all k > j
+#
+# The result is each column W_j when the loop reaches it. There are three implementations:
+#
+# `plain`     this loop, on any device; the reference for the others. `strips`    on the CPU. W_j - Σ U_kj E_k over k
+# < j is one matrix product for a strip of columns, plus one product with a vector per column of the strip. E_j
+# replaces W_j in the matrix, so that the sum and its first term are a single call, with factors -U_kj and 1. It uses
+# numpy, whose calls have less overhead than torch's. `triton`    on a GPU (`columns_triton`): one kernel for the
+# block; each program handles a tile of rows of the weight. Each process launches it once on zeros; if that fails, it
+# logs a warning and uses `plain`.
+
+STRIP = 16  # columns
+ALONE = 9216  # matrix elements up to which OpenBLAS multiplies by a vector in one thread, which is faster
+
+Sweep = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sweep(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
+    """The columns [B, out] as updated when the loop reaches them, by the fastest implementation; may overwrite W."""
+    if W.device.type == "cpu" and W.dtype == torch.float32:
+        return strips(W, U, G)
+    kernel = on_gpu(W.device) if W.device.type == "cuda" else plain
+    return kernel(W, U, G)
+
+
+def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
+    """The columns [B, out] as updated when the loop reaches them; overwrites W.
+
+    If G has fewer rows than W, the loop goes through the first columns only; the others are updated by their errors.
+    """
+    for j, factors in enumerate(G):
+        W[j + 1 :].addr_(U[j, j + 1 :], W[j] * factors, alpha=-1)
+    return W
+
+
+def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
+    """The same on the CPU; overwrites W with the errors E."""
+    updated, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
+    width = min(STRIP, max(4, ALONE // W.shape[1]))
+    terms, rows, factors, results = A.numpy(), W.numpy(), G.contiguous().numpy(), updated.numpy()
+    for start in range(0, len(W), width):
+        stop = min(start + width, len(W))
+        W[start:stop].addmm_(A[start:stop, :start], W[:start])
+        for j in range(start, stop):
+            np.dot(terms[j, start : j + 1], rows[start : j + 1], out=results[j])
+            np.multiply(results[j], factors[j], out=rows[j])
+    return updated
+
+
+@cache
+def on_gpu(device: torch.device) -> Sweep:
+    """The Triton kernel if it compiles and runs on the device, else `plain`, with a warning in the log."""
+
+    def launch() -> None:
+        from atp_tune.pruners.columns_triton import tiles
+
+        tiles(*torch.zeros(3, 128, 128, device=device))
+
+    if not launches(launch, "SparseGPT without its Triton kernel, column by column"):
+        return plain
+    from atp_tune.pruners.columns_triton import tiles
+
+    return tiles
 
 
 class SparseGPT(SparseGPTSettings):
@@ -85,3 +158,93 @@ def _inverse(R: Tensor) -> Tensor:
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
     inverse: Tensor = torch.linalg.solve_triangular(R, eye, upper=True)
     return inverse
+
+
+# --- ALPS: minimises the layer-wise error, by ADMM for the mask, then by conjugate gradients for the kept weights.
+#
+# W weight [out, in], H = XᵀX (up to a factor) with `damping` · mean(diag H) added to its diagonal. In the scaled
+# coordinates W̃_ij = W_ij d_j and H̃_jk = H_jk / (d_j d_k) with d_j = √H_jj the problem
+#
+#     min ½ tr (B - W̃) H̃ (B - W̃)ᵀ + ∞ · [D has too few zeros]    such that B = D
+#
+# is split (V the dual, ρ the penalty):
+#
+#     B ← (W̃H̃ - V + ρD) (H̃ + ρI)⁻¹        D ← P(B + V/ρ)        V ← V + ρ(B - D)
+#
+# where P zeroes the ⌊out·in·s⌋ smallest entries of the matrix, or the ⌊M·s⌋ smallest of each group of M inputs of a
+# row. Every 3 iterations ρ is multiplied by 1.3, 1.2 or 1.1 if more than 10 %, more than 0.5 % or fewer of the kept
+# entries changed. Until one of the first two cases occurs, ρ is too large: it is divided by 5, and D and V start
+# again if the mask changed. ADMM ends when the mask does not change, or after 30 iterations when less than 0.03 %
+# changes. Then `steps` of conjugate gradients refine P(B) on its mask, for all rows at once; the scaling is the
+# preconditioner diag H.
+#
+# Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+# NeurIPS 2024, algorithms 1 and 2, and the authors' code for ρ and the scaling. Differences: the number of zeros is
+# rounded down (theirs: to the nearest); the inverse comes from a Cholesky factorisation in float32 for each ρ
+# (theirs: from a spectrum in float64, computed once, which takes as long as a dozen of them); conjugate gradients
+# always run all steps (theirs have a tolerance, which is rarely met since the residual includes pruned entries);
+# theirs returns the start if the last iteration starts again.
+
+CHECK, SETTLED = 3, 30  # iterations between checks of the mask, and before a small change counts as none
+LARGEST = 1e6  # upper bound of ρ
+
+
+class ALPS(ALPSSettings):
+    """Zeroes weights and updates the others; computes in float32, returns the dtype of the weight."""
+
+    group: int | None = None
+
+    measures: ClassVar[type[Statistics] | None] = Hessian
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Does nothing."""
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""
+        assert isinstance(statistics, Hessian)
+        scaled = statistics.scaled(self.damping)
+        W = weight.float() * scaled.scales
+        mask = self._smallest(W, sparsity)
+        if mask.all() or not mask.any():
+            return zeroed(weight, mask)
+        B = self._admm(W, scaled, sparsity)
+        mask = self._smallest(B, sparsity)
+        B = refine(zeroed(B, mask), mask, W, scaled.matrix, self.steps)
+        return (B / scaled.scales).to(weight.dtype)
+
+    def _smallest(self, B: Tensor, sparsity: float) -> Tensor:
+        return lowest_in_matrix(B.abs(), sparsity, self.group)
+
+    def _admm(self, W: Tensor, scaled: Scaled, sparsity: float) -> Tensor:
+        """The last iterate B [out, in]."""
+        target, rho, inverse = W @ scaled.matrix, self.rho, scaled.inverse(self.rho)
+        last = self._smallest(W, sparsity)
+        kept, begun = int((~last).sum()), False
+        B, D, V = W, zeroed(W, last), torch.zeros_like(W)
+        for i in range(1, self.iterations + 1):
+            B = (target - V + rho * D) @ inverse
+            sums = B + V / rho
+            mask = self._smallest(sums, sparsity)
+            D = zeroed(sums, mask)
+            V = rho * (sums - D)
+            if i % CHECK:
+                continue
+            changed, last = int((mask != last).sum()), mask
+            if (begun and not changed) or (i > SETTLED and changed < 0.0003 * kept):
+                break
+            factor = _growth(changed / kept, begun)
+            begun = begun or factor > 1
+            if changed and not begun:
+                D, V = zeroed(W, self._smallest(W, sparsity)), torch.zeros_like(W)
+            rho = min(rho * factor, LARGEST)
+            inverse = scaled.inverse(rho)
+        return B
+
+
+def _growth(changed: float, begun: bool) -> float:
+    """The factor for ρ, from the share of kept entries that changed."""
+    if changed > 0.1:
+        return 1.3
+    if changed > 0.005:
+        return 1.2
+    return 1.1 if begun else 0.2

@@ -12,7 +12,7 @@ from atp_tune.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from atp_tune.quantizers.grid import Grid
+    from atp_tune.quantizers.rounding import Grid
 
 
 class Quantizer(Protocol):
@@ -38,7 +38,7 @@ class Quantizer(Protocol):
 
 
 QUANTIZERS = Registry[type[Quantizer]](
-    "quantizer", {"rtn": "atp_tune.quantizers.rtn:RTN", "gptq": "atp_tune.quantizers.gptq:GPTQ"}
+    "quantizer", {"rtn": "atp_tune.quantizers.rounding:RTN", "gptq": "atp_tune.quantizers.rounding:GPTQ"}
 )
 
 

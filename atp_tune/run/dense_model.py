@@ -6,11 +6,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from atp_tune.blocks.batching import AutoBatch
-from atp_tune.blocks.dense_metrics import Cache, DenseMetrics, Priced
-from atp_tune.blocks.dense_statistics import CachedStatistics, Ranked, can_rank, is_room, save_all
+from atp_tune.blocks.dense_metrics import (
+    Cache,
+    CachedStatistics,
+    DenseMetrics,
+    Priced,
+    Ranked,
+    can_rank,
+    is_room,
+    save_all,
+)
 from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering, measure_and_advance
-from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.cache import cache_dir
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint

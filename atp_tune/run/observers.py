@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import model_config
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
 from atp_tune.errors import UserError, named

@@ -35,10 +35,22 @@ from atp_tune.allocations.prices import (
 )
 from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
-from atp_tune.blocks.batching import AutoBatch, block_bytes
-from atp_tune.blocks.gradients import ACTIVATIONS, BlockGradients, Sample
-from atp_tune.blocks.pricing import BAND, GRID, BitPricing, ByPlaces, ByPruner, Levels, Places, Pricing, RowPricing
+from atp_tune.blocks.gradients import (
+    ACTIVATIONS,
+    BAND,
+    GRID,
+    BitPricing,
+    BlockGradients,
+    ByPlaces,
+    ByPruner,
+    Levels,
+    Places,
+    Pricing,
+    RowPricing,
+    Sample,
+)
 from atp_tune.blocks.prune_pass import BlockStatistics
+from atp_tune.blocks.replay import AutoBatch, block_bytes
 from atp_tune.cache import cache_dir, file_atomically, made_once, write_atomically
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.blocks import Linear
@@ -50,7 +62,7 @@ from atp_tune.inputs.items import Items
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.quantizers.rtn import RTN
+from atp_tune.quantizers.rounding import RTN
 from atp_tune.run.dense_model import dense_final_states
 from atp_tune.scores import Score as ModelScore
 from atp_tune.spec.quantize import QuantizeConfig

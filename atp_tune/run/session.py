@@ -20,12 +20,10 @@ from atp_tune.allocations.budget import ranked_by
 from atp_tune.allocations.channels import BlockChannels
 from atp_tune.allocations.prices import path
 from atp_tune.allocations.rows import RowSparsities
-from atp_tune.blocks.batching import AutoBatch, block_bytes
 from atp_tune.blocks.channels import ChannelPruner, find_channels, too_sparse
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
-from atp_tune.blocks.replay import Replay
-from atp_tune.blocks.towers import verified_with_tower
-from atp_tune.blocks.verification import check_batch, verified
+from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
+from atp_tune.blocks.verification import check_batch, verified, verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Difference, ProbeRun, is_equal
+from atp_tune.checkpoints.blocks import check_known, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import check_known, reads_images
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import LABELS, Items

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance, embed, entering
-from atp_tune.blocks.replay import Replay
+from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import IDS, Items

@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
-from atp_tune.checkpoints.classes import check_known
+from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step

@@ -22,8 +22,7 @@ from optuna import Trial
 from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.blocks.timing import Timer
+from atp_tune.blocks.prune_pass import PrunedBlock, Timer
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError

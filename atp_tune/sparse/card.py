@@ -1,5 +1,7 @@
 """The description of a sparse checkpoint: `atp_tune.json` for programs, a model card for people and the hub."""
 
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
@@ -12,17 +14,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import ORIGIN, quiet
-from atp_tune.checkpoints.trust import is_slim
+from atp_tune.checkpoints.files import is_slim, read_table
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.measures import MEASURES, Estimate, error_over
+from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import shown
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.results.results import NOTHING
-from atp_tune.sparse import card_bits, card_untested
-from atp_tune.sparse.provenance import ABOUT, CARD
+from atp_tune.sparse.provenance import ABOUT, CARD, FINETUNED, Finetuned
 from atp_tune.spec.config import Baseline, Compared, Config
 from atp_tune.spec.data import MEMORY, ImageSet, short_source
 from atp_tune.spec.facts import is_local_text
@@ -110,7 +112,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
     )
     alone = OWN_CODE if folder is not None and is_slim(folder) else ALONE
     own_values = {"name": escaped(name), "licensed": licensed, "alone": alone}
-    values = _values(config, dense) | _of_channels(config) | card_bits.values(config) | own_values
+    values = _values(config, dense) | _of_channels(config) | bits_values(config) | own_values
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
 
@@ -153,8 +155,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "tasks": list(_tasks(config)),
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
         "continuations": list(_continuations(config)),
-        "loops": card_untested.loops(config.continuations, THIS) if config.continuations else "",
-        "untested": list(map(escaped, card_untested.untested(config, dense.folder, words(text).partition(",")[0]))),
+        "loops": loops(config.continuations, THIS) if config.continuations else "",
+        "untested": list(map(escaped, untested(config, dense.folder, words(text).partition(",")[0]))),
         "elsewhere": _source(config, dense) == _base(config),
         "how": continuations_note(config.continuations) if config.continuations else "",
         "updated": _updated_by(config),
@@ -332,7 +334,7 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
     return {
         "dense model": f"{_source(config, dense)}, {commit}",
         **({} if config.by_bits else {"pruner": f"{pruner}{listed}", "pattern of zeros": config.prune.pattern}),
-        **card_bits.facts(config),
+        **bits_facts(config),
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
         "calibration text": words(config.calibration),
@@ -342,3 +344,166 @@ def _facts(config: Config, dense: Dense) -> dict[str, str]:
         "seed": str(config.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
     }
+
+
+# --- What the model card says where weights are rounded to fewer bits.
+
+FLOAT_FILES = """\
+**The rounded weights are stored as floats**: this folder is as large as the dense model's and runs at the same speed.
+`atp-tune apply --packed` makes a folder that stores the bits, and `atp-tune export` recipes for engines that do."""
+AS_FLOATS, AS_CODES = ", as floats.", ", and stored as codes."
+
+
+def bits_values(config: Config) -> dict[str, Any]:
+    """The values of the template that differ; none where weights are not rounded."""
+    if config.bits is None:
+        return {}
+    if not config.by_bits:
+        return {"also": f"Kept weights are rounded to {config.plan.fixed_bits} bits by {_quantizer(config)}{AS_FLOATS}"}
+    effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
+    bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.plan.amounts))
+    return {
+        "bits": f"{config.bits.nominal:.2f} bits each{effective}",
+        "dense_files": FLOAT_FILES,
+        "equal": "Every tensor that was not rounded is equal to the dense model's byte for byte.",
+        "updated": config.plan.method == "gptq",
+        "rounded": not config.plan.is_even,
+        "chart": fenced("text", bars),
+    }
+
+
+def bits_facts(config: Config) -> dict[str, str]:
+    """The rows of the table of settings."""
+    if config.quantize is None or config.bits is None:
+        return {}
+    settings = "".join(f", {key} = {value}" for key, value in config.quantize.told(_quantizer(config)).items())
+    return {"quantizer": f"{_quantizer(config)}{settings}", "bits asked for": f"{config.bits.target:g} a weight"}
+
+
+def _quantizer(config: Config) -> str:
+    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.plan.method
+
+
+# --- What a model card admits: what was not tested, by what its configuration has, and texts that repeat themselves.
+
+REPEATS = 0.5  # of its bytes, which zlib needs: usual prose of 60 to 250 bytes takes 0.65 and more, a loop 0.45 at most
+SHORTEST = 60  # bytes of a text that is judged
+
+
+def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
+    """A line for each; `folder`: of the dense model, `text`: the test text in words."""
+    device = config.manifest and config.manifest.environment.device
+    if device:
+        cpu = device.startswith("cpu")
+        yield (
+            "A GPU: it was pruned and measured on a CPU." if cpu else f"A CPU: it was pruned and measured on {device}."
+        )
+    if isinstance(config.texts.test, ImageSet):
+        yield f"Pictures unlike those of {text}, and single classes."
+    else:
+        yield from _of_texts(config, folder, text)
+    if config.draws is None:
+        yield "Other windows of the calibration text."
+    if config.speed is None:
+        yield "Speed and memory."
+
+
+def _of_texts(config: Config, folder: Path, text: str) -> Iterator[str]:
+    yield f"Text unlike {text}: other subjects, other languages."
+    most, seqlen = _longest(folder / "config.json"), getattr(config.texts.test, "seqlen", 0)
+    if most is not None and most > seqlen:
+        yield f"Contexts of more than {seqlen:,} tokens; the dense model takes {most:,}."
+    done = [] if config.zero_shot is None else sorted({task.task for task in config.zero_shot.tasks})
+    yield f"Tasks other than {', '.join(done)}." if done else "Tasks: no benchmark was run."
+    if config.continuations is None:
+        yield "What it writes: no text was generated."
+    yield "Conversations, facts, refusals and bias, all of which pruning changes."
+
+
+def _longest(file: Path) -> int | None:
+    """The tokens that a model takes at once, by its config.json."""
+    table: dict[str, Any] = read_table(file) if file.is_file() else {}
+    found = table.get("max_position_embeddings") or (table.get("text_config") or {}).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def loops(found: Continuations, this: str) -> str:
+    """A sentence on the texts of `this` model and of the dense one that repeat themselves; "" if none of its own do."""
+    own, dense = (sum(map(_repeats, texts)) for texts in (found.best, found.dense))
+    if not own:
+        return ""
+    return f"{own} of the {len(found.best)} texts of {this} repeat themselves, of the dense model's {dense or 'none'}."
+
+
+def _repeats(text: str) -> bool:
+    said = text.encode()
+    return len(said) >= SHORTEST and len(zlib.compress(said, 9)) < REPEATS * len(said)
+
+
+# --- What a model card says of a sparse checkpoint that was trained after pruning.
+
+HEAD = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)  # the metadata at the head of a card
+HEADING = "Fine-tuned after pruning"
+OLDER = "the model before fine-tuning"
+CHANGED = {
+    EQUAL: "Every tensor that was neither pruned nor fine-tuned is equal to the dense model's byte for byte.",
+    THIS: OLDER,
+}
+TRAINED = {
+    "lora": "The weights that are not zero were trained with LoRA",
+    "scales": "Scales of the rows and columns of each linear were trained, and multiplied into its weights,",
+}
+
+
+def amend(folder: Path, done: Finetuned) -> None:
+    """Adds a section above the others of a folder's card, if it has one, and the new perplexity.
+
+    The other sections then name the model before fine-tuning.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        return
+    text = HEAD.sub("", file.read_text(errors="replace"))
+    card: Any = read_card(file) or ModelCard(text, ignore_metadata_errors=True)
+    found = result(done.after, done.test, done.bos) if card.data.model_name else []
+    card.data.eval_results = found or None
+    head, mark, rest = card.text.partition("\n## ")
+    for before, after in CHANGED.items():
+        rest = rest.replace(before, after)
+    if f"measured on {escaped(words(done.test))}" in rest:
+        rest = re.sub(rf"^\| {OLDER} \(.*\n", lambda row: f"{row[0]}{_row(done)}\n", rest, count=1, flags=re.MULTILINE)
+    head = head.rstrip().replace("and without retraining.", "and trained after that.")
+    card.text = f"{head}\n\n## {HEADING}\n\n{escaped(_section(done))}\n{mark}{rest}"
+    write_out(file, str(card).encode())
+
+
+def _row(done: Finetuned) -> str:
+    cells = [f"{THIS}, fine-tuned", done.after, *([done.accuracy.after] if done.accuracy else [])]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _section(done: Finetuned) -> str:
+    """The section, as Markdown."""
+    given = done.settings.model_dump(exclude_none=True, exclude={"train"})
+    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
+    zeros, bos = done.zeros, ", each beginning with BOS" if done.bos else ""
+    own = {} if done.settings.seqlen is None else {"seqlen": done.settings.seqlen}
+    trained = done.text.model_copy(update={"nsamples": done.windows, **own})
+    hits = done.accuracy and f"Accuracy: {done.accuracy.before} before, {done.accuracy.after} after. "
+    return (
+        f"{TRAINED[done.settings.train]} on {words(trained)}{bos} ({settings}). "
+        f"{_held_out(done)}{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
+        f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). {hits or ''}"
+        f"What the sections below do not call fine-tuned is of the model before; {FINETUNED} has the rest."
+    )
+
+
+def _held_out(done: Finetuned) -> str:
+    if done.held_out is None:
+        return ""
+    losses = dict(done.held_out.losses)
+    return (
+        f"The weights are those after step {done.held_out.best} of {len(done.losses)}, where the loss on "
+        f"{done.held_out.windows} held-out windows of the same text was lowest ({losses[0]:.4f} before, "
+        f"{losses[done.held_out.best]:.4f} then). "
+    )

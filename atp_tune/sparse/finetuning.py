@@ -1,8 +1,9 @@
 """Training after pruning: trains a sparse checkpoint on a text, or images, and writes another with the same zeros."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,46 +14,125 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from atp_tune.cache import cache_dir, named_for
+from atp_tune.cache import cache_dir, named_for, temporary_folder
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
+from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.checkpoints.trust import small_files
-from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Place, Step, TrialStarted
+from atp_tune.errors import UserError, named
+from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted
 from atp_tune.extras import require
+from atp_tune.inputs.images import doubles_of, images_of
 from atp_tune.inputs.items import IDS, Items
-from atp_tune.measures import Estimate, accuracy, change, gain, perplexity
+from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
+from atp_tune.measures import Estimate, accuracy, by_kind, change, gain, perplexity
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import WindowScores
-from atp_tune.sparse.applying import folder_scores
-from atp_tune.sparse.card_finetuning import amend
-from atp_tune.sparse.finetuning_data import choose, divided, read_training_images, read_windows
+from atp_tune.sparse.applying import Shards, Way, folder_scores, sparse_folder, write_applied, write_sparse
+from atp_tune.sparse.card import amend
 from atp_tune.sparse.provenance import (
     FINETUNED,
     AccuracyChange,
     Finetuned,
     HeldOut,
     PerplexityChange,
+    PrunedWith,
     Zeros,
     manifest_of,
     origin,
 )
-from atp_tune.sparse.shards import Shards, sparse_folder
-from atp_tune.sparse.teacher import Teacher, find_teacher
+from atp_tune.sparse.training import Teacher, find_teacher, windows_held_out, windows_read
+from atp_tune.spec.config import Config
 from atp_tune.spec.data import CLASSES, ImageSet, Text
 from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.recover import Training
+from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores, Training
 from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.storage.process import versions
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer
+
+# --- What `finetune` trains and measures on: its texts, or images, which may not share documents, and their windows.
+
+TEST_SHARE = 0.1  # of the training text: the test text, where no other is known
+
+
+def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tuple[Data, Data]:
+    """The text to train on and the test text, or images; UserError if there is none, or if they share documents."""
+    if made:
+        text, test = text or made.calibration, test or made.test
+    if text is None:
+        raise UserError(
+            "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
+        )
+    if test is None:
+        start, end = text.part
+        cut = end - TEST_SHARE * (end - start)
+        text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
+    kept: dict[str, Data] = {"test": test}
+    if made:
+        kept |= {"validation": made.validation, "study's test": made.test}
+    for role, other in kept.items():
+        if _share(text, other):
+            option, *what = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
+            raise UserError(
+                f"--{option}: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or "
+                "part"
+            )
+    return text, test
+
+
+def _share(one: Data, other: Data) -> bool:
+    if isinstance(one, Text):
+        return isinstance(other, Text) and one.overlaps(other)
+    return isinstance(other, ImageSet) and one.overlaps(other)
+
+
+def read_training_images(
+    text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Training, base: Path
+) -> Items:
+    """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
+    needed = windows_read(settings)
+    with named("--images: "):
+        whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
+        found = images_of(whole, folder, base, at_most=text.nsamples is None)
+    with named("--test-images: "):
+        others = {role: images_of(other, folder, base) for role, other in measured.items()}
+    doubles = doubles_of({**others, "training": found})["training"]
+    return found.without(doubles) if doubles else found
+
+
+def read_windows(
+    text: Text, measured: Mapping[str, Text], folder: Path, settings: Training, bos: bool, base: Path
+) -> Items:
+    """The windows to train on and to hold out; UserError if a text that is measured shares some of them.
+
+    `base`: where plug-ins read from; the files of other texts are absolute.
+    """
+    with named("--text: "):
+        whole = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
+        found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
+    for role, other in measured.items():
+        with named(f"--{role}-text: "):
+            windows = token_windows(other, folder, base, bos=bos)
+        if shared := shared_windows(found, windows):
+            raise UserError(
+                f"--text: {len(shared)} windows of {text.source} are in the {role} text too; give another source"
+            )
+    return found
+
+
+def divided(items: Items, settings: Training) -> tuple[Tensor | Items, Tensor | Items | None]:
+    """What is trained on, and what is held out, at the end of it; None if nothing is."""
+    found = items.tensors.get(IDS, items)
+    count = windows_held_out(len(items), settings)
+    return (found[:-count], found[-count:]) if count else (found, None)
+
 
 SAVED = 20  # steps between two writes of the adapters
 KEPT = 30 * 24 * 3600  # seconds that what was trained stays in the cache after its last use
@@ -317,3 +397,91 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
     Shards(job.folder.path, str(checkpoint.model.base_model_prefix)).write(folder, trainer.adapters.names, counted())
     job.folder.check_unchanged()
     return Zeros(**zeros)
+
+
+# --- Recovery, as `[recover]` of a study asks: a configuration is pruned, and its kept weights are trained.
+#
+# What was trained is kept in the cache, by what it was trained with, so that a second run of the same machine writes
+# the same folder without training.
+
+PRUNED = Way(write_sparse, copies=2)  # and then its weights trained
+NO_GAIN = "no step lowered the loss on the held-out windows"
+
+
+def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Place) -> Trained:
+    """Prunes to a configuration, trains the kept weights, and writes the folder `out`, measured as `finetune` does.
+
+    Arguments and errors are those of `apply`; NoGainError if no step lowers the held-out loss.
+    """
+    check_free(out)
+    with temporary_folder(out) as pruned:  # beside: relative paths stay right
+        place = replace(place, watch=_calling(place.watch, str(pruned), "the pruned model"))
+        write_applied(config, pruned, place, PRUNED)
+        return train(pruned, out, None, None, recover, place, stays=True)
+
+
+def recovered(
+    config: Config,
+    recover: RecoverConfig,
+    place: Place,
+    uniform: Sequence[float] = (),
+    kinds: Sequence[str] = (),
+) -> Recovered:
+    """What training of a configuration's kept weights comes to, measured on the folder that `apply` will write.
+
+    `uniform`: window NLLs of the uniform allocation on the test text, if known; `kinds`: those of that text, in turn.
+    The folder is removed.
+    """
+    with temporary_folder(cache_dir("recovered") / "model") as folder:
+        out = folder / "trained"
+        place = replace(place, watch=_calling(place.watch, str(out), "the best plan"))
+        try:
+            done = apply_trained(config, recover, out, place)
+        except NoGainError:
+            return Recovered(settings=recover, kept=False, reason=NO_GAIN)
+    record, held = done.record, done.record.held_out
+    has_test = record.validation is not None
+    test = PerplexityChange(before=record.before, after=record.after, change=record.change)
+    validation = _scores(record.validation or test)
+    nlls = done.scores["test"].nlls
+    against = change(uniform, nlls) if len(uniform) == len(nlls) else None
+    fell = validation is not None and validation.change.value < 0
+    if not fell:
+        done.part.unlink(missing_ok=True)  # no run will write it
+    changed = f"by {validation.change}" if validation else "to a number that is not finite"
+    return Recovered(
+        settings=recover,
+        kept=fell,
+        reason="" if fell else f"perplexity on the validation text changed {changed}",
+        step=held.best if held else len(record.losses),
+        steps=len(record.losses),
+        seconds=record.seconds,
+        validation=validation,
+        test=_scores(test) if has_test else None,
+        against_uniform=against if against and _is_finite(against) else None,
+        kinds={kind: own for kind, own in by_kind(nlls, kinds).items() if _is_finite(own)},
+    )
+
+
+def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
+    """A handler that has a name for a folder that is removed in the end."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Message):
+            event = Message(event.text.replace(folder, name))
+        if isinstance(event, TrialStarted):
+            event = replace(event, title=event.title.replace(folder, name))
+        watch(event)
+
+    return on_event
+
+
+def _scores(found: PerplexityChange) -> RecoveredScores | None:
+    if not (_is_finite(found.after) and _is_finite(found.change)):
+        return None
+    return RecoveredScores(perplexity=found.after, change=found.change)
+
+
+def _is_finite(found: Estimate) -> bool:
+    """Whether JSON can hold it."""
+    return math.isfinite(found.value + found.stderr)

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import UserError
-from atp_tune.sparse.adapters import Adapters, linears_of
+from atp_tune.sparse.training import Adapters, linears_of
 
 ADAPTER = "default"  # what peft calls an adapter
 

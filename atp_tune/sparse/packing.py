@@ -8,25 +8,22 @@ weights codes are stored where they are known: of all tensors that have any, and
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.cache import sha256_of, temporary_folder
-from atp_tune.checkpoints.classes import auto_class, classifies_images, model_config
-from atp_tune.checkpoints.convert import one_line, quiet
-from atp_tune.checkpoints.devices import find_device
-from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.models import Ask, resolve
-from atp_tune.checkpoints.trust import find_weights, is_slim, read_table
-from atp_tune.checkpoints.unpacking import (
+from atp_tune.checkpoints.blocks import Linear, auto_class, classifies_images, model_config
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.convert import (
     PACKED_INDEX,
     Original,
     as_bytes,
@@ -34,14 +31,19 @@ from atp_tune.checkpoints.unpacking import (
     bytes_of,
     dtypes,
     is_packed,
+    one_line,
+    quiet,
     sha256_of_tensor,
     unpack_folder,
 )
+from atp_tune.checkpoints.devices import find_device
+from atp_tune.checkpoints.files import find_weights, is_slim, read_header, read_table
+from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.codes import fits_kernel
+from atp_tune.packed.codes import Coded, Parts, encode, fits_kernel, spread
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -58,18 +60,104 @@ from atp_tune.packed.modeling_atp_sparse import (
 )
 from atp_tune.paths import check_free
 from atp_tune.plan import Plan
+from atp_tune.quantizers.rounding import Grid
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse import card_bits
-from atp_tune.sparse.applying import SOURCE, Way, folder_scores, write_sparse
-from atp_tune.sparse.card import ALONE, DENSE_FILES, Dense
-from atp_tune.sparse.coding import Codes
+from atp_tune.sparse.applying import SOURCE, Way, folder_scores, sparse_folder, write_sparse
+from atp_tune.sparse.card import ALONE, AS_CODES, AS_FLOATS, DENSE_FILES, FLOAT_FILES, Dense
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
-from atp_tune.sparse.shards import sparse_folder
 from atp_tune.spec.config import Config
 from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.spec.study import ModelConfig
+
+# --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
+#
+# The sparse checkpoint that is packed gets the weights that the codes give, with scales of 16 bits, so that packing it
+# changes nothing, and its perplexity is that of the packed folder.
+
+
+class Codes:
+    """The codes of each rounded tensor of a checkpoint, by its name on the disk, in files of the folder `place`."""
+
+    def __init__(self, place: Path, quantize: QuantizeConfig) -> None:
+        self._place, self._quantize = place, quantize
+        self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
+        self._stored = set[str]()
+
+    def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> dict[str, Tensor]:
+        """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
+        rounded ones bit for bit, but for the 16 bits of the scales. UserError if codes cannot give them.
+        """
+        linears = [linear for linear in checkpoint.linears[block.index] if linear.key == key]
+        name, turned = checkpoint.key(block.index, linears[0]), linears[0].transposed
+        ways = (block.weights[key].cpu(), *_of_weights(self._quantize.group_size, block, linears, block.weights[key]))
+        weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
+        found: dict[str, Tensor] = {}
+        for part, weight in weights.items():
+            try:
+                coded = _encoded([weight, *(grid[part] for grid in grids)], self._quantize, turned)
+            except ValueError as error:
+                raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
+            found[part] = coded.decoded()
+            file = self._place / f"{len(self._known)}.safetensors"
+            save_file(coded.parts, file)
+            self._known[part] = file, replace(coded, parts=Parts())
+        return found
+
+    def find(self, names: tuple[str, ...]) -> Coded | None:
+        """The codes of a tensor by the names that it may have; None if it was not rounded."""
+        name = next((name for name in names if name in self._known), None)
+        if name is None:
+            return None
+        self._stored.add(name)
+        file, coded = self._known[name]
+        return replace(coded, parts=Parts(load_file(file)))
+
+    def check_all_stored(self) -> None:
+        """UserError if a rounded tensor was not asked for."""
+        if lacking := self._known.keys() - self._stored:
+            raise UserError(f"--packed: the checkpoint has no tensor {min(lacking)}, whose codes are to be stored")
+
+    def in_memory(self, fits: bool) -> dict[str, Any]:
+        """How linears that stay packed in memory are kept there, by the keys of a config's table: as int8 values if
+        their codes fit, else as floats.
+        """
+        size = self._quantize.group_size
+        return {"values": "int8" if fits else "same", "group_size": size if fits and size != -1 else None}
+
+
+def _of_weights(group_size: int, block: PrunedBlock, linears: list[Linear], weights: Tensor) -> tuple[Tensor, ...]:
+    """Scale, zero point and bits of each weight of a tensor, so that they go the way of the weights to the disk."""
+    scales, zeros, bits = (torch.empty(weights.shape) for _ in range(3))
+    for linear in linears:
+        grid, columns = block.grids[linear.name], linear.in_features
+        size = columns if group_size == -1 else group_size
+        linear.matrix(scales).copy_(spread(grid.scale.cpu(), size, columns))
+        linear.matrix(zeros).copy_(spread(grid.zero.cpu(), size, columns))
+        linear.matrix(bits).fill_(block.bits[linear.name])
+    return scales, zeros, bits
+
+
+def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
+    """The codes of weights; ValueError if groups of consecutive inputs do not share scales, zero points and bits.
+
+    saved: weights, and scale, zero point and bits of each, [..., rows, columns], or if `turned` the other way round.
+    """
+    weight, scales, zeros, bits = (tensor.mT if turned else tensor for tensor in saved)
+    columns = weight.shape[-1]
+    size = columns if quantize.group_size == -1 else quantize.group_size
+    groups = [part[..., ::size].contiguous() for part in (scales, zeros)]
+    again = [spread(part, size, columns) for part in groups]
+    if not all(torch.equal(*pair) for pair in zip(again, (scales, zeros), strict=True)):
+        raise ValueError("its columns lie in another order there")
+    width = int(bits.max())
+    if int(bits.min()) != width:
+        raise ValueError("its experts have different numbers of bits")
+    grid = Grid(groups[0], groups[1], float(2**width - 1))
+    return encode(weight.contiguous(), grid, width, quantize.group_size, quantize.symmetric, turned)
+
 
 CODE = Path(modeling_atp_sparse.__file__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -78,9 +166,9 @@ NOT_STORED = (
 )
 IMAGES = "AutoModelForImageClassification"
 FLOATS = {
-    card_bits.FILES: "**The rounded weights are stored as codes**: this folder is smaller than the dense model's. "
+    FLOAT_FILES: "**The rounded weights are stored as codes**: this folder is smaller than the dense model's. "
     "Below, *Packed* says how to load it.",
-    card_bits.AS_FLOATS: card_bits.AS_CODES,
+    AS_FLOATS: AS_CODES,
 }
 AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."

@@ -72,7 +72,7 @@ class Treatments:
         """A method as the pass over the blocks uses it: zeros stay where kept weights are rounded."""
         if self.quantize is None:
             return self.prune.pruner(name)
-        from atp_tune.quantizers.quantizing import Quantizing
+        from atp_tune.quantizers.rounding import Quantizing
 
         own, quantizer = self.quantize, self.quantize.quantizers[0] if self.prunes else name
         made = make_quantizer(quantizer, own.group_size, own.symmetric, own.damping, own.act_order)

@@ -11,19 +11,19 @@ import torch
 from safetensors import safe_open
 
 from atp_tune.cache import cache_dir, check_room, temporary_folder
+from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import model_config
+from atp_tune.checkpoints.convert import dtypes as formats
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error
-from atp_tune.checkpoints.headers import read_header
-from atp_tune.checkpoints.unpacking import dtypes as formats
+from atp_tune.checkpoints.files import read_header
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
 from atp_tune.packed.layout import packed_bytes
 from atp_tune.pruners.selection import nonzeros
-from atp_tune.sparse.packed_models import is_fast
-from atp_tune.sparse.shards import cast
+from atp_tune.sparse.applying import cast
+from atp_tune.sparse.comparing import is_fast
 from atp_tune.spec.patterns import parse
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed

@@ -9,12 +9,12 @@ import torch
 
 from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.cache_keys import key
+from atp_tune.checkpoints.blocks import classifies_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.classes import classifies_images
+from atp_tune.checkpoints.convert import is_packed
 from atp_tune.checkpoints.devices import arithmetic, find_device, find_dtype
-from atp_tune.checkpoints.headers import check_claims
+from atp_tune.checkpoints.files import check_claims
 from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
-from atp_tune.checkpoints.unpacking import is_packed
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs import KINDS

@@ -14,7 +14,7 @@ from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
-from atp_tune.sparse.packed_models import pack_linears, packed_copy
+from atp_tune.sparse.comparing import pack_linears, packed_copy
 from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.throughput import Opening, Workload, measured
 from atp_tune.speed.torch_engine import EXACT, opened, opened_in_memory

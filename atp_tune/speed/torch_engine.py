@@ -17,7 +17,7 @@ from torch.sparse import to_sparse_semi_structured
 from transformers import StaticCache
 from transformers.utils import logging as hf_logging
 
-from atp_tune.blocks.timing import wait_for
+from atp_tune.blocks.prune_pass import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_dtype
 from atp_tune.errors import UserError, named

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.offload import Offload
-from atp_tune.checkpoints.streaming import Tensors
+from atp_tune.checkpoints.devices import Tensors
+from atp_tune.checkpoints.files import Offload
 from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores

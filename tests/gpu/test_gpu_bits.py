@@ -8,7 +8,7 @@ from cards import bench_on, plan, pruned_blocks, same_blocks, trial
 from families import ALL, bench_of, nlls_of, tiny
 from plans import planned
 
-from atp_tune.checkpoints.offload import Offload
+from atp_tune.checkpoints.files import Offload
 from atp_tune.spec.prune import PruneConfig
 
 pytestmark = pytest.mark.gpu

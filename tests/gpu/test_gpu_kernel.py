@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_columns import SHAPES, problem
 
-from atp_tune.pruners import columns
+from atp_tune.pruners import sparsegpt
 
 pytestmark = pytest.mark.gpu
 LARGE = [(128, 4096), (128, 11008), (256, 8192), (100, 4097)]
@@ -32,7 +32,7 @@ def test_the_kernel_equals_the_plain_columns(shape: tuple[int, int], share: floa
     if runs.type == "cpu" and shape[0] * shape[1] > 5000:
         pytest.skip("the interpreter is slow")
     W, U, G = (part.to(runs) for part in problem(shape, share))
-    expected = columns.plain(W.double(), U.double(), G.double())
+    expected = sparsegpt.plain(W.double(), U.double(), G.double())
     torch.testing.assert_close(tiles(W.clone(), U, G).double(), expected, rtol=1e-4, atol=1e-4)
     transposed = G.T.contiguous().T
     torch.testing.assert_close(tiles(W.clone(), U, transposed).double(), expected, rtol=1e-4, atol=1e-4)
@@ -41,15 +41,15 @@ def test_the_kernel_equals_the_plain_columns(shape: tuple[int, int], share: floa
 def test_the_kernel_is_what_a_gpu_takes(runs: torch.device) -> None:
     from atp_tune.pruners.columns_triton import tiles
 
-    columns.on_gpu.cache_clear()
-    assert columns.on_gpu(runs) is tiles
+    sparsegpt.on_gpu.cache_clear()
+    assert sparsegpt.on_gpu(runs) is tiles
 
 
 WITHOUT = """
 import logging, sys
 import torch
 from test_columns import by_hand, problem
-from atp_tune.pruners.columns import plain, on_gpu, sweep
+from atp_tune.pruners.sparsegpt import plain, on_gpu, sweep
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 device = torch.device("cuda:0")
 for shape in ((17, 30), (128, 33)):

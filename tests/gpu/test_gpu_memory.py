@@ -12,10 +12,9 @@ from cards import MIB, bench_on, held, let_go, little_memory, pruned_blocks, sam
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp_tune.blocks.batching import AutoBatch
 from atp_tune.blocks.prune_pass import advance
-from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints import buffers
+from atp_tune.blocks.replay import AutoBatch, Replay
+from atp_tune.checkpoints import devices
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.errors import TrialError
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.gpu
 def test_pinned_memory_is_registered_and_freed(card: torch.device) -> None:
     size = 64 * MIB
     for _ in range(20):  # what stayed registered could not be registered again where the system maps it again
-        memory = buffers.pinned(size)
+        memory = devices.pinned(size)
         place = memory.data_ptr()
         view = memory[5:].view(-1)
         assert memory.is_pinned() and view.is_pinned()
@@ -46,7 +45,7 @@ def is_mapped(place: int) -> bool:
 
 
 def test_copies_from_pinned_memory_do_not_wait(card: torch.device) -> None:
-    memory = buffers.pinned(512 * MIB)
+    memory = devices.pinned(512 * MIB)
     memory.fill_(7)
     target, after = torch.empty_like(memory, device=card), torch.cuda.Event()
     torch.cuda.synchronize(card)
@@ -61,11 +60,11 @@ def test_a_registration_that_fails_poisons_nothing(
     card: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """CUDA refuses memory that is registered already; its error must not surface where a later kernel is started."""
-    memory = buffers.pinned(16 * MIB)
-    monkeypatch.setattr(buffers, "plain", lambda size: memory[:size])
-    buffers._say_once.cache_clear()
+    memory = devices.pinned(16 * MIB)
+    monkeypatch.setattr(devices, "plain", lambda size: memory[:size])
+    devices._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        again = buffers.pinned(len(memory))
+        again = devices.pinned(len(memory))
     assert "cannot be pinned" in caplog.text
     notes: list[str] = []
     batch = AutoBatch(card, 1, 1, notes.append)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from cards import bench_on, trial
 
-from atp_tune.blocks.prune_pass import advance, measure
-from atp_tune.blocks.timing import wait_for
+from atp_tune.blocks.prune_pass import advance, measure, wait_for
 from atp_tune.cost.probe import probe
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.run.session import Session

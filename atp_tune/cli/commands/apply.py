@@ -97,7 +97,7 @@ def apply(
         found = found.model_copy(update={"recovered": None})
         best = replace(best, config=found)
     if push is not None:
-        from atp_tune.sparse.pushing import check_folder, check_permission, is_made_from
+        from atp_tune.sparse.publishing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
         if dtype is None and is_made_from(out, found, packed, slim):
@@ -112,11 +112,11 @@ def apply(
 
 def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
     """Writes the folder of a configuration, and prints what it has come to."""
-    from atp_tune.checkpoints.trust import is_slim
+    from atp_tune.checkpoints.files import is_slim
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.sparse.provenance import ABOUT
-    from atp_tune.sparse.verifying import compared
+    from atp_tune.sparse.publishing import compared
     from atp_tune.spec.config import read_config
 
     with quiet(), Display() as display:
@@ -132,7 +132,7 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
 
 def _verify(folder: Path) -> None:
     """Prints that a folder's files are as they were written, and what differs here from where they were."""
-    from atp_tune.sparse.verifying import verify
+    from atp_tune.sparse.publishing import verify
 
     found = verify(folder)
     console.print(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")

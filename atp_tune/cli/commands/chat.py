@@ -82,7 +82,7 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
     from atp_tune.cli.chat_session import ChatSession, as_message
     from atp_tune.events import Event, Message, Place, TrialStarted
     from atp_tune.generation import ChatOptions
-    from atp_tune.sparse.both_models import CHAT, BothModels
+    from atp_tune.sparse.comparing import CHAT, BothModels
 
     def show(event: Event) -> None:
         if isinstance(event, Message):

@@ -44,7 +44,7 @@ def classify(
     from atp_tune.cli.display import Display
     from atp_tune.cli.runtime import quiet
     from atp_tune.events import Place, ignore_events
-    from atp_tune.sparse.both_models import classify
+    from atp_tune.sparse.comparing import classify
 
     with quiet(), Display() as display:
         there = Place(Path(), device or "auto", vars(may), ignore_events if json else display)

@@ -122,7 +122,7 @@ def finetune(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
         loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
     )  # fmt: skip
-    from atp_tune.checkpoints.classes import classifies_images
+    from atp_tune.checkpoints.blocks import classifies_images
 
     of_images = classifies_images(model)
     given = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}

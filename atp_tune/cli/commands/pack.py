@@ -102,7 +102,7 @@ def unpack(
 
     Example: `python tune.py unpack smol-packed --out smol-sparse`
     """
-    from atp_tune.checkpoints.unpacking import unpack_folder
+    from atp_tune.checkpoints.convert import unpack_folder
     from atp_tune.cli.runtime import quiet
     from atp_tune.paths import check_free
 

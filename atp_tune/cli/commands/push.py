@@ -32,7 +32,7 @@ def push(
 
     Example: `python tune.py push --study smol ORG/NAME`
     """
-    from atp_tune.sparse.pushing import check_folder, check_permission
+    from atp_tune.sparse.publishing import check_folder, check_permission
 
     *folders, name = words
     folder = folders[0] if folders else None
@@ -56,15 +56,15 @@ def push(
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.runtime import interruptible
-    from atp_tune.sparse import pushing
-    from atp_tune.sparse.verifying import verify
+    from atp_tune.sparse import publishing
+    from atp_tune.sparse.publishing import verify
 
     verify(folder)
 
     console.print(f"uploading {folder} to {name}")
     with interruptible():
         try:
-            address = pushing.upload(folder, name, private)
+            address = publishing.upload(folder, name, private)
         except KeyboardInterrupt:
             console.print(f"stopped: resume with: python tune.py push {folder} {name}{' --private' if private else ''}")
             sys.exit(130)

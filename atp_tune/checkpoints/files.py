@@ -1,0 +1,441 @@
+"""Safety checks of model folders from unknown sources: code, pickles, links, malformed files.
+
+Errors: UserError that names the key that allows it, if there is one.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+from atp_tune.errors import UserError
+from atp_tune.extras import install, missing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PICKLES = "pytorch_model*.bin"
+CODE = "*.py"  # code that `model.trust_remote_code` runs
+_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+SLIM = "atp_slim"  # as in packed.modeling_atp_slim, which imports torch: atp_tune's own code, not the folder's, runs
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
+ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
+
+
+def is_slim(folder: Path) -> bool:
+    """Whether a folder holds a slim model, which has fewer channels than its family's models."""
+    file = folder / "config.json"
+    return file.is_file() and read_table(file).get("model_type") == SLIM
+
+
+def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files of a folder: safetensors, or pickles if there are no others and they are allowed."""
+    _check_shards(folder)
+    if weights := sorted(folder.glob("*.safetensors")):
+        return weights
+    pickles = sorted(folder.glob(PICKLES))
+    if not pickles:
+        raise UserError(f"model.source: {folder} holds no *.safetensors and no {PICKLES}; where are its weights?")
+    if not allow_pickle:
+        raise UserError(
+            f"model.source: {folder} has its weights in pickles only ({pickles[0].name}); "
+            f"take safetensors, or allow them with {ASK_PICKLE}"
+        )
+    return pickles
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    places = read_table(index).get("weight_map")
+    shards = set(places.values()) if isinstance(places, dict) and all(map(_is_name, places.values())) else None
+    if shards is None:
+        raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        lack = f"{len(missing)} of {len(shards)} weight files, {missing[0]} first"
+        raise UserError(f"model.source: {folder} lacks {lack}; copy or download it again")
+
+
+def _is_name(value: Any) -> bool:
+    """Whether an entry of an index is a file name in its own folder."""
+    return isinstance(value, str) and value.endswith(".safetensors") and PurePath(value).name == value
+
+
+def check_code(folder: Path, trusted: bool) -> None:
+    """UserError if a model needs code that is not allowed, or code of another repository."""
+    configs = [read_table(folder / name) for name in _CONFIGS if (folder / name).is_file()]
+    foreign = next((name for config in configs for name in _classes(config) if "--" in name), None)
+    if trusted and foreign is not None:
+        raise UserError(
+            f"model.source: {folder} wants code of another repository ({foreign.partition('--')[0]}); "
+            "only code in the model's own folder is run"
+        )
+    if not trusted and _needs_code(configs[0]):
+        raise UserError(
+            f"model.source: {folder} needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
+        )
+
+
+def _needs_code(config: dict[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    kernels = any("/" in str(config.get(key)) for key in _KERNELS)
+    known = config.get("model_type") == SLIM or str(config.get("model_type")) in CONFIG_MAPPING
+    return kernels or (bool(list(_classes(config))) and not known)
+
+
+def _classes(config: dict[str, Any]) -> list[str]:
+    """The classes in `auto_map`: `FILE.CLASS` or `REPOSITORY--FILE.CLASS`."""
+    found = config.get("auto_map")
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+
+def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
+    """The files of a folder, and of its folder of licences, without weights (by suffix).
+
+    UserError for a link to a file outside it, but for the folder `blobs` two levels up, as in the Hugging Face cache.
+    """
+    home, blobs = folder.resolve(), folder.resolve().parents[1:2]
+    files = sorted([*folder.iterdir(), *folder.glob("LICEN[CS]E*/*")])
+    found = [file for file in files if file.is_file() and file.suffix not in weights]
+    for file in found:
+        inside = (home, *(place / "blobs" for place in blobs))
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise UserError(f"model.source: {file} is a link to {file.resolve()}, outside its folder; copy the file")
+    return found
+
+
+def copy_small(source: Path, out: Path, weights: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
+    """Copies a model folder's small files, but those whose "/NAME" ends like `without`, or that `out` has."""
+    for file in small_files(source, weights):
+        copy = out / file.relative_to(source)
+        if not f"/{file.name}".endswith(without) and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; UserError if the file holds none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise UserError(f"model.source: {path} is no JSON object; download the model again")
+    return table
+
+
+# --- Sizes of a model, from the headers of its safetensors, before it is loaded.
+
+LONGEST = 100 * 2**20  # maximum bytes of a header, as in safetensors
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # in names of blocks outside the language model
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIDES = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "ffn_hidden_size")
+NUMBERED = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Number of values in all tensors (`total`) and in each block; bytes of all tensors in the files, and of a value.
+
+    `itemsize`: of the number format that most values of the blocks have.
+    """
+
+    total: int
+    blocks: tuple[int, ...]
+    bytes: int
+    itemsize: int
+
+    @property
+    def shell(self) -> int:
+        """Values outside the blocks: embeddings, final norm, head."""
+        return self.total - sum(self.blocks)
+
+
+def read_sizes(folder: Path) -> ModelSizes:
+    """The sizes of a model in a folder; UserError if a file has no header or there are no blocks."""
+    tensors = {
+        name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
+    }
+    counts = {name: prod(entry["shape"]) for name, entry in tensors.items()}
+    stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
+    lists: dict[str, Counter[int]] = {}
+    for name, count in counts.items():
+        if found := NUMBERED.match(name):
+            lists.setdefault(found["list"], Counter())[int(found["index"])] += count
+    if not lists:
+        raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
+    spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
+    blocks = max(spoken.values(), key=lambda sizes: sizes.total())
+    formats = Counter[int]()
+    for name, count in counts.items():
+        formats[stored[name] // max(1, count)] += count * bool(NUMBERED.match(name))
+    (itemsize, _), *_ = formats.most_common()
+    return ModelSizes(
+        sum(counts.values()), tuple(blocks[index] for index in sorted(blocks)), sum(stored.values()), itemsize
+    )
+
+
+def has_experts(folder: Path) -> bool:
+    """Whether a model has mixtures of experts, by the numbers of experts in its config."""
+    return _counts_experts(read_table(folder / "config.json"))
+
+
+def _counts_experts(table: dict[str, Any]) -> bool:
+    counts = (value for key, value in table.items() if "expert" in key and type(value) is int)
+    return any(count > 1 for count in counts) or any(
+        _counts_experts(value) for value in table.values() if isinstance(value, dict)
+    )
+
+
+def check_claims(folder: Path) -> None:
+    """UserError if a config has more blocks than there are tensors, or a dimension larger than all values together.
+
+    transformers would allocate such a model before it notices that weights are missing. Also if two files have a tensor
+    of one name, of which it would load one.
+    """
+    config = read_table(folder / "config.json")
+    tensors, files = list[Any](), dict[str, Path]()
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_header(file).items():
+            tensors.append(entry)
+            if (other := files.setdefault(name, file)) != file:
+                raise UserError(
+                    f"model {folder}: {name} is in {other.name} and in {file.name}, of which one is loaded; give a "
+                    "folder without the other"
+                )
+    values = sum(prod(entry["shape"]) for entry in tensors)
+    for table in (config, *(one for one in config.values() if isinstance(one, dict))):
+        for keys, most, what in ((_COUNTS, len(tensors), "tensors"), (_SIDES, values, "values")):
+            if key := next((key for key in keys if type(table.get(key)) is int and table[key] > most), None):
+                raise UserError(
+                    f"model {folder}: {key} is {table[key]:.3g}, but its files hold {most} {what}; download it again"
+                )
+
+
+def places(file: Path) -> dict[str, int]:
+    """Offset in the file of each tensor's bytes; UserError if the file has no header."""
+    with file.open("rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+    return {name: data + entry["data_offsets"][0] for name, entry in read_header(file).items()}
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Dtype, shape and offsets of each tensor of a file; UserError if the file has no header."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(min(length, LONGEST))
+    return parse_header(text, file)
+
+
+def parse_header(text: bytes, file: Path) -> dict[str, Any]:
+    """Dtype, shape and offsets of each tensor by the header of a file; UserError if it is none."""
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if all(_is_entry(entry) for entry in entries.values()):
+            return entries
+        raise ValueError
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"model {file}: is no safetensors file; download it again") from None
+
+
+def _is_entry(entry: Any) -> bool:
+    lists = [entry.get(key) for key in ("shape", "data_offsets")] if isinstance(entry, dict) else [None]
+    return all(isinstance(one, list) and all(type(n) is int and n >= 0 for n in one) for one in lists) and (
+        len(entry["data_offsets"]) == 2
+    )
+
+
+# --- Quantized checkpoints: which can be dequantized, and why others cannot.
+#
+# Pruning needs the weights themselves, so a quantized checkpoint, which holds codes and scales, is dequantized once
+# into the cache. Its `config.json` tells that it is quantized, before its weights are downloaded or read.
+
+BY_TENSOR = ("fp8", "mxfp8", "mxfp4", "bitsandbytes_4bit", "bitsandbytes_8bit")  # read by `dequantize`
+BY_MODEL = {  # read by transformers with the whole model in memory; the values are extras that it needs
+    "compressed-tensors": "quantized",
+    "metal": None,
+}
+FULL = ("F64", "F32", "F16", "BF16")  # dtypes, in names of safetensors, of unquantized weights
+_DEPTH = 2  # nesting of configs of parts, such as the language model of a speech model
+_INSTEAD = "give the checkpoint that it was made from"
+BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ, ModelOpt
+_ELSEWHERE = ("compression_config", "quantization")  # of early compressed-tensors, MLX
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "scales", "qscale_weight", "SCB")
+
+
+def find_method(folder: Path, name: str) -> str | None:
+    """The quantization method of a folder, None if it is not quantized; UserError if it cannot be dequantized.
+
+    `name`: the source of the model in the study. Only JSON files are read.
+    """
+    config = read_table(folder / "config.json")
+    if (table := quantization_of(config)) is not None:
+        method = _method(table)
+        if method not in BY_TENSOR and (reason := _unread(method, table)):
+            raise UserError(f'model.source: {name} is quantized by "{method}", {reason} {_INSTEAD}')
+        return method
+    if place := _misplaced(folder, config):
+        raise UserError(
+            f"model.source: {name} is quantized, as its {place} says, in a form that transformers does not read; "
+            f"{_INSTEAD}"
+        )
+    return None
+
+
+def check_full(folder: Path) -> None:
+    """UserError if a folder is quantized, by its config."""
+    file = folder / "config.json"
+    if file.is_file() and (table := quantization_of(read_table(file))) is not None:
+        raise UserError(f'model {folder}: is quantized by "{_method(table)}"; {_INSTEAD}')
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization config in a `config.json` or in one of its parts, such as `text_config`."""
+    tables = (part.get("quantization_config") for part in parts_of(config))
+    found = next((table for table in tables if table is not None), None)
+    return found if found is None or isinstance(found, dict) else {"quant_method": found}
+
+
+def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
+    """A copy of a `config.json` without quantization."""
+    gone = {"quantization_config", *(_ELSEWHERE if depth == _DEPTH else ())}
+    kept = {key: value for key, value in config.items() if key not in gone}
+    inner = {key: value for key, value in kept.items() if isinstance(value, dict) and depth}
+    return {**kept, **{key: without_quantization(value, depth - 1) for key, value in inner.items()}}
+
+
+def parts_of(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[dict[str, Any]]:
+    """A `config.json` and the configs of its parts, such as a language model."""
+    yield config
+    for key, part in config.items():
+        if isinstance(part, dict) and depth and key not in _ELSEWHERE:
+            yield from parts_of(part, depth - 1)
+
+
+def check_stored(weights: Iterable[Path], name: str) -> None:
+    """UserError if safetensors without a quantization config hold quantized tensors with scales."""
+    formats = formats_of(weights)
+    for key, kind in formats.items():
+        scale = None if kind in FULL else next((scale for scale in scales_of(key) if scale in formats), None)
+        if scale is not None:
+            raise UserError(
+                f"model.source: {name} holds {key} as {kind} with a scale beside it ({scale}), but its config.json has "
+                f"no quantization_config that says how they belong together; {_INSTEAD}"
+            )
+
+
+def check_scaled(weights: Iterable[Path], name: str) -> None:
+    """UserError if a quantized tensor has no scale; transformers would use it as a weight."""
+    formats = formats_of(weights)
+    for key, kind in formats.items():
+        if key.endswith((".weight", ".weight_packed")) and kind not in FULL and not formats.keys() & {*scales_of(key)}:
+            raise UserError(f"model.source: {name} has {key} as {kind} without its scales; download it again")
+
+
+def formats_of(weights: Iterable[Path]) -> dict[str, str]:
+    """Dtype of each tensor in safetensors files, by the name in their headers."""
+    return {key: str(entry["dtype"]) for file in weights for key, entry in read_header(file).items()}
+
+
+def scales_of(key: str) -> list[str]:
+    """Possible names of the scales of a tensor."""
+    module, _, last = key.rpartition(".")
+    beside = [f"{module}.{scale}" for scale in _SCALES] if last in ("weight", "weight_packed") else []
+    return [*beside, *(f"{key}_{scale}" for scale in ("scale_inv", "scale", "scales"))]
+
+
+def check_plain(block: "nn.Module", keys: Iterable[str]) -> None:
+    """UserError if a tensor, named by its key in a block, is not the plain weight matrix of its module."""
+    from torch import nn
+
+    for key in dict.fromkeys(keys):
+        path, _, name = key.rpartition(".")
+        module = block.get_submodule(path)
+        weight, kind = getattr(module, name), type(module).__name__
+        own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+            what = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+            raise UserError(f"model module {kind}: {key} is a {what}, which is not pruned; {_INSTEAD}")
+        if isinstance(module, nn.Linear) and (more := sorted(own - {"weight", "bias"})):
+            raise UserError(f"model module {kind}: {key} has {more[0]} beside it, which is not pruned; {_INSTEAD}")
+
+
+def _method(table: dict[str, Any]) -> str:
+    """The name of the method in transformers, which has two for bitsandbytes."""
+    if table.get("load_in_4bit") or table.get("load_in_8bit"):
+        return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
+    return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # untrusted text, in one line
+
+
+def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:
+    """The config key or file that tells of quantization in a place that transformers does not read."""
+    for key in _ELSEWHERE:
+        found = config.get(key)
+        if isinstance(found, dict) and {"bits", "config_groups", "quantization_config"} & found.keys():
+            return key
+    return next((file for file in BESIDE if (folder / file).is_file()), None)
+
+
+def _unread(method: str, table: dict[str, Any]) -> str | None:
+    """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
+    if method not in BY_MODEL:
+        known = ", ".join([*BY_TENSOR, *BY_MODEL])
+        return f"which cannot be dequantized (supported are {known});"
+    extra = BY_MODEL[method]
+    if extra and missing(extra):
+        return f"and {missing(extra)} is needed to read it: {install(extra)}, or"
+    if table.get("transform_config"):
+        return "with rotations (transform_config) that would not be undone;"
+    groups = table.get("config_groups")
+    if isinstance(groups, dict) and len(groups) > 1:
+        return f"in {len(groups)} ways at once (config_groups), of which transformers reads one;"
+    return None
+
+
+# --- The place of a model's weights: on the compute device, in host memory, or memory-mapped on disk. Loads no torch.
+
+Offload = Literal["none", "cpu", "disk"]
+
+FITS = 0.7  # share of free device memory for weights; the rest is for activations
+FULL_SHARE = 0.9  # the same for weights and what is known to lie beside them
+HOST_FITS, HOST_ROOM = 0.7, 16 * 10**9  # blocks leave a part of free host memory to the system, at most so many bytes
+MATRICES = 3  # of float32, as large as a Hessian, while its factor is computed
+
+
+@dataclass(frozen=True)
+class Free:
+    """Free bytes on the compute device and in host memory; `bounded`: False for a CPU that shares the host's memory."""
+
+    device: int
+    host: int
+    bounded: bool = True
+
+
+def choose(total: int, blocks: int, free: Free, work: int = 0) -> Offload:
+    """The first place that weights of `total` bytes, `blocks` of them in blocks, fit into, with `work` bytes beside."""
+    if not free.bounded or (total <= FITS * free.device and total + work <= FULL_SHARE * free.device):
+        return "none"
+    return "cpu" if blocks <= max(HOST_FITS * free.host, free.host - HOST_ROOM) else "disk"
+
+
+def states(calibration: int, validation: int, within: int = 0) -> int:
+    """Peak bytes of hidden states, by those of the texts: calibration's exist twice for a moment, beside validation's.
+
+    `within`: of all calibration windows within a block, where linears are pruned in order.
+    """
+    return max(validation + 2 * calibration + within, 2 * validation)
+
+
+def hessian_bytes(inputs: int) -> int:
+    """Peak bytes of a Hessian of so many inputs."""
+    return 4 * MATRICES * inputs**2

@@ -1,0 +1,287 @@
+"""The values that a group of weights may have: integers q from 0 to 2^b - 1, a scale and a zero point.
+
+    ŵ = (q - z) Δ        q = clamp(round(w / Δ) + z, 0, 2^b - 1)
+
+    asymmetric    Δ = (max(w, 0) - min(w, 0)) / (2^b - 1)        z = round(-min(w, 0) / Δ)
+    symmetric     Δ = 2 max |w| / (2^b - 1)                      z = 2^(b-1)
+
+max and min over the group: consecutive inputs of one row, the last group may be smaller. z is an integer, so that 0 is
+one of the values in both. A group of zeros stays zero. `round` rounds halves to the even neighbour.
+
+As compressed-tensors, which llm-compressor uses. Source: Frantar et al., "GPTQ", ICLR 2023, and their code (quant.py),
+where the Δ of a symmetric group whose weights have one sign is half of this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners.refinement import own_and_hessian, with_hessian
+from atp_tune.pruners.sparsegpt import ALONE, STRIP
+from atp_tune.pruners.statistics import Hessian
+from atp_tune.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale Δ and zero point z of each group, float32 of equal shapes; `top` is 2^b - 1."""
+
+    scale: Tensor
+    zero: Tensor
+    top: float
+
+    @classmethod
+    def of(cls, groups: Tensor, bits: int, symmetric: bool) -> "Grid":
+        """The grid of each group of weights [..., group], float32; scale and zero are [..., 1]."""
+        top = float(2**bits - 1)
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        if symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        scale = (high - low) / top
+        scale = torch.where(scale == 0, 1, scale)
+        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round()
+        return cls(scale, zero, top)
+
+    def nearest(self, weights: Tensor) -> Tensor:
+        """The values nearest to weights, whose shape matches that of the scales."""
+        q = (weights / self.scale).round_().add_(self.zero).clamp_(0, self.top)
+        return q.sub_(self.zero).mul_(self.scale)
+
+
+def parts_of(columns: int, group_size: int) -> list[tuple[slice, int]]:
+    """The groups of that many columns: all whole ones together, then the smaller last one, each with its size.
+
+    A group size of -1 is one group for all columns.
+    """
+    size = columns if group_size == -1 else min(group_size, columns)
+    whole = columns - columns % size
+    parts = [(slice(0, whole), size), (slice(whole, columns), columns - whole)]
+    return [(part, size) for part, size in parts if size]
+
+
+# --- RTN: rounds each weight to the nearest value of its group; needs no inputs.
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Rounds to nearest, in groups of `group_size` inputs of a row (-1: the whole row); computes in float32."""
+
+    group_size: int
+    symmetric: bool
+    damping: float = 0.01  # of GPTQ
+    act_order: bool = False  # of GPTQ
+
+    measures: ClassVar[type[Statistics] | None] = None
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Does nothing."""
+
+    def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
+        """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
+        found = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for columns, size in parts_of(weight.shape[1], self.group_size):
+            groups = weight[:, columns].float().reshape(len(weight), -1, size)
+            found[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
+        return found.to(weight.dtype)
+
+    def grid(self, weight: Tensor, bits: int) -> Grid:
+        """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
+        found = [
+            Grid.of(weight[:, columns].float().reshape(len(weight), -1, size), bits, self.symmetric)
+            for columns, size in parts_of(weight.shape[1], self.group_size)
+        ]
+        scale, zero = torch.cat([one.scale for one in found], 1), torch.cat([one.zero for one in found], 1)
+        return Grid(scale.squeeze(-1), zero.squeeze(-1), found[0].top)
+
+
+# --- GPTQ: rounds column by column and updates the columns to the right to compensate for the error.
+#
+# W weight [out, in]; U upper triangular [in, in] with UᵀU the inverse of the damped Hessian H. For each column j, from
+# the left:
+#
+#     e = (W_j - Ŵ_j) / U_jj        W_k ← W_k - e U_jk  for all k > j
+#
+# Ŵ_j are the values of the grid nearest to W_j as updated. Each group's grid is that of the dense weights, as RTN's
+# and llm-compressor's; the authors' `static_groups` zero weights on dead inputs first. Weights on inputs that were
+# always zero become 0. With `act_order` the columns go by the sums of squares of their inputs, the largest first, so
+# that those which matter most are rounded while the most others can make up for them; a group stays consecutive
+# inputs.
+#
+# As in `pruners.sparsegpt` H is not inverted: R = U⁻¹ comes from one Cholesky factorisation, and a block of columns is
+# updated by all blocks to its left at once. Within a block the loop goes column by column: `plain` on any device,
+# `strips` on the CPU.
+#
+# Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR
+# 2023, algorithm 1; act-order is from their code.
+
+COLUMNS = 128  # in a block; any number gives the same weights, but for rounding
+
+
+@dataclass(frozen=True)
+class GPTQ(RTN):
+    """Rounds weights and updates the others; computes in float32, returns the dtype of the weight."""
+
+    measures: ClassVar[type[Statistics] | None] = Hessian
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Factorises the Hessian."""
+        assert isinstance(statistics, Hessian)
+        statistics.factor(self.damping, self.act_order)
+
+    def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
+        """A copy of weight [out, in] with at most 2^bits values in each group; statistics are the inputs' `Hessian`.
+
+        `zeros`: mask [out, in] of weights that are 0 and stay 0; the others make up for them too.
+        """
+        assert isinstance(statistics, Hessian)
+        R = statistics.factor(self.damping, self.act_order)
+        W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
+        grids = self._grids(W, bits)
+        W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
+        order = statistics.order() if self.act_order else None
+        if order is not None:
+            W, grids = W[order], [grids[j] for j in order.tolist()]
+            zeros = None if zeros is None else zeros[:, order]
+        changes = torch.empty_like(W)  # W - Ŵ of finished blocks
+        for a in range(0, len(W), COLUMNS):
+            here = slice(a, a + COLUMNS)
+            U = torch.linalg.solve_triangular(R[here, here], _eye(R[here, here]), upper=True)
+            updated = torch.addmm(W[here], U.T, R[:a, here].T @ changes[:a])
+            rounded = _round_block(updated, U, grids[here], None if zeros is None else zeros.T[here])
+            torch.sub(W[here], rounded, out=changes[here])
+            W[here] = rounded
+        if order is not None:
+            W = torch.empty_like(W).index_copy_(0, order, W)
+        return W.to(weight.dtype).T
+
+    def _grids(self, W: Tensor, bits: int) -> list[Grid]:
+        """The grid of each column of W [in, out], with scales and zero points [out]."""
+        found: list[Grid] = []
+        for columns, size in parts_of(len(W), self.group_size):
+            for group in torch.split(W[columns], size):
+                grid = Grid.of(group.T, bits, self.symmetric)
+                found += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
+        return found
+
+
+def _eye(R: Tensor) -> Tensor:
+    return torch.eye(len(R), dtype=R.dtype, device=R.device)
+
+
+def _round_block(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None) -> Tensor:
+    """Rounds the columns W [B, out] of a block with its part U [B, B]; overwrites W."""
+    if W.device.type == "cpu" and W.dtype == torch.float32:
+        return strips(W, U, grids, zeros)
+    return plain(W, U, grids, zeros)
+
+
+def plain(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = None) -> Tensor:
+    """The rounded columns [B, out]; overwrites W. The reference for `strips`."""
+    rounded = torch.empty_like(W)
+    for j, grid in enumerate(grids):
+        rounded[j] = grid.nearest(W[j])
+        if zeros is not None:
+            rounded[j].masked_fill_(zeros[j], 0)
+        W[j + 1 :].addr_(U[j, j + 1 :], (W[j] - rounded[j]) / U[j, j], alpha=-1)
+    return rounded
+
+
+def strips(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = None) -> Tensor:
+    """The same on the CPU; overwrites W with the errors E.
+
+    W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product with a vector per column,
+    as in `pruners.columns`.
+    """
+    rounded, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
+    width = min(STRIP, max(4, ALONE // W.shape[1]))
+    terms, rows, results = A.numpy(), W.numpy(), rounded.numpy()
+    pivots = U.diagonal().numpy()
+    masks = None if zeros is None else zeros.numpy()
+    updated = np.empty(W.shape[1], dtype=np.float32)
+    for start in range(0, len(W), width):
+        stop = min(start + width, len(W))
+        W[start:stop].addmm_(A[start:stop, :start], W[:start])
+        for j in range(start, stop):
+            np.dot(terms[j, start : j + 1], rows[start : j + 1], out=updated)
+            scale, zero, q = grids[j].scale.numpy(), grids[j].zero.numpy(), results[j]
+            np.rint(np.divide(updated, scale, out=q), out=q)
+            np.clip(np.add(q, zero, out=q), 0, grids[j].top, out=q)
+            np.multiply(np.subtract(q, zero, out=q), scale, out=q)
+            if masks is not None:
+                q[masks[j]] = 0
+            np.divide(np.subtract(updated, q, out=rows[j]), pivots[j], out=rows[j])
+    return rounded
+
+
+# --- A quantizer as the pass over the blocks uses it, with the pruner before it, if there is one.
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """A `Pruner` that rounds weights to so many `bits`, after its own `pruner` has zeroed some: those stay zero."""
+
+    quantizer: Quantizer
+    pruner: Pruner | None = None
+    bits: int = 0
+    group: int | None = None
+
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics that both need."""
+        if self.pruner is None or self.quantizer.measures is None:
+            return self.quantizer.measures if self.pruner is None else self.pruner.measures
+        return with_hessian(self.pruner.measures)
+
+    @property
+    def prepares(self) -> list[Any]:
+        """What prepares statistics, so that they are the same for all bits."""
+        return [self.quantizer, getattr(self.pruner, "prepares", self.pruner)]
+
+    def at(self, bits: int) -> "Quantizing":
+        """The same with so many bits."""
+        return replace(self, bits=bits)
+
+    def unmeasured(self, pruner: Pruner | None) -> "Quantizing":
+        """For a linear without inputs: RTN on the same groups, after this pruner."""
+        assert isinstance(self.quantizer, RTN)
+        return replace(self, quantizer=RTN(self.quantizer.group_size, self.quantizer.symmetric), pruner=pruner)
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Prepares the statistics of both."""
+        own, hessian = self._parts(statistics)
+        if self.pruner is not None and own is not None:
+            self.pruner.prepare(own)
+        if hessian is not None:
+            self.quantizer.prepare(hessian)
+
+    def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """A rounded copy of weight [out, in], pruned to a sparsity in [0, 1] before if there is a pruner."""
+        return self.rounded(self.sparse(weight, sparsity, statistics), statistics)
+
+    def sparse(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
+        """The pruned copy that is rounded next; the weight itself without a pruner."""
+        return weight if self.pruner is None else self.pruner.prune(weight, sparsity, self._parts(statistics)[0])
+
+    def rounded(self, sparse: Tensor, statistics: Statistics | None) -> Tensor:
+        """A rounded copy of a weight that is pruned already, if there is a pruner; its zeros stay."""
+        zeros = None if self.pruner is None else sparse == 0
+        return self.quantizer.quantize(sparse, self.bits, self._parts(statistics)[1], zeros)
+
+    def grid(self, sparse: Tensor) -> Grid:
+        """The grid on which `rounded` puts it."""
+        return self.quantizer.grid(sparse, self.bits)
+
+    def _parts(self, statistics: Statistics | None) -> tuple[Statistics | None, Statistics | None]:
+        """The statistics of the pruner, and of the quantizer."""
+        if self.pruner is None or statistics is None:
+            return None, statistics
+        if self.quantizer.measures is None:
+            return statistics, None
+        own, hessian = own_and_hessian(statistics)
+        return (statistics if self.measures is self.pruner.measures else own), hessian
