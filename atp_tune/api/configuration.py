@@ -86,7 +86,9 @@ class Configuration:
             check_pattern(self.config)
             return self._save(out, SLIM, dtype)
         if not packed:
-            return self._save(out, None, dtype)
+            from atp_tune.sparse.applying import PLAIN
+
+            return self._save(out, PLAIN, dtype)
         from atp_tune.sparse.packing import Codes, pack_folder, to_pack
 
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
@@ -96,7 +98,7 @@ class Configuration:
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 
-    def _save(self, out: Path, way: Way | None, dtype: str | None) -> Perplexity:
+    def _save(self, out: Path, way: Way, dtype: str | None) -> Perplexity:
         with self._working() as place:
             return models.save(self.config, out, place, self._lender, way, dtype)
 

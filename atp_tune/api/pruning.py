@@ -24,7 +24,7 @@ from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
-from atp_tune.sparse.applying import Way, config_of, measured_folder, write_sparse
+from atp_tune.sparse.applying import PLAIN, config_of, measured_folder, write_sparse
 from atp_tune.spec.data import Text
 from atp_tune.spec.finding import BARE
 from atp_tune.spec.study import Data, ModelConfig
@@ -130,7 +130,7 @@ def prune_study(
     texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
     setup = _setup(file, texts, _stored_bos(file), watch)
     if out is not None:
-        setup = replace(setup, ask=Way(write_sparse).asked(out))
+        setup = replace(setup, ask=PLAIN.asked(out))
     with Session.open(setup) as context:
         plan = only_plan(file, context, dict(parameters))
         setup = replace(setup, bos=context.bos)

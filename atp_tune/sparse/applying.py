@@ -47,52 +47,18 @@ Write = Callable[..., Dense]  # of context, plan, folder and configuration, as `
 Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a folder is written: `write`, once the model is loaded; `check` refuses the dense model's folder before that.
-
-    It takes so many times the bytes of the dense model (`copies`) while it is written.
-    """
-
-    write: Write
-    check: Callable[[Path], None] = lambda folder: None
-    copies: float = 1
-
-    def asked(self, out: Path) -> Ask:
-        """What must hold before the dense model is read: it may be written so, and its folder has room at `out`."""
-
-        def ask(folder: Path, size: int) -> None:
-            self.check(folder)
-            check_writable(out, self.copies * size, "--out ")
-
-        return ask
-
-
 SOURCE = "source"  # the number format of the dense model's files
 
 
-def apply(config: Config, out: Path, place: Place, way: "Way | None" = None) -> Perplexity:
-    """Prunes to a configuration, writes the folder `out`, and returns the folder's perplexity on the test text.
+def plan_of(config: Config, context: Session, says_untrained: bool = False) -> Plan:
+    """The plan of a configuration; UserError if the context has another model, or one that the plan does not fit.
 
-    `way`: how the folder is written, by `write_sparse` by default.
-    UserError if `out` exists, or if the model is not the configuration's.
+    `says_untrained`: with a line where `apply` trains the kept weights, which here are as they were pruned.
     """
-    return measured_folder(*write_applied(config, out, place, way), out)
-
-
-def write_applied(config: Config, out: Path, place: Place, way: "Way | None" = None) -> tuple[Setup, Dense]:
-    """`apply` without the measurement; returns its setup and the dense model."""
-    check_free(out)
-    texts = {"calibration": config.calibration, "test": config.texts.test}
-    way = way or Way(write_sparse)
-    setup = Setup.of_config(config, texts, place)
-    with Session.open(replace(setup, ask=way.asked(out))) as context:
-        made = way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
-        return setup, made
-
-
-def plan_of(config: Config, context: Session) -> Plan:
-    """The plan of a configuration; UserError if the context has another model, or one that the plan does not fit."""
+    if says_untrained and config.is_trained:
+        context.watch(
+            Message("the model as it was pruned: `apply` trains what is kept, and its folder goes in the place of FILE")
+        )
     check_model(config, context.folder)
     plan = config.plan
     try:
@@ -102,15 +68,6 @@ def plan_of(config: Config, context: Session) -> Plan:
     except ValueError as error:
         raise UserError(f"plan.{error}; take the file that a study or `export` wrote") from None
     return plan
-
-
-def plan_as_pruned(config: Config, context: Session) -> Plan:
-    """The same, with a line where `apply` trains the kept weights, which here are as they were pruned."""
-    if config.is_trained:
-        context.watch(
-            Message("the model as it was pruned: `apply` trains what is kept, and its folder goes in the place of FILE")
-        )
-    return plan_of(config, context)
 
 
 def check_model(config: Config, folder: ModelFolder) -> None:
@@ -161,15 +118,31 @@ def write_sparse(
     `on_gone` gets the channels of each block that are gone, by the linear that reads them; `save` gets blocks with
     the grids on which their weights were rounded, and says what is written in the place of the weights.
     """
-    checkpoint, zeros = context.checkpoint, list[int]()
-    stored = _stored_as(context, dtype)
-    shards = Shards(context.folder.path, str(checkpoint.model.base_model_prefix), save is not None, stored)
+    checkpoint, source, zeros = context.checkpoint, context.folder.path, list[int]()
+    if dtype is None:
+        dtype = context.dtype if convert.is_of_gguf(source) else SOURCE
+    stored = None if dtype == SOURCE else DTYPES[dtype]
+
+    def pruned() -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name on disk, dense weight and what is written of it; `zeros` get the numbers of zeros of each block."""
+        for block in context.prune(plan, grids=save is not None):
+            zeros.append(sum(block.zeros.values()))
+            if on_gone:
+                on_gone(block.index, block.channels)
+            for key in dict.fromkeys(linear.key for linear in checkpoint.linears[block.index]):
+                name = f"{checkpoint.block_names[block.index]}.{key}"
+                dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies, not by the device
+                saved = save(checkpoint, block, key) if save else checkpoint.as_saved(name, block.weights[key].cpu())
+                for part, was in checkpoint.as_saved(name, dense).items():
+                    yield part, was, saved[part]
+
+    shards = Shards(source, str(checkpoint.model.base_model_prefix), save is not None, stored)
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     context.watch(TrialStarted(f"writing {out}", plan))
-    dense = Dense(context.folder.path, context.folder.revision, reads_images(context.folder.path))
-    with sparse_folder(context.folder.path, out) as folder:
-        shards.write(folder, names, _pruned(context, plan, zeros, on_gone, save))
+    dense = Dense(source, context.folder.revision, reads_images(source))
+    with sparse_folder(source, out) as folder:
+        shards.write(folder, names, pruned())
         if stored is not None:
             declare(folder, stored)
         context.folder.check_unchanged()
@@ -186,29 +159,39 @@ def write_sparse(
     return dense
 
 
-def _stored_as(context: Session, dtype: str | None) -> torch.dtype | None:
-    """The number format that a folder gets; None for that of its source."""
-    if dtype is None:
-        dtype = context.dtype if convert.is_of_gguf(context.folder.path) else SOURCE
-    return None if dtype == SOURCE else DTYPES[dtype]
+@dataclass(frozen=True)
+class Way:
+    """How a folder is written: `write`, once the model is loaded; `check` refuses the dense model's folder before that.
+
+    It takes so many times the bytes of the dense model (`copies`) while it is written.
+    """
+
+    write: Write = write_sparse
+    check: Callable[[Path], None] = lambda folder: None
+    copies: float = 1
+
+    def asked(self, out: Path) -> Ask:
+        """What must hold before the dense model is read: it may be written so, and its folder has room at `out`."""
+
+        def ask(folder: Path, size: int) -> None:
+            self.check(folder)
+            check_writable(out, self.copies * size, "--out ")
+
+        return ask
 
 
-def _pruned(
-    context: Session, plan: Plan, zeros: list[int], on_gone: OnGone | None, save: Save | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name on disk, dense and pruned weight of each linear, in the order of the pass; appends counts of zeros."""
-    checkpoint = context.checkpoint
-    for block in context.prune(plan, grids=save is not None):
-        zeros.append(sum(block.zeros.values()))
-        if on_gone is not None:
-            on_gone(block.index, block.channels)
-        linears = {linear.key: linear for linear in checkpoint.linears[block.index]}
-        for key, linear in linears.items():
-            name = checkpoint.key(block.index, linear)
-            dense = checkpoint.model.get_parameter(name).detach().cpu()  # from where it lies, not by the device
-            saved = save(checkpoint, block, key) if save else checkpoint.as_saved(name, block.weights[key].cpu())
-            for part, was in checkpoint.as_saved(name, dense).items():
-                yield part, was, saved[part]
+PLAIN = Way()
+
+
+def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> tuple[Setup, Dense]:
+    """Prunes to a configuration, and writes the folder `out`; returns the setup to measure it, and the dense model.
+
+    `way`: how the folder is written. UserError if `out` exists, or if the model is not the configuration's.
+    """
+    check_free(out)
+    setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
+    with Session.open(replace(setup, ask=way.asked(out))) as context:
+        return setup, way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
 
 
 def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
@@ -248,20 +231,18 @@ class Shards:
     """
 
     def __init__(self, source: Path, prefix: str, whole: bool = False, dtype: torch.dtype | None = None) -> None:
-        self._whole = whole
-        self._dtype = dtype
-        self._source = source
-        self._prefix = prefix
+        self._source, self._prefix, self._whole, self._dtype = source, prefix, whole, dtype
         self._places = {shard.name: places(shard) for shard in sorted(source.glob("*.safetensors"))}
 
     def find(self, name: str) -> tuple[str, str]:
         """Shard and key of a tensor, with or without the prefix; UserError if the source lacks it."""
         names = (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}")
-        for shard, keys in self._places.items():
-            for key in names:
-                if key in keys:
-                    return shard, key
-        raise UserError(f"model {self._source}: has no tensor for {name}; save it with this transformers version first")
+        found = ((shard, key) for shard, keys in self._places.items() for key in names if key in keys)
+        if (first := next(found, None)) is None:
+            raise UserError(
+                f"model {self._source}: has no tensor for {name}; save it with this transformers version first"
+            )
+        return first
 
     def write(self, out: Path, names: set[str], pruned: Iterator[tuple[str, Tensor, Tensor]]) -> None:
         """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
@@ -278,20 +259,17 @@ class Shards:
             files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}
             for name, dense, sparse in pruned:
                 shard, key = found.pop(name)
+                with safe_open(self._source / shard, framework="pt") as tensors:
+                    source = tensors.get_tensor(key)
+                if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
+                    raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
+                # The source's tensor with the weights that pruning changed.
+                written = sparse.cpu().to(source.dtype)
+                if not self._whole:
+                    written = torch.where((sparse != dense).cpu(), written, source)
                 files[shard].seek(there[shard][key])
-                files[shard].write(self._merge(shard, key, dense, sparse).view(torch.uint8).numpy().data)
+                files[shard].write(bytes_of(written.to(self._dtype or source.dtype)))
         assert not found
-
-    def _merge(self, shard: str, key: str, dense: Tensor, sparse: Tensor) -> Tensor:
-        """The source's tensor with the weights that pruning changed."""
-        with safe_open(self._source / shard, framework="pt") as tensors:
-            source = tensors.get_tensor(key)
-        if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
-            raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
-        written = sparse.cpu().to(source.dtype)
-        if not self._whole:
-            written = torch.where((sparse != dense).cpu(), written, source)
-        return written.to(self._dtype or source.dtype).contiguous()
 
 
 def cast(source: Path, out: Path, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ device are copied one by one too.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.blocks.replay import Replay
-from atp_tune.checkpoints.blocks import check_language, classifies_images, model_config
+from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, is_out_of_memory, oom_as_user_error
@@ -43,7 +43,7 @@ from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
 from atp_tune.plan import Plan
 from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check_room
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import check_model, plan_as_pruned
+from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.provenance import ABOUT, origin
 from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.data import CLASSES, ImageSet
@@ -77,12 +77,6 @@ def uniform_plan(config: Config, session: Session) -> Plan:
     return make_plan(config.plan.method, "uniform", session.budget(config.target), {}, parse(config.prune.pattern))
 
 
-def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
-    """Dense, uniform and best; UserError if the model is not the configuration's."""
-    best = plan_as_pruned(config, session)
-    return {"dense": None, "uniform": uniform_plan(config, session), "best": best}
-
-
 def continuations(config: Config, prompts: Sequence[str], tokens: int, place: Place) -> Continuations:
     """What dense, uniform with the same pruner, and best make of prompts.
 
@@ -99,14 +93,10 @@ def evaluate(config: Config, asked: TaskOptions, place: Place) -> ZeroShot:
 
     UserError, before the model is loaded, for tasks that cannot be loaded, and if the model is not the configuration's.
     """
-    if config.score == CLASSES:
-        check_options(asked)
-        with open_config(config, place, test=config.texts.test) as session:
-            return _on_images(session, _plans(config, session), asked)
-    work = _tasks(asked, place)
-    with open_config(config, place) as session:
-        session.compare(_plans(config, session), [work])
-        return _zero_shot(work, session, asked)
+    work = _work(config.score == CLASSES, asked, place)
+    texts = {"test": config.texts.test} if isinstance(work, RoleScores) else {}
+    with open_config(config, place, **texts) as session:
+        return _scores(session, _plans(config, session), work, asked)
 
 
 def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
@@ -116,47 +106,49 @@ def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    if classifies_images(folder):
-        check_options(asked)
+    trusted = of_model(place.allowed).get("trust_remote_code", False)
+    work, made = _work(classifies_images(folder), asked, place), None
+    try:
         made = origin(folder)
+    except UserError:
+        if isinstance(work, RoleScores):
+            raise
+    texts, score = dict[str, Data](), "next-token"
+    if isinstance(work, RoleScores):
         if made is None or not isinstance(made.test, ImageSet):
             raise UserError(
                 f"{folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
                 "`apply` has written"
             )
-        place = replace(place, base=made.base)
-        with Session.open(_setup(folder, made.dtype, place, {"test": made.test}, score=CLASSES)) as session:
-            return _on_images(session, {"model": None}, asked)
-    check_language(folder, "evaluate")
-    work, trusted = _tasks(asked, place), of_model(place.allowed).get("trust_remote_code", False)
-    try:
-        dtype = read_config(folder / ABOUT).model.dtype if (folder / ABOUT).is_file() else "auto"
-    except UserError:
-        dtype = "auto"
+        texts, score, place = {"test": made.test}, CLASSES, replace(place, base=made.base)
 
     def ask(found: Path, size: int) -> None:  # a missing tokenizer is said before the weights are loaded
-        work.tokenizer(found, trusted)
+        if isinstance(work, TaskResults):
+            work.tokenizer(found, trusted)
 
-    with Session.open(_setup(folder, dtype, place, {}, ask=ask)) as session:
-        session.compare({"model": None}, [work], {"model": str(folder)})
-        return _zero_shot(work, session, asked)
-
-
-def _setup(folder: Path, dtype: str, place: Place, texts: dict[str, Data], **more: Any) -> Setup:
+    dtype = made.dtype if made else "auto"
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(place.allowed)})
-    return Setup(model, PruneConfig(), texts, place, **more)
+    with Session.open(Setup(model, PruneConfig(), texts, place, score=score, ask=ask)) as session:
+        return _scores(session, {"model": None}, work, asked, {"model": str(folder)})
 
 
-def check_options(asked: TaskOptions) -> None:
-    """UserError for options of tasks of texts."""
-    if tuple(asked.tasks) != TASKS:
-        raise UserError("--tasks: are of texts; an image classifier is measured on its test images, leave it out")
-    if asked.num_fewshot is not None:
-        raise UserError("--num-fewshot: goes with tasks of texts; leave it out")
+def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
+    """Dense, uniform and best; UserError if the model is not the configuration's."""
+    best = plan_of(config, session, says_untrained=True)
+    return {"dense": None, "uniform": uniform_plan(config, session), "best": best}
 
 
-def _tasks(asked: TaskOptions, place: Place) -> TaskResults:
-    """Loads the tasks; UserError if lm-eval is not installed, and for those that are unknown or cannot be loaded."""
+def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | RoleScores:
+    """The tasks, loaded, or test images; UserError for tasks that are unknown or cannot be loaded, or without lm-eval.
+
+    Image classifiers have no options of tasks.
+    """
+    if of_images:
+        if tuple(asked.tasks) != TASKS:
+            raise UserError("--tasks: are of texts; an image classifier is measured on its test images, leave it out")
+        if asked.num_fewshot is not None:
+            raise UserError("--num-fewshot: goes with tasks of texts; leave it out")
+        return RoleScores("test")
     require("eval", "evaluate")
     find_device(place.device)
     from atp_tune.scores.tasks import find_tasks
@@ -164,28 +156,6 @@ def _tasks(asked: TaskOptions, place: Place) -> TaskResults:
     place.note("reading the tasks")
     found = find_tasks(asked.tasks, place.watch, images=True)
     return TaskResults({"": found}, asked.limit, asked.num_fewshot, asked.batch)
-
-
-def _zero_shot(work: TaskResults, session: Session, asked: TaskOptions) -> ZeroShot:
-    """The scores of all models on all tasks, with their differences."""
-    results: Any = {model: found[""] for model, found in work.found.items()}
-    tasks = tuple(
-        compared(name, {model: found[name] for model, found in results.items()}) for name in work.sets[""].rows
-    )
-    shares = [task for task in tasks if task.metric in SHARES]
-    paired = [task.best_minus_uniform for task in shares]
-    means = {model: mean_of_tasks([task.scores[model][task.metric] for task in shares]) for model in results if shares}
-    return ZeroShot(
-        tasks=tasks,
-        mean=means,
-        mean_best_minus_uniform=mean_of_tasks([one for one in paired if one]) if shares and all(paired) else None,
-        missing=work.sets[""].missing,
-        limit=asked.limit,
-        dtype=session.dtype,
-        device=device_name(session.checkpoint.device),
-        seconds={model: work.seconds.get(model, 0.0) for model in results},
-        versions={**versions(), "lm_eval": version("lm_eval")},
-    )
 
 
 def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
@@ -205,34 +175,60 @@ def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
     )
 
 
-def _on_images(session: Session, plans: Mapping[str, Plan | None], asked: TaskOptions) -> ZeroShot:
-    """Top-1 and top-5 accuracies of models on the test images, in the form of scores on tasks."""
-    work = RoleScores("test")
-    session = session if asked.limit is None else session.limited("test", asked.limit)
-    seconds: Any = session.compare(plans, [work])
-    ranks: Any = {model: scores.ranks for model, scores in work.found.items()}
-
-    def task(name: str, top: int) -> TaskScores:
-        found = {model: accuracy(own, top) for model, own in ranks.items()}
-        paired = gain(ranks["uniform"], ranks["best"], top) if "best" in ranks else None
-        return TaskScores(
-            task=f"test images, {name}",
-            items=len(next(iter(ranks.values()))),
-            num_fewshot=0,
-            version="",
-            metric=METRIC,
-            scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in found.items()},
-            best_minus_uniform=paired and TaskScore(value=paired.value, stderr=paired.stderr),
+def _scores(
+    session: Session,
+    plans: Mapping[str, Plan | None],
+    work: TaskResults | RoleScores,
+    asked: TaskOptions,
+    titles: Mapping[str, str] | None = None,
+) -> ZeroShot:
+    """The scores of models on tasks, with their differences; top-1 and top-5 accuracies on images in the same form."""
+    if isinstance(work, RoleScores):
+        session = session if asked.limit is None else session.limited("test", asked.limit)
+        seconds: Any = session.compare(plans, [work])
+        ranks = {model: scores.ranks for model, scores in work.found.items()}
+        tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
+    else:
+        session.compare(plans, [work], titles)
+        results: Any = {model: found[""] for model, found in work.found.items()}
+        seconds = {model: work.seconds.get(model, 0.0) for model in results}
+        tasks = tuple(
+            compared(name, {model: found[name] for model, found in results.items()}) for name in work.sets[""].rows
         )
-
+        shares = [task for task in tasks if task.metric in SHARES]
+        paired = [task.best_minus_uniform for task in shares]
+        more = {
+            "mean": {
+                model: mean_of_tasks([task.scores[model][task.metric] for task in shares])
+                for model in results
+                if shares
+            },
+            "mean_best_minus_uniform": mean_of_tasks([x for x in paired if x]) if shares and all(paired) else None,
+            "missing": work.sets[""].missing,
+        }
     return ZeroShot(
-        tasks=tuple(task(name, top) for name, top in TOPS.items()),
-        mean={},
+        tasks=tasks,
+        **more,
         limit=asked.limit,
         dtype=session.dtype,
         device=device_name(session.checkpoint.device),
         seconds=seconds,
-        versions=versions(),
+        versions=versions() | ({} if isinstance(work, RoleScores) else {"lm_eval": version("lm_eval")}),
+    )
+
+
+def _top(name: str, top: int, ranks: Mapping[Any, list[int]]) -> TaskScores:
+    """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
+    found: Any = {model: accuracy(own, top) for model, own in ranks.items()}
+    paired = gain(ranks["uniform"], ranks["best"], top) if "best" in ranks else None
+    return TaskScores(
+        task=f"test images, {name}",
+        items=len(next(iter(ranks.values()))),
+        num_fewshot=0,
+        version="",
+        metric=METRIC,
+        scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in found.items()},
+        best_minus_uniform=paired and TaskScore(value=paired.value, stderr=paired.stderr),
     )
 
 
@@ -244,20 +240,18 @@ def is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and kernel_name() is not None
 
 
-def pack_if_faster(checkpoint: Checkpoint) -> None:
-    """Packs the sparse linears of a checkpoint whose weights lie on a device where that is faster."""
-    if is_fast(checkpoint.device) and checkpoint.offload == "none":
-        pack_linears(checkpoint)
-
-
 def pack_linears(checkpoint: Checkpoint, kind: Kind = "same") -> int:
     """Replaces the sparse linears of a model by packed ones, and speeds the others; the number of packed ones."""
-    found = list(_sparse(checkpoint))
-    for block, name, linear in found:
-        parent, _, last = name.rpartition(".")
-        setattr(block.get_submodule(parent), last, packed_linear(linear, kind))
+    packed = 0
+    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
+        for linear in linears:
+            module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
+            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
+                parent, _, last = linear.name.rpartition(".")
+                setattr(block.get_submodule(parent), last, packed_linear(module, kind))
+                packed += 1
     speed_dense_linears(checkpoint.model)
-    return len(found)
+    return packed
 
 
 def packed_copy(
@@ -286,15 +280,6 @@ def packed_copy(
     found = copy.deepcopy(model, known)
     speed_dense_linears(found)
     return found, packed
-
-
-def _sparse(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Block, name and module of each linear that packing is for."""
-    for block, linears in zip(checkpoint.blocks, checkpoint.linears, strict=True):
-        for linear in linears:
-            module: Any = None if linear.expert is not None else block.get_submodule(linear.name)
-            if is_packable(module) and zeros_of(module.weight.detach()) >= LEAST:
-                yield block, linear.name, module
 
 
 # --- The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked.
@@ -346,14 +331,16 @@ class BothModels(Released):
         UserError, before anything is loaded, for a place that is neither, a model of another kind, an unknown dense
         model, and a device that is not here.
         """
-        self._found = found
-        self._use = use
+        self._found, self._use = found, use
         self._place = replace(place, base=found if found.is_dir() else found.parent)
         find_device(place.device)
         self._open: list[Released] = []
+        self._models: dict[Which, WholeModel] = {}
         self._speakers: dict[Which, Speaker] = {}
         if not found.is_dir() and not found.is_file():
             raise UserError(f"{found}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        file = found / ABOUT if found.is_dir() else found
+        self._about = read_config(file) if file.is_file() else None
         of_images = self._about.score == CLASSES if self._about else classifies_images(found)
         if of_images != use.of_images and (self._about or (found / "config.json").is_file()):
             raise UserError(f"{use.command}: {found} {OTHER[of_images]}")
@@ -362,7 +349,9 @@ class BothModels(Released):
 
     def model(self, side: Which) -> WholeModel:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
-        return {"dense": lambda: self._dense, "sparse": lambda: self._sparse, "uniform": lambda: self._uniform}[side]()
+        if side not in self._models:
+            self._models[side] = self._of_file(side) if self._found.is_file() or side == "uniform" else self._load(side)
+        return self._models[side]
 
     def speaker(self, side: Which) -> Speaker:
         """A model that chats; UserError likewise."""
@@ -385,76 +374,58 @@ class BothModels(Released):
         self._open.append(context)
         return context
 
-    def _pruned(self, plan: Plan) -> WholeModel:
-        """A plan's model, beside the dense one: it has linears of its own, packed where that is faster."""
-        context, checkpoint = self._context, self._context.checkpoint
-        self._place.watch(TrialStarted("pruning", plan))
-        names = self._use.command, self._use.with_folder
-        if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
-            model, _ = packed_copy(checkpoint, context.prune(plan), *names)
-            return self._of_context(lambda: nullcontext(model))
-        [weights] = context.measure(plan, [Kept(*names)])
-        return self._of_context(partial(context.replay.whole, weights))
+    def _of_file(self, side: Which) -> WholeModel:
+        """A model in the memory of the dense one: that itself, or a plan's, which has linears of its own."""
+        config, context, checkpoint = self._made_from(), self._context, self._context.checkpoint
+        opened: Callable[[], AbstractContextManager[nn.Module]] = partial(context.replay.whole, checkpoint.weights)
+        if side != "dense":
+            plan = uniform_plan(config, context) if side == "uniform" else plan_of(config, context, says_untrained=True)
+            self._place.watch(TrialStarted("pruning", plan))
+            names = self._use.command, self._use.with_folder
+            if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
+                model, _ = packed_copy(checkpoint, context.prune(plan), *names)
+                opened = lambda: nullcontext(model)  # noqa: E731
+            else:
+                [weights] = context.measure(plan, [Kept(*names)])
+                opened = partial(context.replay.whole, weights)
+        return WholeModel(opened, context.folder, checkpoint.device, config.bos)
 
-    def _of_context(self, opened: Callable[[], AbstractContextManager[nn.Module]]) -> WholeModel:
-        context = self._context
-        return WholeModel(opened, context.folder, context.checkpoint.device, self._made_from().bos)
-
-    @cached_property
-    def _uniform(self) -> WholeModel:
-        return self._pruned(uniform_plan(self._made_from(), self._context))
-
-    @cached_property
-    def _sparse(self) -> WholeModel:
-        if self._found.is_file():
-            return self._pruned(plan_as_pruned(self._made_from(), self._context))
-        source = {"source": str(self._found.absolute()), "dtype": self._about.model.dtype if self._about else "auto"}
-        model = ModelConfig.model_validate({**source, **of_model(self._place.allowed)})
-        return self._load(model, resolve(model, Path(), self._place.note), has_zeros=True)
-
-    @cached_property
-    def _dense(self) -> WholeModel:
-        if self._found.is_file():
-            return self._of_context(partial(self._context.replay.whole, self._context.checkpoint.weights))
-        made = self._made_from()
-        model = made.model.model(self._place.allowed)
-        folder = resolve(model, self._place.base / made.folder, self._place.note)
-        check_model(made, folder)
-        return self._load(model, folder)
+    def _load(self, side: Which) -> WholeModel:
+        """The model of the folder, or the dense one that it was made from; UserError if that is another by now."""
+        if side == "sparse":
+            source = {
+                "source": str(self._found.absolute()),
+                "dtype": self._about.model.dtype if self._about else "auto",
+            }
+            model = ModelConfig.model_validate({**source, **of_model(self._place.allowed)})
+            folder = resolve(model, Path(), self._place.note)
+        else:
+            made = self._made_from()
+            model = made.model.model(self._place.allowed)
+            folder = resolve(model, self._place.base / made.folder, self._place.note)
+            check_model(made, folder)
+        device, inputs = find_device(self._place.device), self._use.kind(folder)
+        self._place.note(f"loading {model.source}")
+        checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
+        self._open.append(checkpoint)
+        if side == "sparse" and self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
+            pack_linears(checkpoint)
+        try:
+            replay = Replay(checkpoint, inputs)
+        except UserError:
+            raise
+        except Exception as error:  # a model's own code may raise anything, as for images of its processor's size
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error
+        bos = bool(self._about and self._about.bos)
+        return WholeModel(partial(replay.whole, checkpoint.weights), folder, device, bos)
 
     def _made_from(self) -> Config:
         """The configuration; UserError for a folder without one."""
         if self._about is None:
             raise UserError(f"{self._found}: has no {ABOUT}, so its dense model is not known")
         return self._about
-
-    @cached_property
-    def _about(self) -> Config | None:
-        """The configuration, or that in the folder; None without one."""
-        file = self._found / ABOUT if self._found.is_dir() else self._found
-        return read_config(file) if file.is_file() else None
-
-    def _load(self, model: ModelConfig, folder: ModelFolder, has_zeros: bool = False) -> WholeModel:
-        device, inputs = find_device(self._place.device), self._use.kind(folder)
-        self._place.note(f"loading {model.source}")
-        checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
-        self._open.append(checkpoint)
-        if has_zeros and self._use.packs:
-            pack_if_faster(checkpoint)
-        whole = partial(_replay(checkpoint, inputs, folder).whole, checkpoint.weights)
-        return WholeModel(whole, folder, device, bool(self._about and self._about.bos))
-
-
-def _replay(checkpoint: Checkpoint, inputs: InputKind, folder: ModelFolder) -> Replay:
-    """The replay of a model; UserError where it does not take the inputs, such as images of its processor's size."""
-    try:
-        return Replay(checkpoint, inputs)
-    except UserError:
-        raise
-    except Exception as error:  # a model's own code may raise anything
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error
 
 
 TOP = 5  # classes of an answer
@@ -509,22 +480,19 @@ class _Found:
         return LABELLED_IMAGES.of({"test": self._images})
 
     def guesses(self, own: WholeModel) -> list[tuple[Guess, ...]]:
-        """The first classes of each picture by a model."""
+        """The first `TOP` classes of each picture by a model, the most probable first."""
         self._folder = self._folder or own.folder
-        return list(self._guesses(own, model_config(own.folder.path, own.folder.trusted).id2label))
-
-    def _guesses(self, own: WholeModel, names: Mapping[int, Any]) -> Iterator[tuple[Guess, ...]]:
+        found, names = list[tuple[Guess, ...]](), model_config(own.folder.path, own.folder.trusted).id2label
         for start in range(0, len(self._images), BATCH):
             batch = self._images[start : start + BATCH].batch(own.device)
             with torch.inference_mode(), own.opened() as model:
-                logits = LABELLED_IMAGES.forward(model, batch).logits
+                logits = LABELLED_IMAGES.forward(model, batch).logits  # [images, classes]
             if not logits.isfinite().all():
                 raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
             for places, values in zip(*_first(logits), strict=True):
-                yield tuple(
-                    Guess(index=index, name=class_name(names, index), probability=value)
-                    for index, value in zip(places.tolist(), values.tolist(), strict=True)
-                )
+                pairs = zip(places.tolist(), values.tolist(), strict=True)
+                found.append(tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs))
+        return found
 
     @cached_property
     def _images(self) -> Items:

@@ -32,7 +32,7 @@ from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import WindowScores
-from atp_tune.sparse.applying import Shards, Way, folder_scores, sparse_folder, write_applied, write_sparse
+from atp_tune.sparse.applying import Shards, Way, folder_scores, sparse_folder, write_applied
 from atp_tune.sparse.card import amend
 from atp_tune.sparse.provenance import (
     FINETUNED,
@@ -404,7 +404,7 @@ def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folde
 # What was trained is kept in the cache, by what it was trained with, so that a second run of the same machine writes
 # the same folder without training.
 
-PRUNED = Way(write_sparse, copies=2)  # and then its weights trained
+PRUNED = Way(copies=2)  # and then its weights trained
 NO_GAIN = "no step lowered the loss on the held-out windows"
 
 

@@ -20,7 +20,7 @@ from atp_tune.events import Place
 from atp_tune.inputs import KINDS
 from atp_tune.metrics.speed import Side
 from atp_tune.run.session import Setup
-from atp_tune.sparse.applying import Way, check_model, write_applied, write_sparse
+from atp_tune.sparse.applying import PLAIN, check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.sparse.slim import SLIM
 from atp_tune.spec.config import Config
@@ -80,7 +80,7 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         known = _cached(config, dense, place)
         sparse = known if passing is None or known.is_dir() else passing
         if not sparse.is_dir():
-            way = SLIM if parse(config.prune.pattern).channels else Way(write_sparse)
+            way = SLIM if parse(config.prune.pattern).channels else PLAIN
             with folder_atomically(sparse, shared=True) as folder:
                 write_applied(config, folder, place, way)
     return Pair(dense.path, sparse, config.prune.pattern, dense.trusted)
