@@ -339,7 +339,17 @@ def as_torchao(config: Config) -> str:
 def as_llama_cpp(config: Config) -> str:
     """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
     _asked(config, "llama.cpp")
-    found = _blocks_of_tensors(config)
+    # The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one.
+    found: dict[tuple[str, int], list[int]] = {}
+    for index, block in enumerate(config.plan.levels):
+        if not block.linears:
+            found.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
+            continue
+        for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
+            tensor = TENSORS.get(linear.rpartition(".")[2])
+            if tensor is None:
+                raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
+            found.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
     if wrong := next((bits for _, bits in found if bits not in K_QUANTS), None):
         raise _cannot("llama.cpp", "plan.levels", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     lines = (
@@ -363,21 +373,6 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
             raise UserError(f"linears: {name} is not the name of a module")
         if name.endswith("]"):
             raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
-    return found
-
-
-def _blocks_of_tensors(config: Config) -> dict[tuple[str, int], list[int]]:
-    """The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for index, block in enumerate(config.plan.levels):
-        if not block.linears:
-            found.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
-            continue
-        for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
-            tensor = TENSORS.get(linear.rpartition(".")[2])
-            if tensor is None:
-                raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
-            found.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
     return found
 
 

@@ -200,18 +200,6 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     first = sources[0].study
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
-    for key, value in _user_attrs(sources, kept, numbers).items():
-        study.set_user_attr(key, value)
-    for key, value in _system_attrs(sources, numbers, ids).items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
-    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
-        _write_notes(study, sources, numbers, ids)
-    for source in sources:
-        _copy_artifacts(source, folder / "artifacts")
-    db.close()  # before the file is renamed
-
-
-def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     by_trial: dict[str, dict[str, Any]] = {}
     for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
@@ -228,7 +216,21 @@ def _user_attrs(sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers:
     valid = [found for found in posteriors if isinstance(found, dict) and isinstance(found.get("before"), int)]
     if valid:
         merged["gp_posterior"] = max(valid, key=lambda found: int(found["before"]))
-    return merged
+    for key, value in merged.items():
+        study.set_user_attr(key, value)
+    for key, value in _system_attrs(sources, numbers, ids).items():
+        study._storage.set_study_system_attr(study._study_id, key, value)
+    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
+        _write_notes(study, sources, numbers, ids)
+    for source in sources:
+        # Copies the artifacts of a study and its trials, without links and invalid ids.
+        folder = folder / "artifacts"
+        keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
+        for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
+            if file is not None:
+                folder.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / file.name)
+    db.close()  # before the file is renamed
 
 
 def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
@@ -269,12 +271,3 @@ def _write_notes(
             made = note_parts("\n\n".join(words), 1, None if number is None else ids[number])
             for key, value in made.items():
                 study._storage.set_study_system_attr(study._study_id, key, value)
-
-
-def _copy_artifacts(source: Source, folder: Path) -> None:
-    """Copies the artifacts of a study and its trials, without links and invalid ids."""
-    keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
-    for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
-        if file is not None:
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / file.name)

@@ -31,7 +31,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import WindowScores
 from atp_tune.sparse import applying
-from atp_tune.sparse.applying import cast, declare, measured_folder, plan_of, write_applied, write_sparse
+from atp_tune.sparse.applying import apply, cast, declare, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
 
 
@@ -44,10 +44,6 @@ def without_warnings() -> Iterator[None]:
 @pytest.fixture
 def config(done: Path) -> Config:
     return read_config(done / "tiny.best.json")
-
-
-def apply(config: Config, out: Path, place: Place) -> Perplexity:
-    return measured_folder(*write_applied(config, out, place), out)
 
 
 def applied(config: Config, place: Path, out: Path) -> Perplexity:

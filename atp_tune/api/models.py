@@ -23,7 +23,7 @@ from atp_tune.measures import Perplexity
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import PLAIN, Way, measured_folder, plan_of, write_applied
+from atp_tune.sparse.applying import PLAIN, Way, apply, plan_of
 from atp_tune.sparse.card import Dense, amend, describe
 from atp_tune.sparse.finetuning import apply_trained
 from atp_tune.sparse.provenance import ABOUT
@@ -68,7 +68,7 @@ def save(
 ) -> Perplexity:
     """Writes the sparse checkpoint of a configuration, and returns its perplexity on the test text.
 
-    `way`: as of `write_applied`, `dtype`: as of `write_sparse`; not used where the kept weights are trained, as a
+    `way`: as of `apply`, `dtype`: as of `write_sparse`; not used where the kept weights are trained, as a
     configuration may say.
     """
     with in_folder(config, lender, place, out.parent) as (of_folder, there, dense):
@@ -78,7 +78,7 @@ def save(
             measured = trained.after
         else:
             way = replace(way, write=partial(way.write, dtype=dtype))
-            measured = measured_folder(*write_applied(of_folder, out, there, way), out)
+            measured = apply(of_folder, out, there, way)
         if dense is not None:
             about = read_config(out / ABOUT).model_copy(update={"model": config.model})
             describe(out, about, Dense(dense.path, None, reads_images(dense.path)))

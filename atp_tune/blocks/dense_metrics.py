@@ -84,7 +84,14 @@ class CachedStatistics(PerBlock):
         """The statistics of a block, read from its file."""
         if index not in self._small:
             file = place_of(self._folder, index)
-            found = _read(file, self._kind, self._device)
+            parts: dict[int, dict[str, torch.Tensor]] = {}
+            with safe_open(file, "pt", device=str(self._device)) as stored:
+                for key in stored.keys():  # noqa: SIM118 - it is no mapping
+                    number, _, name = key.partition(" ")
+                    parts.setdefault(int(number), {})[name] = stored.get_tensor(key)
+                linears = json.loads(stored.metadata()["linears"])
+            restored = {number: self._kind.restored(tensors) for number, tensors in parts.items()}
+            found = {name: restored[number] for name, number in linears.items()}
             if file.stat().st_size > SMALL:
                 return found
             self._small[index] = found
@@ -125,7 +132,20 @@ def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
     """Writes statistics block by block as they are measured; the folder appears when complete. May raise OSError."""
     with folder_atomically(folder, shared=True) as temporary:
         for index, statistics in enumerate(measured):
-            _write(place_of(temporary, index), statistics)
+            # Writes statistics; linears that share an object share its tensors.
+            file = place_of(temporary, index)
+            distinct = {id(each): each for each in statistics.values()}
+            numbers = {known: number for number, known in enumerate(distinct)}
+            tensors = {
+                f"{numbers[known]} {name}": tensor.cpu().contiguous()
+                for known, each in distinct.items()
+                for name, tensor in each.tensors().items()
+            }
+            linears = {name: numbers[id(each)] for name, each in statistics.items()}
+            try:
+                save_file(tensors, file, {"linears": json.dumps(linears)})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(str(error)) from error
 
 
 def is_room(folder: Path, needed: int) -> bool:
@@ -136,33 +156,6 @@ def is_room(folder: Path, needed: int) -> bool:
 def place_of(folder: Path, index: int) -> Path:
     """The file of block `index`."""
     return folder / f"{index}.safetensors"
-
-
-def _write(file: Path, statistics: BlockStatistics) -> None:
-    """Writes statistics; linears that share an object share its tensors."""
-    distinct = {id(each): each for each in statistics.values()}
-    numbers = {known: number for number, known in enumerate(distinct)}
-    tensors = {
-        f"{numbers[known]} {name}": tensor.cpu().contiguous()
-        for known, each in distinct.items()
-        for name, tensor in each.tensors().items()
-    }
-    linears = {name: numbers[id(each)] for name, each in statistics.items()}
-    try:
-        save_file(tensors, file, {"linears": json.dumps(linears)})
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(str(error)) from error
-
-
-def _read(file: Path, kind: type[Statistics], device: torch.device) -> BlockStatistics:
-    parts: dict[int, dict[str, torch.Tensor]] = {}
-    with safe_open(file, "pt", device=str(device)) as stored:
-        for key in stored.keys():  # noqa: SIM118 - it is no mapping
-            number, _, name = key.partition(" ")
-            parts.setdefault(int(number), {})[name] = stored.get_tensor(key)
-        linears = json.loads(stored.metadata()["linears"])
-    found = {number: kind.restored(tensors) for number, tensors in parts.items()}
-    return {name: found[number] for name, number in linears.items()}
 
 
 def can_rank(pruner: Pruner, checkpoint: Checkpoint) -> bool:
@@ -333,7 +326,10 @@ def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
     """Number in each linear of the `count` lowest scores of all blocks, the first of equal scores first."""
     if count == 0:
         return [[0] * len(block) for block in sweep()]
-    limit = pattern_at(sweep, count)
+    # Bit pattern of the score of this rank (from 1) in all blocks, found by its high half, then its low half.
+    high, before = bin_at((bits >> HALF for block in patterns(sweep) for bits in block), count)
+    inside = (bits[bits >> HALF == high] & (1 << HALF) - 1 for block in patterns(sweep) for bits in block)
+    limit = (high << HALF) + bin_at(inside, count - before)[0]
     found = [[(int((bits < limit).sum()), int((bits == limit).sum())) for bits in block] for block in patterns(sweep)]
     spare = count - sum(below for block in found for below, _ in block)
     for block in found:
@@ -342,13 +338,6 @@ def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
             block[k] = below + taken, equal - taken
             spare -= taken
     return [[gone for gone, _ in block] for block in found]
-
-
-def pattern_at(sweep: Sweep, rank: int) -> int:
-    """Bit pattern of the score of this rank (from 1) in all blocks, found by its high half, then its low half."""
-    high, before = bin_at((bits >> HALF for block in patterns(sweep) for bits in block), rank)
-    inside = (bits[bits >> HALF == high] & (1 << HALF) - 1 for block in patterns(sweep) for bits in block)
-    return (high << HALF) + bin_at(inside, rank - before)[0]
 
 
 def patterns(sweep: Sweep) -> Iterator[list[Tensor]]:
@@ -396,7 +385,11 @@ def tail_exponent(spectrum: Tensor) -> float:
     if total < 2:
         return math.nan
     logs = spectrum.log()
-    low, high = near_peak(logs)
+    # Interval of eigenvalues in which the tail may begin, from the peak of the histogram of their logarithms.
+    low, high = float(logs[0]), float(logs[-1])
+    counts = torch.histc(logs, BINS, min=low, max=high)
+    edge = math.exp(low + int(counts.argmax()) * (high - low) / BINS)
+    low, high = math.log10(NEAR[0] * edge), NEAR[1] * edge
     starts = ((spectrum >= low) & (spectrum <= high)).nonzero().flatten()
     excess = logs.flip(0).cumsum(0).flip(0)[starts] - (total - starts) * logs[starts]
     starts, excess = starts[excess > 0], excess[excess > 0]
@@ -414,14 +407,6 @@ def middle_exponent(spectrum: Tensor) -> float:
     tail = spectrum[len(spectrum) // 2 :].log()
     excess = float((tail - tail[0]).sum()) if len(tail) else 0.0
     return 1 + len(tail) / excess if excess > 0 else math.nan
-
-
-def near_peak(logs: Tensor) -> tuple[float, float]:
-    """Interval of eigenvalues in which the tail may begin, from the peak of the histogram of their logarithms."""
-    low, high = float(logs[0]), float(logs[-1])
-    counts = torch.histc(logs, BINS, min=low, max=high)
-    edge = math.exp(low + int(counts.argmax()) * (high - low) / BINS)
-    return math.log10(NEAR[0] * edge), NEAR[1] * edge
 
 
 def distances(logs: Tensor, starts: Tensor, exponents: Tensor) -> Tensor:

@@ -85,7 +85,12 @@ class InputCollector:
             for linear in self._linears
             if linear.expert is None
         ]
-        for path, linears in self._mixtures().items():
+        # The linears of experts by name, for the path of each experts module.
+        found: dict[str, dict[str, Linear]] = {}
+        for linear in self._linears:
+            if linear.expert is not None:
+                found.setdefault(linear.module, {})[linear.name] = linear
+        for path, linears in found.items():
             hook = partial(self._on_expert_input, path, linears)
             handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         try:
@@ -104,14 +109,6 @@ class InputCollector:
         if never_run:
             raise TrialError(f"linear {never_run[0]} was not run by its block, so its inputs are not known")
         return self._by_name
-
-    def _mixtures(self) -> dict[str, dict[str, Linear]]:
-        """The linears of experts by name, for the path of each experts module."""
-        found: dict[str, dict[str, Linear]] = {}
-        for linear in self._linears:
-            if linear.expert is not None:
-                found.setdefault(linear.module, {})[linear.name] = linear
-        return found
 
     def _on_input(self, linear: Linear, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]

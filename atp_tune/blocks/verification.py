@@ -83,7 +83,15 @@ def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
     with as_user_error(what, "such a model cannot be pruned block by block", failed):
         check_own_weights(checkpoint)
         replay = Replay(checkpoint, inputs)
-        _compare(replay, head)
+        probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
+        walk = _BlockComparison(replay, probes)
+        rows = walk.hidden[0].shape[:2].numel()
+        with _CallRecorder(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
+            logits = replay.forward(probes[0]).logits
+        if calls.missing:
+            on = replay.inputs.called
+            raise Difference(f"does not call {min(calls.missing)} on {on}, so the inputs of its weights are not known")
+        head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
     return replay
 
 
@@ -104,13 +112,6 @@ def check_batch(replay: Replay, batch: Batch, where: str, remedy: str = TEXTS_AL
             replay.forward(batch[:2])
 
 
-def missing_calls(replay: Replay, batch: Batch) -> set[str]:
-    """The modules with prunable weights that the model does not call on a batch."""
-    with _CallRecorder(replay.checkpoint, 1) as calls:
-        replay.forward(batch)
-    return calls.missing
-
-
 def check_own_weights(checkpoint: Checkpoint) -> None:
     """Raises Difference if blocks share a weight, since pruning it twice would keep the second mask only."""
     owners: dict[int, int] = {}
@@ -119,18 +120,6 @@ def check_own_weights(checkpoint: Checkpoint) -> None:
         for linear in checkpoint.linears[index]:
             if owners.setdefault(id(tensors[linear.key]), index) != index:
                 raise Difference(f"shares {linear.key} between blocks {owners[id(tensors[linear.key])]} and {index}")
-
-
-def _compare(replay: Replay, head: Head) -> None:
-    probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
-    walk = _BlockComparison(replay, probes)
-    rows = walk.hidden[0].shape[:2].numel()
-    with _CallRecorder(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
-        logits = replay.forward(probes[0]).logits
-    if calls.missing:
-        on = replay.inputs.called
-        raise Difference(f"does not call {min(calls.missing)} on {on}, so the inputs of its weights are not known")
-    head.check_head(replay, list(map(ProbeRun, probes, walk.hidden)), logits, calls.is_routed)
 
 
 class _BlockComparison:
@@ -145,18 +134,6 @@ class _BlockComparison:
     def step(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """The output of block `index`; raises Difference if arguments or output of the replay differ."""
         given = split(args, kwargs)[0]
-        self._check_call(index, given)
-        weights = self._replay.checkpoint.weights(index)
-        output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
-        with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
-            replayed, *others = (self._replay.alone(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
-        if not is_equal(replayed, hidden_of(output)):
-            raise Difference(f"block {index} returns other numbers when it is run alone")
-        self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_of(output), *others)]
-        self._done += 1
-        return output
-
-    def _check_call(self, index: int, given: Any) -> None:
         if index < self._done:
             raise Difference(f"runs its blocks several times, block {index} after block {self._done - 1}")
         if index > self._done:
@@ -167,6 +144,15 @@ class _BlockComparison:
         if not is_equal(given, self.hidden[0]):
             source = f"leave block {index - 1}" if index else "enter it where the blocks are bypassed"
             raise Difference(f"gives block {index} other hidden states than those that {source}")
+        weights = self._replay.checkpoint.weights(index)
+        output = self._replay.within(index, weights, partial(self._own[index], *args, **kwargs))
+        with _as_before(self._replay.checkpoint.blocks[index], self._own[index]):
+            replayed, *others = (self._replay.alone(index, weights, hidden) for hidden in (given, *self.hidden[1:]))
+        if not is_equal(replayed, hidden_of(output)):
+            raise Difference(f"block {index} returns other numbers when it is run alone")
+        self.hidden = [self._replay.cross(index, hidden) for hidden in (hidden_of(output), *others)]
+        self._done += 1
+        return output
 
 
 @contextmanager
@@ -311,7 +297,21 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
     language = verified(checkpoint.part(checkpoint.in_tower, len(checkpoint.blocks)), inputs, head)
     kind, failed = type(checkpoint.model).__name__, f"cannot be run block by block on its pairs: {{}}; {ONLY}"
     with as_user_error(f"model {kind}: ", ONLY, failed):
-        replay = TowerReplay(checkpoint, _tower_of(checkpoint, inputs, next(iter(items.values()))), language)
+        # The replay of the tower; Difference if it has not one image for each pair, or does not call its linears.
+        pairs = next(iter(items.values()))
+        tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
+        hidden = tower.embed(pairs[:2])
+        if hidden.dim() != 3 or len(hidden) != len(pairs[:2].tensors[IDS]):
+            raise Difference(
+                f"runs its vision tower on {tuple(hidden.shape)} for {len(pairs[:2])} pairs, not on one image for each"
+            )
+        check_own_weights(tower.checkpoint)
+        # The modules with prunable weights that the model does not call on a batch.
+        with _CallRecorder(tower.checkpoint, 1) as calls:
+            tower.forward(pairs[:2])
+        if missing := calls.missing:
+            raise Difference(f"does not call {min(missing)} of its vision tower")
+        replay = TowerReplay(checkpoint, tower, language)
         dense = checkpoint.tower_weights()
     for role, batch in items.items():
         where = f"texts.{role}.images"
@@ -321,20 +321,6 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
             if not is_equal(replay.embed(batch[:2], dense), language.embed(batch[:2])):
                 raise Difference("gives its language model other numbers when its tower is run by blocks")
     return replay
-
-
-def _tower_of(checkpoint: Checkpoint, inputs: InputKind, pairs: Items) -> Replay:
-    """The replay of the tower; Difference if it has not one image for each pair, or does not call its linears."""
-    tower = Replay(checkpoint.part(0, checkpoint.in_tower), OfPairs(inputs, pairs))  # type: ignore[arg-type]
-    hidden = tower.embed(pairs[:2])
-    if hidden.dim() != 3 or len(hidden) != len(pairs[:2].tensors[IDS]):
-        raise Difference(
-            f"runs its vision tower on {tuple(hidden.shape)} for {len(pairs[:2])} pairs, not on one image for each"
-        )
-    check_own_weights(tower.checkpoint)
-    if missing := missing_calls(tower, pairs[:2]):
-        raise Difference(f"does not call {min(missing)} of its vision tower")
-    return tower
 
 
 def _check_tower(tower: Replay, batch: Batch) -> None:

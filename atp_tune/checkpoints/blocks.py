@@ -181,11 +181,6 @@ def is_state_space(name: str) -> bool:
     return name.rpartition(".")[2] == "dt_proj"
 
 
-def is_position_bias(name: str) -> bool:
-    """Whether a linear makes a bias of attention from positions, not from images, as SwinV2's."""
-    return "position_bias" in name
-
-
 def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
     """The prunable linears of a block, in the order of its modules.
 
@@ -194,10 +189,11 @@ def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
     """
     if of_images:
         linears = ((name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear))
+        # Whether a linear makes a bias of attention from positions, not from images, as SwinV2's.
         return [
             Linear(name, part.out_features, part.in_features, False)
             for name, part in linears
-            if not is_position_bias(name)
+            if "position_bias" not in name
         ]
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
     gates, found = find_gates(block), []
@@ -211,15 +207,7 @@ def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
     check_plain(block, (linear.key for linear in found))
     if not found:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
-    _check_others(block, found, gates)
-    return found
-
-
-def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) -> None:
-    """UserError if matrices outside the linears hold more than `OTHERS`: the block would be denser than reported.
-
-    Routers and recurrences have small ones.
-    """
+    # UserError if matrices outside the linears hold more than `OTHERS`: the block would be denser than reported.
     known = {linear.key for linear in found} | {
         f"{name}.weight" for name, module in block.named_modules() if module in gates
     }
@@ -234,6 +222,7 @@ def _check_others(block: nn.Module, found: list[Linear], gates: set[nn.Module]) 
         name = max(others, key=others.__getitem__)
         kind = type(block.get_submodule(name.rpartition(".")[0])).__name__
         raise UserError(f"model module {kind}: {name.rpartition('.')[2]} is a matrix in a form that is not known")
+    return found
 
 
 def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
@@ -353,7 +342,14 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     In a model that also reads images, only its language model is searched; `with_tower`: its vision tower too.
     """
     if with_tower:
-        return _of_tower(model) + find_blocks(model)
+        # The blocks of a model's vision tower; UserError if it has none.
+        tower = vision_tower(model)
+        if tower is None:
+            raise UserError(
+                f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
+            )
+        name, found = _largest(model, tower)
+        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found) + find_blocks(model)
     name, found = _largest(model, language_model(model))
     if not is_image_classifier(model):
         return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found)
@@ -367,17 +363,6 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
     return Blocks(_common([name for name, _ in leaves]), tuple(name for name, _ in leaves), nn.ModuleList(
         block for _, block in leaves
     ))  # fmt: skip
-
-
-def _of_tower(model: nn.Module) -> Blocks:
-    """The blocks of a model's vision tower; UserError if it has none."""
-    tower = vision_tower(model)
-    if tower is None:
-        raise UserError(
-            f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
-        )
-    name, found = _largest(model, tower)
-    return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found)
 
 
 def _largest(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:

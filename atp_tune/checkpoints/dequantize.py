@@ -137,7 +137,19 @@ def _dequantized(stored: Stored, name: str, table: dict[str, Any], dtype: torch.
     codes, first = stored.get(name), stored.beside[name][0]
     if first.startswith(f"{name}."):
         parts = {other.removeprefix(f"{name}."): stored.get(other) for other in stored.beside[name]}
-        return from_4bit(codes, parts).to(dtype)
+        # W [out, in] in float32 from the bytes of bitsandbytes and its other tensors; KeyError if one is missing.
+        states = [tensor for name, tensor in parts.items() if name.startswith("quant_state.")]
+        if len(states) != 1:
+            raise ValueError("no quant_state, or several")
+        state = json.loads(bytes(states[0].tolist()))
+        scales = parts["absmax"]
+        if scales.dtype == torch.uint8:
+            bytes_ = parts["nested_quant_map"][scales.int()]
+            scales = _by_blocks(bytes_, parts["nested_absmax"], state["nested_blocksize"]) + state["nested_offset"]
+        packed = codes.flatten()
+        values = parts["quant_map"][torch.stack([packed >> 4, packed & 15], -1).int().flatten()]
+        shape = torch.Size(state["shape"])
+        return _by_blocks(values[: shape.numel()], scales, state["blocksize"]).reshape(shape).to(dtype)
     scales = stored.get(first)
     if first.endswith(".SCB"):
         if any(stored.get(form).any() for form in stored.beside[name][1:]):
@@ -175,22 +187,6 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
         raise ValueError(f"blocks {list(blocks.shape)}, scales {list(scales.shape)}")
     values = _from_e2m1(blocks) * _powers(scales)[..., None]
     return values.flatten(-2).transpose(-1, -2)
-
-
-def from_4bit(codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    """W [out, in] in float32 from the bytes of bitsandbytes and its other tensors; KeyError if one is missing."""
-    states = [tensor for name, tensor in parts.items() if name.startswith("quant_state.")]
-    if len(states) != 1:
-        raise ValueError("no quant_state, or several")
-    state = json.loads(bytes(states[0].tolist()))
-    scales = parts["absmax"]
-    if scales.dtype == torch.uint8:
-        bytes_ = parts["nested_quant_map"][scales.int()]
-        scales = _by_blocks(bytes_, parts["nested_absmax"], state["nested_blocksize"]) + state["nested_offset"]
-    packed = codes.flatten()
-    values = parts["quant_map"][torch.stack([packed >> 4, packed & 15], -1).int().flatten()]
-    shape = torch.Size(state["shape"])
-    return _by_blocks(values[: shape.numel()], scales, state["blocksize"]).reshape(shape)
 
 
 def _by_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:

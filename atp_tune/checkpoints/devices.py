@@ -338,21 +338,13 @@ def pinned(size: int) -> Tensor:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     failure = int(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
     if failure:
-        _forget_last_error()
+        # Clears the error of a failed CUDA call, which the next kernel would report as its own.
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         _say_once(f"host memory cannot be pinned (CUDA error {failure}): blocks are copied more slowly")
     else:
         weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
     return memory
-
-
-def _forget_last_error() -> None:
-    """Clears the error of a failed CUDA call, which the next kernel would report as its own.
-
-    PyTorch does not expose `cudaGetLastError`, but calls it after a kernel. An unrecoverable error is raised by all
-    later calls too.
-    """
-    with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
 
 
 @cache
@@ -496,13 +488,19 @@ class Copier:
         """Handles messages until None arrives."""
         make_current(self._device)  # of a new thread it is the first, on which a context would be opened
         while self._serve(self._requests.get()):  # no variable for messages, which would keep a block alive
-            self._copy_ahead()
+            if self._ahead and self._next is not None and len(self._held) <= 1:
+                self._waiting, self._next = self._copy(self._next), None
 
     def _serve(self, message: Wanted | Freed | None) -> bool:
         if message is None:
             return False
         if isinstance(message, Freed):
-            self._forget(message)
+            if message.mark is not None:
+                self._marks.append(message.mark)
+            if message.copy in self._held:
+                alive, whole = self._held.pop(message.copy)
+                if 2 * (alive - message.bytes) > whole:
+                    self._held[message.copy] = alive - message.bytes, whole
         else:
             self._answer(message)
         return True
@@ -521,37 +519,22 @@ class Copier:
         if ready.error is not None:
             wanted.answer.set_exception(ready.error)
             return
-        self._hand_over(ready, wanted.stream)
+        if wanted.stream is not None:
+            wanted.stream.wait_event(ready.ready)
+        self._copies += 1
+        for tensor in ready.tensors.values():
+            if wanted.stream is not None:
+                tensor.record_stream(wanted.stream)
+            gone = weakref.finalize(
+                tensor.untyped_storage(), _freed, self._requests, self._copies, tensor.nbytes, wanted.stream
+            )
+            gone.atexit = False
+        whole = sum(tensor.nbytes for tensor in ready.tensors.values())
+        self._held[self._copies] = whole, whole
         self._last = ready, wanted.stream
         step = -1 if 0 < wanted.index == before - 1 else 1
         self._next = (wanted.index + step) % len(self._blocks)
         wanted.answer.set_result(ready.tensors)
-
-    def _hand_over(self, copied: Copied, stream: Any) -> None:
-        if stream is not None:
-            stream.wait_event(copied.ready)
-        self._copies += 1
-        for tensor in copied.tensors.values():
-            if stream is not None:
-                tensor.record_stream(stream)
-            gone = weakref.finalize(
-                tensor.untyped_storage(), _freed, self._requests, self._copies, tensor.nbytes, stream
-            )
-            gone.atexit = False
-        whole = sum(tensor.nbytes for tensor in copied.tensors.values())
-        self._held[self._copies] = whole, whole
-
-    def _forget(self, freed: Freed) -> None:
-        if freed.mark is not None:
-            self._marks.append(freed.mark)
-        if freed.copy in self._held:
-            alive, whole = self._held.pop(freed.copy)
-            if 2 * (alive - freed.bytes) > whole:
-                self._held[freed.copy] = alive - freed.bytes, whole
-
-    def _copy_ahead(self) -> None:
-        if self._ahead and self._next is not None and len(self._held) <= 1:
-            self._waiting, self._next = self._copy(self._next), None
 
     def _copy(self, index: int) -> Copied:
         try:

@@ -172,7 +172,13 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
     if not (path / "config.json").is_file():
         raise UserError(f"model.source: {path} holds no config.json; is it the folder of a checkpoint?")
     if is_packed(path):
-        return _from_folder(_unpacked(path, model, notify), model, revision, notify, ask)
+        # Unpacks a packed folder into the cache, if not done yet; returns the folder there.
+        contents = sha256_of_files(sorted(path.glob("*.safetensors")), notify)
+        target = _converted("packed", path, sha256_of_json(contents))
+        if not target.is_dir():
+            notify(f"unpacking {model.source}, once")
+            unpack_folder(path, target, shared=True)
+        return _from_folder(target, model, revision, notify, ask)
     method = files.find_method(path, model.source)
     weights = files.find_weights(path, model.allow_pickle)
     if method is not None and weights[0].suffix == ".bin":
@@ -184,33 +190,19 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
     code = sorted(path.glob(files.CODE)) if model.trust_remote_code else []
     content = sha256_of_json(sha256_of_files([*weights, path / "config.json", *code], notify))
     if method is not None or weights[0].suffix == ".bin":
-        path = _read_back(path, content, method, model, notify)
+        # Converts quantized or pickled weights into the cache, if not done yet; returns the folder there.
+        target = _converted("bin" if method is None else "quantized", path, content)
+        if not target.is_dir():
+            if method is not None:
+                notify(f"dequantizing {model.source} from {method}, once")
+                convert.quantized_to_folder(path, target, method, model.trust_remote_code)
+            else:
+                notify(f"converting {model.source} to safetensors, once")
+                convert.bin_to_folder(path, target, model.trust_remote_code)
+        path = target
     else:
         files.check_stored(weights, model.source)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
-
-
-def _unpacked(path: Path, model: study.ModelConfig, notify: Notify) -> Path:
-    """Unpacks a packed folder into the cache, if not done yet; returns the folder there."""
-    weights = sha256_of_files(sorted(path.glob("*.safetensors")), notify)
-    target = _converted("packed", path, sha256_of_json(weights))
-    if not target.is_dir():
-        notify(f"unpacking {model.source}, once")
-        unpack_folder(path, target, shared=True)
-    return target
-
-
-def _read_back(path: Path, content: str, method: str | None, model: study.ModelConfig, notify: Notify) -> Path:
-    """Converts quantized or pickled weights into the cache, if not done yet; returns the folder there."""
-    target = _converted("bin" if method is None else "quantized", path, content)
-    if not target.is_dir():
-        if method is not None:
-            notify(f"dequantizing {model.source} from {method}, once")
-            convert.quantized_to_folder(path, target, method, model.trust_remote_code)
-        else:
-            notify(f"converting {model.source} to safetensors, once")
-            convert.bin_to_folder(path, target, model.trust_remote_code)
-    return target
 
 
 def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder:
@@ -220,7 +212,12 @@ def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder
     check_files(path)  # before downloading gigabytes
     if (path / "config.json").is_file():
         files.find_method(path, model.source)
-    _check_room(model, ["*.safetensors", *small])
+    # UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk.
+    missing, options = 0, {"allow_patterns": ["*.safetensors", *small], "ignore_patterns": UNUSED, "dry_run": True}
+    with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
+        found: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
+        missing = sum(file.file_size for file in found if file.will_download)
+    check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
         if not model.allow_pickle:
@@ -230,15 +227,6 @@ def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder
             )
         path = _snapshot(model, [files.PICKLES, *small])
     return _from_folder(path, model, path.name, notify, ask)
-
-
-def _check_room(model: study.ModelConfig, patterns: list[str]) -> None:
-    """UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk."""
-    missing, options = 0, {"allow_patterns": patterns, "ignore_patterns": UNUSED, "dry_run": True}
-    with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
-        found: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
-        missing = sum(file.file_size for file in found if file.will_download)
-    check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
 
 
 def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:

@@ -37,9 +37,21 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count <= 0 or count >= scores.shape[1]:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     if len(scores) > 1 and _for_numpy(scores):
-        mask, thresholds = _up_to_by_numpy(scores, count)
+        # Mask of scores up to the `count`-th lowest of each row, and that score [rows, 1].
+        mask, thresholds = torch.empty_like(scores, dtype=torch.bool), torch.empty(len(scores), 1, dtype=scores.dtype)
+
+        def select(part: Floats, mask: NDArray[np.bool_], threshold: Floats) -> None:
+            threshold[:] = np.partition(part, count - 1, axis=1)[:, count - 1 : count]
+            np.less_equal(part, threshold, out=mask)
+
+        _in_threads(select, scores.numpy(force=True), mask.numpy(), thresholds.numpy())
     else:
-        thresholds = _thresholds(scores, count)
+        # The `count`-th lowest score [rows, 1] of each row; NaN is the highest.
+        thresholds = (
+            _threshold(scores.reshape(-1), count)[None, None]
+            if len(scores) == 1
+            else scores.kthvalue(count, dim=1, keepdim=True).values
+        )
         mask = scores <= thresholds
     return mask if _number(mask) == count * len(scores) else _leftmost(thresholds, scores, count)
 
@@ -143,30 +155,19 @@ def _leftmost(thresholds: Tensor, scores: Tensor, count: int) -> Tensor:
     return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= count - below.sum(1, keepdim=True)))
 
 
-def _up_to_by_numpy(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mask of scores up to the `count`-th lowest of each row, and that score [rows, 1]."""
-    mask, thresholds = torch.empty_like(scores, dtype=torch.bool), torch.empty(len(scores), 1, dtype=scores.dtype)
-
-    def select(part: Floats, mask: NDArray[np.bool_], threshold: Floats) -> None:
-        threshold[:] = np.partition(part, count - 1, axis=1)[:, count - 1 : count]
-        np.less_equal(part, threshold, out=mask)
-
-    _in_threads(select, scores.numpy(force=True), mask.numpy(), thresholds.numpy())
-    return mask, thresholds
-
-
-def _thresholds(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest score [rows, 1] of each row; NaN is the highest."""
-    if len(scores) == 1:
-        return _threshold(scores.reshape(-1), count)[None, None]
-    return scores.kthvalue(count, dim=1, keepdim=True).values
-
-
 def _threshold(scores: Tensor, count: int) -> Tensor:
     """The `count`-th lowest of the scores [n], a 0-d tensor; NaN is the highest."""
     if _for_numpy(scores):
         return torch.tensor(_select(scores.numpy(force=True), count), dtype=scores.dtype)
-    return _select_by_torch(scores, count, SAMPLE if scores.device.type == "cpu" else LARGE_SAMPLE)
+    # The same with torch, on any device and in any dtype, with a sample of this size; a 0-d tensor.
+    size = SAMPLE if scores.device.type == "cpu" else LARGE_SAMPLE
+    sample = scores[:: max(1, len(scores) // size)].sort().values
+    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
+    left = count - int((scores < low).sum())
+    between = scores[(scores >= low) & (scores <= high)]
+    if not 0 < left <= len(between):
+        between, left = scores, count
+    return between.kthvalue(left).values
 
 
 def _select(scores: Floats, count: int) -> float:
@@ -178,17 +179,6 @@ def _select(scores: Floats, count: int) -> float:
     if not 0 < left <= len(between):
         between, left = scores, count
     return float(np.partition(between, left - 1)[left - 1])
-
-
-def _select_by_torch(scores: Tensor, count: int, size: int) -> Tensor:
-    """The same with torch, on any device and in any dtype, with a sample of this size; a 0-d tensor."""
-    sample = scores[:: max(1, len(scores) // size)].sort().values
-    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
-    left = count - int((scores < low).sum())
-    between = scores[(scores >= low) & (scores <= high)]
-    if not 0 < left <= len(between):
-        between, left = scores, count
-    return between.kthvalue(left).values
 
 
 def _enclosing(size: int, share: float) -> Iterator[int]:

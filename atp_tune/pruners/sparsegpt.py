@@ -139,19 +139,15 @@ class SparseGPT(SparseGPTSettings):
 def _prune_block(W: Tensor, U: Tensor, sparsity: float, group: int | None) -> Tensor:
     """Prunes the columns W [B, out] of a block with its part U [B, B]; overwrites W."""
     if group is not None:
-        return _prune_groups(W, U, sparsity, group)
+        pivots, gone = U.diagonal()[:, None], torch.empty_like(W, dtype=torch.bool)
+        for start in range(0, len(W), group):
+            here = slice(start, start + group)
+            gone[here] = lowest_in_rows((W[here] / pivots[here]).square_().T, sparsity, group).T
+            plain(W[start:], U[start:, start:], gone[here] / pivots[here])
+        return zeroed(W, gone)
     pivots = U.diagonal()[:, None]
     gone = lowest_in_matrix((W / pivots).square_().T, sparsity).T
     return zeroed(sweep(W, U, gone / pivots), gone)
-
-
-def _prune_groups(W: Tensor, U: Tensor, sparsity: float, group: int) -> Tensor:
-    pivots, gone = U.diagonal()[:, None], torch.empty_like(W, dtype=torch.bool)
-    for start in range(0, len(W), group):
-        here = slice(start, start + group)
-        gone[here] = lowest_in_rows((W[here] / pivots[here]).square_().T, sparsity, group).T
-        plain(W[start:], U[start:, start:], gone[here] / pivots[here])
-    return zeroed(W, gone)
 
 
 def _inverse(R: Tensor) -> Tensor:

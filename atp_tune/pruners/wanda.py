@@ -191,21 +191,8 @@ class DSnoT(DSnoTSettings):
         worth = effects.abs() / statistics.variances() ** self.power
         order = scores if self.group is None else initial
         sides = [self._swaps(sign * effects, worth, order, gone) for sign in (-1, 1)]
-        self._follow((effects * gone).sum(1), sides, gone)
-        return zeroed(weight, gone)
-
-    def _swaps(self, effects: Tensor, worth: Tensor, scores: Tensor, gone: Tensor) -> Swaps:
-        """The swaps for an error > 0; with negated effects, those for an error < 0."""
-        count = min(self.cycles, gone.shape[1])
-        grow, grows = _queue(-worth, gone & (effects > 0), count)
-        if self.group is None:
-            prune, prunes = _queue(scores, ~gone & (effects < 0), count)
-        else:
-            prune, prunes = _partners(scores, gone, grow, self.group)
-        return Swaps(grow, prune, effects.gather(1, prune) - effects.gather(1, grow), grows & prunes)
-
-    def _follow(self, error: Tensor, sides: list[Swaps], gone: Tensor) -> None:
-        """Applies the swaps that reduce the error [out] to the mask `gone`."""
+        # Applies the swaps that reduce the error [out] to the mask `gone`.
+        error = (effects * gone).sum(1)
         rows, steps = torch.arange(len(gone), device=gone.device), sides[0].grow.shape[1]
         grow, prune, change, possible = (torch.stack(part) for part in zip(*sides, strict=True))
         change[0] = -change[0]
@@ -225,22 +212,32 @@ class DSnoT(DSnoTSettings):
             row, step = made[k].nonzero(as_tuple=True)
             gone[row, grow[k, row, step]] = False
             gone[row, prune[k, row, step]] = True
+        return zeroed(weight, gone)
+
+    def _swaps(self, effects: Tensor, worth: Tensor, scores: Tensor, gone: Tensor) -> Swaps:
+        """The swaps for an error > 0; with negated effects, those for an error < 0."""
+        count = min(self.cycles, gone.shape[1])
+        grow, grows = _queue(-worth, gone & (effects > 0), count)
+        if self.group is None:
+            prune, prunes = _queue(scores, ~gone & (effects < 0), count)
+        else:
+            # For each weight that grows [out, K], the kept weight of its group to prune: the lowest score not yet
+            # taken.
+            rows, columns = scores.shape
+            padding = (0, -columns % self.group)
+            padded = torch.nn.functional.pad(scores.masked_fill(gone, torch.inf), padding, value=torch.inf)
+            order = padded.reshape(rows, -1, self.group).argsort(dim=2, stable=True)
+            kept = torch.nn.functional.pad(~gone, padding).reshape(rows, -1, self.group).sum(2)
+            home = grow // self.group
+            earlier = (
+                (home[:, :, None] == home[:, None, :]).tril(-1).sum(2)
+            )  # [out, K] earlier weights in the same group
+            place = order[torch.arange(rows, device=scores.device)[:, None], home, earlier.clamp(max=self.group - 1)]
+            prune, prunes = (home * self.group + place).clamp(max=columns - 1), earlier < kept.gather(1, home)
+        return Swaps(grow, prune, effects.gather(1, prune) - effects.gather(1, grow), grows & prunes)
 
 
 def _queue(scores: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Columns [out, count] of the candidates in each row, lowest score first, and whether each entry exists."""
     order = scores.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True)[:, :count]
     return order, torch.arange(count, device=scores.device) < candidates.sum(1, keepdim=True)
-
-
-def _partners(scores: Tensor, gone: Tensor, grow: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """For each weight that grows [out, K], the kept weight of its group to prune: the lowest score not yet taken."""
-    rows, columns = scores.shape
-    padding = (0, -columns % group)
-    padded = torch.nn.functional.pad(scores.masked_fill(gone, torch.inf), padding, value=torch.inf)
-    order = padded.reshape(rows, -1, group).argsort(dim=2, stable=True)
-    kept = torch.nn.functional.pad(~gone, padding).reshape(rows, -1, group).sum(2)
-    home = grow // group
-    earlier = (home[:, :, None] == home[:, None, :]).tril(-1).sum(2)  # [out, K] earlier weights in the same group
-    place = order[torch.arange(rows, device=scores.device)[:, None], home, earlier.clamp(max=group - 1)]
-    return (home * group + place).clamp(max=columns - 1), earlier < kept.gather(1, home)

@@ -142,7 +142,13 @@ class GPTQ(RTN):
         assert isinstance(statistics, Hessian)
         R = statistics.factor(self.damping, self.act_order)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
-        grids = self._grids(W, bits)
+        # The grid of each column of W [in, out], with scales and zero points [out].
+        found: list[Grid] = []
+        for columns, size in parts_of(len(W), self.group_size):
+            for group in torch.split(W[columns], size):
+                grid = Grid.of(group.T, bits, self.symmetric)
+                found += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
+        grids = found
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
         order = statistics.order() if self.act_order else None
         if order is not None:
@@ -159,15 +165,6 @@ class GPTQ(RTN):
         if order is not None:
             W = torch.empty_like(W).index_copy_(0, order, W)
         return W.to(weight.dtype).T
-
-    def _grids(self, W: Tensor, bits: int) -> list[Grid]:
-        """The grid of each column of W [in, out], with scales and zero points [out]."""
-        found: list[Grid] = []
-        for columns, size in parts_of(len(W), self.group_size):
-            for group in torch.split(W[columns], size):
-                grid = Grid.of(group.T, bits, self.symmetric)
-                found += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
-        return found
 
 
 def _eye(R: Tensor) -> Tensor:

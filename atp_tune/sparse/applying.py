@@ -194,6 +194,11 @@ def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> 
         return setup, way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
 
 
+def apply(config: Config, out: Path, place: Place, way: Way = PLAIN) -> Perplexity:
+    """Writes the folder `out` of a configuration likewise, and returns its perplexity on the test text."""
+    return measured_folder(*write_applied(config, out, place, way), out)
+
+
 def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
     """Measures a written folder, and stores the perplexity in its configuration and card.
 

@@ -133,6 +133,8 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
     """The values of the template."""
     text = config.texts.test
     bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.plan.amounts))
+    # What changed the weights that are kept; "" if nothing did.
+    refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
     return {
         "base": escaped(_source(config, dense)),
         "realised": f"{config.sparsity.realised:.1%}",
@@ -159,7 +161,7 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "untested": list(map(escaped, untested(config, dense.folder, words(text).partition(",")[0]))),
         "elsewhere": _source(config, dense) == _base(config),
         "how": continuations_note(config.continuations) if config.continuations else "",
-        "updated": _updated_by(config),
+        "updated": " and ".join([*([config.plan.method] if config.plan.method in UPDATING else []), *refined]),
         "equal": EQUAL,
         "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
         "classifies": isinstance(text, ImageSet),
@@ -178,12 +180,6 @@ def _of_channels(config: Config) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"channels": True, "updated": "least squares" if config.prune.channels.refit else ""}
     return found | ({"dense_files": SLIM_FILES, "slim": True} if config.slim else {"dense_files": MASKED_FILES})
-
-
-def _updated_by(config: Config) -> str:
-    """What changed the weights that are kept; "" if nothing did."""
-    refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
-    return " and ".join([*([config.plan.method] if config.plan.method in UPDATING else []), *refined])
 
 
 def _errors(text: Data) -> str:
@@ -401,30 +397,23 @@ def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
     if isinstance(config.texts.test, ImageSet):
         yield f"Pictures unlike those of {text}, and single classes."
     else:
-        yield from _of_texts(config, folder, text)
+        yield f"Text unlike {text}: other subjects, other languages."
+        # The tokens that a model takes at once, by its config.json.
+        file = folder / "config.json"
+        table: dict[str, Any] = read_table(file) if file.is_file() else {}
+        found = table.get("max_position_embeddings") or (table.get("text_config") or {}).get("max_position_embeddings")
+        most, seqlen = (found if isinstance(found, int) else None), getattr(config.texts.test, "seqlen", 0)
+        if most is not None and most > seqlen:
+            yield f"Contexts of more than {seqlen:,} tokens; the dense model takes {most:,}."
+        done = [] if config.zero_shot is None else sorted({task.task for task in config.zero_shot.tasks})
+        yield f"Tasks other than {', '.join(done)}." if done else "Tasks: no benchmark was run."
+        if config.continuations is None:
+            yield "What it writes: no text was generated."
+        yield "Conversations, facts, refusals and bias, all of which pruning changes."
     if config.draws is None:
         yield "Other windows of the calibration text."
     if config.speed is None:
         yield "Speed and memory."
-
-
-def _of_texts(config: Config, folder: Path, text: str) -> Iterator[str]:
-    yield f"Text unlike {text}: other subjects, other languages."
-    most, seqlen = _longest(folder / "config.json"), getattr(config.texts.test, "seqlen", 0)
-    if most is not None and most > seqlen:
-        yield f"Contexts of more than {seqlen:,} tokens; the dense model takes {most:,}."
-    done = [] if config.zero_shot is None else sorted({task.task for task in config.zero_shot.tasks})
-    yield f"Tasks other than {', '.join(done)}." if done else "Tasks: no benchmark was run."
-    if config.continuations is None:
-        yield "What it writes: no text was generated."
-    yield "Conversations, facts, refusals and bias, all of which pruning changes."
-
-
-def _longest(file: Path) -> int | None:
-    """The tokens that a model takes at once, by its config.json."""
-    table: dict[str, Any] = read_table(file) if file.is_file() else {}
-    found = table.get("max_position_embeddings") or (table.get("text_config") or {}).get("max_position_embeddings")
-    return found if isinstance(found, int) else None
 
 
 def loops(found: Continuations, this: str) -> str:

@@ -93,20 +93,6 @@ def _share(one: Data, other: Data) -> bool:
     return isinstance(other, ImageSet) and one.overlaps(other)
 
 
-def read_training_images(
-    text: ImageSet, measured: Mapping[str, ImageSet], folder: ModelFolder, settings: Training, base: Path
-) -> Items:
-    """The images to train on and to hold out, but those that are measured; UserError if it has many of them."""
-    needed = windows_read(settings)
-    with named("--images: "):
-        whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
-        found = images_of(whole, folder, base, at_most=text.nsamples is None)
-    with named("--test-images: "):
-        others = {role: images_of(other, folder, base) for role, other in measured.items()}
-    doubles = doubles_of({**others, "training": found})["training"]
-    return found.without(doubles) if doubles else found
-
-
 def read_windows(
     text: Text, measured: Mapping[str, Text], folder: Path, settings: Training, bos: bool, base: Path
 ) -> Items:
@@ -268,7 +254,15 @@ def _items(
     texts = {role: data for role, data in measured.items() if isinstance(data, Text)}
     if isinstance(text, ImageSet) and not texts:
         settings = settings.model_copy(update={"seqlen": None})
-        return settings, read_training_images(text, images, folder, settings, base), CLASSES
+        # The images to train on and to hold out, but those that are measured; UserError if it has many of them.
+        needed = windows_read(settings)
+        with named("--images: "):
+            whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
+            found = images_of(whole, folder, base, at_most=text.nsamples is None)
+        with named("--test-images: "):
+            others = {role: images_of(other, folder, base) for role, other in images.items()}
+        doubles = doubles_of({**others, "training": found})["training"]
+        return settings, (found.without(doubles) if doubles else found), CLASSES
     if isinstance(text, ImageSet) or images:
         raise UserError(f"{folder.path}: is measured on images, or on text, and was given both; give one kind")
     return settings, read_windows(text, texts, folder.path, settings, bos, base), "next-token"

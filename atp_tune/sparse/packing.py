@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.cache import sha256_of, temporary_folder
-from atp_tune.checkpoints.blocks import Linear, auto_class, classifies_images, model_config
+from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import (
     PACKED_INDEX,
@@ -92,7 +92,16 @@ class Codes:
         """
         linears = [linear for linear in checkpoint.linears[block.index] if linear.key == key]
         name, turned = checkpoint.key(block.index, linears[0]), linears[0].transposed
-        ways = (block.weights[key].cpu(), *_of_weights(self._quantize.group_size, block, linears, block.weights[key]))
+        # Scale, zero point and bits of each weight of a tensor, so that they go the way of the weights to the disk.
+        shaped = block.weights[key]
+        scales, zeros, bits = (torch.empty(shaped.shape) for _ in range(3))
+        for linear in linears:
+            grid, columns = block.grids[linear.name], linear.in_features
+            each = columns if self._quantize.group_size == -1 else self._quantize.group_size
+            linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
+            linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
+            linear.matrix(bits).fill_(block.bits[linear.name])
+        ways = (block.weights[key].cpu(), *(scales, zeros, bits))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
         found: dict[str, Tensor] = {}
         for part, weight in weights.items():
@@ -126,18 +135,6 @@ class Codes:
         """
         size = self._quantize.group_size
         return {"values": "int8" if fits else "same", "group_size": size if fits and size != -1 else None}
-
-
-def _of_weights(group_size: int, block: PrunedBlock, linears: list[Linear], weights: Tensor) -> tuple[Tensor, ...]:
-    """Scale, zero point and bits of each weight of a tensor, so that they go the way of the weights to the disk."""
-    scales, zeros, bits = (torch.empty(weights.shape) for _ in range(3))
-    for linear in linears:
-        grid, columns = block.grids[linear.name], linear.in_features
-        size = columns if group_size == -1 else group_size
-        linear.matrix(scales).copy_(spread(grid.scale.cpu(), size, columns))
-        linear.matrix(zeros).copy_(spread(grid.zero.cpu(), size, columns))
-        linear.matrix(bits).fill_(block.bits[linear.name])
-    return scales, zeros, bits
 
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:

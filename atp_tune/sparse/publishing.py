@@ -80,7 +80,17 @@ def check_permission(name: str, private: bool) -> None:
     _check_name(name)
     with _hub_errors(name):
         api = HfApi()
-        _check_login(name, api.whoami())
+        # UserError if an account or its token, as the hub describes them, may not write under the owner of `name`.
+        account = api.whoami()
+        owner, user = name.partition("/")[0], str(account.get("name"))
+        roles = {str(org.get("name")): org.get("roleInOrg") for org in account.get("orgs", [])}
+        if owner not in (user, *roles):
+            raise UserError(f"{name}: the login is {user}, which is not in {owner}; give {user}/NAME, or {LOGIN}")
+        if roles.get(owner) == READS:
+            raise UserError(f"{name}: {user} may only read in {owner}; ask its administrators, or give {user}/NAME")
+        token = (account.get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == READS or not _may_write(token.get("fineGrained")):
+            raise UserError(f"{name}: the token of {user} may only read; make one that may write, then {LOGIN}")
         try:
             found = api.repo_info(name)
         except errors.RepositoryNotFoundError:
@@ -116,19 +126,6 @@ def _check_name(name: str) -> None:
 def _check_visibility(name: str, private: bool, found: Any) -> None:
     if private and not found.private:
         raise UserError(f"{name}: is public on the hub already; make it private there first, or leave out --private")
-
-
-def _check_login(name: str, account: dict[str, Any]) -> None:
-    """UserError if an account or its token, as the hub describes them, may not write under the owner of `name`."""
-    owner, user = name.partition("/")[0], str(account.get("name"))
-    roles = {str(org.get("name")): org.get("roleInOrg") for org in account.get("orgs", [])}
-    if owner not in (user, *roles):
-        raise UserError(f"{name}: the login is {user}, which is not in {owner}; give {user}/NAME, or {LOGIN}")
-    if roles.get(owner) == READS:
-        raise UserError(f"{name}: {user} may only read in {owner}; ask its administrators, or give {user}/NAME")
-    token = (account.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == READS or not _may_write(token.get("fineGrained")):
-        raise UserError(f"{name}: the token of {user} may only read; make one that may write, then {LOGIN}")
 
 
 def _may_write(grained: Any) -> bool:

@@ -170,7 +170,21 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
             _write_weights(masked, folder, cuts.tensors(masked))
-            _write_config(folder, cuts, context.folder.trusted)
+            # Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code.
+            table = read_table(folder / CONFIG)
+            wanted = {name: cut.shape for name, cut in cuts.linears.items()}
+            plain = _plain_config(folder, table, cuts) if wanted else table
+            if plain is None:
+                if context.folder.trusted and not is_slim(folder) and any(folder.glob(CODE)):
+                    raise UserError(OWN_CODE)
+                plain = table | _slim_keys(table, wanted, auto_class(folder).__name__)
+            (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            if is_slim(folder):
+                bring_own_code(folder)
+            if (folder / INDEX).is_file():  # its total size is another now
+                index = read_table(folder / INDEX)
+                index["metadata"] = {}
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
@@ -250,27 +264,6 @@ def _cut(tensor: Tensor, cut: Cut | None) -> Tensor:
     return cut.weight(tensor)
 
 
-def _write_config(folder: Path, cuts: _Cuts, trusted: bool) -> None:
-    """Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code.
-
-    `trusted`: code in the folder may run, so that the model or its tokenizer may need it.
-    """
-    config = read_table(folder / CONFIG)
-    wanted = {name: cut.shape for name, cut in cuts.linears.items()}
-    plain = _plain_config(folder, config, cuts) if wanted else config
-    if plain is None:
-        if trusted and not is_slim(folder) and any(folder.glob(CODE)):
-            raise UserError(OWN_CODE)
-        plain = config | _slim_keys(config, wanted, auto_class(folder).__name__)
-    (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    if is_slim(folder):
-        bring_own_code(folder)
-    if (folder / INDEX).is_file():  # its total size is another now
-        index = read_table(folder / INDEX)
-        index["metadata"] = {}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]], auto_class: str) -> dict[str, Any]:
     """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
     if config["model_type"] == MODEL_TYPE:
@@ -297,7 +290,9 @@ def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str
         if kept == each.count:
             continue
         if each.columns == 1:
-            choices.append([{key: kept} for key, value in config.items() if _is(value, each.count)])
+            choices.append(
+                [{key: kept} for key, value in config.items() if (type(value) is int and value == each.count)]
+            )
         else:
             keys = [key for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int]
             scaled = {key: config[key] * kept // each.count for key in keys if config[key] % each.count == 0}
@@ -310,16 +305,14 @@ def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str
     return None
 
 
-def _is(value: Any, number: int) -> bool:
-    return type(value) is int and value == number
-
-
 def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
     """Whether a config of the family makes a model of the shapes that the cuts leave."""
     with temporary_folder() as place:
         (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            made, dense = _empty_model(place), cuts.checkpoint.model
+            with quiet("transformers"), torch.device("meta"):
+                model: nn.Module = auto_class(place).from_config(model_config(place, trusted=False))
+            made, dense = model, cuts.checkpoint.model
         except Exception:  # models raise many types for numbers that do not fit
             return False
     wanted = {name: parameter.shape for name, parameter in dense.named_parameters()}
@@ -328,9 +321,3 @@ def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
         if f"{name}.bias" in wanted:
             wanted[f"{name}.bias"] = torch.Size(cut.shape[:1])
     return wanted == {name: parameter.shape for name, parameter in made.named_parameters()}
-
-
-def _empty_model(folder: Path) -> nn.Module:
-    with quiet("transformers"), torch.device("meta"):
-        model: nn.Module = auto_class(folder).from_config(model_config(folder, trusted=False))
-    return model
