@@ -284,11 +284,11 @@ SAME_TOP = Measure(
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}
 
 
-def error_over(windows: int | None) -> str:
-    """Explains ± for a number of windows, and the factor for a 95 % interval."""
+def error_over(windows: int | None, unit: str = "windows") -> str:
+    """Explains ± for a number of windows, or other items, and the factor for a 95 % interval."""
     if windows is None or windows < 2:
-        return "standard error over windows"
-    return f"standard error over {windows} windows (× {reach_of(windows):.2f} for 95 %)"
+        return f"standard error over {unit}"
+    return f"standard error over {windows} {unit} (× {reach_of(windows):.2f} for 95 %)"
 
 
 def reach_of(windows: int) -> float:

@@ -112,7 +112,7 @@ def errors_of(summary: Summary) -> str:
     """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
     known = {role: count for role, count in summary.results.counts.items() if count > 1}
     if len(set(known.values())) < 2:
-        return error_over(next(iter(known.values()), None)).replace("windows", summary.results.unit)
+        return error_over(next(iter(known.values()), None), summary.results.unit)
     counts = " and ".join(f"{count} {role}" for role, count in known.items())
     factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
     return f"standard error over {counts} {summary.results.unit} (× {factors} for 95 %)"

@@ -2,7 +2,8 @@
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -87,9 +88,10 @@ def describe(folder: Path, config: Config, dense: Dense) -> None:
 
 def model_card(config: Config, dense: Dense, folder: Path | None = None) -> ModelCard:
     """The card of the model that `apply` makes of a configuration; `folder`: where it lies."""
+    bits, plan = config.bits, config.plan
     amount = f"{config.sparsity.realised:.1%} sparsity"
-    if config.bits is not None:
-        amount = f"{config.bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {config.bits.nominal:g} bits"
+    if bits is not None:
+        amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
     name = f"{_base(config)} at {amount}"
     own = read_card(dense.folder / CARD)
     found: dict[str, Any] = own.data.to_dict() if own else {}
@@ -100,103 +102,108 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         kept |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
     # Other folders' cards name what their model was tuned from, often a path.
     base = found.get("base_model") if (dense.folder / ORIGIN).is_file() else config.model.id if dense.revision else None
+    kinds = ["sparse", "pruned"] * (not config.by_bits) + ["quantized"] * (bits is not None)
+    task = "image-text-to-text" if dense.reads_images else "text-generation"
     data = ModelCardData(
         base_model=base,
         base_model_relation=base and RELATION,
         library_name="transformers",
-        pipeline_tag=_task(config, dense),
-        tags=["atp-tune", *_kinds(config), config.plan.method, _allocation(config).split()[0]],
+        pipeline_tag="image-classification" if isinstance(config.texts.test, ImageSet) else task,
+        tags=["atp-tune", *kinds, plan.method, _allocation(config).split()[0]],
         model_name=name,
         eval_results=list(_results(config)) or None,
         **kept,
     )
-    alone = OWN_CODE if folder is not None and is_slim(folder) else ALONE
-    own_values = {"name": escaped(name), "licensed": licensed, "alone": alone}
-    values = _values(config, dense) | _of_channels(config) | bits_values(config) | own_values
+    own_values = {
+        "name": escaped(name),
+        "licensed": licensed,
+        "alone": OWN_CODE if folder is not None and is_slim(folder) else ALONE,
+    }
+    values = _values(config, dense) | own_values
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     return card
 
 
-def _kinds(config: Config) -> list[str]:
-    pruned = [] if config.by_bits else ["sparse", "pruned"]
-    return [*pruned, *([] if config.bits is None else ["quantized"])]
-
-
-def _task(config: Config, dense: Dense) -> str:
-    """The task of the model, as the hub calls it."""
-    if isinstance(config.texts.test, ImageSet):
-        return "image-classification"
-    return "image-text-to-text" if dense.reads_images else "text-generation"
-
-
 def _values(config: Config, dense: Dense) -> dict[str, Any]:
-    """The values of the template."""
-    text = config.texts.test
-    bars = (f"block {k:>3}  {s:6.1%}  {'█' * round(WIDTH * s)}" for k, s in enumerate(config.plan.amounts))
+    """The values of the template, beside the configuration, its plan, and the dense model."""
+    text, plan, said = config.texts.test, config.plan, config.continuations
+    by_bits, channels = config.by_bits, parse(config.prune.pattern).channels
+    head, scores = _scores(config)
     # What changed the weights that are kept; "" if nothing did.
-    refined = ["conjugate gradients"] if config.prune.refine and not config.by_bits else []
+    changed = [plan.method] if plan.method in (*UPDATING, "gptq") else []
+    updated = " and ".join([*changed, *(["conjugate gradients"] if config.prune.refine and not by_bits else [])])
+    files = CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES
+    if channels:
+        updated = "least squares" if config.prune.channels.refit else ""
+        files = SLIM_FILES if config.slim else MASKED_FILES
+    rounding, also, equal = "", "", EQUAL
+    if config.bits is not None and by_bits:
+        effective = config.bits.effective
+        rounding = f"{config.bits.nominal:.2f} bits each"
+        rounding += "" if effective is None else f", {effective:.2f} with the scales of groups"
+        files, equal = FLOAT_FILES, EQUAL.replace("pruned", "rounded")
+    elif config.bits is not None:
+        also = f"Kept weights are rounded to {plan.fixed_bits} bits by {_quantizer(config)}{AS_FLOATS}"
+    draws = ""
+    if of_draws := config.draws and config.draws.best:
+        against = f", {of_draws.beside('uniform’s')}" if of_draws.change else ""
+        how = of_draws.how(
+            "images" if isinstance(config.texts.validation, ImageSet) else "text", is_fitted(plan.allocation)
+        )
+        was = "was, before training," if config.is_trained else "is"
+        draws = f"Over {of_draws.count} draws of the calibration text it {was} {of_draws}{against} ({how})."
+    # Zero-shot scores: a row for each task, then the mean.
+    tasks, mean = list[dict[str, Any]](), None
+    if found := config.zero_shot:
+        mean = found.mean
+        for task in found.tasks:
+            cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
+            tasks.append({"name": escaped(f"{task.task}, {task.metric}"), "cells": cells})
+    if mean:
+        tasks.append({"name": "mean", "cells": [measure(mean.get(model)) for model in MODELS]})
+    bars = (
+        f"block {k:>3}  {f'{s:<4.3g}' if by_bits else f'{s:6.1%}'}  {'█' * round((4 if by_bits else WIDTH) * s)}"
+        for k, s in enumerate(plan.amounts)
+    )
     return {
+        "config": config,
+        "plan": plan,
+        "dense": dense,
         "base": escaped(_source(config, dense)),
-        "realised": f"{config.sparsity.realised:.1%}",
-        "pruner": config.plan.method,
         "allocation": _allocation(config),
-        "after": SOURCES.get(config.plan.allocation, ""),
-        "by_row": config.plan.by_row,
-        "by_linear": config.plan.by_linear,
-        "uniform": config.plan.is_uniform,
-        "rounded": len(set(config.plan.amounts)) > 1,
-        "measures": _scores(config)[0],
-        "scores": _scores(config)[1],
+        "after": SOURCES.get(plan.allocation, ""),
+        "rounded": not plan.is_even if by_bits else len(set(plan.amounts)) > 1,
+        "measures": head,
+        "scores": scores,
         "notes": " ".join(by.note for by in MEASURES.values() if by.note and config.scored(measure=by)),
         "test": escaped(words(text)),
-        "bos": config.bos,
-        "errors": _errors(text),
-        "draws": _draws(config),
-        "same_text": text == config.texts.validation,
+        "errors": error_over(
+            text.nsamples and -(-text.nsamples // text.stride), "images" if isinstance(text, ImageSet) else "windows"
+        ),
         "models": list(MODELS.values()),
-        "tasks": list(_tasks(config)),
+        "tasks": tasks,
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
-        "continuations": list(_continuations(config)),
-        "loops": loops(config.continuations, THIS) if config.continuations else "",
+        "continuations": [
+            [escaped(in_one_line(text)) for text in (prompt, *(made[name] for name in MODELS))]
+            for prompt, made in (said.rows() if said else ())
+        ],
+        "loops": loops(said, THIS) if said else "",
         "untested": list(map(escaped, untested(config, dense.folder, words(text).partition(",")[0]))),
         "elsewhere": _source(config, dense) == _base(config),
-        "how": continuations_note(config.continuations) if config.continuations else "",
-        "updated": " and ".join([*([config.plan.method] if config.plan.method in UPDATING else []), *refined]),
-        "equal": EQUAL,
-        "dense_files": CLASSIFIER_FILES if isinstance(text, ImageSet) else DENSE_FILES,
+        "how": continuations_note(said) if said else "",
+        "updated": updated,
+        "channels": channels,
+        "bits": rounding,
+        "also": also,
+        "draws": draws,
+        "equal": equal,
+        "dense_files": files,
         "classifies": isinstance(text, ImageSet),
-        "reads_images": dense.reads_images,
-        "with_tower": "vision" in config.model.prune,
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
         "in_memory": config.model.id.startswith(MEMORY),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
     }
-
-
-def _of_channels(config: Config) -> dict[str, Any]:
-    """The values that differ where whole channels are pruned, and where they are cut off."""
-    if not parse(config.prune.pattern).channels:
-        return {}
-    found: dict[str, Any] = {"channels": True, "updated": "least squares" if config.prune.channels.refit else ""}
-    return found | ({"dense_files": SLIM_FILES, "slim": True} if config.slim else {"dense_files": MASKED_FILES})
-
-
-def _errors(text: Data) -> str:
-    said = error_over(text.nsamples and -(-text.nsamples // text.stride))
-    return said.replace("windows", "images") if isinstance(text, ImageSet) else said
-
-
-def _draws(config: Config) -> str:
-    """A sentence on the perplexity of this plan over several draws of the calibration text; empty without any."""
-    found = config.draws and config.draws.best
-    if not found:
-        return ""
-    against = f", {found.beside('uniform’s')}" if found.change else ""
-    data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
-    how = found.how(data, is_fitted(config.plan.allocation))
-    was = "was, before training," if config.is_trained else "is"
-    return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
 
 
 def _base(config: Config) -> str:
@@ -235,24 +242,6 @@ def _scores(config: Config) -> tuple[list[str], list[list[str]]]:
     return [by.column for by in shown], rows
 
 
-def _tasks(config: Config) -> Iterator[dict[str, Any]]:
-    """Zero-shot scores: a row for each task, then the mean."""
-    found = config.zero_shot
-    if found is None:
-        return
-    for task in found.tasks:
-        cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
-        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": cells}
-    if found.mean:
-        yield {"name": "mean", "cells": [measure(found.mean.get(model)) for model in MODELS]}
-
-
-def _continuations(config: Config) -> Iterator[list[str]]:
-    """Each prompt and what dense, uniform and this model make of it."""
-    for prompt, said in config.continuations.rows() if config.continuations else ():
-        yield [escaped(in_one_line(text)) for text in (prompt, *(said[name] for name in MODELS))]
-
-
 def _results(config: Config) -> Iterator[EvalResult]:
     """The metrics of this model in the schema of the hub."""
     yield from result(config.scored(), config.texts.test, config.bos)
@@ -269,34 +258,29 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
     """A perplexity in the schema of the hub; none if it was not measured, or is not finite."""
     if score is None or not isfinite(score.value):
         return []
-    return [
-        EvalResult(
-            task_type="image-classification" if isinstance(text, ImageSet) else "text-generation",
-            metric_type="perplexity",
-            metric_name=_metric(text, bos),
-            metric_value=round(score.value, 4),
-            **_dataset(text),
-        )
-    ]
+    task, kind = "text-generation", "text"
+    if isinstance(text, ImageSet):
+        task, kind = "image-classification", "images"
+        metric = "perplexity over classes, the exponential of the mean cross-entropy"
+    else:
+        metric = f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
+    dataset: dict[str, Any] = {"dataset_type": kind, "dataset_name": words(text)}
+    if not isinstance(text, ImageSet):
+        with suppress(KeyError, UserError):  # of a file or a module: no data set of the hub
+            found = hub_arguments(text)
+            dataset = {
+                "dataset_type": found["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
+                "dataset_config": found.get("name"), "dataset_split": found["split"],
+                "dataset_revision": found["revision"],
+            }  # fmt: skip
+    value = round(score.value, 4)
+    return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]
 
 
 def _metric(text: Data, bos: bool) -> str:
     if isinstance(text, ImageSet):
         return "perplexity over classes, the exponential of the mean cross-entropy"
     return f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
-
-
-def _dataset(text: Data) -> dict[str, Any]:
-    if isinstance(text, ImageSet):
-        return {"dataset_type": "images", "dataset_name": words(text)}
-    try:
-        found = hub_arguments(text)
-    except (KeyError, UserError):  # a file or a module: no data set of the hub
-        return {"dataset_type": "text", "dataset_name": words(text)}
-    return {
-        "dataset_type": found["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
-        "dataset_config": found.get("name"), "dataset_split": found["split"], "dataset_revision": found["revision"],
-    }  # fmt: skip
 
 
 def words(text: Data) -> str:
@@ -321,25 +305,36 @@ def _allocation(config: Config) -> str:
 
 
 def _facts(config: Config, dense: Dense) -> dict[str, str]:
-    pruner = config.plan.method
-    settings = {key: value for key, value in config.prune.told(pruner).items() if value is not None}
-    settings |= config.prune.refinement
-    listed = "".join(f", {key} = {value}" for key, value in settings.items())
-    commit = f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…"
-    searched = {} if config.trial is None else {"validation text": words(config.texts.validation)}
-    return {
-        "dense model": f"{_source(config, dense)}, {commit}",
-        **({} if config.by_bits else {"pruner": f"{pruner}{listed}", "pattern of zeros": config.prune.pattern}),
-        **bits_facts(config),
+    def listed(settings: Mapping[str, Any]) -> str:
+        return "".join(f", {key} = {value}" for key, value in settings.items() if value is not None)
+
+    found = {
+        "dense model": f"{_source(config, dense)}, "
+        + (f"commit {dense.revision}" if dense.revision else f"content {config.model.fingerprint[:12]}…")
+    }
+    if not config.by_bits:
+        pruner = config.plan.method
+        found["pruner"] = f"{pruner}{listed({**config.prune.told(pruner), **config.prune.refinement})}"
+        found["pattern of zeros"] = config.prune.pattern
+    if config.quantize is not None and config.bits is not None:
+        quantizer = _quantizer(config)
+        found["quantizer"] = f"{quantizer}{listed(config.quantize.told(quantizer))}"
+        found["bits asked for"] = f"{config.bits.target:g} a weight"
+    found |= {
         "statistics": f"{config.prune.statistics}, in {config.model.dtype}",
         "allocation": _allocation(config),
         "calibration text": words(config.calibration),
         **({"BOS": "every window of every text begins with it"} if config.bos else {}),
         "found by": "no search" if config.trial is None else f"study {config.study}, trial {config.trial}",
-        **searched,
+        **({} if config.trial is None else {"validation text": words(config.texts.validation)}),
         "seed": str(config.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
     }
+    return found
+
+
+def _quantizer(config: Config) -> str:
+    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.plan.method
 
 
 # --- What the model card says where weights are rounded to fewer bits.
@@ -348,36 +343,6 @@ FLOAT_FILES = """\
 **The rounded weights are stored as floats**: this folder is as large as the dense model's and runs at the same speed.
 `atp-tune apply --packed` makes a folder that stores the bits, and `atp-tune export` recipes for engines that do."""
 AS_FLOATS, AS_CODES = ", as floats.", ", and stored as codes."
-
-
-def bits_values(config: Config) -> dict[str, Any]:
-    """The values of the template that differ; none where weights are not rounded."""
-    if config.bits is None:
-        return {}
-    if not config.by_bits:
-        return {"also": f"Kept weights are rounded to {config.plan.fixed_bits} bits by {_quantizer(config)}{AS_FLOATS}"}
-    effective = "" if config.bits.effective is None else f", {config.bits.effective:.2f} with the scales of groups"
-    bars = "\n".join(f"block {k:>3}  {b:<4.3g}  {'█' * round(4 * b)}" for k, b in enumerate(config.plan.amounts))
-    return {
-        "bits": f"{config.bits.nominal:.2f} bits each{effective}",
-        "dense_files": FLOAT_FILES,
-        "equal": "Every tensor that was not rounded is equal to the dense model's byte for byte.",
-        "updated": config.plan.method == "gptq",
-        "rounded": not config.plan.is_even,
-        "chart": fenced("text", bars),
-    }
-
-
-def bits_facts(config: Config) -> dict[str, str]:
-    """The rows of the table of settings."""
-    if config.quantize is None or config.bits is None:
-        return {}
-    settings = "".join(f", {key} = {value}" for key, value in config.quantize.told(_quantizer(config)).items())
-    return {"quantizer": f"{_quantizer(config)}{settings}", "bits asked for": f"{config.bits.target:g} a weight"}
-
-
-def _quantizer(config: Config) -> str:
-    return config.quantize.quantizers[0] if config.quantize and not config.by_bits else config.plan.method
 
 
 # --- What a model card admits: what was not tested, by what its configuration has, and texts that repeat themselves.
@@ -418,15 +383,15 @@ def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
 
 def loops(found: Continuations, this: str) -> str:
     """A sentence on the texts of `this` model and of the dense one that repeat themselves; "" if none of its own do."""
-    own, dense = (sum(map(_repeats, texts)) for texts in (found.best, found.dense))
+
+    def repeating(texts: Sequence[str]) -> int:
+        said = (text.encode() for text in texts)
+        return sum(len(each) >= SHORTEST and len(zlib.compress(each, 9)) < REPEATS * len(each) for each in said)
+
+    own, dense = repeating(found.best), repeating(found.dense)
     if not own:
         return ""
     return f"{own} of the {len(found.best)} texts of {this} repeat themselves, of the dense model's {dense or 'none'}."
-
-
-def _repeats(text: str) -> bool:
-    said = text.encode()
-    return len(said) >= SHORTEST and len(zlib.compress(said, 9)) < REPEATS * len(said)
 
 
 # --- What a model card says of a sparse checkpoint that was trained after pruning.
@@ -460,15 +425,12 @@ def amend(folder: Path, done: Finetuned) -> None:
     for before, after in CHANGED.items():
         rest = rest.replace(before, after)
     if f"measured on {escaped(words(done.test))}" in rest:
-        rest = re.sub(rf"^\| {OLDER} \(.*\n", lambda row: f"{row[0]}{_row(done)}\n", rest, count=1, flags=re.MULTILINE)
+        cells = [f"{THIS}, fine-tuned", done.after, *([done.accuracy.after] if done.accuracy else [])]
+        new = f"| {' | '.join(map(str, cells))} |\n"
+        rest = re.sub(rf"^\| {OLDER} \(.*\n", lambda row: f"{row[0]}{new}", rest, count=1, flags=re.MULTILINE)
     head = head.rstrip().replace("and without retraining.", "and trained after that.")
     card.text = f"{head}\n\n## {HEADING}\n\n{escaped(_section(done))}\n{mark}{rest}"
     write_out(file, str(card).encode())
-
-
-def _row(done: Finetuned) -> str:
-    cells = [f"{THIS}, fine-tuned", done.after, *([done.accuracy.after] if done.accuracy else [])]
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _section(done: Finetuned) -> str:
@@ -479,20 +441,17 @@ def _section(done: Finetuned) -> str:
     own = {} if done.settings.seqlen is None else {"seqlen": done.settings.seqlen}
     trained = done.text.model_copy(update={"nsamples": done.windows, **own})
     hits = done.accuracy and f"Accuracy: {done.accuracy.before} before, {done.accuracy.after} after. "
+    chosen = ""
+    if held := done.held_out:
+        losses = dict(held.losses)
+        chosen = (
+            f"The weights are those after step {held.best} of {len(done.losses)}, where the loss on "
+            f"{held.windows} held-out windows of the same text was lowest ({losses[0]:.4f} before, "
+            f"{losses[held.best]:.4f} then). "
+        )
     return (
         f"{TRAINED[done.settings.train]} on {words(trained)}{bos} ({settings}). "
-        f"{_held_out(done)}{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
+        f"{chosen}{zeros.after:,} of {zeros.weights:,} weights are zero, {zeros.before:,} were before. "
         f"Perplexity on {words(done.test)}: {done.before} before, {done.after} after ({done.change}). {hits or ''}"
         f"What the sections below do not call fine-tuned is of the model before; {FINETUNED} has the rest."
-    )
-
-
-def _held_out(done: Finetuned) -> str:
-    if done.held_out is None:
-        return ""
-    losses = dict(done.held_out.losses)
-    return (
-        f"The weights are those after step {done.held_out.best} of {len(done.losses)}, where the loss on "
-        f"{done.held_out.windows} held-out windows of the same text was lowest ({losses[0]:.4f} before, "
-        f"{losses[done.held_out.best]:.4f} then). "
     )
