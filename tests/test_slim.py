@@ -31,7 +31,7 @@ from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
 from atp_tune.sparse import slim
 from atp_tune.sparse.applying import OURS, plan_of, write_sparse
-from atp_tune.sparse.packing import pack_folder, write_to_pack
+from atp_tune.sparse.packing import pack_folder, to_pack
 from atp_tune.sparse.slim import check_pattern, write_slim
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.patterns import make_plan, parse
@@ -354,7 +354,7 @@ def test_a_slim_model_is_not_packed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{folder}: {said}"):
         pack_folder(folder, tmp_path / "out")
     with pytest.raises(UserError, match=f"^--packed: org/name: {said}"):
-        write_to_pack(work, plan, tmp_path / "out", config_of(PruneConfig(), plan))
+        to_pack(config_of(PruneConfig(), plan), None).check(work.folder.path)
     assert [path.name for path in tmp_path.iterdir()] == ["slim"]
 
 
@@ -364,13 +364,13 @@ def test_a_slim_model_is_not_packed(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_slim_model_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3)
-    real = slim._cut
+    real = slim.Cut.of
 
-    def wrong(tensor: Tensor, cut: Any) -> Tensor:
-        found = real(tensor, cut)
-        return found.flip(1) if cut is not None and cut.columns is not None else found
+    def wrong(cut: Any, tensor: Tensor) -> Tensor:
+        found = real(cut, tensor)
+        return found.flip(1) if cut.columns is not None and tensor.dim() > 1 else found
 
-    monkeypatch.setattr(slim, "_cut", wrong)
+    monkeypatch.setattr(slim.Cut, "of", wrong)
     with (
         quiet(),
         pytest.raises(UserError, match=r"^--slim: LlamaForCausalLM computes other logits .* apart\)"),
@@ -389,8 +389,8 @@ def test_a_small_difference_is_not_hidden_by_bfloat16(
 ) -> None:
     events: list[Event] = []
     work, plan, config = prepared("llama", tmp_path, 0.02, 0.3, torch.bfloat16, events.append, heads=False)
-    real = slim._cut
-    monkeypatch.setattr(slim, "_cut", lambda tensor, cut: real(tensor, cut) * (1.01 if cut and tensor.dim() > 1 else 1))
+    real = slim.Cut.of
+    monkeypatch.setattr(slim.Cut, "of", lambda cut, tensor: real(cut, tensor) * (1.01 if tensor.dim() > 1 else 1))
     if not fits:
         monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "40k")
     with quiet():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.blocks.prune_pass import PrunedBlock
@@ -59,11 +59,10 @@ from atp_tune.packed.modeling_atp_sparse import (
     unpack_as,
 )
 from atp_tune.paths import check_free
-from atp_tune.plan import Plan
 from atp_tune.quantizers.rounding import Grid
-from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import SOURCE, Way, folder_scores, sparse_folder, write_sparse
-from atp_tune.sparse.card import ALONE, AS_CODES, AS_FLOATS, DENSE_FILES, FLOAT_FILES, Dense
+from atp_tune.run.session import Setup
+from atp_tune.sparse.applying import Way, folder_scores, sparse_folder, write_sparse
+from atp_tune.sparse.card import ALONE, AS_CODES, AS_FLOATS, DENSE_FILES, FLOAT_FILES
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.spec.config import Config
@@ -169,6 +168,7 @@ FLOATS = {
 }
 AGAIN = "apply --config atp_tune.json --out DIR"
 NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
+PACKED_WORDS = {DENSE_FILES: NOT_STORED, ALONE: NEEDED}
 OF_VALUES = "The sparse matrices keep their nonzero weights{rounded} and one bit for each weight"
 OF_CODES = (
     "The rounded matrices keep the code of each weight in its few bits, or of each nonzero one and a bit for each "
@@ -228,11 +228,17 @@ def pack_folder(
     check_free(out)
     if kind != "same":
         find_device(device)
-    work = _Packing(source, kind, group_size, codes, lambda _, size: check_free(out, _least(source, kind) * size))
+
+    def ask(folder: Path, size: int) -> None:  # room at least for the weights that are not zero
+        made = origin(source)
+        share = 0.0 if made is None or made.config.bits is not None else 1 - made.config.sparsity.realised
+        check_free(out, (share / 2 if kind == "int8" else share) * size)
+
+    work = _Packing(source, kind, group_size, codes, ask)
     watch(TrialStarted(f"packing {out}", None))
     with sparse_folder(work.source, out) as folder:
         for number, shard in enumerate(work.shards, 1):
-            work.pack_shard(shard, folder / work.packed_name(shard))
+            work.pack_shard(shard, folder)
             watch(Step("packing", number, len(work.shards)))
         if codes is not None:
             codes.check_all_stored()
@@ -246,14 +252,8 @@ def pack_folder(
         if rounding and (folder / CARD).is_file():
             with (folder / CARD).open("a", encoding="utf-8") as card:
                 card.write(f"\nPerplexity on the test text: {rounding[0]} before rounding, {rounding[1]} after.\n")
-        return work.packed(folder, rounding)
-
-
-def _least(source: Path, kind: Kind) -> float:
-    """The share of a folder's bytes that a packed one has, at least: of weights that are not zero."""
-    made = origin(source)
-    share = 0.0 if made is None or made.config.bits is not None else 1 - made.config.sparsity.realised
-    return share / 2 if kind == "int8" else share
+        sizes = [sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder)]
+        return Packed(len(work.linears), len(work.stored), *work.bytes, sizes[0], sizes[1], rounding, work.auto)
 
 
 def check_class(source: Path, what: str) -> None:
@@ -274,21 +274,10 @@ def check_packable(folder: Path, named: object) -> None:
         raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
 
 
-def write_to_pack(
-    context: Session, plan: Plan, out: Path, config: Config, codes: Codes | None = None, dtype: str | None = SOURCE
-) -> Dense:
-    """`write_sparse` for a folder that is packed next; UserError, before anything is pruned, if it cannot be.
-
-    codes: of rounded weights, which are kept there.
-    """
-    check_packable(context.folder.path, f"--packed: {config.model.id}")
-    return write_sparse(context, plan, out, config, save=None if codes is None else codes.save, dtype=dtype)
-
-
 def to_pack(config: Config, codes: Codes | None) -> Way:
-    """The way to write the folder of a configuration that is packed next, beside it."""
+    """The way to write the folder of a configuration that is packed next, beside it; `codes` of rounded weights."""
     check = partial(check_packable, named=f"--packed: {config.model.id}")
-    return Way(partial(write_to_pack, codes=codes), check, 2 - config.sparsity.target)
+    return Way(partial(write_sparse, save=None if codes is None else codes.save), check, 2 - config.sparsity.target)
 
 
 def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
@@ -311,64 +300,66 @@ class _Packing:
         check_packable(source, source)
         self.source = resolve(ModelConfig(source=str(source.absolute())), Path(), ask=ask).path
         check_class(self.source, "pack")
-        self.records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
-        if self.records:
+        self._records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
+        if self._records:
             stored_manifest(self.source)  # UserError if they are not what atp_tune writes
-        self.kind, self.group_size, self._codes = kind, group_size, codes
+        self._kind, self._group_size, self._codes = kind, group_size, codes
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, dict[str, Any]] = {}
         self.stored: dict[str, dict[str, Any]] = {}
-        self.original = Original(version=VERSION)
+        self._original = Original(version=VERSION)
         self._places: dict[str, str] = {}  # packed shard of each tensor
-        self._bytes = (0, 0)  # of the packed tensors before and after
-        self._model = _empty_model(self.source)
-        self._packable = _packable(self._model)
+        self.bytes = (0, 0)  # of the packed tensors before and after
+        self.auto = auto_class(self.source).__name__
+        model = empty_model(self.source)
+        self._prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        # The linears that can stay packed in memory, by the names of their weights; none whose weight has two names.
+        self._packable = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if is_packable(module) and module is not head and f"{name}.weight" not in tied
+        }
 
-    def packed_name(self, shard: str) -> str:
-        """The name of a packed shard, by which transformers finds it as a variant of the weights."""
-        if len(self.shards) == 1:
-            return "model.packed.safetensors"
-        return f"model.packed-{self.shards.index(shard) + 1:05}-of-{len(self.shards):05}.safetensors"
-
-    def pack_shard(self, shard: str, out: Path) -> None:
-        """Packs one file of the weights."""
-        file = self.source / shard
+    def pack_shard(self, shard: str, folder: Path) -> None:
+        """Packs one file of the weights, under a name by which transformers finds it as a variant of the weights."""
+        file, out = self.source / shard, folder / "model.packed.safetensors"
+        if len(self.shards) > 1:
+            number, count = self.shards.index(shard) + 1, len(self.shards)
+            out = folder / f"model.packed-{number:05}-of-{count:05}.safetensors"
         entries = read_header(file)  # UserError if it is none
         with file.open("rb") as stream:
-            self.original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+            self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
         tensors: dict[str, Tensor] = {}
         with safe_open(file, framework="pt") as opened:
             for name, entry in entries.items():
                 dense = opened.get_tensor(name)
                 found = self._pack(name, dense, entry["dtype"])
                 tensors.update(found or {name: dense})
-                if found is None and self.kind != "same":
-                    self.original.tensors[name] = sha256_of_tensor(dense)
+                if found is None and self._kind != "same":
+                    self._original.tensors[name] = sha256_of_tensor(dense)
         save_file(tensors, out, metadata={"format": "pt"})
         out.chmod(0o644)  # as the others; safetensors lets only the owner read it
         self._places.update(dict.fromkeys(tensors, out.name))
-        self.original.sha256[shard] = sha256_of(file) if self.kind == "same" else None
+        self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
 
     def _pack(self, name: str, dense: Tensor, dtype: str) -> dict[str, Tensor] | None:
         """The tensors in the place of a sparse or a coded one; None for one that stays."""
-        prefix = f"{self._model.base_model_prefix}."
-        names, coded = (name, name.removeprefix(prefix), prefix + name), None
+        names, coded = (name, name.removeprefix(self._prefix), self._prefix + name), None
+        is_sparse = dtype in dtypes() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
         if self._codes is not None:
             coded = self._codes.find(names)
-            if coded is None:
-                return None
-        elif dtype not in dtypes() or dense.dim() < 2 or zeros_of(dense) < LEAST:
+        if not (is_sparse if self._codes is None else coded):
             return None
-        is_sparse = zeros_of(dense) >= LEAST
         linear = next((other for other in names if other in self._packable), None) if is_sparse else None
         about: dict[str, Any] = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
             if linear != name:
-                self.original.names[name] = linear
+                self._original.names[name] = linear
         if coded is None:
-            parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self.kind, self.group_size)
+            parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self._kind, self._group_size)
             about["nonzeros"] = len(parts[VALUES])
             again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES)).to(dense.dtype)
         else:
@@ -377,91 +368,66 @@ class _Packing:
             if bytes_of(again) != bytes_of(dense):
                 raise UserError(f"{name}: its codes do not give the weights of {self.source}")
         (self.stored if linear is None else self.linears)[linear or name] = about
-        self.original.tensors[name] = sha256_of_tensor(again)
-        before, after = self._bytes
-        self._bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
+        self._original.tensors[name] = sha256_of_tensor(again)
+        before, after = self.bytes
+        self.bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
         return {f"{linear or name}{end}": part for end, part in parts.items()}
 
     def describe(self, folder: Path) -> None:
         """Writes config, code, index and card, and what `unpack` needs."""
-        config = read_table(self.source / CONFIG)
-        auto = auto_class(self.source).__name__
+        original, config = self._original, read_table(self.source / CONFIG)
+
+        def change(name: str, text: str) -> None:  # writes a small file anew, and keeps what it was
+            original.files[name] = as_text(folder / name)
+            (folder / name).write_bytes(as_bytes(text))
+
         table = {
-            "version": VERSION, "family": config["model_type"], "class": auto, "values": self.kind,
-            "group_size": self.group_size, "linears": self.linears, "stored": self.stored,
+            "version": VERSION, "family": config["model_type"], "class": self.auto, "values": self._kind,
+            "group_size": self._group_size, "linears": self.linears, "stored": self.stored,
         }  # fmt: skip
         if self._codes is not None:
             table |= {"version": WITH_CODES, **self._codes.in_memory(self._fits)}
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
-        places = {"AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}", auto: f"{CODE.stem}.{PackedModel.__name__}"}
+        places = {
+            "AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}",
+            self.auto: f"{CODE.stem}.{PackedModel.__name__}",
+        }
         config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places, MODEL_TYPE: table}
-        self._change(folder, CONFIG, json.dumps(config, indent=2) + "\n")
+        change(CONFIG, json.dumps(config, indent=2) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
-        self.original.added.append(CODE.name)
+        original.added.append(CODE.name)
         if len(self.shards) > 1:
             index = {"metadata": {}, "weight_map": dict(sorted(self._places.items()))}
             (folder / PACKED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            self.original.added.append(PACKED_INDEX)
+            original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
-            self.original.files[INDEX] = as_text(folder / INDEX)
+            original.files[INDEX] = as_text(folder / INDEX)
             (folder / INDEX).unlink()
         if (folder / CARD).is_file():
+            again = {AGAIN: f"{AGAIN} --packed"} if self._kind == "same" else {}
             text = as_text(folder / CARD)
-            text = text.replace(DENSE_FILES, NOT_STORED).replace(ALONE, NEEDED)
-            for floats, as_codes in FLOATS.items() if self._codes is not None else ():
-                text = text.replace(floats, as_codes)
-            if self.kind == "same":
-                text = text.replace(AGAIN, f"{AGAIN} --packed")
-            self._change(folder, CARD, f"{text.rstrip()}\n\n{self._said(auto)}")
-        records = [folder / name for name in self.records]
-        self.original.files.update({file.name: as_text(file) for file in records})
-        self.original.write(folder)
+            for was, now in {**PACKED_WORDS, **({} if self._codes is None else FLOATS), **again}.items():
+                text = text.replace(was, now)
+            rounded = {"same": "", "bf16": ", rounded to bfloat16,", "int8": ", rounded to int8,"}[self._kind]
+            how = OF_VALUES.format(rounded=rounded) if self._codes is None else OF_CODES
+            said = SAID.format(how=how, share=self.bytes[1] / self.bytes[0], auto=self.auto)
+            change(CARD, f"{text.rstrip()}\n\n{said}")
+        records = [folder / name for name in self._records]
+        original.files.update({file.name: as_text(file) for file in records})
+        original.write(folder)
         for file in records:
             record = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(record.get("manifest"), dict):
                 record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
                 file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def packed(self, out: Path, rounding: tuple[Perplexity, Perplexity] | None) -> Packed:
-        """What was packed."""
-        before, after = (sum(map(_size, one.glob("*.safetensors"))) for one in (self.source, out))
-        auto = auto_class(self.source).__name__
-        return Packed(len(self.linears), len(self.stored), *self._bytes, before, after, rounding, auto)
 
-    def _change(self, folder: Path, name: str, text: str) -> None:
-        """Writes a small file anew, and keeps what it was."""
-        self.original.files[name] = as_text(folder / name)
-        (folder / name).write_bytes(as_bytes(text))
-
-    def _said(self, auto: str) -> str:
-        dense, packed = self._bytes
-        rounded = {"same": "", "bf16": ", rounded to bfloat16,", "int8": ", rounded to int8,"}[self.kind]
-        how = OF_VALUES.format(rounded=rounded) if self._codes is None else OF_CODES
-        return SAID.format(how=how, share=packed / dense, auto=auto)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _empty_model(source: Path) -> nn.Module:
-    """The model of a folder without its weights."""
+def empty_model(source: Path) -> Any:
+    """The model of a folder without its weights; UserError if there is no such model."""
     try:
         with quiet("transformers"), torch.device("meta"):
-            model: nn.Module = auto_class(source).from_config(model_config(source, trusted=False))
-            return model
+            return auto_class(source).from_config(model_config(source, trusted=False))
     except UserError:
         raise
     except Exception as error:  # models raise many types
         raise UserError(f"model {source}: transformers cannot make its model: {one_line(error)}") from error
-
-
-def _packable(model: Any) -> dict[str, nn.Module]:
-    """The linears that can stay packed in memory, by the names of their weights; none whose weight has two names."""
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    head = model.get_output_embeddings()
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if is_packable(module) and module is not head and f"{name}.weight" not in tied
-    }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from atp_tune.allocations.channels import ChannelSet
 from atp_tune.blocks.replay import Replay
@@ -36,7 +36,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, sparse_folder, write_sparse
 from atp_tune.sparse.card import Dense, describe
-from atp_tune.sparse.packing import check_class
+from atp_tune.sparse.packing import check_class, empty_model
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.patterns import parse
@@ -134,12 +134,13 @@ class Cut:
     transposed: bool
     shape: list[int] = field(default_factory=list)
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """The weight, as stored, after the cut."""
-        matrix = weight.T if self.transposed else weight
-        for dim, kept in ((0, self.rows), (1, self.columns)):
+    def of(self, stored: Tensor) -> Tensor:
+        """The weight, or the bias, as stored, after the cut."""
+        is_turned = self.transposed and stored.dim() > 1
+        matrix = stored.T if is_turned else stored
+        for dim, kept in enumerate((self.rows, self.columns)[: stored.dim()]):
             matrix = matrix if kept is None else matrix.index_select(dim, kept)
-        return (matrix.T if self.transposed else matrix).contiguous()
+        return (matrix.T if is_turned else matrix).contiguous()
 
 
 def check_pattern(config: Config) -> None:
@@ -169,7 +170,14 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
         dense = write_sparse(context, plan, masked, config, cuts.add, dtype=dtype)
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
-            _write_weights(masked, folder, cuts.tensors(masked))
+            linears = cuts.tensors(masked)
+            for file in sorted(masked.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as opened:
+                    metadata = opened.metadata() or {"format": "pt"}
+                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                tensors |= {name: linears[name].of(tensors[name]) for name in tensors.keys() & linears.keys()}
+                save_file(tensors, folder / file.name, metadata=metadata)
+                (folder / file.name).chmod(0o644)
             # Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code.
             table = read_table(folder / CONFIG)
             wanted = {name: cut.shape for name, cut in cuts.linears.items()}
@@ -246,24 +254,6 @@ class _Cuts:
         return f"{self.checkpoint.block_names[index]}.{linear}"
 
 
-def _write_weights(source: Path, out: Path, cuts: dict[str, Cut]) -> None:
-    """Writes each shard of `source` with its linears cut."""
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
-            tensors = {name: _cut(opened.get_tensor(name), cuts.get(name)) for name in opened.keys()}  # noqa: SIM118
-        save_file(tensors, out / file.name, metadata=metadata or {"format": "pt"})
-        (out / file.name).chmod(0o644)
-
-
-def _cut(tensor: Tensor, cut: Cut | None) -> Tensor:
-    if cut is None:
-        return tensor
-    if tensor.dim() == 1:
-        return tensor if cut.rows is None else tensor.index_select(0, cut.rows)
-    return cut.weight(tensor)
-
-
 def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]], auto_class: str) -> dict[str, Any]:
     """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
     if config["model_type"] == MODEL_TYPE:
@@ -310,12 +300,10 @@ def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
     with temporary_folder() as place:
         (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            with quiet("transformers"), torch.device("meta"):
-                model: nn.Module = auto_class(place).from_config(model_config(place, trusted=False))
-            made, dense = model, cuts.checkpoint.model
-        except Exception:  # models raise many types for numbers that do not fit
+            made = empty_model(place)
+        except UserError:  # its numbers do not fit
             return False
-    wanted = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    wanted = {name: parameter.shape for name, parameter in cuts.checkpoint.model.named_parameters()}
     for name, cut in cuts.linears.items():
         wanted[f"{name}.weight"] = torch.Size(cut.shape[::-1] if cut.transposed else cut.shape)
         if f"{name}.bias" in wanted:
