@@ -277,12 +277,6 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
     return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]
 
 
-def _metric(text: Data, bos: bool) -> str:
-    if isinstance(text, ImageSet):
-        return "perplexity over classes, the exponential of the mean cross-entropy"
-    return f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
-
-
 def words(text: Data) -> str:
     """A text, or images, in a few words: source, split, part and windows; without folders."""
     kind, _, rest = text.source.partition(":")
