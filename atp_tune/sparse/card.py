@@ -26,7 +26,7 @@ from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.results.results import NOTHING
 from atp_tune.sparse.provenance import ABOUT, CARD, FINETUNED, Finetuned
-from atp_tune.spec.config import Baseline, Compared, Config
+from atp_tune.spec.config import Baseline, Compared, Config, ZeroShot
 from atp_tune.spec.data import MEMORY, ImageSet, short_source
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.patterns import parse
@@ -144,44 +144,24 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         files, equal = FLOAT_FILES, EQUAL.replace("pruned", "rounded")
     elif config.bits is not None:
         also = f"Kept weights are rounded to {plan.fixed_bits} bits by {_quantizer(config)}{AS_FLOATS}"
-    draws = ""
-    if of_draws := config.draws and config.draws.best:
-        against = f", {of_draws.beside('uniform’s')}" if of_draws.change else ""
-        how = of_draws.how(
-            "images" if isinstance(config.texts.validation, ImageSet) else "text", is_fitted(plan.allocation)
-        )
-        was = "was, before training," if config.is_trained else "is"
-        draws = f"Over {of_draws.count} draws of the calibration text it {was} {of_draws}{against} ({how})."
-    # Zero-shot scores: a row for each task, then the mean.
-    tasks, mean = list[dict[str, Any]](), None
-    if found := config.zero_shot:
-        mean = found.mean
-        for task in found.tasks:
-            cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
-            tasks.append({"name": escaped(f"{task.task}, {task.metric}"), "cells": cells})
-    if mean:
-        tasks.append({"name": "mean", "cells": [measure(mean.get(model)) for model in MODELS]})
     bars = (
         f"block {k:>3}  {f'{s:<4.3g}' if by_bits else f'{s:6.1%}'}  {'█' * round((4 if by_bits else WIDTH) * s)}"
         for k, s in enumerate(plan.amounts)
     )
     return {
-        "config": config,
-        "plan": plan,
-        "dense": dense,
+        "config": config, "plan": plan, "dense": dense,
         "base": escaped(_source(config, dense)),
         "allocation": _allocation(config),
         "after": SOURCES.get(plan.allocation, ""),
         "rounded": not plan.is_even if by_bits else len(set(plan.amounts)) > 1,
-        "measures": head,
-        "scores": scores,
+        "measures": head, "scores": scores,
         "notes": " ".join(by.note for by in MEASURES.values() if by.note and config.scored(measure=by)),
         "test": escaped(words(text)),
         "errors": error_over(
             text.nsamples and -(-text.nsamples // text.stride), "images" if isinstance(text, ImageSet) else "windows"
         ),
         "models": list(MODELS.values()),
-        "tasks": tasks,
+        "tasks": list(_tasks(config.zero_shot)) if config.zero_shot else [],
         "speed": [map(escaped, row) for row in speed(config.speed).rows] if config.speed else [],
         "continuations": [
             [escaped(in_one_line(text)) for text in (prompt, *(made[name] for name in MODELS))]
@@ -191,19 +171,16 @@ def _values(config: Config, dense: Dense) -> dict[str, Any]:
         "untested": list(map(escaped, untested(config, dense.folder, words(text).partition(",")[0]))),
         "elsewhere": _source(config, dense) == _base(config),
         "how": continuations_note(said) if said else "",
-        "updated": updated,
-        "channels": channels,
-        "bits": rounding,
-        "also": also,
-        "draws": draws,
-        "equal": equal,
-        "dense_files": files,
+        "updated": updated, "channels": channels,
+        "bits": rounding, "also": also,
+        "draws": _draws(config),
+        "equal": equal, "dense_files": files,
         "classifies": isinstance(text, ImageSet),
         "reader": "AutoProcessor" if any((dense.folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
         "chart": fenced("text", "\n".join(bars)),
         "in_memory": config.model.id.startswith(MEMORY),
         "facts": {key: escaped(value) for key, value in _facts(config, dense).items()},
-    }
+    }  # fmt: skip
 
 
 def _base(config: Config) -> str:
@@ -224,6 +201,27 @@ def read_card(file: Path) -> Any:
             return ModelCard.load(file, ignore_metadata_errors=True)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return None
+
+
+def _draws(config: Config) -> str:
+    """A sentence on the perplexity of this plan over several draws of the calibration text; empty without any."""
+    found = config.draws and config.draws.best
+    if not found:
+        return ""
+    against = f", {found.beside('uniform’s')}" if found.change else ""
+    data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
+    how = found.how(data, is_fitted(config.plan.allocation))
+    was = "was, before training," if config.is_trained else "is"
+    return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
+
+
+def _tasks(found: ZeroShot) -> Iterator[dict[str, Any]]:
+    """Zero-shot scores: a row for each task, then the mean."""
+    for task in found.tasks:
+        cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
+        yield {"name": escaped(f"{task.task}, {task.metric}"), "cells": cells}
+    if found.mean:
+        yield {"name": "mean", "cells": [measure(found.mean.get(model)) for model in MODELS]}
 
 
 def _scores(config: Config) -> tuple[list[str], list[list[str]]]:
