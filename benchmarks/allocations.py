@@ -20,7 +20,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial
 
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown

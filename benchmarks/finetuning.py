@@ -33,7 +33,7 @@ from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.events import Event, Message, Place
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup

@@ -30,7 +30,7 @@ from transformers import (
 from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.inputs.images import read_images
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.spec.data import ImageSet

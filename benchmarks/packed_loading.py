@@ -20,7 +20,7 @@ from speedup import random_llama, smol
 
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.cli.display import Display
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.events import EventHandler
 from atp_tune.packed.layout import Kind
 from atp_tune.sparse.packing import pack_folder

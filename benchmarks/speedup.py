@@ -34,7 +34,7 @@ from atp_tune.api.pruning import prune_study
 from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.events import EventHandler, Place
 from atp_tune.metrics.speed import Speed
 from atp_tune.sparse.provenance import ABOUT

@@ -16,7 +16,7 @@ from uuid import uuid4
 import optuna
 from optuna.trial import TrialState
 
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
 from atp_tune.storage import database, fingerprint, lost_trials, opening, progress

@@ -18,7 +18,7 @@ from typing import IO, NoReturn
 from urllib.request import ProxyHandler, build_opener
 
 from atp_tune.cli import main
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 
 HANGS = 600
 HEARD = re.compile(r"dashboard: +(http://\S+)")

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 
 with quiet():  # which libraries read as they are imported
     import alembic.migration

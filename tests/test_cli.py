@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from tinystudy import HANGS, LONG, CommandLine, few_at_a_time, finish, run, settings, start, study_file, wait_for
 
 import atp_tune
-from atp_tune.cli.runtime import interruptible
+from atp_tune.cli.terminal import interruptible
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress

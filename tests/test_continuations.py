@@ -18,7 +18,7 @@ from tinystudy import CommandLine, run, settings, stored
 
 from atp_tune import generation as generation_prompts
 from atp_tune.cli import tables
-from atp_tune.cli.console import Terminal
+from atp_tune.cli.terminal import Terminal
 from atp_tune.events import Event, Message
 from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import storage_in
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, go_silent, run, settings, start, study_file, wait_for
 
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan

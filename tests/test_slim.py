@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.packed.modeling_atp_slim import places

@@ -25,7 +25,7 @@ from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, settings, start, stored, study_file
 
 from atp_tune.cli import live_status, tables
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.measures import TEXTS, Perplexity
 from atp_tune.results.formatting import duration, method_of

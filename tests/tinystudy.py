@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from atp_tune.allocations import prices
 from atp_tune.blocks import replay
 from atp_tune.cli import main
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.search.runner import StudyRun, tune
 from atp_tune.spec.studyfile import StudyFile, load

@@ -4,10 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from atp_tune.cli import completion
-from atp_tune.cli.options import Device, Permissions, Storage, StudyLabel, load_study, stored_study
+from atp_tune.cli.options import Device, Permissions, Storage, StudyLabel, load_study, option, stored_study, wrong
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration
@@ -40,11 +38,8 @@ class BestOptions(Permissions):
 
     study: Annotated[
         str | None,
-        typer.Option(
-            "--study",
-            metavar="NAME",
-            help="A study, by name or path, whose best is taken.",
-            autocompletion=completion.study_names,
+        option(
+            "NAME", "A study, by name or path, whose best is taken.", "--study", autocompletion=completion.study_names
         ),
     ] = None
     study_name: StudyLabel = None
@@ -54,10 +49,10 @@ class BestOptions(Permissions):
     def check(self, other: str, given: Any, **of_study: Any) -> None:
         """BadParameter unless either `other` is given, or a study, whose further options are not given without it."""
         if (given is None) == (self.study is None):
-            raise typer.BadParameter(f"give either {other} or --study NAME", param_hint=other.split(maxsplit=1)[0])
+            raise wrong(other.split(maxsplit=1)[0], f"give either {other} or --study NAME")
         for name, value in {"study_name": self.study_name, **of_study}.items():
             if value and self.study is None:
-                raise typer.BadParameter("only with --study", param_hint=f"--{name.replace('_', '-')}")
+                raise wrong(f"--{name.replace('_', '-')}", "only with --study")
 
     @property
     def allowed(self) -> dict[str, bool]:

@@ -4,8 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import typer
-
+from atp_tune.cli.options import wrong
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 
@@ -30,7 +29,7 @@ class ChoiceOptions:
         """BadParameter if two are given."""
         given = self.options
         if len(given) > 1:
-            raise typer.BadParameter(f"names one trial, and {given[0]} another; leave one out", param_hint=given[1])
+            raise wrong(given[1], f"names one trial, and {given[0]} another; leave one out")
 
     @property
     def options(self) -> list[str]:

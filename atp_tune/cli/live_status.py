@@ -17,9 +17,8 @@ from rich.live import Live
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from atp_tune.cli.runtime import interruptible
 from atp_tune.cli.tables import progress_line, show_status, trials_table
-from atp_tune.cli.terminal import console
+from atp_tune.cli.terminal import console, interruptible
 from atp_tune.errors import UserError, printable
 from atp_tune.results.status import Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import Summary, summarise

@@ -16,59 +16,60 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer bring
 if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
-STUDY: Any = typer.Option(
-    "--study",
-    metavar="NAME",
-    help="Name of a study in `studies/`, or path of a .toml file.",
-    autocompletion=completion.study_names,
+
+def option(metavar: str, about: str, *names: str, **more: Any) -> Any:
+    """An option with a value."""
+    return typer.Option(*names, metavar=metavar, help=about, **more)
+
+
+def flag(name: str, about: str) -> Any:
+    """An option without a value."""
+    return option("", about, name)
+
+
+def wrong(name: str, why: str) -> Exception:
+    """The error of an option."""
+    return typer.BadParameter(why, param_hint=name)
+
+
+STUDY: Any = option(
+    "NAME", "Name of a study in `studies/`, or path of a .toml file.", "--study", autocompletion=completion.study_names
 )
 StudyName = Annotated[str, STUDY]
 StudyLabel = Annotated[
     str | None,
-    typer.Option("--study-name", metavar="NAME", help="Name of the study in the storage; default: the study file's."),
+    option("NAME", "Name of the study in the storage; default: the study file's.", "--study-name"),
 ]
 Storage = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Optuna storage URL; default: NAME.db beside the study file."),
+    option("URL", "Optuna storage URL; default: NAME.db beside the study file."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
+        "KEY=VALUE",
+        "Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
         "--set",
-        metavar="KEY=VALUE",
-        help="Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
         autocompletion=completion.overrides,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document and nothing else.")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", metavar="", help="Read .bin weights, which are pickles and may run code.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", metavar="", help="Run the Python code that the model's folder holds.")
-]
+Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else.")]
+AllowPickle = Annotated[bool, flag("--allow-pickle", "Read .bin weights, which are pickles and may run code.")]
+TrustRemoteCode = Annotated[bool, flag("--trust-remote-code", "Run the Python code that the model's folder holds.")]
 TrustPlugins = Annotated[
     bool,
-    typer.Option(
-        "--trust-plugins",
-        metavar="",
-        help="Run the Python code that the study names: plug-ins, packages of texts, functions of tasks.",
+    flag(
+        "--trust-plugins", "Run the Python code that the study names: plug-ins, packages of texts, functions of tasks."
     ),
 ]
-Private = Annotated[
-    bool, typer.Option("--private", metavar="", help="Make the repository private, if it does not exist yet.")
-]
+Private = Annotated[bool, flag("--private", "Make the repository private, if it does not exist yet.")]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(
-        "--prompt",
-        metavar="TEXT",
-        help="A prompt to continue, in a study beside three fixed ones; may be given several times.",
-    ),
+    option("TEXT", "A prompt to continue, in a study beside three fixed ones; may be given several times.", "--prompt"),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.", autocompletion=completion.devices),
+    option("DEVICE", "auto, cpu, mps, cuda or cuda:N.", autocompletion=completion.devices),
 ]
 
 
@@ -82,11 +83,12 @@ class Format(StrEnum):
 
 DType = Annotated[
     Format | None,
-    typer.Option(
-        "--dtype", metavar="DTYPE",
-        help="float32, bfloat16 or float16 for the folder; default: as the dense model's files, of .gguf as computed.",
+    option(
+        "DTYPE",
+        "float32, bfloat16 or float16 for the folder; default: as the dense model's files, of .gguf as computed.",
+        "--dtype",
     ),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
 
     for prompt in prompts or ():
         if not prompt.strip() or not is_text(prompt):
-            raise typer.BadParameter("must be a text, and not empty", param_hint="--prompt")
+            raise wrong("--prompt", "must be a text, and not empty")
     return tuple(prompts or ())
 
 

@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atp_tune.cli.commands.plan import show_plan
-from atp_tune.cli.options import Device, Overrides, Prompts, Storage, TrustPlugins, checked_prompts, load_study
-from atp_tune.cli.terminal import console
+from atp_tune.cli.options import (
+    Device,
+    Overrides,
+    Prompts,
+    Storage,
+    TrustPlugins,
+    checked_prompts,
+    flag,
+    load_study,
+    option,
+    wrong,
+)
+from atp_tune.cli.terminal import console, working
 from atp_tune.extras import require
 
 if TYPE_CHECKING:
@@ -46,40 +57,32 @@ class RunOptions:
     """The options of a command that runs a study."""
 
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None
-    timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Start no new trial after so many seconds.")
-    ] = None
+    timeout: Annotated[float | None, option("SECONDS", "Start no new trial after so many seconds.", min=0)] = None
     storage: Storage = None
     device: Device = None
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
     ] = None
-    devices: Annotated[
-        str | None, typer.Option(metavar="LIST", help="One worker process for each device, as in `cuda:0,cuda:1`.")
-    ] = None
+    devices: Annotated[str | None, option("LIST", "One worker process for each device, as in `cuda:0,cuda:1`.")] = None
     allow_device_change: Annotated[
         bool,
-        typer.Option(
-            "--allow-device-change", metavar="", help="Resume a study that began on another device or in another dtype."
-        ),
+        flag("--allow-device-change", "Resume a study that began on another device or in another dtype."),
     ] = False
     engine: Annotated[
         PoolEngine,
-        typer.Option(metavar="ENGINE", help="process: workers run on this machine; ray: on a cluster, one per GPU."),
+        option("ENGINE", "process: workers run on this machine; ray: on a cluster, one per GPU."),
     ] = PoolEngine.process
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address of the Ray cluster; default: this machine's.")
-    ] = None
+    ray_address: Annotated[str | None, option("HOST:PORT", "Address of the Ray cluster; default: this machine's.")] = (
+        None
+    )
     track: Annotated[
         list[TrackerName] | None,
-        typer.Option(metavar="TRACKER", help="Also write trials to tensorboard, mlflow or wandb; may be repeated."),
+        option("TRACKER", "Also write trials to tensorboard, mlflow or wandb; may be repeated."),
     ] = None
     trust_plugins: TrustPlugins = False
     set_: Overrides = None
     prompt: Prompts = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", metavar="", help="Print the study's cost, as `plan` does; run nothing.")
-    ] = False
+    dry_run: Annotated[bool, flag("--dry-run", "Print the study's cost, as `plan` does; run nothing.")] = False
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
@@ -117,7 +120,7 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
         return [device] * (workers or 1)
     listed = [name.strip() for name in devices.split(",") if name.strip()]
     if not listed or (workers is not None and workers != len(listed)):
-        raise typer.BadParameter(f"names {len(listed)} devices, --workers {workers}", param_hint="--devices")
+        raise wrong("--devices", f"names {len(listed)} devices, --workers {workers}")
     return listed
 
 
@@ -125,13 +128,13 @@ def _worker_pool(options: RunOptions, names: list[str]) -> "WorkerPool | None":
     """The pool of workers that runs the trials; None if this process does."""
     if options.engine == PoolEngine.ray:
         if options.devices is not None:
-            raise typer.BadParameter("Ray chooses them; write --workers N", param_hint="--devices")
+            raise wrong("--devices", "Ray chooses them; write --workers N")
         require("ray", "--engine ray")
         from atp_tune.cli.ray_engine import run_on_ray
 
         return partial(run_on_ray, count=options.workers, address=options.ray_address or "auto")
     if options.ray_address is not None:
-        raise typer.BadParameter("only with --engine ray", param_hint="--ray-address")
+        raise wrong("--ray-address", "only with --engine ray")
     from atp_tune.cli.worker_pool import run_workers
 
     return partial(run_workers, devices=names) if len(names) > 1 else None
@@ -150,14 +153,13 @@ def _run(
     Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     """
     from atp_tune.api.tuning import run_study
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import interruptible, quiet
     from atp_tune.cli.tables import show_summary
+    from atp_tune.cli.terminal import interruptible
     from atp_tune.events import Message
     from atp_tune.search.runner import StudyRun, load_existing
     from atp_tune.tracking.following import Follower
 
-    with quiet(), interruptible(), Display() as display:
+    with working() as display, interruptible():
         opened = (lambda context: display(Message(said(file, context)))) if said else None
         run = StudyRun(
             file, name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened

@@ -1,9 +1,18 @@
-"""The console that all commands print to, and its two kinds of tables: for the terminal and in Markdown."""
+"""The console that commands print to, its tables, and what they run in: silenced libraries, Ctrl-C, progress."""
 
-from collections.abc import Iterable
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
+
+from atp_tune import system
+from atp_tune.errors import printable
+from atp_tune.extras import as_typed
+from atp_tune.system import silenced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,6 +20,8 @@ if TYPE_CHECKING:
 
 WRAPPED = ("remark", "what", "plan", "dense", "uniform", "best")  # columns that may take several lines
 LEAST = len("φ=-0.0123456")  # columns of a plan, so that no parameter is broken
+STOPS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h"
 WIDE = 1000  # columns: no line of a Markdown table is broken
 
 
@@ -32,7 +43,15 @@ class LazyConsole:
 
 @cache
 def _console() -> "Console":
-    from atp_tune.cli.console import Terminal
+    from rich.console import Console
+    from rich.text import Text
+
+    class Terminal(Console):
+        """A console that escapes control characters, which strangers may have written, and types commands as here."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            lines = "\n".join(map(printable, text.split("\n")))
+            return super().render_str(as_typed(lines), **options)
 
     return Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
 
@@ -77,3 +96,63 @@ def gib(size: int) -> str:
 def trials(number: int) -> str:
     """A number of trials in words: `1 trial`, `2 trials`."""
     return f"{number} trial" + "s" * (number != 1)
+
+
+@contextmanager
+def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Silences the logs and warnings of libraries; their exceptions still reach the caller.
+
+    Log messages of this package go to `tell`, by default the console.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    own, words = logging.getLogger("atp_tune"), Words(tell or console.print)
+    own.addHandler(words)
+    try:
+        with silenced():
+            yield
+    finally:
+        own.removeHandler(words)
+
+
+class Words(logging.Handler):
+    """Passes the package's log messages to a function."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes one message on."""
+        self._tell(record.getMessage())
+
+
+@contextmanager
+def interruptible(*stops: signal.Signals) -> Iterator[None]:
+    """Ctrl-C or SIGTERM raises KeyboardInterrupt, never within a transaction; a second Ctrl-C ends the process at once.
+
+    A second SIGTERM is ignored, since Slurm sends several.
+    """
+    stops = stops or STOPS
+
+    def once() -> None:
+        for stop in stops:
+            signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
+        if console.is_terminal:
+            with suppress(OSError, ValueError):  # not by `console`, which may be writing just now
+                os.write(console.file.fileno(), SHOW_CURSOR)
+
+    with system.interruptible(*stops, once=once):
+        yield
+
+
+@contextmanager
+def working(is_quiet: bool = False) -> Iterator[Any]:
+    """Runs a command's work with silenced libraries, and yields its event handler, which shows progress.
+
+    `is_quiet`: nothing else is printed meanwhile.
+    """
+    from atp_tune.cli.display import Display
+    from atp_tune.events import ignore_events
+
+    with quiet(), redirect_stdout(StringIO()) if is_quiet else nullcontext(), Display() as display:
+        yield ignore_events if is_quiet else display

@@ -18,7 +18,7 @@ from time import time
 from typing import Any, TypeVar
 
 from atp_tune.cli.display import Display, Line
-from atp_tune.cli.runtime import interruptible, quiet
+from atp_tune.cli.terminal import interruptible, quiet
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
 from atp_tune.spec.studyfile import StudyFile

@@ -8,8 +8,8 @@ import typer
 
 from atp_tune.cli.best import Best, BestOptions
 from atp_tune.cli.commands.push import upload
-from atp_tune.cli.options import DType, Private, UsageError
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.options import DType, Private, UsageError, flag, option, wrong
+from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
@@ -19,30 +19,20 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def apply(
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
-    ] = None,
-    packed: Annotated[
-        bool, typer.Option("--packed", metavar="", help="Write no zeros, and rounded weights in their number of bits.")
-    ] = False,
+    config: Annotated[Path | None, option("FILE", "Configuration, as a run or `export` writes it.")] = None,
+    out: Annotated[Path | None, option("DIR", "Folder for the sparse checkpoint; new or empty.")] = None,
+    packed: Annotated[bool, flag("--packed", "Write no zeros, and rounded weights in their number of bits.")] = False,
     slim: Annotated[
         bool,
-        typer.Option(
-            "--slim", metavar="", help='Write the folder without the channels that `pattern = "channels"` prunes.'
-        ),
+        flag("--slim", 'Write the folder without the channels that `pattern = "channels"` prunes.'),
     ] = False,
     verify: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Only check whether the files of a sparse checkpoint are as they were written."
-        ),
+        option("DIR", "Only check whether the files of a sparse checkpoint are as they were written."),
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option(metavar="ORG/NAME", help="Also upload the folder to this model repository on the hub."),
+        option("ORG/NAME", "Also upload the folder to this model repository on the hub."),
     ] = None,
     recover: Annotated[
         bool,
@@ -79,20 +69,20 @@ def apply(
     if verify is not None:
         if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
             said = "goes without --config, --study, --out, --packed, --slim and --push"
-            raise typer.BadParameter(said, param_hint="--verify")
+            raise wrong("--verify", said)
         _verify(verify)
         return
     options.check("--config FILE", config, storage=options.storage)
     if out is None:
         raise UsageError("Missing option '--out'.")
     if slim and packed:
-        raise typer.BadParameter("a slim model has no zeros to pack; give one of both", param_hint="--slim")
+        raise wrong("--slim", "a slim model has no zeros to pack; give one of both")
     if private and push is None:
-        raise typer.BadParameter("only with --push ORG/NAME", param_hint="--private")
+        raise wrong("--private", "only with --push ORG/NAME")
     best = options.best(config)
     found = best.config
     if dtype is not None and recover and found.is_trained:
-        raise typer.BadParameter("trained weights stay in the format of the files; leave it out", param_hint="--dtype")
+        raise wrong("--dtype", "trained weights stay in the format of the files; leave it out")
     if not recover:
         found = found.model_copy(update={"recovered": None})
         best = replace(best, config=found)
@@ -112,15 +102,13 @@ def apply(
 
 def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
     """Writes the folder of a configuration, and prints what it has come to."""
-    from atp_tune.checkpoints.files import is_slim
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.checkpoints.trust import is_slim
     from atp_tune.sparse.provenance import ABOUT
     from atp_tune.sparse.publishing import compared
     from atp_tune.spec.config import read_config
 
-    with quiet(), Display() as display:
-        measured = best.made(display).save(out, packed=packed, slim=slim, dtype=dtype)
+    with working() as watch:
+        measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
     found = best.config
     promised = found.final("test") or (found.final("validation") if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli.best import BestOptions
+from atp_tune.cli.options import option
 from atp_tune.cli.terminal import console
 from atp_tune.events import ignore_events
 
@@ -18,13 +19,11 @@ def chat(
         Path | None,
         typer.Argument(metavar="DIR|FILE", help="Sparse folder, or a configuration, to which is pruned in memory."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens of an answer, at most.")
-    ] = 256,
+    max_new_tokens: Annotated[int, option("N", "Tokens of an answer, at most.", "--max-new-tokens", min=1)] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, max=100, help="0 takes the likeliest token; more draws at random.")
     ] = 0.0,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, for a chat template.")] = None,
+    system: Annotated[str | None, option("TEXT", "System message, for a chat template.")] = None,
     *,
     options: BestOptions,
 ) -> None:
@@ -43,7 +42,7 @@ def chat(
     Example: `echo "Why is the sky blue?" | python tune.py chat studies/smol.best.json`
     """
     options.check("DIR|FILE", model, storage=options.storage)
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.cli.terminal import quiet
 
     try:
         with quiet(), _place(model, options) as (place, where, allowed):

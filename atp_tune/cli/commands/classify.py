@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, Json, Permissions
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.options import Device, Json, Permissions, flag, option, wrong
+from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import printable
 
 
@@ -17,12 +17,8 @@ def classify(
             metavar="DIR FILE", help="Folder of an image classifier, as `apply` writes it, and pictures: .png, .jpg…"
         ),
     ],
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In the place of DIR: a configuration, pruned to in memory.")
-    ] = None,
-    both: Annotated[
-        bool, typer.Option("--both", metavar="", help="Also the dense model's answers, beside the sparse model's.")
-    ] = False,
+    config: Annotated[Path | None, option("FILE", "In the place of DIR: a configuration, pruned to in memory.")] = None,
+    both: Annotated[bool, flag("--both", "Also the dense model's answers, beside the sparse model's.")] = False,
     device: Device = None,
     json: Json = False,
     *,
@@ -36,18 +32,16 @@ def classify(
     """
     place, files = (config, places) if config else (places[0], places[1:])
     if config is None and not place.is_dir():
-        raise typer.BadParameter(f"there is no folder {place}; give one before the pictures", param_hint="DIR")
+        raise wrong("DIR", f"there is no folder {place}; give one before the pictures")
     if not files:
-        raise typer.BadParameter("give pictures after the folder", param_hint="FILE...")
+        raise wrong("FILE...", "give pictures after the folder")
     if config is not None and not config.is_file():
-        raise typer.BadParameter(f"there is no file {config}", param_hint="--config")
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
-    from atp_tune.events import Place, ignore_events
-    from atp_tune.sparse.comparing import classify
+        raise wrong("--config", f"there is no file {config}")
+    from atp_tune.events import Place
+    from atp_tune.sparse.both_models import classify
 
-    with quiet(), Display() as display:
-        there = Place(Path(), device or "auto", vars(may), ignore_events if json else display)
+    with working(json) as watch:
+        there = Place(Path(), device or "auto", vars(may), watch)
         found = classify(files, place, both, there)
     from atp_tune.results.status import to_json
 

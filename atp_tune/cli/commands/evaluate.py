@@ -1,14 +1,12 @@
 """`tune.py evaluate`: scores models on tasks of lm-eval."""
 
-from contextlib import nullcontext, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, Json, Permissions
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.options import Device, Json, Permissions, option, wrong
+from atp_tune.cli.terminal import console, markdown, working
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import ZeroShot
@@ -20,24 +18,21 @@ def evaluate(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Configuration whose dense, uniform and best models are compared in memory."),
+        option("FILE", "Configuration whose dense, uniform and best models are compared in memory."),
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(
-            metavar="LIST",
-            help="Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers.",
+        option(
+            "LIST", "Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers."
         ),
     ] = "zero-shot",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many items of each task.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, metavar="K", help="Few-shot examples; default: 0.")
-    ] = None,
+    num_fewshot: Annotated[int | None, option("K", "Few-shot examples; default: 0.", "--num-fewshot", min=0)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size in sequences.")] = 8,
     device: Device = None,
     storage: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Storage that holds the study; default: NAME.db beside the configuration."),
+        option("URL", "Storage that holds the study; default: NAME.db beside the configuration."),
     ] = None,
     json: Json = False,
     *,
@@ -55,31 +50,26 @@ def evaluate(
     Example: `python tune.py evaluate --config studies/smol.best.json`
     """
     if (config is None) == (model is None):
-        raise typer.BadParameter("give either DIR or --config FILE", param_hint="--config")
+        raise wrong("--config", "give either DIR or --config FILE")
     if model is not None and storage is not None:
-        raise typer.BadParameter("only with --config", param_hint="--storage")
+        raise wrong("--storage", "only with --config")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
-    from atp_tune.events import Place, ignore_events
+    from atp_tune.events import Place
     from atp_tune.results.annotations import attach, check
     from atp_tune.spec.config import read_config
 
     path, read = config or Path(), config and read_config(config)
-    with quiet():
+    with working(json) as watch:
         if read:
             check(path, read, storage)
         from atp_tune.sparse import comparing
 
-        with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            base = path.parent / read.folder if read else Path()
-            place = Place(base, device or "auto", vars(may), ignore_events if json else display)
-            asked = comparing.TaskOptions(names, limit, num_fewshot, batch)
-            found = (
-                comparing.evaluate(read, asked, place)
-                if read
-                else comparing.evaluate_folder(model or Path(), asked, place)
-            )
+        base = path.parent / read.folder if read else Path()
+        place = Place(base, device or "auto", vars(may), watch)
+        asked = comparing.TaskOptions(names, limit, num_fewshot, batch)
+        found = (
+            comparing.evaluate(read, asked, place) if read else comparing.evaluate_folder(model or Path(), asked, place)
+        )
         places = attach(path, read, "zero_shot", found, storage) if read else []
     _show(found, json)
     if read and not json:

@@ -4,11 +4,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from atp_tune.cli import completion
 from atp_tune.cli.choosing import ChoiceOptions, chosen_trial
-from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, load_study, stored_study
+from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, flag, load_study, option, stored_study, wrong
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config
@@ -18,54 +16,43 @@ PRINTED = Path("stdout")  # so that relative paths of a printed configuration st
 
 def export(
     study: Annotated[str | None, STUDY] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Export this configuration instead of a study's.")
-    ] = None,
+    config: Annotated[Path | None, option("FILE", "Export this configuration instead of a study's.")] = None,
     format_: Annotated[
         str | None,
-        typer.Option(
-            "--format",
-            metavar="FORMAT",
-            help="json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp; default: "
+        option(
+            "FORMAT",
+            "json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp; default: "
             "`--out`'s ending, else json.",
+            "--format",
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Default: NAME.best.json beside the study file.")
-    ] = None,
+    out: Annotated[Path | None, option("FILE", "Default: NAME.best.json beside the study file.")] = None,
     json: Annotated[
         bool,
-        typer.Option("--json", metavar="", help="Print the configuration; a file is written only with `--out`."),
+        flag("--json", "Print the configuration; a file is written only with `--out`."),
     ] = False,
     trial: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="This trial, measured in full; default: the best.",
-            autocompletion=completion.trials,
-        ),
+        option("N", "This trial, measured in full; default: the best.", min=0, autocompletion=completion.trials),
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
+        option("SHARE", "The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
     ] = None,
     max_increase: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="The sparsest plan with at most so much more perplexity than dense: 10%."),
+        option("SHARE", "The sparsest plan with at most so much more perplexity than dense: 10%."),
     ] = None,
     max_perplexity: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="The sparsest plan with at most this validation perplexity.")
+        str | None, option("NUMBER", "The sparsest plan with at most this validation perplexity.")
     ] = None,
     max_kl: Annotated[
         str | None,
-        typer.Option("--max-kl", metavar="NUMBER", help="The sparsest plan with at most this KL, in nats per token."),
+        option("NUMBER", "The sparsest plan with at most this KL, in nats per token.", "--max-kl"),
     ] = None,
     max_drop: Annotated[
         str | None,
-        typer.Option(
-            metavar="SHARE", help="Of images: the sparsest plan that loses at most 1% (one point) of accuracy."
-        ),
+        option("SHARE", "Of images: the sparsest plan that loses at most 1% (one point) of accuracy."),
     ] = None,
     storage: Storage = None,
     study_name: StudyLabel = None,
@@ -99,16 +86,16 @@ def export(
     from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):
-        raise typer.BadParameter("give either --study NAME or --config FILE", param_hint="--study")
+        raise wrong("--study", "give either --study NAME or --config FILE")
     if out == Path("-"):
-        raise typer.BadParameter("- is no file; --json prints the configuration", param_hint="--out")
+        raise wrong("--out", "- is no file; --json prints the configuration")
     kind = kind_of("json" if json and format_ is None else format_, out)
     choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl, max_drop)
     choice.check()
     if config is not None and choice.options:
-        raise typer.BadParameter("only with --study", param_hint=choice.options[0])
+        raise wrong(choice.options[0], "only with --study")
     if json and kind != "json":
-        raise typer.BadParameter(f"prints the configuration; leave out --format {kind}", param_hint="--json")
+        raise wrong("--json", f"prints the configuration; leave out --format {kind}")
     ending = FORMATS[kind].ending
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, TrustPlugins
-from atp_tune.cli.terminal import console, gib, markdown
+from atp_tune.cli.options import Device, TrustPlugins, option, wrong
+from atp_tune.cli.terminal import console, gib, markdown, working
 from atp_tune.errors import printable
 from atp_tune.paths import check_free
 
@@ -38,20 +38,18 @@ def finetune(
     model: Annotated[
         Path, typer.Argument(metavar="DIR", help="Sparse checkpoint, written by `apply` or `prune --out`.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fine-tuned checkpoint; new or empty.")],
+    out: Annotated[Path, option("DIR", "Folder for the fine-tuned checkpoint; new or empty.")],
     text: Annotated[
         str | None,
-        typer.Option(metavar=TEXT, help="Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
+        option(TEXT, "Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
     ] = None,
-    test_text: Annotated[
-        str | None, typer.Option(metavar=TEXT, help="Text to measure on; default: the checkpoint's test text.")
-    ] = None,
+    test_text: Annotated[str | None, option(TEXT, "Text to measure on; default: the checkpoint's test text.")] = None,
     images: Annotated[
         str | None,
-        typer.Option(metavar=TEXT, help="Of an image classifier, images to train on: folder:PATH, …; as --text."),
+        option(TEXT, "Of an image classifier, images to train on: folder:PATH, …; as --text."),
     ] = None,
     test_images: Annotated[
-        str | None, typer.Option(metavar=TEXT, help="Of an image classifier, images to measure on; as --test-text.")
+        str | None, option(TEXT, "Of an image classifier, images to measure on; as --test-text.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 2,
@@ -67,7 +65,7 @@ def finetune(
     ] = Loss.both,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Dense model of `kl` and `both`; default: that which DIR was pruned from."),
+        option("SOURCE", "Dense model of `kl` and `both`; default: that which DIR was pruned from."),
     ] = None,
     train: Annotated[
         Train, typer.Option(help="lora: masked LoRA; scales: a scale for each row and column of each linear.")
@@ -113,11 +111,11 @@ def finetune(
     from atp_tune.spec.recover import Training
 
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise typer.BadParameter("must be greater than 0", param_hint="--learning-rate")
-    if train == Train.scales and (wrong := "--rank" if rank else "--alpha" if alpha else None):
-        raise typer.BadParameter("is a setting of --train lora; leave it out", param_hint=wrong)
+        raise wrong("--learning-rate", "must be greater than 0")
+    if train == Train.scales and (extra := "--rank" if rank else "--alpha" if alpha else None):
+        raise wrong(extra, "is a setting of --train lora; leave it out")
     if teacher is not None and loss == Loss.next_token:
-        raise typer.BadParameter("is not read with --loss next-token", param_hint="--teacher")
+        raise wrong("--teacher", "is not read with --loss next-token")
     settings = Training(
         steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
         loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
@@ -126,23 +124,22 @@ def finetune(
 
     of_images = classifies_images(model)
     given = {"--text": text, "--test-text": test_text}, {"--images": images, "--test-images": test_images}
-    for option in (option for option, value in given[not of_images].items() if value is not None):
+    for name in (name for name, value in given[not of_images].items() if value is not None):
         kind = "an image classifier: give --images" if of_images else "a language model: give --text"
-        raise typer.BadParameter(f"the model in {model} is {kind}", param_hint=option)
+        raise wrong(name, f"the model in {model} is {kind}")
     named, measured = (
-        value and (read_image_set(option, value) if of_images else read_text(option, value, seqlen or SEQLEN))
-        for option, value in given[of_images].items()
+        value and (read_image_set(name, value) if of_images else read_text(name, value, seqlen or SEQLEN))
+        for name, value in given[of_images].items()
     )
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import interruptible, quiet
+    from atp_tune.cli.terminal import interruptible
     from atp_tune.sparse.finetuning import finetune as tune
 
-    with quiet(), interruptible(), Display() as display:
+    with working() as watch, interruptible():
         try:
             texts, where = (named or None, measured or None), device or "auto"
-            done = tune(model, out, *texts, settings, where, display, trust_plugins, teacher)
+            done = tune(model, out, *texts, settings, where, watch, trust_plugins, teacher)
         except KeyboardInterrupt:
-            display.close()
+            watch.close()
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show(done, out)

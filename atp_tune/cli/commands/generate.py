@@ -1,21 +1,17 @@
 """`tune.py generate`: shows what dense, uniform and best make of prompts."""
 
-from contextlib import nullcontext, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from atp_tune.cli.best import BestOptions
-from atp_tune.cli.options import Json, Overrides, Prompts, checked_prompts
-from atp_tune.cli.terminal import console
+from atp_tune.cli.options import Json, Overrides, Prompts, checked_prompts, option
+from atp_tune.cli.terminal import console, working
 
 
 def generate(
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration, as a run or `export` writes it.")
-    ] = None,
+    config: Annotated[Path | None, option("FILE", "Configuration, as a run or `export` writes it.")] = None,
     prompt: Prompts = None,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of each continuation, at most.")] = 48,
     set_: Overrides = None,
@@ -34,23 +30,18 @@ def generate(
     """
     options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_continuations
-    from atp_tune.events import ignore_events
     from atp_tune.metrics.continuations import PROMPTS
     from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
 
-    with quiet():
+    with working(json) as watch:
         best = options.best(config, set_)
         usual = (*PROMPTS, *(best.file.study.continuations.prompts if best.file else ()))
         where = best.path, best.config
         if not prompts:
             check(*where, best.storage)
-        with redirect_stdout(StringIO()) if json else nullcontext(), Display() as display:
-            made = best.made(ignore_events if json else display)
-            found = made.generate(prompts or usual, tokens=tokens)
+        found = best.made(watch).generate(prompts or usual, tokens=tokens)
         places = [] if prompts else attach(*where, "continuations", found, best.storage)
     if json:
         console.print(to_json(found))

@@ -5,21 +5,20 @@ from typing import Annotated
 
 import typer
 
+from atp_tune.cli.options import option
 from atp_tune.cli.terminal import console, trials
 
 
 def merge(
     storages: Annotated[list[str], typer.Argument(metavar="FILE…", help="Databases or storage URLs of one study.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The new database.")],
-    study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the study; needed if the databases hold several.")
-    ] = None,
+    out: Annotated[Path, option("FILE", "The new database.")],
+    study: Annotated[str | None, option("NAME", "Name of the study; needed if the databases hold several.")] = None,
 ) -> None:
     """Merge the trials of one study from several databases, as of machines without a shared network, into a new one.
 
     Example: `python tune.py merge here.db there.db --out both.db`
     """
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.cli.terminal import quiet
     from atp_tune.merging import merge as unite
     from atp_tune.results.summary import summarise
 

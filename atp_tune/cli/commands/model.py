@@ -13,9 +13,9 @@ import typer
 from atp_tune.cache import TakenError, temporary_folder
 from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import cost_beside, show_plan
-from atp_tune.cli.options import AllowPickle, TrustRemoteCode, load_study, stored_study
+from atp_tune.cli.options import AllowPickle, TrustRemoteCode, load_study, option, stored_study, wrong
 from atp_tune.cli.running import RunOptions, Said, start
-from atp_tune.cli.terminal import console
+from atp_tune.cli.terminal import console, working
 from atp_tune.errors import UserError, named
 from atp_tune.extras import as_typed
 
@@ -43,34 +43,32 @@ def model(
     ],
     sparsity: Annotated[
         str | None,
-        typer.Option(
-            metavar="S",
-            help="Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
+        option(
+            "S",
+            "Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
             "sparsities of it. Default: the sparsest plan within a limit, in 30%..70%.",
         ),
     ] = None,
     max_increase: Annotated[
         str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Find the sparsest plan with at most so much more perplexity than the dense one: 5%. Default: 10%, "
+        option(
+            "SHARE",
+            "Find the sparsest plan with at most so much more perplexity than the dense one: 5%. Default: 10%, "
             "unless a sparsity or another limit is given.",
         ),
     ] = None,
     max_perplexity: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Find the sparsest plan with at most this perplexity: 20.")
+        str | None, option("NUMBER", "Find the sparsest plan with at most this perplexity: 20.")
     ] = None,
     max_kl: Annotated[
         str | None,
-        typer.Option(
-            metavar="NATS", help="Find the sparsest plan with at most this KL per token from the dense model: 0.1."
-        ),
+        option("NATS", "Find the sparsest plan with at most this KL per token from the dense model: 0.1."),
     ] = None,
     min_accuracy: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TASK=SHARE",
-            help="Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or path: piqa=0.65; "
+        option(
+            "TASK=SHARE",
+            "Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or path: piqa=0.65; "
             "several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.",
         ),
     ] = None,
@@ -85,26 +83,26 @@ def model(
     ] = None,
     pruner: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared",
+        option(
+            "NAME",
+            "magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared",
             autocompletion=completion.pruners,
         ),
     ] = None,
     allocation: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning, "
+        option(
+            "NAME",
+            "row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning, "
             "alphapruning-linear or a plug-in; several are compared.",
             autocompletion=completion.allocations,
         ),
     ] = None,
     texts: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXTS",
-            help="c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a .txt, "
+        option(
+            "TEXTS",
+            "c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a .txt, "
             ".jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers, "
             "mixed where the hub is out of reach.",
         ),
@@ -119,9 +117,7 @@ def model(
             show_default=False,
         ),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the study; default: of the model and the options.")
-    ] = None,
+    name: Annotated[str | None, option("NAME", "Name of the study; default: of the model and the options.")] = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     *,
@@ -154,7 +150,7 @@ def model(
     from atp_tune.spec.writing import write_study
 
     if source in [path.stem for path in known()] and not Path(source).exists():
-        raise typer.BadParameter(f"{source} is a study: run it with --study {source}", param_hint="MODEL")
+        raise wrong("MODEL", f"{source} is a study: run it with --study {source}")
     limit = only_limit(
         {
             "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl,
@@ -225,12 +221,10 @@ def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context
 
 
 def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.events import Message
 
-    with quiet(), Display() as display:
-        return wishes.study(name, device, allowed, lambda text: display(Message(text)))
+    with working() as watch:
+        return wishes.study(name, device, allowed, lambda text: watch(Message(text)))
 
 
 def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":

@@ -8,10 +8,11 @@ import typer
 
 from atp_tune.cli.best import BestOptions
 from atp_tune.cli.commands.apply import write
-from atp_tune.cli.terminal import console
+from atp_tune.cli.options import option, wrong
+from atp_tune.cli.terminal import console, working
 
 GROUP = 32  # as in packed.modeling_atp_sparse, which imports torch
-Out = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.")]
+Out = Annotated[Path, option("DIR", "The new folder.")]
 
 
 class ValueFormat(StrEnum):
@@ -32,7 +33,7 @@ def pack(
     ] = ValueFormat.same,
     group_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Columns that share a scale of int8 (a multiple of 32); default: all."),
+        option("N", "Columns that share a scale of int8 (a multiple of 32); default: all."),
     ] = None,
     *,
     options: BestOptions,
@@ -52,24 +53,22 @@ def pack(
     Example: `python tune.py pack --study smol --out smol-packed`
     """
     if group_size is not None and values != ValueFormat.int8:
-        raise typer.BadParameter("only with --values int8", param_hint="--group-size")
+        raise wrong("--group-size", "only with --values int8")
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
-        raise typer.BadParameter(f"must be a multiple of {GROUP}", param_hint="--group-size")
+        raise wrong("--group-size", f"must be a multiple of {GROUP}")
     options.check("DIR", folder, storage=options.storage)
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.paths import check_free
 
     if folder is None:
         if values != ValueFormat.same:
-            raise typer.BadParameter("takes a folder: first apply --study NAME --out DIR", param_hint="--values")
+            raise wrong("--values", "takes a folder: first apply --study NAME --out DIR")
         check_free(out)
         write(options.best(), out, packed=True)
         return
     from atp_tune.sparse.packing import pack_folder
 
-    with quiet(), Display() as display:
-        done = pack_folder(folder, out, values.value, group_size, options.device or "auto", display)
+    with working() as watch:
+        done = pack_folder(folder, out, values.value, group_size, options.device or "auto", watch)
     kinds = [f"{done.linears} linears"] if done.linears else []
     kinds += [f"{done.stored} other matrices (in memory they are dense)"] if done.stored else []
     share = done.packed_bytes / done.dense_bytes
@@ -102,11 +101,10 @@ def unpack(
 
     Example: `python tune.py unpack smol-packed --out smol-sparse`
     """
-    from atp_tune.checkpoints.convert import unpack_folder
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.checkpoints.unpacking import unpack_folder
     from atp_tune.paths import check_free
 
-    with quiet():
+    with working():
         check_free(out)
         unpack_folder(folder, out)
     console.print(f"sparse checkpoint: {out}")

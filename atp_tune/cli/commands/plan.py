@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import Device, Json, Overrides, Storage, StudyLabel, StudyName, TrustPlugins, load_study
-from atp_tune.cli.terminal import console, gib, table, trials
+from atp_tune.cli.terminal import console, gib, table, trials, working
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
@@ -36,14 +36,11 @@ def plan(
 
 def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
     """Measures and prints the cost of a study, as a table or as one JSON document."""
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.cost.planning import foresee
-    from atp_tune.events import ignore_events
     from atp_tune.results.status import to_json
 
-    with quiet(), Display() as display:
-        found = foresee(file, study_name or file.name, ignore_events if json else display)
+    with working(json) as watch:
+        found = foresee(file, study_name or file.name, watch)
     console.print(to_json(found)) if json else show(found)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.options import Json, Overrides, TrustPlugins, load_study
+from atp_tune.cli.options import Json, Overrides, TrustPlugins, load_study, option, wrong
 from atp_tune.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ def plugins(
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="List the plug-ins that this study names too.", autocompletion=completion.study_names
-        ),
+        option("NAME", "List the plug-ins that this study names too.", autocompletion=completion.study_names),
     ] = None,
     json: Json = False,
     trust_plugins: TrustPlugins = False,
@@ -39,14 +37,14 @@ def plugins(
     Example: `python tune.py plugins examples/plugins/ria.py --trust-plugins`
     """
     from atp_tune.catalogue import entries
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.cli.terminal import quiet
     from atp_tune.errors import UserError
     from atp_tune.plugins import ASK, registered_in
     from atp_tune.results.status import to_json
     from atp_tune.spec.plugged import named_in
 
     if set_ and study is None:
-        raise typer.BadParameter("only with --study", param_hint="--set")
+        raise wrong("--set", "only with --study")
     named = []
     with quiet():
         for each in file or ():

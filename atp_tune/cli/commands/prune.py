@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli import completion
-from atp_tune.cli.options import Device, DType, Overrides, TrustPlugins, load_study
-from atp_tune.cli.terminal import console
+from atp_tune.cli.options import Device, DType, Overrides, TrustPlugins, load_study, option, wrong
+from atp_tune.cli.terminal import console, working
 from atp_tune.spec.finding import BARE
 
 
@@ -36,18 +36,14 @@ def prune(
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Common difference β per block; 0 is uniform.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another parameter, as in γ=-0.1 or gamma=-0.1.")
+        list[str] | None, option("NAME=VALUE", "Another parameter, as in γ=-0.1 or gamma=-0.1.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the sparse checkpoint; new or empty.")
-    ] = None,
+    out: Annotated[Path | None, option("DIR", "Folder for the sparse checkpoint; new or empty.")] = None,
     dtype: DType = None,
     study: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Take the model, the texts and the settings from this study.",
-            autocompletion=completion.study_names,
+        option(
+            "NAME", "Take the model, the texts and the settings from this study.", autocompletion=completion.study_names
         ),
     ] = None,
     device: Device = None,
@@ -66,12 +62,12 @@ def prune(
     Example: `python tune.py prune meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
     """
     if model is None and study is None:
-        raise typer.BadParameter("give a model, or --study NAME to take the model of a study", param_hint="MODEL")
+        raise wrong("MODEL", "give a model, or --study NAME to take the model of a study")
     if dtype is not None and out is None:
-        raise typer.BadParameter("only with --out DIR", param_hint="--dtype")
+        raise wrong("--dtype", "only with --out DIR")
     values = _parameters(beta, parameter)
     if allocation in ("atp", "curve") and not values:
-        raise typer.BadParameter(f"{allocation} without any is uniform; for example --beta 0.004", param_hint="--beta")
+        raise wrong("--beta", f"{allocation} without any is uniform; for example --beta 0.004")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     from atp_tune.spec.plugged import rooted
@@ -87,15 +83,13 @@ def prune(
         from atp_tune.plan import percent
 
         searched = f"{study or 'the study'} searches from {percent(file.study.interval)}"
-        raise typer.BadParameter(f"{searched}; give one, such as --sparsity 0.6", param_hint="--sparsity")
+        raise wrong("--sparsity", f"{searched}; give one, such as --sparsity 0.6")
     if study is None:  # relative paths start at the current folder
         file = replace(file, path=Path("prune.toml"))
     from atp_tune.api.pruning import prune_study
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
 
-    with quiet(), Display() as display:
-        plan, measured = prune_study(file, values, out, display, dtype and dtype.value)
+    with working() as watch:
+        plan, measured = prune_study(file, values, out, watch, dtype and dtype.value)
     amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
     amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
     console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
@@ -112,9 +106,9 @@ def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float
         symbol, _, value = text.partition("=")
         name = names.get(symbol, symbol)
         if name in values:
-            raise typer.BadParameter(f"{symbol} is given twice", param_hint="--parameter")
+            raise wrong("--parameter", f"{symbol} is given twice")
         try:
             values[name] = float(value)
         except ValueError:
-            raise typer.BadParameter(f'"{text}" is not NAME=NUMBER', param_hint="--parameter") from None
+            raise wrong("--parameter", f'"{text}" is not NAME=NUMBER') from None
     return values

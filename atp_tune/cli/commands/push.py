@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from atp_tune.cli.best import BestOptions
-from atp_tune.cli.options import Private
-from atp_tune.cli.terminal import console
+from atp_tune.cli.options import Private, wrong
+from atp_tune.cli.terminal import console, working
 
 
 def push(
@@ -38,26 +38,24 @@ def push(
     folder = folders[0] if folders else None
     options.check("DIR", folder, storage=options.storage)
     if len(folders) > 1:
-        raise typer.BadParameter(f"got {len(words)} words, and takes DIR ORG/NAME", param_hint="DIR ORG/NAME")
+        raise wrong("DIR ORG/NAME", f"got {len(words)} words, and takes DIR ORG/NAME")
     if folders:
         check_folder(Path(folders[0]))
         check_permission(name, private)
         upload(Path(folders[0]), name, private)
         return
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
 
     best = options.best()
-    with quiet(), Display() as display:
-        address = best.made(display).push(name, private=private)
+    with working() as watch:
+        address = best.made(watch).push(name, private=private)
     console.print(f"uploaded: {address}")
 
 
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
-    from atp_tune.cli.runtime import interruptible
-    from atp_tune.sparse import publishing
-    from atp_tune.sparse.publishing import verify
+    from atp_tune.cli.terminal import interruptible
+    from atp_tune.sparse import pushing
+    from atp_tune.sparse.verifying import verify
 
     verify(folder)
 

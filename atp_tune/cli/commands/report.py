@@ -4,34 +4,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from atp_tune.cli import completion
-from atp_tune.cli.options import Overrides, Storage, load_study, stored_study
+from atp_tune.cli.options import Overrides, Storage, load_study, option, stored_study
 
 
 def report(
     study: Annotated[
         list[str],
-        typer.Option(
-            "--study",
-            metavar="NAME",
-            help="Name or path of a study; several are compared.",
-            autocompletion=completion.study_names,
+        option(
+            "NAME", "Name or path of a study; several are compared.", "--study", autocompletion=completion.study_names
         ),
     ],
     study_name: Annotated[
         list[str] | None,
-        typer.Option(
-            "--study-name", metavar="NAME", help="Name in the storage: one per study, or several of one study."
-        ),
+        option("NAME", "Name in the storage: one per study, or several of one study.", "--study-name"),
     ] = None,
-    format_: Annotated[
-        str | None, typer.Option("--format", metavar="FORMAT", help="html, md, json, png or latex; default: html.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Default: NAME.report.html beside the study file.")
-    ] = None,
+    format_: Annotated[str | None, option("FORMAT", "html, md, json, png or latex; default: html.", "--format")] = None,
+    out: Annotated[Path | None, option("FILE", "Default: NAME.report.html beside the study file.")] = None,
     storage: Storage = None,
     set_: Overrides = None,
 ) -> None:
@@ -39,7 +28,7 @@ def report(
 
     Example: `python tune.py report --study smol`
     """
-    from atp_tune.cli.runtime import quiet
+    from atp_tune.cli.terminal import quiet
     from atp_tune.errors import printable
     from atp_tune.report import check, gather, kind_of, name_of, write
 

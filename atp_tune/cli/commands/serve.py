@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Storage
+from atp_tune.cli.options import Storage, option
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 
@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 
 
 def serve(
-    study: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Serve the storage of this study, with all studies in it.")
-    ] = None,
+    study: Annotated[str | None, option("NAME", "Serve the storage of this study, with all studies in it.")] = None,
     storage: Storage = None,
-    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines connect.")] = "127.0.0.1",
+    listen: Annotated[str, option("ADDRESS", "0.0.0.0 lets other machines connect.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the dashboard.")] = 8080,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for workers on other machines.")] = 13000,
     artifacts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the dashboard's files; default: beside the database.")
+        Path | None, option("DIR", "Folder of the dashboard's files; default: beside the database.")
     ] = None,
 ) -> None:
     """Serve Optuna's dashboard for all studies of a storage, and let workers on other machines join them.
@@ -32,7 +30,7 @@ def serve(
 
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
     """
-    from atp_tune.cli.runtime import STOPS, quiet
+    from atp_tune.cli.terminal import STOPS, quiet
     from atp_tune.serving.servers import choose
     from atp_tune.serving.servers import serve as answer
 

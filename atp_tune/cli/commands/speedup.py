@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atp_tune.cli.best import BestOptions
-from atp_tune.cli.options import load_study, stored_study
-from atp_tune.cli.terminal import console, markdown
+from atp_tune.cli.options import load_study, option, stored_study, wrong
+from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,15 +37,12 @@ def speedup(
     model: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration; the sparse model is written to the cache.")
-    ] = None,
+    config: Annotated[Path | None, option("FILE", "Configuration; the sparse model is written to the cache.")] = None,
     engine: Annotated[
         EngineName | None,
-        typer.Option(
-            metavar="ENGINE",
-            help="packed (the default on a CPU), torch or semi-structured (2:4 on an NVIDIA GPU); torch is always "
-            "measured.",
+        option(
+            "ENGINE",
+            "packed (the default on a CPU), torch or semi-structured (2:4 on an NVIDIA GPU); torch is always measured.",
         ),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
@@ -74,18 +71,16 @@ def speedup(
     Example: `python tune.py speedup --study smol-front`
     """
     if sum(given is not None for given in (config, model, options.study)) != 1:
-        raise typer.BadParameter("give one of DIR, --config FILE and --study NAME", param_hint="--config")
+        raise wrong("--config", "give one of DIR, --config FILE and --study NAME")
     if batch > 1 and options.study is not None:
-        raise typer.BadParameter("not with --study, whose points are compared at one", param_hint="--batch")
+        raise wrong("--batch", "not with --study, whose points are compared at one")
     if options.study is not None:
         _measure_points(options, engine, (tokens, runs))
         return
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.events import Place
     from atp_tune.spec.config import read_config
 
-    with quiet(), Display() as display:
+    with working() as watch:
         from atp_tune.results import annotations
         from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import about, find_pair
@@ -97,9 +92,9 @@ def speedup(
         of_images = _of_images(read.score, tokens)
         check(named, read.prune.pattern, place)
         annotations.check(path, read, options.storage)
-        pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, display))
+        pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, watch))
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
-        found = measure(pair, named, task, place, display)
+        found = measure(pair, named, task, place, watch)
         places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
     _show(found)
     one = "image" if of_images else "text"
@@ -108,8 +103,6 @@ def speedup(
 
 def _measure_points(options: BestOptions, engine: EngineName | None, length: tuple[int | None, int]) -> None:
     """Measures the points of a study that have no speed yet, stores each at once, and prints the study's summary."""
-    from atp_tune.cli.display import Display
-    from atp_tune.cli.runtime import quiet
     from atp_tune.cli.tables import show_summary
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
@@ -122,7 +115,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     place = options.device or "auto"
     file, found = file_as_run(stored, file), summarise(stored)
     trials = found.goal.timed(found)
-    with quiet(), Display() as display:
+    with working() as watch:
         from atp_tune.results.annotations import attach
         from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import passing_pair
@@ -135,13 +128,13 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
         path = file.best_of(name)
         for count, trial in enumerate(trials, 1):
             config = best_config(file, stored, path, trial.number)
-            display(
+            watch(
                 Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(config.sparsity.target)} sparsity")
             )
             dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
-            with passing_pair(config, Place(path.parent / config.folder, place, options.allowed, display)) as pair:
+            with passing_pair(config, Place(path.parent / config.folder, place, options.allowed, watch)) as pair:
                 task = Workload(tokens=length[0] or TOKENS, runs=length[1])
-                measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, display)
+                measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, watch)
             attach(path, config, "speed", measured, file.storage_url)
     show_summary(summarise(stored), file)
 

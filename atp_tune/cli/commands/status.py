@@ -2,17 +2,26 @@
 
 from typing import Annotated
 
-import typer
-
-from atp_tune.cli.options import Json, Overrides, Storage, StudyLabel, StudyName, load_study, stored_study
+from atp_tune.cli.options import (
+    Json,
+    Overrides,
+    Storage,
+    StudyLabel,
+    StudyName,
+    flag,
+    load_study,
+    option,
+    stored_study,
+    wrong,
+)
 
 
 def status(
     study: StudyName,
-    watch: Annotated[bool, typer.Option("--watch", metavar="", help="Repeat until the study is complete.")] = False,
+    watch: Annotated[bool, flag("--watch", "Repeat until the study is complete.")] = False,
     every: Annotated[
         float | None,
-        typer.Option(min=0.1, metavar="SECONDS", help="Seconds between two updates of `--watch`; default: 2."),
+        option("SECONDS", "Seconds between two updates of `--watch`; default: 2.", min=0.1),
     ] = None,
     json: Json = False,
     storage: Storage = None,
@@ -28,7 +37,7 @@ def status(
     Example: `python tune.py status --study smol --watch`
     """
     if every is not None and not watch:
-        raise typer.BadParameter("only with --watch", param_hint="--every")
+        raise wrong("--every", "only with --watch")
     from atp_tune.cli import live_status
 
     file = load_study(study, storage, None, set_)

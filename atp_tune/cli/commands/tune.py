@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import atp_tune
-from atp_tune.cli.options import STUDY, StudyLabel
+from atp_tune.cli.options import STUDY, StudyLabel, option, wrong
 from atp_tune.cli.running import RunOptions, start
 
 
@@ -19,9 +19,7 @@ def run(
     context: typer.Context,
     study: Annotated[str | None, STUDY] = None,
     study_name: StudyLabel = None,
-    version: Annotated[
-        bool, typer.Option("--version", metavar="", is_eager=True, callback=_version, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, option("", "Print the version.", "--version", is_eager=True, callback=_version)] = False,
     *,
     options: RunOptions,
 ) -> None:
@@ -44,5 +42,5 @@ def run(
         return
     if study is None:
         missing = "give a model, as in `tune.py ORG/NAME`, or a study, as in --study smol; `studies` lists them"
-        raise typer.BadParameter(missing, param_hint="--study")
+        raise wrong("--study", missing)
     start(study, options, study_name)
