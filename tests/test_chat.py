@@ -322,7 +322,7 @@ def test_a_dense_model_that_is_another_by_now(sparse: Path, done: Path, person: 
 
 @pytest.mark.slow
 def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from atp_tune.cli import chat_session
+    from atp_tune.cli.commands import chat
 
-    chat_session._say("a\x1b[2Jb\n:smile:")
+    chat._say("a\x1b[2Jb\n:smile:")
     assert capsys.readouterr().out == "a\\x1b[2Jb\n:smile:"

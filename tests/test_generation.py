@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.cli.chat_session import stoppable
+from atp_tune.cli.commands.chat import stoppable
 from atp_tune.errors import UserError
 from atp_tune.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
 from atp_tune.run.observers import Kept

@@ -34,8 +34,7 @@ from tinystudy import HANGS, Answer, CommandLine
 
 from atp_tune.api.configuration import Configuration
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.application import app
-from atp_tune.cli.model_group import MODEL
+from atp_tune.cli.application import MODEL, app
 from atp_tune.events import Place
 from atp_tune.serving import servers
 from atp_tune.spec import finding

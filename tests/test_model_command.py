@@ -16,8 +16,8 @@ from tinystudy import Answer, CommandLine, script, stored
 
 from atp_tune.api.arguments import changed, goal_of
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.commands import model
-from atp_tune.cli.model_group import MODEL
+from atp_tune.cli.application import MODEL
+from atp_tune.cli.commands import tune
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
 from atp_tune.presets import (
@@ -218,14 +218,14 @@ def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
     sparsity: float, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the same command beside this one, which then joins, or by another, which is refused."""
-    make, started, path = model._make, list[Path](), here / "studies" / "a.toml"
+    make, started, path = tune._make, list[Path](), here / "studies" / "a.toml"
 
     def made_by_two(*arguments: Any) -> Study:
         write_study(path, StudyRequest("Tiny_Llama", sparsity, "quick").study("a", "cpu", {}, print), ())
         return make(*arguments)
 
-    monkeypatch.setattr(model, "_make", made_by_two)
-    monkeypatch.setattr(model, "_start", lambda path, options: started.append(path))
+    monkeypatch.setattr(tune, "_make", made_by_two)
+    monkeypatch.setattr(tune, "_start", lambda path, options: started.append(path))
     answer = command("Tiny_Llama", "--sparsity", "0.5", "--preset", "quick", "--name", "a")
     assert tomllib.loads(path.read_text())["sparsity"] == sparsity
     assert len(started) == (sparsity == 0.5), answer
@@ -527,7 +527,7 @@ def test_recover_of_a_study_made_without_it(
 ) -> None:
     """It was ignored."""
     started: list[Any] = []
-    monkeypatch.setattr(model, "_start", lambda path, options, *_: started.append(options.load(str(path)).study))
+    monkeypatch.setattr(tune, "_start", lambda path, options, *_: started.append(options.load(str(path)).study))
     words = ("Tiny_Llama", "--set", "sparsity=0.5", "--preset", "quick", "--texts", "own.txt")
     for more in ((), () if recover is None else ("--recover",) if recover else ("--no-recover",)):
         assert command(*words, *more).code == 0

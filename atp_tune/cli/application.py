@@ -7,47 +7,81 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from atp_tune.cli import completion
 from atp_tune.cli.commands import (
     apply,
     chat,
-    classify,
-    env,
     evaluate,
     export,
     finetune,
-    generate,
-    merge,
-    model,
-    pack,
     plan,
-    plugins,
     prune,
-    push,
-    report,
-    schema,
     serve,
     speedup,
     status,
     studies,
     tune,
 )
-from atp_tune.cli.model_group import MODEL, ModelCommand, ModelGroup
 from atp_tune.cli.options import UsageError, expanded
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
+from atp_tune.spec.finding import known
+
+MODEL = "MODEL"  # the command that such a word stands for, and its name in `--help`
+
+
+class ModelGroup(TyperGroup):
+    """The commands of `tune.py`; inserts the command `MODEL` before a model."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the options before the command, as the base class does."""
+        return super().parse_args(ctx, self._with_command(args))
+
+    def _with_command(self, args: list[str]) -> list[str]:
+        ours, theirs = self.params, self.commands[MODEL].params
+        options = {name: option for option in (*ours, *theirs) for name in option.opts if name.startswith("-")}
+        names = [word.partition("=")[0] for word in args]
+        if "--study" in names:
+            return args
+        position = 0
+        while position < len(args) and args[position].startswith("-"):
+            option: Any = options.get(names[position])
+            takes_next = option is not None and not option.is_flag and "=" not in args[position]
+            position += 1 + takes_next
+        if position >= len(args):  # a study's options need no model
+            only_theirs = {name for option in theirs for name in option.opts} - {
+                name for option in ours for name in option.opts
+            }
+            return [MODEL, *args] if only_theirs & {*names} else args
+        word = args[position]
+        return [MODEL, word, *args[:position], *args[position + 1 :]] if self._is_model(word) else args
+
+    def _is_model(self, word: str) -> bool:
+        """Whether the command `MODEL` takes a word: a hub id, a file or a wheel; or a study, to say how it is run."""
+        is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
+        return word not in self.commands and not is_plain
+
+
+class ModelCommand(TyperCommand):
+    """The command `MODEL`, whose name stands for its argument in the usage line."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The usage after the command's name."""
+        return ["[OPTIONS]"]
+
 
 app = typer.Typer(
     cls=ModelGroup, rich_markup_mode=None, pretty_exceptions_enable=False,
     subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
 )  # fmt: skip
 app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(expanded(tune.run))
-app.command(MODEL, cls=ModelCommand, help=as_typed(str(model.model.__doc__)))(expanded(model.model))
+app.command(MODEL, cls=ModelCommand, help=as_typed(str(tune.model.__doc__)))(expanded(tune.model))
 for command in (  # in the order of `--help`
-    status.status, plan.plan, serve.serve, merge.merge, export.export, report.report, apply.apply, pack.pack,
-    pack.unpack, push.push, evaluate.evaluate, generate.generate, chat.chat, classify.classify, prune.prune,
-    finetune.finetune, speedup.speedup, studies.studies, plugins.plugins, schema.schema, env.env,
+    status.status, plan.plan, serve.serve, serve.merge, export.export, status.report, apply.apply, apply.pack,
+    apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, chat.chat, evaluate.classify, prune.prune,
+    finetune.finetune, speedup.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
 ):  # fmt: skip
     app.command(help=as_typed(str(command.__doc__)))(expanded(command))
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import typer.main
 
-from atp_tune.cli.application import app
-from atp_tune.cli.model_group import MODEL
+from atp_tune.cli.application import MODEL, app
 
 HEAD = """# Commands
 

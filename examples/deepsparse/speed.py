@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
-from atp_tune.cli.runtime import quiet
+from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Place, Step
 from atp_tune.metrics.speed import SIDES, Phase, Side, Sizes, Speed

@@ -1,17 +1,175 @@
 """`tune.py chat`: talks with a sparse model, and with its dense model."""
 
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from atp_tune.cli.best import BestOptions
-from atp_tune.cli.options import option
+from atp_tune.cli.options import BestOptions, option
 from atp_tune.cli.terminal import console
+from atp_tune.errors import UserError, is_text
 from atp_tune.events import ignore_events
+
+if TYPE_CHECKING:
+    from atp_tune.generation import Answer, ChatMessage, ChatOptions, Speaker
+    from atp_tune.sparse.both_models import Which
+
+# --- A chat in a terminal: lines that a person types, commands among them, and answers as they come.
+
+Shown = Literal["sparse", "dense", "uniform", "both"]
+SIDES: "dict[Shown, tuple[Which, ...]]" = {
+    "sparse": ("sparse",), "dense": ("dense",), "uniform": ("uniform",), "both": ("dense", "sparse"),
+}  # fmt: skip
+PLAIN = "the tokenizer has no chat template: each line is continued as text, on its own"
+HELP = """\
+/dense    the dense model answers
+/uniform  the model with as many zeros, the same share in each block, answers
+/sparse   the sparse model answers
+/both     both answer the same conversation, which goes on with the sparse model's answer
+/reset    forget the conversation
+/quit     end, as Ctrl-D; Ctrl-C stops an answer"""
+
+
+class ChatSession:
+    """A conversation with one model, or with both; they see the same messages."""
+
+    def __init__(
+        self,
+        speaker: "Callable[[Which], Speaker]",
+        options: "ChatOptions",
+        system: str | None,
+    ) -> None:
+        """`speaker` loads a model; UserError if `system` is given and the sparse model has no chat template."""
+        self._speaker = speaker
+        self._options = options
+        self._system: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._system)
+        self._shown: Shown = "sparse"
+        self.has_template = speaker("sparse").has_template
+        if system and not self.has_template:
+            raise UserError("--system: the tokenizer has no chat template, so there is no place for it; leave it out")
+
+    def talk(self) -> None:
+        """Answers lines from the terminal until its end."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  (edits lines and recalls earlier ones)
+
+        console.print("/dense, /uniform, /sparse or /both choose who answers; /help has more; Ctrl-D ends", style="dim")
+        if not self.has_template:
+            console.print(PLAIN, style="dim")
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                console.print()
+                return
+            except KeyboardInterrupt:
+                console.print("\n/quit or Ctrl-D ends", style="dim")
+                continue
+            if line == "/quit":
+                return
+            try:
+                self._take(line)
+            except UserError as error:
+                console.print(f"error: {error}")
+
+    def answer_once(self, text: str) -> None:
+        """Prints the answer to one message, and nothing else."""
+        self._messages.append({"role": "user", "content": text})
+        self._answer("sparse", lambda: False)
+
+    def _take(self, line: str) -> None:
+        """Obeys a command, or answers a message."""
+        if not line:
+            return
+        if not line.startswith("/"):
+            self._reply(line)
+        elif line == "/reset":
+            self._messages = list(self._system)
+            console.print("a new conversation", style="dim")
+        elif line == "/help":
+            console.print(HELP)
+        elif (shown := line.removeprefix("/")) in SIDES:
+            for side in SIDES[shown]:
+                self._speaker(side)  # loaded now, not while a person waits for an answer
+            self._shown = shown
+            console.print("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
+        else:
+            console.print(f"{line}: is no command; /help lists them")
+
+    def _reply(self, text: str) -> None:
+        """Answers a message by each model that is shown; the last answer stays in the conversation."""
+        if not is_text(text):
+            raise UserError("the message is not UTF-8 text; write it again")
+        before = list(self._messages)
+        self._messages.append({"role": "user", "content": text})
+        answer: Answer | None = None
+        try:
+            with stoppable() as is_stopped:
+                for side in SIDES[self._shown]:
+                    if is_stopped():
+                        break
+                    if self._shown == "both":
+                        console.print(f"{side}:", style="bold")
+                    answer = self._answer(side, is_stopped)
+                    self._note(answer)
+        except UserError:
+            self._messages = before
+            raise
+        self._messages.append({"role": "assistant", "content": answer.text if answer else ""})
+
+    def _answer(self, side: "Which", is_stopped: Callable[[], bool]) -> "Answer":
+        """Prints an answer as it comes."""
+        answer = self._speaker(side).answer(self._messages, self._options, _say, is_stopped)
+        console.print()
+        return answer
+
+    def _note(self, answer: "Answer") -> None:
+        if answer.ended_by == "length":
+            console.print("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
+        if answer.ended_by == "person":
+            console.print("(stopped)", style="dim")
+
+
+def _say(text: str) -> None:
+    console.print(text, end="")
+
+
+def as_message(given: bytes) -> str:
+    """The message in a program's input; UserError if it is not UTF-8 text, or empty."""
+    try:
+        text = given.decode()
+    except UnicodeDecodeError:
+        raise UserError("the message is not UTF-8 text; write it in UTF-8") from None
+    if not text.strip():
+        raise UserError('the message is empty; for example: echo "Hello" | python tune.py chat DIR')
+    return text.strip()
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt.
+
+    A model thus ends its answer between two tokens, and is ready for the next.
+    """
+    presses = 0
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: presses > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def chat(
@@ -78,7 +236,7 @@ def at_terminal() -> bool:
 
 def _chat(place: Path, options: tuple[int, float], system: str | None, device: str, allowed: dict[str, bool]) -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.cli.chat_session import ChatSession, as_message
+    from atp_tune.cli.commands.chat import ChatSession, as_message
     from atp_tune.events import Event, Message, Place, TrialStarted
     from atp_tune.generation import ChatOptions
     from atp_tune.sparse.comparing import CHAT, BothModels

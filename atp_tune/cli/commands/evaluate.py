@@ -5,8 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.options import Device, Json, Permissions, option, wrong
+from atp_tune.cli.options import (
+    BestOptions,
+    Device,
+    Json,
+    Overrides,
+    Permissions,
+    Prompts,
+    checked_prompts,
+    flag,
+    option,
+    wrong,
+)
 from atp_tune.cli.terminal import console, markdown, working
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import ZeroShot
@@ -86,3 +98,106 @@ def _show(found: "ZeroShot", json: bool) -> None:
     made = tables.zero_shot(found)
     console.print(markdown(made.head, made.rows))
     console.print(f"\n{tables.zero_shot_note(found)}", style="dim")
+
+
+# --- `tune.py generate`: shows what dense, uniform and best make of prompts.
+
+
+def generate(
+    config: Annotated[Path | None, option("FILE", "Configuration, as a run or `export` writes it.")] = None,
+    prompt: Prompts = None,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of each continuation, at most.")] = 48,
+    set_: Overrides = None,
+    json: Json = False,
+    *,
+    options: BestOptions,
+) -> None:
+    """Continue prompts by the dense model, by uniform and by the best configuration, pruned in memory.
+
+    Texts are greedy and without a chat template, so that they differ by the weights alone; `chat` uses the template.
+    With --prompt these prompts alone are continued, and nothing is stored. Without, the texts of three fixed prompts
+    and of the study's own are stored in the configuration and in its study, as a run does at its end; summary, report
+    and model card show them.
+
+    Example: `python tune.py generate --config studies/smol.best.json --prompt "The moon is"`
+    """
+    options.check("--config FILE", config, set=set_)
+    prompts = checked_prompts(prompt)
+    from atp_tune.cli.tables import show_continuations
+    from atp_tune.metrics.continuations import PROMPTS
+    from atp_tune.results.annotations import attach, check
+    from atp_tune.results.status import to_json
+
+    with working(json) as watch:
+        best = options.best(config, set_)
+        usual = (*PROMPTS, *(best.file.study.continuations.prompts if best.file else ()))
+        where = best.path, best.config
+        if not prompts:
+            check(*where, best.storage)
+        found = best.made(watch).generate(prompts or usual, tokens=tokens)
+        places = [] if prompts else attach(*where, "continuations", found, best.storage)
+    if json:
+        console.print(to_json(found))
+        return
+    show_continuations(found)
+    if not prompts:
+        console.print(f"stored in {' and on '.join(places) or f'no place: {best.path} is of another trial by now'}")
+
+
+# --- `tune.py classify`: what a sparse image classifier, and its dense model, see in pictures.
+
+
+def classify(
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR FILE", help="Folder of an image classifier, as `apply` writes it, and pictures: .png, .jpg…"
+        ),
+    ],
+    config: Annotated[Path | None, option("FILE", "In the place of DIR: a configuration, pruned to in memory.")] = None,
+    both: Annotated[bool, flag("--both", "Also the dense model's answers, beside the sparse model's.")] = False,
+    device: Device = None,
+    json: Json = False,
+    *,
+    may: Permissions,
+) -> None:
+    """Name what is in pictures, by a sparse image classifier: its five most probable classes.
+
+    The dense model of `--both` is the one that the configuration, or the folder's atp_tune.json, names.
+
+    Example: `python tune.py classify vit-sparse photo.jpg --both`
+    """
+    place, files = (config, places) if config else (places[0], places[1:])
+    if config is None and not place.is_dir():
+        raise wrong("DIR", f"there is no folder {place}; give one before the pictures")
+    if not files:
+        raise wrong("FILE...", "give pictures after the folder")
+    if config is not None and not config.is_file():
+        raise wrong("--config", f"there is no file {config}")
+    from atp_tune.events import Place
+    from atp_tune.sparse.both_models import classify
+
+    with working(json) as watch:
+        there = Place(Path(), device or "auto", vars(may), watch)
+        found = classify(files, place, both, there)
+    from atp_tune.results.status import to_json
+
+    if json:
+        console.print(to_json(found))
+        return
+    rows = []
+    for one in found:
+        answers = [one.classes] if one.dense is None else [one.dense, one.classes]
+        for name, guesses in zip(("dense", "sparse"), answers, strict=False):
+            side = [] if one.dense is None else [name]
+            rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
+    model = [] if found[0].dense is None else ["model"]
+    ranks = [str(place + 1) for place in range(len(found[0].classes))]
+    console.print(markdown(["picture", *model, *ranks], rows))
+
+
+def _cell(text: str) -> str:
+    """A name of a file or a class, which a stranger may have given, as it is."""
+    from rich.markup import escape
+
+    return escape(printable(text).replace("|", "\\|"))

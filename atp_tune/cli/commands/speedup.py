@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atp_tune.cli.best import BestOptions
-from atp_tune.cli.options import load_study, option, stored_study, wrong
+from atp_tune.cli.options import BestOptions, load_study, option, stored_study, wrong
 from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import UserError
 

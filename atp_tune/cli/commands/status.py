@@ -1,7 +1,10 @@
 """`tune.py status`: shows the trials of a study."""
 
+from datetime import datetime
+from pathlib import Path
 from typing import Annotated
 
+from atp_tune.cli import completion
 from atp_tune.cli.options import (
     Json,
     Overrides,
@@ -45,3 +48,53 @@ def status(
         live_status.watch(file, study_name or file.name, every or 2, json)
     else:
         live_status.show_once(stored_study(file, study_name), file, json)
+
+
+# --- `tune.py report`: writes a report of one or several studies.
+
+
+def report(
+    study: Annotated[
+        list[str],
+        option(
+            "NAME", "Name or path of a study; several are compared.", "--study", autocompletion=completion.study_names
+        ),
+    ],
+    study_name: Annotated[
+        list[str] | None,
+        option("NAME", "Name in the storage: one per study, or several of one study.", "--study-name"),
+    ] = None,
+    format_: Annotated[str | None, option("FORMAT", "html, md, json, png or latex; default: html.", "--format")] = None,
+    out: Annotated[Path | None, option("FILE", "Default: NAME.report.html beside the study file.")] = None,
+    storage: Storage = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a report with figures. It reads only the storage, so it works while the study runs.
+
+    Example: `python tune.py report --study smol`
+    """
+    from atp_tune.cli.terminal import quiet
+    from atp_tune.errors import printable
+    from atp_tune.report import check, gather, kind_of, name_of, write
+
+    kind = kind_of(format_, out)
+    found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
+    names = [name or file.name for file, name in found]
+    target = out or found[0][0].beside(name_of(names, kind))
+    check(kind, target)
+    stored = [stored_study(file, name) for file, name in found]
+    now = datetime.now()
+    with quiet():
+        write([gather(one, now) for one in stored], kind, target)
+    print(printable(str(target)))
+
+
+def _paired(studies: list[str], names: list[str]) -> list[tuple[str, str | None]]:
+    """Studies with their names in the storage: none, one for each, or several of one study file."""
+    from atp_tune.errors import UserError
+
+    if len(studies) == 1 and names:
+        return [(studies[0], name) for name in names]
+    if names and len(names) != len(studies):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(names)} for {len(studies)}")
+    return [(study, names[index] if names else None) for index, study in enumerate(studies)]

