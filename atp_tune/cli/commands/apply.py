@@ -102,7 +102,7 @@ def apply(
 
 def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
     """Writes the folder of a configuration, and prints what it has come to."""
-    from atp_tune.checkpoints.trust import is_slim
+    from atp_tune.checkpoints.files import is_slim
     from atp_tune.sparse.provenance import ABOUT
     from atp_tune.sparse.publishing import compared
     from atp_tune.spec.config import read_config
@@ -243,7 +243,7 @@ def unpack(
 
     Example: `python tune.py unpack smol-packed --out smol-sparse`
     """
-    from atp_tune.checkpoints.unpacking import unpack_folder
+    from atp_tune.checkpoints.convert import unpack_folder
     from atp_tune.paths import check_free
 
     with working():
@@ -276,7 +276,7 @@ def push(
 
     Example: `python tune.py push --study smol ORG/NAME`
     """
-    from atp_tune.sparse.pushing import check_folder, check_permission
+    from atp_tune.sparse.publishing import check_folder, check_permission
 
     *folders, name = words
     folder = folders[0] if folders else None
@@ -299,7 +299,7 @@ def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.terminal import interruptible
     from atp_tune.sparse import pushing
-    from atp_tune.sparse.verifying import verify
+    from atp_tune.sparse.publishing import verify
 
     verify(folder)
 

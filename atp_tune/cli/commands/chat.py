@@ -17,7 +17,7 @@ from atp_tune.events import ignore_events
 
 if TYPE_CHECKING:
     from atp_tune.generation import Answer, ChatMessage, ChatOptions, Speaker
-    from atp_tune.sparse.both_models import Which
+    from atp_tune.sparse.comparing import Which
 
 # --- A chat in a terminal: lines that a person types, commands among them, and answers as they come.
 

@@ -175,7 +175,7 @@ def classify(
     if config is not None and not config.is_file():
         raise wrong("--config", f"there is no file {config}")
     from atp_tune.events import Place
-    from atp_tune.sparse.both_models import classify
+    from atp_tune.sparse.comparing import classify
 
     with working(json) as watch:
         there = Place(Path(), device or "auto", vars(may), watch)
