@@ -298,7 +298,7 @@ def push(
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.terminal import interruptible
-    from atp_tune.sparse import pushing
+    from atp_tune.sparse import publishing
     from atp_tune.sparse.publishing import verify
 
     verify(folder)
@@ -306,7 +306,7 @@ def upload(folder: Path, name: str, private: bool) -> None:
     console.print(f"uploading {folder} to {name}")
     with interruptible():
         try:
-            address = pushing.upload(folder, name, private)
+            address = publishing.upload(folder, name, private)
         except KeyboardInterrupt:
             console.print(f"stopped: resume with: python tune.py push {folder} {name}{' --private' if private else ''}")
             sys.exit(130)
