@@ -21,37 +21,32 @@ from atp_tune.compat import (
     TrialUserAttributeModel,
     transaction,
 )
-from atp_tune.measures import MEASURES
+from atp_tune.storage.validation import STUDY, TRIAL
 
 UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 PREFIX = "atp_tune:"
-OF_TRIAL = frozenset(
-    {
-        "pid", "process_started", "booted", "stderr", "realised", "errors",
-        "plan", "seconds", "peak_bytes", "start", "versions", "experts_without_tokens",
-        "batches", "cut_off", "accuracies", "dtype", "packed_bytes", "misses",
-        "quantized_bytes", *(by.items for by in MEASURES.values()),
-    }
-)  # fmt: skip
-OF_STUDY = frozenset(  # also with a row's name after a colon, as in test_nlls:12
-    {
-        "sizes", "blocks", "linears", "terminated_early", "dense", "draws", "zero_shot",
-        "speed", "continuations", "total", "bos", "batches", "screens", "fingerprint", "made_from", "gp_posterior",
-        "limit", "dense_bytes", "dense_ranks", "answers", "conv1d", "recovered", "training", "refits",
-        "fitted_to", "kinds", *(f"test_{by.items}" for by in MEASURES.values()),
-    }
-)  # fmt: skip
+# Attributes of a trial or a study that are shown: all others with a type in `validation` are stored apart.
+SHOWN = {
+    "device",
+    "host",
+    "failure",
+    "lost",
+    "repeats",
+    "stopped_after",
+    "effective_bits",
+    "plugins",
+}
 
 
 def is_of_trial(key: str) -> bool:
     """Whether a trial's user attribute is stored apart."""
-    return key in OF_TRIAL
+    return key in TRIAL and key not in SHOWN
 
 
 def is_of_study(key: str) -> bool:
-    """Whether a study's user attribute is stored apart."""
-    return key.partition(":")[0] in OF_STUDY
+    """Whether a study's user attribute is stored apart, also with a row's name after a colon, as in test_nlls:12."""
+    return key.partition(":")[0] in STUDY and key not in SHOWN
 
 
 def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

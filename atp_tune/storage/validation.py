@@ -83,6 +83,7 @@ TRIAL = _kinds(
     {
         **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
         **dict.fromkeys(("repeats", "stopped_after"), Count),
+        "start": bool,
         "pid": Annotated[int, Field(ge=0, lt=2**31)],
         **dict.fromkeys(("process_started", "booted"), Amount),
         "stderr": Annotated[float, Field(ge=0)],
@@ -106,6 +107,7 @@ TRIAL = _kinds(
 STUDY = _kinds(
     {
         "sizes": Annotated[list[Size], Field(min_length=1)],
+        **dict.fromkeys(("made_from", "gp_posterior"), dict[str, Any]),
         "dense_bytes": Count,
         "blocks": Words,
         "linears": list[list[Words]],
