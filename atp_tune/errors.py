@@ -12,6 +12,9 @@ _SECRETS = (  # passwords in URLs: after the user name, and as a parameter
 )
 
 
+_KEY = re.compile(r"((?:--)?[a-z][\w.-]*): (.*)", re.ASCII)
+
+
 def printable(text: str) -> str:
     """The text in one line, safe for terminals: line breaks and control characters are escaped."""
     return "".join(
@@ -39,15 +42,35 @@ def did_you_mean(value: object, names: Sequence[str]) -> str:
 
 
 class UserError(Exception):
-    """Bad input, in one line: what is wrong, where, what to do. The command line prints it and exits with 2."""
+    """Bad input, in one line: what is wrong, where, what to do. The command line prints it and exits with 2.
+
+    `key`: of a study file, an option or an argument, with which the line begins, "" if it names none; `what`: the rest.
+    """
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(without_secrets(text)))
+        super().__init__(text := printable(without_secrets(text)))
+        found = _KEY.match(text)
+        self.key, self.what = found.groups() if found else ("", text)
 
 
 @contextmanager
-def named(present: str, former: str = "") -> Iterator[None]:
-    """Errors say a present name where they first say a former one; without that the name goes before what they say."""
+def within(table: str, **names: str) -> Iterator[None]:
+    """Errors name a key by its table: of `texts.test`, `seqlen` is `texts.test.seqlen`; whole keys stay as they are.
+
+    `names`: keys that are called otherwise in the table.
+    """
+    try:
+        yield
+    except UserError as error:
+        key = names.get(error.key, error.key)
+        if "." not in key:
+            key = ("." if "." in table else ": ").join(filter(None, (table, key)))
+        raise UserError(f"{key}: {error.what}") from None
+
+
+@contextmanager
+def named(present: str, former: str) -> Iterator[None]:
+    """Errors say a present name where they first say a former one."""
     try:
         yield
     except UserError as error:

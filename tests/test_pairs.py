@@ -24,7 +24,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.sparse.card import words
@@ -281,14 +281,14 @@ def test_pixels_without_a_row_for_each_image_are_refused() -> None:
 )
 def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[str, Path], tmp_path: Path) -> None:
     file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
-    with pytest.raises(UserError, match=f"^{said}"):
-        read_pairs(wanted(file, **more), folder, tmp_path)
+    with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
+        read_items("calibration", wanted(file, **more), folder, tmp_path, False)
 
 
 @pytest.mark.parametrize(
     ("image", "text", "said"),
     [
-        ({"bytes": b"x", "path": None}, None, r"column: row 0 of .* has None in caption, no text$"),
+        ({"bytes": b"x", "path": None}, None, r"column: row 0 of .* has None in caption, not a str or an int$"),
         ({"bytes": None, "path": None}, "a", "images: row 0 of .* holds no encoded image in image"),
     ],
 )
@@ -300,8 +300,9 @@ def test_messages_name_the_keys_of_a_text(
         "caption": pyarrow.array([text], pyarrow.string()),
     })  # fmt: skip
     pyarrow.parquet.write_table(rows, tmp_path / "p.parquet")
-    with pytest.raises(UserError, match=f"^{said}"):
-        read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava"), tmp_path)
+    folder = ModelFolder(models["llava"], "content", "llava")
+    with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
+        read_items("calibration", wanted(tmp_path / "p.parquet"), folder, tmp_path, False)
 
 
 def test_a_processor_without_an_id_of_its_image_token(models: dict[str, Path]) -> None:

@@ -1,7 +1,6 @@
 """Models of plans and configurations, in memory and in folders."""
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -137,7 +136,8 @@ def of_one_text() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"^texts\.calibration(\.\w+)?: (source: )?", r"texts\1: ", str(error))) from None
+        key = error.key.replace("texts.calibration", "texts").removesuffix(".source")
+        raise UserError(f"{key}: {error.what}" if key else error.what) from None
 
 
 def weights_of(context: Session, plan: Plan) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError, named
+from atp_tune.errors import UserError, within
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures
@@ -129,7 +129,7 @@ def check_classifier(folder: ModelFolder) -> None:
 
 def read_images(role: str, wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool = False) -> Items:
     """The images of one role, as the model's processor makes them; UserError that names the key."""
-    with named(f"images.{role}."):
+    with within(f"images.{role}"):
         return images_of(wanted, folder, base, at_most)
 
 

@@ -30,7 +30,6 @@ from atp_tune.paths import is_special, written
 from atp_tune.spec.data import ImageSet
 from atp_tune.storage.process import version_of
 
-NO_CLASS = "no class"  # of a label in a message
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST_IDX = 1 << 33  # bytes of an idx file
@@ -241,7 +240,7 @@ def _hub(wanted: ImageSet) -> Pictures:
 def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: ImageSet) -> Pictures:
     for index, label in enumerate(labels):
         if not isinstance(label, str | int) or isinstance(label, bool):
-            raise UserError(f"label: row {index} of {where} has {label!r} in {wanted.label}, {NO_CLASS}")
+            raise UserError(f"label: row {index} of {where} has {label!r} in {wanted.label}, not a str or an int")
     classes = frozenset(label for label in labels if isinstance(label, str))
     return Pictures(labels, lambda index: f"row {index} of {where}", read, classes)
 

@@ -12,11 +12,11 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.errors import UserError, named
+from atp_tune.errors import UserError, within
 from atp_tune.extras import require
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.items import IDS, Items
-from atp_tune.inputs.pictures import NO_CLASS, Pictures, pictures
+from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.windows import check_disjoint, first_windows, token_windows
 from atp_tune.paths import written
 from atp_tune.spec.data import ImageSet, Text
@@ -28,7 +28,6 @@ from atp_tune.spec.facts import BOS
 # template, the image before the text, else by its image token and the text. All pairs are cut to `seqlen` tokens, so
 # that none is padded and blocks are called as on windows of text of that length; shorter pairs are left out.
 
-KEYS = {"column": "images", "label": "column"}  # of images and of their labels → of a text
 MASK = "attention_mask"
 
 
@@ -71,16 +70,7 @@ def _source(text: Text, base: Path) -> Pictures:
     kind, _, place = text.source.partition(":")
     source = f"parquet:{written(place, base, 'source')}" if kind == "file" else text.source
     options = {"config": text.config, "split": text.split, "revision": text.revision} if kind == "hub" else {}
-    try:
-        return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
-    except UserError as error:
-        raise _renamed(error) from None
-
-
-def _renamed(error: UserError) -> UserError:
-    """A message about images by the keys of a text: `images` is the column of images, `column` that of their texts."""
-    key, colon, rest = str(error).partition(":")
-    return UserError(KEYS.get(key, key) + colon + rest.replace(NO_CLASS, "no text"))
+    return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
 
 
 def _order(count: int, text: Text) -> list[int]:
@@ -111,10 +101,7 @@ def _processor(folder: ModelFolder) -> Any:
 
 def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
     """What the model is called with for one pair, cut to `tokens`; None if the pair is shorter."""
-    try:
-        picture, words = found.picture(index), str(found.labels[index])
-    except UserError as error:
-        raise _renamed(error) from None
+    picture, words = found.picture(index), str(found.labels[index])
     try:
         with quiet("transformers"):
             text = _written(processor, words)
@@ -204,10 +191,9 @@ class TokenWindows:
             whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
             found = read_text("calibration", whole, folder, base, bos)
         except UserError as error:
-            reason = str(error).removeprefix("texts.calibration: ")
             raise UserError(
                 f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
-                f'{reason}, or draws, or set sampling = "random"'
+                f'{error.what}, or draws, or set sampling = "random"'
             ) from None
         if per > text.nsamples:
             found = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
@@ -264,7 +250,7 @@ def read_items(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool
     """The windows of the text of one role, or its pairs of image and text; UserError that names the key."""
     if text.images is None:
         return read_text(role, text, folder, base, bos)
-    with named(f"texts.{role}."):
+    with within(f"texts.{role}", column="images", label="column"):
         return read_pairs(text, folder, base)
 
 
@@ -275,10 +261,8 @@ def has_text(items: Items) -> bool:
 
 def read_text(role: str, text: Text, folder: ModelFolder, base: Path, bos: bool, draws: int = 1) -> Items:
     """The windows of the text of one role, of all draws one after the other; UserError that names the key."""
-    try:
+    with within(f"texts.{role}"):
         return token_windows(text, folder.path, base, trusted=folder.trusted, bos=bos, draws=draws)
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(BOS) else f"texts.{role}: {error}") from None
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:

@@ -21,7 +21,7 @@ from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.errors import UserError, named
+from atp_tune.errors import UserError, within
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.inputs.images import doubles_of, images_of
@@ -100,11 +100,11 @@ def read_windows(
 
     `base`: where plug-ins read from; the files of other texts are absolute.
     """
-    with named("--text: "):
+    with within("--text"):
         whole = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
         found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
     for role, other in measured.items():
-        with named(f"--{role}-text: "):
+        with within(f"--{role}-text"):
             windows = token_windows(other, folder, base, bos=bos)
         if shared := shared_windows(found, windows):
             raise UserError(
@@ -256,10 +256,10 @@ def _items(
         settings = settings.model_copy(update={"seqlen": None})
         # The images to train on and to hold out, but those that are measured; UserError if it has many of them.
         needed = windows_read(settings)
-        with named("--images: "):
+        with within("--images"):
             whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
             found = images_of(whole, folder, base, at_most=text.nsamples is None)
-        with named("--test-images: "):
+        with within("--test-images"):
             others = {role: images_of(other, folder, base) for role, other in images.items()}
         doubles = doubles_of({**others, "training": found})["training"]
         return settings, (found.without(doubles) if doubles else found), CLASSES

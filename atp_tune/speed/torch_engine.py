@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from atp_tune.blocks.prune_pass import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import device_name, find_dtype
-from atp_tune.errors import UserError, named
+from atp_tune.errors import UserError, within
 from atp_tune.inputs.pictures import ImageProcessor, Pictures
 from atp_tune.metrics.speed import GRAPH, Phase, Side
 from atp_tune.speed.model_pair import Pair
@@ -199,7 +199,7 @@ def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
 def random_pixels(pair: Pair, task: Workload) -> Tensor:
     """Pixels [batch, channels, height, width] of the size that the dense model's image processor makes."""
     grey = np.full((PICTURE, PICTURE), 128, np.uint8)
-    with named("speedup: "):
+    with within("speedup"):
         one = Pictures([""], lambda _: "a grey picture", lambda _: grey)
         shape = ImageProcessor.of(pair.dense, pair.trusted).pixels(one).shape[1:]
     return torch.randn(task.batch, *shape, generator=torch.Generator().manual_seed(0))
