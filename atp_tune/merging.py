@@ -257,7 +257,7 @@ def _write_notes(
     study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
 ) -> None:
     from atp_tune.dashboard.notes import own_words
-    from atp_tune.dashboard.parts import note_in, note_parts
+    from atp_tune.dashboard.publishing import note_in, note_parts
 
     notes: dict[int | None, dict[str, None]] = {}
     for source, own in zip(sources, numbers, strict=True):

@@ -25,8 +25,8 @@ from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
 from atp_tune.results.goals import goal_in
+from atp_tune.results.results import is_uniform, parameters_of
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform, parameters_of
 from atp_tune.run.session import Session
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
 from atp_tune.spec.plugged import plug_in

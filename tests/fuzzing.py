@@ -27,11 +27,12 @@ from atp_tune.cli import tables, terminal
 from atp_tune.cli.commands import apply
 from atp_tune.dashboard import notes
 from atp_tune.errors import UserError
-from atp_tune.figures import overlay
+from atp_tune.figures import perplexity
 from atp_tune.measures import Perplexity
-from atp_tune.report import contents, latex, machine, markdown
-from atp_tune.results.best_config import best_config
+from atp_tune.report import latex, machine, markdown
+from atp_tune.report.contents import gather
 from atp_tune.results.status import status_of, to_json
+from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
@@ -262,10 +263,10 @@ def look(study: optuna.Study, file: StudyFile) -> None:
 
 def draw(study: optuna.Study) -> None:
     """Figures and reports, which take longer."""
-    found = contents.gather(study, datetime(2026, 1, 1))
+    found = gather(study, datetime(2026, 1, 1))
     figures.draw(found.summary)
-    overlay.sparsities([found.summary, found.summary])
-    overlay.perplexities([found.summary, found.summary])
+    perplexity.sparsities([found.summary, found.summary])
+    perplexity.perplexities([found.summary, found.summary])
     for make in (markdown.make, machine.make, latex.make):
         make([found, found])
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 import atp_tune
 from atp_tune import UserError
-from atp_tune.api import rows
+from atp_tune.api import result
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.results.status import to_json
 from atp_tune.spec.config import read_config
@@ -342,7 +342,7 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
     assert repr(found.best) == f"<Config {found.best}>"
     assert repr(found.configuration()) == f"<Configuration {found.best}>"
     assert repr(found.summary) == "<Summary llamaforcausallm-60: 3 of 3 trials>"
-    assert rows.trials(found.summary)[0]["allocation"] == "uniform"  # as its plan says
+    assert result.trials(found.summary)[0]["allocation"] == "uniform"  # as its plan says
     shown = found._repr_html_()
     assert shown.startswith("<table>") and "<td>wanda + uniform</td>" in shown
 

@@ -20,15 +20,14 @@ from atp_tune.blocks import replay
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import draw_perplexity
-from atp_tune.figures.trials import off_scale, told, written
+from atp_tune.figures.style import off_scale, told, written
 from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
 from atp_tune.report import latex
 from atp_tune.report.contents import gather
 from atp_tune.results import tables
 from atp_tune.results.outcome import limit_of, sign_of_beta
-from atp_tune.results.results import Results
+from atp_tune.results.results import Results, is_uniform
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform
 from atp_tune.search.objective import estimate
 from atp_tune.spec.typed import parse_limit
 from atp_tune.storage.progress import ranked

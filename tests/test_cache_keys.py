@@ -14,7 +14,7 @@ from test_layers import FILES, REPO
 from tinystudy import few_steps, study_file
 
 from atp_tune import cache_keys
-from atp_tune.api.models import weights_of
+from atp_tune.api.configuration import weights_of
 from atp_tune.cache_keys import FOLDERS, key
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError

@@ -24,8 +24,8 @@ from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.goals import best_trial, goal_in
+from atp_tune.results.results import allocation_of
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import allocation_of
 from atp_tune.run import observers
 from atp_tune.spec.config import read_config
 

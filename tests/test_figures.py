@@ -16,11 +16,10 @@ from tinystudy import quiet
 from atp_tune import figures
 from atp_tune.errors import UserError
 from atp_tune.extras import EXTRAS, install
-from atp_tune.figures import overlay, sheet
+from atp_tune.figures import perplexity, sheet
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import add_gp_posterior
-from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, range_of, rounded
-from atp_tune.figures.trials import second_of
+from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, range_of, rounded, second_of
 from atp_tune.results.summary import summarise
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
@@ -309,7 +308,7 @@ def test_several_studies_in_one_figure() -> None:
     for study in studies[:2]:
         study.add_trials([made_up(0.0), made_up(0.006)])
     summaries = [summarise(study) for study in studies]
-    for draw in (overlay.sparsities, overlay.perplexities):
+    for draw in (perplexity.sparsities, perplexity.perplexities):
         assert names(draw(summaries)) == ["a", "&lt;b&gt;"]
         assert draw(summaries[1:]) is None
 
@@ -383,5 +382,5 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_long_name_does_not_push_the_figure_away() -> None:
-    assert overlay.label("short") == "short"
-    assert overlay.label("x" * 100) == "x" * 39 + "…"
+    assert perplexity.label("short") == "short"
+    assert perplexity.label("x" * 100) == "x" * 39 + "…"

@@ -7,9 +7,24 @@ from tinystudy import study_file
 
 from atp_tune.allocations import prices
 from atp_tune.checkpoints.files import Free, ModelSizes
-from atp_tune.cost.forecast import UNKNOWN, Passes, ProbeRates, PrunerRate, passes
-from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.parts import Amounts, Done, Part, parts, sums, training
+from atp_tune.cost.forecast import (
+    UNKNOWN,
+    Amounts,
+    Bytes,
+    Done,
+    Part,
+    Passes,
+    ProbeRates,
+    PrunerRate,
+    Tokens,
+    bytes_of,
+    parts,
+    passes,
+    peaks,
+    problems,
+    sums,
+    training,
+)
 from atp_tune.spec.study import Study
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)

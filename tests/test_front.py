@@ -26,9 +26,9 @@ from atp_tune.measures import KL, change, relative
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results import status
-from atp_tune.results.best_config import best_config
 from atp_tune.results.goals import best_trial, excess_of, goal_in
 from atp_tune.results.status import PointStatus, status_of
+from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load, settings

@@ -40,7 +40,7 @@ from atp_tune.serving import servers
 from atp_tune.spec import finding
 from atp_tune.spec.config import read_config
 from atp_tune.spec.study import ModelConfig
-from atp_tune.speed import benchmark, throughput
+from atp_tune.speed import benchmark, torch_engine
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 LIMIT = 120  # seconds for a command
@@ -205,7 +205,7 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     """`speedup` measures two tokens after the prompt in the place of 32: how fast they come is not looked at here."""
-    monkeypatch.setattr(throughput, "Workload", partial(throughput.Workload, steps=2))
+    monkeypatch.setattr(torch_engine, "Workload", partial(torch_engine.Workload, steps=2))
 
 
 @pytest.fixture

@@ -43,9 +43,8 @@ from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, TEXTS, accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.outcome import sign_of_beta
-from atp_tune.results.results import Against
+from atp_tune.results.results import Against, is_uniform
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform
 from atp_tune.sparse.packing import pack_folder
 from atp_tune.sparse.provenance import FINETUNED, Finetuned
 from atp_tune.spec.config import read_config

@@ -14,8 +14,8 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
 from atp_tune.results.goals import best_trial, excess_of, front_of
+from atp_tune.results.results import is_uniform, parameters_of, uniform_of
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform, parameters_of, uniform_of
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
 from atp_tune.spec.config import read_config

@@ -17,8 +17,8 @@ from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.search.goals import LimitSampler, Screened, WithinLimit
+from atp_tune.search.screening import Surrogate
 from atp_tune.search.space import Space, make_space
-from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
 
 LIMITS = [{"max_increase": 0.2}, {"max_increase": 2.0}, {"max_perplexity": 30.0}]

@@ -26,15 +26,15 @@ from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
 from atp_tune.merging import merge
 from atp_tune.report import gather, write
-from atp_tune.results.best_config import best_config
 from atp_tune.results.goals import front_of
+from atp_tune.results.results import is_uniform
 from atp_tune.results.status import status_of, to_json
+from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise
-from atp_tune.results.trials import is_uniform
-from atp_tune.search import termination
-from atp_tune.search.proposals import levelled
+from atp_tune.search import trial_loop
+from atp_tune.search.samplers import levelled
 from atp_tune.search.space import make_space
-from atp_tune.search.termination import regret_of
+from atp_tune.search.trial_loop import regret_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
 from atp_tune.storage import progress
@@ -144,7 +144,7 @@ def test_a_stopped_trial_has_a_kl_that_compares(place: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_what_may_be_gained_of_a_kl_is_relative(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(termination, "GAP", 1)  # eleven points may leave one
+    monkeypatch.setattr(trial_loop, "GAP", 1)  # eleven points may leave one
     study = run(place, KL, GP, "search.early_termination=true", "search.trials=11")
     space = make_space(study_file(place).study, Budget(0.6, tuple(study.user_attrs["sizes"])))
     trials = study.trials

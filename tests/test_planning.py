@@ -8,14 +8,14 @@ from test_forecast import RATES
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
 from atp_tune.cli.commands.plan import cost_beside
-from atp_tune.cost import memory, planning, probe
-from atp_tune.cost.parts import Amounts, Done
-from atp_tune.cost.parts import parts as parts_of
+from atp_tune.cost import forecast, planning, probe
+from atp_tune.cost.forecast import Amounts, Done
+from atp_tune.cost.forecast import parts as parts_of
 from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.goals import front_of
-from atp_tune.results.trials import is_uniform
+from atp_tune.results.results import is_uniform
 from atp_tune.run.session import Session, Setup
 from atp_tune.search import trial_loop
 from atp_tune.storage import opening
@@ -74,7 +74,7 @@ def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, sp
     parts = ahead[0].parts
     assert parts.get("generate") == ((models, 3 * 8 * 32) if models else None)
     assert parts.get("speed") == ((1, speed) if speed else None)
-    known = Amounts(study, memory.Tokens(256, 512, 512, 0), 8, 16, 3.0, False)
+    known = Amounts(study, forecast.Tokens(256, 512, 512, 0), 8, 16, 3.0, False)
     expected = (models * 3 * 8 * 32 + speed) * (4 * 0.002 + 0.01) + 5 * (speed > 0)
     after = [part for part in parts_of(known, Done(3), RATES) if part.name in ("generate", "speed")]
     assert sum(part.number * part.seconds for part in after) == pytest.approx(expected)
@@ -82,8 +82,8 @@ def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, sp
 
 @pytest.mark.slow
 def test_the_dense_states_that_kl_compares_with_are_counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[memory.Bytes] = []
-    monkeypatch.setattr(planning, "peaks", lambda held, *more: seen.append(held) or memory.peaks(held, *more))
+    seen: list[forecast.Bytes] = []
+    monkeypatch.setattr(planning, "peaks", lambda held, *more: seen.append(held) or forecast.peaks(held, *more))
     for keys in ((), ("search.objective=kl",)):
         assert foresee(study_file(place, *keys), "t", ignore_events).trial[0].seconds
     plain, _, kl, _ = seen  # before the model is loaded, and with what the probe has measured

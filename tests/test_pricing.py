@@ -41,7 +41,7 @@ from atp_tune.blocks.gradients import (
 )
 from atp_tune.blocks.replay import AutoBatch, block_bytes
 from atp_tune.checkpoints.blocks import Linear
-from atp_tune.cost import parts
+from atp_tune.cost import forecast
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
@@ -655,7 +655,7 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
 def test_a_plan_counts_what_a_pruner_makes_for_its_own_prices(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "LEVELS", 10**9)
+    monkeypatch.setattr(forecast, "LEVELS", 10**9)
     words = ("plan", "--study", place / "tiny.toml", "--json")
     wishes = settings('allocation=["prices"]', 'prune.pruners=["sparsegpt"]')
     found = [json.loads(command(*words, *wishes, *settings(f"prune.prices={by}")).out) for by in ("wanda", "own")]

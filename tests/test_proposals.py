@@ -7,8 +7,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from test_samplers import search_of, space_of
 
-from atp_tune.search.proposals import NEAR, REACH, is_near, nudge_from_known
-from atp_tune.search.samplers import make_sampler
+from atp_tune.search.samplers import NEAR, REACH, is_near, make_sampler, nudge_from_known
 
 KINDS: dict[str, BaseDistribution] = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),

@@ -18,7 +18,8 @@ from tinystudy import Answer, CommandLine, quiet
 from atp_tune import report
 from atp_tune.errors import UserError
 from atp_tune.metrics.answers import Answers
-from atp_tune.report import html, latex, machine, markdown, tables
+from atp_tune.report import contents as tables
+from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather, toml
 from atp_tune.results import status
 from atp_tune.results.status import Best, Status, TrialStatus, status_of, to_json

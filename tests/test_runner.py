@@ -29,8 +29,8 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
 from atp_tune.results.goals import best_trial
+from atp_tune.results.results import allocation_of
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.results.trials import allocation_of
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop

@@ -19,11 +19,13 @@ from test_space import SIZES, space_for, study_of
 from atp_tune.plan import Plan
 from atp_tune.search import samplers
 from atp_tune.search.goals import AtSparsity
-from atp_tune.search.proposals import _grid, around_best, branch_study
 from atp_tune.search.samplers import (
     STARTS,
     BranchSampler,
     SeededSampler,
+    _grid,
+    around_best,
+    branch_study,
     make_sampler,
     make_stopper,
     seed_of,

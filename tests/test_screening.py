@@ -19,7 +19,7 @@ from atp_tune.results.summary import summarise
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
 from atp_tune.search import runner, trial_loop
-from atp_tune.search.proposals import levelled
+from atp_tune.search.samplers import levelled
 from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.search import ScreenConfig

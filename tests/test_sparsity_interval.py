@@ -13,8 +13,8 @@ from test_space import SIZES, study_of
 from atp_tune.allocations import Budget, atp, curve
 from atp_tune.search.goals import OverInterval, Screened
 from atp_tune.search.samplers import make_sampler
+from atp_tune.search.screening import Surrogate
 from atp_tune.search.space import Space, make_space
-from atp_tune.search.surrogate import Surrogate
 from atp_tune.spec.search import STEP
 
 INTERVAL = (0.2, 0.7)

@@ -17,12 +17,12 @@ from atp_tune.errors import UserError
 from atp_tune.measures import TEXTS, perplexity
 from atp_tune.report import html, machine, markdown
 from atp_tune.report.contents import gather
-from atp_tune.results.best_config import best_config
 from atp_tune.results.goals import best_trial
+from atp_tune.results.results import is_uniform, uniform_of
 from atp_tune.results.status import status_of
+from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise
 from atp_tune.results.tables import kinds
-from atp_tune.results.trials import is_uniform, uniform_of
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),

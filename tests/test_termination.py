@@ -16,10 +16,10 @@ from tinystudy import CommandLine, run
 from atp_tune.errors import UserError
 from atp_tune.events import Message
 from atp_tune.results.summary import summarise
-from atp_tune.search import runner, termination, trial_loop
+from atp_tune.search import runner, trial_loop
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
-from atp_tune.search.termination import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
+from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
 from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.progress import counted, total_of
 
@@ -115,7 +115,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append([trial.params["beta"] for trial in trials])
         return LEFT if len(trials) in left else HELD
 
-    monkeypatch.setattr(termination, "regret_of", regret)
+    monkeypatch.setattr(trial_loop, "regret_of", regret)
     betas = [0.01 * k for k in range(12)]
     trials = points(space, {beta: 20 + beta for beta in betas})
     for begun in (trials, trials[::-1]):
@@ -129,7 +129,7 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of()
-    monkeypatch.setattr(termination, "regret_of", lambda *known: HELD)
+    monkeypatch.setattr(trial_loop, "regret_of", lambda *known: HELD)
     values = {0.01 * k: 20.0 + k for k in range(12)}
     assert should_terminate(study_with(points(space, values)), space)
     for after, expected in ((0, False), (1, False), (2, True)):
@@ -176,10 +176,10 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
     asked: list[str] = []
-    monkeypatch.setattr(termination, "_best_of", lambda trials: 0)
-    monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
+    monkeypatch.setattr(trial_loop, "_best_of", lambda trials: 0)
+    monkeypatch.setattr(trial_loop, "regret_of", lambda trials, space, branch: asked.append(branch) or HELD)
     assert should_terminate(study, space) and asked == ["atp", "curve"] * RUN
-    monkeypatch.setattr(termination, "regret_of", lambda trials, space, branch: float(branch == "curve"))
+    monkeypatch.setattr(trial_loop, "regret_of", lambda trials, space, branch: float(branch == "curve"))
     assert not should_terminate(study, space)
 
 
@@ -251,8 +251,8 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
 
     A gain of a third is asked for, and no gap is one: what a tiny model's valley is like hangs on torch's version.
     """
-    monkeypatch.setattr(termination, "GAIN", 1 / 3)
-    monkeypatch.setattr(termination, "has_gap", lambda *_: False)
+    monkeypatch.setattr(trial_loop, "GAIN", 1 / 3)
+    monkeypatch.setattr(trial_loop, "has_gap", lambda *_: False)
     study = run(place, *GP)
     assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)

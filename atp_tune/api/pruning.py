@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.api import arguments
-from atp_tune.api.arguments import Settings
-from atp_tune.api.lender import Lender, is_model
-from atp_tune.api.models import copied, of_one_text, replaced, weights_of, written
+from atp_tune.api.arguments import Lender, Settings, is_model
+from atp_tune.api.configuration import copied, of_one_text, replaced, weights_of, written
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from atp_tune.allocations import Budget
 from atp_tune.api import arguments
-from atp_tune.api.arguments import Settings, Target
-from atp_tune.api.lender import Lender, is_model, names
-from atp_tune.api.measuring import is_unmeasured, measure_best
+from atp_tune.api.arguments import Lender, Settings, Target, is_model, names
+from atp_tune.api.ending import is_pending, is_unmeasured, measure_best, recover_best
 from atp_tune.api.progress import working
-from atp_tune.api.recovering import is_pending, recover_best
 from atp_tune.api.result import Result
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError

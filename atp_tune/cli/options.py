@@ -215,8 +215,7 @@ class BestOptions(Permissions):
 
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""
-        from atp_tune.results.best_config import best_config
-        from atp_tune.results.stored import file_as_run
+        from atp_tune.results.stored import best_config, file_as_run
         from atp_tune.spec.config import read_config
 
         if config is not None:

@@ -12,7 +12,7 @@ from atp_tune.errors import UserError, printable
 from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import percent
-from atp_tune.report.tables import speed
+from atp_tune.report.contents import speed
 from atp_tune.results import tables
 from atp_tune.results.formatting import (
     asked,
@@ -24,9 +24,9 @@ from atp_tune.results.formatting import (
     texts_note,
 )
 from atp_tune.results.outcome import limit_of, study_remarks
+from atp_tune.results.results import is_uniform
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform
 from atp_tune.spec.config import read_config
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission

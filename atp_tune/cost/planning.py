@@ -10,9 +10,26 @@ import psutil
 
 from atp_tune.allocations import Budget
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, choose, read_sizes
-from atp_tune.cost.forecast import UNKNOWN, Forecast, Passes, ProbeRates, StudyCost, TrialCost, Weights
-from atp_tune.cost.memory import Bytes, Tokens, bytes_of, peaks, problems
-from atp_tune.cost.parts import Amounts, Done, parts, rows_descents, step_tokens, sums
+from atp_tune.cost.forecast import (
+    UNKNOWN,
+    Amounts,
+    Bytes,
+    Done,
+    Forecast,
+    Passes,
+    ProbeRates,
+    StudyCost,
+    Tokens,
+    TrialCost,
+    Weights,
+    bytes_of,
+    parts,
+    peaks,
+    problems,
+    rows_descents,
+    step_tokens,
+    sums,
+)
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.goals import goal_of
 from atp_tune.spec.data import IMAGES

@@ -135,9 +135,7 @@ def foretold(watch: EventHandler) -> EventHandler:
 def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     """The number and the mean size of what is ahead, by part."""
     from atp_tune.blocks.gradients import PASSES
-    from atp_tune.cost.forecast import UNKNOWN
-    from atp_tune.cost.memory import Tokens
-    from atp_tune.cost.parts import Amounts, Done, parts
+    from atp_tune.cost.forecast import UNKNOWN, Amounts, Done, Tokens, parts
 
     study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
     size = {role: number * length for role, (number, length) in opened.items.items()}

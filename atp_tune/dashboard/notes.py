@@ -12,9 +12,9 @@ from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, plan_of, remark_of, wanted
 from atp_tune.results.outcome import limit_of, study_remarks
+from atp_tune.results.results import is_uniform
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview
-from atp_tune.results.trials import is_uniform
 from atp_tune.spec.data import short_source
 from atp_tune.spec.plugged import permission
 from atp_tune.storage.artifacts import MADE_ANEW

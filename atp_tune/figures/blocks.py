@@ -13,15 +13,20 @@ from atp_tune.figures.style import (
     SECOND,
     UNIFORM,
     WORST,
+    best_of,
     level,
     log_axis,
     new_figure,
+    role,
     rounded,
+    second_of,
+    told,
+    uniform_of,
+    worst_of,
 )
-from atp_tune.figures.trials import best_of, role, second_of, told, uniform_of, worst_of
 from atp_tune.plan import percent
+from atp_tune.results.results import levels_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import levels_of
 
 SPARSITY = "Sparsity of each block", "sparsity (share of zeros)"
 BITS = "Bits of each block", "bits per weight, without scales"

@@ -1,6 +1,6 @@
 """Perplexity, KL or accuracy against β: measured trials, the search's Gaussian process, lines at uniform and dense."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -11,39 +11,40 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget, atp
-from atp_tune.figures.accuracy import show_accuracies
 from atp_tune.figures.style import (
-    DENSE as GREY,
-)
-from atp_tune.figures.style import (
+    CYCLE,
+    DASHES,
     INK,
     SYMBOLS,
     UNIFORM,
     AxisRange,
     axis,
+    axis_of,
+    best_of,
     colour_of,
     error_bars,
     faint,
+    finite,
     level,
+    log_axis,
     new_figure,
+    off_scale,
     range_of,
+    role,
     rounded,
     set_range,
-)
-from atp_tune.figures.trials import (
-    axis_of,
-    finite,
-    off_scale,
-    role,
+    show_accuracies,
     told,
     uniform_of,
     value_of,
     written,
 )
+from atp_tune.figures.style import (
+    DENSE as GREY,
+)
 from atp_tune.plan import method_in
-from atp_tune.results.results import DENSE
+from atp_tune.results.results import DENSE, is_uniform, levels_of
 from atp_tune.results.summary import Summary
-from atp_tune.results.trials import is_uniform
 
 PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
 CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
@@ -249,3 +250,50 @@ def _add_curve(figure: go.Figure, pruner: str, curve: dict[str, list[float]], be
         x=beta, y=curve["mean"], mode="lines", line={"color": colour, "width": 1.2}, legendgroup=f"belief {pruner}",
         name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
     )  # fmt: skip
+
+
+# --- Several studies in one figure.
+
+LONGEST = 40  # letters of a name in a legend
+MARKS = ("circle", "diamond", "square", "triangle-down")  # after all colours
+
+
+def label(name: str) -> str:
+    """A study's name, cut to fit a legend."""
+    return escape(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…")
+
+
+def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """Sparsities of each study's best plan; None if fewer than two studies have one."""
+    figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
+    for k, summary in enumerate(summaries):
+        best = best_of(summary)
+        if best is not None and summary.bits is None and (levels := levels_of(best)):
+            figure.add_scatter(
+                y=rounded(levels, 4), name=label(summary.name), mode="lines",
+                line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{told(best, summary)}<extra></extra>",
+            )  # fmt: skip
+    return figure if len(figure.data) > 1 else None
+
+
+def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """Perplexity against β of studies of one model and text; None if fewer than two have trials with β."""
+    by_perplexity = [finite(summary.trials) if "perplexity" in summary.objectives else [] for summary in summaries]
+    found = [[t for t in trials if "beta" in t.params and "sparsity" not in t.params] for trials in by_perplexity]
+    drawn = [(k, summary, found[k]) for k, summary in enumerate(summaries) if found[k]]
+    if len(drawn) < 2:
+        return None
+    figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, validation text")
+    views = [range_of(trials, None) for _, _, trials in drawn]
+    for (k, summary, trials), seen in zip(drawn, views, strict=True):
+        shown = sorted((t for t in trials if not seen.hides(t)), key=lambda t: float(t.params["beta"]))
+        colour = CYCLE[k % len(CYCLE)]
+        figure.add_scatter(
+            x=rounded(t.params["beta"] for t in shown), y=rounded(map(value_of, shown)), name=label(summary.name),
+            mode="markers", marker={"color": colour, "size": 8, "symbol": MARKS[k // len(CYCLE) % 4]},
+            error_y=error_bars(shown, colour),
+            text=[told(t, summary) for t in shown], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(log_axis(min(seen.low for seen in views), max(seen.high for seen in views)))
+    return figure

@@ -7,13 +7,97 @@ import statistics
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, log10
+from html import escape
+from math import inf, isfinite, log10
 from typing import Any
 
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from atp_tune.figures.trials import value_of
+from atp_tune.measures import PERPLEXITY
+from atp_tune.results.formatting import plan_of
+from atp_tune.results.results import is_uniform, levels_of, uniform_among
+from atp_tune.results.summary import Summary
+from atp_tune.storage.progress import ranked, sparsity_of, values_of
+
+# --- The trials that figures show, and their labels.
+
+
+def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Measured trials with a finite, positive value, the lowest first."""
+    return [trial for trial in ranked(trials) if isfinite(value_of(trial)) and value_of(trial) > 0]
+
+
+def value_of(trial: FrozenTrial) -> float:
+    """The first value that a trial's study minimises, such as its perplexity; NaN without a value."""
+    return values_of(trial)[0] if trial.values else float("nan")
+
+
+def axis_of(summary: Summary) -> str:
+    """The title of an axis of that value."""
+    return f"{summary.results.main.title}, {validation(summary)}"
+
+
+def validation(summary: Summary) -> str:
+    """What trials are measured on."""
+    return f"validation {summary.results.data}"
+
+
+def written(trial: FrozenTrial, summary: Summary) -> str:
+    """The score of a trial that its study minimises, as text."""
+    found = summary.results.score(trial, "validation", summary.results.main)
+    return found.alone if found else ""
+
+
+def off_scale(trial: FrozenTrial, summary: Summary) -> str:
+    """The same, of a trial above the axis: perplexities are large there, and need no digits."""
+    return f"{value_of(trial):.0f}" if summary.results.main is PERPLEXITY else written(trial, summary)
+
+
+def best_of(summary: Summary) -> FrozenTrial | None:
+    """The best trial, or the first that a figure can show."""
+    shown = finite(summary.trials)
+    return next((trial for trial in shown if trial == summary.best_trial), next(iter(shown), None))
+
+
+def uniform_of(summary: Summary) -> FrozenTrial | None:
+    """The first uniform trial of the best trial's pruner and sparsity, as the summary has it."""
+    best = best_of(summary)
+    shown = sorted(finite(summary.trials), key=lambda trial: trial.number)
+    return uniform_among(shown, best) if best else None
+
+
+def second_of(summary: Summary) -> FrozenTrial | None:
+    """The best trial that is not uniform and has other sparsities than the best, with the same mean."""
+    best = best_of(summary)
+    levels = levels_of(best)
+    others = (trial for trial in _beside_best(summary) if trial != best and not is_uniform(trial))
+    return next((trial for trial in others if levels_of(trial) not in (None, levels)), None)
+
+
+def worst_of(summary: Summary) -> FrozenTrial | None:
+    """The trial with the highest value, if there are several with the target of the best."""
+    done = _beside_best(summary)
+    return done[-1] if len(done) > 1 else None
+
+
+def _beside_best(summary: Summary) -> list[FrozenTrial]:
+    best = best_of(summary)
+    return [trial for trial in finite(summary.trials) if best and sparsity_of(trial) == sparsity_of(best)]
+
+
+def told(trial: FrozenTrial, summary: Summary) -> str:
+    """Number, plan and scores of a trial in two lines, for its hover text."""
+    results = summary.results
+    scores = ((by, results.score(trial, "validation", by)) for by in results.measures)
+    said = ", ".join(f"{by.column} {found}" for by, found in scores if found or by is PERPLEXITY)
+    return f"trial {trial.number}: {escape(plan_of(trial))}<br>{said}"
+
+
+def role(name: str, trial: FrozenTrial) -> str:
+    """The name of a trial in a legend."""
+    return f"{name} (trial {trial.number})"
+
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 # Contrast at least 3:1 against white and #14171c; distinguishable by colour-blind readers.
@@ -143,3 +227,29 @@ def set_range(view: AxisRange, figure: go.Figure, labels: list[str]) -> None:
         text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
         align="left", showarrow=False, font={"size": SMALL},
     )  # fmt: skip
+
+
+# --- Figures of studies by accuracy: drawn by the error that is minimised, then shown as accuracies in per cent.
+
+
+def show_accuracies(figure: go.Figure, summary: Summary, view: AxisRange) -> None:
+    """Puts scores on an axis of minimised values where the two differ; `view`: the values that the axis shows."""
+    main, images = summary.results.main, summary.results.counts.get("validation", 0)
+    if not main.is_higher_better or not images:
+        return
+
+    def accuracy(error: float) -> float:
+        return 100 * main.of_loss(error, images)
+
+    for trace in figure.data:
+        trace.y = rounded(map(accuracy, trace.y))
+        if trace.error_y.array is not None:
+            trace.error_y.array = rounded(100 * error for error in trace.error_y.array)
+    for shape in figure.layout.shapes:
+        if shape.yref == "y":
+            shape.y0 = shape.y1 = accuracy(shape.y0)
+    low, high = accuracy(view.high), accuracy(view.low)
+    pad = 0.04 * (high - low) or 1.0
+    figure.update_yaxes(
+        type="linear", range=[low - pad, min(high + pad, 101)], tickmode="auto", tickformat="~g", ticksuffix=" %"
+    )

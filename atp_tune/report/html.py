@@ -12,11 +12,11 @@ from plotly.offline import get_plotlyjs
 
 import atp_tune
 from atp_tune import figures
-from atp_tune.figures import overlay
+from atp_tune.figures import perplexity
 from atp_tune.figures.history import draw_history
 from atp_tune.metrics.answers import ImageAnswer
 from atp_tune.metrics.continuations import NAMES
-from atp_tune.report import tables
+from atp_tune.report import contents as tables
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import continuations_note
 from atp_tune.results.results import DENSE, Model
@@ -57,8 +57,8 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
     summaries = [contents.summary for contents in studies]
     comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
     found = {
-        "perplexities": overlay.perplexities(summaries) if comparable else None,
-        "sparsities": overlay.sparsities(summaries),
+        "perplexities": perplexity.perplexities(summaries) if comparable else None,
+        "sparsities": perplexity.sparsities(summaries),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from atp_tune.errors import printable
-from atp_tune.report import tables
+from atp_tune.report import contents as tables
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import continuations_note
 from atp_tune.results.tables import Table, front, kinds, overview, trials

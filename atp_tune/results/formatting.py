@@ -16,7 +16,7 @@ from atp_tune.extras import as_typed
 from atp_tune.measures import MEASURES, PERPLEXITY, error_over, reach_of
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import Plan, method_in, percent, shown
-from atp_tune.results.trials import allocation_of, is_uniform, parameters_of
+from atp_tune.results.results import allocation_of, is_uniform, parameters_of
 from atp_tune.spec.data import KINDS, MANUAL, MIXED, short_source
 from atp_tune.spec.finding import known
 from atp_tune.spec.plugged import permission

@@ -22,8 +22,7 @@ from atp_tune.plan import percent
 from atp_tune.results.annotations import speed_of
 from atp_tune.results.formatting import drawn, drawn_how, draws_note, method_of
 from atp_tune.results.outcome import against_uniform, limit_of
-from atp_tune.results.results import DENSE, NOTHING, Model
-from atp_tune.results.trials import allocation_of, is_uniform, uniform_of
+from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, is_uniform, uniform_of
 from atp_tune.spec.search import STEP
 from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity
 from atp_tune.storage.fingerprint import objectives_of

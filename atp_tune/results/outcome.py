@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from atp_tune.measures import ACCURACY, PERPLEXITY, Limit
 from atp_tune.plan import METHODS, percent
-from atp_tune.results.results import NOTHING
-from atp_tune.results.trials import is_uniform
+from atp_tune.results.results import NOTHING, is_uniform
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Loss, RecoverConfig
 from atp_tune.storage.progress import ranked

@@ -21,10 +21,9 @@ from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of
 from atp_tune.results.goals import Point
 from atp_tune.results.outcome import sign_of_beta
-from atp_tune.results.results import DENSE, Model
+from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary
-from atp_tune.results.trials import allocation_of, parameters_of
 from atp_tune.spec.config import Score, Scores, dumps
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY

@@ -2,16 +2,79 @@
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
-from atp_tune.results.summary import made_from
+from atp_tune.plan import Plan
+from atp_tune.results.annotations import with_attached
+from atp_tune.results.goals import best_trial
+from atp_tune.results.results import DENSE
+from atp_tune.results.summary import made_from, summarise
+from atp_tune.spec.config import (
+    BothDraws,
+    Config,
+    Sparsity,
+)
 from atp_tune.spec.facts import facts
 from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import StudyFile
+from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.fingerprint import check_facts
 from atp_tune.storage.opening import find_study, open_storage
+from atp_tune.storage.validation import StudySnapshot
+
+# --- The configuration of a study's best trial, from which `apply` makes a checkpoint.
+
+
+def best_config(file: StudyFile, study: optuna.Study, out: Path, number: int | None = None) -> Config:
+    """The configuration, to be written to `out`, of the best trial or of trial `number`; UserError without one."""
+    study = StudySnapshot(study)
+    best = best_trial(study)
+    if number is not None and best is not None:
+        best = next((trial for trial in progress.measured(study) if trial.number == number), None)
+        if best is None:
+            raise UserError(f"study {study.study_name}: trial {number} is not measured in full; `status` lists all")
+    if best is None:
+        raise UserError(f"study {study.study_name}: no trial has a value yet; run: python tune.py --study {file.name}")
+    try:
+        return with_attached(_config(file, study, best, out), study, out)
+    except (KeyError, ValueError):  # pydantic's are of this kind
+        raise UserError(
+            f"study {study.study_name}: trial {best.number} lacks what a configuration needs; "
+            "start another study with --study-name NAME"
+        ) from None
+
+
+def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) -> Config:
+    summary, spec, facts, attrs = summarise(study), file.study, study.user_attrs["fingerprint"], best.user_attrs
+    plan, uniform, results = Plan.model_validate(attrs["plan"]), summary.results.uniform(best), summary.results
+    if plan.is_uniform:  # with β = 0, as every allocation has such a point
+        plan = plan.model_copy(update={"allocation": "uniform", "parameters": {}})
+    number, draws = uniform.number if uniform else -1, None
+    if best.number in summary.over_draws:
+        draws = BothDraws(best=summary.over_draws[best.number], uniform=summary.over_draws.get(number))
+    return Config.of_study(
+        spec,
+        plan,
+        {"fingerprint": facts["model.content"], "dtype": attrs.get("dtype") or facts[fingerprint.DTYPE]},
+        summary.sizes,
+        attrs["effective_bits"] if spec.bits is not None else None,
+        study=study.study_name,
+        trial=best.number,
+        blocks=study.user_attrs.get("blocks"),
+        linears=study.user_attrs.get("linears") if plan.by_linear or plan.by_bits else None,
+        conv1d=study.user_attrs.get("conv1d", False),
+        sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
+        scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
+        batches=fingerprint.batches_in(best),
+        draws=draws,
+        plugins=study.user_attrs.get("plugins", {}),
+        bos=summary.bos,
+        versions=attrs["versions"],
+    ).seen_from(file.folder, out.parent)
 
 
 def stored_study(file: StudyFile, study_name: str | None) -> optuna.Study:

@@ -18,8 +18,10 @@ from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.goals import AtSparsity, Point, best_trial, front_of, goal_in
-from atp_tune.results.results import DENSE, Model, Results
-from atp_tune.results.trials import (
+from atp_tune.results.results import (
+    DENSE,
+    Model,
+    Results,
     allocation_of,
     is_uniform,
     uniform_of,

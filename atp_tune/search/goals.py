@@ -26,11 +26,10 @@ from atp_tune.allocations import Budget
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
 from atp_tune.results.goals import best_trial, excess_of
-from atp_tune.results.trials import is_uniform, uniform_of
+from atp_tune.results.results import is_uniform, uniform_of
 from atp_tune.search.samplers import make_sampler, wait_for_earlier
-from atp_tune.search.screening import confirmed
+from atp_tune.search.screening import SMALLEST, Surrogate, confirmed
 from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
-from atp_tune.search.surrogate import SMALLEST, Surrogate
 from atp_tune.spec.search import STEP, SearchConfig
 from atp_tune.spec.study import Study
 from atp_tune.storage import progress

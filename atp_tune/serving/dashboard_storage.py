@@ -18,8 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import FrozenStudy
 from atp_tune.dashboard.notes import columns, facts_of, study_note, trial_note
-from atp_tune.dashboard.parts import PREFIX
-from atp_tune.dashboard.publishing import attach, config_of, figures_of, note_of, without_rests
+from atp_tune.dashboard.publishing import PREFIX, attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
 from atp_tune.report import gather, html
 from atp_tune.results.goals import best_trial, front_of

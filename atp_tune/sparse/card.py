@@ -21,8 +21,8 @@ from atp_tune.inputs.documents import hub_arguments
 from atp_tune.measures import MEASURES, Estimate, error_over
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.plan import shown
+from atp_tune.report.contents import measure, speed
 from atp_tune.report.markdown import escaped, fenced
-from atp_tune.report.tables import measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.results.results import NOTHING
 from atp_tune.sparse.provenance import ABOUT, CARD, FINETUNED, Finetuned

@@ -29,7 +29,7 @@ SAMPLERS = Registry[Any](
         "random": "atp_tune.search.samplers:SeededSampler",
     },
     "atp_tune.samplers",
-    "atp_tune.search.plugged_sampler:finished",
+    "atp_tune.search.samplers:finished",
 )
 NEXT_TOKEN = "next-token"  # the score of language models
 SCORES = Registry[Any](  # objects of type `scores.Score`

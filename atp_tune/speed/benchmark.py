@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -14,21 +15,88 @@ from atp_tune.cache import cache_dir, check_room, temporary_folder
 from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import dtypes as formats
-from atp_tune.checkpoints.devices import find_device, oom_as_user_error
+from atp_tune.checkpoints.devices import find_device, find_dtype, oom_as_user_error
 from atp_tune.checkpoints.files import read_header
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.extras import require
 from atp_tune.metrics.speed import Sizes, Speed
-from atp_tune.packed.layout import packed_bytes
+from atp_tune.packed.gpu import has_kernel
+from atp_tune.packed.kernel import kernel_name
+from atp_tune.packed.layout import LEAST, Kind, packed_bytes
+from atp_tune.plan import Plan
 from atp_tune.pruners.selection import nonzeros
+from atp_tune.run.session import Session
 from atp_tune.sparse.applying import cast
-from atp_tune.sparse.comparing import is_fast
+from atp_tune.sparse.comparing import is_fast, pack_linears, packed_copy
 from atp_tune.spec.patterns import parse
 from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.packed_engine import PACKED, check_packed, opened_packed
-from atp_tune.speed.throughput import Opening, Workload, measured
-from atp_tune.speed.torch_engine import SEMI_STRUCTURED, check_semi_structured, dtypes, opened, opened_semi_structured
+from atp_tune.speed.torch_engine import (
+    EXACT,
+    SEMI_STRUCTURED,
+    Opening,
+    Workload,
+    check_semi_structured,
+    dtypes,
+    measured,
+    opened,
+    opened_in_memory,
+    opened_semi_structured,
+)
+
+# --- The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it.
+
+PACKED = "packed"
+
+
+def check_packed(device: torch.device) -> None:
+    """UserError if the kernel does not run here."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--engine {PACKED}: runs on a CPU, not on {device.type}; give --device cpu")
+    if device.type == "cuda" and not has_kernel(device):
+        raise UserError(f"--engine {PACKED}: its Triton kernel does not run here; give --device cpu or --engine torch")
+    if device.type == "cpu" and kernel_name() is None:
+        raise UserError(
+            f"--engine {PACKED}: the kernel is not here; install with a C compiler (cc) or the wheel ziglang, "
+            "or give --engine torch"
+        )
+
+
+def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Opening]:
+    """Opens both models in the fast number format of the device: with the weights as they are, then rounded."""
+    check_packed(device)
+    dtype = find_dtype("auto", device)
+    kinds: list[Kind] = ["same", "bf16", "int8"] if dtype == torch.float32 else ["same", "int8"]
+    names = {kind: PACKED if kind == "same" else f"{PACKED} {kind}" for kind in kinds}
+    limits: dict[Kind, float] = {"same": EXACT[dtype]}  # rounded weights differ by how far they are rounded
+    return [
+        opened(pair, task, device, dtype, names[kind], partial(packed, kind=kind), limits.get(kind)) for kind in kinds
+    ]
+
+
+def measure_in_memory(context: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
+    """Bytes and rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
+
+    Bytes are of both models' weights there, in the number format of the computation: files may be in another.
+    """
+    checkpoint, folder = context.checkpoint, context.folder
+    if checkpoint.offload != "none":
+        raise UserError("the dense model does not fit into memory as a whole")
+    sparse, count = packed_copy(checkpoint, context.prune(plan), "memory", "speedup DIR")
+    if not count:
+        raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
+    pair = Pair(folder.path, folder.path, trusted=folder.trusted)
+    dense, packed = (sum(weight.nbytes for weight in model.parameters()) for model in (checkpoint.model, sparse))
+    sizes = Sizes(dense=dense, sparse=dense, packed=packed)
+    opening = opened_in_memory(pair, checkpoint, sparse, task, PACKED)
+    return Speed(sizes=sizes, engines=(measured(opening, PACKED, task, watch),))
+
+
+def packed(checkpoint: Checkpoint, kind: Kind = "same") -> None:
+    """Replaces the sparse linears of a model by packed ones; UserError if there is none."""
+    if not pack_linears(checkpoint, kind):
+        raise UserError(f"--engine {PACKED}: no linear of the model has {LEAST:.0%} zeros")
+
 
 CHUNK = 16 << 20  # bytes per read
 LEVEL = 3  # of zstd, its default

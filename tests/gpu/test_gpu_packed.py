@@ -18,7 +18,7 @@ from atp_tune.packed import gpu, kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.sparse.packing import pack_folder
 from atp_tune.speed import torch_engine
-from atp_tune.speed.throughput import Workload
+from atp_tune.speed.torch_engine import Workload
 
 pytestmark = pytest.mark.gpu
 

@@ -89,15 +89,15 @@ def evaluate(
 
 
 def _show(found: "ZeroShot", json: bool) -> None:
-    from atp_tune.report import tables
+    from atp_tune.report import contents
     from atp_tune.results.status import to_json
 
     if json:
         console.print(to_json(found))
         return
-    made = tables.zero_shot(found)
+    made = contents.zero_shot(found)
     console.print(markdown(made.head, made.rows))
-    console.print(f"\n{tables.zero_shot_note(found)}", style="dim")
+    console.print(f"\n{contents.zero_shot_note(found)}", style="dim")
 
 
 # --- `tune.py generate`: shows what dense, uniform and best make of prompts.

@@ -166,8 +166,7 @@ def export(
     from atp_tune.cache import alone_with
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
-    from atp_tune.results.best_config import best_config
-    from atp_tune.results.stored import file_as_run
+    from atp_tune.results.stored import best_config, file_as_run
     from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):

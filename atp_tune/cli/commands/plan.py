@@ -9,8 +9,7 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from atp_tune.cost.forecast import Forecast, StudyCost
-    from atp_tune.cost.memory import Memory
+    from atp_tune.cost.forecast import Forecast, Memory, StudyCost
     from atp_tune.spec.studyfile import StudyFile
 
 

@@ -83,7 +83,7 @@ def speedup(
         from atp_tune.results import annotations
         from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import about, find_pair
-        from atp_tune.speed.throughput import Workload
+        from atp_tune.speed.torch_engine import Workload
 
         path, place = about(model) if model is not None else config or Path(), options.device or "auto"
         read = read_config(path)
@@ -105,8 +105,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     from atp_tune.cli.tables import show_summary
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
-    from atp_tune.results.best_config import best_config
-    from atp_tune.results.stored import file_as_run
+    from atp_tune.results.stored import best_config, file_as_run
     from atp_tune.results.summary import summarise
 
     file = load_study(str(options.study), options.storage, None, None)
@@ -118,7 +117,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
         from atp_tune.results.annotations import attach
         from atp_tune.speed.benchmark import check, default_engine, measure
         from atp_tune.speed.model_pair import passing_pair
-        from atp_tune.speed.throughput import Workload
+        from atp_tune.speed.torch_engine import Workload
 
         pattern = file.study.prune.pattern
         named = default_engine(place, pattern) if engine is None else engine.value
