@@ -3,7 +3,6 @@
 from __future__ import annotations  # help() shows the types as they stand here
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
