@@ -211,7 +211,7 @@ def naive_scores(weight: Tensor, x: Tensor, columns: int, score: str) -> list[fl
 @pytest.mark.parametrize("score", ["norm", "fluctuation"])
 def test_scores_are_those_of_a_naive_loop(columns: int, score: str) -> None:
     weight, x = torch.randn(11, 15, generator=torch.Generator().manual_seed(1)), samples(29, 15)
-    moments = measured(x).moments
+    moments = measured(x).parts["moments"]
     energies = moments.variances() * 29 if score == "fluctuation" else moments.norms().square()
     found = channel_scores(weight, energies, columns)
     assert found.tolist() == pytest.approx(naive_scores(weight, x, columns, score), rel=1e-4)
@@ -241,7 +241,7 @@ def test_the_refit_is_that_of_lstsq(tokens: int) -> None:
     """Also with fewer tokens than inputs, and with inputs that are dead."""
     weight, x = torch.randn(5, 13, generator=torch.Generator().manual_seed(2)), samples(tokens, 13)
     lost = torch.tensor([j in (0, 4, 5, 12) for j in range(13)])
-    found = refitted(weight, lost, measured(x).hessian.matrix(), 0.01)
+    found = refitted(weight, lost, measured(x).parts["hessian"].matrix(), 0.01)
     assert not found[:, lost].any()
     torch.testing.assert_close(found.double(), least_squares(weight, lost, x, 0.01), rtol=1e-4, atol=1e-5)
     before, after = (float(((x @ (w - weight).T) ** 2).sum()) for w in (weight.masked_fill(lost, 0), found))
@@ -251,7 +251,7 @@ def test_the_refit_is_that_of_lstsq(tokens: int) -> None:
 def test_the_refit_of_an_undamped_hessian_is_the_formula() -> None:
     weight, x = torch.randn(5, 8), torch.randn(200, 8)
     lost = torch.tensor([True, False] * 4)
-    hessian = measured(x).hessian.matrix()
+    hessian = measured(x).parts["hessian"].matrix()
     found = refitted(weight, lost, hessian, 1e-12)
     h = hessian.double()
     expected = weight.double() @ h[:, ~lost] @ torch.linalg.inv(h[~lost][:, ~lost])

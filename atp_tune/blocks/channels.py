@@ -285,7 +285,7 @@ class ChannelPruner:
         if self.by_magnitude:
             parts = [(matrices[name], rows) for name, rows in each.writers]
             return magnitude_scores([*parts, (matrices[each.reader].T, each.columns)])
-        moments = measured.moments if isinstance(measured, HessianAndMoments) else measured
+        moments = measured.parts["moments"] if isinstance(measured, HessianAndMoments) else measured
         assert isinstance(moments, InputMoments)
         energies = moments.variances() if self.settings.score == "fluctuation" else moments.norms().square()
         return channel_scores(matrices[each.reader], energies, each.columns)
@@ -307,7 +307,7 @@ class ChannelPruner:
         reader, columns = linears[each.reader], gone.repeat_interleave(each.columns)
         matrix = found.copied(reader)
         if isinstance(measured, HessianAndMoments):
-            matrix.copy_(refitted(matrix, columns, measured.hessian.matrix(), self.settings.damping))
+            matrix.copy_(refitted(matrix, columns, measured.parts["hessian"].matrix(), self.settings.damping))
         else:
             matrix[:, columns] = 0
         found.gone[each.reader] = count * each.columns * reader.out_features
@@ -321,6 +321,7 @@ class PrunedChannels:
     gone: dict[str, int]
     channels: dict[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
     experts_without_tokens: list[str] = field(default_factory=list)
+    grids: dict[str, Any] = field(default_factory=dict)
 
     def copied(self, linear: Linear) -> Tensor:
         """A copy [out, in] of a linear's weight that may be written to, in the place of the dense one."""

@@ -317,74 +317,48 @@ class Pass:
 
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
         """Prunes block `index`, and runs the hidden states through it."""
-        linears = self.replay.checkpoint.linears[index]
-        timer = Timer(self.replay.checkpoint.device)
-        weights = self.replay.checkpoint.weights(index)
+        checkpoint, channels = self.replay.checkpoint, self.channels
+        linears, weights, timer = checkpoint.linears[index], checkpoint.weights(index), Timer(checkpoint.device)
+        levels = plan.of(index, len(linears))
+        make = partial(Pruning, linears, weights, self.pruner, levels, self.keeps_grids)
+        kind = self.pruner.measures if channels is None else channels.measures
         pruned: Pruning | PrunedChannels
-        if self.channels is not None:
-            shares = tuple(level.amount for level in plan.of(index, len(linears)))
-            pruned = self._prune_channels(index, weights, hidden, shares, timer)
-            self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
-        elif self.in_one_pass and self.pruner.measures is not None:
-            pruned = self._prune_sequentially(index, weights, hidden, plan, timer)
+        if self.in_one_pass and channels is None and kind is not None:
+            pruned = self._prune_sequentially(index, hidden, kind, make, timer)
         else:
-            pruned = self._measure_and_prune(index, weights, hidden, plan, timer)
+            statistics: BlockStatistics = {}
+            if self.dense_statistics is not None:
+                statistics = self.dense_statistics[index]
+            elif kind is not None:
+                only = None if channels is None else channels.readers(index, linears)
+                statistics = measure(self.replay, self.batch, index, weights, hidden, kind, only)
+            timer.lap("calibrate")
+            if channels is None:
+                pruned = make()
+                for linear in linears:
+                    pruned.prune(linear, statistics.get(linear.name))
+            else:
+                shares = tuple(level.amount for level in levels)
+                pruned = once_more(partial(channels.prune, index, linears, weights, shares, statistics))
+            timer.lap("prune")
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
         zeros = pruned.zeros()
         timer.lap("calibrate")
-        lacking, gone = tuple(pruned.experts_without_tokens), getattr(pruned, "channels", {})
-        levels = zip(linears, plan.of(index, len(linears)), strict=True)
-        bits = {linear.name: int(level.bits) for linear, level in levels if level.bits is not None}
-        grids = getattr(pruned, "grids", {})
-        return PrunedBlock(index, pruned.weights, zeros, error, timer.seconds, lacking, gone, bits, grids)
-
-    def _pruning(self, plan: Plan, index: int, weights: dict[str, Tensor]) -> "Pruning":
-        """The pruning of block `index`, before its first linear."""
-        linears = self.replay.checkpoint.linears[index]
-        return Pruning(linears, weights, self.pruner, plan.of(index, len(linears)), self.keeps_grids)
-
-    def _measure_and_prune(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
-    ) -> "Pruning":
-        linears = self.replay.checkpoint.linears[index]
-        statistics = self._statistics(index, weights, hidden)
-        timer.lap("calibrate")
-        pruning = self._pruning(plan, index, weights)
-        for linear in linears:
-            pruning.prune(linear, statistics.get(linear.name))
-        timer.lap("prune")
-        return pruning
-
-    def _prune_channels(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, shares: tuple[float, ...], timer: Timer
-    ) -> PrunedChannels:
-        assert self.channels is not None
-        linears, kind = self.replay.checkpoint.linears[index], self.channels.measures
-        readers = self.channels.readers(index, linears)
-        found = {} if kind is None else measure(self.replay, self.batch, index, weights, hidden, kind, readers)
-        timer.lap("calibrate")
-        pruned = once_more(partial(self.channels.prune, index, linears, weights, shares, found))
-        timer.lap("prune")
-        return pruned
-
-    def _statistics(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> BlockStatistics:
-        if self.dense_statistics is not None:
-            return self.dense_statistics[index]
-        if self.pruner.measures is None:
-            return {}
-        return measure(self.replay, self.batch, index, weights, hidden, self.pruner.measures)
+        bits = {x.name: int(level.bits) for x, level in zip(linears, levels, strict=True) if level.bits is not None}
+        lacking = tuple(pruned.experts_without_tokens)
+        return PrunedBlock(
+            index, pruned.weights, zeros, error, timer.seconds, lacking, pruned.channels, bits, pruned.grids
+        )
 
     def _prune_sequentially(
-        self, index: int, weights: dict[str, Tensor], hidden: Tensor, plan: Plan, timer: Timer
+        self, index: int, hidden: Tensor, kind: type[Statistics], make: Callable[[], "Pruning"], timer: Timer
     ) -> "Pruning":
         """Measures, prunes and runs the block in one pass over the hidden states."""
-        kind, block = self.pruner.measures, self.replay.checkpoint.blocks[index]
-        linears = self.replay.checkpoint.linears[index]
-        assert kind is not None
+        block, linears = self.replay.checkpoint.blocks[index], self.replay.checkpoint.linears[index]
 
         def step(windows: int) -> Pruning:
-            pruning = self._pruning(plan, index, weights)
+            pruning = make()
 
             def prune(linear: Linear, statistics: Statistics | None) -> None:
                 timer.lap("calibrate")
@@ -419,11 +393,11 @@ class Pruning:
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
         self.experts_without_tokens: list[str] = []
+        self.channels: dict[str, Tensor] = {}
         self._dense = weights
         self._pruner = pruner
         self._levels = dict(zip((linear.name for linear in linears), levels, strict=True))
-        self.grids: dict[str, Grid] = {}
-        self._keeps_grids = keeps_grids
+        self.grids, self._keeps_grids = dict[str, Grid](), keeps_grids
         self._kept: dict[str, Tensor] = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 

@@ -15,44 +15,24 @@ Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language
 bias, which most models have no room for, the refit spreads all that is lost over the columns that stay.
 """
 
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from atp_tune.errors import TrialError
+from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest
-from atp_tune.pruners.statistics import Hessian, InputMoments, finite
+from atp_tune.pruners.statistics import Hessian, InputMoments, Several, finite
 
 RAISES = 4  # of the ridge, tenfold each, where the system cannot be solved
 
 
-class HessianAndMoments:
+class HessianAndMoments(Several):
     """The Hessian of a linear's inputs, and their moments."""
 
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self.hessian, self.moments = Hessian(inputs, device), InputMoments(inputs, device)
-
-    def add(self, x: Tensor) -> None:
-        """Adds inputs [..., in] of any float dtype."""
-        self.hessian.add(x)
-        self.moments.add(x)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of both."""
-        return {**self.hessian.tensors(), **self.moments.tensors()}
-
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """Restores both from `tensors`."""
-        found = cls.__new__(cls)
-        found.hessian, found.moments = Hessian.restored(tensors), InputMoments.restored(tensors)
-        return found
-
-    @staticmethod
-    def bytes_for(inputs: int) -> int:
-        """Upper bound on the bytes of `tensors`."""
-        return Hessian.bytes_for(inputs) + InputMoments.bytes_for(inputs)
+    kinds: ClassVar[Mapping[str, type[Statistics]]] = {"hessian": Hessian, "moments": InputMoments}
 
 
 def channel_scores(weight: Tensor, energies: Tensor, columns: int) -> Tensor:

@@ -13,7 +13,6 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.nn import functional
 from atp_tune.errors import UserError
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import zeroed
-from atp_tune.pruners.statistics import Hessian
+from atp_tune.pruners.statistics import Hessian, Several
 
 # --- SparseSwaps: exchanges pruned and kept weights of a row while that makes its layer-wise error smaller.
 #
@@ -194,59 +193,21 @@ class Refined:
         return zeroed((B / scaled.scales).to(weight.dtype), mask)
 
 
-class WithHessian:
-    """A pruner's own kind of statistics, if it has one, with the `Hessian` of the same inputs beside it."""
-
-    kind: ClassVar[type[Statistics] | None]
-
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self.own = None if self.kind is None else self.kind(inputs, device)
-        self.hessian = Hessian(inputs, device)
-
-    def add(self, x: Tensor) -> None:
-        """Adds inputs [..., in] of any float dtype."""
-        if self.own is not None:
-            self.own.add(x)
-        self.hessian.add(x)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of both, by name."""
-        own = {} if self.own is None else self.own.tensors()
-        both = {"own": own, "hessian": self.hessian.tensors()}
-        return {f"{part}.{name}": tensor for part, tensors in both.items() for name, tensor in tensors.items()}
-
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
-        """Restores statistics from `tensors`."""
-        parts: dict[str, dict[str, Tensor]] = {"own": {}, "hessian": {}}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(".")
-            parts[part][key] = tensor
-        found = cls.__new__(cls)
-        found.own = None if cls.kind is None else cls.kind.restored(parts["own"])
-        found.hessian = Hessian.restored(parts["hessian"])
-        return found
-
-    @classmethod
-    def bytes_for(cls, inputs: int) -> int:
-        """Upper bound on the bytes of `tensors`."""
-        return (0 if cls.kind is None else cls.kind.bytes_for(inputs)) + Hessian.bytes_for(inputs)
-
-
 @cache
 def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
     """The kind of statistics with a `Hessian` beside it; one that is or has a `Hessian` is enough."""
-    if kind is Hessian or (kind is not None and issubclass(kind, WithHessian)):
+    if kind is Hessian or (kind is not None and issubclass(kind, Several)):
         return kind
     name = "Hessian alone" if kind is None else f"{kind.__name__} with Hessian"
     module = Hessian.__module__ if kind is None else kind.__module__  # whose code determines the tensors
-    return type(name, (WithHessian,), {"kind": kind, "__module__": module})
+    kinds = {**({} if kind is None else {"own": kind}), "hessian": Hessian}
+    return type(name, (Several,), {"kinds": kinds, "__module__": module})
 
 
 def own_and_hessian(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
     """A pruner's own statistics, and the Hessian."""
-    if isinstance(statistics, WithHessian):
-        return statistics.own, statistics.hessian
+    if isinstance(statistics, Several):
+        return statistics.parts.get("own"), statistics.parts["hessian"]
     assert isinstance(statistics, Hessian)
     return statistics, statistics
 

@@ -4,13 +4,15 @@ X inputs [tokens, in] of a linear over all calibration tokens. Linears with the 
 and value) share one object, and what is derived from X is computed once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from atp_tune.errors import TrialError
+from atp_tune.pruners import Statistics
 
 DAMPING_RAISES = 4
 PANEL, WIDE_PANEL = 256, 2048  # rows of the Hessian that are updated at a time, on the CPU and on other devices
@@ -107,6 +109,39 @@ class InputMoments:
     def variances(self) -> Tensor:
         """The variances [in], over all tokens."""
         return self._deviations / max(1, self._tokens)
+
+
+class Several:
+    """Statistics of several `kinds` of the same inputs, by names of parts, which begin the names of their tensors."""
+
+    kinds: ClassVar[Mapping[str, type[Statistics]]]
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.parts: dict[str, Any] = {part: kind(inputs, device) for part, kind in self.kinds.items()}
+
+    def add(self, x: Tensor) -> None:
+        """Adds inputs [..., in] of any float dtype."""
+        for own in self.parts.values():
+            own.add(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all parts."""
+        return {f"{part}.{name}": x for part, own in self.parts.items() for name, x in own.tensors().items()}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+        """Restores statistics from `tensors`."""
+        found = cls.__new__(cls)
+        found.parts = {}
+        for part, kind in cls.kinds.items():
+            own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+            found.parts[part] = kind.restored(own)
+        return found
+
+    @classmethod
+    def bytes_for(cls, inputs: int) -> int:
+        """Upper bound on the bytes of `tensors`."""
+        return sum(kind.bytes_for(inputs) for kind in cls.kinds.values())
 
 
 @dataclass(frozen=True)

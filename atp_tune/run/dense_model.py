@@ -27,8 +27,7 @@ from atp_tune.inputs import Batch
 from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
-from atp_tune.pruners.refinement import WithHessian
-from atp_tune.pruners.statistics import Hessian
+from atp_tune.pruners.statistics import Hessian, Several
 from atp_tune.scores.evaluation import Block, Passing
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
@@ -129,7 +128,7 @@ class DenseMeasurements:
         """SHA-256 of everything that determines a pruner's statistics."""
         checkpoint = self._replay.checkpoint
         is_own = kind.__module__.startswith("atp_tune.")
-        prepares = issubclass(kind, Hessian | WithHessian) or not is_own  # the others are the same for all pruners
+        prepares = issubclass(kind, Hessian | Several) or not is_own  # the others are the same for all pruners
         return key(
             "statistics",
             model=self._model,
