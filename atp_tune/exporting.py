@@ -36,6 +36,7 @@ from typing import Any, Literal
 import yaml
 
 from atp_tune.cache import write_out
+from atp_tune.checkpoints.files import Table
 from atp_tune.errors import UserError
 from atp_tune.spec.block_names import block_name
 from atp_tune.spec.config import Config
@@ -71,7 +72,7 @@ def as_csv(config: Config) -> str:
 def as_yaml(config: Config) -> str:
     """The table as a list, with model, pruner, its settings and the target."""
     if config.by_bits and config.bits is not None and config.quantize is not None:
-        head: dict[str, Any] = {
+        head: Table = {
             "study": config.study,
             "model": config.model.id,
             "quantizer": config.plan.method,
@@ -121,7 +122,7 @@ def as_recipe(config: Config) -> str:
     return f"{_head(config)}{recipe}"
 
 
-def _wanda(config: Config) -> tuple[str, dict[str, Any]]:
+def _wanda(config: Config) -> tuple[str, Table]:
     compare = config.prune.settings("wanda")["compare"]
     if compare != "row":
         raise _not_to_be_said("prune.wanda.compare", compare, "compares scores of a row")
@@ -130,7 +131,7 @@ def _wanda(config: Config) -> tuple[str, dict[str, Any]]:
     return "WandaPruningModifier", {}
 
 
-def _sparsegpt(config: Config) -> tuple[str, dict[str, Any]]:
+def _sparsegpt(config: Config) -> tuple[str, Table]:
     if any(level.sparsity == 1 for level in config.plan.each_linear()):
         raise _not_to_be_said("plan.levels", "1", "cannot zero a whole matrix by SparseGPT")
     settings = config.prune.settings("sparsegpt")
@@ -139,10 +140,10 @@ def _sparsegpt(config: Config) -> tuple[str, dict[str, Any]]:
     return "SparseGPTModifier", {"block_size": width, "dampening_frac": settings["damping"]}
 
 
-MODIFIERS: dict[str, Callable[[Config], tuple[str, dict[str, Any]]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}
+MODIFIERS: dict[str, Callable[[Config], tuple[str, Table]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}
 
 
-def _by_sparsity(config: Config) -> dict[str, Any]:
+def _by_sparsity(config: Config) -> Table:
     """One modifier: a sparsity for each block, or for each linear by name."""
     modules = _modules(config)
     blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
@@ -150,7 +151,7 @@ def _by_sparsity(config: Config) -> dict[str, Any]:
     return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
 
 
-def _by_number(config: Config, group: int) -> list[dict[str, Any]]:
+def _by_number(config: Config, group: int) -> list[Table]:
     """A modifier for each number of zeros in a group of inputs, with the modules that have it."""
     modules: dict[int, list[str]] = {}
     for name, sparsity in _modules(config).items():
@@ -196,7 +197,7 @@ NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` 
 NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
 
 
-def rows(config: Config) -> Iterator[dict[str, Any]]:
+def rows(config: Config) -> Iterator[Table]:
     """Block, module and sparsity, or bits, of each row of the table.
 
     UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
@@ -268,12 +269,12 @@ def quantize(model: torch.nn.Module) -> None:
 '''
 
 
-def modifier(config: Config) -> dict[str, Any]:
+def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    quantize, groups = _asked(config, "llm-compressor"), dict[str, Any]()
+    quantize, groups = _asked(config, "llm-compressor"), Table()
     is_row = quantize.group_size == -1
     for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
-        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
+        weights: Table = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
         weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
         weights["observer"] = "memoryless_minmax"
         groups[f"group_{index}"] = {"targets": linears, "weights": weights}

@@ -34,6 +34,7 @@ from atp_tune.storage.validation import TABLES, readable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
+Attributes: TypeAlias = dict[str, Any]
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
 SEED = "search.seed"  # may differ: it affects which points are tried, not their values
 AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
@@ -65,7 +66,7 @@ class Source:
     study: optuna.Study
     trials: list[FrozenTrial]
     unfinished: int
-    attrs: dict[str, Any]
+    attrs: Attributes
     artifacts: Path
 
 
@@ -200,8 +201,8 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     first = sources[0].study
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
-    merged: dict[str, Any] = {}
-    by_trial: dict[str, dict[str, Any]] = {}
+    merged: Attributes = {}
+    by_trial: dict[str, Attributes] = {}
     for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
         merged |= source.study.user_attrs
         names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
@@ -233,7 +234,7 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     db.close()  # before the file is renamed
 
 
-def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> dict[str, Any]:
+def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> Attributes:
     merged = {}
     for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
         new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
@@ -246,7 +247,7 @@ def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Se
     return merged
 
 
-def _kept_attrs(source: Source) -> dict[str, Any]:
+def _kept_attrs(source: Source) -> Attributes:
     """System attributes of a study without invalid artifacts and those that `serve` writes again."""
     anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in artifacts.MADE_ANEW}
     kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from atp_tune.allocations.channels import BlockChannels, ChannelSet
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import Linear
+from atp_tune.checkpoints.devices import Tensors
 from atp_tune.errors import UserError
 from atp_tune.pruners import Statistics
 from atp_tune.pruners.channels import (
@@ -60,15 +61,15 @@ def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChann
 class _Run:
     """Inputs of each linear in the order of their calls, and the block's output."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
     after: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _Probe:
     """One block, run with noise in some outputs of its linears."""
 
-    def __init__(self, replay: Replay, index: int, weights: dict[str, Tensor], hidden: Tensor) -> None:
+    def __init__(self, replay: Replay, index: int, weights: Tensors, hidden: Tensor) -> None:
         self._replay, self._index, self._weights, self._hidden = replay, index, weights, hidden
         self._block = replay.checkpoint.blocks[index]
         self._linears = {linear.name: linear for linear in replay.checkpoint.linears[index]}
@@ -264,7 +265,7 @@ class ChannelPruner:
         self,
         index: int,
         linears: list[Linear],
-        weights: dict[str, Tensor],
+        weights: Tensors,
         shares: tuple[float, ...],
         statistics: Mapping[str, Statistics],
     ) -> "PrunedChannels":
@@ -279,7 +280,7 @@ class ChannelPruner:
         return found
 
     def _scores(
-        self, each: ChannelSet, linears: dict[str, Linear], weights: dict[str, Tensor], measured: Statistics | None
+        self, each: ChannelSet, linears: dict[str, Linear], weights: Tensors, measured: Statistics | None
     ) -> Tensor:
         matrices = {name: linears[name].matrix(weights[linears[name].key]) for name in each.linears}
         if self.by_magnitude:
@@ -317,9 +318,9 @@ class ChannelPruner:
 class PrunedChannels:
     """The tensors of a block, and the number of weights of each linear that went with its channels."""
 
-    weights: dict[str, Tensor]
+    weights: Tensors
     gone: dict[str, int]
-    channels: dict[str, Tensor] = field(default_factory=dict)  # masks of those that are gone, by their reader
+    channels: Tensors = field(default_factory=dict)  # masks of those that are gone, by their reader
     experts_without_tokens: list[str] = field(default_factory=list)
     grids: dict[str, Any] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,6 +179,7 @@ Priced = Callable[[Sequence[float], str, bool], Sequence[RowSparsities]]
 Sweep = Callable[[], Iterator[list[Tensor]]]
 
 
+@dataclass(eq=False)
 class DenseMetrics:
     """Measurements of a dense checkpoint; `statistics` measures its inputs, `cache` keeps all results.
 
@@ -185,26 +187,18 @@ class DenseMetrics:
     rows may differ; `path`: the targets of the one descent for all budgets, else each has its own.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        statistics: StatisticsOf,
-        cache: Cache,
-        step: Callable[[int], None],
-        priced: Priced,
-        priced_by: Callable[[str], str] = ranked_by,
-        by_rows: Callable[[str], bool] = lambda pruner: False,
-        path: Sequence[float] = (),
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._statistics = statistics
-        self._cache = cache
-        self._step = step
-        self._priced = priced
-        self._path = tuple(path)
-        self._priced_by = priced_by
-        self._by_rows = by_rows
-        self._device = torch.device("cpu") if checkpoint.device.type == "mps" else checkpoint.device  # float64
+    checkpoint: Checkpoint
+    statistics: StatisticsOf
+    cache: Cache
+    step: Callable[[int], None]
+    priced: Priced
+    priced_by: Callable[[str], str] = ranked_by
+    by_rows: Callable[[str], bool] = lambda pruner: False
+    path: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        is_mps = self.checkpoint.device.type == "mps"
+        self._device = torch.device("cpu") if is_mps else self.checkpoint.device  # float64
 
     def outlier_ratios(self, threshold: float) -> tuple[float, ...]:
         """For each block, the share of its Wanda scores above `threshold` times their mean, in one sweep."""
@@ -222,7 +216,7 @@ class DenseMetrics:
 
     def global_sparsities(self, target: float, score: Score) -> LinearSparsities:
         """For each linear of each block, the share of its scores among the ⌊target · N⌋ lowest; three sweeps."""
-        sizes = [[linear.size for linear in linears] for linears in self._checkpoint.linears]
+        sizes = [[linear.size for linear in linears] for linears in self.checkpoint.linears]
 
         def measure() -> LinearSparsities:
             counts = lowest_counts(lambda: self._scores(score), int(target * sum(map(sum, sizes))))
@@ -236,12 +230,12 @@ class DenseMetrics:
 
     def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
         """The same with offsets of rows, if the pruner takes the lowest scores of each row."""
-        return self._end(target, pruner, self._by_rows(pruner))
+        return self._end(target, pruner, self.by_rows(pruner))
 
     def _end(self, target: float, pruner: str, rows: bool) -> RowSparsities:
-        targets = self._path or (target,)
-        key = "priced", targets, self._priced_by(pruner), rows
-        ends = self._once(key, lambda: self._priced(targets, pruner, rows))
+        targets = tuple(self.path) or (target,)
+        key = "priced", targets, self.priced_by(pruner), rows
+        ends = self._once(key, lambda: self.priced(targets, pruner, rows))
         return between(targets, ends, target)
 
     def of_blocks(
@@ -250,36 +244,36 @@ class DenseMetrics:
         """`measure` of the linears of each block: pairs of a copy of the weight [out, in] and its statistics."""
 
         def measured() -> tuple[T, ...]:
-            found = None if kind is None else self._statistics(kind)
-            return tuple(measure(self._pairs(index, found)) for index in range(len(self._checkpoint.linears)))
+            found = None if kind is None else self.statistics(kind)
+            return tuple(measure(self._pairs(index, found)) for index in range(len(self.checkpoint.linears)))
 
         return self._once(("blocks", key, kind), measured)
 
     def _pairs(
         self, index: int, found: Sequence[Mapping[str, Statistics]] | None
     ) -> list[tuple[Tensor, Statistics | None]]:
-        weights, known = self._checkpoint.weights(index), found[index] if found else {}
-        linears = self._checkpoint.linears[index]
-        self._step(index + 1)
+        weights, known = self.checkpoint.weights(index), found[index] if found else {}
+        linears = self.checkpoint.linears[index]
+        self.step(index + 1)
         return [(linear.matrix(weights[linear.key]).clone(), known.get(linear.name)) for linear in linears]
 
     @torch.inference_mode()
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
-        if key not in self._cache:
-            self._cache[key] = measure()
-        found: T = self._cache[key]
+        if key not in self.cache:
+            self.cache[key] = measure()
+        found: T = self.cache[key]
         return found
 
     def _blocks(self) -> Iterator[tuple[int, list[tuple[Linear, Tensor]]]]:
         """Index of each block, and its linears with matrices [out, in] in the dtype of the model."""
-        for index, linears in enumerate(self._checkpoint.linears):
-            weights = self._checkpoint.weights(index)
+        for index, linears in enumerate(self.checkpoint.linears):
+            weights = self.checkpoint.weights(index)
             yield index, [(linear, linear.matrix(weights[linear.key]).to(self._device)) for linear in linears]
-            self._step(index + 1)
+            self.step(index + 1)
 
     def _scores(self, score: Score) -> Iterator[list[Tensor]]:
         """Scores [out, in] of each linear of a block, block by block."""
-        norms = self._statistics(InputNorms) if score == "wanda" else None
+        norms = self.statistics(InputNorms) if score == "wanda" else None
         for index, block in self._blocks():
             known = norms[index] if norms else {}
             yield [self._score(weight, known.get(linear.name)) for linear, weight in block]

@@ -23,7 +23,7 @@ from atp_tune.blocks.prune_pass import BlockStatistics, embed, unmeasured
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import free_memory
+from atp_tune.checkpoints.devices import Tensors, free_memory
 from atp_tune.errors import TrialError
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.pruners import Pruner
@@ -62,29 +62,31 @@ class Run:
     """A batch that has gone through a block: leaves of a graph, states and weights by key, and the states after it."""
 
     entering: Tensor
-    weights: dict[str, Tensor]
+    weights: Tensors
     leaving: Tensor
 
 
+@dataclass(eq=False)
 class KeptRuns:
     """Runs that wait for their gradients: the first batches of the first blocks, as many as `room` bytes hold."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    room: int
+
+    def __post_init__(self) -> None:
         self._last = 0
         self._of_blocks: dict[int, dict[tuple[int, int], Run]] = {}
 
     @property
     def has_room(self) -> bool:
         """Whether there is room for one more, if it is as large as the last."""
-        return self._room > self._last
+        return self.room > self._last
 
     def add(self, index: int, start: int, run: Run) -> None:
         """Keeps the run of a batch through a block, whose first item is `start`; if it is too large, it is the last."""
         self._last = graph_bytes(run.leaving)
-        if self._last <= self._room:
+        if self._last <= self.room:
             self._of_blocks.setdefault(index, {})[start, len(run.entering)] = run
-        self._room -= self._last
+        self.room -= self._last
 
     def pop(self, index: int, start: int, items: int) -> Run | None:
         """The run of a batch; None if it is not kept. When batches have become smaller all are dropped."""
@@ -189,7 +191,7 @@ class _Visit:
 
     def backward(self, index: int, entering: Tensor, leaving: Tensor, take: Take) -> Tensor:
         """The gradient by the states that enter a block, from that by those that leave it; both summed over items."""
-        total, weights = dict[str, Tensor](), cache(partial(self._changed, index))
+        total, weights = Tensors(), cache(partial(self._changed, index))
 
         def step(rows: slice) -> Tensor:
             by_states, by_weights = self._gradients(index, weights, entering, leaving, rows)
@@ -214,8 +216,8 @@ class _Visit:
         return torch.cat(before)
 
     def _gradients(
-        self, index: int, weights: Callable[[], dict[str, Tensor]], entering: Tensor, leaving: Tensor, rows: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, index: int, weights: Callable[[], Tensors], entering: Tensor, leaving: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensors]:
         """Gradients of some items by the states that enter a block, and, float32, by its linears' weights by key."""
         above = leaving[rows]
         run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
@@ -224,7 +226,7 @@ class _Visit:
         by_weights = (gradient.float().contiguous() for gradient in found[1:])  # of an expert without tokens 0
         return found[0], dict(zip(run.weights, by_weights, strict=True))
 
-    def _through(self, index: int, weights: dict[str, Tensor], entering: Tensor, rows: slice) -> Tensor:
+    def _through(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""
         if not self._kept.has_room:
             return self._replay.run(index, weights, entering[rows])
@@ -232,14 +234,14 @@ class _Visit:
         self._kept.add(index, rows.start, run)
         return run.leaving.detach()
 
-    def _run(self, index: int, weights: dict[str, Tensor], entering: Tensor, rows: slice) -> Run:
+    def _run(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Run:
         """Runs some of the items through a block, with the graph that their gradient needs."""
         leaves = {linear.key: weights[linear.key].requires_grad_() for linear in self._checkpoint.linears[index]}
         hidden = entering[rows].detach().requires_grad_()
         with torch.enable_grad():
             return Run(hidden, leaves, self._replay.run(index, weights, hidden))
 
-    def _changed(self, index: int) -> dict[str, Tensor]:
+    def _changed(self, index: int) -> Tensors:
         """The tensors of a block, its linears changed, none of them of the inference mode."""
         linears, weights = self._checkpoint.linears[index], self._checkpoint.weights(index)
         keys = {linear.key for linear in linears}
@@ -430,11 +432,11 @@ class Pricing:
         check_finite(chain.from_iterable(found), "prices")
         return found
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Nothing: prices depend on sparsities and sample alone."""
         return {}
 
-    def resume(self, state: dict[str, Tensor]) -> None:
+    def resume(self, state: Tensors) -> None:
         """Goes on from a state."""
 
     def _price(self, index: int, linear: Linear, sparsity: float, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -501,11 +503,11 @@ class RowPricing:
             [[self._offsets[index, x.name].numpy() for x in block] for index, block in enumerate(linears)]
         )
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Offsets of all rows and moving means of their prices, each [rows], one linear after the other."""
         return {"offsets": torch.cat([*self._offsets.values()]), "smooth": torch.cat([*self._smooth.values()])}
 
-    def resume(self, state: dict[str, Tensor]) -> None:
+    def resume(self, state: Tensors) -> None:
         """Goes on from a state."""
         rows = [len(row) for row in self._offsets.values()]
         self._offsets = dict(zip(self._offsets, torch.split(state["offsets"], rows), strict=True))
@@ -538,25 +540,25 @@ Rounded = Callable[[Tensor, int], Tensor]  # a weight [out, in] at so many bits
 Costs = tuple[tuple[tuple[float, ...], ...], ...]  # by block, linear, and width
 
 
+@dataclass(eq=False)
 class BitPricing:
     """Measures what each linear of a dense checkpoint costs at each of `widths`.
 
     The weights of one block are kept at all widths.
     """
 
-    def __init__(self, gradients: BlockGradients, rounded: Rounded, widths: Sequence[int]) -> None:
-        self._gradients = gradients
-        self._rounded = rounded
-        self._widths = widths
+    gradients: BlockGradients
+    rounded: Rounded
+    widths: Sequence[int]
 
     def costs(self, items: Batch, done: Callable[[int], None] = lambda blocks: None) -> Costs:
         """The cost of each linear of each block at each width; comparable with each other alone.
 
         `done` gets the number of blocks that are measured.
         """
-        checkpoint = self._gradients.checkpoint
+        checkpoint = self.gradients.checkpoint
         errors: dict[int, list[Tensor]] = {}  # of the linears of one block, each [widths, weights]
-        none = torch.zeros(len(self._widths), dtype=torch.float64)
+        none = torch.zeros(len(self.widths), dtype=torch.float64)
         total = [[none] * len(linears) for linears in checkpoint.linears]
 
         def errors_of(index: int) -> list[Tensor]:
@@ -572,10 +574,10 @@ class BitPricing:
                 slopes = error @ linear.matrix(gradients[linear.key]).flatten()
                 total[index][k] = total[index][k] + slopes.cpu().double() ** 2 / len(items)
 
-        self._gradients.visit(Sample(items), lambda index, linear, weight: weight, add, each=True)
+        self.gradients.visit(Sample(items), lambda index, linear, weight: weight, add, each=True)
         check_finite((float(row.sum()) for block in total for row in block), "prices of bits")
         return tuple(tuple(tuple(row.tolist()) for row in block) for block in total)
 
     def _errors(self, weight: Tensor) -> Tensor:
         """Errors [widths, out · in] of a weight, float32."""
-        return torch.stack([(self._rounded(weight, bits) - weight).float().flatten() for bits in self._widths])
+        return torch.stack([(self.rounded(weight, bits) - weight).float().flatten() for bits in self.widths])

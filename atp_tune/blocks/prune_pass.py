@@ -28,6 +28,7 @@ from atp_tune.allocations.rows import offsets_of, zeros_of_rows
 from atp_tune.blocks.channels import ChannelPruner, PrunedChannels
 from atp_tune.blocks.replay import AutoBatch, Replay, once_more
 from atp_tune.checkpoints.blocks import Linear, expert_inputs, expert_name, expert_weights
+from atp_tune.checkpoints.devices import Tensors
 from atp_tune.errors import TrialError
 from atp_tune.inputs import Batch
 from atp_tune.plan import Level, Plan
@@ -62,6 +63,7 @@ class AllInputsSeen(Exception):  # noqa: N818 - a signal, not an error
     """All linears have their inputs, so the block need not go on."""
 
 
+@dataclass(eq=False)
 class InputCollector:
     """Statistics by linear, collected by forward pre-hooks; linears with the same input tensor share one object.
 
@@ -69,10 +71,11 @@ class InputCollector:
     they are multiplied by the weight.
     """
 
-    def __init__(self, linears: list[Linear], kind: type[Statistics], on_inputs: OnInputs) -> None:
-        self._linears = linears
-        self._kind = kind
-        self._on_inputs = on_inputs
+    linears: list[Linear]
+    kind: type[Statistics]
+    on_inputs: OnInputs
+
+    def __post_init__(self) -> None:
         self._by_name: dict[str, Statistics] = {}
         self._run: set[str] = set()
         self._by_tensor: dict[int, tuple[ref[Tensor], Statistics]] = {}  # by id of the input tensor
@@ -82,12 +85,12 @@ class InputCollector:
         """Collects inputs while the context is active."""
         handles = [
             block.get_submodule(linear.name).register_forward_pre_hook(partial(self._on_input, linear))
-            for linear in self._linears
+            for linear in self.linears
             if linear.expert is None
         ]
         # The linears of experts by name, for the path of each experts module.
         found: dict[str, dict[str, Linear]] = {}
-        for linear in self._linears:
+        for linear in self.linears:
             if linear.expert is not None:
                 found.setdefault(linear.module, {})[linear.name] = linear
         for path, linears in found.items():
@@ -105,7 +108,7 @@ class InputCollector:
 
     def result(self) -> dict[str, Statistics]:
         """Statistics by name, without those of experts without tokens; TrialError if a linear was not run."""
-        never_run = [linear.name for linear in self._linears if linear.name not in self._run]
+        never_run = [linear.name for linear in self.linears if linear.name not in self._run]
         if never_run:
             raise TrialError(f"linear {never_run[0]} was not run by its block, so its inputs are not known")
         return self._by_name
@@ -133,13 +136,13 @@ class InputCollector:
 
     def _take_in(self, linear: Linear, x: Tensor) -> Statistics:
         """Adds inputs to the statistics of a linear, and returns them."""
-        statistics = self._by_name.get(linear.name) or self._kind(linear.in_features, x.device)
+        statistics = self._by_name.get(linear.name) or self.kind(linear.in_features, x.device)
         statistics.add(x)
         return statistics
 
     def _ran(self, linears: Sequence[Linear]) -> None:
         self._run.update(linear.name for linear in linears)
-        self._on_inputs(linears)
+        self.on_inputs(linears)
 
 
 def stop_when_all_seen(linears: Sequence[Linear]) -> OnInputs:
@@ -245,12 +248,14 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+@dataclass(eq=False)
 class Timer:
     """Sums the seconds of named phases; a phase ends with its last kernel on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    device: torch.device
+
+    def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._device = device
         self._last = self._now()
 
     def lap(self, phase: str) -> None:
@@ -260,7 +265,7 @@ class Timer:
         self._last = now
 
     def _now(self) -> float:
-        wait_for(self._device)
+        wait_for(self.device)
         return perf_counter()
 
 
@@ -272,7 +277,7 @@ class PrunedBlock:
     """A pruned block: its tensors by name, zeros per linear, and seconds by phase; of a dense one the tensors alone."""
 
     index: int
-    weights: dict[str, Tensor]
+    weights: Tensors
     zeros: dict[str, int] = field(default_factory=dict)
     error: float | None = None  # ‖H - H_dense‖ / ‖H_dense‖ after the block, over the windows of the error curve
     seconds: dict[str, float] = field(default_factory=dict)
@@ -306,7 +311,7 @@ class Pass:
         `hidden` has no windows if neither the pruner nor an error curve needs them. Where a block changes the shape of
         the states, they are a new tensor. `items`: those of `hidden`, needed where a vision tower is pruned too.
         """
-        tower: list[dict[str, Tensor]] = []
+        tower: list[Tensors] = []
         for index in range(len(self.replay.checkpoint.linears)):
             hidden = entering(self.replay, self.batch, index, hidden, items, tower)
             block = self.step(plan, index, hidden)
@@ -381,7 +386,7 @@ class Pruning:
     def __init__(
         self,
         linears: list[Linear],
-        weights: dict[str, Tensor],
+        weights: Tensors,
         pruner: Pruner,
         levels: tuple[Level, ...],
         keeps_grids: bool = False,
@@ -393,12 +398,12 @@ class Pruning:
         room = {key: torch.empty_like(weights[key], memory_format=torch.contiguous_format) for key in keys}
         self.weights = weights | room
         self.experts_without_tokens: list[str] = []
-        self.channels: dict[str, Tensor] = {}
+        self.channels: Tensors = {}
         self._dense = weights
         self._pruner = pruner
         self._levels = dict(zip((linear.name for linear in linears), levels, strict=True))
         self.grids, self._keeps_grids = dict[str, Grid](), keeps_grids
-        self._kept: dict[str, Tensor] = {}
+        self._kept: Tensors = {}
         self._sizes = {linear.name: linear.size for linear in linears}
 
     def prune(self, linear: Linear, statistics: Statistics | None) -> None:
@@ -433,7 +438,7 @@ class Pruning:
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
-def embed(replay: Replay, batch: AutoBatch, items: Batch, tower: Sequence[dict[str, Tensor]] = ()) -> Tensor:
+def embed(replay: Replay, batch: AutoBatch, items: Batch, tower: Sequence[Tensors] = ()) -> Tensor:
     """Hidden states [items, positions, width] that enter block 0, computed batch by batch; empty without items.
 
     `tower`: as for `Replay.embed`. Batches matter here too, since the masks of some families take more memory than all
@@ -457,7 +462,7 @@ def entering(
     index: int,
     hidden: Tensor,
     items: Batch,
-    tower: Sequence[dict[str, Tensor]],
+    tower: Sequence[Tensors],
 ) -> Tensor:
     """Hidden states that enter block `index`, from those that left the block before.
 
@@ -467,7 +472,7 @@ def entering(
     return embed(replay, batch, items, tower) if 0 < index == replay.in_tower else hidden
 
 
-def advance(replay: Replay, batch: AutoBatch, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+def advance(replay: Replay, batch: AutoBatch, index: int, weights: Tensors, hidden: Tensor) -> Tensor:
     """Overwrites hidden states [windows, tokens, width] with those after block `index`, batch by batch; returns them.
 
     Where the block changes their shape, they are a new tensor.
@@ -494,7 +499,7 @@ def measure(
     replay: Replay,
     batch: AutoBatch,
     index: int,
-    weights: dict[str, Tensor],
+    weights: Tensors,
     hidden: Tensor,
     kind: type[Statistics],
     only: list[Linear] | None = None,
@@ -521,7 +526,7 @@ def measure_and_advance(
     replay: Replay,
     batch: AutoBatch,
     index: int,
-    weights: dict[str, Tensor],
+    weights: Tensors,
     hidden: Tensor,
     kind: type[Statistics],
 ) -> tuple[BlockStatistics, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import free_memory, is_out_of_memory, release_memory
+from atp_tune.checkpoints.devices import Tensors, free_memory, is_out_of_memory, release_memory
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Notify
 from atp_tune.inputs import Batch, InputKind
@@ -63,18 +63,18 @@ class Replay:
         """The number of blocks, the first, that are of a vision tower: see `towers`."""
         return self.checkpoint.in_tower
 
-    def embed(self, batch: Batch, tower: Sequence[dict[str, Tensor]] = ()) -> Tensor:
+    def embed(self, batch: Batch, tower: Sequence[Tensors] = ()) -> Tensor:
         """Hidden states [items, positions, width] that enter block 0.
 
         `tower`: the weights of a tower's blocks; then those that enter the first block of the language model.
         """
         return self._enter(batch)[0]
 
-    def run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def run(self, index: int, weights: Tensors, hidden: Tensor) -> Tensor:
         """Hidden states after block `index` with the given weights, as they enter the next block."""
         return self.cross(index, self.alone(index, weights, hidden))
 
-    def alone(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def alone(self, index: int, weights: Tensors, hidden: Tensor) -> Tensor:
         """Hidden states that leave block `index` with the given weights."""
         return self.within(index, weights, lambda: self.step(index, hidden))
 
@@ -99,14 +99,14 @@ class Replay:
             self.forward(self._blank[len(hidden)])
         return found[0]
 
-    def within(self, index: int, weights: dict[str, Tensor], body: Callable[[], T]) -> T:
+    def within(self, index: int, weights: Tensors, body: Callable[[], T]) -> T:
         """Result of `body()`, run while block `index` has the given weights."""
         named = {f"block.{name}": tensor for name, tensor in weights.items()}
         result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
         return result
 
     @contextmanager
-    def whole(self, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[nn.Module]:
+    def whole(self, weights_of: Callable[[int], Tensors]) -> Iterator[nn.Module]:
         """Yields the model for code that runs it as a whole; its blocks use the weights of `weights_of`."""
         own = [block.forward for block in self.checkpoint.blocks]
 

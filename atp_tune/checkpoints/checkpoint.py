@@ -250,10 +250,10 @@ class Checkpoint(Released):
         """Name in the model of the tensor that holds the weight of a linear."""
         return f"{self.block_names[index]}.{linear.key}"
 
-    def as_saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def as_saved(self, name: str, tensor: Tensor) -> Tensors:
         """The tensors, by name, that a saved folder holds for a parameter; for example one for each expert."""
         model: Any = self.model
-        saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+        saved: Tensors = revert_weight_conversion(model, {name: tensor})
         return saved
 
     def _choose(self, positions: tuple[int, int]) -> Offload:

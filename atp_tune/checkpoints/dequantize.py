@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,6 +27,7 @@ from torch import Tensor
 from atp_tune.checkpoints.devices import DTYPES
 from atp_tune.checkpoints.files import (
     FULL,
+    Table,
     parts_of,
     quantization_of,
     read_header,
@@ -117,7 +117,7 @@ def dequantize_folder(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
 
 
-def _full(stored: Stored, file: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _full(stored: Stored, file: Path, config: Table) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the dequantized tensors of a file."""
     table, dtype = quantization_of(config) or {}, _dtype(config)
     for name in read_header(file):
@@ -133,7 +133,7 @@ def _full(stored: Stored, file: Path, config: dict[str, Any]) -> Iterator[tuple[
         yield name.removesuffix("_blocks"), full.contiguous()
 
 
-def _dequantized(stored: Stored, name: str, table: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def _dequantized(stored: Stored, name: str, table: Table, dtype: torch.dtype) -> Tensor:
     codes, first = stored.get(name), stored.beside[name][0]
     if first.startswith(f"{name}."):
         parts = {other.removeprefix(f"{name}."): stored.get(other) for other in stored.beside[name]}
@@ -161,7 +161,7 @@ def _dequantized(stored: Stored, name: str, table: dict[str, Any], dtype: torch.
     return read(codes, scales).to(dtype)
 
 
-def from_fp8(codes: Tensor, scales: Tensor, table: dict[str, Any]) -> Tensor:
+def from_fp8(codes: Tensor, scales: Tensor, table: Table) -> Tensor:
     """W [.., out, in] in float32; `table`: the `quantization_config`. ValueError if the tiles do not fit."""
     if codes.dtype == torch.int8:
         if table.get("expert_dtype") != "fp4":
@@ -212,7 +212,7 @@ def _powers(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def _dtype(config: Table) -> torch.dtype:
     """The dtype in a config or in its parts; bf16 if there is none."""
     names = [str(part.get(key)) for part in parts_of(config) for key in ("dtype", "torch_dtype")]
     return next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16)

@@ -379,17 +379,19 @@ def mapped_files() -> "Mapped":
     return Mapped(tuple(sorted((int(start, 16), int(end, 16)) for start, end in ranges)))
 
 
+@dataclass(eq=False)
 class Mapped:
     """Address ranges of mapped files."""
 
-    def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
-        self._ranges = ranges
-        self._starts = [start for start, _ in ranges]
+    ranges: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        self._starts = [start for start, _ in self.ranges]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor starts in one of the ranges."""
         place = bisect_right(self._starts, tensor.data_ptr()) - 1
-        return place >= 0 and tensor.data_ptr() < self._ranges[place][1]
+        return place >= 0 and tensor.data_ptr() < self.ranges[place][1]
 
     def bytes_beside(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the tensors outside the ranges."""
@@ -468,15 +470,17 @@ def _end(requests: Requests, thread: Thread) -> None:
         thread.join()
 
 
+@dataclass(eq=False)
 class Copier:
     """The copying thread; it shares no state, and gets messages by the queue."""
 
-    def __init__(self, blocks: Sequence[Tensors], device: torch.device, ahead: bool, requests: Requests) -> None:
-        self._blocks = blocks
-        self._device = device
-        self._ahead = ahead
-        self._requests = requests
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    blocks: Sequence[Tensors]
+    device: torch.device
+    ahead: bool
+    requests: Requests
+
+    def __post_init__(self) -> None:
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._next: int | None = None
         self._waiting: Copied | None = None
         self._last: tuple[Copied, Any] | None = None  # what was delivered, and to be used in which stream
@@ -486,9 +490,9 @@ class Copier:
 
     def run(self) -> None:
         """Handles messages until None arrives."""
-        make_current(self._device)  # of a new thread it is the first, on which a context would be opened
-        while self._serve(self._requests.get()):  # no variable for messages, which would keep a block alive
-            if self._ahead and self._next is not None and len(self._held) <= 1:
+        make_current(self.device)  # of a new thread it is the first, on which a context would be opened
+        while self._serve(self.requests.get()):  # no variable for messages, which would keep a block alive
+            if self.ahead and self._next is not None and len(self._held) <= 1:
                 self._waiting, self._next = self._copy(self._next), None
 
     def _serve(self, message: Wanted | Freed | None) -> bool:
@@ -526,14 +530,14 @@ class Copier:
             if wanted.stream is not None:
                 tensor.record_stream(wanted.stream)
             gone = weakref.finalize(
-                tensor.untyped_storage(), _freed, self._requests, self._copies, tensor.nbytes, wanted.stream
+                tensor.untyped_storage(), _freed, self.requests, self._copies, tensor.nbytes, wanted.stream
             )
             gone.atexit = False
         whole = sum(tensor.nbytes for tensor in ready.tensors.values())
         self._held[self._copies] = whole, whole
         self._last = ready, wanted.stream
         step = -1 if 0 < wanted.index == before - 1 else 1
-        self._next = (wanted.index + step) % len(self._blocks)
+        self._next = (wanted.index + step) % len(self.blocks)
         wanted.answer.set_result(ready.tensors)
 
     def _copy(self, index: int) -> Copied:
@@ -541,7 +545,7 @@ class Copier:
             while self._marks:
                 self._marks.pop().synchronize()
             with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-                tensors = {name: copy_to(self._device, tensor) for name, tensor in self._blocks[index].items()}
+                tensors = {name: copy_to(self.device, tensor) for name, tensor in self.blocks[index].items()}
             return Copied(index, tensors, None if self._side is None else self._side.record_event())
         except BaseException as error:  # raised in the consumer; this thread goes on
             return Copied(index, {}, error=error)

@@ -19,6 +19,8 @@ from atp_tune.extras import install, missing
 if TYPE_CHECKING:
     from torch import nn
 
+Table = dict[str, Any]  # of a JSON file, or of a part of one
+
 PICKLES = "pytorch_model*.bin"
 CODE = "*.py"  # code that `model.trust_remote_code` runs
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -83,7 +85,7 @@ def check_code(folder: Path, trusted: bool) -> None:
         )
 
 
-def _needs_code(config: dict[str, Any]) -> bool:
+def _needs_code(config: Table) -> bool:
     from transformers import CONFIG_MAPPING
 
     kernels = any("/" in str(config.get(key)) for key in _KERNELS)
@@ -91,7 +93,7 @@ def _needs_code(config: dict[str, Any]) -> bool:
     return kernels or (bool(list(_classes(config))) and not known)
 
 
-def _classes(config: dict[str, Any]) -> list[str]:
+def _classes(config: Table) -> list[str]:
     """The classes in `auto_map`: `FILE.CLASS` or `REPOSITORY--FILE.CLASS`."""
     found = config.get("auto_map")
     values = list(found.values()) if isinstance(found, dict) else [found]
@@ -122,7 +124,7 @@ def copy_small(source: Path, out: Path, weights: tuple[str, ...], without: tuple
             shutil.copyfile(file, copy)
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> Table:
     """Reads a JSON object; UserError if the file holds none."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +191,7 @@ def has_experts(folder: Path) -> bool:
     return _counts_experts(read_table(folder / "config.json"))
 
 
-def _counts_experts(table: dict[str, Any]) -> bool:
+def _counts_experts(table: Table) -> bool:
     counts = (value for key, value in table.items() if "expert" in key and type(value) is int)
     return any(count > 1 for count in counts) or any(
         _counts_experts(value) for value in table.values() if isinstance(value, dict)
@@ -228,7 +230,7 @@ def places(file: Path) -> dict[str, int]:
     return {name: data + entry["data_offsets"][0] for name, entry in read_header(file).items()}
 
 
-def read_header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> Table:
     """Dtype, shape and offsets of each tensor of a file; UserError if the file has no header."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -236,7 +238,7 @@ def read_header(file: Path) -> dict[str, Any]:
     return parse_header(text, file)
 
 
-def parse_header(text: bytes, file: Path) -> dict[str, Any]:
+def parse_header(text: bytes, file: Path) -> Table:
     """Dtype, shape and offsets of each tensor by the header of a file; UserError if it is none."""
     try:
         header = json.loads(text)
@@ -299,14 +301,14 @@ def check_full(folder: Path) -> None:
         raise UserError(f'model {folder}: is quantized by "{_method(table)}"; {_INSTEAD}')
 
 
-def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+def quantization_of(config: Table) -> Table | None:
     """The quantization config in a `config.json` or in one of its parts, such as `text_config`."""
     tables = (part.get("quantization_config") for part in parts_of(config))
     found = next((table for table in tables if table is not None), None)
     return found if found is None or isinstance(found, dict) else {"quant_method": found}
 
 
-def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
+def without_quantization(config: Table, depth: int = _DEPTH) -> Table:
     """A copy of a `config.json` without quantization."""
     gone = {"quantization_config", *(_ELSEWHERE if depth == _DEPTH else ())}
     kept = {key: value for key, value in config.items() if key not in gone}
@@ -314,7 +316,7 @@ def without_quantization(config: dict[str, Any], depth: int = _DEPTH) -> dict[st
     return {**kept, **{key: without_quantization(value, depth - 1) for key, value in inner.items()}}
 
 
-def parts_of(config: dict[str, Any], depth: int = _DEPTH) -> Iterator[dict[str, Any]]:
+def parts_of(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
     """A `config.json` and the configs of its parts, such as a language model."""
     yield config
     for key, part in config.items():
@@ -370,14 +372,14 @@ def check_plain(block: "nn.Module", keys: Iterable[str]) -> None:
             raise UserError(f"model module {kind}: {key} has {more[0]} beside it, which is not pruned; {_INSTEAD}")
 
 
-def _method(table: dict[str, Any]) -> str:
+def _method(table: Table) -> str:
     """The name of the method in transformers, which has two for bitsandbytes."""
     if table.get("load_in_4bit") or table.get("load_in_8bit"):
         return "bitsandbytes_4bit" if table.get("load_in_4bit") else "bitsandbytes_8bit"
     return " ".join(str(table.get("quant_method", "an unnamed method")).split())[:40]  # untrusted text, in one line
 
 
-def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:
+def _misplaced(folder: Path, config: Table) -> str | None:
     """The config key or file that tells of quantization in a place that transformers does not read."""
     for key in _ELSEWHERE:
         found = config.get(key)
@@ -386,7 +388,7 @@ def _misplaced(folder: Path, config: dict[str, Any]) -> str | None:
     return next((file for file in BESIDE if (folder / file).is_file()), None)
 
 
-def _unread(method: str, table: dict[str, Any]) -> str | None:
+def _unread(method: str, table: Table) -> str | None:
     """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
     if method not in BY_MODEL:
         known = ", ".join([*BY_TENSOR, *BY_MODEL])

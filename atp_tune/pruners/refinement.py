@@ -12,6 +12,7 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -136,37 +137,40 @@ def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, within:
 DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
 
+@dataclass(eq=False)
 class Refined:
-    """A `Pruner` whose mask is improved by swaps, and whose kept weights are refined."""
+    """A `Pruner` whose mask is improved by swaps, and whose kept weights are refined.
 
-    def __init__(self, pruner: Pruner, steps: int, rounds: int = 0) -> None:
-        """`steps`: of conjugate gradients; without any, kept weights are the dense ones. `rounds`: of swaps; without
-        any, masks are those of the pruner alone, to the last bit.
-        """
-        self._pruner = pruner
-        self._steps = steps
-        self._rounds = rounds
-        self.group: int | None = getattr(pruner, "group", None)
-        self.measures = with_hessian(pruner.measures)
+    `steps`: of conjugate gradients; without any, kept weights are the dense ones. `rounds`: of swaps; without
+    any, masks are those of the pruner alone, to the last bit.
+    """
+
+    pruner: Pruner
+    steps: int
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.group: int | None = getattr(self.pruner, "group", None)
+        self.measures = with_hessian(self.pruner.measures)
 
     def __repr__(self) -> str:
         """Names all that its result depends on, for the cache."""
-        return f"{self._pruner!r} swaps={self._rounds} refine={self._steps} {DAMPING}"
+        return f"{self.pruner!r} swaps={self.rounds} refine={self.steps} {DAMPING}"
 
     @property
     def prepares(self) -> Pruner:
         """The pruner that prepares statistics, so that they are the same for all rounds and steps."""
-        return self._pruner
+        return self.pruner
 
     def after(self, change: Callable[[Pruner], Pruner]) -> "Refined":
         """The same after another pruner, made from its own."""
-        return Refined(change(self._pruner), self._steps, self._rounds)
+        return Refined(change(self.pruner), self.steps, self.rounds)
 
     def prepare(self, statistics: Statistics) -> None:
         """Prepares the pruner's own statistics."""
         own, _ = own_and_hessian(statistics)
         if own is not None:
-            self._pruner.prepare(own)
+            self.pruner.prepare(own)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are of the kind `measures`.
@@ -175,21 +179,21 @@ class Refined:
         """
         assert statistics is not None
         own, hessian = own_and_hessian(statistics)
-        pruned = self._pruner.prune(weight, sparsity, own)
+        pruned = self.pruner.prune(weight, sparsity, own)
         mask = pruned == 0
         if mask.all() or not mask.any():
             return pruned
         scaled = hessian.scaled(DAMPING)
         W = weight.float() * scaled.scales
-        if self._rounds:
+        if self.rounds:
             if not torch.equal(pruned, zeroed(weight, mask)) and weight.isfinite().all():
                 raise UserError("prune.swaps: the pruner changes weights that it keeps; take wanda, or no swaps")
             live = W.masked_fill(hessian.dead(), 0)  # damping alone would make a weight on a dead input count
-            mask = swapped(mask, live, scaled.matrix, self._rounds, self.group)
+            mask = swapped(mask, live, scaled.matrix, self.rounds, self.group)
             pruned = zeroed(weight, mask)
-        if not self._steps:
+        if not self.steps:
             return pruned
-        B = refine(pruned.float() * scaled.scales, mask, W, scaled.matrix, self._steps)
+        B = refine(pruned.float() * scaled.scales, mask, W, scaled.matrix, self.steps)
         return zeroed((B / scaled.scales).to(weight.dtype), mask)
 
 

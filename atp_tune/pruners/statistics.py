@@ -14,6 +14,7 @@ from torch import Tensor
 from atp_tune.errors import TrialError
 from atp_tune.pruners import Statistics
 
+Tensors = dict[str, Tensor]  # by name
 DAMPING_RAISES = 4
 PANEL, WIDE_PANEL = 256, 2048  # rows of the Hessian that are updated at a time, on the CPU and on other devices
 
@@ -33,7 +34,7 @@ class InputNorms:
         flat = flat.to(torch.float32, copy=True)
         self._squares += flat.mul_(flat).sum(0)  # in place: on a CPU a quarter of the time of vector_norm
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """The sums of squares [in]."""
         return {"squares": self._squares}
 
@@ -43,7 +44,7 @@ class InputNorms:
         return 4 * inputs
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+    def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._squares = tensors["squares"]
@@ -79,7 +80,7 @@ class InputMoments:
         self._means += shift * (new / self._tokens)
         self._deviations += (flat - means).square_().sum(0) + shift.square() * (before * new / self._tokens)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """Sums of squares, means and sums of squared deviations [in], and the number of tokens."""
         tokens = torch.tensor(self._tokens)
         return {**self._norms.tensors(), "means": self._means, "deviations": self._deviations, "tokens": tokens}
@@ -90,7 +91,7 @@ class InputMoments:
         return 12 * inputs + 8
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+    def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._norms = InputNorms.restored(tensors)
@@ -124,12 +125,12 @@ class Several:
         for own in self.parts.values():
             own.add(x)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """The tensors of all parts."""
         return {f"{part}.{name}": x for part, own in self.parts.items() for name, x in own.tensors().items()}
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+    def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found.parts = {}
@@ -171,7 +172,7 @@ class Hessian:
             inputs, inputs, dtype=torch.float32, device=device
         )  # n/2 H; invalid below the diagonal
         self._tokens = 0
-        self._factors: dict[str, Tensor] = {}
+        self._factors: Tensors = {}
         self._scaled: dict[float, Scaled] = {}
 
     def add(self, x: Tensor) -> None:
@@ -191,7 +192,7 @@ class Hessian:
         self._factors.clear()
         self._scaled.clear()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         """The sum Xᵀ X [in, in], the number of tokens, and the computed factors."""
         factors = {f"factor {name}": factor for name, factor in self._factors.items()}
         return {"gram": self._gram, "tokens": torch.tensor(self._tokens), **factors}
@@ -202,7 +203,7 @@ class Hessian:
         return 8 * inputs**2 + 8
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor]) -> Self:
+    def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
         found = cls.__new__(cls)
         found._gram, found._tokens, found._scaled = tensors["gram"], int(tensors["tokens"]), {}

@@ -228,6 +228,7 @@ def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, WindowSco
 # distributes its blocks over shards. A disk that is too small shows before anything is pruned.
 
 
+@dataclass(eq=False)
 class Shards:
     """The shards of a source folder with the offsets of their tensors.
 
@@ -235,17 +236,21 @@ class Shards:
     dtype: all floats are written in this number format, None: in that of the source.
     """
 
-    def __init__(self, source: Path, prefix: str, whole: bool = False, dtype: torch.dtype | None = None) -> None:
-        self._source, self._prefix, self._whole, self._dtype = source, prefix, whole, dtype
-        self._places = {shard.name: places(shard) for shard in sorted(source.glob("*.safetensors"))}
+    source: Path
+    prefix: str
+    whole: bool = False
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        self._places = {shard.name: places(shard) for shard in sorted(self.source.glob("*.safetensors"))}
 
     def find(self, name: str) -> tuple[str, str]:
         """Shard and key of a tensor, with or without the prefix; UserError if the source lacks it."""
-        names = (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}")
+        names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
         found = ((shard, key) for shard, keys in self._places.items() for key in names if key in keys)
         if (first := next(found, None)) is None:
             raise UserError(
-                f"model {self._source}: has no tensor for {name}; save it with this transformers version first"
+                f"model {self.source}: has no tensor for {name}; save it with this transformers version first"
             )
         return first
 
@@ -253,10 +258,10 @@ class Shards:
         """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
         found = {name: self.find(name) for name in names}
         for shard in self._places:
-            if self._dtype is None:
-                shutil.copyfile(self._source / shard, out / shard)
+            if self.dtype is None:
+                shutil.copyfile(self.source / shard, out / shard)
             else:
-                cast(self._source / shard, out / shard, self._dtype)
+                cast(self.source / shard, out / shard, self.dtype)
             (out / shard).chmod(0o644)
         there = {shard: places(out / shard) for shard in self._places}
         with ExitStack() as stack:
@@ -264,16 +269,16 @@ class Shards:
             files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}
             for name, dense, sparse in pruned:
                 shard, key = found.pop(name)
-                with safe_open(self._source / shard, framework="pt") as tensors:
+                with safe_open(self.source / shard, framework="pt") as tensors:
                     source = tensors.get_tensor(key)
                 if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
-                    raise UserError(f"model {self._source}: {key} in {shard} is not what transformers loaded for it")
+                    raise UserError(f"model {self.source}: {key} in {shard} is not what transformers loaded for it")
                 # The source's tensor with the weights that pruning changed.
                 written = sparse.cpu().to(source.dtype)
-                if not self._whole:
+                if not self.whole:
                     written = torch.where((sparse != dense).cpu(), written, source)
                 files[shard].seek(there[shard][key])
-                files[shard].write(bytes_of(written.to(self._dtype or source.dtype)))
+                files[shard].write(bytes_of(written.to(self.dtype or source.dtype)))
         assert not found
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import ORIGIN, quiet
-from atp_tune.checkpoints.files import is_slim, read_table
+from atp_tune.checkpoints.files import Table, is_slim, read_table
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.measures import MEASURES, Estimate, error_over
@@ -94,8 +94,8 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
         amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
     name = f"{_base(config)} at {amount}"
     own = read_card(dense.folder / CARD)
-    found: dict[str, Any] = own.data.to_dict() if own else {}
-    kept: dict[str, Any] = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+    found: Table = own.data.to_dict() if own else {}
+    kept: Table = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
     licensed = "license" in kept
     if not licensed:
         files = sorted(file.name for file in dense.folder.glob("LICENSE*"))
@@ -124,7 +124,7 @@ def model_card(config: Config, dense: Dense, folder: Path | None = None) -> Mode
     return card
 
 
-def _values(config: Config, dense: Dense) -> dict[str, Any]:
+def _values(config: Config, dense: Dense) -> Table:
     """The values of the template, beside the configuration, its plan, and the dense model."""
     text, plan, said = config.texts.test, config.plan, config.continuations
     by_bits, channels = config.by_bits, parse(config.prune.pattern).channels
@@ -215,7 +215,7 @@ def _draws(config: Config) -> str:
     return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
 
 
-def _tasks(found: ZeroShot) -> Iterator[dict[str, Any]]:
+def _tasks(found: ZeroShot) -> Iterator[Table]:
     """Zero-shot scores: a row for each task, then the mean."""
     for task in found.tasks:
         cells = [measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in MODELS]
@@ -262,7 +262,7 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
         metric = "perplexity over classes, the exponential of the mean cross-entropy"
     else:
         metric = f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
-    dataset: dict[str, Any] = {"dataset_type": kind, "dataset_name": words(text)}
+    dataset: Table = {"dataset_type": kind, "dataset_name": words(text)}
     if not isinstance(text, ImageSet):
         with suppress(KeyError, UserError):  # of a file or a module: no data set of the hub
             found = hub_arguments(text)
@@ -357,7 +357,7 @@ def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
         yield f"Text unlike {text}: other subjects, other languages."
         # The tokens that a model takes at once, by its config.json.
         file = folder / "config.json"
-        table: dict[str, Any] = read_table(file) if file.is_file() else {}
+        table: Table = read_table(file) if file.is_file() else {}
         found = table.get("max_position_embeddings") or (table.get("text_config") or {}).get("max_position_embeddings")
         most, seqlen = (found if isinstance(found, int) else None), getattr(config.texts.test, "seqlen", 0)
         if most is not None and most > seqlen:

@@ -36,8 +36,8 @@ from atp_tune.checkpoints.convert import (
     sha256_of_tensor,
     unpack_folder,
 )
-from atp_tune.checkpoints.devices import find_device
-from atp_tune.checkpoints.files import find_weights, is_slim, read_header, read_table
+from atp_tune.checkpoints.devices import Tensors, find_device
+from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
@@ -77,15 +77,18 @@ from atp_tune.spec.study import ModelConfig
 # changes nothing, and its perplexity is that of the packed folder.
 
 
+@dataclass(eq=False)
 class Codes:
     """The codes of each rounded tensor of a checkpoint, by its name on the disk, in files of the folder `place`."""
 
-    def __init__(self, place: Path, quantize: QuantizeConfig) -> None:
-        self._place, self._quantize = place, quantize
+    place: Path
+    quantize: QuantizeConfig
+
+    def __post_init__(self) -> None:
         self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
         self._stored = set[str]()
 
-    def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> dict[str, Tensor]:
+    def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
         rounded ones bit for bit, but for the 16 bits of the scales. UserError if codes cannot give them.
         """
@@ -96,20 +99,20 @@ class Codes:
         scales, zeros, bits = (torch.empty(shaped.shape) for _ in range(3))
         for linear in linears:
             grid, columns = block.grids[linear.name], linear.in_features
-            each = columns if self._quantize.group_size == -1 else self._quantize.group_size
+            each = columns if self.quantize.group_size == -1 else self.quantize.group_size
             linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
             linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
             linear.matrix(bits).fill_(block.bits[linear.name])
         ways = (block.weights[key].cpu(), *(scales, zeros, bits))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
-        found: dict[str, Tensor] = {}
+        found: Tensors = {}
         for part, weight in weights.items():
             try:
-                coded = _encoded([weight, *(grid[part] for grid in grids)], self._quantize, turned)
+                coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
             except ValueError as error:
                 raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
             found[part] = coded.decoded()
-            file = self._place / f"{len(self._known)}.safetensors"
+            file = self.place / f"{len(self._known)}.safetensors"
             save_file(coded.parts, file)
             self._known[part] = file, replace(coded, parts=Parts())
         return found
@@ -128,11 +131,11 @@ class Codes:
         if lacking := self._known.keys() - self._stored:
             raise UserError(f"--packed: the checkpoint has no tensor {min(lacking)}, whose codes are to be stored")
 
-    def in_memory(self, fits: bool) -> dict[str, Any]:
+    def in_memory(self, fits: bool) -> Table:
         """How linears that stay packed in memory are kept there, by the keys of a config's table: as int8 values if
         their codes fit, else as floats.
         """
-        size = self._quantize.group_size
+        size = self.quantize.group_size
         return {"values": "int8" if fits else "same", "group_size": size if fits and size != -1 else None}
 
 
@@ -306,8 +309,8 @@ class _Packing:
         self._kind, self._group_size, self._codes = kind, group_size, codes
         self._fits = True  # int8 values, without loss, of all linears that have codes
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
-        self.linears: dict[str, dict[str, Any]] = {}
-        self.stored: dict[str, dict[str, Any]] = {}
+        self.linears: dict[str, Table] = {}
+        self.stored: dict[str, Table] = {}
         self._original = Original(version=VERSION)
         self._places: dict[str, str] = {}  # packed shard of each tensor
         self.bytes = (0, 0)  # of the packed tensors before and after
@@ -331,7 +334,7 @@ class _Packing:
         entries = read_header(file)  # UserError if it is none
         with file.open("rb") as stream:
             self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         with safe_open(file, framework="pt") as opened:
             for name, entry in entries.items():
                 dense = opened.get_tensor(name)
@@ -344,7 +347,7 @@ class _Packing:
         self._places.update(dict.fromkeys(tensors, out.name))
         self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
 
-    def _pack(self, name: str, dense: Tensor, dtype: str) -> dict[str, Tensor] | None:
+    def _pack(self, name: str, dense: Tensor, dtype: str) -> Tensors | None:
         """The tensors in the place of a sparse or a coded one; None for one that stays."""
         names, coded = (name, name.removeprefix(self._prefix), self._prefix + name), None
         is_sparse = dtype in dtypes() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
@@ -353,7 +356,7 @@ class _Packing:
         if not (is_sparse if self._codes is None else coded):
             return None
         linear = next((other for other in names if other in self._packable), None) if is_sparse else None
-        about: dict[str, Any] = {"shape": [*dense.shape]}
+        about: Table = {"shape": [*dense.shape]}
         if linear is not None:
             about["transposed"] = isinstance(self._packable[linear], Conv1D)
             if linear != name:

@@ -27,7 +27,7 @@ from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_con
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
-from atp_tune.checkpoints.files import CODE, FITS, is_slim, read_header, read_table
+from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialStarted
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
@@ -254,7 +254,7 @@ class _Cuts:
         return f"{self.checkpoint.block_names[index]}.{linear}"
 
 
-def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]], auto_class: str) -> dict[str, Any]:
+def _slim_keys(config: Table, linears: dict[str, list[int]], auto_class: str) -> Table:
     """The keys by which the config of a slim folder differs from the model's, which may be slim already."""
     if config["model_type"] == MODEL_TYPE:
         table = config[MODEL_TYPE]
@@ -268,7 +268,7 @@ def _slim_keys(config: dict[str, Any], linears: dict[str, list[int]], auto_class
     return {"model_type": MODEL_TYPE, "architectures": classes, MODEL_TYPE: table}
 
 
-def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str, Any] | None:
+def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
     """The config of the family with the widths of equal blocks; None if no numbers in it make such a model.
 
     A number that is the count of MLP channels may be their new one; numbers of heads scale with key/value heads.
@@ -295,7 +295,7 @@ def _plain_config(folder: Path, config: dict[str, Any], cuts: _Cuts) -> dict[str
     return None
 
 
-def _makes(config: dict[str, Any], cuts: _Cuts) -> bool:
+def _makes(config: Table, cuts: _Cuts) -> bool:
     """Whether a config of the family makes a model of the shapes that the cuts leave."""
     with temporary_folder() as place:
         (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
