@@ -326,25 +326,27 @@ class Pass:
         linears, weights, timer = checkpoint.linears[index], checkpoint.weights(index), Timer(checkpoint.device)
         levels = plan.of(index, len(linears))
         make = partial(Pruning, linears, weights, self.pruner, levels, self.keeps_grids)
-        kind = self.pruner.measures if channels is None else channels.measures
+        measured = partial(measure, self.replay, self.batch, index, weights, hidden)
+        kind = (channels or self.pruner).measures
         pruned: Pruning | PrunedChannels
-        if self.in_one_pass and channels is None and kind is not None:
+        if self.in_one_pass and kind is not None:  # never of channels
             pruned = self._prune_sequentially(index, hidden, kind, make, timer)
         else:
             statistics: BlockStatistics = {}
-            if self.dense_statistics is not None:
-                statistics = self.dense_statistics[index]
-            elif kind is not None:
-                only = None if channels is None else channels.readers(index, linears)
-                statistics = measure(self.replay, self.batch, index, weights, hidden, kind, only)
-            timer.lap("calibrate")
-            if channels is None:
+            if channels is not None:
+                statistics = {} if kind is None else measured(kind, channels.readers(index, linears))
+                timer.lap("calibrate")
+                shares = tuple(level.amount for level in levels)
+                pruned = once_more(partial(channels.prune, index, linears, weights, shares, statistics))
+            else:
+                if self.dense_statistics is not None:
+                    statistics = self.dense_statistics[index]
+                elif kind is not None:
+                    statistics = measured(kind)
+                timer.lap("calibrate")
                 pruned = make()
                 for linear in linears:
                     pruned.prune(linear, statistics.get(linear.name))
-            else:
-                shares = tuple(level.amount for level in levels)
-                pruned = once_more(partial(channels.prune, index, linears, weights, shares, statistics))
             timer.lap("prune")
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])
