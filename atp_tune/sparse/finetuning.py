@@ -78,19 +78,13 @@ def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tup
     if made:
         kept |= {"validation": made.validation, "study's test": made.test}
     for role, other in kept.items():
-        if _share(text, other):
+        if text.overlaps(other):
             option, *what = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
             raise UserError(
                 f"--{option}: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or "
                 "part"
             )
     return text, test
-
-
-def _share(one: Data, other: Data) -> bool:
-    if isinstance(one, Text):
-        return isinstance(other, Text) and one.overlaps(other)
-    return isinstance(other, ImageSet) and one.overlaps(other)
 
 
 def read_windows(

@@ -1,7 +1,7 @@
 """The data of a study, by role: the tables `[texts.*]` of a language model, or `[images.*]` of an image classifier."""
 
 import posixpath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
@@ -25,8 +25,9 @@ IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an
 
 
 class Source(SettingsTable):
-    """The data of one role: a part of a source, and how many items are drawn from it."""
+    """The data of one role: a part of a source, and how many items are drawn from it; `data`: text or images."""
 
+    data: ClassVar[str]
     source: str = Field(min_length=1)
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str | None = Field(None, description="split of a hub dataset")
@@ -48,16 +49,26 @@ class Source(SettingsTable):
         """What follows the colon."""
         return self.source.partition(":")[2]
 
-    def _is_like(self, other: Self, *keys: str) -> bool:
-        return all(getattr(self, key) == getattr(other, key) for key in ("config", "split", "revision", *keys))
+    def overlaps(self, other: "Source") -> bool:
+        """Whether both have items of the same part of one source."""
+        keys = ("data", "config", "split", "revision")
+        is_like = all(getattr(self, key) == getattr(other, key) for key in keys) and self._is_of(other)
+        is_met = self.part[0] < other.part[1] and other.part[0] < self.part[1]
+        return is_like and (is_met or self._is_cut_unlike(other))
 
-    def _meets(self, other: Self) -> bool:
-        return self.part[0] < other.part[1] and other.part[0] < self.part[1]
+    def _is_of(self, other: Any) -> bool:
+        """Whether the other, which is alike, reads the same source."""
+        raise NotImplementedError
+
+    def _is_cut_unlike(self, other: Any) -> bool:
+        """Whether parts of both, which read the same source, cannot be compared."""
+        return False
 
 
 class Text(Source):
     """One text and how its windows are drawn."""
 
+    data = "text"
     source: str = Field(
         min_length=1,
         description="c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in",
@@ -115,20 +126,21 @@ class Text(Source):
         found: dict[str, Any] = inner(self)
         return found if self.images is not None else {key: value for key, value in found.items() if key != "images"}
 
-    def overlaps(self, other: "Text") -> bool:
-        """Whether both texts share documents of the same source, or of the same kind of `mixed`."""
-        within = {MIXED: {f"{MIXED}:{kind}" for kind in KINDS}, MANUAL: {f"{MIXED}:manual"}}
-        mine, others = (within.get(source, {source}) for source in (self.source, other.source))
-        if not mine & others or not self._is_like(other, "column"):
-            return False
-        # A shuffled part has documents of everywhere, and `mixed` leaves some of the manual out.
-        is_cut_otherwise = self.shuffle != other.shuffle or (self.source == MANUAL) != (other.source == MANUAL)
-        return is_cut_otherwise or self._meets(other)
+    def _is_of(self, other: Any) -> bool:
+        """Whether both are of one source, or of the same kind of `mixed`."""
+        of = {MIXED: {f"{MIXED}:{kind}" for kind in KINDS}, MANUAL: {f"{MIXED}:manual"}}
+        mine, others = (of.get(source, {source}) for source in (self.source, other.source))
+        return self.column == other.column and not mine.isdisjoint(others)
+
+    def _is_cut_unlike(self, other: Any) -> bool:
+        """A shuffled part has documents of everywhere, and `mixed` leaves some of the manual out."""
+        return bool(self.shuffle != other.shuffle or (self.source == MANUAL) != (other.source == MANUAL))
 
 
 class ImageSet(Source):
     """Labelled images of one role: which, and how many. They are shuffled once, alike for all roles of a source."""
 
+    data = "images"
     source: str = Field(min_length=1, description=f"{KNOWN}; folder: PATH/CLASS/FILE, idx: a file of MNIST's format")
     column: str = Field("image", description="column of the images (hub, parquet)")
     label: str = Field("label", description="column of the classes (hub, parquet)")
@@ -156,10 +168,8 @@ class ImageSet(Source):
         """The kind of source, the part before the colon."""
         return self.source.partition(":")[0]
 
-    def overlaps(self, other: "ImageSet") -> bool:
-        """Whether both sets have images of the same part of one source."""
-        is_same = posixpath.normpath(self.place) == posixpath.normpath(other.place)
-        return is_same and self._is_like(other, "kind") and self._meets(other)
+    def _is_of(self, other: Any) -> bool:
+        return bool(self.kind == other.kind and posixpath.normpath(self.place) == posixpath.normpath(other.place))
 
 
 class Drawn(Source):
@@ -197,9 +207,22 @@ class CalibrationImages(ImageSet, Drawn):
         return ImageSet.model_validate(self.model_dump(exclude={"draws"}))
 
 
-class Texts(SettingsTable):
+class Roles(SettingsTable):
+    """The data by role: `table` is its key in a study file, `items` what a role reads."""
+
+    table: ClassVar[str]
+    items: ClassVar[str]
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The data of each role that has some, by the dotted key of its table."""
+        return {f"{self.table}.{role}": found for role, found in self if isinstance(found, Source)}
+
+
+class Texts(Roles):
     """The texts by role; the test text is used for the final numbers only."""
 
+    table, items = "texts", "documents"
     calibration: Calibration = Field(description="the text on which pruners measure")
     validation: Text = Field(description="the text on which trials are measured and compared")
     test: Text | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
@@ -210,9 +233,10 @@ class Texts(SettingsTable):
     )
 
 
-class ImageSets(SettingsTable):
+class ImageSets(Roles):
     """The images by role; the test images are used for the final numbers only."""
 
+    table, items = "images", "images"
     calibration: CalibrationImages = Field(description="the images on which pruners measure")
     validation: ImageSet = Field(description="the images on which trials are measured and compared")
     test: ImageSet | None = Field(None, description='of the final numbers; left out with protocol = "paper"')

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import SETTINGS
-from atp_tune.spec.data import LOCAL, ImageSet, Text
+from atp_tune.spec.data import LOCAL, Text
 from atp_tune.spec.plugged import contents, parts_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import NEXT_TOKEN, ScreenConfig
@@ -47,9 +47,7 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
         hidden.add("model.dtype")
     if is_local(study.model.source, folder):
         hidden.add("model.source")
-    table = "texts" if study.images is None else "images"
-    texts = [(role, text) for role, text in study.data if isinstance(text, Text | ImageSet)]
-    hidden |= {f"{table}.{role}.source" for role, text in texts if is_local_text(text.source)}
+    hidden |= {f"{key}.source" for key, data in study.data.sources.items() if is_local_text(data.source)}
     flat |= _short(study) | {f"plugins.{name}.content": digest for name, digest in contents(study, folder).items()}
     flat[BOS] = study.bos
     if study.bos is None or study.images is not None:
@@ -59,13 +57,13 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
 
 def _short(study: Study) -> dict[str, Any]:
     """The names of plug-ins, without their places, which differ between machines."""
-    texts = [(role, parts_of(text.source)) for role, text in study.data if isinstance(text, Text)]
+    texts = [(key, parts_of(data.source)) for key, data in study.data.sources.items() if data.data == "text"]
     return {
         "prune.pruners": list(study.prune.short_names),
         "allocation.names": list(study.allocation.short_names),
         "search.sampler": short_name(study.search.sampler),
         "search.score": study.score,
-        **{f"texts.{role}.source": f"{short_name(name)}:{rest}" for role, (name, rest) in texts if is_place(name)},
+        **{f"{key}.source": f"{short_name(name)}:{rest}" for key, (name, rest) in texts if is_place(name)},
     }
 
 

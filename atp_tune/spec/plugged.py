@@ -23,7 +23,7 @@ from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, r
 from atp_tune.pruners import PRUNERS
 from atp_tune.quantizers import QUANTIZERS
 from atp_tune.registry import Origin, Registry
-from atp_tune.spec.data import ImageSet, Text
+from atp_tune.spec.data import Source
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
@@ -109,7 +109,7 @@ def named_in(study: Study) -> list[Named]:
     rows += [(ALLOCATIONS, Named("allocation", "allocation.names", name)) for name in study.allocation.names]
     rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
     rows += [(SCORES, Named("score", "search.score", search.score))]
-    texts = {f"texts.{role}.source": text for role, text in study.data if isinstance(text, Text)}
+    texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
     rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
     return [named for known, named in rows if _is_plugged(named, known)]
 
@@ -117,14 +117,12 @@ def named_in(study: Study) -> list[Named]:
 def code_in(study: Study) -> Iterator[tuple[str, str]]:
     """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
     yield from ((named.key, named.written) for named in named_in(study) if is_place(named.written))
-    table = "texts" if study.images is None else "images"
-    data = {f"{table}.{role}.source": text for role, text in study.data if isinstance(text, Text | ImageSet)}
-    yield from _imports(data)
+    yield from _imports({f"{key}.source": data for key, data in study.data.sources.items()})
     if study.limit is not None:
         yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
 
 
-def _imports(texts: Mapping[str, Data]) -> Iterator[tuple[str, str]]:
+def _imports(texts: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
     """Texts and images inside a package that does not come with Python: to read them imports it."""
     for key, text in texts.items():
         kind, _, place = text.source.partition(":")

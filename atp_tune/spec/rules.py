@@ -74,7 +74,7 @@ def _of_items(study: "Study") -> Iterator[Row]:
 
 def _of_roles(study: "Study") -> Iterator[Row]:
     """Yields the rows on what each role reads: others' documents or images, unless the paper tunes on the test text."""
-    data, what = ("texts", "documents") if study.images is None else ("images", "images")
+    data, what = study.data.table, study.data.items
     roles: Any = dict(study.data)
     yield (
         f"{data}.test",

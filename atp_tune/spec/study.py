@@ -257,7 +257,7 @@ class Study(SettingsTable):
     @property
     def items(self) -> str:
         """What the model reads, for people."""
-        return "texts" if self.images is None else "images"
+        return self.data.table
 
     @property
     def leaders(self) -> int:
