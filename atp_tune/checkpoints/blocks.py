@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.convert import one_line
-from atp_tune.checkpoints.files import SLIM, check_plain, read_table
+from atp_tune.checkpoints.files import SLIM, check_plain, config_in
 from atp_tune.errors import UserError
 from atp_tune.spec.block_names import joined
 
@@ -69,8 +69,7 @@ def check_known(model: nn.Module, highest: int, what: str) -> None:
 
 def reads_images(folder: Path) -> bool:
     """Whether transformers loads the folder as a model that also reads images."""
-    file = folder / "config.json"
-    config = read_table(file) if file.is_file() else {}
+    config = config_in(folder)
     kind = str(config.get("model_type"))
     name = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     if name is None or "auto_map" in config:
@@ -91,8 +90,7 @@ def is_image_classifier(model: nn.Module) -> bool:
 
 def classifies_images(folder: Path) -> bool:
     """Whether a folder was saved from an image classifier of transformers, or is packed or slim from such a folder."""
-    file = folder / "config.json"
-    config = read_table(file) if file.is_file() else {}
+    config = config_in(folder)
     if (kind := config.get("model_type")) in (PACKED, SLIM):
         table = config.get(kind)
         return isinstance(table, dict) and table.get("class") == AutoModelForImageClassification.__name__

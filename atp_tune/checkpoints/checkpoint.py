@@ -132,7 +132,7 @@ class Checkpoint(Released):
         self.in_tower = found.in_tower  # so many blocks, the first, are of the vision tower
         self._first = 0  # the place of block 0 in the whole model's blocks
         self.linears = [find_linears(block, has_others) for block in self.blocks]
-        self.offload = offload or self._choose(positions)
+        self.offload = offload or self._choose(*positions)
         if self.in_tower and self.offload != "none" and device.type != "cpu":
             raise UserError(
                 f"model.offload: a model whose vision tower is pruned too must lie on {device.type} as a whole, and "
@@ -142,18 +142,11 @@ class Checkpoint(Released):
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        trusted: bool = False,
-        offload: Offload | None = None,
-        with_tower: bool = False,
-        positions: tuple[int, int] = (0, 0),
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, trusted: bool = False, **how: Any
     ) -> "Checkpoint":
         """Loads a folder of safetensors; UserError if that fails. `trusted`: code in the folder may run.
 
-        `with_tower`, `positions`: as for the class.
+        `how`: `offload`, `with_tower`, `positions`, as for the class.
         """
         check_full(folder)
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -170,7 +163,7 @@ class Checkpoint(Released):
         wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
-        checkpoint = cls(model.requires_grad_(False), device, offload, with_tower=with_tower, positions=positions)
+        checkpoint = cls(model.requires_grad_(False), device, **how)
         checkpoint._state = None
         return checkpoint
 
@@ -256,20 +249,17 @@ class Checkpoint(Released):
         saved: Tensors = revert_weight_conversion(model, {name: tensor})
         return saved
 
-    def _choose(self, positions: tuple[int, int]) -> Offload:
-        mapped, inside = mapped_files(), list(self.blocks.parameters())
+    def _choose(self, calibration: int, validation: int) -> Offload:
+        """The place of the blocks, beside the states of so many positions of each text and the largest Hessian."""
+        mapped, inside, work = mapped_files(), list(self.blocks.parameters()), 0
         there = mapped.bytes_beside(inside)  # already in host memory, and may stay there
         bounded = self.device.type != "cpu" or device_limit() is not None
+        if calibration:
+            state = width_of(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
+            widest = max(linear.in_features for linears in self.linears for linear in linears)
+            work = states(calibration * state, validation * state) + hessian_bytes(widest)
         free = Free(free_memory(self.device), host_memory() + there, bounded)
-        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free, self._work(*positions))
-
-    def _work(self, calibration: int, validation: int) -> int:
-        """Bytes beside the weights while a text of so many positions calibrates, with the largest Hessian."""
-        if not calibration:
-            return 0
-        state = width_of(self.config, is_image_classifier(self.model)) * self.dtype.itemsize
-        widest = max(linear.in_features for linears in self.linears for linear in linears)
-        return states(calibration * state, validation * state) + hessian_bytes(widest)
+        return choose(bytes_of(self.model.parameters()), bytes_of(inside), free, work)
 
     def _place(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
@@ -278,22 +268,19 @@ class Checkpoint(Released):
             self.model.to(self.device)
             return None
         for block in self.blocks:
-            self._move_offloaded([*block.parameters(), *block.buffers()])
+            # Those that are not in their place yet: to a mapped file, to pinned or to plain host memory.
+            mapped, tensors = mapped_files(), [*block.parameters(), *block.buffers()]
+            if self.offload == "disk":
+                move_into(on_disk, [tensor for tensor in tensors if not mapped.holds(tensor)])
+            elif self.device.type == "cuda":
+                move_into(pinned, [tensor for tensor in tensors if not tensor.is_pinned()])
+            else:
+                move_into(plain, [tensor for tensor in tensors if mapped.holds(tensor)])
         in_blocks = {id(tensor) for tensor in (*self.blocks.parameters(), *self.blocks.buffers())}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if id(tensor) not in in_blocks:
                 tensor.data = tensor.data.to(self.device)
         return Stream([tensors_of(block) for block in self.blocks], self.device, ahead)
-
-    def _move_offloaded(self, block: list[Tensor]) -> None:
-        """Moves tensors that are not in their place yet: to a mapped file, to pinned or to plain host memory."""
-        mapped = mapped_files()
-        if self.offload == "disk":
-            move_into(on_disk, [tensor for tensor in block if not mapped.holds(tensor)])
-        elif self.device.type == "cuda":
-            move_into(pinned, [tensor for tensor in block if not tensor.is_pinned()])
-        else:
-            move_into(plain, [tensor for tensor in block if mapped.holds(tensor)])
 
 
 def tensors_of(block: nn.Module) -> Tensors:

@@ -26,10 +26,12 @@ from atp_tune.checkpoints.files import (
     BY_TENSOR,
     check_plain,
     check_scaled,
+    config_in,
     copy_small,
     parse_header,
     read_table,
     without_quantization,
+    write_table,
 )
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
@@ -111,8 +113,7 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
                 model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
             check_plain(model, (name for name, _ in model.named_parameters()))
             model.save_pretrained(folder)
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
+            write_table(folder / "config.json", without_quantization(config_in(folder)))
         copy_small(source, folder, WEIGHTS, (*INDEX, *BESIDE))
 
 
@@ -276,8 +277,7 @@ class Original:
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder is a packed one, by its config."""
-    file = folder / "config.json"
-    return file.is_file() and read_table(file).get("model_type") == MODEL_TYPE
+    return config_in(folder).get("model_type") == MODEL_TYPE
 
 
 def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
@@ -346,7 +346,7 @@ class _Tensors:
         kept = {key: value for key, value in self._config.items() if key not in (MODEL_TYPE, "auto_map")}
         classes = [str(name).removeprefix("Packed") for name in self._config.get("architectures") or ()]
         kept |= {"model_type": self._table["family"], "architectures": classes}
-        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        write_table(folder / "config.json", kept)
         dtype = getattr(torch, str(kept.get("dtype")), None)
         parts = {f"{name}{end}" for name in self._packed for end in PARTS}
         ends = {f"{name}{end}": name for name in self._packed for end in (VALUES, CODES)}
@@ -363,7 +363,7 @@ class _Tensors:
             places.update(dict.fromkeys(found, shard))
         if len(self._files) > 1:
             index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_table(folder / "model.safetensors.index.json", index)
 
 
 def as_text(file: Path) -> str:

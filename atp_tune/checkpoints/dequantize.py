@@ -34,6 +34,7 @@ from atp_tune.checkpoints.files import (
     read_table,
     scales_of,
     without_quantization,
+    write_table,
 )
 from atp_tune.errors import UserError
 
@@ -113,8 +114,8 @@ def dequantize_folder(source: Path, target: Path) -> None:
         save_file(tensors, target / file.name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file.name)
     if (source / INDEX).is_file():
-        (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
-    (target / "config.json").write_text(json.dumps(without_quantization(config), indent=2))
+        write_table(target / INDEX, {"metadata": {}, "weight_map": index})
+    write_table(target / "config.json", without_quantization(config))
 
 
 def _full(stored: Stored, file: Path, config: Table) -> Iterator[tuple[str, Tensor]]:

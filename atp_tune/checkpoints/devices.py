@@ -155,18 +155,10 @@ def host_memory() -> int:
     return available if limited is None else min(available, limited)
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names, in a version of control groups, of limit and usage, and of inactive files in `memory.stat`."""
-
-    limit: str
-    use: str
-    inactive: str
-
-
 NO_LIMIT = 1 << 62  # version 1 writes a number like this where there is no limit
-V1 = Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = Names("memory.max", "memory.current", "inactive_file")
+# Names, in a version of control groups, of limit and usage, and of inactive files in `memory.stat`.
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_in_cgroups(process: Path = PROCESS) -> int | None:
@@ -178,24 +170,25 @@ def free_in_cgroups(process: Path = PROCESS) -> int | None:
     controller in one of them. Source: Linux, Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; proc(5)
     on mountinfo.
     """
-    free = [_free(folder, names) for folder, names in _groups(process)]
-    return min((size for size in free if size is not None), default=None)
+    free = []
+    for folder, (limit, use, inactive) in _groups(process):
+        with suppress(OSError, ValueError):  # no limit ("max"), or a group without this controller
+            most, used = (int((folder / name).read_text()) for name in (limit, use))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(max(0, most - used + int(stat.get(inactive, 0))))
+    return min(free, default=None)
 
 
 def cgroup_limit(process: Path = PROCESS) -> int | None:
     """The smallest memory limit of the control groups of a process, in bytes; None without a limit."""
-    limits = [int(text) for folder, names in _groups(process) if (text := _text(folder / names.limit)).isdigit()]
+    limits = []
+    for folder, (limit, *_) in _groups(process):
+        with suppress(OSError, ValueError):
+            limits.append(int((folder / limit).read_text()))
     return min((limit for limit in limits if limit < NO_LIMIT), default=None)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _groups(process: Path) -> Iterator[tuple[Path, Names]]:
+def _groups(process: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """The folders of the control groups of a process, from its own upwards; none without control groups."""
     try:
         paths = dict(line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines())
@@ -219,15 +212,6 @@ def _upwards(point: Path, root: str, path: str) -> Iterator[Path]:
     """
     inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) and ".." not in path else Path()
     yield from (point / part for part in (inside, *inside.parents))
-
-
-def _free(folder: Path, names: Names) -> int | None:
-    try:
-        limit, use = (int((folder / name).read_text()) for name in (names.limit, names.use))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no limit ("max"), or a group without this controller
-        return None
-    return max(0, limit - use + int(stat.get(names.inactive, 0)))
 
 
 def release_memory() -> None:

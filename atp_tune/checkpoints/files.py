@@ -32,8 +32,7 @@ ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; 
 
 def is_slim(folder: Path) -> bool:
     """Whether a folder holds a slim model, which has fewer channels than its family's models."""
-    file = folder / "config.json"
-    return file.is_file() and read_table(file).get("model_type") == SLIM
+    return config_in(folder).get("model_type") == SLIM
 
 
 def find_weights(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -133,6 +132,17 @@ def read_table(path: Path) -> Table:
     if not isinstance(table, dict):
         raise UserError(f"model.source: {path} is no JSON object; download the model again")
     return table
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Writes a JSON object."""
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def config_in(folder: Path) -> Table:
+    """The `config.json` of a folder; empty without one."""
+    file = folder / "config.json"
+    return read_table(file) if file.is_file() else {}
 
 
 # --- Sizes of a model, from the headers of its safetensors, before it is loaded.
@@ -296,8 +306,7 @@ def find_method(folder: Path, name: str) -> str | None:
 
 def check_full(folder: Path) -> None:
     """UserError if a folder is quantized, by its config."""
-    file = folder / "config.json"
-    if file.is_file() and (table := quantization_of(read_table(file))) is not None:
+    if (table := quantization_of(config_in(folder))) is not None:
         raise UserError(f'model {folder}: is quantized by "{_method(table)}"; {_INSTEAD}')
 
 

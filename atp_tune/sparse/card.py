@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from atp_tune.allocations import is_fitted
 from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import ORIGIN, quiet
-from atp_tune.checkpoints.files import Table, is_slim, read_table
+from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.measures import MEASURES, Estimate, error_over
@@ -356,8 +356,7 @@ def untested(config: Config, folder: Path, text: str) -> Iterator[str]:
     else:
         yield f"Text unlike {text}: other subjects, other languages."
         # The tokens that a model takes at once, by its config.json.
-        file = folder / "config.json"
-        table: Table = read_table(file) if file.is_file() else {}
+        table = config_in(folder)
         found = table.get("max_position_embeddings") or (table.get("text_config") or {}).get("max_position_embeddings")
         most, seqlen = (found if isinstance(found, int) else None), getattr(config.texts.test, "seqlen", 0)
         if most is not None and most > seqlen:

@@ -37,7 +37,7 @@ from atp_tune.checkpoints.convert import (
     unpack_folder,
 )
 from atp_tune.checkpoints.devices import Tensors, find_device
-from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table
+from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
@@ -401,7 +401,7 @@ class _Packing:
         original.added.append(CODE.name)
         if len(self.shards) > 1:
             index = {"metadata": {}, "weight_map": dict(sorted(self._places.items()))}
-            (folder / PACKED_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_table(folder / PACKED_INDEX, index)
             original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
             original.files[INDEX] = as_text(folder / INDEX)
@@ -422,7 +422,7 @@ class _Packing:
             record = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(record.get("manifest"), dict):
                 record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
-                file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                write_table(file, record)
 
 
 def empty_model(source: Path) -> Any:

@@ -27,7 +27,7 @@ from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_con
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
-from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table
+from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table, write_table
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialStarted
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
@@ -186,13 +186,13 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
                 if context.folder.trusted and not is_slim(folder) and any(folder.glob(CODE)):
                     raise UserError(OWN_CODE)
                 plain = table | _slim_keys(table, wanted, auto_class(folder).__name__)
-            (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            write_table(folder / CONFIG, plain)
             if is_slim(folder):
                 bring_own_code(folder)
             if (folder / INDEX).is_file():  # its total size is another now
                 index = read_table(folder / INDEX)
                 index["metadata"] = {}
-                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                write_table(folder / INDEX, index)
             check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
