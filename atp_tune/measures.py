@@ -231,6 +231,7 @@ class Measure:
     score    of items; `change`: from one model's items to another's, None where it is not defined
     note     what it is, in a sentence below tables; `objective`: what is minimised
     kind     of its scores; `dense`: that of the dense model in words where it is so by definition
+    each     of items, what is minimised of each; `loss`: what is minimised, of these or of the mean of so many
     """
 
     name: str
@@ -244,6 +245,8 @@ class Measure:
     note: str = ""
     objective: str = ""
     is_higher_better: bool = False
+    each: Callable[[Items], list[float]] = list
+    loss: Callable[[Items, int | None], Estimate] = lambda nlls, items: perplexity(nlls)
 
     def written(self, value: float) -> str:
         """A score without its error."""
@@ -266,11 +269,12 @@ PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "nlls", perplexit
 KL = Measure(
     "kl", "KL", "KL divergence", "kls", divergence, relative, Divergence, dense="0",
     note="KL: from the dense model's next-token distribution to the pruned one's, nats per token.",
-    objective="KL divergence from the dense model (nats per token)",
+    objective="KL divergence from the dense model (nats per token)", loss=lambda kls, items: divergence(kls),
 )  # fmt: skip
 ACCURACY = Measure(
     "accuracy", "accuracy", "accuracy", "ranks", accuracy, gain, Accuracy, is_higher_better=True,
-    objective="top-1 error (1 - accuracy, with half an image added)",
+    objective="top-1 error (1 - accuracy, with half an image added)", each=lambda ranks: [int(r > 0) for r in ranks],
+    loss=error_rate,
 )  # fmt: skip
 KL_99 = Measure(
     "kl_99", "KL 99%", "99th percentile of the KL", "kls_99", divergence, relative, Divergence, dense="0",

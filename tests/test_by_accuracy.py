@@ -159,7 +159,7 @@ def test_a_stopped_trial_is_estimated_from_the_best() -> None:
     study = optuna.create_study()
     study.add_trial(made(0.3, [1, 0, 0, 0, 1, 0, 0, 0], [1.0] * 8))
     trial = study.ask()
-    value = estimate(trial, [1, 1, 0, 0], "misses")  # one more than the best has of these four
+    value = estimate(trial, [1, 1, 0, 0], ACCURACY)  # one more than the best has of these four
     assert value == error_rate([0.25 + 0.25], 8).value == pytest.approx(4.5 / 9)
     assert trial.user_attrs["stopped_after"] == 4
 

@@ -29,6 +29,12 @@ class WindowScores(NamedTuple):
     ranks: list[int] = []  # noqa: RUF012 - never changed
     more: Mapping[str, list[float]] = {}
 
+    @property
+    def by_items(self) -> dict[str, list[float]]:
+        """What was scored, by the key of a measure's items; NLLs last, since they mark a model as measured."""
+        found: dict[str, list[float]] = {"kls": self.kls, "ranks": [*self.ranks], **self.more}
+        return {key: own for key, own in found.items() if own} | {"nlls": self.nlls}
+
 
 class Score(Head, Protocol):
     """Scores a model from the hidden states after its last block."""

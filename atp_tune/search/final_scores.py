@@ -199,10 +199,8 @@ class FinalScores:
 
 def store_test_scores(study: optuna.Study, name: str, scores: "WindowScores") -> None:
     """Stores the scores of a trial, or of `dense`, on the test items."""
-    for key, found in {"kls": scores.kls, "ranks": scores.ranks, **scores.more}.items():
-        if found:  # before the NLLs, which mark a trial as reported
-            study.set_user_attr(f"test_{key}:{name}", found)
-    study.set_user_attr(f"test_nlls:{name}", scores.nlls)
+    for key, found in scores.by_items.items():
+        study.set_user_attr(f"test_{key}:{name}", found)
 
 
 def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:

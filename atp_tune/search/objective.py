@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import clear_frames
-from typing import Any, Literal
+from typing import Any
 
 from optuna import Trial
 from optuna.exceptions import OptunaError
@@ -27,7 +27,8 @@ from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_mem
 from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
-from atp_tune.measures import Estimate, divergence, error_rate, perplexity
+from atp_tune.measures import ACCURACY, MEASURES, Estimate, Measure
+from atp_tune.measures import PERPLEXITY as MEASURE
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
 from atp_tune.results.goals import best_trial
@@ -36,21 +37,18 @@ from atp_tune.run.session import Session
 from atp_tune.scores import WindowScores
 from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
-from atp_tune.spec.search import ACCURACY
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process import identity, versions
 from atp_tune.storage.progress import counts
 
-Kind = Literal["nlls", "kls", "misses"]  # what trials are compared by, window by window
-
 
 @dataclass(frozen=True)
 class Objective:
     """A trial's values on the validation text, one per objective; TrialError if the trial gives none."""
 
-    context: Session
+    session: Session
     space: Space
     stops: bool  # the study has a stopper
     watch: EventHandler
@@ -69,15 +67,15 @@ class Objective:
             return self._repeat(trial, earlier) if earlier else self._measure(trial, plan)
 
     def _measure(self, trial: Trial, plan: Plan) -> tuple[float, ...]:
-        context, batches, kl = self.context, batches_of(trial.study), "kl" in self.objectives
-        context.begin(batches)
-        record = Record(context, self.objectives)
+        session, batches, kl = self.session, batches_of(trial.study), "kl" in self.objectives
+        session.begin(batches)
+        record = Record(session, self.objectives)
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
 
         def hear(scores: WindowScores) -> None:
             record.add(scores)
-            seen, windows = record.compared, len(context.windows["validation"])
+            seen, windows = record.compared, len(session.windows["validation"])
             is_late = self.stops and is_hopeless(trial, seen, len(scores.nlls), windows, GROUPS)
             if len(seen) == windows:
                 record.results()  # a TrialError comes before the tasks, which take minutes
@@ -87,24 +85,24 @@ class Objective:
         validation, test = RoleScores("validation", kl, hear, may_stop), RoleScores("test", kl)
         more: list[Observer[Any]] = [*([self.tasks] if self.tasks else []), *([test] if self.tests else [])]
         try:
-            context.measure(plan, [record, validation, *more])
+            session.measure(plan, [record, validation, *more])
         except HopelessError:
             self._store(trial, record)
-            return (estimate(trial, record.compared, record.kind),)
+            return (estimate(trial, record.compared, record.main),)
         results = record.results()
         if self.tasks:
             set_attributes(trial, {"accuracies": self.tasks.accuracies("")})
         if self.tests:
             store_test_scores(trial.study, str(trial.number), test.found[""])
         self._store(trial, record, stderr=results[0].stderr)
-        if context.batches != batches and best_trial(trial.study) is None:
+        if session.batches != batches and best_trial(trial.study) is None:
             # The first trial ran out of memory and took smaller batches: later trials begin with those.
-            trial.study.set_user_attr("batches", context.batches)
+            trial.study.set_user_attr("batches", session.batches)
         density = () if plan.target is None else (round(1 - plan.target, 6),)
         return (*(result.value for result in results), *density)
 
     def _store(self, trial: Trial, record: "Record", **more: object) -> None:
-        measured = {**record.close(), "batches": self.context.batches, **more}
+        measured = {**record.close(), "batches": self.session.batches, **more}
         set_attributes(trial, {**measured, **measured_columns(measured)})
 
     def _repeat(self, trial: Trial, earlier: FrozenTrial) -> tuple[float, ...]:
@@ -147,23 +145,20 @@ class HopelessError(Exception):
 class Record(Observer[None]):
     """Gathers a trial's user attributes while its plan is pruned and evaluated."""
 
-    def __init__(self, context: Session, objectives: Sequence[str] = PERPLEXITY) -> None:
+    def __init__(self, session: Session, objectives: Sequence[str] = PERPLEXITY) -> None:
         super().__init__()
-        self._context = context
-        self._objectives = objectives
-        self.kind: Kind = "nlls" if "perplexity" in objectives else "kls" if "kl" in objectives else "misses"
-        self.nlls: list[float] = []
-        self.kls: list[float] = []
-        self.ranks: list[int] = []
-        self.more: dict[str, list[float]] = {}
+        self._session = session
+        self._measures = [MEASURES[name] for name in objectives]
+        self.main = self._measures[0]
+        self.items: dict[str, list[float]] = {}  # by measure
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.experts_without_tokens: list[str] = []
         self._zeros = self._weights = 0
-        self._packed, self._itemsize = context.stored_bytes
+        self._packed, self._itemsize = session.stored_bytes
         self._stored_bits = 0  # of linears that are rounded
-        self._device = context.checkpoint.device
+        self._device = session.checkpoint.device
         self._timer = Timer(self._device)
         reset_peak_memory(self._device)
 
@@ -171,14 +166,14 @@ class Record(Observer[None]):
         """Records the zeros, error and seconds of a pruned block."""
         self.errors += [] if block.error is None else [round(block.error, 6)]
         self.experts_without_tokens += [f"{block.index}.{name}" for name in block.experts_without_tokens]
-        for linear in self._context.checkpoint.linears[block.index]:
+        for linear in self._session.checkpoint.linears[block.index]:
             shape, zeros = (linear.out_features, linear.in_features), block.zeros[linear.name]
             packed = (linear.size - zeros) * self._itemsize  # as `apply --slim` writes it
             if not block.channels:
                 packed = matrix_bytes(*shape, zeros, self._itemsize)
             bits = block.bits.get(linear.name)
-            if bits is not None and (quantize := self._context.quantize) is not None:
-                self._stored_bits += quantize.stored_bits(*shape, bits, 0 if self._context.bits is None else zeros)
+            if bits is not None and (quantize := self._session.quantize) is not None:
+                self._stored_bits += quantize.stored_bits(*shape, bits, 0 if self._session.bits is None else zeros)
             self._packed += packed - linear.size * self._itemsize
             self._zeros += zeros
             self._weights += linear.size
@@ -191,36 +186,21 @@ class Record(Observer[None]):
 
     def add(self, scores: WindowScores) -> None:
         """Records the scores of further windows."""
-        self.nlls += scores.nlls
-        self.kls += scores.kls
-        self.ranks += scores.ranks
-        for key, found in scores.more.items():
-            self.more.setdefault(key, []).extend(found)
+        for key, found in scores.by_items.items():
+            self.items.setdefault(key, []).extend(found)
 
     @property
-    def misses(self) -> list[int]:
-        """1 for each image whose class is wrong, else 0."""
-        return [int(rank > 0) for rank in self.ranks]
-
-    @property
-    def compared(self) -> list[Any]:
+    def compared(self) -> list[float]:
         """What the stopper compares, by window or image."""
-        found: list[Any] = getattr(self, self.kind)
-        return found
+        return self.main.each(self.items.get(self.main.items, ()))
 
     def results(self) -> list[Estimate]:
         """The trial's result in each objective; TrialError if one, or the perplexity, is not finite."""
-        own: dict[str, Estimate] = {"perplexity": perplexity(self.nlls)}
-        own |= {"kl": divergence(self.kls)} if "kl" in self._objectives else {}
-        own |= {ACCURACY: error_rate(self.misses)} if ACCURACY in self._objectives else {}
-        found = [own[objective] for objective in self._objectives]
-        checked = found if ACCURACY not in self._objectives else [*found, own["perplexity"]]
-        for objective, result in zip([*self._objectives, "perplexity"], checked, strict=False):
+        found = {by: by.loss(by.each(self.items[by.items]), None) for by in (*self._measures, MEASURE)}
+        for by, result in found.items():
             if not math.isfinite(result.value):
-                raise TrialError(
-                    f"{objective} is {result.value}: the pruned model's numbers overflow or are not defined"
-                )
-        return found
+                raise TrialError(f"{by.name} is {result.value}: the pruned model's numbers overflow or are not defined")
+        return [found[by] for by in self._measures]
 
     def close(self) -> dict[str, Any]:
         """The trial's user attributes; all time outside pruning counts as evaluation."""
@@ -228,23 +208,20 @@ class Record(Observer[None]):
         self.seconds["evaluate"] = self._timer.seconds["all"] - sum(self.seconds.values())
         self.peak_bytes["evaluate"] = peak_memory(self._device)
         # Bits per weight with scales, and bytes of all weights of the model so stored, where they are rounded.
-        others = self._context.stored_bytes[0] - self._weights * self._itemsize
+        others = self._session.stored_bytes[0] - self._weights * self._itemsize
         effective, stored = self._stored_bits / self._weights, others + -(-self._stored_bits // 8)
         return {
             "realised": self._zeros / self._weights,
             "packed_bytes": self._packed,
             "errors": self.errors,
-            "nlls": self.nlls,
             "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
             "peak_bytes": self.peak_bytes,
             "device": device_name(self._device),
-            "dtype": self._context.dtype,
+            "dtype": self._session.dtype,
             "versions": versions(),
             **({"effective_bits": effective, "quantized_bytes": stored} if self._stored_bits else {}),
-            **({"kls": self.kls} if self.kls else {}),
-            **({"ranks": self.ranks} if self.ranks else {}),
-            **self.more,
-            **({"misses": self.misses} if self.kind == "misses" else {}),
+            **self.items,
+            **({"misses": self.compared} if self.main is ACCURACY else {}),
             **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
         }
 
@@ -276,7 +253,7 @@ def is_hopeless(trial: Trial, seen: list[float], new: int, windows: int, groups:
     return trial.should_prune()
 
 
-def estimate(trial: Trial, seen: list[float], kind: Kind = "nlls") -> float:
+def estimate(trial: Trial, seen: Sequence[float], by: Measure = MEASURE) -> float:
     """The value of a stopped trial, comparable with full measurements.
 
     The best trial's mean NLL, KL or error over all windows, plus the mean difference from it on the windows seen: a
@@ -284,10 +261,7 @@ def estimate(trial: Trial, seen: list[float], kind: Kind = "nlls") -> float:
     """
     best = best_trial(trial.study)
     assert best is not None
-    full = best.user_attrs[kind]
+    full = by.each(best.user_attrs[by.items])
     difference = statistics.fmean(own - other for own, other in zip(seen, full, strict=False))
     trial.set_user_attr("stopped_after", len(seen))
-    mean = statistics.fmean(full) + difference
-    if kind == "misses":
-        return error_rate([mean], len(full)).value
-    return max(0.0, mean) if kind == "kls" else perplexity([mean]).value
+    return by.loss([max(0.0, statistics.fmean(full) + difference)], len(full)).value
