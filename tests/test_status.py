@@ -31,6 +31,7 @@ from atp_tune.measures import TEXTS, Perplexity
 from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
+from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.storage import process
 
@@ -475,6 +476,7 @@ def on_terminal(*arguments: str | Path) -> tuple["subprocess.Popen[bytes]", int]
 def test_the_summary_is_one_markdown_table(study: optuna.Study, monkeypatch: pytest.MonkeyPatch, done: Path) -> None:
     """Whole at 40 columns, every row one line with the same number of cells, and nothing around it."""
     study.set_user_attr("dense", [1.0, 1.2])
+    study.set_user_attr("made_from", studyfile.settings(study_file(done, "sparsity=0.7")))
     add(study, 0.0, 10.0, nlls=[2.0, 2.6], stderr=0.5, realised=0.6999)
     add(study, 0.1, 9.0, nlls=[1.9, 2.5], stderr=0.4, realised=0.7)
     for allocation, value in (("curve", 8.0), ("er", 12.0)):

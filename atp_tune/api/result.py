@@ -40,13 +40,13 @@ def trials(summary: Summary) -> list[Row]:
 
     Where weights are rounded alone `effective_bits` are in the place of sparsity: per weight, with scales.
     """
-    amount = {"sparsity": "realised"} if summary.bits is None else {"effective_bits": "effective_bits"}
+    name, key = summary.amount.row
     return [
         {
             "trial": trial.number,
             "state": trial.state.name.lower(),
             "plan": plan_of(trial),
-            **{name: trial.user_attrs.get(key) for name, key in amount.items()},
+            name: trial.user_attrs.get(key),
             **dict(summary.results.record(trial)),
             "seconds": round(sum(spent(trial).values()), 3) if spent(trial) else None,
             **trial.params,

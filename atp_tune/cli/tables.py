@@ -15,13 +15,13 @@ from atp_tune.plan import percent
 from atp_tune.report.contents import speed
 from atp_tune.results import tables
 from atp_tune.results.formatting import (
-    asked,
     continuations_note,
     duration,
     errors_of,
     in_one_line,
     sizes_note,
     texts_note,
+    wanted,
 )
 from atp_tune.results.outcome import limit_of, study_remarks
 from atp_tune.results.results import is_uniform
@@ -39,7 +39,7 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
-    console.print(f"{printable(summary.name)}: {asked(summary, file.study)}\n")
+    console.print(f"{printable(summary.name)}: {wanted((summary.made_from or file).study)}\n")
     console.print(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         console.print(f"\n{drawn(kinds)}")
@@ -96,8 +96,7 @@ def show_continuations(found: Continuations) -> None:
 def _notes(summary: Summary) -> list[str]:
     """The legend of the table."""
     items = summary.results.unit
-    what = "pruner" if summary.bits is None else "quantizer"
-    same = f"same {what}{summary.goal.same}, same {items}"
+    same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
     notes.append(texts_note(summary))
@@ -190,7 +189,7 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     if made is None or not summary.is_tested or not is_there:
         return
     is_slim = summary.of_channels
-    form = "slim" if is_slim else "sparse" if summary.bits is None else "rounded"
+    form = "slim" if is_slim else summary.amount.form
     # A name that no file has here: the name itself, or followed by -2, -3 and so on.
     name = f"{printable(summary.name).replace('/', '_')}-{form}"
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))

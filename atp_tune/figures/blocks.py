@@ -28,9 +28,6 @@ from atp_tune.plan import percent
 from atp_tune.results.results import levels_of
 from atp_tune.results.summary import Summary
 
-SPARSITY = "Sparsity of each block", "sparsity (share of zeros)"
-BITS = "Bits of each block", "bits per weight, without scales"
-
 
 def draw_sparsity(summary: Summary) -> go.Figure | None:
     """Sparsity, or bits, against block, in steps; None while no trial has one."""
@@ -40,8 +37,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
         ("second best", second, SECOND, "dot"),
         ("uniform", None if uniform == best else uniform, UNIFORM, "solid"),
     ]
-    title, amount = SPARSITY if summary.bits is None else BITS
-    figure = new_figure(title, _axis(summary), amount)
+    figure = new_figure(summary.amount.title, _axis(summary), summary.amount.axis)
     for name, trial, colour, dash in shown:
         levels = levels_of(trial)
         if trial is None or not levels:
@@ -61,7 +57,7 @@ def draw_sparsity(summary: Summary) -> go.Figure | None:
     blocks = max(len(trace.y) for trace in figure.data)
     return figure.update_layout(
         legend_traceorder="normal", xaxis_range=[-0.5, blocks - 0.5],
-        yaxis_range=[max(0, min(values) - margin), min(1 if summary.bits is None else 9, max(values) + margin)],
+        yaxis_range=[max(0, min(values) - margin), min(summary.amount.top, max(values) + margin)],
     )  # fmt: skip
 
 

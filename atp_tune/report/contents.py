@@ -20,7 +20,7 @@ from atp_tune.extras import as_typed
 from atp_tune.measures import Gain, Role, TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed, spread
-from atp_tune.results.formatting import amount_of, column, duration, errors_of, in_one_line, spent, texts_note
+from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, texts_note
 from atp_tune.results.outcome import study_remarks
 from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
@@ -47,14 +47,10 @@ class Contents:
     @property
     def target(self) -> float | None:
         """The target sparsity, of the best trial where the study searches for it; None with `bits`."""
-        if self.summary.bits is not None:
-            return None
-        made, best = self.summary.made_from, self.summary.best_trial
+        best, asked = self.summary.best_trial, self.summary.sparsity
         if best is not None and "sparsity" in best.params:
             return float(best.params["sparsity"])
-        if isinstance(self.summary.sparsity, tuple):
-            return None
-        return made.study.highest if made else self.facts.get("sparsity")
+        return None if isinstance(asked, tuple) else asked
 
     @property
     def sparsity(self) -> str:
@@ -72,13 +68,6 @@ class Contents:
         """The share of zeros counted in the best trial."""
         best = self.summary.best_trial
         return best.user_attrs.get("realised") if best else None
-
-    @property
-    def bits_counted(self) -> str:
-        """The bits of the best trial: `, 3.50 (3.85 with scales) in the best`; "" without any."""
-        best = self.summary.best_trial
-        found = amount_of(best, self.summary) if best and self.summary.bits is not None else ""
-        return f", {found} in the best" if found else ""
 
     @property
     def description(self) -> str:
@@ -271,7 +260,7 @@ def comparison(studies: Sequence[Contents]) -> Table:
     on: Role = "test" if all(contents.summary.text == "test" for contents in studies) else "validation"
     data = " or ".join(dict.fromkeys(contents.summary.results.data for contents in studies))
     columns = (f"dense, {on} {data}", "uniform", "best", "against uniform")
-    kinds = dict.fromkeys(column(contents.summary) for contents in studies)
+    kinds = dict.fromkeys(contents.summary.amount.column for contents in studies)
     head = ("study", " or ".join(kinds), *columns, "trials", "time", "device")
     return Table(head, [_study_row(contents, on) for contents in studies], (0, 8))
 

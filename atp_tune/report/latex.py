@@ -26,8 +26,8 @@ def make(studies: Sequence[Contents]) -> bytes:
         rows = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
         lines = [" & ".join(escaped(row.get(name, NOTHING)) for name in head) + r" \\" for row in rows]
         if len(studies) > 1:
-            what = "" if contents.summary.bits is not None else "sparsity "
-            title = contents.summary.name + (f", {what}{contents.sparsity}" if contents.sparsity else "")
+            amount = contents.summary.amount.told.lower().partition("{")[0]
+            title = contents.summary.name + (f", {amount}{contents.sparsity}" if contents.sparsity else "")
             lines.insert(0, f"\\multicolumn{{{len(head)}}}{{l}}{{{escaped(title)}}} \\\\")
         parts.append("\n".join(lines))
     names = ", ".join(escaped(contents.summary.name) for contents in studies)

@@ -34,7 +34,8 @@ def make(studies: Sequence[Contents]) -> bytes:
 def _study(contents: Contents) -> list[str]:
     summary = contents.summary
     parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
-    parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {_sparsity(contents)}".strip())
+    amount = summary.amount.told.format(contents.sparsity, summary.amount.best(summary)) if contents.sparsity else ""
+    parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {amount}".strip())
     parts += [
         *map(escaped, contents.notes),
         table(overview(summary)),
@@ -58,15 +59,6 @@ def _study(contents: Contents) -> list[str]:
     if contents.study_file is not None:
         parts.append(fenced("toml", contents.study_file))
     return [part for part in [*parts, table(tables.fingerprint(contents))] if part]
-
-
-def _sparsity(contents: Contents) -> str:
-    if not contents.sparsity:
-        return ""
-    if contents.summary.bits is not None:
-        return f"{contents.sparsity} per weight{contents.bits_counted}."
-    counted = f", {contents.realised:.4f} counted" if contents.realised is not None else ""
-    return f"Sparsity {contents.sparsity}{counted}."
 
 
 def table(made: Table, gap: str = "") -> str:

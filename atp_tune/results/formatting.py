@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -231,34 +232,72 @@ def wanted(study: Study) -> str:
     return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
 
 
-def asked(summary: Summary, study: Study) -> str:
-    """The same of a stored study, or of its study file where it is not stored yet."""
-    if summary.bits is not None:
-        return f"{summary.bits:g} bits"
-    return f"{percent(summary.sparsity)} sparsity" if summary.sparsity and study.bits is None else wanted(study)
+@dataclass(frozen=True)
+class Amount:
+    """What a study shares out over blocks, in words.
 
+    column    head of the column of amounts; `counted`: of what was counted of a trial
+    method    what does it; `form`: what a checkpoint of it is
+    title     of the figure by blocks, `axis` its axis, which ends at `top`
+    row       name and attribute of a trial's amount in rows
+    told      the target and what the best has of it, as a sentence; `share`: that amount
+    """
 
-def column(summary: Summary) -> str:
-    """The head of the column of amounts."""
-    return "sparsity" if summary.bits is None else "bits"
+    column: str = "sparsity"
+    counted: str = "zeros"
+    method: str = "pruner"
+    form: str = "sparse"
+    title: str = "Sparsity of each block"
+    axis: str = "sparsity (share of zeros)"
+    top: float = 1
+    row: tuple[str, str] = ("sparsity", "realised")
+    told: str = "Sparsity {}{}."
 
-
-def amount_of(trial: FrozenTrial, summary: Summary) -> str:
-    """The share of zeros that a trial counted, or its bits per weight without and with scales; "" if not known."""
-    attrs = trial.user_attrs
-    if summary.bits is None:
+    def of(self, trial: FrozenTrial, summary: Summary) -> str:
+        """The share of zeros that a trial counted; "" if not known."""
+        attrs = trial.user_attrs
         return f"{attrs['realised']:.2%}" if "realised" in attrs else ""
-    plan, sizes = Plan.stored_in(attrs), summary.sizes
-    if plan is None:
-        return ""
-    nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
-    effective = f" ({attrs['effective_bits']:.2f} with scales)" if "effective_bits" in attrs else ""
-    return f"{nominal:.2f}{effective}"
 
-
-def dense_amount(summary: Summary) -> str:
-    """The amount of the dense model."""
-    if summary.bits is None:
+    def of_dense(self, summary: Summary) -> str:
+        """The amount of the dense model."""
         return "0%"
-    best = summary.best_trial
-    return str(DENSE_BITS.get(best.user_attrs.get("dtype", "") if best else "", "–"))
+
+    def best(self, summary: Summary) -> str:
+        """What the best trial has, behind the target; "" if not known."""
+        found = summary.best_trial.user_attrs.get("realised") if summary.best_trial else None
+        return "" if found is None else f", {found:.4f} counted"
+
+
+@dataclass(frozen=True)
+class Bits(Amount):
+    """Bits per weight, where weights are rounded and none is pruned."""
+
+    column: str = "bits"
+    counted: str = "bits"
+    method: str = "quantizer"
+    form: str = "rounded"
+    title: str = "Bits of each block"
+    axis: str = "bits per weight, without scales"
+    top: float = 9
+    row: tuple[str, str] = ("effective_bits", "effective_bits")
+    told: str = "{} per weight{}."
+
+    def of(self, trial: FrozenTrial, summary: Summary) -> str:
+        """A trial's bits per weight without and with scales; "" if not known."""
+        attrs = trial.user_attrs
+        plan, sizes = Plan.stored_in(attrs), summary.sizes
+        if plan is None:
+            return ""
+        nominal = plan.mean_bits(sizes if len(sizes) == len(plan.levels) else [1] * len(plan.levels))
+        effective = f" ({attrs['effective_bits']:.2f} with scales)" if "effective_bits" in attrs else ""
+        return f"{nominal:.2f}{effective}"
+
+    def of_dense(self, summary: Summary) -> str:
+        """By the number format of the computation."""
+        best = summary.best_trial
+        return str(DENSE_BITS.get(best.user_attrs.get("dtype", "") if best else "", "–"))
+
+    def best(self, summary: Summary) -> str:
+        """With scales too."""
+        found = self.of(summary.best_trial, summary) if summary.best_trial else ""
+        return found and f", {found} in the best"

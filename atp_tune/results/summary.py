@@ -17,6 +17,7 @@ from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.draws import OverDraws, over_draws
 from atp_tune.metrics.speed import Speed
 from atp_tune.results.annotations import answers_of, attached, speed_of
+from atp_tune.results.formatting import Amount, Bits
 from atp_tune.results.goals import AtSparsity, Point, best_trial, front_of, goal_in
 from atp_tune.results.results import (
     DENSE,
@@ -82,6 +83,7 @@ class Summary:
     ranks: list[FrozenTrial]
     results: Results
     goal: AtSparsity
+    amount: Amount
     made_from: StudyFile | None
     sizes: tuple[int, ...]
     uniforms: list[FrozenTrial]
@@ -160,6 +162,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=goal.leaders(),
         results=Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered),
         goal=goal,
+        amount=Bits() if "bits" in facts and "sparsity" not in facts else Amount(),
         made_from=made_from(study.user_attrs.get("made_from")),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),

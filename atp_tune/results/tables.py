@@ -9,9 +9,6 @@ from optuna.trial import FrozenTrial
 from atp_tune.measures import PERPLEXITY, TEXTS
 from atp_tune.plan import percent
 from atp_tune.results.formatting import (
-    amount_of,
-    column,
-    dense_amount,
     dense_speed,
     has_bytes,
     megabytes,
@@ -65,13 +62,13 @@ def _plan(summary: Summary) -> Iterator[Column]:
     def amount(model: Model) -> str | None:
         trial = trial_of(model)
         if trial is None:
-            return dense_amount(summary)
+            return summary.amount.of_dense(summary)
         target = sparsity_of(trial)
-        return amount_of(trial, summary) or None if target is None else percent(target)
+        return summary.amount.of(trial, summary) or None if target is None else percent(target)
 
     yield "method", method
     yield "trial", lambda model: "" if isinstance(model, str) else model.number
-    yield column(summary), amount
+    yield summary.amount.column, amount
 
 
 def _measured(summary: Summary) -> Iterator[Column]:
@@ -119,7 +116,7 @@ def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Tabl
         ("state", of(lambda trial: trial.state.name.lower())),
         ("plan", of(plan_of)),
         *((by.column, of(partial(results.score, text="validation", measure=by))) for by in results.measures),
-        ("zeros" if summary.bits is None else "bits", of(lambda trial: amount_of(trial, summary))),
+        (summary.amount.counted, of(partial(summary.amount.of, summary=summary))),
         ("s", of(lambda trial: f"{sum(spent(trial).values()):.1f}" if spent(trial) else "")),
         ("remark", of(lambda trial: "; ".join(filter(None, ("best" * (trial == best), remark_of(trial, summary)))))),
     ]
