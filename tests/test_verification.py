@@ -9,7 +9,7 @@ from families import ALL, bench_of, check, checkpoint_of, few, tiny
 from test_replay import Toy
 from torch import Tensor, nn
 
-from atp_tune.blocks.verification import _CallRecorder
+from atp_tune.blocks.verification import _recorded
 from atp_tune.errors import UserError
 from atp_tune.scores.next_token import is_causal
 
@@ -191,10 +191,10 @@ def test_a_model_of_blocks_in_a_row_is_not_refused(kind: type[Model]) -> None:
 
 def test_tokens_that_are_routed_may_differ_in_their_last_bits() -> None:
     """They are multiplied with those that chose the same expert, also with others of a later half."""
-    logits, calls = torch.randn(2, 16, 9), _CallRecorder(checkpoint_of(RoutesTokens()), 2 * 16)
-    with calls:
-        calls._on_input("1.experts.0", nn.Linear(6, 6), (torch.ones(5, 6),))
-    assert calls.is_routed and not _CallRecorder(checkpoint_of(Model()), 2 * 16).is_routed
+    logits, routes = torch.randn(2, 16, 9), checkpoint_of(RoutesTokens())
+    with _recorded(routes, 2 * 16) as calls, _recorded(checkpoint_of(Model()), 2 * 16) as others:
+        routes.blocks.get_submodule("1.experts.0")(torch.ones(5, 6))
+    assert calls.is_routed and not others.is_routed
     noisy = logits * (1 + 1e-6)
     assert is_causal(logits, noisy, is_routed=True)
     assert not is_causal(logits, noisy, is_routed=False)

@@ -56,7 +56,7 @@ class Replay:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._blank: dict[int, Batch] = {}  # a batch of the last size that crossed a step
         self._steps: set[int] = set()  # blocks after which the model computes something before the next block
-        self._rest = self._outputs_of_all() if inputs.has_steps else self._outputs_beside_hidden()
+        self._rest = self._outputs()
 
     @property
     def in_tower(self) -> int:
@@ -185,39 +185,27 @@ class Replay:
         hidden, calls = self._enter(batch)
         return _same(calls, self._calls_for(*hidden.shape[:2]))
 
-    def _outputs_of_all(self) -> list[tuple[Any, ...] | None]:
-        """The outputs of each block after the hidden states, from one run of the model."""
+    def _outputs(self) -> list[tuple[Any, ...] | None]:
+        """The outputs of each block after the hidden states, from one run of the model; None if it returns a tensor.
+
+        Of language models those of the block that runs first, for all blocks.
+        """
         found: dict[int, Any] = {}
-        own = [block.forward for block in self.checkpoint.blocks]
+        own, each = [block.forward for block in self.checkpoint.blocks], self.inputs.has_steps
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             output = self.within(index, self.checkpoint.weights(index), partial(own[index], *args, **kwargs))
             found[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            if not each:
+                raise Reached
             return output
 
-        blank, *_ = self.inputs.examples(self.checkpoint, 1, 1)
-        with bypassed(self.checkpoint.blocks, stand_in):
-            self.forward(blank)
-        if len(found) < len(own):
-            self._refuse_skipped(len(found))
-        return [found[index] for index in range(len(own))]
-
-    def _outputs_beside_hidden(self) -> list[tuple[Any, ...] | None]:
-        """The outputs after the hidden states of block 0, from one run, for all blocks; None if it returns a tensor."""
-        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            arguments.append((args, kwargs))
-            raise Reached
-
-        blank, *_ = self.inputs.examples(self.checkpoint, 1, 2)
+        blank, *_ = self.inputs.examples(self.checkpoint, 1, 1 if each else 2)
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(blank)
-        if not arguments:
-            self._refuse_skipped(0)
-        output: Any = torch.func.functional_call(self.checkpoint.blocks[0], self.checkpoint.weights(0), *arguments[0])
-        rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
-        return [rest] * len(self.checkpoint.blocks)
+        if len(found) < (len(own) if each else 1):
+            self._refuse_skipped(len(found))
+        return [found[index] for index in range(len(own))] if each else [*found.values()] * len(own)
 
     def _refuse_skipped(self, ran: int) -> NoReturn:
         kind, blocks = type(self.checkpoint.model).__name__, len(self.checkpoint.blocks)

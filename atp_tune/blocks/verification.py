@@ -11,7 +11,7 @@ units in the last place.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -86,7 +86,7 @@ def verified(checkpoint: Checkpoint, inputs: InputKind, head: Head) -> Replay:
         probes = head.probes(replay.checkpoint) or replay.inputs.examples(replay.checkpoint, 2, 1)[1:2]
         walk = _BlockComparison(replay, probes)
         rows = walk.hidden[0].shape[:2].numel()
-        with _CallRecorder(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
+        with _recorded(replay.checkpoint, rows) as calls, bypassed(replay.checkpoint.blocks, walk.step):
             logits = replay.forward(probes[0]).logits
         if calls.missing:
             on = replay.inputs.called
@@ -165,31 +165,31 @@ def _as_before(block: nn.Module, own: Callable[..., Any]) -> Iterator[None]:
         block.forward = stand_in
 
 
-class _CallRecorder:
-    """Records which modules with prunable weights are called, and whether one gets only some positions."""
+@dataclass
+class _Calls:
+    """The modules with prunable weights that were not called, and whether one gets only some positions."""
 
-    def __init__(self, checkpoint: Checkpoint, rows: int) -> None:
-        """`rows`: number of hidden states in the batch, items times positions."""
-        names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
-        self.missing = set(names)
-        self._rows = rows
-        self.is_routed = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
-        self._handles = [
-            checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(self._on_input, name))
-            for name in names
-        ]
+    missing: set[str]
+    is_routed: bool
 
-    def __enter__(self) -> "_CallRecorder":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+@contextmanager
+def _recorded(checkpoint: Checkpoint, rows: int) -> Iterator[_Calls]:
+    """Records calls of a batch with so many hidden states (`rows`), items times positions."""
+    names = {f"{i}.{linear.module}" for i, linears in enumerate(checkpoint.linears) for linear in linears}
+    has_experts = any(linear.expert is not None for linears in checkpoint.linears for linear in linears)
+    calls = _Calls(set(names), has_experts)
 
-    def _on_input(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.missing.discard(name)
+    def on_input(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.missing.discard(name)
         if args and isinstance(args[0], Tensor):
-            self.is_routed = self.is_routed or bool(args[0].shape[:-1].numel() % self._rows)
+            calls.is_routed = calls.is_routed or bool(args[0].shape[:-1].numel() % rows)
+
+    with ExitStack() as stack:
+        for name in names:
+            hook = checkpoint.blocks.get_submodule(name).register_forward_pre_hook(partial(on_input, name))
+            stack.callback(hook.remove)
+        yield calls
 
 
 def is_equal(one: Tensor, other: Tensor) -> bool:
@@ -307,7 +307,7 @@ def verified_with_tower(checkpoint: Checkpoint, inputs: InputKind, head: Head, i
             )
         check_own_weights(tower.checkpoint)
         # The modules with prunable weights that the model does not call on a batch.
-        with _CallRecorder(tower.checkpoint, 1) as calls:
+        with _recorded(tower.checkpoint, 1) as calls:
             tower.forward(pairs[:2])
         if missing := calls.missing:
             raise Difference(f"does not call {min(missing)} of its vision tower")

@@ -131,13 +131,6 @@ class Codes:
         if lacking := self._known.keys() - self._stored:
             raise UserError(f"--packed: the checkpoint has no tensor {min(lacking)}, whose codes are to be stored")
 
-    def in_memory(self, fits: bool) -> Table:
-        """How linears that stay packed in memory are kept there, by the keys of a config's table: as int8 values if
-        their codes fit, else as floats.
-        """
-        size = self.quantize.group_size
-        return {"values": "int8" if fits else "same", "group_size": size if fits and size != -1 else None}
-
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
     """The codes of weights; ValueError if groups of consecutive inputs do not share scales, zero points and bits.
@@ -389,7 +382,10 @@ class _Packing:
             "group_size": self._group_size, "linears": self.linears, "stored": self.stored,
         }  # fmt: skip
         if self._codes is not None:
-            table |= {"version": WITH_CODES, **self._codes.in_memory(self._fits)}
+            # How linears that stay packed are kept in memory: as int8 values if their codes fit, else as floats.
+            size = self._codes.quantize.group_size if self._fits else -1
+            table |= {"version": WITH_CODES, "values": "int8" if self._fits else "same"}
+            table["group_size"] = None if size == -1 else size
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
         places = {
             "AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}",

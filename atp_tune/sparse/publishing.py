@@ -89,7 +89,11 @@ def check_permission(name: str, private: bool) -> None:
         if roles.get(owner) == READS:
             raise UserError(f"{name}: {user} may only read in {owner}; ask its administrators, or give {user}/NAME")
         token = (account.get("auth") or {}).get("accessToken") or {}
-        if token.get("role") == READS or not _may_write(token.get("fineGrained")):
+        grained = token.get("fineGrained")  # None for tokens of other kinds
+        may_write = not isinstance(grained, dict) or any(
+            "repo.write" in scope.get("permissions", []) for scope in grained.get("scoped", [])
+        )
+        if token.get("role") == READS or not may_write:
             raise UserError(f"{name}: the token of {user} may only read; make one that may write, then {LOGIN}")
         try:
             found = api.repo_info(name)
@@ -126,13 +130,6 @@ def _check_name(name: str) -> None:
 def _check_visibility(name: str, private: bool, found: Any) -> None:
     if private and not found.private:
         raise UserError(f"{name}: is public on the hub already; make it private there first, or leave out --private")
-
-
-def _may_write(grained: Any) -> bool:
-    """Whether a fine-grained token may write to some repository; True for tokens of other kinds."""
-    if not isinstance(grained, dict):
-        return True
-    return any("repo.write" in scope.get("permissions", []) for scope in grained.get("scoped", []))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ weights as one that was not; on a GPU, whose attention adds gradients in no fixe
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,15 +216,6 @@ def linears_of(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
     return [(i, x) for i, linears in enumerate(checkpoint.linears) for x in linears if x.expert is None]
 
 
-def make_adapters(checkpoint: Checkpoint, settings: Training) -> Adapters:
-    """What the settings train."""
-    if settings.rank is None or settings.alpha is None:
-        return Scales(checkpoint)
-    from atp_tune.sparse.lora import Lora  # needs the extra
-
-    return Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
-
-
 def recompute_blocks(blocks: nn.ModuleList) -> None:
     """Gradient checkpointing: each block keeps only its inputs, and is recomputed in the backward pass."""
     for block in blocks:
@@ -263,7 +254,13 @@ class Trainer:
         self._teacher = teacher.load() if teacher is not None else None
         if self.memory.recompute:
             recompute_blocks(checkpoint.blocks)
-        self.adapters = make_adapters(checkpoint, settings)
+        self.adapters: Adapters
+        if settings.rank is None or settings.alpha is None:
+            self.adapters = Scales(checkpoint)
+        else:
+            from atp_tune.sparse.lora import Lora  # needs the extra
+
+            self.adapters = Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
         self._parameters = self.adapters.parameters()
         self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
@@ -497,13 +494,15 @@ def bytes_needed(checkpoint: Checkpoint, settings: Training, recompute: bool, po
     return int(adapters + kept + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
 
 
+@dataclass(eq=False)
 class EarlyStop:
-    """Held-out losses by step, from step 0, which is the pruned model."""
+    """Held-out losses by step, from step 0, which is the pruned model.
 
-    def __init__(self, patience: int, losses: list[tuple[int, float]] | None = None) -> None:
-        """`patience`: measurements without a lower loss after which training ends."""
-        self._patience = patience
-        self.losses = losses or []
+    `patience`: measurements without a lower loss after which training ends.
+    """
+
+    patience: int
+    losses: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def best(self) -> tuple[int, float]:
@@ -513,7 +512,7 @@ class EarlyStop:
     @property
     def has_ended(self) -> bool:
         """Whether the last `patience` measurements have not lowered the loss."""
-        return bool(self.losses) and len(self.losses) - 1 - self.losses.index(self.best) >= self._patience
+        return bool(self.losses) and len(self.losses) - 1 - self.losses.index(self.best) >= self.patience
 
     def add(self, step: int, loss: float) -> bool:
         """Notes a measurement; whether it is the best so far."""
