@@ -22,6 +22,18 @@ _LINEARS = (
 )  # fmt: skip
 EXAMPLE = Budget(_SPARSITY, (sum(shape.size for shape in _LINEARS),) * _BLOCKS, tuple(_LINEARS for _ in range(_BLOCKS)))
 
+ABOUT = {  # those whose classes or functions are about more than one name
+    "c4": "C4, web pages, on the hub",
+    "wikitext2": "WikiText-2, articles of Wikipedia, on the hub",
+    "hub": "hub:ORG/NAME, a data set on the hub with a column of texts",
+    "gp": "A Gaussian process",
+    "tpe": "Optuna's TPE",
+    "grid": "β in equal steps (search.step), shuffled",
+    "random": "Random points",
+    "next-token": "The NLL of each next token",
+    "classes": "The cross-entropy of the right class of images",
+}
+
 
 class Setting(FrozenModel):
     """A key of a pruner's table."""
@@ -69,7 +81,7 @@ def _entry(known: Registry[Any], name: str) -> Entry:
         kind=known.kind,
         name=name,
         origin=_source(origin),
-        about=re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
+        about=ABOUT.get(name) or re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
         settings=tuple(_settings(name)) if known.kind == "pruner" else (),
         parameters=_parameters(each) if known.kind == "allocation" else {},
     )

@@ -1,7 +1,7 @@
 """Events that a run reports, for the command line and other handlers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,3 +103,16 @@ class Place:
     def note(self, text: str) -> None:
         """Reports one line."""
         self.watch(Message(text))
+
+
+def calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
+    """A handler that has a name for a folder that is removed in the end."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Message):
+            event = Message(event.text.replace(folder, name))
+        if isinstance(event, TrialStarted):
+            event = replace(event, title=event.title.replace(folder, name))
+        watch(event)
+
+    return on_event

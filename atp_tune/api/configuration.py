@@ -20,7 +20,7 @@ from atp_tune.checkpoints.blocks import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Place, TrialStarted
+from atp_tune.events import EventHandler, Place, TrialStarted, calling
 from atp_tune.measures import Perplexity
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
@@ -260,8 +260,9 @@ class Configuration:
 
         with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
             codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
-            measured = self._save(sparse, to_pack(self.config, codes), dtype)
             with self._working() as place:
+                there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
+                measured = save(self.config, sparse, there, self._lender, to_pack(self.config, codes), dtype)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 

@@ -14,6 +14,7 @@ import atp_tune
 from atp_tune import figures
 from atp_tune.figures import perplexity
 from atp_tune.figures.history import draw_history
+from atp_tune.measures import TEXTS
 from atp_tune.metrics.answers import ImageAnswer
 from atp_tune.metrics.continuations import NAMES
 from atp_tune.report import contents as tables
@@ -65,7 +66,7 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
 
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
-    found = figures.draw(summary)
+    found, results = figures.draw(summary), summary.results
     went = draw_history(summary) if "perplexity" in found else None
     models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     made = _drawn({**found, **({"history": went} if went else {})})
@@ -75,7 +76,10 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
         "summary": summary,
         "figures": made,
         "headline": overview(summary),
-        "scores": {name: summary.results.scores(model).get("perplexity") for name, model in models.items()},
+        "scores": {
+            name: model and {text: results.shown(model, text, results.main) for text in TEXTS}
+            for name, model in models.items()
+        },
         "kinds": kinds(summary),
         "front": front(summary),
         "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,

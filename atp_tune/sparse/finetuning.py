@@ -22,7 +22,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_e
 from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError, within
-from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted
+from atp_tune.events import EventHandler, Place, Step, TrialStarted, calling
 from atp_tune.extras import require
 from atp_tune.inputs.images import doubles_of, images_of
 from atp_tune.inputs.items import IDS, Items
@@ -403,7 +403,7 @@ def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Plac
     """
     check_free(out)
     with temporary_folder(out) as pruned:  # beside: relative paths stay right
-        place = replace(place, watch=_calling(place.watch, str(pruned), "the pruned model"))
+        place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
         write_applied(config, pruned, place, PRUNED)
         return train(pruned, out, None, None, recover, place, stays=True)
 
@@ -422,7 +422,7 @@ def recovered(
     """
     with temporary_folder(cache_dir("recovered") / "model") as folder:
         out = folder / "trained"
-        place = replace(place, watch=_calling(place.watch, str(out), "the best plan"))
+        place = replace(place, watch=calling(place.watch, str(out), "the best plan"))
         try:
             done = apply_trained(config, recover, out, place)
         except NoGainError:
@@ -449,19 +449,6 @@ def recovered(
         against_uniform=against if against and _is_finite(against) else None,
         kinds={kind: own for kind, own in by_kind(nlls, kinds).items() if _is_finite(own)},
     )
-
-
-def _calling(watch: EventHandler, folder: str, name: str) -> EventHandler:
-    """A handler that has a name for a folder that is removed in the end."""
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, Message):
-            event = Message(event.text.replace(folder, name))
-        if isinstance(event, TrialStarted):
-            event = replace(event, title=event.title.replace(folder, name))
-        watch(event)
-
-    return on_event
 
 
 def _scores(found: PerplexityChange) -> RecoveredScores | None:
