@@ -13,11 +13,11 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.plan import Plan
-from atp_tune.pruners.refinement import Refined
+from atp_tune.pruners.refinement import Treatment
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.quantizers import QUANTIZERS, make_quantizer
-from atp_tune.quantizers.rounding import GPTQ, RTN, Grid, Quantizing, parts_of, plain, strips
+from atp_tune.quantizers.rounding import GPTQ, RTN, Grid, parts_of, plain, strips
 from atp_tune.run.session import Session
 from atp_tune.spec.patterns import make_plan
 from atp_tune.spec.quantize import QuantizeConfig
@@ -125,12 +125,13 @@ def test_strips_are_the_plain_loop(masked: bool) -> None:
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_after_a_pruner_zeros_stay(name: str) -> None:
     weight, x = problem((17, 29))
-    both = Quantizing(make_quantizer(name, 8, False, DAMPING), Wanda(), bits=3)
+    both = Treatment(Wanda(), quantizer=make_quantizer(name, 8, False, DAMPING))
     assert both.measures is not None
     statistics = both.measures(29, torch.device("cpu"))
     statistics.add(x)
     both.prepare(statistics)
-    found, mask = both.prune(weight, 0.5, statistics), naive.wanda_mask(weight, x, 0.5)
+    found = both.rounded(both.prune(weight, 0.5, statistics), 3, statistics)
+    mask = naive.wanda_mask(weight, x, 0.5)
     assert not found[mask].any()
     sparse = Wanda().prune(weight, 0.5, norms_of(x))
     alone = make_quantizer(name, 8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
@@ -140,8 +141,8 @@ def test_after_a_pruner_zeros_stay(name: str) -> None:
 @pytest.mark.parametrize("inner", [Wanda(), SparseGPT()])
 def test_a_refined_pruner_and_gptq_share_one_hessian(inner: Any) -> None:
     weight, x = problem((17, 29))
-    pruner = Refined(inner, 3)
-    both = Quantizing(GPTQ(8, False), pruner, bits=3)
+    pruner = Treatment(inner, 3)
+    both = Treatment(inner, 3, quantizer=GPTQ(8, False))
     assert both.measures is pruner.measures
     assert both.measures is not None
     statistics = both.measures(29, torch.device("cpu"))
@@ -149,14 +150,15 @@ def test_a_refined_pruner_and_gptq_share_one_hessian(inner: Any) -> None:
     both.prepare(statistics)
     sparse = pruner.prune(weight, 0.5, statistics)
     alone = GPTQ(8, False).quantize(sparse, 3, hessian_of(x), sparse == 0)
-    assert same_bits(both.prune(weight, 0.5, statistics), alone)
+    assert same_bits(both.rounded(both.prune(weight, 0.5, statistics), 3, statistics), alone)
 
 
 def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
     weight, _ = problem((5, 9))
-    rule = Quantizing(GPTQ(4, True), bits=3)
-    assert same_bits(unmeasured(rule).prune(weight, 0.0, None), RTN(4, True).quantize(weight, 3, None))
-    pruned = unmeasured(Quantizing(GPTQ(4, True), Wanda(), 3)).prune(weight, 0.5, None)
+    rule: Any = unmeasured(Treatment(None, quantizer=GPTQ(4, True)))
+    assert same_bits(rule.rounded(rule.prune(weight, 0.0, None), 3, None), RTN(4, True).quantize(weight, 3, None))
+    both: Any = unmeasured(Treatment(Wanda(), quantizer=GPTQ(4, True)))
+    pruned = both.rounded(both.prune(weight, 0.5, None), 3, None)
     assert int((pruned == 0).sum()) >= int(weight.numel() * 0.5)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
-from atp_tune.pruners.refinement import DAMPING, Refined, with_hessian
+from atp_tune.pruners.refinement import DAMPING, Treatment, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
 from atp_tune.results.summary import summarise
 from atp_tune.run.dense_model import DenseMeasurements
@@ -239,5 +239,5 @@ def test_a_plan_counts_the_passes_that_measure_hessians(place: Path, command: Co
     assert plain["tokens"]["listen"] == 0 < refined["tokens"]["listen"]
     spec = study_file(place, "prune.pruners=['magnitude']", *REFINED).study
     assert spec.prune.pruner("magnitude").measures is with_hessian(None)
-    assert isinstance(spec.prune.pruner("magnitude"), Refined)
+    assert isinstance(spec.prune.pruner("magnitude"), Treatment)
     assert study_file(place, "prune.pruners=['magnitude']").study.prune.pruner("magnitude").measures is None

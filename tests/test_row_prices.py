@@ -29,9 +29,10 @@ from atp_tune.blocks.prune_pass import of_rows
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
+from atp_tune.pruners.refinement import Treatment
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.quantizers.rounding import RTN, Quantizing
+from atp_tune.quantizers.rounding import RTN
 from atp_tune.run.dense_model import dense_blocks
 from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import final_states
@@ -150,7 +151,8 @@ def test_what_follows_the_masks_keeps_them() -> None:
     assert (swapped == 0).sum(1).tolist() == zeros.tolist()
     norms = InputNorms(16, torch.device("cpu"))
     norms.add(x)
-    rounded = of_rows(Quantizing(RTN(-1, False), Wanda(), 8), zeros).prune(weight, 0.5, norms)
+    rule: Any = of_rows(Treatment(Wanda(), quantizer=RTN(-1, False)), zeros)
+    rounded = rule.rounded(rule.prune(weight, 0.5, norms), 8, norms)
     assert (rounded == 0)[mask].all() and not torch.equal(rounded[~mask], weight[~mask])
 
 

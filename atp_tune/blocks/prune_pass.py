@@ -33,10 +33,10 @@ from atp_tune.errors import TrialError
 from atp_tune.inputs import Batch
 from atp_tune.plan import Level, Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
-from atp_tune.pruners.refinement import Refined
+from atp_tune.pruners.refinement import Treatment
 from atp_tune.pruners.selection import nonzeros
-from atp_tune.pruners.wanda import Wanda, WandaOfRows
-from atp_tune.quantizers.rounding import Grid, Quantizing
+from atp_tune.pruners.wanda import WandaOfRows
+from atp_tune.quantizers.rounding import RTN, Grid
 
 # --- Hooks that collect statistics of the inputs of a block's linears while the block runs.
 #
@@ -393,7 +393,7 @@ class Pruning:
         levels: tuple[Level, ...],
         keeps_grids: bool = False,
     ) -> None:
-        """`levels`: of each linear; where they have bits, the pruner is a `Quantizing`, whose grids are kept if
+        """`levels`: of each linear; where they have bits, the pruner is a `Treatment`, whose grids are kept if
         `keeps_grids`.
         """
         keys = {linear.key for linear in linears}
@@ -423,15 +423,13 @@ class Pruning:
 
     def _pruned(self, rule: Pruner, linear: Linear, statistics: Statistics | None) -> Tensor:
         """What the rule makes of a linear's dense weight."""
-        dense, level = linear.matrix(self._dense[linear.key]), self._levels[linear.name]
-        sparsity = level.sparsity or 0.0
-        if not isinstance(rule, Quantizing):
-            return rule.prune(dense, sparsity, statistics)
-        rule = rule.at(int(level.bits or 0))
-        pruned = rule.sparse(dense, sparsity, statistics)
+        level = self._levels[linear.name]
+        pruned = rule.prune(linear.matrix(self._dense[linear.key]), level.sparsity or 0.0, statistics)
+        if level.bits is None or not isinstance(rule, Treatment) or rule.quantizer is None:
+            return pruned
         if self._keeps_grids:
-            self.grids[linear.name] = rule.grid(pruned)
-        return rule.rounded(pruned, statistics)
+            self.grids[linear.name] = rule.quantizer.grid(pruned, int(level.bits))
+        return rule.rounded(pruned, int(level.bits), statistics)
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""
@@ -553,18 +551,13 @@ def relative_error(hidden: Tensor, dense: Tensor) -> float:
 
 def of_rows(pruner: Pruner, zeros: Tensor) -> Pruner:
     """Wanda, by itself or with what follows it, with so many zeros [out] in the rows of one linear."""
-    if isinstance(pruner, Quantizing):
-        assert pruner.pruner is not None
-        return replace(pruner, pruner=of_rows(pruner.pruner, zeros))
-    if isinstance(pruner, Refined):
-        return pruner.after(lambda own: of_rows(own, zeros))
-    assert isinstance(pruner, Wanda)
-    return WandaOfRows(zeros)
+    return replace(pruner, pruner=WandaOfRows(zeros)) if isinstance(pruner, Treatment) else WandaOfRows(zeros)
 
 
 def unmeasured(pruner: Pruner) -> Pruner:
     """The pruner for a linear without inputs: magnitude, with the same group; RTN, where weights are rounded."""
-    if isinstance(pruner, Quantizing):
-        return pruner.unmeasured(None if pruner.pruner is None else unmeasured(pruner.pruner))
     group = getattr(pruner, "group", None)
-    return make_pruner("magnitude", None if group is None else {"group": group})
+    plain = make_pruner("magnitude", None if group is None else {"group": group})
+    if isinstance(pruner, Treatment) and isinstance(rtn := pruner.quantizer, RTN):
+        return Treatment(pruner.pruner and plain, quantizer=RTN(rtn.group_size, rtn.symmetric))
+    return plain

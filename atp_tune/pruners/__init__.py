@@ -53,6 +53,28 @@ class Pruner(Protocol):
         """A pruned copy of weight [out, in] at a sparsity in [0, 1], in the dtype of the weight."""
 
 
+class Quantizer(Protocol):
+    """The interface of a quantizer, which rounds weights: see `quantizers`."""
+
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics of a linear's inputs that it needs."""
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Computes what depends on the statistics only, before they are saved."""
+
+    def quantize(
+        self, weight: "Tensor", bits: int, statistics: Statistics | None, zeros: "Tensor | None" = None
+    ) -> "Tensor":
+        """A copy of weight [out, in] with at most 2^bits values in each group, in the dtype of the weight.
+
+        `zeros`: mask [out, in] of weights that are 0 and stay 0.
+        """
+
+    def grid(self, weight: "Tensor", bits: int) -> Any:
+        """The scale and zero point [out, groups] of each group, as `quantize` takes them for this weight."""
+
+
 PRUNERS = Registry[type[Pruner]](
     "pruner",
     {
@@ -76,24 +98,28 @@ SETTINGS = Registry[type[SettingsTable]](
 )
 
 
-def make_pruner(name: str, settings: dict[str, Any] | None = None, refine: int = 0, swaps: int = 0) -> Pruner:
+def make_pruner(
+    name: str,
+    settings: dict[str, Any] | None = None,
+    refine: int = 0,
+    swaps: int = 0,
+    quantizer: Quantizer | None = None,
+) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 
-    `swaps`: rounds of swaps in its masks; `refine`: steps of conjugate gradients on the weights that it keeps. A
-    plug-in is checked each time that it prunes. UserError if it knows no groups and the pattern has some.
+    `swaps`: rounds of swaps in its masks; `refine`: steps of conjugate gradients on the weights that it keeps;
+    `quantizer`: what rounds them then. A plug-in is checked each time that it prunes. UserError if it knows no groups
+    and the pattern has some.
     """
-    pruner = _made(name, settings or {})
-    if not refine and not swaps:
-        return pruner
-    from atp_tune.pruners.refinement import Refined
-
-    return Refined(pruner, refine, swaps)
-
-
-def _made(name: str, given: dict[str, Any]) -> Pruner:
     kind, origin = PRUNERS[name], PRUNERS.origin(name)
     if origin is None:
-        return kind(**given)
-    from atp_tune.pruners.checked import CheckedPruner
+        pruner: Pruner = kind(**settings or {})
+    else:
+        from atp_tune.pruners.checked import CheckedPruner
 
-    return CheckedPruner.of(kind, origin, given)
+        pruner = CheckedPruner.of(kind, origin, settings or {})
+    if not refine and not swaps and quantizer is None:
+        return pruner
+    from atp_tune.pruners.refinement import Treatment
+
+    return Treatment(pruner, refine, swaps, quantizer)

@@ -11,16 +11,16 @@ Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pru
 2024, algorithm 2, which starts at the end of ADMM, and its table 1, which starts at the mask of magnitudes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.errors import UserError
-from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners import Pruner, Quantizer, Statistics
 from atp_tune.pruners.selection import zeroed
 from atp_tune.pruners.statistics import Hessian, Several
 
@@ -137,52 +137,66 @@ def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, within:
 DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
 
-@dataclass(eq=False)
-class Refined:
-    """A `Pruner` whose mask is improved by swaps, and whose kept weights are refined.
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to the weights of a linear, in order: a `Pruner` that others follow.
 
-    `steps`: of conjugate gradients; without any, kept weights are the dense ones. `rounds`: of swaps; without
-    any, masks are those of the pruner alone, to the last bit.
+    `pruner`: zeros some, None: no weights; `rounds`: of swaps in its mask, without any it is that of the pruner to the
+    last bit; `steps`: of conjugate gradients on the weights that it keeps, without any they are the dense ones;
+    `quantizer`: rounds them, and zeros stay.
     """
 
-    pruner: Pruner
-    steps: int
+    pruner: Pruner | None
+    steps: int = 0
     rounds: int = 0
-
-    def __post_init__(self) -> None:
-        self.group: int | None = getattr(self.pruner, "group", None)
-        self.measures = with_hessian(self.pruner.measures)
+    quantizer: Quantizer | None = None
 
     def __repr__(self) -> str:
         """Names all that its result depends on, for the cache."""
-        return f"{self.pruner!r} swaps={self.rounds} refine={self.steps} {DAMPING}"
+        return f"{self.pruner!r} swaps={self.rounds} refine={self.steps} {DAMPING} {self.quantizer!r}"
 
     @property
-    def prepares(self) -> Pruner:
-        """The pruner that prepares statistics, so that they are the same for all rounds and steps."""
-        return self.pruner
+    def group(self) -> int | None:
+        """The number of inputs of a pattern's group."""
+        return getattr(self.pruner, "group", None)
 
-    def after(self, change: Callable[[Pruner], Pruner]) -> "Refined":
-        """The same after another pruner, made from its own."""
-        return Refined(change(self.pruner), self.steps, self.rounds)
+    @property
+    def measures(self) -> type[Statistics] | None:
+        """The kind of statistics that all need."""
+        rounds_by = None if self.quantizer is None else self.quantizer.measures
+        if self.pruner is None:
+            return rounds_by
+        own = self.pruner.measures
+        return with_hessian(own) if self.steps or self.rounds or rounds_by else own
+
+    @property
+    def prepares(self) -> Any:
+        """What prepares statistics, so that they are the same for all rounds, steps and bits."""
+        return self.pruner if self.quantizer is None else [self.quantizer, self.pruner]
 
     def prepare(self, statistics: Statistics) -> None:
-        """Prepares the pruner's own statistics."""
-        own, _ = own_and_hessian(statistics)
-        if own is not None:
+        """Prepares the statistics of the pruner and of the quantizer."""
+        own, hessian = _parts(statistics)
+        if self.pruner is not None and own is not None:
             self.pruner.prepare(own)
+        if self.quantizer is not None and hessian is not None:
+            self.quantizer.prepare(hessian)
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-        """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are of the kind `measures`.
+        """A pruned copy of weight [out, in] at a sparsity in [0, 1], not rounded; the weight itself without a pruner.
 
         UserError if there are swaps to make and the pruner changes weights that it keeps.
         """
-        assert statistics is not None
-        own, hessian = own_and_hessian(statistics)
+        if self.pruner is None:
+            return weight
+        own, hessian = _parts(statistics)
         pruned = self.pruner.prune(weight, sparsity, own)
+        if not self.steps and not self.rounds:
+            return pruned
         mask = pruned == 0
         if mask.all() or not mask.any():
             return pruned
+        assert hessian is not None
         scaled = hessian.scaled(DAMPING)
         W = weight.float() * scaled.scales
         if self.rounds:
@@ -196,6 +210,19 @@ class Refined:
         B = refine(pruned.float() * scaled.scales, mask, W, scaled.matrix, self.steps)
         return zeroed((B / scaled.scales).to(weight.dtype), mask)
 
+    def rounded(self, pruned: Tensor, bits: int, statistics: Statistics | None) -> Tensor:
+        """A copy of what `prune` made with at most 2^bits values in each group."""
+        assert self.quantizer is not None
+        zeros = None if self.pruner is None else pruned == 0
+        return self.quantizer.quantize(pruned, bits, _parts(statistics)[1], zeros)
+
+
+def _parts(statistics: Statistics | None) -> tuple[Statistics | None, Hessian | None]:
+    """A pruner's own statistics, and the Hessian, if there is one."""
+    if isinstance(statistics, Several):
+        return statistics.parts.get("own"), statistics.parts["hessian"]
+    return statistics, statistics if isinstance(statistics, Hessian) else None
+
 
 @cache
 def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
@@ -206,14 +233,6 @@ def with_hessian(kind: type[Statistics] | None) -> type[Statistics]:
     module = Hessian.__module__ if kind is None else kind.__module__  # whose code determines the tensors
     kinds = {**({} if kind is None else {"own": kind}), "hessian": Hessian}
     return type(name, (Several,), {"kinds": kinds, "__module__": module})
-
-
-def own_and_hessian(statistics: Statistics) -> tuple[Statistics | None, Hessian]:
-    """A pruner's own statistics, and the Hessian."""
-    if isinstance(statistics, Several):
-        return statistics.parts.get("own"), statistics.parts["hessian"]
-    assert isinstance(statistics, Hessian)
-    return statistics, statistics
 
 
 def refine(B: Tensor, mask: Tensor, W: Tensor, H: Tensor, steps: int) -> Tensor:

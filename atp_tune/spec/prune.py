@@ -20,7 +20,7 @@ from pydantic_core import InitErrorDetails
 from atp_tune.allocations.budget import ranked_by
 from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, make_pruner
+from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, Quantizer, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
@@ -139,9 +139,12 @@ class PruneConfig(SettingsTable):
             return self.settings(pruner)
         return self.channels.model_dump(exclude={"score"} if pruner == "magnitude" else None)
 
-    def pruner(self, name: str) -> Pruner:
-        """Makes a pruner of the study; UserError if it is a plug-in without groups and the pattern has some."""
-        return make_pruner(name, self.settings(name), self.refine, self.swaps)
+    def pruner(self, name: str, quantizer: Quantizer | None = None) -> Pruner:
+        """Makes a pruner of the study, with what follows it: swaps, refinement, and rounding by a quantizer.
+
+        UserError if it is a plug-in without groups and the pattern has some.
+        """
+        return make_pruner(name, self.settings(name), self.refine, self.swaps, quantizer)
 
     def has_own_prices(self, name: str) -> bool:
         """Whether the allocation `prices` needs what a pruner makes of the weights: masks of scores do not tell it."""

@@ -70,13 +70,16 @@ class Treatments:
 
     def pruner(self, name: str) -> Pruner:
         """A method as the pass over the blocks uses it: zeros stay where kept weights are rounded."""
-        if self.quantize is None:
+        own = self.quantize
+        if own is None:
             return self.prune.pruner(name)
-        from atp_tune.quantizers.rounding import Quantizing
+        rounds_by = own.quantizers[0] if self.prunes else name
+        quantizer = make_quantizer(rounds_by, own.group_size, own.symmetric, own.damping, own.act_order)
+        if self.prunes:
+            return self.prune.pruner(name, quantizer)
+        from atp_tune.pruners.refinement import Treatment
 
-        own, quantizer = self.quantize, self.quantize.quantizers[0] if self.prunes else name
-        made = make_quantizer(quantizer, own.group_size, own.symmetric, own.damping, own.act_order)
-        return Quantizing(made, self.prune.pruner(name) if self.prunes else None)
+        return Treatment(None, quantizer=quantizer)
 
     def measures(self, name: str) -> bool:
         """Whether statistics of inputs are needed; in whole channels, the refit needs them."""
