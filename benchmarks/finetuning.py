@@ -162,7 +162,7 @@ class Measuring:
             if role not in known:
                 model = ModelConfig(source=str(folder.absolute()), dtype=self._made.dtype)
                 setup = Setup(model, PruneConfig(), {"test": text}, Place(self._made.base), bos=self._made.bos)
-                known = {**known, role: folder_scores(setup, folder, role)["test"].nlls}
+                known = {**known, role: folder_scores(setup, folder, role)["test"]["nlls"]}
                 self._keep(row, {**self._rows.get(row, {}), "nlls": known})
 
     def _train(self, row: str, out: Path) -> None:

@@ -176,7 +176,7 @@ class Trial:
 def trial(context: Session) -> Trial:
     """One trial of Wanda."""
     record = Record(context)
-    record.items["nlls"] = context.measure(uniform(context), [record, RoleScores("validation")])[1].nlls
+    record.items["nlls"] = context.measure(uniform(context), [record, RoleScores("validation")])[1]["nlls"]
     found = record.close()
     return Trial(found["seconds"], max(found["peak_bytes"].values()))
 

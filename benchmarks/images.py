@@ -25,7 +25,7 @@ from atp_tune.cli.terminal import quiet
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.spec.patterns import make_plan
 from atp_tune.system import cpu_name
 
@@ -72,7 +72,7 @@ class Measuring:
         """`rows`: what is known, to which measurements are added."""
         self._rows, file = rows, study_of(name)
         self._context = Session.open(Setup.of_study(file.study, file.folder, False))
-        self._known: dict[tuple[str, str], WindowScores] = {}
+        self._known: dict[tuple[str, str], Scores] = {}
         self._rows["about"] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
     def all(self) -> Iterator[None]:
@@ -103,21 +103,21 @@ class Measuring:
         began = time.monotonic()
         own = self._scores(target, point, role)
         found: Row = {
-            "row": row, "target": target, "point": point, "nll": math.log(perplexity(own.nlls).value),
-            "perplexity": perplexity(own.nlls).model_dump(), "accuracy": accuracy(own.ranks).model_dump(),
+            "row": row, "target": target, "point": point, "nll": math.log(perplexity(own["nlls"]).value),
+            "perplexity": perplexity(own["nlls"]).model_dump(), "accuracy": accuracy(own["ranks"]).model_dump(),
         }  # fmt: skip
         if point is not None and point[0] != "uniform":
             uniform = self._scores(target, ("uniform", {}), role)
-            found["change"] = change(uniform.nlls, own.nlls).model_dump()
-            found["gain"] = gain(uniform.ranks, own.ranks).model_dump()
+            found["change"] = change(uniform["nlls"], own["nlls"]).model_dump()
+            found["gain"] = gain(uniform["ranks"], own["ranks"]).model_dump()
         self._rows[key] = {**found, "seconds": round(time.monotonic() - began, 1)}
-        said = f"{key}: perplexity {perplexity(own.nlls)}, accuracy {accuracy(own.ranks)}"
+        said = f"{key}: perplexity {perplexity(own['nlls'])}, accuracy {accuracy(own['ranks'])}"
         print(f"{said}, {self._rows[key]['seconds']} s", flush=True)
         yield
 
-    def _scores(self, target: float, point: Point | None, role: str) -> WindowScores:
+    def _scores(self, target: float, point: Point | None, role: str) -> Scores:
         if point is None:
-            own: WindowScores = self._context.measure(None, [RoleScores(role)])[0]
+            own: Scores = self._context.measure(None, [RoleScores(role)])[0]
             return own
         key = (key_of(target, point), role)
         if key not in self._known:

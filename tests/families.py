@@ -20,7 +20,7 @@ from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.spec.prune import PruneConfig
 
@@ -227,17 +227,17 @@ def bench_of(
     return Session(source, checkpoint, texts, prune or PruneConfig(), watch)
 
 
-def scores_of(work: Session, blocks: Iterable[Any], role: str, kl: bool = False) -> WindowScores:
+def scores_of(work: Session, blocks: Iterable[Any], role: str, kl: bool = False) -> Scores:
     """Scores of a model that is given as blocks, or by index and tensors, on one text."""
     given = (block if isinstance(block, PrunedBlock) else PrunedBlock(*block) for block in blocks)
-    found: WindowScores
+    found: Scores
     [found] = work.measure(None, [RoleScores(role, kl)], blocks=given)
     return found
 
 
 def nlls_of(work: Session, blocks: Iterable[Any], role: str) -> list[float]:
     """Window NLLs of a model that is given so."""
-    return scores_of(work, blocks, role).nlls
+    return scores_of(work, blocks, role)["nlls"]
 
 
 def copy_of(model: Any) -> dict[str, Tensor]:

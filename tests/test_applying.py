@@ -29,7 +29,7 @@ from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.sparse import applying
 from atp_tune.sparse.applying import apply, cast, declare, plan_of, write_sparse
 from atp_tune.spec.config import Config, read_config
@@ -248,9 +248,9 @@ def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
     about = tmp_path / "out" / "atp_tune.json"
     other = config.model_copy(update={"trial": 99})
 
-    def replaced(*_: object) -> dict[str, WindowScores]:
+    def replaced(*_: object) -> dict[str, Scores]:
         other.write(about)
-        return {"test": WindowScores([1.0, 2.0], [])}
+        return {"test": {"nlls": [1.0, 2.0]}}
 
     config.write(about)
     monkeypatch.setattr(applying, "folder_scores", replaced)

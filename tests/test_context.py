@@ -71,7 +71,7 @@ def test_plans_are_compared_once_if_they_do_the_same() -> None:
     named = {name: planned(name, "uniform", (0.5,) * 4) for name in ("wanda", "magnitude")}
     work.compare({**named, "again": planned("wanda", "atp", (0.5,) * 4)}, [scores])
     assert scores.found["again"] is scores.found["wanda"]
-    assert scores.found["magnitude"].nlls != scores.found["wanda"].nlls
+    assert scores.found["magnitude"]["nlls"] != scores.found["wanda"]["nlls"]
 
 
 def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,8 @@ def batch_of(windows: int, notes: list[str] | None = None) -> AutoBatch:
 def nlls_in(replay: Replay, groups: list[Tensor], batch: AutoBatch, heads: AutoBatch) -> list[list[float]]:
     states = final_states(replay, batch, dense_blocks(replay), groups)
     return [
-        head_scores(replay, NEXT_TOKEN, heads, group, hidden).nlls for group, hidden in zip(groups, states, strict=True)
+        head_scores(replay, NEXT_TOKEN, heads, group, hidden)["nlls"]
+        for group, hidden in zip(groups, states, strict=True)
     ]
 
 
@@ -81,7 +82,7 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
     pruned = list(work.prune(planned("wanda", "uniform", (0.5,) * len(work.checkpoint.blocks))))
-    kls = scores_of(work, ((block.index, block.weights) for block in pruned), "validation", kl=True).kls
+    kls = scores_of(work, ((block.index, block.weights) for block in pruned), "validation", kl=True)["kls"]
     expected = naive.kls_of(model, pruned_copy(model, work, pruned), random_ids(7, TOKENS, seed=1))
     assert kls == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert max(kls) > 1.001 * min(kls) > 0
@@ -91,15 +92,15 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
 def test_kl_of_the_dense_model_is_zero(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     monkeypatch.setattr(work.batch("validation"), "windows", batch)
-    assert scores_of(work, work.blocks(None), "validation", kl=True).kls == [0.0] * 7
-    assert scores_of(work, work.blocks(None), "validation").kls == []
+    assert scores_of(work, work.blocks(None), "validation", kl=True)["kls"] == [0.0] * 7
+    assert scores_of(work, work.blocks(None), "validation").keys() == {"nlls"}
 
 
 @pytest.mark.slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     pruned = list(work.prune(planned("wanda", "uniform", (0.5,) * 4)))
-    expected, nlls = scores_of(work, pruned, "validation", kl=True).kls, nlls_of(work, pruned, "validation")
+    expected, nlls = scores_of(work, pruned, "validation", kl=True)["kls"], nlls_of(work, pruned, "validation")
     for windows, heads, positions, cached in (
         (1, 1, 256, 1),
         (2, 8, 5, 1 << 22),
@@ -112,8 +113,8 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
         monkeypatch.setattr(next_token, "CACHED", cached)
         for one_by_one in (False, True):  # parts other than those in which the dense states were computed
             parts = parts_in(work, "validation", pruned, True, one_by_one)
-            assert [kl for part in parts for kl in part.kls] == pytest.approx(expected, rel=1e-4)
-            assert [nll for part in parts for nll in part.nlls] == pytest.approx(nlls, rel=1e-5)
+            assert [kl for part in parts for kl in part["kls"]] == pytest.approx(expected, rel=1e-4)
+            assert [nll for part in parts for nll in part["nlls"]] == pytest.approx(nlls, rel=1e-5)
 
 
 def test_the_dense_model_is_run_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +184,11 @@ def test_the_bench_gives_groups_whether_or_not_it_keeps_the_blocks(monkeypatch: 
         for most, batch, sizes in ((3, 1, [3, 2, 2]), (8, 1, [1] * 7), (8, 4, [4, 3]), (8, 8, [7])):
             monkeypatch.setattr(observers, "GROUPS", most)
             monkeypatch.setattr(work.batch("validation"), "windows", batch)
-            groups = [scores.nlls for scores in parts_in(work, "validation")]
+            groups = [scores["nlls"] for scores in parts_in(work, "validation")]
             assert [len(group) for group in groups] == sizes
             assert [nll for group in groups for nll in group] == pytest.approx(expected, rel=1e-5)
             assert [
-                scores.nlls for scores in parts_in(work, "validation", one_by_one=False)
+                scores["nlls"] for scores in parts_in(work, "validation", one_by_one=False)
             ] == groups  # to the last bit: the batches are the same
         assert events == []
 
@@ -207,7 +208,7 @@ def test_a_model_on_the_host_gives_the_same() -> None:
     one, other = bench_of(tiny("gpt2"), offload="none"), bench_of(tiny("gpt2"), offload="cpu")
     expected = nlls_of(one, one.blocks(None), "test")
     assert nlls_of(other, other.blocks(None), "test") == expected
-    assert [nll for scores in parts_in(other, "test") for nll in scores.nlls] == expected
+    assert [nll for scores in parts_in(other, "test") for nll in scores["nlls"]] == expected
 
 
 @pytest.mark.parametrize("most", [1, 2])

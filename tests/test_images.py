@@ -52,11 +52,11 @@ def test_scores_are_those_of_the_model_itself(family: str) -> None:
         assert torch.equal(work.replay.logits(batch, hidden), own)
     assert len(work.checkpoint.blocks) == (FAMILIES[family][3] or len(work.checkpoint.blocks))
     found = scores_of(work, work.blocks(None), "validation", kl=True)
-    assert found.nlls == pytest.approx(
+    assert found["nlls"] == pytest.approx(
         functional.cross_entropy(own, batch.tensors[LABELS], reduction="none").tolist(), rel=1e-4
     )
-    assert found.kls == pytest.approx([0.0] * 7, abs=1e-6)
-    assert found.ranks == [int((row > row[k]).sum()) for row, k in zip(own, batch.tensors[LABELS], strict=True)]
+    assert found["kls"] == pytest.approx([0.0] * 7, abs=1e-6)
+    assert found["ranks"] == [int((row > row[k]).sum()) for row, k in zip(own, batch.tensors[LABELS], strict=True)]
 
 
 @pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
@@ -134,7 +134,7 @@ def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
     work, batch = context_of(family), images(family, 7, 2)
     plan = planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
     pruned = [(block.index, dict(block.weights)) for block in work.prune(plan)]
-    found = scores_of(work, pruned, "validation").nlls
+    found = scores_of(work, pruned, "validation")["nlls"]
     model = make(family)
     with torch.inference_mode():
         for index, weights in pruned:
@@ -193,7 +193,7 @@ def test_whole_channels_of_a_classifier_go(family: str) -> None:
             model(pixel_values=batch.tensors[PIXELS]).logits, batch.tensors[LABELS], reduction="none"
         )
     assert total / sum(work.checkpoint.sizes) == pytest.approx(0.2, abs=0.01)
-    found = scores_of(work, [(index, weights) for index, weights, _ in pruned], "validation").nlls
+    found = scores_of(work, [(index, weights) for index, weights, _ in pruned], "validation")["nlls"]
     assert found == pytest.approx(own.tolist(), rel=1e-4)
 
 

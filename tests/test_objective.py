@@ -17,7 +17,7 @@ from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.run import observers
 from atp_tune.run.session import Session
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.scores.evaluation import head_scores
 from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
 from atp_tune.search.runner import StudyRun, open_context
@@ -107,9 +107,9 @@ def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space
 def test_a_model_whose_numbers_are_none_fails(
     context: Session, space: Space, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*given: Any) -> WindowScores:
+    def broken(*given: Any) -> Scores:
         scores = head_scores(*given)
-        return WindowScores([*scores.nlls[:-1], math.nan], [])
+        return {"nlls": [*scores["nlls"][:-1], math.nan]}
 
     monkeypatch.setattr(observers, "head_scores", broken)
     trial = ask(study, space)

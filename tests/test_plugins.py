@@ -756,14 +756,14 @@ def test_a_source_of_texts(tmp_path: Path) -> None:
 
 def test_a_score(tmp_path: Path) -> None:
     (tmp_path / "s.py").write_text(
-        "from atp_tune.scores import WindowScores\nfrom atp_tune.scores.next_token import NextToken\n\n\n"
+        "from atp_tune.scores.next_token import NextToken\n\n\n"
         "class Short(NextToken):\n    def items(self, replay, batch, hidden, dense):\n"
-        "        return WindowScores([1.0], [])\n"
+        '        return {"nlls": [1.0]}\n'
     )
     plugins.load("score", "s.py:Short", tmp_path, "search.score")
-    said = "items returned 1 NLLs and 0 KLs, where there must be 2 and 0"
+    said = "items returned 1 nlls, where there must be 2 nlls"
     assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
-    assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None).nlls == [1.0]
+    assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None)["nlls"] == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def judged(
         before=Perplexity(value=before, stderr=1), after=after, change=Change(value=8 / before - 1, stderr=0.1),
         held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
     )  # fmt: skip
-    scores = {"test": type("Scores", (), {"nlls": [first, 1.5]})()}
+    scores = {"test": {"nlls": [first, 1.5]}}
     part().touch()
     monkeypatch.setattr(finetuning, "apply_trained", lambda *_: Trained(record, scores, part()))  # type: ignore[arg-type]
     own: Any = (None, RecoverConfig(), Place(Path(), "cpu"))

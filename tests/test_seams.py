@@ -22,7 +22,7 @@ from atp_tune.events import ignore_events
 from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.run.session import Session
-from atp_tune.scores import SCORES, WindowScores
+from atp_tune.scores import SCORES, Scores
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.spec.prune import PruneConfig
 
@@ -87,14 +87,14 @@ class Classes:
     def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
         return 1, 12 * CLASSES
 
-    def items(self, replay: Any, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    def items(self, replay: Any, batch: Batch, hidden: Tensor, dense: Tensor | None) -> Scores:
         own = replay.logits(batch, hidden).log_softmax(1)
         nlls = functional.nll_loss(own, batch.classes, reduction="none").tolist()
         if dense is None:
-            return WindowScores(nlls, [])
+            return {"nlls": nlls}
         other = replay.logits(batch, dense).log_softmax(1)
         kls = functional.kl_div(own, other, reduction="none", log_target=True).sum(1)
-        return WindowScores(nlls, kls.tolist())
+        return {"nlls": nlls, "kls": kls.tolist()}
 
 
 PIXELS, CLASSIFIED = Pixels(), Classes()
@@ -124,8 +124,8 @@ def test_a_context_prunes_and_scores_what_it_knows_nothing_of(context: Session) 
     plan = planned("sparsegpt", "uniform", (0.5,) * 3)
     pruned = [(block.index, block.weights) for block in context.prune(plan)]
     found = scores_of(context, pruned, "validation", kl=True)
-    assert len(found.nlls) == len(found.kls) == 7 and min(found.kls) > 0
-    assert scores_of(context, context.blocks(None), "validation", kl=True).kls == pytest.approx([0.0] * 7, abs=1e-6)
+    assert len(found["nlls"]) == len(found["kls"]) == 7 and min(found["kls"]) > 0
+    assert scores_of(context, context.blocks(None), "validation", kl=True)["kls"] == pytest.approx([0.0] * 7, abs=1e-6)
 
 
 def test_its_dense_model_is_measured_for_allocations(context: Session) -> None:

@@ -135,7 +135,7 @@ def prune_study(
         setup = replace(setup, bos=context.bos)
         if out is None:
             watch(TrialStarted("pruning", plan))
-            return plan, perplexity_of(context.measure(plan, [RoleScores("test")])[0].nlls)
+            return plan, perplexity_of(context.measure(plan, [RoleScores("test")])[0]["nlls"])
         dense = write_sparse(
             context, plan, out, config_of(file, context, plan).seen_from(file.folder, out), dtype=dtype
         )
@@ -224,7 +224,7 @@ def perplexity(
         setup = Setup(named, file.study.prune, {"calibration": text}, place, bos=bos)
         with Session.open(setup) as context:
             watch(TrialStarted("perplexity", None))
-            return perplexity_of(context.measure(None, [RoleScores("calibration")])[0].nlls)
+            return perplexity_of(context.measure(None, [RoleScores("calibration")])[0]["nlls"])
 
 
 def _bare(source: str, device: str | None) -> StudyFile:

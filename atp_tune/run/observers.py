@@ -33,7 +33,7 @@ from atp_tune.measures import mean_of_tasks
 from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
 from atp_tune.metrics.continuations import NAMES, Continuations
 from atp_tune.plan import Plan
-from atp_tune.scores import WindowScores, joined
+from atp_tune.scores import Scores, joined
 from atp_tune.scores.evaluation import Passing, head_scores
 from atp_tune.spec.config import SHARES
 
@@ -69,14 +69,14 @@ class Observer(ABC, Generic[T]):
         """What is found of the model, after its last block."""
 
 
-class RoleScores(Observer[WindowScores]):
+class RoleScores(Observer[Scores]):
     """Scores models on the items of one role, part by part."""
 
     def __init__(
         self,
         role: str,
         kl: bool = False,
-        heard: Callable[[WindowScores], object] = lambda scores: None,
+        heard: Callable[[Scores], object] = lambda scores: None,
         one_by_one: bool = False,
     ) -> None:
         """`kl`: also the KL from the dense model. `heard` is called with the scores of each part, and may raise.
@@ -114,12 +114,12 @@ class RoleScores(Observer[WindowScores]):
         self.session.watch(Step("evaluate", block.index + 1, len(self.session.checkpoint.blocks)))
 
     @torch.inference_mode()
-    def end(self) -> WindowScores:
+    def end(self) -> Scores:
         """Scores part after part.
 
         UserError if the model's files were changed meanwhile: memory-mapped weights change with them.
         """
-        session, found = self.session, list[WindowScores]()
+        session, found = self.session, list[Scores]()
         for index, part in enumerate(self._parts):
             if self._kept is not None:
                 self._passing = self._embedded([part])

@@ -4,8 +4,8 @@ A search sees only lists of numbers, one per item (a window or an image). A new 
 `Score` and a row of `SCORES`, or a plug-in.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -15,19 +15,10 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs import Batch
 from atp_tune.spec.search import SCORES
 
-__all__ = ["SCORES", "Score", "WindowScores", "joined"]
+__all__ = ["SCORES", "Score", "Scores", "joined"]
 
 
-class WindowScores(NamedTuple):
-    """NLL and KL of each window (or other item), in nats per token; `kls` is empty without a dense model.
-
-    `ranks`: of an image's right class, 0 for the first; empty for texts. `more`: of further measures, by their key.
-    """
-
-    nlls: list[float]
-    kls: list[float]
-    ranks: list[int] = []  # noqa: RUF012 - never changed
-    more: Mapping[str, list[float]] = {}
+Scores: TypeAlias = dict[str, list[float]]  # of each window, or other item, by the key of a measure's items: nlls, …
 
     @property
     def by_items(self) -> dict[str, list[float]]:
@@ -42,10 +33,10 @@ class Score(Head, Protocol):
     def head_cost(self, checkpoint: Checkpoint, positions: int) -> tuple[int, int]:
         """For items of `positions`: how many positions go through the head at a time, and bytes for each."""
 
-    def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """Scores of a batch, from its final hidden states [items, positions, width].
+    def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> Scores:
+        """Scores of a batch, from its final hidden states [items, positions, width]: `nlls`, in nats per token.
 
-        `dense`: the final hidden states of the dense model, for KL.
+        `dense`: the final hidden states of the dense model, for `kls`.
         """
 
     def gradient(
@@ -58,8 +49,6 @@ class Score(Head, Protocol):
         """
 
 
-def joined(parts: Sequence[WindowScores]) -> WindowScores:
+def joined(parts: Sequence[Scores]) -> Scores:
     """Concatenates scores."""
-    nlls, kls, ranks = ([one for part in parts for one in part[kind]] for kind in range(3))
-    more = {key: [one for part in parts for one in part.more[key]] for key in (parts[0].more if parts else ())}
-    return WindowScores(nlls, kls, ranks, more)  # type: ignore[arg-type]
+    return {key: [one for part in parts for one in part[key]] for key in (parts[0] if parts else ())}

@@ -11,11 +11,13 @@ from atp_tune.blocks.verification import ProbeRun
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs import Batch
+from atp_tune.measures import MEASURES
 from atp_tune.plugins import guarded
 from atp_tune.registry import Origin
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.spec.recover import NLL_SHARES
 
+ITEMS = {by.items for by in MEASURES.values()}
 METHODS = ("probes", "check_head", "head_cost", "items")
 
 
@@ -46,15 +48,16 @@ class CheckedScore:
             at_a_time, size = self._plugin.head_cost(checkpoint, positions)
             return int(at_a_time), int(size)
 
-    def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> WindowScores:
-        """The plug-in's scores."""
+    def items(self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None) -> Scores:
+        """The plug-in's scores, by the items of measures."""
         with guarded(self._origin, "items"):
-            nlls, kls, *_ = self._plugin.items(replay, batch, hidden, dense)
-            found = WindowScores([float(nll) for nll in nlls], [float(kl) for kl in kls])
-        wanted = (len(hidden), 0 if dense is None else len(hidden))
-        if (len(found.nlls), len(found.kls)) != wanted:
-            many = f"{len(found.nlls)} NLLs and {len(found.kls)} KLs"
-            raise PluginError(f"{self._origin}: items returned {many}, where there must be {wanted[0]} and {wanted[1]}")
+            given = dict(self._plugin.items(replay, batch, hidden, dense))
+            found = {key: [float(one) for one in row] for key, row in given.items()}
+        needed = {"nlls"} if dense is None else {"nlls", "kls"}
+        if not needed <= found.keys() <= ITEMS or any(len(row) != len(hidden) for row in found.values()):
+            many = ", ".join(f"{len(row)} {key}" for key, row in found.items()) or "nothing"
+            must = f"there must be {len(hidden)} {' and '.join(sorted(needed))}"
+            raise PluginError(f"{self._origin}: items returned {many}, where {must}")
         return found
 
     def gradient(

@@ -25,7 +25,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import LABELS, Items
-from atp_tune.scores import Score, WindowScores
+from atp_tune.scores import Score, Scores
 from atp_tune.scores.next_token import loss_gradient, token_kls, token_nlls
 
 SHELL = 4096  # bytes per position for embeddings and head, beside the logits
@@ -51,12 +51,14 @@ class Classes:
         """All positions of an image, and bytes for each."""
         return positions, SHELL + LOGIT * int(checkpoint.config.num_labels) // positions
 
-    def items(self, replay: Replay, batch: Items, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    def items(self, replay: Replay, batch: Items, hidden: Tensor, dense: Tensor | None) -> Scores:
         """Scores of each image, from its final hidden states."""
         logits = replay.logits(batch, hidden)
-        nlls = token_nlls(logits, batch.tensors[LABELS]).tolist()
-        kls = [] if dense is None else token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
-        return WindowScores(nlls, kls, ranks_of(logits, batch.tensors[LABELS]).tolist())
+        labels = batch.tensors[LABELS]
+        scores = {"nlls": token_nlls(logits, labels).tolist(), "ranks": ranks_of(logits, labels).tolist()}
+        if dense is not None:
+            scores["kls"] = token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
+        return scores
 
     def gradient(
         self, replay: Replay, batch: Items, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5

@@ -18,7 +18,7 @@ from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import has_embedding
 from atp_tune.inputs.windows import bos_of, first_windows, load_tokenizer, token_windows
 from atp_tune.metrics.bos import TOKENS, WINDOWS, BosEffect
-from atp_tune.scores import Score, WindowScores, joined
+from atp_tune.scores import Score, Scores, joined
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.spec.data import Text
 
@@ -59,10 +59,10 @@ def final_states(replay: Replay, batch: AutoBatch, blocks: Iterable[Block], grou
 
 def head_scores(
     replay: Replay, score: Score, heads: AutoBatch, items: Batch, hidden: Tensor, dense: Tensor | None = None
-) -> WindowScores:
+) -> Scores:
     """Scores of items, from their final hidden states [items, positions, width]."""
 
-    def step(rows: slice) -> WindowScores:
+    def step(rows: slice) -> Scores:
         return score.items(replay, items[rows], hidden[rows], None if dense is None else dense[rows])
 
     return joined(heads.over(len(items), step))
@@ -91,7 +91,7 @@ def compare_bos(
     plain = ids[:, 1:].contiguous()
     states = final_states(replay, batch, blocks, [ids, plain])
     with_bos, without = (
-        head_scores(replay, NEXT_TOKEN, heads, plain, hidden).nlls for hidden in (states[0][:, 1:], states[1])
+        head_scores(replay, NEXT_TOKEN, heads, plain, hidden)["nlls"] for hidden in (states[0][:, 1:], states[1])
     )
     return BosEffect.of(str(tokenizer.bos_token), with_bos, without, ids.shape[1])
 

@@ -17,7 +17,7 @@ from atp_tune.blocks.verification import Difference, ProbeRun, is_equal, is_near
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import vocabulary
-from atp_tune.scores import Score, WindowScores
+from atp_tune.scores import Score, Scores
 
 # --- Losses by logits, and their gradient: NLL of the targets, and KL divergence from the dense model.
 #
@@ -123,7 +123,7 @@ class NextToken:
         """Number of positions of a window whose logits are computed at a time, and bytes for each."""
         return min(positions, POSITIONS), HEAD_BYTES * vocabulary(checkpoint)
 
-    def items(self, replay: Replay, batch: Tensor | Items, hidden: Tensor, dense: Tensor | None) -> WindowScores:
+    def items(self, replay: Replay, batch: Tensor | Items, hidden: Tensor, dense: Tensor | None) -> Scores:
         """Scores of each window in nats per token; norm and head are applied to slices of positions.
 
         Of pairs of image and text, tokens that stand for an image are not predicted.
@@ -145,10 +145,10 @@ class NextToken:
                 kls += (found * of_text).sum(1)
                 beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
         predicted = counted.sum(1)
-        if dense is None:
-            return WindowScores((nlls / predicted).tolist(), [])
-        more = beside_dense(beside, None if image is None else counted)
-        return WindowScores((nlls / predicted).tolist(), (kls / predicted).tolist(), more=more)
+        scores = {"nlls": (nlls / predicted).tolist()}
+        if dense is not None:
+            scores |= {"kls": (kls / predicted).tolist(), **beside_dense(beside, None if image is None else counted)}
+        return scores
 
     def gradient(
         self, replay: Replay, batch: Tensor, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5

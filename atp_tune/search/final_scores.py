@@ -33,7 +33,7 @@ from atp_tune.storage.validation import TRIAL, checked
 if TYPE_CHECKING:
     from atp_tune.run.observers import LeftOut, Observer
     from atp_tune.run.session import Session
-    from atp_tune.scores import WindowScores
+    from atp_tune.scores import Scores
     from atp_tune.search.runner import StudyRun
 
 CONTINUATIONS: Key = "continuations"  # user attribute of a study: texts by trial
@@ -132,22 +132,22 @@ class FinalScores:
             key = CONTINUATIONS if self.run.file.study.images is None else ANSWERS
             store(self.study, key, best.number, found.model_dump(mode="json"))
 
-    def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "WindowScores":
+    def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "Scores":
         """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
 
         `name`: of the row's model, if that is shown too.
         """
         from atp_tune.run.observers import RoleScores
-        from atp_tune.scores import WindowScores
 
         spec, is_dense = self.run.file.study, row == "dense"
-        if spec.data.test is None and is_dense:
-            known = self.study.user_attrs
-            return WindowScores(known["dense"], [], known.get("dense_ranks", []))
         if spec.data.test is None:
-            known = self.study.trials[int(row)].user_attrs
-            more = {by.items: known[by.items] for by in MEASURES.values() if by.items in known}
-            return WindowScores(more.pop("nlls"), more.pop("kls", []), more.pop("ranks", []), more)
+            known = self.study.user_attrs if is_dense else self.study.trials[int(row)].user_attrs
+            names = (
+                {"dense": "nlls", "dense_ranks": "ranks"}
+                if is_dense
+                else {by.items: by.items for by in MEASURES.values()}
+            )
+            return {items: list(known[key]) for key, items in names.items() if key in known}
         title = f"test {'text' if spec.images is None else 'images'}: {'dense model' if is_dense else f'trial {row}'}"
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
@@ -167,7 +167,7 @@ class FinalScores:
         scores = RoleScores("validation" if spec.test is None else "test")
         title = f"draw {draw + 1} of {spec.calibration.draws}: trial {row}"
         self._pass(row, title, [scores], "", self.context.drawn(draw), is_refitted)
-        return scores.found[""].nlls
+        return scores.found[""]["nlls"]
 
     def _pass(
         self,
@@ -197,10 +197,10 @@ class FinalScores:
             session.measure(plan, observers, name)
 
 
-def store_test_scores(study: optuna.Study, name: str, scores: "WindowScores") -> None:
+def store_test_scores(study: optuna.Study, name: str, scores: "Scores") -> None:
     """Stores the scores of a trial, or of `dense`, on the test items."""
-    for key, found in scores.by_items.items():
-        study.set_user_attr(f"test_{key}:{name}", found)
+    for key in sorted(scores, key="nlls".__eq__):  # the NLLs last, which mark a trial as reported
+        study.set_user_attr(f"test_{key}:{name}", scores[key])
 
 
 def _wait_for_reporter(run: "StudyRun", study: optuna.Study, draws: int) -> None:

@@ -34,7 +34,7 @@ from atp_tune.plan import Plan
 from atp_tune.results.goals import best_trial
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
@@ -73,10 +73,10 @@ class Objective:
         # Uniform is never stopped: the others are compared with it.
         may_stop = self.stops and not plan.is_uniform and best_trial(trial.study) is not None
 
-        def hear(scores: WindowScores) -> None:
+        def hear(scores: Scores) -> None:
             record.add(scores)
             seen, windows = record.compared, len(session.windows["validation"])
-            is_late = self.stops and is_hopeless(trial, seen, len(scores.nlls), windows, GROUPS)
+            is_late = self.stops and is_hopeless(trial, seen, len(scores["nlls"]), windows, GROUPS)
             if len(seen) == windows:
                 record.results()  # a TrialError comes before the tasks, which take minutes
             elif is_late and may_stop:
@@ -150,7 +150,7 @@ class Record(Observer[None]):
         self._session = session
         self._measures = [MEASURES[name] for name in objectives]
         self.main = self._measures[0]
-        self.items: dict[str, list[float]] = {}  # by measure
+        self.items: Scores = {}
         self.errors: list[float] = []
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
@@ -184,9 +184,9 @@ class Record(Observer[None]):
     def end(self) -> None:
         """Nothing: the trial goes on until `close`."""
 
-    def add(self, scores: WindowScores) -> None:
+    def add(self, scores: Scores) -> None:
         """Records the scores of further windows."""
-        for key, found in scores.by_items.items():
+        for key, found in scores.items():
             self.items.setdefault(key, []).extend(found)
 
     @property

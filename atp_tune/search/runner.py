@@ -316,12 +316,12 @@ def _measure_dense(run: StudyRun, study: optuna.Study, context: "Session") -> No
     run.watch(TrialStarted("dense model", None))
     context.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        nlls, _, ranks, _ = context.measure(None, [RoleScores("validation")])[0]
-    if not math.isfinite(perplexity(nlls).value):
+        scores = context.measure(None, [RoleScores("validation")])[0]
+    if not math.isfinite(perplexity(scores["nlls"]).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "
             "hold NaN, or overflow in this number format; give another model, or set model.dtype, and --study-name NAME"
         )
-    if ranks:  # before the NLLs, which mark the dense model as measured
-        study.set_user_attr("dense_ranks", ranks)
-    study.set_user_attr("dense", nlls)
+    if "ranks" in scores:  # before the NLLs, which mark the dense model as measured
+        study.set_user_attr("dense_ranks", scores["ranks"])
+    study.set_user_attr("dense", scores["nlls"])

@@ -30,7 +30,7 @@ from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.sparse.card import Dense, describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.spec.config import (
@@ -205,7 +205,7 @@ def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
     UserError, and nothing is stored, if the folder is another by then.
     """
     config = read_config(out / ABOUT)
-    measured = perplexity(folder_scores(setup, out, f"checking {out}")["test"].nlls)
+    measured = perplexity(folder_scores(setup, out, f"checking {out}")["test"]["nlls"])
     if read_config(out / ABOUT) != config:
         raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
     best = config.scores.get("best", {})
@@ -214,7 +214,7 @@ def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
     return measured
 
 
-def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, WindowScores]:
+def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, Scores]:
     """Scores of a folder, loaded like any model, on every text, or all images, of the setup, by role."""
     model = setup.model.model_copy(update={"source": str(folder.absolute()), "sha256": None, "revision": None})
     with Session.open(replace(setup, model=model)) as context:

@@ -186,7 +186,7 @@ def _scores(
     if isinstance(work, RoleScores):
         session = session if asked.limit is None else session.limited("test", asked.limit)
         seconds: Any = session.compare(plans, [work])
-        ranks = {model: scores.ranks for model, scores in work.found.items()}
+        ranks = {model: scores["ranks"] for model, scores in work.found.items()}
         tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
     else:
         session.compare(plans, [work], titles)
@@ -217,7 +217,7 @@ def _scores(
     )
 
 
-def _top(name: str, top: int, ranks: Mapping[Any, list[int]]) -> TaskScores:
+def _top(name: str, top: int, ranks: Mapping[Any, list[float]]) -> TaskScores:
     """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
     found: Any = {model: accuracy(own, top) for model, own in ranks.items()}
     paired = gain(ranks["uniform"], ranks["best"], top) if "best" in ranks else None

@@ -31,7 +31,7 @@ from atp_tune.measures import Estimate, accuracy, by_kind, change, gain, perplex
 from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
-from atp_tune.scores import WindowScores
+from atp_tune.scores import Scores
 from atp_tune.sparse.applying import Shards, Way, folder_scores, sparse_folder, write_applied
 from atp_tune.sparse.card import amend
 from atp_tune.sparse.provenance import (
@@ -166,7 +166,7 @@ class Trained:
     """What a run leaves beside its folder: its record, the scores of the new folder by role of the text, and `part`."""
 
     record: Finetuned
-    scores: Mapping[str, WindowScores]
+    scores: Mapping[str, Scores]
     part: Path
 
 
@@ -285,12 +285,12 @@ def _run(job: FinetuningJob) -> Trained:
         del trainer
         checkpoint.release()
         after = folder_scores(job.setup, folder, f"checking {job.out}")
-        changes = {role: _changed(before[role].nlls, after[role].nlls) for role in after}
+        changes = {role: _changed(before[role]["nlls"], after[role]["nlls"]) for role in after}
         done = Finetuned(
             model=named_for(job.folder.path), fingerprint=job.folder.content, text=job.text, windows=len(items),
             test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
             **changes["test"].model_dump(), validation=changes.get("validation"),
-            accuracy=_accuracies(before["test"].ranks, after["test"].ranks),
+            accuracy=_accuracies(before["test"].get("ranks", []), after["test"].get("ranks", [])),
             seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
             bos=job.items.bos,
             manifest=manifest_of(folder, device_name(device)), held_out=kept,
@@ -332,7 +332,7 @@ def _called(job: FinetuningJob) -> str:
     return "windows" if IDS in job.items.tensors else "images"
 
 
-def _accuracies(before: list[int], after: list[int]) -> AccuracyChange | None:
+def _accuracies(before: list[float], after: list[float]) -> AccuracyChange | None:
     """Accuracies from the ranks of the right classes; None of a language model."""
     if not before:
         return None
@@ -431,7 +431,7 @@ def recovered(
     has_test = record.validation is not None
     test = PerplexityChange(before=record.before, after=record.after, change=record.change)
     validation = _scores(record.validation or test)
-    nlls = done.scores["test"].nlls
+    nlls = done.scores["test"]["nlls"]
     against = change(uniform, nlls) if len(uniform) == len(nlls) else None
     fell = validation is not None and validation.change.value < 0
     if not fell:

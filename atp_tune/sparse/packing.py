@@ -283,10 +283,10 @@ def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> t
     model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
     place = Place(made.base, device, watch=watch)
     setup = Setup(model, PruneConfig(), {"test": made.test}, place, bos=made.bos, score=made.config.score)
-    before = perplexity(folder_scores(setup, source, f"checking {source}")["test"].nlls)
+    before = perplexity(folder_scores(setup, source, f"checking {source}")["test"]["nlls"])
     with temporary_folder(folder) as rounded:
         unpack_folder(folder, rounded)
-        return before, perplexity(folder_scores(setup, rounded, "checking the rounded weights")["test"].nlls)
+        return before, perplexity(folder_scores(setup, rounded, "checking the rounded weights")["test"]["nlls"])
 
 
 class _Packing:
