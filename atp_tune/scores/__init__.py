@@ -20,12 +20,6 @@ __all__ = ["SCORES", "Score", "Scores", "joined"]
 
 Scores: TypeAlias = dict[str, list[float]]  # of each window, or other item, by the key of a measure's items: nlls, …
 
-    @property
-    def by_items(self) -> dict[str, list[float]]:
-        """What was scored, by the key of a measure's items; NLLs last, since they mark a model as measured."""
-        found: dict[str, list[float]] = {"kls": self.kls, "ranks": [*self.ranks], **self.more}
-        return {key: own for key, own in found.items() if own} | {"nlls": self.nlls}
-
 
 class Score(Head, Protocol):
     """Scores a model from the hidden states after its last block."""
