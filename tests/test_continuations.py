@@ -18,7 +18,7 @@ from tinystudy import CommandLine, run, settings, stored
 
 from atp_tune import generation as generation_prompts
 from atp_tune.cli import tables
-from atp_tune.cli.terminal import Terminal
+from atp_tune.cli.terminal import _console
 from atp_tune.events import Event, Message
 from atp_tune.metrics.continuations import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
@@ -233,7 +233,7 @@ def test_wrong_options(arguments: list[str], expected: str, tiny_place: Path, co
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
     def show(is_terminal: bool, width: int) -> str:
-        console = Terminal(
+        console = type(_console())(
             soft_wrap=True, markup=False, highlight=False, emoji=False, force_terminal=is_terminal, width=width,
             color_system=None, legacy_windows=False,
         )  # fmt: skip
