@@ -276,7 +276,20 @@ class ChannelPruner:
         for each in self.blocks[index].sets:
             if count := round(each.count * share[each.reader]):
                 gone = lowest_channels(self._scores(each, by_name, weights, statistics.get(each.reader)), count)
-                self._remove(each, gone, by_name, found, statistics.get(each.reader))
+                measured = statistics.get(each.reader)
+                number = int(gone.sum())
+                found.channels[each.reader] = gone
+                for name, rows in each.writers:
+                    matrix = found.copied(by_name[name])
+                    matrix[gone.repeat_interleave(rows)] = 0
+                    found.gone[name] = number * rows * by_name[name].in_features
+                reader, columns = by_name[each.reader], gone.repeat_interleave(each.columns)
+                matrix = found.copied(reader)
+                if isinstance(measured, HessianAndMoments):
+                    matrix.copy_(refitted(matrix, columns, measured.parts["hessian"].matrix(), self.settings.damping))
+                else:
+                    matrix[:, columns] = 0
+                found.gone[each.reader] = number * each.columns * reader.out_features
         return found
 
     def _scores(
@@ -290,28 +303,6 @@ class ChannelPruner:
         assert isinstance(moments, InputMoments)
         energies = moments.variances() if self.settings.score == "fluctuation" else moments.norms().square()
         return channel_scores(matrices[each.reader], energies, each.columns)
-
-    def _remove(
-        self,
-        each: ChannelSet,
-        gone: Tensor,
-        linears: dict[str, Linear],
-        found: "PrunedChannels",
-        measured: Statistics | None,
-    ) -> None:
-        count = int(gone.sum())
-        found.channels[each.reader] = gone
-        for name, rows in each.writers:
-            matrix = found.copied(linears[name])
-            matrix[gone.repeat_interleave(rows)] = 0
-            found.gone[name] = count * rows * linears[name].in_features
-        reader, columns = linears[each.reader], gone.repeat_interleave(each.columns)
-        matrix = found.copied(reader)
-        if isinstance(measured, HessianAndMoments):
-            matrix.copy_(refitted(matrix, columns, measured.parts["hessian"].matrix(), self.settings.damping))
-        else:
-            matrix[:, columns] = 0
-        found.gone[each.reader] = count * each.columns * reader.out_features
 
 
 @dataclass

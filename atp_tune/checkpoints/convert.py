@@ -64,7 +64,28 @@ def gguf_to_folder(file: Path, target: Path) -> None:
     with temporary_folder() as alone:
         (alone / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
-            _save_gguf(alone.resolve(), file.name, folder)
+            place = alone.resolve()
+            import torch
+            from transformers import AutoTokenizer
+
+            with _gguf_parsed_once():
+                # Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights.
+                import transformers
+
+                config = getattr(transformers, "GgufConfig", None)
+                options = {
+                    "gguf_file": file.name,
+                    "trust_remote_code": False,
+                    **({} if config is None else {"quantization_config": config(dequantize=True)}),
+                }
+                model = _complete_model(place, dtype=torch.float32, **options)
+                options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+                tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+            if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
+                del model.config.quantization_config
+            model.hf_quantizer = None
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             # The head of a model card: what a GGUF file says of its licence, its languages and its source on the hub.
             import gguf
             import yaml
@@ -167,30 +188,6 @@ def written_folder(source: Path, target: Path) -> Iterator[Path]:
             raise UserError(f"model.source: transformers cannot convert {source}: {reason}") from error
         for file in folder.iterdir():
             file.chmod(0o644)  # transformers makes weights readable by their owner only
-
-
-def _save_gguf(folder: Path, name: str, target: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer
-
-    with _gguf_parsed_once():
-        # Options for unpacked weights; transformers before 5.2x always unpacks GGUF weights.
-        import transformers
-
-        config = getattr(transformers, "GgufConfig", None)
-        options = {
-            "gguf_file": name,
-            "trust_remote_code": False,
-            **({} if config is None else {"quantization_config": config(dequantize=True)}),
-        }
-        model = _complete_model(folder, dtype=torch.float32, **options)
-        options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def _complete_model(folder: Path, whole: bool = False, **settings: Any) -> Any:

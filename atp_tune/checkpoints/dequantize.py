@@ -120,7 +120,12 @@ def dequantize_folder(source: Path, target: Path) -> None:
 
 def _full(stored: Stored, file: Path, config: Table) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the dequantized tensors of a file."""
-    table, dtype = quantization_of(config) or {}, _dtype(config)
+    # The dtype in a config or in its parts; bf16 if there is none.
+    names = [str(part.get(key)) for part in parts_of(config) for key in ("dtype", "torch_dtype")]
+    table, dtype = (
+        quantization_of(config) or {},
+        next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16),
+    )
     for name in read_header(file):
         if name in stored.used or name.rpartition(".")[2] in _OF_ACTIVATIONS:
             continue
@@ -211,9 +216,3 @@ def _from_e2m1(packed: Tensor) -> Tensor:
 
 def _powers(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
-
-
-def _dtype(config: Table) -> torch.dtype:
-    """The dtype in a config or in its parts; bf16 if there is none."""
-    names = [str(part.get(key)) for part in parts_of(config) for key in ("dtype", "torch_dtype")]
-    return next((DTYPES[name] for name in names if name in DTYPES), torch.bfloat16)
