@@ -41,8 +41,7 @@ from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
-from atp_tune.speed.model_pair import Pair, find_pair
-from atp_tune.speed.torch_engine import Workload
+from atp_tune.speed.torch_engine import Pair, Workload, find_pair
 from atp_tune.system import cpu_name
 
 ROOT = Path(__file__).parents[1]

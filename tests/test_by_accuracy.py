@@ -25,7 +25,7 @@ from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
 from atp_tune.report import latex
 from atp_tune.report.contents import gather
 from atp_tune.results import tables
-from atp_tune.results.outcome import limit_of, sign_of_beta
+from atp_tune.results.formatting import limit_of, sign_of_beta
 from atp_tune.results.results import Results, is_uniform
 from atp_tune.results.summary import summarise
 from atp_tune.search.objective import estimate

@@ -21,7 +21,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs import windows
 from atp_tune.run import session as contexts
-from atp_tune.run.prices import CalibrationGradients
+from atp_tune.run.dense_model import CalibrationGradients
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import config_of
@@ -31,8 +31,8 @@ from atp_tune.spec.facts import _flat
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.speed import model_pair
-from atp_tune.speed.model_pair import find_pair, passing_pair
+from atp_tune.speed import torch_engine
+from atp_tune.speed.torch_engine import find_pair, passing_pair
 
 TEXT = {
     "source": '"file:long.txt"', "part": "[0.0, 0.9]", "shuffle": "true", "sampling": '"random"', "nsamples": "7",
@@ -172,7 +172,7 @@ def of_training(file: StudyFile, context: Session) -> str:
 
 def of_sparse(file: StudyFile, context: Session) -> str:
     config = config_of(file, context, plan_of(file, context))
-    return model_pair._cached(config, context.folder, Place(file.folder, file.study.device)).name
+    return torch_engine._cached(config, context.folder, Place(file.folder, file.study.device)).name
 
 
 def plan_of(file: StudyFile, context: Session) -> Any:

@@ -28,8 +28,7 @@ from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
 from atp_tune.extras import install
 from atp_tune.results.summary import summarise
-from atp_tune.serving.dashboard_storage import Maintenance, make_view
-from atp_tune.serving.servers import ServedDatabase, proxy
+from atp_tune.serving.servers import Maintenance, ServedDatabase, make_view, proxy
 from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password

@@ -42,7 +42,7 @@ from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, TEXTS, accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
-from atp_tune.results.outcome import sign_of_beta
+from atp_tune.results.formatting import sign_of_beta
 from atp_tune.results.results import Against, is_uniform
 from atp_tune.results.summary import summarise
 from atp_tune.sparse.packing import pack_folder

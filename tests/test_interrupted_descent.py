@@ -10,8 +10,8 @@ from families import bench_of, tiny
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.gradients import Pricing, RowPricing
 from atp_tune.events import Message
-from atp_tune.run import prices as module
-from atp_tune.run.prices import DescentSteps
+from atp_tune.run import dense_model as module
+from atp_tune.run.dense_model import DescentSteps
 from atp_tune.spec.prune import PruneConfig
 
 

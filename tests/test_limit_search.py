@@ -16,8 +16,7 @@ from tinystudy import CommandLine, settings
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
 from atp_tune.results.goals import best_trial, excess_of
-from atp_tune.search.goals import LimitSampler, Screened, WithinLimit
-from atp_tune.search.screening import Surrogate
+from atp_tune.search.goals import LimitSampler, Screened, Surrogate, WithinLimit
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.search import STEP
 

@@ -22,7 +22,7 @@ from atp_tune.errors import UserError
 from atp_tune.merging import Merged, merge
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
-from atp_tune.serving.dashboard_storage import Maintenance
+from atp_tune.serving.servers import Maintenance
 from atp_tune.storage import lost_trials
 
 

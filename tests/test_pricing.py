@@ -46,8 +46,8 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run import prices as descents
-from atp_tune.run.prices import CalibrationGradients, by_magnitude
+from atp_tune.run import dense_model as descents
+from atp_tune.run.dense_model import CalibrationGradients, by_magnitude
 from atp_tune.run.session import Session
 from atp_tune.spec.config import read_config
 from atp_tune.spec.prune import PruneConfig

@@ -24,7 +24,7 @@ from atp_tune.cache import cache_dir
 from atp_tune.cli.commands.finetune import finetune
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
-from atp_tune.results.outcome import recovery_said
+from atp_tune.results.formatting import recovery_said
 from atp_tune.results.summary import summarise
 from atp_tune.results.tables import overview
 from atp_tune.search.runner import StudyRun
@@ -212,7 +212,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     assert again.out.startswith("complete: 6 of 6 trials; nothing to do")
     least = f"recover.min_increase={max(0.0, increase - 0.001)}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp_tune.api.ending._recovered", seen_and_interrupted)
+        patch.setattr("atp_tune.api.tuning._recovered", seen_and_interrupted)
         assert run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).code == 130
     assert "Not trained yet: the same command" in command("status", "--study", place / "tiny.toml").out
     assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out

@@ -19,8 +19,8 @@ from atp_tune.results.summary import summarise
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
 from atp_tune.search import runner, trial_loop
+from atp_tune.search.goals import APART, confirmed, is_near, screening_file
 from atp_tune.search.samplers import levelled
-from atp_tune.search.screening import APART, confirmed, is_near, screening_file
 from atp_tune.spec.config import read_config
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.storage.progress import counted, measured

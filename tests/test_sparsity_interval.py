@@ -11,9 +11,8 @@ from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget, atp, curve
-from atp_tune.search.goals import OverInterval, Screened
+from atp_tune.search.goals import OverInterval, Screened, Surrogate
 from atp_tune.search.samplers import make_sampler
-from atp_tune.search.screening import Surrogate
 from atp_tune.search.space import Space, make_space
 from atp_tune.spec.search import STEP
 

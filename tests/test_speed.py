@@ -37,8 +37,7 @@ from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.speed import torch_engine
 from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
-from atp_tune.speed.model_pair import Pair
-from atp_tune.speed.torch_engine import About, Workload, measured
+from atp_tune.speed.torch_engine import About, Pair, Workload, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -19,11 +19,12 @@ from atp_tune.results.formatting import (
     duration,
     errors_of,
     in_one_line,
+    limit_of,
     sizes_note,
+    study_remarks,
     texts_note,
     wanted,
 )
-from atp_tune.results.outcome import limit_of, study_remarks
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary

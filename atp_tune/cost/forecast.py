@@ -446,7 +446,7 @@ def compared(study: Study) -> int:
 
 def step_tokens(known: Amounts) -> int:
     """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
-    from atp_tune.run.prices import items_of_costs, windows_of_step
+    from atp_tune.run.dense_model import items_of_costs, windows_of_step
 
     length = known.tokens.calibration // known.windows
     if not known.study.allocation.by_prices:
@@ -479,7 +479,7 @@ def descent_tokens(known: Amounts) -> int:
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
     the dense model's final states of what it draws from its pool, at most all, for KL.
     """
-    from atp_tune.run.prices import POOL
+    from atp_tune.run.dense_model import POOL
 
     return round(_steps(known) * known.passes * step_tokens(known) + rows_descents(known) * POOL) // 2
 

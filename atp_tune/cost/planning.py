@@ -238,7 +238,7 @@ def _descent_bytes(known: Known) -> int:
 
     With rows also the dense model's final states of the pool.
     """
-    from atp_tune.run.prices import POOL
+    from atp_tune.run.dense_model import POOL
 
     if not (tokens := step_tokens(known)):
         return 0

@@ -10,8 +10,7 @@ from atp_tune.extras import as_typed
 from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
-from atp_tune.results.formatting import command_of, errors_of, plan_of, remark_of, wanted
-from atp_tune.results.outcome import limit_of, study_remarks
+from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
 from atp_tune.results.results import is_uniform
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview

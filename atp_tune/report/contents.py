@@ -20,8 +20,7 @@ from atp_tune.extras import as_typed
 from atp_tune.measures import Gain, Role, TaskScore
 from atp_tune.metrics.continuations import Continuations
 from atp_tune.metrics.speed import Speed, spread
-from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, texts_note
-from atp_tune.results.outcome import study_remarks
+from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, study_remarks, texts_note
 from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.tables import Table

@@ -20,8 +20,7 @@ from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics.speed import Speed
 from atp_tune.plan import percent
 from atp_tune.results.annotations import speed_of
-from atp_tune.results.formatting import drawn, drawn_how, draws_note, method_of
-from atp_tune.results.outcome import against_uniform, limit_of
+from atp_tune.results.formatting import against_uniform, drawn, drawn_how, draws_note, limit_of, method_of
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, is_uniform, uniform_of
 from atp_tune.spec.search import STEP
 from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity

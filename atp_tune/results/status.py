@@ -18,9 +18,8 @@ from pydantic import Field, PlainSerializer
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of
+from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of, sign_of_beta
 from atp_tune.results.goals import Point
-from atp_tune.results.outcome import sign_of_beta
 from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary

@@ -1,11 +1,36 @@
 """Measurements of the dense model on the calibration text, made once for all trials of a process."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from atp_tune.allocations import LinearSparsities, Shape
+from atp_tune.allocations.bits import bits_of, cheapest, share_of
+from atp_tune.allocations.budget import Score
+from atp_tune.allocations.prices import (
+    AT_LOWEST,
+    FIRST,
+    FURTHER,
+    KEPT,
+    LARGEST,
+    LAST,
+    LIMITS,
+    STEPS,
+    Prices,
+    descend,
+    steps_along,
+)
+from atp_tune.allocations.row_prices import DISTANCE
+from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.dense_metrics import (
     Cache,
     CachedStatistics,
@@ -16,19 +41,40 @@ from atp_tune.blocks.dense_metrics import (
     is_room,
     save_all,
 )
+from atp_tune.blocks.gradients import (
+    ACTIVATIONS,
+    BAND,
+    GRID,
+    BitPricing,
+    BlockGradients,
+    ByPlaces,
+    ByPruner,
+    Levels,
+    Places,
+    Pricing,
+    RowPricing,
+    Sample,
+)
 from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering, measure_and_advance
-from atp_tune.blocks.replay import AutoBatch, Replay
-from atp_tune.cache import cache_dir
+from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
+from atp_tune.cache import cache_dir, file_atomically, made_once, write_atomically
 from atp_tune.cache_keys import key
+from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import arithmetic
-from atp_tune.events import EventHandler, Message, Step
-from atp_tune.inputs import Batch
+from atp_tune.checkpoints.devices import arithmetic, host_memory
+from atp_tune.events import EventHandler, Message, Step, TrialStarted
+from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.statistics import Hessian, Several
+from atp_tune.pruners.wanda import Ranks, Wanda
+from atp_tune.quantizers.rounding import RTN
+from atp_tune.scores import Score as ModelScore
 from atp_tune.scores.evaluation import Block, Passing
+from atp_tune.spec.quantize import QuantizeConfig
+from atp_tune.spec.recover import NLL_SHARES, Loss
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 
@@ -185,3 +231,294 @@ def dense_final_states(
         passing.block(index, weights)
         watch(Step(phase, index + 1, len(checkpoint.blocks)))
     return [states.cpu() for states in passing.states]
+
+
+# --- Sparsities and bits by prices: the descent of `allocations.prices`, and the costs of widths.
+#
+# The result is kept in the cache by everything that determines it, so that later runs and other studies need no
+# descent; so are the steps of a descent until its end, so that an interrupted one goes on.
+
+POOL = 32768  # tokens of the calibration text that the windows of all steps are drawn from
+TOKENS, WINDOWS = 2048, 4  # of a step: so many tokens, but at least so many windows
+FEWER = 2  # times as few of both along a path of several targets, whose steps are twice as many, and below
+FEW_ZEROS = 0.45  # zeros, of which half the tokens find nearly the same plan (docs/log.md)
+LEVEL_SHARE = 0.3  # maximum share of the free host memory for what a pruner made of the weights
+OF_STEPS = STEPS, AT_LOWEST, FURTHER, KEPT, LARGEST, FIRST, LAST, LIMITS
+CONSTANTS = (*OF_STEPS, BAND, POOL, TOKENS, FEWER, FEW_ZEROS, WINDOWS)
+
+COST_TOKENS, COST_ITEMS = 12288, 16  # that costs of bits are measured on: so many tokens, but at least so many items
+
+Ends = tuple[RowSparsities, ...]
+Costs = Sequence[Sequence[Sequence[float]]]
+
+
+class CalibrationGradients:
+    """Gradients for one checkpoint and calibration text; `pool`: the items that are drawn from."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inputs: InputKind,
+        score: ModelScore,
+        pool: Items,
+        heads: AutoBatch,
+        watch: EventHandler,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.pool = pool
+        self.watch = watch
+        self._inputs = inputs
+        self._score = score
+        self._heads = heads
+        needed = ACTIVATIONS * block_bytes(checkpoint)
+        self._batch = AutoBatch(checkpoint.device, pool.positions, needed, lambda text: watch(Message(text)))
+
+    @cached_property
+    def of_blocks(self) -> BlockGradients:
+        """The gradients; made when they are first asked for, which runs the model."""
+        return BlockGradients(self.checkpoint, self._inputs, self._score.gradient, self._batch, self._heads)
+
+    def samples(self, many: int, steps: int, share: float = 1.0) -> Iterator[Sample]:
+        """A sample of so many items of the pool for each step, all if it has fewer.
+
+        `share`: of the NLL in the loss. Below 1 they have their final hidden states in the dense model, in which the
+        items of all steps are run first.
+        """
+        items, draw = self.pool.batch(self.checkpoint.device), torch.Generator().manual_seed(0)
+        drawn = [torch.randperm(len(items), generator=draw)[:many] for _ in range(steps)]
+        met = torch.cat(drawn).unique()  # type: ignore[no-untyped-call]
+        dense = self._dense_states(items[met.to(self.checkpoint.device)]) if share < 1 else None
+        for chosen in drawn:
+            states = None if dense is None else dense[torch.searchsorted(met, chosen)]
+            yield Sample(items[chosen.to(self.checkpoint.device)], states, share)
+
+    def _dense_states(self, items: Batch) -> Tensor:
+        """Final hidden states [items, positions, width] in the dense model, in host memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            [states] = dense_final_states(self.of_blocks.replay, self._batch, [items], self.watch, "dense model")
+            return states
+
+    def kept(self, measure: Callable[[Path], Any], **own: Any) -> Any:
+        """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.
+
+        `own`: ingredients of its key: `dense`, SHA-256 of all that determines the dense model and the calibration
+        windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
+        far, which is removed at its end.
+        """
+        file = cache_dir("prices") / f"{self._key(**own)}.json"
+
+        def wait(lock: Path) -> None:
+            self.watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
+
+        with made_once(file, wait):
+            if file.is_file():
+                return json.loads(file.read_text(encoding="utf-8"))
+            found = measure(begun := file.with_suffix(".part"))
+            try:
+                write_atomically(file, json.dumps(found).encode())
+                begun.unlink(missing_ok=True)
+            except OSError as error:
+                self.watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+        return found
+
+    def _key(self, **own: Any) -> str:
+        score = getattr(self._score, "content", type(self._score).__name__)
+        batches = [self._batch.windows, self._heads.windows]
+        return key("prices", pool=self.pool.content, score=score, batches=batches, **own)
+
+
+class DescentSteps:
+    """The prices of each step so far, the ends reached by them as JSON, and the state of what measured the last prices.
+
+    `file`: where they are kept. One that cannot be read counts as none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.prices: list[Prices] = []
+        self.ends: list[Any] = []
+        self.state: dict[str, Tensor] = {}
+        with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
+            found = json.loads(stored.metadata()["steps"])
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            self.prices, self.ends, self.state = found["prices"], found["ends"], state
+
+    def add(self, prices: Prices, state: dict[str, Tensor]) -> None:
+        """Keeps one more step; without room on the disk it is not kept."""
+        self.prices.append(prices)
+        steps = json.dumps({"prices": self.prices, "ends": self.ends})
+        with suppress(OSError, SafetensorError), file_atomically(self._file) as temporary:
+            save_file(state, temporary, {"steps": steps})
+
+
+class PricingProtocol(Protocol):
+    """Measures prices, for a descent."""
+
+    def prices(self, sparsities: LinearSparsities, sample: Sample) -> Prices:
+        """Price of each linear of each block at these sparsities, for the mean loss of the sample."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next prices depend on beside sparsities and sample."""
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a state."""
+
+
+class Descent:
+    """Descends by prices, whose steps draw their items from the pool of the gradients.
+
+    `pricing`: makes what measures them; `levels`: what its weights are pruned by, as JSON.
+    """
+
+    share = 1.0  # of the NLL in the loss; the rest is KL from the dense model
+
+    def __init__(
+        self, gradients: CalibrationGradients, pricing: Callable[[], PricingProtocol], levels: Sequence[Any]
+    ) -> None:
+        self._gradients = gradients
+        self._pricing = pricing
+        self._levels = levels
+
+    def ends(self, targets: Sequence[float], measured: str) -> Ends:
+        """The end of the descent at each of these ascending targets, from the cache if possible.
+
+        `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
+        """
+        own = {"targets": list(targets), "levels": self._levels, "constants": list(CONSTANTS)}
+        found = self._gradients.kept(lambda place: self._descend(targets, place), dense=measured, **own)
+        return tuple(self._read(end) for end in found)
+
+    def _read(self, end: Any) -> RowSparsities:
+        """An end as `_descend` returns it, read from JSON."""
+        return RowSparsities(tuple(map(tuple, end)))
+
+    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+        """An end that was just reached, as JSON."""
+        return end
+
+    def _descend(self, targets: Sequence[float], place: Path) -> list[Any]:
+        """The ends, by way of the steps that an interrupted run has left at `place`."""
+        gradients, watch = self._gradients, self._gradients.watch
+        pricing, steps = self._pricing(), DescentSteps(place)
+        windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
+        samples = gradients.samples(windows, total, self.share)
+        watch(TrialStarted("prices", None))
+        if before := len(steps.prices):
+            watch(Message(f"prices: goes on after step {before} of {total}"))
+            pricing.resume(steps.state)
+
+        def prices_at(step: int, sparsities: LinearSparsities) -> Prices:
+            sample = next(samples)
+            if step >= before:
+                watch(Step("step", step + 1, total))
+                steps.add(pricing.prices(sparsities, sample), pricing.state())
+            return steps.prices[step]
+
+        for number, end in enumerate(descend(gradients.checkpoint.shapes, targets, prices_at)):
+            if number == len(steps.ends):
+                steps.ends.append(self._end(pricing, end))
+        return steps.ends
+
+
+class RowDescent(Descent):
+    """The descent whose rows move too, by masks `places` of the lowest scores of each row."""
+
+    def __init__(self, gradients: CalibrationGradients, places: Places, score: Score, loss: Loss) -> None:
+        super().__init__(gradients, lambda: RowPricing(gradients.of_blocks, places), [score, "rows", DISTANCE, loss])
+        self.share = NLL_SHARES[loss]
+
+    def _read(self, end: Any) -> RowSparsities:
+        linears, offsets = end
+        return RowSparsities(tuple(map(tuple, linears)), RowOffsets.read(offsets, self._gradients.checkpoint.shapes))
+
+    def _end(self, pricing: PricingProtocol, end: LinearSparsities) -> Any:
+        assert isinstance(pricing, RowPricing)
+        return end, pricing.offsets().stored()
+
+
+def by_score(
+    gradients: CalibrationGradients,
+    score: Score,
+    statistics: Callable[[int], BlockStatistics],
+    group: int | None,
+    rows: Loss | None = None,
+) -> Descent:
+    """The descent by masks of the lowest scores of each row, or group.
+
+    `statistics`: of a block's inputs in the dense model, as norms or ranks; `rows`: rows move too, by this loss.
+    """
+
+    def by_wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
+        known = statistics(index).get(linear.name)
+        if isinstance(known, Ranks):
+            return known.places
+        if known is None:
+            return by_magnitude(weight, group)
+        return order_in_rows(Wanda.scores(weight, known), group)
+
+    places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
+    if rows:
+        return RowDescent(gradients, places, score, rows)
+    levels = ByPlaces(places)
+    return _descent(gradients, levels, [score, *([] if group is None else [group])])
+
+
+def by_pruner(gradients: CalibrationGradients, pruner: Pruner, statistics: Callable[[int], BlockStatistics]) -> Descent:
+    """The descent by what a pruner makes of the weights; `statistics`: as it has prepared them."""
+    levels = ByPruner(pruner, statistics, int(LEVEL_SHARE * host_memory()))
+    return _descent(gradients, levels, [repr(pruner), GRID])
+
+
+def _descent(gradients: CalibrationGradients, levels: Levels, own: Sequence[Any]) -> Descent:
+    return Descent(gradients, lambda: Pricing(gradients.of_blocks, levels), own)
+
+
+def windows_of_step(positions: int, targets: Sequence[float]) -> int:
+    """Number of items of a step, of so many positions each."""
+    share = FEWER if len(targets) > 1 or targets[-1] < FEW_ZEROS else 1
+    return max(WINDOWS // share, TOKENS // share // positions)
+
+
+def by_magnitude(weight: Tensor, group: int | None = None) -> Tensor:
+    """Places [out, in] of the magnitudes of a weight in the order in which its rows lose weights."""
+    return order_in_rows(weight.abs().float(), group)
+
+
+def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measured: str) -> Costs:
+    """The costs of each linear at each width, from the cache if possible.
+
+    `measured`: SHA-256 of all that determines the dense model and the calibration windows.
+    """
+    levels = [quantize.group_size, quantize.symmetric, list(quantize.widths)]
+    own = {"dense": measured, "targets": [], "levels": levels, "constants": [COST_TOKENS, COST_ITEMS]}
+    found: Costs = gradients.kept(lambda _: _measured_costs(gradients, quantize), **own)
+    return found
+
+
+def _measured_costs(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs:
+    nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
+    sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
+    watch(TrialStarted("prices", None))
+
+    def rounded(weight: Tensor, bits: int) -> Tensor:
+        return nearest.quantize(weight, bits, None)
+
+    pricing, blocks = BitPricing(gradients.of_blocks, rounded, quantize.widths), len(gradients.checkpoint.blocks)
+    return pricing.costs(sample.items, lambda done: watch(Step("block", done, blocks)))
+
+
+def items_of_costs(positions: int) -> int:
+    """Number of items that costs are measured on, of so many positions each."""
+    return max(COST_ITEMS, COST_TOKENS // positions)
+
+
+def priced_shares(
+    costs: Costs, linears: Sequence[Sequence[Shape]], widths: Sequence[int], target: float
+) -> LinearSparsities:
+    """The shares between most and fewest bits of the cheapest widths, whose mean is at least the target.
+
+    `costs`: by block, linear and width, see `BitPricing`.
+    """
+    sizes = [shape.size for row in linears for shape in row]
+    found = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_of(target, widths)))
+    return tuple(tuple(share_of(next(found), widths) for _ in row) for row in costs)

@@ -35,8 +35,18 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run.dense_model import DenseMeasurements, dense_blocks, dense_final_states
-from atp_tune.run.prices import POOL, CalibrationGradients, Descent, bit_costs, by_pruner, by_score, priced_shares
+from atp_tune.run.dense_model import (
+    POOL,
+    CalibrationGradients,
+    DenseMeasurements,
+    Descent,
+    bit_costs,
+    by_pruner,
+    by_score,
+    dense_blocks,
+    dense_final_states,
+    priced_shares,
+)
 from atp_tune.scores import SCORES, Score
 from atp_tune.scores.evaluation import compare_bos
 from atp_tune.spec.config import Config

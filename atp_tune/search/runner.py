@@ -21,9 +21,8 @@ from atp_tune.paths import check_writable
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
-from atp_tune.search.goals import Screened, goal_of
+from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
 from atp_tune.search.samplers import make_stopper
-from atp_tune.search.screening import renamed, screening_file
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import records

@@ -30,11 +30,11 @@ from atp_tune.run.session import Session
 from atp_tune.sparse.applying import cast
 from atp_tune.sparse.comparing import is_fast, pack_linears, packed_copy
 from atp_tune.spec.patterns import parse
-from atp_tune.speed.model_pair import Pair
 from atp_tune.speed.torch_engine import (
     EXACT,
     SEMI_STRUCTURED,
     Opening,
+    Pair,
     Workload,
     check_semi_structured,
     dtypes,

@@ -31,8 +31,7 @@ from atp_tune.events import EventHandler, Message, Place, Step
 from atp_tune.metrics.speed import SIDES, Phase, Side, Sizes, Speed
 from atp_tune.spec.config import read_config
 from atp_tune.speed.benchmark import check_positions
-from atp_tune.speed.model_pair import Pair, about, find_pair
-from atp_tune.speed.torch_engine import About, Workload, dtypes, measured, opened, random_ids
+from atp_tune.speed.torch_engine import About, Pair, Workload, about, dtypes, find_pair, measured, opened, random_ids
 from atp_tune.system import cpu_flags, cpu_name
 
 VERSION = "1.8.0"

@@ -82,8 +82,7 @@ def speedup(
     with working() as watch:
         from atp_tune.results import annotations
         from atp_tune.speed.benchmark import check, default_engine, measure
-        from atp_tune.speed.model_pair import about, find_pair
-        from atp_tune.speed.torch_engine import Workload
+        from atp_tune.speed.torch_engine import Workload, about, find_pair
 
         path, place = about(model) if model is not None else config or Path(), options.device or "auto"
         read = read_config(path)
@@ -116,8 +115,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
     with working() as watch:
         from atp_tune.results.annotations import attach
         from atp_tune.speed.benchmark import check, default_engine, measure
-        from atp_tune.speed.model_pair import passing_pair
-        from atp_tune.speed.torch_engine import Workload
+        from atp_tune.speed.torch_engine import Workload, passing_pair
 
         pattern = file.study.prune.pattern
         named = default_engine(place, pattern) if engine is None else engine.value
