@@ -71,25 +71,19 @@ def as_csv(config: Config) -> str:
 
 def as_yaml(config: Config) -> str:
     """The table as a list, with model, pruner, its settings and the target."""
+    head: Table = {"study": config.study, "model": config.model.id}
     if config.by_bits and config.bits is not None and config.quantize is not None:
-        head: Table = {
-            "study": config.study,
-            "model": config.model.id,
-            "quantizer": config.plan.method,
-            "settings": config.quantize.told(config.plan.method),
-            "bits": config.bits.model_dump(),
+        head["quantizer"] = config.plan.method
+        head |= {"settings": config.quantize.told(config.plan.method), "bits": config.bits.model_dump()}
+    else:
+        head |= {
+            "pruner": config.plan.method,
+            "pattern": config.prune.pattern,
+            "settings": config.prune.told(config.plan.method),
+            **config.prune.refinement,
+            "sparsity": config.sparsity.model_dump(),
+            **_shares(config),
         }
-        return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
-    head = {
-        "study": config.study,
-        "model": config.model.id,
-        "pruner": config.plan.method,
-        "pattern": config.prune.pattern,
-        "settings": config.prune.told(config.plan.method),
-        **config.prune.refinement,
-        "sparsity": config.sparsity.model_dump(),
-        **_shares(config),
-    }
     return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
 
 

@@ -171,7 +171,7 @@ class Measuring:
         settings = Training.model_validate(self._rows[row]["settings"])
         print(f"{self._name}: {row}, {settings.steps} steps", flush=True)
         shutil.rmtree(out, ignore_errors=True)
-        done = finetune(self._sparse, out, None, None, settings, "auto", told)
+        done = finetune(self._sparse, out, None, None, settings, Place(Path(), watch=told)).record
         assert done.held_out is not None
         found = {
             "settings": settings.model_dump(), "steps": len(done.losses), "seconds": done.seconds,

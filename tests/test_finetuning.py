@@ -17,7 +17,7 @@ from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Message, Place, ignore_events
+from atp_tune.events import Event, Message, Place
 from atp_tune.extras import install
 from atp_tune.measures import change, perplexity
 from atp_tune.sparse import finetuning
@@ -81,7 +81,9 @@ def place(tiny_sparse: Path, tmp_path: Path, windows: None) -> Path:
 def run(place: Path, text: str | None = None, test: str | None = None, **settings: Any) -> Finetuned:
     named = [value and read_text("--text", value, TOKENS) for value in (text, test)]
     changed = SETTINGS.model_copy(update=settings)
-    return finetune(place / "sparse", place / "out", named[0] or None, named[1] or None, changed, "cpu", ignore_events)
+    return finetune(
+        place / "sparse", place / "out", named[0] or None, named[1] or None, changed, Place(Path(), "cpu")
+    ).record
 
 
 def check_kept(before: Path, after: Path) -> None:
@@ -172,7 +174,9 @@ def test_a_text_that_is_too_short_is_not_divided(place: Path) -> None:
     notes: list[Event] = []
     text = read_text("--text", f"file:{place / 'short.txt'}", TOKENS)
     settings = SETTINGS.model_copy(update={"steps": 2, "patience": 2})
-    done = finetune(place / "sparse", place / "out", text, None, settings, "cpu", notes.append)
+    done = finetune(
+        place / "sparse", place / "out", text, None, settings, Place(Path(), "cpu", watch=notes.append)
+    ).record
     assert done.held_out is None
     assert done.windows < 16
     assert any("too few to hold some out" in note.text for note in notes if isinstance(note, Message))
@@ -277,7 +281,7 @@ def interrupted(place: Path, after: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", watch)
+        finetune(place / "sparse", place / "out", None, None, SETTINGS, Place(Path(), "cpu", watch=watch))
 
 
 @pytest.mark.slow
@@ -289,7 +293,9 @@ def test_it_goes_on_where_it_was_cut_off(place: Path, monkeypatch: pytest.Monkey
     assert not (place / "out").exists()
     assert (place / "out.part").is_file()
     notes: list[Event] = []
-    again = finetune(place / "sparse", place / "out", None, None, SETTINGS, "cpu", notes.append)
+    again = finetune(
+        place / "sparse", place / "out", None, None, SETTINGS, Place(Path(), "cpu", watch=notes.append)
+    ).record
     assert Message("resumes after step 4 of 6") in notes
     assert again.losses == whole.losses
     one, other = tensors(place / "whole"), tensors(place / "out")

@@ -22,7 +22,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_e
 from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError, within
-from atp_tune.events import EventHandler, Place, Step, TrialStarted, calling
+from atp_tune.events import Place, Step, TrialStarted, calling
 from atp_tune.extras import require
 from atp_tune.inputs.images import doubles_of, images_of
 from atp_tune.inputs.items import IDS, Items
@@ -180,35 +180,19 @@ def finetune(
     text: Data | None,
     test: Data | None,
     settings: Training,
-    device: str,
-    watch: EventHandler,
-    trusts_plugins: bool = False,
-    teacher: str | None = None,
-) -> Finetuned:
-    """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
-
-    Also on the validation text that the folder was pruned with, if `test` is None. Of an image classifier these are
-    images. `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin
-    with BOS if they did when it was pruned. `trusts_plugins`: the code of sources of texts that it was pruned with may
-    run. `teacher`: source of the dense model for the loss `kl`; by default the model that the folder was pruned from.
-    UserError if `out` exists, if the training text shares documents with the validation or test text, or if no step
-    lowers the loss on held-out windows.
-    """
-    place = Place(Path(), device, {"trust_plugins": trusts_plugins}, watch)
-    return train(model, out, text, test, settings, place, teacher).record
-
-
-def train(
-    model: Path,
-    out: Path,
-    text: Data | None,
-    test: Data | None,
-    settings: Training,
     place: Place,
     teacher: str | None = None,
     stays: bool = False,
 ) -> Trained:
-    """`finetune` somewhere, but with the paths of the folder; what is trained `stays` in the cache, for another run."""
+    """Fine-tunes the folder `model` into the folder `out`, and measures both on the test text.
+
+    Also on the validation text that the folder was pruned with, if `test` is None. Of an image classifier these are
+    images. `text` and `test` default to the calibration and test text that the folder was pruned with. Windows begin
+    with BOS if they did when it was pruned. `place`: paths start where the folder's do. `teacher`: source of the dense
+    model for the loss `kl`; by default the model that the folder was pruned from. What is trained `stays` in the cache,
+    for another run. UserError if `out` exists, if the training text shares documents with the validation or test text,
+    or if no step lowers the loss on held-out windows.
+    """
     if settings.train == "lora":
         require("finetune", "training by LoRA")
     check_free(out)
@@ -405,7 +389,7 @@ def apply_trained(config: Config, recover: RecoverConfig, out: Path, place: Plac
     with temporary_folder(out) as pruned:  # beside: relative paths stay right
         place = replace(place, watch=calling(place.watch, str(pruned), "the pruned model"))
         write_applied(config, pruned, place, PRUNED)
-        return train(pruned, out, None, None, recover, place, stays=True)
+        return finetune(pruned, out, None, None, recover, place, stays=True)
 
 
 def recovered(

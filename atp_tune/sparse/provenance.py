@@ -67,18 +67,14 @@ def rooted(text: T, base: Path) -> T:
     return moved
 
 
-def read_text(option: str, value: str, seqlen: int) -> Text:
+def read_text(option: str, value: str, seqlen: int | None) -> Data:
     """A text from an option: its source, or its table of a study file on one line; paths start at the current folder.
 
-    `seqlen`: tokens per window, unless the table says it. UserError that names the option.
+    `seqlen`: tokens per window, unless the table says it; None: images. UserError that names the option.
     """
-    return _read(option, value, {"seqlen": seqlen}, Text)
-
-
-def _read(option: str, value: str, own: dict[str, int], kind: type[T]) -> T:
     try:
         table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        read: T = kind.model_validate({**own, **table})  # type: ignore[assignment]
+        read: Data = ImageSet(**table) if seqlen is None else Text(**{"seqlen": seqlen, **table})
         return rooted(read, Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
@@ -86,11 +82,6 @@ def _read(option: str, value: str, own: dict[str, int], kind: type[T]) -> T:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "text"
         raise UserError(f"{option}: {place}: {first['msg']}") from None
-
-
-def read_image_set(option: str, value: str) -> ImageSet:
-    """Images from an option, in the same forms."""
-    return _read(option, value, {}, ImageSet)
 
 
 class Zeros(FrozenModel):

@@ -107,7 +107,8 @@ def finetune(
     Example: `python tune.py finetune DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
     """
     check_free(out)
-    from atp_tune.sparse.provenance import read_image_set, read_text
+    from atp_tune.events import Place
+    from atp_tune.sparse.provenance import read_text
     from atp_tune.spec.recover import Training
 
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
@@ -128,7 +129,7 @@ def finetune(
         kind = "an image classifier: give --images" if of_images else "a language model: give --text"
         raise wrong(name, f"the model in {model} is {kind}")
     named, measured = (
-        value and (read_image_set(name, value) if of_images else read_text(name, value, seqlen or SEQLEN))
+        value and read_text(name, value, None if of_images else seqlen or SEQLEN)
         for name, value in given[of_images].items()
     )
     from atp_tune.cli.terminal import interruptible
@@ -136,8 +137,8 @@ def finetune(
 
     with working() as watch, interruptible():
         try:
-            texts, where = (named or None, measured or None), device or "auto"
-            done = tune(model, out, *texts, settings, where, watch, trust_plugins, teacher)
+            place = Place(Path(), device or "auto", {"trust_plugins": trust_plugins}, watch)
+            done = tune(model, out, named or None, measured or None, settings, place, teacher).record
         except KeyboardInterrupt:
             watch.close()
             console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
