@@ -82,8 +82,8 @@ def test_settings_reach_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
     for pruner in ("sparsegpt", "wanda"):
         list(work.prune(planned(pruner, "uniform", (0.5,) * 4)))
     assert made == [
-        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}, 0, 0),
-        ("wanda", {"compare": "row", "group": None}, 0, 0),
+        ("sparsegpt", {"damping": 0.5, "columns": 7, "group": None}, 0, 0, None),
+        ("wanda", {"compare": "row", "group": None}, 0, 0, None),
     ]
 
 
