@@ -6,7 +6,8 @@ items are one number for each window of a text, or for each image:
     nlls     NLL in nats per token                PPL = exp(m)                  stderr = PPL · sd / √n
     kls      KL from the dense model, likewise    KL = m                        stderr = sd / √n
     kls_99   the 99th percentile of a window's positions, its KLs in order; scored as KL
-    same_tops  share of a window's positions at which the most likely token is the dense model's    mean, sd / √n
+    same_tops  share of a window's positions (of an image 1 or 0) whose most likely token (class) is the dense model's
+               mean, sd / √n
     ranks    of an image's right class, 0: first  A_k = share of ranks < k      stderr = √(p (1 - p) / (n + 1))
 
 m mean and sd standard deviation of n items; the error of a perplexity is by the delta method. KL = Σ p ln(p / q), p and
@@ -283,7 +284,7 @@ KL_99 = Measure(
 SAME_TOP = Measure(
     "same_top", "same top", "share of positions with the dense model's most likely token", "same_tops",
     share, share_gain, Accuracy, dense="100%", is_higher_better=True,
-    note="Same top: the share of positions at which the most likely token is the dense model's.",
+    note="Same top: the share of positions (or images) whose most likely token (or class) is the dense model's.",
 )  # fmt: skip
 MEASURES = {measure.name: measure for measure in (PERPLEXITY, KL, KL_99, SAME_TOP, ACCURACY)}
 

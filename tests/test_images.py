@@ -55,7 +55,11 @@ def test_scores_are_those_of_the_model_itself(family: str) -> None:
     assert found["nlls"] == pytest.approx(
         functional.cross_entropy(own, batch.tensors[LABELS], reduction="none").tolist(), rel=1e-4
     )
-    assert found["kls"] == pytest.approx([0.0] * 7, abs=1e-6)
+    assert found["kls"] == pytest.approx([0.0] * 7, abs=1e-6) and found["same_tops"] == [1.0] * 7
+    with torch.inference_mode():  # a dense model whose classes are others for some of the images
+        other = hidden.flip(0)
+        same = (work.replay.logits(batch, other).argmax(1) == own.argmax(1)).float().tolist()
+        assert work.score.items(work.replay, batch, hidden, other)["same_tops"] == same
     assert found["ranks"] == [int((row > row[k]).sum()) for row, k in zip(own, batch.tensors[LABELS], strict=True)]
 
 

@@ -57,7 +57,9 @@ class Classes:
         labels = batch.tensors[LABELS]
         scores = {"nlls": token_nlls(logits, labels).tolist(), "ranks": ranks_of(logits, labels).tolist()}
         if dense is not None:
-            scores["kls"] = token_kls(replay.logits(batch, dense.to(hidden.device)), logits).tolist()
+            likely = replay.logits(batch, dense.to(hidden.device))
+            same = (likely.argmax(1) == logits.argmax(1)).float()
+            scores |= {"kls": token_kls(likely, logits).tolist(), "same_tops": same.tolist()}
         return scores
 
     def gradient(
