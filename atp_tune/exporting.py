@@ -17,7 +17,7 @@ A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline=
 behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
 `sequential_targets=["Linear"]` behind pruned linears too ("sequential").
 
-gptqmodel, torchao, llama.cpp  recipes of a configuration that rounds weights, see `exporting.bits`.
+gptqmodel, torchao, llama.cpp  recipes of a configuration that rounds weights, see below.
 
 Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
 block of columns, as the authors' code does.

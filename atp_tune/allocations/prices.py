@@ -26,7 +26,7 @@ Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a mo
 linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
 biased at the distance of pruning. For pruners that change the kept weights a descent by Wanda's masks goes too far;
 κ = 0.6 is the second point of a search, and `prune.prices = "own"` descends by what the pruner makes
-(`blocks.pricing`).
+(`blocks.gradients`).
 """
 
 import math

@@ -60,7 +60,7 @@ class Replay:
 
     @property
     def in_tower(self) -> int:
-        """The number of blocks, the first, that are of a vision tower: see `towers`."""
+        """The number of blocks, the first, that are of a vision tower: see `verification`."""
         return self.checkpoint.in_tower
 
     def embed(self, batch: Batch, tower: Sequence[Tensors] = ()) -> Tensor:

@@ -1,4 +1,6 @@
-"""The blocks of a model: one list, or several lists in the stages of an image classifier.
+"""Which class loads a folder, and what is pruned of its model: blocks, their linears, experts of a mixture.
+
+Blocks are in one list, or in several lists in the stages of an image classifier.
 
 Of a model that reads images beside text those of its vision tower may come before those of its language model.
 Between the stages of an image classifier lie steps such as downsampling, which belong to no block and stay dense.

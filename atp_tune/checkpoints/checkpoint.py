@@ -2,7 +2,7 @@
 
 If the weights fit, all of them are on the compute device. Else the blocks are in host memory (pinned for CUDA), and if
 they do not fit there, memory-mapped on disk. Then the tensors of a block are copied to the device while the block
-before it computes (`streaming`): the device must hold two blocks, the shell (embeddings, final norm, head) and the
+before it computes (`devices.Stream`): the device must hold two blocks, the shell (embeddings, final norm, head) and the
 activations.
 """
 

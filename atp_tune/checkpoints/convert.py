@@ -1,4 +1,4 @@
-"""Converts GGUF files, `.bin` weights and quantized weights to folders of unquantized safetensors."""
+"""Converts GGUF files, `.bin`, quantized and packed weights to folders of unquantized safetensors."""
 
 import functools
 import hashlib

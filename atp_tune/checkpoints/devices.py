@@ -1,4 +1,4 @@
-"""Devices: their free memory, limits on it, and the number format in which they multiply fast."""
+"""Devices: free memory, limits on it, fast number formats, and blocks that are elsewhere on their way to them."""
 
 import ctypes
 import gc

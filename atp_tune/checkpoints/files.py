@@ -1,4 +1,6 @@
-"""Safety checks of model folders from unknown sources: code, pickles, links, malformed files.
+"""What a model folder says before it is loaded: code, pickles, links, malformed files, sizes, quantization, places.
+
+The first are safety checks of folders from unknown sources. Nothing here loads torch.
 
 Errors: UserError that names the key that allows it, if there is one.
 """

@@ -1,4 +1,4 @@
-"""The inner loop of SparseGPT as a Triton kernel for a block of columns; see `columns` for the equations.
+"""The inner loop of SparseGPT as a Triton kernel for a block of columns; see `sparsegpt` for the equations.
 
 Rows of the weight are independent. A program keeps ROWS of them with all B columns, a tile [B, ROWS], in registers. For
 each column it selects W_j by a masked sum, multiplies it by G_j, and subtracts U_jk E_j from the columns k > j. All

@@ -191,7 +191,7 @@ def strips(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = N
     """The same on the CPU; overwrites W with the errors E.
 
     W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product with a vector per column,
-    as in `pruners.columns`.
+    as in `pruners.sparsegpt`.
     """
     rounded, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
     width = min(STRIP, max(4, ALONE // W.shape[1]))

@@ -3,7 +3,7 @@
 A tensor with a share of `LEAST` zeros is packed: as a linear, which stays packed in memory, or, such as the matrix of
 an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory. Of rounded
 weights codes are stored where they are known: of all tensors that have any, and of no others.
-`checkpoints.unpacking` is the inverse. Layout: docs/formats.md.
+`checkpoints.convert` has the inverse. Layout: docs/formats.md.
 """
 
 import json

@@ -105,7 +105,7 @@ def check_permission(name: str, private: bool) -> None:
 def upload(folder: Path, name: str, private: bool) -> str:
     """Uploads a folder's files to the model repository, which is made if it is missing; returns its address.
 
-    Paths of this machine in them are left out, but for their last parts: `publishing.stage`.
+    Paths of this machine in them are left out, but for their last parts: `stage`.
     What an earlier call has uploaded is not uploaded again. UserError if the hub refuses or cannot be reached.
     """
     with _hub_errors(name):
