@@ -306,7 +306,7 @@ def _prefix(path: Path) -> str:
 
 @cache
 def _space() -> str:
-    """What a process's number is of: the boot of a machine, and the container on it; hosts may share a name."""
+    """The scope of a process's number: the boot of a machine, and the container on it; hosts may share a name."""
     found = []
     with suppress(OSError):
         found.append(Path("/proc/sys/kernel/random/boot_id").read_text())

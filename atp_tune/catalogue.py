@@ -1,4 +1,4 @@
-"""What is known by name: pruners, allocations, scores, sources of texts and samplers, built in and plug-ins."""
+"""Lists what is known by name: pruners, allocations, scores, sources of texts and samplers, built in and plug-ins."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of the machine and its Python. Reads the machine only; the cache is not created.
+"""Finds what a bug report needs of the machine and its Python. Reads the machine only; the cache is not created.
 
 It also works where torch cannot be imported, and says why. Paths begin with ~ in the user's home folder; variables
 that may hold a password or a token are left out.
@@ -110,7 +110,7 @@ class MachineReport(FrozenModel):
 
 
 def environment() -> MachineReport:
-    """What there is here."""
+    """Describes this machine and its Python."""
     problems: list[str] = []
 
     def tried(what: str, find: Callable[[], Found]) -> Found | None:

@@ -69,7 +69,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a study has yet to do: number and size (in tokens through all blocks) of each part, as `cost.remaining`."""
+    """The work that is left of a study: number and size (in tokens through all blocks) of each part."""
 
     parts: Mapping[str, tuple[int, float]]
 

@@ -88,7 +88,7 @@ def as_yaml(config: Config) -> str:
 
 
 def _shares(config: Config) -> dict[str, str | int]:
-    """What the sparsities are shares of, if not of single weights; the bits of kept weights, if they are rounded."""
+    """The unit of the sparsities, if it is not a single weight; the bits of kept weights, if they are rounded."""
     if config.plan.fixed_bits is not None:
         return {"bits": config.plan.fixed_bits}
     return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}

@@ -45,7 +45,7 @@ def install(extra: str) -> str:
 
 
 def _package(extra: str = "") -> str:
-    """What pip takes for this package: the checkout; without one the name, since pip knows what is installed."""
+    """The argument of pip for this package: the checkout; without one the name, since pip knows what is installed."""
     if not IS_CHECKOUT:
         return shlex.quote(f"atp-tune{extra}")
     place = "." if Path().samefile(CHECKOUT) else CHECKOUT
@@ -75,7 +75,7 @@ def _is_installed(module: str) -> bool:
 
 
 def remedy(module: str) -> str:
-    """What to type where an import of this module failed: the command for its extra, or for all that is needed."""
+    """The command to type where an import of this module failed, for its extra or for all that is needed."""
     name = module.partition(".")[0]
     for extra, modules in EXTRAS.items():
         for known, package in modules.items():

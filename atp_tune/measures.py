@@ -1,4 +1,4 @@
-"""What the numbers of a study mean: how items become a score, a change between models, and words.
+"""The meaning of a study's numbers: how items become a score, a change between models, and words.
 
 A `Measure` is the only place that knows what its numbers mean; searches, tables, notes, cards and files ask it. Its
 items are one number for each window of a text, or for each image:

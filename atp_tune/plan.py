@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What is done to one linear, or to each linear of a block.
+    """The treatment of one linear, or to each linear of a block.
 
     `sparsity`: its share of zeros; None where nothing is pruned. `bits` of its weights; None where nothing is rounded.
     `rows`: how much sparser than the linear its rows are, as text of `allocations.rows`, if they differ. `linears`: of
@@ -111,7 +111,7 @@ class Plan(FrozenModel):
 
     @property
     def does(self) -> tuple[str, tuple[Level, ...]]:
-        """What it does to weights, wherever its levels come from."""
+        """Its effect on weights, wherever its levels come from."""
         return self.method, self.levels
 
     @property

@@ -135,7 +135,7 @@ def content_of_object(found: Any) -> str:
 
 
 def _parts_of(each: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str]:
-    """What an object is, as text, then what it consists of, each part once."""
+    """Yields an object's type, then its parts, as text, each part once."""
     if isinstance(each, str | bytes | int | float | complex | range | NoneType | EllipsisType):
         yield repr(each)
     elif id(each) in seen:
@@ -194,7 +194,7 @@ def _content_in_file(each: Any) -> str | None:
 
 
 def _of_notebook(each: Any) -> Iterable[Any]:
-    """What a class consists of; or a function, with the values of the names that it uses."""
+    """The parts of a class; or of a function, with the values of the names that it uses."""
     if inspect.isclass(each):
         of_pydantic = [repr(getattr(each, name, "")) for name in ("model_fields", "__private_attributes__")]
         known = sorted(vars(each).items())

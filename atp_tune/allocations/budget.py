@@ -54,7 +54,7 @@ class DenseMetricsProtocol(Protocol):
         """For each linear of each block, its sparsity by prices at this target; see `allocations.prices`."""
 
     def row_priced_sparsities(self, target: float, pruner: str) -> "RowSparsities":
-        """The same with offsets of rows, if the pruner takes the lowest scores of each row."""
+        """Sparsities and offsets of rows, if the pruner takes the lowest scores of each row."""
 
     def of_blocks(self, key: str, measure: Callable[[list[Any]], Measured], kind: Any = None) -> tuple[Measured, ...]:
         """Any other measurement: `measure` of each block, made once for each `key`.

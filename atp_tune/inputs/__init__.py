@@ -47,7 +47,7 @@ class InputKind(Protocol):
         """
 
     def many(self, text: Any, positions: int, folder: ModelFolder, base: Path, bos: bool) -> "Items":
-        """As many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
+        """Reads as many items of a calibration text as hold `positions` positions, fewer if the text is shorter."""
 
     def check_disjoint(self, items: Mapping[str, "Items"]) -> None:
         """UserError if two roles share an item."""

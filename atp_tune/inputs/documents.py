@@ -104,7 +104,7 @@ def _paragraphs(document: str) -> list[str]:
 
 
 def _between(document: str) -> str:
-    """What stands between the paragraphs of a document."""
+    """The separator of a document's paragraphs."""
     return "\n\n" if "\n\n" in document else "\n"
 
 

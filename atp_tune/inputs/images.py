@@ -62,7 +62,7 @@ class LabelledImages:
         return cut_draws(read_images("calibration", more, folder, base), count, nsamples, text.stride, pool)
 
     def many(self, text: ImageSet, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
-        """As many calibration images as hold `positions` hidden states: the first that are drawn."""
+        """Reads as many calibration images as hold `positions` hidden states: the first that are drawn."""
         more = text.model_copy(update={"nsamples": _pool_of(text, positions, folder, base), "stride": 1})
         return read_images("calibration", more, folder, base, at_most=True)
 

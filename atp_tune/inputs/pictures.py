@@ -300,7 +300,7 @@ class ImageProcessor:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it does, as JSON."""
+        """Its settings, as JSON."""
         return json.loads(self.own.to_json_string())  # type: ignore[no-any-return]
 
     def pixels(self, found: Pictures) -> Tensor:
@@ -451,7 +451,7 @@ def _key(processor: ImageProcessor, found: Pictures) -> str:
 
 
 def made_by(processor: ImageProcessor) -> list[Any]:
-    """What a processor makes pixels by, as JSON."""
+    """All of a processor that decides pixels, as JSON."""
     kind = type(processor.own)
     code = {file.name: sha256_of(file) for file in processor.folder.glob(CODE)} if processor.trusted else {}
     return [kind.__module__, kind.__qualname__, processor.settings, code]

@@ -100,7 +100,7 @@ def _processor(folder: ModelFolder) -> Any:
 
 
 def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
-    """What the model is called with for one pair, cut to `tokens`; None if the pair is shorter."""
+    """Makes the arguments with which the model is called for one pair, cut to `tokens`; None if the pair is shorter."""
     picture, words = found.picture(index), str(found.labels[index])
     try:
         with quiet("transformers"):

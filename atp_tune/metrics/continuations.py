@@ -18,7 +18,7 @@ NAMES = ("dense", "uniform", "best")
 
 
 class Continuations(FrozenModel):
-    """What dense, uniform with the same pruner, and best make of each prompt, in the order of `prompts`.
+    """Continuations of each prompt by dense, uniform with the same pruner, and best, in the order of `prompts`.
 
     `others`: the same of the best plan of each other allocation, by its name.
     `tokens`: the most that were generated. Fewer if a model ends its text. Prompts are continued as they are, without a

@@ -55,7 +55,7 @@ class OverDraws(FrozenModel):
         return Change(value=self.change.mean, stderr=self.change.sd).beside(what) if self.change else ""
 
     def how(self, data: str, is_fitted: bool) -> str:
-        """What the numbers are, in words; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""
+        """Says what the numbers are; `data`: text or images; `is_fitted`: the plan is, to the calibration text."""
         items, unit = ("images", "images") if data == "images" else ("windows", "tokens")
         said = f"calibrated with other {items} each time, "
         if self.fitted_to:

@@ -89,7 +89,7 @@ class Speed(FrozenModel, allow_inf_nan=False):
 
     @property
     def unit(self) -> str:
-        """What is counted per second."""
+        """The unit that is counted per second."""
         return "images" if any(row.classify for row in self.engines) else "tokens"
 
     def torch_dense(self, phase: Phase) -> float:

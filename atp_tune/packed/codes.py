@@ -21,7 +21,7 @@ class Parts(dict[str, Tensor]):
     """Tensors by the ends of their names, in the place of an opened file."""
 
     def get_tensor(self, name: str) -> Tensor:
-        """As of a safetensors file."""
+        """A part by its name, as of a safetensors file."""
         return self[name]
 
 
@@ -82,7 +82,7 @@ def multiples_of(weight: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> T
 
 
 def spread(groups: Tensor, size: int, columns: int) -> Tensor:
-    """What groups [..., groups] have, for each of their columns [..., columns]; the last group may be smaller."""
+    """Spreads values of groups [..., groups] over their columns [..., columns]; the last group may be smaller."""
     return groups.repeat_interleave(size, -1)[..., :columns]
 
 

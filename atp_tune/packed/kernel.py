@@ -213,12 +213,12 @@ def by_tiles(name: str | None, dtype: torch.dtype, values: torch.dtype) -> bool:
 
 @cache
 def torch_multiplies_bf16_fast() -> bool:
-    """As of `cpu`, looked up once."""
+    """`system.multiplies_bf16_fast`, looked up once."""
     return system.multiplies_bf16_fast()
 
 
 def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """As `linear`; many tokens by the unpacked weight."""
+    """Multiplies as `linear`; many tokens by the unpacked weight."""
     rows, bias = matrix.shape[0], matrix.bias
     flat = x.reshape(-1, x.shape[-1])
     y = matrix.product(flat) if len(flat) <= BATCH else None
@@ -252,7 +252,7 @@ def _fields(
     bias: Tensor | None,
     variant: int,
 ) -> tuple[int | None, ...]:
-    """What a `Weight` has."""
+    """The fields of a `Weight`."""
     groups = 1 if scales is None else scales.shape[1]
     return (
         values.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(),

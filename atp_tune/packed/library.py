@@ -148,7 +148,7 @@ def _compiled() -> int:
 
 
 def _flags() -> frozenset[str]:
-    """What the CPU can do, in the words of /proc/cpuinfo; elsewhere than on Linux as torch sees it."""
+    """The CPU's features in the words of /proc/cpuinfo; elsewhere than on Linux as torch sees it."""
     if flags := system.cpu_flags():
         return flags
     if platform.machine().lower() not in ("x86_64", "amd64"):

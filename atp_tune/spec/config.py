@@ -299,7 +299,7 @@ class Config(FrozenModel):
 
     @property
     def target(self) -> float:
-        """What the allocation shared out: the target sparsity, or a share between most and fewest bits."""
+        """The amount that the allocation shared out: the target sparsity, or a share between most and fewest bits."""
         if self.by_bits and self.bits is not None and self.quantize is not None:
             return share_of(self.bits.target, self.quantize.widths)
         return self.sparsity.target

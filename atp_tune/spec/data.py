@@ -46,7 +46,7 @@ class Source(SettingsTable):
 
     @property
     def place(self) -> str:
-        """What follows the colon."""
+        """The part after the colon."""
         return self.source.partition(":")[2]
 
     def overlaps(self, other: "Source") -> bool:

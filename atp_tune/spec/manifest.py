@@ -33,7 +33,7 @@ SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Environment(FrozenModel):
-    """What computed the weights; `device` names the threads of a CPU too."""
+    """The machine and the versions that computed the weights; `device` names the threads of a CPU too."""
 
     processor: str
     instructions: tuple[str, ...]

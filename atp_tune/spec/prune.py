@@ -161,7 +161,7 @@ class PruneConfig(SettingsTable):
         return name == "wanda" and bool(self.settings(name)["compare"] == "row")
 
     def priced_by(self, name: str) -> str:
-        """What the allocation `prices` descends by for a pruner: the places of a score, or its own weights."""
+        """The levels that `prices` descends by for a pruner: the places of a score, or its own weights."""
         return f"weights of {name}" if self.has_own_prices(name) else ranked_by(name)
 
     @property

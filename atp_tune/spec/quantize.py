@@ -57,7 +57,7 @@ class QuantizeConfig(SettingsTable):
 
 @dataclass(frozen=True)
 class Treatments:
-    """What is done to weights, in order: zeros by a pruner, if it `prunes`, then rounding, if there is `quantize`."""
+    """The treatments of weights, in order: zeros by a pruner, if it `prunes`, then rounding, if there is `quantize`."""
 
     prune: PruneConfig
     quantize: QuantizeConfig | None = None

@@ -98,7 +98,7 @@ class RecoveredScores(FrozenModel):
 
 
 class Recovered(FrozenModel):
-    """What training came to, by `settings`.
+    """The result of training by `settings`.
 
     `kept`: whether the loss on held-out windows and the perplexity on the validation text fell, so that `apply` trains
     the model; else `reason` says what did not, or why there was no training (`skipped`), in one line. `step` is the

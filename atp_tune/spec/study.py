@@ -246,7 +246,7 @@ class Study(SettingsTable):
 
     @property
     def methods(self) -> Treatments:
-        """What is done to weights."""
+        """The treatments of weights."""
         return Treatments(self.prune, None if self.bits is None else self.quantize, not self.by_bits)
 
     @property
@@ -256,7 +256,7 @@ class Study(SettingsTable):
 
     @property
     def items(self) -> str:
-        """What the model reads, for people."""
+        """The name of the model's inputs, for people."""
         return self.data.table
 
     @property
@@ -272,7 +272,7 @@ class Study(SettingsTable):
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What the study minimises, in the order of a trial's values."""
+        """The objectives that the study minimises, in the order of a trial's values."""
         return (*self.search.objective, DENSITY) if self.interval else self.search.objective
 
     @property

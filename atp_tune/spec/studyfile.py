@@ -47,7 +47,7 @@ class StudyFile:
 
     @property
     def permissions(self) -> dict[str, bool]:
-        """What a configuration of the study cannot permit itself: `allowed` of `apply`."""
+        """The permissions that a configuration of the study cannot give itself: `allowed` of `apply`."""
         model = self.study.model
         trusted = model.trust_remote_code and self.trusts_model
         found = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}

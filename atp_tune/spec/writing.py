@@ -92,5 +92,5 @@ def toml_value(value: Any) -> str:
 
 
 def _title(table: BaseModel, field: FieldInfo) -> str:
-    """What a table is for, in one sentence."""
+    """The purpose of a table, in one sentence."""
     return field.description or (type(table).__doc__ or "").splitlines()[0].removesuffix(".")

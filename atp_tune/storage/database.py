@@ -141,7 +141,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def way_out(error: BaseException, address: str) -> str | None:
-    """What to do about a database's error; None if unknown."""
+    """A way out of a database's error; None if unknown."""
     way = next((way for sign, way in WAYS.items() if sign in str(error).lower()), None)
     return way and way.format(file=shlex.quote(str(make_url(address).database)))
 
