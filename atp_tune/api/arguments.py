@@ -174,14 +174,12 @@ def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
     try:
         study = plug_in(Study.model_validate(data), file.folder, plugins)
     except ValidationError as error:
-        raise UserError(_without_file(str(invalid(file.path, error, keys)))) from None
+        # An error of a study file that does not exist, without its name: the key comes first.
+        raise UserError(
+            re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", str(invalid(file.path, error, keys)))
+        ) from None
     kept = tuple(text for text in texts if not text.startswith(PLACES))
     return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins, trusts_model=True)
-
-
-def _without_file(text: str) -> str:
-    """An error of a study file that does not exist, without its name: the key comes first."""
-    return re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", text)
 
 
 def is_study(value: Any) -> bool:

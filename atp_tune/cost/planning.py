@@ -111,7 +111,30 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
             spec = file.study
             rates = probe(context, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
-    return _forecast(known, name, device_name(device), format_, context, rates)
+    where = device_name(device)
+    offload = context.checkpoint.offload if context else known.offload()
+    work = max(rates.work if rates else 0, _descent_bytes(known))
+    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
+        work += known.held(0).blocks
+    if context is not None:
+        work += _rank_bytes(known.study, context)
+    held = known.held(work)
+    if context is not None and known.study.prune.statistics == "sequential":
+        from atp_tune.blocks.replay import held_bytes
+
+        held = replace(held, sequential=known.tokens.calibration * held_bytes(context.checkpoint))
+    needed = peaks(held, offload, known.free, known.has_own_memory)
+    blocks = len(known.sizes.blocks)
+    return Forecast(
+        study=name,
+        device=where,
+        dtype=format_,
+        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
+        memory=needed,
+        trial=tuple(_trials(known, rates)),
+        whole=_whole(known, context, rates),
+        problems=problems(held, needed, offload, known.windows),
+    )
 
 
 def foresee_open(file: StudyFile, name: str, context: "Session", other: Study | None) -> list[StudyCost]:
@@ -191,34 +214,6 @@ def _stored(file: StudyFile, name: str) -> optuna.Study | None:
 def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
     """Trials done, and the total, which early termination may have lowered."""
     return (progress.counted(study), progress.total_of(study, asked)) if study else (0, asked)
-
-
-def _forecast(
-    known: Known, name: str, device: str, dtype: str, context: "Session | None", rates: ProbeRates | None
-) -> Forecast:
-    offload = context.checkpoint.offload if context else known.offload()
-    work = max(rates.work if rates else 0, _descent_bytes(known))
-    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
-        work += known.held(0).blocks
-    if context is not None:
-        work += _rank_bytes(known.study, context)
-    held = known.held(work)
-    if context is not None and known.study.prune.statistics == "sequential":
-        from atp_tune.blocks.replay import held_bytes
-
-        held = replace(held, sequential=known.tokens.calibration * held_bytes(context.checkpoint))
-    needed = peaks(held, offload, known.free, known.has_own_memory)
-    blocks = len(known.sizes.blocks)
-    return Forecast(
-        study=name,
-        device=device,
-        dtype=dtype,
-        weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
-        memory=needed,
-        trial=tuple(_trials(known, rates)),
-        whole=_whole(known, context, rates),
-        problems=problems(held, needed, offload, known.windows),
-    )
 
 
 def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:

@@ -49,11 +49,6 @@ def note_in(attributes: Mapping[str, Any], trial: int | None = None) -> str:
     return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else ""
 
 
-def figure_parts(name: str, json: str) -> dict[str, Any]:
-    """The attributes of a figure: its name among the study's figures, and Plotly's JSON of it."""
-    return _parts(f"{PREFIX}plot_data:{name}:", json)
-
-
 def _head(trial: int | None) -> str:
     return PREFIX if trial is None else f"{PREFIX}{trial}:"
 
@@ -89,7 +84,8 @@ def figures_of(summary: Summary) -> dict[str, Any]:
     """The figures of a study, as system attributes in the dashboard's format."""
     made: dict[str, Any] = {}
     for name, figure in draw(summary).items():
-        made |= figure_parts(name, figure.to_json())
+        # The attributes of a figure: its name among the study's figures, and Plotly's JSON of it.
+        made |= _parts(f"{PREFIX}plot_data:{name}:", figure.to_json())
     return made
 
 

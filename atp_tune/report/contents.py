@@ -24,7 +24,7 @@ from atp_tune.results.formatting import duration, errors_of, in_one_line, spent,
 from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.tables import Table
-from atp_tune.spec.config import SHARES, TaskScores, ZeroShot
+from atp_tune.spec.config import SHARES, ZeroShot
 from atp_tune.spec.plugged import permission
 from atp_tune.spec.studyfile import settings
 from atp_tune.storage.lost_trials import is_given_up, is_lost
@@ -195,7 +195,15 @@ def zero_shot(found: ZeroShot) -> Table:
     rows = []
     for task in found.tasks:
         scores = (measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
-        rows.append((_task(task), str(task.items), *scores, *[_points(task.best_minus_uniform, task.metric)] * paired))
+        shots = f" ({task.num_fewshot}-shot)" if task.num_fewshot else ""
+        rows.append(
+            (
+                (task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")),
+                str(task.items),
+                *scores,
+                *[_points(task.best_minus_uniform, task.metric)] * paired,
+            )
+        )
     if len(rows) > 1 and found.mean:
         means = (measure(found.mean.get(model)) for model in models)
         rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
@@ -237,11 +245,6 @@ def speed(found: Speed, where: bool = True) -> Table:
     return Table(("speed", "dense", "sparse", "sparse against dense"), rows)
 
 
-def _task(task: TaskScores) -> str:
-    shots = f" ({task.num_fewshot}-shot)" if task.num_fewshot else ""
-    return task.task + shots + ("" if task.metric == "acc" else f" [{task.metric}]")
-
-
 def measure(found: TaskScore | None, metric: str = SHARES[0]) -> str:
     """A score with its standard error, in per cent if the metric is a share."""
     return NOTHING if found is None else found.written(".1%" if metric in SHARES else ".4g")
@@ -266,7 +269,10 @@ def comparison(studies: Sequence[Contents]) -> Table:
 
 def fingerprint(contents: Contents) -> Table:
     """Facts that values depend on, versions of libraries, devices."""
-    rows = [(key, _plain(value)) for key, value in sorted(contents.facts.items())]
+    rows = [
+        (key, (", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        for key, value in sorted(contents.facts.items())
+    ]
     rows += [(f"version of {name}", version) for name, version in contents.versions.items()]
     return Table(("key", "value"), [*rows, ("device", contents.devices or NOTHING)], (0, 1))
 
@@ -309,7 +315,3 @@ def _study_row(contents: Contents, on: Role) -> tuple[str, ...]:
         duration(contents.seconds),
         contents.devices or NOTHING,
     )
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

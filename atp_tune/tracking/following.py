@@ -101,7 +101,11 @@ def records(trials: Sequence[FrozenTrial], summary: Summary) -> Iterator[tuple[i
                         better = max if by.is_higher_better else min
                         best[by.name] = better(found[by.name], best.get(by.name, found[by.name]))
             drawn = {**trial.params, **parameters_of(trial)}  # over an interval of sparsities, not shares of the bounds
-            parameters = {key: float(value) for key, value in drawn.items() if _is_number(value)}
+            parameters = {
+                key: float(value)
+                for key, value in drawn.items()
+                if (isinstance(value, int | float) and not isinstance(value, bool))
+            }
             numbers = {
                 f"{table}/{key}": value
                 for table, each in (("trial", found), ("best", best), ("parameters", parameters))
@@ -129,7 +133,3 @@ def _scores(results: Results, prefix: str, models: Mapping[str, Model | None], t
         for name, model in models.items()
     }
     return {name: found.value for name, found in scores.items() if found and math.isfinite(found.value)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

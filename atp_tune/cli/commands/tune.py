@@ -360,9 +360,10 @@ def model(
     from atp_tune.presets import StudyRequest
     from atp_tune.spec.finding import HERE, known
     from atp_tune.spec.plugged import rooted
-    from atp_tune.spec.studyfile import tables
+    from atp_tune.spec.studyfile import absolute_storage, tables
     from atp_tune.spec.typed import goal, only_limit
     from atp_tune.spec.writing import write_study
+    from atp_tune.storage.opening import check_writable
 
     if source in [path.stem for path in known()] and not Path(source).exists():
         raise wrong("MODEL", f"{source} is a study: run it with --study {source}")
@@ -383,6 +384,8 @@ def model(
     if path.exists():
         _go_on(path, wishes, options)
         return
+    if options.storage:  # before the study file is written
+        check_writable(absolute_storage(options.storage, Path()))
     made = _make(
         wishes, path.stem, options.device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     )
