@@ -150,7 +150,7 @@ def classifier(family: str, place: Path, heads: bool) -> tuple[Session, Plan, Co
     ("family", "heads"), [*((name, False) for name in CLASSIFIERS), *((name, True) for name in WITH_HEADS)]
 )
 def test_a_slim_classifier_is_the_masked_one(family: str, heads: bool, tmp_path: Path) -> None:
-    pixels = image_families.images(family, 3, 3).pixels
+    pixels = image_families.images(family, 3, 3).tensors["pixel_values"]
     with quiet():
         work, plan, config = classifier(family, tmp_path, heads)
         write_sparse(work, plan, tmp_path / "masked", config)
