@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -328,19 +328,6 @@ GRID = 32  # levels of a pruner's own weights
 Places = Callable[[int, Linear, Tensor], Tensor]  # by block, linear, and matrix [out, in] of its weights
 
 
-class Levels(Protocol):
-    """The levels of the linears of a dense checkpoint."""
-
-    def number(self, columns: int) -> int:
-        """The level of sparsity 1, for a linear of so many inputs."""
-
-    def around(self, columns: int, sparsity: float) -> tuple[int, int, int]:
-        """The level of a sparsity, between the two that a price is measured between: below, at, above."""
-
-    def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
-        """The weight [out, in] of a linear of block `index`, from the dense one, at a level."""
-
-
 class ByPlaces:
     """Masks of the lowest scores of each row; `places`: places [out, in] of a linear's scores in their rows."""
 
@@ -348,16 +335,19 @@ class ByPlaces:
         self._places = places
 
     def number(self, columns: int) -> int:
-        """One for each weight of a row."""
+        """The level of sparsity 1, for a linear of so many inputs: one for each weight of a row."""
         return columns
 
     def around(self, columns: int, sparsity: float) -> tuple[int, int, int]:
-        """Weights whose place is less than `BAND` of the inputs away from the number of zeros are between them."""
+        """The level of a sparsity, between the two that a price is measured between: below, at, above.
+
+        Weights whose place is less than `BAND` of the inputs away from the number of zeros are between them.
+        """
         zeros, reach = int(columns * sparsity), max(1, int(BAND * columns))
         return max(zeros - reach + 1, 0), zeros, min(zeros + reach, columns)
 
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
-        """The weights of a lower place are zero."""
+        """The weight [out, in] of a linear of a block, from the dense one, at a level: those of a lower place are zero."""
         return zeroed(weight, self._places(index, linear, weight) < level)
 
 
@@ -376,7 +366,7 @@ class ByPruner:
         self._kept: dict[tuple[int, str, int], Tensor] = {}  # the one that was asked for last is the last
 
     def number(self, columns: int) -> int:
-        """As many as a group has weights, or `GRID`."""
+        """The level of sparsity 1: as many as a group has weights, or `GRID`."""
         return self._group or GRID
 
     def around(self, columns: int, sparsity: float) -> tuple[int, int, int]:
@@ -399,6 +389,9 @@ class ByPruner:
         while self._free < 0:
             self._free += self._kept.pop(next(iter(self._kept))).nbytes
         return found.to(weight.device)
+
+
+Levels = ByPlaces | ByPruner  # of the linears of a dense checkpoint
 
 
 class Pricing:

@@ -171,58 +171,37 @@ def prune_sequentially(
     a setting of torch around a linear.
     """
     collector = InputCollector(linears, kind, getcurrent().switch)
-    pruned: set[str] = set()
-    with collector.attached(block), _Lockstep(runs) as batches:
-        while (stop := batches.next()) is not None:
-            for linear in stop:
-                if linear.name not in pruned:
-                    prune(linear, collector.of(linear))
-                    pruned.add(linear.name)
+    before, batches, pruned = thread_state(), [greenlet(run) for run in runs], set[str]()
+    for batch in batches:
+        batch.gr_context = copy_context()
+    with collector.attached(block):
+        try:
+            while True:
+                # Each batch runs to its next linears, or to its end, where the stop is its result.
+                stops: list[Any] = []
+                for batch in batches:
+                    stops.append(batch.switch())
+                    if thread_state() != before:  # of the thread, not of the greenlet: the other batches share it
+                        raise TrialError(
+                            "the model changes settings of torch, such as autocast, around a linear, which batches "
+                            'that stop there would share; set statistics = "block"'
+                        )
+                if all(batch.dead for batch in batches):
+                    break
+                if any(batch.dead or stop != stops[0] for batch, stop in zip(batches, stops, strict=True)):
+                    raise TrialError(
+                        'batches meet the linears of a block in different orders; set statistics = "block"'
+                    )
+                for linear in stops[0]:
+                    if linear.name not in pruned:
+                        prune(linear, collector.of(linear))
+                        pruned.add(linear.name)
+        finally:
+            for batch in batches:  # ends suspended batches after an error
+                if batch:
+                    batch.throw(GreenletExit)
     collector.result()
-    return batches.results
-
-
-class _Lockstep:
-    """Runs batches to the same linear and suspends them there, one greenlet each."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._before = thread_state()
-        self._greenlets = [greenlet(run) for run in runs]
-        for batch in self._greenlets:
-            batch.gr_context = copy_context()
-        self.results: list[Tensor] = []
-
-    def __enter__(self) -> "_Lockstep":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for batch in self._greenlets:  # ends suspended batches after an error
-            if batch:
-                batch.throw(GreenletExit)
-
-    def next(self) -> Sequence[Linear] | None:
-        """Runs all batches to their next linears, which are returned; None when all batches have ended."""
-        found = [self._go_on(batch) for batch in self._greenlets]
-        if all(batch.dead for batch in self._greenlets):
-            self.results = found
-            return None
-        first: Sequence[Linear] = found[0]
-        if any(batch.dead or stop != first for batch, stop in zip(self._greenlets, found, strict=True)):
-            raise TrialError('batches meet the linears of a block in different orders; set statistics = "block"')
-        return first
-
-    def _go_on(self, batch: greenlet) -> Any:
-        """Runs one batch to its next stop; TrialError if it has changed a setting of torch there.
-
-        Such settings belong to the thread, not to the greenlet, so they would affect the other batches.
-        """
-        stop = batch.switch()
-        if thread_state() != self._before:
-            raise TrialError(
-                "the model changes settings of torch, such as autocast, around a linear, which batches that stop there "
-                'would share; set statistics = "block"'
-            )
-        return stop
+    return stops
 
 
 def thread_state() -> tuple[object, ...]:
