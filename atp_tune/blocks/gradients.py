@@ -347,7 +347,7 @@ class ByPlaces:
         return max(zeros - reach + 1, 0), zeros, min(zeros + reach, columns)
 
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
-        """The weight [out, in] of a linear of a block, from the dense one, at a level: those of a lower place are zero."""
+        """The weight [out, in] of a linear, from the dense one, at a level: those of a lower place are zero."""
         return zeroed(weight, self._places(index, linear, weight) < level)
 
 
