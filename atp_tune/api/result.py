@@ -12,14 +12,13 @@ from atp_tune.api.arguments import Lender, Settings, as_arguments, study_file
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
 from atp_tune.results.formatting import method_of, plan_of, rate_unit, remark_of, spent, texts_note
-from atp_tune.results.goals import goal_in
+from atp_tune.results.goals import Choice, chosen
 from atp_tune.results.results import DENSE, TRAINED, Model, allocation_of
 from atp_tune.results.stored import best_config, file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
 from atp_tune.results.tables import overview
 from atp_tune.spec.config import Config
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.spec.typed import only_limit
 from atp_tune.storage import opening
 
 if TYPE_CHECKING:
@@ -209,17 +208,11 @@ class Result:
         max_drop: float | str | None = None,
     ) -> Config:
         """The configuration of a trial; UserError for two choices, and for one that is not there."""
-        limits = {"max_increase": max_increase, "max_drop": max_drop}
-        choices = {"trial": trial, "sparsity": sparsity, **limits}
-        given = [name for name, value in choices.items() if value is not None]
-        if len(given) > 1:
-            raise UserError(f"{given[1]}: names one trial, and {given[0]} another; leave one out")
+        asked = {"trial": trial, "sparsity": sparsity, "max_increase": max_increase, "max_drop": max_drop}
         with as_arguments():
-            if sparsity is not None:
-                trial = goal_in(self.study).nearest(str(sparsity)).trial.number
-            elif limit := only_limit({key: None if value is None else str(value) for key, value in limits.items()}):
-                trial = goal_in(self.study).sparsest(limit).trial.number
-            return best_config(file_as_run(self.study, self._file), self.study, HERE, trial)
+            found = chosen(self.study, asked)
+            number = found.trial.number if isinstance(found, Choice) else found
+            return best_config(file_as_run(self.study, self._file), self.study, HERE, number)
 
     def __repr__(self) -> str:
         summary = self.summary

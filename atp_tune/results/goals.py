@@ -23,7 +23,7 @@ from atp_tune.results.annotations import speed_of
 from atp_tune.results.formatting import against_uniform, drawn, drawn_how, draws_note, limit_of, method_of
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, is_uniform, uniform_of
 from atp_tune.spec.search import STEP
-from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity
+from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity, only_limit, option
 from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of
 from atp_tune.storage.validation import readable
@@ -440,6 +440,21 @@ def goal_in(study: optuna.Study) -> AtSparsity:
         return AtSparsity(study)
     interval = found[0], found[1]
     return WithinLimit(study, interval, limit) if limit else OverInterval(study, interval)
+
+
+def chosen(study: optuna.Study, asked: Mapping[str, Any]) -> int | Choice | None:
+    """The trial that one of these names, if it is not None: `trial`, `sparsity` or a limit; UserError for two."""
+    named = {key: value for key, value in asked.items() if value is not None}
+    if len(named) > 1:
+        first, second, *_ = map(option, named)
+        raise UserError(f"{second}: names one trial, and {first} another; leave one out")
+    match named:
+        case {"trial": number}:
+            return int(number)
+        case {"sparsity": sparsity}:
+            return goal_in(study).nearest(str(sparsity))
+    limit = only_limit(named)
+    return goal_in(study).sparsest(limit) if limit else None
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

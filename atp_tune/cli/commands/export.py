@@ -13,7 +13,6 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     import optuna
 
-    from atp_tune.results.goals import Choice
     from atp_tune.spec.config import Config
 
 # --- Which trial of a study `export` writes: the one that its options name, or that the user chooses from a table.
@@ -21,20 +20,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChoiceOptions:
-    """The options that name a trial, as they were typed; at most one is given."""
+    """The options that name a trial; at most one is given."""
 
-    trial: int | None
-    sparsity: str | None
-    max_increase: str | None
-    max_perplexity: str | None
-    max_kl: str | None
-    max_drop: str | None = None
-
-    def check(self) -> None:
-        """BadParameter if two are given."""
-        given = self.options
-        if len(given) > 1:
-            raise wrong(given[1], f"names one trial, and {given[0]} another; leave one out")
+    trial: Annotated[
+        int | None,
+        option("N", "This trial, measured in full; default: the best.", min=0, autocompletion=completion.trials),
+    ] = None
+    sparsity: Annotated[
+        str | None,
+        option("SHARE", "The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
+    ] = None
+    max_increase: Annotated[
+        str | None,
+        option("SHARE", "The sparsest plan with at most so much more perplexity than dense: 10%."),
+    ] = None
+    max_perplexity: Annotated[
+        str | None, option("NUMBER", "The sparsest plan with at most this validation perplexity.")
+    ] = None
+    max_kl: Annotated[
+        str | None,
+        option("NUMBER", "The sparsest plan with at most this KL, in nats per token.", "--max-kl"),
+    ] = None
+    max_drop: Annotated[
+        str | None,
+        option("SHARE", "Of images: the sparsest plan that loses at most 1% (one point) of accuracy."),
+    ] = None
 
     @property
     def options(self) -> list[str]:
@@ -47,26 +57,15 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
 
     `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
     """
-    from atp_tune.results.goals import goal_in
-    from atp_tune.spec.typed import only_limit
+    from atp_tune.results.goals import Choice, chosen
     from atp_tune.storage.validation import StudySnapshot
 
     study = StudySnapshot(stored)
-    limits = {key: getattr(choice, key) for key in ("max_increase", "max_perplexity", "max_kl", "max_drop")}
-    limit = only_limit(limits)
-    if choice.trial is not None:
-        return choice.trial
-    if choice.sparsity is not None:
-        return _said(goal_in(study).nearest(choice.sparsity))
-    if limit is not None:
-        return _said(goal_in(study).sparsest(limit))
-    return _asked(study) if may_ask else None
-
-
-def _said(choice: "Choice") -> int:
-    """The number of the chosen trial, said in one line on stderr."""
-    print(printable(str(choice)), file=sys.stderr)
-    return choice.trial.number
+    found = chosen(study, vars(choice))
+    if isinstance(found, Choice):
+        print(printable(str(found)), file=sys.stderr)
+        return found.trial.number
+    return _asked(study) if found is None and may_ask else found
 
 
 def _asked(study: "optuna.Study") -> int | None:
@@ -116,29 +115,8 @@ def export(
         bool,
         flag("--json", "Print the configuration; a file is written only with `--out`."),
     ] = False,
-    trial: Annotated[
-        int | None,
-        option("N", "This trial, measured in full; default: the best.", min=0, autocompletion=completion.trials),
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        option("SHARE", "The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
-    ] = None,
-    max_increase: Annotated[
-        str | None,
-        option("SHARE", "The sparsest plan with at most so much more perplexity than dense: 10%."),
-    ] = None,
-    max_perplexity: Annotated[
-        str | None, option("NUMBER", "The sparsest plan with at most this validation perplexity.")
-    ] = None,
-    max_kl: Annotated[
-        str | None,
-        option("NUMBER", "The sparsest plan with at most this KL, in nats per token.", "--max-kl"),
-    ] = None,
-    max_drop: Annotated[
-        str | None,
-        option("SHARE", "Of images: the sparsest plan that loses at most 1% (one point) of accuracy."),
-    ] = None,
+    *,
+    choice: ChoiceOptions,
     storage: Storage = None,
     study_name: StudyLabel = None,
     set_: Overrides = None,
@@ -174,8 +152,6 @@ def export(
     if out == Path("-"):
         raise wrong("--out", "- is no file; --json prints the configuration")
     kind = kind_of("json" if json and format_ is None else format_, out)
-    choice = ChoiceOptions(trial, sparsity, max_increase, max_perplexity, max_kl, max_drop)
-    choice.check()
     if config is not None and choice.options:
         raise wrong(choice.options[0], "only with --study")
     if json and kind != "json":
