@@ -6,7 +6,7 @@ device are copied one by one too.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -32,7 +32,7 @@ from atp_tune.generation import Speaker
 from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
-from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_name, pictures_of
+from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_of
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
 from atp_tune.metrics.continuations import NAMES, Continuations
@@ -454,51 +454,38 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
     `both`: by its dense model too. UserError, before a model is loaded, for a file that is
     no picture.
     """
-    found = _Found(pictures_of(files, "FILE"))
-    use = Use("classify", "classify DIR FILE", found.kind, of_images=True)
-    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
-        sparse = found.guesses(models.model("sparse"))
-        dense = found.guesses(models.model("dense")) if both else [None] * len(sparse)
-    return tuple(
-        Classified(file=str(file), classes=own, dense=other)
-        for file, own, other in zip(files, sparse, dense, strict=True)
-    )
+    pictures, made = pictures_of(files, "FILE"), list[Items]()
+    for index in range(len(pictures)):
+        pictures.picture(index)  # decoded once to see that all can be
 
+    def images(found: ModelFolder) -> Items:  # their pixels, by the processor of the first model
+        if not made:
+            pixels = ImageProcessor.of(found.path, found.trusted).pixels(pictures)
+            made.append(Items.of({PIXELS: pixels, LABELS: torch.zeros(len(pixels), dtype=torch.int64)}, 1))
+        return made[0]
 
-class _Found:
-    """Pictures, decoded once to see that all can be, and their pixels by the processor of the first model."""
-
-    def __init__(self, found: Pictures) -> None:
-        self._pictures = found
-        self._folder: ModelFolder | None = None
-        for index in range(len(found)):
-            found.picture(index)
-
-    def kind(self, folder: ModelFolder) -> InputKind:
-        """The kind of input of a model, for images of the size of these."""
-        self._folder = self._folder or folder
-        return LABELLED_IMAGES.of({"test": self._images})
-
-    def guesses(self, own: WholeModel) -> list[tuple[Guess, ...]]:
-        """The first `TOP` classes of each picture by a model, the most probable first."""
-        self._folder = self._folder or own.folder
-        found, names = list[tuple[Guess, ...]](), model_config(own.folder.path, own.folder.trusted).id2label
-        for start in range(0, len(self._images), BATCH):
-            batch = self._images[start : start + BATCH].batch(own.device)
+    def guesses(own: WholeModel) -> Iterator[tuple[Guess, ...]]:
+        items, names = images(own.folder), model_config(own.folder.path, own.folder.trusted).id2label
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH].batch(own.device)
             with torch.inference_mode(), own.opened() as model:
                 logits = LABELLED_IMAGES.forward(model, batch).logits  # [images, classes]
             if not logits.isfinite().all():
                 raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
             for places, values in zip(*_first(logits), strict=True):
                 pairs = zip(places.tolist(), values.tolist(), strict=True)
-                found.append(tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs))
-        return found
+                yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
-    @cached_property
-    def _images(self) -> Items:
-        assert self._folder is not None
-        pixels = ImageProcessor.of(self._folder.path, self._folder.trusted).pixels(self._pictures)
-        return Items.of({PIXELS: pixels, LABELS: torch.zeros(len(pixels), dtype=torch.int64)}, 1)
+    use = Use(
+        "classify", "classify DIR FILE", lambda found: LABELLED_IMAGES.of({"test": images(found)}), of_images=True
+    )
+    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
+        sparse = list(guesses(models.model("sparse")))
+        dense = list(guesses(models.model("dense"))) if both else [None] * len(sparse)
+    return tuple(
+        Classified(file=str(file), classes=own, dense=other)
+        for file, own, other in zip(files, sparse, dense, strict=True)
+    )
 
 
 def _first(logits: Tensor) -> tuple[Tensor, Tensor]:
