@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from atp_tune.api.arguments import Lender, Settings, as_arguments, study_file
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
-from atp_tune.results.formatting import method_of, plan_of, rate_unit, remark_of, spent, texts_note
+from atp_tune.results.formatting import method_of, plan_of, remark_of, spent, texts_note
 from atp_tune.results.goals import Choice, chosen
 from atp_tune.results.results import DENSE, TRAINED, Model, allocation_of
 from atp_tune.results.stored import best_config, file_as_run, stored_study
@@ -78,7 +78,7 @@ def points(summary: Summary) -> list[Row]:
                 **{f"{name}_stderr": found and (found.stderr or None) for name, found in against},
                 "excess": point.excess,
                 "packed_bytes": point.packed_bytes,
-                f"{rate_unit(summary)}_per_second": point.speed and point.speed.fastest,
+                f"{summary.results.words.rate}_per_second": point.speed and point.speed.fastest,
                 "best": point.is_best,
             }
         )

@@ -100,9 +100,7 @@ def _notes(summary: Summary) -> list[str]:
     same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
     paired = f"against uniform: {same}, error of the difference"
     notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
-    notes += [texts_note(summary), *(by.note for by in summary.results.measures)]
-    if summary.results.data == "images":
-        notes.append("perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1")
+    notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]
     if summary.limit:
         by_tasks = "min_accuracy" in summary.limit
         where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"

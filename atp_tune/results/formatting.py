@@ -132,11 +132,6 @@ def stored_as(summary: Summary) -> str:
     return "slim" if summary.of_channels else "packed"
 
 
-def rate_unit(summary: Summary) -> str:
-    """What rates count: tokens, or images."""
-    return "images" if summary.results.data == "images" else "tokens"
-
-
 def dense_speed(summary: Summary) -> float | None:
     """Tokens, or images, per second of the dense model in torch, the median over points; None if none is measured."""
     speeds = [point.speed for point in summary.points if point.speed]
@@ -154,7 +149,7 @@ def texts_note(summary: Summary) -> str:
     """What calibrated and what measured: `texts: c4 to calibrate, wikitext2 to measure`; "" if it is not known."""
     if summary.made_from is None:
         return ""
-    data, kind = summary.made_from.study.data, {"text": "texts"}.get(summary.results.data, "images")
+    data, kind = summary.made_from.study.data, summary.results.words.several
     test = data.validation if data.test is None else data.test
     calibration, *measured = (_named(text.source) for text in (data.calibration, data.validation, test))
     if {calibration} == set(measured):
@@ -172,8 +167,8 @@ def sizes_note(summary: Summary) -> str:
     """The legend of those columns; "" without them."""
     writer = {"packed": "pack", "slim": "apply --slim"}[stored_as(summary)]
     packed = f"{stored_as(summary)}: bytes of the weights as `{writer}` writes them" if has_bytes(summary) else ""
-    how = {"images": "one image at a time", "tokens": "decoded one at a time"}[unit := rate_unit(summary)]
-    rates = f"{unit}/s: {how}, weights not rounded, by the fastest engine that `speedup` measured"
+    words = summary.results.words
+    rates = f"{words.rate}/s: {words.how}, weights not rounded, by the fastest engine that `speedup` measured"
     return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 
 

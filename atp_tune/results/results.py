@@ -81,6 +81,24 @@ NOTHING = "–"  # an empty cell of a table
 
 
 @dataclass(frozen=True)
+class Words:
+    """What plans are measured on in words: text in `unit`; `rate` counts what runs `how`; `several` of it."""
+
+    data: str = "text"
+    unit: str = "windows"
+    rate: str = "tokens"
+    how: str = "decoded one at a time"
+    several: str = "texts"
+    note: str = ""
+
+
+IMAGES = Words(
+    "images", "images", "images", "one image at a time", "images",
+    "perplexity: over classes, the exponential of the mean cross-entropy; accuracy: top-1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Against:
     """A change from another model, paired by the items of the text `on`; the error is that of the difference."""
 
@@ -130,15 +148,20 @@ class Results:
         """The measure that is minimised; of two, the first."""
         return MEASURES[self.objectives[0]]
 
+    @cached_property
+    def words(self) -> Words:
+        """What plans are measured on."""
+        return IMAGES if ACCURACY in self.measures else Words()
+
     @property
     def data(self) -> str:
         """What plans are measured on: text or images."""
-        return "images" if ACCURACY in self.measures else "text"
+        return self.words.data
 
     @property
     def unit(self) -> str:
         """What errors are over: windows of a text, or images."""
-        return "images" if ACCURACY in self.measures else "windows"
+        return self.words.unit
 
     @cached_property
     def counts(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from pydantic import Field, PlainSerializer
 from atp_tune.frozen import FrozenModel
 from atp_tune.metrics.draws import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.formatting import dense_speed, method_of, plan_of, rate_unit, remark_of, sign_of_beta
+from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
 from atp_tune.results.goals import Point
 from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
 from atp_tune.results.results import Against as Change
@@ -228,7 +228,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         limit=None if summary.limit is None else dict(summary.limit),
         points=tuple(_point(summary, point) for point in summary.points),
         dense_bytes=summary.dense_bytes,
-        **{f"dense_{rate_unit(summary)}_per_second": dense_speed(summary)},
+        **{f"dense_{summary.results.words.rate}_per_second": dense_speed(summary)},
         requested=summary.requested,
         sign=sign_of_beta(summary) or None,
         bits=summary.bits,
@@ -288,7 +288,7 @@ def _point(summary: Summary, point: Point) -> PointStatus:
         excess=point.excess,
         best=point.is_best,
         packed_bytes=point.packed_bytes,
-        **{f"{rate_unit(summary)}_per_second": point.speed.fastest if point.speed else None},
+        **{f"{summary.results.words.rate}_per_second": point.speed.fastest if point.speed else None},
     )
 
 

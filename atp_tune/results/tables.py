@@ -14,7 +14,6 @@ from atp_tune.results.formatting import (
     megabytes,
     method_of,
     plan_of,
-    rate_unit,
     remark_of,
     spent,
     stored_as,
@@ -99,7 +98,7 @@ def _sizes(summary: Summary) -> Iterator[Column]:
     if has_bytes(summary):
         yield stored_as(summary), size
     if dense is not None:
-        yield f"{rate_unit(summary)}/s", rate
+        yield f"{summary.results.words.rate}/s", rate
     if any(point.excess is not None for point in summary.points):
         yield "limit", lambda m: "" if isinstance(m, str) else "within" if points[m.number].is_within else "beyond"
 
