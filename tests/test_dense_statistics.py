@@ -9,7 +9,7 @@ from plans import planned
 from test_prune_pass import atp_plan
 
 from atp_tune.blocks import dense_metrics
-from atp_tune.blocks.dense_metrics import CachedStatistics, is_room, place_of, save_all
+from atp_tune.blocks.dense_metrics import cached_statistics, is_room, place_of, save_all
 from atp_tune.events import Message
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
@@ -48,7 +48,7 @@ def test_what_is_kept_is_what_was_measured(
     if kind is Hessian:
         blocks[0]["a"].factor(0.01)  # one is kept with its factor, the others are factorised when they are asked
     save_all(tmp_path / "kept", blocks)
-    kept = CachedStatistics(tmp_path / "kept", kind, 2, CPU)
+    kept = cached_statistics(tmp_path / "kept", kind, 2, CPU)
     assert len(kept) == 2 and len(kept[0:2]) == 2
     for index in (1, 0, 0):
         assert kept[index]["a"] is kept[index]["b"] or not small

@@ -7,7 +7,7 @@ from plans import planned
 from test_context import bench_of
 
 from atp_tune.blocks import dense_metrics
-from atp_tune.blocks.dense_metrics import Ranked, can_rank
+from atp_tune.blocks.dense_metrics import PerBlock, can_rank
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
@@ -94,5 +94,5 @@ def test_slices_are_lists_of_blocks() -> None:
     work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
     pruned(work, 0.5)
     (found,) = work.measured._ranked.values()
-    assert isinstance(found, Ranked) and len(found) == 4
+    assert isinstance(found, PerBlock) and len(found) == 4
     assert [set(block) for block in found[1:3]] == [set(found[1]), set(found[2])]

@@ -15,7 +15,6 @@ Blocks are used one at a time and nothing of their size is kept, so no more memo
 import json
 import math
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,78 +54,62 @@ RANK_SHARE = 0.3  # maximum share of the free memory for ranks
 RANK_BYTES = 2  # bytes of a rank, in rows of up to 32,768 weights (longer rows: 4)
 
 
-class PerBlock(Sequence[BlockStatistics], ABC):
-    """A sequence of the statistics of each block, computed on access."""
+class PerBlock(Sequence[BlockStatistics]):
+    """A sequence of the statistics of each block, computed on access by `of`."""
 
-    def __init__(self, blocks: int) -> None:
-        self._blocks = blocks
-
-    @abstractmethod
-    def of(self, index: int) -> BlockStatistics:
-        """The statistics of block `index`, from 0."""
+    def __init__(self, blocks: int, of: Callable[[int], BlockStatistics]) -> None:
+        self._blocks, self._of = blocks, of
 
     def __len__(self) -> int:
         return self._blocks
 
     def __getitem__(self, index: Any) -> Any:
         found = range(self._blocks)[index]  # raises IndexError
-        return self.of(found) if isinstance(found, int) else [self.of(each) for each in found]
+        return self._of(found) if isinstance(found, int) else [self._of(each) for each in found]
 
 
-class CachedStatistics(PerBlock):
-    """Statistics that are read from disk."""
+def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> PerBlock:
+    """Statistics that are read from disk, each block's from its file."""
+    small: dict[int, BlockStatistics] = {}
 
-    def __init__(self, folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> None:
-        super().__init__(blocks)
-        self._folder, self._kind, self._device = folder, kind, device
-        self._small: dict[int, BlockStatistics] = {}
+    def of(index: int) -> BlockStatistics:
+        if index in small:
+            return small[index]
+        file = place_of(folder, index)
+        parts: dict[int, dict[str, torch.Tensor]] = {}
+        with safe_open(file, "pt", device=str(device)) as stored:
+            for key in stored.keys():  # noqa: SIM118 - it is no mapping
+                number, _, name = key.partition(" ")
+                parts.setdefault(int(number), {})[name] = stored.get_tensor(key)
+            linears = json.loads(stored.metadata()["linears"])
+        restored = {number: kind.restored(tensors) for number, tensors in parts.items()}
+        found = {name: restored[number] for name, number in linears.items()}
+        if file.stat().st_size <= SMALL:
+            small[index] = found
+        return found
 
-    def of(self, index: int) -> BlockStatistics:
-        """The statistics of a block, read from its file."""
-        if index not in self._small:
-            file = place_of(self._folder, index)
-            parts: dict[int, dict[str, torch.Tensor]] = {}
-            with safe_open(file, "pt", device=str(self._device)) as stored:
-                for key in stored.keys():  # noqa: SIM118 - it is no mapping
-                    number, _, name = key.partition(" ")
-                    parts.setdefault(int(number), {})[name] = stored.get_tensor(key)
-                linears = json.loads(stored.metadata()["linears"])
-            restored = {number: self._kind.restored(tensors) for number, tensors in parts.items()}
-            found = {name: restored[number] for name, number in linears.items()}
-            if file.stat().st_size > SMALL:
-                return found
-            self._small[index] = found
-        return self._small[index]
+    return PerBlock(blocks, of)
 
 
-class Ranked(PerBlock):
+def ranked(statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group: int | None = None) -> PerBlock:
     """Statistics of all blocks: plain on the first access of a block, ranks of its weights from then on.
 
     Ranking takes as long as two or three masks, so it is not worthwhile for a single plan.
     """
+    ranks: dict[int, BlockStatistics | None] = {}
 
-    def __init__(self, statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group: int | None = None) -> None:
-        super().__init__(len(statistics))
-        self._statistics = statistics
-        self._checkpoint = checkpoint
-        self._group = group
-        self._ranks: dict[int, BlockStatistics | None] = {}
+    def of(index: int) -> BlockStatistics:
+        found = statistics[index] if ranks.get(index) is None else {}
+        if index not in ranks:
+            ranks[index] = None
+            return found
+        if ranks[index] is None:
+            weights = checkpoint.weights(index)
+            linears = [linear for linear in checkpoint.linears[index] if linear.name in found]
+            ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), found[x.name], group) for x in linears}
+        return ranks[index] or {}
 
-    def of(self, index: int) -> BlockStatistics:
-        """The statistics of a block, plain or as ranks."""
-        if index not in self._ranks:
-            plain = self._statistics[index]
-            self._ranks[index] = None
-            return plain
-        found = self._ranks[index]
-        if found is None:
-            found = self._ranks[index] = self._ranked(index)
-        return found
-
-    def _ranked(self, index: int) -> BlockStatistics:
-        found, weights = self._statistics[index], self._checkpoint.weights(index)
-        linears = [linear for linear in self._checkpoint.linears[index] if linear.name in found]
-        return {x.name: Ranks.of(x.matrix(weights[x.key]), found[x.name], self._group) for x in linears}
+    return PerBlock(len(statistics), of)
 
 
 def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:

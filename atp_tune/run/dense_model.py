@@ -33,12 +33,13 @@ from atp_tune.allocations.row_prices import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.dense_metrics import (
     Cache,
-    CachedStatistics,
     DenseMetrics,
+    PerBlock,
     Priced,
-    Ranked,
+    cached_statistics,
     can_rank,
     is_room,
+    ranked,
     save_all,
 )
 from atp_tune.blocks.gradients import (
@@ -106,7 +107,7 @@ class DenseMeasurements:
         self._model = model
         self._watch = watch
         self._statistics: dict[str, Sequence[BlockStatistics]] = {}
-        self._ranked: dict[tuple[str, int | None], Ranked] = {}  # by statistics, and by the pattern's group
+        self._ranked: dict[tuple[str, int | None], PerBlock] = {}  # by statistics, and by the pattern's group
         self._metrics: Cache = {}
 
     def clear(self) -> None:
@@ -167,7 +168,7 @@ class DenseMeasurements:
         group = getattr(pruner, "group", None)
         name = self.key_of(pruner, kind), group
         if name not in self._ranked and can_rank(pruner, checkpoint):
-            self._ranked[name] = Ranked(found, checkpoint, group)
+            self._ranked[name] = ranked(found, checkpoint, group)
         return self._ranked.get(name, found)
 
     def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
@@ -200,7 +201,7 @@ class DenseMeasurements:
             except OSError as error:
                 self._watch(Message(f"cache folder {folder.parent}: {error}; dense statistics are kept in memory"))
                 return list(self._measured(pruner, kind))
-        return CachedStatistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
+        return cached_statistics(folder, kind, len(checkpoint.blocks), checkpoint.device)
 
     def _measured(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> Iterator[BlockStatistics]:
         hidden = embed(self._replay, self._batch, self._calibration)
