@@ -61,9 +61,9 @@ def pruned(config: Config, place: Place, lender: Lender) -> PreTrainedModel:
             loaded = None if lender.model is not None else checkpoint.take_model()
             return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
     texts = {"calibration": config.calibration}
-    with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as context:
-        weights = weights_of(context, plan_of(config, context))
-        loaded = None if lender.model is not None else context.checkpoint.take_model()
+    with lent_as(config, lender, place) as there, Session.open(Setup.of_config(config, texts, there)) as session:
+        weights = weights_of(session, plan_of(config, session))
+        loaded = None if lender.model is not None else session.checkpoint.take_model()
     return copied(lender.model, weights) if loaded is None else replaced(loaded, weights)
 
 
@@ -150,14 +150,14 @@ def of_one_text() -> Iterator[None]:
         raise UserError(f"{key}: {error.what}" if key else error.what) from None
 
 
-def weights_of(context: Session, plan: Plan) -> dict[str, Tensor]:
+def weights_of(session: Session, plan: Plan) -> dict[str, Tensor]:
     """The pruned weights by parameter of the model, in host memory."""
-    context.watch(TrialStarted("pruning", plan))
-    checkpoint, found = context.checkpoint, {}
-    for block in context.prune(plan):
+    session.watch(TrialStarted("pruning", plan))
+    checkpoint, found = session.checkpoint, {}
+    for block in session.prune(plan):
         for linear in checkpoint.linears[block.index]:
             found[checkpoint.key(block.index, linear)] = block.weights[linear.key].cpu()
-    context.folder.check_unchanged()
+    session.folder.check_unchanged()
     return found
 
 

@@ -108,9 +108,9 @@ def prune(
         assert usual is not None
         text = _text(_chosen(sources.texts, watch), "calibration", folder, nsamples, seqlen, usual.calibration)
         setup = _setup(file, {"calibration": text}, file.study.bos, watch)
-        with Session.open(setup) as context:
-            weights = weights_of(context, only_plan(file, context, dict(parameters)))
-            loaded = None if lender.model is not None else context.checkpoint.take_model()
+        with Session.open(setup) as session:
+            weights = weights_of(session, only_plan(file, session, dict(parameters)))
+            loaded = None if lender.model is not None else session.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
     return written(lender.model, weights) if in_place else copied(lender.model, weights)
@@ -130,14 +130,14 @@ def prune_study(
     setup = _setup(file, texts, _stored_bos(file), watch)
     if out is not None:
         setup = replace(setup, ask=PLAIN.asked(out))
-    with Session.open(setup) as context:
-        plan = only_plan(file, context, dict(parameters))
-        setup = replace(setup, bos=context.bos)
+    with Session.open(setup) as session:
+        plan = only_plan(file, session, dict(parameters))
+        setup = replace(setup, bos=session.bos)
         if out is None:
             watch(TrialStarted("pruning", plan))
-            return plan, perplexity_of(context.measure(plan, [RoleScores("test")])[0]["nlls"])
+            return plan, perplexity_of(session.measure(plan, [RoleScores("test")])[0]["nlls"])
         dense = write_sparse(
-            context, plan, out, config_of(file, context, plan).seen_from(file.folder, out), dtype=dtype
+            session, plan, out, config_of(file, session, plan).seen_from(file.folder, out), dtype=dtype
         )
     return plan, measured_folder(setup, dense, out)
 
@@ -154,10 +154,10 @@ def _stored_bos(file: StudyFile) -> bool | None:
     return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
-def only_plan(file: StudyFile, context: Session, parameters: dict[str, float]) -> Plan:
+def only_plan(file: StudyFile, session: Session, parameters: dict[str, float]) -> Plan:
     """The plan of the first allocation that has these parameters; other parameters get their defaults."""
     names = file.study.allocation.short_names
-    space = make_space(file.study, context.budget(file.study.highest))
+    space = make_space(file.study, session.budget(file.study.highest))
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
         unknown = next(name for name in parameters if name not in space.intervals[names[0]])
@@ -222,9 +222,9 @@ def perplexity(
         text = _text(chosen, "test", folder, most, seqlen, usual, is_exact=bool(nsamples))
         place = Place(Path(), file.study.device, watch=watch)
         setup = Setup(named, file.study.prune, {"calibration": text}, place, bos=bos)
-        with Session.open(setup) as context:
+        with Session.open(setup) as session:
             watch(TrialStarted("perplexity", None))
-            return perplexity_of(context.measure(None, [RoleScores("calibration")])[0]["nlls"])
+            return perplexity_of(session.measure(None, [RoleScores("calibration")])[0]["nlls"])
 
 
 def _bare(source: str, device: str | None) -> StudyFile:

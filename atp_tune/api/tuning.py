@@ -86,8 +86,8 @@ def _measured(run: StudyRun, config: Config, lender: Lender) -> Speed:
         if not is_fast(find_device(place.device)):
             raise UserError("the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang")
         run.watch(TrialStarted("speed: the best plan, packed, beside the dense model", None))
-        with oom_as_user_error("speed"), open_config(config, place) as context:
-            return measure_in_memory(context, plan_of(config, context), Workload(*AT_THE_END), run.watch)
+        with oom_as_user_error("speed"), open_config(config, place) as session:
+            return measure_in_memory(session, plan_of(config, session), Workload(*AT_THE_END), run.watch)
 
 
 # --- Recovery at the end of a study with `[recover]`: the kept weights of its best plan are trained.

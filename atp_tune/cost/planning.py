@@ -97,32 +97,32 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     watch(Message(f"loading the model and the {file.study.items}"))
     folder = resolve(setup.model, setup.place.base, setup.place.note)
     known = _known(file, name, setup, folder, device, dtype.itemsize)
-    context, rates = None, None
+    session, rates = None, None
     needed = peaks(known.held(0), known.offload(), known.free, known.has_own_memory)
     if not problems(known.held(0), needed, known.offload(), known.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
-            context = Session.open(setup)
+            session = Session.open(setup)
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
-            known = _with_model(known, context)
-            context.watch(Message("probing: one batch of each text in three blocks"))
+            known = _with_model(known, session)
+            session.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
-            rates = probe(context, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
+            rates = probe(session, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     where = device_name(device)
-    offload = context.checkpoint.offload if context else known.offload()
+    offload = session.checkpoint.offload if session else known.offload()
     work = max(rates.work if rates else 0, _descent_bytes(known))
     if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
         work += known.held(0).blocks
-    if context is not None:
-        work += _rank_bytes(known.study, context)
+    if session is not None:
+        work += _rank_bytes(known.study, session)
     held = known.held(work)
-    if context is not None and known.study.prune.statistics == "sequential":
+    if session is not None and known.study.prune.statistics == "sequential":
         from atp_tune.blocks.replay import held_bytes
 
-        held = replace(held, sequential=known.tokens.calibration * held_bytes(context.checkpoint))
+        held = replace(held, sequential=known.tokens.calibration * held_bytes(session.checkpoint))
     needed = peaks(held, offload, known.free, known.has_own_memory)
     blocks = len(known.sizes.blocks)
     return Forecast(
@@ -132,24 +132,24 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
         weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
         memory=needed,
         trial=tuple(_trials(known, rates)),
-        whole=_whole(known, context, rates),
+        whole=_whole(known, session, rates),
         problems=problems(held, needed, offload, known.windows),
     )
 
 
-def foresee_open(file: StudyFile, name: str, context: "Session", other: Study | None) -> list[StudyCost]:
-    """The costs of a study whose context is open, from here on, and of another study of its model, by one probe.
+def foresee_open(file: StudyFile, name: str, session: "Session", other: Study | None) -> list[StudyCost]:
+    """The costs of a study whose session is open, from here on, and of another study of its model, by one probe.
 
     `other`: as if each of its texts had all windows that it asks for.
     """
     from atp_tune.cost.probe import probe
     from atp_tune.run.session import Setup
 
-    setup, study = Setup.of_study(file.study, file.folder, context.bos), file.study
-    device, dtype = context.checkpoint.device, context.checkpoint.dtype
-    known = _with_model(_known(file, name, setup, context.folder, device, dtype.itemsize), context)
-    rates = probe(context, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
-    return [_whole(each, context, rates) for each in (known, *([_asked(known, other)] if other else []))]
+    setup, study = Setup.of_study(file.study, file.folder, session.bos), file.study
+    device, dtype = session.checkpoint.device, session.checkpoint.dtype
+    known = _with_model(_known(file, name, setup, session.folder, device, dtype.itemsize), session)
+    rates = probe(session, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
+    return [_whole(each, session, rates) for each in (known, *([_asked(known, other)] if other else []))]
 
 
 def _asked(known: Known, study: Study) -> Known:
@@ -193,16 +193,16 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     )  # fmt: skip
 
 
-def _with_model(known: Known, context: "Session") -> Known:
+def _with_model(known: Known, session: "Session") -> Known:
     """With the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
     from atp_tune.blocks.gradients import passes
 
-    known = replace(known, is_short=context.is_short)
+    known = replace(known, is_short=session.is_short)
     if (tokens := step_tokens(known)) and not known.study.by_bits:  # whose gradients are those of single items
-        known = replace(known, passes=passes(context.checkpoint, tokens))
-    if len(known.sizes.blocks) == len(context.checkpoint.blocks):
+        known = replace(known, passes=passes(session.checkpoint, tokens))
+    if len(known.sizes.blocks) == len(session.checkpoint.blocks):
         return known
-    blocks = tuple(sum(part.numel() for part in block.parameters()) for block in context.checkpoint.blocks)
+    blocks = tuple(sum(part.numel() for part in block.parameters()) for block in session.checkpoint.blocks)
     return replace(known, sizes=replace(known.sizes, blocks=blocks))
 
 
@@ -243,21 +243,21 @@ def _descent_bytes(known: Known) -> int:
     return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
 
 
-def _rank_bytes(study: Study, context: "Session") -> int:
+def _rank_bytes(study: Study, session: "Session") -> int:
     """Bytes of the ranks, which pruning with the dense model's statistics keeps."""
     from atp_tune.blocks.dense_metrics import RANK_BYTES, can_rank
 
     if study.prune.statistics != "dense" and study.search.screen is None:
         return 0
     pruners = [study.methods.pruner(name) for name in study.methods.short_names]
-    return RANK_BYTES * sum(context.checkpoint.sizes) if any(can_rank(x, context.checkpoint) for x in pruners) else 0
+    return RANK_BYTES * sum(session.checkpoint.sizes) if any(can_rank(x, session.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, context: "Session | None", rates: ProbeRates | None) -> StudyCost:
+def _whole(known: Known, session: "Session | None", rates: ProbeRates | None) -> StudyCost:
     """The sum of a study's parts; without tokens and seconds where the number of its trials is not known."""
     study, trials, main, screen = known.study, known.study.search.trials, known.main, known.study.search.screen
-    if context is not None:
-        trials = goal_of(study, context.budget(study.highest)).total
+    if session is not None:
+        trials = goal_of(study, session.budget(study.highest)).total
     elif study.interval is not None:  # the total depends on no size of the model
         trials = goal_of(study, Budget(study.highest, known.sizes.blocks)).total
     done, total = (0, None) if trials is None else _progress(main, trials)

@@ -56,52 +56,52 @@ class Clock:
 
 
 @torch.inference_mode()
-def probe(context: Session, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> ProbeRates:
+def probe(session: Session, pruners: tuple[str, ...], sparsity: float, load: float, kl: bool = False) -> ProbeRates:
     """Times each pruner of a study in the first, middle and last block, each text in them, twice, and the head.
 
-    `load`: seconds of opening the context; `kl`: the study minimises KL. Assumes that all blocks cost the same.
+    `load`: seconds of opening the session; `kl`: the study minimises KL. Assumes that all blocks cost the same.
     """
-    clock, last = Clock(context.checkpoint.device), len(context.checkpoint.blocks) - 1
+    clock, last = Clock(session.checkpoint.device), len(session.checkpoint.blocks) - 1
     probed = list(dict.fromkeys((last // 2, last, 0)))  # after block 0, so that each is copied when it is asked for
-    batches = {role: _entering(context, role, probed) for role in context.windows}
-    with peak(context.checkpoint.device) as taken:
-        _probe_block(context, clock, 0, batches, pruners, sparsity)  # warm-up
+    batches = {role: _entering(session, role, probed) for role in session.windows}
+    with peak(session.checkpoint.device) as taken:
+        _probe_block(session, clock, 0, batches, pruners, sparsity)  # warm-up
         clock.forget()
         began = perf_counter()
         for number, index in enumerate(2 * probed):
             if not number or perf_counter() - began < PROBE_SECONDS:
-                _probe_block(context, clock, index, batches, pruners, sparsity)
-        ends = _probe_ends(context, kl)
-    tokens = {role: len(states[0]) * context.windows[role].positions for role, states in batches.items()}
+                _probe_block(session, clock, index, batches, pruners, sparsity)
+        ends = _probe_ends(session, kl)
+    tokens = {role: len(states[0]) * session.windows[role].positions for role, states in batches.items()}
     run = {role: clock.typical(f"run {role}") / tokens[role] for role in batches}
     each = {name: clock.typical(f"calibrate {name}") / tokens["calibration"] for name in pruners}
-    measures = {name for name in pruners if context.methods.measures(name)}
+    measures = {name for name in pruners if session.methods.measures(name)}
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
-    if context.prune_settings.statistics == "dense":
+    if session.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
     found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
     return ProbeRates(last + 1, load, run, dense, ends, clock.typical("fetch"), found, taken[0])
 
 
-def _entering(context: Session, role: str, probed: list[int]) -> dict[int, Tensor]:
+def _entering(session: Session, role: str, probed: list[int]) -> dict[int, Tensor]:
     """Hidden states [windows, tokens, width] of one batch of a text for each probed block.
 
     Those of block 0 will do for all, unless blocks change their shape.
     """
-    items = context.items(role)[: context.batch(role).windows]
-    if not _is_shaped(context):
-        return dict.fromkeys(probed, context.replay.embed(items).clone())
-    return dict(pair for pair in enumerate(_dense_states(context, role, items)) if pair[0] in probed)
+    items = session.items(role)[: session.batch(role).windows]
+    if not _is_shaped(session):
+        return dict.fromkeys(probed, session.replay.embed(items).clone())
+    return dict(pair for pair in enumerate(_dense_states(session, role, items)) if pair[0] in probed)
 
 
-def _is_shaped(context: Session) -> bool:
+def _is_shaped(session: Session) -> bool:
     """Whether the hidden states of some blocks have another shape than those of block 0."""
-    return context.inputs.has_steps or context.replay.in_tower > 0
+    return session.inputs.has_steps or session.replay.in_tower > 0
 
 
-def _dense_states(context: Session, role: str, items: Batch) -> Iterator[Tensor]:
+def _dense_states(session: Session, role: str, items: Batch) -> Iterator[Tensor]:
     """Hidden states of the dense model before each block, then those after the last."""
-    replay, checkpoint, batch = context.replay, context.checkpoint, context.batch(role)
+    replay, checkpoint, batch = session.replay, session.checkpoint, session.batch(role)
     tower = checkpoint.tower_weights()
     hidden = embed(replay, batch, items)
     for index in range(len(checkpoint.blocks)):
@@ -112,46 +112,46 @@ def _dense_states(context: Session, role: str, items: Batch) -> Iterator[Tensor]
 
 
 def _probe_block(
-    context: Session,
+    session: Session,
     clock: Clock,
     index: int,
     batches: dict[str, dict[int, Tensor]],
     pruners: tuple[str, ...],
     sparsity: float,
 ) -> None:
-    weights = clock.time("fetch", partial(context.checkpoint.weights, index))
+    weights = clock.time("fetch", partial(session.checkpoint.weights, index))
     for name in pruners:
-        clock.add(_pruned(context, index, batches["calibration"][index].clone(), name, sparsity), name)
+        clock.add(_pruned(session, index, batches["calibration"][index].clone(), name, sparsity), name)
     for role, states in batches.items():
         moved = states[index].clone()
-        clock.time(f"run {role}", partial(advance, context.replay, context.batch(role), index, weights, moved))
+        clock.time(f"run {role}", partial(advance, session.replay, session.batch(role), index, weights, moved))
 
 
-def _pruned(context: Session, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
+def _pruned(session: Session, index: int, hidden: Tensor, name: str, sparsity: float) -> dict[str, float]:
     """Seconds by phase of one block in a trial; statistics "dense" are timed as "block"."""
-    pruner = context.methods.pruner(name)
-    in_one_pass = context.prune_settings.statistics == "sequential"
-    plan = make_plan(name, "uniform", context.budget(sparsity), {}, context.pattern)
+    pruner = session.methods.pruner(name)
+    in_one_pass = session.prune_settings.statistics == "sequential"
+    plan = make_plan(name, "uniform", session.budget(sparsity), {}, session.pattern)
     work = Pass(
-        context.replay, context.batch("calibration"), pruner, None, None, in_one_pass, context.channel_pruner(name)
+        session.replay, session.batch("calibration"), pruner, None, None, in_one_pass, session.channel_pruner(name)
     )
     return work.step(plan, index, hidden).seconds
 
 
-def _probe_ends(context: Session, kl: bool) -> float:
+def _probe_ends(session: Session, kl: bool) -> float:
     """Seconds per token of embedding and head, on validation windows, else on test windows."""
-    heads, clock = context.heads, Clock(context.checkpoint.device)
-    ends = context.replay, context.score, heads
-    role = "validation" if "validation" in context.windows else "test"
-    items = context.items(role)[: heads.windows]
-    final = deque(_dense_states(context, role, items), maxlen=1)[0] if _is_shaped(context) else None
+    heads, clock = session.heads, Clock(session.checkpoint.device)
+    ends = session.replay, session.score, heads
+    role = "validation" if "validation" in session.windows else "test"
+    items = session.items(role)[: heads.windows]
+    final = deque(_dense_states(session, role, items), maxlen=1)[0] if _is_shaped(session) else None
     for turn in range(4):
         if turn == 1:
             clock.forget()  # the first turn is a warm-up
-        hidden = clock.time("embed", partial(context.replay.embed, items))
+        hidden = clock.time("embed", partial(session.replay.embed, items))
         hidden = hidden if final is None else final  # the head takes states of the last block's shape
         clock.time("head", partial(head_scores, *ends, items, hidden, hidden if kl else None))
-    return (clock.typical("embed") + clock.typical("head")) / (len(items) * context.windows[role].positions)
+    return (clock.typical("embed") + clock.typical("head")) / (len(items) * session.windows[role].positions)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ ANSWERS = "answers"  # the same of an image classifier: answers on test images b
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
-def report(run: "StudyRun", study: optuna.Study, context: "Session", space: Space) -> None:
+def report(run: "StudyRun", study: optuna.Study, session: "Session", space: Space) -> None:
     """Measures dense, uniform and the best of each allocation on the test text, and writes the best configuration.
 
     If `texts.calibration.draws` > 1, the trials are pruned with the other draws too; plans that are fitted to the
@@ -54,7 +54,7 @@ def report(run: "StudyRun", study: optuna.Study, context: "Session", space: Spac
     if is_missing:
         study._storage.set_study_system_attr(study._study_id, REPORTER, identity())
     try:
-        FinalScores(run, study, context, space).measure(draws, is_missing)
+        FinalScores(run, study, session, space).measure(draws, is_missing)
     finally:
         if is_missing:
             study._storage.set_study_system_attr(study._study_id, REPORTER, None)
@@ -67,7 +67,7 @@ class FinalScores:
 
     run: "StudyRun"
     study: optuna.Study
-    context: "Session"
+    session: "Session"
     space: Space
 
     def measure(self, draws: int, is_missing: bool) -> None:
@@ -87,7 +87,7 @@ class FinalScores:
                 nlls = [nan] * len(study.user_attrs["test_nlls"][row])
             study.set_user_attr(f"refits:{row}:{draws}:{draw}" if anew else f"draws:{row}:{draw}", nlls)
             if anew:
-                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(self.context.fitted_to)}
+                fitted_to = {**study.user_attrs.get("fitted_to", {}), str(draws): list(self.session.fitted_to)}
                 study.set_user_attr("fitted_to", fitted_to)
 
     def _shown(self) -> "tuple[dict[str, str], LeftOut | None]":
@@ -99,7 +99,7 @@ class FinalScores:
         from atp_tune.inputs import KINDS
         from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
 
-        study, context, spec = self.study, self.context, self.run.file.study
+        study, session, spec = self.study, self.session, self.run.file.study
         asked, best = spec.continuations, best_trial(study)
         uniform = uniform_of(study, best)
         if best is None or uniform is None or not asked.tokens:
@@ -112,12 +112,12 @@ class FinalScores:
         names |= {str(best.number): "best", str(uniform.number): "uniform"}
         if spec.images is not None:
             work: Any = ImageAnswers("validation" if spec.data.test is None else "test")
-            return names, LeftOut(work, NAMES, "answers on images", context.watch)
-        if context.inputs is not KINDS["tokens"]:
+            return names, LeftOut(work, NAMES, "answers on images", session.watch)
+        if session.inputs is not KINDS["tokens"]:
             return {}, None
         work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
-        shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", context.watch)
-        if not can_keep(context.checkpoint):
+        shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", session.watch)
+        if not can_keep(session.checkpoint):
             shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
         return names, shown
 
@@ -162,11 +162,11 @@ class FinalScores:
 
         spec = self.run.file.study.data
         is_refitted = anew and is_fitted(allocation_of(self.study.trials[int(row)]))
-        if not (draw or (is_refitted and self.context.is_short)):
+        if not (draw or (is_refitted and self.session.is_short)):
             return list(self.study.user_attrs["test_nlls"][row])
         scores = RoleScores("validation" if spec.test is None else "test")
         title = f"draw {draw + 1} of {spec.calibration.draws}: trial {row}"
-        self._pass(row, title, [scores], "", self.context.drawn(draw), is_refitted)
+        self._pass(row, title, [scores], "", self.session.drawn(draw), is_refitted)
         return scores.found[""]["nlls"]
 
     def _pass(
@@ -188,8 +188,8 @@ class FinalScores:
         plan = self.space.plan_of(trial) if trial else None
         self.run.watch(TrialStarted(title, plan))
         own = fingerprint.batches_in(trial) if trial else {}
-        self.context.begin({**fingerprint.batches_of(self.study), **own})
-        session = drawn or self.context
+        self.session.begin({**fingerprint.batches_of(self.study), **own})
+        session = drawn or self.session
         with oom_as_user_error(title):
             if is_refitted and trial:
                 target = self.space.budget.target

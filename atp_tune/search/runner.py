@@ -47,19 +47,19 @@ LONGEST = 200  # bytes of a study's name: files are named after it
 class StudyRun:
     """One run of a study by one process: study file, study name, and the limit in seconds (`timeout`).
 
-    `context`: already open, with this model and these texts. `reports`: at the total, measure the test text. `writes`:
+    `session`: already open, with this model and these texts. `reports`: at the total, measure the test text. `writes`:
     write the best configuration. Of several workers one reports, and their parent process writes. `mix`: accept another
     device or number format than the study began with. `screens`: the name of the study that this one screens for.
     `tasks`: what measures the accuracies of a limit.
     `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening. `opened`: called with the
-    context of a study that has no trial yet.
+    session of a study that has no trial yet.
     """
 
     file: StudyFile
     name: str
     timeout: float | None
     watch: EventHandler
-    context: "Session | None" = None
+    session: "Session | None" = None
     reports: bool = True
     writes: bool = True
     mix: bool = False
@@ -177,7 +177,7 @@ def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:
 def _device(run: StudyRun) -> str:
     from atp_tune.checkpoints.devices import device_name, find_device
 
-    return device_name(run.context.checkpoint.device if run.context else find_device(run.file.study.device))
+    return device_name(run.session.checkpoint.device if run.session else find_device(run.file.study.device))
 
 
 def _drive(run: StudyRun) -> optuna.Study:
@@ -192,49 +192,49 @@ def _drive(run: StudyRun) -> optuna.Study:
 
         tasks = TaskResults.of_limit(limit.min_accuracy, limit.items, run.file.folder, run.watch)
         run = replace(run, tasks=tasks)
-    opened: AbstractContextManager[Session] = nullcontext(run.context) if run.context else open_context(run, before)
-    with opened as context:
-        # The part of the run that needs a context; `before`: the study found in `db`.
-        batches = {**context.batches, **(fingerprint.batches_of(before) if before else {})}
-        context.begin(batches)
+    opened: AbstractContextManager[Session] = nullcontext(run.session) if run.session else open_context(run, before)
+    with opened as session:
+        # The part of the run that needs a session; `before`: the study found in `db`.
+        batches = {**session.batches, **(fingerprint.batches_of(before) if before else {})}
+        session.begin(batches)
         search = run.file.study.search
-        goal = goal_of(run.file.study, context.budget(run.file.study.highest))
-        if goal.is_from_dense and len(context.windows["validation"]) == 1:
+        goal = goal_of(run.file.study, session.budget(run.file.study.highest))
+        if goal.is_from_dense and len(session.windows["validation"]) == 1:
             raise UserError(
                 "limit: holds within the standard error, which one validation window has not; give two or more"
             )
         total = goal.total
         db = db or opening.open_storage(run.file.storage_url, create=True)
         assert db is not None
-        known = {**facts(run.file.study, run.file.folder), **context.contents()}
+        known = {**facts(run.file.study, run.file.folder), **session.contents()}
         study = fingerprint.create_study(db, run.name, known, run.mix)
-        _describe(run, study, context, total, batches)
+        _describe(run, study, session, total, batches)
         _compare_versions(run, study)
         if run.reports and (done := progress.counted(study)):
             run.note(f"{study.study_name}: goes on, {done} of {study.user_attrs['total']} trials are stored")
         if run.reports:
-            items = {role: (len(each), each.positions) for role, each in context.windows.items()}
+            items = {role: (len(each), each.positions) for role, each in session.windows.items()}
             total_now = progress.total_of(study, total, run.file.goes_on)
-            run.watch(Opened(run.file.study, total_now, progress.counted(study), items, context.is_short))
+            run.watch(Opened(run.file.study, total_now, progress.counted(study), items, session.is_short))
             if run.opened is not None and not progress.points_of(study):
-                run.opened(context)
+                run.opened(session)
         study.pruner = make_stopper(search)
         screened = Screened()
         if search.screen is None or goal.is_from_dense:
-            _measure_dense(run, study, context)
+            _measure_dense(run, study, session)
         if search.screen is not None:
-            run, screened = _screen(run, search.screen, context)
+            run, screened = _screen(run, search.screen, session)
         for params in goal.begin(study, screened, total):
             study.enqueue_trial(params, {progress.START: True}, skip_if_exists=True)
-        total = run_trials(run, study, context, goal, total)
+        total = run_trials(run, study, session, goal, total)
         if run.reports and progress.counted(study) >= total:
-            _measure_dense(run, study, context)
-            report(run, study, context, goal.space)
+            _measure_dense(run, study, session)
+            report(run, study, session, goal.space)
             run.publish(study)
         return study
 
 
-def _screen(run: StudyRun, screen: ScreenConfig, context: "Session") -> tuple[StudyRun, Screened]:
+def _screen(run: StudyRun, screen: ScreenConfig, session: "Session") -> tuple[StudyRun, Screened]:
     """Runs or resumes the screening; the run with the time left, and what was screened.
 
     The screening measures the dense model on its part of the validation text, so the main study measures the dense
@@ -243,7 +243,7 @@ def _screen(run: StudyRun, screen: ScreenConfig, context: "Session") -> tuple[St
     began, file = monotonic(), screening_file(run.file, screen)
     inner = replace(
         run, file=file, name=run.name + SUFFIX, watch=renamed(run.watch), reports=False, writes=False, callbacks=(),
-        context=context.screening(screen.stride), screens=run.name,
+        session=session.screening(screen.stride), screens=run.name,
     )  # fmt: skip
     study = load_existing(inner)
     if study is None or not is_complete(study, file):
@@ -271,14 +271,14 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
         return Session.open(setup)
 
 
-def _describe(run: StudyRun, study: optuna.Study, context: "Session", total: int, batches: dict[str, int]) -> None:
-    spec, model, is_new_limit = run.file.study, context.checkpoint, _has_other_limit(study, run.file)
+def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int, batches: dict[str, int]) -> None:
+    spec, model, is_new_limit = run.file.study, session.checkpoint, _has_other_limit(study, run.file)
     total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
     plugged, known = records(spec, run.file.folder), study.user_attrs
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         **({"conv1d": True} if spec.by_bits and model.has_conv1d else {}),
-        "dense_bytes": context.stored_bytes[0], "total": total, "made_from": settings(run.file),
+        "dense_bytes": session.stored_bytes[0], "total": total, "made_from": settings(run.file),
         **({} if "batches" in known else {"batches": batches}),
         **({"screens": run.screens} if run.screens else {}),
         **({"limit": spec.limit and spec.limit.given} if is_new_limit else {}),
@@ -287,8 +287,8 @@ def _describe(run: StudyRun, study: optuna.Study, context: "Session", total: int
         **({"plugins": plugged} if plugged else {}),
         **facts_of({"total": total, "fingerprint": known["fingerprint"]}),
     }  # fmt: skip
-    if context.bos_effect is not None:
-        attributes["bos"] = context.bos_effect.model_dump()
+    if session.bos_effect is not None:
+        attributes["bos"] = session.bos_effect.model_dump()
     for name, value in attributes.items():
         if known.get(name) != value:
             study.set_user_attr(name, value)
@@ -306,16 +306,16 @@ def _compare_versions(run: StudyRun, study: optuna.Study) -> None:
             return
 
 
-def _measure_dense(run: StudyRun, study: optuna.Study, context: "Session") -> None:
+def _measure_dense(run: StudyRun, study: optuna.Study, session: "Session") -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.run.observers import RoleScores
 
     if "dense" in study.user_attrs:
         return
     run.watch(TrialStarted("dense model", None))
-    context.begin(fingerprint.batches_of(study))
+    session.begin(fingerprint.batches_of(study))
     with oom_as_user_error("dense model"):
-        scores = context.measure(None, [RoleScores("validation")])[0]
+        scores = session.measure(None, [RoleScores("validation")])[0]
     if not math.isfinite(perplexity(scores["nlls"]).value):
         raise UserError(
             f"model.source: the perplexity of the dense model {run.file.study.model.source} is not finite: its weights "

@@ -125,7 +125,7 @@ PUBLISH = 30  # seconds between writes of note and figures, each of which takes 
 def run_trials(
     run: "StudyRun",
     study: optuna.Study,
-    context: "Session",
+    session: "Session",
     goal: AtSparsity,
     total: int,
 ) -> int:
@@ -137,7 +137,7 @@ def run_trials(
 
     search = run.file.study.search
     objective = Objective(
-        context,
+        session,
         goal.space,
         search.stopper != "none",
         run.watch,

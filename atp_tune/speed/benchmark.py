@@ -74,15 +74,15 @@ def opened_packed(pair: Pair, task: Workload, device: torch.device) -> list[Open
     ]
 
 
-def measure_in_memory(context: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
+def measure_in_memory(session: Session, plan: Plan, task: Workload, watch: EventHandler) -> Speed:
     """Bytes and rates of a plan, packed in memory, beside the dense model; UserError where it cannot be packed so.
 
     Bytes are of both models' weights there, in the number format of the computation: files may be in another.
     """
-    checkpoint, folder = context.checkpoint, context.folder
+    checkpoint, folder = session.checkpoint, session.folder
     if checkpoint.offload != "none":
         raise UserError("the dense model does not fit into memory as a whole")
-    sparse, count = packed_copy(checkpoint, context.prune(plan), "memory", "speedup DIR")
+    sparse, count = packed_copy(checkpoint, session.prune(plan), "memory", "speedup DIR")
     if not count:
         raise UserError(f"no linear of the best plan has {LEAST:.0%} zeros, from which packing makes it smaller")
     pair = Pair(folder.path, folder.path, trusted=folder.trusted)
