@@ -264,7 +264,7 @@ def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
         trial.set_user_attr("failure", "perplexity is inf `here`")
         study.tell(trial, state=TrialState.FAIL)
         odd = dashboard.study("odd")
-        assert "No trial has a value yet." in odd["note"]["body"]
+        assert "No trial has been measured yet." in odd["note"]["body"]
         assert "**No value:** `perplexity is inf 'here'`." in odd["trials"][0]["note"]["body"]
         assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "perplexity is inf `here`"}]
 
