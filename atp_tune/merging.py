@@ -29,8 +29,8 @@ from atp_tune.errors import UserError
 from atp_tune.paths import check_writable
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
+from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import RetryingDatabase, without_password
-from atp_tune.storage.validation import TABLES, readable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 

@@ -364,8 +364,8 @@ class StudyRequest:
 
 def usual_texts(notify: "Notify") -> str:
     """The texts where none are asked for, which it says: `papers`; without the hub `mixed`, without PyPI `packaged`."""
-    from atp_tune.inputs.hub import is_hub_in_reach
     from atp_tune.inputs.mixed import fetch
+    from atp_tune.inputs.sources import is_hub_in_reach
 
     if is_hub_in_reach():
         notify("texts: C4 to calibrate, WikiText-2 to measure (--texts FILE takes your own)")
@@ -394,7 +394,7 @@ def check_text(text: str) -> None:
     file = Path(text).expanduser().absolute()
     if not file.is_file():
         raise UserError(f"--texts: {text} is neither {', '.join(TEXTS)} nor a file{did_you_mean(text, TEXTS)}")
-    from atp_tune.inputs.local import READERS
+    from atp_tune.inputs.sources import READERS
 
     if file.suffix not in READERS:
         raise UserError(f"--texts: {text} is none of {', '.join('*' + suffix for suffix in READERS)}")

@@ -35,7 +35,7 @@ from transformers import (
 
 from atp_tune.cache import file_atomically, folder_atomically, sha256_of
 from atp_tune.cli.terminal import quiet
-from atp_tune.inputs.local import read_jsonl
+from atp_tune.inputs.sources import read_jsonl
 from atp_tune.spec.data import Text
 
 ROOT = Path(__file__).parents[1]

@@ -36,7 +36,7 @@ from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import quiet
 from atp_tune.events import EventHandler, Place
-from atp_tune.metrics.speed import Speed
+from atp_tune.metrics import Speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load

@@ -37,8 +37,7 @@ from atp_tune.results.summary import summarise
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
-from atp_tune.spec.mistakes import keys_of
-from atp_tune.spec.studyfile import StudyFile, from_settings, settings
+from atp_tune.spec.studyfile import StudyFile, from_settings, keys_of, settings
 from atp_tune.storage import fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"

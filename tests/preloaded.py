@@ -34,7 +34,7 @@ with quiet():  # which libraries read as they are imported
     import atp_tune.api.configuration
     import atp_tune.api.tuning
     import atp_tune.cli.application
-    import atp_tune.inputs.local
+    import atp_tune.inputs.sources
     import atp_tune.report
     import atp_tune.search.objective
     import atp_tune.search.runner

@@ -11,7 +11,7 @@ from plans import planned
 from tinystudy import CommandLine, run, stored, study_file
 
 from atp_tune.errors import UserError
-from atp_tune.metrics.speed import Speed
+from atp_tune.metrics import Speed
 from atp_tune.results.annotations import attach, attached, study_of
 from atp_tune.results.stored import best_config
 from atp_tune.spec.config import Config, ZeroShot, read_config

@@ -17,8 +17,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.events import Message
 from atp_tune.inputs.items import LABELS, PIXELS, Items
-from atp_tune.metrics.answers import Answers, ImageAnswer
-from atp_tune.metrics.continuations import NAMES
+from atp_tune.metrics import NAMES, Answers, ImageAnswer
 from atp_tune.report.html import _answers
 from atp_tune.run.observers import ImageAnswers, LeftOut
 from atp_tune.run.session import Session

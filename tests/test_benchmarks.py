@@ -70,7 +70,7 @@ def test_speedup_shows_its_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tables between the marks are those of the runs, and the rest of the page stays."""
-    from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
+    from atp_tune.metrics import Measured, Rates, Sizes, Speed
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     speedup = benchmark("speedup")

@@ -496,7 +496,7 @@ def test_a_pruner_that_is_called_like_a_quantizer_prunes() -> None:
 
 
 def test_attributes_of_a_stranger_are_left_out() -> None:
-    from atp_tune.storage.validation import TRIAL, checked
+    from atp_tune.storage.attributes import TRIAL, checked
 
     known = stored_plan([None], [[2, 3]], method="rtn", bits=[2.5]) | {"effective_bits": 4.5}
     assert checked(known, TRIAL) == known

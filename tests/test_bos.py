@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message
 from atp_tune.measures import perplexity
-from atp_tune.metrics.bos import LEAST, BosEffect, is_better
+from atp_tune.metrics import LEAST, BosEffect, is_better
 from atp_tune.run import session
 from atp_tune.run.session import Session
 from atp_tune.sparse.provenance import FINETUNED, Finetuned

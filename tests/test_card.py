@@ -17,8 +17,7 @@ from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
 from atp_tune.measures import TaskScore
-from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.speed import Measured, Rates, Sizes, Speed
+from atp_tune.metrics import Continuations, Measured, Rates, Sizes, Speed
 from atp_tune.sparse.card import Dense, model_card
 from atp_tune.spec.config import Config, EvaluationTexts, read_config
 from atp_tune.spec.data import Text

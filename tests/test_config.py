@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.errors import UserError
 from atp_tune.measures import Estimate, Perplexity, Role
-from atp_tune.metrics.draws import OverDraws, Spread
+from atp_tune.metrics import OverDraws, Spread
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.spec.config import (
     FORMAT,

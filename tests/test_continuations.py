@@ -20,7 +20,7 @@ from atp_tune import generation as generation_prompts
 from atp_tune.cli import tables
 from atp_tune.cli.terminal import _console
 from atp_tune.events import Event, Message
-from atp_tune.metrics.continuations import PROMPTS, Continuations
+from atp_tune.metrics import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.goals import best_trial, goal_in

@@ -16,9 +16,9 @@ from pages import LINK, PAGES, REPO, Block, anchors, blocks, commands, named, pr
 import atp_tune
 from atp_tune.cli.application import app
 from atp_tune.spec.finding import known
-from atp_tune.spec.schema import choices
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import load
+from atp_tune.spec.writing import choices
 
 README = REPO / "README.md"
 STUDIES = {path.stem for path in known()}

@@ -24,7 +24,7 @@ from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
 from atp_tune.measures import perplexity, reach_of
-from atp_tune.metrics.draws import over_draws
+from atp_tune.metrics import over_draws
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module

@@ -21,7 +21,7 @@ from atp_tune.errors import UserError, printable
 from atp_tune.report.markdown import escaped, fenced
 from atp_tune.results.summary import summarise
 from atp_tune.storage import opening, progress
-from atp_tune.storage.validation import FOREIGN
+from atp_tune.storage.attributes import FOREIGN
 
 SEEDS = int(os.environ.get("ATP_TUNE_FUZZ_RUNS", "10"))  # runs on damaged databases
 ESCAPES = "\x1b[2J\x9b31m\u202e"

@@ -256,7 +256,7 @@ LIGHT = [
     "spec.config",
     "spec.study",
     "spec.studyfile",
-    "metrics.speed",
+    "metrics",
     "storage.opening",
     "storage.fingerprint",
     "storage.lost_trials",

@@ -43,12 +43,11 @@ from atp_tune.spec.facts import facts
 from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, records
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import NLL_SHARES
-from atp_tune.spec.schema import study_schema
 from atp_tune.spec.search import SAMPLERS
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import from_settings, load
 from atp_tune.spec.studyfile import settings as settings_of
-from atp_tune.spec.writing import study_text
+from atp_tune.spec.writing import study_schema, study_text
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
 GOLDEN = Path(__file__).parent / "golden" / "config.json"

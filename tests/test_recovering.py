@@ -33,9 +33,9 @@ from atp_tune.sparse.finetuning import NO_GAIN, NoGainError, Trained, recovered
 from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.sparse.training import Trainer
 from atp_tune.spec.config import Config, dumps, read_config
-from atp_tune.spec.mistakes import _unknown
 from atp_tune.spec.recover import RecoverConfig, Recovered, Training
 from atp_tune.spec.study import Study
+from atp_tune.spec.studyfile import _unknown
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 

@@ -17,7 +17,7 @@ from tinystudy import Answer, CommandLine, quiet
 
 from atp_tune import report
 from atp_tune.errors import UserError
-from atp_tune.metrics.answers import Answers
+from atp_tune.metrics import Answers
 from atp_tune.report import contents as tables
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather, toml

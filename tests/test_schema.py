@@ -12,11 +12,9 @@ from tinystudy import HANGS, CommandLine
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.mistakes import keys_of
-from atp_tune.spec.schema import study_schema
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import override, read
-from atp_tune.spec.writing import SCHEMA
+from atp_tune.spec.studyfile import keys_of, override, read
+from atp_tune.spec.writing import SCHEMA, study_schema
 
 REPO = Path(__file__).parents[1]
 SHIPPED = sorted((REPO / "studies").glob("*.toml"))

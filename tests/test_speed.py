@@ -28,7 +28,7 @@ from atp_tune.cli.commands.speedup import rates_table
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.extras import install
-from atp_tune.metrics.speed import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
+from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
 from atp_tune.sparse import comparing

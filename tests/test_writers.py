@@ -38,7 +38,7 @@ from atp_tune.results import annotations
 from atp_tune.search.final_scores import store_test_scores, write_best
 from atp_tune.search.runner import StudyRun
 from atp_tune.spec.config import read_config
-from atp_tune.storage import validation
+from atp_tune.storage import attributes
 
 FORK = multiprocessing.get_context("fork")
 ROUNDS = 50
@@ -63,13 +63,13 @@ def opened(place: Path) -> optuna.Study:
 def by_trial(place: Path, writer: int) -> Round:
     """Rows of the tables by trial on a study; each writer has trials of its own."""
     study, first = opened(place), 1000 * (writer + 1)
-    more = {key: [1.0] for key in validation.ITEMS if key not in ("nlls", "kls", "ranks")}
+    more = {key: [1.0] for key in attributes.ITEMS if key not in ("nlls", "kls", "ranks")}
 
     def store(k: int) -> None:
         store_test_scores(study, str(first + k), {"nlls": [1.0], "kls": [1.0], "ranks": [1], **more})
         study.set_user_attr(f"draws:1000:{first + k}", [1.0])
         study.set_user_attr(f"refits:1000:2:{first + k}", [1.0])
-        for key in validation.FOUND:
+        for key in attributes.FOUND:
             annotations.store(study, key, first + k, FOUND)
 
     return store
@@ -79,7 +79,7 @@ def all_trials_are_there(place: Path) -> None:
     found = opened(place).user_attrs
     wanted = {str(first + k) for first in (1000, 2000) for k in range(ROUNDS)}
     found |= {"draws": found["draws"]["1000"], "refits": found["refits"]["1000"]["2"]}
-    for table in validation.TABLES:
+    for table in attributes.TABLES:
         assert not wanted - found[table].keys(), table
 
 

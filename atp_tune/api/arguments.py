@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from atp_tune.errors import UserError
 from atp_tune.measures import Limit
 from atp_tune.spec import finding
-from atp_tune.spec.mistakes import invalid
 from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, load, override, tables
+from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, invalid, load, override, tables
 from atp_tune.spec.typed import goal, only_limit
 from atp_tune.spec.writing import toml_value
 
@@ -59,7 +58,7 @@ class Lender:
             yield Sources(model, device, self._lend_texts(stack))
 
     def _lend_texts(self, stack: ExitStack) -> str | Mapping[str, str] | None:
-        from atp_tune.inputs.local import lent
+        from atp_tune.inputs.sources import lent
 
         def named(texts: str | list[str]) -> str:
             return texts if isinstance(texts, str) else stack.enter_context(lent(texts))
@@ -73,7 +72,7 @@ class Lender:
 
 def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
     """A name or path of texts, documents, or either by role, from what a caller gives; UserError for anything else."""
-    from atp_tune.inputs.local import documents_of
+    from atp_tune.inputs.sources import documents_of
 
     def one(value: Any, what: str) -> str | list[str]:
         if isinstance(value, str) and any(space in value.strip() for space in "\n ") and not Path(value).is_file():

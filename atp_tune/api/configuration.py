@@ -36,7 +36,7 @@ from atp_tune.spec.study import ModelConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from atp_tune.metrics.continuations import Continuations
+    from atp_tune.metrics import Continuations
     from atp_tune.sparse.applying import Way
     from atp_tune.sparse.comparing import Classified
 

@@ -19,7 +19,7 @@ from atp_tune.cache import cache_dir
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Place, TrialStarted
-from atp_tune.metrics.speed import AT_THE_END, Speed
+from atp_tune.metrics import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.goals import best_trial
 from atp_tune.results.results import uniform_of
@@ -32,7 +32,7 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile, settings
-from atp_tune.storage import in_memory
+from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import counted
 
@@ -276,7 +276,7 @@ def _run(
     """Runs a study; without a storage of its own it is kept beside its file if it `keeps` one, else in memory."""
     held = None
     if file.study.storage is None and not keeps:
-        address, held = in_memory.new_storage()
+        address, held = opening.new_storage()
         file = replace(file, study=file.study.model_copy(update={"storage": address}))
     run = StudyRun(file, name or file.name, timeout, watch, writes=held is None, mix=mix, callbacks=tuple(callbacks))
     found = run_study(run, lender=lender)

@@ -46,7 +46,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
     A second completion, if only a made-up one, keeps bash from adding a space after `=`.
     """
-    from atp_tune.spec.schema import choices
+    from atp_tune.spec.writing import choices
 
     found, key = choices(), os.environ.get(KEY, "")
     if key:  # bash completes what comes after `=` as a word of its own

@@ -10,7 +10,7 @@ from rich.table import Table
 from atp_tune.cli.terminal import console, markdown, table
 from atp_tune.errors import UserError, printable
 from atp_tune.measures import MEASURES, PERPLEXITY
-from atp_tune.metrics.continuations import Continuations
+from atp_tune.metrics import Continuations
 from atp_tune.plan import percent
 from atp_tune.report.contents import speed
 from atp_tune.results import tables

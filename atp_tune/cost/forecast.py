@@ -20,8 +20,7 @@ from typing import Literal
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.continuations import PROMPTS
-from atp_tune.metrics.speed import RUNS, STEPS, TOKENS
+from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
 from atp_tune.spec.recover import FEWEST
 from atp_tune.spec.study import Study
 

@@ -16,8 +16,8 @@ from atp_tune.figures import draw
 from atp_tune.results.stored import best_config
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import artifacts
+from atp_tune.storage.attributes import StudySnapshot, readable
 from atp_tune.storage.database import Database, without_password
-from atp_tune.storage.validation import StudySnapshot, readable
 
 # --- Notes and figures as Optuna's dashboard stores them: texts in parts, as system attributes of a study.
 #

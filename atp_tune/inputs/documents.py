@@ -15,7 +15,7 @@ import numpy as np
 
 from atp_tune.cache import sha256_of_json
 from atp_tune.errors import PluginError, UserError, is_text
-from atp_tune.inputs.hub import HubDataset
+from atp_tune.inputs.sources import HubDataset
 from atp_tune.plugins import digest, guarded, short_name
 from atp_tune.registry import Origin, Registry
 from atp_tune.spec.data import KINDS, Text, short_source
@@ -44,13 +44,13 @@ class TextSource(Protocol):
 SOURCES = Registry[TextSource](
     "source of texts",
     {
-        "c4": "atp_tune.inputs.hub:C4",
-        "wikitext2": "atp_tune.inputs.hub:WIKITEXT2",
+        "c4": "atp_tune.inputs.sources:C4",
+        "wikitext2": "atp_tune.inputs.sources:WIKITEXT2",
         "mixed": "atp_tune.inputs.mixed:MIXED_TEXTS",
-        "hub": "atp_tune.inputs.hub:HUB",
-        "file": "atp_tune.inputs.local:FILE",
-        "package": "atp_tune.inputs.local:PACKAGE",
-        "memory": "atp_tune.inputs.local:LENT",
+        "hub": "atp_tune.inputs.sources:HUB",
+        "file": "atp_tune.inputs.sources:FILE",
+        "package": "atp_tune.inputs.sources:PACKAGE",
+        "memory": "atp_tune.inputs.sources:LENT",
     },
     "atp_tune.text_sources",
     "atp_tune.inputs.documents:finished",

@@ -212,7 +212,7 @@ def _hub(wanted: ImageSet) -> Pictures:
     """A dataset of the hub, which stays on disk; classes by their names if it has them."""
     import datasets
 
-    from atp_tune.inputs.hub import hub_error
+    from atp_tune.inputs.sources import hub_error
 
     try:
         with quiet("datasets", "huggingface_hub"):

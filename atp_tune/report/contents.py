@@ -18,8 +18,7 @@ from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
 from atp_tune.extras import as_typed
 from atp_tune.measures import Gain, Role, TaskScore
-from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.speed import Speed, spread
+from atp_tune.metrics import Continuations, Speed, spread
 from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, study_remarks, texts_note
 from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
@@ -27,9 +26,9 @@ from atp_tune.results.tables import Table
 from atp_tune.spec.config import SHARES, ZeroShot
 from atp_tune.spec.plugged import permission
 from atp_tune.spec.studyfile import settings
+from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of
-from atp_tune.storage.validation import StudySnapshot
 
 ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown
 

@@ -15,8 +15,7 @@ from atp_tune import figures
 from atp_tune.figures import perplexity
 from atp_tune.figures.history import draw_history
 from atp_tune.measures import TEXTS
-from atp_tune.metrics.answers import ImageAnswer
-from atp_tune.metrics.continuations import NAMES
+from atp_tune.metrics import NAMES, ImageAnswer
 from atp_tune.report import contents as tables
 from atp_tune.report.contents import Contents
 from atp_tune.results.formatting import continuations_note

@@ -16,9 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.cache import alone_with, write_atomically
 from atp_tune.errors import UserError
-from atp_tune.metrics.answers import Answers
-from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.speed import Speed
+from atp_tune.metrics import Answers, Continuations, Speed
 from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.spec.config import Config, ZeroShot, read_config

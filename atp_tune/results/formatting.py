@@ -16,7 +16,7 @@ from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.extras import as_typed
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, reach_of
-from atp_tune.metrics.continuations import Continuations
+from atp_tune.metrics import Continuations
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
 from atp_tune.results.results import NOTHING, allocation_of, is_uniform, parameters_of
 from atp_tune.spec.data import KINDS, MANUAL, MIXED, short_source

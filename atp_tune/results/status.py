@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
 from atp_tune.frozen import FrozenModel
-from atp_tune.metrics.draws import OverDraws
+from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
 from atp_tune.results.goals import Point

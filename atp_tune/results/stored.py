@@ -22,9 +22,9 @@ from atp_tune.spec.facts import facts
 from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, progress
+from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import check_facts
 from atp_tune.storage.opening import find_study, open_storage
-from atp_tune.storage.validation import StudySnapshot
 
 # --- The configuration of a study's best trial, from which `apply` makes a checkpoint.
 

@@ -11,11 +11,7 @@ from pydantic import ValidationError
 from atp_tune.allocations import is_fitted
 from atp_tune.frozen import FrozenModel
 from atp_tune.measures import Limit, Perplexity, Role, by_kind
-from atp_tune.metrics.answers import Answers
-from atp_tune.metrics.bos import BosEffect
-from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.draws import OverDraws, over_draws
-from atp_tune.metrics.speed import Speed
+from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.formatting import Amount, Bits
 from atp_tune.results.goals import AtSparsity, Point, best_trial, front_of, goal_in
@@ -33,9 +29,9 @@ from atp_tune.spec.config import ZeroShot
 from atp_tune.spec.recover import Recovered
 from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
+from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process import is_dead
-from atp_tune.storage.validation import StudySnapshot
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
 

@@ -30,8 +30,7 @@ from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, class_name
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import mean_of_tasks
-from atp_tune.metrics.answers import COUNT, SIDE, Answers, ImageAnswer
-from atp_tune.metrics.continuations import NAMES, Continuations
+from atp_tune.metrics import COUNT, NAMES, SIDE, Answers, Continuations, ImageAnswer
 from atp_tune.plan import Plan
 from atp_tune.scores import Scores, joined
 from atp_tune.scores.evaluation import Passing, head_scores

@@ -30,7 +30,7 @@ from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind
 from atp_tune.inputs.items import Items
-from atp_tune.metrics.bos import BosEffect
+from atp_tune.metrics import BosEffect
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner
 from atp_tune.pruners.statistics import InputNorms

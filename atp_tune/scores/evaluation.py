@@ -17,7 +17,7 @@ from atp_tune.inputs import Batch
 from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import has_embedding
 from atp_tune.inputs.windows import bos_of, first_windows, load_tokenizer, token_windows
-from atp_tune.metrics.bos import TOKENS, WINDOWS, BosEffect
+from atp_tune.metrics import BOS_TOKENS, BOS_WINDOWS, BosEffect
 from atp_tune.scores import Score, Scores, joined
 from atp_tune.scores.next_token import NEXT_TOKEN
 from atp_tune.spec.data import Text
@@ -98,7 +98,7 @@ def compare_bos(
 
 def _few_windows(text: Text, folder: ModelFolder, base: Path) -> Items:
     """A few windows of a text, with BOS."""
-    few = text.model_copy(update={"nsamples": WINDOWS, "seqlen": min(TOKENS, text.seqlen), "stride": 1})
+    few = text.model_copy(update={"nsamples": BOS_WINDOWS, "seqlen": min(BOS_TOKENS, text.seqlen), "stride": 1})
     if text.sampling == "random":
         return token_windows(few, folder.path, base, trusted=folder.trusted, bos=True)
-    return first_windows(few, folder.path, base, WINDOWS, folder.trusted, bos=True)
+    return first_windows(few, folder.path, base, BOS_WINDOWS, folder.trusted, bos=True)

@@ -29,7 +29,7 @@ from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
-from atp_tune.inputs.hub import is_hub_in_reach
+from atp_tune.inputs.sources import is_hub_in_reach
 from atp_tune.measures import TaskScore, error_of_share
 from atp_tune.paths import written
 from atp_tune.spec.config import SHARES

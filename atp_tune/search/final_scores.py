@@ -18,7 +18,7 @@ from atp_tune.cache import alone_with
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 from atp_tune.measures import MEASURES
-from atp_tune.metrics.continuations import NAMES, PROMPTS
+from atp_tune.metrics import NAMES, PROMPTS
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.results import allocation_of, is_uniform, uniform_of
@@ -27,8 +27,8 @@ from atp_tune.results.summary import fits_anew, undrawn, unreported
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint
+from atp_tune.storage.attributes import TRIAL, checked
 from atp_tune.storage.process import identity, is_alive
-from atp_tune.storage.validation import TRIAL, checked
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import LeftOut, Observer

@@ -24,10 +24,10 @@ from atp_tune.search.goals import AtSparsity
 from atp_tune.search.samplers import branch_study
 from atp_tune.search.space import Space
 from atp_tune.storage import lost_trials, progress
+from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.process import GRACE, Trace
 from atp_tune.storage.progress import ranked
-from atp_tune.storage.validation import ValidatedStudy
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session

@@ -38,10 +38,10 @@ from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage import artifacts, lost_trials, opening
 from atp_tune.storage.artifacts import Store, refuse_link
+from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
-from atp_tune.storage.validation import ValidatedStudy
 
 # --- The storage as the dashboard sees it: with notes, figures and readable columns.
 #

@@ -19,7 +19,7 @@ from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import hub_arguments
 from atp_tune.measures import MEASURES, Estimate, error_over
-from atp_tune.metrics.continuations import Continuations
+from atp_tune.metrics import Continuations
 from atp_tune.plan import shown
 from atp_tune.report.contents import measure, speed
 from atp_tune.report.markdown import escaped, fenced

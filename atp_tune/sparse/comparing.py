@@ -35,8 +35,7 @@ from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_of
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import TaskScore, accuracy, difference, gain, mean_of_tasks
-from atp_tune.metrics.continuations import NAMES, Continuations
-from atp_tune.metrics.speed import Side
+from atp_tune.metrics import NAMES, Continuations, Side
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
 from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears

@@ -28,9 +28,7 @@ from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.frozen import STORED, FrozenModel
 from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Role, TaskScore
-from atp_tune.metrics.continuations import Continuations
-from atp_tune.metrics.draws import OverDraws
-from atp_tune.metrics.speed import Speed
+from atp_tune.metrics import Continuations, OverDraws, Speed
 from atp_tune.plan import Plan, Share
 from atp_tune.spec.manifest import Manifest
 from atp_tune.spec.plugged import PluginRef, check_known

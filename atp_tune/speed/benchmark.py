@@ -20,7 +20,7 @@ from atp_tune.checkpoints.files import read_header
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
 from atp_tune.extras import require
-from atp_tune.metrics.speed import Sizes, Speed
+from atp_tune.metrics import Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_bytes

@@ -32,7 +32,7 @@ from atp_tune.errors import UserError, within
 from atp_tune.events import EventHandler, Place, Step, TrialStarted
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures
-from atp_tune.metrics.speed import GRAPH, SIDES, Measured, Phase, Side
+from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Side
 from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import PLAIN, check_model, write_applied
 from atp_tune.sparse.provenance import ABOUT

@@ -6,11 +6,19 @@ separates them when it writes and joins them when it reads: to all other modules
 """
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from copy import deepcopy as deepcopied
+from math import inf, isfinite, isnan
+from typing import Annotated, Any
 
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
 from atp_tune.compat import (
@@ -21,7 +29,289 @@ from atp_tune.compat import (
     TrialUserAttributeModel,
     transaction,
 )
-from atp_tune.storage.validation import STUDY, TRIAL
+from atp_tune.errors import UserError
+from atp_tune.measures import MEASURES
+from atp_tune.metrics import BosEffect
+from atp_tune.plan import METHODS, Plan, Share
+from atp_tune.spec.config import Batch, Found
+from atp_tune.spec.plugged import PluginRef
+
+# --- Validation of stored studies: the database may be a stranger's, or a later version's.
+#
+# Attributes of the wrong type are ignored. A trial that atp_tune cannot have made counts as failed.
+# Errors: UserError if Optuna itself cannot read the study.
+
+GONE = "does not exist"  # in Optuna's KeyError for a missing study
+FOREIGN = "it was not written by atp_tune"
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+
+
+def _written(text: str) -> str:
+    text.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
+    return text
+
+
+def _nll(value: float) -> float:
+    if not (isnan(value) or value == inf or -1 < value < 1e6):
+        raise ValueError
+    return value
+
+
+def _effect(found: dict[str, Any]) -> dict[str, Any]:
+    _written(BosEffect.model_validate(found).token)  # ValidationError is a ValueError
+    return found
+
+
+def _plugged(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for row in found.values():
+        PluginRef.model_validate(row)
+    return found
+
+
+def _planned(found: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.model_validate(found)
+    _written(plan.method + plan.allocation + "".join(plan.parameters))
+    return found
+
+
+Words = Annotated[str, AfterValidator(_written)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Positive = Annotated[float, Field(gt=0, lt=1e15)]
+Total = Annotated[int, Field(ge=0, lt=10**9)]
+Nlls = Annotated[list[Annotated[float, AfterValidator(_nll)]], Field(min_length=1)]
+Kls = Annotated[list[Amount], Field(min_length=1)]
+Ranks = Annotated[list[Annotated[int, Field(ge=0, lt=10**6)]], Field(min_length=1)]
+Role = Annotated[str, Field(pattern=r"^(dense|[0-9]{1,9})$")]
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Batches = dict[Words, Batch]
+CutOff = dict[Words, Words | bool]
+FOUND = ("zero_shot", "speed", "continuations", "answers", "recovered")
+ITEMS = {by.items: {"nlls": Nlls, "ranks": Ranks}.get(by.items, Kls) for by in MEASURES.values()}
+TABLES = (*(f"test_{key}" for key in ITEMS), "draws", "refits", *FOUND)  # by trial, each row apart: see `folded`
+
+
+def _kinds(kinds: dict[str, Any]) -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(kind) for name, kind in kinds.items()}
+
+
+TRIAL = _kinds(
+    {
+        **dict.fromkeys(("device", "dtype", "host", "failure", "lost"), Words),
+        **dict.fromkeys(("repeats", "stopped_after"), Count),
+        "start": bool,
+        "pid": Annotated[int, Field(ge=0, lt=2**31)],
+        **dict.fromkeys(("process_started", "booted"), Amount),
+        "stderr": Annotated[float, Field(ge=0)],
+        "realised": Share,
+        "packed_bytes": Count,
+        "quantized_bytes": Count,
+        "errors": list[float],
+        **ITEMS,
+        "misses": Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(min_length=1)],
+        "plan": Annotated[dict[str, Any], AfterValidator(_planned)],
+        "effective_bits": Annotated[float, Field(ge=0, le=64)],
+        "seconds": dict[Words, Amount],
+        "peak_bytes": dict[Words, Count],
+        "versions": dict[Words, Words],
+        "experts_without_tokens": list[Words],
+        "batches": Batches,
+        "cut_off": CutOff,
+        "accuracies": dict[Words, Annotated[list[Amount], Field(min_length=2, max_length=2)]],
+    }
+)
+STUDY = _kinds(
+    {
+        "sizes": Annotated[list[Size], Field(min_length=1)],
+        **dict.fromkeys(("made_from", "gp_posterior"), dict[str, Any]),
+        "dense_bytes": Count,
+        "blocks": Words,
+        "linears": list[list[Words]],
+        "conv1d": bool,
+        "total": Total,
+        "terminated_early": Annotated[list[Total], Field(min_length=2, max_length=2)],
+        "dense": Nlls,
+        **dict.fromkeys(FOUND, dict[Role, Found]),
+        "training": dict[Words, Words | int | float],
+        "dense_ranks": Ranks,
+        **{f"test_{key}": dict[Role, kind] for key, kind in ITEMS.items()},  # type: ignore[valid-type]
+        "bos": Annotated[dict[Words, Any], AfterValidator(_effect)],
+        "draws": dict[Number, dict[Number, Nlls]],
+        "refits": dict[Number, dict[Number, dict[Number, Nlls]]],  # by trial, number of draws, and draw
+        "fitted_to": dict[Number, Annotated[list[Count], Field(min_length=2, max_length=2)]],  # by number of draws
+        "batches": Batches,
+        "kinds": Annotated[list[Words], Field(min_length=1)],
+        "screens": Words,
+        "plugins": Annotated[dict[Words, dict[Words, Words]], AfterValidator(_plugged)],
+        "limit": Annotated[dict[Words, Positive | dict[Words, Share]], Field(min_length=1, max_length=1)],
+        "fingerprint": dict[Words, Words | int | float | bool | list[Words] | list[float]],
+    }
+)
+SYSTEM = _kinds(
+    {
+        "fixed_params": dict[Words, Any],
+        "failed_trial": Count,
+        "retry_history": list[Count],
+        "cut_offs": list[CutOff],
+    }
+)
+Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
+Bits = Annotated[float, Field(ge=2, le=8)]
+FACTS = _kinds({"sparsity": Share | Interval, "bits": Bits, "model.content": Words, "model.dtype": Words})
+WORDS, NUMBER = TypeAdapter(Words), TypeAdapter(float)
+
+
+def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes with a table `test_nlls` instead of its rows `test_nlls:dense`, `test_nlls:12` …, and so on.
+
+    Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
+    tables, to which the rows are added. Tables and rows of the wrong type are ignored.
+    """
+    found = checked(attrs, {table: STUDY[table] for table in TABLES})
+    for name in sorted(attrs):
+        table, *path = name.split(":")
+        if table in TABLES and path:
+            row = found.pop(name)
+            if checked({table: _with({}, path, row)}, STUDY):
+                found[table] = _with(found.get(table), path, row)
+    return found
+
+
+def _with(table: Any, path: Sequence[str], row: Any) -> dict[str, Any]:
+    """A table with a row at the end of a path, in the place of what was there."""
+    known = dict(table) if isinstance(table, dict) else {}
+    known[path[0]] = row if len(path) == 1 else _with(known.get(path[0]), path[1:], row)
+    return known
+
+
+class ValidatedStudy(optuna.Study):
+    """An Optuna study whose attributes and trials are validated; `is_stopped`: a callback called its `stop`."""
+
+    is_stopped = False
+
+    def __init__(self, study_name: str, storage: optuna.storages.BaseStorage) -> None:
+        self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
+        with readable(study_name, is_new=True):
+            super().__init__(study_name, storage)
+
+    def stop(self) -> None:
+        """Ends `optimize` after the running trial."""
+        self.is_stopped = True
+        super().stop()
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The study's valid attributes."""
+        with readable(self.study_name):
+            attrs = checked(folded(super().user_attrs), STUDY)
+        if "fingerprint" in attrs:
+            attrs["fingerprint"] = checked(attrs["fingerprint"], FACTS)
+        return attrs
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """The validated trials, in any of these states."""
+        with readable(self.study_name):
+            found = [self._check(trial) for trial in super().get_trials(deepcopy)]
+        return [trial for trial in found if states is None or trial.state in states]
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        """Takes the waiting trial whose place is first: what repeats a lost trial, such as uniform, keeps its place."""
+        queue = self.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        for trial in sorted(queue, key=lambda one: (one.system_attrs.get("retry_history") or [one.number])[0]):
+            with suppress(UpdateFinishedTrialError):  # another process was faster
+                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
+                    return trial._trial_id
+        return None
+
+    def _check(self, trial: FrozenTrial) -> FrozenTrial:
+        known, result = self._checked.get(trial._trial_id, (None, None))
+        if result is not None and known is trial:
+            return result
+        result = checked_trial(trial, len(self.directions))
+        if trial.state.is_finished():
+            self._checked[trial._trial_id] = trial, result
+        return result
+
+
+class StudySnapshot(optuna.Study):
+    """A study as it is at one moment: attributes and trials are read once. To be read only."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        vars(self).update(vars(study))
+        self._attrs = study.user_attrs
+        self._all = study.get_trials(deepcopy=False)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The attributes."""
+        return dict(self._attrs)
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """The trials in any of these states."""
+        found = [trial for trial in self._all if states is None or trial.state in states]
+        return deepcopied(found) if deepcopy else found
+
+
+def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
+    """The trial itself if it is valid, else a copy with its valid parts; `values`: number of its study's objectives."""
+    user, system = checked(trial.user_attrs, TRIAL), checked(trial.system_attrs, SYSTEM)
+    is_ours = _is_ours(trial, values, "kls" in user)
+    is_whole = (len(user), len(system)) == (len(trial.user_attrs), len(trial.system_attrs))
+    if is_ours and is_whole:
+        return trial
+    trial = copy(trial)
+    trial.user_attrs, trial.system_attrs = user, system
+    if is_ours:
+        return trial
+    trial.state, trial.values = TrialState.FAIL, None
+    trial._params, trial._distributions, trial.user_attrs = {}, {}, {"failure": FOREIGN}
+    return trial
+
+
+def _is_ours(trial: FrozenTrial, count: int, may_be_zero: bool) -> bool:
+    """Whether a trial's parameters and values can be atp_tune's; `may_be_zero`: a KL may be 0."""
+    names = {name: value for name, value in trial.params.items() if name in (*METHODS, "allocation")}
+    numbers = [value for name, value in trial.params.items() if name not in names]
+    values = trial.values or []
+    return (
+        all(_is(WORDS, value) for value in names.values())
+        and all(_is(WORDS, name) for name in trial.params)
+        and all(_is(NUMBER, value) and isfinite(value) for value in numbers)
+        and (trial.values is None or len(values) == count)
+        and all(value > 0 or (value == 0 and may_be_zero) for value in values)
+    )
+
+
+def _is(kind: TypeAdapter[Any], value: Any) -> bool:
+    try:
+        kind.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def checked(attrs: Mapping[str, Any], kinds: Mapping[str, TypeAdapter[Any]]) -> dict[str, Any]:
+    """The attributes without those of the wrong type; attributes without a type in `kinds` stay."""
+    return {name: value for name, value in attrs.items() if name not in kinds or _is(kinds[name], value)}
+
+
+@contextmanager
+def readable(name: str, is_new: bool = False) -> Iterator[None]:
+    """Turns Optuna's failures to read a study into UserError; KeyError for a missing study passes."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, KeyError) and (is_new or GONE in str(error)):
+            raise
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """The error for a study with rows that Optuna cannot read."""
+    reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+    return UserError(f"study {name}: Optuna cannot read what is stored ({reason}); restore a backup")
+
 
 UPSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 

@@ -35,9 +35,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, S
 from atp_tune.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.errors import UserError
 from atp_tune.extras import as_typed
-from atp_tune.storage.attributes import AttributeStorage
+from atp_tune.storage.attributes import AttributeStorage, unreadable
 from atp_tune.storage.process import GRACE, is_alive
-from atp_tune.storage.validation import unreadable
 from atp_tune.system import pause
 
 # --- Retries of calls to a server that is unreachable, with a warning when an outage begins and ends.

@@ -16,8 +16,8 @@ from atp_tune.errors import UserError
 from atp_tune.spec.facts import BOS
 from atp_tune.spec.search import ACCURACY, DENSITY
 from atp_tune.spec.study import Study
+from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.progress import measured
-from atp_tune.storage.validation import ValidatedStudy
 
 DTYPE = "model.dtype"
 PRODUCTS = "model.products"  # where the caller has set another number format for them

@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.compat import is_heartbeat_enabled
 from atp_tune.storage import process
+from atp_tune.storage.attributes import checked_trial
 from atp_tune.storage.process import GRACE, has_rebooted, is_dead
-from atp_tune.storage.validation import checked_trial
 
 INTERRUPTED = "interrupted"  # the attribute `lost` after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"

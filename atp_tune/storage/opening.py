@@ -1,21 +1,23 @@
 """Opening a storage by its URL, and the checks of its file and file system."""
 
 import warnings
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import sleep
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import optuna
 import psutil
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
 from atp_tune.paths import is_special
-from atp_tune.storage import in_memory
+from atp_tune.storage.attributes import ValidatedStudy, readable
 from atp_tune.storage.database import (
     Database,
     RetryingDatabase,
@@ -28,7 +30,30 @@ from atp_tune.storage.database import (
 )
 from atp_tune.storage.lost_trials import queue_lost
 from atp_tune.storage.process import GRACE, HEARTBEAT
-from atp_tune.storage.validation import ValidatedStudy, readable
+
+# --- Storages in the memory of this process, by addresses that studies can name: memory://1.
+
+MEMORY = "memory://"
+
+_storages: WeakValueDictionary[str, BaseStorage] = WeakValueDictionary()
+_numbers = count(1)
+
+
+def new_storage() -> tuple[str, BaseStorage]:
+    """A new storage and its address, by which it is found as long as the caller holds the storage."""
+    storage = InMemoryStorage()
+    address = f"{MEMORY}{next(_numbers)}"
+    _storages[address] = storage
+    return address, storage
+
+
+def find_in_memory(address: str) -> BaseStorage:
+    """The storage of an address; UserError if it is gone."""
+    storage = _storages.get(address)
+    if storage is None:
+        raise UserError(f"storage {address}: is gone with its Python process; name a file, as in sqlite:///study.db")
+    return storage
+
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds between attempts to create the tables of a new database
 # Types of network file systems, on which SQLite's locks do not work.
@@ -47,8 +72,8 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         from atp_tune.storage.remote import connect
 
         return connect(address)
-    if address.startswith(in_memory.MEMORY):
-        return in_memory.find(address)
+    if address.startswith(MEMORY):
+        return find_in_memory(address)
     return open_database(address, create, RetryingDatabase)
 
 

@@ -13,7 +13,7 @@ from tinystudy import quiet
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from atp_tune.metrics.speed import GRAPH, SIDES
+from atp_tune.metrics import GRAPH, SIDES
 from atp_tune.packed import gpu, kernel
 from atp_tune.packed.kernel import kernel_name
 from atp_tune.sparse.packing import pack_folder

@@ -124,7 +124,7 @@ def generate(
     options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
     from atp_tune.cli.tables import show_continuations
-    from atp_tune.metrics.continuations import PROMPTS
+    from atp_tune.metrics import PROMPTS
     from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
 

@@ -58,7 +58,7 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
     `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
     """
     from atp_tune.results.goals import Choice, chosen
-    from atp_tune.storage.validation import StudySnapshot
+    from atp_tune.storage.attributes import StudySnapshot
 
     study = StudySnapshot(stored)
     found = chosen(study, vars(choice))

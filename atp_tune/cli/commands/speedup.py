@@ -12,7 +12,7 @@ from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import UserError
 
 if TYPE_CHECKING:
-    from atp_tune.metrics.speed import Speed
+    from atp_tune.metrics import Speed
 
 PLAIN = (
     "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
@@ -187,7 +187,7 @@ def summary_of(found: "Speed") -> Iterator[str]:
 
 def rates_table(found: "Speed") -> str:
     """A row for each engine and phase: rates of dense and sparse, sparse / dense, sparse / torch's best dense."""
-    from atp_tune.metrics.speed import spread
+    from atp_tune.metrics import spread
 
     rows = []
     for row in found.engines:

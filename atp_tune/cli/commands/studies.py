@@ -139,7 +139,7 @@ def schema() -> None:
 
     Example: `python tune.py schema > study.schema.json`
     """
-    from atp_tune.spec.schema import schema_text
+    from atp_tune.spec.writing import schema_text
 
     print(schema_text(), end="")
 

@@ -1,1 +1,0 @@
-"""Values and their standard errors: perplexity, KL, spread over draws, effect of BOS, speed."""
