@@ -21,6 +21,7 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
+from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
 from atp_tune.measures import perplexity, reach_of
@@ -67,7 +68,7 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     texts = {"calibration": text, "test": spec.test_text}
     opened = Session.open(Setup(spec.model, spec.prune, texts, Place(place, "cpu")))
     ids = opened.windows["calibration"].ids[-8:]
-    windows = {**opened.windows, "calibration": type(opened.windows["calibration"])(np.ascontiguousarray(ids), "other")}
+    windows = {**opened.windows, "calibration": Items.windows(np.ascontiguousarray(ids))}
     context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
     plan = Plan.model_validate(trial.user_attrs["plan"])
     return nlls_of(context, ((block.index, block.weights) for block in context.prune(plan)), "test")
@@ -285,7 +286,7 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     have = answer.error.partition(" has ")[2].partition(" tokens")[0]
     assert int(have) in (tokens, tokens + 1)
     assert answer.error == (
-        "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; nsamples: file:calibration.txt "
+        "texts.calibration.draws: 100 draws of 8 windows follow each other in a text; file:calibration.txt "
         f"has {have} tokens, that is {int(have) // TOKENS} windows of {TOKENS}; 800 windows cannot be cut, lower "
         'nsamples or seqlen, or draws, or set sampling = "random"'
     )

@@ -78,11 +78,11 @@ class Quantizer(Protocol):
 PRUNERS = Registry[type[Pruner]](
     "pruner",
     {
-        "magnitude": "atp_tune.pruners.wanda:Magnitude",
+        "magnitude": "atp_tune.pruners.magnitude:Magnitude",
         "wanda": "atp_tune.pruners.wanda:Wanda",
         "sparsegpt": "atp_tune.pruners.sparsegpt:SparseGPT",
-        "dsnot": "atp_tune.pruners.wanda:DSnoT",
-        "alps": "atp_tune.pruners.sparsegpt:ALPS",
+        "dsnot": "atp_tune.pruners.dsnot:DSnoT",
+        "alps": "atp_tune.pruners.alps:ALPS",
     },
     "atp_tune.pruners",
     "atp_tune.pruners.settings:finished",

@@ -92,7 +92,7 @@ class AtSparsity:
     hidden: ClassVar[str] = "trial"
     is_open: ClassVar[bool] = False
 
-    study: optuna.Study
+    study: optuna.Study = field(compare=False)
 
     def best(self, trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The best of these trials: the lowest first value."""
