@@ -29,7 +29,7 @@ RETURNED = {  # what public functions and methods return, by the module that def
     "Config": "atp_tune.spec.config",
     "Summary": "atp_tune.results.summary",
     "Perplexity": "atp_tune.measures",
-    "Continuations": "atp_tune.metrics.all",
+    "Continuations": "atp_tune.metrics",
     "ZeroShot": "atp_tune.spec.config",
 }
 
