@@ -12,6 +12,7 @@ _SECRETS = (  # passwords in URLs: after the user name, and as a parameter
 )
 
 
+WHOLE = ("texts.", "images.", "model.")  # tables whose keys errors name in full
 _KEY = re.compile(r"((?:--)?[a-z][\w.-]*): (.*)", re.ASCII)
 
 
@@ -63,7 +64,7 @@ def within(table: str, **names: str) -> Iterator[None]:
         yield
     except UserError as error:
         key = names.get(error.key, error.key)
-        if "." not in key:
+        if not key.startswith(WHOLE):
             key = ("." if "." in table else ": ").join(filter(None, (table, key)))
         raise UserError(f"{key}: {error.what}") from None
 

@@ -223,14 +223,14 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
         study._storage.set_study_system_attr(study._study_id, key, value)
     if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
         _write_notes(study, sources, numbers, ids)
+    # Copies the artifacts of all studies and their trials, without links and invalid ids.
+    files = folder / "artifacts"
     for source in sources:
-        # Copies the artifacts of a study and its trials, without links and invalid ids.
-        folder = folder / "artifacts"
         keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
         for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
             if file is not None:
-                folder.mkdir(exist_ok=True)
-                shutil.copyfile(file, folder / file.name)
+                files.mkdir(exist_ok=True)
+                shutil.copyfile(file, files / file.name)
     db.close()  # before the file is renamed
 
 

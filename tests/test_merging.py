@@ -251,6 +251,8 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     assert (own.filename, (folder / own.artifact_id).read_text()) == ("sketch.txt", "of the study")
     assert (of_trial.filename, (folder / of_trial.artifact_id).read_text()) == ("trial.txt", "of a trial")
     assert len(list(folder.iterdir())) == 2
+    united(tmp_path / "again.db", files[0], files[1])  # those of the second file come along too
+    assert {path.name for path in (tmp_path / "again.artifacts").iterdir()} == {path.name for path in folder.iterdir()}
     assert found.metric_names == ["perplexity"]
     assert found.user_attrs["note"] == "an attribute of my own"
 

@@ -1,4 +1,5 @@
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from plans import planned
 from torch import Tensor, nn
 
 from atp_tune.allocations import Budget, Shape, atp
+from atp_tune.blocks import prune_pass
 from atp_tune.blocks import replay as replaying
 from atp_tune.blocks.channels import ChannelPruner
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
@@ -48,6 +50,27 @@ def atp_plan(bench: Session, pruner: str) -> Plan:
     budget = bench.budget(TARGET)
     beta = 0.8 * atp.bounds(budget)["beta"][1]
     return make_plan(pruner, "atp", budget, {"beta": beta})
+
+
+def test_statistics_are_gone_before_the_pruned_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of SparseGPT may be larger than the block."""
+    known: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        found = measure(*arguments, **options)
+        known.extend(map(weakref.ref, found.values()))
+        return found
+
+    def advanced(*arguments: Any) -> Tensor:
+        alive.append(sum(one() is not None for one in known))
+        return advance(*arguments)
+
+    monkeypatch.setattr(prune_pass, "measure", measured)
+    monkeypatch.setattr(prune_pass, "advance", advanced)
+    work = bench_of(tiny("llama"), prune=PruneConfig(pruners=("sparsegpt",)))
+    list(work.prune(atp_plan(work, "sparsegpt")))
+    assert known and alive == [0] * len(work.checkpoint.blocks)
 
 
 def naive_pass(model: Any, work: Session, plan: Plan, prune: PruneMatrix, dense: bool = False) -> Any:

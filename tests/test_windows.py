@@ -204,10 +204,10 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, seqlen=32), folder, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from atp_tune.spec import texts; from atp_tune.inputs import windows\n"
-        f"text = texts.Text(source={source!r}, seqlen=32)\n"
+        "import sys; from pathlib import Path; from atp_tune.spec import data; from atp_tune.inputs import windows\n"
+        f"text = data.Text(source={source!r}, seqlen=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'optuna') if name in sys.modules])"
+        "print([name for name in ('transformers', 'datasets', 'optuna') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")

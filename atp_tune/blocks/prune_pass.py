@@ -302,7 +302,7 @@ class Pass:
     def step(self, plan: Plan, index: int, hidden: Tensor) -> PrunedBlock:
         """Prunes block `index`, and runs the hidden states through it."""
         checkpoint, channels = self.replay.checkpoint, self.channels
-        linears, weights, timer = checkpoint.linears[index], checkpoint.weights(index), Timer(checkpoint.device)
+        linears, timer, weights = checkpoint.linears[index], Timer(checkpoint.device), checkpoint.weights(index)
         levels = plan.of(index, len(linears))
         make = partial(Pruning, linears, weights, self.pruner, levels, self.keeps_grids)
         measured = partial(measure, self.replay, self.batch, index, weights, hidden)
@@ -326,6 +326,7 @@ class Pass:
                 pruned = make()
                 for linear in linears:
                     pruned.prune(linear, statistics.get(linear.name))
+            del statistics  # they may be larger than the block, which runs now
             timer.lap("prune")
             self.after = advance(self.replay, self.batch, index, pruned.weights, hidden)
         error = None if self.dense_states is None else relative_error(self.after, self.dense_states[index])

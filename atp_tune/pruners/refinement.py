@@ -153,7 +153,8 @@ class Treatment:
 
     def __repr__(self) -> str:
         """Names all that its result depends on, for the cache."""
-        return f"{self.pruner!r} swaps={self.rounds} refine={self.steps} {DAMPING} {self.quantizer!r}"
+        rounded = f" {self.quantizer!r}" if self.quantizer else ""
+        return f"{self.pruner!r} swaps={self.rounds} refine={self.steps} {DAMPING}{rounded}"
 
     @property
     def group(self) -> int | None:

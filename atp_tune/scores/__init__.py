@@ -12,6 +12,7 @@ from torch import Tensor
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Head
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.errors import PluginError
 from atp_tune.inputs import Batch
 from atp_tune.spec.search import SCORES
 
@@ -44,5 +45,7 @@ class Score(Head, Protocol):
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Concatenates scores."""
+    """Concatenates scores; PluginError if they are not of the same measures."""
+    if any(part.keys() != parts[0].keys() for part in parts):
+        raise PluginError("search.score: its items are of other measures in some batches; return the same in each")
     return {key: [one for part in parts for one in part[key]] for key in (parts[0] if parts else ())}

@@ -17,7 +17,7 @@ from atp_tune.registry import Origin
 from atp_tune.scores import Scores
 from atp_tune.spec.recover import NLL_SHARES
 
-ITEMS = {by.items for by in MEASURES.values()}
+ITEMS = {by.items for by in MEASURES.values()} - {"ranks"}  # which images have
 METHODS = ("probes", "check_head", "head_cost", "items")
 
 

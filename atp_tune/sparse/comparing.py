@@ -7,7 +7,7 @@ device are copied one by one too.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -106,14 +106,13 @@ def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     trusted = of_model(place.allowed).get("trust_remote_code", False)
-    work, made = _work(classifies_images(folder), asked, place), None
-    try:
-        made = origin(folder)
-    except UserError:
-        if isinstance(work, RoleScores):
-            raise
+    work, dtype = _work(classifies_images(folder), asked, place), "auto"
+    if (folder / ABOUT).is_file():
+        with suppress(UserError):
+            dtype = read_config(folder / ABOUT).model.dtype
     texts, score = dict[str, Data](), "next-token"
     if isinstance(work, RoleScores):
+        made = origin(folder)
         if made is None or not isinstance(made.test, ImageSet):
             raise UserError(
                 f"{folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
@@ -125,7 +124,6 @@ def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
         if isinstance(work, TaskResults):
             work.tokenizer(found, trusted)
 
-    dtype = made.dtype if made else "auto"
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(place.allowed)})
     with Session.open(Setup(model, PruneConfig(), texts, place, score=score, ask=ask)) as session:
         return _scores(session, {"model": None}, work, asked, {"model": str(folder)})
