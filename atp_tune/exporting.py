@@ -217,14 +217,14 @@ def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
 # --- Recipes of a configuration that rounds weights, for what stores the bits themselves.
 #
 # llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier`, whose
-# grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with the observer
-# `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes scales and levels in
-# bfloat16, and some weights are on another level. gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the
-# bits of each block, or of each linear. It quantizes no linears outside of the blocks. A pattern for them, "-:",
-# would be tried before all others. torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so
-# that GPTQ's weights cannot be made. llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits
-# as k-quants of its own, which have other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k
-# 6.6, q8_0 8.5.
+#                 grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
+#                 the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+#                 scales and levels in bfloat16, and some weights are on another level.
+# gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each block, or of each linear. It quantizes
+#                 no linears outside of the blocks. A pattern for them, "-:", would be tried before all others.
+# torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
+# llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
+#                 other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
 
 K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names

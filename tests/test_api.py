@@ -350,6 +350,9 @@ def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
 def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
     assert found.configuration(trial=0).config.plan.allocation == "uniform"
     assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
+    for wrong in (1.7, "abc", "1"):  # no trial of that number, whatever it might be rounded to
+        assert "is not measured in full" in said(lambda wrong=wrong: found.configuration(trial=wrong))  # type: ignore[misc]
+    assert said(lambda: found.configuration(sparsity="foo")).startswith("sparsity: must be a share of zeros")  # type: ignore[arg-type]
     assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
     assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (
         "sparsity: names one trial, and trial another; leave one out"

@@ -40,7 +40,11 @@ WIDE_ENOUGH = 33  # columns for each of the texts side by side
 
 def show_summary(summary: Summary, file: StudyFile) -> None:
     """Prints dense, uniform and the best of each allocation as a Markdown table, then the next commands."""
-    console.print(f"{printable(summary.name)}: {wanted((summary.made_from or file).study)}\n")
+    spec = (summary.made_from or file).study
+    asked = wanted(spec)
+    if summary.sparsity and spec.bits is None:  # as stored: the file may have changed since
+        asked = f"{percent(summary.sparsity)} sparsity"
+    console.print(f"{printable(summary.name)}: {asked}\n")
     console.print(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         console.print(f"\n{drawn(kinds)}")

@@ -44,12 +44,12 @@ from atp_tune.system import launches
 #
 # The result is each column W_j when the loop reaches it. There are three implementations:
 #
-# `plain`     this loop, on any device; the reference for the others. `strips`    on the CPU. W_j - Σ U_kj E_k over k
-# < j is one matrix product for a strip of columns, plus one product with a vector per column of the strip. E_j
-# replaces W_j in the matrix, so that the sum and its first term are a single call, with factors -U_kj and 1. It uses
-# numpy, whose calls have less overhead than torch's. `triton`    on a GPU (`columns_triton`): one kernel for the
-# block; each program handles a tile of rows of the weight. Each process launches it once on zeros; if that fails, it
-# logs a warning and uses `plain`.
+# `plain`     this loop, on any device; the reference for the others.
+# `strips`    on the CPU. W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product
+#             with a vector per column of the strip. E_j replaces W_j in the matrix, so that the sum and its first term
+#             are a single call, with factors -U_kj and 1. It uses numpy, whose calls have less overhead than torch's.
+# `triton`    on a GPU (`columns_triton`): one kernel for the block; each program handles a tile of rows of the weight.
+#             Each process launches it once on zeros; if that fails, it logs a warning and uses `plain`.
 
 STRIP = 16  # columns
 ALONE = 9216  # matrix elements up to which OpenBLAS multiplies by a vector in one thread, which is faster

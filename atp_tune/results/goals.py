@@ -450,8 +450,10 @@ def chosen(study: optuna.Study, asked: Mapping[str, Any]) -> int | Choice | None
         raise UserError(f"{second}: names one trial, and {first} another; leave one out")
     match named:
         case {"trial": number}:
-            return int(number)
+            found: int = number
+            return found
         case {"sparsity": sparsity}:
+            one_sparsity(str(sparsity))  # UserError for none, also where the study has no front
             return goal_in(study).nearest(str(sparsity))
     limit = only_limit(named)
     return goal_in(study).sparsest(limit) if limit else None

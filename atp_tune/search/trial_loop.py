@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 #
 # For each of the last `RUN` trials, without a new best among them, every allocation must have
 #
-# points    at least `LEAST`: fewer may fit a model by chance regret    below `GAIN`: how much lower the log of
-# perplexity or KL could be, bounded at 90 % confidence by a Gaussian process over the better half of the points: its
-# upper bound at the best points minus the minimum of its lower bound no gaps   beside a point within `NEAR` of the
-# best, no stretch without a point is wider than `GAP` of its parameter's interval: a model that has seen one valley
-# predicts a flat curve elsewhere
+#     points    at least `LEAST`: fewer may fit a model by chance
+#     regret    below `GAIN`: how much lower the log of perplexity or KL could be, bounded at 90 % confidence by a
+#               Gaussian process over the better half of the points: its upper bound at the best points minus the
+#               minimum of its lower bound
+#     no gaps   beside a point within `NEAR` of the best, no stretch without a point is wider than `GAP` of its
+#               parameter's interval: a model that has seen one valley predicts a flat curve elsewhere
 #
 # Trials are read in the order in which they ended, so interruptions and several workers do not change the verdict. The
 # bound holds for the validation text only (docs/speed.md has measurements).

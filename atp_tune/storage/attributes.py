@@ -336,7 +336,7 @@ def is_of_trial(key: str) -> bool:
 
 def is_of_study(key: str) -> bool:
     """Whether a study's user attribute is stored apart, also with a row's name after a colon, as in test_nlls:12."""
-    return key.partition(":")[0] in STUDY and key not in SHOWN
+    return (table := key.partition(":")[0]) in STUDY and table not in SHOWN
 
 
 def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

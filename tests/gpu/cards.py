@@ -67,7 +67,7 @@ def plan(context: Session, pruner: str = "wanda") -> Plan:
 def trial(context: Session, pruner: str = "wanda") -> Record:
     """A trial as the objective runs it; its record is not closed yet."""
     record = Record(context)
-    record.items["nlls"] = context.measure(plan(context, pruner), [record, RoleScores("validation")])[1].nlls
+    record.items["nlls"] = context.measure(plan(context, pruner), [record, RoleScores("validation")])[1]["nlls"]
     return record
 
 

@@ -21,10 +21,10 @@ def test_streamed_is_resident_to_the_last_bit(pruner: str, offload: Offload, dev
     """Three trials in a row: a copy that is used before it is whole, or freed too early, need not show at once."""
     resident, streamed = bench_on(device), bench_on(device, offload)
     assert (resident.checkpoint.offload, streamed.checkpoint.offload) == ("none", offload)
-    expected, nlls = pruned_blocks(resident, pruner), trial(resident, pruner).nlls
+    expected, nlls = pruned_blocks(resident, pruner), trial(resident, pruner).items["nlls"]
     for _ in range(3):
         assert same_blocks(pruned_blocks(streamed, pruner), expected)
-        assert trial(streamed, pruner).nlls == nlls
+        assert trial(streamed, pruner).items["nlls"] == nlls
 
 
 def test_sequential_statistics_too(device: torch.device) -> None:
@@ -35,9 +35,9 @@ def test_sequential_statistics_too(device: torch.device) -> None:
 
 def test_a_trial_again_is_the_same_to_the_last_bit(device: torch.device) -> None:
     context = bench_on(device, dtype=torch.bfloat16)
-    first, nlls = pruned_blocks(context), trial(context).nlls
+    first, nlls = pruned_blocks(context), trial(context).items["nlls"]
     assert same_blocks(pruned_blocks(context), first)
-    assert trial(context).nlls == nlls
+    assert trial(context).items["nlls"] == nlls
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
@@ -78,6 +78,6 @@ def test_bf16_comes_near_float32(device: torch.device) -> None:
     benches = [bench_on(device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert [context.dtype for context in benches] == ["float32", "bfloat16"]
     dense = [fmean(nlls_of(context, context.blocks(None), "validation")) for context in benches]
-    pruned = [fmean(trial(context).nlls) for context in benches]
+    pruned = [fmean(trial(context).items["nlls"]) for context in benches]
     assert dense[1] == pytest.approx(dense[0], rel=0.01)
     assert pruned[1] == pytest.approx(pruned[0], rel=0.02)

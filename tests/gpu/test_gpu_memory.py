@@ -107,12 +107,12 @@ def moved(replay: Replay, hidden: Tensor, windows: int) -> Tensor:
 
 def test_a_trial_that_does_not_fit_fails_and_the_next_one_runs(card: torch.device) -> None:
     context = bench_on(card)
-    before = trial(context).nlls
+    before = trial(context).items["nlls"]
     sizes = context.batches
     with little_memory(card, 2 * MIB), pytest.raises((TrialError, torch.OutOfMemoryError), match="out of memory"):
         trial(context)
     context.begin(sizes)
-    assert trial(context).nlls == before
+    assert trial(context).items["nlls"] == before
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
