@@ -17,7 +17,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, check_distinct, has_text, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, has_text, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 from atp_tune.spec.block_names import block_name, in_tower, joined
@@ -213,9 +213,9 @@ def test_pairs_of_two_roles_are_distinct() -> None:
     ids, image = torch.arange(6).reshape(3, 2), torch.randn(3, 1, 2, 2)
     pairs = Items.of({"input_ids": ids, "pixel_values": image})
     other = Items.of({"input_ids": ids.flip(0), "pixel_values": image})
-    check_distinct({"test": Items.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
+    TOKEN_WINDOWS.check_disjoint({"test": Items.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
     with pytest.raises(UserError, match=r"^texts.test: pair 1 is also in texts.calibration"):
-        check_distinct({"calibration": pairs, "test": other})
+        TOKEN_WINDOWS.check_disjoint({"calibration": pairs, "test": other})
 
 
 def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     dtype = find_dtype(setup.model.dtype, device)
     if said := file.study.without_effect:
         watch(Message(said))
-    watch(Message(f"loading the model and the {file.study.items}"))
+    watch(Message(f"loading the model and the {file.study.data.table}"))
     folder = resolve(setup.model, setup.place.base, setup.place.note)
     known = _known(file, name, setup, folder, device, dtype.itemsize)
     session, rates = None, None

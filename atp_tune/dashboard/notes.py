@@ -63,7 +63,7 @@ def _what(summary: Summary) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
     others = {"density": "density (1 - sparsity)"}
     objective = " and ".join(others.get(name) or MEASURES[name].objective or name for name in summary.objectives)
-    data = "text" if spec.images is None else "images"
+    data = spec.data.validation.data
     limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
     lines = [
         f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {wanted(spec)}",

@@ -13,7 +13,7 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, within
 from atp_tune.inputs import InputKind, cut_draws
-from atp_tune.inputs.items import LABELS, PIXELS, Items
+from atp_tune.inputs.items import LABELS, PIXELS, Items, shared
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures
 from atp_tune.spec.data import ImageSet
 
@@ -101,19 +101,16 @@ def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) ->
     return max(1, positions // one.positions)
 
 
-def doubles_of(items: Mapping[str, Items]) -> dict[str, list[int]]:
-    """By role, the images that an earlier role has too; UserError if they are more than a few."""
-    seen: dict[bytes, str] = {}
-    found: dict[str, list[int]] = {}
-    for role, images in items.items():
-        rows = images.digests()
-        found[role] = doubles = [index for index, row in enumerate(rows) if row in seen]
-        if len(doubles) > DOUBLES * len(rows):
+def doubles_of(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
+    """By role, the images that an earlier role has too, and that role; UserError if they are more than a few."""
+    found = shared(items)
+    for role, doubles in found.items():
+        if len(doubles) > DOUBLES * len(items[role]):
+            first, other = next(iter(doubles.items()))
             raise UserError(
-                f"images.{role}: image {doubles[0]} is also in images.{seen[rows[doubles[0]]]}, as are "
+                f"images.{role}: image {first} is also in images.{other}, as are "
                 f"{len(doubles) - 1} others; give them other images or parts"
             )
-        seen |= dict.fromkeys(rows, role)
     return found
 
 

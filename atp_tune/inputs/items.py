@@ -1,7 +1,7 @@
 """The ordered items of one role: windows of a text, pairs of an image and a text, or labelled images."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Items:
         """Every stride-th item of those from `start` to `end`, from the first."""
         return self.selected(slice(start, end, stride))
 
-    def without(self, rows: Sequence[int]) -> "Items":
+    def without(self, rows: Iterable[int]) -> "Items":
         """All items but these."""
         kept = torch.ones(len(self), dtype=torch.bool)
         kept[list(rows)] = False
@@ -87,3 +87,14 @@ class Items:
             for name, found in self.tensors.items()
             if name != LABELS
         }
+
+
+def shared(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
+    """By role, the index of each item that an earlier role has too, and that role."""
+    seen: dict[bytes, str] = {}
+    found: dict[str, dict[int, str]] = {}
+    for role, own in items.items():
+        digests = own.digests() if len(items) > 1 else []
+        found[role] = {index: seen[digest] for index, digest in enumerate(digests) if digest in seen}
+        seen |= dict.fromkeys(digests, role)
+    return found

@@ -15,7 +15,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, within
 from atp_tune.extras import require
 from atp_tune.inputs import Batch, InputKind, cut_draws
-from atp_tune.inputs.items import IDS, Items
+from atp_tune.inputs.items import IDS, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.windows import check_disjoint, first_windows, token_windows
 from atp_tune.paths import written
@@ -50,19 +50,6 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
             "asked for; lower it or seqlen"
         )
     return Items.of(_stacked(rows[:: text.stride]), image=_image_token(processor))
-
-
-def check_distinct(named: Mapping[str, Items]) -> None:
-    """UserError if two roles share a pair."""
-    seen: dict[bytes, str] = {}
-    for role, pairs in named.items():
-        found = pairs.digests() if len(named) > 1 else []
-        for index, digest in enumerate(found):
-            if digest in seen:
-                raise UserError(
-                    f"texts.{role}: pair {index} is also in texts.{seen[digest]}; give them other files or parts"
-                )
-        seen |= dict.fromkeys(found, role)
 
 
 def _source(text: Text, base: Path) -> Pictures:
@@ -209,8 +196,11 @@ class TokenWindows:
 
     def check_disjoint(self, items: Mapping[str, Items]) -> None:
         """UserError if two texts share a window, or a pair of image and text."""
-        check_disjoint({role: windows for role, windows in items.items() if windows.image is None})
-        check_distinct({role: pairs for role, pairs in items.items() if pairs.image is not None})
+        pairs = {role: found for role, found in items.items() if len(found.tensors) > 1}
+        check_disjoint({role: windows for role, windows in items.items() if role not in pairs})
+        for role, doubles in shared(pairs).items():
+            for index, other in doubles.items():
+                raise UserError(f"texts.{role}: pair {index} is also in texts.{other}; give them other files or parts")
 
     def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Batch], Tensor]) -> None:
         """UserError if a model has no embedding of a token or too few positions for a window, or nothing to predict."""

@@ -148,7 +148,7 @@ class FinalScores:
                 else {by.items: by.items for by in MEASURES.values()}
             )
             return {items: list(known[key]) for key, items in names.items() if key in known}
-        title = f"test {'text' if spec.images is None else 'images'}: {'dense model' if is_dense else f'trial {row}'}"
+        title = f"test {spec.data.validation.data}: {'dense model' if is_dense else f'trial {row}'}"
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
         return scores.found[name]

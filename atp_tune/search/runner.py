@@ -263,7 +263,7 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
     spec = run.file.study
     if said := spec.without_effect:
         run.note(said)
-    run.note(f"loading the model and the {spec.items}")
+    run.note(f"loading the model and the {spec.data.table}")
     setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study), run.watch)
     if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
         setup = replace(setup, ask=lambda folder, size: check_room(cache_dir("recovered"), 2 * size))

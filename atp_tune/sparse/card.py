@@ -209,8 +209,7 @@ def _draws(config: Config) -> str:
     if not found:
         return ""
     against = f", {found.beside('uniform’s')}" if found.change else ""
-    data = "images" if isinstance(config.texts.validation, ImageSet) else "text"
-    how = found.how(data, is_fitted(config.plan.allocation))
+    how = found.how(config.texts.validation.data, is_fitted(config.plan.allocation))
     was = "was, before training," if config.is_trained else "is"
     return f"Over {found.count} draws of the calibration text it {was} {found}{against} ({how})."
 

@@ -255,11 +255,6 @@ class Study(SettingsTable):
         return None if self.bits is None or self.by_bits else int(self.bits)
 
     @property
-    def items(self) -> str:
-        """The name of the model's inputs, for people."""
-        return self.data.table
-
-    @property
     def leaders(self) -> int:
         """How many plans lead at the end: one of each allocation but uniform; over an interval they do not compare."""
         return 1 if self.interval else len({*self.allocation.short_names} - {"uniform"})
