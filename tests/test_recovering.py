@@ -21,7 +21,7 @@ from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import cache_keys, tune
 from atp_tune.cache import cache_dir
-from atp_tune.cli.commands.finetune import finetune
+from atp_tune.cli.commands.finetune import TrainingOptions
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said
@@ -396,7 +396,7 @@ def test_settings_without_a_value_are_filled() -> None:
 
 def test_the_command_has_the_defaults_of_the_table() -> None:
     """As a user who reads what training brings in a study expects of `finetune`."""
-    options = inspect.signature(finetune).parameters
+    options = inspect.signature(TrainingOptions).parameters
     assert {name: field.default for name, field in Training.model_fields.items()} == {
         name: options[name].default for name in Training.model_fields
     }

@@ -26,7 +26,6 @@ from atp_tune.cli.commands import (
 )
 from atp_tune.cli.options import UsageError, expanded
 from atp_tune.errors import UserError
-from atp_tune.extras import as_typed
 from atp_tune.spec.finding import known
 
 MODEL = "MODEL"  # the command that such a word stands for, and its name in `--help`
@@ -76,14 +75,14 @@ app = typer.Typer(
     cls=ModelGroup, rich_markup_mode=None, pretty_exceptions_enable=False,
     subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
 )  # fmt: skip
-app.callback(invoke_without_command=True, help=as_typed(str(tune.run.__doc__)))(expanded(tune.run))
-app.command(MODEL, cls=ModelCommand, help=as_typed(str(tune.model.__doc__)))(expanded(tune.model))
+app.callback(invoke_without_command=True)(expanded(tune.run))
+app.command(MODEL, cls=ModelCommand)(expanded(tune.model))
 for command in (  # in the order of `--help`
     status.status, plan.plan, serve.serve, serve.merge, export.export, status.report, apply.apply, apply.pack,
     apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, chat.chat, evaluate.classify, prune.prune,
     finetune.finetune, speedup.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
 ):  # fmt: skip
-    app.command(help=as_typed(str(command.__doc__)))(expanded(command))
+    app.command()(expanded(command))
 
 
 def run(words: list[str]) -> Any:

@@ -14,6 +14,7 @@ import typer
 
 KEY = "_ATP_TUNE_COMPLETED_KEY"  # the key whose value is completed in bash
 SAFE = re.compile(r"\w[\w.-]*")  # zsh evaluates what is printed
+# not only those that are here, since finding them takes seconds
 DEVICES = ("auto", "cpu", "mps", "cuda", "cuda:0")
 
 Complete = Callable[[typer.Context, str], list[str]]
@@ -74,12 +75,6 @@ def allocations(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 
 @silent
-def devices(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Names of devices, not only of those that are here, since finding them takes seconds."""
-    return DEVICES
-
-
-@silent
 def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Numbers of the trials that a study has finished, from its SQLite file."""
     from atp_tune.cli.options import load_study
@@ -89,6 +84,12 @@ def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     file = load_study(options["study"], options.get("storage"), None, list(options.get("set_") or []))
     name = options.get("study_name") or file.name
     return [str(number) for number in finished_trials(file.database, name)] if file.database else []
+
+
+COMPLETED: dict[str, Complete] = {  # what completes an option, by its name
+    "study": study_names, "set_": overrides, "pruner": pruners, "allocation": allocations, "trial": trials,
+    "device": silent(lambda ctx, incomplete: DEVICES),
+}  # fmt: skip
 
 
 def rejoin(environment: Any) -> None:

@@ -1,15 +1,17 @@
-"""Options of several commands, and functions that find the study that they name."""
+"""Options from the parameters of a command, and functions that find the study that they name."""
 
+import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
-from inspect import Parameter, Signature, signature
+from dataclasses import dataclass, is_dataclass
+from inspect import Parameter, Signature, cleandoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from atp_tune.cli import completion
+from atp_tune.cli.completion import COMPLETED
+from atp_tune.extras import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration
@@ -18,16 +20,27 @@ if TYPE_CHECKING:
     from atp_tune.spec.studyfile import StudyFile
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
+DType = Literal["float32", "bfloat16", "float16"] | None
+ROW = re.compile(r" *(\w+)(?: (.+?))??(?: (\d[\d.]*?)?\.\.(\d*))?: (.+)")
+SHARED = """Options of several commands.
 
-
-def option(metavar: str, about: str, *names: str, **more: Any) -> Any:
-    """An option with a value."""
-    return typer.Option(*names, metavar=metavar, help=about, **more)
-
-
-def flag(name: str, about: str) -> Any:
-    """An option without a value."""
-    return option("", about, name)
+Options:
+    allow_pickle: Read .bin weights, which are pickles and may run code.
+    config FILE: Configuration, as a run or `export` writes it.
+    device DEVICE: auto, cpu, mps, cuda or cuda:N.
+    dtype DTYPE: float32, bfloat16 or float16 for the folder; default: as the dense model's files, of .gguf as
+        computed.
+    json: Print one JSON document and nothing else.
+    out DIR: Folder for the sparse checkpoint; new or empty.
+    private: Make the repository private, if it does not exist yet.
+    prompt TEXT: A prompt to continue, in a study beside three fixed ones; may be given several times.
+    set_ KEY=VALUE: Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.
+    storage URL: Optuna storage URL; default: NAME.db beside the study file.
+    study NAME: Name of a study in `studies/`, or path of a .toml file.
+    study_name NAME: Name of the study in the storage; default: the study file's.
+    trust_plugins: Run the Python code that the study names: plug-ins, packages of texts, functions of tasks.
+    trust_remote_code: Run the Python code that the model's folder holds.
+"""
 
 
 def wrong(name: str, why: str) -> Exception:
@@ -35,94 +48,49 @@ def wrong(name: str, why: str) -> Exception:
     return typer.BadParameter(why, param_hint=name)
 
 
-STUDY: Any = option(
-    "NAME", "Name of a study in `studies/`, or path of a .toml file.", "--study", autocompletion=completion.study_names
-)
-StudyName = Annotated[str, STUDY]
-StudyLabel = Annotated[
-    str | None,
-    option("NAME", "Name of the study in the storage; default: the study file's.", "--study-name"),
-]
-Storage = Annotated[
-    str | None,
-    option("URL", "Optuna storage URL; default: NAME.db beside the study file."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    option(
-        "KEY=VALUE",
-        "Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.",
-        "--set",
-        autocompletion=completion.overrides,
-    ),
-]
-Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else.")]
-AllowPickle = Annotated[bool, flag("--allow-pickle", "Read .bin weights, which are pickles and may run code.")]
-TrustRemoteCode = Annotated[bool, flag("--trust-remote-code", "Run the Python code that the model's folder holds.")]
-TrustPlugins = Annotated[
-    bool,
-    flag(
-        "--trust-plugins", "Run the Python code that the study names: plug-ins, packages of texts, functions of tasks."
-    ),
-]
-Private = Annotated[bool, flag("--private", "Make the repository private, if it does not exist yet.")]
-Prompts = Annotated[
-    list[str] | None,
-    option("TEXT", "A prompt to continue, in a study beside three fixed ones; may be given several times.", "--prompt"),
-]
-Device = Annotated[
-    str | None,
-    option("DEVICE", "auto, cpu, mps, cuda or cuda:N.", autocompletion=completion.devices),
-]
+def described(text: str | None) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The help in a docstring, and the rows of its `Options:` by name: metavar, least, most, help.
 
-
-class Format(StrEnum):
-    """Number formats of the weights of a folder."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-DType = Annotated[
-    Format | None,
-    option(
-        "DTYPE",
-        "float32, bfloat16 or float16 for the folder; default: as the dense model's files, of .gguf as computed.",
-        "--dtype",
-    ),
-]
-
-
-@dataclass(frozen=True)
-class Permissions:
-    """What a model, a configuration or a study, which may be a stranger's, cannot allow itself."""
-
-    allow_pickle: AllowPickle = False
-    trust_remote_code: TrustRemoteCode = False
-    trust_plugins: TrustPlugins = False
+    A row is `NAME METAVAR LEAST..MOST: HELP`, of which the second and the third may be missing.
+    """
+    about, _, table = cleandoc(text or "").partition("\n\nOptions:\n")
+    rows = map(ROW.fullmatch, re.sub(r"\n {5,}", " ", table).split("\n"))
+    return about, {row[1]: row.groups("")[1:] for row in rows if row}
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns a command of typer that has an option for each field of `command`'s parameters that are dataclasses."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    """Returns a command of typer, with an option for each keyword of `command`, and an argument for each other one.
+
+    A keyword that is a dataclass stands for its fields. What an option means is a row of `Options:` in the docstring of
+    the command, of the dataclass, or of `SHARED`; a parameter without a row says it by its type.
+    """
+    given = signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: one.annotation for name, one in given.items() if is_dataclass(one.annotation)}
+    about, rows = described(command.__doc__)
+    for text in (*(kind.__doc__ for kind in groups.values()), SHARED):
+        rows = described(text)[1] | rows
     parameters: list[Parameter] = []
-    for name, parameter in signature(command).parameters.items():
-        if name in groups:
-            own = get_type_hints(groups[name], include_extras=True)
-            rows = [(field.name, own[field.name], field.default) for field in fields(groups[name])]
-        else:
-            rows = [(name, hints[name], parameter.default)]
-        for each, hint, usual in rows:
-            parameters.append(Parameter(each, Parameter.KEYWORD_ONLY, default=usual, annotation=hint))
+    for own in given.values():
+        fields = signature(groups[own.name], eval_str=True).parameters if own.name in groups else {own.name: own}
+        for name, one in fields.items():
+            kind = one.annotation
+            if name in rows:
+                metavar, least, most, meaning = rows[name]
+                is_flag, word = one.default is False, "--" + name.strip("_").replace("_", "-")
+                words = [] if kind in (bool, bool | None) and not is_flag else [word]  # typer's own has --no-WORD
+                more: dict[str, Any] = {"help": meaning, "metavar": "" if is_flag else metavar or None}
+                more |= {key: json.loads(value) for key, value in (("min", least), ("max", most)) if value}
+                more["autocompletion"] = COMPLETED.get(name)
+                is_option = own.kind is Parameter.KEYWORD_ONLY
+                kind = Annotated[kind, typer.Option(*words, **more) if is_option else typer.Argument(**more)]
+            parameters.append(one.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind))
 
     def run(**values: Any) -> None:
         for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            values[name] = kind(**{field: values.pop(field) for field in signature(kind).parameters})
         command(**values)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__, run.__doc__ = command.__name__, as_typed(about)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return run
@@ -143,8 +111,7 @@ def load_study(
     from atp_tune.spec.studyfile import absolute_storage, load
 
     place = absolute_storage(storage, Path()) if storage else None
-    options: dict[str, Any] = {"storage": place, "device": device}
-    named = [f"{key}={value}" for key, value in options.items() if value is not None]
+    named = [f"{key}={value}" for key, value in (("storage", place), ("device", device)) if value is not None]
     return load(study, [*(set_ or []), *named], plugins, folder)
 
 
@@ -158,14 +125,16 @@ def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
     return tuple(prompts or ())
 
 
-def stored_study(file: "StudyFile", study_name: str | None) -> Any:
-    """The Optuna study of a study file; UserError if it has no trials yet."""
-    from atp_tune.results import stored
-
-    return stored.stored_study(file, study_name)
-
-
 # --- The configuration that a command works with: one in a file, or the best of a study.
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What a model, a configuration or a study, which may be a stranger's, cannot allow itself."""
+
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    trust_plugins: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,17 +157,16 @@ class Best:
 
 @dataclass(frozen=True)
 class BestOptions(Permissions):
-    """The options of a command that takes a configuration, or the best of a study."""
+    """The options of a command that takes a configuration, or the best of a study.
 
-    study: Annotated[
-        str | None,
-        option(
-            "NAME", "A study, by name or path, whose best is taken.", "--study", autocompletion=completion.study_names
-        ),
-    ] = None
-    study_name: StudyLabel = None
-    storage: Storage = None
-    device: Device = None
+    Options:
+        study NAME: A study, by name or path, whose best is taken.
+    """
+
+    study: str | None = None
+    study_name: str | None = None
+    storage: str | None = None
+    device: str | None = None
 
     def check(self, other: str, given: Any, **of_study: Any) -> None:
         """BadParameter unless either `other` is given, or a study, whose further options are not given without it."""
@@ -211,11 +179,11 @@ class BestOptions(Permissions):
     @property
     def allowed(self) -> dict[str, bool]:
         """What may run, by its name in `Permissions`."""
-        return {field.name: getattr(self, field.name) for field in fields(Permissions)}
+        return {name: getattr(self, name) for name in signature(Permissions).parameters}
 
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""
-        from atp_tune.results.stored import best_config, file_as_run
+        from atp_tune.results.stored import best_config, file_as_run, stored_study
         from atp_tune.spec.config import read_config
 
         if config is not None:

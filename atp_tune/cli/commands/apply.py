@@ -2,13 +2,10 @@
 
 import sys
 from dataclasses import astuple, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from atp_tune.cli.options import Best, BestOptions, DType, Private, UsageError, flag, option, wrong
+from atp_tune.cli.options import Best, BestOptions, DType, UsageError, wrong
 from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import printable
 
@@ -19,28 +16,16 @@ TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
 
 def apply(
-    config: Annotated[Path | None, option("FILE", "Configuration, as a run or `export` writes it.")] = None,
-    out: Annotated[Path | None, option("DIR", "Folder for the sparse checkpoint; new or empty.")] = None,
-    packed: Annotated[bool, flag("--packed", "Write no zeros, and rounded weights in their number of bits.")] = False,
-    slim: Annotated[
-        bool,
-        flag("--slim", 'Write the folder without the channels that `pattern = "channels"` prunes.'),
-    ] = False,
-    verify: Annotated[
-        Path | None,
-        option("DIR", "Only check whether the files of a sparse checkpoint are as they were written."),
-    ] = None,
-    push: Annotated[
-        str | None,
-        option("ORG/NAME", "Also upload the folder to this model repository on the hub."),
-    ] = None,
-    recover: Annotated[
-        bool,
-        typer.Option("--recover/--no-recover", help="Train the kept weights, where the configuration says so."),
-    ] = True,
-    dtype: DType = None,
-    private: Private = False,
     *,
+    config: Path | None = None,
+    out: Path | None = None,
+    packed: bool = False,
+    slim: bool = False,
+    verify: Path | None = None,
+    push: str | None = None,
+    recover: bool = True,
+    dtype: DType = None,
+    private: bool = False,
     options: BestOptions,
 ) -> None:
     """Prune the dense checkpoint to a configuration, save it as a Hugging Face folder, and measure its perplexity.
@@ -65,6 +50,13 @@ def apply(
     Example: `python tune.py apply --config studies/smol.best.json --out smol-sparse`
 
     Example: `python tune.py apply --verify smol-sparse`
+
+    Options:
+        packed: Write no zeros, and rounded weights in their number of bits.
+        slim: Write the folder without the channels that `pattern = "channels"` prunes.
+        verify DIR: Only check whether the files of a sparse checkpoint are as they were written.
+        push ORG/NAME: Also upload the folder to this model repository on the hub.
+        recover: Train the kept weights, where the configuration says so.
     """
     if verify is not None:
         if (config, options.study, out, push) != (None, None, None, None) or packed or slim:
@@ -95,7 +87,7 @@ def apply(
             console.print(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
-    write(best, out, packed, slim, dtype and dtype.value)
+    write(best, out, packed, slim, dtype)
     if push is not None:
         upload(out, push, private)
 
@@ -154,30 +146,14 @@ def show(measured: "Estimate", promised: "Estimate | None", out: Path, codes: bo
 # --- `tune.py pack` and `tune.py unpack`: a sparse checkpoint without its zeros, and with them again.
 
 GROUP = 32  # as in packed.modeling_atp_sparse, which imports torch
-Out = Annotated[Path, option("DIR", "The new folder.")]
-
-
-class ValueFormat(StrEnum):
-    """Number formats of the nonzero values."""
-
-    same = "same"
-    bf16 = "bf16"
-    int8 = "int8"
 
 
 def pack(
-    out: Out,
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
-    ] = None,
-    values: Annotated[
-        ValueFormat, typer.Option(help="Number format of the nonzero weights; same: as in DIR, and exact.")
-    ] = ValueFormat.same,
-    group_size: Annotated[
-        int | None,
-        option("N", "Columns that share a scale of int8 (a multiple of 32); default: all."),
-    ] = None,
+    folder: Path | None = None,
     *,
+    out: Path,
+    values: Literal["same", "bf16", "int8"] = "same",
+    group_size: int | None = None,
     options: BestOptions,
 ) -> None:
     """Pack a sparse checkpoint: smaller on disk and in memory, loaded by transformers.
@@ -193,8 +169,14 @@ def pack(
     Example: `python tune.py pack smol-sparse --out smol-int8 --values int8 --group-size 64`
 
     Example: `python tune.py pack --study smol --out smol-packed`
+
+    Options:
+        folder DIR: Sparse checkpoint, as `apply` writes it.
+        out DIR: The new folder.
+        values: Number format of the nonzero weights; same: as in DIR, and exact.
+        group_size N: Columns that share a scale of int8 (a multiple of 32); default: all.
     """
-    if group_size is not None and values != ValueFormat.int8:
+    if group_size is not None and values != "int8":
         raise wrong("--group-size", "only with --values int8")
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
         raise wrong("--group-size", f"must be a multiple of {GROUP}")
@@ -202,7 +184,7 @@ def pack(
     from atp_tune.paths import check_free
 
     if folder is None:
-        if values != ValueFormat.same:
+        if values != "same":
             raise wrong("--values", "takes a folder: first apply --study NAME --out DIR")
         check_free(out)
         write(options.best(), out, packed=True)
@@ -210,7 +192,7 @@ def pack(
     from atp_tune.sparse.packing import pack_folder
 
     with working() as watch:
-        done = pack_folder(folder, out, values.value, group_size, options.device or "auto", watch)
+        done = pack_folder(folder, out, values, group_size, options.device or "auto", watch)
     kinds = [f"{done.linears} linears"] if done.linears else []
     kinds += [f"{done.stored} other matrices (in memory they are dense)"] if done.stored else []
     share = done.packed_bytes / done.dense_bytes
@@ -236,12 +218,14 @@ def _rounded(folder: Path) -> float | None:
     return None if made is None or made.config.bits is None else made.config.bits.target
 
 
-def unpack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Packed folder, as `pack` writes it.")], out: Out
-) -> None:
+def unpack(folder: Path, *, out: Path) -> None:
     """Unpack a packed folder to the sparse checkpoint that it was made from, and check the SHA-256 of each weight file.
 
     Example: `python tune.py unpack smol-packed --out smol-sparse`
+
+    Options:
+        folder DIR: Packed folder, as `pack` writes it.
+        out DIR: The new folder.
     """
     from atp_tune.checkpoints.convert import unpack_folder
     from atp_tune.paths import check_free
@@ -255,18 +239,7 @@ def unpack(
 # --- `tune.py push`: uploads a sparse checkpoint to the Hugging Face hub.
 
 
-def push(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[DIR] ORG/NAME",
-            help="Sparse checkpoint, as `apply` writes it, and a model repository on the hub; made if missing.",
-        ),
-    ],
-    private: Private = False,
-    *,
-    options: BestOptions,
-) -> None:
+def push(words: list[str], *, private: bool = False, options: BestOptions) -> None:
     """Upload a sparse checkpoint with its model card to the Hugging Face hub.
 
     It uses the login of `hf auth login`. The same command resumes an upload that was cut off. With `--study` the best
@@ -275,6 +248,10 @@ def push(
     Example: `python tune.py push smol-sparse ORG/NAME`
 
     Example: `python tune.py push --study smol ORG/NAME`
+
+    Options:
+        words [DIR] ORG/NAME: Sparse checkpoint, as `apply` writes it, and a model repository on the hub; made if
+            missing.
     """
     from atp_tune.sparse.publishing import check_folder, check_permission
 

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from atp_tune.cli.options import BestOptions, option
+from atp_tune.cli.options import BestOptions
 from atp_tune.cli.terminal import console
 from atp_tune.errors import UserError, is_text
 from atp_tune.events import ignore_events
@@ -173,16 +171,11 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 
 def chat(
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR|FILE", help="Sparse folder, or a configuration, to which is pruned in memory."),
-    ] = None,
-    max_new_tokens: Annotated[int, option("N", "Tokens of an answer, at most.", "--max-new-tokens", min=1)] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=100, help="0 takes the likeliest token; more draws at random.")
-    ] = 0.0,
-    system: Annotated[str | None, option("TEXT", "System message, for a chat template.")] = None,
+    model: Path | None = None,
     *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    system: str | None = None,
     options: BestOptions,
 ) -> None:
     """Talk with a sparse model in the terminal: `/dense` and `/uniform` show what the dense and the uniform answer.
@@ -198,6 +191,12 @@ def chat(
     Example: `python tune.py chat smol-sparse`
 
     Example: `echo "Why is the sky blue?" | python tune.py chat studies/smol.best.json`
+
+    Options:
+        model DIR|FILE: Sparse folder, or a configuration, to which is pruned in memory.
+        max_new_tokens N 1..: Tokens of an answer, at most.
+        temperature 0..100: 0 takes the likeliest token; more draws at random.
+        system TEXT: System message, for a chat template.
     """
     options.check("DIR|FILE", model, storage=options.storage)
     from atp_tune.cli.terminal import quiet

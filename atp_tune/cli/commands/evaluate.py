@@ -1,22 +1,9 @@
 """`tune.py evaluate`: scores models on tasks of lm-eval."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from atp_tune.cli.options import (
-    BestOptions,
-    Device,
-    Json,
-    Overrides,
-    Permissions,
-    Prompts,
-    checked_prompts,
-    flag,
-    option,
-    wrong,
-)
+from atp_tune.cli.options import BestOptions, Permissions, checked_prompts, wrong
 from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import printable
 
@@ -25,29 +12,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Folder of a single model, as `apply` writes it.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        option("FILE", "Configuration whose dense, uniform and best models are compared in memory."),
-    ] = None,
-    tasks: Annotated[
-        str,
-        option(
-            "LIST", "Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers."
-        ),
-    ] = "zero-shot",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many items of each task.")] = None,
-    num_fewshot: Annotated[int | None, option("K", "Few-shot examples; default: 0.", "--num-fewshot", min=0)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size in sequences.")] = 8,
-    device: Device = None,
-    storage: Annotated[
-        str | None,
-        option("URL", "Storage that holds the study; default: NAME.db beside the configuration."),
-    ] = None,
-    json: Json = False,
+    model: Path | None = None,
     *,
+    config: Path | None = None,
+    tasks: str = "zero-shot",
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch: int = 8,
+    device: str | None = None,
+    storage: str | None = None,
+    json: bool = False,
     may: Permissions,
 ) -> None:
     """Score models on tasks of lm-eval (`pip install -e '.[eval]'`): zero-shot accuracy with its standard error.
@@ -60,6 +34,15 @@ def evaluate(
     Example: `python tune.py evaluate smol-sparse --tasks boolq,piqa --limit 100`
 
     Example: `python tune.py evaluate --config studies/smol.best.json`
+
+    Options:
+        model DIR: Folder of a single model, as `apply` writes it.
+        config FILE: Configuration whose dense, uniform and best models are compared in memory.
+        tasks LIST: Tasks or groups of lm-eval, FOLDER/ or FILE.yaml, with commas; zero-shot: the seven of the papers.
+        limit 1..: Use only the first so many items of each task.
+        num_fewshot K 0..: Few-shot examples; default: 0.
+        batch 1..: Batch size in sequences.
+        storage URL: Storage that holds the study; default: NAME.db beside the configuration.
     """
     if (config is None) == (model is None):
         raise wrong("--config", "give either DIR or --config FILE")
@@ -104,12 +87,12 @@ def _show(found: "ZeroShot", json: bool) -> None:
 
 
 def generate(
-    config: Annotated[Path | None, option("FILE", "Configuration, as a run or `export` writes it.")] = None,
-    prompt: Prompts = None,
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of each continuation, at most.")] = 48,
-    set_: Overrides = None,
-    json: Json = False,
     *,
+    config: Path | None = None,
+    prompt: list[str] | None = None,
+    tokens: int = 48,
+    set_: list[str] | None = None,
+    json: bool = False,
     options: BestOptions,
 ) -> None:
     """Continue prompts by the dense model, by uniform and by the best configuration, pruned in memory.
@@ -120,6 +103,9 @@ def generate(
     and model card show them.
 
     Example: `python tune.py generate --config studies/smol.best.json --prompt "The moon is"`
+
+    Options:
+        tokens 1..4096: Tokens of each continuation, at most.
     """
     options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
@@ -148,17 +134,12 @@ def generate(
 
 
 def classify(
-    places: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="DIR FILE", help="Folder of an image classifier, as `apply` writes it, and pictures: .png, .jpg…"
-        ),
-    ],
-    config: Annotated[Path | None, option("FILE", "In the place of DIR: a configuration, pruned to in memory.")] = None,
-    both: Annotated[bool, flag("--both", "Also the dense model's answers, beside the sparse model's.")] = False,
-    device: Device = None,
-    json: Json = False,
+    places: list[Path],
     *,
+    config: Path | None = None,
+    both: bool = False,
+    device: str | None = None,
+    json: bool = False,
     may: Permissions,
 ) -> None:
     """Name what is in pictures, by a sparse image classifier: its five most probable classes.
@@ -166,6 +147,11 @@ def classify(
     The dense model of `--both` is the one that the configuration, or the folder's atp_tune.json, names.
 
     Example: `python tune.py classify vit-sparse photo.jpg --both`
+
+    Options:
+        places DIR FILE: Folder of an image classifier, as `apply` writes it, and pictures: .png, .jpg…
+        config FILE: In the place of DIR: a configuration, pruned to in memory.
+        both: Also the dense model's answers, beside the sparse model's.
     """
     place, files = (config, places) if config else (places[0], places[1:])
     if config is None and not place.is_dir():

@@ -3,10 +3,9 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from atp_tune.cli import completion
-from atp_tune.cli.options import STUDY, Overrides, Storage, StudyLabel, flag, load_study, option, stored_study, wrong
+from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import console
 from atp_tune.errors import printable
 
@@ -20,31 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChoiceOptions:
-    """The options that name a trial; at most one is given."""
+    """The options that name a trial; at most one is given.
 
-    trial: Annotated[
-        int | None,
-        option("N", "This trial, measured in full; default: the best.", min=0, autocompletion=completion.trials),
-    ] = None
-    sparsity: Annotated[
-        str | None,
-        option("SHARE", "The point of a front that is nearest to this sparsity, as 0.5 or 50%."),
-    ] = None
-    max_increase: Annotated[
-        str | None,
-        option("SHARE", "The sparsest plan with at most so much more perplexity than dense: 10%."),
-    ] = None
-    max_perplexity: Annotated[
-        str | None, option("NUMBER", "The sparsest plan with at most this validation perplexity.")
-    ] = None
-    max_kl: Annotated[
-        str | None,
-        option("NUMBER", "The sparsest plan with at most this KL, in nats per token.", "--max-kl"),
-    ] = None
-    max_drop: Annotated[
-        str | None,
-        option("SHARE", "Of images: the sparsest plan that loses at most 1% (one point) of accuracy."),
-    ] = None
+    Options:
+        trial N 0..: This trial, measured in full; default: the best.
+        sparsity SHARE: The point of a front that is nearest to this sparsity, as 0.5 or 50%.
+        max_increase SHARE: The sparsest plan with at most so much more perplexity than dense: 10%.
+        max_perplexity NUMBER: The sparsest plan with at most this validation perplexity.
+        max_kl NUMBER: The sparsest plan with at most this KL, in nats per token.
+        max_drop SHARE: Of images: the sparsest plan that loses at most 1% (one point) of accuracy.
+    """
+
+    trial: int | None = None
+    sparsity: str | None = None
+    max_increase: str | None = None
+    max_perplexity: str | None = None
+    max_kl: str | None = None
+    max_drop: str | None = None
 
     @property
     def options(self) -> list[str]:
@@ -99,27 +90,16 @@ PRINTED = Path("stdout")  # so that relative paths of a printed configuration st
 
 
 def export(
-    study: Annotated[str | None, STUDY] = None,
-    config: Annotated[Path | None, option("FILE", "Export this configuration instead of a study's.")] = None,
-    format_: Annotated[
-        str | None,
-        option(
-            "FORMAT",
-            "json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp; default: "
-            "`--out`'s ending, else json.",
-            "--format",
-        ),
-    ] = None,
-    out: Annotated[Path | None, option("FILE", "Default: NAME.best.json beside the study file.")] = None,
-    json: Annotated[
-        bool,
-        flag("--json", "Print the configuration; a file is written only with `--out`."),
-    ] = False,
     *,
+    study: str | None = None,
+    config: Path | None = None,
+    format_: str | None = None,
+    out: Path | None = None,
+    json: bool = False,
     choice: ChoiceOptions,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    set_: Overrides = None,
+    storage: str | None = None,
+    study_name: str | None = None,
+    set_: list[str] | None = None,
 ) -> None:
     """Write the best configuration so far as a JSON file for `apply`, or in another format.
 
@@ -140,11 +120,18 @@ def export(
     Example: `python tune.py export --study smol-front --max-increase 10%`
 
     Example: `python tune.py export --config best.json --format llm-compressor`
+
+    Options:
+        config FILE: Export this configuration instead of a study's.
+        format_ FORMAT: json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp;
+            default: `--out`'s ending, else json.
+        out FILE: Default: NAME.best.json beside the study file.
+        json: Print the configuration; a file is written only with `--out`.
     """
     from atp_tune.cache import alone_with
     from atp_tune.errors import printable
     from atp_tune.exporting import FORMATS, kind_of, write
-    from atp_tune.results.stored import best_config, file_as_run
+    from atp_tune.results.stored import best_config, file_as_run, stored_study
     from atp_tune.spec.config import read_config
 
     if (study is None) == (config is None):

@@ -1,13 +1,11 @@
 """`tune.py finetune`: fine-tunes a sparse checkpoint and keeps its zeros."""
 
 import sys
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from atp_tune.cli.options import Device, TrustPlugins, option, wrong
+from atp_tune.cli.options import wrong
 from atp_tune.cli.terminal import console, gib, markdown, working
 from atp_tune.errors import printable
 from atp_tune.paths import check_free
@@ -15,79 +13,52 @@ from atp_tune.paths import check_free
 if TYPE_CHECKING:
     from atp_tune.sparse.provenance import Finetuned
 
-TEXT = "SOURCE|TABLE"
 SEQLEN = 512  # tokens per window, where the folder does not say how it was pruned
 
 
-class Loss(StrEnum):
-    """What is minimised."""
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings of the training.
 
-    next_token = "next-token"
-    kl = "kl"
-    both = "both"
+    Options:
+        steps 1..: Training steps, each on one batch.
+        batch 1..: Batch size in windows.
+        seqlen 2..: Tokens per window; default: those of the validation text's windows, or 512.
+        loss: next-token: NLL of the text; kl: KL divergence from the dense model's predictions; both: their mean.
+        train: lora: masked LoRA; scales: a scale for each row and column of each linear.
+        rank 1..: LoRA rank r; default: 8.
+        alpha 1..: LoRA α: adapters are scaled by α / r; default: twice the rank.
+        learning_rate: Highest learning rate, reached after the warm-up; default: 0.003, of lora 0.001.
+        eval_every 1..: Steps between two measurements on held-out windows.
+        patience 0..: Stop after so many measurements without a lower loss; 0: hold out nothing.
+        seed 0..: Seed of the adapters and of the order of the windows.
+    """
 
-
-class Train(StrEnum):
-    """What is trained."""
-
-    lora = "lora"
-    scales = "scales"
+    steps: int = 64
+    batch: int = 2
+    seqlen: int | None = None
+    loss: Literal["next-token", "kl", "both"] = "both"
+    train: Literal["lora", "scales"] = "scales"
+    rank: int | None = None
+    alpha: int | None = None
+    learning_rate: float | None = None
+    eval_every: int = 8
+    patience: int = 3
+    seed: int = 0
 
 
 def finetune(
-    model: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Sparse checkpoint, written by `apply` or `prune --out`.")
-    ],
-    out: Annotated[Path, option("DIR", "Folder for the fine-tuned checkpoint; new or empty.")],
-    text: Annotated[
-        str | None,
-        option(TEXT, "Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text."),
-    ] = None,
-    test_text: Annotated[str | None, option(TEXT, "Text to measure on; default: the checkpoint's test text.")] = None,
-    images: Annotated[
-        str | None,
-        option(TEXT, "Of an image classifier, images to train on: folder:PATH, …; as --text."),
-    ] = None,
-    test_images: Annotated[
-        str | None, option(TEXT, "Of an image classifier, images to measure on; as --test-text.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, each on one batch.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size in windows.")] = 2,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window; default: those of the validation text's windows, or 512."),
-    ] = None,
-    loss: Annotated[
-        Loss,
-        typer.Option(
-            help="next-token: NLL of the text; kl: KL divergence from the dense model's predictions; both: their mean."
-        ),
-    ] = Loss.both,
-    teacher: Annotated[
-        str | None,
-        option("SOURCE", "Dense model of `kl` and `both`; default: that which DIR was pruned from."),
-    ] = None,
-    train: Annotated[
-        Train, typer.Option(help="lora: masked LoRA; scales: a scale for each row and column of each linear.")
-    ] = Train.scales,
-    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank r; default: 8.")] = None,
-    alpha: Annotated[
-        int | None, typer.Option(min=1, help="LoRA α: adapters are scaled by α / r; default: twice the rank.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Highest learning rate, reached after the warm-up; default: 0.003, of lora 0.001."),
-    ] = None,
-    eval_every: Annotated[
-        int, typer.Option("--eval-every", min=1, help="Steps between two measurements on held-out windows.")
-    ] = 8,
-    patience: Annotated[
-        int,
-        typer.Option(min=0, help="Stop after so many measurements without a lower loss; 0: hold out nothing."),
-    ] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapters and of the order of the windows.")] = 0,
-    device: Device = None,
-    trust_plugins: TrustPlugins = False,
+    model: Path,
+    *,
+    out: Path,
+    text: str | None = None,
+    test_text: str | None = None,
+    images: str | None = None,
+    test_images: str | None = None,
+    teacher: str | None = None,
+    asked: TrainingOptions,
+    device: str | None = None,
+    trust_plugins: bool = False,
 ) -> None:
     """Fine-tune a sparse checkpoint, keep every zero, and measure perplexity before and after.
 
@@ -105,22 +76,28 @@ def finetune(
     Example: `python tune.py finetune smol-sparse --out smol-tuned --train lora --loss next-token --steps 300`
 
     Example: `python tune.py finetune DIR --out DIR2 --text '{source = "hub:ORG/NAME", split = "train"}'`
+
+    Options:
+        model DIR: Sparse checkpoint, written by `apply` or `prune --out`.
+        out DIR: Folder for the fine-tuned checkpoint; new or empty.
+        text SOURCE|TABLE: Text to train on: hub:ORG/NAME, file:PATH, …; default: the calibration text.
+        test_text SOURCE|TABLE: Text to measure on; default: the checkpoint's test text.
+        images SOURCE|TABLE: Of an image classifier, images to train on: folder:PATH, …; as --text.
+        test_images SOURCE|TABLE: Of an image classifier, images to measure on; as --test-text.
+        teacher SOURCE: Dense model of `kl` and `both`; default: that which DIR was pruned from.
     """
     check_free(out)
     from atp_tune.events import Place
     from atp_tune.sparse.provenance import read_text
     from atp_tune.spec.recover import Training
 
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+    if asked.learning_rate is not None and not 0 < asked.learning_rate < float("inf"):
         raise wrong("--learning-rate", "must be greater than 0")
-    if train == Train.scales and (extra := "--rank" if rank else "--alpha" if alpha else None):
+    if asked.train == "scales" and (extra := "--rank" if asked.rank else "--alpha" if asked.alpha else None):
         raise wrong(extra, "is a setting of --train lora; leave it out")
-    if teacher is not None and loss == Loss.next_token:
+    if teacher is not None and asked.loss == "next-token":
         raise wrong("--teacher", "is not read with --loss next-token")
-    settings = Training(
-        steps=steps, rank=rank, alpha=alpha, learning_rate=learning_rate, seqlen=seqlen, batch=batch, seed=seed,
-        loss=loss.value, train=train.value, eval_every=eval_every, patience=patience,
-    )  # fmt: skip
+    settings = Training(**vars(asked))
     from atp_tune.checkpoints.blocks import classifies_images
 
     of_images = classifies_images(model)
@@ -129,7 +106,7 @@ def finetune(
         kind = "an image classifier: give --images" if of_images else "a language model: give --text"
         raise wrong(name, f"the model in {model} is {kind}")
     named, measured = (
-        value and read_text(name, value, None if of_images else seqlen or SEQLEN)
+        value and read_text(name, value, None if of_images else asked.seqlen or SEQLEN)
         for name, value in given[of_images].items()
     )
     from atp_tune.cli.terminal import interruptible

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from atp_tune.cli.options import Device, Json, Overrides, Storage, StudyLabel, StudyName, TrustPlugins, load_study
+from atp_tune.cli.options import load_study
 from atp_tune.cli.terminal import console, gib, table, trials, working
 from atp_tune.errors import printable
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 def plan(
-    study: StudyName,
-    json: Json = False,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    device: Device = None,
-    trust_plugins: TrustPlugins = False,
-    set_: Overrides = None,
+    *,
+    study: str,
+    json: bool = False,
+    storage: str | None = None,
+    study_name: str | None = None,
+    device: str | None = None,
+    trust_plugins: bool = False,
+    set_: list[str] | None = None,
 ) -> None:
     """Estimate what a study will cost before it runs: tokens, seconds, memory, and what does not fit.
 

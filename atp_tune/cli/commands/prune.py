@@ -2,53 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from atp_tune.cli import completion
-from atp_tune.cli.options import Device, DType, Overrides, TrustPlugins, load_study, option, wrong
+from atp_tune.cli.options import DType, load_study, wrong
 from atp_tune.cli.terminal import console, working
 from atp_tune.spec.finding import BARE
 
 
 def prune(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
-    ] = None,
-    pruner: Annotated[
-        str | None,
-        typer.Option(
-            help="magnitude, wanda, sparsegpt, dsnot, alps or a plug-in; default: the study's first, or wanda.",
-            autocompletion=completion.pruners,
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of zeros, between 0 and 1; default: the study's, or 0.7.")
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(
-            help="uniform, atp, curve, prices, row-prices, owl, alphapruning, alphapruning-linear, er, erk, global or "
-            "a plug-in; default: atp.",
-            autocompletion=completion.allocations,
-        ),
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Common difference β per block; 0 is uniform.")] = None,
-    parameter: Annotated[
-        list[str] | None, option("NAME=VALUE", "Another parameter, as in γ=-0.1 or gamma=-0.1.")
-    ] = None,
-    out: Annotated[Path | None, option("DIR", "Folder for the sparse checkpoint; new or empty.")] = None,
+    model: str | None = None,
+    *,
+    pruner: str | None = None,
+    sparsity: float | None = None,
+    allocation: str | None = None,
+    beta: float | None = None,
+    parameter: list[str] | None = None,
+    out: Path | None = None,
     dtype: DType = None,
-    study: Annotated[
-        str | None,
-        option(
-            "NAME", "Take the model, the texts and the settings from this study.", autocompletion=completion.study_names
-        ),
-    ] = None,
-    device: Device = None,
-    trust_plugins: TrustPlugins = False,
-    set_: Overrides = None,
+    study: str | None = None,
+    device: str | None = None,
+    trust_plugins: bool = False,
+    set_: list[str] | None = None,
 ) -> None:
     """Prune once, without a search, and print the perplexity on the test text.
 
@@ -60,6 +33,16 @@ def prune(
     Example: `python tune.py prune --study smol --allocation owl --parameter lam=0.08`
 
     Example: `python tune.py prune meta-llama/Llama-2-7b-hf --sparsity 0.7 --beta 0.004 --out DIR`
+
+    Options:
+        model MODEL: Hub id, folder or .gguf file.
+        pruner: magnitude, wanda, sparsegpt, dsnot, alps or a plug-in; default: the study's first, or wanda.
+        sparsity: Share of zeros, between 0 and 1; default: the study's, or 0.7.
+        allocation: uniform, atp, curve, prices, row-prices, owl, alphapruning, alphapruning-linear, er, erk, global or
+            a plug-in; default: atp.
+        beta: Common difference β per block; 0 is uniform.
+        parameter NAME=VALUE: Another parameter, as in γ=-0.1 or gamma=-0.1.
+        study NAME: Take the model, the texts and the settings from this study.
     """
     if model is None and study is None:
         raise wrong("MODEL", "give a model, or --study NAME to take the model of a study")
@@ -89,7 +72,7 @@ def prune(
     from atp_tune.api.pruning import prune_study
 
     with working() as watch:
-        plan, measured = prune_study(file, values, out, watch, dtype and dtype.value)
+        plan, measured = prune_study(file, values, out, watch, dtype)
     amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
     amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
     console.print(f"{plan}, {amount}: perplexity {measured} on the test text")

@@ -2,11 +2,8 @@
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from atp_tune.cli.options import Storage, option
 from atp_tune.cli.terminal import console, trials
 from atp_tune.errors import printable
 
@@ -15,20 +12,26 @@ if TYPE_CHECKING:
 
 
 def serve(
-    study: Annotated[str | None, option("NAME", "Serve the storage of this study, with all studies in it.")] = None,
-    storage: Storage = None,
-    listen: Annotated[str, option("ADDRESS", "0.0.0.0 lets other machines connect.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the dashboard.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for workers on other machines.")] = 13000,
-    artifacts: Annotated[
-        Path | None, option("DIR", "Folder of the dashboard's files; default: beside the database.")
-    ] = None,
+    *,
+    study: str | None = None,
+    storage: str | None = None,
+    listen: str = "127.0.0.1",
+    port: int = 8080,
+    grpc_port: int = 13000,
+    artifacts: Path | None = None,
 ) -> None:
     """Serve Optuna's dashboard for all studies of a storage, and let workers on other machines join them.
 
     Without `--study` and `--storage` it serves the database in `studies/` that was changed last.
 
     Example: `python tune.py serve`, then `python tune.py --study smol --storage grpc://HOST:13000` on any machine
+
+    Options:
+        study NAME: Serve the storage of this study, with all studies in it.
+        listen ADDRESS: 0.0.0.0 lets other machines connect.
+        port 0..65535: Port of the dashboard.
+        grpc_port 0..65535: Port for workers on other machines.
+        artifacts DIR: Folder of the dashboard's files; default: beside the database.
     """
     from atp_tune.cli.terminal import STOPS, quiet
     from atp_tune.serving.servers import choose
@@ -70,14 +73,15 @@ def _show(service: "Service", served: "Served") -> None:
 # --- `tune.py merge`: copies the trials of several databases into a new one.
 
 
-def merge(
-    storages: Annotated[list[str], typer.Argument(metavar="FILE…", help="Databases or storage URLs of one study.")],
-    out: Annotated[Path, option("FILE", "The new database.")],
-    study: Annotated[str | None, option("NAME", "Name of the study; needed if the databases hold several.")] = None,
-) -> None:
+def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
     """Merge the trials of one study from several databases, as of machines without a shared network, into a new one.
 
     Example: `python tune.py merge here.db there.db --out both.db`
+
+    Options:
+        storages FILE…: Databases or storage URLs of one study.
+        out FILE: The new database.
+        study NAME: Name of the study; needed if the databases hold several.
     """
     from atp_tune.cli.terminal import quiet
     from atp_tune.merging import merge as unite

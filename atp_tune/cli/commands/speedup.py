@@ -1,13 +1,10 @@
 """`tune.py speedup`: measures size and speed of a sparse model."""
 
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from atp_tune.cli.options import BestOptions, load_study, option, stored_study, wrong
+from atp_tune.cli.options import BestOptions, load_study, wrong
 from atp_tune.cli.terminal import console, markdown, working
 from atp_tune.errors import UserError
 
@@ -20,38 +17,21 @@ PLAIN = (
 )
 
 
-TOKENS = 128  # of the prompt, by default
+TOKENS = 128  # of the prompt, by default, as the help says
 STRAY = 0.01  # largest share of zeros of a dense or slim model
 
 
-class EngineName(StrEnum):
-    """The engine that computes the models."""
-
-    packed = "packed"
-    torch = "torch"
-    semi_structured = "semi-structured"
+Engine = Literal["packed", "torch", "semi-structured"]
 
 
 def speedup(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Sparse checkpoint, as `apply` writes it.")
-    ] = None,
-    config: Annotated[Path | None, option("FILE", "Configuration; the sparse model is written to the cache.")] = None,
-    engine: Annotated[
-        EngineName | None,
-        option(
-            "ENGINE",
-            "packed (the default on a CPU), torch or semi-structured (2:4 on an NVIDIA GPU); torch is always measured.",
-        ),
-    ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Measurements of each model; dense and sparse take turns.")] = 5,
-    tokens: Annotated[
-        int | None, typer.Option(min=4, help=f"Length of a language model's prompt in tokens, by default {TOKENS}.")
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Texts or images at once; rates are of all together, and are not stored.")
-    ] = 1,
+    model: Path | None = None,
     *,
+    config: Path | None = None,
+    engine: Engine | None = None,
+    runs: int = 5,
+    tokens: int | None = None,
+    batch: int = 1,
     options: BestOptions,
 ) -> None:
     """Measure file size and tokens, or images, per second of a sparse model against the dense one, on this machine.
@@ -68,6 +48,15 @@ def speedup(
     Example: `python tune.py speedup --config studies/smol.best.json`
 
     Example: `python tune.py speedup --study smol-front`
+
+    Options:
+        model DIR: Sparse checkpoint, as `apply` writes it.
+        config FILE: Configuration; the sparse model is written to the cache.
+        engine ENGINE: packed (the default on a CPU), torch or semi-structured (2:4 on an NVIDIA GPU); torch is always
+            measured.
+        runs 1..: Measurements of each model; dense and sparse take turns.
+        tokens 4..: Length of a language model's prompt in tokens, by default 128.
+        batch 1..: Texts or images at once; rates are of all together, and are not stored.
     """
     if sum(given is not None for given in (config, model, options.study)) != 1:
         raise wrong("--config", "give one of DIR, --config FILE and --study NAME")
@@ -86,7 +75,7 @@ def speedup(
 
         path, place = about(model) if model is not None else config or Path(), options.device or "auto"
         read = read_config(path)
-        named = default_engine(place, read.prune.pattern) if engine is None else engine.value
+        named = default_engine(place, read.prune.pattern) if engine is None else engine
         of_images = _of_images(read.score, tokens)
         check(named, read.prune.pattern, place)
         annotations.check(path, read, options.storage)
@@ -99,12 +88,12 @@ def speedup(
     console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
 
 
-def _measure_points(options: BestOptions, engine: EngineName | None, length: tuple[int | None, int]) -> None:
+def _measure_points(options: BestOptions, engine: Engine | None, length: tuple[int | None, int]) -> None:
     """Measures the points of a study that have no speed yet, stores each at once, and prints the study's summary."""
     from atp_tune.cli.tables import show_summary
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
-    from atp_tune.results.stored import best_config, file_as_run
+    from atp_tune.results.stored import best_config, file_as_run, stored_study
     from atp_tune.results.summary import summarise
 
     file = load_study(str(options.study), options.storage, None, None)
@@ -118,7 +107,7 @@ def _measure_points(options: BestOptions, engine: EngineName | None, length: tup
         from atp_tune.speed.torch_engine import Workload, passing_pair
 
         pattern = file.study.prune.pattern
-        named = default_engine(place, pattern) if engine is None else engine.value
+        named = default_engine(place, pattern) if engine is None else engine
         _of_images(file.study.score, length[0])
         check(named, pattern, place)
         path = file.best_of(name)

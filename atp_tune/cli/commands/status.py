@@ -2,34 +2,19 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
-from atp_tune.cli import completion
-from atp_tune.cli.options import (
-    Json,
-    Overrides,
-    Storage,
-    StudyLabel,
-    StudyName,
-    flag,
-    load_study,
-    option,
-    stored_study,
-    wrong,
-)
+from atp_tune.cli.options import load_study, wrong
 
 
 def status(
-    study: StudyName,
-    watch: Annotated[bool, flag("--watch", "Repeat until the study is complete.")] = False,
-    every: Annotated[
-        float | None,
-        option("SECONDS", "Seconds between two updates of `--watch`; default: 2.", min=0.1),
-    ] = None,
-    json: Json = False,
-    storage: Storage = None,
-    study_name: StudyLabel = None,
-    set_: Overrides = None,
+    *,
+    study: str,
+    watch: bool = False,
+    every: float | None = None,
+    json: bool = False,
+    storage: str | None = None,
+    study_name: str | None = None,
+    set_: list[str] | None = None,
 ) -> None:
     """Show the trials of a study, the best one and the range of perplexities. Works while the study runs.
 
@@ -38,10 +23,15 @@ def status(
     `atp_tune/results/status.py` lists the keys of the document.
 
     Example: `python tune.py status --study smol --watch`
+
+    Options:
+        watch: Repeat until the study is complete.
+        every SECONDS 0.1..: Seconds between two updates of `--watch`; default: 2.
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
     from atp_tune.cli import live_status
+    from atp_tune.results.stored import stored_study
 
     file = load_study(study, storage, None, set_)
     if watch:
@@ -54,28 +44,28 @@ def status(
 
 
 def report(
-    study: Annotated[
-        list[str],
-        option(
-            "NAME", "Name or path of a study; several are compared.", "--study", autocompletion=completion.study_names
-        ),
-    ],
-    study_name: Annotated[
-        list[str] | None,
-        option("NAME", "Name in the storage: one per study, or several of one study.", "--study-name"),
-    ] = None,
-    format_: Annotated[str | None, option("FORMAT", "html, md, json, png or latex; default: html.", "--format")] = None,
-    out: Annotated[Path | None, option("FILE", "Default: NAME.report.html beside the study file.")] = None,
-    storage: Storage = None,
-    set_: Overrides = None,
+    *,
+    study: list[str],
+    study_name: list[str] | None = None,
+    format_: str | None = None,
+    out: Path | None = None,
+    storage: str | None = None,
+    set_: list[str] | None = None,
 ) -> None:
     """Write a report with figures. It reads only the storage, so it works while the study runs.
 
     Example: `python tune.py report --study smol`
+
+    Options:
+        study NAME: Name or path of a study; several are compared.
+        study_name NAME: Name in the storage: one per study, or several of one study.
+        format_ FORMAT: html, md, json, png or latex; default: html.
+        out FILE: Default: NAME.report.html beside the study file.
     """
     from atp_tune.cli.terminal import quiet
     from atp_tune.errors import printable
     from atp_tune.report import check, gather, kind_of, name_of, write
+    from atp_tune.results.stored import stored_study
 
     kind = kind_of(format_, out)
     found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]

