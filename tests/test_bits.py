@@ -33,7 +33,6 @@ from atp_tune.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import Plan
 from atp_tune.results.results import levels_of
 from atp_tune.results.summary import summarise
-from atp_tune.sparse.packing import NEEDED
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.data import Text
 from atp_tune.spec.facts import facts
@@ -309,7 +308,7 @@ def check_codes(place: Path, command: CommandLine, zeros: bool) -> None:
     assert 0 <= more <= rows + 2 * sum(name.endswith("_codes") for name in tensors)
     assert bool(rows) == zeros
     card = (codes / "README.md").read_text()
-    assert "codes" in card and "as floats" not in card and NEEDED in card
+    assert "codes" in card and "as floats" not in card and "It needs `import atp_tune` before it" in card
     again = command("apply", "--config", codes / "atp_tune.json", "--out", place / "again", "--packed").out
     assert "byte for byte" in again and "(+0.000%)" in again
     rates = command("speedup", codes, "--engine", "packed", "--tokens", "8", "--runs", "1")

@@ -18,7 +18,7 @@ from tinystudy import BLOCKS, CommandLine
 
 from atp_tune.measures import TaskScore
 from atp_tune.metrics import Continuations, Measured, Rates, Sizes, Speed
-from atp_tune.sparse.card import Dense, model_card
+from atp_tune.sparse.card import model_card
 from atp_tune.spec.config import Config, EvaluationTexts, read_config
 from atp_tune.spec.data import Text
 from atp_tune.spec.manifest import Manifest, environment
@@ -41,7 +41,8 @@ tags: [conversational]
 
 
 def card(changed: Config | None = None, revision: str | None = COMMIT, folder: Path = Path("nowhere")) -> ModelCard:
-    return model_card(changed or config(), Dense(folder, revision))
+    made = changed or config()
+    return model_card(made.model_copy(update={"model": made.model.model_copy(update={"revision": revision})}), folder)
 
 
 def body(made: ModelCard) -> str:

@@ -468,9 +468,9 @@ def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
     config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")
     assert (config.plan.allocation, config.plan.parameters) == ("uniform", {})
     assert config.sparsity.target == 0.5
-    from atp_tune.sparse.card import Dense, model_card
+    from atp_tune.sparse.card import model_card
 
-    card = str(model_card(config, Dense(tmp_path, None)))
+    card = str(model_card(config, tmp_path))
     assert "β" not in card
     assert "**this model** (wanda, uniform)" in card
 

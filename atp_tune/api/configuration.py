@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from atp_tune.api.arguments import Lender
 from atp_tune.api.progress import working
 from atp_tune.cache import cache_dir, temporary_folder
-from atp_tune.checkpoints.blocks import reads_images
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
@@ -26,7 +25,7 @@ from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import PLAIN, Way, apply, plan_of
-from atp_tune.sparse.card import Dense, amend, describe
+from atp_tune.sparse.card import describe
 from atp_tune.sparse.finetuning import apply_trained
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, ZeroShot, read_config
@@ -81,18 +80,13 @@ def save(
     configuration may say.
     """
     with in_folder(config, lender, place, out.parent) as (of_folder, there, dense):
-        trained = None
         if config.trained is not None:
-            trained = apply_trained(of_folder, config.trained.settings, out, there).record
-            measured = trained.after
+            measured = apply_trained(of_folder, config.trained.settings, out, there).record.after
         else:
             way = replace(way, write=partial(way.write, dtype=dtype))
             measured = apply(of_folder, out, there, way)
         if dense is not None:
-            about = read_config(out / ABOUT).model_copy(update={"model": config.model})
-            describe(out, about, Dense(dense.path, None, reads_images(dense.path)))
-            if trained is not None:
-                amend(out, trained)
+            describe(out, read_config(out / ABOUT).model_copy(update={"model": config.model}))
         return measured
 
 

@@ -136,10 +136,8 @@ def prune_study(
         if out is None:
             watch(TrialStarted("pruning", plan))
             return plan, perplexity_of(session.measure(plan, [RoleScores("test")])[0]["nlls"])
-        dense = write_sparse(
-            session, plan, out, config_of(file, session, plan).seen_from(file.folder, out), dtype=dtype
-        )
-    return plan, measured_folder(setup, dense, out)
+        write_sparse(session, plan, out, config_of(file, session, plan).seen_from(file.folder, out), dtype=dtype)
+    return plan, measured_folder(setup, out)
 
 
 def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None, watch: EventHandler) -> Setup:

@@ -34,13 +34,24 @@ from atp_tune.spec.block_names import joined
 # The class that a folder was saved from tells which kind of model it holds, since one model type may have both.
 
 PACKED = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports more
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForImageClassification)
 
 
 def auto_class(folder: Path) -> Any:
     """The auto class that loads a folder: of language models, of models that also read images, of classifiers."""
-    if classifies_images(folder):
+    config = config_in(folder)
+    kind, names = str(config.get("model_type")), config.get("architectures")
+    if kind in (PACKED, SLIM):  # of the family that it was made from
+        table = config.get(kind)
+        name = table.get("class") if isinstance(table, dict) else None
+        return next((each for each in AUTO_CLASSES if each.__name__ == name), AutoModelForCausalLM)
+    if "auto_map" in config:
+        return AutoModelForCausalLM
+    if isinstance(names, list) and len(names) == 1 and names[0] in _classifiers():
         return AutoModelForImageClassification
-    return AutoModelForImageTextToText if reads_images(folder) else AutoModelForCausalLM
+    name = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    reads = name is not None and (kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or names == [name])
+    return AutoModelForImageTextToText if reads else AutoModelForCausalLM
 
 
 def model_config(folder: Path, trusted: bool) -> Any:
@@ -71,12 +82,7 @@ def check_known(model: nn.Module, highest: int, what: str) -> None:
 
 def reads_images(folder: Path) -> bool:
     """Whether transformers loads the folder as a model that also reads images."""
-    config = config_in(folder)
-    kind = str(config.get("model_type"))
-    name = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
-    if name is None or "auto_map" in config:
-        return False
-    return kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("architectures") == [name]
+    return auto_class(folder) is AutoModelForImageTextToText
 
 
 def _classifiers() -> set[str]:
@@ -92,12 +98,7 @@ def is_image_classifier(model: nn.Module) -> bool:
 
 def classifies_images(folder: Path) -> bool:
     """Whether a folder was saved from an image classifier of transformers, or is packed or slim from such a folder."""
-    config = config_in(folder)
-    if (kind := config.get("model_type")) in (PACKED, SLIM):
-        table = config.get(kind)
-        return isinstance(table, dict) and table.get("class") == AutoModelForImageClassification.__name__
-    names = config.get("architectures")
-    return isinstance(names, list) and len(names) == 1 and names[0] in _classifiers() and "auto_map" not in config
+    return auto_class(folder) is AutoModelForImageClassification
 
 
 def check_language(folder: Path, what: str) -> None:

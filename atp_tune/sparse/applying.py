@@ -15,7 +15,6 @@ from torch import Tensor
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints import convert
-from atp_tune.checkpoints.blocks import reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS, bytes_of, dtypes
 from atp_tune.checkpoints.devices import DTYPES, device_name
@@ -31,7 +30,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
-from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.card import describe
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.spec.config import (
     Config,
@@ -43,7 +42,7 @@ from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.process import versions
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
-Write = Callable[..., Dense]  # of context, plan, folder and configuration, as `write_sparse`
+Write = Callable[..., None]  # of context, plan, folder and configuration, as `write_sparse`
 Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
 
 
@@ -110,7 +109,7 @@ def write_sparse(
     on_gone: OnGone | None = None,
     save: Save | None = None,
     dtype: str | None = SOURCE,
-) -> Dense:
+) -> None:
     """Prunes and writes the sparse checkpoint, with its configuration and the counted share of zeros.
 
     `dtype`: of the folder's weights; None: the source's own, of a .gguf file, which has none, that of the computation.
@@ -140,13 +139,13 @@ def write_sparse(
     keys = {checkpoint.key(i, linear) for i, linears in enumerate(checkpoint.linears) for linear in linears}
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     context.watch(TrialStarted(f"writing {out}", plan))
-    dense = Dense(source, context.folder.revision, reads_images(source))
     with sparse_folder(source, out) as folder:
         shards.write(folder, names, pruned())
         if stored is not None:
             declare(folder, stored)
         context.folder.check_unchanged()
         known = {
+            "model": config.model.model_copy(update={"revision": context.folder.revision}),
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
             "linears": checkpoint.linear_names if plan.by_linear or plan.by_bits else None,
@@ -155,8 +154,7 @@ def write_sparse(
             "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),
         }
-        describe(folder, config.model_copy(update=known), dense)
-    return dense
+        describe(folder, config.model_copy(update=known))
 
 
 @dataclass(frozen=True)
@@ -183,23 +181,24 @@ class Way:
 PLAIN = Way()
 
 
-def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> tuple[Setup, Dense]:
-    """Prunes to a configuration, and writes the folder `out`; returns the setup to measure it, and the dense model.
+def write_applied(config: Config, out: Path, place: Place, way: Way = PLAIN) -> Setup:
+    """Prunes to a configuration, and writes the folder `out`; returns the setup to measure it.
 
     `way`: how the folder is written. UserError if `out` exists, or if the model is not the configuration's.
     """
     check_free(out)
     setup = Setup.of_config(config, {"calibration": config.calibration, "test": config.texts.test}, place)
     with Session.open(replace(setup, ask=way.asked(out))) as context:
-        return setup, way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
+        way.write(context, plan_of(config, context), out, config.seen_from(place.base, out))
+    return setup
 
 
 def apply(config: Config, out: Path, place: Place, way: Way = PLAIN) -> Perplexity:
     """Writes the folder `out` of a configuration likewise, and returns its perplexity on the test text."""
-    return measured_folder(*write_applied(config, out, place, way), out)
+    return measured_folder(write_applied(config, out, place, way), out)
 
 
-def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
+def measured_folder(setup: Setup, out: Path) -> Perplexity:
     """Measures a written folder, and stores the perplexity in its configuration and card.
 
     UserError, and nothing is stored, if the folder is another by then.
@@ -210,7 +209,7 @@ def measured_folder(setup: Setup, dense: Dense, out: Path) -> Perplexity:
         raise UserError(f"--out {out}: was replaced while it was measured, and is left as it is")
     best = config.scores.get("best", {})
     own = {**best, "perplexity": {**best.get("perplexity", {}), "test": measured}}
-    describe(out, config.model_copy(update={"scores": {**config.scores, "best": own}}), dense)
+    describe(out, config.model_copy(update={"scores": {**config.scores, "best": own}}))
     return measured
 
 

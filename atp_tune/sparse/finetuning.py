@@ -33,7 +33,7 @@ from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import Scores
 from atp_tune.sparse.applying import Shards, Way, folder_scores, sparse_folder, write_applied
-from atp_tune.sparse.card import amend
+from atp_tune.sparse.card import describe
 from atp_tune.sparse.provenance import (
     FINETUNED,
     AccuracyChange,
@@ -281,7 +281,7 @@ def _run(job: FinetuningJob) -> Trained:
             teacher=job.teacher and job.teacher.content,
         )  # fmt: skip
         (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        amend(folder, done)
+        describe(folder)
     if not job.stays:
         job.part.unlink(missing_ok=True)
     return Trained(done, after, job.part)

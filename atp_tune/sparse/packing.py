@@ -62,7 +62,7 @@ from atp_tune.paths import check_free
 from atp_tune.quantizers.rounding import Grid
 from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import Way, folder_scores, sparse_folder, write_sparse
-from atp_tune.sparse.card import ALONE, AS_CODES, AS_FLOATS, DENSE_FILES, FLOAT_FILES
+from atp_tune.sparse.card import Packed, describe
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
 from atp_tune.spec.config import Config
@@ -153,56 +153,7 @@ def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Cod
 
 CODE = Path(modeling_atp_sparse.__file__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-NOT_STORED = (
-    "**The zeros are not stored**: this folder is smaller than the dense model's. Below, *Packed* says how to load it."
-)
 IMAGES = "AutoModelForImageClassification"
-FLOATS = {
-    FLOAT_FILES: "**The rounded weights are stored as codes**: this folder is smaller than the dense model's. "
-    "Below, *Packed* says how to load it.",
-    AS_FLOATS: AS_CODES,
-}
-AGAIN = "apply --config atp_tune.json --out DIR"
-NEEDED = "It needs `import atp_tune` before it, or `trust_remote_code=True` in the call."
-PACKED_WORDS = {DENSE_FILES: NOT_STORED, ALONE: NEEDED}
-OF_VALUES = "The sparse matrices keep their nonzero weights{rounded} and one bit for each weight"
-OF_CODES = (
-    "The rounded matrices keep the code of each weight in its few bits, or of each nonzero one and a bit for each "
-    "weight, where that is less, and of each group its zero point and its scale in 16 bits"
-)
-SAID = """## Packed
-
-{how}, {share:.2f} of their dense bytes.
-
-```python
-import atp_tune  # the program; without it trust_remote_code=True below, as exact, but slow
-from transformers import {auto}
-model = {auto}.from_pretrained("DIR")
-```
-
-`atp-tune unpack DIR --out DIR2` writes the checkpoint with zeros again, for other programs.
-"""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Numbers of tensors packed as linears, and in the file alone; their bytes, and those of all weights, before and
-    after; the perplexity on the test text before and after rounding, if values were rounded. `auto`: what loads it.
-    """
-
-    linears: int
-    stored: int
-    dense_bytes: int
-    packed_bytes: int
-    before: int
-    after: int
-    rounding: tuple[Perplexity, Perplexity] | None = None
-    auto: str = "AutoModelForCausalLM"
-
-    @property
-    def data(self) -> str:
-        """What it was measured on: text or images."""
-        return "images" if self.auto == IMAGES else "text"
 
 
 def pack_folder(
@@ -245,11 +196,11 @@ def pack_folder(
             )
         work.describe(folder)
         rounding = None if kind == "same" else _rounding(source, folder, device, watch)
-        if rounding and (folder / CARD).is_file():
-            with (folder / CARD).open("a", encoding="utf-8") as card:
-                card.write(f"\nPerplexity on the test text: {rounding[0]} before rounding, {rounding[1]} after.\n")
-        sizes = [sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder)]
-        return Packed(len(work.linears), len(work.stored), *work.bytes, sizes[0], sizes[1], rounding, work.auto)
+        before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder))
+        values = kind if codes is None else "codes"
+        done = Packed(len(work.linears), len(work.stored), *work.bytes, before, after, values, work.auto, rounding)
+        describe(folder, packed=done)
+    return done
 
 
 def check_class(source: Path, what: str) -> None:
@@ -370,7 +321,7 @@ class _Packing:
         return {f"{linear or name}{end}": part for end, part in parts.items()}
 
     def describe(self, folder: Path) -> None:
-        """Writes config, code, index and card, and what `unpack` needs."""
+        """Writes config, code and index, and what `unpack` needs."""
         original, config = self._original, read_table(self.source / CONFIG)
 
         def change(name: str, text: str) -> None:  # writes a small file anew, and keeps what it was
@@ -402,15 +353,8 @@ class _Packing:
         if (folder / INDEX).is_file():
             original.files[INDEX] = as_text(folder / INDEX)
             (folder / INDEX).unlink()
-        if (folder / CARD).is_file():
-            again = {AGAIN: f"{AGAIN} --packed"} if self._kind == "same" else {}
-            text = as_text(folder / CARD)
-            for was, now in {**PACKED_WORDS, **({} if self._codes is None else FLOATS), **again}.items():
-                text = text.replace(was, now)
-            rounded = {"same": "", "bf16": ", rounded to bfloat16,", "int8": ", rounded to int8,"}[self._kind]
-            how = OF_VALUES.format(rounded=rounded) if self._codes is None else OF_CODES
-            said = SAID.format(how=how, share=self.bytes[1] / self.bytes[0], auto=self.auto)
-            change(CARD, f"{text.rstrip()}\n\n{said}")
+        if (folder / CARD).is_file():  # written anew at the end
+            original.files[CARD] = as_text(folder / CARD)
         records = [folder / name for name in self._records]
         original.files.update({file.name: as_text(file) for file in records})
         original.write(folder)

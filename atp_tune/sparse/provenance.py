@@ -150,16 +150,23 @@ class Finetuned(FrozenModel):
     teacher: str | None = None
 
 
+def finetuned(folder: Path) -> Finetuned | None:
+    """The record of `finetune` in a folder; None without one, UserError if it is not what that writes."""
+    if not (folder / FINETUNED).is_file():
+        return None
+    try:
+        return Finetuned.model_validate_json((folder / FINETUNED).read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(f"{folder / FINETUNED}: is no record of `finetune`; download the folder again") from None
+
+
 def stored_manifest(folder: Path) -> Manifest | None:
     """The manifest that a folder carries, None if an earlier version wrote it; UserError if nothing describes it.
 
     Of a fine-tuned folder it is in the record of `finetune`, since its configuration describes the one before.
     """
-    if (folder / FINETUNED).is_file():
-        try:
-            return Finetuned.model_validate_json((folder / FINETUNED).read_bytes()).manifest
-        except (OSError, ValidationError):
-            raise UserError(f"{folder / FINETUNED}: is no record of `finetune`; download the folder again") from None
+    if (done := finetuned(folder)) is not None:
+        return done.manifest
     if (folder / ABOUT).is_file():
         return read_config(folder / ABOUT).manifest
     raise UserError(f"{folder}: holds no {ABOUT}; give a folder that `apply` wrote")

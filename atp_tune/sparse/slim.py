@@ -35,7 +35,7 @@ from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, sparse_folder, write_sparse
-from atp_tune.sparse.card import Dense, describe
+from atp_tune.sparse.card import describe
 from atp_tune.sparse.packing import check_class, empty_model
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.spec.config import Config, read_config
@@ -159,7 +159,7 @@ def check_slim(folder: Path) -> None:
     check_class(folder, "--slim")
 
 
-def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: str | None = SOURCE) -> Dense:
+def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: str | None = SOURCE) -> None:
     """Prunes and writes the slim folder `out`, with its configuration. UserError, and no folder, if it is not exact."""
     check_pattern(config)
     check_slim(context.folder.path)
@@ -167,7 +167,7 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
     cuts = _Cuts(context)
     with temporary_folder(out) as place:
         masked = place / "masked"
-        dense = write_sparse(context, plan, masked, config, cuts.add, dtype=dtype)
+        write_sparse(context, plan, masked, config, cuts.add, dtype=dtype)
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
             linears = cuts.tensors(masked)
@@ -196,8 +196,7 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
             check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))
-            describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}), dense)
-    return dense
+            describe(folder, about.model_copy(update={"manifest": manifest, "slim": True}))
 
 
 SLIM = Way(write_slim, check_slim, copies=2)  # with the channels first, to be compared with
