@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from atp_tune.errors import UserError
     from atp_tune.plugins import allocation, pruner, sampler, score, text_source
     from atp_tune.spec.study import Study
+    from atp_tune.utils.frozen import SettingsTable
 
 __all__ = [
-    "Configuration", "Result", "Study", "UserError", "allocation", "keep_zeros", "load_config", "load_study",
-    "perplexity", "prune", "pruner", "sampler", "score", "text_source", "tune",
+    "Configuration", "Result", "SettingsTable", "Study", "UserError", "allocation", "keep_zeros", "load_config",
+    "load_study", "perplexity", "prune", "pruner", "sampler", "score", "text_source", "tune",
 ]  # fmt: skip
 
 _PLACES = {
-    "Configuration": "api.configuration", "Result": "api.result", "Study": "spec.study", "UserError": "errors",
+    "Configuration": "api.configuration", "Result": "api.result", "SettingsTable": "utils.frozen",
+    "Study": "spec.study", "UserError": "errors",
     "keep_zeros": "api.keeping", "load_config": "api.configuration", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
@@ -47,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'atp_tune' has no attribute {name!r}")
     if _PLACES[name].startswith("api."):
-        from atp_tune.system import wait_asleep
+        from atp_tune.utils.system import wait_asleep
 
         wait_asleep()  # before torch is imported
     found = globals()[name] = getattr(import_module(f"atp_tune.{_PLACES[name]}"), name)

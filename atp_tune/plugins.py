@@ -30,8 +30,8 @@ from types import CellType, CodeType, EllipsisType, FunctionType, ModuleType, No
 from typing import Any, TypeVar
 
 from atp_tune.errors import PluginError, TrialError, UserError, did_you_mean
-from atp_tune.paths import is_special, written
-from atp_tune.registry import Origin, Registry, resolved
+from atp_tune.utils.paths import is_special, written
+from atp_tune.utils.registry import Origin, Registry, resolved
 
 __all__ = ["allocation", "pruner", "sampler", "score", "text_source"]
 

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from marked_page import write_between
 
-from atp_tune.cache import write_out
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -45,7 +44,8 @@ from atp_tune.spec.data import Text
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data, ModelConfig
-from atp_tune.system import cpu_name
+from atp_tune.utils.cache import write_out
+from atp_tune.utils.system import cpu_name
 
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT, BUILD = ROOT / "docs" / "finetune.md", ROOT / "docs" / "finetune.json", ROOT / "build" / "finetuning"

@@ -27,7 +27,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.terminal import quiet
@@ -35,6 +34,7 @@ from atp_tune.inputs.images import read_images
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.spec.data import ImageSet
 from atp_tune.spec.studyfile import StudyFile, load
+from atp_tune.utils.cache import folder_atomically
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "images"

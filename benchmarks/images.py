@@ -20,14 +20,14 @@ from image_classifiers import CLASSIFIERS, ROOT, study_of
 from marked_page import write_between
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.cache import write_out
 from atp_tune.cli.terminal import quiet
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
 from atp_tune.spec.patterns import make_plan
-from atp_tune.system import cpu_name
+from atp_tune.utils.cache import write_out
+from atp_tune.utils.system import cpu_name
 
 PAGE, KEPT = ROOT / "docs" / "images.md", ROOT / "docs" / "images.json"
 MARKS = ("<!-- benchmarks/images.py -->", "<!-- end -->")

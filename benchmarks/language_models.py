@@ -33,10 +33,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atp_tune.cache import file_atomically, folder_atomically, sha256_of
 from atp_tune.cli.terminal import quiet
 from atp_tune.inputs.sources import read_jsonl
 from atp_tune.spec.data import Text
+from atp_tune.utils.cache import file_atomically, folder_atomically, sha256_of
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "language"

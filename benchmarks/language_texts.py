@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from atp_tune.cache import sha256_of, write_out
 from atp_tune.checkpoints.convert import download_wheel
+from atp_tune.utils.cache import sha256_of, write_out
 
 SHARES = {"training": 0.92, "calibration": 0.03, "validation": 0.02, "test": 0.03}  # of all characters
 SHORTEST, LONGEST = 500, 150_000  # characters of a page; others are contents, indexes and lists of changes

@@ -31,7 +31,6 @@ from scipy.sparse import csr_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.cache import cache_dir, folder_atomically
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import quiet
@@ -42,7 +41,8 @@ from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
 from atp_tune.speed.torch_engine import Pair, Workload, find_pair
-from atp_tune.system import cpu_name
+from atp_tune.utils.cache import cache_dir, folder_atomically
+from atp_tune.utils.system import cpu_name
 
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "docs" / "speedup" / "runs.jsonl", ROOT / "docs" / "speedup.md"

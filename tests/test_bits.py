@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM
 from atp_tune.allocations import Budget, Shape, bits
 from atp_tune.api import result as api_rows
 from atp_tune.errors import UserError
-from atp_tune.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import Plan
 from atp_tune.results.results import levels_of
 from atp_tune.results.summary import summarise
+from atp_tune.sparse.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.data import Text
 from atp_tune.spec.facts import facts

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from huggingface_hub import constants
 
-from atp_tune.cache import (
+from atp_tune.errors import UserError
+from atp_tune.utils.cache import (
     TakenError,
     alone_with,
     cache_dir,
@@ -24,7 +25,6 @@ from atp_tune.cache import (
     write_atomically,
     write_out,
 )
-from atp_tune.errors import UserError
 
 DEAD = 2**22 + 1  # more than Linux gives
 
@@ -144,7 +144,7 @@ def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     assert sha256_of_files(files[:3], said.append) == dict(list(expected.items())[:3])
     assert said == []  # it is read at once
-    monkeypatch.setattr("atp_tune.cache.LARGE", 6000)
+    monkeypatch.setattr("atp_tune.utils.cache.LARGE", 6000)
     assert list(sha256_of_files(files, said.append).items()) == list(expected.items())
     assert len(said) == 1 and str(tmp_path) in said[0]
     assert sha256_of_files(files, said.append) == expected
@@ -162,7 +162,7 @@ def test_hashing_ends_at_once_when_it_is_interrupted(tmp_path: Path, monkeypatch
     def interrupted(path: Path, content: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("atp_tune.cache.keep", interrupted)
+    monkeypatch.setattr("atp_tune.utils.cache.keep", interrupted)
     began = monotonic()
     with pytest.raises(KeyboardInterrupt):
         sha256_of_files([small, large], lambda _: None)
@@ -315,7 +315,7 @@ def test_another_container_of_this_name_may_live(hours: int, within: int, stays:
 def test_who_waits_long_for_a_file_says_for_which(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("atp_tune.cache.PATIENCE", 0.01)
+    monkeypatch.setattr("atp_tune.utils.cache.PATIENCE", 0.01)
     holds, done = Event(), Event()
 
     def hold() -> None:

@@ -13,9 +13,7 @@ from families import same_bits
 from test_layers import FILES, REPO
 from tinystudy import few_steps, study_file
 
-from atp_tune import cache_keys
 from atp_tune.api.configuration import weights_of
-from atp_tune.cache_keys import FOLDERS, key
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Place
@@ -33,6 +31,8 @@ from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import StudyFile
 from atp_tune.speed import torch_engine
 from atp_tune.speed.torch_engine import find_pair, passing_pair
+from atp_tune.utils import cache as entries
+from atp_tune.utils.cache import FOLDERS, key
 
 TEXT = {
     "source": '"file:long.txt"', "part": "[0.0, 0.9]", "shuffle": "true", "sampling": '"random"', "nsamples": "7",
@@ -309,7 +309,7 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
 
     computed = {"statistics", "prices", "recovered", "sparse"}
     with monkeypatch.context() as patch:
-        patch.setattr(cache_keys, "versions", lambda: {"torch": "another"})
+        patch.setattr(entries, "versions", lambda: {"torch": "another"})
         assert changed() == computed
     with monkeypatch.context() as patch:
         patch.setattr("atp_tune.sparse.training.find_dtype", lambda *_: torch.float16)  # as on another device

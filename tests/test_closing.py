@@ -13,8 +13,8 @@ from sqlalchemy.pool import Pool
 from synthetic import made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, wait_until
 
+from atp_tune.api.merging import merge
 from atp_tune.errors import UserError
-from atp_tune.merging import merge
 from atp_tune.storage.opening import find_study, open_storage
 
 

@@ -10,9 +10,9 @@ from families import few
 from torch import Tensor
 from tritons import WHY, compiles, interpreted
 
-from atp_tune import system
 from atp_tune.pruners import sparsegpt
 from atp_tune.pruners.sparsegpt import plain, strips, sweep
+from atp_tune.utils import system
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (1, 40), (3, 7), (16, 5), (17, 30), (40, 2500), (128, 33), (130, 200)]

@@ -242,7 +242,7 @@ def test_the_client_of_the_storage_proxy() -> None:
 def test_the_process_of_a_gp_sampler() -> None:
     from optuna.samplers import GPSampler
 
-    from atp_tune.compat import SearchSpace, fitted
+    from atp_tune.utils.compat import SearchSpace, fitted
 
     with quiet():
         sampler = GPSampler(seed=0, n_startup_trials=2)

@@ -16,7 +16,6 @@ from test_card import body, card, rows
 from test_config import config
 from tinystudy import CommandLine, run, settings, stored
 
-from atp_tune import generation as generation_prompts
 from atp_tune.cli import tables
 from atp_tune.cli.terminal import _console
 from atp_tune.events import Event, Message
@@ -26,6 +25,7 @@ from atp_tune.results.formatting import in_one_line
 from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.results import allocation_of
 from atp_tune.results.summary import summarise
+from atp_tune.run import generation as generation_prompts
 from atp_tune.run import observers
 from atp_tune.spec.config import read_config
 

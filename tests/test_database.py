@@ -26,13 +26,13 @@ from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settin
 
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
-from atp_tune.extras import install
 from atp_tune.results.summary import summarise
 from atp_tune.serving.servers import Maintenance, ServedDatabase, make_view, proxy
 from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password
 from atp_tune.storage.remote import connect
+from atp_tune.utils.extras import install
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "

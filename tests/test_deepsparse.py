@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTCo
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.speed.torch_engine import Workload
-from atp_tune.system import cpu_flags
+from atp_tune.utils.system import cpu_flags
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "deepsparse" / "speed.py"
 SHAPE = {

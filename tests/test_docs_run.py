@@ -16,8 +16,8 @@ import pytest
 from pages import PAGES, REPO, blocks, commands, named
 from tinystudy import CommandLine, few_steps, settings
 
+from atp_tune.api.presets import PRESETS
 from atp_tune.cli import main
-from atp_tune.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 README = REPO / "README.md"

@@ -15,9 +15,9 @@ import torch
 from packaging.requirements import Requirement
 from tinystudy import HANGS, TUNE, CommandLine
 
-from atp_tune import environment
-from atp_tune.environment import PACKAGES, VARIABLES, MachineReport
-from atp_tune.extras import EXTRAS
+from atp_tune.api import environment
+from atp_tune.api.environment import PACKAGES, VARIABLES, MachineReport
+from atp_tune.utils.extras import EXTRAS
 
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text())["project"]
 

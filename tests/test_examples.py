@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 from tinystudy import few_steps
 
-from atp_tune.presets import PRESETS
+from atp_tune.api.presets import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))

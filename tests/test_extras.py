@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from tinystudy import TUNE
 
 from atp_tune.errors import UserError
-from atp_tune.extras import EXTRAS, as_typed, install, missing, remedy, require
+from atp_tune.utils.extras import EXTRAS, as_typed, install, missing, remedy, require
 
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OLD = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); runpy.run_path('tune.py', run_name='__main__')"
@@ -64,7 +64,7 @@ def test_what_to_type(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert remedy(f"{module}.part").startswith(f"{package} is not installed; run: pip install -e '.[")
     monkeypatch.chdir(tmp_path)
     assert shlex.split(install(extra)) == ["pip", "install", "-e", f"{TUNE.parent}[{extra}]"]
-    monkeypatch.setattr("atp_tune.extras.IS_CHECKOUT", False)
+    monkeypatch.setattr("atp_tune.utils.extras.IS_CHECKOUT", False)
     assert install(extra) == as_typed(f"pip install -e '.[{extra}]'") == f"pip install 'atp-tune[{extra}]'"
     assert remedy("torch.nn").endswith("pip install atp-tune")
 

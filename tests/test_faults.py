@@ -58,7 +58,8 @@ from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.lost_trials import SAME
-from atp_tune.storage.process import identity, versions
+from atp_tune.storage.process import identity
+from atp_tune.utils.cache import versions
 
 ROWS = Rows()
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"

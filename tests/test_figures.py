@@ -15,12 +15,12 @@ from tinystudy import quiet
 
 from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.extras import EXTRAS, install
 from atp_tune.figures import perplexity, sheet
 from atp_tune.figures.history import draw_history
 from atp_tune.figures.perplexity import add_gp_posterior
 from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, range_of, rounded, second_of
 from atp_tune.results.summary import summarise
+from atp_tune.utils.extras import EXTRAS, install
 
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
 

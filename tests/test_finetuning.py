@@ -18,7 +18,6 @@ from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, Place
-from atp_tune.extras import install
 from atp_tune.measures import change, perplexity
 from atp_tune.sparse import finetuning
 from atp_tune.sparse.applying import apply
@@ -28,6 +27,7 @@ from atp_tune.sparse.training import order
 from atp_tune.spec.config import read_config
 from atp_tune.spec.data import Text
 from atp_tune.spec.recover import Training
+from atp_tune.utils.extras import install
 
 SHORT = (
     "--train",

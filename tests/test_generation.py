@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from atp_tune.blocks.replay import Replay
 from atp_tune.cli.commands.chat import stoppable
 from atp_tune.errors import UserError
-from atp_tune.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
+from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
 from atp_tune.run.observers import Kept
 
 PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]

@@ -16,8 +16,8 @@ from prose import prose
 from test_benchmarks import BENCHMARKS, benchmark
 from tinystudy import CommandLine, settings
 
-from atp_tune.cache import sha256_of
 from atp_tune.spec.studyfile import load
+from atp_tune.utils.cache import sha256_of
 
 NAMES = ("llama-small", "gpt-neox-small")
 PAGE = """<html><head><title>t</title><style>p {}</style></head><body><nav>Next</nav>

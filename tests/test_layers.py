@@ -22,14 +22,8 @@ LARGEST = 640  # lines of a file
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
     "errors",
-    "extras",
-    "system",
-    "frozen",
-    "registry",
-    "paths",
-    "cache",
+    "utils",
     "plugins",
-    "compat",
     "measures",
     "metrics",
     "allocations",
@@ -40,13 +34,10 @@ LAYERS = [
     "spec",
     "events",
     "storage",
-    "cache_keys",
     "checkpoints",
     "inputs",
-    "presets",
     "blocks",
     "scores",
-    "generation",
     "run",
     "results",
     "figures",
@@ -56,12 +47,8 @@ LAYERS = [
     "search",
     "cost",
     "speed",
-    "exporting",
     "tracking",
     "serving",
-    "merging",
-    "environment",
-    "catalogue",
     "api",
     "cli",
     "__main__",
@@ -230,7 +217,7 @@ def test_the_tensor_core_knows_no_study(kind: str) -> None:
         assert "pydantic" not in libs or name == "atp_tune.pruners.settings", name
         assert kind != "allocations" or "torch" not in libs, name
         own = {module for module in anywhere()[name] if module.startswith("atp_tune")}
-        below = {f"atp_tune.{name}" for name in ("errors", "frozen", "system", "registry", "plugins")}
+        below = {"atp_tune.errors", "atp_tune.plugins", *modules_of("utils")}
         assert {module for module in own if not module.startswith(f"atp_tune.{kind}")} <= below, name
 
 
@@ -238,10 +225,9 @@ LIGHT = [
     "checkpoints.files",
     "cost.forecast",
     "cost.planning",
-    "environment",
+    "api.environment",
     "errors",
     "events",
-    "exporting",
     "figures",
     "report",
     "dashboard",
@@ -252,6 +238,7 @@ LIGHT = [
     "search.runner",
     "serving.servers",
     "sparse.card",
+    "sparse.exporting",
     "sparse.publishing",
     "spec.config",
     "spec.study",
@@ -286,7 +273,7 @@ def test_the_package_and_its_entry_need_no_library() -> None:
     """So that a Python without any can say what is missing."""
     third_party = [
         name
-        for module in ("atp_tune", "atp_tune.cli", "atp_tune.extras")
+        for module in ("atp_tune", "atp_tune.cli", "atp_tune.utils.extras")
         for name in libraries(set(reached(module)))
         if name not in {"atp_tune", *sys.stdlib_module_names}
     ]

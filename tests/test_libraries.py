@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from atp_tune.system import silenced
+from atp_tune.utils.system import silenced
 
 
 def test_a_library_that_asks_for_another_package_is_silent(caplog: pytest.LogCaptureFixture) -> None:

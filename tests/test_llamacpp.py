@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_tune.checkpoints.models import resolve
-from atp_tune.exporting import K_QUANTS, TENSORS
+from atp_tune.sparse.exporting import K_QUANTS, TENSORS
 from atp_tune.spec.study import ModelConfig
 
 pytestmark = pytest.mark.slow

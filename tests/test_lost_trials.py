@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_tune.cache import cache_dir
 from atp_tune.events import Event, Step, TrialStarted
 from atp_tune.storage.lost_trials import MOST, SAME, CutOff, why_given_up
 from atp_tune.storage.process import Trace, forget, left_of
+from atp_tune.utils.cache import cache_dir
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])
 CRASHES = st.sampled_from(["Aborted", "RuntimeError"])

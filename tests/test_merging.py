@@ -17,9 +17,9 @@ from plans import stored as stored_plan
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
+from atp_tune.api.merging import Merged, merge
 from atp_tune.dashboard.notes import with_own_words
 from atp_tune.errors import UserError
-from atp_tune.merging import Merged, merge
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 from atp_tune.serving.servers import Maintenance

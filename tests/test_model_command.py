@@ -15,12 +15,7 @@ from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
 from atp_tune.api.arguments import changed, goal_of
-from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.application import MODEL
-from atp_tune.cli.commands import tune
-from atp_tune.errors import UserError
-from atp_tune.inputs.documents import documents
-from atp_tune.presets import (
+from atp_tune.api.presets import (
     HUB_TEXTS,
     PARTS,
     PRESETS,
@@ -30,6 +25,11 @@ from atp_tune.presets import (
     texts_from_hub,
     usual_texts,
 )
+from atp_tune.checkpoints.models import resolve
+from atp_tune.cli.application import MODEL
+from atp_tune.cli.commands import tune
+from atp_tune.errors import UserError
+from atp_tune.inputs.documents import documents
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.spec.config import read_config
 from atp_tune.spec.data import Text

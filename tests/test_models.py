@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.spec import study
+from atp_tune.utils.cache import sha256_of_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|end|>", *ALPHABET, "th", "the", "Ġthe"]

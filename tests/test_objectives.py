@@ -21,10 +21,10 @@ from tinystudy import finish as finished
 
 from atp_tune import figures, measures
 from atp_tune.allocations import Budget
+from atp_tune.api.merging import merge
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
-from atp_tune.merging import merge
 from atp_tune.report import gather, write
 from atp_tune.results.goals import front_of
 from atp_tune.results.results import is_uniform

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from tritons import WHY, compiles, interpreted
 
-from atp_tune import system
 from atp_tune.packed import gpu
 from atp_tune.packed.gpu import GpuMatrix
+from atp_tune.utils import system
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (3, 7), (33, 70), (9, 300), (70, 576), (9, 512)]

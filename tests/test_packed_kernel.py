@@ -18,9 +18,9 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
-from atp_tune import system
 from atp_tune.packed import kernel, kernel_dense, library
 from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, by_tiles, kernel_name, multiplies, row_offsets
+from atp_tune.utils import system
 
 TYPES = (*FLOATS, torch.int8)
 SHAPES = [(1, 1), (3, 7), (5, 31), (1, 33), (5, 64), (3, 576), (5, 1000), (150, 1000)]

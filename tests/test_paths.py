@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from atp_tune.errors import UserError
-from atp_tune.paths import check_free, check_writable, is_special, written
+from atp_tune.utils.paths import check_free, check_writable, is_special, written
 
 
 def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,16 +24,14 @@ from torch import Tensor
 from atp_tune import plugins
 from atp_tune.allocations import ALLOCATIONS, Budget, Shape
 from atp_tune.allocations.checked import CheckedAllocation, finished
+from atp_tune.api.presets import StudyRequest
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.figures.style import PRUNERS as COLOURS
 from atp_tune.figures.style import colour_of
-from atp_tune.frozen import STORED, SettingsTable
 from atp_tune.inputs.documents import documents
-from atp_tune.presets import StudyRequest
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.registry import Origin, points_of
 from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
@@ -48,6 +46,8 @@ from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import from_settings, load
 from atp_tune.spec.studyfile import settings as settings_of
 from atp_tune.spec.writing import study_schema, study_text
+from atp_tune.utils.frozen import STORED, SettingsTable
+from atp_tune.utils.registry import Origin, points_of
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
@@ -70,7 +70,7 @@ trials = 5
 PRUNER = '''\
 from typing import ClassVar
 from pydantic import Field
-from atp_tune.frozen import SettingsTable
+from atp_tune import SettingsTable
 from atp_tune.plugins import pruner
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
 
@@ -277,7 +277,11 @@ def test_a_plug_in_that_is_away_is_unknown_to_facts(write: Callable[..., Path], 
         ("1 / 0", "x.py:Mine", "line 1: ZeroDivisionError: division by zero"),
         (PRUNER, "x.py:Mien", "has no pruner Mien; did you mean mine?"),
         ("y = 1", "x.py:Mine", "has no pruner Mine"),
-        ("mine = 3", "x.py:mine", "is no pruner: must be a class that inherits from atp_tune.frozen.SettingsTable"),
+        (
+            "mine = 3",
+            "x.py:mine",
+            "is no pruner: must be a class that inherits from atp_tune.SettingsTable",
+        ),
         (PRUNER.replace("def prune", "def other"), "x.py:Mine", "is no pruner: has no method prune"),
         (PRUNER.replace("    measures: ClassVar = None\n", ""), "x.py:Mine", "has no class variable measures"),
         (
@@ -377,7 +381,7 @@ from functools import partial
 from typing import ClassVar
 import torch
 from pydantic import PrivateAttr
-from atp_tune.frozen import SettingsTable
+from atp_tune import SettingsTable
 def power(x, p=1): return x ** p
 def scaled(): return lambda x: x * kept
 kept, part, used = 1, partial(power, p=1), [1]
@@ -957,7 +961,7 @@ def test_a_run_ends_with_one_line(keys: list[str], said: str, place: Path, comma
 def test_a_mended_file_goes_on_as_long_as_nothing_is_measured(place: Path, command: CommandLine) -> None:
     """The loop in which a plug-in is written: its first trial fails, the file is mended, the same command again."""
     head = (
-        "from typing import ClassVar\nfrom atp_tune.frozen import SettingsTable\nfrom atp_tune.plugins import pruner\n"
+        "from typing import ClassVar\nfrom atp_tune import SettingsTable\nfrom atp_tune.plugins import pruner\n"
         "@pruner('mended')\nclass Mended(SettingsTable):\n    measures: ClassVar = None\n"
         "    def prune(self, weight, sparsity, _):\n"
     )

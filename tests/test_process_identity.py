@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from atp_tune import __version__
-from atp_tune.storage.process import identity, is_alive, is_dead, versions
+from atp_tune.storage.process import identity, is_alive, is_dead
+from atp_tune.utils.cache import versions
 
 Child = subprocess.Popen[bytes]
 

@@ -26,8 +26,8 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.extras import install
 from atp_tune.spec import study
+from atp_tune.utils.extras import install
 
 CPU = torch.device("cpu")
 READS = Version(transformers.__version__) >= Version("5.24")  # these formats itself, on a CPU, to the same numbers

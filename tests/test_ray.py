@@ -30,8 +30,8 @@ from tinystudy import (
     wait_until,
 )
 
-from atp_tune.extras import install
 from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
+from atp_tune.utils.extras import install
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 

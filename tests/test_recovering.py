@@ -20,7 +20,6 @@ from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import cache_keys, tune
-from atp_tune.cache import cache_dir
 from atp_tune.cli.commands.finetune import TrainingOptions
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
@@ -38,6 +37,7 @@ from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import _unknown
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
+from atp_tune.utils.cache import cache_dir
 
 SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
 

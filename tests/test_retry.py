@@ -27,7 +27,7 @@ from atp_tune.storage import database
 from atp_tune.storage.database import CALLS, Retrying
 from atp_tune.storage.opening import open_database, open_storage
 from atp_tune.storage.remote import connect
-from atp_tune.system import interruptible
+from atp_tune.utils.system import interruptible
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 END = (TrialState.COMPLETE, [1.5])

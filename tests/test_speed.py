@@ -27,7 +27,6 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.cli.commands.speedup import rates_table
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
-from atp_tune.extras import install
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
@@ -38,6 +37,7 @@ from atp_tune.spec.config import read_config
 from atp_tune.speed import torch_engine
 from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
 from atp_tune.speed.torch_engine import About, Pair, Workload, measured
+from atp_tune.utils.extras import install
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 from tinystudy import quiet
 
-from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
 from atp_tune.results.goals import best_trial
@@ -23,6 +22,7 @@ from atp_tune.storage.lost_trials import queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, running
+from atp_tune.utils.cache import cache_dir
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
 DEAD = {**identity(), "process_started": 0.0}

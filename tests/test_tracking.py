@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tinystudy import CommandLine, settings, stored
 
-from atp_tune.extras import install
 from atp_tune.results.summary import summarise
 from atp_tune.tracking.trackers import TRACKERS
+from atp_tune.utils.extras import install
 
 FEW = settings("texts.calibration.nsamples=2", "texts.validation.nsamples=4", "texts.test.nsamples=4")
 ROWS = list[tuple[int, float]]  # steps and values

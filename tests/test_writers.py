@@ -22,8 +22,14 @@ from test_pushing import Site, site
 from tinystudy import HANGS, CommandLine, stored, study_file
 
 import atp_tune
-from atp_tune import cache as cache_module
-from atp_tune.cache import (
+from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
+from atp_tune.results import annotations
+from atp_tune.search.final_scores import store_test_scores, write_best
+from atp_tune.search.runner import StudyRun
+from atp_tune.spec.config import read_config
+from atp_tune.storage import attributes
+from atp_tune.utils import cache as cache_module
+from atp_tune.utils.cache import (
     TakenError,
     alone_with,
     cache_dir,
@@ -33,12 +39,6 @@ from atp_tune.cache import (
     write_atomically,
     write_out,
 )
-from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
-from atp_tune.results import annotations
-from atp_tune.search.final_scores import store_test_scores, write_best
-from atp_tune.search.runner import StudyRun
-from atp_tune.spec.config import read_config
-from atp_tune.storage import attributes
 
 FORK = multiprocessing.get_context("fork")
 ROUNDS = 50

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from atp_tune.allocations.budget import Budget, DenseMetricsProtocol, LinearSparsities, Shape, Sparsities
-from atp_tune.registry import Registry
+from atp_tune.utils.registry import Registry
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "LinearSparsities", "Shape", "Sparsities"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from atp_tune.allocations.budget import ROUNDING, Budget, Sparsities
 from atp_tune.errors import PluginError, UserError
 from atp_tune.plugins import guarded
-from atp_tune.registry import Origin
+from atp_tune.utils.registry import Origin
 
 TAKEN = ("pruner", "quantizer", "allocation", "sparsity")  # names of a trial's other parameters
 UNITS = 1e-6  # least tolerance of the mean, beside one weight

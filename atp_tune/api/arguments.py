@@ -215,7 +215,7 @@ def requested(
     settings: Mapping[str, Any],
 ) -> StudyFile:
     """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent; `settings`: as tables."""
-    from atp_tune.presets import StudyRequest
+    from atp_tune.api.presets import StudyRequest
 
     source, where = sources.model or str(model), sources.device or device
     request = StudyRequest(

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from atp_tune.api.arguments import Lender
 from atp_tune.api.progress import working
-from atp_tune.cache import cache_dir, temporary_folder
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
 from atp_tune.measures import Perplexity
-from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import PLAIN, Way, apply, plan_of
@@ -31,6 +29,8 @@ from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.data import CLASSES
 from atp_tune.spec.study import ModelConfig
+from atp_tune.utils.cache import cache_dir, temporary_folder
+from atp_tune.utils.paths import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -232,7 +232,7 @@ class Configuration:
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. UserError if the folder exists.
         """
-        from atp_tune.paths import check_free
+        from atp_tune.utils.paths import check_free
 
         out = Path(folder).expanduser()
         with self._working():

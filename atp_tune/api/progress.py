@@ -15,7 +15,7 @@ from atp_tune.api.arguments import as_arguments, as_in_python
 from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 from atp_tune.results.formatting import best_so_far, duration, trial_line
-from atp_tune.system import interruptible, silenced
+from atp_tune.utils.system import interruptible, silenced
 
 PAUSE = 0.3  # seconds between changes of a bar's text: a notebook without widgets keeps each of them
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from atp_tune.api import arguments
 from atp_tune.api.arguments import Lender, Settings, is_model
 from atp_tune.api.configuration import copied, of_one_text, replaced, weights_of, written
+from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
@@ -17,9 +18,7 @@ from atp_tune.events import EventHandler, Message, Place, TrialStarted
 from atp_tune.inputs.windows import first_windows
 from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
-from atp_tune.paths import check_free
 from atp_tune.plan import Plan
-from atp_tune.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
@@ -30,6 +29,7 @@ from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
+from atp_tune.utils.paths import check_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,6 @@ from atp_tune.api import arguments
 from atp_tune.api.arguments import Lender, Settings, Target, is_model, names
 from atp_tune.api.progress import working
 from atp_tune.api.result import Result
-from atp_tune.cache import cache_dir
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Place, TrialStarted
@@ -35,6 +34,7 @@ from atp_tune.spec.studyfile import StudyFile, settings
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import counted
+from atp_tune.utils.cache import cache_dir
 
 if TYPE_CHECKING:
     import optuna

@@ -30,7 +30,6 @@ from atp_tune.allocations.budget import Score, TailStart, ranked_by
 from atp_tune.allocations.prices import between
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.prune_pass import BlockStatistics
-from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
@@ -38,6 +37,7 @@ from atp_tune.errors import TrialError
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
+from atp_tune.utils.cache import folder_atomically
 
 # --- Statistics of the dense model, on disk and as ranks.
 #

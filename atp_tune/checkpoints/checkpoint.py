@@ -25,7 +25,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from atp_tune.allocations import Shape
-from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.blocks import (
     Linear,
     auto_class,
@@ -58,6 +57,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.spec.data import MEMORY
 from atp_tune.spec.study import ModelConfig
+from atp_tune.utils.cache import temporary_folder
 
 
 class Released(ABC):

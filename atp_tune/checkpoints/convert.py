@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from atp_tune.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
 from atp_tune.checkpoints.files import (
     ASK_CODE,
     BESIDE,
@@ -35,7 +34,8 @@ from atp_tune.checkpoints.files import (
 )
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
-from atp_tune.paths import check_writable
+from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
+from atp_tune.utils.paths import check_writable
 
 if TYPE_CHECKING:
     import torch

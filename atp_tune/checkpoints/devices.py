@@ -26,9 +26,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from atp_tune import system
-from atp_tune.cache import cache_dir
 from atp_tune.errors import UserError
+from atp_tune.utils import system
+from atp_tune.utils.cache import cache_dir
 
 GIB = 1024**3
 PROCESS = Path("/proc/self")

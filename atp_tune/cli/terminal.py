@@ -9,10 +9,10 @@ from functools import cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any, cast
 
-from atp_tune import system
 from atp_tune.errors import printable
-from atp_tune.extras import as_typed
-from atp_tune.system import silenced
+from atp_tune.utils import system
+from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import silenced
 
 if TYPE_CHECKING:
     from rich.console import Console

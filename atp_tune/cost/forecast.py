@@ -19,10 +19,10 @@ from typing import Literal
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
-from atp_tune.frozen import FrozenModel
 from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
 from atp_tune.spec.recover import FEWEST
 from atp_tune.spec.study import Study
+from atp_tune.utils.frozen import FrozenModel
 
 # --- The memory of a study: peak bytes on host and device, and which of them do not fit. Needs no torch.
 

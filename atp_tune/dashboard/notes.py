@@ -6,7 +6,6 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.extras import as_typed
 from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
@@ -18,6 +17,7 @@ from atp_tune.spec.data import short_source
 from atp_tune.spec.plugged import permission
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
+from atp_tune.utils.extras import as_typed
 
 OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard leaves no space between columns

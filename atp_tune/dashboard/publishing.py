@@ -10,7 +10,6 @@ from typing import Any
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
 
-from atp_tune.cache import temporary_folder, write_atomically
 from atp_tune.dashboard.notes import study_note, with_own_words
 from atp_tune.figures import draw
 from atp_tune.results.stored import best_config
@@ -18,6 +17,7 @@ from atp_tune.results.summary import Summary, summarise
 from atp_tune.storage import artifacts
 from atp_tune.storage.attributes import StudySnapshot, readable
 from atp_tune.storage.database import Database, without_password
+from atp_tune.utils.cache import temporary_folder, write_atomically
 
 # --- Notes and figures as Optuna's dashboard stores them: texts in parts, as system attributes of a study.
 #

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from atp_tune.errors import UserError
-from atp_tune.extras import install, require
+from atp_tune.utils.extras import install, require
 
 WIDTH, HEIGHT = 640, 440  # px of a figure
 COLUMNS = 2

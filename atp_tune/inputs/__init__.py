@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.registry import Registry
+from atp_tune.utils.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -20,15 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atp_tune.cache import cache_dir, file_atomically, sha256_of
-from atp_tune.cache_keys import key
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.files import CODE
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.extras import require
-from atp_tune.paths import is_special, written
 from atp_tune.spec.data import ImageSet
-from atp_tune.storage.process import version_of
+from atp_tune.utils.cache import cache_dir, file_atomically, key, sha256_of, version_of
+from atp_tune.utils.extras import require
+from atp_tune.utils.paths import is_special, written
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atp_tune.cache import sha256_of, sha256_of_json
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.errors import UserError, is_text
-from atp_tune.paths import written
 from atp_tune.spec.data import MEMORY, Text
+from atp_tune.utils.cache import sha256_of, sha256_of_json
+from atp_tune.utils.paths import written
 
 C4_FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",  # the file that Wanda and SparseGPT read

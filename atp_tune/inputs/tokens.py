@@ -13,14 +13,14 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.errors import UserError, within
-from atp_tune.extras import require
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.items import IDS, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.windows import check_disjoint, first_windows, token_windows
-from atp_tune.paths import written
 from atp_tune.spec.data import ImageSet, Text
 from atp_tune.spec.facts import BOS
+from atp_tune.utils.extras import require
+from atp_tune.utils.paths import written
 
 # --- Pairs of an image and a text, on which a model that reads images beside text is calibrated.
 #

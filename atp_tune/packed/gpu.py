@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.packed import kernel
-from atp_tune.system import launches
+from atp_tune.utils.system import launches
 
 FLOATS = (torch.bfloat16, torch.float16)  # of x
 MOST_VALUES = 1 << 32  # places are numbers of 32 bits

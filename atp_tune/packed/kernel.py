@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from atp_tune import system
 from atp_tune.packed.library import (
     ALONE,
     VARIANTS,
@@ -35,6 +34,7 @@ from atp_tune.packed.library import (
     succeed,
     watched,
 )
+from atp_tune.utils import system
 
 __all__ = [
     "BATCH", "PackedMatrix", "check_interface", "check_parts", "has_tangents", "kernel_name", "product", "row_offsets",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from atp_tune import system
+from atp_tune.utils import system
 
 LIBRARY = Path(__file__).with_name("_kernel.so")
 TORCH = "torch"  # ATP_TUNE_ISA: no variant

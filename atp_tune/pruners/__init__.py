@@ -7,8 +7,8 @@ package loads no torch.
 
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from atp_tune.frozen import SettingsTable
-from atp_tune.registry import Registry
+from atp_tune.utils.frozen import SettingsTable
+from atp_tune.utils.registry import Registry
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plugins import guarded
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import SLACK
-from atp_tune.registry import Origin
+from atp_tune.utils.registry import Origin
 
 
 class CheckedPruner:

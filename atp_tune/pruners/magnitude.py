@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from atp_tune.frozen import SettingsTable
 from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, zeroed
+from atp_tune.utils.frozen import SettingsTable
 
 
 class Magnitude(SettingsTable):

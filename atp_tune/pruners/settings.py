@@ -5,8 +5,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from atp_tune.errors import UserError
-from atp_tune.frozen import SettingsTable
-from atp_tune.registry import Origin
+from atp_tune.utils.frozen import SettingsTable
+from atp_tune.utils.registry import Origin
 
 
 class WandaSettings(SettingsTable):
@@ -59,7 +59,7 @@ class ChannelSettings(SettingsTable):
 def finished(found: Any, origin: Origin) -> type[SettingsTable]:
     """The class of a pruner that is a plug-in; UserError if it is none, or if its settings have no defaults."""
     if not isinstance(found, type) or not issubclass(found, SettingsTable):
-        raise UserError(f"{origin}: is no pruner: must be a class that inherits from atp_tune.frozen.SettingsTable")
+        raise UserError(f"{origin}: is no pruner: must be a class that inherits from atp_tune.SettingsTable")
     if not callable(getattr(found, "prune", None)):
         raise UserError(f"{origin}: is no pruner: has no method prune(self, weight, sparsity, statistics)")
     measures = getattr(found, "measures", origin)

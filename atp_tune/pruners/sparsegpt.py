@@ -33,7 +33,7 @@ from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, zeroed
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian
-from atp_tune.system import launches
+from atp_tune.utils.system import launches
 
 # --- The inner loop of SparseGPT: goes through the columns of a block and adds the error of each to those to the right.
 #

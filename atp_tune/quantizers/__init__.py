@@ -5,7 +5,7 @@ takes and returns tensors, and knows no model, study or trial. Importing this pa
 """
 
 from atp_tune.pruners import Quantizer
-from atp_tune.registry import Registry
+from atp_tune.utils.registry import Registry
 
 QUANTIZERS = Registry[type[Quantizer]](
     "quantizer", {"rtn": "atp_tune.quantizers.rounding:RTN", "gptq": "atp_tune.quantizers.rounding:GPTQ"}

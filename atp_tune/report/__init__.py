@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 
 from atp_tune import figures
-from atp_tune.cache import write_out
 from atp_tune.errors import UserError
 from atp_tune.figures.sheet import check_installed, png
-from atp_tune.paths import check_writable
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import Contents, gather
+from atp_tune.utils.cache import write_out
+from atp_tune.utils.paths import check_writable
 
 __all__ = ["ENDINGS", "Contents", "gather", "kind_of", "name_of", "write"]
 

@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations.budget import SYMBOLS
 from atp_tune.errors import printable
-from atp_tune.extras import as_typed
 from atp_tune.measures import Gain, Role, TaskScore
 from atp_tune.metrics import Continuations, Speed, spread
 from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, study_remarks, texts_note
@@ -29,6 +28,7 @@ from atp_tune.spec.studyfile import settings
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of
+from atp_tune.utils.extras import as_typed
 
 ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown
 

@@ -14,10 +14,8 @@ import optuna
 from optuna.trial import FrozenTrial
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from atp_tune.cache import alone_with, write_atomically
 from atp_tune.errors import UserError
 from atp_tune.metrics import Answers, Continuations, Speed
-from atp_tune.paths import check_writable
 from atp_tune.plan import Plan
 from atp_tune.spec.config import Config, ZeroShot, read_config
 from atp_tune.spec.finding import holds
@@ -25,6 +23,8 @@ from atp_tune.spec.recover import Recovered
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
+from atp_tune.utils.cache import alone_with, write_atomically
+from atp_tune.utils.paths import check_writable
 
 Key = Literal["zero_shot", "speed", "continuations", "recovered"]
 KINDS: dict[Key, TypeAdapter[Any]] = {

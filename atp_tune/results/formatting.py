@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
-from atp_tune.extras import as_typed
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, reach_of
 from atp_tune.metrics import Continuations
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
@@ -27,6 +26,7 @@ from atp_tune.spec.recover import Loss, RecoverConfig
 from atp_tune.spec.study import Study
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import ranked, sparsity_of
+from atp_tune.utils.extras import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
-from atp_tune.frozen import FrozenModel
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
@@ -29,6 +28,7 @@ from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process import is_dead
 from atp_tune.storage.progress import counts, sparsity_of
+from atp_tune.utils.frozen import FrozenModel
 
 FORMAT: Literal["atp_tune.status/3"] = "atp_tune.status/3"
 

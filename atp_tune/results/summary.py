@@ -9,7 +9,6 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
-from atp_tune.frozen import FrozenModel
 from atp_tune.measures import Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.results.annotations import answers_of, attached, speed_of
@@ -32,6 +31,7 @@ from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process import is_dead
+from atp_tune.utils.frozen import FrozenModel
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
 

@@ -58,8 +58,6 @@ from atp_tune.blocks.gradients import (
 )
 from atp_tune.blocks.prune_pass import BlockStatistics, advance, embed, entering, measure_and_advance
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
-from atp_tune.cache import cache_dir, file_atomically, made_once, write_atomically
-from atp_tune.cache_keys import key
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import arithmetic, host_memory
@@ -76,6 +74,7 @@ from atp_tune.scores import Score as ModelScore
 from atp_tune.scores.evaluation import Block, Passing
 from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.spec.recover import NLL_SHARES, Loss
+from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, write_atomically
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
 

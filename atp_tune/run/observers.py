@@ -23,8 +23,6 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
 from atp_tune.errors import UserError, named
 from atp_tune.events import EventHandler, Message, Step
-from atp_tune.extras import require
-from atp_tune.generation import WeightsOf, continued
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, class_name
@@ -32,9 +30,11 @@ from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.measures import mean_of_tasks
 from atp_tune.metrics import COUNT, NAMES, SIDE, Answers, Continuations, ImageAnswer
 from atp_tune.plan import Plan
+from atp_tune.run.generation import WeightsOf, continued
 from atp_tune.scores import Scores, joined
 from atp_tune.scores.evaluation import Passing, head_scores
 from atp_tune.spec.config import SHARES
+from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session

@@ -13,9 +13,9 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs import Batch
 from atp_tune.measures import MEASURES
 from atp_tune.plugins import guarded
-from atp_tune.registry import Origin
 from atp_tune.scores import Scores
 from atp_tune.spec.recover import NLL_SHARES
+from atp_tune.utils.registry import Origin
 
 ITEMS = {by.items for by in MEASURES.values()} - {"ranks"}  # which images have
 METHODS = ("probes", "check_head", "head_cost", "items")

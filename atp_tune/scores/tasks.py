@@ -31,9 +31,9 @@ from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs.sources import is_hub_in_reach
 from atp_tune.measures import TaskScore, error_of_share
-from atp_tune.paths import written
 from atp_tune.spec.config import SHARES
 from atp_tune.spec.plugged import is_task_path
+from atp_tune.utils.paths import written
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALL_SEVEN = "zero-shot"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from atp_tune.allocations import is_fitted
-from atp_tune.cache import alone_with
 from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 from atp_tune.measures import MEASURES
@@ -29,6 +28,7 @@ from atp_tune.search.trial_loop import POLL
 from atp_tune.storage import fingerprint
 from atp_tune.storage.attributes import TRIAL, checked
 from atp_tune.storage.process import identity, is_alive
+from atp_tune.utils.cache import alone_with
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import LeftOut, Observer

@@ -173,7 +173,7 @@ def _drawn(kind: Any, generator: random.Random) -> Any:
 
 def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
     """Optuna's Gaussian process, fitted to a study of the logs."""
-    from atp_tune.compat import fitted
+    from atp_tune.utils.compat import fitted
 
     sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
     shadow.ask()  # stands in for a trial

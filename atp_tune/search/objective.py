@@ -40,8 +40,9 @@ from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
-from atp_tune.storage.process import identity, versions
+from atp_tune.storage.process import identity
 from atp_tune.storage.progress import counts
+from atp_tune.utils.cache import versions
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,10 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
-from atp_tune.cache import cache_dir, check_room
 from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
-from atp_tune.paths import check_writable
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
@@ -31,7 +29,9 @@ from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.process import Trace, versions
+from atp_tune.storage.process import Trace
+from atp_tune.utils.cache import cache_dir, check_room, versions
+from atp_tune.utils.paths import check_writable
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import TaskResults

@@ -23,11 +23,11 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
-from atp_tune.registry import Origin
 from atp_tune.search.space import Params, Space
 from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.progress import counts, place, running
+from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
 #
@@ -137,7 +137,7 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
 
     `study` is the one that the GP was fitted to: its values are logs. `before` counts those values.
     """
-    from atp_tune.compat import fitted
+    from atp_tune.utils.compat import fitted
 
     gp = fitted(sampler)
     values = [trial.value for trial in study.trials if trial.value is not None]
@@ -155,7 +155,7 @@ def gp_posterior(sampler: GPSampler, study: Study, kinds: Distributions, pruners
 
 def posterior_at(gp: Any, points: list[FrozenTrial], kinds: Distributions) -> tuple[Any, Any]:
     """Mean and standard deviation of a fitted GP's posterior at points, as arrays, for standardised values."""
-    from atp_tune.compat import SearchSpace
+    from atp_tune.utils.compat import SearchSpace
 
     inputs = gp._X_train.new_tensor(SearchSpace(kinds).get_normalized_params(points))
     means, variances = (tensor.detach().numpy() for tensor in gp.posterior(inputs))

@@ -26,7 +26,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import wsgi
 
-from atp_tune.compat import FrozenStudy, serve_storage
 from atp_tune.dashboard.notes import columns, facts_of, study_note, trial_note
 from atp_tune.dashboard.publishing import PREFIX, attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
@@ -42,6 +41,7 @@ from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
+from atp_tune.utils.compat import FrozenStudy, serve_storage
 
 # --- The storage as the dashboard sees it: with notes, figures and readable columns.
 #

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.cache import folder_atomically
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS, bytes_of, dtypes
@@ -25,7 +24,6 @@ from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_slim
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, checked_table
-from atp_tune.paths import check_free, check_writable
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
@@ -39,7 +37,8 @@ from atp_tune.spec.config import (
 )
 from atp_tune.spec.plugged import records
 from atp_tune.spec.studyfile import StudyFile
-from atp_tune.storage.process import versions
+from atp_tune.utils.cache import folder_atomically, versions
+from atp_tune.utils.paths import check_free, check_writable
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[..., None]  # of context, plan, folder and configuration, as `write_sparse`

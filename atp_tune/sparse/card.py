@@ -17,7 +17,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment
 
 from atp_tune.allocations import is_fitted
-from atp_tune.cache import write_out
 from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.errors import UserError
@@ -35,6 +34,7 @@ from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import UPDATING
 from atp_tune.spec.study import Data
+from atp_tune.utils.cache import write_out
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
 LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card

@@ -26,9 +26,6 @@ from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, i
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
-from atp_tune.extras import require
-from atp_tune.frozen import FrozenModel
-from atp_tune.generation import Speaker
 from atp_tune.inputs import KINDS, InputKind
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
@@ -40,6 +37,7 @@ from atp_tune.packed.kernel import kernel_name
 from atp_tune.packed.layout import LEAST, Kind, packed_linear, zeros_of
 from atp_tune.packed.modeling_atp_sparse import is_packable, speed_dense_linears
 from atp_tune.plan import Plan
+from atp_tune.run.generation import Speaker
 from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check_room
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import check_model, plan_of
@@ -49,7 +47,9 @@ from atp_tune.spec.data import CLASSES, ImageSet
 from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Data, ModelConfig, of_model
-from atp_tune.storage.process import versions
+from atp_tune.utils.cache import versions
+from atp_tune.utils.extras import require
+from atp_tune.utils.frozen import FrozenModel
 
 TASKS = ("zero-shot",)  # the default of --tasks, which are of texts
 METRIC = "acc"  # as lm-eval calls it

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from atp_tune.cache import cache_dir, named_for, temporary_folder
-from atp_tune.cache_keys import key
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
@@ -23,12 +21,10 @@ from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError, within
 from atp_tune.events import Place, Step, TrialStarted, calling
-from atp_tune.extras import require
 from atp_tune.inputs.images import doubles_of, images_of
 from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.windows import first_windows, shared_windows, token_windows
 from atp_tune.measures import Estimate, accuracy, by_kind, change, gain, perplexity
-from atp_tune.paths import check_free
 from atp_tune.results.formatting import duration
 from atp_tune.run.session import Setup
 from atp_tune.scores import Scores
@@ -52,7 +48,9 @@ from atp_tune.spec.plugged import plug_in_texts
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import RecoverConfig, Recovered, RecoveredScores, Training
 from atp_tune.spec.study import Data, ModelConfig
-from atp_tune.storage.process import versions
+from atp_tune.utils.cache import cache_dir, key, named_for, temporary_folder, versions
+from atp_tune.utils.extras import require
+from atp_tune.utils.paths import check_free
 
 if TYPE_CHECKING:
     from atp_tune.sparse.training import Trainer

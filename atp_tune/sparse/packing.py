@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.cache import sha256_of, temporary_folder
 from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import (
@@ -58,7 +57,6 @@ from atp_tune.packed.modeling_atp_sparse import (
     is_packable,
     unpack_as,
 )
-from atp_tune.paths import check_free
 from atp_tune.quantizers.rounding import Grid
 from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import Way, folder_scores, sparse_folder, write_sparse
@@ -70,6 +68,8 @@ from atp_tune.spec.manifest import sha256_by_name
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.spec.study import ModelConfig
+from atp_tune.utils.cache import sha256_of, temporary_folder
+from atp_tune.utils.paths import check_free
 
 # --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
 #

@@ -9,15 +9,15 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from atp_tune.errors import UserError
-from atp_tune.frozen import FrozenModel
 from atp_tune.measures import Accuracy, Change, Estimate, Gain, Perplexity
-from atp_tune.paths import written
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.data import ImageSet, Text
 from atp_tune.spec.facts import is_local_text
 from atp_tune.spec.manifest import Manifest, environment, sha256_by_name
 from atp_tune.spec.recover import Training
 from atp_tune.spec.study import Data
+from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.paths import written
 
 ABOUT, FINETUNED = "atp_tune.json", "atp_tune.finetune.json"
 CARD = "README.md"

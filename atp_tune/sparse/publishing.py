@@ -17,7 +17,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, utils
 
-from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.convert import ABOUT as BEFORE_PACKING
 from atp_tune.checkpoints.convert import WEIGHTS, one_line
 from atp_tune.errors import UserError
@@ -28,6 +27,7 @@ from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.facts import is_local, is_local_text
 from atp_tune.spec.manifest import Environment, Manifest, digest, environment
 from atp_tune.spec.plugged import parts_of
+from atp_tune.utils.cache import temporary_folder
 
 # --- Uploads a sparse checkpoint to the Hugging Face hub, with the login that the hub's own tools keep.
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from atp_tune.allocations.channels import ChannelSet
 from atp_tune.blocks.replay import Replay
-from atp_tune.cache import temporary_folder
 from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_config, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
@@ -31,7 +30,6 @@ from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, 
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialStarted
 from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
-from atp_tune.paths import check_free
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, sparse_folder, write_sparse
@@ -40,6 +38,8 @@ from atp_tune.sparse.packing import check_class, empty_model
 from atp_tune.sparse.provenance import ABOUT, manifest_of
 from atp_tune.spec.config import Config, read_config
 from atp_tune.spec.patterns import parse
+from atp_tune.utils.cache import temporary_folder
+from atp_tune.utils.paths import check_free
 
 # --- Compares a slim model with the masked one, which has zeros in the place of the channels that are gone.
 #

@@ -27,7 +27,6 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers.pytorch_utils import Conv1D
 
-from atp_tune.cache import write_out
 from atp_tune.checkpoints.blocks import Linear, classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
@@ -41,6 +40,7 @@ from atp_tune.sparse.applying import check_model
 from atp_tune.sparse.provenance import ABOUT, PrunedWith
 from atp_tune.spec.recover import FEWEST, MOST, NLL_SHARES, SHARE, Training
 from atp_tune.spec.study import ModelConfig
+from atp_tune.utils.cache import write_out
 
 # --- The dense model whose predictions a sparse one learns, with the loss `kl`.
 

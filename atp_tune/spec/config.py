@@ -24,9 +24,7 @@ from pydantic import (
 )
 
 from atp_tune.allocations.bits import share_of
-from atp_tune.cache import write_out
 from atp_tune.errors import UserError
-from atp_tune.frozen import STORED, FrozenModel
 from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Role, TaskScore
 from atp_tune.metrics import Continuations, OverDraws, Speed
 from atp_tune.plan import Plan, Share
@@ -37,6 +35,8 @@ from atp_tune.spec.quantize import Bits, QuantizeConfig
 from atp_tune.spec.recover import Recovered
 from atp_tune.spec.search import NEXT_TOKEN
 from atp_tune.spec.study import Data, ModelConfig, Study, of_model
+from atp_tune.utils.cache import write_out
+from atp_tune.utils.frozen import STORED, FrozenModel
 
 FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
 

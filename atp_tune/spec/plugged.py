@@ -15,19 +15,19 @@ from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.cache import sha256_of_json
 from atp_tune.errors import UserError
-from atp_tune.frozen import FrozenModel, relocated
-from atp_tune.paths import written
 from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, registry, short_name
 from atp_tune.pruners import PRUNERS
 from atp_tune.quantizers import QUANTIZERS
-from atp_tune.registry import Origin, Registry
 from atp_tune.spec.data import Source
 from atp_tune.spec.manifest import SHA256
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.search import SAMPLERS, SCORES
 from atp_tune.spec.study import Data, Study
+from atp_tune.utils.cache import sha256_of_json
+from atp_tune.utils.frozen import FrozenModel, relocated
+from atp_tune.utils.paths import written
+from atp_tune.utils.registry import Origin, Registry
 
 if TYPE_CHECKING:
     from atp_tune.spec.config import Config

@@ -18,13 +18,13 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations.budget import ranked_by
-from atp_tune.frozen import STORED, OneOf, SettingsTable, check_once, relocated
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, Quantizer, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
-from atp_tune.registry import Registry
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.recover import Loss
+from atp_tune.utils.frozen import STORED, OneOf, SettingsTable, check_once, relocated
+from atp_tune.utils.registry import Registry
 
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
 OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from atp_tune.allocations.bits import share_of, stored_bits
-from atp_tune.frozen import FrozenModel, SettingsTable, check_once
 from atp_tune.pruners import Pruner
 from atp_tune.quantizers import make_quantizer
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.prune import PruneConfig
+from atp_tune.utils.frozen import FrozenModel, SettingsTable, check_once
 
 if TYPE_CHECKING:
     from atp_tune.spec.study import Study

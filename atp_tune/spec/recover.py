@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from atp_tune.frozen import FrozenModel, SettingsTable
 from atp_tune.measures import Change, Perplexity
+from atp_tune.utils.frozen import FrozenModel, SettingsTable
 
 FEWEST, MOST = 8, 32  # windows that are held out
 SHARE = 10  # one of so many windows is held out

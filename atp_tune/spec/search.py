@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.measures import Limit
 from atp_tune.plan import Share
 from atp_tune.plugins import IN_SCHEMA
-from atp_tune.registry import Registry
 from atp_tune.spec.prune import check_names
+from atp_tune.utils.frozen import OneOf, SettingsTable
+from atp_tune.utils.registry import Registry
 
 Objective = Literal["perplexity", "kl", "accuracy"]
 MIN = Field(min_length=1)

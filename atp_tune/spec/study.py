@@ -12,7 +12,6 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.frozen import OneOf, SettingsTable
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.spec.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.spec.prune import PruneConfig, check_names
@@ -20,6 +19,7 @@ from atp_tune.spec.quantize import QuantizeConfig, Treatments, level_of
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.rules import check_together
 from atp_tune.spec.search import DENSITY, LimitConfig, SearchConfig
+from atp_tune.utils.frozen import OneOf, SettingsTable
 
 BY_ROW_PRICES = "row-prices"  # the allocation that has offsets of rows
 

@@ -17,13 +17,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from atp_tune.errors import PluginError, UserError, did_you_mean, is_text, without_secrets
-from atp_tune.frozen import STORED
-from atp_tune.paths import is_special
 from atp_tune.pruners import PRUNERS
 from atp_tune.spec import finding
 from atp_tune.spec.plugged import plug_in, settings_of
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
+from atp_tune.utils.frozen import STORED
+from atp_tune.utils.paths import is_special
 
 # --- Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction.
 

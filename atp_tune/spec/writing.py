@@ -16,11 +16,11 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from atp_tune.cache import write_out
 from atp_tune.errors import printable
 from atp_tune.spec.config import dumps
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.study import Study
+from atp_tune.utils.cache import write_out
 
 SCHEMA = "study.schema.json"  # beside the studies that come along
 WIDTH = 120  # columns of a line

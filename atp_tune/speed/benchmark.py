@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from atp_tune.cache import cache_dir, check_room, temporary_folder
 from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import dtypes as formats
@@ -19,7 +18,6 @@ from atp_tune.checkpoints.devices import find_device, find_dtype, oom_as_user_er
 from atp_tune.checkpoints.files import read_header
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
-from atp_tune.extras import require
 from atp_tune.metrics import Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
@@ -43,6 +41,8 @@ from atp_tune.speed.torch_engine import (
     opened_in_memory,
     opened_semi_structured,
 )
+from atp_tune.utils.cache import cache_dir, check_room, temporary_folder
+from atp_tune.utils.extras import require
 
 # --- The engine `packed`: the sparse model without its zeros, by the kernels of `packed`, as transformers loads it.
 

@@ -20,8 +20,6 @@ from transformers import StaticCache
 from transformers.utils import logging as hf_logging
 
 from atp_tune.blocks.prune_pass import wait_for
-from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
-from atp_tune.cache_keys import key
 from atp_tune.checkpoints.blocks import classifies_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import is_packed
@@ -40,7 +38,8 @@ from atp_tune.sparse.slim import SLIM
 from atp_tune.spec.config import Config
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.study import ModelConfig
-from atp_tune.system import cpu_name, launches
+from atp_tune.utils.cache import cache_dir, folder_atomically, key, temporary_folder
+from atp_tune.utils.system import cpu_name, launches
 
 # --- The two models to compare: a sparse checkpoint and its dense model.
 

@@ -32,12 +32,12 @@ from sqlalchemy import event, func, select
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, SQLAlchemyError
 
-from atp_tune.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.errors import UserError
-from atp_tune.extras import as_typed
 from atp_tune.storage.attributes import AttributeStorage, unreadable
 from atp_tune.storage.process import GRACE, is_alive
-from atp_tune.system import pause
+from atp_tune.utils.compat import TrialHeartbeatModel, TrialModel, transaction
+from atp_tune.utils.extras import as_typed
+from atp_tune.utils.system import pause
 
 # --- Retries of calls to a server that is unreachable, with a warning when an outage begins and ends.
 #

@@ -14,10 +14,10 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.compat import is_heartbeat_enabled
 from atp_tune.storage import process
 from atp_tune.storage.attributes import checked_trial
 from atp_tune.storage.process import GRACE, has_rebooted, is_dead
+from atp_tune.utils.compat import is_heartbeat_enabled
 
 INTERRUPTED = "interrupted"  # the attribute `lost` after Ctrl-C
 SURPLUS = "not needed: other workers reached the total, or have it"

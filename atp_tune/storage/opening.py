@@ -16,7 +16,6 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, SQLAlchemyError
 
 from atp_tune.errors import UserError, is_text
-from atp_tune.paths import is_special
 from atp_tune.storage.attributes import ValidatedStudy, readable
 from atp_tune.storage.database import (
     Database,
@@ -30,6 +29,7 @@ from atp_tune.storage.database import (
 )
 from atp_tune.storage.lost_trials import queue_lost
 from atp_tune.storage.process import GRACE, HEARTBEAT
+from atp_tune.utils.paths import is_special
 
 # --- Storages in the memory of this process, by addresses that studies can name: memory://1.
 

@@ -1,4 +1,4 @@
-"""The process that runs a trial: its identity, whether it is alive, and its versions."""
+"""The process that runs a trial: its identity, whether it is alive, and its trace."""
 
 import faulthandler
 import logging
@@ -7,20 +7,16 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from atp_tune import __version__
-from atp_tune.cache import cache_dir, sha256_of_json
 from atp_tune.errors import UserError, printable
 from atp_tune.events import Event, EventHandler, Step
+from atp_tune.utils.cache import cache_dir, sha256_of_json
 
-PACKAGES = ("torch", "transformers", "optuna")
 HEARTBEAT = 15  # seconds between heartbeats of a running trial
 GRACE = 60  # seconds without a heartbeat after which a trial is lost
 
@@ -68,17 +64,6 @@ def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
     moved = psutil.boot_time() - float(identity.get("booted", psutil.boot_time()))
     differs = began - float(identity["process_started"])
     return min(abs(differs), abs(differs - moved)) <= 1
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that affect a value's last digits."""
-    return {"atp_tune": __version__, **{name: version_of(name) for name in PACKAGES}}
-
-
-@cache
-def version_of(package: str) -> str:
-    """The version of an installed package, read once: each reading parses all its metadata."""
-    return version(package)
 
 
 # --- The trace of a process: the last step of its trial, in a small file that another process of the host can read.

@@ -21,10 +21,10 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.compat import BaseHeartbeat, storage_client
 from atp_tune.errors import UserError
 from atp_tune.storage.database import Retrying, is_told
 from atp_tune.storage.process import HEARTBEAT
+from atp_tune.utils.compat import BaseHeartbeat, storage_client
 
 PORT = 13000  # of `serve`, and of Optuna
 FIRST = 10  # seconds in which a server must answer at the start

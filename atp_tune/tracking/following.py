@@ -8,13 +8,13 @@ from types import TracebackType
 import optuna
 from optuna.trial import FrozenTrial
 
-from atp_tune.cache import sha256_of_json
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.events import Event, EventHandler, Message, TrialEnded
 from atp_tune.measures import PERPLEXITY, TEXTS, Role
 from atp_tune.results.results import DENSE, Model, Results, parameters_of
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.tracking.trackers import SECONDS, TRACKERS, Beside, Tracker
+from atp_tune.utils.cache import sha256_of_json
 
 Numbers = dict[str, float]
 

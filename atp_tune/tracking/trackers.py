@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from atp_tune.cache import alone_with, write_atomically
 from atp_tune.errors import without_secrets
-from atp_tune.extras import require
+from atp_tune.utils.cache import alone_with, write_atomically
+from atp_tune.utils.extras import require
 
 PROJECT = "atp_tune"  # of Weights & Biases; MLflow calls it an experiment
 TAG = "atp_tune.study"  # by which MLflow finds a run again

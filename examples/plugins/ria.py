@@ -14,8 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from atp_tune.frozen import SettingsTable
-from atp_tune.plugins import pruner
+from atp_tune import SettingsTable, pruner
 from atp_tune.pruners.selection import lowest_in_rows, zeroed
 from atp_tune.pruners.statistics import InputNorms
 

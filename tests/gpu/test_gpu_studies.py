@@ -12,8 +12,8 @@ import torch
 from cards import bench_on, pruned_blocks, same_blocks
 from tinystudy import LONG, Answer, Process, finish, quiet, run, settings, start, stored, wait_for
 
+from atp_tune.api.merging import merge
 from atp_tune.checkpoints.devices import find_device
-from atp_tune.merging import merge
 
 pytestmark = pytest.mark.gpu
 TOTAL = "search.trials=4"

@@ -181,7 +181,7 @@ def pack(
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
         raise wrong("--group-size", f"must be a multiple of {GROUP}")
     options.check("DIR", folder, storage=options.storage)
-    from atp_tune.paths import check_free
+    from atp_tune.utils.paths import check_free
 
     if folder is None:
         if values != "same":
@@ -228,7 +228,7 @@ def unpack(folder: Path, *, out: Path) -> None:
         out DIR: The new folder.
     """
     from atp_tune.checkpoints.convert import unpack_folder
-    from atp_tune.paths import check_free
+    from atp_tune.utils.paths import check_free
 
     with working():
         check_free(out)

@@ -14,7 +14,7 @@ from atp_tune.errors import UserError, is_text
 from atp_tune.events import ignore_events
 
 if TYPE_CHECKING:
-    from atp_tune.generation import Answer, ChatMessage, ChatOptions, Speaker
+    from atp_tune.run.generation import Answer, ChatMessage, ChatOptions, Speaker
     from atp_tune.sparse.comparing import Which
 
 # --- A chat in a terminal: lines that a person types, commands among them, and answers as they come.
@@ -214,8 +214,8 @@ def _place(model: Path | None, options: BestOptions) -> Iterator[tuple[Path, str
     if model is not None:
         yield model, options.device or "auto", options.allowed
         return
-    from atp_tune.cache import cache_dir, temporary_folder
     from atp_tune.cli.display import Display
+    from atp_tune.utils.cache import cache_dir, temporary_folder
 
     best = options.best()
     with temporary_folder(cache_dir("recovered") / "model") as place:
@@ -237,7 +237,7 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
     from atp_tune.checkpoints.devices import oom_as_user_error
     from atp_tune.cli.commands.chat import ChatSession, as_message
     from atp_tune.events import Event, Message, Place, TrialStarted
-    from atp_tune.generation import ChatOptions
+    from atp_tune.run.generation import ChatOptions
     from atp_tune.sparse.comparing import CHAT, BothModels
 
     def show(event: Event) -> None:

@@ -128,11 +128,11 @@ def export(
         out FILE: Default: NAME.best.json beside the study file.
         json: Print the configuration; a file is written only with `--out`.
     """
-    from atp_tune.cache import alone_with
     from atp_tune.errors import printable
-    from atp_tune.exporting import FORMATS, kind_of, write
     from atp_tune.results.stored import best_config, file_as_run, stored_study
+    from atp_tune.sparse.exporting import FORMATS, kind_of, write
     from atp_tune.spec.config import read_config
+    from atp_tune.utils.cache import alone_with
 
     if (study is None) == (config is None):
         raise wrong("--study", "give either --study NAME or --config FILE")

@@ -83,8 +83,8 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
         out FILE: The new database.
         study NAME: Name of the study; needed if the databases hold several.
     """
+    from atp_tune.api.merging import merge as unite
     from atp_tune.cli.terminal import quiet
-    from atp_tune.merging import merge as unite
     from atp_tune.results.summary import summarise
 
     with quiet():

@@ -8,8 +8,8 @@ from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import console, gib, table
 
 if TYPE_CHECKING:
-    from atp_tune.catalogue import Entry
-    from atp_tune.environment import Accelerators, MachineReport
+    from atp_tune.api.catalogue import Entry
+    from atp_tune.api.environment import Accelerators, MachineReport
     from atp_tune.results.status import Listed
 
 
@@ -86,7 +86,7 @@ def plugins(
         file [FILE.py]...: List the plug-ins of these files too.
         study NAME: List the plug-ins that this study names too.
     """
-    from atp_tune.catalogue import entries
+    from atp_tune.api.catalogue import entries
     from atp_tune.cli.terminal import quiet
     from atp_tune.errors import UserError
     from atp_tune.plugins import ASK, registered_in
@@ -148,11 +148,11 @@ def env(*, json: bool = False) -> None:
     """Print what a bug report needs: versions, CPU, memory, GPUs, caches, and which extras are installed.
 
     Variables that may hold a password are left out, and the home folder is written as ~.
-    `atp_tune/environment.py` lists the keys of the JSON document.
+    `atp_tune/api/environment.py` lists the keys of the JSON document.
 
     Example: `python tune.py env`
     """
-    from atp_tune.environment import environment
+    from atp_tune.api.environment import environment
     from atp_tune.results.status import to_json
 
     found = environment()

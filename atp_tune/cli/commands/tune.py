@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import atp_tune
-from atp_tune.cache import TakenError, temporary_folder
 from atp_tune.cli.commands.plan import cost_beside, show_plan
 from atp_tune.cli.options import checked_prompts, load_study, wrong
 from atp_tune.cli.terminal import console, working
 from atp_tune.errors import UserError, named
-from atp_tune.extras import as_typed, require
+from atp_tune.utils.cache import TakenError, temporary_folder
+from atp_tune.utils.extras import as_typed, require
 
 if TYPE_CHECKING:
     import optuna
 
+    from atp_tune.api.presets import StudyRequest
     from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerPool
-    from atp_tune.presets import StudyRequest
     from atp_tune.run.session import Session
     from atp_tune.search.runner import StudyRun
     from atp_tune.spec.study import Study
@@ -283,7 +283,7 @@ def model(
             interval without a limit. Default: --no-recover with quick, else --recover.
         name NAME: Name of the study; default: of the model and the options.
     """
-    from atp_tune.presets import StudyRequest
+    from atp_tune.api.presets import StudyRequest
     from atp_tune.spec.finding import HERE, known
     from atp_tune.spec.plugged import rooted
     from atp_tune.spec.studyfile import absolute_storage, tables

@@ -24,13 +24,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from atp_tune.cache import rename_new, temporary_folder
 from atp_tune.errors import UserError
-from atp_tune.paths import check_writable
 from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import RetryingDatabase, without_password
+from atp_tune.utils.cache import rename_new, temporary_folder
+from atp_tune.utils.paths import check_writable
 
 Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.extras import require
 from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
@@ -26,6 +25,7 @@ from atp_tune.spec.study import ModelConfig, Study
 from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.spec.typed import Interval, in_percent
 from atp_tune.spec.writing import toml_value
+from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from pydantic import BaseModel, Field, JsonValue
 
 from atp_tune.allocations import Allocation, Budget, Shape
 from atp_tune.errors import UserError
-from atp_tune.frozen import FrozenModel
 from atp_tune.plugins import REGISTRIES, registry
 from atp_tune.pruners import SETTINGS
-from atp_tune.registry import Origin, Registry
 from atp_tune.spec.plugged import settings_of
+from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import Origin, Registry
 
 # A Llama of 32 blocks at 60 %, for the bounds of parameters.
 _WIDTH, _INNER, _BLOCKS, _SPARSITY = 4096, 11008, 32, 0.6

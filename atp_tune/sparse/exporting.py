@@ -35,7 +35,6 @@ from typing import Any, Literal
 
 import yaml
 
-from atp_tune.cache import write_out
 from atp_tune.checkpoints.files import Table
 from atp_tune.errors import UserError
 from atp_tune.spec.block_names import block_name
@@ -43,6 +42,7 @@ from atp_tune.spec.config import Config
 from atp_tune.spec.data import Text
 from atp_tune.spec.patterns import parse
 from atp_tune.spec.quantize import QuantizeConfig
+from atp_tune.utils.cache import write_out
 
 ARGUMENTS = {
     "block": 'pipeline="sequential"',

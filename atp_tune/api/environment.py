@@ -18,10 +18,10 @@ from typing import TypeVar
 import psutil
 
 from atp_tune import __version__
-from atp_tune.cache import cache_root
-from atp_tune.extras import EXTRAS
-from atp_tune.frozen import FrozenModel
 from atp_tune.spec.manifest import INSTRUCTIONS
+from atp_tune.utils.cache import cache_root
+from atp_tune.utils.extras import EXTRAS
+from atp_tune.utils.frozen import FrozenModel
 
 Found = TypeVar("Found")
 
@@ -161,7 +161,7 @@ def _system() -> str:
 def _processor() -> Processor:
     import torch
 
-    from atp_tune.system import cpu_flags, cpu_name
+    from atp_tune.utils.system import cpu_flags, cpu_name
 
     flags = cpu_flags()
     return Processor(
@@ -216,8 +216,8 @@ def _triton() -> str:
     """Whether SparseGPT's kernel compiles and runs on the first GPU."""
     import torch
 
-    from atp_tune import system
     from atp_tune.pruners import sparsegpt
+    from atp_tune.utils import system
 
     if find_spec("triton") is None:
         return "is not installed"

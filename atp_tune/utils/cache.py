@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -28,8 +29,9 @@ from time import time
 
 import psutil
 
+from atp_tune import __version__
 from atp_tune.errors import UserError
-from atp_tune.paths import check_writable, is_special
+from atp_tune.utils.paths import check_writable, is_special
 
 POLL = 1  # seconds between looks at what another process makes
 HASHED_AT_ONCE = 4  # files
@@ -354,3 +356,42 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- Keys of entries: the SHA-256 of all that determines one, each part given by its name.
+#
+# What is in no key must not change an entry: docs/reliability.md says what each key holds, and why not more.
+
+PACKAGES = ("torch", "transformers", "optuna")
+# Folder: its format, to be increased when the same ingredients give another entry, and the ingredients of its key.
+FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "models/bin": (1, ("content", "files")),
+    "models/quantized": (1, ("content", "files")),
+    "models/packed": (1, ("content", "files")),
+    "windows": (4, ("text", "content", "tokenizer", "libraries", "bos", "draws")),
+    "pixels": (2, ("pictures", "processor", "libraries")),
+    "statistics": (2, ("model", "tower", "items", "kind", "pruner", "batch", "arithmetic", "versions")),
+    "prices": (2, ("dense", "pool", "score", "targets", "levels", "batches", "constants", "versions")),
+    "recovered": (2, ("settings", "model", "text", "teacher", "arithmetic", "versions")),
+    "sparse": (3, ("config", "batches", "text", "arithmetic", "versions")),
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that affect a value's last digits."""
+    return {"atp_tune": __version__, **{name: version_of(name) for name in PACKAGES}}
+
+
+@cache
+def version_of(package: str) -> str:
+    """The version of an installed package, read once: each reading parses all its metadata."""
+    return version(package)
+
+
+def key(folder: str, **given: object) -> str:
+    """The SHA-256 (hex) of an entry's ingredients; TypeError unless they are those of its folder, but for versions."""
+    number, names = FOLDERS[folder]
+    given |= {"versions": versions()} if "versions" in names else {}
+    if given.keys() != {*names}:
+        raise TypeError(f"{folder}: its key is of {', '.join(names)}, not of {', '.join(given)}")
+    return sha256_of_json([*(given[name] for name in names), *([number] if number > 1 else [])])
