@@ -50,10 +50,7 @@ COLUMNS = (
     "test, against uniform",
     "over draws, against uniform",
     "against atp",
-    "{ours} against it, validation",
     "{ours} against it, test",
-    "trials",
-    "s",
 )
 
 
@@ -151,11 +148,8 @@ def page(options: argparse.Namespace, context: Session, found: dict[Line, optuna
         f"a CPU ({platform.machine()}), with the texts of `{study}`. Each line is a study of at most "
         f"{options.trials} trials, including uniform; allocations without parameters need one trial. Perplexity of "
         f"the dense model: {validation} on the validation text, {test} on the test text.\n",
-        "Perplexities are given ± their standard error over windows. Changes are measured on the test text, which no "
-        "study used to choose its best trial, where nothing else is said. They are paired by windows, so their error "
-        "is that of the difference; "
-        "over draws of the calibration text it is the standard deviation. For linears, `erk` is the same as `er`. "
-        "Seconds are the time of all trials, on a machine that was not idle.\n",
+        "Perplexities ± their standard error over windows. Changes are on the test text, which chose nothing, paired "
+        "by windows; over draws of the calibration text with their standard deviation. For linears `erk` is `er`.\n",
         *([notes.read_text(encoding="utf-8")] if notes.exists() else []),
     ]
     for target, pruner in sorted({line[:2] for line in found}, key=lambda pair: (pair[0], PRUNERS.index(pair[1]))):
@@ -178,7 +172,6 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: 
     if best is None:
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
     own = report_of(study, best)
-    seconds = sum(sum(trial.user_attrs.get("seconds", {}).values()) for trial in study.trials)
     from_uniform, from_atp = (report_of_best(other, studies) for other in ("uniform", "atp"))
     ahead = best_of(ours, studies[ours]) if ours in studies and name != ours else None
     return [
@@ -189,10 +182,7 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: 
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
         drawn.changed if (drawn := summarise(study).over_draws.get(best.number)) else "",
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
-        str(change(best.user_attrs["nlls"], ahead.user_attrs["nlls"])) if ahead else "",
         str(change(own, report_of(studies[ours], ahead))) if ahead else "",
-        str(len(study.trials)),
-        f"{seconds:.0f}",
     ]
 
 

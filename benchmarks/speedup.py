@@ -31,11 +31,10 @@ from scipy.sparse import csr_array
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.cli.commands.speedup import rates_table, summary_of
 from atp_tune.cli.display import Display
-from atp_tune.cli.terminal import quiet
+from atp_tune.cli.terminal import markdown, quiet
 from atp_tune.events import EventHandler, Place
-from atp_tune.metrics import Speed
+from atp_tune.metrics import Measured, Phase, Rates, Speed
 from atp_tune.sparse.provenance import ABOUT
 from atp_tune.spec.config import read_config
 from atp_tune.spec.studyfile import load
@@ -160,11 +159,27 @@ def known() -> dict[tuple[str, str], Speed]:
 
 
 def tables() -> str:
-    """Sizes and rates of each model, as Markdown."""
-    parts = []
-    for (name, cpu), found in known().items():
-        parts += [f"### {name}, {cpu}", rates_table(found), *summary_of(found)]
+    """A table for each CPU: a row for each model and engine that is not torch's, which every row is compared with."""
+    parts: list[str] = []
+    for cpu in dict.fromkeys(cpu for _, cpu in known()):
+        measured = [(name, found) for (name, there), found in known().items() if there == cpu]
+        rows = [
+            (
+                name.replace(", threads: 2", "").replace(", packed", ""),
+                row.name,
+                *(cell(found, row, phase, rates) for phase, rates in row.rates.items()),
+            )
+            for name, found in measured
+            for row in found.engines
+            if row.engine != "torch"
+        ]
+        parts += [f"### {cpu}", markdown(("model", "engine", "prefill", "decode"), rows)]
     return "\n\n".join(parts)
+
+
+def cell(found: Speed, row: Measured, phase: Phase, rates: Rates) -> str:
+    """Tokens per second of the sparse model, over the engine's own dense model, and over torch's best."""
+    return f"{median(rates.sparse):.1f} ({median(rates.ratios):.2f}×, {found.over_torch(row, phase):.2f}×)"
 
 
 def csr() -> Iterator[str]:

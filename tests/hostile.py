@@ -660,7 +660,7 @@ def known_cells(document: Path) -> dict[tuple[str, str], str]:
 
 
 def write_cells(document: Path, cells: dict[tuple[str, str], str], commands: list[str]) -> None:
-    """The table anew, and below it what the inputs are."""
+    """The table anew, and below it how many inputs there are."""
     text = document.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     head = [f"| command | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
@@ -669,11 +669,9 @@ def write_cells(document: Path, cells: dict[tuple[str, str], str], commands: lis
 
 
 def listed() -> list[str]:
-    """What the inputs of each kind are, a line for each kind."""
-    own = {kind: inputs for kind, inputs in KINDS.items() if kind != "sparse folder"}
-    lines = [f"- {kind}, {len(inputs)}: {'; '.join(one.name for one in inputs)}" for kind, inputs in own.items()]
-    more = [one.name for one in SPARSE[len(MODEL) :]]
-    return [*lines, f"- sparse folder, {len(SPARSE)}: those of a model folder; {'; '.join(more)}"]
+    """How many inputs there are of each kind."""
+    numbers = ", ".join(f"{len(inputs)} of a {kind.removesuffix('s')}" for kind, inputs in KINDS.items())
+    return [f"The inputs, which [tests/hostile.py](../tests/hostile.py) lists: {numbers}."]
 
 
 def seen(words: list[str]) -> str:
