@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
-from atp_tune import cache_keys, tune
+from atp_tune import tune
 from atp_tune.cli.commands.finetune import TrainingOptions
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
@@ -37,6 +37,7 @@ from atp_tune.spec.study import Study
 from atp_tune.spec.studyfile import _unknown
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
+from atp_tune.utils import cache as entries
 from atp_tune.utils.cache import cache_dir
 
 SHORT = ("recover.steps=24", "recover.batch=4", "recover.learning_rate=0.01")
@@ -113,7 +114,7 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     old = cache_dir("recovered") / "of last month.safetensors"
     old.touch()
     os.utime(old, (0, 0))
-    monkeypatch.setattr(cache_keys, "versions", lambda: {"torch": "another"})  # whose weights are not taken
+    monkeypatch.setattr(entries, "versions", lambda: {"torch": "another"})  # whose weights are not taken
     anew = command("apply", "--config", config, "--out", place / "anew")
     assert [answer.code for answer in (plain, known, anew)] == [0, 0, 0]
     assert "resumes after step 24 of 24" in known.out

@@ -27,7 +27,7 @@ EXTRAS = {  # of pyproject.toml: for each module its package
     "mlflow": {"mlflow": "mlflow-skinny"},
     "wandb": {"wandb": "wandb"},
 }
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 IS_CHECKOUT = (CHECKOUT / "tune.py").is_file()
 SCRIPT = re.compile(r"python tune\.py\b|(?<=`)tune\.py\b")
 EXTRA = re.compile(r"-e '\.\[([\w,]+)\]'")
