@@ -149,8 +149,8 @@ def table(kept: dict[str, dict[str, Row]]) -> str:
             f"**{asked.title}.** {asked.validation:,} validation and {asked.test:,} test images; {about['cpu']}, "
             f"{about['threads']} thread{'s' * (about['threads'] != 1)}, torch {about['torch'].partition('+')[0]}.",
             "",
-            "| zeros | plan | cross-entropy | perplexity over classes | against uniform | accuracy | against uniform |",
-            "|---|---|---|---|---|---|---|",
+            "| zeros | plan | perplexity over classes | against uniform | accuracy | against uniform |",
+            "|---|---|---|---|---|---|",
             *(_line(row) for row in sorted(found, key=lambda row: (row["target"], ["dense", *ROWS].index(row["row"])))),
             "",
         ]
@@ -163,7 +163,6 @@ def _line(row: Row) -> str:
     cells = [
         f"{row['target']:.0%}",
         "dense" if row["point"] is None else shown(row["point"]).replace("atp", "ATP"),
-        f"{row['nll']:.3f} ± {own['stderr'] / own['value']:.3f}",
         f"{own['value']:.2f} ± {own['stderr']:.2f}",
         "" if relative is None else f"{relative['value']:+.1%} ± {relative['stderr']:.1%}",
         f"{hits['value']:.1%} ± {hits['stderr']:.1%}",
