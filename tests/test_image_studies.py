@@ -301,7 +301,7 @@ def test_channels_of_a_classifier_go(place: Path, tune: CommandLine, monkeypatch
     fast = tune("speedup", "slim", "--runs", "1", "--device", "cpu")
     assert fast.code == 0 and "| slim " in fast.out and "classify" in fast.out, fast
     tuned = tune("finetune", "slim", "--out", "tuned", "--steps", "3", "--batch", "8")
-    assert tuned.code == 0 and (place / "tuned/modeling_atp_slim.py").is_file(), tuned
+    assert tuned.code == 0 and (place / "tuned/modeling_atp_sparse.py").is_file(), tuned
 
 
 def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

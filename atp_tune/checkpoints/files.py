@@ -26,7 +26,7 @@ Table = dict[str, Any]  # of a JSON file, or of a part of one
 PICKLES = "pytorch_model*.bin"
 CODE = "*.py"  # code that `model.trust_remote_code` runs
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
-SLIM = "atp_slim"  # as in packed.modeling_atp_slim, which imports torch: atp_tune's own code, not the folder's, runs
+SLIM = "atp_slim"  # as in packed.modeling_atp_sparse, which imports torch: atp_tune's own code, not the folder's, runs
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 ASK_PICKLE = "model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
 ASK_CODE = "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"

@@ -1,21 +1,27 @@
-"""Loads a packed checkpoint of atp_tune with transformers; a copy of this file lies in each packed folder.
+"""Loads a packed or a slim checkpoint of atp_tune with transformers; a copy of this file lies in each such folder.
 
     import atp_tune                                        # or trust_remote_code=True in the call
-    model = AutoModelForCausalLM.from_pretrained("DIR")    # dequantize=True: with dense weights
+    model = AutoModelForCausalLM.from_pretrained("DIR")    # of a packed one dequantize=True: with dense weights
 
 A packed linear keeps its nonzero weights and one bit for each weight. It multiplies by atp_tune's kernel where that is
-installed, and by torch elsewhere. Weights that were rounded to few bits lie in the files as codes of so many bits. The
-config has a model type of its own and the weights have a variant of their own, `model.packed*.safetensors`, so that
-nothing loads the folder without this file. Format: docs/formats.md of atp_tune.
+installed, and by torch elsewhere. Weights that were rounded to few bits lie in the files as codes of so many bits. Its
+weights have a variant of their own, `model.packed*.safetensors`.
+
+A slim model is a model of its family whose blocks have lost channels: some of its linears are narrower, and each block
+has widths of its own. All linears are dense, so every device and library multiplies by them fast.
+
+Both configs have a model type of their own, so that nothing loads the folder without this file: a quantizer of
+transformers would keep the family's name, but is skipped with a warning, and random weights, where it is not
+registered. Format: docs/formats.md of atp_tune.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -44,8 +50,10 @@ SLOW = f"packed weights: torch multiplies, slowly, without the kernel of atp-tun
 TILE = 4 << 20  # bytes of unpacked rows: 3.4 ms for a weight of 46 MB, of which the allocation alone takes 30 if whole
 GROUP = 32  # columns that every group of scales has a multiple of
 
-MODEL_TYPE = "atp_sparse"  # of the config, and the name of its table
+MODEL_TYPE, SLIM = "atp_sparse", "atp_slim"  # of the config, and the name of its table
 VERSION, WITH_CODES = 1, 2  # of the format; the second of folders that have codes
+LANGUAGE = "AutoModelForCausalLM"  # the class, a key of the table, if that has none
+STD = 0.02  # of random weights
 VARIANT = "packed"
 WEIGHTS, INDEX = "model.packed.safetensors", "model.safetensors.index.packed.json"
 AUTO_CLASSES = {
@@ -209,24 +217,35 @@ def in_memory(table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "version": VERSION, "linears": linears, "stored": {}}
 
 
-def checked_table(config: dict[str, Any]) -> dict[str, Any]:
-    """The table of packed tensors in a `config.json`; ValueError if it is not what this version writes."""
-    table = config.get(MODEL_TYPE)
-    if not isinstance(table, dict) or table.get("version") not in (VERSION, WITH_CODES):
-        raise ValueError(f"packed folder: its config has no table {MODEL_TYPE} of version {VERSION} or {WITH_CODES}")
-    entries = [table.get(key) for key in ("linears", "stored")]
-    right = table.get("class") in AUTO_CLASSES and table.get("family") in CONFIG_MAPPING
-    right = right and table.get("values") in ("same", *DTYPES) and type(table.get("group_size")) in (int, type(None))
-    if not right or not all(isinstance(part, dict) and all(map(_is_entry, part.values())) for part in entries):
-        raise ValueError(f"packed folder: the table {MODEL_TYPE} in its config is damaged")
+def checked_table(config: dict[str, Any], model_type: str = MODEL_TYPE) -> dict[str, Any]:
+    """The table of packed tensors, or of narrower linears, in a `config.json`; ValueError if it is damaged."""
+    form, table = FORMS[model_type], config.get(model_type)
+    if not isinstance(table, dict) or table.get("version") not in form.versions:
+        known = " or ".join(map(str, form.versions))
+        raise ValueError(f"{form.said}: its config has no table {model_type} of version {known}")
+    right = table.get("values", "same") in ("same", *DTYPES)
+    right = right and type(table.get("group_size")) in (int, type(None))
+    for part in (table.get(key) for key in form.parts):
+        right = right and isinstance(part, dict) and all(map(form.is_entry, part.values()))
+    family, auto = table.get("family"), table.get("class", LANGUAGE)
+    if not right or not isinstance(auto, str) or auto not in AUTO_CLASSES:
+        raise ValueError(f"{form.said}: the table {model_type} in its config is damaged")
+    kind: Any = CONFIG_MAPPING[family] if isinstance(family, str) and family in CONFIG_MAPPING else None
+    if kind not in AUTO_CLASSES[auto]:
+        raise ValueError(f"{form.said}: transformers {transformers.__version__} has no models {family}")
     return table
+
+
+def _is_shape(shape: Any, sides: int = 2) -> bool:
+    """Whether it is a list of so many sides, all numbers above 0."""
+    return isinstance(shape, list) and len(shape) == sides and all(type(side) is int and side > 0 for side in shape)
 
 
 def _is_entry(about: Any) -> bool:
     """Whether shape and number of nonzeros of a packed tensor are numbers."""
     shape = about.get("shape") if isinstance(about, dict) else None
-    sides = isinstance(shape, list) and len(shape) > 1 and all(type(side) is int and side > 0 for side in shape)
-    right = sides and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
+    right = _is_shape(shape, max(2, len(shape) if isinstance(shape, list) else 0))
+    right = right and type(about.get("nonzeros")) is int and about["nonzeros"] >= 0
     return right and ("codes" not in about or _is_form(about["codes"]))
 
 
@@ -424,11 +443,17 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the family's class with the table of packed tensors; ValueError for another format."""
-        table = checked_table(config_dict)
-        kind: Any = CONFIG_MAPPING[table["family"]]
-        family = packed_config(kind, table["class"])
-        return family.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
+        """A config of the family's class with the table of its tensors; ValueError for another format."""
+        table = checked_table(config_dict, cls.model_type)
+        family: Any = CONFIG_MAPPING[table["family"]]
+        own = own_config(cls.model_type, family, table.get("class", LANGUAGE))
+        return own.from_dict({**config_dict, "model_type": table["family"]}, **kwargs)
+
+
+class SlimConfig(PackedConfig):  # type: ignore[no-untyped-call]
+    """What `AutoConfig` takes for a slim folder."""
+
+    model_type = SLIM
 
 
 class PackedModel:
@@ -438,91 +463,105 @@ class PackedModel:
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """The model of a packed folder."""
-        config = PackedConfig.from_pretrained(path) if config is None else config
-        auto = getattr(transformers, getattr(config, MODEL_TYPE)["class"])
-        return auto.from_pretrained(path, *args, config=config, **kwargs)
+        """The model of the folder."""
+        config = cls.config_class.from_pretrained(path) if config is None else config
+        auto = getattr(config, cls.config_class.model_type).get("class", LANGUAGE)
+        return getattr(transformers, auto).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Transformers asks it of a class that comes with a folder; `packed_config` registers its own."""
+        """Transformers asks it of a class that comes with a folder; `own_config` registers its own."""
+
+
+class SlimModel(PackedModel):
+    """The class that `auto_map` of a slim folder names."""
+
+    config_class = SlimConfig
+
+
+def auto_map(model_type: str, auto_class: str = LANGUAGE) -> dict[str, str]:
+    """The entry of that name in the config of a folder."""
+    place = f"{Path(__file__).stem}.{FORMS[model_type].name}"
+    return {"AutoConfig": f"{place}Config", auto_class: f"{place}Model"}
 
 
 @cache
-def packed_config(family: Any, auto_class: str) -> Any:
-    """A subclass of a family's config that is saved as a packed one; its model class is registered."""
+def own_config(model_type: str, family: Any, auto_class: str) -> Any:
+    """A subclass of a family's config that is saved as one of a model type; its model class is registered."""
 
     def to_dict(self: Any) -> dict[str, Any]:
-        names = {"AutoConfig": PackedConfig.__name__, auto_class: PackedModel.__name__}
-        places = {key: f"{Path(__file__).stem}.{name}" for key, name in names.items()}
-        return {**super(made, self).to_dict(), "model_type": MODEL_TYPE, "auto_map": places}
+        names = auto_map(model_type, auto_class)
+        return {**super(made, self).to_dict(), "model_type": model_type, "auto_map": names}
 
     def of_family(self: Any) -> Any:
         saved = super(made, self).to_dict()
-        return family.from_dict({key: value for key, value in saved.items() if key not in (MODEL_TYPE, "auto_map")})
+        return family.from_dict({key: value for key, value in saved.items() if key not in (model_type, "auto_map")})
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _reduced(self, made, (family, auto_class, False), protocol)
-
+    reduce = _pickled(model_type, family, auto_class, False)
     methods = {"to_dict": to_dict, "of_family": of_family, "__reduce_ex__": reduce, "__module__": __name__}
-    made: Any = type(f"Packed{family.__name__}", (family,), methods)
-    model = packed_model(made, class_of(family, auto_class), auto_class)
-    getattr(transformers, auto_class).register(made, model, exist_ok=True)
+    made: Any = type(f"{FORMS[model_type].name}{family.__name__}", (family,), methods)
+    made.own_model = _own_model(made, class_of(family, auto_class), model_type, auto_class)
+    getattr(transformers, auto_class).register(made, made.own_model, exist_ok=True)
     return made
 
 
-def _blank(family: Any, auto_class: str, is_model: bool) -> Any:
-    """An object without state, which pickle fills: a config, or a model; their classes have no names of their own."""
-    config = packed_config(family, auto_class)
-    kind = packed_model(config, class_of(family, auto_class), auto_class) if is_model else config
+def _class(model_type: str, family: Any, auto_class: str, is_model: bool) -> Any:
+    """The class of a config, or of a model, which has no name of its own."""
+    config = own_config(model_type, family, auto_class)
+    return config.own_model if is_model else config
+
+
+def _blank(*words: Any) -> Any:
+    """An object of such a class without state, which pickle fills."""
+    kind = _class(*words)
     return kind.__new__(kind)
 
 
-def _reduced(found: Any, made: Any, words: tuple[Any, str, bool], protocol: Any) -> Any:
-    """What pickle and `copy` make an object of a class `made` from; one of a subclass as usual."""
-    if type(found) is not made:
-        return super(made, found).__reduce_ex__(protocol)
-    state = getattr(found, "__getstate__", lambda: found.__dict__)()
-    return _blank, words, state
+def _pickled(*words: Any) -> Callable[[Any, Any], Any]:
+    """What pickle and `copy` make an object of such a class from; one of a subclass as usual."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = _class(*words)
+        if type(self) is not made:
+            return super(made, self).__reduce_ex__(protocol)
+        return _blank, words, getattr(self, "__getstate__", lambda: self.__dict__)()
+
+    return reduce
 
 
-@cache
-def packed_model(config_class: Any, family: Any, auto_class: str) -> Any:
-    """A subclass of a family's model class, with packed linears."""
+def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str) -> Any:
+    """A subclass of a family's model class, with packed or narrower linears."""
+    form = FORMS[model_type]
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(config, *args, **kwargs)
-        _replace_linears(self, getattr(config, MODEL_TYPE))
-        speed_dense_linears(self)
+        form.prepare(self, getattr(config, model_type))
 
     def from_pretrained(
         cls: Any, path: Any, /, *args: Any, config: Any = None, dequantize: bool = False, **options: Any
     ) -> Any:
-        """The packed model; with `dequantize` one of the family's class, all weights dense.
+        """The model; with `dequantize` one of the family's class, all weights dense.
 
         Errors: ValueError if a weight is not in the files, or if bits and values of one disagree.
         """
         wanted = options.pop("output_loading_info", False)
         load = family.from_pretrained if dequantize else super(made, cls).from_pretrained
-        model, found = _load(load, path, args, config, dequantize, options)
-        _check(model, found)
+        model, found = _load(load, path, args, config or model_type, dequantize, options)
+        _check(model, found, form.said)
         return (model, found) if wanted else model
 
     def get_dtype_plan(self: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         plan: dict[str, torch.dtype] = super(made, self)._get_dtype_plan(dtype)
-        kind = DTYPES.get(getattr(self.config, MODEL_TYPE)["values"])
+        kind = DTYPES.get(getattr(self.config, model_type).get("values"))
         return plan | ({} if kind is None else {"weight_values": kind, "weight_scales": torch.float32})
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, Path(folder) / Path(__file__).name)  # first: `push_to_hub` uploads what is there
-        super(made, self).save_pretrained(folder, *args, **{**options, "variant": VARIANT})
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _reduced(self, made, (config_class.__base__, auto_class, True), protocol)
+        super(made, self).save_pretrained(folder, *args, **{**options, **form.variant})
 
     methods = {
-        "__reduce_ex__": reduce,
+        "__reduce_ex__": _pickled(model_type, config_class.__base__, auto_class, True),
         "__init__": init,
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
@@ -530,9 +569,9 @@ def packed_model(config_class: Any, family: Any, auto_class: str) -> Any:
         "__module__": __name__,
         "_get_dtype_plan": get_dtype_plan,
     }
-    made: Any = type(f"Packed{family.__name__}", (family,), methods)
+    made: Any = type(f"{form.name}{family.__name__}", (family,), methods)
     for known in (family.__name__, config_class.model_type):  # what transformers would look up for the family
-        if (renamed := _renamed(known)) is not None:
+        if (renamed := get_checkpoint_conversion_mapping(known)) is not None:  # type: ignore[no-untyped-call]
             register_checkpoint_conversion_mapping(made.__name__, renamed, overwrite=True)
             break
     return made
@@ -544,12 +583,14 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     load: `from_pretrained` of the packed class, or with `dequantize` of the family's.
     """
     hub = {key: options[key] for key in _HUB if key in options}
-    config = PackedConfig.from_pretrained(path, **hub) if config is None else config
-    table = getattr(config, MODEL_TYPE)
+    if isinstance(config, str):  # the model type alone
+        config = (PackedConfig if config == MODEL_TYPE else SlimConfig).from_pretrained(path, **hub)
+    model_type = MODEL_TYPE if hasattr(config, MODEL_TYPE) else SLIM
+    table = getattr(config, model_type)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check` says it in one line
     coded = any("codes" in about for about in table["linears"].values())
-    if not dequantize and not table["stored"] and not coded:
-        return load(path, *args, **{**options, "config": config, "variant": VARIANT})
+    if model_type == SLIM or not (dequantize or table["stored"] or coded):
+        return load(path, *args, **{**options, "config": config, **FORMS[model_type].variant})
     state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
     setattr(config, MODEL_TYPE, in_memory(table))  # and so it is saved
     given = {key: value for key, value in options.items() if key not in (*hub, "variant")}
@@ -558,36 +599,57 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     return load(None, *args, **{**given, "config": config.of_family() if dequantize else config, "state_dict": state})
 
 
-def _renamed(known: str) -> Any:
-    """How names in the files of a model class or type become names in memory; None if they are the same."""
-    return get_checkpoint_conversion_mapping(known)  # type: ignore[no-untyped-call]
-
-
 def _replace_linears(model: Any, table: dict[str, Any]) -> None:
-    """Puts a `SparseLinear` in the place of each packed linear; ValueError for one that the model cannot have."""
+    """Puts a `SparseLinear` in the place of each packed linear; ValueError for one that the model cannot have.
+
+    The others are sped up.
+    """
     for tensor, about in table["linears"].items():
         name = tensor.removesuffix(".weight")
-        parent, _, last = name.rpartition(".")
-        try:
-            place = model.get_submodule(parent)
-            linear = place.get_submodule(last)
-        except AttributeError:
-            raise ValueError(f"packed folder: its model has no linear {name}") from None
+        linear = _find(model, name, "packed folder")
         if not is_packable(linear) or [*linear.weight.shape] != about["shape"]:
             raise ValueError(f"packed folder: {name} is no linear of shape {about['shape']} in its model")
         columns = about["shape"][0 if isinstance(linear, Conv1D) else 1]
         groups = groups_of(columns, table["group_size"])
-        setattr(place, last, SparseLinear(linear, about["nonzeros"], DTYPES.get(table["values"]), groups))
+        model.set_submodule(name, SparseLinear(linear, about["nonzeros"], DTYPES.get(table["values"]), groups))
+    speed_dense_linears(model)
 
 
-def _check(model: nn.Module, found: dict[str, Any]) -> None:
+def _find(model: nn.Module, name: str, said: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{said}: its model has no linear {name}") from None
+
+
+def _narrow(model: nn.Module, table: dict[str, Any]) -> None:
+    """Gives linears of a model new, random weights [out, in] of the shapes in a table; ValueError for one it lacks."""
+    for name, (rows, columns) in table["linears"].items():
+        linear = _find(model, name, "slim folder")
+        if not isinstance(linear, nn.Linear | Conv1D):
+            raise ValueError(f"slim folder: {name} is no linear in its model")
+        old, bias, transposed = linear.weight, linear.bias, isinstance(linear, Conv1D)
+        shape, sides = (
+            ((columns, rows), ("nx", "nf")) if transposed else ((rows, columns), ("in_features", "out_features"))
+        )
+        if any(new > side for new, side in zip(shape, old.shape, strict=True)):
+            raise ValueError(f"slim folder: {name} is wider than in its family's model")
+        linear.weight = nn.Parameter(old.new_empty(shape))
+        nn.init.normal_(linear.weight, std=STD)  # as of a new model; those of files are loaded after it
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.new_zeros(rows))
+        for side, length in zip(sides, (columns, rows), strict=True):
+            setattr(linear, side, length)
+
+
+def _check(model: nn.Module, found: dict[str, Any], said: str) -> None:
     """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree.
 
     Linears that are not in memory are checked when they are used.
     """
     wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if wrong:
-        raise ValueError(f"packed folder: its files have no {min(wrong)} of the shape that its config says")
+        raise ValueError(f"{said}: its files have no {min(wrong)} of the shape that its config says")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, module in packed.items():
         module.requires_grad_(False)  # transformers has made each float parameter anew
@@ -622,5 +684,31 @@ def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterato
             yield name, read_packed(place, name, about)
 
 
+class Form(NamedTuple):
+    """A model type of atp_tune: how its table is checked, and how a new model of the family is made one.
+
+    `parts`: keys of the table that hold entries; `variant`: of the weights' files, as transformers takes it.
+    """
+
+    name: str
+    versions: tuple[int, ...]
+    parts: tuple[str, ...]
+    is_entry: Callable[[Any], bool]
+    prepare: Callable[[Any, dict[str, Any]], None]
+    variant: dict[str, str]
+
+    @property
+    def said(self) -> str:
+        """How errors call a folder of the type."""
+        return f"{self.name.lower()} folder"
+
+
+FORMS = {
+    MODEL_TYPE: Form(
+        "Packed", (VERSION, WITH_CODES), ("linears", "stored"), _is_entry, _replace_linears, {"variant": VARIANT}
+    ),
+    SLIM: Form("Slim", (VERSION,), ("linears",), _is_shape, _narrow, {}),
+}
 if __name__.startswith("atp_tune."):  # the copy in a folder is named by the folder's config
     AutoConfig.register(MODEL_TYPE, PackedConfig, exist_ok=True)
+    AutoConfig.register(SLIM, SlimConfig, exist_ok=True)

@@ -8,21 +8,16 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-REGISTER = ("atp_tune.packed.modeling_atp_sparse", "atp_tune.packed.modeling_atp_slim")  # at the end of their import
+REGISTER = "atp_tune.packed.modeling_atp_sparse"  # at the end of its import
 WAITED = "transformers.models.auto.modeling_auto"  # imported before any model can be loaded
 
 
 def register() -> None:
     """Registers the model type now if transformers is there, else when it comes; nothing is imported for it."""
     if WAITED in sys.modules:
-        _import()
+        import_module(REGISTER)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def _import() -> None:
-    for name in REGISTER:
-        import_module(name)
 
 
 class _Finder(MetaPathFinder):
@@ -48,4 +43,4 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _import()  # nothing more to do where this import is what brought transformers
+        import_module(REGISTER)  # nothing more to do where this import is what brought transformers

@@ -22,8 +22,8 @@ from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.measures import Perplexity, perplexity
-from atp_tune.packed import modeling_atp_slim
-from atp_tune.packed.modeling_atp_slim import LANGUAGE, checked_table
+from atp_tune.packed import modeling_atp_sparse
+from atp_tune.packed.modeling_atp_sparse import LANGUAGE, SLIM, auto_map, checked_table
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
@@ -336,7 +336,7 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
 
 # --- The code in a slim folder: always that of this package, since the folder's card tells people to trust it.
 
-OURS = Path(modeling_atp_slim.__file__)
+OURS = Path(modeling_atp_sparse.__file__)
 CONFIG = "config.json"
 NAMING = ("auto_map", "custom_pipelines")  # keys by which transformers finds code, in this folder or in another
 
@@ -353,6 +353,6 @@ def bring_own_code(folder: Path) -> None:
         table = read_table(file)
         kept = {key: value for key, value in table.items() if key not in NAMING}
         if file.name == CONFIG:
-            kept["auto_map"] = modeling_atp_slim.places(checked_table(table).get("class", LANGUAGE))
+            kept["auto_map"] = auto_map(SLIM, checked_table(table, SLIM).get("class", LANGUAGE))
         if kept != table:
             write_table(file, kept)

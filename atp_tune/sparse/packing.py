@@ -51,8 +51,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     VALUES,
     VERSION,
     WITH_CODES,
-    PackedConfig,
-    PackedModel,
+    auto_map,
     class_of,
     is_packable,
     unpack_as,
@@ -338,11 +337,8 @@ class _Packing:
             table |= {"version": WITH_CODES, "values": "int8" if self._fits else "same"}
             table["group_size"] = None if size == -1 else size
         classes = [f"Packed{name}" for name in config.get("architectures") or ()]
-        places = {
-            "AutoConfig": f"{CODE.stem}.{PackedConfig.__name__}",
-            self.auto: f"{CODE.stem}.{PackedModel.__name__}",
-        }
-        config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": places, MODEL_TYPE: table}
+        names = auto_map(MODEL_TYPE, self.auto)
+        config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": names, MODEL_TYPE: table}
         change(CONFIG, json.dumps(config, indent=2) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
         original.added.append(CODE.name)

@@ -4,8 +4,9 @@ usually faster.
     masked folder  →  rows of writers and columns of readers cut  →  checked against the masked model  →  slim folder
 
 Blocks of equal widths make an ordinary folder of the family, if a few numbers in its config say all of them; else the
-folder has a model type and a modelling file of its own (`packed.modeling_atp_slim`). A slim model that does not compute
-what the masked one computes, with and without cached keys and values, is not written. One shard at a time is in memory.
+folder has a model type and a modelling file of its own (`packed.modeling_atp_sparse`). A slim model that does not
+compute what the masked one computes, with and without cached keys and values, is not written. One shard at a time is in
+memory.
 """
 
 import json
@@ -29,7 +30,8 @@ from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
 from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table, write_table
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialStarted
-from atp_tune.packed.modeling_atp_slim import LANGUAGE, MODEL_TYPE, VERSION
+from atp_tune.packed.modeling_atp_sparse import LANGUAGE, VERSION
+from atp_tune.packed.modeling_atp_sparse import SLIM as MODEL_TYPE
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, sparse_folder, write_sparse
