@@ -37,9 +37,9 @@ from atp_tune.events import Event, Message, Place
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup
 from atp_tune.sparse.applying import folder_scores
-from atp_tune.sparse.finetuning import divided, finetune, read_windows
+from atp_tune.sparse.finetuning import finetune, read_items
 from atp_tune.sparse.provenance import PrunedWith, origin
-from atp_tune.sparse.training import Teacher, Trainer, find_teacher, stored_format
+from atp_tune.sparse.training import Trainer, find_teacher, stored_format, windows_held_out
 from atp_tune.spec.data import Text
 from atp_tune.spec.prune import PruneConfig
 from atp_tune.spec.recover import Training
@@ -185,14 +185,12 @@ class Measuring:
         if self._steps is not None:
             return settings
         device, calibration, folder = find_device("auto"), self._made.calibration, self._folder()
-        assert isinstance(calibration, Text) and isinstance(self._made.test, Text)
-        windows = read_windows(
-            calibration, {"test": self._made.test}, folder.path, settings, self._made.bos, self._made.base
-        )
-        teacher = Teacher(self._dense(), device)
+        texts = {"test": self._made.test}
+        windows = read_items(calibration, texts, folder, settings, self._made.base, self._made.bos)
+        held = windows_held_out(len(windows), settings)
+        teacher = self._dense() if settings.has_teacher else None
         with Checkpoint.load(folder.path, stored_format(folder.path), device, offload="none") as checkpoint:
-            items, held_out = divided(windows, settings)
-            trainer = Trainer(checkpoint, items, settings, held_out, teacher if settings.has_teacher else None)
+            trainer = Trainer(checkpoint, windows[:-held], settings, windows[-held:], teacher)
             trainer.step()
             began = time.process_time()
             trainer.measure()

@@ -23,8 +23,9 @@ from atp_tune.run.dense_model import CalibrationGradients
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import config_of
-from atp_tune.sparse.finetuning import FinetuningJob, _items
+from atp_tune.sparse.finetuning import FinetuningJob, read_items
 from atp_tune.spec.config import read_config
+from atp_tune.spec.data import ImageSet
 from atp_tune.spec.facts import _flat
 from atp_tune.spec.recover import RecoverConfig
 from atp_tune.spec.study import Study
@@ -164,9 +165,11 @@ def of_training(file: StudyFile, context: Session) -> str:
     recover = study.recover or RecoverConfig()
     texts = study.data.calibration.text, study.data.test or study.data.validation
     filled = recover.filled(getattr(config.texts.validation, "seqlen", None))
-    settings, items, _ = _items(texts[0], {"test": texts[1]}, folder, filled, file.folder, context.bos)
-    teacher = folder if settings.has_teacher else None
-    own = (setup_of(file), folder, Path(), texts[0], items, settings, None, teacher, True)
+    if isinstance(texts[0], ImageSet):
+        filled = filled.model_copy(update={"seqlen": None})
+    items = read_items(texts[0], {"test": texts[1]}, folder, filled, file.folder, context.bos)
+    teacher = folder if filled.has_teacher else None
+    own = (setup_of(file), folder, Path(), texts[0], items, filled, None, teacher, True)
     return FinetuningJob(*own).part.name  # type: ignore[arg-type]
 
 

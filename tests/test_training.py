@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from atp_tune.errors import UserError
+from atp_tune.inputs.items import Items
 from atp_tune.sparse import training
 from atp_tune.sparse.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
 from atp_tune.spec.recover import Training
@@ -40,8 +41,12 @@ def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "find_dtype", lambda name, device: torch.float32)
 
 
+def windows(count: int) -> Items:
+    return Items.windows(random_ids(count).numpy())
+
+
 def trainer(settings: Training = SETTINGS, family: str = "llama") -> Trainer:
-    return Trainer(checkpoint_of(with_zeros(family)), random_ids(7), settings)
+    return Trainer(checkpoint_of(with_zeros(family)), windows(7), settings)
 
 
 def naive(parameters: dict[str, Tensor], steps: int) -> list[float]:
@@ -102,9 +107,9 @@ def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.Monkey
 # --- the dense model's predictions
 
 
-def kl_trainer(held_out: Tensor | None = None, loss: str = "kl", **settings: object) -> Trainer:
+def kl_trainer(held_out: Items | None = None, loss: str = "kl", **settings: object) -> Trainer:
     """One whose teacher is the model before anything was zeroed."""
-    ours = Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), with_loss(loss, **settings), held_out)
+    ours = Trainer(checkpoint_of(with_zeros("llama")), windows(7), with_loss(loss, **settings), held_out)
     ours._teacher = tiny("llama").requires_grad_(False)
     return ours
 
@@ -129,7 +134,7 @@ def test_the_loss_by_the_dense_model_and_its_gradient_are_the_naive_ones(kind: s
         for parameter in ours._parameters.values():
             parameter.normal_(0, 0.1)
     rows = order(7, SETTINGS)[:2]
-    loss = ours._backward(random_ids(7)[rows])
+    loss = ours._backward(windows(7)[rows])
     merged = {name: tuned.clone().requires_grad_() for name, _, tuned in ours.adapters.merged()}
     expected = naive_loss(kind, merged, random_ids(7)[rows])
     assert loss == pytest.approx(expected.item(), rel=1e-4)
@@ -165,7 +170,7 @@ def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.Mon
 
 def held_out_trainer(**settings: object) -> Trainer:
     made = with_loss("next-token", patience=2, eval_every=2, **settings)
-    return Trainer(checkpoint_of(with_zeros("llama")), random_ids(7), made, random_ids(12)[7:])
+    return Trainer(checkpoint_of(with_zeros("llama")), windows(7), made, windows(12)[7:])
 
 
 def run(ours: Trainer) -> Trainer:
@@ -191,7 +196,7 @@ def test_the_held_out_loss_is_the_mean_over_windows() -> None:
 @pytest.mark.parametrize(("room", "runs"), [(2**30, 3), (2 * 12 * 97 * 4, 3 + 2), (0, 2 * 3)])
 def test_the_dense_model_predicts_held_out_windows_once_if_there_is_room(room: int, runs: int) -> None:
     """5 windows of 13 tokens in batches of 2, measured twice; the second room is that of the first batch."""
-    ours = kl_trainer(held_out=random_ids(12)[7:], patience=2, eval_every=2)
+    ours = kl_trainer(held_out=windows(12)[7:], patience=2, eval_every=2)
     ours._room, ran = room, []
     ours._teacher.register_forward_hook(lambda *_: ran.append(1))
     assert ours.measure() == ours.measure()

@@ -41,7 +41,7 @@ from atp_tune.sparse.provenance import (
     manifest_of,
     origin,
 )
-from atp_tune.sparse.training import Teacher, find_teacher, windows_held_out, windows_read
+from atp_tune.sparse.training import find_teacher, windows_held_out, windows_read
 from atp_tune.spec.config import Config
 from atp_tune.spec.data import CLASSES, ImageSet, Text
 from atp_tune.spec.plugged import plug_in_texts
@@ -72,32 +72,41 @@ def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tup
         start, end = text.part
         cut = end - TEST_SHARE * (end - start)
         text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept: dict[str, Data] = {"test": test}
-    if made:
-        kept |= {"validation": made.validation, "study's test": made.test}
+    kept = {"test": test, **({"validation": made.validation, "study's test": made.test} if made else {})}
     for role, other in kept.items():
         if text.overlaps(other):
-            option, *what = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
+            option, shared, kind = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
             raise UserError(
-                f"--{option}: {text.source} shares {what[0]} with the {role} {what[1]}; give another source, split or "
-                "part"
+                f"--{option}: {text.source} shares {shared} with the {role} {kind}; give another source, split or part"
             )
     return text, test
 
 
-def read_windows(
-    text: Text, measured: Mapping[str, Text], folder: Path, settings: Training, bos: bool, base: Path
+def read_items(
+    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Training, base: Path, bos: bool
 ) -> Items:
-    """The windows to train on and to hold out; UserError if a text that is measured shares some of them.
+    """The windows, or images, to train on and to hold out; UserError if one that is measured is among them.
 
-    `base`: where plug-ins read from; the files of other texts are absolute.
+    `base`: where plug-ins read from; the files of other texts are absolute. Of images those that are measured too are
+    left out, unless there are many. `settings.seqlen` is None of images.
     """
+    needed = windows_read(settings)
+    if isinstance(text, ImageSet):
+        with within("--images"):
+            whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
+            found = images_of(whole, folder, base, at_most=text.nsamples is None)
+        with within("--test-images"):
+            images = {role: other for role, other in measured.items() if isinstance(other, ImageSet)}
+            others = {role: images_of(other, folder, base) for role, other in images.items()}
+        doubles = doubles_of({**others, "training": found})["training"]
+        return found.without(doubles) if doubles else found
     with within("--text"):
-        whole = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
-        found = first_windows(whole, folder, base, windows_read(settings), bos=bos)
+        whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
+        found = first_windows(whole_text, folder.path, base, needed, bos=bos)
     for role, other in measured.items():
+        assert isinstance(other, Text)
         with within(f"--{role}-text"):
-            windows = token_windows(other, folder, base, bos=bos)
+            windows = token_windows(other, folder.path, base, bos=bos)
         if shared := shared_windows(found, windows):
             raise UserError(
                 f"--text: {len(shared)} windows of {text.source} are in the {role} text too; give another source"
@@ -105,15 +114,21 @@ def read_windows(
     return found
 
 
-def divided(items: Items, settings: Training) -> tuple[Tensor | Items, Tensor | Items | None]:
-    """What is trained on, and what is held out, at the end of it; None if nothing is."""
-    found = items.tensors.get(IDS, items)
-    count = windows_held_out(len(items), settings)
-    return (found[:-count], found[-count:]) if count else (found, None)
-
-
 SAVED = 20  # steps between two writes of the adapters
 KEPT = 30 * 24 * 3600  # seconds that what was trained stays in the cache after its last use
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves beside its folder: its record, the scores of the new folder by role of the text, and `part`."""
+
+    record: Finetuned
+    scores: Mapping[str, Scores]
+    part: Path
+
+
+class NoGainError(UserError):
+    """No step lowered the loss on held-out windows."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +173,115 @@ class FinetuningJob:
         )
         return cache_dir("recovered") / f"{own}.safetensors"
 
+    @property
+    def called(self) -> str:
+        """What an item is, in the plural."""
+        return "windows" if IDS in self.items.tensors else "images"
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run leaves beside its folder: its record, the scores of the new folder by role of the text, and `part`."""
+    def run(self) -> Trained:
+        """Trains, writes the folder, and measures it."""
+        from atp_tune.sparse.training import Trainer, stored_format
 
-    record: Finetuned
-    scores: Mapping[str, Scores]
-    part: Path
+        place, source, settings = self.setup.place, self.folder.path, self.settings
+        before = folder_scores(self.setup, source, f"checking {source}")
+        device = find_device(place.device)
+        reset_peak_memory(device)
+        checkpoint = Checkpoint.load(source, stored_format(source), device, offload="none")
+        # What is held out lies at the end.
+        count = windows_held_out(len(self.items), settings)
+        items = self.items[: len(self.items) - count]
+        held_out = self.items[-count:] if count else None
+        trainer = Trainer(checkpoint, items, settings, held_out, self.teacher)
+        place.watch(TrialStarted(f"fine-tuning {self.out}", None))
+        place.note(f"training needs {trainer.memory}")
+        if not count and settings.patience:
+            place.note(f"{len(items)} {self.called} are too few to hold some out: all steps are done, and count")
+        began = monotonic()
+        held = self._train(trainer, count)
+        seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
+        zeros, names = Counter[str](), trainer.adapters.names
 
+        def counted(found: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+            for name, was, tuned in found:
+                zeros.update(before=int((was == 0).sum()), after=int((tuned == 0).sum()), weights=was.numel())
+                yield name, was, tuned
 
-class NoGainError(UserError):
-    """No step lowered the loss on held-out windows."""
+        with sparse_folder(source, self.out) as folder:
+            Shards(source, str(checkpoint.model.base_model_prefix)).write(
+                folder, names, counted(trainer.adapters.merged())
+            )
+            self.folder.check_unchanged()
+            del trainer
+            checkpoint.release()
+            after = folder_scores(self.setup, folder, f"checking {self.out}")
+            nlls = {role: (before[role]["nlls"], after[role]["nlls"]) for role in after}
+            changes = {
+                role: PerplexityChange(before=perplexity(was), after=perplexity(now), change=change(was, now))
+                for role, (was, now) in nlls.items()
+            }
+            hits = None  # from the ranks of the right classes; of a language model there are none
+            if was := before["test"].get("ranks", []):
+                now = after["test"]["ranks"]
+                hits = AccuracyChange(before=accuracy(was), after=accuracy(now), change=gain(was, now))
+            done = Finetuned(
+                model=named_for(source), fingerprint=self.folder.content, text=self.text, windows=len(items),
+                test=self.setup.texts["test"], settings=settings, dense=self.dense, losses=losses,
+                zeros=Zeros(**zeros), **changes["test"].model_dump(), validation=changes.get("validation"),
+                accuracy=hits, seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
+                bos=self.items.bos, manifest=manifest_of(folder, device_name(device)), held_out=held,
+                teacher=self.teacher and self.teacher.content,
+            )  # fmt: skip
+            (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            describe(folder)
+        if not self.stays:
+            self.part.unlink(missing_ok=True)
+        return Trained(done, after, self.part)
+
+    def _train(self, trainer: "Trainer", held_out: int) -> HeldOut | None:
+        """Runs the remaining steps until early stopping ends them, and takes the best adapters.
+
+        Adapters are saved every `SAVED` steps. Returns what was measured on so many held-out items; None if nothing
+        was. UserError, and nothing is left of the run, if no step was better than the model before.
+        """
+        total, place, losses = self.settings.steps, self.setup.place, trainer.losses
+        # Of what stays in the cache, what no run has used for `KEPT` is removed.
+        for file in self.part.parent.glob("*.safetensors") if self.stays else ():
+            with suppress(OSError):  # another process removes it too
+                if file != self.part and time() - file.stat().st_mtime > KEPT:
+                    file.unlink()
+        if self.part.exists():
+            self.part.touch()
+            trainer.restore(self.part, self.facts)
+            place.note(f"resumes after step {len(losses)} of {total}")
+        if trainer.must_measure:
+            place.note(f"held-out loss before training: {trainer.measure():.4f}")
+        before, began = len(losses), monotonic()
+        while not trainer.has_ended:
+            loss = trainer.step()
+            done, said = len(losses), ""
+            if trainer.must_measure:
+                said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
+            place.watch(Step(f"loss {loss:.3f}", done, total))
+            if done % SAVED == 0 or trainer.has_ended:
+                trainer.save(self.part, self.facts)
+            if said or done % SAVED == 0 or trainer.has_ended:
+                left = (monotonic() - began) / (done - before) * (total - done)
+                place.note(f"step {done} of {total}: loss {fmean(losses[-SAVED:]):.3f}{said}, {duration(left)} left")
+        if len(losses) < total:
+            place.note(f"stopped: the held-out loss has not fallen in {self.settings.patience} measurements")
+        if not (held := tuple(trainer.early_stop.losses)):
+            return None
+        (step, _), (_, first) = trainer.early_stop.best, held[0]
+        if step == 0:
+            self.part.unlink(missing_ok=True)
+            last, loss = min(held[1:], key=lambda each: each[1])
+            raise NoGainError(
+                f"training: no step lowered the loss on the {held_out} held-out {self.called} ({first:.4f} before, "
+                f"{loss:.4f} after step {last} at best), so nothing was written; lower the learning rate, or give more "
+                f"or other {'text' if self.called == 'windows' else 'images'}"
+            )
+        trainer.take_best()
+        return HeldOut(windows=held_out, losses=held, best=step)
 
 
 def finetune(
@@ -215,158 +327,17 @@ def finetune(
     place, bos = replace(place, base=made.base if made else Path()), made is not None and made.bos
     measured = {"validation": made.validation} if made and own_test and made.validation != test else {}
     measured["test"] = test
-    settings, items, score = _items(text, measured, folder, settings, place.base, bos)
+    kinds = {isinstance(each, ImageSet) for each in (text, *measured.values())}
+    if len(kinds) > 1:
+        raise UserError(f"{folder.path}: is measured on images, or on text, and was given both; give one kind")
+    if True in kinds:
+        settings = settings.model_copy(update={"seqlen": None})
+    items = read_items(text, measured, folder, settings, place.base, bos)
     dense = made.dense if made and made.test == test else None
+    score = CLASSES if True in kinds else "next-token"
     setup = Setup(named, PruneConfig(), measured, place, bos=bos, score=score)
     with oom_as_user_error("training"):
-        return _run(FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays))
-
-
-def _items(
-    text: Data, measured: Mapping[str, Data], folder: ModelFolder, settings: Training, base: Path, bos: bool
-) -> tuple[Training, Items, str]:
-    """What is trained on, the settings for it, and the score that it has; UserError if it cannot be read."""
-    images = {role: data for role, data in measured.items() if isinstance(data, ImageSet)}
-    texts = {role: data for role, data in measured.items() if isinstance(data, Text)}
-    if isinstance(text, ImageSet) and not texts:
-        settings = settings.model_copy(update={"seqlen": None})
-        # The images to train on and to hold out, but those that are measured; UserError if it has many of them.
-        needed = windows_read(settings)
-        with within("--images"):
-            whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
-            found = images_of(whole, folder, base, at_most=text.nsamples is None)
-        with within("--test-images"):
-            others = {role: images_of(other, folder, base) for role, other in images.items()}
-        doubles = doubles_of({**others, "training": found})["training"]
-        return settings, (found.without(doubles) if doubles else found), CLASSES
-    if isinstance(text, ImageSet) or images:
-        raise UserError(f"{folder.path}: is measured on images, or on text, and was given both; give one kind")
-    return settings, read_windows(text, texts, folder.path, settings, bos, base), "next-token"
-
-
-def _run(job: FinetuningJob) -> Trained:
-    from atp_tune.sparse.training import Trainer, stored_format
-
-    before = folder_scores(job.setup, job.folder.path, f"checking {job.folder.path}")
-    device = find_device(job.setup.place.device)
-    reset_peak_memory(device)
-    checkpoint = Checkpoint.load(job.folder.path, stored_format(job.folder.path), device, offload="none")
-    items, held_out = divided(job.items, job.settings)
-    teacher = Teacher(job.teacher, device) if job.teacher else None
-    trainer = Trainer(checkpoint, items, job.settings, held_out, teacher)
-    job.setup.place.watch(TrialStarted(f"fine-tuning {job.out}", None))
-    job.setup.place.note(f"training needs {trainer.memory}")
-    if held_out is None and job.settings.patience:
-        job.setup.place.note(f"{len(items)} {_called(job)} are too few to hold some out: all steps are done, and count")
-    began = monotonic()
-    _train(trainer, job)
-    kept = _chosen(trainer, job, len(held_out) if held_out is not None else 0)
-    seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
-    with sparse_folder(job.folder.path, job.out) as folder:
-        zeros = _write(trainer, checkpoint, job, folder)
-        del trainer
-        checkpoint.release()
-        after = folder_scores(job.setup, folder, f"checking {job.out}")
-        changes = {role: _changed(before[role]["nlls"], after[role]["nlls"]) for role in after}
-        done = Finetuned(
-            model=named_for(job.folder.path), fingerprint=job.folder.content, text=job.text, windows=len(items),
-            test=job.setup.texts["test"], settings=job.settings, dense=job.dense, losses=losses, zeros=zeros,
-            **changes["test"].model_dump(), validation=changes.get("validation"),
-            accuracy=_accuracies(before["test"].get("ranks", []), after["test"].get("ranks", [])),
-            seconds=seconds, memory=memory, device=device_name(device), versions=versions(),
-            bos=job.items.bos,
-            manifest=manifest_of(folder, device_name(device)), held_out=kept,
-            teacher=job.teacher and job.teacher.content,
-        )  # fmt: skip
-        (folder / FINETUNED).write_text(done.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        describe(folder)
-    if not job.stays:
-        job.part.unlink(missing_ok=True)
-    return Trained(done, after, job.part)
-
-
-def _changed(before: list[float], after: list[float]) -> PerplexityChange:
-    return PerplexityChange(before=perplexity(before), after=perplexity(after), change=change(before, after))
-
-
-def _chosen(trainer: "Trainer", job: FinetuningJob, windows: int) -> HeldOut | None:
-    """Takes the best adapters, and says what was measured for that; None if nothing was held out.
-
-    UserError, and nothing is left of the run, if no step was better than the model before.
-    """
-    losses = tuple(trainer.early_stop.losses)
-    if not losses:
-        return None
-    (step, _), (_, first) = trainer.early_stop.best, losses[0]
-    if step == 0:
-        job.part.unlink(missing_ok=True)
-        last, loss = min(losses[1:], key=lambda each: each[1])
-        raise NoGainError(
-            f"training: no step lowered the loss on the {windows} held-out {_called(job)} ({first:.4f} before, "
-            f"{loss:.4f} after step {last} at best), so nothing was written; lower the learning rate, or give more or "
-            f"other {'text' if IDS in job.items.tensors else 'images'}"
-        )
-    trainer.take_best()
-    return HeldOut(windows=windows, losses=losses, best=step)
-
-
-def _called(job: FinetuningJob) -> str:
-    return "windows" if IDS in job.items.tensors else "images"
-
-
-def _accuracies(before: list[float], after: list[float]) -> AccuracyChange | None:
-    """Accuracies from the ranks of the right classes; None of a language model."""
-    if not before:
-        return None
-    return AccuracyChange(before=accuracy(before), after=accuracy(after), change=gain(before, after))
-
-
-def _train(trainer: "Trainer", job: FinetuningJob) -> None:
-    """Runs the remaining steps until early stopping ends them, and saves the adapters every `SAVED` steps.
-
-    Of what stays in the cache, what no run has used for `KEPT` is removed.
-    """
-    total = job.settings.steps
-    for file in job.part.parent.glob("*.safetensors") if job.stays else ():
-        with suppress(OSError):  # another process removes it too
-            if file != job.part and time() - file.stat().st_mtime > KEPT:
-                file.unlink()
-    if job.part.exists():
-        job.part.touch()
-        trainer.restore(job.part, job.facts)
-        job.setup.place.note(f"resumes after step {len(trainer.losses)} of {total}")
-    if trainer.must_measure:
-        job.setup.place.note(f"held-out loss before training: {trainer.measure():.4f}")
-    before, began = len(trainer.losses), monotonic()
-    while not trainer.has_ended:
-        loss = trainer.step()
-        done, said = len(trainer.losses), ""
-        if trainer.must_measure:
-            said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
-        job.setup.place.watch(Step(f"loss {loss:.3f}", done, total))
-        if done % SAVED == 0 or trainer.has_ended:
-            trainer.save(job.part, job.facts)
-        if said or done % SAVED == 0 or trainer.has_ended:
-            left = (monotonic() - began) / (done - before) * (total - done)
-            mean = fmean(trainer.losses[-SAVED:])
-            job.setup.place.note(f"step {done} of {total}: loss {mean:.3f}{said}, {duration(left)} left")
-    if len(trainer.losses) < total:
-        waited = job.settings.patience
-        job.setup.place.note(f"stopped: the held-out loss has not fallen in {waited} measurements")
-
-
-def _write(trainer: "Trainer", checkpoint: Checkpoint, job: FinetuningJob, folder: Path) -> Zeros:
-    """Writes the weights with merged adapters; counts their zeros before and after."""
-    zeros = Counter[str]()
-
-    def counted() -> Iterator[tuple[str, Tensor, Tensor]]:
-        for name, was, tuned in trainer.adapters.merged():
-            zeros.update(before=int((was == 0).sum()), after=int((tuned == 0).sum()), weights=was.numel())
-            yield name, was, tuned
-
-    Shards(job.folder.path, str(checkpoint.model.base_model_prefix)).write(folder, trainer.adapters.names, counted())
-    job.folder.check_unchanged()
-    return Zeros(**zeros)
+        return FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays).run()
 
 
 # --- Recovery, as `[recover]` of a study asks: a configuration is pruned, and its kept weights are trained.
@@ -409,12 +380,15 @@ def recovered(
             done = apply_trained(config, recover, out, place)
         except NoGainError:
             return Recovered(settings=recover, kept=False, reason=NO_GAIN)
-    record, held = done.record, done.record.held_out
-    has_test = record.validation is not None
+    record, held, nlls = done.record, done.record.held_out, done.scores["test"]["nlls"]
     test = PerplexityChange(before=record.before, after=record.after, change=record.change)
-    validation = _scores(record.validation or test)
-    nlls = done.scores["test"]["nlls"]
     against = change(uniform, nlls) if len(uniform) == len(nlls) else None
+    validation, own = (
+        RecoveredScores(perplexity=found.after, change=found.change)
+        if _is_finite(found.after) and _is_finite(found.change)
+        else None
+        for found in (record.validation or test, test)
+    )
     fell = validation is not None and validation.change.value < 0
     if not fell:
         done.part.unlink(missing_ok=True)  # no run will write it
@@ -427,16 +401,10 @@ def recovered(
         steps=len(record.losses),
         seconds=record.seconds,
         validation=validation,
-        test=_scores(test) if has_test else None,
+        test=own if record.validation else None,
         against_uniform=against if against and _is_finite(against) else None,
-        kinds={kind: own for kind, own in by_kind(nlls, kinds).items() if _is_finite(own)},
+        kinds={kind: found for kind, found in by_kind(nlls, kinds).items() if _is_finite(found)},
     )
-
-
-def _scores(found: PerplexityChange) -> RecoveredScores | None:
-    if not (_is_finite(found.after) and _is_finite(found.change)):
-        return None
-    return RecoveredScores(perplexity=found.after, change=found.change)
 
 
 def _is_finite(found: Estimate) -> bool:

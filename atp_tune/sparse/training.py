@@ -33,7 +33,7 @@ from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memor
 from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
-from atp_tune.inputs.items import LABELS, Items
+from atp_tune.inputs.items import IDS, LABELS, Items
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.scores.next_token import loss_gradient, mean_loss
 from atp_tune.sparse.applying import check_model
@@ -43,27 +43,6 @@ from atp_tune.spec.study import ModelConfig
 from atp_tune.utils.cache import write_out
 
 # --- The dense model whose predictions a sparse one learns, with the loss `kl`.
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A dense model that is not loaded yet; on the CPU or GPU it lies as a whole, in the format that is fast there."""
-
-    folder: ModelFolder
-    device: torch.device
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its weights once they are loaded."""
-        return read_sizes(self.folder.path).total * self._dtype.itemsize
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return find_dtype("auto", self.device)
-
-    def load(self) -> nn.Module:
-        """The model, in evaluation mode and without gradients."""
-        return Checkpoint.load(self.folder.path, self._dtype, self.device, offload="none").take_model()
 
 
 def find_teacher(
@@ -79,46 +58,32 @@ def find_teacher(
 
     UserError if there is none, if it is not what the folder's configuration says, or if it has another vocabulary.
     """
-    if named is not None:
-        found = _resolved("--teacher", ModelConfig(source=named), Path(), notify)
-        _check_vocabulary(named, found.path, model.path)
-        return found
-    if made is None:
+    if named is None and made is None:
         raise UserError(f"loss: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher")
-    found = _resolved("loss: the dense model", made.config.model.model(allowed), made.base, notify)
-    check_model(made.config, found)
-    return found
-
-
-def _resolved(option: str, model: ModelConfig, base: Path, notify: Callable[[str], None]) -> ModelFolder:
     try:
-        return resolve(model, base, notify)
+        if named is None and made is not None:
+            found = resolve(made.config.model.model(allowed), made.base, notify)
+        else:
+            found = resolve(ModelConfig(source=str(named)), Path(), notify)
     except UserError as error:
-        raise UserError(f"{option}: {error}{'' if option == '--teacher' else ', or name it by --teacher'}") from None
-
-
-def _check_vocabulary(named: str, teacher: Path, model: Path) -> None:
-    """UserError unless both models predict the same tokens, or classes."""
-    (ours, own), (theirs, other) = (
-        (classifies_images(folder), model_config(folder, False)) for folder in (model, teacher)
-    )
+        where = "loss: the dense model: {}, or name it by --teacher" if named is None else "--teacher: {}"
+        raise UserError(where.format(error)) from None
+    if named is None and made is not None:
+        check_model(made.config, found)
+        return found
+    # Unless both models predict the same tokens, or classes.
+    folders = model.path, found.path
+    (ours, theirs), wrong = map(classifies_images, folders), ""
+    own, other = (model_config(folder, False) for folder in folders)
     if ours or theirs:
-        if ours != theirs or own.id2label != other.id2label:
-            raise UserError(
-                f"--teacher {named}: has other classes than the sparse model; give the model it was pruned from"
-            )
-        return
-    sizes = [config.get_text_config().vocab_size for config in (own, other)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"--teacher {named}: has a vocabulary of {sizes[1]:,} tokens, the sparse model one of {sizes[0]:,}; "
-            "give the model that it was pruned from"
-        )
-    if load_tokenizer(teacher, False).get_vocab() != load_tokenizer(model, False).get_vocab():
-        raise UserError(
-            f"--teacher {named}: its tokenizer has other tokens than the sparse model's; give the model that it was "
-            "pruned from"
-        )
+        wrong = "has other classes than the sparse model" if ours != theirs or own.id2label != other.id2label else ""
+    elif (size := own.get_text_config().vocab_size) != (other_s := other.get_text_config().vocab_size):
+        wrong = f"has a vocabulary of {other_s:,} tokens, the sparse model one of {size:,}"
+    elif load_tokenizer(found.path, False).get_vocab() != load_tokenizer(model.path, False).get_vocab():
+        wrong = "its tokenizer has other tokens than the sparse model's"
+    if wrong:
+        raise UserError(f"--teacher {named}: {wrong}; give the model that it was pruned from")
+    return found
 
 
 # --- What is trained in the linears of a sparse checkpoint while every zero stays: scales, or masked LoRA (`lora`).
@@ -228,7 +193,7 @@ WARM_UP = 0.05  # of the steps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 KEPT_SHARE = 0.5  # of the memory that training leaves, for the dense model's logits on held-out items
 BEST = "best"  # of a parameter: its value at the step with the lowest held-out loss
-Data = Tensor | Items  # token ids [windows, tokens], or labelled images
+Data = Tensor | Items  # a batch: token ids [windows, tokens], or labelled images
 
 
 class Trainer:
@@ -237,21 +202,26 @@ class Trainer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        items: Data,
+        items: Items,
         settings: Training,
-        held_out: Data | None = None,
-        teacher: Teacher | None = None,
+        held_out: Items | None = None,
+        teacher: ModelFolder | None = None,
     ) -> None:
-        """`held_out`: what early stopping measures on; `teacher`: the dense model of the loss `kl`.
+        """`held_out`: what early stopping measures on; `teacher`: the dense model of the loss `kl`, not loaded yet.
 
-        UserError if memory is too small, or windows exceed the model's positions.
+        That lies as a whole on the CPU or GPU, in the format that is fast there. UserError if memory is too small, or
+        windows exceed the model's positions.
         """
-        if settings.seqlen is not None:
-            check_length(checkpoint, settings.seqlen)
+        known = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        if settings.seqlen is not None and known is not None and settings.seqlen > known:
+            raise UserError(f"seqlen: {settings.seqlen}, the model has {known} positions; lower it")
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
-        positions = items.positions if isinstance(items, Items) else None
-        self.memory = memory_needed(checkpoint, settings, positions, teacher.bytes if teacher else 0)
-        self._teacher = teacher.load() if teacher is not None else None
+        fast, positions = find_dtype("auto", checkpoint.device), None if IDS in items.tensors else items.positions
+        size = read_sizes(teacher.path).total * fast.itemsize if teacher else 0
+        self.memory = memory_needed(checkpoint, settings, positions, size)
+        self._teacher: nn.Module | None = None
+        if teacher is not None:
+            self._teacher = Checkpoint.load(teacher.path, fast, self._device, offload="none").take_model()
         if self.memory.recompute:
             recompute_blocks(checkpoint.blocks)
         self.adapters: Adapters
@@ -265,7 +235,6 @@ class Trainer:
         self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
         self._items, self._held_out, self._order = items, held_out, order(len(items), settings)
-        fast = find_dtype("auto", checkpoint.device)
         self._mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=fast == torch.bfloat16 and checkpoint.dtype == torch.float32
         )
@@ -290,10 +259,9 @@ class Trainer:
     def step(self) -> float:
         """One step on the next batch; its loss in nats per token, or per image."""
         done, settings = len(self.losses), self._settings
-        rows = self._order[done * settings.batch :][: settings.batch]
         self._optimizer.zero_grad()
-        loss = self._backward(self._items[rows])
-        self._check(loss, f"the loss is {loss} at step {done + 1}")
+        loss = self._backward(self._items[self._order[done * settings.batch :][: settings.batch]])
+        _check_finite(loss, f"the loss is {loss} at step {done + 1}")
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate(done, settings)
@@ -307,10 +275,14 @@ class Trainer:
         assert self._held_out is not None
         total, done, size = 0.0, len(self.losses), self._settings.batch
         for start in range(0, len(self._held_out), size):
-            batch = self._moved(self._held_out[start : start + size])
-            dense = self._dense_held_out(start, batch)
+            batch = self._held_out[start : start + size].batch(self._device)
+            dense = self._kept.get(start)
+            if dense is None and self._teacher is not None:
+                dense = self._logits(self._teacher, batch)
+                if dense.nbytes <= self._room:  # kept, as long as there is room
+                    self._kept[start], self._room = dense, self._room - dense.nbytes
             loss = mean_loss(self._logits(self._model, batch), targets_of(batch), dense, self._share).item()
-            self._check(loss, f"the held-out loss is {loss} after step {done}")
+            _check_finite(loss, f"the held-out loss is {loss} after step {done}")
             total += loss * len(batch)
         if self.early_stop.add(done, total / len(self._held_out)):
             self._best = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -322,36 +294,15 @@ class Trainer:
         for name, value in self._best.items():
             self._parameters[name].copy_(value)
 
-    def _check(self, loss: float, said: str) -> None:
-        if not math.isfinite(loss):
-            raise UserError(f"training: {said}; lower the learning rate")
-
-    def _backward(self, items: Data) -> float:
+    def _backward(self, items: Items) -> float:
         """The mean loss of a batch, whose gradients the parameters get."""
-        batch = self._moved(items)
-        targets, dense = targets_of(batch), self._dense(batch)
-        logits = self._logits(self._model, batch)
+        batch: Data = items.batch(self._device)
+        with torch.no_grad():
+            dense = None if self._teacher is None else self._logits(self._teacher, batch)
+        targets, logits = targets_of(batch), self._logits(self._model, batch)
         found = logits.detach()
         logits.backward(loss_gradient(found, targets, dense, 1 / len(found), self._share))  # type: ignore[no-untyped-call]
         return mean_loss(found, targets, dense, self._share).item()
-
-    @torch.no_grad()
-    def _dense(self, batch: Data) -> Tensor | None:
-        """Logits of the dense model, if it is learnt from."""
-        return None if self._teacher is None else self._logits(self._teacher, batch)
-
-    def _dense_held_out(self, start: int, batch: Data) -> Tensor | None:
-        """The same of a held-out batch whose first item is `start`: kept, as long as there is room."""
-        if start in self._kept:
-            return self._kept[start]
-        found = self._dense(batch)
-        if found is not None and found.nbytes <= self._room:
-            self._kept[start], self._room = found, self._room - found.nbytes
-        return found
-
-    def _moved(self, items: Data) -> Data:
-        found: Data = items.batch(self._device) if isinstance(items, Items) else items.to(self._device)
-        return found
 
     def _logits(self, model: nn.Module, batch: Data) -> Tensor:
         """Logits [predicted tokens, vocabulary], or [images, classes]."""
@@ -414,11 +365,9 @@ def rate(done: int, settings: Training) -> float:
     return settings.rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
 
 
-def check_length(checkpoint: Checkpoint, tokens: int) -> None:
-    """UserError if windows of so many tokens exceed the model's positions."""
-    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise UserError(f"seqlen: {tokens}, the model has {positions} positions; lower it")
+def _check_finite(loss: float, said: str) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"training: {said}; lower the learning rate")
 
 
 def computed_in(folder: Path, device: torch.device) -> list[str]:
