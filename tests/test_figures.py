@@ -15,10 +15,10 @@ from tinystudy import quiet
 
 from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.figures import perplexity, sheet
-from atp_tune.figures.history import draw_history
-from atp_tune.figures.perplexity import add_gp_posterior
-from atp_tune.figures.style import CYCLE, FINE, TICKS, faint, log_axis, range_of, rounded, second_of
+from atp_tune.figures import blocks, sheet
+from atp_tune.figures.style import CYCLE, FINE, TICKS, Points, faint, log_axis, rounded
+from atp_tune.figures.trials import add_gp_posterior, draw_history
+from atp_tune.measures import Perplexity
 from atp_tune.results.summary import summarise
 from atp_tune.utils.extras import EXTRAS, install
 
@@ -253,7 +253,7 @@ def test_the_posterior_is_a_line_and_a_band(study: optuna.Study) -> None:
 )  # fmt: skip
 def test_a_posterior_that_is_not_whole_is_left_out(gp_posterior: Any) -> None:
     figure = go.Figure()
-    add_gp_posterior(figure, gp_posterior)
+    add_gp_posterior(figure, gp_posterior, Points(summarise(new_study(None))))
     assert len(figure.data) == 0
 
 
@@ -268,7 +268,7 @@ def test_sparsities_of_best_second_and_uniform(study: optuna.Study) -> None:
     assert names(figure) == ["best (trial 2)", "second best (trial 3)", "uniform (trial 4)"]
     assert [len(trace.y) for trace in figure.data] == [BLOCKS] * 3
     assert lines(figure) == []  # uniform is the target in every block
-    second = second_of(summarise(study))
+    second = Points(summarise(study)).second
     assert second is not None
     assert second.number == 3  # trial 1 has the sparsities of the best
 
@@ -308,7 +308,7 @@ def test_several_studies_in_one_figure() -> None:
     for study in studies[:2]:
         study.add_trials([made_up(0.0), made_up(0.006)])
     summaries = [summarise(study) for study in studies]
-    for draw in (perplexity.sparsities, perplexity.perplexities):
+    for draw in (blocks.sparsities, blocks.perplexities):
         assert names(draw(summaries)) == ["a", "&lt;b&gt;"]
         assert draw(summaries[1:]) is None
 
@@ -353,11 +353,12 @@ def test_axes_and_numbers() -> None:
     assert faint("#102030", 0.5) == "rgba(16,32,48,0.5)"
 
 
-def test_the_view_takes_in_the_dense_model_where_it_is_near() -> None:
-    trials = [made_up(0.0), made_up(0.006)]
-    low = range_of(trials, None).low
-    assert range_of(trials, 0.9 * low).low == 0.9 * low
-    assert range_of(trials, 0.3 * low).low == low
+def test_the_view_takes_in_the_dense_model_where_it_is_near(study: optuna.Study) -> None:
+    study.add_trials([made_up(0.0), made_up(0.006)])
+    points = Points(summarise(study))
+    low = points.view().low
+    for near, seen in ((0.9, 0.9 * low), (0.3, low)):
+        assert points.view(Perplexity(value=near * low, stderr=0.0)).low == seen
 
 
 def test_a_picture_needs_kaleido(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,5 +383,5 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_long_name_does_not_push_the_figure_away() -> None:
-    assert perplexity.label("short") == "short"
-    assert perplexity.label("x" * 100) == "x" * 39 + "…"
+    assert blocks.label("short") == "short"
+    assert blocks.label("x" * 100) == "x" * 39 + "…"

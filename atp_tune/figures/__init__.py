@@ -6,8 +6,7 @@ Each is a function of the summary; it returns None while there are no data for i
 import plotly.graph_objects as go
 
 from atp_tune.figures.blocks import draw_error, draw_sparsity
-from atp_tune.figures.history import draw_front, draw_points, draw_seconds
-from atp_tune.figures.perplexity import draw_perplexity
+from atp_tune.figures.trials import draw_front, draw_perplexity, draw_points, draw_seconds
 from atp_tune.results.summary import Summary
 
 __all__ = ["FIGURES", "draw"]

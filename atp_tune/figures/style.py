@@ -1,12 +1,13 @@
-"""The style of all figures: readable on light and dark pages, and small, since it uses no template.
+"""The style of all figures, readable on light and dark pages and small without a template; and a study's points in it.
 
-The perplexity axis leaves out trials far above the median; labels name them instead.
+The axis of scores leaves out trials far above the median; labels name them instead.
 """
 
 import statistics
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from math import inf, isfinite, log10
 from typing import Any
@@ -14,90 +15,12 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from atp_tune.measures import PERPLEXITY
+from atp_tune.measures import PERPLEXITY, Estimate, Measure
 from atp_tune.results.formatting import plan_of
+from atp_tune.results.results import DENSE as DENSE_MODEL
 from atp_tune.results.results import is_uniform, levels_of, uniform_among
 from atp_tune.results.summary import Summary
 from atp_tune.storage.progress import ranked, sparsity_of, values_of
-
-# --- The trials that figures show, and their labels.
-
-
-def finite(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Measured trials with a finite, positive value, the lowest first."""
-    return [trial for trial in ranked(trials) if isfinite(value_of(trial)) and value_of(trial) > 0]
-
-
-def value_of(trial: FrozenTrial) -> float:
-    """The first value that a trial's study minimises, such as its perplexity; NaN without a value."""
-    return values_of(trial)[0] if trial.values else float("nan")
-
-
-def axis_of(summary: Summary) -> str:
-    """The title of an axis of that value."""
-    return f"{summary.results.main.title}, {validation(summary)}"
-
-
-def validation(summary: Summary) -> str:
-    """What trials are measured on."""
-    return f"validation {summary.results.data}"
-
-
-def written(trial: FrozenTrial, summary: Summary) -> str:
-    """The score of a trial that its study minimises, as text."""
-    found = summary.results.score(trial, "validation", summary.results.main)
-    return found.alone if found else ""
-
-
-def off_scale(trial: FrozenTrial, summary: Summary) -> str:
-    """The same, of a trial above the axis: perplexities are large there, and need no digits."""
-    return f"{value_of(trial):.0f}" if summary.results.main is PERPLEXITY else written(trial, summary)
-
-
-def best_of(summary: Summary) -> FrozenTrial | None:
-    """The best trial, or the first that a figure can show."""
-    shown = finite(summary.trials)
-    return next((trial for trial in shown if trial == summary.best_trial), next(iter(shown), None))
-
-
-def uniform_of(summary: Summary) -> FrozenTrial | None:
-    """The first uniform trial of the best trial's pruner and sparsity, as the summary has it."""
-    best = best_of(summary)
-    shown = sorted(finite(summary.trials), key=lambda trial: trial.number)
-    return uniform_among(shown, best) if best else None
-
-
-def second_of(summary: Summary) -> FrozenTrial | None:
-    """The best trial that is not uniform and has other sparsities than the best, with the same mean."""
-    best = best_of(summary)
-    levels = levels_of(best)
-    others = (trial for trial in _beside_best(summary) if trial != best and not is_uniform(trial))
-    return next((trial for trial in others if levels_of(trial) not in (None, levels)), None)
-
-
-def worst_of(summary: Summary) -> FrozenTrial | None:
-    """The trial with the highest value, if there are several with the target of the best."""
-    done = _beside_best(summary)
-    return done[-1] if len(done) > 1 else None
-
-
-def _beside_best(summary: Summary) -> list[FrozenTrial]:
-    best = best_of(summary)
-    return [trial for trial in finite(summary.trials) if best and sparsity_of(trial) == sparsity_of(best)]
-
-
-def told(trial: FrozenTrial, summary: Summary) -> str:
-    """Number, plan and scores of a trial in two lines, for its hover text."""
-    results = summary.results
-    scores = ((by, results.score(trial, "validation", by)) for by in results.measures)
-    said = ", ".join(f"{by.column} {found}" for by, found in scores if found or by is PERPLEXITY)
-    return f"trial {trial.number}: {escape(plan_of(trial))}<br>{said}"
-
-
-def role(name: str, trial: FrozenTrial) -> str:
-    """The name of a trial in a legend."""
-    return f"{name} (trial {trial.number})"
-
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 # Contrast at least 3:1 against white and #14171c; distinguishable by colour-blind readers.
@@ -111,8 +34,9 @@ DASHES = ("solid", "dash", "dot", "dashdot")  # after all colours: the same with
 PLUGINS = ("#0f8fa8", "#7a8f1f", "#8a6d5a")  # with the same contrast, and unlike those of the pruners that come along
 PRUNERS = {"wanda": BLUE, "sparsegpt": GREEN, "magnitude": GOLD, "dsnot": PURPLE, "alps": PINK}
 SYMBOLS = {"atp": "circle", "curve": "diamond", "uniform": "square"}
+RING = {"symbol": "circle-open", "size": 17, "color": INK, "line": {"width": 2}}
 SMALL = 11  # px, of text within a figure
-EXPLODES = 3  # times the median perplexity: trials above are hidden
+EXPLODES = 3  # times the median score: trials above are hidden
 NAMED = 2  # hidden trials that are named individually
 FAR = 2  # factor between lowest trial and dense model beyond which the axis does not reach to dense
 TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
@@ -167,10 +91,9 @@ def colour_of(pruner: str) -> str:
     return PRUNERS.get(pruner) or PLUGINS[zlib.crc32(pruner.encode()) % len(PLUGINS)]
 
 
-def error_bars(trials: Iterable[FrozenTrial], colour: str) -> dict[str, Any]:
-    """The standard errors of trials, as fine bars."""
-    errors = rounded((trial.user_attrs.get("stderr") or 0.0 for trial in trials), 4)
-    return {"array": errors, "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
+def bars(errors: Iterable[float], colour: str) -> dict[str, Any]:
+    """Standard errors as fine bars."""
+    return {"array": rounded(errors, 4), "color": faint(colour, 0.6), "thickness": 1.2, "width": 0}
 
 
 def faint(colour: str, opacity: float) -> str:
@@ -179,77 +102,156 @@ def faint(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity:g})"
 
 
-def rounded(values: Any, digits: int = 5) -> list[float]:
+def rounded(values: Iterable[Any], digits: int = 5) -> list[float]:
     """Numbers rounded to the digits that a figure can show, to keep its file small."""
     return [float(f"{value:.{digits}g}") for value in values]
 
 
+def role(name: str, trial: FrozenTrial) -> str:
+    """The name of a trial in a legend."""
+    return f"{name} (trial {trial.number})"
+
+
 @dataclass(frozen=True)
 class AxisRange:
-    """The perplexities that an axis shows, and the limit above which trials are hidden."""
+    """The scores that an axis shows, and the `top` above which trials are hidden."""
 
     low: float
     high: float
-    limit: float
-
-    def hides(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is above the limit."""
-        return value_of(trial) > self.limit
+    top: float = inf
 
     def arrow(self, value: float) -> str:
         """` ↓` or ` ↑` for a value below or above the axis, else nothing."""
         return " ↓" if value < self.low else " ↑" if value > self.high else ""
 
 
-def range_of(trials: list[FrozenTrial], dense: float | None, bounded: bool = False) -> AxisRange:
-    """The range of all trials with their errors, without those above `EXPLODES` times the median.
+class Points:
+    """The trials of a study that figures can show, the best first, by the score that it minimises, or its error."""
 
-    `bounded`: values, such as errors, are at most 1, and none is left out.
-    """
-    limit = inf if bounded else EXPLODES * statistics.median(value_of(trial) for trial in trials)
-    shown = [trial for trial in trials if value_of(trial) <= limit]
-    errors = [min(float(trial.user_attrs.get("stderr") or 0.0), value_of(trial) / 3) for trial in shown]
-    low = min(value_of(trial) - error for trial, error in zip(shown, errors, strict=True))
-    high = max(value_of(trial) + error for trial, error in zip(shown, errors, strict=True))
-    if dense is not None and low / FAR <= dense < low:
-        low = dense
-    return AxisRange(low, high, limit)
+    def __init__(self, summary: Summary) -> None:
+        self.summary, self.results = summary, summary.results
+        measured = ((trial, values_of(trial)[:1]) for trial in ranked(summary.trials))
+        self.trials = [trial for trial, values in measured if values and isfinite(values[0]) and values[0] > 0]
 
+    @property
+    def main(self) -> Measure:
+        """What the search minimises; of two, the first."""
+        return self.results.main
 
-def set_range(view: AxisRange, figure: go.Figure, labels: list[str]) -> None:
-    """Sets the axis range, and writes labels of hidden trials above the plot."""
-    figure.update_yaxes(log_axis(view.low, view.high))
-    if not labels:
-        return
-    lines = labels[:NAMED] + ([f"and {len(labels) - NAMED} more ↑"] if len(labels) > NAMED else [])
-    figure.update_layout(margin_t=44 + 14 * len(lines))
-    figure.add_annotation(
-        text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
-        align="left", showarrow=False, font={"size": SMALL},
-    )  # fmt: skip
+    @property
+    def on(self) -> str:
+        """What trials are measured on."""
+        return f"validation {self.results.data}"
 
+    @property
+    def axis(self) -> str:
+        """The title of the axis of scores."""
+        return f"{self.main.title}, {self.on}"
 
-# --- Figures of studies by accuracy: drawn by the error that is minimised, then shown as accuracies in per cent.
+    def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
+        """The score of a trial; NaN where that is not known."""
+        found = self.results.score(trial, "validation", measure or self.main)
+        return found or Estimate(value=float("nan"), stderr=0.0)
 
+    def value(self, trial: FrozenTrial) -> float:
+        """The score of a trial, without its error."""
+        return self.score(trial).value
 
-def show_accuracies(figure: go.Figure, summary: Summary, view: AxisRange) -> None:
-    """Puts scores on an axis of minimised values where the two differ; `view`: the values that the axis shows."""
-    main, images = summary.results.main, summary.results.counts.get("validation", 0)
-    if not main.is_higher_better or not images:
-        return
+    def said(self, trial: FrozenTrial) -> str:
+        """The same in a label: perplexities above the axis are large, and need no digits."""
+        return f"{self.value(trial):.0f}" if self.main is PERPLEXITY else self.score(trial).alone
 
-    def accuracy(error: float) -> float:
-        return 100 * main.of_loss(error, images)
+    @cached_property
+    def dense(self) -> Estimate | None:
+        """The score of the dense model."""
+        return self.results.score(DENSE_MODEL, "validation", self.main)
 
-    for trace in figure.data:
-        trace.y = rounded(map(accuracy, trace.y))
-        if trace.error_y.array is not None:
-            trace.error_y.array = rounded(100 * error for error in trace.error_y.array)
-    for shape in figure.layout.shapes:
-        if shape.yref == "y":
-            shape.y0 = shape.y1 = accuracy(shape.y0)
-    low, high = accuracy(view.high), accuracy(view.low)
-    pad = 0.04 * (high - low) or 1.0
-    figure.update_yaxes(
-        type="linear", range=[low - pad, min(high + pad, 101)], tickmode="auto", tickformat="~g", ticksuffix=" %"
-    )
+    @cached_property
+    def best(self) -> FrozenTrial | None:
+        """The best trial, or the first that can be shown."""
+        shown = (trial for trial in self.trials if trial == self.summary.best_trial)
+        return next(shown, next(iter(self.trials), None))
+
+    @cached_property
+    def uniform(self) -> FrozenTrial | None:
+        """The first uniform trial of the best trial's pruner and sparsity, as the summary has it."""
+        in_order = sorted(self.trials, key=lambda trial: trial.number)
+        return uniform_among(in_order, self.best) if self.best else None
+
+    @property
+    def beside_best(self) -> list[FrozenTrial]:
+        """The trials with the best trial's target."""
+        return [trial for trial in self.trials if self.best and sparsity_of(trial) == sparsity_of(self.best)]
+
+    @cached_property
+    def second(self) -> FrozenTrial | None:
+        """The best trial that is not uniform and has other sparsities than the best, with the same mean."""
+        own = levels_of(self.best)
+        others = (trial for trial in self.beside_best if trial != self.best and not is_uniform(trial))
+        return next((trial for trial in others if levels_of(trial) not in (None, own)), None)
+
+    @property
+    def worst(self) -> FrozenTrial | None:
+        """The trial with the worst score, if there are several with the target of the best."""
+        return self.beside_best[-1] if len(self.beside_best) > 1 else None
+
+    def told(self, trial: FrozenTrial) -> str:
+        """Number, plan and scores of a trial in two lines, for its hover text."""
+        scores = ((by, self.results.score(trial, "validation", by)) for by in self.results.measures)
+        said = ", ".join(f"{by.column} {found}" for by, found in scores if found or by is PERPLEXITY)
+        return f"trial {trial.number}: {escape(plan_of(trial))}<br>{said}"
+
+    def view(self, reach: Estimate | None = None) -> AxisRange:
+        """The range of all trials with their errors, and of a score that it is to reach if that is near.
+
+        Perplexities above `EXPLODES` times the median are left out.
+        """
+        scores = [self.score(trial) for trial in self.trials]
+        is_bounded = self.main.is_higher_better
+        top = inf if is_bounded else EXPLODES * statistics.median(score.value for score in scores)
+        shown = [(score.value, min(score.stderr, score.value / 3)) for score in scores if score.value <= top]
+        low, high = min(value - error for value, error in shown), max(value + error for value, error in shown)
+        if reach is not None and is_bounded and high < reach.value <= high + FAR * (high - low):
+            high = reach.value
+        elif reach is not None and low / FAR <= reach.value < low:
+            low = reach.value
+        return AxisRange(low, high, top)
+
+    def add(
+        self, figure: go.Figure, trials: Sequence[FrozenTrial], x: Sequence[Any], name: str, colour: str, **look: Any
+    ) -> None:
+        """Adds trials at these places, with errors and hover texts; `look`: what else a trace has, or has instead."""
+        scores = [self.score(trial) for trial in trials]
+        marker = {"color": colour, "size": 8, **look.pop("marker", {})}
+        usual = {
+            "y": rounded(score.value for score in scores), "error_y": bars((score.stderr for score in scores), colour),
+            "mode": "markers", "text": list(map(self.told, trials)), "hovertemplate": "%{text}<extra></extra>",
+        }  # fmt: skip
+        figure.add_scatter(x=x, name=name, marker=marker, **{**usual, **look})
+
+    def ring(self, figure: go.Figure, trial: FrozenTrial, x: float | str, **look: Any) -> None:
+        """Adds a ring around the best trial."""
+        y = rounded([self.value(trial)])
+        name = role("best", trial)
+        figure.add_scatter(x=[x], y=y, mode="markers", marker=RING, name=name, hoverinfo="skip", **look)
+
+    def compare(self, figure: go.Figure, seen: AxisRange, label: str = "uniform") -> None:
+        """Adds a line at uniform."""
+        if self.uniform is not None:
+            score = self.score(self.uniform)
+            level(figure, score.value, f"{label} {score.alone}{seen.arrow(score.value)}", UNIFORM)
+
+    def set_axis(self, figure: go.Figure, low: float, high: float, hidden: Sequence[str] = ()) -> None:
+        """Sets the axis of scores, and writes labels of hidden trials above the plot."""
+        if self.main.is_higher_better:
+            pad = 0.04 * (high - low) or 0.01
+            figure.update_yaxes(range=[low - pad, min(high + pad, 1.01)], tickformat="~%")
+        else:
+            figure.update_yaxes(log_axis(low, high))
+        if hidden:
+            lines = [*hidden[:NAMED], *([f"and {len(hidden) - NAMED} more ↑"] if len(hidden) > NAMED else [])]
+            figure.update_layout(margin_t=44 + 14 * len(lines))
+            figure.add_annotation(
+                text="<br>".join(lines), x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+                align="left", showarrow=False, font={"size": SMALL},
+            )  # fmt: skip

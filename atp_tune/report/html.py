@@ -12,8 +12,8 @@ from plotly.offline import get_plotlyjs
 
 import atp_tune
 from atp_tune import figures
-from atp_tune.figures import perplexity
-from atp_tune.figures.history import draw_history
+from atp_tune.figures.blocks import perplexities, sparsities
+from atp_tune.figures.trials import draw_history
 from atp_tune.measures import TEXTS
 from atp_tune.metrics import NAMES, ImageAnswer
 from atp_tune.report import contents as tables
@@ -57,8 +57,8 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
     summaries = [contents.summary for contents in studies]
     comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
     found = {
-        "perplexities": perplexity.perplexities(summaries) if comparable else None,
-        "sparsities": perplexity.sparsities(summaries),
+        "perplexities": perplexities(summaries) if comparable else None,
+        "sparsities": sparsities(summaries),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
 
