@@ -255,7 +255,7 @@ def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
     config.write(about)
     monkeypatch.setattr(applying, "folder_scores", replaced)
     with pytest.raises(UserError, match="was replaced while it was measured, and is left as it is"):
-        applying.measured_folder(None, None, tmp_path / "out")  # type: ignore[arg-type]
+        applying.measured_folder(None, tmp_path / "out")  # type: ignore[arg-type]
     assert read_config(about) == other
 
 

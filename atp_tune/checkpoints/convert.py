@@ -323,15 +323,17 @@ class _Tensors:
         """A tensor [...] by its name, as a dtype of safetensors; ValueError if it is not there, or damaged."""
         from atp_tune.packed.modeling_atp_sparse import read_packed
 
-        if name in self._place:
-            stored: Tensor = self._place[name].get_tensor(name)
+        if (stored := self._get(name)) is not None:
             return stored
         if name not in self._packed:
             raise ValueError(f"it has no tensor {name}")
-        dense = read_packed(self._place, name, self._packed[name])
+        dense = read_packed(self._get, name, self._packed[name])
         if dtype is not None and dtype not in dtypes():
             raise ValueError(f"{name} cannot be {dtype}")
         return dense if dtype is None else dense.to(dtypes()[dtype])
+
+    def _get(self, name: str) -> "Tensor | None":
+        return self._place[name].get_tensor(name) if name in self._place else None
 
     def save(self, folder: Path) -> None:
         """Writes config and weights of a folder that does not say how they stood before it was packed."""

@@ -17,25 +17,19 @@ INT8 = range(-128, 128)
 LARGEST = 15  # exponent below which the largest scale lies: float16 has full precision down to 2^-29 of it
 
 
-class Parts(dict[str, Tensor]):
-    """Tensors by the ends of their names, in the place of an opened file."""
-
-    def get_tensor(self, name: str) -> Tensor:
-        """A part by its name, as of a safetensors file."""
-        return self[name]
-
-
 @dataclass(frozen=True)
 class Coded:
-    """A coded tensor: its entry in the table of a config, its parts, and whether q - z of all weights fit int8."""
+    """A coded tensor: its entry in the table of a config, its parts by the ends of their names, and whether all q - z
+    fit int8.
+    """
 
     about: dict[str, Any]
-    parts: Parts
+    parts: dict[str, Tensor]
     fits: bool
 
     def decoded(self) -> Tensor:
         """The weights, float32, as every reader computes them."""
-        return read_packed(dict.fromkeys(self.parts, self.parts), "", self.about)
+        return read_packed(self.parts.get, "", self.about)
 
 
 def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bool, transposed: bool) -> Coded:
@@ -55,7 +49,7 @@ def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bo
     masked = (weight.numel() - nonzeros) * bits > weight.numel()
     used = nn.functional.pad(kept, (0, -weight.shape[-1] % size)).view(*grid.scale.shape, size).any(-1)
     halves, exponent = in_16_bits(grid.scale, used)
-    parts = Parts({CODES: pack_codes(codes[kept] if masked else codes, bits), SCALES: halves})
+    parts = {CODES: pack_codes(codes[kept] if masked else codes, bits), SCALES: halves}
     if not symmetric:
         parts[ZEROS] = pack_codes(grid.zero, bits)
     if masked:

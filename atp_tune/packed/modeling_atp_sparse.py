@@ -63,6 +63,7 @@ AUTO_CLASSES = {
 }
 PARTS = VALUES, BITMASK, SCALES, CODES, ZEROS = "_values", "_bitmask", "_scales", "_codes", "_zeros"  # ends of names
 _OWN = ("weight_values", "weight_bitmask", "weight_scales", "bias")  # parameters of a packed linear
+Get = Callable[[str], Tensor | None]  # a tensor of files by its name, if they have it
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -129,37 +130,38 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return found.flatten()[:count]
 
 
-def read_codes(place: dict[str, Any], name: str, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A tensor of codes q in opened files, as integers k = q - z, int16 [..., rows, columns], 0 where no code is kept,
-    and scales, float32 of the same shape: a weight is k times its scale.
+def read_codes(get: Get, name: str, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A tensor of codes q, as integers k = q - z, int16 [..., rows, columns], 0 where no code is kept, and scales,
+    float32 of the same shape: a weight is k times its scale.
 
-    about: its entry in the table of a config. Errors: ValueError if a part is missing, or if they disagree.
+    get: gives its parts by name; about: its entry in the table of a config. Errors: ValueError if a part is missing, or
+    if they disagree.
     """
     form = about["codes"]
     bits, columns = form["bits"], _packed_shape(about)[-1]
     rows, count = _packed_shape(about)[:-1], about["nonzeros"] if form["mask"] else prod(about["shape"])
     size = columns if form["group_size"] == -1 else form["group_size"]
-    codes = unpack_codes(_part(place, name + CODES), bits, count)
-    scales = _part(place, name + SCALES)
+    codes = unpack_codes(_part(get, name + CODES), bits, count)
+    scales = _part(get, name + SCALES)
     if scales.dtype != torch.float16 or [*scales.shape] != [*rows, -(-columns // size)]:
         raise ValueError(f"packed weight: scales {list(scales.shape)} are not of {about['shape']} weights")
     zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
     if not form["symmetric"]:
-        zeros = unpack_codes(_part(place, name + ZEROS), bits, scales.numel()).view(scales.shape)
+        zeros = unpack_codes(_part(get, name + ZEROS), bits, scales.numel()).view(scales.shape)
     of_weights = [part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales)]
     found = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
     if form["mask"]:
-        found.masked_scatter_(kept_by(_part(place, name + BITMASK), columns, count), codes)
+        found.masked_scatter_(kept_by(_part(get, name + BITMASK), columns, count), codes)
     found = found - of_weights[0]
     if int(found.count_nonzero()) != about["nonzeros"]:
         raise ValueError(f"packed weight: {int(found.count_nonzero())} codes are not 0, not {about['nonzeros']}")
     return found, of_weights[1].float() * 2.0 ** form["exponent"]
 
 
-def _part(place: dict[str, Any], name: str) -> Tensor:
-    if name not in place:
+def _part(get: Get, name: str) -> Tensor:
+    found = get(name)
+    if found is None:
         raise ValueError(f"packed folder: it has no tensor {name}")
-    found: Tensor = place[name].get_tensor(name)
     return found
 
 
@@ -177,25 +179,21 @@ def unpack_as(about: dict[str, Any], values: Tensor, bitmask: Tensor, scales: Te
     return dense.mT.contiguous() if about.get("transposed", False) else dense
 
 
-def read_packed(place: dict[str, Any], name: str, about: dict[str, Any]) -> Tensor:
-    """A packed tensor of opened files, dense; `place`: the file of each tensor. ValueError if a part is missing.
+def read_packed(get: Get, name: str, about: dict[str, Any]) -> Tensor:
+    """A packed tensor, dense; `get` gives its parts by name. ValueError if one is missing.
 
     One of codes is float32.
     """
     if "codes" in about:
-        codes, scales = read_codes(place, name, about)
+        codes, scales = read_codes(get, name, about)
         dense = codes * scales
         return dense.mT.contiguous() if about.get("transposed", False) else dense
-    scaled = name + SCALES in place
-    parts = [_part(place, name + end) for end in (VALUES, BITMASK, *([SCALES] if scaled else []))]
-    return unpack_as(about, *parts)
+    return unpack_as(about, _part(get, name + VALUES), _part(get, name + BITMASK), get(name + SCALES))
 
 
-def _expanded(
-    place: dict[str, Any], name: str, about: dict[str, Any], table: dict[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
+def _expanded(get: Get, name: str, about: dict[str, Any], table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors in memory of a linear whose file has codes: int8 values are the integers, others weights."""
-    codes, scales = read_codes(place, name, about)
+    codes, scales = read_codes(get, name, about)
     kept = codes != 0
     yield name + BITMASK, bitmask_of(kept)
     if table["values"] != "int8":
@@ -676,12 +674,16 @@ def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterato
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+
+        def get(name: str) -> Tensor | None:
+            return place[name].get_tensor(name) if name in place else None
+
         for name in place.keys() - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
             yield name, place[name].get_tensor(name)
         for name, about in coded.items():
-            yield from _expanded(place, name, about, table)
+            yield from _expanded(get, name, about, table)
         for name, about in packed.items():
-            yield name, read_packed(place, name, about)
+            yield name, read_packed(get, name, about)
 
 
 class Form(NamedTuple):

@@ -1,21 +1,20 @@
 """Writes the sparse checkpoint of a configuration or a plan, and measures its perplexity from the folder."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import WEIGHTS, bytes_of, dtypes
+from atp_tune.checkpoints.convert import WEIGHTS, bytes_of
 from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.files import CODE, copy_small, is_slim, places, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, ModelFolder
@@ -45,6 +44,7 @@ Write = Callable[..., None]  # of context, plan, folder and configuration, as `w
 Save = Callable[[Checkpoint, PrunedBlock, str], dict[str, Tensor]]  # what is written of a tensor of a block, by name
 
 
+CONFIG = "config.json"
 SOURCE = "source"  # the number format of the dense model's files
 
 
@@ -223,7 +223,8 @@ def folder_scores(setup: Setup, folder: Path, title: str) -> dict[str, Scores]:
 # --- Writes a sparse checkpoint: copies the source's safetensors shards, and overwrites the pruned tensors in them.
 #
 # All other tensors stay equal to the source's byte for byte. Only one tensor at a time is in memory, however the source
-# distributes its blocks over shards. A disk that is too small shows before anything is pruned.
+# distributes its blocks over shards; with another number format one shard. A disk that is too small shows before
+# anything is pruned.
 
 
 @dataclass(eq=False)
@@ -256,10 +257,10 @@ class Shards:
         """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
         found = {name: self.find(name) for name in names}
         for shard in self._places:
-            if self.dtype is None:
-                shutil.copyfile(self.source / shard, out / shard)
-            else:
+            if self.dtype is not None:
                 cast(self.source / shard, out / shard, self.dtype)
+                continue
+            shutil.copyfile(self.source / shard, out / shard)
             (out / shard).chmod(0o644)
         there = {shard: places(out / shard) for shard in self._places}
         with ExitStack() as stack:
@@ -280,42 +281,47 @@ class Shards:
         assert not found
 
 
+def rewrite(source: Path, out: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> list[str]:
+    """Writes a file of weights with what is made of each of its tensors, and returns the names; it is in memory."""
+    made: dict[str, Tensor] = {}
+    with safe_open(source, framework="pt") as opened:
+        metadata = opened.metadata() or {"format": "pt"}
+        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            made |= change(name, opened.get_tensor(name))
+    save_file(made, out, metadata=metadata)
+    out.chmod(0o644)  # as the others; safetensors lets only the owner read it
+    return [*made]
+
+
 def cast(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Writes a file of weights with all its floats in a number format, one tensor at a time; UserError on overflow."""
-    kinds, header, end = dtypes(), dict[str, Any](), 0
-    name_of = {kind: name for name, kind in kinds.items()}
-    for name, entry in read_header(source).items():
-        (start, stop), kind = entry["data_offsets"], kinds.get(entry["dtype"])
-        size = stop - start if kind is None else (stop - start) // kind.itemsize * dtype.itemsize
-        header[name] = {**entry, "data_offsets": [end, end := end + size]}
-        if kind is not None:
-            header[name]["dtype"] = name_of[dtype]
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with safe_open(source, framework="pt") as tensors, out.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, entry in header.items():
-            stored = tensors.get_tensor(name)
-            written = stored.to(dtype) if entry["dtype"] == name_of[dtype] else stored
-            if written.is_floating_point() and stored.isfinite().all() and not written.isfinite().all():
-                raise UserError(f"--dtype: {name} has values that {dtype} cannot hold; take bfloat16")
-            stream.write(bytes_of(written))
+    """Writes a file of weights with all its floats in a number format; UserError on overflow."""
+
+    def converted(name: str, stored: Tensor) -> dict[str, Tensor]:
+        written = stored.to(dtype) if stored.dtype in DTYPES.values() else stored
+        if written.is_floating_point() and stored.isfinite().all() and not written.isfinite().all():
+            raise UserError(f"--dtype: {name} has values that {dtype} cannot hold; take bfloat16")
+        return {name: written}
+
+    rewrite(source, out, converted)
 
 
 def declare(folder: Path, dtype: torch.dtype) -> None:
     """Says in the config of a folder in which number format its weights are, and in their index how large they are."""
-    table = read_table(folder / "config.json")
+    table, name = read_table(folder / CONFIG), str(dtype).removeprefix("torch.")
     for part in (table, *(value for value in table.values() if isinstance(value, dict))):
-        for key in {"dtype", "torch_dtype"} & part.keys():
-            part[key] = str(dtype).removeprefix("torch.")
-    table.setdefault("dtype", str(dtype).removeprefix("torch."))
-    write_table(folder / "config.json", table)
+        part.update(dict.fromkeys({"dtype", "torch_dtype"} & part.keys(), name))
+    table.setdefault("dtype", name)
+    write_table(folder / CONFIG, table)
+    say_size(folder)
+
+
+def say_size(folder: Path) -> None:
+    """Says in the index of a folder, if it has one, how large its weights are."""
     for index in folder.glob("*.safetensors.index.json"):
         named = read_table(index)
         headers = [read_header(folder / file) for file in {*named["weight_map"].values()}]
-        sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for each in headers for entry in each.values()]
-        named["metadata"] = {**named.get("metadata", {}), "total_size": sum(sizes)}
-        write_table(index, named)
+        size = sum(max(entry["data_offsets"][1] for entry in header.values()) for header in headers)
+        write_table(index, {**named, "metadata": {**named.get("metadata", {}), "total_size": size}})
 
 
 @contextmanager
@@ -337,7 +343,6 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
 # --- The code in a slim folder: always that of this package, since the folder's card tells people to trust it.
 
 OURS = Path(modeling_atp_sparse.__file__)
-CONFIG = "config.json"
 NAMING = ("auto_map", "custom_pipelines")  # keys by which transformers finds code, in this folder or in another
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -28,21 +27,20 @@ from atp_tune.checkpoints.convert import (
     as_bytes,
     as_text,
     bytes_of,
-    dtypes,
     is_packed,
     one_line,
     quiet,
     sha256_of_tensor,
     unpack_folder,
 )
-from atp_tune.checkpoints.devices import Tensors, find_device
+from atp_tune.checkpoints.devices import DTYPES, Tensors, find_device
 from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.codes import Coded, Parts, encode, fits_kernel, spread
+from atp_tune.packed.codes import Coded, encode, fits_kernel, spread
 from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -50,6 +48,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     SCALES,
     VALUES,
     VERSION,
+    WEIGHTS,
     WITH_CODES,
     auto_map,
     class_of,
@@ -58,7 +57,7 @@ from atp_tune.packed.modeling_atp_sparse import (
 )
 from atp_tune.quantizers.rounding import Grid
 from atp_tune.run.session import Setup
-from atp_tune.sparse.applying import Way, folder_scores, sparse_folder, write_sparse
+from atp_tune.sparse.applying import CONFIG, Way, folder_scores, rewrite, sparse_folder, write_sparse
 from atp_tune.sparse.card import Packed, describe
 from atp_tune.sparse.provenance import ABOUT as PROVENANCE
 from atp_tune.sparse.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
@@ -85,7 +84,6 @@ class Codes:
 
     def __post_init__(self) -> None:
         self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
-        self._stored = set[str]()
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
@@ -113,22 +111,18 @@ class Codes:
             found[part] = coded.decoded()
             file = self.place / f"{len(self._known)}.safetensors"
             save_file(coded.parts, file)
-            self._known[part] = file, replace(coded, parts=Parts())
+            self._known[part] = file, replace(coded, parts={})
         return found
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
-        """The codes of a tensor by the names that it may have; None if it was not rounded."""
-        name = next((name for name in names if name in self._known), None)
-        if name is None:
-            return None
-        self._stored.add(name)
-        file, coded = self._known[name]
-        return replace(coded, parts=Parts(load_file(file)))
+        """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
+        found = next((self._known.pop(name) for name in names if name in self._known), None)
+        return found and replace(found[1], parts=load_file(found[0]))
 
     def check_all_stored(self) -> None:
         """UserError if a rounded tensor was not asked for."""
-        if lacking := self._known.keys() - self._stored:
-            raise UserError(f"--packed: the checkpoint has no tensor {min(lacking)}, whose codes are to be stored")
+        if self._known:
+            raise UserError(f"--packed: the checkpoint has no tensor {min(self._known)}, whose codes are to be stored")
 
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
@@ -151,7 +145,7 @@ def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Cod
 
 
 CODE = Path(modeling_atp_sparse.__file__)
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 IMAGES = "AutoModelForImageClassification"
 
 
@@ -270,34 +264,25 @@ class _Packing:
 
     def pack_shard(self, shard: str, folder: Path) -> None:
         """Packs one file of the weights, under a name by which transformers finds it as a variant of the weights."""
-        file, out = self.source / shard, folder / "model.packed.safetensors"
+        file, out = self.source / shard, folder / WEIGHTS
         if len(self.shards) > 1:
             number, count = self.shards.index(shard) + 1, len(self.shards)
             out = folder / f"model.packed-{number:05}-of-{count:05}.safetensors"
-        entries = read_header(file)  # UserError if it is none
+        read_header(file)  # UserError if it is none
         with file.open("rb") as stream:
             self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-        tensors: Tensors = {}
-        with safe_open(file, framework="pt") as opened:
-            for name, entry in entries.items():
-                dense = opened.get_tensor(name)
-                found = self._pack(name, dense, entry["dtype"])
-                tensors.update(found or {name: dense})
-                if found is None and self._kind != "same":
-                    self._original.tensors[name] = sha256_of_tensor(dense)
-        save_file(tensors, out, metadata={"format": "pt"})
-        out.chmod(0o644)  # as the others; safetensors lets only the owner read it
-        self._places.update(dict.fromkeys(tensors, out.name))
+        self._places.update(dict.fromkeys(rewrite(file, out, self._pack), out.name))
         self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
 
-    def _pack(self, name: str, dense: Tensor, dtype: str) -> Tensors | None:
-        """The tensors in the place of a sparse or a coded one; None for one that stays."""
-        names, coded = (name, name.removeprefix(self._prefix), self._prefix + name), None
-        is_sparse = dtype in dtypes() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
-        if self._codes is not None:
-            coded = self._codes.find(names)
+    def _pack(self, name: str, dense: Tensor) -> Tensors:
+        """The tensors in the place of a sparse or a coded one, or the one that stays."""
+        names = (name, name.removeprefix(self._prefix), self._prefix + name)
+        is_sparse = dense.dtype in DTYPES.values() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
+        coded = None if self._codes is None else self._codes.find(names)
         if not (is_sparse if self._codes is None else coded):
-            return None
+            if self._kind != "same":
+                self._original.tensors[name] = sha256_of_tensor(dense)
+            return {name: dense}
         linear = next((other for other in names if other in self._packable), None) if is_sparse else None
         about: Table = {"shape": [*dense.shape]}
         if linear is not None:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.allocations.channels import ChannelSet
@@ -34,7 +32,7 @@ from atp_tune.packed.modeling_atp_sparse import LANGUAGE, VERSION
 from atp_tune.packed.modeling_atp_sparse import SLIM as MODEL_TYPE
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
-from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, sparse_folder, write_sparse
+from atp_tune.sparse.applying import CONFIG, SOURCE, Way, bring_own_code, rewrite, say_size, sparse_folder, write_sparse
 from atp_tune.sparse.card import describe
 from atp_tune.sparse.packing import check_class, empty_model
 from atp_tune.sparse.provenance import ABOUT, manifest_of
@@ -59,14 +57,18 @@ def check_equal(context: Session, masked: Path, slim: Path) -> None:
 
     A message says what could not be compared, or not closely.
     """
-    dtype = _dtype(context.checkpoint)
+    checkpoint, has_cache = context.checkpoint, not classifies_images(slim)
+    dtype = checkpoint.dtype
+    if dtype not in TOLERANCES:  # of 16 bits
+        size = 4 * sum(parameter.numel() for parameter in checkpoint.model.parameters())
+        if size <= FITS * min(free_memory(checkpoint.device), host_memory()):
+            dtype = torch.float32
     tolerance = TOLERANCES.get(dtype, LOOSE)
     if dtype not in TOLERANCES:
         name = str(dtype).removeprefix("torch.")
         said = f"float32 does not fit into memory: compared in {name}, where {tolerance:.0%} of difference passes"
         context.watch(Message(f"--slim: {said}"))
     expected = _logits(context, masked, dtype)[0]
-    has_cache = not classifies_images(slim)
     logits, cached, reason = _logits(context, slim, dtype, has_cache)
     if cached is None and has_cache:
         context.watch(Message(f"--slim: not compared with cached keys and values: {reason}"))
@@ -76,17 +78,9 @@ def check_equal(context: Session, masked: Path, slim: Path) -> None:
         difference = float((found.double() - expected.double()).norm() / expected.double().norm())
         if not difference <= tolerance:
             raise UserError(
-                f"--slim: {type(context.checkpoint.model).__name__} computes other logits once its channels are cut "
+                f"--slim: {type(checkpoint.model).__name__} computes other logits once its channels are cut "
                 f"({what} cached keys: {difference:.2g} apart); `apply` without --slim writes it"
             )
-
-
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the comparison: float32 in the place of one of 16 bits, if such a model fits beside this one."""
-    if checkpoint.dtype in TOLERANCES:
-        return checkpoint.dtype
-    size = 4 * sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    return torch.float32 if size <= FITS * min(free_memory(checkpoint.device), host_memory()) else checkpoint.dtype
 
 
 def _logits(
@@ -102,28 +96,22 @@ def _logits(
                 for index in range(len(checkpoint.blocks)):
                     hidden = replay.run(index, checkpoint.weights(index), hidden)
                 return replay.logits(batch, hidden).cpu(), None, "the blocks are copied to the device one by one"
-            found = replay.forward(batch).logits.cpu()
-            return found, _cached(checkpoint.model, batch) if cached else None, "the model keeps none"
+            found, model = replay.forward(batch).logits.cpu(), checkpoint.model
+            if not cached:
+                return found, None, ""
+            # Half of the tokens first, the others after their cached keys and values.
+            half = batch.shape[1] // 2
+            first = model(batch[:, :half], use_cache=True)
+            if getattr(first, "past_key_values", None) is None:
+                return found, None, "the model keeps none"
+            second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
+            return found, torch.cat([first.logits, second.logits], 1).cpu(), ""
     except UserError:
         raise
     except Exception as error:  # models raise many types for shapes that do not fit
         raise UserError(f"--slim: this model cannot run with fewer channels: {one_line(error)}") from error
 
 
-def _cached(model: Any, batch: Tensor) -> Tensor | None:
-    """Logits for token ids [items, positions], half of them first, the others after their cached keys and values.
-
-    None for a model that keeps none.
-    """
-    half = batch.shape[1] // 2
-    first = model(batch[:, :half], use_cache=True)
-    if getattr(first, "past_key_values", None) is None:
-        return None
-    second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
-    return torch.cat([first.logits, second.logits], 1).cpu()
-
-
-INDEX = "model.safetensors.index.json"
 OWN_CODE = "--slim: a model with code of its own cannot be slim; `apply` without --slim writes it"
 
 
@@ -174,12 +162,8 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
         with sparse_folder(masked, out) as folder:
             linears = cuts.tensors(masked)
             for file in sorted(masked.glob("*.safetensors")):
-                with safe_open(file, framework="pt") as opened:
-                    metadata = opened.metadata() or {"format": "pt"}
-                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                tensors |= {name: linears[name].of(tensors[name]) for name in tensors.keys() & linears.keys()}
-                save_file(tensors, folder / file.name, metadata=metadata)
-                (folder / file.name).chmod(0o644)
+                rewrite(file, folder / file.name, lambda name, x: {name: linears[name].of(x) if name in linears else x})
+            say_size(folder)
             # Writes the config of an ordinary folder if one says all widths, else that of a slim one, and its code.
             table = read_table(folder / CONFIG)
             wanted = {name: cut.shape for name, cut in cuts.linears.items()}
@@ -191,10 +175,6 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
             write_table(folder / CONFIG, plain)
             if is_slim(folder):
                 bring_own_code(folder)
-            if (folder / INDEX).is_file():  # its total size is another now
-                index = read_table(folder / INDEX)
-                index["metadata"] = {}
-                write_table(folder / INDEX, index)
             check_equal(context, masked, folder)
             about = read_config(masked / ABOUT)
             manifest = manifest_of(folder, device_name(context.checkpoint.device))

@@ -331,7 +331,7 @@ class Trainer:
                     raise UserError(
                         f"{path}: was begun with another {differing[0]}; give the same options, or remove the file"
                     )
-                self.losses = stored.get_tensor("losses").tolist()
+                self.losses[:] = stored.get_tensor("losses").tolist()
                 measured = stored.get_tensor("held-out losses").tolist()
                 self.early_stop.losses = [(int(step), loss) for step, loss in measured]
                 for name, parameter in self._parameters.items():
