@@ -14,7 +14,8 @@ from test_trust import CODE, change
 from test_zeroshot import make_tasks
 from tinystudy import Answer, CommandLine, script, stored
 
-from atp_tune.api.arguments import changed, goal_of
+from atp_tune.api.arguments import changed
+from atp_tune.api.arguments import overrides as typed
 from atp_tune.api.presets import (
     HUB_TEXTS,
     PARTS,
@@ -86,7 +87,7 @@ def test_prices_are_not_for_experts(here: Path) -> None:
         shutil.copy(file, here / "Mixture")
     said, allocations = list[str](), []
     for source in ("Tiny_Llama", "Mixture"):
-        study = StudyRequest(source, 0.5, texts="own.txt").study("x", "cpu", {}, said.append)
+        study = StudyRequest(source, 0.5, texts="own.txt").study("cpu", {}, said.append)
         allocations.append((*study.allocation.names, study.search.trials))
     assert allocations == [("row-prices", 4), ("atp", 8)]
     assert [line for line in said if "experts" in line] == [
@@ -218,13 +219,13 @@ def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
     sparsity: float, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the same command beside this one, which then joins, or by another, which is refused."""
-    make, started, path = tune._make, list[Path](), here / "studies" / "a.toml"
+    make, started, path = StudyRequest.study, list[Path](), here / "studies" / "a.toml"
 
-    def made_by_two(*arguments: Any) -> Study:
-        write_study(path, StudyRequest("Tiny_Llama", sparsity, "quick").study("a", "cpu", {}, print), ())
-        return make(*arguments)
+    def made_by_two(request: StudyRequest, *arguments: Any) -> Study:
+        write_study(path, make(StudyRequest("Tiny_Llama", sparsity, "quick"), "cpu", {}, print), ())
+        return make(request, *arguments)
 
-    monkeypatch.setattr(tune, "_make", made_by_two)
+    monkeypatch.setattr(StudyRequest, "study", made_by_two)
     monkeypatch.setattr(tune, "_start", lambda path, options: started.append(path))
     answer = command("Tiny_Llama", "--sparsity", "0.5", "--preset", "quick", "--name", "a")
     assert tomllib.loads(path.read_text())["sparsity"] == sparsity
@@ -234,7 +235,7 @@ def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
 
 def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> None:
     request = StudyRequest("Tiny_Llama", 0.5, "quick", texts="own.txt")
-    study = request.study("a", "cpu", {}, lambda _: None)
+    study = request.study("cpu", {}, lambda _: None)
     request.check_same(study, Path("a.toml"))
     for other, key in (
         (StudyRequest("Tiny_Llama", 0.6), "sparsity is 0.5 there, and 0.6 is asked for"),
@@ -249,7 +250,7 @@ def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> Non
 
 def test_another_interval_or_limit_of_the_same_name(here: Path) -> None:
     request = StudyRequest("Tiny_Llama", (0.3, 0.8), "quick", texts="own.txt", limit={"max_kl": 0.1})
-    study = request.study("a", "cpu", {}, lambda _: None)
+    study = request.study("cpu", {}, lambda _: None)
     request.check_same(study, Path("a.toml"))
     for other, key in (
         (StudyRequest("Tiny_Llama", (0.3, 0.7), limit={"max_kl": 0.1}), "sparsity is 0.3..0.8 there, and 0.3..0.7 is"),
@@ -276,7 +277,7 @@ def test_the_search_over_an_interval(
     preset: str, limit: dict[str, float] | None, expected: tuple[object, ...], here: Path
 ) -> None:
     request = StudyRequest("Tiny_Llama", (0.1, 0.9), preset, texts="own.txt", limit=limit)
-    study = request.study("a", "cpu", {}, lambda _: None)
+    study = request.study("cpu", {}, lambda _: None)
     search, screen = study.search, study.search.screen
     screened = (screen.trials, screen.confirm) if screen else ()
     assert (*search.objective, *screened, search.trials) == expected
@@ -284,7 +285,7 @@ def test_the_search_over_an_interval(
     assert (study.limit.given if study.limit else None) == limit
     is_quick = preset == "quick"
     assert (study.texts.calibration.draws, study.recover is None) == (1 if is_quick else 3, is_quick)
-    other = replace(request, allocations=("atp",), recover=True).study("a", "cpu", {}, lambda _: None)
+    other = replace(request, allocations=("atp",), recover=True).study("cpu", {}, lambda _: None)
     assert (other.search.screen is None, other.recover is None) == (False, limit is None)
 
 
@@ -427,9 +428,9 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
 
 def test_a_preset_without_a_gpu_is_quick(tiny_place: Path) -> None:
     request = StudyRequest(str(tiny_place / "model"), 0.5, texts=str(tiny_place / "long.txt"))
-    study = request.study("a", "cpu", {}, lambda _: None)
+    study = request.study("cpu", {}, lambda _: None)
     assert study.allocation.names == ("row-prices",) and study.search.trials == PRESETS["quick"].trials // 2
-    both = replace(request, allocations=("prices", "curve")).study("a", "cpu", {}, lambda _: None)
+    both = replace(request, allocations=("prices", "curve")).study("cpu", {}, lambda _: None)
     assert both.search.trials == PRESETS["quick"].trials
 
 
@@ -486,15 +487,16 @@ def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float
 def test_what_settings_ask_for_is_asked_for(overrides: list[str], sparsity: object, limit: object, here: Path) -> None:
     """Without an option a limit was added that nobody gave, and the settings were refused for it."""
     settings = dict(text.split("=", 1) for text in overrides)
-    assert goal(None, None, tables(overrides)) == (sparsity, limit)
+    assert goal(None, {}, tables(overrides)) == (sparsity, limit)
     python = {
         key: tomllib.loads(f"v = {value}")["v"] if value[0] in "[{0" else value for key, value in settings.items()
     }
-    target, found, asked = goal_of(None, {}, python)
+    asked = tables(typed(python))
+    target, found = goal(None, {}, asked)
     assert (target, found) == (sparsity, limit)
     if limit is None or "min_accuracy" not in limit:  # type: ignore[operator]
         request = StudyRequest("Tiny_Llama", target, "quick", texts="own.txt", limit=found, settings=asked)
-        study = request.study("a", "cpu", {}, lambda _: None)
+        study = request.study("cpu", {}, lambda _: None)
         file = changed(StudyFile("a", Path("a.toml"), study), python, False)
         assert (file.study.sparsity, file.study.limit and file.study.limit.given) == (sparsity, limit)
 
@@ -512,9 +514,9 @@ def test_nothing_unasked_contradicts_a_setting(
 ) -> None:
     """The speed, the training and the screening of a preset were, each, a reason to refuse channels."""
     limit = {"max_increase": 0.1} if sparsity == WHOLE else None
-    asked = goal_of(None, {}, settings)[2]
+    asked = tables(typed(settings))
     request = StudyRequest("Tiny_Llama", sparsity, "balanced", (), (allocation,), "own.txt", limit, settings=asked)
-    study = request.study("a", "cpu", {}, lambda _: None)
+    study = request.study("cpu", {}, lambda _: None)
     file = changed(StudyFile("a", Path("a.toml"), study), settings, False)
     assert (file.study.recover, file.study.speed) == (None, "bits" in settings)
 
@@ -541,9 +543,9 @@ def test_limits_as_people_type_them() -> None:
         ("max_perplexity", "20", 20.0), ("max_kl", "1e-1", 0.1),
     ):  # fmt: skip
         assert parse_limit(key, text) == value
-        assert goal(None, {key: value}) == (WHOLE, {key: value})
-    assert goal(None, None) == (WHOLE, {"max_increase": 0.1})
-    assert goal("60%", None) == (0.6, None)
+        assert goal(None, {key: text}, {}) == (WHOLE, {key: value})
+    assert goal(None, {}, {}) == (WHOLE, {"max_increase": 0.1})
+    assert goal("60%", {}, {}) == (0.6, None)
 
 
 def test_options_may_come_first(here: Path, command: CommandLine) -> None:

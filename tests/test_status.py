@@ -342,7 +342,7 @@ def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
 
 def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], study: optuna.Study) -> None:
     """The clock alone is no change; a new trial is, and then it alone is shown."""
-    view = live_status.PipeView()
+    view = live_status.Changes()
     add(study, 0.0, 10.0)
     add(study, 0.1, state=TrialState.RUNNING)
     view.show(summarise(study))

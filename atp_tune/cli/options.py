@@ -108,11 +108,17 @@ def load_study(
 
     `plugins`: None where no code of plug-ins is needed, else whether it may run; `folder`: where their places start.
     """
-    from atp_tune.spec.studyfile import absolute_storage, load
+    from atp_tune.spec.studyfile import load
 
-    place = absolute_storage(storage, Path()) if storage else None
-    named = [f"{key}={value}" for key, value in (("storage", place), ("device", device)) if value is not None]
-    return load(study, [*(set_ or []), *named], plugins, folder)
+    return load(study, [*(set_ or []), *placed(storage, device)], plugins, folder)
+
+
+def placed(storage: str | None, device: str | None) -> list[str]:
+    """A storage, whose path starts at the current folder, and a device as overrides of a study file."""
+    from atp_tune.spec.studyfile import absolute_storage
+
+    found = {"storage": absolute_storage(storage, Path()) if storage else None, "device": device}
+    return [f"{key}={value}" for key, value in found.items() if value is not None]
 
 
 def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:

@@ -40,9 +40,6 @@ class WorkerJob:
     mix: bool = False
 
 
-WorkerPool = Callable[[WorkerJob, Display], None]
-
-
 class StudyWorker(ABC):
     """One worker, which is restarted when it dies."""
 

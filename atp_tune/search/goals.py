@@ -191,9 +191,11 @@ APART = 1 / 28  # of an interval: half a step (0.002) of the paper's grid, on 32
 
 def screening_file(file: StudyFile, screen: ScreenConfig) -> StudyFile:
     """The study file of the screening: the main one with overrides, without a limit."""
-    values: tuple[str | int, ...] = ("dense", screen.stride, screen.trials, "none", "none")
+    values = ("dense", screen.stride, screen.trials, "none", "none")
     keys = [key.replace("texts.", f"{file.study.data.table}.") for key in CHANGED]
-    return overridden(file, {**dict(zip(keys, values, strict=True)), "limit": "none"})
+    return overridden(
+        file, ["limit=none", *(f"{key}={value}" for key, value in zip(keys, values, strict=True))], file.trusts_plugins
+    )
 
 
 def renamed(watch: EventHandler) -> EventHandler:

@@ -7,7 +7,7 @@ FILE is `FILE with --set KEY=VALUE` if an override is the cause. `atp_tune.spec.
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -377,13 +377,19 @@ def load(
     return StudyFile(path.stem, path, study, own, bool(plugins), trusts_model)
 
 
-def overridden(file: StudyFile, changes: Mapping[str, str | int]) -> StudyFile:
-    """A copy of the study file with other values at dotted keys, set in the same way as overrides."""
+def overridden(file: StudyFile, texts: Sequence[str], plugins: bool) -> StudyFile:
+    """A copy of a study file, which need not exist, with `key.path=value` overrides; UserError for wrong ones.
+
+    `plugins`: whether the code of its plug-ins may run.
+    """
     data = file.study.model_dump(mode="json", exclude_unset=True)
-    overrides = [f"{key}={value}" for key, value in changes.items()]
-    for text in overrides:
-        override(data, text, file.path)
-    return replace(file, study=Study.model_validate(data), overrides=(*file.overrides, *overrides))
+    keys = [(text, override(data, text, file.path)) for text in texts]
+    try:
+        study = plug_in(Study.model_validate(data), file.folder, plugins)
+    except ValidationError as error:
+        raise invalid(file.path, error, keys) from None
+    kept = (text for text in texts if not text.startswith(PLACES))
+    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
 
 
 def settings(file: StudyFile) -> dict[str, Any]:

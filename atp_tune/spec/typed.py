@@ -115,13 +115,14 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 
 
 def goal(
-    sparsity: Any, limit: Limit | None, settings: Mapping[str, Any] | None = None
+    sparsity: Any, limits: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[float | Interval, Limit | None]:
     """The sparsity, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
 
-    `settings`: tables of overrides of the study file, which may ask for either. UserError for wrong ones.
+    `limits`: as of `only_limit`; `settings`: tables of overrides of the study file, which may ask for either. UserError
+    for wrong ones.
     """
-    settings = settings or {}
+    limit = only_limit(limits)
     own = settings.get("limit")
     if limit is None and isinstance(own, Mapping):
         limit = only_limit({key: value for key, value in own.items() if key in (*LOWEST, "min_accuracy")})

@@ -7,13 +7,12 @@ that is resumed goes on in the same run and no trial is written twice. Each impo
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from atp_tune.errors import without_secrets
 from atp_tune.utils.cache import alone_with, write_atomically
-from atp_tune.utils.extras import require
 
 PROJECT = "atp_tune"  # of Weights & Biases; MLflow calls it an experiment
 TAG = "atp_tune.study"  # by which MLflow finds a run again
@@ -145,9 +144,3 @@ class WandbRun:
 
 # Each name is also that of the module that the tracker needs, and of the extra that installs it.
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoardRun, "mlflow": MLflowRun, "wandb": WandbRun}
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """UserError if the package of a tracker is missing."""
-    for name in names:
-        require(name, f"--track {name}")

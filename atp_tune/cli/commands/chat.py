@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -36,12 +36,7 @@ HELP = """\
 class ChatSession:
     """A conversation with one model, or with both; they see the same messages."""
 
-    def __init__(
-        self,
-        speaker: "Callable[[Which], Speaker]",
-        options: "ChatOptions",
-        system: str | None,
-    ) -> None:
+    def __init__(self, speaker: "Callable[[Which], Speaker]", options: "ChatOptions", system: str | None) -> None:
         """`speaker` loads a model; UserError if `system` is given and the sparse model has no chat template."""
         self._speaker = speaker
         self._options = options
@@ -72,22 +67,20 @@ class ChatSession:
             if line == "/quit":
                 return
             try:
-                self._take(line)
+                self._reply(line) if line and not line.startswith("/") else self._obey(line)
             except UserError as error:
                 console.print(f"error: {error}")
 
-    def answer_once(self, text: str) -> None:
-        """Prints the answer to one message, and nothing else."""
-        self._messages.append({"role": "user", "content": text})
-        self._answer("sparse", lambda: False)
+    def answer(self, side: "Which", text: str, is_stopped: Callable[[], bool]) -> "Answer":
+        """Prints the answer to a message as it comes, and nothing else."""
+        messages: list[ChatMessage] = [*self._messages, {"role": "user", "content": text}]
+        answer = self._speaker(side).answer(messages, self._options, _say, is_stopped)
+        console.print()
+        return answer
 
-    def _take(self, line: str) -> None:
-        """Obeys a command, or answers a message."""
-        if not line:
-            return
-        if not line.startswith("/"):
-            self._reply(line)
-        elif line == "/reset":
+    def _obey(self, line: str) -> None:
+        """Obeys a command; does nothing for an empty line."""
+        if line == "/reset":
             self._messages = list(self._system)
             console.print("a new conversation", style="dim")
         elif line == "/help":
@@ -97,41 +90,27 @@ class ChatSession:
                 self._speaker(side)  # loaded now, not while a person waits for an answer
             self._shown = shown
             console.print("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
-        else:
+        elif line:
             console.print(f"{line}: is no command; /help lists them")
 
     def _reply(self, text: str) -> None:
         """Answers a message by each model that is shown; the last answer stays in the conversation."""
         if not is_text(text):
             raise UserError("the message is not UTF-8 text; write it again")
-        before = list(self._messages)
-        self._messages.append({"role": "user", "content": text})
         answer: Answer | None = None
-        try:
-            with stoppable() as is_stopped:
-                for side in SIDES[self._shown]:
-                    if is_stopped():
-                        break
-                    if self._shown == "both":
-                        console.print(f"{side}:", style="bold")
-                    answer = self._answer(side, is_stopped)
-                    self._note(answer)
-        except UserError:
-            self._messages = before
-            raise
-        self._messages.append({"role": "assistant", "content": answer.text if answer else ""})
-
-    def _answer(self, side: "Which", is_stopped: Callable[[], bool]) -> "Answer":
-        """Prints an answer as it comes."""
-        answer = self._speaker(side).answer(self._messages, self._options, _say, is_stopped)
-        console.print()
-        return answer
-
-    def _note(self, answer: "Answer") -> None:
-        if answer.ended_by == "length":
-            console.print("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
-        if answer.ended_by == "person":
-            console.print("(stopped)", style="dim")
+        with stoppable() as is_stopped:
+            for side in SIDES[self._shown]:
+                if is_stopped():
+                    break
+                if self._shown == "both":
+                    console.print(f"{side}:", style="bold")
+                answer = self.answer(side, text, is_stopped)
+                if answer.ended_by == "length":
+                    console.print("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
+                if answer.ended_by == "person":
+                    console.print("(stopped)", style="dim")
+        said = answer.text if answer else ""
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
 
 
 def _say(text: str) -> None:
@@ -199,46 +178,13 @@ def chat(
         system TEXT: System message, for a chat template.
     """
     options.check("DIR|FILE", model, storage=options.storage)
-    from atp_tune.cli.terminal import quiet
-
-    try:
-        with quiet(), _place(model, options) as (place, where, allowed):
-            _chat(place, (max_new_tokens, temperature), system, where, allowed)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextmanager
-def _place(model: Path | None, options: BestOptions) -> Iterator[tuple[Path, str, dict[str, bool]]]:
-    """The folder or the configuration to talk with, the device, and what may run; of a study it is removed again."""
-    if model is not None:
-        yield model, options.device or "auto", options.allowed
-        return
-    from atp_tune.cli.display import Display
-    from atp_tune.utils.cache import cache_dir, temporary_folder
-
-    best = options.best()
-    with temporary_folder(cache_dir("recovered") / "model") as place:
-        if best.config.is_trained:  # which are weights of a folder
-            with Display() as display:
-                best.made(display if at_terminal() else ignore_events).save(place / "trained")
-            yield place / "trained", best.device, best.allowed
-            return
-        best.made(ignore_events).write(place / "best.json")
-        yield place / "best.json", best.device, best.allowed
-
-
-def at_terminal() -> bool:
-    """Whether a person types and reads; else the input is one message, and only its answer is printed."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def _chat(place: Path, options: tuple[int, float], system: str | None, device: str, allowed: dict[str, bool]) -> None:
     from atp_tune.checkpoints.devices import oom_as_user_error
-    from atp_tune.cli.commands.chat import ChatSession, as_message
+    from atp_tune.cli.display import Display
+    from atp_tune.cli.terminal import quiet
     from atp_tune.events import Event, Message, Place, TrialStarted
     from atp_tune.run.generation import ChatOptions
     from atp_tune.sparse.comparing import CHAT, BothModels
+    from atp_tune.utils.cache import cache_dir, temporary_folder
 
     def show(event: Event) -> None:
         if isinstance(event, Message):
@@ -246,12 +192,26 @@ def _chat(place: Path, options: tuple[int, float], system: str | None, device: s
         elif isinstance(event, TrialStarted):
             console.print(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
 
-    is_terminal = at_terminal()
-    models = BothModels(place, CHAT, Place(place, device, allowed, show if is_terminal else ignore_events))
-    message = "" if is_terminal else as_message(sys.stdin.buffer.read())
-    with models, oom_as_user_error("chat"):
-        session = ChatSession(models.speaker, ChatOptions(*options), system)
-        if is_terminal:
-            session.talk()
-        else:
-            session.answer_once(message)
+    # Whether a person types and reads; else the input is one message, and only its answer is printed.
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    place, where, allowed = model, options.device or "auto", options.allowed
+    try:
+        with quiet(), ExitStack() as stack:
+            if place is None:
+                best = options.best()
+                folder = stack.enter_context(temporary_folder(cache_dir("recovered") / "model"))
+                where, allowed = best.device, best.allowed
+                if best.config.is_trained:  # which are weights of a folder
+                    place = folder / "trained"
+                    with Display() as display:
+                        best.made(display if is_terminal else ignore_events).save(place)
+                else:
+                    place = folder / "best.json"
+                    best.made(ignore_events).write(place)
+            models = BothModels(place, CHAT, Place(place, where, allowed, show if is_terminal else ignore_events))
+            message = "" if is_terminal else as_message(sys.stdin.buffer.read())
+            with models, oom_as_user_error("chat"):
+                session = ChatSession(models.speaker, ChatOptions(max_new_tokens, temperature), system)
+                session.talk() if is_terminal else session.answer("sparse", message, lambda: False)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -10,6 +10,8 @@ from atp_tune.errors import UserError
 
 if TYPE_CHECKING:
     from atp_tune.metrics import Speed
+    from atp_tune.spec.config import Config
+    from atp_tune.spec.study import Study
 
 PLAIN = (
     "Zeros in a dense file make nothing smaller or faster by themselves: the file keeps its bytes, and torch "
@@ -62,75 +64,59 @@ def speedup(
         raise wrong("--config", "give one of DIR, --config FILE and --study NAME")
     if batch > 1 and options.study is not None:
         raise wrong("--batch", "not with --study, whose points are compared at one")
-    if options.study is not None:
-        _measure_points(options, engine, (tokens, runs))
-        return
-    from atp_tune.events import Place
-    from atp_tune.spec.config import read_config
-
-    with working() as watch:
-        from atp_tune.results import annotations
-        from atp_tune.speed.benchmark import check, default_engine, measure
-        from atp_tune.speed.torch_engine import Workload, about, find_pair
-
-        path, place = about(model) if model is not None else config or Path(), options.device or "auto"
-        read = read_config(path)
-        named = default_engine(place, read.prune.pattern) if engine is None else engine
-        of_images = _of_images(read.score, tokens)
-        check(named, read.prune.pattern, place)
-        annotations.check(path, read, options.storage)
-        pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, watch))
-        task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
-        found = measure(pair, named, task, place, watch)
-        places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
-    _show(found)
-    one = "image" if of_images else "text"
-    console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
-
-
-def _measure_points(options: BestOptions, engine: Engine | None, length: tuple[int | None, int]) -> None:
-    """Measures the points of a study that have no speed yet, stores each at once, and prints the study's summary."""
     from atp_tune.cli.tables import show_summary
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
-    from atp_tune.results.stored import best_config, file_as_run, stored_study
-    from atp_tune.results.summary import summarise
-
-    file = load_study(str(options.study), options.storage, None, None)
-    stored, name = stored_study(file, options.study_name), options.study_name or file.name
-    place = options.device or "auto"
-    file, found = file_as_run(stored, file), summarise(stored)
-    trials = found.goal.timed(found)
-    with working() as watch:
-        from atp_tune.results.annotations import attach
-        from atp_tune.speed.benchmark import check, default_engine, measure
-        from atp_tune.speed.torch_engine import Workload, passing_pair
-
-        pattern = file.study.prune.pattern
-        named = default_engine(place, pattern) if engine is None else engine
-        _of_images(file.study.score, length[0])
-        check(named, pattern, place)
-        path = file.best_of(name)
-        for count, trial in enumerate(trials, 1):
-            config = best_config(file, stored, path, trial.number)
-            watch(
-                Message(f"{count} of {len(trials)}: trial {trial.number}, {percent(config.sparsity.target)} sparsity")
-            )
-            dense = trial.user_attrs.get("packed_bytes") == found.dense_bytes is not None  # no matrix to be packed
-            with passing_pair(config, Place(path.parent / config.folder, place, options.allowed, watch)) as pair:
-                task = Workload(tokens=length[0] or TOKENS, runs=length[1])
-                measured = measure(pair, "torch" if dense and named == "packed" else named, task, place, watch)
-            attach(path, config, "speed", measured, file.storage_url)
-    show_summary(summarise(stored), file)
-
-
-def _of_images(score: str, tokens: int | None) -> bool:
-    """Whether a score is that of an image classifier; UserError if a number of tokens was asked for then."""
+    from atp_tune.spec.config import read_config
     from atp_tune.spec.data import CLASSES
 
-    if score == CLASSES and tokens is not None:
-        raise UserError("--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once")
-    return score == CLASSES
+    with working() as watch:
+        from atp_tune.results import annotations
+        from atp_tune.results.stored import best_config, file_as_run, stored_study
+        from atp_tune.results.summary import summarise
+        from atp_tune.speed.benchmark import check, default_engine, measure
+        from atp_tune.speed.torch_engine import Workload, about, find_pair, passing_pair
+
+        # What is measured, and what computes it.
+        place = options.device or "auto"
+        if options.study is not None:
+            file = load_study(options.study, options.storage, None, None)
+            stored = stored_study(file, options.study_name)
+            path, file = file.best_of(options.study_name or file.name), file_as_run(stored, file)
+            asked: Study | Config = file.study
+        else:
+            path = about(model) if model is not None else config or Path()
+            asked = read = read_config(path)
+        if asked.score == CLASSES and tokens is not None:
+            raise UserError(
+                "--tokens: an image classifier has no prompt; leave it out, --batch N takes N images at once"
+            )
+        named = engine or default_engine(place, asked.prune.pattern)
+        check(named, asked.prune.pattern, place)
+        task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
+        if options.study is None:
+            annotations.check(path, read, options.storage)
+            pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, watch))
+            found = measure(pair, named, task, place, watch)
+            places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
+        else:
+            # The points that have no speed yet, each stored at once.
+            summary = summarise(stored)
+            trials = summary.goal.timed(summary)
+            for count, trial in enumerate(trials, 1):
+                read = best_config(file, stored, path, trial.number)
+                share = percent(read.sparsity.target)
+                watch(Message(f"{count} of {len(trials)}: trial {trial.number}, {share} sparsity"))
+                dense = trial.user_attrs.get("packed_bytes") == summary.dense_bytes is not None  # nothing is packed
+                with passing_pair(read, Place(path.parent / read.folder, place, options.allowed, watch)) as pair:
+                    found = measure(pair, "torch" if dense and named == "packed" else named, task, place, watch)
+                annotations.attach(path, read, "speed", found, file.storage_url)
+    if options.study is not None:
+        show_summary(summarise(stored), file)
+        return
+    _show(found)
+    one = "image" if asked.score == CLASSES else "text"
+    console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
 
 
 def _show(found: "Speed") -> None:

@@ -30,14 +30,18 @@ def status(
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
-    from atp_tune.cli import live_status
+    from atp_tune.cli.live_status import watch as follow
+    from atp_tune.cli.tables import show_status
+    from atp_tune.results.status import status_of, to_json
     from atp_tune.results.stored import stored_study
+    from atp_tune.results.summary import summarise
 
     file = load_study(study, storage, None, set_)
     if watch:
-        live_status.watch(file, study_name or file.name, every or 2, json)
-    else:
-        live_status.show_once(stored_study(file, study_name), file, json)
+        follow(file, study_name or file.name, every or 2, json)
+        return
+    found = summarise(stored_study(file, study_name))
+    print(to_json(status_of(found, datetime.now()))) if json else show_status(found, file)
 
 
 # --- `tune.py report`: writes a report of one or several studies.

@@ -15,21 +15,18 @@ import typer
 
 import atp_tune
 from atp_tune.cli.commands.plan import cost_beside, show_plan
-from atp_tune.cli.options import checked_prompts, load_study, wrong
+from atp_tune.cli.options import checked_prompts, load_study, placed, wrong
 from atp_tune.cli.terminal import console, working
 from atp_tune.errors import UserError, named
-from atp_tune.utils.cache import TakenError, temporary_folder
+from atp_tune.utils.cache import TakenError
 from atp_tune.utils.extras import as_typed, require
 
 if TYPE_CHECKING:
-    import optuna
-
     from atp_tune.api.presets import StudyRequest
     from atp_tune.cli.display import Display
-    from atp_tune.cli.worker_pool import WorkerPool
+    from atp_tune.cli.worker_pool import WorkerJob
     from atp_tune.run.session import Session
     from atp_tune.search.runner import StudyRun
-    from atp_tune.spec.study import Study
     from atp_tune.spec.studyfile import StudyFile
 
 # --- Runs a study as the options of the command line say, in this process or in a pool of workers.
@@ -76,72 +73,54 @@ class RunOptions:
 
     def load(self, study: str, device: str | None = None) -> "StudyFile":
         """The study file with the overrides of all options."""
-        set_ = [*(self.set_ or [])]
+        return load_study(study, self.storage, device or self.device, self.overrides, self.trust_plugins)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The values of `--set`, `--trials` and `--prompt`; BadParameter for a wrong prompt."""
+        found = [*(self.set_ or [])]
         if self.trials is not None:
-            set_.append(f"search.trials={self.trials}")
+            found.append(f"search.trials={self.trials}")
         if self.prompt:
-            set_.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
-        return load_study(study, self.storage, device or self.device, set_, self.trust_plugins)
+            found.append(f"continuations.prompts={json.dumps(checked_prompts(self.prompt), ensure_ascii=False)}")
+        return found
 
 
 Said = Callable[["StudyFile", "Session"], str]  # what is said of a new study, once its model is loaded
 
 
 def start(study: str, options: RunOptions, study_name: str | None = None, said: Said | None = None) -> None:
-    """Runs or resumes a study, or prints its cost."""
-    from atp_tune.tracking.trackers import check_installed
-
+    """Runs or resumes a study in this process or in workers and shows its progress and summary, or prints its cost."""
+    # The device of each worker; a mistake is reported before anything runs.
     file = options.load(study)
-    names = _devices(file.study.device, options.workers, options.devices)
-    for name in names:  # a mistake is reported before anything runs
+    devices = [file.study.device] * (options.workers or 1)
+    if options.devices is not None:
+        devices = [name.strip() for name in options.devices.split(",") if name.strip()]
+        if not devices or options.workers not in (None, len(devices)):
+            raise wrong("--devices", f"names {len(devices)} devices, --workers {options.workers}")
+    for name in devices:
         options.load(study, name)
     trackers: Sequence[str] = options.track or ()
-    check_installed(trackers)
-    pool = _worker_pool(options, names)
-    if options.dry_run:
-        show_plan(file, study_name)
-        return
-    _run(file, study_name, options, pool, trackers, said)
-
-
-def _devices(device: str, workers: int | None, devices: str | None) -> list[str]:
-    """The device of each worker."""
-    if devices is None:
-        return [device] * (workers or 1)
-    listed = [name.strip() for name in devices.split(",") if name.strip()]
-    if not listed or (workers is not None and workers != len(listed)):
-        raise wrong("--devices", f"names {len(listed)} devices, --workers {workers}")
-    return listed
-
-
-def _worker_pool(options: RunOptions, names: list[str]) -> "WorkerPool | None":
-    """The pool of workers that runs the trials; None if this process does."""
+    for name in trackers:
+        require(name, f"--track {name}")
+    # The workers that run the trials; none if this process does.
+    workers: Callable[[WorkerJob, Display], None] | None = None
     if options.engine == "ray":
         if options.devices is not None:
             raise wrong("--devices", "Ray chooses them; write --workers N")
         require("ray", "--engine ray")
         from atp_tune.cli.ray_engine import run_on_ray
 
-        return partial(run_on_ray, count=options.workers, address=options.ray_address or "auto")
-    if options.ray_address is not None:
+        workers = partial(run_on_ray, count=options.workers, address=options.ray_address or "auto")
+    elif options.ray_address is not None:
         raise wrong("--ray-address", "only with --engine ray")
-    from atp_tune.cli.worker_pool import run_workers
+    elif len(devices) > 1:
+        from atp_tune.cli.worker_pool import run_workers
 
-    return partial(run_workers, devices=names) if len(names) > 1 else None
-
-
-def _run(
-    file: "StudyFile",
-    name: str | None,
-    options: RunOptions,
-    pool: "WorkerPool | None",
-    trackers: Sequence[str],
-    said: Said | None,
-) -> None:
-    """Runs or resumes a study in this process or in a pool of workers; shows its progress, then its summary.
-
-    Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
-    """
+        workers = partial(run_workers, devices=devices)
+    if options.dry_run:
+        show_plan(file, study_name)
+        return
     from atp_tune.api.tuning import run_study
     from atp_tune.cli.tables import show_summary
     from atp_tune.cli.terminal import interruptible
@@ -149,15 +128,17 @@ def _run(
     from atp_tune.search.runner import StudyRun, load_existing
     from atp_tune.tracking.following import Follower
 
+    # Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     with working() as display, interruptible():
-        opened = (lambda context: display(Message(said(file, context)))) if said else None
+        opened = (lambda session: display(Message(said(file, session)))) if said else None
         run = StudyRun(
-            file, name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
+            file, study_name or file.name, options.timeout, display, mix=options.allow_device_change, opened=opened
         )
+        pool = partial(_in_workers, workers, display) if workers else None
         with Follower(trackers, partial(load_existing, run), file.beside, display) as follower:
             display.listeners.append(follower)
             try:
-                result = run_study(run, partial(_in_pool, pool, display) if pool else None)
+                result = run_study(run, pool)
             except KeyboardInterrupt:
                 display.close()
                 place = file.database or "the storage"
@@ -167,13 +148,11 @@ def _run(
         show_summary(result.summary, file)
 
 
-def _in_pool(pool: "WorkerPool", display: "Display", run: "StudyRun") -> "optuna.Study | None":
+def _in_workers(workers: "Callable[[WorkerJob, Display], None]", display: "Display", run: "StudyRun") -> None:
     """Runs a study in a pool of workers."""
     from atp_tune.cli.worker_pool import WorkerJob
-    from atp_tune.search.runner import finished_study, load_existing
 
-    pool(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
-    return finished_study(run) or load_existing(run)
+    workers(WorkerJob(run.file, run.name, None if run.timeout is None else time() + run.timeout, run.mix), display)
 
 
 def _version(asked: bool) -> None:
@@ -284,48 +263,53 @@ def model(
         name NAME: Name of the study; default: of the model and the options.
     """
     from atp_tune.api.presets import StudyRequest
+    from atp_tune.events import Message
     from atp_tune.spec.finding import HERE, known
     from atp_tune.spec.plugged import rooted
-    from atp_tune.spec.studyfile import absolute_storage, tables
-    from atp_tune.spec.typed import goal, only_limit
-    from atp_tune.spec.writing import write_study
+    from atp_tune.spec.studyfile import StudyFile, absolute_storage, overridden, tables
+    from atp_tune.spec.typed import goal
+    from atp_tune.spec.writing import study_text, write_study
     from atp_tune.storage.opening import check_writable
 
     if source in [path.stem for path in known()] and not Path(source).exists():
         raise wrong("MODEL", f"{source} is a study: run it with --study {source}")
-    limit = only_limit(
-        {
-            "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl,
-            "min_accuracy": min_accuracy,
-        }
-    )  # fmt: skip
+    limits = {
+        "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
+    }  # fmt: skip
     settings = tables(options.set_ or ())
-    target, limit = goal(sparsity, limit, settings)
+    target, limit = goal(sparsity, limits, settings)
     pruners, allocations = (tuple(rooted(names or (), Path())) for names in (pruner, allocation))
     wishes = StudyRequest(source, target, preset, pruners, allocations, texts, limit, recover, settings)
     path = HERE / f"{name or wishes.name}.toml"
-    trust_remote_code = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
-    asked = [OWN_CODE] * trust_remote_code  # a study file cannot allow it
+    trusts_model = trust_remote_code or OWN_CODE in ("".join(text.split()) for text in options.set_ or ())
+    asked = [OWN_CODE] * trusts_model  # a study file cannot allow it
     options = replace(options, set_=[*(options.set_ or []), *asked])
     if path.exists():
         _go_on(path, wishes, options)
         return
     if options.storage:  # before the study file is written
         check_writable(absolute_storage(options.storage, Path()))
-    made = _make(
-        wishes, path.stem, options.device, {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    )
-    made = _overridden(made, path, options)
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trusts_model}
+    with working() as watch:
+        made = wishes.study(options.device, allowed, lambda text: watch(Message(text)))
+    with named(path.name, str(path)):
+        file = StudyFile(path.stem, path, made, trusts_model=True)
+        file = overridden(file, options.overrides, options.trust_plugins)
     whole = replace(options, trials=None, set_=asked, prompt=None)  # the file says them
-    words = [word for word in sys.argv[1:] if word != "--dry-run"]
     trusts = "".join([" --trust-plugins" * options.trust_plugins, *(f" --set {key}" for key in asked)])
-    lines = (f"python tune.py --study {path.stem}{trusts}", "", f"Made by: python tune.py {shlex.join(words)}")
+    lines = (
+        f"python tune.py --study {path.stem}{trusts}",
+        "",
+        f"Made by: python tune.py {shlex.join(word for word in sys.argv[1:] if word != '--dry-run')}",
+    )
     head = [*map(as_typed, lines)]
     if options.dry_run:
-        _forecast(path, made, head, whole)
+        console.print(study_text(file.study, head))
+        show_plan(overridden(file, placed(options.storage, options.device), options.trust_plugins), None)
+        console.print("nothing was written; the same command without --dry-run runs it")
         return
     try:
-        write_study(path, made, head, is_new=True)
+        write_study(path, file.study, head, is_new=True)
     except TakenError:  # by the same command beside this one
         _go_on(path, wishes, options)
         return
@@ -358,40 +342,10 @@ def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context
     other = "balanced" if preset == "quick" else "quick"
     allowed = {"allow_pickle": file.study.model.allow_pickle, "trust_remote_code": context.folder.trusted}
     try:
-        study = replace(wishes, preset=other).study(file.name, device, allowed, lambda _: None)
+        study = replace(wishes, preset=other).study(device, allowed, lambda _: None)
     except UserError:  # such as a text that is too short for it
         study = None
     return cost_beside(foresee_open(file, file.name, context, study), preset, other)
-
-
-def _make(wishes: "StudyRequest", name: str, device: str | None, allowed: dict[str, bool]) -> "Study":
-    from atp_tune.events import Message
-
-    with working() as watch:
-        return wishes.study(name, device, allowed, lambda text: watch(Message(text)))
-
-
-def _overridden(made: "Study", path: Path, options: RunOptions) -> "Study":
-    """The study with the values of `--set`, `--trials` and `--prompt`."""
-    from atp_tune.spec.writing import write_study
-
-    with temporary_folder() as folder:
-        place = folder / path.name
-        write_study(place, made, ())
-        with named(path.name, str(place)):
-            return replace(options, storage=None, device=None).load(str(place)).study
-
-
-def _forecast(path: Path, made: "Study", head: list[str], options: RunOptions) -> None:
-    """Prints the study file and the cost of the study; writes nothing."""
-    from atp_tune.spec.writing import study_text, write_study
-
-    console.print(study_text(made, head))
-    with temporary_folder() as folder:
-        write_study(folder / path.name, made, head)
-        file = options.load(str(folder / path.name))
-    show_plan(replace(file, path=path), None)
-    console.print("nothing was written; the same command without --dry-run runs it")
 
 
 def _remove_unused(path: Path, storage: str | None) -> None:
