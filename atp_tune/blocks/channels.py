@@ -243,7 +243,7 @@ def too_sparse(target: float, blocks: Sequence[BlockChannels], settings: Channel
 
 @dataclass(frozen=True)
 class ChannelPruner:
-    """What goes in each block, and how it is chosen; `by_magnitude`: by the weights alone."""
+    """Chooses the channels of each block that go; `by_magnitude`: by the weights alone."""
 
     blocks: tuple[BlockChannels, ...]
     settings: ChannelSettings

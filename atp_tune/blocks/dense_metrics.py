@@ -212,7 +212,7 @@ class DenseMetrics:
         return self._end(target, pruner, False).linears
 
     def row_priced_sparsities(self, target: float, pruner: str) -> RowSparsities:
-        """The same with offsets of rows, if the pruner takes the lowest scores of each row."""
+        """Sparsities by prices with offsets of rows, if the pruner takes the lowest scores of each row."""
         return self._end(target, pruner, self.by_rows(pruner))
 
     def _end(self, target: float, pruner: str, rows: bool) -> RowSparsities:

@@ -207,7 +207,7 @@ class _Visit:
         return before
 
     def backward_each(self, index: int, entering: Tensor, leaving: Tensor, take: Take) -> Tensor:
-        """The same item by item, each with gradients of its own."""
+        """Goes back item by item, each with gradients of its own."""
         before, weights = [], cache(partial(self._changed, index))
         for item in range(len(entering)):
             by_states, by_weights = self._gradients(index, weights, entering, leaving, slice(item, item + 1))
@@ -352,7 +352,7 @@ class ByPlaces:
 
 
 class ByPruner:
-    """What a pruner makes of the dense weights; `statistics`: of a block's inputs in the dense model, prepared.
+    """Levels that a pruner makes of the dense weights; `statistics`: of a block's inputs in the dense model, prepared.
 
     In a pattern a level is one more zero in each group. The weights of levels are kept in host memory, up to `room`
     bytes; those that were asked for last stay.
@@ -376,7 +376,7 @@ class ByPruner:
         return max(level - reach, 0), level, min(level + reach, number)
 
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
-        """By the pruner; an expert without tokens by magnitude."""
+        """Prunes by the pruner, an expert without tokens by magnitude."""
         key = index, linear.name, level
         found = self._kept.pop(key, None)
         if found is None:
@@ -426,7 +426,7 @@ class Pricing:
         return found
 
     def state(self) -> Tensors:
-        """Nothing: prices depend on sparsities and sample alone."""
+        """The state is empty: prices depend on sparsities and sample alone."""
         return {}
 
     def resume(self, state: Tensors) -> None:

@@ -402,7 +402,7 @@ class Pruning:
         self._kept[linear.name] = nonzeros(sparse)
 
     def _pruned(self, rule: Pruner, linear: Linear, statistics: Statistics | None) -> Tensor:
-        """What the rule makes of a linear's dense weight."""
+        """Treats a linear's dense weight by the rule."""
         level = self._levels[linear.name]
         pruned = rule.prune(linear.matrix(self._dense[linear.key]), level.sparsity or 0.0, statistics)
         if level.bits is None or not isinstance(rule, Treatment) or rule.quantizer is None:

@@ -257,7 +257,7 @@ class TowerReplay(Replay):
 
 
 class OfPairs:
-    """What the replay of a tower needs of an `InputKind`: examples are a pair with other pixels."""
+    """The input kind of a tower's replay: examples are a pair with other pixels."""
 
     called = "a pair of image and text"
     has_steps = False

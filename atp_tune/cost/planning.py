@@ -153,7 +153,7 @@ def foresee_open(file: StudyFile, name: str, session: "Session", other: Study | 
 
 
 def _asked(known: Known, study: Study) -> Known:
-    """What is known of another study of a model before its texts are read."""
+    """The facts of another study of a model before its texts are read."""
     from atp_tune.run.dense_model import CURVE_TOKENS
 
     texts = study.texts
@@ -194,7 +194,7 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
 
 
 def _with_model(known: Known, session: "Session") -> Known:
-    """With the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
+    """Adds the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
     from atp_tune.blocks.gradients import passes
 
     known = replace(known, is_short=session.is_short)

@@ -25,7 +25,7 @@ LEAST = 1.0  # seconds
 
 @dataclass
 class Part:
-    """What is ahead of one kind: `number` of times, and the `size` of each in tokens."""
+    """Work of one kind that is ahead: `number` of times, and the `size` of each in tokens."""
 
     number: int
     size: float
@@ -38,7 +38,7 @@ class Part:
 
 @dataclass
 class Item:
-    """What a process does: the part, since when, and the share that is done, if that is known."""
+    """The present work of a process: the part, since when, and the share that is done, if that is known."""
 
     part: str
     began: float

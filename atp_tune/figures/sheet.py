@@ -23,7 +23,7 @@ def png(figures: Sequence[go.Figure]) -> bytes:
 
 
 def svg(figures: Sequence[go.Figure]) -> str:
-    """The same as SVG."""
+    """All figures on white, two in a row, as SVG."""
     return _drawn(figures, "svg").decode()
 
 

@@ -135,12 +135,12 @@ class Points:
 
     @property
     def main(self) -> Measure:
-        """What the search minimises; of two, the first."""
+        """The measure that the search minimises; of two, the first."""
         return self.results.main
 
     @property
     def on(self) -> str:
-        """What trials are measured on."""
+        """The text or images that trials are measured on."""
         return f"validation {self.results.data}"
 
     @property
@@ -158,7 +158,7 @@ class Points:
         return self.score(trial).value
 
     def said(self, trial: FrozenTrial) -> str:
-        """The same in a label: perplexities above the axis are large, and need no digits."""
+        """The score in a label: perplexities above the axis are large, and need no digits."""
         return f"{self.value(trial):.0f}" if self.main is PERPLEXITY else self.score(trial).alone
 
     @cached_property

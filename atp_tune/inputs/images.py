@@ -71,7 +71,7 @@ class LabelledImages:
         doubles_of(items)
 
     def check_fit(self, checkpoint: Checkpoint, items: Mapping[str, Items], embed: Callable[[Items], Tensor]) -> None:
-        """Nothing: that the model takes images of this size is seen when its replay is verified."""
+        """Checks nothing: that the model takes images of this size is seen when its replay is verified."""
 
     def facts(self, items: Mapping[str, Items]) -> dict[str, bool]:
         """No facts besides the content."""
@@ -102,7 +102,7 @@ def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) ->
 
 
 def doubles_of(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
-    """By role, the images that an earlier role has too, and that role; UserError if they are more than a few."""
+    """The images that an earlier role has too, with that role, by role; UserError if they are more than a few."""
     found = shared(items)
     for role, doubles in found.items():
         if len(doubles) > DOUBLES * len(items[role]):

@@ -90,7 +90,7 @@ class Items:
 
 
 def shared(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
-    """By role, the index of each item that an earlier role has too, and that role."""
+    """The index of each item that an earlier role has too, with that role, by role."""
     seen: dict[bytes, str] = {}
     found: dict[str, dict[int, str]] = {}
     for role, own in items.items():

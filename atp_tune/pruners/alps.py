@@ -47,7 +47,7 @@ class ALPS(ALPSSettings):
     measures: ClassVar[type[Statistics] | None] = Hessian
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Leaves the sums as they are: `prune` solves by them."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are the `Hessian` of its inputs."""

@@ -55,7 +55,7 @@ class DSnoT(DSnoTSettings):
     measures: ClassVar[type[Statistics] | None] = InputMoments
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Leaves the moments as they are."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]; statistics are `InputMoments` of its inputs."""

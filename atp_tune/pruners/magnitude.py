@@ -17,7 +17,7 @@ class Magnitude(SettingsTable):
     measures: ClassVar[type[Statistics] | None] = None
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Has no statistics to prepare."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]."""

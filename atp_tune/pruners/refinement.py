@@ -88,7 +88,7 @@ def _error(mask: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alone(mask: Tensor, W: Tensor, H: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """What restoring each pruned weight adds to L, and pruning each kept one; infinite for others.
+    """The changes of L by restoring each pruned weight, and by pruning each kept one; infinite for others.
 
     A weight that is 0 is not restored: it would be a zero of the result all the same.
     """
@@ -122,7 +122,7 @@ def _within_groups(H: Tensor, group: int) -> Tensor:
 
 
 def _pairs_in_groups(mask: Tensor, W: Tensor, H: Tensor, change: Tensor, within: Tensor) -> Pairs:
-    """The same with one pair in each group."""
+    """Pairs of a pruned and a kept weight, one in each group."""
     group = within.shape[2]
     rows, short = len(W), -W.shape[1] % group
     first = torch.arange(0, W.shape[1], group, device=W.device)
@@ -139,7 +139,7 @@ DAMPING = 0.01  # added to the diagonal of the Hessian, as a share of its mean
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to the weights of a linear, in order: a `Pruner` that others follow.
+    """A pruner and the steps that follow it, in order, on the weights of a linear.
 
     `pruner`: zeros some, None: no weights; `rounds`: of swaps in its mask, without any it is that of the pruner to the
     last bit; `steps`: of conjugate gradients on the weights that it keeps, without any they are the dense ones;
@@ -172,7 +172,7 @@ class Treatment:
 
     @property
     def prepares(self) -> Any:
-        """What prepares statistics, so that they are the same for all rounds, steps and bits."""
+        """The pruner that prepares statistics, the same for all rounds, steps and bits."""
         return self.pruner if self.quantizer is None else [self.quantizer, self.pruner]
 
     def prepare(self, statistics: Statistics) -> None:

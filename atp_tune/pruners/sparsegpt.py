@@ -76,7 +76,7 @@ def plain(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
 
 
 def strips(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The same on the CPU; overwrites W with the errors E."""
+    """Prunes strips of columns on the CPU; overwrites W with the errors E."""
     updated, A = torch.empty_like(W), (-U.T).contiguous().fill_diagonal_(1)
     width = min(STRIP, max(4, ALONE // W.shape[1]))
     terms, rows, factors, results = A.numpy(), W.numpy(), G.contiguous().numpy(), updated.numpy()

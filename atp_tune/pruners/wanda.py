@@ -40,7 +40,7 @@ class Wanda(WandaSettings):
     measures: ClassVar[type[Statistics] | None] = InputNorms
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Leaves the norms as they are."""
 
     @property
     def goes_by_row(self) -> bool:
@@ -76,7 +76,7 @@ class WandaOfRows:
     measures: ClassVar[type[Statistics] | None] = InputNorms
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Leaves the norms as they are."""
 
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in], whatever the sparsity; statistics are the `InputNorms` of its inputs."""

@@ -78,7 +78,7 @@ class RTN:
     measures: ClassVar[type[Statistics] | None] = None
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Has no statistics to prepare."""
 
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
@@ -188,7 +188,7 @@ def plain(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = No
 
 
 def strips(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = None) -> Tensor:
-    """The same on the CPU; overwrites W with the errors E.
+    """Rounds strips of columns on the CPU; overwrites W with the errors E.
 
     W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product with a vector per column,
     as in `pruners.sparsegpt`.

@@ -122,7 +122,7 @@ class Contents:
 
     @property
     def errors(self) -> str:
-        """What ± means, the numbers over draws, if there are any, and the texts."""
+        """The meaning of ±, the numbers over draws, if there are any, and the texts."""
         summary = self.summary
         said = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
         return "; ".join(part for part in said if part) + "."
@@ -220,7 +220,7 @@ def zero_shot_note(found: ZeroShot) -> str:
 
 
 def continuations(found: Continuations) -> Table:
-    """What each model makes of each prompt."""
+    """The text of each model for each prompt."""
     rows = [tuple(map(in_one_line, (prompt, *texts.values()))) for prompt, texts in found.rows()]
     return Table(("prompt", *found.names), rows, tuple(range(len(found.names) + 1)))
 

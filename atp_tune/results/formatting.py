@@ -146,7 +146,7 @@ def megabytes(size: int) -> str:
 
 
 def texts_note(summary: Summary) -> str:
-    """What calibrated and what measured: `texts: c4 to calibrate, wikitext2 to measure`; "" if it is not known."""
+    """The texts by use: `texts: c4 to calibrate, wikitext2 to measure`; "" if they are not known."""
     if summary.made_from is None:
         return ""
     data, kind = summary.made_from.study.data, summary.results.words.several
@@ -184,7 +184,7 @@ def draws_note(summary: Summary) -> str:
 
 
 def drawn_how(summary: Summary) -> str:
-    """What the numbers over draws are; "" without draws."""
+    """The meaning of the numbers over draws; "" without draws."""
     found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
     return found.how(summary.results.data, False) if found else ""
 
@@ -224,7 +224,7 @@ def command_of(summary: Summary, *more: str, here: bool = True) -> str:
 
 
 def wanted(study: Study) -> str:
-    """What a study asks for: `60% sparsity`, `3.5 bits`."""
+    """The target of a study: `60% sparsity`, `3.5 bits`."""
     if study.sparsity is None:
         return f"{study.bits:g} bits"
     return f"{percent(study.sparsity)} sparsity" + ("" if study.bits is None else f" at {study.bits:g} bits")
@@ -232,7 +232,7 @@ def wanted(study: Study) -> str:
 
 @dataclass(frozen=True)
 class Amount:
-    """What a study shares out over blocks, in words.
+    """The amount that a study shares out over blocks, in words.
 
     column    head of the column of amounts; `counted`: of what was counted of a trial
     method    what does it; `form`: what a checkpoint of it is
@@ -261,7 +261,7 @@ class Amount:
         return "0%"
 
     def best(self, summary: Summary) -> str:
-        """What the best trial has, behind the target; "" if not known."""
+        """The amount of the best trial, behind the target; "" if not known."""
         found = summary.best_trial.user_attrs.get("realised") if summary.best_trial else None
         return "" if found is None else f", {found:.4f} counted"
 
@@ -291,12 +291,12 @@ class Bits(Amount):
         return f"{nominal:.2f}{effective}"
 
     def of_dense(self, summary: Summary) -> str:
-        """By the number format of the computation."""
+        """The bits of the number format of the computation."""
         best = summary.best_trial
         return str(DENSE_BITS.get(best.user_attrs.get("dtype", "") if best else "", "–"))
 
     def best(self, summary: Summary) -> str:
-        """With scales too."""
+        """The bits of the best trial, with scales too."""
         found = self.of(summary.best_trial, summary) if summary.best_trial else ""
         return found and f", {found} in the best"
 

@@ -156,7 +156,7 @@ class AtSparsity:
             )
 
     def draws(self, summary: "Summary") -> str:
-        """What the numbers over draws of the calibration text are; "" without draws."""
+        """The meaning of the numbers over draws of the calibration text; "" without draws."""
         return draws_note(summary)
 
     def outcome(self, summary: "Summary") -> str:
@@ -292,7 +292,7 @@ class OverInterval(AtSparsity):
         return Choice(distances[nearest], why)
 
     def sparsest(self, asked: Limit) -> Choice:
-        """As the best of a study with this limit is chosen."""
+        """Chooses as the best of a study with this limit is chosen."""
         found, name = self._within(measured(self.study), asked), f"study {self.study.study_name}"
         if found is None:
             raise UserError(f"{name}: no trial has a value yet")
@@ -370,7 +370,7 @@ class OverInterval(AtSparsity):
         return f"{front}; best: {best.name}, {why}"
 
     def _missing(self, summary: "Summary") -> str:
-        """What is said where the total leaves out sparsities that the screening was to confirm."""
+        """A sentence where the total leaves out sparsities that the screening was to confirm; "" elsewhere."""
         screen, (low, high) = summary.made_from.study.search.screen if summary.made_from else None, self.interval
         if screen is None or summary.total is None or summary.done < summary.total:
             return ""
@@ -418,7 +418,7 @@ class WithinLimit(OverInterval):
         return f"no trial is within the limit of {words}: the nearest is {best.name}{on_search}{on_test}{further}"
 
     def _bounded(self, summary: "Summary", point: Point, key: str, text: Role) -> str:
-        """What the limit bounds, on a text; "" if it is not measured."""
+        """The quantity that the limit bounds, on a text; "" if it is not measured."""
         results, trial = summary.results, point.trial
         if key == "min_accuracy" and text == "validation":
             accuracies: Mapping[str, Sequence[float]] = trial.user_attrs.get("accuracies", {})

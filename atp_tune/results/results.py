@@ -82,7 +82,7 @@ NOTHING = "–"  # an empty cell of a table
 
 @dataclass(frozen=True)
 class Words:
-    """What plans are measured on in words: text in `unit`; `rate` counts what runs `how`; `several` of it."""
+    """The data that plans are measured on, in words: text in `unit`; `rate` counts what runs `how`; `several` of it."""
 
     data: str = "text"
     unit: str = "windows"
@@ -134,7 +134,7 @@ class Results:
 
     @cached_property
     def measures(self) -> tuple[Measure, ...]:
-        """What the models were measured by, in the order of columns."""
+        """The measures of the models, in the order of columns."""
 
         def is_known(measure: Measure) -> bool:
             is_there = f"dense_{measure.items}" in self.attrs or f"test_{measure.items}" in self.attrs
@@ -150,17 +150,17 @@ class Results:
 
     @cached_property
     def words(self) -> Words:
-        """What plans are measured on."""
+        """The words of the data that plans are measured on."""
         return IMAGES if ACCURACY in self.measures else Words()
 
     @property
     def data(self) -> str:
-        """What plans are measured on: text or images."""
+        """The data that plans are measured on: text or images."""
         return self.words.data
 
     @property
     def unit(self) -> str:
-        """What errors are over: windows of a text, or images."""
+        """The items that errors are over: windows of a text, or images."""
         return self.words.unit
 
     @cached_property

@@ -46,7 +46,7 @@ class ScreeningProgress(FrozenModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a study found; `results`: the numbers of its models.
+    """The findings of a study; `results`: the numbers of its models.
 
     made_from     its study file with all overrides; None from an early version
     requested     trials that were asked for, if the study ended after fewer
@@ -116,7 +116,7 @@ class Summary:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What trials minimise, in the order of their values."""
+        """The names of what trials minimise, in the order of their values."""
         return self.results.objectives
 
     @property
@@ -309,7 +309,7 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
 
 
 def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
-    """By allocation that is fitted, the tokens, or images, of its plan in each of so many draws, and in the study.
+    """The tokens, or images, of each fitted allocation's plan, in each of so many draws and in the study.
 
     Those by prices take a pool of the calibration text, the others measure its windows.
     """

@@ -71,7 +71,7 @@ def _plan(summary: Summary) -> Iterator[Column]:
 
 
 def _measured(summary: Summary) -> Iterator[Column]:
-    """By measure the scores on both texts and the change from uniform with the same pruner; also over draws."""
+    """Scores on both texts by measure, and the change from uniform with the same pruner; also over draws."""
     results = summary.results
     for measure in results.measures:
         for text in TEXTS:

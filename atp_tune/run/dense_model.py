@@ -89,7 +89,7 @@ class Measuring:
         return "unprepared"
 
     def prepare(self, statistics: Statistics) -> None:
-        """Does nothing."""
+        """Has no statistics to prepare."""
 
 
 class DenseMeasurements:
@@ -299,7 +299,7 @@ class CalibrationGradients:
             return states
 
     def kept(self, measure: Callable[[Path], Any], **own: Any) -> Any:
-        """What `measure` finds, lists or tuples of numbers, from the cache if it was kept there.
+        """The numbers that `measure` finds, lists or tuples, from the cache if they were kept there.
 
         `own`: ingredients of its key: `dense`, SHA-256 of all that determines the dense model and the calibration
         windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
@@ -358,7 +358,7 @@ class PricingProtocol(Protocol):
         """Price of each linear of each block at these sparsities, for the mean loss of the sample."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the next prices depend on beside sparsities and sample."""
+        """The state that the next prices depend on beside sparsities and sample."""
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Goes on from a state."""

@@ -65,7 +65,7 @@ class Observer(ABC, Generic[T]):
 
     @abstractmethod
     def end(self) -> T:
-        """What is found of the model, after its last block."""
+        """The result for the model, after its last block."""
 
 
 class RoleScores(Observer[Scores]):
@@ -182,7 +182,7 @@ class Whole(Observer[T]):
 
     @abstractmethod
     def run(self, weights_of: WeightsOf) -> T:
-        """What the whole model does; `weights_of`: the tensors of a block on the compute device."""
+        """Runs the whole model; `weights_of`: the tensors of a block on the compute device."""
 
 
 def can_keep(checkpoint: Checkpoint) -> bool:
@@ -245,7 +245,7 @@ class Prompts(Whole[tuple[str, ...]]):
 
 
 class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
-    """What image classifiers see in the first images of a role."""
+    """The answers of image classifiers for the first images of a role."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ class LeftOut(Observer[None]):
             self.wanted = tuple(each for each in self.wanted if each != name)
 
     def result(self) -> Any:
-        """What the work makes of all models; None if one is missing, or it was left out."""
+        """The result over all models; None if one is missing, or it was left out."""
         if self.wanted or self._work is None:
             return None
         self._is_asked = True

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a session opens: model, pruners, texts by role, and where.
+    """The contents of a session: model, pruners, texts by role, and the device.
 
     `batches`: sizes for `Session.begin`. `draws`: of the calibration text, each with a pool of its own if plans are
     found `by_prices`. `bos`: windows begin with BOS; None if the dense model's perplexity on the calibration text
@@ -379,11 +379,11 @@ class Session(Released):
 
     @property
     def methods(self) -> Treatments:
-        """What is done to weights."""
+        """The treatments of weights."""
         return Treatments(self.prune_settings, self.quantize, self.bits is not None)
 
     def channel_pruner(self, pruner: str) -> ChannelPruner | None:
-        """What removes whole channels with a pruner's scores; None for other patterns."""
+        """The pruner of whole channels by a pruner's scores; None for other patterns."""
         if not self.pattern.channels:
             return None
         return ChannelPruner(self.channels, self.prune_settings.channels, pruner == "magnitude")

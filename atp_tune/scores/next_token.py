@@ -177,7 +177,7 @@ NEXT_TOKEN: Score = NextToken()
 
 
 def beside_dense(parts: Sequence[tuple[Tensor, Tensor]], counted: Tensor | None) -> dict[str, list[float]]:
-    """By window the 99th percentile of the KL, and the share of positions with the dense model's most likely token.
+    """The 99th percentile of each window's KL, and its share of positions with the dense model's most likely token.
 
     `parts`: of slices of positions, KL and whether both models have one most likely token [windows, positions];
     `counted`: of all positions, which of them count.

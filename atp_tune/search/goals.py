@@ -172,7 +172,7 @@ def _drawn(kind: Any, generator: random.Random) -> Any:
 
 
 def _fitted(shadow: optuna.Study, kinds: Distributions, seed: int) -> Any:
-    """Optuna's Gaussian process, fitted to a study of the logs."""
+    """A Gaussian process of Optuna's, fitted to a study of the logs."""
     from atp_tune.utils.compat import fitted
 
     sampler = GPSampler(seed=seed, n_startup_trials=LEAST)
@@ -316,7 +316,7 @@ class OverInterval(AtSparsity):
         return [space.at(point, level) for level in space.levels(3) for point in (*space.uniform(), *space.starts())]
 
     def begin(self, study: optuna.Study, screened: Screened, total: int) -> list[Params]:
-        """As at one sparsity; after a screening, at each level the point that its model finds best, and uniform."""
+        """Begins as at one sparsity; after a screening with the best point by its model at each level, and uniform."""
         study.sampler = make_sampler(self.search, self.space)
         if self.search.screen is None:
             return self.starts()[:total]

@@ -183,7 +183,7 @@ class Record(Observer[None]):
         self.peak_bytes["prune"] = peak_memory(self._device)
 
     def end(self) -> None:
-        """Nothing: the trial goes on until `close`."""
+        """Ends nothing: the trial goes on until `close`."""
 
     def add(self, scores: Scores) -> None:
         """Records the scores of further windows."""
@@ -192,7 +192,7 @@ class Record(Observer[None]):
 
     @property
     def compared(self) -> list[float]:
-        """What the stopper compares, by window or image."""
+        """The items that the stopper compares, by window or image."""
         return self.main.each(self.items.get(self.main.items, ()))
 
     def results(self) -> list[Estimate]:

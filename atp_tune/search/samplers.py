@@ -360,7 +360,7 @@ class CheckedSampler(BaseSampler):
         self._origin = origin
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """What the plug-in says."""
+        """The search space of the plug-in."""
         with guarded(self._origin, "infer_relative_search_space"):
             return self._inner.infer_relative_search_space(study, trial)
 

@@ -37,7 +37,7 @@ class Suggests(Protocol):
 
 
 class MeasuredTrial(Protocol):
-    """What a measured trial has."""
+    """The parts of a measured trial that the space reads."""
 
     @property
     def number(self) -> int:
@@ -196,7 +196,7 @@ class SpaceOverInterval(Space):
     bounds_at: Callable[[str, Budget], dict[str, Interval]]
 
     def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
-        """Also of the sparsity, before those of the allocation's parameters."""
+        """The distributions of the sparsity, then those of the allocation's parameters."""
         found = super().kinds(allocation)
         return {self.method: found[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **found}
 

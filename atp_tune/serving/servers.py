@@ -428,7 +428,7 @@ LOOK = 0.1  # seconds between two checks whether to stop
 
 @dataclass(frozen=True)
 class Service:
-    """What to serve and where: storage URL, address to listen on, two ports, folder of artifacts.
+    """The storage to serve, the address to listen on, two ports, and the folder of artifacts.
 
     `others`: studies whose databases could be served in its place, if none was named.
     """
@@ -443,7 +443,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Served:
-    """What is served: names of studies, and ports."""
+    """The names of studies and the ports that are served."""
 
     studies: list[str]
     port: int

@@ -165,7 +165,7 @@ class SpeedEngine(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What is measured in a run."""
+        """The phases that are measured in a run."""
 
     def seconds(self, side: Side, phase: Phase) -> float:
         """Seconds of one run of a phase."""

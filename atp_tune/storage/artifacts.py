@@ -79,7 +79,7 @@ def file_names(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Store(FileSystemArtifactStore):
-    """Optuna's store in a folder, without access to files outside."""
+    """A store of Optuna's in a folder, without access to files outside."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -347,7 +347,7 @@ def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str
 
 
 class AttributeStorage(RDBStorage):
-    """Optuna's storage, which stores several attributes in one transaction, and details apart."""
+    """A storage of Optuna's that stores several attributes in one transaction, and details apart."""
 
     def set_trial_user_attrs(self, trial_id: int, attributes: Mapping[str, Any]) -> None:
         """Stores several attributes in one transaction: each transaction waits for the disk."""
@@ -390,22 +390,22 @@ class AttributeStorage(RDBStorage):
         return found
 
     def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
-        """Optuna's, with the details."""
+        """The attributes of a trial, with the details."""
         return joined(super().get_trial_user_attrs(trial_id), super().get_trial_system_attrs(trial_id))[0]
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
-        """Optuna's, without the details."""
+        """The system attributes, without the details."""
         return joined({}, super().get_trial_system_attrs(trial_id))[1]
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        """Optuna's; a detail is stored apart."""
+        """Stores an attribute; a detail apart."""
         if is_of_study(key):
             super().set_study_system_attr(study_id, PREFIX + key, value)
         else:
             super().set_study_user_attr(study_id, key, value)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        """Optuna's, with the details; the parts of the dashboard's figures, which may be long, are not read."""
+        """The attributes with the details; the parts of the dashboard's figures, which may be long, are not read."""
         details = (StudySystemAttributeModel.study_id == study_id, StudySystemAttributeModel.key.startswith(PREFIX))
         with transaction(self.scoped_session) as session:
             found = session.query(StudySystemAttributeModel).filter(*details).all()
@@ -413,11 +413,11 @@ class AttributeStorage(RDBStorage):
         return joined(super().get_study_user_attrs(study_id), system)[0]
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """Optuna's, without the details."""
+        """The system attributes, without the details."""
         return joined({}, super().get_study_system_attrs(study_id))[1]
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        """Optuna's; details are user attributes."""
+        """All studies; details are user attributes."""
         studies = super().get_all_studies()
         for study in studies:
             study.user_attrs, study.system_attrs = joined(study.user_attrs, study.system_attrs)

@@ -268,7 +268,7 @@ class Errors:
 
 
 class Database(AttributeStorage):
-    """Optuna's storage, made safe for several workers that take trials from the queue, and for outages.
+    """A storage of Optuna's for several workers that take trials from the queue, and for outages.
 
     A broken file or disk gives a UserError, and a trial whose process lives is not failed. Connections close by `close`
     or with the last reference to the storage.
@@ -298,7 +298,7 @@ class Database(AttributeStorage):
         self.engine.dispose()
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Optuna's, with a lock: SQLite ignores Optuna's own, and two workers would take the same trial."""
+        """Ends or takes a trial under a lock: SQLite ignores Optuna's own, and two workers would take the same trial."""
         if self.engine.name != "sqlite":
             return super().set_trial_state_values(trial_id, state, values)
         with transaction(self.scoped_session) as session:
@@ -306,7 +306,7 @@ class Database(AttributeStorage):
             return super().set_trial_state_values(trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Optuna's; an error does not end the heartbeat thread, since the next heartbeat may succeed."""
+        """Sends a heartbeat; an error does not end the heartbeat thread, since the next heartbeat may succeed."""
         try:
             super().record_heartbeat(trial_id)
         except (UserError, StorageInternalError, SQLAlchemyError) as error:
@@ -361,7 +361,7 @@ class RetryingDatabase(Database):
         super().__init__(url, *arguments, **options)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Optuna's; no error if the first attempt, whose answer was lost, already told the trial the same."""
+        """Ends or takes a trial; no error if the first attempt, whose answer was lost, already told the trial the same."""
         tell = super().set_trial_state_values
         try:
             return bool(self._ask(lambda: tell(trial_id, state, values)))

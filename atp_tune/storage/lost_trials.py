@@ -152,7 +152,7 @@ def _is_nameless(trial: FrozenTrial) -> bool:
 
 
 def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Optuna's callback for a trial that it failed for lack of heartbeats: queues it again unless it is given up."""
+    """Queues a trial again that Optuna failed for lack of heartbeats, unless it is given up; a callback of Optuna's."""
     trial = checked_trial(trial, len(study.directions))
     if is_lost(trial):
         queue_again(study, trial)

@@ -27,7 +27,7 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def place(trial: FrozenTrial) -> list[float]:
-    """By what trials are ordered: the values, then, of accuracies, the cross-entropy."""
+    """The key that orders trials: the values, then, of accuracies, the cross-entropy."""
     nlls = trial.user_attrs.get("nlls") if "misses" in trial.user_attrs else None
     return [*values_of(trial), *([statistics.fmean(nlls)] if nlls else [])]
 

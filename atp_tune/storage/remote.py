@@ -65,7 +65,7 @@ def connect(address: str) -> "RemoteStorage":
 
 
 class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
-    """Optuna's client of a storage server, with retries and heartbeats."""
+    """A client of a storage server, Optuna's with retries and heartbeats."""
 
     def __init__(self, host: str, port: int, token: str | None, scheme: str) -> None:
         self._scheme = scheme
@@ -90,7 +90,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
                 sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Optuna's; no error if the first attempt, whose answer was lost, already told the trial the same."""
+        """Ends or takes a trial; no error if the first attempt, whose answer was lost, already told the trial the same."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
@@ -99,17 +99,17 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
             return True
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """Optuna's; the parameters keep their order."""
+        """Keeps the order of parameters, which Optuna's messages lose."""
         return super().create_new_trial(study_id, template_trial and with_order(template_trial))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """Optuna's; the parameters keep their order."""
+        """Keeps the order of parameters, which Optuna's messages lose."""
         return in_order(super().get_trial(trial_id))
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """Optuna's; the parameters keep their order."""
+        """Keeps the order of parameters, which Optuna's messages lose."""
         trials = [in_order(trial) for trial in super().get_all_trials(study_id, False, states)]
         return copy.deepcopy(trials) if deepcopy else trials
 

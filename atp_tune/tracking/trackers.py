@@ -55,7 +55,7 @@ class TensorBoardRun:
         self._writer = SummaryWriter(folder)
 
     def steps(self, name: str) -> set[int]:
-        """Of its files, and of this run."""
+        """The steps in its files and of this run."""
         return self._steps[name]
 
     def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
@@ -91,7 +91,7 @@ class MLflowRun:
         self._client.update_run(self._run, status="RUNNING")
 
     def steps(self, name: str) -> set[int]:
-        """Of the history of a metric."""
+        """The steps in the history of a metric."""
         return {metric.step for metric in self._client.get_metric_history(self._run, name)}
 
     def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:
@@ -125,7 +125,7 @@ class WandbRun:
         self._run.define_metric("*", step_metric="trial")
 
     def steps(self, name: str) -> set[int]:
-        """Of trials; final numbers may be written again."""
+        """The steps of trials; final numbers may be written again."""
         return set(json.loads(self._list.read_text())) if name == SECONDS and self._list.is_file() else set()
 
     def log(self, step: int, numbers: Mapping[str, float], plan: str = "") -> None:

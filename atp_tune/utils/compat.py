@@ -47,7 +47,7 @@ def fitted(sampler: GPSampler) -> Any:
 
 
 def storage_client(channel: Any) -> tuple[Any, Any]:
-    """Optuna's gRPC client on a channel, and its cache of finished trials.
+    """A gRPC client of Optuna's on a channel, and its cache of finished trials.
 
     The public `GrpcStorageProxy` creates its own channel, without TLS, token and keepalives.
     """
