@@ -18,9 +18,8 @@ from tinystudy import CommandLine, quiet, run
 
 from atp_tune.blocks import replay
 from atp_tune.dashboard.notes import columns, study_note, trial_note
-from atp_tune.figures.history import draw_history
-from atp_tune.figures.perplexity import draw_perplexity
-from atp_tune.figures.style import off_scale, told, written
+from atp_tune.figures.style import Points
+from atp_tune.figures.trials import draw_history, draw_perplexity
 from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
 from atp_tune.report import latex
 from atp_tune.report.contents import gather
@@ -77,11 +76,12 @@ def test_accuracies_are_shown_without_the_half_image() -> None:
         study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0], allocation="uniform"))
     summary = summarise(study)
     first, second = study.trials
-    assert summary.results.main is ACCURACY and told(first, summary).endswith(", accuracy 50.0% ± 28.9%")
-    assert (written(first, summary), off_scale(second, summary)) == ("50.0%", "0.0%")
+    points = Points(summary)
+    assert points.main is ACCURACY and points.told(first).endswith(", accuracy 50.0% ± 28.9%")
+    assert (points.said(first), points.said(second)) == ("50.0%", "0.0%")
 
 
-def test_figures_have_accuracies_in_per_cent() -> None:
+def test_figures_have_accuracies_on_a_linear_axis() -> None:
     """Points, error bars, lines and the GP's curve, from errors with half an image; the best is the highest."""
     study = by_error()
     beta = {"beta": FloatDistribution(-1, 1)}
@@ -96,18 +96,18 @@ def test_figures_have_accuracies_in_per_cent() -> None:
     summary = replace(summarise(study), gp_posterior=posterior, best_trial=study.trials[1])
     figure, history = draw_perplexity(summary), draw_history(summary)
     assert figure is not None and history is not None and figure.layout.title.text == "Accuracy against β"
-    assert figure.layout.yaxis.title.text == "accuracy, validation images" and figure.layout.yaxis.type == "linear"
+    assert figure.layout.yaxis.title.text == "accuracy, validation images" and figure.layout.yaxis.type is None
     points = next(trace for trace in figure.data if trace.error_y.array is not None)
-    assert dict(zip(points.x, points.y, strict=True)) == pytest.approx({-0.1: 0, 0.0: 50, 0.1: 75}, abs=0.01)
-    stderr = 100 * error_rate([1, 1, 0, 0]).stderr
-    assert max(points.error_y.array) == pytest.approx(stderr, abs=0.01)
+    assert dict(zip(points.x, points.y, strict=True)) == pytest.approx({-0.1: 0, 0.0: 0.5, 0.1: 0.75}, abs=1e-4)
+    stderr = error_rate([1, 1, 0, 0]).stderr
+    assert max(points.error_y.array) == pytest.approx(stderr, abs=1e-4)
     mean = next(trace for trace in figure.data if trace.mode == "lines" and trace.name != "band")
-    assert mean.y == pytest.approx([100 * (1 - (5 * e - 0.5) / 4) for e in (0.5, 0.3)], abs=0.01)
+    assert mean.y == pytest.approx([1 - (5 * e - 0.5) / 4 for e in (0.5, 0.3)], abs=1e-4)
     lines = {shape.name: shape.y0 for shape in figure.layout.shapes if shape.yref == "y"}
-    assert lines["dense 100.0%"] == pytest.approx(100) and lines["uniform 50.0%"] == pytest.approx(50)
+    assert lines["dense 100.0%"] == pytest.approx(1) and lines["uniform 50.0%"] == pytest.approx(0.5)
     low, high = figure.layout.yaxis.range
-    assert low < 0 - 0.9 and 100 < high <= 101 and not figure.layout.annotations
-    assert history.data[1].y == pytest.approx([50, 75, 75], abs=0.01)
+    assert low < 0 and 1 < high <= 1.01 and not figure.layout.annotations
+    assert history.data[1].y == pytest.approx([0.5, 0.75, 0.75], abs=1e-4)
 
 
 def test_the_table_of_trials_has_accuracies() -> None:
@@ -239,7 +239,7 @@ def test_a_study_by_accuracy(place: Path, sampler: str, tune: CommandLine) -> No
         said = f"The best plan’s accuracy is {gain.beside('uniform’s')} on the {role} images."
         assert contents.verdict.replace("\u00a0", " ").startswith(said) and said in note
         assert ("may be chance" in contents.verdict) == gain.may_be_chance(summary.results.counts[role])
-    assert told(best, summary).endswith(f", accuracy {accuracy(best.user_attrs['ranks'])}")
+    assert Points(summary).told(best).endswith(f", accuracy {accuracy(best.user_attrs['ranks'])}")
     again = ("--set", "sparsity=0.9", "--set", "search.objective=accuracy", "--set", f"search.sampler={sampler}")
     shown = tune("--study", place / "tiny.toml", *again, "--trials", "9")
     assert shown.code == 0 and re.search(r"\[9/9\] trial 8: .*perplexity .*, accuracy \d+\.\d% in", shown.out), shown

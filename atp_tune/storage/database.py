@@ -298,7 +298,7 @@ class Database(AttributeStorage):
         self.engine.dispose()
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends or takes a trial under a lock: SQLite ignores Optuna's own, and two workers would take the same trial."""
+        """Ends or takes a trial under a lock: SQLite ignores Optuna's own, and two workers would take one trial."""
         if self.engine.name != "sqlite":
             return super().set_trial_state_values(trial_id, state, values)
         with transaction(self.scoped_session) as session:
@@ -361,7 +361,7 @@ class RetryingDatabase(Database):
         super().__init__(url, *arguments, **options)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends or takes a trial; no error if the first attempt, whose answer was lost, already told the trial the same."""
+        """Ends or takes a trial; no error if a first attempt, whose answer was lost, told it the same."""
         tell = super().set_trial_state_values
         try:
             return bool(self._ask(lambda: tell(trial_id, state, values)))

@@ -90,7 +90,7 @@ class RemoteStorage(GrpcStorageProxy, BaseHeartbeat):
                 sleep(PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends or takes a trial; no error if the first attempt, whose answer was lost, already told the trial the same."""
+        """Ends or takes a trial; no error if a first attempt, whose answer was lost, told it the same."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
