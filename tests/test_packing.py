@@ -224,14 +224,14 @@ def test_a_family_is_packed_loaded_saved_and_unpacked(name: str, make: Make, tmp
 
 def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one takes what the other has written."""
-    model, begin = ModelConfig(source=str(make())), convert._Tensors.__init__
+    model, begin = ModelConfig(source=str(make())), convert._reader
 
-    def late(self: Any, *given: Any) -> None:
-        monkeypatch.setattr(convert._Tensors, "__init__", begin)
+    def late(*given: Any) -> Any:
+        monkeypatch.setattr(convert, "_reader", begin)
         resolve(model, Path())
-        begin(self, *given)
+        return begin(*given)
 
-    monkeypatch.setattr(convert._Tensors, "__init__", late)
+    monkeypatch.setattr(convert, "_reader", late)
     folder = resolve(model, Path()).path
     assert [*folder.parent.iterdir()] == [folder]
 

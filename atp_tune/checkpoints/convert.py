@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -294,75 +294,59 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     try:
         with folder_atomically(out, shared) as folder, ExitStack() as stack:
             copy_small(source, folder, WEIGHTS, tuple(f"/{name}" for name in added))
-            tensors = _Tensors(source, stack)
             if original is None:
-                tensors.save(folder)
-            else:
-                for name, text in original.files.items():
-                    (folder / name).write_bytes(as_bytes(text))
-                for shard in original.headers:
-                    _write_shard(folder / shard, shard, original, tensors)
+                _save_dense(source, folder)
+                return
+            for name, text in original.files.items():
+                (folder / name).write_bytes(as_bytes(text))
+            read = _reader(source, stack)
+            for shard in original.headers:
+                _write_shard(folder / shard, shard, original, read)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{source}: cannot be unpacked: {error}") from None
 
 
-class _Tensors:
-    """The tensors of a packed folder, unpacked."""
+def _save_dense(source: Path, folder: Path) -> None:
+    """Writes config and weights of a folder that does not say how they stood before it was packed."""
+    import transformers
 
-    def __init__(self, source: Path, stack: ExitStack) -> None:
-        from atp_tune.packed.modeling_atp_sparse import checked_table
+    from atp_tune.packed.modeling_atp_sparse import checked_table
 
-        self._config = read_table(source / "config.json")
-        self._table = checked_table(self._config)
-        self._packed = {**self._table["stored"], **self._table["linears"]}
-        files = sorted(source.glob("model.packed*.safetensors"))
-        self._files = {file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        self._place: dict[str, Any] = {name: tensors for tensors in self._files.values() for name in tensors.keys()}  # noqa: SIM118
+    load = getattr(transformers, checked_table(read_table(source / "config.json"))["class"]).from_pretrained
+    with quiet("transformers"):
+        model = load(source, dequantize=True, local_files_only=True)
+        model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
 
-    def read(self, name: str, dtype: str | None = None) -> "Tensor":
-        """A tensor [...] by its name, as a dtype of safetensors; ValueError if it is not there, or damaged."""
-        from atp_tune.packed.modeling_atp_sparse import read_packed
 
-        if (stored := self._get(name)) is not None:
+def _reader(source: Path, stack: ExitStack) -> "Callable[[str, str], Tensor]":
+    """What reads a tensor of a packed folder, unpacked, by its name and as a dtype of safetensors.
+
+    ValueError if it is not there, or damaged.
+    """
+    from atp_tune.packed.modeling_atp_sparse import checked_table, read_packed
+
+    table = checked_table(read_table(source / "config.json"))
+    packed = {**table["stored"], **table["linears"]}
+    files = [
+        stack.enter_context(safe_open(x, framework="pt")) for x in sorted(source.glob("model.packed*.safetensors"))
+    ]
+    place: dict[str, Any] = {name: tensors for tensors in files for name in tensors.keys()}  # noqa: SIM118
+
+    def get(name: str) -> "Tensor | None":
+        return place[name].get_tensor(name) if name in place else None
+
+    def read(name: str, dtype: str) -> "Tensor":
+        if (stored := get(name)) is not None:
             return stored
-        if name not in self._packed:
+        if name not in packed:
             raise ValueError(f"it has no tensor {name}")
-        dense = read_packed(self._get, name, self._packed[name])
-        if dtype is not None and dtype not in dtypes():
+        if dtype not in dtypes():
             raise ValueError(f"{name} cannot be {dtype}")
-        return dense if dtype is None else dense.to(dtypes()[dtype])
+        return read_packed(get, name, packed[name]).to(dtypes()[dtype])
 
-    def _get(self, name: str) -> "Tensor | None":
-        return self._place[name].get_tensor(name) if name in self._place else None
-
-    def save(self, folder: Path) -> None:
-        """Writes config and weights of a folder that does not say how they stood before it was packed."""
-        import torch
-        from safetensors.torch import save_file
-
-        from atp_tune.packed.modeling_atp_sparse import CODES, PARTS, VALUES
-
-        kept = {key: value for key, value in self._config.items() if key not in (MODEL_TYPE, "auto_map")}
-        classes = [str(name).removeprefix("Packed") for name in self._config.get("architectures") or ()]
-        kept |= {"model_type": self._table["family"], "architectures": classes}
-        write_table(folder / "config.json", kept)
-        dtype = getattr(torch, str(kept.get("dtype")), None)
-        parts = {f"{name}{end}" for name in self._packed for end in PARTS}
-        ends = {f"{name}{end}": name for name in self._packed for end in (VALUES, CODES)}
-        places: dict[str, str] = {}
-        for number, opened in enumerate(self._files.values(), 1):
-            shard = "model.safetensors"
-            if len(self._files) > 1:
-                shard = f"model-{number:05}-of-{len(self._files):05}.safetensors"
-            names = [ends.get(name, name) for name in opened.keys() if name in ends or name not in parts]  # noqa: SIM118
-            found = {name: self.read(name) for name in names}
-            if isinstance(dtype, torch.dtype):  # of what was rounded too
-                found = {name: one.to(dtype) if name in self._packed else one for name, one in found.items()}
-            save_file(found, folder / shard, metadata={"format": "pt"})
-            places.update(dict.fromkeys(found, shard))
-        if len(self._files) > 1:
-            index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
-            write_table(folder / "model.safetensors.index.json", index)
+    return read
 
 
 def as_text(file: Path) -> str:
@@ -394,7 +378,7 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write_shard(file: Path, shard: str, original: Original, tensors: _Tensors) -> None:
+def _write_shard(file: Path, shard: str, original: Original, read: "Callable[[str, str], Tensor]") -> None:
     """Writes a shard with the header that it had; ValueError if a SHA-256 differs."""
     header = original.headers[shard].encode()
     whole = hashlib.sha256()
@@ -408,7 +392,7 @@ def _write_shard(file: Path, shard: str, original: Original, tensors: _Tensors) 
         write(header)
         end = 0
         for name, entry in sorted(parse_header(header, file).items(), key=lambda item: item[1]["data_offsets"]):
-            data = bytes_of(tensors.read(original.names.get(name, name), entry["dtype"]))
+            data = bytes_of(read(original.names.get(name, name), entry["dtype"]))
             if entry["data_offsets"] != [end, end := end + len(data)]:
                 raise ValueError(f"{name} has another size than the header of {shard} says")
             promised = original.tensors.get(name)

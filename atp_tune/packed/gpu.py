@@ -37,7 +37,7 @@ class GpuMatrix:
         """
         if x.dim() != 2 or x.shape[1] != self.shape[1] or x.device != self.bitmask.device:
             raise ValueError(f"packed weight: x is {list(x.shape)} on {x.device}; needed: [tokens, {self.shape[1]}]")
-        return _product(x, self.values, self.bitmask, self.offsets, self.scales, self.bias, forced)
+        return _product(forced, x, self.values, self.bitmask, self.offsets, self.scales, self.bias)
 
     def rows(self, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows `first` to `last` with their zeros, [last - first, C]; as of `kernel.PackedMatrix`."""
@@ -90,30 +90,25 @@ def _processors(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _product(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None,
-    forced: bool = False,
-) -> Tensor | None:  # fmt: skip
+def _product(forced: bool, x: Tensor, *parts: *kernel.Parts) -> Tensor | None:
     from atp_tune.packed import kernel_triton
 
     if not 1 <= len(x) <= kernel_triton.BATCH or x.dtype not in FLOATS:
         return None
-    if not forced and not is_faster(len(x), len(bitmask), _processors(x.device)):
+    if not forced and not is_faster(len(x), len(parts[1]), _processors(x.device)):
         return None
-    return kernel_triton.product(x, values, bitmask, offsets, scales, bias)
+    return kernel_triton.product(x, *parts)
 
 
-def linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, *parts: *kernel.Parts) -> Tensor:
     """The operator atp_sparse::product on a GPU: x [..., C] to [..., R]; `offsets` as from `kernel.row_offsets`."""
     from atp_tune.packed import kernel_triton
 
-    columns = x.shape[-1]
+    columns, (values, bitmask, offsets, scales, bias) = x.shape[-1], parts
     kernel.check_parts(values, bitmask, columns, scales, bias, offsets, device=x.device.type)
     _check_count(values)
     flat = x.reshape(-1, columns)
-    y = _product(flat, values, bitmask, offsets, scales, bias)
+    y = _product(False, flat, *parts)
     if y is None:
         weight = kernel_triton.unpacked(values, bitmask, offsets, scales, columns, x.dtype)
         y = functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))

@@ -52,6 +52,7 @@ INT8, GROUPED_INT8 = 3, 4
 # The operator's: what it was called with, by addresses and sizes, which are all that a `Weight` holds.
 _WEIGHTS: dict[object, Weight] = {}
 MOST_WEIGHTS = 8192
+Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, bitmask, offsets, scales, bias
 
 
 def check_interface(version: int) -> None:
@@ -84,7 +85,7 @@ class PackedMatrix:
         self._name = name = variant or kernel_name()
         self._library = None if name is None else library()
         if name is not None:
-            self._weight = Weight(*_fields(values, bitmask, self.offsets, columns, scales, bias, VARIANTS[name]))
+            self._weight = _weight(name, columns, values, bitmask, self.offsets, scales, bias)
             self._at = ctypes.addressof(self._weight)
 
     def product(self, x: Tensor) -> Tensor | None:
@@ -147,46 +148,38 @@ def row_offsets(bitmask: Tensor, columns: int, count: int | None = None) -> Tens
     return offsets
 
 
-def followed(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def followed(x: Tensor, *parts: *Parts) -> Tensor:
     """The operator atp_sparse::linear: x [..., C] to [..., R]; `offsets` as from `row_offsets`.
 
     The kernel's `product`, but where a gradient or a tangent is asked for it consists of torch's own operations.
     """
+    values, bitmask, _, scales, bias = parts
     floats = [part for part in (x, values, scales, bias) if part is not None]
     learns = torch.is_grad_enabled() and any(part.requires_grad for part in floats)
     duals = (forward_ad.unpack_dual(part, level=0) for part in floats)  # type: ignore[no-untyped-call]
     if learns or any(dual.tangent is not None for dual in duals):
         weight = _unpacked(values, bitmask, x.shape[-1], scales)
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return cast("Tensor", torch.ops.atp_sparse.product(x, values, bitmask, offsets, scales, bias))
+    return cast("Tensor", torch.ops.atp_sparse.product(x, *parts))
 
 
-def linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, *parts: *Parts) -> Tensor:
     """The operator atp_sparse::product: `followed` without its question.
 
     Where `PackedMatrix.product` has none, x is multiplied by the unpacked weight, in its own type.
     """
+    values, bitmask, offsets, scales, bias = parts
     columns, rows = x.shape[-1], len(bitmask)
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
     if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
         return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
-    known = (
-        name, columns, values.data_ptr(), values.dtype, values.shape, bitmask.data_ptr(), bitmask.shape,
-        offsets.data_ptr(), offsets.shape,
-        None if scales is None else (scales.data_ptr(), scales.shape),
-        None if bias is None else (bias.data_ptr(), bias.dtype, bias.shape),
-    )  # fmt: skip
+    known = (name, columns, *((part.data_ptr(), part.dtype, part.shape) for part in parts if part is not None))
     weight = _WEIGHTS.get(known)
     if weight is None:
         check_parts(values, bitmask, columns, scales, bias, offsets)
         if len(_WEIGHTS) >= MOST_WEIGHTS:
             _WEIGHTS.clear()
-        weight = Weight(*_fields(values, bitmask, offsets, columns, scales, bias, VARIANTS[name]))
-        _WEIGHTS[known] = weight
+        weight = _WEIGHTS[known] = _weight(name, columns, *parts)
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)
@@ -227,11 +220,9 @@ def _slow_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     return functional.linear(x, matrix.rows(0, rows, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _fake_linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, offsets: Tensor, scales: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _fake_linear(x: Tensor, *parts: *Parts) -> Tensor:
     """The shape and type of the result."""
-    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+    return x.new_empty((*x.shape[:-1], parts[1].shape[0]))
 
 
 def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -> Tensor | None:
@@ -243,23 +234,15 @@ def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -
     return y if done else None
 
 
-def _fields(
-    values: Tensor,
-    bitmask: Tensor,
-    offsets: Tensor,
-    columns: int,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    variant: int,
-) -> tuple[int | None, ...]:
-    """The fields of a `Weight`."""
+def _weight(variant: str, columns: int, *parts: *Parts) -> Weight:
+    """What the library gets of the parts."""
+    values, bitmask, _, scales, bias = parts
     groups = 1 if scales is None else scales.shape[1]
-    return (
-        values.data_ptr(), bitmask.data_ptr(), offsets.data_ptr(),
-        None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(), parallel(),
+    return Weight(
+        *(None if part is None else part.data_ptr() for part in parts), parallel(),
         len(bitmask), columns, len(values), groups,
         FLOATS.get(values.dtype, INT8 if groups == 1 else GROUPED_INT8),
-        0 if bias is None else FLOATS[bias.dtype], variant, ALONE,
+        0 if bias is None else FLOATS[bias.dtype], VARIANTS[variant], ALONE,
     )  # fmt: skip
 
 

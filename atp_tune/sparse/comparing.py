@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, i
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
-from atp_tune.inputs import KINDS, InputKind
+from atp_tune.inputs import KINDS
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.inputs.pictures import ImageProcessor, class_name, pictures_of
@@ -42,7 +42,7 @@ from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check
 from atp_tune.run.session import Session, Setup
 from atp_tune.sparse.applying import check_model, plan_of
 from atp_tune.sparse.provenance import ABOUT, origin
-from atp_tune.spec.config import SHARES, Compared, Config, TaskScores, ZeroShot, read_config
+from atp_tune.spec.config import SHARES, Config, TaskScores, ZeroShot, read_config
 from atp_tune.spec.data import CLASSES, ImageSet
 from atp_tune.spec.patterns import make_plan, parse
 from atp_tune.spec.prune import PruneConfig
@@ -155,12 +155,11 @@ def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | Ro
     return TaskResults({"": found}, asked.limit, asked.num_fewshot, asked.batch)
 
 
-def compared(name: str, results: Mapping[Compared, Any]) -> TaskScores:
+def compared(name: str, results: Mapping[Any, Any]) -> TaskScores:
     """The scores of several models on a task, and best − uniform paired by items, if both were scored."""
     first = next(iter(results.values()))
     metric = next((share for share in SHARES if share in first.scores), next(iter(first.scores), ""))
-    pair: tuple[Compared, Compared] = ("best", "uniform")
-    paired = [results[model].each.get(metric, []) for model in pair if model in results]
+    paired = [results[model].each.get(metric, []) for model in ("best", "uniform") if model in results]
     return TaskScores(
         task=name,
         items=first.items,
@@ -295,18 +294,16 @@ OTHER = {
 class Use:
     """What models are loaded for: `command`, also as typed `with_folder`, which needs no pruned copy in memory.
 
-    `kind`: of their inputs, once the folder of a model is known; `of_images`: they are image classifiers, else
-    language models; `packs`: zeros are left out in memory where that is faster.
+    `images`: the inputs of image classifiers, once the folder of a model is known; None: they are language models,
+    whose zeros are left out in memory where that is faster.
     """
 
     command: str
     with_folder: str
-    kind: Callable[[ModelFolder], InputKind]
-    of_images: bool = False
-    packs: bool = False
+    images: Callable[[ModelFolder], Items] | None = None
 
 
-CHAT = Use("chat", "chat DIR", lambda folder: KINDS["tokens"], packs=True)
+CHAT = Use("chat", "chat DIR")
 
 
 @dataclass(frozen=True)
@@ -334,12 +331,13 @@ class BothModels(Released):
         self._open: list[Released] = []
         self._models: dict[Which, WholeModel] = {}
         self._speakers: dict[Which, Speaker] = {}
+        self._context: Session | None = None
         if not found.is_dir() and not found.is_file():
             raise UserError(f"{found}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
         file = found / ABOUT if found.is_dir() else found
         self._about = read_config(file) if file.is_file() else None
         of_images = self._about.score == CLASSES if self._about else classifies_images(found)
-        if of_images != use.of_images and (self._about or (found / "config.json").is_file()):
+        if of_images == (use.images is None) and (self._about or (found / "config.json").is_file()):
             raise UserError(f"{use.command}: {found} {OTHER[of_images]}")
         if dense:
             self._made_from()
@@ -363,23 +361,19 @@ class BothModels(Released):
         while self._open:
             self._open.pop().release()
 
-    @cached_property
-    def _context(self) -> Session:
-        """The dense model of the configuration, ready to be pruned."""
-        config = self._made_from()
-        context = open_config(config, replace(self._place, base=self._place.base / config.folder))
-        self._open.append(context)
-        return context
-
     def _of_file(self, side: Which) -> WholeModel:
         """A model in the memory of the dense one: that itself, or a plan's, which has linears of its own."""
-        config, context, checkpoint = self._made_from(), self._context, self._context.checkpoint
+        config = self._made_from()
+        if self._context is None:  # the dense model, ready to be pruned
+            self._context = open_config(config, replace(self._place, base=self._place.base / config.folder))
+            self._open.append(self._context)
+        context, checkpoint = self._context, self._context.checkpoint
         opened: Callable[[], AbstractContextManager[nn.Module]] = partial(context.replay.whole, checkpoint.weights)
         if side != "dense":
             plan = uniform_plan(config, context) if side == "uniform" else plan_of(config, context, says_untrained=True)
             self._place.watch(TrialStarted("pruning", plan))
             names = self._use.command, self._use.with_folder
-            if self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
+            if self._packs(checkpoint):
                 model, _ = packed_copy(checkpoint, context.prune(plan), *names)
                 opened = lambda: nullcontext(model)  # noqa: E731
             else:
@@ -401,11 +395,12 @@ class BothModels(Released):
             model = made.model.model(self._place.allowed)
             folder = resolve(model, self._place.base / made.folder, self._place.note)
             check_model(made, folder)
-        device, inputs = find_device(self._place.device), self._use.kind(folder)
+        device, images = find_device(self._place.device), self._use.images
+        inputs = KINDS["tokens"] if images is None else LABELLED_IMAGES.of({"test": images(folder)})
         self._place.note(f"loading {model.source}")
         checkpoint = Checkpoint.load(folder.path, find_dtype(model.dtype, device), device, folder.trusted)
         self._open.append(checkpoint)
-        if side == "sparse" and self._use.packs and is_fast(checkpoint.device) and checkpoint.offload == "none":
+        if side == "sparse" and self._packs(checkpoint):
             pack_linears(checkpoint)
         try:
             replay = Replay(checkpoint, inputs)
@@ -417,6 +412,9 @@ class BothModels(Released):
             raise UserError(f"model {folder.id}: cannot be run on {inputs.called}: {one_line(error)}") from error
         bos = bool(self._about and self._about.bos)
         return WholeModel(partial(replay.whole, checkpoint.weights), folder, device, bos)
+
+    def _packs(self, checkpoint: Checkpoint) -> bool:
+        return self._use.images is None and is_fast(checkpoint.device) and checkpoint.offload == "none"
 
     def _made_from(self) -> Config:
         """The configuration; UserError for a folder without one."""
@@ -473,10 +471,10 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
                 pairs = zip(places.tolist(), values.tolist(), strict=True)
                 yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
-    use = Use(
-        "classify", "classify DIR FILE", lambda found: LABELLED_IMAGES.of({"test": images(found)}), of_images=True
-    )
-    with BothModels(folder, use, place, dense=both) as models, oom_as_user_error("classify"):
+    with (
+        BothModels(folder, Use("classify", "classify DIR FILE", images), place, dense=both) as models,
+        oom_as_user_error("classify"),
+    ):
         sparse = list(guesses(models.model("sparse")))
         dense = list(guesses(models.model("dense"))) if both else [None] * len(sparse)
     return tuple(
