@@ -510,22 +510,6 @@ def made(kind: str, **changes: Any) -> str:
     return FORMATS[kind].make(config(**{**ROUNDED, **changes}))
 
 
-def test_tables_say_bits() -> None:
-    assert (
-        as_csv(config(**ROUNDED)) == "block,module,bits\n0,model.layers.0,4\n1,model.layers.1,3\n2,model.layers.2,4\n"
-    )
-    found = yaml.safe_load(as_yaml(config(**ROUNDED)))
-    assert found["quantizer"] == "gptq"
-    assert found["settings"] == {"group_size": 32, "symmetric": False, "damping": 0.01}
-    assert found["modules"][1] == {"block": 1, "module": "model.layers.1", "bits": 3}
-
-
-def test_tables_of_zeros_and_bits_say_both() -> None:
-    both = config(**{**ROUNDED, "plan": rounded(4, 4, 4, method="wanda", sparsities=(0.5, 0.6, 0.7))})
-    assert as_csv(both).splitlines()[:2] == ["block,module,sparsity,bits", "0,model.layers.0,0.5,4"]
-    assert yaml.safe_load(as_yaml(both))["bits"] == 4
-
-
 def test_recipes_have_a_group_for_each_number_of_bits() -> None:
     (stage,) = yaml.safe_load(made("llm-compressor")).values()
     modifier = stage["bits_modifiers"]["GPTQModifier"]

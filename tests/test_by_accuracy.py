@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -21,9 +20,7 @@ from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.style import Points
 from atp_tune.figures.trials import draw_history, draw_perplexity
 from atp_tune.measures import ACCURACY, accuracy, error_rate, excess
-from atp_tune.report import latex
 from atp_tune.report.contents import gather
-from atp_tune.results import tables
 from atp_tune.results.formatting import limit_of, sign_of_beta
 from atp_tune.results.results import Results, is_uniform
 from atp_tune.results.summary import summarise
@@ -108,26 +105,6 @@ def test_figures_have_accuracies_on_a_linear_axis() -> None:
     low, high = figure.layout.yaxis.range
     assert low < 0 and 1 < high <= 1.01 and not figure.layout.annotations
     assert history.data[1].y == pytest.approx([0.5, 0.75, 0.75], abs=1e-4)
-
-
-def test_the_table_of_trials_has_accuracies() -> None:
-    study = by_error()
-    for misses, more in (([1, 0], {}), ([1, 1], {"stopped_after": 1})):
-        study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0], **more))
-    found = tables.trials(summarise(study))
-    assert found.head[4:6] == ["accuracy", "zeros"] and [row[4] for row in found.rows] == ["50.0% ± 28.9%", "0.0%"]
-    assert found.words == [1, 2, 7] and len(found.rows[0]) == len(found.head)
-
-
-def test_a_latex_table_has_accuracies() -> None:
-    study = by_error()
-    misses = [1, 0]
-    study.add_trial(made(error_rate(misses).value, misses, [1.0, 2.0]))
-    text = latex.make([gather(study, datetime.now())]).decode()
-    assert "against uniform & validation accuracy & test accuracy" in text and "Perplexity, accuracy" in text
-    assert " text" not in text
-    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line]
-    assert {line.count("&") for line in rows} == {7} and r"50.0\% $\pm$ 28.9\%" in text
 
 
 @pytest.mark.parametrize("ranks", [None, [0, 1], []])

@@ -1,6 +1,5 @@
 """Studies over an interval of sparsities: their points, and what the screen, `export`, figures and reports say."""
 
-import json
 import math
 import os
 import pty
@@ -19,15 +18,14 @@ from optuna.trial import FrozenTrial, create_trial
 from synthetic import VERSIONS, storage_in
 from tinystudy import TUNE, CommandLine, quiet, run, study_file
 
-from atp_tune import figures, report
-from atp_tune.dashboard.notes import study_note, trial_note
+from atp_tune import figures
+from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
 from atp_tune.measures import KL, change, relative
 from atp_tune.report import html, latex, machine, markdown
 from atp_tune.report.contents import gather
-from atp_tune.results import status
 from atp_tune.results.goals import best_trial, excess_of, goal_in
-from atp_tune.results.status import PointStatus, status_of
+from atp_tune.results.status import status_of
 from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise, unreported
 from atp_tune.spec.config import read_config
@@ -290,43 +288,6 @@ def test_a_limit_that_nothing_meets() -> None:
 
 
 @pytest.mark.slow
-def test_the_summary_of_a_front(tmp_path: Path, command: CommandLine) -> None:
-    study = with_test_text(made_front(tmp_path), *range(8))
-    said = command("status", "--study", tmp_path / "made.toml").out
-    assert "made: 20% to 70% sparsity\n" in said
-    head = next(line for line in said.splitlines() if line.startswith("| method"))
-    columns = ["method", "trial", "sparsity", "validation perplexity", "test perplexity", "uniform"]
-    assert [cell.strip() for cell in head.strip("|").split("|")] == [*columns, "against dense", "against uniform"]
-    rows = [line for line in said.splitlines() if line.startswith("| ") and "%" in line]
-    assert [row.split("|")[3].strip() for row in rows] == ["0%", "20%", "30%", "50%", "70%"]
-    assert [" ←" in row for row in rows] == [False, False, False, True, False]
-    assert "best: trial 4, 50% wanda + atp (β = 0.05000), the knee: " in said
-    assert "\n`export` writes another point: --sparsity, --max-increase or --trial names it\n" in said
-    uniform = summarise(study).results.score(study.trials[5], "test")
-    assert rows[3].split("|")[6].strip() == str(uniform)
-    assert " 50% wanda atp β=0.05000 " in said  # of all trials
-    assert "spread" not in said
-    assert "no trial is better than uniform" not in said
-
-
-@pytest.mark.slow
-def test_the_summary_of_a_limit(tmp_path: Path, command: CommandLine) -> None:
-    made_front(tmp_path, {"max_increase": 0.35})
-    said = command("status", "--study", tmp_path / "made.toml").out
-    rows = {line.split("|")[2].strip(): line for line in said.splitlines() if line.startswith("| ") and "%" in line}
-    assert list(rows) == ["", "1", "0", "3", "2", "5", "4 ←", "7", "6"]
-    assert [row.split("|")[-2].strip() for row in rows.values()] == [
-        "",
-        *["within"] * 4,
-        "beyond",
-        "within",
-        *["beyond"] * 2,
-    ]
-    assert "best: trial 4, 50% wanda + atp (β = 0.05000): +3" in said
-    assert "limit: 35% more perplexity than dense, validation text, at the upper end of the standard error" in said
-
-
-@pytest.mark.slow
 def test_the_commands_that_come_next(tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     with_test_text(made_front(tmp_path), *range(8))
     toml = tmp_path / "made.toml"
@@ -526,31 +487,6 @@ def test_no_figure_of_points_for_other_studies(done: Path) -> None:
 # Reports, notes and JSON
 
 
-@pytest.mark.parametrize("limit", [None, {"max_increase": 0.35}, {"max_kl": 0.4}])
-def test_reports_show_the_points(limit: dict[str, float] | None) -> None:
-    study = with_test_text(made_front(limit=limit, kl=limit == {"max_kl": 0.4}), *range(8))
-    contents = gather(study, NOW)
-    assert contents.importance == {}
-    best = contents.summary.best_trial
-    assert best is not None
-    assert contents.sparsity == f"{best.params['sparsity']:g} of 0.2 to 0.7"
-    text = markdown.make([contents]).decode()
-    dense = "against dense, validation" if limit else "uniform | against dense"
-    head = f"| method | trial | sparsity | validation perplexity | test perplexity | {dense} | against uniform |"
-    assert head in text
-    assert "## Pareto front" not in text
-    assert "## Allocations" not in text
-    assert f"**{best.number}**" in text
-    page = html.make([contents]).decode()
-    assert '<figure class="points">' in page
-    assert "searched from 0.2 to 0.7" in page
-    assert "too few trials" not in page
-    table = latex.make([contents, contents]).decode()
-    assert "sparsity " + contents.sparsity in table
-    assert table.count(r"wanda + atp ($\beta$ = 0.05000) & 50\% & ") == 2
-    assert report.gather(optuna_empty(), NOW).sparsity == "0.2 to 0.7"
-
-
 def optuna_empty() -> optuna.Study:
     """A study over an interval that has just begun."""
     study = optuna.create_study(study_name="new", directions=["minimize", "minimize"])
@@ -566,40 +502,6 @@ def test_a_study_that_has_just_begun() -> None:
     assert figures.draw(contents.summary) == {}
     assert study_note(contents.summary, "sqlite:///x.db")
     assert contents.verdict == "No trial has been measured yet."
-
-
-def test_the_json_of_the_points() -> None:
-    study = with_test_text(made_front(limit={"max_increase": 0.35}), *range(8))
-    summary = summarise(study)
-    (read,) = json.loads(machine.make([gather(study, NOW)]))["studies"]
-    said = json.loads(status_of(summary, NOW).model_dump_json())
-    assert read["sparsity"] == said["sparsity"] == [0.2, 0.7] and read["realised"] == 0.5
-    assert read["limit"] == said["limit"] == {"max_increase": 0.35}
-    for points in (read["points"], said["points"]):
-        assert [point["trial"] for point in points] == [point.trial.number for point in summary.points]
-        assert [point["best"] for point in points].index(True) == 5
-        assert points[5]["against_uniform"]["perplexity"]["on"] == "test"
-        assert points[5]["uniform"] == 5
-        assert (points[0]["uniform"], points[0]["against_uniform"]) == (1, {"perplexity": None})
-    assert said["best"]["sparsity"] == 0.5
-    assert [trial["sparsity"] for trial in said["trials"]] == [trial["sparsity"] for trial in read["trials"]]
-    assert read["trials"][4]["sparsity"] == 0.5
-    documented = f"{PointStatus.__doc__} {status.__doc__}"
-    assert all(key in documented for key in read["points"][0])
-
-
-def test_the_note_of_the_dashboard() -> None:
-    summary = summarise(with_test_text(made_front(limit={"max_increase": 0.35}), *range(8)))
-    note = study_note(summary, "sqlite:///x.db")
-    assert "at 20% to 70% sparsity" in note
-    assert re.search(r"^\| dense \| &emsp; \| &emsp;0% \| &emsp;[\d.]+ ± ", note, re.M)
-    assert "\n| :-- | --: |" in note
-    assert "python tune.py --study smol-front " in note
-    assert "The best is the sparsest plan within 35% more perplexity than dense." in note
-    assert "**Best: trial 4, 50% wanda + atp" in note
-    assert "against uniform" in trial_note(summary.trials[4], summary)
-    found = summary.results.change(summary.trials[7], summary.trials[6], on="validation")
-    assert found and f"{found.change} against uniform" in trial_note(summary.trials[6], summary)  # at 70 %
 
 
 # A real study

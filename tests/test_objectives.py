@@ -1,8 +1,6 @@
 """Studies that minimise the KL divergence from the dense model, or perplexity and KL together."""
 
-import json
 import math
-import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -25,9 +23,7 @@ from atp_tune.api.merging import merge
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
-from atp_tune.report import gather, write
 from atp_tune.results.goals import front_of
-from atp_tune.results.results import is_uniform
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise
@@ -309,57 +305,6 @@ def test_studies_of_two_values_are_merged(made: Path, place: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_tables_show_the_values_and_the_front(made: Path, command: CommandLine) -> None:
-    said = command("status", "--study", made / "tiny.toml", "--study-name", "both").out
-    summary = summarise(stored(made, "both"))
-    for trial in summary.front:
-        assert re.search(rf"^\| {trial.number}( ←)? +\|", said, re.MULTILINE)
-        assert str(summary.results.score(trial, "validation", measures.KL)) in said
-    assert "the lowest perplexity of the front; `export --trial N` takes another" in said
-    assert "| 0               | 0               | – " in said
-    said = command("status", "--study", made / "tiny.toml", "--study-name", "kl").out
-    assert "Pareto front" not in said
-    assert str(summarise(stored(made, "kl")).results.score(stored(made, "kl").best_trial, "test", measures.KL)) in said
-
-
-@pytest.mark.slow
-def test_the_json_of_status_and_report(made: Path, tmp_path: Path) -> None:
-    for name, objectives in (("kl", ["kl"]), ("both", ["perplexity", "kl"])):
-        study = stored(made, name)
-        summary = summarise(study)
-        said = json.loads(to_json(status_of(summary, datetime.now())))
-        assert said["objective"] == objectives
-        assert said["front"] == [trial.number for trial in summary.front]
-        best = summary.results.score(summary.best_trial, "test", measures.KL)
-        assert best and said["best"]["scores"]["kl"]["test"] == best.model_dump()
-        uniform = is_uniform(summary.best_trial)  # then there is nothing to compare it with
-        against = said["best"]["against_uniform"]["kl"]
-        assert against is None if uniform else against["on"] == "test"
-        scores = [trial["scores"] for trial in said["trials"]]
-        assert [score["kl"]["validation"]["value"] for score in scores] == [t.values[-1] for t in study.trials]
-        assert all(score["perplexity"]["validation"]["value"] > 10 for score in scores)
-        write([gather(study, datetime.now())], "json", tmp_path / "r.json")
-        [read] = json.loads((tmp_path / "r.json").read_text())["studies"]
-        assert (read["objective"], read["front"]) == (objectives, said["front"])
-        assert read["best"]["scores"] == said["best"]["scores"]
-        assert read["trials"][1]["scores"] == said["trials"][1]["scores"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["html", "md", "latex"])
-@pytest.mark.parametrize("name", ["kl", "both"])
-def test_reports(name: str, kind: str, made: Path, tmp_path: Path) -> None:
-    study = stored(made, name)
-    with quiet():
-        write([gather(study, datetime.now())], kind, tmp_path / "report")
-    text, summary = (tmp_path / "report").read_text(), summarise(study)
-    for role in measures.TEXTS:
-        found = summary.results.score(summary.best_trial, role, measures.KL)
-        assert found and found.alone in text
-    assert ("Pareto front" in text) == (name == "both" and kind != "latex")
-
-
-@pytest.mark.slow
 def test_figures(made: Path) -> None:
     drawn = figures.draw(summarise(stored(made, "both")))
     assert set(drawn) == {"perplexity", "front", "sparsity", "error", "seconds"}
@@ -375,19 +320,6 @@ def test_figures(made: Path) -> None:
     known = [t.values[0] for t in stored(made, "kl").trials]
     shown = sorted(value for value in known if value <= 3 * median(known))
     assert sorted(marks) == pytest.approx(shown, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_notes_of_the_dashboard(made: Path) -> None:
-    for name in ("kl", "both"):
-        summary = summarise(stored(made, name))
-        note = study_note(summary, "sqlite:///tiny.db")
-        assert "KL divergence from the dense model (nats per token) on the validation text; lower is better" in note
-        assert str(summary.results.score(summary.best_trial, "test", measures.KL)) in note
-        assert ("Pareto front:" in note) == (name == "both")
-        for trial in summary.trials:
-            found = summary.results.score(trial, "validation", measures.KL)
-            assert f"KL divergence on the validation text {found}" in trial_note(trial, summary)
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.sparse.card import words
 from atp_tune.spec.config import read_config
 from atp_tune.spec.data import Text
 from atp_tune.spec.patterns import make_plan
@@ -311,10 +310,6 @@ def test_a_processor_without_an_id_of_its_image_token(models: dict[str, Path]) -
     assert _image_token(bare) == _image_token(own) == own.image_token_id
     with pytest.raises(UserError, match=r"^images: the processor names no image token"):
         _image_token(SimpleNamespace(tokenizer=own.tokenizer))
-
-
-def test_a_card_names_pairs() -> None:
-    assert words(wanted(Path("p.parquet"))) == "file:p.parquet, 5 pairs of image and text of 24 tokens"
 
 
 def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
