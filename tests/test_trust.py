@@ -232,7 +232,7 @@ def test_links_of_a_hub_cache_are_files(checkpoint: Path, tmp_path: Path) -> Non
     snapshot.mkdir(parents=True)
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    assert {file.name for file in files.small_files(snapshot, (".safetensors",))} == {
+    assert {file.name for file in files.small_files(snapshot)} == {
         file.name for file in blobs.iterdir() if file.suffix != ".safetensors"
     }
 
@@ -244,17 +244,17 @@ def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> 
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     out.mkdir()
-    files.copy_small(source, out, (".safetensors",))
+    files.copy_small(source, out)
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()) == [
         "LICENSES/MIT.txt",
         "config.json",
     ]
     (source / "my-README.md").write_text("of the dense model")  # no file of its own name is left
-    files.copy_small(source, out, (".safetensors",), ("/README.md", "/config.json"))
+    files.copy_small(source, out, ("/README.md", "/config.json"))
     assert (out / "my-README.md").exists()
     (source / "LICENSES/out.txt").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="is a link to /etc/hostname, outside its folder; copy the file"):
-        files.small_files(source, ())
+        files.small_files(source)
 
 
 @pytest.mark.parametrize("kind", ["file", "full", "link", "dangling"])

@@ -165,16 +165,6 @@ class Linear:
         return own.T if self.transposed else own
 
 
-def is_attention(name: str) -> bool:
-    """Whether a linear belongs to attention, by its path: attn or attention."""
-    return "attn" in name or "attention" in name
-
-
-def is_value(name: str) -> bool:
-    """Whether a linear is the value projection of attention, not fused with others."""
-    return name.rpartition(".")[2] in ("v_proj", "value")
-
-
 def is_state_space(name: str) -> bool:
     """Whether a linear is Mamba's Δ projection, whose weight the model may read without calling the module, so that
     its inputs are unknown.
@@ -305,16 +295,13 @@ def expert_inputs(module: Any, weight: str, hidden: Tensor, chosen: Tensor) -> I
     up, _ = expert_weights(module)
     for expert in range(module.num_experts):
         rows = hidden[(chosen == expert).any(-1)]
-        if len(rows):
-            yield expert, rows if weight == up else _inner(module, up, expert, rows)
-
-
-def _inner(module: Any, up: str, expert: int, rows: Tensor) -> Tensor:
-    weight = getattr(module, up)[expert]
-    bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
-    wide = nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
-    inner: Tensor = module._apply_gate(wide) if up == "gate_up_proj" else module.act_fn(wide)
-    return inner
+        if len(rows) and weight == up:
+            yield expert, rows
+        elif len(rows):
+            wide = getattr(module, up)[expert]
+            bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
+            rows = nn.functional.linear(rows, wide.T if module.is_transposed else wide, bias)
+            yield expert, module._apply_gate(rows) if up == "gate_up_proj" else module.act_fn(rows)
 
 
 @dataclass(frozen=True)

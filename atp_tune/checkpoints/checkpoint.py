@@ -30,9 +30,7 @@ from atp_tune.checkpoints.blocks import (
     auto_class,
     find_blocks,
     find_linears,
-    is_attention,
     is_image_classifier,
-    is_value,
     width_of,
 )
 from atp_tune.checkpoints.convert import one_line
@@ -209,10 +207,15 @@ class Checkpoint(Released):
 
     @cached_property
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:
-        """Shape of each linear of each block, for allocations."""
+        """Shape of each linear of each block, for allocations; whether it is of attention, or its value projection."""
         return tuple(
             tuple(
-                Shape(linear.out_features, linear.in_features, is_attention(linear.name), is_value(linear.name))
+                Shape(
+                    linear.out_features,
+                    linear.in_features,
+                    "attn" in linear.name or "attention" in linear.name,
+                    linear.name.rpartition(".")[2] in ("v_proj", "value"),  # not fused with others
+                )
                 for linear in linears
             )
             for linears in self.linears

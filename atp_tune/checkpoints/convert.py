@@ -13,18 +13,20 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from atp_tune.checkpoints.files import (
     ASK_CODE,
     BESIDE,
     BY_TENSOR,
+    WEIGHTS,
+    Table,
     check_plain,
-    check_scaled,
+    check_scales,
     config_in,
     copy_small,
     parse_header,
@@ -34,7 +36,9 @@ from atp_tune.checkpoints.files import (
 )
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
+from atp_tune.spec.manifest import FileName
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
+from atp_tune.utils.frozen import FrozenModel
 from atp_tune.utils.paths import check_writable
 
 if TYPE_CHECKING:
@@ -51,8 +55,8 @@ GGUF_FACTS = {  # keys of a model card's head; the last that a file has counts
     "base_model": ("general.base_model.0.repo_url", "general.source.repo_url"),
 }
 _OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 INDEX = (".index.json",)
+LONGEST = 200  # characters of a foreign error
 
 
 def gguf_to_folder(file: Path, target: Path) -> None:
@@ -110,7 +114,7 @@ def bin_to_folder(source: Path, target: Path, trusted: bool) -> None:
     options = {"use_safetensors": False, "weights_only": True, "trust_remote_code": trusted}
     with written_folder(source, target) as folder:
         _complete_model(source, dtype="auto", **options).save_pretrained(folder)
-        copy_small(source, folder, WEIGHTS, INDEX)
+        copy_small(source, folder, INDEX)
 
 
 def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) -> None:
@@ -127,7 +131,7 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
             # Dequantizes with transformers, with the whole model in memory.
             from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-            check_scaled(sorted(source.glob("*.safetensors")), str(source))
+            check_scales(sorted(source.glob("*.safetensors")), str(source), is_quantized=True)
             asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
             options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
             with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
@@ -135,17 +139,12 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
             check_plain(model, (name for name, _ in model.named_parameters()))
             model.save_pretrained(folder)
             write_table(folder / "config.json", without_quantization(config_in(folder)))
-        copy_small(source, folder, WEIGHTS, (*INDEX, *BESIDE))
+        copy_small(source, folder, (*INDEX, *BESIDE))
 
 
-def is_of_gguf(folder: Path) -> bool:
-    """Whether a folder was converted from a GGUF file."""
-    return (folder / ORIGIN).is_file() and str(read_table(folder / ORIGIN).get("file")).endswith(".gguf")
-
-
-def gguf_content(folder: Path) -> str:
-    """SHA-256 of the GGUF file that a folder was converted from."""
-    return str(json.loads((folder / ORIGIN).read_text())["sha256"])
+def gguf_origin(folder: Path) -> Table:
+    """File and SHA-256 of the GGUF file that a folder was converted from; empty of another folder."""
+    return read_table(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
 
 
 @contextmanager
@@ -163,12 +162,12 @@ def quiet(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def one_line(error: Exception, limit: int = 200) -> str:
+def one_line(error: Exception) -> str:
     """Type and message of a foreign error in one line; a remedy if it is about code that may not run."""
     if "trust_remote_code" in str(error):
         return f"it needs code of its own, which is not run; read it, then allow it with {ASK_CODE}"
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 @contextmanager
@@ -233,8 +232,7 @@ ABOUT, CODE, PACKED_INDEX = "atp_sparse.json", "modeling_atp_sparse.py", "model.
 MODEL_TYPE = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports torch
 
 
-@dataclass(frozen=True)
-class Original:
+class Original(FrozenModel):
     """What `ABOUT` keeps of the folder that was packed.
 
     headers: of each shard as it stands in the file; sha256: of each shard, None if its values were rounded; tensors:
@@ -242,34 +240,31 @@ class Original:
     files: texts of small files that packing changed; added: names of small files that it added.
     """
 
-    version: int
-    headers: dict[str, str] = field(default_factory=dict)
-    sha256: dict[str, str | None] = field(default_factory=dict)
-    tensors: dict[str, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
+    version: Literal[1] = 1
+    headers: dict[FileName, str] = Field(default_factory=dict)
+    sha256: dict[FileName, str | None] = Field(default_factory=dict)
+    tensors: dict[str, str] = Field(default_factory=dict)
+    names: dict[str, str] = Field(default_factory=dict)
+    files: dict[FileName, Any] = Field(default_factory=dict)  # with bytes that are no text, see `as_text`
+    added: list[FileName] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Original":
+        if self.headers.keys() != self.sha256.keys() or not all(isinstance(text, str) for text in self.files.values()):
+            raise ValueError("headers")
+        return self
 
     def write(self, folder: Path) -> None:
         """Writes it into a packed folder."""
-        write_out(folder / ABOUT, json.dumps(asdict(self), indent=1).encode())
+        write_out(folder / ABOUT, json.dumps(self.model_dump(), indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Original":
         """What a packed folder says; UserError if it is no such file, or names files outside its folder."""
-        table = read_table(folder / ABOUT)
         try:
-            found = cls(**table)
-            kinds = {"headers": str, "sha256": str | None, "tensors": str, "names": str, "files": str}
-            right = all(isinstance(value, kind) for key, kind in kinds.items() for value in table[key].values())
-            names = (*found.headers, *found.files, *found.added)
-            plain = [PurePath(name).name == name and name not in (".", "..") for name in names]
-            right = right and found.version == 1 and all(plain) and found.headers.keys() == found.sha256.keys()
-        except (TypeError, KeyError, AttributeError):
-            right = False
-        if not right:
-            raise UserError(f"{folder / ABOUT}: is not what `pack` writes; download the folder again")
-        return found
+            return cls.model_validate(read_table(folder / ABOUT))
+        except ValidationError:
+            raise UserError(f"{folder / ABOUT}: is not what `pack` writes; download the folder again") from None
 
 
 def is_packed(folder: Path) -> bool:
@@ -293,7 +288,7 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     check_room(out, size) if shared else check_writable(out, size)
     try:
         with folder_atomically(out, shared) as folder, ExitStack() as stack:
-            copy_small(source, folder, WEIGHTS, tuple(f"/{name}" for name in added))
+            copy_small(source, folder, tuple(f"/{name}" for name in added))
             if original is None:
                 _save_dense(source, folder)
                 return
@@ -314,7 +309,7 @@ def _save_dense(source: Path, folder: Path) -> None:
 
     load = getattr(transformers, checked_table(read_table(source / "config.json"))["class"]).from_pretrained
     with quiet("transformers"):
-        model = load(source, dequantize=True, local_files_only=True)
+        model = load(source, dequantize=True, local_files_only=True, trust_remote_code=False)
         model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)

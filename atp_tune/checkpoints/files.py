@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Table = dict[str, Any]  # of a JSON file, or of a part of one
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 PICKLES = "pytorch_model*.bin"
 CODE = "*.py"  # code that `model.trust_remote_code` runs
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -101,14 +102,14 @@ def _classes(config: Table) -> list[str]:
     return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
 
-def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
-    """The files of a folder, and of its folder of licences, without weights (by suffix).
+def small_files(folder: Path) -> list[Path]:
+    """The files of a folder, and of its folder of licences, without weights.
 
     UserError for a link to a file outside it, but for the folder `blobs` two levels up, as in the Hugging Face cache.
     """
     home, blobs = folder.resolve(), folder.resolve().parents[1:2]
     files = sorted([*folder.iterdir(), *folder.glob("LICEN[CS]E*/*")])
-    found = [file for file in files if file.is_file() and file.suffix not in weights]
+    found = [file for file in files if file.is_file() and file.suffix not in WEIGHTS]
     for file in found:
         inside = (home, *(place / "blobs" for place in blobs))
         if not any(file.resolve().is_relative_to(place) for place in inside):
@@ -116,9 +117,9 @@ def small_files(folder: Path, weights: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def copy_small(source: Path, out: Path, weights: tuple[str, ...], without: tuple[str, ...] = ()) -> None:
+def copy_small(source: Path, out: Path, without: tuple[str, ...] = ()) -> None:
     """Copies a model folder's small files, but those whose "/NAME" ends like `without`, or that `out` has."""
-    for file in small_files(source, weights):
+    for file in small_files(source):
         copy = out / file.relative_to(source)
         if not f"/{file.name}".endswith(without) and not copy.exists():
             copy.parent.mkdir(exist_ok=True)
@@ -167,11 +168,6 @@ class ModelSizes:
     blocks: tuple[int, ...]
     bytes: int
     itemsize: int
-
-    @property
-    def shell(self) -> int:
-        """Values outside the blocks: embeddings, final norm, head."""
-        return self.total - sum(self.blocks)
 
 
 def read_sizes(folder: Path) -> ModelSizes:
@@ -335,23 +331,22 @@ def parts_of(config: Table, depth: int = _DEPTH) -> Iterator[Table]:
             yield from parts_of(part, depth - 1)
 
 
-def check_stored(weights: Iterable[Path], name: str) -> None:
-    """UserError if safetensors without a quantization config hold quantized tensors with scales."""
+def check_scales(weights: Iterable[Path], name: str, is_quantized: bool) -> None:
+    """UserError if a quantized tensor has no scale, which transformers would use as a weight.
+
+    Unless `is_quantized`, by its config, if one has a scale.
+    """
     formats = formats_of(weights)
     for key, kind in formats.items():
-        scale = None if kind in FULL else next((scale for scale in scales_of(key) if scale in formats), None)
-        if scale is not None:
+        scale = next((scale for scale in scales_of(key) if scale in formats), None)
+        if kind in FULL or is_quantized != (scale is None):
+            continue
+        if not is_quantized:
             raise UserError(
                 f"model.source: {name} holds {key} as {kind} with a scale beside it ({scale}), but its config.json has "
                 f"no quantization_config that says how they belong together; {_INSTEAD}"
             )
-
-
-def check_scaled(weights: Iterable[Path], name: str) -> None:
-    """UserError if a quantized tensor has no scale; transformers would use it as a weight."""
-    formats = formats_of(weights)
-    for key, kind in formats.items():
-        if key.endswith((".weight", ".weight_packed")) and kind not in FULL and not formats.keys() & {*scales_of(key)}:
+        if key.endswith((".weight", ".weight_packed")):
             raise UserError(f"model.source: {name} has {key} as {kind} without its scales; download it again")
 
 

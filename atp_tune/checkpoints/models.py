@@ -112,7 +112,7 @@ def resolve(
         else:
             folder = convert.gguf_folder(path, notify)
         ask(folder, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        found = ModelFolder(folder, convert.gguf_content(folder), model.source)
+        found = ModelFolder(folder, str(convert.gguf_origin(folder)["sha256"]), model.source)
     elif path.is_dir():
         found = _from_folder(path, model, None, notify, ask)
     elif _HUB_ID.fullmatch(model.source):
@@ -156,7 +156,7 @@ def check_files(folder: Path) -> None:
 
 def _converted(kind: Literal["bin", "quantized", "packed"], folder: Path, content: str) -> Path:
     """Where the cache has what a folder is converted to: by its content and all files that are copied with it."""
-    copied = {str(file.relative_to(folder)): sha256_of(file) for file in files.small_files(folder, convert.WEIGHTS)}
+    copied = {str(file.relative_to(folder)): sha256_of(file) for file in files.small_files(folder)}
     return cache_dir(f"models/{kind}") / key(f"models/{kind}", content=content, files=copied)
 
 
@@ -194,7 +194,7 @@ def _from_folder(path: Path, model: study.ModelConfig, revision: str | None, not
                 convert.bin_to_folder(path, target, model.trust_remote_code)
         path = target
     else:
-        files.check_stored(weights, model.source)
+        files.check_scales(weights, model.source, is_quantized=False)
     return ModelFolder(path, content, model.source, revision, model.trust_remote_code)
 
 

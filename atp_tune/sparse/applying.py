@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import PrunedBlock
-from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import WEIGHTS, bytes_of
+from atp_tune.checkpoints.convert import bytes_of, gguf_origin
 from atp_tune.checkpoints.devices import DTYPES, device_name
 from atp_tune.checkpoints.files import CODE, copy_small, is_slim, places, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, ModelFolder
@@ -118,7 +117,7 @@ def write_sparse(
     """
     checkpoint, source, zeros = context.checkpoint, context.folder.path, list[int]()
     if dtype is None:
-        dtype = context.dtype if convert.is_of_gguf(source) else SOURCE
+        dtype = context.dtype if str(gguf_origin(source).get("file")).endswith(".gguf") else SOURCE
     stored = None if dtype == SOURCE else DTYPES[dtype]
 
     def pruned() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -332,7 +331,7 @@ def sparse_folder(source: Path, out: Path) -> Iterator[Path]:
     """
     try:
         with folder_atomically(out) as folder:
-            copy_small(source, folder, WEIGHTS)
+            copy_small(source, folder)
             if is_slim(source):
                 bring_own_code(folder)
             yield folder

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import WEIGHTS
 from atp_tune.checkpoints.devices import device_name, find_device, oom_as_user_error, peak_memory, reset_peak_memory
 from atp_tune.checkpoints.files import small_files
 from atp_tune.checkpoints.models import ModelFolder, resolve
@@ -320,7 +319,7 @@ def finetune(
     settings = settings.filled(getattr(made.validation if made else text, "seqlen", None))
     named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
     folder = resolve(named, Path(), place.note, lambda _, size: check_free(out, size))
-    small_files(folder.path, WEIGHTS)  # refuses links before anything runs
+    small_files(folder.path)  # refuses links before anything runs
     dense_model = None
     if settings.has_teacher:
         dense_model = find_teacher(teacher, made, folder, place.note, place.allowed)

@@ -248,7 +248,7 @@ class _Packing:
         self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
         self.linears: dict[str, Table] = {}
         self.stored: dict[str, Table] = {}
-        self._original = Original(version=VERSION)
+        self._original = Original()
         self._places: dict[str, str] = {}  # packed shard of each tensor
         self.bytes = (0, 0)  # of the packed tensors before and after
         self.auto = auto_class(self.source).__name__

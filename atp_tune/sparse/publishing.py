@@ -18,7 +18,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, utils
 
 from atp_tune.checkpoints.convert import ABOUT as BEFORE_PACKING
-from atp_tune.checkpoints.convert import WEIGHTS, one_line
+from atp_tune.checkpoints.convert import one_line
+from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.errors import UserError
 from atp_tune.plugins import digest as digest_of
 from atp_tune.plugins import is_place
