@@ -35,13 +35,13 @@ from atp_tune.storage import opening
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+NOTES = ROOT / "benchmarks" / "notes"  # what a page says about its tables, in a file of the page's name
 Line = tuple[float, str, str]  # target, pruner, allocation
 
 TARGETS = (0.5, 0.6, 0.7)
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
 PLUGGED = {name: f"{ROOT / 'examples' / 'plugins' / name}.py:{name.upper()}" for name in ("dlp", "lsa")}
 ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "prices", "row-prices")
-OURS = ("row-prices", "prices")  # the first of a table is compared with each of its lines
 COLUMNS = (
     "allocation",
     "best parameters",
@@ -50,7 +50,6 @@ COLUMNS = (
     "test, against uniform",
     "over draws, against uniform",
     "against atp",
-    "{ours} against it, test",
 )
 
 
@@ -140,7 +139,7 @@ def page(options: argparse.Namespace, context: Session, found: dict[Line, optuna
     """The whole page."""
     attrs = next(iter(found.values())).user_attrs
     validation, test = (perplexity(nlls) for nlls in (attrs["dense"], attrs["test_nlls"]["dense"]))
-    notes, study = options.out.with_suffix(".notes.md"), Path(options.study).name
+    notes, study = NOTES / options.out.name, Path(options.study).name
     parts = [
         "# Allocations compared\n",
         f"`{options.command}` writes this page. It prunes {options.title} in "
@@ -160,20 +159,18 @@ def page(options: argparse.Namespace, context: Session, found: dict[Line, optuna
 
 def table(studies: dict[str, optuna.Study]) -> str:
     """One line for each allocation."""
-    ours = next((name for name in OURS if name in studies), OURS[0])
-    rows = [row(name, study, studies, ours) for name, study in studies.items()]
-    lines = [[column.format(ours=ours) for column in COLUMNS], ["---"] * len(COLUMNS), *rows]
+    rows = [row(name, study, studies) for name, study in studies.items()]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: str) -> list[str]:
+def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study]) -> list[str]:
     """The best trial of one study, uniform left out where the line is another allocation's."""
     best = best_of(name, study)
     if best is None:
         return [name, "no trial has a value", *[""] * (len(COLUMNS) - 2)]
     own = report_of(study, best)
     from_uniform, from_atp = (report_of_best(other, studies) for other in ("uniform", "atp"))
-    ahead = best_of(ours, studies[ours]) if ours in studies and name != ours else None
     return [
         name,
         shown(parameters_of(best)),
@@ -182,7 +179,6 @@ def row(name: str, study: optuna.Study, studies: dict[str, optuna.Study], ours: 
         str(change(from_uniform, own)) if from_uniform and name != "uniform" else "",
         drawn.changed if (drawn := summarise(study).over_draws.get(best.number)) else "",
         str(change(from_atp, own)) if from_atp and name != "atp" else "",
-        str(change(own, report_of(studies[ours], ahead))) if ahead else "",
     ]
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 
 REPO = Path(__file__).parents[1]
-PAGES = [
-    path for path in (*REPO.glob("*.md"), *sorted((REPO / "docs").rglob("*.md"))) if not path.name.endswith(".notes.md")
-]
+PAGES = [*REPO.glob("*.md"), *sorted((REPO / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(```+)(\w*)[^\n]*\n(.*?)^\1$", re.S | re.M)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n+)+", re.M)
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
