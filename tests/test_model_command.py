@@ -18,12 +18,9 @@ from atp_tune.api.arguments import changed
 from atp_tune.api.arguments import overrides as typed
 from atp_tune.api.presets import (
     HUB_TEXTS,
-    PARTS,
     PRESETS,
     StudyRequest,
-    search_over_interval,
-    texts_from,
-    texts_from_hub,
+    texts_of,
     usual_texts,
 )
 from atp_tune.checkpoints.models import resolve
@@ -291,11 +288,12 @@ def test_the_search_over_an_interval(
 
 @pytest.mark.parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])
 def test_a_short_text_is_screened_on_two_windows_at_least(windows: int | None, stride: int) -> None:
-    found = search_over_interval(PRESETS["quick"], windows, None)
+    request = StudyRequest("model", (0.3, 0.8))
+    found = request.search(PRESETS["quick"], windows, ("atp",))
     assert found["screen"]["stride"] == stride
     assert windows is None or len(range(0, windows, stride)) >= 2
     with pytest.raises(UserError, match="validation: has one window, and an interval of sparsities needs two"):
-        search_over_interval(PRESETS["quick"], 1, None)
+        request.search(PRESETS["quick"], 1, ("atp",))
 
 
 @pytest.mark.slow
@@ -410,7 +408,7 @@ def test_a_limit_of_accuracy(here: Path, command: CommandLine, monkeypatch: pyte
 def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
     """They make a study whose texts share nothing, with windows that the model can take."""
     model = ModelConfig(source=str(tiny_place / "model"))
-    texts = texts_from_hub(choice, PRESETS[preset], resolve(model, Path()))
+    texts = texts_of(choice, PRESETS[preset], resolve(model, Path()))
     study = Study.model_validate({"sparsity": 0.5, "model": model, "texts": texts, "search": {"trials": 1}})
     assert study.texts.calibration.nsamples == PRESETS[preset].calibration
     assert {study.texts.calibration.seqlen, study.test_text.seqlen} == {256}
@@ -419,8 +417,7 @@ def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
 def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
     """A preset asks for more windows than a short text has: three draws of a third, and no error."""
     folder = resolve(ModelConfig(source=str(tiny_place / "model")), Path())
-    source = f"file:{tiny_place / 'calibration.txt'}"
-    texts = texts_from({role: (source, part) for role, part in PARTS.items()}, PRESETS["thorough"], folder, Path())
+    texts = texts_of(str(tiny_place / "calibration.txt"), PRESETS["thorough"], folder)
     windows = {role: text["nsamples"] * text.get("draws", 1) for role, text in texts.items()}
     assert all(1 <= count < PRESETS["thorough"].calibration for count in windows.values())
     assert texts["calibration"]["draws"] == 3

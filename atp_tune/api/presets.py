@@ -102,76 +102,45 @@ WHOLE = (0.0, 1.0)
 PARTS = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
 
 
-def texts_from_hub(choice: str, preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
-    """The texts of a study, by role, from one of `HUB_TEXTS`."""
-    sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
-    found = {
-        role: {**text, "nsamples": sizes[role] or (C4_WINDOWS if text["source"] == "c4" else None), "seqlen": seqlen}
-        for role, text in HUB_TEXTS[choice].items()
-    }
-    found["calibration"]["draws"] = preset.draws
-    return {role: {key: value for key, value in text.items() if value is not None} for role, text in found.items()}
+def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFolder") -> dict[str, dict[str, Any]]:
+    """The texts of a study by role: one of `HUB_TEXTS`, a text of which three parts are used, or a text for each role.
 
-
-def texts_from(
-    sources: Mapping[str, tuple[str, tuple[float, float]]], preset: Preset, folder: "ModelFolder", base: Path
-) -> dict[str, dict[str, Any]]:
-    """The texts of a study, from a local source and a part of it for each role, with as many windows as there are.
-
-    Documents of a source that is cut into parts are shuffled, so that the parts are of one kind; paragraphs, where it
-    has one document, stay in their order. UserError if a part is shorter than one window.
+    They have as many windows as a preset measures, or as a local text has. Documents of a source that is cut into parts
+    are shuffled, so that the parts are of one kind; paragraphs, where it has one document, stay in their order.
+    UserError if a part is shorter than one window.
     """
+    from atp_tune.inputs.documents import documents
     from atp_tune.inputs.windows import first_windows
 
-    sizes, seqlen = preset.windows, min(preset.seqlen, context_length(folder) or preset.seqlen)
+    is_cut, base = isinstance(choice, str), Path()
+    known = HUB_TEXTS.get(choice, {}) if isinstance(choice, str) else {}
+    named = dict.fromkeys(PARTS, choice) if isinstance(choice, str) else choice
+    seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
     found: dict[str, dict[str, Any]] = {}
-    cut = {source for source, part in sources.values() if part != WHOLE}
-    shuffled = {source for source in cut if _has_documents(source, base)}
-    for role, (source, part) in sources.items():
-        own = {"source": source, "part": part, **({"shuffle": True} if source in shuffled else {})}
-        text = Text(**own, seqlen=seqlen)
-        draws = preset.draws if role == "calibration" else 1
-        most = (sizes[role] or 1_000_000 // draws) * draws
-        try:
-            there = len(first_windows(text, folder.path, base, most, trusted=folder.trusted))
-        except UserError as error:
-            what = f"the part of {short_source(source)} for {role}" if part != WHOLE else f"the text for {role}"
-            raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None
-        draws = min(draws, there)
-        found[role] = {**own, "nsamples": there // draws, "seqlen": seqlen}
+    is_shuffled = False
+    for role, text in named.items():
+        most, draws = preset.windows[role], preset.draws if role == "calibration" else 1
+        if known:
+            own = known[role]
+            most = most or (C4_WINDOWS if own["source"] == "c4" else None)
+        else:
+            own = {"source": source_of(text), "part": PARTS[role] if is_cut else WHOLE}
+            try:
+                is_shuffled = is_shuffled or (is_cut and len(documents(Text(source=own["source"]), base)) > 1)
+                own |= {"shuffle": True} if is_shuffled else {}
+                wanted = (most or 1_000_000 // draws) * draws
+                there = len(
+                    first_windows(Text(**own, seqlen=seqlen), folder.path, base, wanted, trusted=folder.trusted)
+                )
+            except UserError as error:
+                what = f"the part of {short_source(own['source'])} for {role}" if is_cut else f"the text for {role}"
+                raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None
+            draws = min(draws, there)
+            most = there // draws
+        found[role] = {**own, **({"nsamples": most} if most else {}), "seqlen": seqlen}
         if role == "calibration":
             found[role]["draws"] = draws
     return found
-
-
-def _has_documents(source: str, base: Path) -> bool:
-    """Whether a local source has more than one document; False for one that cannot be read, which is said later."""
-    from atp_tune.inputs.documents import documents
-
-    try:
-        return len(documents(Text(source=source), base)) > 1
-    except UserError:
-        return False
-
-
-def search_over_interval(
-    preset: Preset, windows: int | None, limit: Limit | None, is_unscreened: bool = False
-) -> dict[str, Any]:
-    """The table `search` of a study over an interval of sparsities, with or without a limit.
-
-    `windows`: of the validation text, None if their number is not known; `is_unscreened`: within a limit. UserError if
-    there is one window only: at least two are screened, for an error.
-    """
-    if windows == 1:
-        raise UserError("texts.validation: has one window, and an interval of sparsities needs two; give a longer text")
-    stride = STRIDE if windows is None else min(STRIDE, windows // 2)
-    screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
-    return {
-        "objective": ["kl"] if limit and "max_kl" in limit else ["perplexity"],
-        "sampler": "tpe",
-        **({} if limit and is_unscreened else {"screen": screen}),
-        **({"trials": preset.limited} if limit else {}),
-    }
 
 
 def context_length(folder: "ModelFolder") -> int | None:
@@ -228,7 +197,12 @@ class StudyRequest:
         path = Path(model)
         stem = path.stem if path.suffix == ".gguf" else path.absolute().name
         text = Path(self.texts).stem if isinstance(self.texts, str) else None
-        limit = [_limit_in_name(key, value) for key, value in (self.limit or {}).items()]
+        limit: list[str] = []  # in percent, as in max-increase-5, or max-kl-0.1, or min-accuracy-piqa-0.6
+        for key, value in (self.limit or {}).items():
+            if isinstance(value, Mapping):
+                limit += ["min-accuracy", *(f"{Path(task).stem}-{least:g}" for task, least in value.items())]
+            else:
+                limit.append(f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}")
         parts = [
             stem,
             None if limit and self.sparsity == WHOLE_INTERVAL else in_percent(self.sparsity),
@@ -276,6 +250,7 @@ class StudyRequest:
         from atp_tune.checkpoints.blocks import check_language
         from atp_tune.checkpoints.convert import pin_wheel
         from atp_tune.checkpoints.devices import find_device
+        from atp_tune.checkpoints.files import has_experts
         from atp_tune.checkpoints.models import resolve
 
         if self.limit and "min_accuracy" in self.limit:
@@ -287,40 +262,32 @@ class StudyRequest:
         )
         folder = resolve(model, Path(), notify)
         check_language(folder.path, f"{self.source}: needs a study file with the tables [images.*]")
-        preset = self.preset_on(where)
+        preset = PRESETS[self.preset_on(where)]
+        # A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
+        allocations = self.allocations or PRICES
+        if not self.allocations and has_experts(folder.path):
+            notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
+            allocations = ("atp",)
+        texts = texts_of(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
+        # The best plan is trained; never that of a front, whose points would not compare with it.
+        unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
+        is_trained = not self._is_front and (unasked if self.recover is None else self.recover)
         settings = {
             "description": f"{self.source} at {percent(self.sparsity)}",
             "sparsity": self.sparsity,
             "limit": self.limit and dict(self.limit),
             "model": model.model_dump(exclude_unset=True),
             "prune": {"pruners": list(self.pruners or ("wanda",))},
-            "allocation": {"names": list(allocations := self._allocations(folder, notify))},
-            "texts": (texts := self._texts(PRESETS[preset], folder, notify)),
-            "search": self._search(PRESETS[preset], texts, allocations),
+            "allocation": {"names": list(allocations)},
+            "texts": texts,
+            "search": self.search(preset, texts["validation"].get("nsamples"), allocations),
             "speed": where.type == "cpu" and not self._of_channels,  # where packed weights have their kernel
-            **({"recover": self._recovery(texts["validation"]["seqlen"])} if self._recovers(PRESETS[preset]) else {}),
+            **({"recover": self._recovery(texts["validation"]["seqlen"])} if is_trained else {}),
         }
         try:
             return Study.model_validate(settings)
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-
-    def _allocations(self, folder: "ModelFolder", notify: "Notify") -> tuple[str, ...]:
-        """The allocations; without a wish row-prices, of a mixture of experts ATP.
-
-        A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
-        """
-        from atp_tune.checkpoints.files import has_experts
-
-        if self.allocations or not has_experts(folder.path):
-            return self.allocations or PRICES
-        notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
-        return ("atp",)
-
-    def _recovers(self, preset: Preset) -> bool:
-        """Whether the best plan is trained; never that of a front, whose points would not compare with it."""
-        unasked = preset.recovers and not self._of_channels and "bits" not in self.settings
-        return not self._is_front and (unasked if self.recover is None else self.recover)
 
     def _recovery(self, seqlen: int) -> dict[str, Any]:
         """The table `recover`; `seqlen`: of the validation text."""
@@ -344,22 +311,28 @@ class StudyRequest:
         prune = self.settings.get("prune")
         return isinstance(prune, Mapping) and prune.get("pattern") == CHANNELS
 
-    def _search(self, preset: Preset, texts: Mapping[str, Any], allocations: tuple[str, ...]) -> dict[str, Any]:
+    def search(self, preset: Preset, windows: int | None, allocations: tuple[str, ...]) -> dict[str, Any]:
+        """The table `search`; `windows`: of the validation text, None if their number is not known.
+
+        UserError if an interval of sparsities has one window only: at least two are screened, for an error.
+        """
         is_alone = allocations == PRICES and len(self.pruners) < 2
         if not isinstance(self.sparsity, tuple):
             return {"trials": preset.trials // 2 if is_alone else preset.trials, "sampler": "gp"}
-        by_prices = is_alone and self.pruners in ((), ("wanda",))
-        is_unscreened = self._of_channels or (by_prices and not preset.screens_prices)
-        return search_over_interval(preset, texts["validation"].get("nsamples"), self.limit, is_unscreened)
-
-    def _texts(self, preset: Preset, folder: "ModelFolder", notify: "Notify") -> dict[str, Any]:
-        choice = usual_texts(notify) if self.texts is None else self.texts
-        if isinstance(choice, Mapping):
-            return texts_from({role: (source_of(text), WHOLE) for role, text in choice.items()}, preset, folder, Path())
-        if choice in HUB_TEXTS:
-            return texts_from_hub(choice, preset, folder)
-        source = source_of(choice)
-        return texts_from({role: (source, part) for role, part in PARTS.items()}, preset, folder, Path())
+        if windows == 1:
+            raise UserError(
+                "texts.validation: has one window, and an interval of sparsities needs two; give a longer text"
+            )
+        by_prices = is_alone and self.pruners in ((), ("wanda",)) and not preset.screens_prices
+        stride = STRIDE if windows is None else min(STRIDE, windows // 2)
+        screen = {"trials": preset.screened, "confirm": preset.confirmed, "stride": stride}
+        limit = self.limit or {}
+        return {
+            "objective": ["kl"] if "max_kl" in limit else ["perplexity"],
+            "sampler": "tpe",
+            **({} if limit and (self._of_channels or by_prices) else {"screen": screen}),
+            **({"trials": preset.limited} if limit else {}),
+        }
 
 
 def usual_texts(notify: "Notify") -> str:
@@ -398,13 +371,6 @@ def check_text(text: str) -> None:
 
     if file.suffix not in READERS:
         raise UserError(f"--texts: {text} is none of {', '.join('*' + suffix for suffix in READERS)}")
-
-
-def _limit_in_name(key: str, value: float | Mapping[str, float]) -> str:
-    """A limit in the name of a study: max-increase-5, in percent, max-kl-0.1, or min-accuracy-piqa-0.6."""
-    if isinstance(value, Mapping):
-        return "-".join(["min-accuracy", *(f"{Path(task).stem}-{least:g}" for task, least in value.items())])
-    return f"{key.replace('_', '-')}-{100 * value if key == 'max_increase' else value:g}"
 
 
 def _shown(value: Any) -> str:
