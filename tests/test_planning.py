@@ -7,7 +7,7 @@ import pytest
 from test_forecast import RATES
 from tinystudy import TOKENS, WIDTH, CommandLine, run, settings, stored, study_file
 
-from atp_tune.cli.commands.plan import cost_beside
+from atp_tune.cli.commands.studies import cost_beside
 from atp_tune.cost import forecast, planning, probe
 from atp_tune.cost.forecast import Amounts, Done
 from atp_tune.cost.forecast import parts as parts_of

@@ -20,7 +20,7 @@ from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import tune
-from atp_tune.cli.commands.finetune import TrainingOptions
+from atp_tune.cli.commands.apply import TrainingOptions
 from atp_tune.events import Place
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said

@@ -24,7 +24,7 @@ from transformers import (
 from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.cli.commands.speedup import rates_table
+from atp_tune.cli.commands.evaluate import rates_table
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed

@@ -10,20 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from atp_tune.cli import completion
-from atp_tune.cli.commands import (
-    apply,
-    chat,
-    evaluate,
-    export,
-    finetune,
-    plan,
-    prune,
-    serve,
-    speedup,
-    status,
-    studies,
-    tune,
-)
+from atp_tune.cli.commands import apply, chat, evaluate, serve, studies, tune
 from atp_tune.cli.options import UsageError, expanded
 from atp_tune.errors import UserError
 from atp_tune.spec.finding import known
@@ -78,9 +65,9 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(expanded(tune.run))
 app.command(MODEL, cls=ModelCommand)(expanded(tune.model))
 for command in (  # in the order of `--help`
-    status.status, plan.plan, serve.serve, serve.merge, export.export, status.report, apply.apply, apply.pack,
-    apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, chat.chat, evaluate.classify, prune.prune,
-    finetune.finetune, speedup.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
+    studies.status, studies.plan, serve.serve, serve.merge, serve.export, studies.report, apply.apply, apply.pack,
+    apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, chat.chat, evaluate.classify, tune.prune,
+    apply.finetune, evaluate.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
 ):  # fmt: skip
     app.command()(expanded(command))
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atp_tune.cli.commands.speedup import rates_table, summary_of
+from atp_tune.cli.commands.evaluate import rates_table, summary_of
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError

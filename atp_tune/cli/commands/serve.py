@@ -1,14 +1,20 @@
-"""`tune.py serve`: the dashboard, and the storage for workers on other machines."""
+"""`tune.py serve`, `merge` and `export`: what other machines and programs take of a study."""
 
 import signal
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import console, trials
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
+    import optuna
+
     from atp_tune.serving.servers import Served, Service
+    from atp_tune.spec.config import Config
 
 
 def serve(
@@ -98,3 +104,173 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
     file = found.made_from.name if found.made_from else "NAME"
     other = "" if found.name == file else f" --study-name {found.name}"
     console.print(f"resume: python tune.py --study {file}{other} --storage sqlite:///{out}")
+
+
+# --- `tune.py export`: writes the best configuration, in one of several formats.
+
+# --- Which trial of a study `export` writes: the one that its options name, or that the user chooses from a table.
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """The options that name a trial; at most one is given.
+
+    Options:
+        trial N 0..: This trial, measured in full; default: the best.
+        sparsity SHARE: The point of a front that is nearest to this sparsity, as 0.5 or 50%.
+        max_increase SHARE: The sparsest plan with at most so much more perplexity than dense: 10%.
+        max_perplexity NUMBER: The sparsest plan with at most this validation perplexity.
+        max_kl NUMBER: The sparsest plan with at most this KL, in nats per token.
+        max_drop SHARE: Of images: the sparsest plan that loses at most 1% (one point) of accuracy.
+    """
+
+    trial: int | None = None
+    sparsity: str | None = None
+    max_increase: str | None = None
+    max_perplexity: str | None = None
+    max_kl: str | None = None
+    max_drop: str | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The options that are given."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+
+
+def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int | None:
+    """The number of the chosen trial; None for the best. What was chosen is said in one line on stderr.
+
+    `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
+    """
+    from atp_tune.results.goals import Choice, chosen
+    from atp_tune.storage.attributes import StudySnapshot
+
+    study = StudySnapshot(stored)
+    found = chosen(study, vars(choice))
+    if isinstance(found, Choice):
+        print(printable(str(found)), file=sys.stderr)
+        return found.trial.number
+    return _asked(study) if found is None and may_ask else found
+
+
+def _asked(study: "optuna.Study") -> int | None:
+    """The trial that the user chooses from the numbered points; None for the best, or where there is no choice."""
+    from atp_tune.results.summary import summarise
+
+    summary = summarise(study)
+    if len(summary.points) < 2 or summary.best_trial is None:
+        return None
+    from atp_tune.cli.tables import drawn
+    from atp_tune.results.tables import overview
+
+    made = overview(summary)
+    rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
+    console.print(drawn(replace(made, head=["point", *made.head], rows=rows)))
+    usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
+    numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
+    answer = ""
+    while answer not in numbers:
+        if answer:
+            console.print(f"  must be a number from 1 to {len(numbers)}")
+        try:
+            answer = console.input(f"point – 1 to {len(numbers)} ({usual}): ").strip() or str(usual)
+        except EOFError:
+            raise KeyboardInterrupt from None  # Ctrl-D
+    number = numbers[answer]
+    return None if number == summary.best_trial.number else number
+
+
+PRINTED = Path("stdout")  # so that relative paths of a printed configuration start at the current folder
+
+
+def export(
+    *,
+    study: str | None = None,
+    config: Path | None = None,
+    format_: str | None = None,
+    out: Path | None = None,
+    json: bool = False,
+    choice: ChoiceOptions,
+    storage: str | None = None,
+    study_name: str | None = None,
+    set_: list[str] | None = None,
+) -> None:
+    """Write the best configuration so far as a JSON file for `apply`, or in another format.
+
+    `llm-compressor` writes a recipe for its `oneshot`. `yaml` and `csv` write a table of sparsities for your own code:
+    by block, or by linear where they differ within a block. Where a study rounds weights, `gptqmodel`, `torchao` and
+    `llama.cpp` write recipes too.
+
+    A study of two objectives has no single best trial: `export` takes the trial of the Pareto front with the lowest
+    perplexity, or the one that `--trial` names. A study over an interval of sparsities is asked for a point: by
+    `--sparsity`, by a limit (at the upper end of the standard error), by `--trial`, or in a terminal from a table.
+
+    Example: `python tune.py export --study smol --out best.json`
+
+    Example: `python tune.py export --study smol --trial 3 --out third.json`
+
+    Example: `python tune.py export --study smol-front --sparsity 0.5`
+
+    Example: `python tune.py export --study smol-front --max-increase 10%`
+
+    Example: `python tune.py export --config best.json --format llm-compressor`
+
+    Options:
+        config FILE: Export this configuration instead of a study's.
+        format_ FORMAT: json, llm-compressor, yaml or csv, and of rounded weights gptqmodel, torchao or llama.cpp;
+            default: `--out`'s ending, else json.
+        out FILE: Default: NAME.best.json beside the study file.
+        json: Print the configuration; a file is written only with `--out`.
+    """
+    from atp_tune.errors import printable
+    from atp_tune.results.stored import best_config, file_as_run, stored_study
+    from atp_tune.sparse.exporting import FORMATS, kind_of, write
+    from atp_tune.spec.config import read_config
+    from atp_tune.utils.cache import alone_with
+
+    if (study is None) == (config is None):
+        raise wrong("--study", "give either --study NAME or --config FILE")
+    if out == Path("-"):
+        raise wrong("--out", "- is no file; --json prints the configuration")
+    kind = kind_of("json" if json and format_ is None else format_, out)
+    if config is not None and choice.options:
+        raise wrong(choice.options[0], "only with --study")
+    if json and kind != "json":
+        raise wrong("--json", f"prints the configuration; leave out --format {kind}")
+    ending = FORMATS[kind].ending
+    if config is not None:
+        target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
+    else:
+        file = load_study(str(study), storage, None, set_)
+        stored, name = stored_study(file, study_name), study_name or file.name
+        may_ask = sys.stdin.isatty() and sys.stdout.isatty() and not json
+        number = chosen_trial(stored, choice, may_ask)
+        usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
+        target = out or (PRINTED if json else usual.with_suffix(ending))
+    with alone_with(target):  # what is known there of the same trial stays in it
+        if config is not None:
+            found = read_config(config)
+            found = found.seen_from(config.parent / found.folder, target.parent)
+        else:
+            found = best_config(file_as_run(stored, file, bool(set_)), stored, target, number)
+        if target is not PRINTED:
+            write(found, kind, target)
+    if target is not PRINTED and kind != "json":
+        for note in _notes_on(found):
+            print(f"note: {note}", file=sys.stderr)
+    print(found.to_json() if json else f"{printable(str(target))}\n", end="")
+
+
+def _notes_on(config: "Config") -> list[str]:
+    """What a table or a recipe does not have of a configuration."""
+    found = []
+    if config.plan.by_row:
+        found.append(
+            "rows of a linear differ in sparsity: this has each linear's mean; `apply` writes the exact plan, and "
+            "--format json has the rows (plan)"
+        )
+    if config.is_trained:
+        found.append(
+            "these are the zeros of the plan; `apply` trains the weights it keeps, which another program does not"
+        )
+    return found

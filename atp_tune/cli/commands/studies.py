@@ -1,16 +1,22 @@
-"""`tune.py studies`: lists the studies."""
+"""`tune.py studies`, `status`, `report` and `plan`, and lists of what is known: what a person asks of studies."""
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
-from atp_tune.cli.terminal import console, gib, table
+from atp_tune.cli.terminal import console, gib, table, trials, working
+from atp_tune.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from atp_tune.api.catalogue import Entry
     from atp_tune.api.environment import Accelerators, MachineReport
+    from atp_tune.cost.forecast import Forecast, Memory, StudyCost
     from atp_tune.results.status import Listed
+    from atp_tune.spec.studyfile import StudyFile
 
 
 def studies(*, json: bool = False) -> None:
@@ -110,10 +116,10 @@ def plugins(
         return
     for kind in dict.fromkeys(entry.kind for entry in found):
         console.print(f"{kind}s" if kind != "source of texts" else "sources of texts")
-        _show([entry for entry in found if entry.kind == kind])
+        _show_entries([entry for entry in found if entry.kind == kind])
 
 
-def _show(entries: "list[Entry]") -> None:
+def _show_entries(entries: "list[Entry]") -> None:
     width = max(len(entry.name) for entry in entries)
     for entry in entries:
         source = "" if entry.origin == "built in" else f" ({entry.origin})"
@@ -205,3 +211,196 @@ def _gpus(gpus: "Accelerators") -> Iterator[tuple[str, str]]:
     if not gpus.devices:
         yield "GPU", "MPS" if gpus.mps else "none"
     yield "", f"driver {gpus.driver or 'none'}; torch built with {gpus.built_with or 'no CUDA'}; Triton {gpus.triton}"
+
+
+# --- `tune.py status`: shows the trials of a study.
+
+
+def status(
+    *,
+    study: str,
+    watch: bool = False,
+    every: float | None = None,
+    json: bool = False,
+    storage: str | None = None,
+    study_name: str | None = None,
+    set_: list[str] | None = None,
+) -> None:
+    """Show the trials of a study, the best one and the range of perplexities. Works while the study runs.
+
+    `--watch` waits for a study that does not exist yet; Ctrl-C ends it with exit code 130. Without a terminal
+    it prints, each time a trial starts or ends, the trials that changed; with `--json`, the whole document on one line.
+    `atp_tune/results/status.py` lists the keys of the document.
+
+    Example: `python tune.py status --study smol --watch`
+
+    Options:
+        watch: Repeat until the study is complete.
+        every SECONDS 0.1..: Seconds between two updates of `--watch`; default: 2.
+    """
+    if every is not None and not watch:
+        raise wrong("--every", "only with --watch")
+    from atp_tune.cli.live_status import watch as follow
+    from atp_tune.cli.tables import show_status
+    from atp_tune.results.status import status_of, to_json
+    from atp_tune.results.stored import stored_study
+    from atp_tune.results.summary import summarise
+
+    file = load_study(study, storage, None, set_)
+    if watch:
+        follow(file, study_name or file.name, every or 2, json)
+        return
+    found = summarise(stored_study(file, study_name))
+    print(to_json(status_of(found, datetime.now()))) if json else show_status(found, file)
+
+
+# --- `tune.py report`: writes a report of one or several studies.
+
+
+def report(
+    *,
+    study: list[str],
+    study_name: list[str] | None = None,
+    format_: str | None = None,
+    out: Path | None = None,
+    storage: str | None = None,
+    set_: list[str] | None = None,
+) -> None:
+    """Write a report with figures. It reads only the storage, so it works while the study runs.
+
+    Example: `python tune.py report --study smol`
+
+    Options:
+        study NAME: Name or path of a study; several are compared.
+        study_name NAME: Name in the storage: one per study, or several of one study.
+        format_ FORMAT: html, md, json, png or latex; default: html.
+        out FILE: Default: NAME.report.html beside the study file.
+    """
+    from atp_tune.cli.terminal import quiet
+    from atp_tune.errors import printable
+    from atp_tune.report import check, gather, kind_of, name_of, write
+    from atp_tune.results.stored import stored_study
+
+    kind = kind_of(format_, out)
+    found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
+    names = [name or file.name for file, name in found]
+    target = out or found[0][0].beside(name_of(names, kind))
+    check(kind, target)
+    stored = [stored_study(file, name) for file, name in found]
+    now = datetime.now()
+    with quiet():
+        write([gather(one, now) for one in stored], kind, target)
+    print(printable(str(target)))
+
+
+def _paired(studies: list[str], names: list[str]) -> list[tuple[str, str | None]]:
+    """Studies with their names in the storage: none, one for each, or several of one study file."""
+    from atp_tune.errors import UserError
+
+    if len(studies) == 1 and names:
+        return [(studies[0], name) for name in names]
+    if names and len(names) != len(studies):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(names)} for {len(studies)}")
+    return [(study, names[index] if names else None) for index, study in enumerate(studies)]
+
+
+# --- `tune.py plan`: estimates what a study will cost.
+
+
+def plan(
+    *,
+    study: str,
+    json: bool = False,
+    storage: str | None = None,
+    study_name: str | None = None,
+    device: str | None = None,
+    trust_plugins: bool = False,
+    set_: list[str] | None = None,
+) -> None:
+    """Estimate what a study will cost before it runs: tokens, seconds, memory, and what does not fit.
+
+    Loads the model and sends one batch of each text through three blocks, from whose seconds all others are estimated;
+    nothing is stored.
+    `atp_tune/cost/forecast.py` lists the keys of the JSON document.
+
+    Example: `python tune.py plan --study smol`
+    """
+    show_plan(load_study(study, storage, device, set_, trust_plugins), study_name, json)
+
+
+def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> None:
+    """Measures and prints the cost of a study, as a table or as one JSON document."""
+    from atp_tune.cost.planning import foresee
+    from atp_tune.results.status import to_json
+
+    with working(json) as watch:
+        found = foresee(file, study_name or file.name, watch)
+    console.print(to_json(found)) if json else _show_forecast(found)
+
+
+def _show_forecast(found: "Forecast") -> None:
+    """Prints the cost of a trial with each pruner, the cost of the study, its memory, and what does not fit."""
+    where = {
+        "none": "on the device",
+        "cpu": "in host memory, for each worker again, two blocks on the device",
+        "disk": "on disk, mapped",
+    }
+    weights = found.weights
+    console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
+    rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
+    for trial in found.trial:
+        times = trial.seconds
+        parts = (times.calibrate, times.prune, times.evaluate, times.total) if times else (None,) * 4
+        seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
+        name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
+        rows.add_row(name, f"{trial.tokens.total:,}", *seconds)
+    console.print(rows)
+    for line in (
+        f"study:   {_study_cost(found.whole)}",
+        f"weights: {gib(weights.bytes)} in {weights.blocks} blocks of up to {gib(weights.largest_block)}, "
+        f"{where[weights.offload]}",
+        f"memory:  {_memory(found.memory)}",
+    ):
+        console.print(line)
+    for problem in found.problems:
+        console.print(f"does not fit: {problem}", style="yellow")
+
+
+def cost_beside(found: "Sequence[StudyCost]", preset: str, other: str) -> str:
+    """What a study takes, and what it would take with another preset, if that is known, in one line."""
+    from atp_tune.results.formatting import duration
+
+    own, *others = found
+    line = f"{preset}: {_study_cost(own.model_copy(update={'tokens': None}))}"
+    for cost in others:
+        if cost.seconds is not None and own.seconds is not None:
+            line += f"; --preset {other} measures {'more' if cost.seconds > own.seconds else 'less'}"
+            line += f", in about {duration(cost.seconds)}"
+    return line
+
+
+def _study_cost(whole: "StudyCost") -> str:
+    """Trials, tokens and time of a study in one line."""
+    from atp_tune.results.formatting import duration
+
+    if whole.trials is None:
+        return "the number of trials is not known"
+    tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens through the model"
+    time = "" if whole.seconds is None else f", about {duration(whole.seconds)}"
+    left = "" if not whole.done or whole.seconds_left is None else f" ({duration(whole.seconds_left)} left)"
+    done = f"{whole.done} of " if whole.done else ""
+    screened = f" after {trials(whole.screened)} of screening" if whole.screened else ""
+    most = "at most " if whole.early_termination and whole.done < whole.trials else ""
+    without = ", without the tasks of limit.min_accuracy" if whole.without_tasks else ""
+    parts = (("for prices", whole.descents), ("to train the best plan", whole.training))
+    own = " and ".join(f"{duration(seconds)} {what}" for what, seconds in parts if seconds)
+    of_it = f", of which {own}" if time and own else ""
+    return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{of_it}{left}{without}"
+
+
+def _memory(memory: "Memory") -> str:
+    """Peaks of host and device in one line."""
+    host = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
+    if memory.device is None or memory.device_free is None:
+        return host
+    return f"{host}, device {gib(memory.device)} of {gib(memory.device_free)}"
