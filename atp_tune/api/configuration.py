@@ -105,7 +105,9 @@ def in_folder(
         size = sum(parameter.nbytes for parameter in lender.model.parameters())
         check_writable(parent / ABOUT, 2 * size, "a folder in ")  # dense and sparse
         with temporary_folder(parent / "atp_tune") as folder:
-            dense = _saved(lender, folder)
+            lender.model.save_pretrained(folder)
+            lender.tokenizer.save_pretrained(folder)
+            dense = resolve(ModelConfig(source=str(folder)), Path())  # UserError if it is read with other weights
             model = config.model.model_copy(update={"id": str(folder), "fingerprint": dense.content})
             yield config.model_copy(update={"model": model}), there, dense
 
@@ -117,31 +119,11 @@ def lent_as(config: Config, lender: Lender, place: Place) -> Iterator[Place]:
     UserError if what is lent is not the configuration's model.
     """
     with lender.lend() as sources:
-        check_same(config, sources.model)
+        if sources.model not in (None, config.model.id):  # by the content of its weights
+            raise UserError(
+                "model: its weights or its config have changed since the study measured it; give it as it was"
+            )
         yield replace(place, device=sources.device or place.device)
-
-
-def check_same(config: Config, lent: str | None) -> None:
-    """UserError if another model is lent than the configuration's, by the content of its weights."""
-    if lent is not None and config.model.id != lent:
-        raise UserError("model: its weights or its config have changed since the study measured it; give it as it was")
-
-
-def _saved(lender: Lender, folder: Path) -> ModelFolder:
-    """The model of a lender as a folder; UserError if transformers reads it back with other weights."""
-    lender.model.save_pretrained(folder)
-    lender.tokenizer.save_pretrained(folder)
-    return resolve(ModelConfig(source=str(folder)), Path())
-
-
-@contextmanager
-def of_one_text() -> Iterator[None]:
-    """Calls the one text of a call `texts` in errors, which a study calls its calibration text."""
-    try:
-        yield
-    except UserError as error:
-        key = error.key.replace("texts.calibration", "texts").removesuffix(".source")
-        raise UserError(f"{key}: {error.what}" if key else error.what) from None
 
 
 def weights_of(session: Session, plan: Plan) -> dict[str, Tensor]:
@@ -232,37 +214,27 @@ class Configuration:
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. UserError if the folder exists.
         """
+        from atp_tune.sparse.packing import Codes, pack_folder, to_pack
+        from atp_tune.sparse.slim import SLIM, check_pattern
         from atp_tune.utils.paths import check_free
 
         out = Path(folder).expanduser()
-        with self._working():
+        with self._working() as place:
             check_free(out)
-        if slim:
-            from atp_tune.sparse.slim import SLIM, check_pattern
-
-            if packed:
+            if slim and packed:
                 raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
-            if self.config.is_trained:
+            if slim and self.config.is_trained:
                 raise UserError("slim: the configuration's weights are trained, and those of a slim folder cannot be")
-            check_pattern(self.config)
-            return self._save(out, SLIM, dtype)
-        if not packed:
-            from atp_tune.sparse.applying import PLAIN
-
-            return self._save(out, PLAIN, dtype)
-        from atp_tune.sparse.packing import Codes, pack_folder, to_pack
-
-        with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
-            codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
-            with self._working() as place:
+            if slim:
+                check_pattern(self.config)
+            if not packed:
+                return save(self.config, out, place, self._lender, SLIM if slim else PLAIN, dtype)
+            with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
+                codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
                 measured = save(self.config, sparse, there, self._lender, to_pack(self.config, codes), dtype)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
-
-    def _save(self, out: Path, way: Way, dtype: str | None) -> Perplexity:
-        with self._working() as place:
-            return save(self.config, out, place, self._lender, way, dtype)
 
     def push(self, repository: str, *, private: bool = False) -> str:
         """Uploads the pruned model with its card to the Hugging Face hub, ORG/NAME, and returns its address.
@@ -285,7 +257,7 @@ class Configuration:
 
         if self.config.score == CLASSES:
             raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
-        with self._working() as place, lent_as(self.config, self._lender, place) as there:
+        with self._lent() as there:
             return continuations(self.config, prompts, tokens, there)
 
     def classify(self, files: str | Path | Sequence[str | Path], *, both: bool = False) -> tuple[Classified, ...]:
@@ -304,11 +276,7 @@ class Configuration:
         from atp_tune.sparse.comparing import classify
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
-        with (
-            temporary_folder() as folder,
-            self._working() as place,
-            lent_as(self.config, self._lender, place) as there,
-        ):
+        with temporary_folder() as folder, self._lent() as there:
             found = folder / "configuration.json"
             self.write(found)
             return classify(paths, found, both, there)
@@ -335,13 +303,18 @@ class Configuration:
         from atp_tune.sparse import comparing
 
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-        with self._working() as place, lent_as(self.config, self._lender, place) as there:
+        with self._lent() as there:
             return comparing.evaluate(self.config, comparing.TaskOptions(names, limit, num_fewshot, batch), there)
 
     @contextmanager
     def _working(self) -> Iterator[Place]:
         with working(False) if self._watch is None else nullcontext(self._watch) as watch:
             yield Place(self._base, self._device, self._allowed, watch)
+
+    @contextmanager
+    def _lent(self) -> Iterator[Place]:
+        with self._working() as place, lent_as(self.config, self._lender, place) as there:
+            yield there
 
 
 def load_config(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.api.arguments import Lender, Settings, changed, is_model
-from atp_tune.api.configuration import copied, of_one_text, replaced, weights_of, written
+from atp_tune.api.configuration import copied, replaced, weights_of, written
 from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.convert import pin_wheel
@@ -206,6 +206,16 @@ def perplexity(
 
 
 @contextmanager
+def _of_one_text() -> Iterator[None]:
+    """Calls the one text of a call `texts` in errors, which a study calls its calibration text."""
+    try:
+        yield
+    except UserError as error:
+        key = error.key.replace("texts.calibration", "texts").removesuffix(".source")
+        raise UserError(f"{key}: {error.what}" if key else error.what) from None
+
+
+@contextmanager
 def _opened(
     model: Any,
     tokenizer: Any,
@@ -225,7 +235,7 @@ def _opened(
     UserError if it has fewer than `nsamples`.
     """
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
-    with lender.lend() as sources, working(progress) as watch, of_one_text():
+    with lender.lend() as sources, working(progress) as watch, _of_one_text():
         # The study, whose relative paths start at the current folder.
         source, where = sources.model or str(model), sources.device or device
         place = Path(source).expanduser()

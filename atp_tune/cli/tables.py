@@ -48,7 +48,17 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     console.print(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
         console.print(f"\n{drawn(kinds)}")
-    console.print("\n" + "\n".join(_notes(summary)), style="dim")
+    # The legend of the table.
+    items = summary.results.unit
+    same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
+    paired = f"against uniform: {same}, error of the difference"
+    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
+    notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]
+    if summary.limit:
+        by_tasks = "min_accuracy" in summary.limit
+        where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
+        notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
+    console.print("\n" + "\n".join(filter(None, notes)), style="dim")
     best = summary.best_trial
     if best is not None:
         console.print(summary.goal.outcome(summary))
@@ -96,20 +106,6 @@ def show_continuations(found: Continuations) -> None:
             for name, text in texts.items():
                 console.print(f"  {name:<{width}} {in_one_line(text)}")
     console.print(f"\n{continuations_note(found)}\n", style="dim")
-
-
-def _notes(summary: Summary) -> list[str]:
-    """The legend of the table."""
-    items = summary.results.unit
-    same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
-    paired = f"against uniform: {same}, error of the difference"
-    notes = [f"±: {errors_of(summary)}; {paired}", sizes_note(summary), summary.goal.draws(summary)]
-    notes += [texts_note(summary), *(by.note for by in summary.results.measures), summary.results.words.note]
-    if summary.limit:
-        by_tasks = "min_accuracy" in summary.limit
-        where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
-        notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
-    return [note for note in notes if note]
 
 
 def _show_rest(summary: Summary) -> None:
@@ -162,20 +158,18 @@ def progress_line(status: Status) -> str:
         f"trial {one.trial} " + ("was lost with its process" if one.lost else f"runs for {duration(one.seconds)}")
         for one in status.running
     ]
+    if not running:
+        if status.screening and not status.trials:
+            running = [f"screening: {status.screening.done} of {status.screening.total} trials"]
+        elif status.complete:
+            running = ["complete"]
+        elif status.total is None or status.done < status.total:
+            running = ["no trial runs"]
+        else:
+            lacks = status.best is None or status.best.scores["perplexity"]["test"] is None
+            running = ["the test text is not measured yet" if lacks else "not all final numbers are measured yet"]
     left = [] if status.seconds_left is None else [f"about {duration(status.seconds_left)} left"]
-    return f"{done} {', '.join([best, *(running or [_idle(status)]), *left])}"
-
-
-def _idle(status: Status) -> str:
-    """The state of a study in which no trial runs."""
-    if status.screening and not status.trials:
-        return f"screening: {status.screening.done} of {status.screening.total} trials"
-    if status.complete:
-        return "complete"
-    if status.total is None or status.done < status.total:
-        return "no trial runs"
-    lacks = status.best is None or status.best.scores["perplexity"]["test"] is None
-    return "the test text is not measured yet" if lacks else "not all final numbers are measured yet"
+    return f"{done} {', '.join([best, *running, *left])}"
 
 
 # --- The last words of a run: the file of the best configuration, and the commands that come next.
@@ -197,7 +191,13 @@ def show_next(summary: Summary, file: StudyFile) -> None:
     name = f"{printable(summary.name).replace('/', '_')}-{form}"
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
     config, out = _from_here(best), next((free for free in names if not Path(free).exists()), name)
-    study = ["--study", *study_words(summary, file)]
+    # The words that name the stored study from here.
+    is_known = file.path.absolute() in [path.absolute() for path in known()]
+    study = ["--study", file.name if is_known else _from_here(file.path)]
+    study += ["--study-name", printable(summary.name)] if summary.name != file.name else []
+    url = file.study.storage
+    is_elsewhere = url is not None and url != read(file.path).get("storage")
+    study += ["--storage", without_password(url)] if url and is_elsewhere else []
     if points := summary.choices:
         middle = points[len(points) // 2].sparsity
         second = ("another point", ["export", *study, "--sparsity", f"{middle:.4g}"])
@@ -216,17 +216,6 @@ def show_next(summary: Summary, file: StudyFile) -> None:
         rows.insert(0, ("talk with it", ["chat", *study, *permission(file.study)]))
     for what, words in rows:
         console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
-
-
-def study_words(summary: Summary, file: StudyFile) -> list[str]:
-    """The words after `--study` that name a stored study from here."""
-    is_known = file.path.absolute() in [path.absolute() for path in known()]
-    words = [file.name if is_known else _from_here(file.path)]
-    if summary.name != file.name:
-        words += ["--study-name", printable(summary.name)]
-    url = file.study.storage
-    is_elsewhere = url is not None and url != read(file.path).get("storage")
-    return words + (["--storage", without_password(url)] if url and is_elsewhere else [])
 
 
 def _from_here(path: Path) -> str:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
 from atp_tune.cli.terminal import console, gib, table, trials, working
-from atp_tune.errors import printable
+from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from atp_tune.api.catalogue import Entry
-    from atp_tune.api.environment import Accelerators, MachineReport
+    from atp_tune.api.environment import MachineReport
     from atp_tune.cost.forecast import Forecast, Memory, StudyCost
     from atp_tune.results.status import Listed
     from atp_tune.spec.studyfile import StudyFile
@@ -34,20 +34,15 @@ def studies(*, json: bool = False) -> None:
     rows = table("study", "state", "what")
     rows.columns[0].no_wrap = False  # beside a long name the description would have no room
     for one in found:
-        rows.add_row(one.name, _state(one), one.error or one.description.removeprefix(f"{one.name}: "))
+        state: str = "see status" if one.state == "unknown" else one.state
+        if state in ("complete", "unfinished"):
+            state = f"{one.done} of {one.total}" + (f", best {one.best.value:.2f}" if one.best else "")
+        rows.add_row(one.name, state, one.error or one.description.removeprefix(f"{one.name}: "))
     console.print(rows)
-
-
-def _state(study: "Listed") -> str:
-    if study.state in ("complete", "unfinished"):
-        best = f", best {study.best.value:.2f}" if study.best else ""
-        return f"{study.done} of {study.total}{best}"
-    return "see status" if study.state == "unknown" else study.state
 
 
 def _listed(path: Path) -> "list[Listed]":
     """The study that a study file names, then the studies that were run from it with `--study-name`."""
-    from atp_tune.errors import UserError
     from atp_tune.results.status import invalid, listed
     from atp_tune.results.summary import summarise
     from atp_tune.spec.studyfile import load
@@ -94,7 +89,6 @@ def plugins(
     """
     from atp_tune.api.catalogue import entries
     from atp_tune.cli.terminal import quiet
-    from atp_tune.errors import UserError
     from atp_tune.plugins import ASK, registered_in
     from atp_tune.results.status import to_json
     from atp_tune.spec.plugged import named_in
@@ -188,8 +182,14 @@ def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
         limit = "no limit" if memory.cgroup_limit is None else f"limit {gib(memory.cgroup_limit)}"
         yield "memory", f"{gib(memory.total)}, available {gib(memory.available)}, swap {gib(memory.swap)}"
         yield "", f"{limit} of control groups"
-    if found.gpus:
-        yield from _gpus(found.gpus)
+    if gpus := found.gpus:
+        for index, gpu in enumerate(gpus.devices):
+            memory_of = f"{gib(gpu.memory)} ({gib(gpu.free)} free)"
+            yield f"GPU {index}", f"{gpu.name}, {memory_of}, compute capability {gpu.capability}"
+        if not gpus.devices:
+            yield "GPU", "MPS" if gpus.mps else "none"
+        built = gpus.built_with or "no CUDA"
+        yield "", f"driver {gpus.driver or 'none'}; torch built with {built}; Triton {gpus.triton}"
     for name, folder in found.caches.items():
         size = "missing" if folder.bytes is None else gib(folder.bytes)
         yield "cache", f"{name}: {folder.path} ({size})"
@@ -200,17 +200,6 @@ def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
 
 def _packages(versions: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {version or '–'}" for name, version in versions.items())
-
-
-def _gpus(gpus: "Accelerators") -> Iterator[tuple[str, str]]:
-    for index, gpu in enumerate(gpus.devices):
-        yield (
-            f"GPU {index}",
-            f"{gpu.name}, {gib(gpu.memory)} ({gib(gpu.free)} free), compute capability {gpu.capability}",
-        )
-    if not gpus.devices:
-        yield "GPU", "MPS" if gpus.mps else "none"
-    yield "", f"driver {gpus.driver or 'none'}; torch built with {gpus.built_with or 'no CUDA'}; Triton {gpus.triton}"
 
 
 # --- `tune.py status`: shows the trials of a study.
@@ -277,12 +266,18 @@ def report(
         out FILE: Default: NAME.report.html beside the study file.
     """
     from atp_tune.cli.terminal import quiet
-    from atp_tune.errors import printable
     from atp_tune.report import check, gather, kind_of, name_of, write
     from atp_tune.results.stored import stored_study
 
     kind = kind_of(format_, out)
-    found = [(load_study(one, storage, None, set_), name) for one, name in _paired(study, study_name or [])]
+    # Studies with their names in the storage: none, one for each, or several of one study file.
+    asked: list[str | None] = [*(study_name or [])]
+    if len(study) == 1 and asked:
+        study = study * len(asked)
+    if asked and len(asked) != len(study):
+        raise UserError(f"--study-name: must be given once for each --study, got {len(asked)} for {len(study)}")
+    pairs = zip(study, asked or [None] * len(study), strict=True)
+    found = [(load_study(one, storage, None, set_), name) for one, name in pairs]
     names = [name or file.name for file, name in found]
     target = out or found[0][0].beside(name_of(names, kind))
     check(kind, target)
@@ -291,17 +286,6 @@ def report(
     with quiet():
         write([gather(one, now) for one in stored], kind, target)
     print(printable(str(target)))
-
-
-def _paired(studies: list[str], names: list[str]) -> list[tuple[str, str | None]]:
-    """Studies with their names in the storage: none, one for each, or several of one study file."""
-    from atp_tune.errors import UserError
-
-    if len(studies) == 1 and names:
-        return [(studies[0], name) for name in names]
-    if names and len(names) != len(studies):
-        raise UserError(f"--study-name: must be given once for each --study, got {len(names)} for {len(studies)}")
-    return [(study, names[index] if names else None) for index, study in enumerate(studies)]
 
 
 # --- `tune.py plan`: estimates what a study will cost.
