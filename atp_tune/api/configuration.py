@@ -221,14 +221,17 @@ class Configuration:
         out = Path(folder).expanduser()
         with self._working() as place:
             check_free(out)
-            if slim and packed:
-                raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
-            if slim and self.config.is_trained:
-                raise UserError("slim: the configuration's weights are trained, and those of a slim folder cannot be")
+            way = PLAIN
             if slim:
+                if packed:
+                    raise UserError("slim: a slim model has no zeros to pack; give slim or packed")
+                if self.config.is_trained:
+                    why = "the configuration's weights are trained, and those of a slim folder cannot be"
+                    raise UserError(f"slim: {why}")
                 check_pattern(self.config)
+                way = SLIM
             if not packed:
-                return save(self.config, out, place, self._lender, SLIM if slim else PLAIN, dtype)
+                return save(self.config, out, place, self._lender, way, dtype)
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
                 codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
