@@ -29,7 +29,7 @@ class Idle(StudyWorker):
 def worker() -> Iterator[Idle]:
     with Display() as display:
         idle = Idle(1, display)
-        idle.start_once()
+        idle.start()
         yield idle
 
 

@@ -4,7 +4,6 @@ It also works where torch cannot be imported, and says why. Paths begin with ~ i
 that may hold a password or a token are left out.
 """
 
-import logging
 import os
 import platform
 import sys
@@ -223,25 +222,14 @@ def _triton() -> str:
         return "is not installed"
     if not torch.cuda.is_available():
         return "has no GPU to run on"
-    reasons = Reasons()
-    system.log.addHandler(reasons)
+    reasons = list[str]()
+    handler = system.Said(reasons.append)
+    system.log.addHandler(handler)
     try:
         sparsegpt.on_gpu(torch.device("cuda", 0))
     finally:
-        system.log.removeHandler(reasons)
-    return "; ".join(reasons.texts) or "works"
-
-
-class Reasons(logging.Handler):
-    """Keeps log messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps one."""
-        self.texts.append(record.getMessage())
+        system.log.removeHandler(handler)
+    return "; ".join(reasons) or "works"
 
 
 def _caches() -> dict[str, Path]:

@@ -111,45 +111,35 @@ class Line:
         """Shows one event."""
         from atp_tune.results.formatting import duration
 
-        whole = self._display.hear(event, self)
+        now, whole, bars = monotonic(), self._display.hear(event, self), self._display.bars
         left = "" if whole is None else f"{duration(ceil(whole))} left"
         match event:
             case Message(text):
                 self._display.note(text)
             case TrialStarted(title, plan):
-                self._start(title, str(plan) if plan else "", left)
+                self._title, self._plan, self._began = title, str(plan) if plan else "", now
+                self._phases, self._said = {}, now
+                bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
+                if not console.is_terminal and not title.startswith(("trial", "screening")):
+                    console.print(f"{title} {self._plan}".rstrip() + (left and f" ({left})"))
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
-                self._display.bars.update(
+                bars.update(
                     self._bar, description=title, completed=done, total=total, visible=True,
                     count=f"{done}/{total}", left="" if self._display.is_study else None,
                 )  # fmt: skip
-                if not console.is_terminal:
-                    self._say(title, phase, done, total, left)
+                # Elsewhere a line says how far a phase is, once in a `PERIOD`; phases may take turns.
+                first, began = self._phases.setdefault(phase, (done, now))
+                if done <= first:  # it begins, perhaps again
+                    self._phases[phase] = done, now
+                elif done < total and now - self._said >= PERIOD and not console.is_terminal:
+                    left = left or f"{duration((now - began) / (done - first) * (total - done))} left"
+                    console.print(f"{title} {done} of {total}, {left}", markup=False)
+                    self._said = now
             case TrialEnded():
-                self._display.end(event, self._plan, monotonic() - self._began, left)
+                self._display.end(event, self._plan, now - self._began, left)
 
     def hide(self) -> None:
         """Removes the bar of a process that has ended."""
         self._display.leave(self)
         self._display.bars.update(self._bar, visible=False)
-
-    def _start(self, title: str, plan: str, left: str) -> None:
-        self._title, self._plan, self._began = title, plan, monotonic()
-        self._phases, self._said = {}, self._began
-        self._display.bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
-        if not console.is_terminal and not title.startswith(("trial", "screening")):
-            console.print(f"{title} {plan}".rstrip() + (left and f" ({left})"))
-
-    def _say(self, title: str, phase: str, done: int, total: int, left: str) -> None:
-        """Prints how far a phase is, once in a `PERIOD`; phases may take turns. `left`: of the whole, if known."""
-        from atp_tune.results.formatting import duration
-
-        now = monotonic()
-        first, began = self._phases.setdefault(phase, (done, now))
-        if done <= first:  # it begins, perhaps again
-            self._phases[phase] = done, now
-        elif first < done < total and now - self._said >= PERIOD:
-            left = left or f"{duration((now - began) / (done - first) * (total - done))} left"
-            console.print(f"{title} {done} of {total}, {left}", markup=False)
-            self._said = now

@@ -105,25 +105,13 @@ def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
     Log messages of this package go to `tell`, by default the console.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    own, words = logging.getLogger("atp_tune"), Words(tell or console.print)
+    own, words = logging.getLogger("atp_tune"), system.Said(tell or console.print)
     own.addHandler(words)
     try:
         with silenced():
             yield
     finally:
         own.removeHandler(words)
-
-
-class Words(logging.Handler):
-    """Passes the package's log messages to a function."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Passes one message on."""
-        self._tell(record.getMessage())
 
 
 @contextmanager

@@ -62,10 +62,11 @@ class StudyWorker(ABC):
     def wait(self) -> None:
         """Waits until it has stopped, at most `STOP_TIMEOUT`."""
 
-    def start_once(self) -> None:
-        """Starts it, unless it was started before."""
-        if not self._was_started:
-            self._start()
+    def start(self, again: bool = False) -> None:
+        """Starts it, if it was not started before, or is to start again."""
+        if again or not self._was_started:
+            self._was_started = self.is_alive = True
+            self.launch()
 
     def hear(self, event: Event) -> None:
         """Shows one event."""
@@ -89,11 +90,7 @@ class StudyWorker(ABC):
             times = f"worker {self.index} died ({how}) {self._deaths} times in a row"
             raise TrialError(f"{times}; its trial is queued again by the next run")
         self._line(Message(f"worker {self.index} died ({how}): it is started again"))
-        self._start()
-
-    def _start(self) -> None:
-        self._was_started = self.is_alive = True
-        self.launch()
+        self.start(again=True)
 
 
 AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
@@ -101,13 +98,13 @@ AnyWorker = TypeVar("AnyWorker", bound=StudyWorker)
 
 def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker]], None]) -> None:
     """Starts the workers and returns when all have ended; `listen` waits a moment for events of live ones."""
-    workers[0].start_once()
+    workers[0].start()
     try:
         while alive := [worker for worker in workers if worker.is_alive]:
             listen(alive)
             if workers[0].is_ready:
                 for worker in workers:
-                    worker.start_once()
+                    worker.start()
     finally:
         left = [worker for worker in workers if worker.is_alive]
         for worker in left:

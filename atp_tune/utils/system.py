@@ -220,3 +220,15 @@ def in_call(frame: FrameType | None) -> bool:
 def pause(seconds: float) -> None:
     """Sleeps between two attempts of a call; it may be interrupted here."""
     sleep(seconds)
+
+
+class Said(logging.Handler):
+    """Passes log messages to a function."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes one message on."""
+        self._tell(record.getMessage())

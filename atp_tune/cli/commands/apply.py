@@ -192,6 +192,7 @@ def pack(
         write(options.best(), out, packed=True)
         return
     from atp_tune.sparse.packing import pack_folder
+    from atp_tune.sparse.provenance import ABOUT, origin
 
     with working() as watch:
         done = pack_folder(folder, out, values, group_size, options.device or "auto", watch)
@@ -205,19 +206,10 @@ def pack(
         before, after = done.rounding
         console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
     console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
-    from atp_tune.sparse.provenance import ABOUT
-
-    if bits := _rounded(folder):
-        floats = f"its weights are rounded to {bits:g} bits, and floats here; to store the bits:"
-        console.print(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
-
-
-def _rounded(folder: Path) -> float | None:
-    """The bits of the weights of a folder that `apply` wrote, if they are rounded."""
-    from atp_tune.sparse.provenance import origin
-
     made = origin(folder)
-    return None if made is None or made.config.bits is None else made.config.bits.target
+    if made is not None and made.config.bits is not None:
+        floats = f"its weights are rounded to {made.config.bits.target:g} bits, and floats here; to store the bits:"
+        console.print(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 
 def unpack(folder: Path, *, out: Path) -> None:

@@ -137,12 +137,14 @@ class ChoiceOptions:
         return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
 
 
-def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int | None:
+def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int | None:
     """The number of the chosen trial; None for the best. What was chosen is said in one line on stderr.
 
-    `may_ask`: without a choice, a study over an interval of sparsities asks. UserError for a choice that it has not.
+    `may_ask`: without a choice, a person chooses from the numbered points of a study over an interval of sparsities.
+    UserError for a choice that the study has not.
     """
     from atp_tune.results.goals import Choice, chosen
+    from atp_tune.results.summary import summarise
     from atp_tune.storage.attributes import StudySnapshot
 
     study = StudySnapshot(stored)
@@ -150,13 +152,8 @@ def chosen_trial(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -
     if isinstance(found, Choice):
         print(printable(str(found)), file=sys.stderr)
         return found.trial.number
-    return _asked(study) if found is None and may_ask else found
-
-
-def _asked(study: "optuna.Study") -> int | None:
-    """The trial that the user chooses from the numbered points; None for the best, or where there is no choice."""
-    from atp_tune.results.summary import summarise
-
+    if found is not None or not may_ask:
+        return found
     summary = summarise(study)
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
@@ -244,7 +241,7 @@ def export(
         file = load_study(str(study), storage, None, set_)
         stored, name = stored_study(file, study_name), study_name or file.name
         may_ask = sys.stdin.isatty() and sys.stdout.isatty() and not json
-        number = chosen_trial(stored, choice, may_ask)
+        number = _chosen(stored, choice, may_ask)
         usual = file.best_of(name) if number is None else file.beside(f"{name}.trial-{number}.json")
         target = out or (PRINTED if json else usual.with_suffix(ending))
     with alone_with(target):  # what is known there of the same trial stays in it

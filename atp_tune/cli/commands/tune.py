@@ -407,15 +407,26 @@ def prune(
         raise wrong("MODEL", "give a model, or --study NAME to take the model of a study")
     if dtype is not None and out is None:
         raise wrong("--dtype", "only with --out DIR")
-    values = _parameters(beta, parameter)
+    from atp_tune.allocations.budget import SYMBOLS
+
+    names = {symbol: name for name, symbol in SYMBOLS.items()}
+    values = {} if beta is None else {"beta": beta}
+    for text in parameter or []:
+        symbol, _, value = text.partition("=")
+        if names.get(symbol, symbol) in values:
+            raise wrong("--parameter", f"{symbol} is given twice")
+        try:
+            values[names.get(symbol, symbol)] = float(value)
+        except ValueError:
+            raise wrong("--parameter", f'"{text}" is not NAME=NUMBER') from None
     if allocation in ("atp", "curve") and not values:
         raise wrong("--beta", f"{allocation} without any is uniform; for example --beta 0.004")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     from atp_tune.spec.plugged import rooted
 
-    pruners, names = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))
-    options = {"model.source": model, "prune.pruners": pruners, "allocation.names": names, "sparsity": sparsity}
+    pruners, allocations = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))
+    options = {"model.source": model, "prune.pruners": pruners, "allocation.names": allocations, "sparsity": sparsity}
     named = [f"{key}={value}" for key, value in options.items() if value is not None]
     if sparsity is not None:
         named.append("limit=none")  # which only a search over sparsities has
@@ -437,20 +448,3 @@ def prune(
     console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:
         console.print(f"sparse checkpoint: {out}")
-
-
-def _parameters(beta: float | None, others: list[str] | None) -> dict[str, float]:
-    from atp_tune.allocations.budget import SYMBOLS
-
-    names = {symbol: name for name, symbol in SYMBOLS.items()}
-    values = {} if beta is None else {"beta": beta}
-    for text in others or []:
-        symbol, _, value = text.partition("=")
-        name = names.get(symbol, symbol)
-        if name in values:
-            raise wrong("--parameter", f"{symbol} is given twice")
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise wrong("--parameter", f'"{text}" is not NAME=NUMBER') from None
-    return values
