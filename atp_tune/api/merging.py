@@ -12,9 +12,9 @@ Errors: UserError if the storages hold different studies or unreadable data, or 
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -31,8 +31,6 @@ from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import RetryingDatabase, without_password
 from atp_tune.utils.cache import rename_new, temporary_folder
 from atp_tune.utils.paths import check_writable
-
-Numbers: TypeAlias = Mapping[int, int]  # number of a trial in a storage → its new number
 
 Attributes: TypeAlias = dict[str, Any]
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
@@ -58,9 +56,12 @@ class Merged:
     shares: list[Share]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Source:
-    """The study in one storage, read once; `address` without password, `trials` finished, `attrs` of the system."""
+    """The study in one storage, read once; `address` without password, `trials` finished, `attrs` of the system.
+
+    `numbers`: number of each of its trials → its number in the new study.
+    """
 
     address: str
     study: optuna.Study
@@ -68,34 +69,38 @@ class Source:
     unfinished: int
     attrs: Attributes
     artifacts: Path
+    numbers: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Attributes:
+        """System attributes without invalid artifacts and those that `serve` writes again."""
+        anew = {name for name, file in artifacts.file_names(self.attrs).items() if file in artifacts.MADE_ANEW}
+        kept = {key: value for key, value in self.attrs.items() if artifacts.is_kept(key, value)}
+        return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
 
 
 def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
     """Merges the study `name`, or the only common one, from files or storage URLs."""
     _check_new(out)
     sources = _open(places, name)
-    _check_same(sources)
-    kept, numbers = _unite(sources)
+    kept, name = _unite(sources), sources[0].study.study_name
     try:
-        name = sources[0].study.study_name
         with temporary_folder(out) as folder, readable(name):
-            _write(folder, sources, kept, numbers)
+            _write(folder, sources, kept)
             _check_new(out)
             if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
             rename_new(folder / "new.db", out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    made = opening.find_study(_database(str(out)), name)
+    made = opening.find_study(_database(str(out))[0], name)
     assert made is not None
-    return Merged(made, list(_shares(sources, numbers)))
-
-
-def _shares(sources: Sequence[Source], numbers: Sequence[Numbers]) -> Iterator[Share]:
-    known: set[int] = set()
-    for source, own in zip(sources, numbers, strict=True):
-        yield Share(source.address, len(own), len(known.intersection(own.values())), source.unfinished)
-        known.update(own.values())
+    shares, known = list[Share](), set[int]()
+    for source in sources:
+        new = {*source.numbers.values()}
+        shares.append(Share(source.address, len(source.numbers), len(known & new), source.unfinished))
+        known |= new
+    return Merged(made, shares)
 
 
 def _check_new(out: Path) -> None:
@@ -105,72 +110,62 @@ def _check_new(out: Path) -> None:
     check_writable(out, named="--out ")
 
 
-def _open(places: Sequence[str], name: str | None) -> list[Source]:
-    databases = {place: _database(place) for place in places}
-    found = {place: opening.names_in(db) for place, db in databases.items()}
-    shared = set.intersection(*(set(names) for names in found.values()))
-    wanted = {name} if name else shared
-    if len(wanted) != 1 or not wanted <= shared:
-        held = "; ".join(f"{_shown(place)} holds {', '.join(names) or 'none'}" for place, names in found.items())
-        raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
-    return [_source(place, databases[place], *wanted) for place in places]
-
-
-def _source(place: str, db: BaseStorage, name: str) -> Source:
-    study = opening.find_study(db, name)
-    assert study is not None
-    with readable(name):
-        trials = study.get_trials(deepcopy=False)
-        attrs = study._storage.get_study_system_attrs(study._study_id)
-    ended = [trial for trial in trials if trial.state.is_finished()]
-    folder = opening.artifacts_of(_address(place))
-    return Source(_shown(place), study, ended, len(trials) - len(ended), attrs, folder)
-
-
-def _address(place: str) -> str:
-    return place if "://" in place else absolute_storage(f"sqlite:///{place}", Path())
-
-
-def _shown(place: str) -> str:
-    return without_password(place) if "://" in place else place
-
-
-def _database(place: str) -> BaseStorage:
-    db = opening.open_storage(_address(place), create=False)
+def _database(place: str) -> tuple[BaseStorage, str, str]:
+    """The storage of a file or a URL, its URL, and how it is shown; UserError for a file that does not exist."""
+    is_url = "://" in place
+    address = place if is_url else absolute_storage(f"sqlite:///{place}", Path())
+    db = opening.open_storage(address, create=False)
     if db is None:
         raise UserError(f"merge: {place}: no such file")
-    return db
+    return db, address, without_password(place) if is_url else place
 
 
-def _check_same(sources: Sequence[Source]) -> None:
+def _open(places: Sequence[str], name: str | None) -> list[Source]:
+    """Reads the study of each storage; UserError if they hold different ones."""
+    databases = [_database(place) for place in places]
+    found = [opening.names_in(db) for db, *_ in databases]
+    shared = set.intersection(*map(set, found))
+    wanted = {name} if name else shared
+    if len(wanted) != 1 or not wanted <= shared:
+        each = zip(databases, found, strict=True)
+        held = "; ".join(f"{shown} holds {', '.join(names) or 'none'}" for (*_, shown), names in each)
+        raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
+    (name,), sources = wanted, []
+    for db, address, shown in databases:
+        study = opening.find_study(db, name)
+        assert study is not None
+        with readable(name):
+            trials = study.get_trials(deepcopy=False)
+            attrs = study._storage.get_study_system_attrs(study._study_id)
+        ended = [trial for trial in trials if trial.state.is_finished()]
+        folder = opening.artifacts_of(address)
+        sources.append(Source(shown, study, ended, len(trials) - len(ended), attrs, folder))
+        if "fingerprint" not in study.user_attrs:
+            raise UserError(f"merge: {shown}: study {name} has no trials of atp_tune yet")
     first, *others = sources
-    for source in sources:
-        if "fingerprint" not in source.study.user_attrs:
-            raise UserError(f"merge: {source.address}: study {source.study.study_name} has no trials of atp_tune yet")
     for other in others:
         facts = other.study.user_attrs["fingerprint"]
         seed = {key: value for key, value in first.study.user_attrs["fingerprint"].items() if key == SEED}
         if differing := fingerprint.differences(first.study, {**facts, **seed}):
             raise UserError(f"merge: {other.address} holds another study than {first.address}: {differing}")
+    return sources
 
 
-def _unite(sources: Sequence[Source]) -> tuple[list[FrozenTrial], list[Numbers]]:
-    """The trials of the new study in order, and for each source the new numbers of its trials."""
-    kept: list[tuple[int, FrozenTrial]] = []
+def _unite(sources: Sequence[Source]) -> list[FrozenTrial]:
+    """The trials of the new study in order; the sources get the numbers of theirs."""
+    kept: list[tuple[Source, FrozenTrial]] = []
     known: dict[object, int] = {}  # trials of earlier sources → their places in `kept`
-    places: list[dict[int, int]] = []
-    for index, source in enumerate(sources):
-        own = {}
+    for source in sources:
         for trial in source.trials:
-            own[trial.number] = known.get(_key(trial), len(kept))
-            if own[trial.number] == len(kept):
-                kept.append((index, trial))
-        known |= {_key(trial): own[trial.number] for trial in source.trials}
-        places.append(own)
+            source.numbers[trial.number] = place = known.get(_key(trial), len(kept))
+            if place == len(kept):
+                kept.append((source, trial))
+        known |= {_key(trial): source.numbers[trial.number] for trial in source.trials}
     order = sorted(range(len(kept)), key=lambda place: (kept[place][1].datetime_start or datetime.max, place))
     number_of = {place: number for number, place in enumerate(order)}
-    numbers = [{old: number_of[place] for old, place in own.items()} for own in places]
-    return [_renumbered(kept[place][1], numbers[kept[place][0]]) for place in order], list(numbers)
+    for source in sources:
+        source.numbers = {old: number_of[place] for old, place in source.numbers.items()}
+    return [_renumbered(kept[place][1], kept[place][0].numbers) for place in order]
 
 
 def _key(trial: FrozenTrial) -> object:
@@ -179,7 +174,7 @@ def _key(trial: FrozenTrial) -> object:
     return tuple(sorted(trial.params.items())), values, trial.state, trial.datetime_start, trial.datetime_complete
 
 
-def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
+def _renumbered(trial: FrozenTrial, numbers: Mapping[int, int]) -> FrozenTrial:
     """The trial with new numbers in its attributes."""
     trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
     if user.get("repeats") in numbers:
@@ -195,20 +190,28 @@ def _renumbered(trial: FrozenTrial, numbers: Numbers) -> FrozenTrial:
     return trial
 
 
-def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial], numbers: Sequence[Numbers]) -> None:
+def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial]) -> None:
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, RetryingDatabase)
     first = sources[0].study
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
-    merged: Attributes = {}
+    # Attributes: the first source overwrites the others.
+    merged, system = Attributes(), Attributes()
     by_trial: dict[str, Attributes] = {}
-    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
+    for source in sources[::-1]:
         merged |= source.study.user_attrs
-        names = {"dense": "dense"} | {str(old): str(new) for old, new in own.items()}
+        names = {"dense": "dense"} | {str(old): str(new) for old, new in source.numbers.items()}
         for key in TABLES:
             stored = source.study.user_attrs.get(key, {})
             by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
+        new_ids = {trial._trial_id: ids[source.numbers[trial.number]] for trial in source.trials}
+        for key, value in source.kept.items():
+            found = artifacts.OF_TRIAL.fullmatch(key)
+            if found and int(found["trial"]) in new_ids:
+                system[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = value
+            elif not found and not NOTE.fullmatch(key):
+                system[key] = value
     totals = [source.study.user_attrs.get("total", 0) for source in sources]
     merged["total"] = max(sum(map(progress.counts, kept)), *totals)
     merged |= {key: values for key, values in by_trial.items() if values}
@@ -217,16 +220,16 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     valid = [found for found in posteriors if isinstance(found, dict) and isinstance(found.get("before"), int)]
     if valid:
         merged["gp_posterior"] = max(valid, key=lambda found: int(found["before"]))
+    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
+        system |= _notes(sources, ids)
     for key, value in merged.items():
         study.set_user_attr(key, value)
-    for key, value in _system_attrs(sources, numbers, ids).items():
+    for key, value in system.items():
         study._storage.set_study_system_attr(study._study_id, key, value)
-    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
-        _write_notes(study, sources, numbers, ids)
     # Copies the artifacts of all studies and their trials, without links and invalid ids.
     files = folder / "artifacts"
     for source in sources:
-        keys = chain(_kept_attrs(source), *(trial.system_attrs for trial in source.trials))
+        keys = chain(source.kept, *(trial.system_attrs for trial in source.trials))
         for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
             if file is not None:
                 files.mkdir(exist_ok=True)
@@ -234,41 +237,20 @@ def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial],
     db.close()  # before the file is renamed
 
 
-def _system_attrs(sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]) -> Attributes:
-    merged = {}
-    for source, own in [*zip(sources, numbers, strict=True)][::-1]:  # the first source overwrites the others
-        new_ids = {trial._trial_id: ids[own[trial.number]] for trial in source.trials}
-        for key, value in _kept_attrs(source).items():
-            found = artifacts.OF_TRIAL.fullmatch(key)
-            if found and int(found["trial"]) in new_ids:
-                merged[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = value
-            elif not found and not NOTE.fullmatch(key):
-                merged[key] = value
-    return merged
-
-
-def _kept_attrs(source: Source) -> Attributes:
-    """System attributes of a study without invalid artifacts and those that `serve` writes again."""
-    anew = {name for name, file in artifacts.file_names(source.attrs).items() if file in artifacts.MADE_ANEW}
-    kept = {key: value for key, value in source.attrs.items() if artifacts.is_kept(key, value)}
-    return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
-
-
-def _write_notes(
-    study: optuna.Study, sources: Sequence[Source], numbers: Sequence[Numbers], ids: Sequence[int]
-) -> None:
+def _notes(sources: Sequence[Source], ids: Sequence[int]) -> Attributes:
+    """The notes of the study and its trials, with people's words from all sources."""
     from atp_tune.dashboard.notes import own_words
     from atp_tune.dashboard.publishing import note_in, note_parts
 
     notes: dict[int | None, dict[str, None]] = {}
-    for source, own in zip(sources, numbers, strict=True):
+    for source in sources:
         notes.setdefault(None, {})[note_in(source.attrs)] = None
         for trial in source.trials:
-            notes.setdefault(own[trial.number], {})[note_in(source.attrs, trial._trial_id)] = None
+            notes.setdefault(source.numbers[trial.number], {})[note_in(source.attrs, trial._trial_id)] = None
+    made = Attributes()
     for number, bodies in notes.items():
         written = [body for body in bodies if body]
         words = written if len(written) == 1 else list(dict.fromkeys(map(own_words, written)))
         if any(words):
-            made = note_parts("\n\n".join(words), 1, None if number is None else ids[number])
-            for key, value in made.items():
-                study._storage.set_study_system_attr(study._study_id, key, value)
+            made |= note_parts("\n\n".join(words), 1, None if number is None else ids[number])
+    return made
