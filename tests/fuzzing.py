@@ -27,7 +27,7 @@ from atp_tune.cli import tables, terminal
 from atp_tune.cli.commands import apply
 from atp_tune.dashboard import notes
 from atp_tune.errors import UserError
-from atp_tune.figures import perplexity
+from atp_tune.figures import blocks
 from atp_tune.measures import Perplexity
 from atp_tune.report import latex, machine, markdown
 from atp_tune.report.contents import gather
@@ -264,8 +264,8 @@ def draw(study: optuna.Study) -> None:
     """Figures and reports, which take longer."""
     found = gather(study, datetime(2026, 1, 1))
     figures.draw(found.summary)
-    perplexity.sparsities([found.summary, found.summary])
-    perplexity.perplexities([found.summary, found.summary])
+    blocks.sparsities([found.summary, found.summary])
+    blocks.perplexities([found.summary, found.summary])
     for make in (markdown.make, machine.make, latex.make):
         make([found, found])
 

@@ -67,7 +67,7 @@ def private_imports(path: Path) -> Iterator[Import]:
         yield from ((module, name) for module, name in named if is_private(module, name))
 
 
-USED = list(dict.fromkeys(private_imports(ROOT / "compat.py")))
+USED = list(dict.fromkeys(private_imports(ROOT / "utils" / "compat.py")))
 
 
 def upstream(module: str) -> str:
