@@ -38,7 +38,7 @@ from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
 from atp_tune.spec.studyfile import StudyFile, from_settings, keys_of, settings
-from atp_tune.storage import fingerprint, opening
+from atp_tune.storage import attributes, fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
 JUNK: list[Any] = [
@@ -254,7 +254,7 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     for trial in summary.trials:
         notes.trial_note(trial, summary).encode()
         json.dumps(notes.columns(trial)).encode()
-    notes.facts_of(study.user_attrs)
+    attributes.facts_of(study.user_attrs)
     refused(lambda: best_config(file, study, scratch() / "best.json").to_json().encode())
     refused(lambda: fingerprint.check_facts(study, facts(file.study), partly=True))
     refused(lambda: fingerprint.check_device(study, "cpu (2 threads)"))

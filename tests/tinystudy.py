@@ -32,6 +32,7 @@ from atp_tune.allocations import prices
 from atp_tune.blocks import replay
 from atp_tune.cli import main
 from atp_tune.cli.terminal import quiet
+from atp_tune.dashboard.publishing import publish
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.search.runner import StudyRun, tune
 from atp_tune.spec.studyfile import StudyFile, load
@@ -168,7 +169,7 @@ def run(
 ) -> optuna.Study:
     """The study, driven to its total in this process."""
     with quiet():
-        return tune(StudyRun(study_file(place, *overrides), name, timeout, watch, mix=mix))
+        return tune(StudyRun(study_file(place, *overrides), name, timeout, watch, mix=mix, publisher=publish))
 
 
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,7 +281,9 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
 
     A complete study is returned at once. None if a pool ended before it began the study.
     """
-    run = replace(run, watch=foretold(run.watch))
+    from atp_tune.dashboard.publishing import publish
+
+    run = replace(run, watch=foretold(run.watch), publisher=publish)
     study = finished_study(run)
     if study is not None:
         run.note(_nothing_to_do(study, run))

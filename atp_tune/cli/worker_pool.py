@@ -116,6 +116,7 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
 def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
     """Runs the study in a worker until SIGINT, with `tell` as event handler; the reason if it could not run."""
     from atp_tune.cost.remaining import foretold
+    from atp_tune.dashboard.publishing import publish
     from atp_tune.search.runner import StudyRun, tune
     from atp_tune.spec.plugged import plug_in
 
@@ -124,7 +125,8 @@ def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | N
     with quiet(lambda text: tell(Message(text))), interruptible(signal.SIGINT), suppress(KeyboardInterrupt):
         try:
             plug_in(file.study, file.folder, file.trusts_plugins)
-            tune(StudyRun(file, job.name, timeout, foretold(tell), reports=index == 0, writes=False, mix=job.mix))
+            told, reports = foretold(tell), index == 0
+            tune(StudyRun(file, job.name, timeout, told, reports=reports, writes=False, mix=job.mix, publisher=publish))
         except (UserError, TrialError) as error:
             return str(error)
     return None

@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.errors import printable
-from atp_tune.measures import MEASURES, Accuracy
+from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
@@ -16,6 +16,7 @@ from atp_tune.results.tables import front, overview
 from atp_tune.spec.data import short_source
 from atp_tune.spec.plugged import permission
 from atp_tune.storage.artifacts import MADE_ANEW
+from atp_tune.storage.attributes import measured_columns
 from atp_tune.storage.lost_trials import is_lost
 from atp_tune.utils.extras import as_typed
 
@@ -165,34 +166,3 @@ def columns(trial: FrozenTrial) -> dict[str, Any]:
     named: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
     remark = remark_of(trial)
     return {**measured_columns(attrs), **named, **({"remark": remark} if remark else {})}
-
-
-def measured_columns(attrs: Attributes) -> dict[str, Any]:
-    """The columns of a trial's measurement, which are stored too."""
-    found: dict[str, Any] = {}
-    if attrs.get("stderr"):
-        found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
-    for by in MEASURES.values():
-        if by.kind is Accuracy and (items := attrs.get(by.items)):
-            found[f"{by.column} %"] = round(100 * by.score(items).value, 2)
-    if "effective_bits" in attrs and "quantized_bytes" in attrs:
-        found["bits with scales"] = round(attrs["effective_bits"], 2)
-        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
-    plan = Plan.stored_in(attrs)
-    if "realised" in attrs and not (plan and plan.by_bits):
-        found["zeros %"] = round(100 * attrs["realised"], 2)
-    if "packed_bytes" in attrs and "effective_bits" not in attrs:
-        found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
-    if "seconds" in attrs:
-        found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
-    if attrs.get("peak_bytes"):
-        found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    return found
-
-
-def facts_of(attrs: Attributes) -> dict[str, Any]:
-    """A study's attributes for the dashboard: its main settings, and no long lists."""
-    known = attrs.get("fingerprint", {})
-    sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
-    names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
-    return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.blocks.prune_pass import PrunedBlock, Timer
 from atp_tune.checkpoints.devices import device_name, is_out_of_memory, peak_memory, reset_peak_memory
-from atp_tune.dashboard.notes import measured_columns
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
 from atp_tune.measures import ACCURACY, MEASURES, Estimate, Measure
@@ -37,6 +36,7 @@ from atp_tune.run.session import Session
 from atp_tune.scores import Scores
 from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
+from atp_tune.storage.attributes import measured_columns
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up

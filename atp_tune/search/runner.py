@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
-from atp_tune.dashboard.notes import facts_of
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
@@ -27,6 +27,7 @@ from atp_tune.spec.plugged import records
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
+from atp_tune.storage.attributes import facts_of
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process import Trace
@@ -43,6 +44,10 @@ NOTE = "dashboard:note_ver"  # the attribute of a study that has a note
 LONGEST = 200  # bytes of a study's name: files are named after it
 
 
+def no_publisher(study: optuna.Study, address: str, folder: Path | None) -> None:
+    """Writes nothing, for a run that no dashboard shows."""
+
+
 @dataclass(frozen=True)
 class StudyRun:
     """One run of a study by one process: study file, study name, and the limit in seconds (`timeout`).
@@ -52,7 +57,8 @@ class StudyRun:
     device or number format than the study began with. `screens`: the name of the study that this one screens for.
     `tasks`: what measures the accuracies of a limit.
     `callbacks`: called after each trial, as by `optuna.Study.optimize`; not for a screening. `opened`: called with the
-    session of a study that has no trial yet.
+    session of a study that has no trial yet. `publisher`: writes the note, figures and files for Optuna's
+    dashboard; it gets the study, the storage's URL and the folder of the artifacts.
     """
 
     file: StudyFile
@@ -67,6 +73,7 @@ class StudyRun:
     callbacks: Sequence[Callback] = ()
     tasks: "TaskResults | None" = None
     opened: "Callable[[Session], object] | None" = None
+    publisher: Callable[[optuna.Study, str, Path | None], object] = no_publisher
     trace: Trace = field(default_factory=Trace)
 
     def note(self, text: str) -> None:
@@ -75,10 +82,8 @@ class StudyRun:
 
     def publish(self, study: optuna.Study) -> None:
         """Writes note, figures and files for Optuna's dashboard; what prevents it is reported, and ends no run."""
-        from atp_tune.dashboard.publishing import publish
-
         try:
-            publish(study, self.file.storage_url, self.file.artifacts)
+            self.publisher(study, self.file.storage_url, self.file.artifacts)
         except (OSError, StorageInternalError, UserError) as error:
             self.note(f"warning: the dashboard's note and figures could not be written: {reason_of(error)}")
 

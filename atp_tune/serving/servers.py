@@ -26,7 +26,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import wsgi
 
-from atp_tune.dashboard.notes import columns, facts_of, study_note, trial_note
+from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.dashboard.publishing import PREFIX, attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
@@ -37,7 +37,7 @@ from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage import artifacts, lost_trials, opening
 from atp_tune.storage.artifacts import Store, refuse_link
-from atp_tune.storage.attributes import ValidatedStudy
+from atp_tune.storage.attributes import ValidatedStudy, facts_of
 from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
