@@ -12,12 +12,12 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from atp_tune.checkpoints.files import (
     ASK_CODE,
@@ -287,16 +287,16 @@ def unpack_folder(source: Path, out: Path, shared: bool = False) -> None:
     size = sum(end - start for start, end in (entry["data_offsets"] for entry in entries))
     check_room(out, size) if shared else check_writable(out, size)
     try:
-        with folder_atomically(out, shared) as folder, ExitStack() as stack:
+        with folder_atomically(out, shared) as folder:
             copy_small(source, folder, tuple(f"/{name}" for name in added))
             if original is None:
                 _save_dense(source, folder)
                 return
             for name, text in original.files.items():
                 (folder / name).write_bytes(as_bytes(text))
-            read = _reader(source, stack)
-            for shard in original.headers:
-                _write_shard(folder / shard, shard, original, read)
+            with _reader(source) as read:
+                for shard in original.headers:
+                    _write_shard(folder / shard, shard, original, read)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{source}: cannot be unpacked: {error}") from None
 
@@ -315,33 +315,26 @@ def _save_dense(source: Path, folder: Path) -> None:
         file.chmod(0o644)
 
 
-def _reader(source: Path, stack: ExitStack) -> "Callable[[str, str], Tensor]":
+@contextmanager
+def _reader(source: Path) -> "Iterator[Callable[[str, str], Tensor]]":
     """What reads a tensor of a packed folder, unpacked, by its name and as a dtype of safetensors.
 
     ValueError if it is not there, or damaged.
     """
-    from atp_tune.packed.modeling_atp_sparse import checked_table, read_packed
+    from atp_tune.packed.modeling_atp_sparse import checked_table, read_packed, tensors_in
 
     table = checked_table(read_table(source / "config.json"))
     packed = {**table["stored"], **table["linears"]}
-    files = [
-        stack.enter_context(safe_open(x, framework="pt")) for x in sorted(source.glob("model.packed*.safetensors"))
-    ]
-    place: dict[str, Any] = {name: tensors for tensors in files for name in tensors.keys()}  # noqa: SIM118
+    with tensors_in(sorted(source.glob("model.packed*.safetensors"))) as (_, get):
 
-    def get(name: str) -> "Tensor | None":
-        return place[name].get_tensor(name) if name in place else None
+        def read(name: str, dtype: str) -> "Tensor":
+            if (stored := get(name)) is not None:
+                return stored
+            if name not in packed or dtype not in dtypes():
+                raise ValueError(f"it has no tensor {name} of {dtype}")
+            return read_packed(get, name, packed[name]).to(dtypes()[dtype])
 
-    def read(name: str, dtype: str) -> "Tensor":
-        if (stored := get(name)) is not None:
-            return stored
-        if name not in packed:
-            raise ValueError(f"it has no tensor {name}")
-        if dtype not in dtypes():
-            raise ValueError(f"{name} cannot be {dtype}")
-        return read_packed(get, name, packed[name]).to(dtypes()[dtype])
-
-    return read
+        yield read
 
 
 def as_text(file: Path) -> str:

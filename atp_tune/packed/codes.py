@@ -41,7 +41,15 @@ def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bo
     """
     size = weight.shape[-1] if group_size == -1 else group_size
     scales, zeros = (spread(part, size, weight.shape[-1]) for part in (grid.scale, grid.zero))
-    multiples = multiples_of(weight, scales, -zeros, grid.top - zeros)
+    # Integers whose products with the scales are the weights, bit for bit, in their dtype. In bfloat16 two products
+    # above 128 may be the same weight; either is right.
+    nearest, low, high = (weight.float() / scales).round(), -zeros, grid.top - zeros
+    multiples, *others = ((nearest + step).clamp(low, high) for step in (0, 1, -1))
+    for other in others:
+        wrong = (multiples * scales).to(weight.dtype) != weight
+        multiples = multiples.where(~wrong, other) if bool(wrong.any()) else multiples
+    if not torch.equal((multiples * scales).to(weight.dtype), weight):
+        raise ValueError("a weight is not on the grid of its quantizer")
     if symmetric and not bool((grid.zero == 2 ** (bits - 1)).all()):
         raise ValueError("its zero points are not in the middle")
     codes, kept = multiples + zeros, multiples != 0
@@ -58,21 +66,6 @@ def encode(weight: Tensor, grid: Grid, bits: int, group_size: int, symmetric: bo
     shape = weight.mT.shape if transposed else weight.shape
     about = {"shape": [*shape], **({"transposed": True} if transposed else {}), "nonzeros": nonzeros, "codes": form}
     return Coded(about, parts, fits=int(multiples.min()) in INT8 and int(multiples.max()) in INT8)
-
-
-def multiples_of(weight: Tensor, scales: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Integers from `low` to `high` whose products with the scales are the weights, bit for bit, in their dtype.
-
-    In bfloat16 two products above 128 may be the same weight; either is right. Errors: ValueError if there are none.
-    """
-    nearest = (weight.float() / scales).round()
-    found, *others = ((nearest + step).clamp(low, high) for step in (0, 1, -1))
-    for other in others:
-        wrong = (found * scales).to(weight.dtype) != weight
-        found = found.where(~wrong, other) if bool(wrong.any()) else found
-    if not torch.equal((found * scales).to(weight.dtype), weight):
-        raise ValueError("a weight is not on the grid of its quantizer")
-    return found
 
 
 def spread(groups: Tensor, size: int, columns: int) -> Tensor:

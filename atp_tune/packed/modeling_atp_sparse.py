@@ -16,8 +16,8 @@ registered. Format: docs/formats.md of atp_tune.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -205,14 +205,6 @@ def _expanded(get: Get, name: str, about: dict[str, Any], table: dict[str, Any])
         raise ValueError(f"packed folder: {name} cannot be kept as int8 values with scales of {columns} columns")
     yield name + VALUES, values
     yield name + SCALES, groups
-
-
-def in_memory(table: dict[str, Any]) -> dict[str, Any]:
-    """The table of a model that was loaded: what no packed linear keeps is dense, and codes are expanded."""
-    linears = {
-        name: {key: value for key, value in about.items() if key != "codes"} for name, about in table["linears"].items()
-    }
-    return {**table, "version": VERSION, "linears": linears, "stored": {}}
 
 
 def checked_table(config: dict[str, Any], model_type: str = MODEL_TYPE) -> dict[str, Any]:
@@ -589,8 +581,12 @@ def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, option
     coded = any("codes" in about for about in table["linears"].values())
     if model_type == SLIM or not (dequantize or table["stored"] or coded):
         return load(path, *args, **{**options, "config": config, **FORMS[model_type].variant})
-    state = dict(_unpacked(_weight_files(path, hub), table, dequantize))
-    setattr(config, MODEL_TYPE, in_memory(table))  # and so it is saved
+    state = dict(_unpacked(path, hub, table, dequantize))
+    # The table of what is in memory, and so it is saved: what no packed linear keeps is dense, and codes are expanded.
+    linears = {
+        name: {key: value for key, value in about.items() if key != "codes"} for name, about in table["linears"].items()
+    }
+    setattr(config, MODEL_TYPE, {**table, "version": VERSION, "linears": linears, "stored": {}})
     given = {key: value for key, value in options.items() if key not in (*hub, "variant")}
     with suppress(OSError):  # the folder has none
         given.setdefault("generation_config", GenerationConfig.from_pretrained(path, **hub))
@@ -658,28 +654,29 @@ def _check(model: nn.Module, found: dict[str, Any], said: str) -> None:
                 raise ValueError(f"{name}: {error}") from None
 
 
-def _weight_files(path: Any, hub: dict[str, Any]) -> list[str]:
-    """The files of the weights, downloaded if they are on the hub."""
-    single = cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
-    if single is not None:
-        return [single]
-    index = cached_file(path, INDEX, **hub)
-    return list(get_checkpoint_shard_files(path, index, **hub)[0])  # type: ignore[no-untyped-call]
-
-
-def _unpacked(files: list[str], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of files; stored tensors are unpacked, and with `linears` those of packed linears too."""
-    packed = {**table["stored"], **(table["linears"] if linears else {})}
-    coded = {name: about for name, about in table["linears"].items() if name not in packed and "codes" in about}
+@contextmanager
+def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
+    """Opens files; the names of their tensors, and what gets one of them."""
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+        yield {*place}, lambda name: place[name].get_tensor(name) if name in place else None
 
-        def get(name: str) -> Tensor | None:
-            return place[name].get_tensor(name) if name in place else None
 
-        for name in place.keys() - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
-            yield name, place[name].get_tensor(name)
+def _unpacked(path: Any, hub: dict[str, Any], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a folder; stored tensors are unpacked, and with `linears` those of packed linears too.
+
+    Files are downloaded if they are on the hub.
+    """
+    single = cached_file(path, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is None:
+        index = cached_file(path, INDEX, **hub)
+        files = list(get_checkpoint_shard_files(path, index, **hub)[0])  # type: ignore[no-untyped-call]
+    packed = {**table["stored"], **(table["linears"] if linears else {})}
+    coded = {name: about for name, about in table["linears"].items() if name not in packed and "codes" in about}
+    with tensors_in(files if single is None else [single]) as (names, get):
+        for name in names - {f"{name}{end}" for name in (*packed, *coded) for end in PARTS}:
+            yield name, _part(get, name)
         for name, about in coded.items():
             yield from _expanded(get, name, about, table)
         for name, about in packed.items():

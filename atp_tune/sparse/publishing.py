@@ -9,7 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PureWindowsPath
@@ -49,15 +49,12 @@ def check_folder(folder: Path) -> None:
     read_config(folder / ABOUT)
     home = folder.resolve()
     for file in sorted(folder.rglob("*")):
-        if file.is_symlink() and not file.resolve().is_relative_to(home) and not _is_written(file, folder):
+        if not file.is_symlink() or file.resolve().is_relative_to(home):
+            continue
+        manifest = stored_manifest(folder)
+        promised = manifest.files.get(file.name) if manifest and file.parent == folder else None
+        if file.suffix not in WEIGHTS or promised is None or not file.is_file() or digest(file) != promised:
             raise UserError(f"{file}: is a link to {file.resolve()}, outside its folder; copy the file")
-
-
-def _is_written(file: Path, folder: Path) -> bool:
-    """Whether weights are the ones that a folder's manifest promises, so that who made it knows what they hold."""
-    manifest = stored_manifest(folder)
-    promised = manifest.files.get(file.name) if manifest and file.parent == folder else None
-    return file.suffix in WEIGHTS and promised is not None and file.is_file() and digest(file) == promised
 
 
 def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool = False) -> bool:
@@ -78,7 +75,13 @@ def check_permission(name: str, private: bool) -> None:
 
     `private`: UserError also if the repository exists and is public.
     """
-    _check_name(name)
+    try:
+        utils.validate_repo_id(name)  # type: ignore[attr-defined]
+        is_valid = name.count("/") == 1
+    except errors.HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise UserError("the name on the hub must be ORG/NAME, each of letters, digits, '-', '_' and '.'")
     with _hub_errors(name):
         api = HfApi()
         # UserError if an account or its token, as the hub describes them, may not write under the owner of `name`.
@@ -117,15 +120,6 @@ def upload(folder: Path, name: str, private: bool) -> str:
             stage(folder, place)
             api.upload_folder(repo_id=name, folder_path=place, commit_message="Upload by atp_tune")
     return str(made)
-
-
-def _check_name(name: str) -> None:
-    try:
-        utils.validate_repo_id(name)  # type: ignore[attr-defined]
-    except errors.HFValidationError:
-        name = name.replace("/", "")  # refused below
-    if name.count("/") != 1:
-        raise UserError("the name on the hub must be ORG/NAME, each of letters, digits, '-', '_' and '.'")
 
 
 def _check_visibility(name: str, private: bool, found: Any) -> None:
@@ -189,10 +183,11 @@ def stage(folder: Path, place: Path) -> None:
         name = file.relative_to(folder)
         if not file.is_file() or any(part.startswith(".") for part in name.parts) or _is_free(name):
             continue
-        text = _json_in(file) if len(name.parts) == 1 and _has_paths(file.name) else None
-        if text is not None:
-            texts[file.name] = text
-            continue
+        if len(name.parts) == 1 and _has_paths(file.name):
+            with suppress(ValueError, RecursionError):  # no JSON, which the dense model's folder may hold by any name
+                json.loads(text := file.read_text(encoding="utf-8"))
+                texts[file.name] = text
+                continue
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(file.resolve())
     base = folder / str(json.loads(texts[ABOUT]).get("folder", "."))
@@ -229,16 +224,6 @@ def _is_free(name: PurePath) -> bool:
     if name.suffix.lower() not in FREE or name == PurePath(CARD):
         return False
     return not any(fnmatchcase(part.lower(), pattern) for part in name.parts for pattern in (*TERMS, *TOKENS))
-
-
-def _json_in(file: Path) -> str | None:
-    """The text of a file; None if it is no JSON, which the dense model's folder may hold under any name."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return text
 
 
 def _has_paths(name: str) -> bool:
@@ -324,14 +309,8 @@ def verify(folder: Path) -> Verified:
     known = {*manifest.files, *DESCRIPTIONS}
     more = sorted(file.name for file in folder.iterdir() if file.name not in known and not file.name.startswith("."))
     surplus = [name for name in more if name.endswith((*WEIGHTS, INDEX))]
-    check(folder, manifest.files, surplus)
-    weights = sum(name.endswith(WEIGHTS) for name in manifest.files)
-    found = list(differences(manifest.environment, environment()))
-    return Verified(len(manifest.files), weights, more, manifest.environment, found)
-
-
-def check(folder: Path, files: Mapping[str, str], surplus: list[str]) -> None:
-    """UserError in one line for all files that are missing or differ, and for `surplus` weights."""
+    # What is missing or differs, in one line.
+    files = manifest.files
     missing = [name for name in files if not (folder / name).is_file()]
     try:
         other = [name for name in files if name not in missing and digest(folder / name) != files[name]]
@@ -343,6 +322,9 @@ def check(folder: Path, files: Mapping[str, str], surplus: list[str]) -> None:
         raise UserError(
             f"{folder}: not what was written; {'; '.join(said)}; copy or download it again, or make it with `apply`"
         )
+    weights = sum(name.endswith(WEIGHTS) for name in manifest.files)
+    found = list(differences(manifest.environment, environment()))
+    return Verified(len(manifest.files), weights, more, manifest.environment, found)
 
 
 def _listed(names: list[str]) -> str:
