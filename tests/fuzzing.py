@@ -32,13 +32,13 @@ from atp_tune.measures import Perplexity
 from atp_tune.report import latex, machine, markdown
 from atp_tune.report.contents import gather
 from atp_tune.results.status import status_of, to_json
-from atp_tune.results.stored import best_config
+from atp_tune.results.stored import best_config, facts_of
 from atp_tune.results.summary import summarise
 from atp_tune.spec import studyfile
 from atp_tune.spec.config import read_config
 from atp_tune.spec.facts import facts
 from atp_tune.spec.studyfile import StudyFile, from_settings, keys_of, settings
-from atp_tune.storage import attributes, fingerprint, opening
+from atp_tune.storage import fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
 JUNK: list[Any] = [
@@ -254,7 +254,7 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     for trial in summary.trials:
         notes.trial_note(trial, summary).encode()
         json.dumps(notes.columns(trial)).encode()
-    attributes.facts_of(study.user_attrs)
+    facts_of(study.user_attrs)
     refused(lambda: best_config(file, study, scratch() / "best.json").to_json().encode())
     refused(lambda: fingerprint.check_facts(study, facts(file.study), partly=True))
     refused(lambda: fingerprint.check_device(study, "cpu (2 threads)"))

@@ -11,12 +11,12 @@ from atp_tune.plan import Plan
 from atp_tune.report.markdown import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
 from atp_tune.results.results import is_uniform
+from atp_tune.results.stored import measured_columns
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview
 from atp_tune.spec.data import short_source
 from atp_tune.spec.plugged import permission
 from atp_tune.storage.artifacts import MADE_ANEW
-from atp_tune.storage.attributes import measured_columns
 from atp_tune.storage.lost_trials import is_lost
 from atp_tune.utils.extras import as_typed
 

@@ -1,13 +1,16 @@
 """The stored study of a study file, and the settings that it was run with."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from atp_tune.errors import UserError
+from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
 from atp_tune.results.annotations import with_attached
 from atp_tune.results.goals import best_trial
@@ -99,3 +102,37 @@ def file_as_run(study: optuna.Study, file: StudyFile, is_overridden: bool = Fals
         check_facts(study, facts(file.study, file.folder), partly=True)
         return file
     return replace(made, path=file.path)
+
+
+# --- The columns of Optuna's dashboard: numbers that sort, stored beside the details that only the program reads.
+
+
+def measured_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a trial's measurement, which are stored too."""
+    found: dict[str, Any] = {}
+    if attrs.get("stderr"):
+        found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
+    for by in MEASURES.values():
+        if by.kind is Accuracy and (items := attrs.get(by.items)):
+            found[f"{by.column} %"] = round(100 * by.score(items).value, 2)
+    if "effective_bits" in attrs and "quantized_bytes" in attrs:
+        found["bits with scales"] = round(attrs["effective_bits"], 2)
+        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
+    plan = Plan.stored_in(attrs)
+    if "realised" in attrs and not (plan and plan.by_bits):
+        found["zeros %"] = round(100 * attrs["realised"], 2)
+    if "packed_bytes" in attrs and "effective_bits" not in attrs:
+        found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
+    if "seconds" in attrs:
+        found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
+    if attrs.get("peak_bytes"):
+        found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
+    return found
+
+
+def facts_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's attributes for the dashboard: its main settings, and no long lists."""
+    known = attrs.get("fingerprint", {})
+    sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
+    names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
+    return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}

@@ -31,12 +31,12 @@ from atp_tune.measures import PERPLEXITY as MEASURE
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
 from atp_tune.results.goals import best_trial
+from atp_tune.results.stored import measured_columns
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores
 from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
-from atp_tune.storage.attributes import measured_columns
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
 from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up

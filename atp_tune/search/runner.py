@@ -17,6 +17,7 @@ from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
 from atp_tune.results.goals import best_trial
+from atp_tune.results.stored import facts_of
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
@@ -27,7 +28,6 @@ from atp_tune.spec.plugged import records
 from atp_tune.spec.search import ScreenConfig
 from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
-from atp_tune.storage.attributes import facts_of
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
 from atp_tune.storage.process import Trace

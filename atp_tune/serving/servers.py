@@ -32,12 +32,13 @@ from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
 from atp_tune.report import gather, html
 from atp_tune.results.goals import best_trial, front_of
+from atp_tune.results.stored import facts_of
 from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.spec.finding import known
 from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage import artifacts, lost_trials, opening
 from atp_tune.storage.artifacts import Store, refuse_link
-from atp_tune.storage.attributes import ValidatedStudy, facts_of
+from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
 from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
 from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
 from atp_tune.errors import UserError
-from atp_tune.measures import MEASURES, Accuracy
+from atp_tune.measures import MEASURES
 from atp_tune.metrics import BosEffect
 from atp_tune.plan import METHODS, Plan, Share
 from atp_tune.spec.config import Batch, Found
@@ -344,37 +344,6 @@ def joined(user: Mapping[str, Any], system: Mapping[str, Any]) -> tuple[dict[str
     details = {key.removeprefix(PREFIX): value for key, value in system.items() if key.startswith(PREFIX)}
     others = {key: value for key, value in system.items() if not key.startswith(PREFIX)}
     return {**user, **details}, others
-
-
-def measured_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a trial's measurement, which are stored too."""
-    found: dict[str, Any] = {}
-    if attrs.get("stderr"):
-        found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
-    for by in MEASURES.values():
-        if by.kind is Accuracy and (items := attrs.get(by.items)):
-            found[f"{by.column} %"] = round(100 * by.score(items).value, 2)
-    if "effective_bits" in attrs and "quantized_bytes" in attrs:
-        found["bits with scales"] = round(attrs["effective_bits"], 2)
-        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
-    plan = Plan.stored_in(attrs)
-    if "realised" in attrs and not (plan and plan.by_bits):
-        found["zeros %"] = round(100 * attrs["realised"], 2)
-    if "packed_bytes" in attrs and "effective_bits" not in attrs:
-        found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
-    if "seconds" in attrs:
-        found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
-    if attrs.get("peak_bytes"):
-        found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    return found
-
-
-def facts_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's attributes for the dashboard: its main settings, and no long lists."""
-    known = attrs.get("fingerprint", {})
-    sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
-    names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
-    return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}
 
 
 class AttributeStorage(RDBStorage):
