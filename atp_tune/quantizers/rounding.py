@@ -155,25 +155,16 @@ class GPTQ(RTN):
         changes = torch.empty_like(W)  # W - Ŵ of finished blocks
         for a in range(0, len(W), COLUMNS):
             here = slice(a, a + COLUMNS)
-            U = torch.linalg.solve_triangular(R[here, here], _eye(R[here, here]), upper=True)
+            own = R[here, here]
+            U = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=R.dtype, device=R.device), upper=True)
             updated = torch.addmm(W[here], U.T, R[:a, here].T @ changes[:a])
-            rounded = _round_block(updated, U, grids[here], None if zeros is None else zeros.T[here])
+            by = strips if W.device.type == "cpu" else plain
+            rounded = by(updated, U, grids[here], None if zeros is None else zeros.T[here])
             torch.sub(W[here], rounded, out=changes[here])
             W[here] = rounded
         if order is not None:
             W = torch.empty_like(W).index_copy_(0, order, W)
         return W.to(weight.dtype).T
-
-
-def _eye(R: Tensor) -> Tensor:
-    return torch.eye(len(R), dtype=R.dtype, device=R.device)
-
-
-def _round_block(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None) -> Tensor:
-    """Rounds the columns W [B, out] of a block with its part U [B, B]; overwrites W."""
-    if W.device.type == "cpu" and W.dtype == torch.float32:
-        return strips(W, U, grids, zeros)
-    return plain(W, U, grids, zeros)
 
 
 def plain(W: Tensor, U: Tensor, grids: Sequence[Grid], zeros: Tensor | None = None) -> Tensor:

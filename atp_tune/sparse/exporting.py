@@ -44,6 +44,7 @@ from atp_tune.spec.patterns import parse
 from atp_tune.spec.quantize import QuantizeConfig
 from atp_tune.utils.cache import write_out
 
+RECIPE = "llm-compressor"
 ARGUMENTS = {
     "block": 'pipeline="sequential"',
     "dense": 'pipeline="sequential", propagate_error=False',
@@ -101,13 +102,17 @@ def as_recipe(config: Config) -> str:
         stage = {"quantization_stage": {"bits_modifiers": modifier(config)}}
         return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
     if parse(config.prune.pattern).channels:
-        raise _not_to_be_said("prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels")
+        raise _cannot(
+            "llm-compressor", "prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels"
+        )
     if config.plan.method not in MODIFIERS:
-        raise _not_to_be_said("pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone")
+        raise _cannot(
+            "llm-compressor", "pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone"
+        )
     for key, count in config.prune.refinement.items():
         what = {"swaps": "swaps in masks", "refine": "refinement of kept weights"}[key]
         lack = f"has no {what}; a study with prune.{key} = 0 has none either"
-        raise _not_to_be_said(f"prune.{key}", str(count), lack)
+        raise _cannot(RECIPE, f"prune.{key}", str(count), lack)
     name, settings = MODIFIERS[config.plan.method](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]
@@ -119,15 +124,17 @@ def as_recipe(config: Config) -> str:
 def _wanda(config: Config) -> tuple[str, Table]:
     compare = config.prune.settings("wanda")["compare"]
     if compare != "row":
-        raise _not_to_be_said("prune.wanda.compare", compare, "compares scores of a row")
+        raise _cannot(RECIPE, "prune.wanda.compare", compare, "compares scores of a row")
     if config.plan.by_row:
-        raise _not_to_be_said("allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity")
+        raise _cannot(
+            "llm-compressor", "allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity"
+        )
     return "WandaPruningModifier", {}
 
 
 def _sparsegpt(config: Config) -> tuple[str, Table]:
     if any(level.sparsity == 1 for level in config.plan.each_linear()):
-        raise _not_to_be_said("plan.levels", "1", "cannot zero a whole matrix by SparseGPT")
+        raise _cannot(RECIPE, "plan.levels", "1", "cannot zero a whole matrix by SparseGPT")
     settings = config.prune.settings("sparsegpt")
     columns, group = settings["columns"], settings["group"]
     width = max(columns // group, 1) * group if group else columns
@@ -160,7 +167,7 @@ def _by_number(config: Config, group: int) -> list[Table]:
 def _modules(config: Config) -> dict[str, float]:
     found = {row["module"]: row["sparsity"] for row in rows(config)}
     if expert := next((name for name in found if name.endswith("]")), None):
-        raise _not_to_be_said("linears", expert, "has no name for a single expert in a tensor of many")
+        raise _cannot(RECIPE, "linears", expert, "has no name for a single expert in a tensor of many")
     return found
 
 
@@ -179,10 +186,6 @@ def _head(config: Config) -> str:
         windows=text.nsamples or "ALL", tokens=text.seqlen, dtype=config.model.dtype,
         arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",
     )  # fmt: skip
-
-
-def _not_to_be_said(key: str, value: str, reason: str) -> UserError:
-    return UserError(f"--format llm-compressor: {key} = {value}: llm-compressor {reason}; `apply` writes the folder")
 
 
 # --- Names of the modules of a configuration, and a row for each with its block and sparsity, or bits.
