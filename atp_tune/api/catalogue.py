@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, Field, JsonValue
 
-from atp_tune.allocations import Allocation, Budget, Shape
+from atp_tune.allocations import Budget, Shape
 from atp_tune.errors import UserError
 from atp_tune.plugins import REGISTRIES, registry
 from atp_tune.pruners import SETTINGS
@@ -73,7 +74,10 @@ def entries(named: Sequence[tuple[str, str]] = ()) -> list[Entry]:
 
 
 def _entry(known: Registry[Any], name: str) -> Entry:
-    each, origin = known[name], known.origin(name)
+    each, origin, parameters = known[name], known.origin(name), dict[str, tuple[float, float]]()
+    if known.kind == "allocation":
+        with suppress(UserError):  # one that cannot say its bounds without a model
+            parameters = each.bounds(EXAMPLE)
     # The first sentence of an object's docstring, else of its class; "" without one.
     text = getattr(each, "__doc__", None) or ""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
@@ -83,16 +87,8 @@ def _entry(known: Registry[Any], name: str) -> Entry:
         origin=_source(origin),
         about=ABOUT.get(name) or re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
         settings=tuple(_settings(name)) if known.kind == "pruner" else (),
-        parameters=_parameters(each) if known.kind == "allocation" else {},
+        parameters=parameters,
     )
-
-
-def _parameters(allocation: Allocation) -> dict[str, tuple[float, float]]:
-    """The bounds at the example; none of an allocation that cannot say them without a model."""
-    try:
-        return allocation.bounds(EXAMPLE)
-    except UserError:
-        return {}
 
 
 def _source(origin: Origin | None) -> str:

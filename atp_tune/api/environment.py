@@ -7,7 +7,7 @@ that may hold a password or a token are left out.
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -110,6 +110,8 @@ class MachineReport(FrozenModel):
 
 def environment() -> MachineReport:
     """Describes this machine and its Python."""
+    from huggingface_hub import constants
+
     problems: list[str] = []
 
     def tried(what: str, find: Callable[[], Found]) -> Found | None:
@@ -120,24 +122,30 @@ def environment() -> MachineReport:
             problems.append(f"{what}: {type(error).__name__}: {reason}")
             return None
 
+    def versions(packages: Iterable[str]) -> dict[str, str | None]:
+        return {name: _version(name) for name in packages}
+
+    try:  # the distribution of a Linux
+        name = f" ({platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')})"
+    except OSError:
+        name = ""
+    # The folders of this program's cache, and of the hub's models and datasets.
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME, "datasets")))
+    caches = {"atp_tune": cache_root(), "hub": Path(constants.HF_HUB_CACHE), "datasets": datasets}
     return MachineReport(
         atp_tune=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
-        executable=_shown(Path(sys.executable)),
-        system=_system(),
-        versions=_versions(PACKAGES),
-        extras={name: _versions(tuple(packages.values())) for name, packages in EXTRAS.items()},
+        executable=_home_hidden(sys.executable),
+        system=platform.platform() + name,
+        versions=versions(PACKAGES),
+        extras={name: versions(packages.values()) for name, packages in EXTRAS.items()},
         cpu=tried("CPU", _processor),
         memory=tried("memory", _memory),
         gpus=tried("GPUs", _accelerators),
-        caches={name: CacheFolder(path=_shown(path), bytes=_size(path)) for name, path in _caches().items()},
+        caches={name: CacheFolder(path=_home_hidden(str(path)), bytes=_size(path)) for name, path in caches.items()},
         variables={name: _home_hidden(os.environ[name]) for name in VARIABLES if name in os.environ},
         problems=tuple(problems),
     )
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    return {name: _version(name) for name in packages}
 
 
 @cache
@@ -146,15 +154,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _system() -> str:
-    """The operating system, and the distribution of a Linux."""
-    try:
-        name = f" ({platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')})"
-    except OSError:
-        name = ""
-    return platform.platform() + name
 
 
 def _processor() -> Processor:
@@ -184,31 +183,24 @@ def _memory() -> HostMemory:
 def _accelerators() -> Accelerators:
     import torch
 
-    found = [_accelerator(index) for index in range(torch.cuda.device_count())]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, memory = torch.cuda.mem_get_info(index)
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
+        name = torch.cuda.get_device_name(index)
+        found.append(Accelerator(name=name, memory=memory, free=free, capability=capability))
+    try:  # of NVIDIA's kernel module, on Linux
+        driver = Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        driver = None
     hip = torch.version.hip
     return Accelerators(
         devices=tuple(found),
-        driver=_driver(),
+        driver=driver,
         built_with=f"HIP {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else None,
         mps=torch.backends.mps.is_available(),
         triton=_triton(),
     )
-
-
-def _accelerator(index: int) -> Accelerator:
-    import torch
-
-    free, memory = torch.cuda.mem_get_info(index)
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
-    return Accelerator(name=torch.cuda.get_device_name(index), memory=memory, free=free, capability=capability)
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's kernel module, on Linux."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        return None
 
 
 def _triton() -> str:
@@ -232,15 +224,6 @@ def _triton() -> str:
     return "; ".join(reasons) or "works"
 
 
-def _caches() -> dict[str, Path]:
-    """The folders of this program's cache, and of the hub's models and datasets."""
-    from huggingface_hub import constants
-
-    home = Path(constants.HF_HOME)
-    datasets = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    return {"atp_tune": cache_root(), "hub": Path(constants.HF_HUB_CACHE), "datasets": datasets}
-
-
 def _size(folder: Path) -> int | None:
     """Bytes of the files in a folder; links count as links. None if it is missing."""
     if not folder.expanduser().is_dir():
@@ -253,10 +236,6 @@ def _size(folder: Path) -> int | None:
             except OSError:  # it was removed meanwhile
                 continue
     return total
-
-
-def _shown(path: Path) -> str:
-    return _home_hidden(str(path))
 
 
 def _home_hidden(text: str) -> str:

@@ -271,22 +271,13 @@ def load_study(
     lender = Lender.of(model, tokenizer, texts)
     try:
         file = study_file(study, storage, settings or {})
-    except UserError:
-        found = _stored(str(study), storage, study_name)
-        if found is None:
+        there = stored_study(file, study_name)
+    except UserError:  # perhaps a study without a file, with the settings that it was made from
+        db = opening.open_storage(storage, create=False) if storage else None
+        found = opening.find_study(db, study_name or str(study)) if db else None
+        made = made_from(found.user_attrs.get("made_from")) if found else None
+        if found is None or made is None:
             raise
-        study_there, file = found
-    else:
-        study_there = stored_study(file, study_name)
+        there, file = found, replace(made, study=made.study.model_copy(update={"storage": storage}))
     trusts_model = trust_plugins or file.trusts_model
-    return Result(study_there, replace(file, trusts_plugins=trust_plugins, trusts_model=trusts_model), lender)
-
-
-def _stored(study: str, storage: str | None, name: str | None) -> tuple[optuna.Study, StudyFile] | None:
-    """A study without a file, and the settings that it was made from."""
-    db = opening.open_storage(storage, create=False) if storage else None
-    found = opening.find_study(db, name or study) if db else None
-    made = made_from(found.user_attrs.get("made_from")) if found else None
-    if found is None or made is None:
-        return None
-    return found, replace(made, study=made.study.model_copy(update={"storage": storage}))
+    return Result(there, replace(file, trusts_plugins=trust_plugins, trusts_model=trusts_model), lender)

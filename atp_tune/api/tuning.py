@@ -221,7 +221,9 @@ def tune(
     run = partial(_run, name=study_name, timeout=timeout, callbacks=callbacks, mix=allow_device_change)
     if arguments.is_study(model):
         own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
-        _refuse({"tokenizer": tokenizer, **own, "texts": texts, "recover": recover})
+        for name, value in {"tokenizer": tokenizer, **own, "texts": texts, "recover": recover}.items():
+            if value is not None:
+                raise UserError(f'{name}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')
         if device is not None:
             more["device"] = device
         file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
@@ -245,13 +247,6 @@ def tune(
         more |= {} if where is None else {"device": where}
         file = arguments.changed(StudyFile(label, Path(f"{label}.toml"), study), more, trust_plugins)
         return run(file, lender, watch, keeps=False)
-
-
-def _refuse(given: Mapping[str, Any]) -> None:
-    """UserError for an argument that a study says itself."""
-    wrong = next((name for name, value in given.items() if value is not None), None)
-    if wrong is not None:
-        raise UserError(f'{wrong}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')
 
 
 def _run(

@@ -469,7 +469,13 @@ def serve(
     if warning := network_warning(service.address):
         tell(warning)
     storage = get_storage(database)  # with Optuna's cache of finished trials
-    store = Store(_folder(service.artifacts))
+    try:
+        service.artifacts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--artifacts {service.artifacts}: {error.strerror}; name a folder that can be written"
+        ) from None
+    store = Store(service.artifacts)
     maintenance = Maintenance(storage, service.artifacts, tell)
     with proxy(storage, service.listen, service.grpc_port) as grpc_port:
         view = make_view(service.address, storage, f"grpc://{host_of(service.listen)}:{grpc_port}")
@@ -481,14 +487,6 @@ def serve(
                     maintenance.turn()
                     turn = monotonic() + TURN
                 sleep(LOOK)
-
-
-def _folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--artifacts {path}: {error.strerror}; name a folder that can be written") from None
-    return path
 
 
 def choose(
@@ -514,11 +512,6 @@ def choose(
             raise UserError("serve: no study has a database yet; run one, as in: python tune.py --study smol")
         newest, *older = sorted(databases, key=lambda database: database.stat().st_mtime, reverse=True)
         address, others = f"sqlite:///{newest}", tuple(file.stem for file in older)
-    return Service(address, listen, port, grpc_port, artifacts or _beside(address), others)
-
-
-def _beside(address: str) -> Path:
-    """The default folder of a database's artifacts; UserError for a link, which a stranger may have made."""
-    folder = artifacts_of(address)
-    refuse_link(folder)
-    return folder
+    if artifacts is None:  # beside the database; a link is refused, which a stranger may have made
+        refuse_link(artifacts := artifacts_of(address))
+    return Service(address, listen, port, grpc_port, artifacts, others)

@@ -197,7 +197,7 @@ def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
 
     files = [(folder, file) for folder in (dense, sparse) for file in sorted(folder.glob("*.safetensors"))]
     total = sum(file.stat().st_size for _, file in files)
-    done, plain, packed = 0, Counter[Path](), Counter[Path]()
+    done, plain, packed, unpadded = 0, Counter[Path](), Counter[Path](), 0
     for folder, file in files:
         compressor = ZstdCompressor(level=LEVEL).compressobj()
         with file.open("rb") as stream:
@@ -207,13 +207,10 @@ def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:
                 done += len(chunk)
                 watch(Step("compress", done, total))
         packed[folder] += len(compressor.flush())
+        if folder == sparse:  # what a packed folder's files would have, but for their headers
+            with safe_open(file, framework="pt") as tensors:
+                unpadded += sum(packed_bytes(tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
     return Sizes(
         dense=plain[dense], sparse=plain[sparse], dense_zstd=packed[dense], sparse_zstd=packed[sparse],
-        packed=sum(_packed_bytes(file) for folder, file in files if folder == sparse),
+        packed=unpadded,
     )  # fmt: skip
-
-
-def _packed_bytes(file: Path) -> int:
-    """Bytes that a weight file would have in a packed folder, but for its header."""
-    with safe_open(file, framework="pt") as tensors:
-        return sum(packed_bytes(tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)

@@ -56,8 +56,13 @@ class Follower:
         if study is None or not (trials := study.get_trials(deepcopy=False)):
             return
         key = sha256_of_json([study.study_name, str(trials[0].datetime_start)])[:16]
+
+        def begin(name: str) -> None:
+            self._open[name] = tracker = TRACKERS[name](study.study_name, key, self._beside)
+            self._tell(Message(f"--track {name}: {tracker.place}"))
+
         for name in self._waiting:
-            self._guarded(name, partial(self._begin, name, study.study_name, key))
+            self._guarded(name, partial(begin, name))
         self._waiting = []
         summary = summarise(study)
         rows = list(records(trials, summary))
@@ -73,10 +78,6 @@ class Follower:
 
         for name, tracker in list(self._open.items()):
             self._guarded(name, partial(write, tracker))
-
-    def _begin(self, name: str, study: str, key: str) -> None:
-        self._open[name] = tracker = TRACKERS[name](study, key, self._beside)
-        self._tell(Message(f"--track {name}: {tracker.place}"))
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         """Calls a function of a tracker; if it fails, the tracker is left out from now on."""
