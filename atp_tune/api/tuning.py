@@ -5,9 +5,8 @@ from __future__ import annotations  # help() shows the types as they stand here
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -20,7 +19,7 @@ from atp_tune.api.progress import working
 from atp_tune.api.result import Result
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
-from atp_tune.events import EventHandler, Message, Place, TrialStarted
+from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.metrics import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.goals import best_trial
@@ -218,57 +217,45 @@ def tune(
         "max_increase": max_increase, "max_perplexity": max_perplexity, "max_kl": max_kl, "min_accuracy": min_accuracy,
     }  # fmt: skip
     more: dict[str, Any] = dict(settings or {}) | ({} if trials is None else {"search.trials": trials})
-    run = partial(_run, name=study_name, timeout=timeout, callbacks=callbacks, mix=allow_device_change)
-    if arguments.is_study(model):
+    is_study = arguments.is_study(model)
+    if is_study:
         own = {"sparsity": sparsity, **limits, "preset": preset, "pruner": pruner, "allocation": allocation}
         for name, value in {"tokenizer": tokenizer, **own, "texts": texts, "recover": recover}.items():
             if value is not None:
                 raise UserError(f'{name}: a study says it itself; change it with settings, as in {{"sparsity": 0.5}}')
-        if device is not None:
-            more["device"] = device
-        file = arguments.study_file(model, storage, more, trust_plugins)  # type: ignore[arg-type]
-        with working(progress) as watch:
-            return run(file, Lender(), watch, keeps=not isinstance(model, Study))
     lender = Lender.of(model if is_model(model) else None, tokenizer, texts)
     if tokenizer is not None and lender.model is None:
         raise UserError(f"tokenizer: goes with a model in memory; {model} has its own, leave it out")
-    if storage is not None:
-        more["storage"] = storage
     with working(progress) as watch, lender.lend() as sources:
-        asked = tables(arguments.overrides(more))
-        target, limit = goal(sparsity, limits, asked)
+        # The study that is run: one that has a file or is given, or one that is made for a model.
         source, where = sources.model or str(model), sources.device or device
-        request = StudyRequest(
-            source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, asked
-        )
-        label = study_name or (StudyRequest(type(model).__name__, target) if sources.model else request).name
-        permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        study = request.study(where, permitted, lambda text: watch(Message(text)))
         more |= {} if where is None else {"device": where}
-        file = arguments.changed(StudyFile(label, Path(f"{label}.toml"), study), more, trust_plugins)
-        return run(file, lender, watch, keeps=False)
-
-
-def _run(
-    file: StudyFile,
-    lender: Lender,
-    watch: EventHandler,
-    *,
-    keeps: bool,
-    name: str | None,
-    timeout: float | None,
-    callbacks: Sequence[Callback],
-    mix: bool,
-) -> Result:
-    """Runs a study; without a storage of its own it is kept beside its file if it `keeps` one, else in memory."""
-    held = None
-    if file.study.storage is None and not keeps:
-        address, held = opening.new_storage()
-        file = replace(file, study=file.study.model_copy(update={"storage": address}))
-    run = StudyRun(file, name or file.name, timeout, watch, writes=held is None, mix=mix, callbacks=tuple(callbacks))
-    found = run_study(run, lender=lender)
-    assert found is not None
-    return found
+        if is_study:
+            file = arguments.study_file(cast("str | Path | Study", model), storage, more, trust_plugins)
+        else:
+            more |= {} if storage is None else {"storage": storage}
+            asked = tables(arguments.overrides(more))
+            target, limit = goal(sparsity, limits, asked)
+            request = StudyRequest(
+                source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, asked
+            )
+            label = study_name or (StudyRequest(type(model).__name__, target) if sources.model else request).name
+            permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+            study = request.study(where, permitted, lambda text: watch(Message(text)))
+            file = StudyFile(label, Path(f"{label}.toml"), study)
+            file = arguments.changed(file, more, trust_plugins)
+        # Without a storage of its own it is kept beside its file, if it has one, else in memory.
+        held = None
+        if file.study.storage is None and (not is_study or isinstance(model, Study)):
+            address, held = opening.new_storage()
+            file = replace(file, study=file.study.model_copy(update={"storage": address}))
+        run = StudyRun(
+            file, study_name or file.name, timeout, watch, writes=held is None, mix=allow_device_change,
+            callbacks=tuple(callbacks),
+        )  # fmt: skip
+        found = run_study(run, lender=lender)
+        assert found is not None
+        return found
 
 
 def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = None) -> Result | None:

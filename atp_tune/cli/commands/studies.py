@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from atp_tune.api.catalogue import Entry
     from atp_tune.api.environment import MachineReport
-    from atp_tune.cost.forecast import Forecast, Memory, StudyCost
+    from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.results.status import Listed
     from atp_tune.spec.studyfile import StudyFile
 
@@ -339,11 +339,15 @@ def _show_forecast(found: "Forecast") -> None:
         name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
         rows.add_row(name, f"{trial.tokens.total:,}", *seconds)
     console.print(rows)
+    memory = found.memory
+    peaks = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
+    if memory.device is not None and memory.device_free is not None:
+        peaks += f", device {gib(memory.device)} of {gib(memory.device_free)}"
     for line in (
         f"study:   {_study_cost(found.whole)}",
         f"weights: {gib(weights.bytes)} in {weights.blocks} blocks of up to {gib(weights.largest_block)}, "
         f"{where[weights.offload]}",
-        f"memory:  {_memory(found.memory)}",
+        f"memory:  {peaks}",
     ):
         console.print(line)
     for problem in found.problems:
@@ -380,11 +384,3 @@ def _study_cost(whole: "StudyCost") -> str:
     own = " and ".join(f"{duration(seconds)} {what}" for what, seconds in parts if seconds)
     of_it = f", of which {own}" if time and own else ""
     return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{of_it}{left}{without}"
-
-
-def _memory(memory: "Memory") -> str:
-    """Peaks of host and device in one line."""
-    host = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
-    if memory.device is None or memory.device_free is None:
-        return host
-    return f"{host}, device {gib(memory.device)} of {gib(memory.device_free)}"
