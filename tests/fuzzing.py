@@ -271,7 +271,7 @@ def draw(study: optuna.Study) -> None:
 
 
 def check_screen(show: Callable[[], None]) -> None:
-    with terminal.console.capture() as captured:
+    with terminal.console().capture() as captured:
         show()
     shown = captured.get()
     assert not {char for char in shown if not char.isprintable()} - {"\n", "\u00a0"}

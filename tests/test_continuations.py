@@ -16,8 +16,7 @@ from test_card import body, card, rows
 from test_config import config
 from tinystudy import CommandLine, run, settings, stored
 
-from atp_tune.cli import tables
-from atp_tune.cli.terminal import _console
+from atp_tune.cli import tables, terminal
 from atp_tune.events import Event, Message
 from atp_tune.metrics import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
@@ -233,11 +232,12 @@ def test_wrong_options(arguments: list[str], expected: str, tiny_place: Path, co
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
     def show(is_terminal: bool, width: int) -> str:
-        console = type(_console())(
+        console = type(terminal.console())(
             soft_wrap=True, markup=False, highlight=False, emoji=False, force_terminal=is_terminal, width=width,
             color_system=None, legacy_windows=False,
         )  # fmt: skip
-        monkeypatch.setattr(tables, "console", console)
+        for module in (tables, terminal):
+            monkeypatch.setattr(module, "console", lambda: console)
         with console.capture() as captured:
             tables.show_continuations(FOUND)
         return captured.get()

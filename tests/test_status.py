@@ -24,7 +24,7 @@ from processes import popen
 from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, settings, start, stored, study_file
 
-from atp_tune.cli import live_status, tables
+from atp_tune.cli import live_status, tables, terminal
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import UserError
 from atp_tune.measures import TEXTS, Perplexity
@@ -377,8 +377,8 @@ def test_every_needs_watch(command: CommandLine) -> None:
 
 def screen(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> Console:
     made = Console(file=StringIO(), width=width, height=height, force_terminal=True, soft_wrap=True, markup=False)
-    monkeypatch.setattr(live_status, "console", made)
-    monkeypatch.setattr(tables, "console", made)
+    for module in (live_status, tables, terminal):
+        monkeypatch.setattr(module, "console", lambda: made)
     return made
 
 

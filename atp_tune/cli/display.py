@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from atp_tune.cli.terminal import console
+from atp_tune.cli.terminal import console, echo
 from atp_tune.cost.remaining import Remaining
 from atp_tune.errors import printable
 from atp_tune.events import Ahead, Event, EventHandler, Message, Step, TrialEnded, TrialStarted
@@ -31,7 +31,7 @@ class Display:
     def __init__(self) -> None:
         self.bars = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(), TimeLeft(), console=console, transient=True,
+            TimeElapsedColumn(), TimeLeft(), console=console(), transient=True,
         )  # fmt: skip
         self._whole = self.bars.add_task("study", total=None, visible=False, count="", left="")
         self._remaining = Remaining()
@@ -42,7 +42,7 @@ class Display:
         self.listeners: list[EventHandler] = []  # are told of each trial that ends, of any worker
 
     def __enter__(self) -> "Display":
-        if console.is_terminal:
+        if console().is_terminal:
             self.bars.start()
         return self
 
@@ -64,7 +64,7 @@ class Display:
     def note(self, text: str) -> None:
         """Prints a line unless it was printed before: several workers may send the same."""
         if text not in self._notes:
-            console.print(text)
+            echo(text)
         self._notes.add(text)
 
     def leave(self, line: "Line") -> None:
@@ -86,9 +86,7 @@ class Display:
         """Prints the result of a trial; `left`: the time left."""
         from atp_tune.results.formatting import best_so_far, trial_line
 
-        console.print(
-            trial_line(event, plan, seconds, "" if console.is_terminal or not left else f", {left}"), markup=False
-        )
+        echo(trial_line(event, plan, seconds, "" if console().is_terminal or not left else f", {left}"), markup=False)
         count = f"{event.done}/{event.total} {event.what}s"
         self.bars.update(self._whole, description=f"study ({best_so_far(event)})", count=count)
         for listen in self.listeners:
@@ -120,8 +118,8 @@ class Line:
                 self._title, self._plan, self._began = title, str(plan) if plan else "", now
                 self._phases, self._said = {}, now
                 bars.reset(self._bar, description=printable(f"{self._name}{title}"), visible=True)
-                if not console.is_terminal and not title.startswith(("trial", "screening")):
-                    console.print(f"{title} {self._plan}".rstrip() + (left and f" ({left})"))
+                if not console().is_terminal and not title.startswith(("trial", "screening")):
+                    echo(f"{title} {self._plan}".rstrip() + (left and f" ({left})"))
             case Step(phase, done, total):
                 title = printable(f"{self._name}{self._title}: {phase}")
                 bars.update(
@@ -132,9 +130,9 @@ class Line:
                 first, began = self._phases.setdefault(phase, (done, now))
                 if done <= first:  # it begins, perhaps again
                     self._phases[phase] = done, now
-                elif done < total and now - self._said >= PERIOD and not console.is_terminal:
+                elif done < total and now - self._said >= PERIOD and not console().is_terminal:
                     left = left or f"{duration((now - began) / (done - first) * (total - done))} left"
-                    console.print(f"{title} {done} of {total}, {left}", markup=False)
+                    echo(f"{title} {done} of {total}, {left}", markup=False)
                     self._said = now
             case TrialEnded():
                 self._display.end(event, self._plan, now - self._began, left)

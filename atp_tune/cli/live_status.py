@@ -15,7 +15,7 @@ from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from atp_tune.cli.tables import progress_line, show_status, trials_table
-from atp_tune.cli.terminal import console, interruptible
+from atp_tune.cli.terminal import console, echo, interruptible
 from atp_tune.errors import UserError, printable
 from atp_tune.results.status import Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
@@ -29,7 +29,7 @@ def watch(file: StudyFile, name: str, every: float, as_json: bool) -> None:
     A terminal's alternate screen has as many trials as it has rows for; after Ctrl-C the normal screen has the last
     state. Elsewhere what changed is printed.
     """
-    live = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal and not as_json else None
+    live = Live(console=console(), screen=True, auto_refresh=False) if console().is_terminal and not as_json else None
     changes, last, waits = Changes(as_json), None, f"study {name}: has no trials yet; waiting for it"
     try:
         with interruptible(), live or nullcontext():
@@ -46,7 +46,7 @@ def watch(file: StudyFile, name: str, every: float, as_json: bool) -> None:
                     signal.signal(signal.SIGINT, signal.SIG_IGN)
                     live.stop()
                 if live and last:
-                    console.print(fitting(last, datetime.now()))
+                    echo(fitting(last, datetime.now()))
                 raise
     except KeyboardInterrupt:
         sys.exit(130)
@@ -89,27 +89,27 @@ class Changes:
         if before == self._said:  # times that the clock alone changes do not count
             return
         if summary is None or status is None:
-            print(waits, file=sys.stderr, flush=True) if self._as_json else console.print(waits)
+            print(waits, file=sys.stderr, flush=True) if self._as_json else echo(waits)
         elif self._as_json:
             print(to_json(status, indent=None), flush=True)
         elif not summary.complete:
             changed = {trial.number for trial in status.trials if self._known.get(trial.number) != trial}
             self._known = {trial.number: trial for trial in status.trials}
             if changed:
-                console.print(trials_table(summary, [trial for trial in summary.trials if trial.number in changed]))
-            console.print(progress_line(status))
+                echo(trials_table(summary, [trial for trial in summary.trials if trial.number in changed]))
+            echo(progress_line(status))
 
 
 def fitting(summary: Summary, now: datetime) -> RenderableType:
     """All trials and the progress; only the best and the last trials where the terminal has too few rows."""
     progress = _line(progress_line(status_of(summary, now)))
-    for trials in _choices(summary, console.height):
+    for trials in _choices(summary, console().height):
         waiting = sum(trial.state == TrialState.WAITING for trial in summary.trials)
         counts = ((len(summary.trials) - len(trials) - waiting, "earlier"), (waiting, "waiting"))
         hidden = " and ".join(f"{count} {word}" for count, word in counts if count)
         more = [_line(f"and {hidden}", "dim")] if len(trials) < len(summary.trials) else []
         drawn = Group(trials_table(summary, trials), *more, progress)
-        if len(console.render_lines(drawn)) <= console.height:
+        if len(console().render_lines(drawn)) <= console().height:
             return drawn
     return progress
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from atp_tune.cli.terminal import console, markdown, table
+from atp_tune.cli.terminal import console, echo, markdown, table
 from atp_tune.errors import UserError, printable
 from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics import Continuations
@@ -44,10 +44,10 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
     asked = wanted(spec)
     if summary.sparsity and spec.bits is None:  # as stored: the file may have changed since
         asked = f"{percent(summary.sparsity)} sparsity"
-    console.print(f"{printable(summary.name)}: {asked}\n")
-    console.print(drawn(tables.overview(summary, summary.goal.hidden)))
+    echo(f"{printable(summary.name)}: {asked}\n")
+    echo(drawn(tables.overview(summary, summary.goal.hidden)))
     if kinds := tables.kinds(summary):
-        console.print(f"\n{drawn(kinds)}")
+        echo(f"\n{drawn(kinds)}")
     # The legend of the table.
     items = summary.results.unit
     same = f"same {summary.amount.method}{summary.goal.same}, same {items}"
@@ -58,24 +58,24 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         by_tasks = "min_accuracy" in summary.limit
         where = "at the lower end" if by_tasks else f"validation {summary.results.data}, at the upper end"
         notes.append(f"limit: {limit_of(summary.limit)}, {where} of the standard error")
-    console.print("\n" + "\n".join(filter(None, notes)), style="dim")
+    echo("\n" + "\n".join(filter(None, notes)), style="dim")
     best = summary.best_trial
     if best is not None:
-        console.print(summary.goal.outcome(summary))
+        echo(summary.goal.outcome(summary))
     if summary.choices:
-        console.print("`export` writes another point: --sparsity, --max-increase or --trial names it")
+        echo("`export` writes another point: --sparsity, --max-increase or --trial names it")
     if front := tables.front(summary):
-        console.print(f"\nPareto front\n\n{drawn(front)}\n")
+        echo(f"\nPareto front\n\n{drawn(front)}\n")
     _show_rest(summary)
     if (scores := summary.zero_shot) is not None and scores.mean:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
-        console.print(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
+        echo(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
     if summary.speed is not None and summary.speed.engines:
         made = speed(summary.speed, where=False)
         where = ", ".join(dict.fromkeys(row.where for row in summary.speed.engines))
-        console.print(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
+        echo(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
     for remark in study_remarks(summary):
-        console.print(remark)
+        echo(remark)
     if summary.continuations:
         show_continuations(summary.continuations)
     if best is not None:
@@ -94,45 +94,45 @@ def drawn(made: tables.Table) -> str:
 
 def show_continuations(found: Continuations) -> None:
     """Prints what each model makes of each prompt: side by side on a wide terminal, else one below the other."""
-    is_wide = console.is_terminal and console.width >= WIDE_ENOUGH * len(found.names)
+    is_wide = console().is_terminal and console().width >= WIDE_ENOUGH * len(found.names)
     width = max(8, *map(len, found.names))
     for prompt, texts in found.rows():
-        console.print(f"\n{in_one_line(prompt)} …", style="bold")
+        echo(f"\n{in_one_line(prompt)} …", style="bold")
         if is_wide:
             side_by_side = table(*texts)
             side_by_side.add_row(*map(in_one_line, texts.values()))
-            console.print(side_by_side, soft_wrap=False)
+            echo(side_by_side, soft_wrap=False)
         else:
             for name, text in texts.items():
-                console.print(f"  {name:<{width}} {in_one_line(text)}")
-    console.print(f"\n{continuations_note(found)}\n", style="dim")
+                echo(f"  {name:<{width}} {in_one_line(text)}")
+    echo(f"\n{continuations_note(found)}\n", style="dim")
 
 
 def _show_rest(summary: Summary) -> None:
     others = any(trial.values is not None and not is_uniform(trial) for trial in summary.trials)
     if summary.goal.compares and summary.best_trial is not None and is_uniform(summary.best_trial) and others:
-        console.print("no trial is better than uniform")
+        echo("no trial is better than uniform")
     screening = summary.screening
     if screening is not None and not summary.trials:
         done = f"{screening.done} of {screening.total} trials are done"
-        console.print(f"screening: {done}; they are the study {printable(screening.study)}")
+        echo(f"screening: {done}; they are the study {printable(screening.study)}")
     if summary.requested is not None:
-        console.print(f"ended early, after {summary.total} of {summary.requested} trials")
+        echo(f"ended early, after {summary.total} of {summary.requested} trials")
     if summary.total is not None and summary.done < summary.total:
-        console.print(f"{summary.done} of {summary.total} trials are done")
+        echo(f"{summary.done} of {summary.total} trials are done")
     elif not summary.complete and summary.best_trial is not None and not summary.is_tested:
-        console.print("the test text is not measured yet: the same command resumes the study")
+        echo("the test text is not measured yet: the same command resumes the study")
     elif not summary.complete and summary.best_trial is not None and summary.done == summary.total:
-        console.print("not all final numbers are measured yet: the same command resumes the study")
+        echo("not all final numbers are measured yet: the same command resumes the study")
 
 
 def show_status(summary: Summary, file: StudyFile) -> None:
     """Prints all trials of a study, then its summary."""
-    console.print(trials_table(summary, summary.trials))
+    echo(trials_table(summary, summary.trials))
     found = (summary.results.score(trial, "validation") for trial in summary.trials)
     values = [score.value for score in found if score is not None]
     if len(values) > 1 and summary.goal.compares:
-        console.print(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
+        echo(f"spread: {min(values):.2f} to {max(values):.2f}, median {statistics.median(values):.2f}")
     show_summary(summary, file)
 
 
@@ -211,11 +211,11 @@ def show_next(summary: Summary, file: StudyFile) -> None:
         second,
         *[("top-1 and top-5", ["evaluate", "--config", config])] * (summary.results.data == "images"),
     ]
-    console.print(f"best configuration: {config}")
+    echo(f"best configuration: {config}")
     if summary.results.data == "text":
         rows.insert(0, ("talk with it", ["chat", *study, *permission(file.study)]))
     for what, words in rows:
-        console.print(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
+        echo(f"{what + ':':<19} {shlex.join(['python', 'tune.py', *words])}")
 
 
 def _from_here(path: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from io import StringIO
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from atp_tune.errors import printable
 from atp_tune.utils import system
@@ -25,24 +25,9 @@ SHOW_CURSOR = b"\x1b[?25h"
 WIDE = 1000  # columns: no line of a Markdown table is broken
 
 
-class LazyConsole:
-    """The console, which is made when it is first used: `--help` and Tab need no rich, whose import takes longest."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_console(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(_console(), name, value)
-
-    def __enter__(self) -> Any:  # as rich's bars and live views do
-        return _console().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _console().__exit__(*error)
-
-
 @cache
-def _console() -> "Console":
+def console() -> "Console":
+    """The console, which is made when it is first used: `--help` and Tab need no rich, whose import takes longest."""
     from rich.console import Console
     from rich.text import Text
 
@@ -56,7 +41,9 @@ def _console() -> "Console":
     return Terminal(soft_wrap=True, markup=False, highlight=False, emoji=False)  # paths and reasons may hold brackets
 
 
-console = cast("Console", LazyConsole())
+def echo(*texts: Any, **options: Any) -> None:
+    """Prints to the console."""
+    console().print(*texts, **options)
 
 
 def table(*columns: str) -> "Table":
@@ -105,7 +92,7 @@ def quiet(tell: Callable[[str], None] | None = None) -> Iterator[None]:
     Log messages of this package go to `tell`, by default the console.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    own, words = logging.getLogger("atp_tune"), system.Said(tell or console.print)
+    own, words = logging.getLogger("atp_tune"), system.Said(tell or echo)
     own.addHandler(words)
     try:
         with silenced():
@@ -125,9 +112,9 @@ def interruptible(*stops: signal.Signals) -> Iterator[None]:
     def once() -> None:
         for stop in stops:
             signal.signal(stop, signal.SIG_DFL if stop == signal.SIGINT else signal.SIG_IGN)
-        if console.is_terminal:
-            with suppress(OSError, ValueError):  # not by `console`, which may be writing just now
-                os.write(console.file.fileno(), SHOW_CURSOR)
+        if console().is_terminal:
+            with suppress(OSError, ValueError):  # not by `echo`, which may be writing just now
+                os.write(console().file.fileno(), SHOW_CURSOR)
 
     with system.interruptible(*stops, once=once):
         yield

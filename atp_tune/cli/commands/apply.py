@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from atp_tune.cli.options import Best, BestOptions, DType, UsageError, wrong
-from atp_tune.cli.terminal import console, gib, markdown, working
+from atp_tune.cli.terminal import echo, gib, markdown, working
 from atp_tune.errors import printable
 from atp_tune.utils.paths import check_free
 
@@ -86,7 +86,7 @@ def apply(
         check_permission(push, private)
         if dtype is None and is_made_from(out, found, packed, slim):
             check_folder(out)
-            console.print(f"sparse checkpoint: {out} was written before, from this configuration")
+            echo(f"sparse checkpoint: {out} was written before, from this configuration")
             upload(out, push, private)
             return
     write(best, out, packed, slim, dtype)
@@ -107,9 +107,9 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
     promised = found.final("test") or (found.final("validation") if found.is_trained else None)
     show(measured, promised, out, packed and found.quantize is not None)
     if packed or is_slim(out):
-        console.print("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
+        echo("transformers loads it after `import atp_tune`, or with trust_remote_code=True")
     if not found.is_trained and (said := compared(found, read_config(out / ABOUT).manifest)):
-        console.print(said)
+        echo(said)
 
 
 def _verify(folder: Path) -> None:
@@ -117,32 +117,32 @@ def _verify(folder: Path) -> None:
     from atp_tune.sparse.publishing import verify
 
     found = verify(folder)
-    console.print(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")
+    echo(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")
     if found.more:
-        console.print(f"not of the checkpoint: {', '.join(found.more)}")
-    console.print(f"written on {found.made.processor}, {found.made.device or 'unknown device'}")
+        echo(f"not of the checkpoint: {', '.join(found.more)}")
+    echo(f"written on {found.made.processor}, {found.made.device or 'unknown device'}")
     if not found.differences:
-        console.print("versions and CPU instructions are the same here")
+        echo("versions and CPU instructions are the same here")
         return
     from rich.markup import escape
 
     rows = [[printable(escape(cell)) for cell in astuple(row)] for row in found.differences]
-    console.print("what differs here, if the checkpoint is made again or computed with:")
-    console.print(markdown(("", "there", "here", "effect"), rows))
+    echo("what differs here, if the checkpoint is made again or computed with:")
+    echo(markdown(("", "there", "here", "effect"), rows))
 
 
 def show(measured: "Estimate", promised: "Estimate | None", out: Path, codes: bool = False) -> None:
     """Prints where the sparse checkpoint is, and whether its perplexity is the configuration's."""
-    console.print(f"sparse checkpoint: {out}")
+    echo(f"sparse checkpoint: {out}")
     if promised is None:
-        console.print(f"perplexity on the test text: {measured} (the configuration has none yet)")
+        echo(f"perplexity on the test text: {measured} (the configuration has none yet)")
         return
     change = measured.value / promised.value - 1
-    console.print(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
+    echo(f"perplexity on the test text: {measured}, the configuration says {promised} ({change:+.3%})")
     if abs(change) > TOLERANCE:
         why = "scales of 16 bits, " if codes else ""
         warning = f"warning: they differ by more than 0.1 %; {why}another device, number format or number of threads?"
-        console.print(warning, style="yellow")
+        echo(warning, style="yellow")
 
 
 # --- `tune.py pack` and `tune.py unpack`: a sparse checkpoint without its zeros, and with them again.
@@ -199,17 +199,17 @@ def pack(
     kinds = [f"{done.linears} linears"] if done.linears else []
     kinds += [f"{done.stored} other matrices (in memory they are dense)"] if done.stored else []
     share = done.packed_bytes / done.dense_bytes
-    console.print(f"packed folder: {out}")
-    console.print(f"packed: {' and '.join(kinds)}, {share:.3f} of their bytes")
-    console.print(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
+    echo(f"packed folder: {out}")
+    echo(f"packed: {' and '.join(kinds)}, {share:.3f} of their bytes")
+    echo(f"weights on disk: {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
     if done.rounding is not None:
         before, after = done.rounding
-        console.print(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
-    console.print(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
+        echo(f"perplexity on the test {done.data}: {before} before rounding, {after} after")
+    echo(f'load it: import atp_tune, then {done.auto}.from_pretrained("{out}"); or trust_remote_code=True')
     made = origin(folder)
     if made is not None and made.config.bits is not None:
         floats = f"its weights are rounded to {made.config.bits.target:g} bits, and floats here; to store the bits:"
-        console.print(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
+        echo(f"{floats} python tune.py apply --config {folder / ABOUT} --out DIR --packed")
 
 
 def unpack(folder: Path, *, out: Path) -> None:
@@ -227,7 +227,7 @@ def unpack(folder: Path, *, out: Path) -> None:
     with working():
         check_free(out)
         unpack_folder(folder, out)
-    console.print(f"sparse checkpoint: {out}")
+    echo(f"sparse checkpoint: {out}")
 
 
 # --- `tune.py push`: uploads a sparse checkpoint to the Hugging Face hub.
@@ -263,7 +263,7 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
     best = options.best()
     with working() as watch:
         address = best.made(watch).push(name, private=private)
-    console.print(f"uploaded: {address}")
+    echo(f"uploaded: {address}")
 
 
 def upload(folder: Path, name: str, private: bool) -> None:
@@ -274,14 +274,14 @@ def upload(folder: Path, name: str, private: bool) -> None:
 
     verify(folder)
 
-    console.print(f"uploading {folder} to {name}")
+    echo(f"uploading {folder} to {name}")
     with interruptible():
         try:
             address = publishing.upload(folder, name, private)
         except KeyboardInterrupt:
-            console.print(f"stopped: resume with: python tune.py push {folder} {name}{' --private' if private else ''}")
+            echo(f"stopped: resume with: python tune.py push {folder} {name}{' --private' if private else ''}")
             sys.exit(130)
-    console.print(f"uploaded: {address}")
+    echo(f"uploaded: {address}")
 
 
 # --- `tune.py finetune`: fine-tunes a sparse checkpoint and keeps its zeros.
@@ -391,7 +391,7 @@ def finetune(
             done = tune(model, out, named or None, measured or None, settings, place, teacher).record
         except KeyboardInterrupt:
             watch.close()
-            console.print(f"stopped: the same command resumes from {out}.part, if a step was saved there")
+            echo(f"stopped: the same command resumes from {out}.part, if a step was saved there")
             sys.exit(130)
     _show_tuned(done, out)
 
@@ -411,12 +411,12 @@ def _show_tuned(done: "Finetuned", out: Path) -> None:
     rows.append(("fine-tuned", f"{done.zeros.after:,}", str(done.after), str(done.change), *tuned))
     head: tuple[str, ...] = ("model", "zeros", "test perplexity", "against pruned")
     head += ("validation perplexity", "against pruned") * bool(other) + ("test accuracy",) * bool(hits)
-    console.print(markdown(head, rows))
+    echo(markdown(head, rows))
     items = "windows" if hits is None else "images"
     trained = f"{len(done.losses)} steps on {done.windows} {items} of {printable(done.text.source)}"
-    console.print(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
+    echo(f"\n{trained}: {duration(done.seconds)}, {gib(done.memory)} at most on {done.device}")
     if held := done.held_out:
         losses = dict(held.losses)
         fell = f"{losses[0]:.4f} → {losses[held.best]:.4f}"
-        console.print(f"loss on {held.windows} held-out {items}: {fell} after step {held.best}, which was written")
-    console.print(f"sparse checkpoint: {out}")
+        echo(f"loss on {held.windows} held-out {items}: {fell} after step {held.best}, which was written")
+    echo(f"sparse checkpoint: {out}")

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from atp_tune.cli.options import BestOptions
-from atp_tune.cli.terminal import console
+from atp_tune.cli.terminal import echo
 from atp_tune.errors import UserError, is_text
 from atp_tune.events import ignore_events
 
@@ -52,46 +52,46 @@ class ChatSession:
         with suppress(ImportError):
             import readline  # noqa: F401  (edits lines and recalls earlier ones)
 
-        console.print("/dense, /uniform, /sparse or /both choose who answers; /help has more; Ctrl-D ends", style="dim")
+        echo("/dense, /uniform, /sparse or /both choose who answers; /help has more; Ctrl-D ends", style="dim")
         if not self.has_template:
-            console.print(PLAIN, style="dim")
+            echo(PLAIN, style="dim")
         while True:
             try:
                 line = input("> ").strip()
             except EOFError:
-                console.print()
+                echo()
                 return
             except KeyboardInterrupt:
-                console.print("\n/quit or Ctrl-D ends", style="dim")
+                echo("\n/quit or Ctrl-D ends", style="dim")
                 continue
             if line == "/quit":
                 return
             try:
                 self._reply(line) if line and not line.startswith("/") else self._obey(line)
             except UserError as error:
-                console.print(f"error: {error}")
+                echo(f"error: {error}")
 
     def answer(self, side: "Which", text: str, is_stopped: Callable[[], bool]) -> "Answer":
         """Prints the answer to a message as it comes, and nothing else."""
         messages: list[ChatMessage] = [*self._messages, {"role": "user", "content": text}]
         answer = self._speaker(side).answer(messages, self._options, _say, is_stopped)
-        console.print()
+        echo()
         return answer
 
     def _obey(self, line: str) -> None:
         """Obeys a command; does nothing for an empty line."""
         if line == "/reset":
             self._messages = list(self._system)
-            console.print("a new conversation", style="dim")
+            echo("a new conversation", style="dim")
         elif line == "/help":
-            console.print(HELP)
+            echo(HELP)
         elif (shown := line.removeprefix("/")) in SIDES:
             for side in SIDES[shown]:
                 self._speaker(side)  # loaded now, not while a person waits for an answer
             self._shown = shown
-            console.print("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
+            echo("both models answer" if shown == "both" else f"the {shown} model answers", style="dim")
         elif line:
-            console.print(f"{line}: is no command; /help lists them")
+            echo(f"{line}: is no command; /help lists them")
 
     def _reply(self, text: str) -> None:
         """Answers a message by each model that is shown; the last answer stays in the conversation."""
@@ -103,18 +103,18 @@ class ChatSession:
                 if is_stopped():
                     break
                 if self._shown == "both":
-                    console.print(f"{side}:", style="bold")
+                    echo(f"{side}:", style="bold")
                 answer = self.answer(side, text, is_stopped)
                 if answer.ended_by == "length":
-                    console.print("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
+                    echo("(cut off: no token is left; see --max-new-tokens and /reset)", style="dim")
                 if answer.ended_by == "person":
-                    console.print("(stopped)", style="dim")
+                    echo("(stopped)", style="dim")
         said = answer.text if answer else ""
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
 
 
 def _say(text: str) -> None:
-    console.print(text, end="")
+    echo(text, end="")
 
 
 def as_message(given: bytes) -> str:
@@ -188,9 +188,9 @@ def chat(
 
     def show(event: Event) -> None:
         if isinstance(event, Message):
-            console.print(event.text, style="dim")
+            echo(event.text, style="dim")
         elif isinstance(event, TrialStarted):
-            console.print(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
+            echo(f"{event.title} {event.plan or ''}".rstrip(), style="dim")
 
     # Whether a person types and reads; else the input is one message, and only its answer is printed.
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from atp_tune.cli.options import BestOptions, Permissions, checked_prompts, load_study, wrong
-from atp_tune.cli.terminal import console, markdown, working
+from atp_tune.cli.terminal import echo, markdown, working
 from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def evaluate(
         )
         places = attach(path, read, "zero_shot", found, storage) if read else []
     if json:
-        console.print(to_json(found))
+        echo(to_json(found))
         return
     made = contents.zero_shot(found)
-    console.print(markdown(made.head, made.rows))
-    console.print(f"\n{contents.zero_shot_note(found)}", style="dim")
+    echo(markdown(made.head, made.rows))
+    echo(f"\n{contents.zero_shot_note(found)}", style="dim")
     if read:
-        console.print(f"stored in {' and on '.join(places) or f'no place: {config} is of another trial by now'}")
+        echo(f"stored in {' and on '.join(places) or f'no place: {config} is of another trial by now'}")
 
 
 # --- `tune.py generate`: shows what dense, uniform and best make of prompts.
@@ -121,11 +121,11 @@ def generate(
         found = best.made(watch).generate(prompts or usual, tokens=tokens)
         places = [] if prompts else attach(*where, "continuations", found, best.storage)
     if json:
-        console.print(to_json(found))
+        echo(to_json(found))
         return
     show_continuations(found)
     if not prompts:
-        console.print(f"stored in {' and on '.join(places) or f'no place: {best.path} is of another trial by now'}")
+        echo(f"stored in {' and on '.join(places) or f'no place: {best.path} is of another trial by now'}")
 
 
 # --- `tune.py classify`: what a sparse image classifier, and its dense model, see in pictures.
@@ -167,7 +167,7 @@ def classify(
     from atp_tune.results.status import to_json
 
     if json:
-        console.print(to_json(found))
+        echo(to_json(found))
         return
     rows = []
     for one in found:
@@ -177,7 +177,7 @@ def classify(
             rows.append([_cell(one.file), *side, *(_cell(f"{g.name} {g.probability:.1%}") for g in guesses)])
     model = [] if found[0].dense is None else ["model"]
     ranks = [str(place + 1) for place in range(len(found[0].classes))]
-    console.print(markdown(["picture", *model, *ranks], rows))
+    echo(markdown(["picture", *model, *ranks], rows))
 
 
 def _cell(text: str) -> str:
@@ -292,7 +292,7 @@ def speedup(
         return
     _show(found)
     one = "image" if asked.score == CLASSES else "text"
-    console.print(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
+    echo(f"stored in {', '.join(places)}" if places else f"not stored: only rates of one {one} at a time are")
 
 
 def _show(found: "Speed") -> None:
@@ -312,11 +312,11 @@ def _show(found: "Speed") -> None:
         markdown(("linear", "zeros"), ((kind, f"{share:.2%}") for kind, share in found.zeros.items())),
         rates_table(found),
     ):
-        console.print(table, "\n", sep="")
+        echo(table, "\n", sep="")
     for line in summary_of(found):
-        console.print(line, style="dim")
+        echo(line, style="dim")
     if has_zeros:
-        console.print(PLAIN)
+        echo(PLAIN)
 
 
 def summary_of(found: "Speed") -> Iterator[str]:

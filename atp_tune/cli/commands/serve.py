@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
-from atp_tune.cli.terminal import console, trials
+from atp_tune.cli.terminal import console, echo, trials
 from atp_tune.errors import printable
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def serve(
     before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in STOPS}
     try:
         with quiet():
-            answer(service, lambda: bool(told), lambda served: _show(service, served), console.print)
+            answer(service, lambda: bool(told), lambda served: _show(service, served), echo)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    console.print("stopped: everything that workers sent is stored")
+    echo("stopped: everything that workers sent is stored")
 
 
 def _show(service: "Service", served: "Served") -> None:
@@ -63,17 +63,17 @@ def _show(service: "Service", served: "Served") -> None:
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
     studies = ", ".join(map(printable, names)) or "no study yet"
     name = host_of(service.listen)
-    console.print(f"serving {without_password(service.address)}: {studies}")
+    echo(f"serving {without_password(service.address)}: {studies}")
     if service.others:
-        console.print(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
-    console.print(f"dashboard:    http://{name}:{served.port}")
-    console.print(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
+        echo(f"not served:   {', '.join(map(printable, service.others))}; --study NAME serves its database")
+    echo(f"dashboard:    http://{name}:{served.port}")
+    echo(f"workers join: python tune.py --study NAME --storage grpc://{name}:{served.grpc_port}")
     if not is_loopback(service.listen):
-        console.print(
+        echo(
             "warning: neither port has a login: whoever can connect can change and delete studies; "
             "docs/serving.md shows a proxy with TLS and a token", style="yellow",
         )  # fmt: skip
-    console.print("Ctrl-C stops", style="dim")
+    echo("Ctrl-C stops", style="dim")
 
 
 # --- `tune.py merge`: copies the trials of several databases into a new one.
@@ -98,12 +98,12 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
     for share in merged.shares:
         known = f", {share.known} of them known already" if share.known else ""
         left = f"; {share.unfinished} running or waiting trials are left out" if share.unfinished else ""
-        console.print(f"{share.address}: {trials(share.trials)}{known}{left}")
+        echo(f"{share.address}: {trials(share.trials)}{known}{left}")
     found = summarise(merged.study)
-    console.print(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
+    echo(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
     file = found.made_from.name if found.made_from else "NAME"
     other = "" if found.name == file else f" --study-name {found.name}"
-    console.print(f"resume: python tune.py --study {file}{other} --storage sqlite:///{out}")
+    echo(f"resume: python tune.py --study {file}{other} --storage sqlite:///{out}")
 
 
 # --- `tune.py export`: writes the best configuration, in one of several formats.
@@ -162,15 +162,15 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
 
     made = overview(summary)
     rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
-    console.print(drawn(replace(made, head=["point", *made.head], rows=rows)))
+    echo(drawn(replace(made, head=["point", *made.head], rows=rows)))
     usual = next((k for k, point in enumerate(summary.points, 1) if point.is_best), 1)
     numbers = {str(k): point.trial.number for k, point in enumerate(summary.points, 1)}
     answer = ""
     while answer not in numbers:
         if answer:
-            console.print(f"  must be a number from 1 to {len(numbers)}")
+            echo(f"  must be a number from 1 to {len(numbers)}")
         try:
-            answer = console.input(f"point – 1 to {len(numbers)} ({usual}): ").strip() or str(usual)
+            answer = console().input(f"point – 1 to {len(numbers)} ({usual}): ").strip() or str(usual)
         except EOFError:
             raise KeyboardInterrupt from None  # Ctrl-D
     number = numbers[answer]

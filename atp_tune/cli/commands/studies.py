@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atp_tune.cli.options import load_study, wrong
-from atp_tune.cli.terminal import console, gib, table, trials, working
+from atp_tune.cli.terminal import echo, gib, table, trials, working
 from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def studies(*, json: bool = False) -> None:
         if state in ("complete", "unfinished"):
             state = f"{one.done} of {one.total}" + (f", best {one.best.value:.2f}" if one.best else "")
         rows.add_row(one.name, state, one.error or one.description.removeprefix(f"{one.name}: "))
-    console.print(rows)
+    echo(rows)
 
 
 def _listed(path: Path) -> "list[Listed]":
@@ -109,7 +109,7 @@ def plugins(
         print(to_json(found))
         return
     for kind in dict.fromkeys(entry.kind for entry in found):
-        console.print(f"{kind}s" if kind != "source of texts" else "sources of texts")
+        echo(f"{kind}s" if kind != "source of texts" else "sources of texts")
         _show_entries([entry for entry in found if entry.kind == kind])
 
 
@@ -117,12 +117,12 @@ def _show_entries(entries: "list[Entry]") -> None:
     width = max(len(entry.name) for entry in entries)
     for entry in entries:
         source = "" if entry.origin == "built in" else f" ({entry.origin})"
-        console.print(f"  {entry.name:<{width}}  {entry.about}{source}")
+        echo(f"  {entry.name:<{width}}  {entry.about}{source}")
         for one in entry.settings:
             about = f": {one.description}" if one.description else ""
-            console.print(f"  {'':<{width}}    {one.name} = {one.default}, {one.type}{about}")
+            echo(f"  {'':<{width}}    {one.name} = {one.default}, {one.type}{about}")
         for name, (low, high) in entry.parameters.items():
-            console.print(f"  {'':<{width}}    {name} in [{low:.4g}, {high:.4g}]")
+            echo(f"  {'':<{width}}    {name} in [{low:.4g}, {high:.4g}]")
 
 
 # --- `tune.py schema`: prints the JSON schema of study files.
@@ -160,7 +160,7 @@ def env(*, json: bool = False) -> None:
         print(to_json(found))
         return
     for name, text in _lines(found):
-        console.print(f"{name and name + ':':<11}{text}")
+        echo(f"{name and name + ':':<11}{text}")
 
 
 def _lines(found: "MachineReport") -> Iterator[tuple[str, str]]:
@@ -319,7 +319,7 @@ def show_plan(file: "StudyFile", study_name: str | None, json: bool = False) -> 
 
     with working(json) as watch:
         found = foresee(file, study_name or file.name, watch)
-    console.print(to_json(found)) if json else _show_forecast(found)
+    echo(to_json(found)) if json else _show_forecast(found)
 
 
 def _show_forecast(found: "Forecast") -> None:
@@ -330,7 +330,7 @@ def _show_forecast(found: "Forecast") -> None:
         "disk": "on disk, mapped",
     }
     weights = found.weights
-    console.print(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
+    echo(f"{printable(found.study)}: {found.device}, {found.dtype}\n")
     rows = table("trial", "tokens", "calibrate", "prune", "evaluate", "seconds")
     for trial in found.trial:
         times = trial.seconds
@@ -338,7 +338,7 @@ def _show_forecast(found: "Forecast") -> None:
         seconds = ["–" if part is None else f"{part:.1f}" for part in parts]
         name = trial.pruner if trial.what == "trial" else f"screening {trial.pruner}"
         rows.add_row(name, f"{trial.tokens.total:,}", *seconds)
-    console.print(rows)
+    echo(rows)
     memory = found.memory
     peaks = f"host {gib(memory.host)} of {gib(memory.host_free)} ({gib(memory.loading)} while loading)"
     if memory.device is not None and memory.device_free is not None:
@@ -349,9 +349,9 @@ def _show_forecast(found: "Forecast") -> None:
         f"{where[weights.offload]}",
         f"memory:  {peaks}",
     ):
-        console.print(line)
+        echo(line)
     for problem in found.problems:
-        console.print(f"does not fit: {problem}", style="yellow")
+        echo(f"does not fit: {problem}", style="yellow")
 
 
 def cost_beside(found: "Sequence[StudyCost]", preset: str, other: str) -> str:

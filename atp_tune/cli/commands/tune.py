@@ -16,7 +16,7 @@ import typer
 import atp_tune
 from atp_tune.cli.commands.studies import cost_beside, show_plan
 from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wrong
-from atp_tune.cli.terminal import console, working
+from atp_tune.cli.terminal import echo, working
 from atp_tune.errors import UserError, named
 from atp_tune.spec.finding import BARE
 from atp_tune.utils.cache import TakenError
@@ -143,7 +143,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
             except KeyboardInterrupt:
                 display.close()
                 place = file.database or "the storage"
-                console.print(f"stopped: finished trials are in {place}; the same command resumes the study")
+                echo(f"stopped: finished trials are in {place}; the same command resumes the study")
                 sys.exit(130)
     if result is not None:
         show_summary(result.summary, file)
@@ -305,16 +305,16 @@ def model(
     )
     head = [*map(as_typed, lines)]
     if options.dry_run:
-        console.print(study_text(file.study, head))
+        echo(study_text(file.study, head))
         show_plan(overridden(file, placed(options.storage, options.device), options.trust_plugins), None)
-        console.print("nothing was written; the same command without --dry-run runs it")
+        echo("nothing was written; the same command without --dry-run runs it")
         return
     try:
         write_study(path, file.study, head, is_new=True)
     except TakenError:  # by the same command beside this one
         _go_on(path, wishes, options)
         return
-    console.print(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
+    echo(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
         _start(path, whole, partial(_cost, wishes, options.device))
     except UserError:
@@ -445,6 +445,6 @@ def prune(
         plan, measured = prune_study(file, values, out, watch, dtype)
     amounts = (("sparsity {:g}", file.study.sparsity), ("{:g} bits", file.study.bits))
     amount = ", ".join(words.format(value) for words, value in amounts if value is not None)
-    console.print(f"{plan}, {amount}: perplexity {measured} on the test text")
+    echo(f"{plan}, {amount}: perplexity {measured} on the test text")
     if out is not None:
-        console.print(f"sparse checkpoint: {out}")
+        echo(f"sparse checkpoint: {out}")
