@@ -44,25 +44,24 @@ class Lender:
     def lend(self) -> Iterator[Sources]:
         """Lends model and texts; they are found by the sources that it yields until the end."""
         with ExitStack() as stack:
-            model, device = None, None
+            model, device, texts = None, None, self.texts
+            named: str | Mapping[str, str] | None = None
             if self.model is not None:
                 from atp_tune.checkpoints.checkpoint import lent
 
                 model = stack.enter_context(lent(self.model, self.tokenizer)).id
-                device = _device_of(self.model)
-            yield Sources(model, device, self._lend_texts(stack))
+                where = next(self.model.parameters()).device
+                device = str(where) if where.type == "cuda" else str(where.type)  # as in a study file
+            if texts is not None:
+                from atp_tune.inputs.sources import lent as lent_texts
 
-    def _lend_texts(self, stack: ExitStack) -> str | Mapping[str, str] | None:
-        from atp_tune.inputs.sources import lent
-
-        def named(texts: str | list[str]) -> str:
-            return texts if isinstance(texts, str) else stack.enter_context(lent(texts))
-
-        if self.texts is None:
-            return None
-        if isinstance(self.texts, str | list):
-            return named(self.texts)
-        return {role: named(texts) for role, texts in self.texts.items()}
+                roles = texts if isinstance(texts, Mapping) else {"": texts}
+                known = {
+                    role: each if isinstance(each, str) else stack.enter_context(lent_texts(each))
+                    for role, each in roles.items()
+                }
+                named = known if isinstance(texts, Mapping) else known[""]
+            yield Sources(model, device, named)
 
 
 def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
@@ -82,12 +81,6 @@ def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | No
             f"got {', '.join(map(str, texts)) or 'none'}"
         )
     return {role: one(value, f'texts["{role}"]') for role, value in texts.items()}
-
-
-def _device_of(model: Any) -> str:
-    """The device of a model's weights, as in a study file."""
-    device = next(model.parameters()).device
-    return str(device) if device.type == "cuda" else str(device.type)
 
 
 def is_model(value: Any) -> bool:
