@@ -30,7 +30,7 @@ def with_zeros(family: str, dtype: torch.dtype = torch.float32) -> Any:
 def trained(model: Any, rank: int = 2) -> tuple[Adapters, dict[str, nn.Parameter]]:
     """Adapters that are not zero any more."""
     adapters = Lora(checkpoint_of(model), rank, alpha=3, seed=0)
-    parameters = adapters.parameters()
+    parameters = adapters.parameters
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.normal_(0, 0.2)
@@ -85,7 +85,7 @@ def test_the_seed_draws_them_and_nothing_else() -> None:
     models = [tiny("llama") for _ in range(3)]
     state = torch.get_rng_state()
     one, same, other = (
-        Lora(checkpoint_of(model), 2, 4, seed).parameters() for model, seed in zip(models, (0, 0, 1), strict=True)
+        Lora(checkpoint_of(model), 2, 4, seed).parameters for model, seed in zip(models, (0, 0, 1), strict=True)
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one[name], same[name]) for name in one)

@@ -15,7 +15,7 @@ from atp_tune.sparse.training import Scales, recompute_blocks
 def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:
     """Scales that are not one any more."""
     scales = Scales(checkpoint_of(model))
-    parameters = scales.parameters()
+    parameters = scales.parameters
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -72,7 +72,7 @@ def test_they_begin_without_an_effect_and_in_float32() -> None:
     model = with_zeros("qwen2", torch.bfloat16)
     before = model(input_ids=random_ids(2)).logits
     scales = Scales(checkpoint_of(model))
-    assert {parameter.dtype for parameter in scales.parameters().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in scales.parameters.values()} == {torch.float32}
     assert torch.equal(model(input_ids=random_ids(2)).logits, before)
     assert all(torch.equal(was, tuned) for _, was, tuned in scales.merged())
 

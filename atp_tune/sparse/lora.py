@@ -99,13 +99,7 @@ class Lora(Adapters):
         for place, (i, linear) in zip(places, found, strict=True):
             layer: Any = checkpoint.blocks.get_submodule(place)
             layer.fan_in_fan_out = linear.transposed
-            self._layers[checkpoint.key(i, linear)] = layer
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every linear."""
-        found = {}
-        for name, layer in self._layers.items():
+            name = checkpoint.key(i, linear)
+            self._layers[name] = layer
             for side in ("lora_A", "lora_B"):
-                matrix = getattr(layer, side)[ADAPTER].float()
-                found[f"{name}.{side}"] = matrix.weight.requires_grad_()
-        return found
+                self.parameters[f"{name}.{side}"] = getattr(layer, side)[ADAPTER].float().weight.requires_grad_()

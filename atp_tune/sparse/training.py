@@ -12,7 +12,6 @@ weights as one that was not; on a GPU, whose attention adds gradients in no fixe
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,22 +97,19 @@ def find_teacher(
 # of the columns of all linears behind the norm.
 
 
-class Adapters(ABC):
+class Adapters:
     """Trained numbers in all linears of a checkpoint's blocks, except experts of a mixture, which are no modules."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._layers: dict[str, Any] = {}  # by the name of their weight in the model
+        self.parameters: dict[str, nn.Parameter] = {}  # what is trained, in float32
 
     @property
     def names(self) -> set[str]:
         """Names in a checkpoint of the tensors that are trained."""
         weights = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
         return {part for name, w in weights.items() for part in self._checkpoint.as_saved(name, w.to("meta"))}
-
-    @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, in float32, by name."""
 
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -168,12 +164,9 @@ class Scales(Adapters):
             base = checkpoint.blocks[i].get_submodule(linear.name)
             layer = ScaledLinear(base, linear)
             checkpoint.blocks[i].set_submodule(linear.name, layer)
-            self._layers[checkpoint.key(i, linear)] = layer
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Both vectors of every linear."""
-        sides = ("rows", "columns")
-        return {f"{name}.{side}": getattr(layer, side) for name, layer in self._layers.items() for side in sides}
+            name = checkpoint.key(i, linear)
+            self._layers[name] = layer
+            self.parameters |= {f"{name}.rows": layer.rows, f"{name}.columns": layer.columns}
 
 
 def linears_of(checkpoint: Checkpoint) -> list[tuple[int, Linear]]:
@@ -231,7 +224,7 @@ class Trainer:
             from atp_tune.sparse.lora import Lora  # needs the extra
 
             self.adapters = Lora(checkpoint, settings.rank, settings.alpha, settings.seed)
-        self._parameters = self.adapters.parameters()
+        self._parameters = self.adapters.parameters
         self._share = NLL_SHARES[settings.loss]
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=0)
         self._items, self._held_out, self._order = items, held_out, order(len(items), settings)
