@@ -74,7 +74,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --trials 2")
         | {"database": "--study {study}/tiny.toml --trials 7", "configuration": "--study {study}/tiny.toml"}),
     MODEL: (rf"work/studies|work/studies/{MADE}\.(toml|db|db-journal|best\.json|{FILES})", dict.fromkeys(
-        ("model folder", "texts"), f"{{study}}/model --texts {{text}} --preset quick --device cpu {FEW}")),
+        ("model folder", "texts"), f"{{study}}/model --sparsity 0.6 --texts {{text}} --preset quick --device cpu {FEW}")),
     "plan": ("", dict.fromkeys(("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml")),
     "status": ("", dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml")),
     "serve": (rf"{ARTIFACTS}|{DATABASE}", dict.fromkeys(
