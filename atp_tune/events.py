@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from atp_tune.config.study import Study
     from atp_tune.plan import Plan
-    from atp_tune.spec.study import Study
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,9 @@ class Continuations(FrozenModel):
 # --- Perplexity over several draws of the calibration text: the part of its spread that is due to the draw.
 #
 # The measured windows stay the same; the pruner is calibrated with other windows in each draw. What was fitted to the
-# calibration text, such as the sparsities of `row-prices`, is fitted anew to each draw's own; parameters of the search
-# stay. Draws share no text. The spread is the standard deviation between draws, not the standard error of their mean.
+# calibration text, such as the sparsities of `gradient-rows`, is fitted anew to each draw's own; parameters of the
+# search stay. Draws share no text. The spread is the standard deviation between draws, not the standard error of
+# their mean.
 #
 #     change in draw d = exp(mean of NLL_best - NLL_uniform over windows) - 1, both calibrated with draw d
 

@@ -43,9 +43,9 @@ ASK = "--trust-plugins"
 REGISTRIES = {  # kind → the place of its registry
     "pruner": "atp_tune.pruners:PRUNERS",
     "allocation": "atp_tune.allocations:ALLOCATIONS",
-    "score": "atp_tune.spec.search:SCORES",
+    "score": "atp_tune.config.search:SCORES",
     "source of texts": "atp_tune.inputs.documents:SOURCES",
-    "sampler": "atp_tune.spec.search:SAMPLERS",
+    "sampler": "atp_tune.config.search:SAMPLERS",
 }
 
 

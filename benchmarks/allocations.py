@@ -21,6 +21,8 @@ import torch
 from optuna.trial import FrozenTrial
 
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.plugged import plug_in
+from atp_tune.config.studyfile import StudyFile, load
 from atp_tune.events import Event, TrialEnded
 from atp_tune.measures import change, perplexity
 from atp_tune.plan import shown
@@ -29,8 +31,6 @@ from atp_tune.results.results import is_uniform, parameters_of
 from atp_tune.results.summary import summarise
 from atp_tune.run.session import Session
 from atp_tune.search.runner import StudyRun, is_complete, open_context, tune
-from atp_tune.spec.plugged import plug_in
-from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ Line = tuple[float, str, str]  # target, pruner, allocation
 TARGETS = (0.5, 0.6, 0.7)
 PRUNERS = ("wanda", "sparsegpt", "magnitude")
 PLUGGED = {name: f"{ROOT / 'examples' / 'plugins' / name}.py:{name.upper()}" for name in ("dlp", "lsa")}
-ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "prices", "row-prices")
+ALLOCATIONS = ("uniform", "atp", "curve", "owl", "alphapruning", *PLUGGED, "er", "global", "gradient", "gradient-rows")
 COLUMNS = (
     "allocation",
     "best parameters",
@@ -96,8 +96,8 @@ def read_options() -> argparse.Namespace:
 
 
 def fits(line: Line) -> bool:
-    """Whether a line differs from all others: without rows `row-prices` is `prices`."""
-    return line[1] == "wanda" or line[2] != "row-prices"
+    """Whether a line differs from all others: without rows `gradient-rows` is `gradient`."""
+    return line[1] == "wanda" or line[2] != "gradient-rows"
 
 
 def name_of(line: Line) -> str:

@@ -1,10 +1,10 @@
 """What `finetune` brings in a few minutes, by what is trained and learnt: writes a table into docs/finetune.md.
 
     python benchmarks/finetuning.py --news NEWS.txt                   SmolLM2-135M, the best β
-    python benchmarks/finetuning.py prices --news NEWS.txt            the same by prices; --rows has those to train
+    python benchmarks/finetuning.py gradient --news NEWS.txt          by the gradient; --rows has those to train
     python benchmarks/finetuning.py curve --rows --news NEWS.txt      the best of `curve`, which is not trained
-    python benchmarks/finetuning.py rows --news NEWS.txt              the same by row-prices
-    python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M; gemma-rows by row-prices
+    python benchmarks/finetuning.py rows --news NEWS.txt              the same by gradient-rows
+    python benchmarks/finetuning.py gemma --gguf FILE --news NEWS.txt Gemma 3 270M; gemma-rows by gradient-rows
     python benchmarks/finetuning.py llama-small --news NEWS.txt       models of language_models.py; llama-small-80, …
     python benchmarks/finetuning.py --show                            the table of what is there
 
@@ -33,17 +33,17 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.data import Text
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.recover import Training
+from atp_tune.config.study import Data, ModelConfig
 from atp_tune.events import Event, Message, Place
+from atp_tune.folders.applying import folder_scores
+from atp_tune.folders.finetuning import finetune, read_items
+from atp_tune.folders.provenance import PrunedWith, origin
+from atp_tune.folders.training import Trainer, find_teacher, stored_format, windows_held_out
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup
-from atp_tune.sparse.applying import folder_scores
-from atp_tune.sparse.finetuning import finetune, read_items
-from atp_tune.sparse.provenance import PrunedWith, origin
-from atp_tune.sparse.training import Trainer, find_teacher, stored_format, windows_held_out
-from atp_tune.spec.data import Text
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.recover import Training
-from atp_tune.spec.study import Data, ModelConfig
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.system import cpu_name
 
@@ -53,10 +53,11 @@ MARKS = ("<!-- benchmarks/finetuning.py -->", "<!-- end -->")
 FORMER = " ".join(f" --set texts.{role}.shuffle=false" for role in ("calibration", "validation", "test"))
 PLANS = {  # title, study, and the words of `prune`
     "smollm2": ("SmolLM2-135M-Instruct, β = 0.00579", "smol-60", f"--beta 0.00579{FORMER}"),
-    "prices": ("SmolLM2-135M-Instruct, prices, κ = 0.776", "smol-60",
-               f"--allocation prices --parameter kappa=0.776{FORMER}"),
-    "rows": ("SmolLM2-135M-Instruct, row-prices, κ = 1", "smol-60", "--allocation row-prices --parameter kappa=1"),
-    "gemma-rows": ("Gemma 3 270M, row-prices, κ = 1", "smol-60", "--allocation row-prices --parameter kappa=1"),
+    "gradient": ("SmolLM2-135M-Instruct, gradient, κ = 0.776", "smol-60",
+               f"--allocation gradient --parameter kappa=0.776{FORMER}"),
+    "rows": ("SmolLM2-135M-Instruct, gradient-rows, κ = 1", "smol-60",
+             "--allocation gradient-rows --parameter kappa=1"),
+    "gemma-rows": ("Gemma 3 270M, gradient-rows, κ = 1", "smol-60", "--allocation gradient-rows --parameter kappa=1"),
     "curve": ("SmolLM2-135M-Instruct, the best of curve", "smol-60",
               "--allocation curve --parameter beta=0.00622 --parameter gamma=-0.0281 --parameter ends=-0.219 "
               f"--parameter split=-0.013 --parameter value=-0.348{FORMER}"),

@@ -30,10 +30,10 @@ from transformers import (
 from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.data import ImageSet
+from atp_tune.config.studyfile import StudyFile, load
 from atp_tune.inputs.images import read_images
 from atp_tune.inputs.items import LABELS, PIXELS
-from atp_tune.spec.data import ImageSet
-from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.utils.cache import folder_atomically
 
 ROOT = Path(__file__).parents[1]

@@ -21,11 +21,11 @@ from marked_page import write_between
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.patterns import make_plan
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
-from atp_tune.spec.patterns import make_plan
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.system import cpu_name
 
@@ -34,7 +34,7 @@ MARKS = ("<!-- benchmarks/images.py -->", "<!-- end -->")
 PRUNER, TARGETS = "wanda", (0.5, 0.6, 0.4, 0.7)  # in the order in which they are measured
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the bound of β
 KAPPAS = (0.5, 1.0)
-ROWS = ("uniform", "ATP, β < 0", "ATP, β > 0", "prices")
+ROWS = ("uniform", "ATP, β < 0", "ATP, β > 0", "gradient")
 Point = tuple[str, dict[str, float]]  # allocation and parameters
 Row = dict[str, Any]
 
@@ -90,8 +90,8 @@ class Measuring:
     def _points(self, row: str, target: float) -> list[Point]:
         if row == "uniform":
             return [("uniform", {})]
-        if row == "prices":
-            return [("prices", {"kappa": kappa}) for kappa in KAPPAS]
+        if row == "gradient":
+            return [("gradient", {"kappa": kappa}) for kappa in KAPPAS]
         low, high = ALLOCATIONS["atp"].bounds(self._context.budget(target))["beta"]
         return [("atp", {"beta": share * (low if "<" in row else high)}) for share in SHARES]
 

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.data import Text
 from atp_tune.inputs.sources import read_jsonl
-from atp_tune.spec.data import Text
 from atp_tune.utils.cache import file_atomically, folder_atomically, sha256_of
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from speedup import random_llama, smol
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import quiet
 from atp_tune.events import EventHandler
+from atp_tune.folders.packing import pack_folder
 from atp_tune.packed.layout import Kind
-from atp_tune.sparse.packing import pack_folder
 from atp_tune.utils.cache import cache_dir, folder_atomically
 
 LOAD = "load"  # the word by which this file calls itself

@@ -86,13 +86,13 @@ def evaluate(model: nn.Module, window: Tensor) -> float:
 
 def prepare(work: Path, changes: list[str]) -> None:
     """Writes where the model of smol-60 lies, its number format and its windows, some keys of the study changed."""
+    from atp_tune.config.data import Text
+    from atp_tune.config.study import Data
+    from atp_tune.config.studyfile import load
     from atp_tune.events import Place
     from atp_tune.inputs.documents import documents
     from atp_tune.inputs.items import Items
     from atp_tune.run.session import Session, Setup
-    from atp_tune.spec.data import Text
-    from atp_tune.spec.study import Data
-    from atp_tune.spec.studyfile import load
 
     study = (file := load("smol-60", changes)).study
     data = study.data

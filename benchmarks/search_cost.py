@@ -33,9 +33,9 @@ from time import perf_counter
 
 import optuna
 
+from atp_tune.config.studyfile import load
 from atp_tune.measures import change, perplexity
 from atp_tune.results.summary import made_from, summarise
-from atp_tune.spec.studyfile import load
 from atp_tune.storage.opening import find_study, open_storage
 from atp_tune.utils.cache import cache_dir
 

@@ -33,11 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.api.pruning import prune_study
 from atp_tune.cli.display import Display
 from atp_tune.cli.terminal import markdown, quiet
+from atp_tune.config.best import read_config
+from atp_tune.config.studyfile import load
 from atp_tune.events import EventHandler, Place
+from atp_tune.folders.provenance import ABOUT
 from atp_tune.metrics import Measured, Phase, Rates, Speed
-from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import read_config
-from atp_tune.spec.studyfile import load
 from atp_tune.speed.benchmark import measure
 from atp_tune.speed.torch_engine import Pair, Workload, find_pair
 from atp_tune.utils.cache import cache_dir, folder_atomically

@@ -213,7 +213,7 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the 135M model of `studies/smol.toml`, which is downloaded and converted once for all processes."""
     from atp_tune.checkpoints.models import resolve
-    from atp_tune.spec.studyfile import load
+    from atp_tune.config.studyfile import load
 
     def make(folder: Path) -> None:
         file = load("smol", ())

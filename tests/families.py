@@ -15,6 +15,7 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import Offload
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
@@ -22,7 +23,6 @@ from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.spec.prune import PruneConfig
 
 CPU = torch.device("cpu")
 VOCABULARY = 97

@@ -25,6 +25,10 @@ from synthetic import BOUND, made_up, new_study
 from atp_tune import figures
 from atp_tune.cli import tables, terminal
 from atp_tune.cli.commands import apply
+from atp_tune.config import studyfile
+from atp_tune.config.best import read_config
+from atp_tune.config.facts import facts
+from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
 from atp_tune.dashboard import notes
 from atp_tune.errors import UserError
 from atp_tune.figures import blocks
@@ -34,10 +38,6 @@ from atp_tune.report.contents import gather
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.stored import best_config, facts_of
 from atp_tune.results.summary import summarise
-from atp_tune.spec import studyfile
-from atp_tune.spec.config import read_config
-from atp_tune.spec.facts import facts
-from atp_tune.spec.studyfile import StudyFile, from_settings, keys_of, settings
 from atp_tune.storage import fingerprint, opening
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"

@@ -130,9 +130,9 @@ STUDIES = {
     "channels": Golden(settings=("sparsity=0.25", "prune.pattern=channels", "allocation.beta=both")),
     "draws": Golden(settings=("texts.calibration.draws=3",)),
     "recover": Golden(settings=("recover.steps=8", "recover.batch=4", "recover.learning_rate=0.01")),
-    "row-prices": Golden(settings=("allocation=['row-prices']",)),
+    "gradient-rows": Golden(settings=("allocation=['gradient-rows']",)),
     "allocations": Golden(
-        settings=("allocation=['atp','curve','owl','prices']", "prune.pruners=['sparsegpt']", "search.trials=8")
+        settings=("allocation=['atp','curve','owl','gradient']", "prune.pruners=['sparsegpt']", "search.trials=8")
     ),
     "images": Golden("vit"),
     "accuracy": Golden("vit", ("sparsity=0.95", "search.objective=accuracy")),

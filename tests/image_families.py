@@ -10,10 +10,10 @@ from torch import nn
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import ignore_events
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.run.session import Session
-from atp_tune.spec.prune import PruneConfig
 
 SIZE, CLASSES = 32, 5
 PLAIN: dict[str, Any] = {

@@ -9,7 +9,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from atp_tune.spec.studyfile import load, settings
+from atp_tune.config.studyfile import load, settings
 from atp_tune.storage.database import Database
 
 BLOCKS, TARGET, BOUND, WINDOWS = 30, 0.6, 0.8 / 29, 16

@@ -24,7 +24,7 @@ from atp_tune.allocations import (
 )
 from atp_tune.allocations.budget import level, proportional
 from atp_tune.allocations.rows import RowSparsities
-from atp_tune.spec.study import AllocationConfig
+from atp_tune.config.study import AllocationConfig
 
 CASES = 200
 
@@ -53,7 +53,7 @@ def admissible(budget: Budget, beta: float) -> bool:
 def test_the_table_is_what_a_study_may_name() -> None:
     names = tuple(ALLOCATIONS)
     assert names[:6] == ("uniform", "atp", "curve", "owl", "alphapruning", "alphapruning-linear")
-    assert names[6:11] == ("er", "erk", "prices", "row-prices", "global")
+    assert names[6:11] == ("er", "erk", "gradient", "gradient-rows", "global")
     assert AllocationConfig(names=names).names == names
     with pytest.raises(ValidationError, match=r"Input should be 'uniform', .* or 'global'"):
         AllocationConfig(names=("none",))
@@ -237,7 +237,7 @@ def by_linear(budget: Budget, sparsities: Any) -> list[tuple[float, int]]:
 
 
 @pytest.mark.parametrize(
-    "name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "prices", "row-prices"])
+    "name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "gradient", "gradient-rows"])
 )
 def test_every_allocation_meets_every_target_with_shares(name: str) -> None:
     generator = random.Random(3)
@@ -268,7 +268,7 @@ def test_outside_an_interval(name: str) -> None:
                     ALLOCATIONS[name].sparsities(budget, **inside | {parameter: value})
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "prices", "row-prices", "global"])
+@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "gradient", "gradient-rows", "global"])
 def test_what_is_measured_needs_a_model(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))

@@ -10,11 +10,11 @@ from families import few
 from plans import planned
 from tinystudy import CommandLine, run, stored, study_file
 
+from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.errors import UserError
 from atp_tune.metrics import Speed
 from atp_tune.results.annotations import attach, attached, study_of
 from atp_tune.results.stored import best_config
-from atp_tune.spec.config import Config, ZeroShot, read_config
 
 SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
 FOUND = {

@@ -15,13 +15,13 @@ from transformers import AutoModelForImageClassification
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.metrics import NAMES, Answers, ImageAnswer
 from atp_tune.report.html import _answers
 from atp_tune.run.observers import ImageAnswers, LeftOut
 from atp_tune.run.session import Session
-from atp_tune.spec.prune import PruneConfig
 
 CPU = torch.device("cpu")
 

@@ -28,9 +28,9 @@ from transformers.utils import logging as hf_logging
 import atp_tune
 from atp_tune import UserError
 from atp_tune.api import result
+from atp_tune.config.best import read_config
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.results.status import to_json
-from atp_tune.spec.config import read_config
 
 ROLES = ("calibration", "validation", "test")
 
@@ -575,7 +575,8 @@ def test_progress_is_logged(
     with caplog.at_level(logging.INFO, "atp_tune"):
         tuned(model, tokenizer, texts)
     lines = [record.getMessage() for record in caplog.records if record.name == "atp_tune"]
-    assert lines[0] == "loading the model and the texts" and lines[-1].startswith("[3/3] trial 2: wanda row-prices κ=")
+    assert lines[0] == "loading the model and the texts"
+    assert lines[-1].startswith("[3/3] trial 2: wanda gradient-rows κ=")
     assert capsys.readouterr().out == ""
 
 

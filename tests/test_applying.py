@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from atp_tune.api.pruning import prune_study
 from atp_tune.checkpoints import devices
+from atp_tune.config.best import Config, read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
+from atp_tune.folders import applying
+from atp_tune.folders.applying import apply, cast, declare, plan_of, write_sparse
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
-from atp_tune.sparse import applying
-from atp_tune.sparse.applying import apply, cast, declare, plan_of, write_sparse
-from atp_tune.spec.config import Config, read_config
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ from tinystudy import TOKENS, CommandLine, run, stored, study_file
 
 from atp_tune.blocks import prune_pass, replay
 from atp_tune.blocks.replay import Replay
+from atp_tune.config.best import read_config
 from atp_tune.events import Place
+from atp_tune.folders.applying import apply
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import apply
-from atp_tune.spec.config import read_config
 
 ELSEWHERE = 2  # windows of the tiny study's that go through a block at a time on a machine of less memory
 

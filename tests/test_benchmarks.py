@@ -115,13 +115,13 @@ def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     """A line for each allocation, plug-ins too; the command again measures nothing."""
     out = place / "tiny.md"
     options = f"--study {place}/tiny.toml --title tiny --out {out} --database {place}/a.db --targets 0.5 --trials 2"
-    words = [*options.split(), "--pruners", "wanda", "--allocations", "uniform", "atp", "lsa", "prices"]
+    words = [*options.split(), "--pruners", "wanda", "--allocations", "uniform", "atp", "lsa", "gradient"]
     monkeypatch.setattr(sys, "argv", ["allocations.py", *words])
     benchmark("allocations").main()
     assert "0.5-wanda-lsa" in capsys.readouterr().out
     head, _, *lines = rows(out.read_text())
     cells = [dict(zip(head, line, strict=True)) for line in lines]
-    assert [line["allocation"] for line in cells] == ["uniform", "atp", "lsa", "prices"]
+    assert [line["allocation"] for line in cells] == ["uniform", "atp", "lsa", "gradient"]
     assert all("±" in line["test, against uniform"] for line in cells[1:])
     assert all("±" in line["against atp"] for line in cells if line["allocation"] != "atp")
     benchmark("allocations").main()

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from atp_tune.blocks.gradients import BitPricing, BlockGradients, Costs
 from atp_tune.blocks.replay import AutoBatch
+from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.quantizers.rounding import RTN
 from atp_tune.run.dense_model import CalibrationGradients, bit_costs, items_of_costs, priced_shares
 from atp_tune.run.session import Session
-from atp_tune.spec.quantize import QuantizeConfig
 
 WIDTHS, GROUP = (2, 3, 5), 8
 

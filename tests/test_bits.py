@@ -28,19 +28,19 @@ from transformers import AutoModelForCausalLM
 
 from atp_tune.allocations import Budget, Shape, bits
 from atp_tune.api import result as api_rows
+from atp_tune.config.best import Config, read_config
+from atp_tune.config.data import Text
+from atp_tune.config.facts import facts
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.plugged import PluginRef
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.quantize import WIDTHS, Bits, QuantizeConfig
+from atp_tune.config.study import Study
 from atp_tune.errors import UserError
+from atp_tune.folders.exporting import FORMATS, as_csv, as_yaml
 from atp_tune.plan import Plan
 from atp_tune.results.results import levels_of
 from atp_tune.results.summary import summarise
-from atp_tune.sparse.exporting import FORMATS, as_csv, as_yaml
-from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.facts import facts
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.plugged import PluginRef
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.quantize import WIDTHS, Bits, QuantizeConfig
-from atp_tune.spec.study import Study
 from atp_tune.storage.progress import measured
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
@@ -158,12 +158,12 @@ def test_linears_have_bits_where_an_allocation_shares_them_out_by_linear() -> No
     shares = ((0.0, 1.0), (0.5, bits.share_of(4.25, WIDTHS)))
     known = SimpleNamespace(priced_sparsities=lambda target, score: shares)
     budget = Budget(bits.share_of(49 / 12, WIDTHS), (48, 48), shapes, known, widths=WIDTHS)  # type: ignore[arg-type]
-    plan = make_plan("gptq", "prices", budget, {"kappa": 1.0})
+    plan = make_plan("gptq", "gradient", budget, {"kappa": 1.0})
     assert linears_of(plan) == ((8, 2), (5, 4))
     assert plan.amounts == (4.0, pytest.approx(13 / 3))
     assert [level.bits for index in (0, 1) for level in plan.of(index, 2)] == [8, 2, 5, 4]
     assert not plan.is_uniform
-    assert make_plan("gptq", "prices", budget, {"kappa": 0.0}).amounts == (4, 4)
+    assert make_plan("gptq", "gradient", budget, {"kappa": 0.0}).amounts == (4, 4)
 
 
 @pytest.mark.parametrize(("group", "symmetric", "expected"), [(16, False, 3 + 3 * 19 / 40), (-1, True, 3 + 16 / 40)])
@@ -332,7 +332,7 @@ def test_other_allocations_share_out_bits(bits_done: Path, command: CommandLine)
 
 @pytest.mark.slow
 def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
-    words = ["--study", bits_done / "tiny.toml", "--study-name", "priced", "--set", "allocation.names=['prices']"]
+    words = ["--study", bits_done / "tiny.toml", "--study-name", "priced", "--set", "allocation.names=['gradient']"]
     answer = command(*words, "--trials", "6", "--set", "quantize.quantizers=['rtn']")
     assert (answer.code, answer.err) == (0, "")
     study = stored(bits_done, "priced", bits_done / "tiny.db")
@@ -345,7 +345,7 @@ def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
     plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in measured(study)]
     assert all(each.mean_bits(sizes) <= 3.5 for each in plans)
     assert plan.mean_bits(sizes) > 3.4
-    assert "prices" in command("status", "--study", bits_done / "tiny.toml", "--study-name", "priced").out
+    assert "gradient" in command("status", "--study", bits_done / "tiny.toml", "--study-name", "priced").out
     assert command("report", *words[:4], "--out", bits_done / "r.html").code == 0
     found = bits_done / "found.json"
     exported = command("export", *words[:4], "--trial", "1", "--out", found)
@@ -369,7 +369,7 @@ def test_bits_by_prices(bits_done: Path, command: CommandLine) -> None:
 @pytest.mark.slow
 def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
     """Of a study with a sparsity and bits: the pruner's zeros, then at most 2^b values in each group."""
-    lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'prices']"
+    lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'gradient']"
     (place / "tiny.toml").write_text((place / "tiny.toml").read_text().replace("sparsity = 0.6", lines))
     assert "tiny: 50% sparsity at 3 bits" in command("--study", place / "tiny.toml").out
     best = read_config(place / "tiny.best.json")
@@ -417,7 +417,7 @@ REFUSED = [
     ("bits = [3, 4]", "bits: must be a number, got [3, 4]"),
     ("bits = true", "bits: must be a number, got true"),
     ("bits = 3.5\nlimit = {max_increase = 0.1}", f"limit: needs an interval of sparsities; {BELONGS}"),
-    ("bits = 3.5\nallocation = 'global'", "allocation.names: global is of zeros; take prices, atp or another that "
+    ("bits = 3.5\nallocation = 'global'", "allocation.names: global is of zeros; take gradient, atp or another that "
      "shares out bits too, where bits are given"),
     ("bits = 3.5\nprune = {pruners = ['wanda']}", f"prune.pruners: {ZEROS}"),
     ("bits = 3.5\nprune = {pattern = '2:4'}", f"prune.pattern: {ZEROS}"),

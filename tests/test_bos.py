@@ -27,14 +27,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message
+from atp_tune.folders.provenance import FINETUNED, Finetuned
 from atp_tune.measures import perplexity
 from atp_tune.metrics import LEAST, BosEffect, is_better
 from atp_tune.run import session
 from atp_tune.run.session import Session
-from atp_tune.sparse.provenance import FINETUNED, Finetuned
-from atp_tune.spec.config import read_config
 from atp_tune.storage import fingerprint
 
 BOS = 0

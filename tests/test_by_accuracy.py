@@ -16,6 +16,7 @@ from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
 from tinystudy import CommandLine, quiet, run
 
 from atp_tune.blocks import replay
+from atp_tune.config.typed import parse_limit
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.figures.style import Points
 from atp_tune.figures.trials import draw_history, draw_perplexity
@@ -25,7 +26,6 @@ from atp_tune.results.formatting import limit_of, sign_of_beta
 from atp_tune.results.results import Results, is_uniform
 from atp_tune.results.summary import summarise
 from atp_tune.search.objective import estimate
-from atp_tune.spec.typed import parse_limit
 from atp_tune.storage.progress import ranked
 
 HARD = ("sparsity=0.9", "search.objective=accuracy")

@@ -15,21 +15,21 @@ from tinystudy import few_steps, study_file
 
 from atp_tune.api.configuration import weights_of
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.config.best import read_config
+from atp_tune.config.data import ImageSet
+from atp_tune.config.facts import _flat
+from atp_tune.config.recover import RecoverConfig
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Place
+from atp_tune.folders.applying import config_of
+from atp_tune.folders.finetuning import FinetuningJob, read_items
 from atp_tune.inputs import windows
 from atp_tune.run import session as contexts
 from atp_tune.run.dense_model import CalibrationGradients
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
-from atp_tune.sparse.applying import config_of
-from atp_tune.sparse.finetuning import FinetuningJob, read_items
-from atp_tune.spec.config import read_config
-from atp_tune.spec.data import ImageSet
-from atp_tune.spec.facts import _flat
-from atp_tune.spec.recover import RecoverConfig
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.speed import torch_engine
 from atp_tune.speed.torch_engine import find_pair, passing_pair
 from atp_tune.utils import cache as entries
@@ -44,9 +44,9 @@ PART = (
     "texts.calibration.part=[0.0, 0.8]", 'texts.calibration.sampling="random"', 'search.sampler="gp"',
 )  # fmt: skip
 BASES = {  # allocation and pruner: what the descent asks of the pruner
-    "rows": ('allocation=["row-prices"]', 'recover.train="lora"'),
-    "own": ('allocation=["prices"]', 'prune.prices="own"', 'prune.pruners=["sparsegpt"]', "prune.refine=1"),
-    "groups": ('allocation=["prices"]', 'prune.prices="own"', 'prune.pattern="mixed:8"', "prune.swaps=1"),
+    "rows": ('allocation=["gradient-rows"]', 'recover.train="lora"'),
+    "own": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pruners=["sparsegpt"]', "prune.refine=1"),
+    "groups": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pattern="mixed:8"', "prune.swaps=1"),
 }
 CHANGES = {  # a setting, and another value of it
     "description": '"another"', "sparsity": "0.55", "bits": "4", "device": '"auto"', "speed": "true",
@@ -54,12 +54,12 @@ CHANGES = {  # a setting, and another value of it
     "model.source": '"other"', "model.dtype": '"bfloat16"', "model.offload": '"cpu"', "model.allow_pickle": "true",
     "model.trust_remote_code": "true",
     "prune.pruners": '["alps"]', "prune.statistics": '"dense"', "prune.pattern": '"mixed:4"', "prune.swaps": "2",
-    "prune.refine": "3", "prune.prices": '"own"', "prune.loss": '"kl"', "prune.sparsegpt.damping": "0.1",
+    "prune.refine": "3", "prune.gradient_at": '"own"', "prune.loss": '"kl"', "prune.sparsegpt.damping": "0.1",
     "prune.sparsegpt.columns": "8",
     "prune.wanda.compare": '"matrix"', "prune.dsnot.initial": '"magnitude"', "prune.dsnot.cycles": "3",
     "prune.dsnot.threshold": "0.5", "prune.dsnot.power": "2.0", "prune.alps.damping": "0.1", "prune.alps.rho": "0.3",
     "prune.alps.iterations": "3", "prune.alps.steps": "2",
-    "allocation.names": '["prices", "atp"]', "allocation.beta": '[0.0, 0.1]',
+    "allocation.names": '["gradient", "atp"]', "allocation.beta": '[0.0, 0.1]',
     **{f"texts.{role}.{name}": value for role in ("calibration", "validation", "test") for name, value in TEXT.items()},
     "texts.calibration.sampling": '"consecutive"',
     "search.trials": "9", "search.objective": '["kl"]', "search.sampler": '"tpe"', "search.seed": "5",
@@ -151,7 +151,7 @@ def of_prices(file: StudyFile, context: Session) -> list[Any]:
 
 
 def descent(file: StudyFile, context: Session, pruner: str) -> Any:
-    rows = file.study.prune.by_rows(pruner) and "row-prices" in file.study.allocation.names
+    rows = file.study.prune.by_rows(pruner) and "gradient-rows" in file.study.allocation.names
     targets = (file.study.highest,) if file.study.bits is None else (0.5,)
     try:
         return context._priced(targets, pruner, rows)
@@ -184,7 +184,7 @@ def plan_of(file: StudyFile, context: Session) -> Any:
 
 
 MAKERS: dict[str, Callable[[StudyFile, Session], Any]] = {
-    "windows": of_windows, "statistics": of_statistics, "prices": of_prices, "recovered": of_training,
+    "windows": of_windows, "statistics": of_statistics, "gradient": of_prices, "recovered": of_training,
     "sparse": of_sparse,
 }  # fmt: skip
 
@@ -198,7 +198,7 @@ def statistics(file: StudyFile, context: Session) -> list[Any]:
 ENTRIES: dict[str, Callable[[StudyFile, Session], list[Any]]] = {
     "windows": lambda _, context: [torch.from_numpy(each.ids) for each in context.windows.values()],
     "statistics": statistics,
-    "prices": of_prices,
+    "gradient": of_prices,
     "sparse": lambda file, context: [*weights_of(context, plan_of(file, context)).values()],
 }
 
@@ -235,7 +235,7 @@ def place(tiny_place: Path, tmp_path: Path) -> Path:
 def test_a_setting_changes_a_key_or_no_bit_of_the_entry(
     base: str, place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`prune.prices = "own"` gave refine = 1, refine = 40 and swaps = 5 one descent."""
+    """`prune.gradient_at = "own"` gave refine = 1, refine = 40 and swaps = 5 one descent."""
     keys, own = Keys(place, monkeypatch), (*PART, *BASES[base])
     first = keys.of(own)
     same: dict[str, list[str]] = {folder: [] for folder in MAKERS}
@@ -250,7 +250,7 @@ def test_a_setting_changes_a_key_or_no_bit_of_the_entry(
         for folder in MAKERS:
             if found[folder] == first[folder]:
                 same[folder].append(f"{setting}={value}")
-    assert (base == "rows") == ("prune.refine=3" in same["prices"])
+    assert (base == "rows") == ("prune.refine=3" in same["gradient"])
     known = {folder: entry(folder, keys.file(own)) for folder in ENTRIES}
 
     def check(folder: str, overrides: list[str]) -> None:
@@ -304,18 +304,18 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
 ) -> None:
     """What `recover` trained was taken by other versions, and on devices that multiply in another format."""
     keys, own = Keys(place, monkeypatch), BASES["rows"]
-    first, known = keys.of(own), entry("prices", keys.file(own))
+    first, known = keys.of(own), entry("gradient", keys.file(own))
 
     def changed() -> set[str]:
         found = keys.of(own)
         return {folder for folder in MAKERS if found[folder] != first[folder]}
 
-    computed = {"statistics", "prices", "recovered", "sparse"}
+    computed = {"statistics", "gradient", "recovered", "sparse"}
     with monkeypatch.context() as patch:
         patch.setattr(entries, "versions", lambda: {"torch": "another"})
         assert changed() == computed
     with monkeypatch.context() as patch:
-        patch.setattr("atp_tune.sparse.training.find_dtype", lambda *_: torch.float16)  # as on another device
+        patch.setattr("atp_tune.folders.training.find_dtype", lambda *_: torch.float16)  # as on another device
         assert changed() == {"recovered"}
     with torch.autocast("cpu", torch.bfloat16):
         assert changed() == computed
@@ -331,7 +331,7 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
     try:
         assert changed() == set()
         shutil.rmtree(cache)
-        ((other,),) = entry("prices", keys.file(own))
+        ((other,),) = entry("gradient", keys.file(own))
     finally:
         torch.set_num_threads(threads)
     assert torch.allclose(torch.tensor(other.linears), torch.tensor(known[0][0].linears), atol=1e-3)

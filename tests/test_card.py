@@ -16,13 +16,13 @@ from plans import planned
 from test_config import config, scores
 from tinystudy import BLOCKS, CommandLine
 
+from atp_tune.config.best import Config, EvaluationTexts, read_config
+from atp_tune.config.data import Text
+from atp_tune.config.manifest import Manifest, environment
+from atp_tune.config.prune import PruneConfig
+from atp_tune.folders.card import model_card
 from atp_tune.measures import TaskScore
 from atp_tune.metrics import Continuations, Measured, Rates, Sizes, Speed
-from atp_tune.sparse.card import model_card
-from atp_tune.spec.config import Config, EvaluationTexts, read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.manifest import Manifest, environment
-from atp_tune.spec.prune import PruneConfig
 
 REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
@@ -250,7 +250,7 @@ def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
 
 
 def test_prices_and_refinement_are_named() -> None:
-    plan = planned("sparsegpt", "prices", (0.3, 0.2), {"kappa": 1.0}, ((0.4, 0.2), (0.2, 0.2)))
+    plan = planned("sparsegpt", "gradient", (0.3, 0.2), {"kappa": 1.0}, ((0.4, 0.2), (0.2, 0.2)))
     text = body(card(config(plan=plan, linears=None, prune=PruneConfig(refine=5))))
     assert (
         "Each linear has its own share of zeros, chosen by the allocation `prices κ=1` of atp_tune, by gradients"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from atp_tune.allocations.channels import BlockChannels, ChannelSet, rounded
 from atp_tune.blocks.channels import find_channels, too_sparse
+from atp_tune.config.patterns import make_plan, parse
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError, UserError
 from atp_tune.pruners.channels import HessianAndMoments, channel_scores, magnitude_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
-from atp_tune.spec.patterns import make_plan, parse
-from atp_tune.spec.prune import PruneConfig
 
 CHANNELS = parse("channels")
 

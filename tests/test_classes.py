@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 from atp_tune.checkpoints.blocks import auto_class, language_model, reads_images
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import read_sizes
+from atp_tune.config.patterns import make_plan
 from atp_tune.errors import UserError
-from atp_tune.sparse.applying import Shards
-from atp_tune.spec.patterns import make_plan
+from atp_tune.folders.applying import Shards
 
 IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image
 

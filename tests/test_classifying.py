@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from atp_tune.checkpoints import devices
 from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.sparse.comparing import CHAT, TOP, BothModels, _first, classify
+from atp_tune.folders.comparing import CHAT, TOP, BothModels, _first, classify
 
 CLASSES = 7
 NAMES = {0: "cat", 1: "a | b", 2: "[red]", 3: "\x1b[2Jdog", 4: "e", 5: "f", 6: "g"}

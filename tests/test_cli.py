@@ -18,8 +18,8 @@ from tinystudy import HANGS, LONG, CommandLine, few_at_a_time, finish, run, sett
 
 import atp_tune
 from atp_tune.cli.terminal import interruptible
+from atp_tune.config.best import read_config
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
 
 ROLES = ("calibration", "validation", "test")

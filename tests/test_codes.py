@@ -25,15 +25,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.allocations.bits import stored_bits
 from atp_tune.checkpoints.convert import unpack_folder
+from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.errors import UserError
+from atp_tune.folders.applying import Shards
+from atp_tune.folders.packing import Codes, _encoded, pack_folder
 from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
 from atp_tune.quantizers import make_quantizer
 from atp_tune.quantizers.rounding import Grid
 from atp_tune.search.objective import Record
-from atp_tune.sparse.applying import Shards
-from atp_tune.sparse.packing import Codes, _encoded, pack_folder
-from atp_tune.spec.quantize import QuantizeConfig
 
 __all__ = ["registered"]  # a fixture of each test here
 REPO = Path(__file__).parents[1]

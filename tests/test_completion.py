@@ -15,8 +15,8 @@ from tinystudy import HANGS, TUNE, stored
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cli import completion
+from atp_tune.config.finding import finished_trials, known
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.finding import finished_trials, known
 
 BASH = shutil.which("bash")
 # The function that bash calls for a Tab, on words that bash has split.

@@ -8,11 +8,7 @@ import pytest
 from plans import planned
 from pydantic import ValidationError
 
-from atp_tune.errors import UserError
-from atp_tune.measures import Estimate, Perplexity, Role
-from atp_tune.metrics import OverDraws, Spread
-from atp_tune.pruners.settings import SparseGPTSettings
-from atp_tune.spec.config import (
+from atp_tune.config.best import (
     FORMAT,
     BothDraws,
     Config,
@@ -21,8 +17,12 @@ from atp_tune.spec.config import (
     Sparsity,
     read_config,
 )
-from atp_tune.spec.data import Text
-from atp_tune.spec.prune import PruneConfig
+from atp_tune.config.data import Text
+from atp_tune.config.prune import PruneConfig
+from atp_tune.errors import UserError
+from atp_tune.measures import Estimate, Perplexity, Role
+from atp_tune.metrics import OverDraws, Spread
+from atp_tune.pruners.settings import SparseGPTSettings
 
 GOLDEN = Path(__file__).parent / "golden" / "config.json"
 

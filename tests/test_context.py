@@ -7,14 +7,14 @@ from families import CPU, TOKENS, VOCABULARY, bench_of, checkpoint_of, nlls_of, 
 from plans import planned
 
 from atp_tune.blocks import replay
+from atp_tune.config import prune
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Place, Step, ignore_events
 from atp_tune.inputs import tokens
 from atp_tune.inputs.items import Items
 from atp_tune.run import observers, session
 from atp_tune.run.observers import can_keep
 from atp_tune.run.session import Session
-from atp_tune.spec import prune
-from atp_tune.spec.prune import PruneConfig
 
 UNIFORM = planned("wanda", "uniform", (0.5,) * 4)
 
@@ -129,9 +129,9 @@ def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPa
 def test_a_bench_opens_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open` resolves, draws windows and loads, in the number format that is asked for."""
     from atp_tune.checkpoints.models import ModelFolder
+    from atp_tune.config.data import Text
+    from atp_tune.config.study import ModelConfig
     from atp_tune.inputs.items import Items
-    from atp_tune.spec.data import Text
-    from atp_tune.spec.study import ModelConfig
 
     tiny("llama").save_pretrained(tmp_path / "model")
     ids = torch.arange(2 * TOKENS).view(2, TOKENS).numpy()

@@ -17,6 +17,7 @@ from test_config import config
 from tinystudy import CommandLine, run, settings, stored
 
 from atp_tune.cli import tables, terminal
+from atp_tune.config.best import read_config
 from atp_tune.events import Event, Message
 from atp_tune.metrics import PROMPTS, Continuations
 from atp_tune.results.annotations import attached
@@ -26,14 +27,13 @@ from atp_tune.results.results import allocation_of
 from atp_tune.results.summary import summarise
 from atp_tune.run import generation as generation_prompts
 from atp_tune.run import observers
-from atp_tune.spec.config import read_config
 
 TOKENS = 8
 ASKED = f"continuations.tokens={TOKENS}"
 FOUND = Continuations(
     prompts=("One | two", "three"), tokens=5, dtype="float32", dense=("a\n\nb", "c"),
     uniform=("\x1b[31md :smile:", "e"), best=("<b>f</b>", "g"),
-    others={"row-prices": ("h", "i")},
+    others={"gradient-rows": ("h", "i")},
 )  # fmt: skip
 
 
@@ -248,15 +248,15 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
 @pytest.mark.parametrize(("is_terminal", "width"), [(True, 80), (False, 200)])
 def test_one_below_the_other(is_terminal: bool, width: int, shown: Callable[[bool, int], str]) -> None:
     assert shown(is_terminal, width) == (
-        "\nOne | two …\n  dense      a ↵ b\n  uniform    \\x1b[31md :smile:\n  row-prices h\n  best       <b>f</b>\n"
-        "\nthree …\n  dense      c\n  uniform    e\n  row-prices i\n  best       g\n"
+        "\nOne | two …\n  dense      a ↵ b\n  uniform    \\x1b[31md :smile:\n  gradient-rows h\n  best       <b>f</b>\n"
+        "\nthree …\n  dense      c\n  uniform    e\n  gradient-rows i\n  best       g\n"
         "\ngreedy, without a chat template, at most 5 tokens, in float32; ↵: a line break\n\n"
     )
 
 
 def test_side_by_side(shown: Callable[[bool, int], str]) -> None:
     lines = [line.split() for line in shown(True, 140).splitlines()]
-    assert ["dense", "uniform", "row-prices", "best"] in lines
+    assert ["dense", "uniform", "gradient-rows", "best"] in lines
     assert ["a", "↵", "b", "\\x1b[31md", ":smile:", "h", "<b>f</b>"] in lines
 
 

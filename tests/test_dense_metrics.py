@@ -11,10 +11,10 @@ from families import bench_of, copy_of, few, random_ids, tiny
 
 from atp_tune.allocations import ALLOCATIONS, DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
+from atp_tune.config.patterns import make_plan
 from atp_tune.errors import TrialError
 from atp_tune.events import Step
 from atp_tune.run.session import Session
-from atp_tune.spec.patterns import make_plan
 
 FAMILIES = ["llama", "gpt2", "opt"]
 IDS = random_ids(5)  # the calibration windows of a tiny bench

@@ -10,12 +10,12 @@ from test_prune_pass import atp_plan
 
 from atp_tune.blocks import dense_metrics
 from atp_tune.blocks.dense_metrics import cached_statistics, is_room, place_of, save_all
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.pruners import PRUNERS
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
 from atp_tune.run import dense_model
-from atp_tune.spec.prune import PruneConfig
 
 DENSE = PruneConfig(statistics="dense")
 KINDS: dict[Any, Any] = {

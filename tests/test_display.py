@@ -11,7 +11,7 @@ from atp_tune.cli.display import Display, Line
 from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
 
-priced = planned("wanda", "row-prices", (0.5, 0.7), target=0.6)
+priced = planned("wanda", "gradient-rows", (0.5, 0.7), target=0.6)
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_what_is_left_is_of_the_whole_study(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     """It was that of the trials alone, and 0 while a third of the run was ahead."""
     show = Display()
-    show(Ahead({"dense": (1, 100), "prices": (1, 600), "trial": (4, 200), "test": (2, 300), "training": (1, 2000)}))
+    show(Ahead({"dense": (1, 100), "gradient": (1, 600), "trial": (4, 200), "test": (2, 300), "training": (1, 2000)}))
     for seconds, event in (
         (0.0, TrialStarted("dense model", None)),
-        (50.0, TrialStarted("prices", None)),  # half a second a token: 300 s, 4 × 100 s, 2 × 150 s, 1000 s
+        (50.0, TrialStarted("gradient", None)),  # half a second a token: 300 s, 4 × 100 s, 2 × 150 s, 1000 s
         (120.0, TrialStarted("trial 0", priced, 0)),
         (20.0, TrialEnded(0, {"perplexity": 20.0}, None, {"perplexity": 20.0}, 1, 4)),
         (0.0, TrialStarted("trial 1", priced, 1)),
@@ -45,10 +45,10 @@ def test_what_is_left_is_of_the_whole_study(clock: list[float], capsys: pytest.C
     assert capsys.readouterr().out.splitlines() == [
         "dense model",
         "prices (33 min left)",
-        "[1/4] trial 0: 60% wanda row-prices: perplexity 20.00 in 20 s (best 20.00, 10 min left)",
-        "[2/2] trial 1: 60% wanda row-prices: perplexity 18.00 in 20 s (best 18.00, 8 min left)",
+        "[1/4] trial 0: 60% wanda gradient-rows: perplexity 20.00 in 20 s (best 20.00, 10 min left)",
+        "[2/2] trial 1: 60% wanda gradient-rows: perplexity 18.00 in 20 s (best 18.00, 8 min left)",
         "test text: dense model (8 min left)",
-        "test text: trial 1 60% wanda row-prices (9 min left)",
+        "test text: trial 1 60% wanda gradient-rows (9 min left)",
         "training the kept weights of trial 1 (7 min left)",
         "fine-tuning x (7 min left)",
         "measuring x (7 min left)",
@@ -105,9 +105,9 @@ def test_workers_share_what_is_left(clock: list[float], capsys: pytest.CaptureFi
     """Each descends by itself, at the same time."""
     show = Display()
     one, other = Line(show, "worker 0: "), Line(show, "worker 1: ")
-    one(Ahead({"trial": (7, 1.0), "prices": (1, 30.0)}))
+    one(Ahead({"trial": (7, 1.0), "gradient": (1, 30.0)}))
     for line in (one, other):
-        line(TrialStarted("prices", None))
+        line(TrialStarted("gradient", None))
     clock.append(300.0)
     for number, line in enumerate((one, other)):
         line(TrialStarted(f"trial {number}", priced, number))
@@ -127,12 +127,12 @@ def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys
     now = 0.0
     monkeypatch.setattr(display, "monotonic", lambda: now)
     show = Display()
-    show(TrialStarted("prices", None))
+    show(TrialStarted("gradient", None))
     for step in range(1, 45):
         now += 7.0
         show(Step("step", step, 44))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["prices", "prices: step 9 of 44, 4 min left", "prices: step 18 of 44, 3 min left"]
+    assert lines[:3] == ["gradient", "prices: step 9 of 44, 4 min left", "prices: step 18 of 44, 3 min left"]
     assert len(lines) == 1 + 44 * 7 // 63
     show(TrialStarted("trial 0", None, 0))
     for step in range(1, 11):

@@ -15,10 +15,10 @@ from pages import LINK, PAGES, REPO, Block, anchors, blocks, commands, named, pr
 
 import atp_tune
 from atp_tune.cli.application import app
-from atp_tune.spec.finding import known
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import load
-from atp_tune.spec.writing import choices
+from atp_tune.config.finding import known
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import load
+from atp_tune.config.writing import choices
 
 README = REPO / "README.md"
 STUDIES = {path.stem for path in known()}
@@ -208,8 +208,8 @@ def test_the_page_of_commands_has_every_option(theme: Any) -> None:
 
 def test_links_out_of_the_folder_lead_to_pages_of_the_site(theme: Any) -> None:
     links = theme("outside_links")
-    text = "[a](../atp_tune/spec/study.py#x) [b](bos.md) [c](../README.md)\n\n    [d](../e)\n"
-    inside = "[a](source/atp_tune/spec/study.py.md#x) [b](bos.md) [c](index.md)\n\n    [d](../e)\n"
+    text = "[a](../atp_tune/config/study.py#x) [b](bos.md) [c](../README.md)\n\n    [d](../e)\n"
+    inside = "[a](source/atp_tune/config/study.py.md#x) [b](bos.md) [c](index.md)\n\n    [d](../e)\n"
     assert links.rewritten(text, "chat.md") == inside
     assert links.rewritten("[a](docs/bos.md)", "index.md") == "[a](bos.md)"
-    assert links.linked([("chat.md", text)]) == {"atp_tune/spec/study.py"}
+    assert links.linked([("chat.md", text)]) == {"atp_tune/config/study.py"}

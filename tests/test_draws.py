@@ -16,8 +16,12 @@ import pytest
 from families import nlls_of
 from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, study_file
 
-from atp_tune.allocations import prices
+from atp_tune.allocations import gradient
 from atp_tune.checkpoints.models import resolve
+from atp_tune.config.best import read_config
+from atp_tune.config.data import Calibration
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.study import ModelConfig
 from atp_tune.cost.planning import foresee
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
@@ -31,10 +35,6 @@ from atp_tune.results.summary import summarise, undrawn
 from atp_tune.run import session as module
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.final_scores import FinalScores
-from atp_tune.spec.config import read_config
-from atp_tune.spec.data import Calibration
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.study import ModelConfig
 
 THREE = "texts.calibration.draws=3"
 
@@ -99,7 +99,7 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     """
     few_steps(monkeypatch)
     monkeypatch.setattr(module, "POOL", pool)
-    keys = ('allocation=["prices"]', "search.trials=2")
+    keys = ('allocation=["gradient"]', "search.trials=2")
     run(place, *keys, "texts.calibration.draws=1")
     trial = next(trial for trial in stored(place).trials if trial.params["kappa"])
     for draw in (1, 2):  # as an earlier version has stored it
@@ -116,7 +116,7 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
         windows = {**opened.windows, "calibration": items}
         context = Session(opened.folder, opened.checkpoint, windows, spec.prune, ignore_events)
         monkeypatch.setattr(context, "_pool", lambda fitted=fitted: fitted)
-        plan = make_plan("wanda", "prices", context.budget(0.6), {"kappa": trial.params["kappa"]})
+        plan = make_plan("wanda", "gradient", context.budget(0.6), {"kappa": trial.params["kappa"]})
         blocks = context.prune(plan)
         expected.append(nlls_of(context, ((block.index, block.weights) for block in blocks), "test"))
     found = study.user_attrs["refits"][str(trial.number)]["3"]
@@ -135,12 +135,12 @@ def test_only_plans_by_prices_are_fitted_to_a_pool(place: Path, monkeypatch: pyt
     """Beside one by prices, a plan of owl was said to be fitted to the pool; it measures the text's own windows."""
     few_steps(monkeypatch)
     monkeypatch.setattr(module, "POOL", 512)
-    study = run(place, 'allocation=["owl", "prices"]', "search.trials=4", THREE)
+    study = run(place, 'allocation=["owl", "gradient"]', "search.trials=4", THREE)
     found = summarise(study).over_draws
     fitted = {
         study.trials[number].params["allocation"]: over.fitted_to for number, over in found.items() if over.change
     }
-    assert fitted == {"owl": (8 * TOKENS, 8 * TOKENS), "prices": (512, 512)}
+    assert fitted == {"owl": (8 * TOKENS, 8 * TOKENS), "gradient": (512, 512)}
 
 
 @pytest.mark.slow
@@ -357,10 +357,10 @@ def test_their_cost_is_foretold(place: Path) -> None:
     one, three = (foresee(study_file(place, dense, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
     assert three.tokens - one.tokens == 2 * 2 * (256 + 512) + 2 * 2 * 256  # the error curve; statistics, once a draw
-    by_prices = 'allocation=["prices"]'
+    by_prices = 'allocation=["gradient"]'
     one, three = (foresee(study_file(place, by_prices, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
     assert one.tokens is not None and three.tokens is not None
-    descents = 3 * 3 * prices.STEPS * 2048  # forward passes; of the first draw too, since the text is short
+    descents = 3 * 3 * gradient.STEPS * 2048  # forward passes; of the first draw too, since the text is short
     assert three.tokens - one.tokens == 5 * (2 * 256 + 512) + 2 * 2 * 256 + descents
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from atp_tune.sparse.training import EarlyStop, windows_held_out, windows_read
-from atp_tune.spec.recover import Training
+from atp_tune.config.recover import Training
+from atp_tune.folders.training import EarlyStop, windows_held_out, windows_read
 
 SETTINGS = Training(
     train="lora",

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.config.patterns import make_plan
 from atp_tune.errors import UserError
-from atp_tune.spec.patterns import make_plan
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"

@@ -22,11 +22,11 @@ from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.prune_pass import AllInputsSeen, InputCollector, stop_when_all_seen, unmeasured
 from atp_tune.blocks.replay import block_bytes
 from atp_tune.checkpoints.blocks import expert_inputs, find_linears
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError
 from atp_tune.events import ignore_events
 from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.spec.prune import PruneConfig
 
 # --- in which order they are added up
 

@@ -24,14 +24,14 @@ from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
 from torch import Tensor
 
 from atp_tune.api.pruning import prune_study
+from atp_tune.config.best import Config, read_config
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
+from atp_tune.folders.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
 from atp_tune.inputs.windows import token_windows
 from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings, SparseGPTSettings, WandaSettings
-from atp_tune.sparse.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
-from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.prune import PruneConfig
 from atp_tune.storage.progress import measured
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"

@@ -50,11 +50,11 @@ from tinystudy import (
     wait_until,
 )
 
+from atp_tune.config.best import read_config
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores
 from atp_tune.search import runner
-from atp_tune.spec.config import read_config
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.lost_trials import SAME

@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_applying import block_of, same_bytes, tensors
 from tinystudy import TOKENS, CommandLine, finish, settings, start, wait_until
 
+from atp_tune.config.best import read_config
+from atp_tune.config.data import Text
+from atp_tune.config.recover import Training
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, Place
+from atp_tune.folders import finetuning
+from atp_tune.folders.applying import apply
+from atp_tune.folders.finetuning import finetune
+from atp_tune.folders.provenance import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
+from atp_tune.folders.training import order
 from atp_tune.measures import change, perplexity
-from atp_tune.sparse import finetuning
-from atp_tune.sparse.applying import apply
-from atp_tune.sparse.finetuning import finetune
-from atp_tune.sparse.provenance import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
-from atp_tune.sparse.training import order
-from atp_tune.spec.config import read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.recover import Training
 from atp_tune.utils.extras import install
 
 SHORT = (

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from tinystudy import study_file
 
-from atp_tune.allocations import prices
+from atp_tune.allocations import gradient
 from atp_tune.checkpoints.files import Free, ModelSizes
+from atp_tune.config.study import Study
 from atp_tune.cost.forecast import (
     UNKNOWN,
     Amounts,
@@ -25,7 +26,6 @@ from atp_tune.cost.forecast import (
     sums,
     training,
 )
-from atp_tune.spec.study import Study
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
 RATES = ProbeRates(
@@ -132,9 +132,9 @@ def test_the_training_of_the_best_plan_comes_on_top(tiny_place: Path) -> None:
 
 def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
     """Each of two more draws measures uniform and the best; the best's plan is a descent of its own."""
-    keys = ("allocation=prices", "prune.pruners=['wanda']", "texts.calibration.draws=3")
+    keys = ("allocation=gradient", "prune.pruners=['wanda']", "texts.calibration.draws=3")
     found = by_name(study(tiny_place, *keys), Done(3))
-    [descent], [draw] = found["prices"], found["draw"]
+    [descent], [draw] = found["gradient"], found["draw"]
     assert (draw.number, draw.left) == (4, 4)
     assert draw.tokens == pytest.approx(2000 + 200 + (2 * 2 * 1000 + 2 * descent.tokens) / 4)  # norms of each draw
     assert draw.prices == pytest.approx(2 * descent.seconds / 4)
@@ -142,10 +142,10 @@ def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
 
 def test_descents_wait_for_what_copies_take_beyond_the_products(tiny_place: Path) -> None:
     """Two copies of each of 4 blocks a step, of 20, against tokens that are counted as those that go through twice."""
-    spec = study(tiny_place, "allocation=prices")
-    [plain], [slow] = (by_name(spec, Done(3), replace(RATES, fetch=fetch))["prices"] for fetch in (0.0, 1000.0))
+    spec = study(tiny_place, "allocation=gradient")
+    [plain], [slow] = (by_name(spec, Done(3), replace(RATES, fetch=fetch))["gradient"] for fetch in (0.0, 1000.0))
     assert plain.seconds == pytest.approx(4 * plain.tokens / 2 * RATES.dense)
-    assert slow.seconds == pytest.approx(4 * 2 * prices.STEPS * 1000)
+    assert slow.seconds == pytest.approx(4 * 2 * gradient.STEPS * 1000)
 
 
 SIZES = ModelSizes(total=1000, blocks=(100, 300, 200, 300), bytes=4000, itemsize=4)

@@ -19,6 +19,8 @@ from synthetic import VERSIONS, storage_in
 from tinystudy import TUNE, CommandLine, quiet, run, study_file
 
 from atp_tune import figures
+from atp_tune.config.best import read_config
+from atp_tune.config.studyfile import load, settings
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import UserError
 from atp_tune.measures import KL, change, relative
@@ -28,8 +30,6 @@ from atp_tune.results.goals import best_trial, excess_of, goal_in
 from atp_tune.results.status import status_of
 from atp_tune.results.stored import best_config
 from atp_tune.results.summary import summarise, unreported
-from atp_tune.spec.config import read_config
-from atp_tune.spec.studyfile import load, settings
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 STUDIES = TUNE.parent / "studies"
@@ -429,7 +429,7 @@ def test_a_uniform_best_is_called_so(tmp_path: Path) -> None:
     config = best_config(load(str(tmp_path / "made.toml"), []), study, tmp_path / "best.json")
     assert (config.plan.allocation, config.plan.parameters) == ("uniform", {})
     assert config.sparsity.target == 0.5
-    from atp_tune.sparse.card import model_card
+    from atp_tune.folders.card import model_card
 
     card = str(model_card(config, tmp_path))
     assert "β" not in card

@@ -35,11 +35,11 @@ from tinystudy import HANGS, Answer, CommandLine
 from atp_tune.api.configuration import Configuration
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import MODEL, app
+from atp_tune.config import finding
+from atp_tune.config.best import read_config
+from atp_tune.config.study import ModelConfig
 from atp_tune.events import Place
 from atp_tune.serving import servers
-from atp_tune.spec import finding
-from atp_tune.spec.config import read_config
-from atp_tune.spec.study import ModelConfig
 from atp_tune.speed import benchmark, torch_engine
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
@@ -74,7 +74,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         ("study file", "model folder", "texts"), "--study {study}/tiny.toml --trials 2")
         | {"database": "--study {study}/tiny.toml --trials 7", "configuration": "--study {study}/tiny.toml"}),
     MODEL: (rf"work/studies|work/studies/{MADE}\.(toml|db|db-journal|best\.json|{FILES})", dict.fromkeys(
-        ("model folder", "texts"), f"{{study}}/model --sparsity 0.6 --texts {{text}} --preset quick --device cpu {FEW}")),
+        ("model folder", "texts"), f"{{study}}/model --sparsity 0.6 --texts {{text}} --preset quick {FEW}")),
     "plan": ("", dict.fromkeys(("study file", "database", "model folder", "texts"), "--study {study}/tiny.toml")),
     "status": ("", dict.fromkeys(("study file", "database"), "--study {study}/tiny.toml")),
     "serve": (rf"{ARTIFACTS}|{DATABASE}", dict.fromkeys(
@@ -127,7 +127,7 @@ class HangsError(BaseException):
 @pytest.fixture(scope="module")
 def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished tiny study with the folder that `apply` makes of it; to be read only."""
-    from atp_tune.sparse.applying import apply
+    from atp_tune.folders.applying import apply
 
     place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("hostile") / "place"))
     with pytest.MonkeyPatch.context() as patch:

@@ -38,17 +38,17 @@ from transformers import (
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
+from atp_tune.config.best import read_config
+from atp_tune.config.studyfile import load
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.errors import UserError
+from atp_tune.folders.packing import pack_folder
+from atp_tune.folders.provenance import FINETUNED, Finetuned
 from atp_tune.measures import ACCURACY, TEXTS, accuracy, gain, perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.formatting import sign_of_beta
 from atp_tune.results.results import Against, is_uniform
 from atp_tune.results.summary import summarise
-from atp_tune.sparse.packing import pack_folder
-from atp_tune.sparse.provenance import FINETUNED, Finetuned
-from atp_tune.spec.config import read_config
-from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow
 SIDE, CLASSES = 16, 4

@@ -24,6 +24,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.data import ImageSet
+from atp_tune.config.facts import facts
+from atp_tune.config.patterns import make_plan, parse
+from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
 from atp_tune.inputs import pictures as pictures_module
 from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, images_of
@@ -32,10 +36,6 @@ from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_indices, pi
 from atp_tune.measures import accuracy, gain
 from atp_tune.scores.classes import CLASSES as SCORE
 from atp_tune.scores.classes import ranks_of
-from atp_tune.spec.data import ImageSet
-from atp_tune.spec.facts import facts
-from atp_tune.spec.patterns import make_plan, parse
-from atp_tune.spec.studyfile import load
 
 STAGED = ("convnext", "swin", "swinv2", "hiera", "levit", "pvt", "pvtv2", "segformer", "focalnet")
 

@@ -9,13 +9,13 @@ from families import bench_of, tiny
 
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.gradients import Pricing, RowPricing
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.run import dense_model as module
 from atp_tune.run.dense_model import DescentSteps
-from atp_tune.spec.prune import PruneConfig
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["prices", "row-prices"])
+@pytest.mark.parametrize("rows", [False, True], ids=["gradient", "gradient-rows"])
 @pytest.mark.parametrize("interrupted", [1, 4, 5, 19], ids=lambda step: f"step {step}")
 def test_an_interrupted_descent_goes_on(
     rows: bool, interrupted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -37,10 +37,10 @@ def test_an_interrupted_descent_goes_on(
         context.watch = lambda event: said.append(event.text) if isinstance(event, Message) else None
         return context._priced(targets, "wanda", rows)
 
-    monkeypatch.setattr(pricing, "prices", counted)
+    monkeypatch.setattr(pricing, "gradient", counted)
     with pytest.raises(KeyboardInterrupt):
         ends("cache")
-    [left] = (tmp_path / "cache" / "prices").glob("*.part")
+    [left] = (tmp_path / "cache" / "gradient").glob("*.part")
     stop.clear()
     found, total = ends("cache"), len(taken)
     assert total == module.steps_along(targets) == 20 and not left.exists()

@@ -10,6 +10,8 @@ from test_runner import reopen, states
 from test_zeroshot import make_tasks
 from tinystudy import CommandLine, run, study_file
 
+from atp_tune.config.best import read_config
+from atp_tune.config.search import STEP
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
@@ -18,8 +20,6 @@ from atp_tune.results.results import is_uniform, parameters_of, uniform_of
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
-from atp_tune.spec.config import read_config
-from atp_tune.spec.search import STEP
 from atp_tune.storage.fingerprint import batches_of
 from atp_tune.storage.progress import sparsity_of
 

@@ -16,7 +16,7 @@ from prose import prose
 from test_benchmarks import BENCHMARKS, benchmark
 from tinystudy import CommandLine, settings
 
-from atp_tune.spec.studyfile import load
+from atp_tune.config.studyfile import load
 from atp_tune.utils.cache import sha256_of
 
 NAMES = ("llama-small", "gpt-neox-small")

@@ -32,7 +32,7 @@ LAYERS = [
     "quantizers",
     "packed",
     "plan",
-    "spec",
+    "config",
     "events",
     "storage",
     "checkpoints",
@@ -45,7 +45,7 @@ LAYERS = [
     "figures",
     "report",
     "dashboard",
-    "sparse",
+    "folders",
     "cost",
     "speed",
     "tracking",
@@ -238,12 +238,12 @@ LIGHT = [
     "search.space",
     "search.runner",
     "serving.servers",
-    "sparse.card",
-    "sparse.exporting",
-    "sparse.publishing",
-    "spec.config",
-    "spec.study",
-    "spec.studyfile",
+    "folders.card",
+    "folders.exporting",
+    "folders.publishing",
+    "config.best",
+    "config.study",
+    "config.studyfile",
     "metrics",
     "storage.opening",
     "storage.fingerprint",
@@ -286,8 +286,8 @@ def test_a_study_file_is_read_without_torch() -> None:
     """Run, not read from the source: what is registered is imported by its name."""
     script = (
         "import sys\n"
-        "from atp_tune.spec.facts import facts\n"
-        "from atp_tune.spec.studyfile import from_settings, load, settings\n"
+        "from atp_tune.config.facts import facts\n"
+        "from atp_tune.config.studyfile import from_settings, load, settings\n"
         "file = load('smol', ['prune.pruners=[\"wanda\", \"alps\"]', 'prune.alps.rho=1', 'allocation=owl'])\n"
         "assert from_settings(settings(file)).study == file.study\n"
         "assert facts(file.study)['prune.alps.rho'] == 1\n"

@@ -15,10 +15,10 @@ from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
+from atp_tune.config.search import STEP
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.search.goals import LimitSampler, Screened, Surrogate, WithinLimit
 from atp_tune.search.space import Space, make_space
-from atp_tune.spec.search import STEP
 
 LIMITS = [{"max_increase": 0.2}, {"max_increase": 2.0}, {"max_perplexity": 30.0}]
 
@@ -131,11 +131,12 @@ def test_an_interrupted_search_without_a_screening_has_the_points_of_another() -
 def test_prices_within_a_limit() -> None:
     """At each sparsity that it measures, the plan has the sparsities of the descent there."""
     shapes = ((Shape(10, 10, True), Shape(10, 10, False)),) * len(SIZES)
-    study = study_of(sparsity=(0.2, 0.7), search={"sampler": "tpe", "trials": 24}, allocation={"names": ["prices"]})
+    study = study_of(sparsity=(0.2, 0.7), search={"sampler": "tpe", "trials": 24}, allocation={"names": ["gradient"]})
     metrics = Descended(len(SIZES))
     space = make_space(study, Budget(0.7, (200,) * len(SIZES), shapes, metrics))  # type: ignore[arg-type]
-    points = [space.at({"pruner": "wanda", "allocation": "prices", "kappa": 0.4}, level) for level in (0.2, 0.45, 0.7)]
-    distributions = {**space.kinds("prices"), "allocation": CategoricalDistribution(tuple(space.intervals))}
+    params = {"pruner": "wanda", "allocation": "gradient", "kappa": 0.4}
+    points = [space.at(params, level) for level in (0.2, 0.45, 0.7)]
+    distributions = {**space.kinds("gradient"), "allocation": CategoricalDistribution(tuple(space.intervals))}
     done = [
         optuna.create_trial(
             value=math.exp(loss(point["sparsity"], point["kappa"])), params=point, distributions=distributions

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_tune.checkpoints.models import resolve
-from atp_tune.sparse.exporting import K_QUANTS, TENSORS
-from atp_tune.spec.study import ModelConfig
+from atp_tune.config.study import ModelConfig
+from atp_tune.folders.exporting import K_QUANTS, TENSORS
 
 pytestmark = pytest.mark.slow
 ASKED = "ATP_TUNE_LLAMACPP"
@@ -135,12 +135,12 @@ def test_a_slim_folder_of_unequal_widths_is_refused(place: Path, command: Comman
     assert not Path(f"{place / 'slim'}.gguf").exists()
 
 
-@pytest.mark.parametrize("allocation", ["atp", "prices"])
+@pytest.mark.parametrize("allocation", ["atp", "gradient"])
 def test_tensors_get_the_types_of_the_plan(
     place: Path, command: CommandLine, llamacpp: Path, allocation: str, tmp_path: Path
 ) -> None:
     tables = "[quantize]\nquantizers = ['rtn']\ngroup_size = 64\n"
-    more = ["--beta=-0.2"] if allocation == "atp" else ["--allocation", "prices", "--parameter", "kappa=1"]
+    more = ["--beta=-0.2"] if allocation == "atp" else ["--allocation", "gradient", "--parameter", "kappa=1"]
     folder = pruned(command, place, "bits = 4.5", tables, *more)
     lines, out = tmp_path / "plan.tensor-types.txt", tmp_path / "rounded.gguf"
     answer = command("export", "--config", folder / "atp_tune.json", "--format", "llama.cpp", "--out", lines)

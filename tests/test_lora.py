@@ -10,8 +10,8 @@ from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from atp_tune.sparse.lora import Lora
-from atp_tune.sparse.training import Adapters, recompute_blocks
+from atp_tune.folders.lora import Lora
+from atp_tune.folders.training import Adapters, recompute_blocks
 
 FEW = ("llama", "gpt2", "falcon", "gemma3", "qwen2_moe", "gpt_oss")  # in the fast suite
 

@@ -11,11 +11,11 @@ from optuna.storages import BaseStorage
 from test_serving import served
 from tinystudy import CommandLine, run
 
+from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import remark_of, study_remarks
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
-from atp_tune.spec.config import read_config
 from atp_tune.storage import fingerprint, opening
 
 GPU = "NVIDIA H100 80GB HBM3"

@@ -26,16 +26,16 @@ from atp_tune.api.presets import (
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import MODEL
 from atp_tune.cli.commands import tune
+from atp_tune.config.best import read_config
+from atp_tune.config.data import Text
+from atp_tune.config.recover import RecoverConfig
+from atp_tune.config.study import ModelConfig, Study
+from atp_tune.config.studyfile import StudyFile, load, tables
+from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_sparsity
+from atp_tune.config.writing import write_study
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents
 from atp_tune.results.goals import best_trial, excess_of
-from atp_tune.spec.config import read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.recover import RecoverConfig
-from atp_tune.spec.study import ModelConfig, Study
-from atp_tune.spec.studyfile import StudyFile, load, tables
-from atp_tune.spec.typed import WHOLE, goal, parse_limit, parse_sparsity
-from atp_tune.spec.writing import write_study
 from atp_tune.storage.progress import counted
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
@@ -86,9 +86,9 @@ def test_prices_are_not_for_experts(here: Path) -> None:
     for source in ("Tiny_Llama", "Mixture"):
         study = StudyRequest(source, 0.5, texts="own.txt").study("cpu", {}, said.append)
         allocations.append((*study.allocation.names, study.search.trials))
-    assert allocations == [("row-prices", 4), ("atp", 8)]
+    assert allocations == [("gradient-rows", 4), ("atp", 8)]
     assert [line for line in said if "experts" in line] == [
-        "the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)"
+        "the model has experts, so blocks get sparsities by ATP (--allocation gradient-rows: gradients of all)"
     ]
 
 
@@ -426,8 +426,8 @@ def test_a_text_gives_what_it_has(tiny_place: Path) -> None:
 def test_a_preset_without_a_gpu_is_quick(tiny_place: Path) -> None:
     request = StudyRequest(str(tiny_place / "model"), 0.5, texts=str(tiny_place / "long.txt"))
     study = request.study("cpu", {}, lambda _: None)
-    assert study.allocation.names == ("row-prices",) and study.search.trials == PRESETS["quick"].trials // 2
-    both = replace(request, allocations=("prices", "curve")).study("cpu", {}, lambda _: None)
+    assert study.allocation.names == ("gradient-rows",) and study.search.trials == PRESETS["quick"].trials // 2
+    both = replace(request, allocations=("gradient", "curve")).study("cpu", {}, lambda _: None)
     assert both.search.trials == PRESETS["quick"].trials
 
 
@@ -503,7 +503,7 @@ def test_what_settings_ask_for_is_asked_for(overrides: list[str], sparsity: obje
     [
         ("atp", 0.5, {"prune.pattern": "channels"}),
         ("atp", WHOLE, {"prune.pattern": "channels"}),
-        ("row-prices", 0.5, {"bits": 4}),
+        ("gradient-rows", 0.5, {"bits": 4}),
     ],
 )
 def test_nothing_unasked_contradicts_a_setting(

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.config import study
 from atp_tune.errors import UserError
-from atp_tune.spec import study
 from atp_tune.utils.cache import sha256_of_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

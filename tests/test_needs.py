@@ -21,9 +21,9 @@ from tinystudy import CommandLine
 import atp_tune
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
-from atp_tune.sparse.packing import pack_folder
-from atp_tune.spec.study import ModelConfig
+from atp_tune.folders.packing import pack_folder
 from atp_tune.utils import extras
 
 Patch = pytest.MonkeyPatch

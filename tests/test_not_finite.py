@@ -68,10 +68,10 @@ class Case:
     reason: str
 
 
-PRICES, ROWS = (f'allocation="{name}"' for name in ("prices", "row-prices"))
+PRICES, ROWS = (f'allocation="{name}"' for name in ("gradient", "gradient-rows"))
 CASES = [
-    Case("a gradient, for `prices`", (PRICES,), infinite_gradient, "prices are not finite"),
-    Case("a gradient, for `row-prices`", (ROWS,), infinite_gradient, "prices of rows are not finite"),
+    Case("a gradient, for `gradient`", (PRICES,), infinite_gradient, "prices are not finite"),
+    Case("a gradient, for `gradient-rows`", (ROWS,), infinite_gradient, "prices of rows are not finite"),
     Case("a gradient, for bits by prices", (PRICES, "bits=3.5"), infinite_gradient, "prices of bits are not finite"),
     Case("a statistic of inputs", (), infinite_norm, "norms of inputs not finite"),
     Case("a scale of rounded weights", ("bits=3.5",), undefined_scale, "Hessian not finite"),

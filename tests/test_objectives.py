@@ -20,6 +20,8 @@ from tinystudy import finish as finished
 from atp_tune import figures, measures
 from atp_tune.allocations import Budget
 from atp_tune.api.merging import merge
+from atp_tune.config.best import read_config
+from atp_tune.config.facts import facts
 from atp_tune.dashboard.notes import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
@@ -31,8 +33,6 @@ from atp_tune.search import trial_loop
 from atp_tune.search.samplers import levelled
 from atp_tune.search.space import make_space
 from atp_tune.search.trial_loop import regret_of
-from atp_tune.spec.config import read_config
-from atp_tune.spec.facts import facts
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import SUFFIX
 

@@ -36,7 +36,9 @@ from transformers import (
 from atp_tune.checkpoints import convert
 from atp_tune.checkpoints.convert import ABOUT, unpack_folder
 from atp_tune.checkpoints.models import resolve
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
+from atp_tune.folders.packing import pack_folder
 from atp_tune.packed.layout import pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -49,8 +51,6 @@ from atp_tune.packed.modeling_atp_sparse import (
 )
 from atp_tune.packed.registering import register
 from atp_tune.search.objective import Record
-from atp_tune.sparse.packing import pack_folder
-from atp_tune.spec.study import ModelConfig
 
 REPO = Path(__file__).parents[1]
 REPRESENTATIVES = ("llama-tied", "gpt2", "gpt_neox", "falcon", "mixtral", "llava")  # of ways in which weights are kept

@@ -21,18 +21,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.best import read_config
+from atp_tune.config.data import Text
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.study import ModelConfig
+from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.spec.config import read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig
-from atp_tune.spec.studyfile import load
 
 SIDE, PATCH, TOKENS = 16, 8, 24
 TEXT: dict[str, Any] = {
@@ -328,7 +328,7 @@ def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> N
             for source in ("pairs.parquet", "memory:abc.parquet", "http:x.parquet", "pypi:a==1.parquet")
         ),
         ("texts.calibration.shuffle=true", "texts.calibration.shuffle: is of documents"),
-        ("allocation=prices", "allocation.names: prices goes down on texts"),
+        ("allocation=gradient", "allocation.names: gradient goes down on texts"),
         ("texts.validation.images=image", "texts.validation.images: models are measured on text"),
     ],
 )

@@ -14,9 +14,9 @@ from test_trust import CODE, change
 from tinystudy import CommandLine
 
 import atp_tune
+from atp_tune.config.facts import facts
+from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
-from atp_tune.spec.facts import facts
-from atp_tune.spec.studyfile import load
 
 PLUGINS = ("--trust-plugins",)
 YAML = """\
@@ -172,8 +172,8 @@ def test_a_database_permits_no_code(place: Path) -> None:
     """A stored study's settings come from whoever made the database, overrides included."""
     file = load(str(place / "tiny.toml"), ["model.trust_remote_code=true"])
     assert file.permissions["trust_remote_code"]
-    stored = json.loads(json.dumps(atp_tune.spec.studyfile.settings(file)))
-    assert not atp_tune.spec.studyfile.from_settings(stored).permissions["trust_remote_code"]
+    stored = json.loads(json.dumps(atp_tune.config.studyfile.settings(file)))
+    assert not atp_tune.config.studyfile.from_settings(stored).permissions["trust_remote_code"]
 
 
 def test_a_task_s_code_is_a_fact_of_the_study(place: Path) -> None:

@@ -6,8 +6,8 @@ from plans import linears_of, planned, stored
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
+from atp_tune.config.patterns import make_plan, parse
 from atp_tune.plan import Plan
-from atp_tune.spec.patterns import make_plan, parse
 
 
 def test_a_plan_is_an_allocation_at_its_parameters() -> None:
@@ -56,7 +56,7 @@ class Priced:
 def test_prices_keep_to_the_pattern(kappa: float) -> None:
     shapes = ((Shape(4, 8, True), Shape(4, 8, False)),) * 2
     budget = Budget(0.5, (64, 64), shapes, Priced())  # type: ignore[arg-type]
-    plan = make_plan("wanda", "prices", budget, {"kappa": kappa}, parse("mixed:8"))
+    plan = make_plan("wanda", "gradient", budget, {"kappa": kappa}, parse("mixed:8"))
     rows = {0.6: ((0.375, 0.5), (0.625, 0.5)), 1.0: ((0.25, 0.625), (0.625, 0.5))}
     assert linears_of(plan) == rows.get(kappa)
     assert sum(plan.amounts) == 1.0

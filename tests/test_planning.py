@@ -47,7 +47,7 @@ def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
     assert own.tokens == foresee(file, "tiny", ignore_events).whole.tokens
     assert (other.tokens, other.seconds) == (own.tokens, own.seconds)  # the same study, by its settings alone
     costs = [own.model_copy(update={"seconds": seconds, "descents": 60.0}) for seconds in (170.0, 1500.0)]
-    said = "3 trials, about 3 min, of which 60 s for prices; --preset"
+    said = "3 trials, about 3 min, of which 60 s for the gradient; --preset"
     assert cost_beside(costs, "quick", "balanced") == f"quick: {said} balanced measures more, in about 25 min"
     assert cost_beside(costs[::-1], "balanced", "quick").endswith("; --preset quick measures less, in about 3 min")
     assert cost_beside(costs[:1], "quick", "balanced") == f"quick: {said.partition(';')[0]}"
@@ -58,10 +58,10 @@ def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
     [
         ([], 3, 0),
         (["speed=true"], 3, 2 * 256 + 2 * 4 * (64 + 16 * 96)),
-        (["allocation=['atp', 'row-prices', 'uniform']"], 4, 0),
+        (["allocation=['atp', 'gradient-rows', 'uniform']"], 4, 0),
         (["allocation=uniform"], 3, 0),
         (["continuations.tokens=0"], 0, 0),
-        (["sparsity=[0.5, 0.7]", "allocation=['atp', 'row-prices']"], 3, 0),
+        (["sparsity=[0.5, 0.7]", "allocation=['atp', 'gradient-rows']"], 3, 0),
     ],
 )
 def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, speed: int, tiny_place: Path) -> None:

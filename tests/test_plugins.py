@@ -25,6 +25,17 @@ from atp_tune import plugins
 from atp_tune.allocations import ALLOCATIONS, Budget, Shape
 from atp_tune.allocations.checked import CheckedAllocation, finished
 from atp_tune.api.presets import StudyRequest
+from atp_tune.config.best import Config, read_config
+from atp_tune.config.data import Text
+from atp_tune.config.facts import facts
+from atp_tune.config.plugged import named_in, parts_of, plug_in, plug_in_config, records
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.recover import NLL_SHARES
+from atp_tune.config.search import SAMPLERS
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import from_settings, load
+from atp_tune.config.studyfile import settings as settings_of
+from atp_tune.config.writing import study_schema, study_text
 from atp_tune.errors import PluginError, TrialError, UserError
 from atp_tune.figures.style import PRUNERS as COLOURS
 from atp_tune.figures.style import colour_of
@@ -35,17 +46,6 @@ from atp_tune.pruners.statistics import InputNorms
 from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
-from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.data import Text
-from atp_tune.spec.facts import facts
-from atp_tune.spec.plugged import named_in, parts_of, plug_in, plug_in_config, records
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.recover import NLL_SHARES
-from atp_tune.spec.search import SAMPLERS
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import from_settings, load
-from atp_tune.spec.studyfile import settings as settings_of
-from atp_tune.spec.writing import study_schema, study_text
 from atp_tune.utils.frozen import STORED, SettingsTable
 from atp_tune.utils.registry import Origin, points_of
 
@@ -780,7 +780,7 @@ def test_a_score(tmp_path: Path) -> None:
     ],
 )
 def test_the_loss_of_a_score(takes: str, of_kl: str | list[str], of_both: list[str], tmp_path: Path) -> None:
-    """`prune.loss` was ignored where `gradient` cannot follow it; the NLL alone, of `prices` too, has no `dense`."""
+    """`prune.loss` was ignored where `gradient` cannot follow it; the NLL alone, of `gradient` too, has no `dense`."""
     (tmp_path / "s.py").write_text(
         "from atp_tune.scores.next_token import NextToken\n\n\nclass Own(NextToken):\n"
         f"    def gradient(self, replay, batch, hidden, {takes}):\n"

@@ -24,7 +24,7 @@ from tinystudy import CommandLine, settings, stored
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.allocations import Budget, LinearSparsities, Shape, prices
+from atp_tune.allocations import Budget, LinearSparsities, Shape, gradient
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks import gradients
 from atp_tune.blocks.gradients import (
@@ -41,6 +41,8 @@ from atp_tune.blocks.gradients import (
 )
 from atp_tune.blocks.replay import AutoBatch, block_bytes
 from atp_tune.checkpoints.blocks import Linear
+from atp_tune.config.best import read_config
+from atp_tune.config.prune import PruneConfig
 from atp_tune.cost import forecast
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
@@ -49,8 +51,6 @@ from atp_tune.pruners.wanda import Wanda
 from atp_tune.run import dense_model as descents
 from atp_tune.run.dense_model import CalibrationGradients, by_magnitude
 from atp_tune.run.session import Session
-from atp_tune.spec.config import read_config
-from atp_tune.spec.prune import PruneConfig
 
 FAST = ("llama", "gpt2")
 
@@ -249,13 +249,13 @@ def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatc
 
 def test_the_descent_of_a_pattern_is_by_its_own_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups lose weights in another order than whole rows, so the descent has other prices, and a key of its own."""
-    monkeypatch.setattr(prices, "STEPS", 2)
+    monkeypatch.setattr(gradient, "STEPS", 2)
     found = []
     for pattern in ("unstructured", "mixed:8"):
         context = bench_of(tiny("llama").requires_grad_(False), PruneConfig(pattern=pattern))
         for pruner in ("wanda", "magnitude"):
             found.append(context.budget(0.5).require_dense_metrics("").priced_sparsities(0.5, pruner))
-    assert len(set(found)) == len(list((cache / "prices").glob("*.json"))) == 4
+    assert len(set(found)) == len(list((cache / "gradient").glob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
@@ -386,12 +386,12 @@ def test_passes_are_counted_by_the_room_for_graphs(
 @pytest.mark.slow
 def test_a_plan_counts_a_pass_more_where_blocks_are_on_the_disk(place: Path, command: CommandLine) -> None:
     """The tiny model's blocks keep all in memory."""
-    words = ("--study", place / "tiny.toml", *settings('allocation=["row-prices"]'), "--json")
+    words = ("--study", place / "tiny.toml", *settings('allocation=["gradient-rows"]'), "--json")
     tokens = [
         json.loads(command("plan", *words, *settings(f'model.offload="{offload}"')).out)["whole"]["tokens"]
         for offload in ("none", "disk")
     ]
-    assert tokens[1] - tokens[0] == prices.STEPS * 2048
+    assert tokens[1] - tokens[0] == gradient.STEPS * 2048
 
 
 def test_nothing_of_the_model_changes() -> None:
@@ -448,7 +448,7 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
     draw = random.Random(1)
     count = sum(map(len, budget.linears))
     targets = [budget.target, *(budget.target + more for more in further if budget.target + more < 0.97)]
-    steps = prices.steps_along(targets)
+    steps = gradient.steps_along(targets)
     drawn = [[draw.gauss(0, 1) * (1 + 9 * (k % 7 == 0)) for k in range(count)] for _ in range(steps)]
     seen: list[LinearSparsities] = []
 
@@ -457,7 +457,7 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
         flat = iter(drawn[step])
         return [[next(flat) for _ in row] for row in budget.linears]
 
-    ends = list(prices.descend(budget.linears, targets, prices_at))
+    ends = list(gradient.descend(budget.linears, targets, prices_at))
     assert len(seen) == steps and {s for row in seen[0] for s in row} == {budget.target}
     for end, expected in zip(ends, naive_descent(budget.linears, targets, drawn), strict=True):
         assert [s for row in end for s in row] == pytest.approx(expected, abs=1e-9)
@@ -468,10 +468,10 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
 
 def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
     [budget] = budgets()[1:2]
-    [equal] = prices.descend(budget.linears, [budget.target], lambda *_: [[2.0] * len(row) for row in budget.linears])
+    [equal] = gradient.descend(budget.linears, [budget.target], lambda *_: [[2.0] * len(row) for row in budget.linears])
     assert {s for row in equal for s in row} == {budget.target}
     dear = [[float(i == k == 0) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    [found] = prices.descend(budget.linears, [budget.target], lambda *_: dear)
+    [found] = gradient.descend(budget.linears, [budget.target], lambda *_: dear)
     rest = [s for row in found for s in row][1:]
     assert found[0][0] < budget.target < min(rest)
 
@@ -480,7 +480,7 @@ def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
 def test_targets_at_the_ends(target: float) -> None:
     budget = Budget(target, budgets()[1].sizes, budgets()[1].linears)
     drawn = [[float(i + k) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    [found] = prices.descend(budget.linears, [target], lambda *_: drawn)
+    [found] = gradient.descend(budget.linears, [target], lambda *_: drawn)
     assert budget.mean(budget.block_means(found)) == pytest.approx(target, abs=1e-9)
     assert all(0 <= s <= 1 for row in found for s in row)
 
@@ -496,7 +496,7 @@ def test_targets_at_the_ends(target: float) -> None:
 def test_a_path_has_equal_distances_of_at_most_a_tenth(
     interval: tuple[float, float], expected: tuple[float, ...]
 ) -> None:
-    assert prices.path(*interval) == pytest.approx(expected)
+    assert gradient.path(*interval) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -504,8 +504,8 @@ def test_a_path_has_equal_distances_of_at_most_a_tenth(
 )
 def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: float) -> None:
     ends = [RowSparsities(linears) for linears in (((0.1, 1.0),), ((0.3, 0.5),), ((0.7, 0.0),))]
-    assert prices.between((0.3, 0.4, 0.5), ends, target).linears[0][0] == pytest.approx(expected)
-    assert prices.between((0.4,), ends[:1], 0.4) == ends[0]
+    assert gradient.between((0.3, 0.4, 0.5), ends, target).linears[0][0] == pytest.approx(expected)
+    assert gradient.between((0.4,), ends[:1], 0.4) == ends[0]
 
 
 class Known:
@@ -522,21 +522,21 @@ def test_kappa_is_the_distance_from_uniform() -> None:
     linears = ((Shape(4, 4, True), Shape(8, 4, False)),)
     end = ((0.2, 0.8),)
     budget = Budget(0.6, (48,), linears, Known(end))  # type: ignore[arg-type]
-    assert prices.sparsities(budget, 0.0) == (0.6,)
-    assert prices.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
-    assert prices.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
-    far = prices.sparsities(budget, 1.5)
+    assert gradient.sparsities(budget, 0.0) == (0.6,)
+    assert gradient.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
+    assert gradient.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
+    far = gradient.sparsities(budget, 1.5)
     assert far[0] == pytest.approx((0.0, 0.9))  # type: ignore[comparison-overlap]
     with pytest.raises(ValueError, match=r"κ = 1\.6 is outside"):
-        prices.sparsities(budget, 1.6)
+        gradient.sparsities(budget, 1.6)
     with pytest.raises(ValueError, match="needs a model"):
-        prices.sparsities(Budget(0.6, (48,), linears), 1.0)
+        gradient.sparsities(Budget(0.6, (48,), linears), 1.0)
 
 
 # A study
 
 
-STUDY = settings('allocation=["prices"]', "search.trials=4")
+STUDY = settings('allocation=["gradient"]', "search.trials=4")
 
 
 @pytest.mark.slow
@@ -546,7 +546,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     study = stored(place)
     kappas = [trial.params.get("kappa") for trial in study.trials]
     assert kappas[:3] == [0.0, 1.0, 0.6] and len(kappas) == 4
-    [file] = (cache / "prices").glob("*.json")
+    [file] = (cache / "gradient").glob("*.json")
     [found] = json.loads(file.read_text())
     rows = linears_of(Plan.model_validate(study.trials[1].user_attrs["plan"])) or ()
     assert [row == pytest.approx(other) for row, other in zip(found, rows, strict=True)] == [True] * len(rows)
@@ -556,50 +556,50 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert again.code == 0 and file.stat().st_mtime_ns == written
     assert [t.values for t in stored(place, "again").trials] == [t.values for t in study.trials]
     best = read_config(place / "tiny.best.json")
-    assert best.plan.allocation in ("prices", "uniform")
-    once = command("prune", "--study", place / "tiny.toml", "--allocation", "prices", "--parameter", "κ=1")
+    assert best.plan.allocation in ("gradient", "uniform")
+    once = command("prune", "--study", place / "tiny.toml", "--allocation", "gradient", "--parameter", "κ=1")
     assert once.code == 0 and "prices κ=1" in once.out
-    assert command("prune", "--study", place / "tiny.toml", "--allocation", "prices").out == once.out  # its default
+    assert command("prune", "--study", place / "tiny.toml", "--allocation", "gradient").out == once.out  # its default
 
 
 @pytest.mark.slow
 def test_a_study_by_own_weights(place: Path, command: CommandLine, cache: Path) -> None:
     """SparseGPT descends by what it makes, Wanda by its masks; refined, both by what they make."""
-    wishes = (*STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]', "prune.prices=own", "search.trials=8"))
+    wishes = (*STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]', "prune.gradient_at=own", "search.trials=8"))
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
     found = {trial.params["pruner"]: linears_of(Plan.model_validate(trial.user_attrs["plan"])) for trial in trials}
-    assert found["wanda"] != found["sparsegpt"] and len(list((cache / "prices").glob("*.json"))) == 2
-    words = ("prune", "--study", place / "tiny.toml", "--allocation", "prices")
-    assert command(*words, "--pruner", "wanda", *settings("prune.refine=2", "prune.prices=own")).code == 0
-    assert len(list((cache / "prices").glob("*.json"))) == 3
+    assert found["wanda"] != found["sparsegpt"] and len(list((cache / "gradient").glob("*.json"))) == 2
+    words = ("prune", "--study", place / "tiny.toml", "--allocation", "gradient")
+    assert command(*words, "--pruner", "wanda", *settings("prune.refine=2", "prune.gradient_at=own")).code == 0
+    assert len(list((cache / "gradient").glob("*.json"))) == 3
     other = command("--study", place / "tiny.toml", *STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]'))
-    assert other.code == 2 and "prune.prices" in other.err
+    assert other.code == 2 and "prune.gradient_at" in other.err
 
 
 @pytest.mark.slow
 def test_own_prices_without_effect_are_said(place: Path, command: CommandLine) -> None:
-    words = ("--study", place / "tiny.toml", *settings("prune.prices=own", "search.trials=1"))
-    assert 'prune.prices = "own" changes nothing without the allocation prices' in command(*words).out
-    masks = command("plan", *words[:-2], *settings('allocation=["prices"]', 'prune.pruners=["wanda"]'))
-    assert 'prune.prices = "own" changes nothing: all that these pruners make is masks' in masks.out + masks.err
+    words = ("--study", place / "tiny.toml", *settings("prune.gradient_at=own", "search.trials=1"))
+    assert 'prune.gradient_at = "own" changes nothing without an allocation by the gradient' in command(*words).out
+    masks = command("plan", *words[:-2], *settings('allocation=["gradient"]', 'prune.pruners=["wanda"]'))
+    assert 'prune.gradient_at = "own" changes nothing: these pruners make masks alone' in masks.out + masks.err
 
 
 @pytest.mark.slow
 def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
-    wishes = settings('allocation=["prices"]', "sparsity=[0.3, 0.45]", "search.trials=6")
+    wishes = settings('allocation=["gradient"]', "sparsity=[0.3, 0.45]", "search.trials=6")
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
-    [file] = (cache / "prices").glob("*.json")
+    [file] = (cache / "gradient").glob("*.json")
     ends = [RowSparsities(end) for end in json.loads(file.read_text())]
     assert len(ends) == 3
     trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]
     assert len({trial.params["sparsity"] for trial in trials}) > 1
     compared = 0
     for trial in trials:
-        target, kappa = trial.params["sparsity"], prices.FARTHEST * trial.params["kappa"]
-        end = prices.between(prices.path(0.3, 0.45), ends, target).linears
+        target, kappa = trial.params["sparsity"], gradient.FARTHEST * trial.params["kappa"]
+        end = gradient.between(gradient.path(0.3, 0.45), ends, target).linears
         kept = [s for row in linears_of(Plan.model_validate(trial.user_attrs["plan"])) or () for s in row]
         wanted = [target + kappa * (s - target) for row in end for s in row]
         if min(wanted) >= 0 and max(wanted) <= 1:
@@ -610,7 +610,7 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
 
 @pytest.mark.slow
 def test_a_study_with_a_pattern(place: Path, command: CommandLine) -> None:
-    wishes = settings('allocation=["prices"]', "prune.pattern=mixed:8", "sparsity=0.5", "search.trials=4")
+    wishes = settings('allocation=["gradient"]', "prune.pattern=mixed:8", "sparsity=0.5", "search.trials=4")
     answer = command("--study", place / "tiny.toml", *wishes)
     assert (answer.code, answer.err) == (0, "")
     different = set()
@@ -626,14 +626,14 @@ def test_a_study_with_a_pattern(place: Path, command: CommandLine) -> None:
 
 @pytest.mark.slow
 def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prices, "FURTHER", 2)
-    words = ("--max-increase", "50%", "--sparsity", "20%..60%", "--allocation", "prices", "--device", "cpu")
+    monkeypatch.setattr(gradient, "FURTHER", 2)
+    words = ("--max-increase", "50%", "--sparsity", "20%..60%", "--allocation", "gradient", "--device", "cpu")
     monkeypatch.chdir(place)
     more = ("--texts", place / "long.txt", "--name", "limited", *settings("continuations.tokens=0"))
     answer = command(place / "model", *words, *more)
     assert answer.code == 0, answer.err
     best = read_config(place / "studies" / "limited.best.json")
-    assert best.plan.allocation == "prices"
+    assert best.plan.allocation == "gradient"
     assert best.plan.by_linear
 
 
@@ -641,12 +641,12 @@ def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypa
 def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
     found = [
         json.loads(command("plan", "--study", place / "tiny.toml", *settings(f"allocation=[{names}]"), "--json").out)
-        for names in ('"owl"', '"owl", "prices"')
+        for names in ('"owl"', '"owl", "gradient"')
     ]
-    assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] >= 3 * prices.STEPS * 2048
+    assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] >= 3 * gradient.STEPS * 2048
     assert found[0]["whole"]["descents"] is None
     assert 0 < found[1]["whole"]["descents"] < found[1]["whole"]["seconds"]
-    words = settings('allocation=["prices"]', "recover={}")
+    words = settings('allocation=["gradient"]', "recover={}")
     text = command("plan", "--study", place / "tiny.toml", *words).out
     assert re.search(r", about .*, of which .* for prices and .* to train the best plan\n", text)
 
@@ -657,8 +657,8 @@ def test_a_plan_counts_what_a_pruner_makes_for_its_own_prices(
 ) -> None:
     monkeypatch.setattr(forecast, "LEVELS", 10**9)
     words = ("plan", "--study", place / "tiny.toml", "--json")
-    wishes = settings('allocation=["prices"]', 'prune.pruners=["sparsegpt"]')
-    found = [json.loads(command(*words, *wishes, *settings(f"prune.prices={by}")).out) for by in ("wanda", "own")]
+    wishes = settings('allocation=["gradient"]', 'prune.pruners=["sparsegpt"]')
+    found = [json.loads(command(*words, *wishes, *settings(f"prune.gradient_at={by}")).out) for by in ("wanda", "own")]
     wanda, own = (each["whole"] for each in found)
     assert own["tokens"] > wanda["tokens"]  # the Hessians of the dense model
     assert own["seconds"] > 10**8 * found[1]["trial"][0]["seconds"]["prune"] > wanda["seconds"]
@@ -685,7 +685,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         assert begun.wait(60)
         second = pool.submit(workers[1].ends, [0.5], "")
         assert first.result() == second.result() == (RowSparsities(((0.25, 0.75),)),)
-    lock = cache / "prices" / f".{'ab' * 32}.json.lock"
+    lock = cache / "gradient" / f".{'ab' * 32}.json.lock"
     waited = "waiting for the prices of another process; if none is running, remove"
     assert (made, said) == ([1], [f"{waited} {lock}"])
 

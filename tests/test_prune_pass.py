@@ -31,6 +31,8 @@ from atp_tune.blocks.channels import ChannelPruner
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
 from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
@@ -39,8 +41,6 @@ from atp_tune.pruners.statistics import Hessian, InputNorms
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
 TARGET = 0.55

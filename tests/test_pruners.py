@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner, statistics
 from atp_tune.pruners.alps import ALPS
@@ -22,7 +23,6 @@ from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, _place_of_factors, widens
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.spec.prune import PruneConfig
 
 Problem = tuple[Tensor, Tensor]  # weight and inputs
 

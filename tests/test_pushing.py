@@ -14,8 +14,8 @@ from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, free_port, start, wait_until
 
 import atp_tune
-from atp_tune.sparse import publishing
-from atp_tune.sparse.publishing import published, stage
+from atp_tune.folders import publishing
+from atp_tune.folders.publishing import published, stage
 from atp_tune.utils.cache import sha256_of
 
 ALICE: dict[str, Any] = {

@@ -25,8 +25,8 @@ from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.config import study
 from atp_tune.errors import UserError
-from atp_tune.spec import study
 from atp_tune.utils.extras import install
 
 CPU = torch.device("cpu")

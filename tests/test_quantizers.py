@@ -12,6 +12,8 @@ from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problem
 from torch import Tensor
 
 from atp_tune.blocks.prune_pass import unmeasured
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.plan import Plan
 from atp_tune.pruners.refinement import Treatment
 from atp_tune.pruners.sparsegpt import SparseGPT
@@ -19,8 +21,6 @@ from atp_tune.pruners.wanda import Wanda
 from atp_tune.quantizers import QUANTIZERS, make_quantizer
 from atp_tune.quantizers.rounding import GPTQ, RTN, Grid, parts_of, plain, strips
 from atp_tune.run.session import Session
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.quantize import QuantizeConfig
 
 widths = st.integers(2, 8)
 sizes = st.sampled_from([-1, 1, 3, 8, 128])

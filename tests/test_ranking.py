@@ -8,12 +8,12 @@ from test_context import bench_of
 
 from atp_tune.blocks import dense_metrics
 from atp_tune.blocks.dense_metrics import PerBlock, can_rank
+from atp_tune.config.prune import PruneConfig
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks
 from atp_tune.run import dense_model
 from atp_tune.run.session import Session
-from atp_tune.spec.prune import PruneConfig
 
 PATTERNS = ("unstructured", "mixed:8")
 

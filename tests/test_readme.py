@@ -32,10 +32,10 @@ BEFORE = """
 from dataclasses import replace
 from huggingface_hub import constants
 from pydoc_data.topics import topics
-from atp_tune.allocations import prices
+from atp_tune.allocations import gradient
 from atp_tune.api.presets import PRESETS
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # of a tiny model too there is something when the connection breaks
-prices.STEPS, prices.FURTHER, prices.AT_LOWEST = 4, 2, 1
+gradient.STEPS, gradient.FURTHER, gradient.AT_LOWEST = 4, 2, 1
 small = dict(trials=4, seqlen=64, calibration=4, validation=4, test=4, screened=4, confirmed=2)
 PRESETS["quick"] = replace(PRESETS["quick"], **small)
 topics.update({key: text[:1500] for key, text in topics.items()})

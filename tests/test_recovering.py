@@ -21,20 +21,20 @@ from tinystudy import TOKENS, CommandLine, settings, stored, study_file
 
 from atp_tune import tune
 from atp_tune.cli.commands.apply import TrainingOptions
+from atp_tune.config.best import Config, dumps, read_config
+from atp_tune.config.recover import RecoverConfig, Recovered, Training
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import _unknown
 from atp_tune.events import Place
+from atp_tune.folders import finetuning
+from atp_tune.folders.finetuning import NO_GAIN, NoGainError, Trained, recovered
+from atp_tune.folders.provenance import FINETUNED, Finetuned, PerplexityChange
+from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said
 from atp_tune.results.summary import summarise
 from atp_tune.results.tables import overview
 from atp_tune.search.runner import StudyRun
-from atp_tune.sparse import finetuning
-from atp_tune.sparse.finetuning import NO_GAIN, NoGainError, Trained, recovered
-from atp_tune.sparse.provenance import FINETUNED, Finetuned, PerplexityChange
-from atp_tune.sparse.training import Trainer
-from atp_tune.spec.config import Config, dumps, read_config
-from atp_tune.spec.recover import RecoverConfig, Recovered, Training
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import _unknown
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 from atp_tune.utils import cache as entries
@@ -223,7 +223,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
 def test_what_prevents_training_is_said_and_ends_no_study(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atp_tune.sparse.training.free_memory", lambda device: 1000)
+    monkeypatch.setattr("atp_tune.folders.training.free_memory", lambda device: 1000)
     answer = run(place, command, "recover.steps=9")
     assert (answer.code, answer.err) == (0, "")
     (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]

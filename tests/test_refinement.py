@@ -17,6 +17,8 @@ from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsiti
 from tinystudy import CommandLine, run, settings, stored, study_file
 from torch import Tensor
 
+from atp_tune.config.best import read_config
+from atp_tune.config.prune import PruneConfig
 from atp_tune.dashboard.notes import study_note
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
@@ -24,8 +26,6 @@ from atp_tune.pruners.refinement import DAMPING, Treatment, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
 from atp_tune.results.summary import summarise
 from atp_tune.run.dense_model import DenseMeasurements
-from atp_tune.spec.config import read_config
-from atp_tune.spec.prune import PruneConfig
 
 CASES = list(product(PRUNERS, (None, 8)))
 

@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.config.prune import PruneConfig, with_tables
+from atp_tune.config.study import AllocationConfig
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.spec.prune import PruneConfig, with_tables
-from atp_tune.spec.study import AllocationConfig
 from atp_tune.utils.frozen import SettingsTable
 from atp_tune.utils.registry import Registry
 

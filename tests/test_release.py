@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.files import Offload
+from atp_tune.config.prune import PruneConfig
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
-from atp_tune.spec.prune import PruneConfig
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from test_summary import stored
 from tinystudy import Answer, CommandLine, quiet
 
 from atp_tune import report
+from atp_tune.config.studyfile import load, settings
 from atp_tune.errors import UserError
 from atp_tune.metrics import Answers
 from atp_tune.report import contents as tables
@@ -24,7 +25,6 @@ from atp_tune.report.contents import gather, toml
 from atp_tune.results import status
 from atp_tune.results.status import Best, Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import summarise
-from atp_tune.spec.studyfile import load, settings
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

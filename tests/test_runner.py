@@ -25,6 +25,7 @@ from synthetic import storage_in
 from tinystudy import BLOCKS, LONG, few_at_a_time, finish, go_silent, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.best import read_config
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Message, Step, TrialEnded, TrialStarted
 from atp_tune.plan import Plan
@@ -34,7 +35,6 @@ from atp_tune.results.summary import summarise, unreported
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop
-from atp_tune.spec.config import read_config
 from atp_tune.storage import opening, progress
 from atp_tune.storage.process import identity
 

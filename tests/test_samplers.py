@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from synthetic import storage_in
 from test_space import SIZES, space_for, study_of
 
+from atp_tune.config.search import SearchConfig
 from atp_tune.plan import Plan
 from atp_tune.search import samplers
 from atp_tune.search.goals import AtSparsity
@@ -33,7 +34,6 @@ from atp_tune.search.samplers import (
     whose_turn,
 )
 from atp_tune.search.space import Space
-from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.lost_trials import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}

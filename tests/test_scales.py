@@ -9,7 +9,7 @@ from families import checkpoint_of, copy_of, random_ids
 from test_lora import FEW, merge, with_zeros
 from torch import nn
 
-from atp_tune.sparse.training import Scales, recompute_blocks
+from atp_tune.folders.training import Scales, recompute_blocks
 
 
 def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:

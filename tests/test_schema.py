@@ -11,10 +11,10 @@ from jsonschema import Draft7Validator
 from tinystudy import HANGS, CommandLine
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import keys_of, override, read
+from atp_tune.config.writing import SCHEMA, study_schema
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import keys_of, override, read
-from atp_tune.spec.writing import SCHEMA, study_schema
 
 REPO = Path(__file__).parents[1]
 SHIPPED = sorted((REPO / "studies").glob("*.toml"))

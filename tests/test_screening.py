@@ -13,6 +13,8 @@ from test_space import SIZES, space_for, study_of
 from tinystudy import BLOCKS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.blocks.prune_pass import Pass
+from atp_tune.config.best import read_config
+from atp_tune.config.search import ScreenConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise
@@ -21,8 +23,6 @@ from atp_tune.run.session import Session
 from atp_tune.search import runner, trial_loop
 from atp_tune.search.goals import APART, confirmed, is_near, screening_file
 from atp_tune.search.samplers import levelled
-from atp_tune.spec.config import read_config
-from atp_tune.spec.search import ScreenConfig
 from atp_tune.storage.progress import counted, measured
 
 SCREEN = ("search.screen.trials=5", "search.screen.stride=3", "search.screen.confirm=2")

@@ -18,13 +18,13 @@ from atp_tune.allocations import Budget
 from atp_tune.blocks.verification import Difference, is_equal
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.prune import PruneConfig
 from atp_tune.events import ignore_events
 from atp_tune.inputs import KINDS, Batch
 from atp_tune.inputs.tokens import TOKEN_WINDOWS
 from atp_tune.run.session import Session
 from atp_tune.scores import SCORES, Scores
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.spec.prune import PruneConfig
 
 SIZE, PATCH, CLASSES = 8, 4, 5
 

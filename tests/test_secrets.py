@@ -55,7 +55,7 @@ def test_no_mistake_shows_it(override: str, place: Path, command: CommandLine) -
 def test_it_is_not_stored(place: Path) -> None:
     file = study_file(place, f"storage={ADDRESSES[0]}")
     study = run(place, "search.trials=1")
-    from atp_tune.spec.studyfile import settings as stored
+    from atp_tune.config.studyfile import settings as stored
 
     study.set_user_attr("made_from", stored(file))
     assert MARKER not in study_note(summarise(study), without_password(file.storage_url))

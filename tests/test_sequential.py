@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from atp_tune.blocks.prune_pass import Pass, prune_sequentially
 from atp_tune.blocks.replay import Replay
 from atp_tune.checkpoints.blocks import find_linears
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.spec.prune import PruneConfig
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]
 ONE_PASS = PruneConfig(statistics="sequential")

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
+from atp_tune.folders.applying import Shards, sparse_folder, write_sparse
 from atp_tune.run.session import Session
-from atp_tune.sparse.applying import Shards, sparse_folder, write_sparse
-from atp_tune.spec.config import read_config
 from atp_tune.utils.paths import check_free
 
 

@@ -23,20 +23,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.best import Config, read_config
+from atp_tune.config.patterns import make_plan, parse
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, ignore_events
+from atp_tune.folders import slim
+from atp_tune.folders.applying import OURS, plan_of, write_sparse
+from atp_tune.folders.packing import pack_folder, to_pack
+from atp_tune.folders.slim import check_pattern, write_slim
 from atp_tune.packed.modeling_atp_sparse import auto_map
 from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
-from atp_tune.sparse import slim
-from atp_tune.sparse.applying import OURS, plan_of, write_sparse
-from atp_tune.sparse.packing import pack_folder, to_pack
-from atp_tune.sparse.slim import check_pattern, write_slim
-from atp_tune.spec.config import Config, read_config
-from atp_tune.spec.patterns import make_plan, parse
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden/config.json"
 HEADLESS = ("gpt2", "olmo2", "falcon", "opt", "bloom")

@@ -22,19 +22,19 @@ from tinystudy import HANGS, finish, settings, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import prune_pass
+from atp_tune.config.best import read_config
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.studyfile import load
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import Place, ignore_events
+from atp_tune.folders.provenance import FINETUNED, Finetuned
 from atp_tune.measures import perplexity
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.objective import Record
-from atp_tune.sparse.provenance import FINETUNED, Finetuned
-from atp_tune.spec.config import read_config
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.studyfile import load
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

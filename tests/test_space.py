@@ -9,10 +9,10 @@ from plans import planned, stored
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.channels import BlockChannels, ChannelSet
+from atp_tune.config.study import Study
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
 from atp_tune.search.space import Space, make_space
-from atp_tune.spec.study import Study
 
 SIZES = (100,) * 5  # at sparsity 0.6 the bound of β is 0.2
 

@@ -11,10 +11,10 @@ from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
 from atp_tune.allocations import Budget, atp, curve
+from atp_tune.config.search import STEP
 from atp_tune.search.goals import OverInterval, Screened, Surrogate
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space, make_space
-from atp_tune.spec.search import STEP
 
 INTERVAL = (0.2, 0.7)
 TPE = {"sampler": "tpe", "trials": 24}

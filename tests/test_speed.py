@@ -25,15 +25,15 @@ from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.cli.commands.evaluate import rates_table
+from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Step, ignore_events
+from atp_tune.folders import comparing
+from atp_tune.folders.comparing import pack_linears, packed_copy
+from atp_tune.folders.provenance import ABOUT
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
-from atp_tune.sparse import comparing
-from atp_tune.sparse.comparing import pack_linears, packed_copy
-from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import read_config
 from atp_tune.speed import torch_engine
 from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
 from atp_tune.speed.torch_engine import About, Pair, Workload, measured

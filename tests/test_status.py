@@ -26,13 +26,13 @@ from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, setting
 
 from atp_tune.cli import live_status, tables, terminal
 from atp_tune.cli.terminal import quiet
+from atp_tune.config import studyfile
+from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
 from atp_tune.measures import TEXTS, Perplexity
 from atp_tune.results.formatting import duration, method_of
 from atp_tune.results.status import Status, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
-from atp_tune.spec import studyfile
-from atp_tune.spec.config import read_config
 from atp_tune.storage import process
 
 NOW = datetime(2026, 1, 1, 12)

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from atp_tune.spec.data import KINDS, MANUAL, MIXED, Text
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.search import SearchConfig
-from atp_tune.spec.study import AllocationConfig, ModelConfig, Study
-from atp_tune.spec.studyfile import PATTERNS, keys_of, table_of
+from atp_tune.config.data import KINDS, MANUAL, MIXED, Text
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.search import SearchConfig
+from atp_tune.config.study import AllocationConfig, ModelConfig, Study
+from atp_tune.config.studyfile import PATTERNS, keys_of, table_of
 
 
 def raw(**changes: Any) -> dict[str, Any]:

@@ -6,16 +6,16 @@ import optuna
 import pytest
 from synthetic import storage_in
 
-from atp_tune.errors import UserError
-from atp_tune.spec import finding
-from atp_tune.spec.facts import facts, is_local, is_local_text
-from atp_tune.spec.finding import find, known
-from atp_tune.spec.studyfile import (
+from atp_tune.config import finding
+from atp_tune.config.facts import facts, is_local, is_local_text
+from atp_tune.config.finding import find, known
+from atp_tune.config.studyfile import (
     StudyFile,
     from_settings,
     load,
     settings,
 )
+from atp_tune.errors import UserError
 
 REPO = Path(__file__).parents[1]
 SHIPPED = sorted((REPO / "studies").rglob("*.toml"))

@@ -14,12 +14,12 @@ from test_refinement import damped, error
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor
 
+from atp_tune.config.best import read_config
+from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError, UserError
 from atp_tune.pruners import make_pruner, refinement
 from atp_tune.pruners.refinement import swapped
 from atp_tune.results.summary import summarise
-from atp_tune.spec.config import read_config
-from atp_tune.spec.prune import PruneConfig
 
 ROUNDS = 500  # more than are needed
 KEEPING = [(name, group) for name in ("wanda", "magnitude", "dsnot") for group in (None, 4)]

@@ -13,6 +13,7 @@ from test_runner import reopen, states
 from test_samplers import fake_perplexity, search_of, space_of
 from tinystudy import CommandLine, run
 
+from atp_tune.config.search import SearchConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Message
 from atp_tune.results.summary import summarise
@@ -20,7 +21,6 @@ from atp_tune.search import runner, trial_loop
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
-from atp_tune.spec.search import SearchConfig
 from atp_tune.storage.progress import counted, total_of
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from localhub import publish_c4, publish_wikitext2
 
+from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
 from atp_tune.inputs.documents import documents, hub_arguments, source_content
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
 from atp_tune.inputs.sources import Column
-from atp_tune.spec.data import KINDS, Text
 
 
 def message(text: Text, base: Path) -> str:

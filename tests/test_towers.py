@@ -14,19 +14,19 @@ from transformers import AutoModelForImageTextToText
 from atp_tune.blocks.verification import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.best import ModelRef, read_config
+from atp_tune.config.block_names import block_name, in_tower, joined
+from atp_tune.config.facts import facts
+from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.study import ModelConfig
+from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, has_text, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
-from atp_tune.spec.block_names import block_name, in_tower, joined
-from atp_tune.spec.config import ModelRef, read_config
-from atp_tune.spec.facts import facts
-from atp_tune.spec.patterns import make_plan
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.study import ModelConfig
-from atp_tune.spec.studyfile import load
 
 BOTH = ("language", "vision")
 PAIRS = """source = "file:pairs.parquet"
@@ -143,7 +143,7 @@ def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str
         (["prune.pattern=channels"], "prune.pattern: channels are of language models alone where model.prune"),
         (["texts.bos=true"], "texts.bos: the processor writes what pairs begin with"),
         (["bits=4"], "bits: are of language models alone where model.prune"),
-        (["allocation=prices"], "allocation.names: prices goes down on texts"),
+        (["allocation=gradient"], "allocation.names: gradient goes down on texts"),
     ],
 )
 def test_settings_that_do_not_go_with_a_tower(overrides: list[str], said: str, tmp_path: Path) -> None:

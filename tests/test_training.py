@@ -13,11 +13,11 @@ from test_lora import with_zeros
 from torch import Tensor
 from torch.func import functional_call
 
+from atp_tune.config.recover import Training
 from atp_tune.errors import UserError
+from atp_tune.folders import training
+from atp_tune.folders.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
 from atp_tune.inputs.items import Items
-from atp_tune.sparse import training
-from atp_tune.sparse.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
-from atp_tune.spec.recover import Training
 
 SETTINGS = Training(
     train="lora",

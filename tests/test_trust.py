@@ -16,10 +16,10 @@ from atp_tune.checkpoints import files
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import resolve
+from atp_tune.config import study
+from atp_tune.config.facts import facts
+from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
-from atp_tune.spec import study
-from atp_tune.spec.facts import facts
-from atp_tune.spec.studyfile import load
 
 CODE = """\
 from pathlib import Path

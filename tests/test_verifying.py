@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tinystudy import TUNE, CommandLine
 
+from atp_tune.config.best import read_config
+from atp_tune.config.manifest import Environment, environment
 from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.sparse.publishing import compared, differences, verify
-from atp_tune.spec.config import read_config
-from atp_tune.spec.manifest import Environment, environment
+from atp_tune.folders.publishing import compared, differences, verify
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -23,7 +23,7 @@ FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 @pytest.fixture(scope="module")
 def made(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sparse folder of the tiny study; to be read only."""
-    from atp_tune.sparse.applying import apply
+    from atp_tune.folders.applying import apply
 
     out = tmp_path_factory.mktemp("sparse") / "sparse"
     with pytest.MonkeyPatch.context() as patch:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.windows import check_disjoint, first_windows, shared_windows, token_windows
-from atp_tune.spec.data import KINDS, Text
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -204,7 +204,7 @@ def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_pa
     source = write(tmp_path / "a.jsonl", *TOPICS[:3])
     token_windows(Text(source=source, seqlen=32), folder, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from atp_tune.spec import data; from atp_tune.inputs import windows\n"
+        "import sys; from pathlib import Path; from atp_tune.config import data; from atp_tune.inputs import windows\n"
         f"text = data.Text(source={source!r}, seqlen=32)\n"
         f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
         "print([name for name in ('transformers', 'datasets', 'optuna') if name in sys.modules])"

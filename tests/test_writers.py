@@ -23,10 +23,10 @@ from tinystudy import HANGS, CommandLine, stored, study_file
 
 import atp_tune
 from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
+from atp_tune.config.best import read_config
 from atp_tune.results import annotations
 from atp_tune.search.final_scores import store_test_scores, write_best
 from atp_tune.search.runner import StudyRun
-from atp_tune.spec.config import read_config
 from atp_tune.storage import attributes
 from atp_tune.utils import cache as cache_module
 from atp_tune.utils.cache import (

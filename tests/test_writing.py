@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import load
+from atp_tune.config.writing import SCHEMA, WIDTH, study_text, write_study
 from atp_tune.errors import UserError
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import load
-from atp_tune.spec.writing import SCHEMA, WIDTH, study_text, write_study
 
 SHIPPED = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 SETTINGS: dict[str, Any] = {

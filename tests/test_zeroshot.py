@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atp_tune.blocks import replay
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.config.best import read_config
 from atp_tune.events import Event, Place, Step
+from atp_tune.folders.applying import plan_of
+from atp_tune.folders.comparing import TaskOptions, evaluate, evaluate_folder
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
 from atp_tune.run import observers
 from atp_tune.run.observers import Kept
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import plan_of
-from atp_tune.sparse.comparing import TaskOptions, evaluate, evaluate_folder
-from atp_tune.spec.config import read_config
 from atp_tune.utils.extras import install
 
 ROOT = Path(__file__).parents[1]

@@ -28,14 +28,14 @@ from sqlalchemy.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune.allocations import prices
+from atp_tune.allocations import gradient
 from atp_tune.blocks import replay
 from atp_tune.cli import main
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.studyfile import StudyFile, load
 from atp_tune.dashboard.publishing import publish
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.search.runner import StudyRun, tune
-from atp_tune.spec.studyfile import StudyFile, load
 from atp_tune.storage import opening
 from atp_tune.storage.attributes import PREFIX
 
@@ -175,7 +175,7 @@ def run(
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descents by prices of a few steps, where only their end is of interest; test_pricing.py has whole ones."""
     for name, steps in (("STEPS", 4), ("FURTHER", 2), ("AT_LOWEST", 1)):
-        monkeypatch.setattr(prices, name, steps)
+        monkeypatch.setattr(gradient, name, steps)
 
 
 def settings(*overrides: str) -> list[str]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atp_tune.config import finding
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import StudyFile, absolute_storage, load, overridden
+from atp_tune.config.writing import toml_value
 from atp_tune.errors import UserError
-from atp_tune.spec import finding
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile, absolute_storage, load, overridden
-from atp_tune.spec.writing import toml_value
 
 # --- What a caller gives from memory, a model with its tokenizer and texts, and how studies come to it.
 

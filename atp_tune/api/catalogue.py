@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel, Field, JsonValue
 
 from atp_tune.allocations import Budget, Shape
+from atp_tune.config.plugged import settings_of
 from atp_tune.errors import UserError
 from atp_tune.plugins import REGISTRIES, registry
 from atp_tune.pruners import SETTINGS
-from atp_tune.spec.plugged import settings_of
 from atp_tune.utils.frozen import FrozenModel
 from atp_tune.utils.registry import Origin, Registry
 

@@ -17,27 +17,27 @@ from atp_tune.api.arguments import Lender
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
+from atp_tune.config.best import Config, ZeroShot, read_config
+from atp_tune.config.data import CLASSES
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
+from atp_tune.folders.applying import PLAIN, Way, apply, plan_of
+from atp_tune.folders.card import describe
+from atp_tune.folders.finetuning import apply_trained
+from atp_tune.folders.provenance import ABOUT
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
-from atp_tune.sparse.applying import PLAIN, Way, apply, plan_of
-from atp_tune.sparse.card import describe
-from atp_tune.sparse.finetuning import apply_trained
-from atp_tune.sparse.provenance import ABOUT
-from atp_tune.spec.config import Config, ZeroShot, read_config
-from atp_tune.spec.data import CLASSES
-from atp_tune.spec.study import ModelConfig
 from atp_tune.utils.cache import cache_dir, temporary_folder
 from atp_tune.utils.paths import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from atp_tune.folders.applying import Way
+    from atp_tune.folders.comparing import Classified
     from atp_tune.metrics import Continuations
-    from atp_tune.sparse.applying import Way
-    from atp_tune.sparse.comparing import Classified
 
 # --- Models of plans and configurations, in memory and in folders.
 
@@ -214,8 +214,8 @@ class Configuration:
         "float16", of all weights; by default as the dense model's files, of a .gguf file as the study computed, of
         trained weights always as the files. UserError if the folder exists.
         """
-        from atp_tune.sparse.packing import Codes, pack_folder, to_pack
-        from atp_tune.sparse.slim import SLIM, check_pattern
+        from atp_tune.folders.packing import Codes, pack_folder, to_pack
+        from atp_tune.folders.slim import SLIM, check_pattern
         from atp_tune.utils.paths import check_free
 
         out = Path(folder).expanduser()
@@ -244,7 +244,7 @@ class Configuration:
 
         UserError without a login, or if the hub refuses.
         """
-        from atp_tune.sparse.publishing import check_permission, upload
+        from atp_tune.folders.publishing import check_permission, upload
 
         check_permission(repository, private)
         with temporary_folder() as place:
@@ -256,7 +256,7 @@ class Configuration:
 
         Each continuation has `tokens` tokens at most.
         """
-        from atp_tune.sparse.comparing import continuations
+        from atp_tune.folders.comparing import continuations
 
         if self.config.score == CLASSES:
             raise UserError(f"generate: {self.config.model.id} is an image classifier, which has no text")
@@ -276,7 +276,7 @@ class Configuration:
         Raises:
             UserError: For a file that is no picture, and if the model is no image classifier.
         """
-        from atp_tune.sparse.comparing import classify
+        from atp_tune.folders.comparing import classify
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with temporary_folder() as folder, self._lent() as there:
@@ -303,7 +303,7 @@ class Configuration:
         Returns:
             The scores of each task, and their means.
         """
-        from atp_tune.sparse import comparing
+        from atp_tune.folders import comparing
 
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         with self._lent() as there:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import psutil
 
 from atp_tune import __version__
-from atp_tune.spec.manifest import INSTRUCTIONS
+from atp_tune.config.manifest import INSTRUCTIONS
 from atp_tune.utils.cache import cache_root
 from atp_tune.utils.extras import EXTRAS
 from atp_tune.utils.frozen import FrozenModel

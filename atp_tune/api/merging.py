@@ -24,8 +24,8 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
-from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import RetryingDatabase, without_password

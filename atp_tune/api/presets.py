@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
+from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
+from atp_tune.config.patterns import CHANNELS
+from atp_tune.config.study import ModelConfig, Study
+from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
+from atp_tune.config.typed import Interval, in_percent
+from atp_tune.config.writing import toml_value
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.measures import Limit
 from atp_tune.plan import percent
 from atp_tune.plugins import is_place, short_name
 from atp_tune.pruners import PRUNERS
-from atp_tune.spec.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
-from atp_tune.spec.patterns import CHANNELS
-from atp_tune.spec.study import ModelConfig, Study
-from atp_tune.spec.typed import WHOLE as WHOLE_INTERVAL
-from atp_tune.spec.typed import Interval, in_percent
-from atp_tune.spec.writing import toml_value
 from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def context_length(folder: "ModelFolder") -> int | None:
 
 
 TEXTS = ("c4", "wikitext2", *LOCAL_TEXTS)
-PRICES = ("row-prices",)  # the default; it has one parameter, and by itself takes half as many trials
+PRICES = ("gradient-rows",)  # the default; it has one parameter, and by itself takes half as many trials
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,9 @@ class StudyRequest:
         # A gradient of all experts of a block may not fit where the block does, and was measured on no mixture.
         allocations = self.allocations or PRICES
         if not self.allocations and has_experts(folder.path):
-            notify("the model has experts, so blocks get sparsities by ATP (--allocation row-prices: gradients of all)")
+            notify(
+                "the model has experts, so blocks get sparsities by ATP (--allocation gradient-rows: gradients of all)"
+            )
             allocations = ("atp",)
         texts = texts_of(usual_texts(notify) if self.texts is None else self.texts, preset, folder)
         # The best plan is trained; never that of a front, whose points would not compare with it.

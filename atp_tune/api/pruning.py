@@ -14,8 +14,14 @@ from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, cont
 from atp_tune.api.progress import working
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import resolve
+from atp_tune.config.data import Text
+from atp_tune.config.finding import BARE
+from atp_tune.config.study import Data
+from atp_tune.config.studyfile import StudyFile, load
+from atp_tune.config.typed import one_sparsity
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, TrialStarted
+from atp_tune.folders.applying import PLAIN, config_of, measured_folder, write_sparse
 from atp_tune.inputs.windows import first_windows
 from atp_tune.measures import Perplexity
 from atp_tune.measures import perplexity as perplexity_of
@@ -23,12 +29,6 @@ from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
-from atp_tune.sparse.applying import PLAIN, config_of, measured_folder, write_sparse
-from atp_tune.spec.data import Text
-from atp_tune.spec.finding import BARE
-from atp_tune.spec.study import Data
-from atp_tune.spec.studyfile import StudyFile, load
-from atp_tune.spec.typed import one_sparsity
 from atp_tune.storage import fingerprint, opening
 from atp_tune.utils.paths import check_free
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.api.arguments import Lender, Settings, as_arguments, study_file
+from atp_tune.config.best import Config
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import PERPLEXITY, TEXTS
 from atp_tune.results.formatting import method_of, plan_of, remark_of, spent, texts_note
@@ -17,8 +19,6 @@ from atp_tune.results.results import DENSE, TRAINED, Model, allocation_of
 from atp_tune.results.stored import best_config, file_as_run, stored_study
 from atp_tune.results.summary import Summary, made_from, summarise
 from atp_tune.results.tables import overview
-from atp_tune.spec.config import Config
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import opening
 
 if TYPE_CHECKING:

@@ -17,6 +17,11 @@ from atp_tune.api.arguments import Lender, Settings, Target, is_model, names
 from atp_tune.api.presets import StudyRequest
 from atp_tune.api.progress import working
 from atp_tune.api.result import Result
+from atp_tune.config.best import Config
+from atp_tune.config.recover import RecoverConfig, Recovered
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import StudyFile, settings, tables
+from atp_tune.config.typed import goal
 from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
@@ -29,11 +34,6 @@ from atp_tune.results.summary import summarise
 from atp_tune.search.final_scores import write_best
 from atp_tune.search.goals import goal_of
 from atp_tune.search.runner import Callback, StudyRun, drive, finished_study, load_existing
-from atp_tune.spec.config import Config
-from atp_tune.spec.recover import RecoverConfig, Recovered
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile, settings, tables
-from atp_tune.spec.typed import goal
 from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import counted
@@ -86,8 +86,8 @@ def _time(
     from atp_tune.api.configuration import lent_as
     from atp_tune.checkpoints.convert import one_line
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
-    from atp_tune.sparse.applying import plan_of
-    from atp_tune.sparse.comparing import is_fast, open_config
+    from atp_tune.folders.applying import plan_of
+    from atp_tune.folders.comparing import is_fast, open_config
     from atp_tune.speed.benchmark import measure_in_memory
     from atp_tune.speed.torch_engine import Workload
 
@@ -140,7 +140,7 @@ def _recovered(
     run: StudyRun, config: Config, asked: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
 ) -> Recovered:
     from atp_tune.api.configuration import in_folder
-    from atp_tune.sparse.finetuning import recovered
+    from atp_tune.folders.finetuning import recovered
 
     with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
         return recovered(of_folder, asked, there, uniform, getattr(run.file.study.test_text, "turns", ()))
@@ -193,7 +193,7 @@ def tune(
         timeout: Start no new trial after so many seconds.
         preset: "quick", "balanced" or "thorough"; balanced with a GPU, else quick.
         pruner: The pruner, or several to compare; Wanda by default.
-        allocation: One or several; row-prices by default, ATP for a mixture of experts.
+        allocation: One or several; gradient-rows by default, ATP for a mixture of experts.
         texts: Documents, a `Dataset`, a file, "c4", "wikitext2", "mixed", "packaged"; or all by role.
         recover: Train the kept weights of the best plan; by default if balanced or thorough.
         settings: Further keys of the study file: {"search.sampler": "tpe"}.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from atp_tune.allocations import LinearSparsities
 from atp_tune.allocations.budget import Score, TailStart, ranked_by
-from atp_tune.allocations.prices import between
+from atp_tune.allocations.gradient import between
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.prune_pass import BlockStatistics
 from atp_tune.checkpoints.blocks import Linear

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_tune.allocations.prices import KEPT, LARGEST
-from atp_tune.allocations.row_prices import DISTANCE
+from atp_tune.allocations.gradient import KEPT, LARGEST
+from atp_tune.allocations.gradient_rows import DISTANCE
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import BlockStatistics, embed, unmeasured
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
@@ -422,7 +422,7 @@ class Pricing:
 
         self._gradients.visit(sample, pruned, price)
         found = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
-        check_finite(chain.from_iterable(found), "prices")
+        check_finite(chain.from_iterable(found), "gradient")
         return found
 
     def state(self) -> Tensors:

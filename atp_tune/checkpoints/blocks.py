@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import SLIM, check_plain, config_in
+from atp_tune.config.block_names import joined
 from atp_tune.errors import UserError
-from atp_tune.spec.block_names import joined
 
 # --- The class of transformers that loads a folder, and the part of the model that is pruned.
 #

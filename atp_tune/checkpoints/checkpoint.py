@@ -52,9 +52,9 @@ from atp_tune.checkpoints.devices import (
 )
 from atp_tune.checkpoints.files import Free, Offload, check_full, choose, hessian_bytes, states
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.data import MEMORY
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
-from atp_tune.spec.data import MEMORY
-from atp_tune.spec.study import ModelConfig
 from atp_tune.utils.cache import temporary_folder
 
 

@@ -34,9 +34,9 @@ from atp_tune.checkpoints.files import (
     without_quantization,
     write_table,
 )
+from atp_tune.config.manifest import FileName
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
-from atp_tune.spec.manifest import FileName
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
 from atp_tune.utils.frozen import FrozenModel
 from atp_tune.utils.paths import check_writable

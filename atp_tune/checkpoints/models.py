@@ -18,10 +18,10 @@ from huggingface_hub import constants, errors, snapshot_download
 from atp_tune.checkpoints import convert, files
 from atp_tune.checkpoints.convert import is_packed, unpack_folder
 from atp_tune.checkpoints.files import read_sizes
+from atp_tune.config import study
+from atp_tune.config.data import MEMORY
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
-from atp_tune.spec import study
-from atp_tune.spec.data import MEMORY
 from atp_tune.utils.cache import cache_dir, key, sha256_of, sha256_of_files, sha256_of_json
 from atp_tune.utils.extras import CHECKOUT
 from atp_tune.utils.paths import check_writable, is_special, written

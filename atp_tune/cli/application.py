@@ -12,8 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 from atp_tune.cli import completion
 from atp_tune.cli.commands import apply, chat, evaluate, serve, studies, tune
 from atp_tune.cli.options import UsageError, expanded
+from atp_tune.config.finding import known
 from atp_tune.errors import UserError
-from atp_tune.spec.finding import known
 
 MODEL = "MODEL"  # the command that such a word stands for, and its name in `--help`
 

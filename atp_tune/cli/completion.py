@@ -36,7 +36,7 @@ def silent(complete: Callable[[typer.Context, str], Iterable[str]]) -> Complete:
 @silent
 def study_names(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Names of study files; a path is left to the shell, and so is a name that a shell would expand or run."""
-    from atp_tune.spec.finding import known
+    from atp_tune.config.finding import known
 
     return [path.stem for path in known() if SAFE.fullmatch(path.stem)]
 
@@ -47,7 +47,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
     A second completion, if only a made-up one, keeps bash from adding a space after `=`.
     """
-    from atp_tune.spec.writing import choices
+    from atp_tune.config.writing import choices
 
     found, key = choices(), os.environ.get(KEY, "")
     if key:  # bash completes what comes after `=` as a word of its own
@@ -78,7 +78,7 @@ def allocations(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Numbers of the trials that a study has finished, from its SQLite file."""
     from atp_tune.cli.options import load_study
-    from atp_tune.spec.finding import finished_trials
+    from atp_tune.config.finding import finished_trials
 
     options: dict[str, Any] = ctx.params
     file = load_study(options["study"], options.get("storage"), None, list(options.get("set_") or []))

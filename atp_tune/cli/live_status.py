@@ -16,10 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from atp_tune.cli.tables import progress_line, show_status, trials_table
 from atp_tune.cli.terminal import console, echo, interruptible
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError, printable
 from atp_tune.results.status import Status, TrialStatus, status_of, to_json
 from atp_tune.results.summary import Summary, summarise
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import opening
 
 

@@ -15,9 +15,9 @@ from atp_tune.utils.extras import as_typed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration
+    from atp_tune.config.best import Config
+    from atp_tune.config.studyfile import StudyFile
     from atp_tune.events import EventHandler
-    from atp_tune.spec.config import Config
-    from atp_tune.spec.studyfile import StudyFile
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings along
 DType = Literal["float32", "bfloat16", "float16"] | None
@@ -34,7 +34,7 @@ Options:
     out DIR: Folder for the sparse checkpoint; new or empty.
     private: Make the repository private, if it does not exist yet.
     prompt TEXT: A prompt to continue, in a study beside three fixed ones; may be given several times.
-    set_ KEY=VALUE: Override a key of the study file (see atp_tune/spec/study.py): `--set texts.validation.nsamples=8`.
+    set_ KEY=VALUE: Override a key of a study file (see atp_tune/config/study.py): `--set texts.validation.nsamples=8`.
     storage URL: Optuna storage URL; default: NAME.db beside the study file.
     study NAME: Name of a study in `studies/`, or path of a .toml file.
     study_name NAME: Name of the study in the storage; default: the study file's.
@@ -108,14 +108,14 @@ def load_study(
 
     `plugins`: None where no code of plug-ins is needed, else whether it may run; `folder`: where their places start.
     """
-    from atp_tune.spec.studyfile import load
+    from atp_tune.config.studyfile import load
 
     return load(study, [*(set_ or []), *placed(storage, device)], plugins, folder)
 
 
 def placed(storage: str | None, device: str | None) -> list[str]:
     """A storage, whose path starts at the current folder, and a device as overrides of a study file."""
-    from atp_tune.spec.studyfile import absolute_storage
+    from atp_tune.config.studyfile import absolute_storage
 
     found = {"storage": absolute_storage(storage, Path()) if storage else None, "device": device}
     return [f"{key}={value}" for key, value in found.items() if value is not None]
@@ -189,8 +189,8 @@ class BestOptions(Permissions):
 
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""
+        from atp_tune.config.best import read_config
         from atp_tune.results.stored import best_config, file_as_run, stored_study
-        from atp_tune.spec.config import read_config
 
         if config is not None:
             return Best(read_config(config), config, self.allowed, self.device or "auto", self.storage)

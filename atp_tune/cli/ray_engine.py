@@ -18,9 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.worker_pool import STOP_TIMEOUT, StudyWorker, WorkerJob, supervise, work
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.utils.compat import ray_address
 
 T = TypeVar("T")

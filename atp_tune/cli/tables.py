@@ -8,6 +8,10 @@ from optuna.trial import FrozenTrial
 from rich.table import Table
 
 from atp_tune.cli.terminal import console, echo, markdown, table
+from atp_tune.config.best import read_config
+from atp_tune.config.finding import known
+from atp_tune.config.plugged import permission
+from atp_tune.config.studyfile import StudyFile, read
 from atp_tune.errors import UserError, printable
 from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics import Continuations
@@ -28,10 +32,6 @@ from atp_tune.results.formatting import (
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import Status
 from atp_tune.results.summary import Summary
-from atp_tune.spec.config import read_config
-from atp_tune.spec.finding import known
-from atp_tune.spec.plugged import permission
-from atp_tune.spec.studyfile import StudyFile, read
 from atp_tune.storage.database import without_password
 
 MARK = " ←"  # at the best of several points

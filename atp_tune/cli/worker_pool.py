@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from atp_tune.cli.display import Display, Line
 from atp_tune.cli.terminal import interruptible, quiet
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, EventHandler, Message, TrialStarted
-from atp_tune.spec.studyfile import StudyFile
 
 RESTARTS = 2  # of a worker that dies before its first trial; trials that end their process are given up elsewhere
 STOP_TIMEOUT = 60  # seconds that workers have to stop after Ctrl-C
@@ -115,10 +115,10 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
 
 def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
     """Runs the study in a worker until SIGINT, with `tell` as event handler; the reason if it could not run."""
+    from atp_tune.config.plugged import plug_in
     from atp_tune.cost.remaining import foretold
     from atp_tune.dashboard.publishing import publish
     from atp_tune.search.runner import StudyRun, tune
-    from atp_tune.spec.plugged import plug_in
 
     timeout = None if job.end is None else job.end - time()
     file = replace(job.file, study=job.file.study.model_copy(update={"device": device}))

@@ -19,9 +19,9 @@ from typing import Literal
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
+from atp_tune.config.recover import FEWEST
+from atp_tune.config.study import Study
 from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
-from atp_tune.spec.recover import FEWEST
-from atp_tune.spec.study import Study
 from atp_tune.utils.frozen import FrozenModel
 
 # --- The memory of a study: peak bytes on host and device, and which of them do not fit. Needs no torch.
@@ -327,7 +327,7 @@ class Part:
     """Work of one kind: its `number`, how many are `left`, and tokens and seconds of each.
 
     `tokens` go through all blocks; `size` is tokens that take as long, also where nothing is counted in tokens.
-    `prices` are the seconds of each for descents. Seconds are NaN without a probe.
+    `gradient` are the seconds of each for descents. Seconds are NaN without a probe.
     """
 
     name: str
@@ -379,7 +379,7 @@ def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     by_prices = rates.statistics(descended) + _own_weights(known, rates) + _waiting(known, rates)
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
-        yield Part("prices", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
+        yield Part("gradient", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
     sent = fmean(cost.total for cost in costs.values())
     seconds = fmean(rates.trial(name, cost, "validation").total for name, cost in costs.items())
     yield Part("trial", done.total, max(0, done.total - done.trials), sent, seconds, sent)
@@ -455,7 +455,7 @@ def step_tokens(known: Amounts) -> int:
 
 def _path(known: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
-    from atp_tune.allocations.prices import path
+    from atp_tune.allocations.gradient import path
 
     return path(*known.study.interval) if known.study.interval else (known.study.highest,)
 
@@ -485,7 +485,7 @@ def descent_tokens(known: Amounts) -> int:
 
 def _steps(known: Amounts) -> int:
     """Steps of all descents by prices."""
-    from atp_tune.allocations.prices import steps_along
+    from atp_tune.allocations.gradient import steps_along
 
     return len(known.study.descents) * (1 if known.study.by_bits else steps_along(_path(known)))
 

@@ -10,6 +10,9 @@ import psutil
 
 from atp_tune.allocations import Budget
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, choose, read_sizes
+from atp_tune.config.data import IMAGES
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.cost.forecast import (
     UNKNOWN,
     Amounts,
@@ -32,9 +35,6 @@ from atp_tune.cost.forecast import (
 )
 from atp_tune.events import EventHandler, Message
 from atp_tune.search.goals import goal_of
-from atp_tune.spec.data import IMAGES
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.fingerprint import SUFFIX
 

@@ -14,10 +14,10 @@ Key = tuple[str, str]
 
 # The parts, by the first word of the titles, and the stages in which a study runs them.
 STAGES = {
-    "dense": 0, "screening": 0, "prices": 0, "trial": 0,
+    "dense": 0, "screening": 0, "gradient": 0, "trial": 0,
     "test": 1, "generate": 1, "continuations": 1, "draw": 2, "training": 3, "speed": 4,
 }  # fmt: skip
-SHARED = ("screening", "prices", "trial")  # by all workers
+SHARED = ("screening", "gradient", "trial")  # by all workers
 EVEN = ("step", "block", "generate", "loss")  # phases that are a part, or most of it, in steps of one length
 OVER = 0.1  # of its seconds so far, the least that is left of what is under way
 LEAST = 1.0  # seconds
@@ -61,9 +61,9 @@ class Remaining:
                 self._parts = {name: Part(*part) for name, part in parts.items()}
             case TrialStarted(title, plan):
                 self._start(title.split()[0].rstrip(":"), now, who)
-                if plan is not None and "prices" in plan.allocation and "prices" in self._parts:
+                if plan is not None and "gradient" in plan.allocation and "gradient" in self._parts:
                     if (key := (plan.method, plan.allocation)) not in self._descended:
-                        self._parts["prices"].number -= 1
+                        self._parts["gradient"].number -= 1
                     self._descended.add(key)
             case Step(phase, done, total):
                 if phase == "generate":
@@ -93,7 +93,7 @@ class Remaining:
             return
         if before and before.part not in ("trial", "screening"):  # which end by events of their own
             self._end(who, now)
-            self._parts[before.part].number -= before.part != "prices"  # each worker descends by itself
+            self._parts[before.part].number -= before.part != "gradient"  # each worker descends by itself
         for other, part in self._parts.items():
             if STAGES[other] < stage or (other, name) == ("screening", "trial"):
                 part.number = 0

@@ -5,6 +5,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.config.data import short_source
+from atp_tune.config.plugged import permission
 from atp_tune.errors import printable
 from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
@@ -14,8 +16,6 @@ from atp_tune.results.results import is_uniform
 from atp_tune.results.stored import measured_columns
 from atp_tune.results.summary import Summary
 from atp_tune.results.tables import front, overview
-from atp_tune.spec.data import short_source
-from atp_tune.spec.plugged import permission
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.lost_trials import is_lost
 from atp_tune.utils.extras import as_typed

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from atp_tune.config.data import KINDS, Text, short_source
+from atp_tune.config.plugged import parts_of
 from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.inputs.sources import HubDataset
 from atp_tune.plugins import digest, guarded, short_name
-from atp_tune.spec.data import KINDS, Text, short_source
-from atp_tune.spec.plugged import parts_of
 from atp_tune.utils.cache import sha256_of_json
 from atp_tune.utils.registry import Origin, Registry
 

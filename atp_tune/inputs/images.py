@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from atp_tune.checkpoints.blocks import classifies_images, model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, within
 from atp_tune.inputs import InputKind, cut_draws
 from atp_tune.inputs.items import LABELS, PIXELS, Items, shared
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, cached_pixels, class_indices, pictures
-from atp_tune.spec.data import ImageSet
 
 DOUBLES = 0.01  # share of a role's images that an earlier role may have too; they are left out
 PATCH = 4  # pixels between positions in the first blocks of models with stages

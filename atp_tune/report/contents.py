@@ -15,6 +15,9 @@ import tomli_w
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations.budget import SYMBOLS
+from atp_tune.config.best import SHARES, ZeroShot
+from atp_tune.config.plugged import permission
+from atp_tune.config.studyfile import settings
 from atp_tune.errors import printable
 from atp_tune.measures import Gain, Role, TaskScore
 from atp_tune.metrics import Continuations, Speed, spread
@@ -22,9 +25,6 @@ from atp_tune.results.formatting import duration, errors_of, in_one_line, spent,
 from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.tables import Table
-from atp_tune.spec.config import SHARES, ZeroShot
-from atp_tune.spec.plugged import permission
-from atp_tune.spec.studyfile import settings
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.lost_trials import is_given_up, is_lost
 from atp_tune.storage.progress import ranked, values_of

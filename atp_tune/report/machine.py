@@ -28,9 +28,9 @@ from typing import Any
 from optuna.trial import TrialState
 from pydantic import BaseModel
 
+from atp_tune.config.studyfile import settings
 from atp_tune.report.contents import Contents
 from atp_tune.results.status import status_of
-from atp_tune.spec.studyfile import settings
 
 FORMAT = "atp_tune.report/3"
 KEPT = ("errors", "device", "dtype")  # attributes of trials

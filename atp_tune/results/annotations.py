@@ -14,13 +14,13 @@ import optuna
 from optuna.trial import FrozenTrial
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from atp_tune.config.best import Config, ZeroShot, read_config
+from atp_tune.config.finding import holds
+from atp_tune.config.recover import Recovered
+from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
 from atp_tune.metrics import Answers, Continuations, Speed
 from atp_tune.plan import Plan
-from atp_tune.spec.config import Config, ZeroShot, read_config
-from atp_tune.spec.finding import holds
-from atp_tune.spec.recover import Recovered
-from atp_tune.spec.studyfile import absolute_storage
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 from atp_tune.utils.cache import alone_with, write_atomically

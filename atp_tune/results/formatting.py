@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.config.data import KINDS, MANUAL, MIXED, short_source
+from atp_tune.config.finding import known
+from atp_tune.config.plugged import permission
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.recover import Loss, RecoverConfig
+from atp_tune.config.study import Study
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, reach_of
 from atp_tune.metrics import Continuations
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
 from atp_tune.results.results import NOTHING, allocation_of, is_uniform, parameters_of
-from atp_tune.spec.data import KINDS, MANUAL, MIXED, short_source
-from atp_tune.spec.finding import known
-from atp_tune.spec.plugged import permission
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.recover import Loss, RecoverConfig
-from atp_tune.spec.study import Study
 from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
 from atp_tune.storage.progress import ranked, sparsity_of
 from atp_tune.utils.extras import as_typed

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import optuna
 from optuna.trial import FrozenTrial
 
+from atp_tune.config.search import STEP
+from atp_tune.config.typed import INCREASE, LIMIT, Interval, one_sparsity, only_limit, option
 from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
@@ -22,8 +24,6 @@ from atp_tune.plan import percent
 from atp_tune.results.annotations import speed_of
 from atp_tune.results.formatting import against_uniform, drawn, drawn_how, draws_note, limit_of, method_of
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, is_uniform, uniform_of
-from atp_tune.spec.search import STEP
-from atp_tune.spec.typed import INCREASE, LIMIT, Interval, one_sparsity, only_limit, option
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of

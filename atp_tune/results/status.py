@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 from optuna.trial import FrozenTrial
 from pydantic import Field, PlainSerializer
 
+from atp_tune.config.best import Score, Scores, dumps
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
@@ -22,8 +24,6 @@ from atp_tune.results.goals import Point
 from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary
-from atp_tune.spec.config import Score, Scores, dumps
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage.fingerprint import PERPLEXITY
 from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process import is_dead

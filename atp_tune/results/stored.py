@@ -9,6 +9,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from atp_tune.config.best import (
+    BothDraws,
+    Config,
+    Sparsity,
+)
+from atp_tune.config.facts import facts
+from atp_tune.config.finding import known
+from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.plan import Plan
@@ -16,14 +24,6 @@ from atp_tune.results.annotations import with_attached
 from atp_tune.results.goals import best_trial
 from atp_tune.results.results import DENSE
 from atp_tune.results.summary import made_from, summarise
-from atp_tune.spec.config import (
-    BothDraws,
-    Config,
-    Sparsity,
-)
-from atp_tune.spec.facts import facts
-from atp_tune.spec.finding import known
-from atp_tune.spec.studyfile import StudyFile
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import check_facts

@@ -9,6 +9,10 @@ from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
+from atp_tune.config.best import ZeroShot
+from atp_tune.config.block_names import in_tower
+from atp_tune.config.recover import Recovered
+from atp_tune.config.studyfile import StudyFile, from_settings
 from atp_tune.measures import Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.results.annotations import answers_of, attached, speed_of
@@ -23,10 +27,6 @@ from atp_tune.results.results import (
     uniform_of,
     uniforms_of,
 )
-from atp_tune.spec.block_names import in_tower
-from atp_tune.spec.config import ZeroShot
-from atp_tune.spec.recover import Recovered
-from atp_tune.spec.studyfile import StudyFile, from_settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening

@@ -16,7 +16,7 @@ from torch import Tensor
 from atp_tune.allocations import LinearSparsities, Shape
 from atp_tune.allocations.bits import bits_of, cheapest, share_of
 from atp_tune.allocations.budget import Score
-from atp_tune.allocations.prices import (
+from atp_tune.allocations.gradient import (
     AT_LOWEST,
     FIRST,
     FURTHER,
@@ -29,7 +29,7 @@ from atp_tune.allocations.prices import (
     descend,
     steps_along,
 )
-from atp_tune.allocations.row_prices import DISTANCE
+from atp_tune.allocations.gradient_rows import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.dense_metrics import (
     Cache,
@@ -61,6 +61,8 @@ from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import arithmetic, host_memory
+from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.recover import NLL_SHARES, Loss
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
@@ -72,8 +74,6 @@ from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.quantizers.rounding import RTN
 from atp_tune.scores import Score as ModelScore
 from atp_tune.scores.evaluation import Block, Passing
-from atp_tune.spec.quantize import QuantizeConfig
-from atp_tune.spec.recover import NLL_SHARES, Loss
 from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, write_atomically
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve
@@ -305,7 +305,7 @@ class CalibrationGradients:
         windows, `targets`, the `levels` of the weights, and `constants`. `measure` gets a file for what it has found so
         far, which is removed at its end.
         """
-        file = cache_dir("prices") / f"{self._key(**own)}.json"
+        file = cache_dir("gradient") / f"{self._key(**own)}.json"
 
         def wait(lock: Path) -> None:
             self.watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
@@ -324,7 +324,7 @@ class CalibrationGradients:
     def _key(self, **own: Any) -> str:
         score = getattr(self._score, "content", type(self._score).__name__)
         batches = [self._batch.windows, self._heads.windows]
-        return key("prices", pool=self.pool.content, score=score, batches=batches, **own)
+        return key("gradient", pool=self.pool.content, score=score, batches=batches, **own)
 
 
 class DescentSteps:
@@ -341,12 +341,12 @@ class DescentSteps:
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
             found = json.loads(stored.metadata()["steps"])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            self.prices, self.ends, self.state = found["prices"], found["ends"], state
+            self.prices, self.ends, self.state = found["gradient"], found["ends"], state
 
     def add(self, prices: Prices, state: dict[str, Tensor]) -> None:
         """Keeps one more step; without room on the disk it is not kept."""
         self.prices.append(prices)
-        steps = json.dumps({"prices": self.prices, "ends": self.ends})
+        steps = json.dumps({"gradient": self.prices, "ends": self.ends})
         with suppress(OSError, SafetensorError), file_atomically(self._file) as temporary:
             save_file(state, temporary, {"steps": steps})
 
@@ -402,7 +402,7 @@ class Descent:
         pricing, steps = self._pricing(), DescentSteps(place)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
         samples = gradients.samples(windows, total, self.share)
-        watch(TrialStarted("prices", None))
+        watch(TrialStarted("gradient", None))
         if before := len(steps.prices):
             watch(Message(f"prices: goes on after step {before} of {total}"))
             pricing.resume(steps.state)
@@ -498,7 +498,7 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
 def _measured_costs(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs:
     nearest, watch = RTN(quantize.group_size, quantize.symmetric), gradients.watch
     sample = next(gradients.samples(items_of_costs(gradients.pool.positions), 1))
-    watch(TrialStarted("prices", None))
+    watch(TrialStarted("gradient", None))
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
         return nearest.quantize(weight, bits, None)

@@ -21,6 +21,7 @@ from atp_tune.checkpoints.blocks import model_config
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.devices import free_memory, host_memory, oom_as_user_error
+from atp_tune.config.best import SHARES
 from atp_tune.errors import UserError, named
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs import Batch
@@ -33,7 +34,6 @@ from atp_tune.plan import Plan
 from atp_tune.run.generation import WeightsOf, continued
 from atp_tune.scores import Scores, joined
 from atp_tune.scores.evaluation import Passing, head_scores
-from atp_tune.spec.config import SHARES
 from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 from atp_tune.allocations import Budget
 from atp_tune.allocations.budget import ranked_by
 from atp_tune.allocations.channels import BlockChannels
-from atp_tune.allocations.prices import path
+from atp_tune.allocations.gradient import path
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks.channels import ChannelPruner, find_channels, too_sparse
 from atp_tune.blocks.prune_pass import Pass, PrunedBlock, embed
@@ -27,6 +27,15 @@ from atp_tune.blocks.verification import check_batch, verified, verified_with_to
 from atp_tune.checkpoints.checkpoint import Checkpoint, Released
 from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_products, reuse_freed_memory
 from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
+from atp_tune.config.best import Config
+from atp_tune.config.data import CLASSES, IMAGES, Text
+from atp_tune.config.facts import BOS
+from atp_tune.config.patterns import Pattern, parse
+from atp_tune.config.plugged import plug_in_config
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.quantize import QuantizeConfig, Treatments
+from atp_tune.config.study import Data, ModelConfig, Study
+from atp_tune.config.typed import Interval
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
 from atp_tune.inputs import KINDS, Batch, InputKind
 from atp_tune.inputs.items import Items
@@ -49,15 +58,6 @@ from atp_tune.run.dense_model import (
 )
 from atp_tune.scores import SCORES, Score
 from atp_tune.scores.evaluation import compare_bos
-from atp_tune.spec.config import Config
-from atp_tune.spec.data import CLASSES, IMAGES, Text
-from atp_tune.spec.facts import BOS
-from atp_tune.spec.patterns import Pattern, parse
-from atp_tune.spec.plugged import plug_in_config
-from atp_tune.spec.prune import PruneConfig
-from atp_tune.spec.quantize import QuantizeConfig, Treatments
-from atp_tune.spec.study import Data, ModelConfig, Study
-from atp_tune.spec.typed import Interval
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import Observer

@@ -12,9 +12,9 @@ from torch import Tensor
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import Head
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.config.search import SCORES
 from atp_tune.errors import PluginError
 from atp_tune.inputs import Batch
-from atp_tune.spec.search import SCORES
 
 __all__ = ["SCORES", "Score", "Scores", "joined"]
 

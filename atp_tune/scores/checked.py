@@ -9,12 +9,12 @@ from torch import Tensor
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import ProbeRun
 from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.config.recover import NLL_SHARES
 from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs import Batch
 from atp_tune.measures import MEASURES
 from atp_tune.plugins import guarded
 from atp_tune.scores import Scores
-from atp_tune.spec.recover import NLL_SHARES
 from atp_tune.utils.registry import Origin
 
 ITEMS = {by.items for by in MEASURES.values()} - {"ranks"}  # which images have
@@ -68,7 +68,7 @@ class CheckedScore:
         PluginError if it has none, or if it does not take both where the loss is neither the NLL nor the mean.
         """
         if not hasattr(self._plugin, "gradient"):
-            raise PluginError(f"{self._origin}: has no method gradient, which the allocation prices needs")
+            raise PluginError(f"{self._origin}: has no method gradient, which the allocation gradient needs")
         with guarded(self._origin, "gradient"):
             known, takes = signature(self._plugin.gradient).parameters, {"dense": dense, "share": share}
             if not any(each.kind is each.VAR_KEYWORD for each in known.values()):

@@ -13,6 +13,7 @@ from torch import Tensor
 from atp_tune.blocks.prune_pass import advance, embed, entering
 from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints.models import ModelFolder
+from atp_tune.config.data import Text
 from atp_tune.inputs import Batch
 from atp_tune.inputs.items import IDS, Items
 from atp_tune.inputs.tokens import has_embedding
@@ -20,7 +21,6 @@ from atp_tune.inputs.windows import bos_of, first_windows, load_tokenizer, token
 from atp_tune.metrics import BOS_TOKENS, BOS_WINDOWS, BosEffect
 from atp_tune.scores import Score, Scores, joined
 from atp_tune.scores.next_token import NEXT_TOKEN
-from atp_tune.spec.data import Text
 
 Block = tuple[int, dict[str, Tensor]]  # index, tensors by name
 

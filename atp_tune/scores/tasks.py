@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from atp_tune.checkpoints.blocks import check_known
 from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.config.best import SHARES
+from atp_tune.config.plugged import is_task_path
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Step
 from atp_tune.inputs.sources import is_hub_in_reach
 from atp_tune.measures import TaskScore, error_of_share
-from atp_tune.spec.config import SHARES
-from atp_tune.spec.plugged import is_task_path
 from atp_tune.utils.paths import written
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -24,6 +24,9 @@ from optuna.samplers import BaseSampler, GPSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations import Budget
+from atp_tune.config.search import STEP, ScreenConfig, SearchConfig
+from atp_tune.config.study import Study
+from atp_tune.config.studyfile import StudyFile, overridden
 from atp_tune.events import Event, EventHandler, Message, TrialEnded, TrialStarted
 from atp_tune.measures import Limit, perplexity
 from atp_tune.plan import method_in
@@ -32,9 +35,6 @@ from atp_tune.results.results import is_uniform, uniform_of
 from atp_tune.search import samplers
 from atp_tune.search.samplers import Distributions, branch_study, make_sampler, posterior_at, wait_for_earlier
 from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
-from atp_tune.spec.search import STEP, ScreenConfig, SearchConfig
-from atp_tune.spec.study import Study
-from atp_tune.spec.studyfile import StudyFile, overridden
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
 

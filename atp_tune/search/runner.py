@@ -13,6 +13,10 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
+from atp_tune.config.facts import facts
+from atp_tune.config.plugged import records
+from atp_tune.config.search import ScreenConfig
+from atp_tune.config.studyfile import TRIALS, StudyFile, settings
 from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
@@ -23,10 +27,6 @@ from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
 from atp_tune.search.samplers import make_stopper
 from atp_tune.search.trial_loop import recover_lost, run_trials
-from atp_tune.spec.facts import facts
-from atp_tune.spec.plugged import records
-from atp_tune.spec.search import ScreenConfig
-from atp_tune.spec.studyfile import TRIALS, StudyFile, settings
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.database import reason_of
 from atp_tune.storage.fingerprint import SUFFIX, is_screening

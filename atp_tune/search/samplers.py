@@ -20,11 +20,11 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from atp_tune.config.search import SAMPLERS, SearchConfig
 from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Params, Space
-from atp_tune.spec.search import SAMPLERS, SearchConfig
 from atp_tune.storage.lost_trials import place_of
 from atp_tune.storage.progress import counts, place, running
 from atp_tune.utils.registry import Origin

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Protocol
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
+from atp_tune.config.patterns import Pattern, make_plan, parse
+from atp_tune.config.search import STEP
+from atp_tune.config.study import Study
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan, method_in
-from atp_tune.spec.patterns import Pattern, make_plan, parse
-from atp_tune.spec.search import STEP
-from atp_tune.spec.study import Study
 
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]

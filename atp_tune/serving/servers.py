@@ -26,6 +26,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import wsgi
 
+from atp_tune.config.finding import known
+from atp_tune.config.studyfile import absolute_storage, load
 from atp_tune.dashboard.notes import columns, study_note, trial_note
 from atp_tune.dashboard.publishing import PREFIX, attach, config_of, figures_of, note_of, without_rests
 from atp_tune.errors import UserError
@@ -34,8 +36,6 @@ from atp_tune.report import gather, html
 from atp_tune.results.goals import best_trial, front_of
 from atp_tune.results.stored import facts_of
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.spec.finding import known
-from atp_tune.spec.studyfile import absolute_storage, load
 from atp_tune.storage import artifacts, lost_trials, opening
 from atp_tune.storage.artifacts import Store, refuse_link
 from atp_tune.storage.attributes import ValidatedStudy

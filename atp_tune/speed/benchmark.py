@@ -16,8 +16,11 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import dtypes as formats
 from atp_tune.checkpoints.devices import find_device, find_dtype, oom_as_user_error
 from atp_tune.checkpoints.files import read_header
+from atp_tune.config.patterns import parse
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Step, TrialStarted
+from atp_tune.folders.applying import cast
+from atp_tune.folders.comparing import is_fast, pack_linears, packed_copy
 from atp_tune.metrics import Sizes, Speed
 from atp_tune.packed.gpu import has_kernel
 from atp_tune.packed.kernel import kernel_name
@@ -25,9 +28,6 @@ from atp_tune.packed.layout import LEAST, Kind, packed_bytes
 from atp_tune.plan import Plan
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.run.session import Session
-from atp_tune.sparse.applying import cast
-from atp_tune.sparse.comparing import is_fast, pack_linears, packed_copy
-from atp_tune.spec.patterns import parse
 from atp_tune.speed.torch_engine import (
     EXACT,
     SEMI_STRUCTURED,

@@ -26,18 +26,18 @@ from atp_tune.checkpoints.convert import is_packed
 from atp_tune.checkpoints.devices import arithmetic, device_name, find_device, find_dtype
 from atp_tune.checkpoints.files import check_claims
 from atp_tune.checkpoints.models import ModelFolder, check_files, resolve
+from atp_tune.config.best import Config
+from atp_tune.config.patterns import parse
+from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import EventHandler, Place, Step, TrialStarted
+from atp_tune.folders.applying import PLAIN, check_model, write_applied
+from atp_tune.folders.provenance import ABOUT
+from atp_tune.folders.slim import SLIM
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Side
 from atp_tune.run.session import Setup
-from atp_tune.sparse.applying import PLAIN, check_model, write_applied
-from atp_tune.sparse.provenance import ABOUT
-from atp_tune.sparse.slim import SLIM
-from atp_tune.spec.config import Config
-from atp_tune.spec.patterns import parse
-from atp_tune.spec.study import ModelConfig
 from atp_tune.utils.cache import cache_dir, folder_atomically, key, temporary_folder
 from atp_tune.utils.system import cpu_name, launches
 

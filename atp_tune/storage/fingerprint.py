@@ -12,10 +12,10 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
+from atp_tune.config.facts import BOS
+from atp_tune.config.search import ACCURACY, DENSITY
+from atp_tune.config.study import Study
 from atp_tune.errors import UserError
-from atp_tune.spec.facts import BOS
-from atp_tune.spec.search import ACCURACY, DENSITY
-from atp_tune.spec.study import Study
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.progress import measured
 

@@ -371,7 +371,7 @@ FOLDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "windows": (4, ("text", "content", "tokenizer", "libraries", "bos", "draws")),
     "pixels": (2, ("pictures", "processor", "libraries")),
     "statistics": (2, ("model", "tower", "items", "kind", "pruner", "batch", "arithmetic", "versions")),
-    "prices": (2, ("dense", "pool", "score", "targets", "levels", "batches", "constants", "versions")),
+    "gradient": (2, ("dense", "pool", "score", "targets", "levels", "batches", "constants", "versions")),
     "recovered": (2, ("settings", "model", "text", "teacher", "arithmetic", "versions")),
     "sparse": (3, ("config", "batches", "text", "arithmetic", "versions")),
 }

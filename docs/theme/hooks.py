@@ -26,11 +26,11 @@ BUTTONS = """
 
 """
 RETURNED = {  # what public functions and methods return, by the module that defines it
-    "Config": "atp_tune.spec.config",
+    "Config": "atp_tune.config.best",
     "Summary": "atp_tune.results.summary",
     "Perplexity": "atp_tune.measures",
     "Continuations": "atp_tune.metrics",
-    "ZeroShot": "atp_tune.spec.config",
+    "ZeroShot": "atp_tune.config.best",
 }
 
 

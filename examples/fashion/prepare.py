@@ -36,10 +36,10 @@ from transformers.image_utils import SizeDict
 
 from atp_tune.checkpoints.convert import download_wheel
 from atp_tune.cli.terminal import quiet
+from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError
 from atp_tune.inputs.images import chosen
 from atp_tune.inputs.pictures import ImageProcessor, pictures
-from atp_tune.spec.data import ImageSet
 from atp_tune.utils.cache import folder_atomically, sha256_of
 
 OUT = Path(__file__).parents[2] / "build" / "fashion"

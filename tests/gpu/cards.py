@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import Tensors
 from atp_tune.checkpoints.files import Offload
+from atp_tune.config.prune import PruneConfig
 from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Record
-from atp_tune.spec.prune import PruneConfig
 
 MIB = 1 << 20
 VOCABULARY = 512

@@ -9,7 +9,7 @@ from families import ALL, bench_of, nlls_of, tiny
 from plans import planned
 
 from atp_tune.checkpoints.files import Offload
-from atp_tune.spec.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig
 
 pytestmark = pytest.mark.gpu
 PRUNERS = ["wanda", "sparsegpt", "magnitude"]

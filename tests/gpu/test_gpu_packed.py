@@ -13,10 +13,10 @@ from tinystudy import quiet
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from atp_tune.folders.packing import pack_folder
 from atp_tune.metrics import GRAPH, SIDES
 from atp_tune.packed import gpu, kernel
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.sparse.packing import pack_folder
 from atp_tune.speed import torch_engine
 from atp_tune.speed.torch_engine import Workload
 

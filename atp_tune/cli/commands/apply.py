@@ -11,8 +11,8 @@ from atp_tune.errors import printable
 from atp_tune.utils.paths import check_free
 
 if TYPE_CHECKING:
+    from atp_tune.folders.provenance import Finetuned
     from atp_tune.measures import Estimate
-    from atp_tune.sparse.provenance import Finetuned
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
 
@@ -81,7 +81,7 @@ def apply(
         found = found.model_copy(update={"recovered": None})
         best = replace(best, config=found)
     if push is not None:
-        from atp_tune.sparse.publishing import check_folder, check_permission, is_made_from
+        from atp_tune.folders.publishing import check_folder, check_permission, is_made_from
 
         check_permission(push, private)
         if dtype is None and is_made_from(out, found, packed, slim):
@@ -97,9 +97,9 @@ def apply(
 def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype: str | None = None) -> None:
     """Writes the folder of a configuration, and prints what it has come to."""
     from atp_tune.checkpoints.files import is_slim
-    from atp_tune.sparse.provenance import ABOUT
-    from atp_tune.sparse.publishing import compared
-    from atp_tune.spec.config import read_config
+    from atp_tune.config.best import read_config
+    from atp_tune.folders.provenance import ABOUT
+    from atp_tune.folders.publishing import compared
 
     with working() as watch:
         measured = best.made(watch).save(out, packed=packed, slim=slim, dtype=dtype)
@@ -114,7 +114,7 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
 
 def _verify(folder: Path) -> None:
     """Prints that a folder's files are as they were written, and what differs here from where they were."""
-    from atp_tune.sparse.publishing import verify
+    from atp_tune.folders.publishing import verify
 
     found = verify(folder)
     echo(f"{folder}: all {found.files} files are as they were written, {found.weights} of them with weights")
@@ -191,8 +191,8 @@ def pack(
         check_free(out)
         write(options.best(), out, packed=True)
         return
-    from atp_tune.sparse.packing import pack_folder
-    from atp_tune.sparse.provenance import ABOUT, origin
+    from atp_tune.folders.packing import pack_folder
+    from atp_tune.folders.provenance import ABOUT, origin
 
     with working() as watch:
         done = pack_folder(folder, out, values, group_size, options.device or "auto", watch)
@@ -247,7 +247,7 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
         words [DIR] ORG/NAME: Sparse checkpoint, as `apply` writes it, and a model repository on the hub; made if
             missing.
     """
-    from atp_tune.sparse.publishing import check_folder, check_permission
+    from atp_tune.folders.publishing import check_folder, check_permission
 
     *folders, name = words
     folder = folders[0] if folders else None
@@ -269,8 +269,8 @@ def push(words: list[str], *, private: bool = False, options: BestOptions) -> No
 def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.terminal import interruptible
-    from atp_tune.sparse import publishing
-    from atp_tune.sparse.publishing import verify
+    from atp_tune.folders import publishing
+    from atp_tune.folders.publishing import verify
 
     verify(folder)
 
@@ -360,9 +360,9 @@ def finetune(
         teacher SOURCE: Dense model of `kl` and `both`; default: that which DIR was pruned from.
     """
     check_free(out)
+    from atp_tune.config.recover import Training
     from atp_tune.events import Place
-    from atp_tune.sparse.provenance import read_text
-    from atp_tune.spec.recover import Training
+    from atp_tune.folders.provenance import read_text
 
     if asked.learning_rate is not None and not 0 < asked.learning_rate < float("inf"):
         raise wrong("--learning-rate", "must be greater than 0")
@@ -383,7 +383,7 @@ def finetune(
         for name, value in given[of_images].items()
     )
     from atp_tune.cli.terminal import interruptible
-    from atp_tune.sparse.finetuning import finetune as tune
+    from atp_tune.folders.finetuning import finetune as tune
 
     with working() as watch, interruptible():
         try:

@@ -14,8 +14,8 @@ from atp_tune.errors import UserError, is_text
 from atp_tune.events import ignore_events
 
 if TYPE_CHECKING:
+    from atp_tune.folders.comparing import Which
     from atp_tune.run.generation import Answer, ChatMessage, ChatOptions, Speaker
-    from atp_tune.sparse.comparing import Which
 
 # --- A chat in a terminal: lines that a person types, commands among them, and answers as they come.
 
@@ -182,8 +182,8 @@ def chat(
     from atp_tune.cli.display import Display
     from atp_tune.cli.terminal import quiet
     from atp_tune.events import Event, Message, Place, TrialStarted
+    from atp_tune.folders.comparing import CHAT, BothModels
     from atp_tune.run.generation import ChatOptions
-    from atp_tune.sparse.comparing import CHAT, BothModels
     from atp_tune.utils.cache import cache_dir, temporary_folder
 
     def show(event: Event) -> None:

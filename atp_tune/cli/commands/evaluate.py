@@ -9,9 +9,9 @@ from atp_tune.cli.terminal import echo, markdown, working
 from atp_tune.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from atp_tune.config.best import Config
+    from atp_tune.config.study import Study
     from atp_tune.metrics import Speed
-    from atp_tune.spec.config import Config
-    from atp_tune.spec.study import Study
 
 
 def evaluate(
@@ -52,17 +52,17 @@ def evaluate(
     if model is not None and storage is not None:
         raise wrong("--storage", "only with --config")
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    from atp_tune.config.best import read_config
     from atp_tune.events import Place
     from atp_tune.report import contents
     from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
-    from atp_tune.spec.config import read_config
 
     path, read = config or Path(), config and read_config(config)
     with working(json) as watch:
         if read:
             check(path, read, storage)
-        from atp_tune.sparse import comparing
+        from atp_tune.folders import comparing
 
         base = path.parent / read.folder if read else Path()
         place = Place(base, device or "auto", vars(may), watch)
@@ -159,7 +159,7 @@ def classify(
     if config is not None and not config.is_file():
         raise wrong("--config", f"there is no file {config}")
     from atp_tune.events import Place
-    from atp_tune.sparse.comparing import classify
+    from atp_tune.folders.comparing import classify
 
     with working(json) as watch:
         there = Place(Path(), device or "auto", vars(may), watch)
@@ -241,10 +241,10 @@ def speedup(
     if batch > 1 and options.study is not None:
         raise wrong("--batch", "not with --study, whose points are compared at one")
     from atp_tune.cli.tables import show_summary
+    from atp_tune.config.best import read_config
+    from atp_tune.config.data import CLASSES
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
-    from atp_tune.spec.config import read_config
-    from atp_tune.spec.data import CLASSES
 
     with working() as watch:
         from atp_tune.results import annotations

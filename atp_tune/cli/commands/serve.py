@@ -13,8 +13,8 @@ from atp_tune.errors import printable
 if TYPE_CHECKING:
     import optuna
 
+    from atp_tune.config.best import Config
     from atp_tune.serving.servers import Served, Service
-    from atp_tune.spec.config import Config
 
 
 def serve(
@@ -219,10 +219,10 @@ def export(
         out FILE: Default: NAME.best.json beside the study file.
         json: Print the configuration; a file is written only with `--out`.
     """
+    from atp_tune.config.best import read_config
     from atp_tune.errors import printable
+    from atp_tune.folders.exporting import FORMATS, kind_of, write
     from atp_tune.results.stored import best_config, file_as_run, stored_study
-    from atp_tune.sparse.exporting import FORMATS, kind_of, write
-    from atp_tune.spec.config import read_config
     from atp_tune.utils.cache import alone_with
 
     if (study is None) == (config is None):

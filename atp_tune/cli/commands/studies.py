@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from atp_tune.api.catalogue import Entry
     from atp_tune.api.environment import MachineReport
+    from atp_tune.config.studyfile import StudyFile
     from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.results.status import Listed
-    from atp_tune.spec.studyfile import StudyFile
 
 
 def studies(*, json: bool = False) -> None:
@@ -24,8 +24,8 @@ def studies(*, json: bool = False) -> None:
 
     Example: `python tune.py studies`
     """
+    from atp_tune.config.finding import known
     from atp_tune.results.status import to_json
-    from atp_tune.spec.finding import known
 
     found = [study for path in known() for study in _listed(path)]
     if json:
@@ -43,9 +43,9 @@ def studies(*, json: bool = False) -> None:
 
 def _listed(path: Path) -> "list[Listed]":
     """The study that a study file names, then the studies that were run from it with `--study-name`."""
+    from atp_tune.config.studyfile import load
     from atp_tune.results.status import invalid, listed
     from atp_tune.results.summary import summarise
-    from atp_tune.spec.studyfile import load
     from atp_tune.storage.fingerprint import is_screening
     from atp_tune.storage.opening import find_study, names_in, open_storage
 
@@ -89,9 +89,9 @@ def plugins(
     """
     from atp_tune.api.catalogue import entries
     from atp_tune.cli.terminal import quiet
+    from atp_tune.config.plugged import named_in
     from atp_tune.plugins import ASK, registered_in
     from atp_tune.results.status import to_json
-    from atp_tune.spec.plugged import named_in
 
     if set_ and study is None:
         raise wrong("--set", "only with --study")
@@ -136,7 +136,7 @@ def schema() -> None:
 
     Example: `python tune.py schema > study.schema.json`
     """
-    from atp_tune.spec.writing import schema_text
+    from atp_tune.config.writing import schema_text
 
     print(schema_text(), end="")
 

@@ -17,8 +17,8 @@ import atp_tune
 from atp_tune.cli.commands.studies import cost_beside, show_plan
 from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wrong
 from atp_tune.cli.terminal import echo, working
+from atp_tune.config.finding import BARE
 from atp_tune.errors import UserError, named
-from atp_tune.spec.finding import BARE
 from atp_tune.utils.cache import TakenError
 from atp_tune.utils.extras import as_typed, require
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from atp_tune.api.presets import StudyRequest
     from atp_tune.cli.display import Display
     from atp_tune.cli.worker_pool import WorkerJob
+    from atp_tune.config.studyfile import StudyFile
     from atp_tune.run.session import Session
     from atp_tune.search.runner import StudyRun
-    from atp_tune.spec.studyfile import StudyFile
 
 # --- Runs a study as the options of the command line say, in this process or in a pool of workers.
 
@@ -253,7 +253,7 @@ def model(
             papers; both with errors over draws of the calibration text, and training. Half as many with prices alone;
             within a limit at most 6, 12 or 12. Over an interval 12, 36 or 48 points are screened.
         pruner NAME: magnitude, wanda, sparsegpt, dsnot, alps or a plug-in (`plugins` lists all); several are compared
-        allocation NAME: row-prices by default; prices, atp, uniform, curve, owl, er, erk, global, alphapruning,
+        allocation NAME: gradient-rows by default; gradient, atp, uniform, curve, owl, er, erk, global, alphapruning,
             alphapruning-linear or a plug-in; several are compared.
         texts TEXTS: c4, wikitext2, mixed (manual, news, tales, debates, code), packaged (the Python manual), or a
             .txt, .jsonl or .parquet FILE, of which three parts are used; default: C4 and WikiText-2 as in the papers,
@@ -264,12 +264,12 @@ def model(
         name NAME: Name of the study; default: of the model and the options.
     """
     from atp_tune.api.presets import StudyRequest
+    from atp_tune.config.finding import HERE, known
+    from atp_tune.config.plugged import rooted
+    from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, tables
+    from atp_tune.config.typed import goal
+    from atp_tune.config.writing import study_text, write_study
     from atp_tune.events import Message
-    from atp_tune.spec.finding import HERE, known
-    from atp_tune.spec.plugged import rooted
-    from atp_tune.spec.studyfile import StudyFile, absolute_storage, overridden, tables
-    from atp_tune.spec.typed import goal
-    from atp_tune.spec.writing import study_text, write_study
     from atp_tune.storage.opening import check_writable
 
     if source in [path.stem for path in known()] and not Path(source).exists():
@@ -397,8 +397,8 @@ def prune(
         model MODEL: Hub id, folder or .gguf file.
         pruner: magnitude, wanda, sparsegpt, dsnot, alps or a plug-in; default: the study's first, or wanda.
         sparsity: Share of zeros, between 0 and 1; default: the study's, or 0.7.
-        allocation: uniform, atp, curve, prices, row-prices, owl, alphapruning, alphapruning-linear, er, erk, global or
-            a plug-in; default: atp.
+        allocation: uniform, atp, curve, gradient, gradient-rows, owl, alphapruning, alphapruning-linear, er, erk,
+            global or a plug-in; default: atp.
         beta: Common difference β per block; 0 is uniform.
         parameter NAME=VALUE: Another parameter, as in γ=-0.1 or gamma=-0.1.
         study NAME: Take the model, the texts and the settings from this study.
@@ -423,7 +423,7 @@ def prune(
         raise wrong("--beta", f"{allocation} without any is uniform; for example --beta 0.004")
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
-    from atp_tune.spec.plugged import rooted
+    from atp_tune.config.plugged import rooted
 
     pruners, allocations = (list(rooted([name], Path())) if name else None for name in (pruner, allocation))
     options = {"model.source": model, "prune.pruners": pruners, "allocation.names": allocations, "sparsity": sparsity}

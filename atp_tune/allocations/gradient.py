@@ -1,0 +1,152 @@
+"""Prices: sparsities that descend along the loss of the pruned model; linears whose weights cost little get sparser.
+
+    s_l = S + κ (s*_l - S)                                                        l a linear of a block
+
+S target, κ (`kappa`) the distance from uniform: 0 is uniform, 1 the end s* of the descent. Values that leave [0, 1] are
+clipped and all are shifted by one number, such that the mean weighted by size is S.
+
+The price p_l of a linear is the loss in nats that one further pruned weight costs (`blocks/gradients.py`). The descent
+begins at uniform and takes T = 20 steps, each on other windows of the calibration text:
+
+    v_l ← 0.7 v_l + 0.3 p_l
+    u_l = (v_l - v̄) / sqrt(mean (v - v̄)²), clipped to ±3                          means weighted by size
+    s_l ← level(s_l - η_t u_l, S) in [0.02, 0.98], η_t = 0.03 (1 - t/T) + 0.003
+
+No window of the validation or test text is used. A step costs three to four forward passes.
+
+Over an interval of targets the descent goes on along a path: S_0 is the lowest target, S_1 … S_m follow at equal
+distances of at most 0.1, the last is the highest. It takes the last 4 of the T steps at S_0. From each end at S_k-1
+it begins at S_k with all s_l shifted by S_k - S_k-1 and v kept, and takes the last 8 of the T steps. Between two
+targets of the path s* is linear.
+
+Where weights are rounded to fewer bits, s* has no descent: it is the share between the most and the fewest bits of the
+plan that costs least, by what rounding each linear to each number of bits costs (`blocks/gradients.py`).
+
+Reason: formulas of a few numbers (`atp`, `curve`, `owl`) lack most of what a model wants, which differs from linear to
+linear; a gradient at the *pruned* model tells it for all of them at once. Taylor expansions at the dense model are
+biased at the distance of pruning. For pruners that change the kept weights a descent by Wanda's masks goes too far;
+κ = 0.6 is the second point of a search, and `prune.gradient_at = "own"` descends by what the pruner makes
+(`blocks.gradients`).
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level, rows_of
+from atp_tune.allocations.rows import RowSparsities
+
+contains = ("uniform",)
+measures_inputs = True
+FARTHEST = 1.5  # highest κ
+STEPS = 20
+AT_LOWEST = 4  # steps at the lowest target of a path, where few zeros hardly need an allocation
+FURTHER = 8  # steps at each further target of a path
+APART = 0.1  # highest distance of two targets of a path
+KEPT = 0.7  # share of the former prices in their moving mean
+LARGEST = 3.0  # of a price, in standard deviations
+FIRST, LAST = 0.03, 0.003  # distances of the steps
+LIMITS = 0.02, 0.98  # of a sparsity during the descent
+
+Prices = Sequence[Sequence[float]]  # one per linear of each block
+
+
+def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
+    """The interval of `kappa`."""
+    return {"kappa": (0.0, FARTHEST)}
+
+
+def initial_points(budget: Budget) -> list[dict[str, float]]:
+    """The end of the descent, and a point on the way to it."""
+    return [{"kappa": 1.0}, {"kappa": 0.6}]
+
+
+def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[float, ...]:
+    """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
+    budget.check(bounds(budget), kappa=kappa)
+    if kappa == 0:
+        return (budget.target,) * len(budget.sizes)
+    found = budget.require_dense_metrics("gradient").priced_sparsities(budget.target, budget.pruner)
+    return at_distance(budget, found, kappa)
+
+
+def at_distance(budget: Budget, end: LinearSparsities, kappa: float) -> LinearSparsities:
+    """The sparsities at a distance κ from uniform, of which 1 is the end of the descent."""
+    wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(end)]
+    return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+
+
+def path(low: float, high: float) -> tuple[float, ...]:
+    """The targets of the path over an interval, ascending."""
+    parts = max(1, math.ceil((high - low) / APART - ROUNDING))
+    return tuple(low + (high - low) * k / parts for k in range(parts + 1))
+
+
+def steps_along(targets: Sequence[float]) -> int:
+    """Number of steps of a descent along these targets."""
+    return sum(_steps(targets, place) for place in range(len(targets)))
+
+
+def _steps(targets: Sequence[float], place: int) -> int:
+    """Number of steps at one of these targets."""
+    if len(targets) == 1:
+        return STEPS
+    return FURTHER if place else AT_LOWEST
+
+
+def descend(
+    linears: Sequence[Sequence[Shape]],
+    targets: Sequence[float],
+    prices_at: Callable[[int, LinearSparsities], Prices],
+) -> Iterator[LinearSparsities]:
+    """The end of the descent at each of these ascending targets, as it is reached; the first begins at uniform.
+
+    `prices_at(step, sparsities)` measures prices, in nats per weight.
+    """
+    sizes, done = _sizes(linears), 0
+    found, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
+    for place, target in enumerate(targets):
+        low, high = min(LIMITS[0], target), max(LIMITS[1], target)
+        found = _levelled(found, sizes, target, low, high) if place else found
+        for step in range(STEPS - _steps(targets, place), STEPS):
+            prices = chain.from_iterable(prices_at(done, rows_of(found, linears)))
+            smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
+            distance = FIRST * (1 - step / STEPS) + LAST
+            wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
+            found = _levelled(wanted, sizes, target, low, high)
+            done += 1
+        yield rows_of(found, linears)
+
+
+def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: float) -> RowSparsities:
+    """The end of the descent at a target within a path, linear between the two ends beside it."""
+    after = min(max(1, bisect_left(targets, target)), len(targets) - 1)
+    if after == 0 or target >= targets[after]:
+        return ends[after]
+    before = after - 1
+    share = max(0.0, (target - targets[before]) / (targets[after] - targets[before]))
+    return ends[before].towards(ends[after], share)
+
+
+def _levelled(values: Sequence[float], sizes: Sequence[int], target: float, low: float, high: float) -> list[float]:
+    """Values shifted such that their mean is the target, within limits."""
+    excess = _mean(values, sizes) - target
+    return list(level([value - excess for value in values], sizes, target, low, high))
+
+
+def _standardised(values: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Values minus their mean, in standard deviations, at most `LARGEST`; all 0 if they are equal."""
+    mean = _mean(values, sizes)
+    deviation = math.sqrt(_mean([(value - mean) ** 2 for value in values], sizes))
+    if deviation == 0:
+        return [0.0] * len(values)
+    return [min(LARGEST, max(-LARGEST, (value - mean) / deviation)) for value in values]
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def _sizes(linears: Sequence[Sequence[Shape]]) -> list[int]:
+    return [shape.size for shape in chain.from_iterable(linears)]

@@ -1,0 +1,368 @@
+"""The best configuration: a JSON file with all that is needed to prune the model again, and its scores.
+
+The format `atp_tune.config/3` is published: keys may be added, but are never renamed or removed.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from atp_tune.allocations.bits import share_of
+from atp_tune.config.manifest import Manifest
+from atp_tune.config.plugged import PluginRef, check_known
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.quantize import Bits, QuantizeConfig
+from atp_tune.config.recover import Recovered
+from atp_tune.config.search import NEXT_TOKEN
+from atp_tune.config.study import Data, ModelConfig, Study, of_model
+from atp_tune.errors import UserError
+from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Role, TaskScore
+from atp_tune.metrics import Continuations, OverDraws, Speed
+from atp_tune.plan import Plan, Share
+from atp_tune.utils.cache import write_out
+from atp_tune.utils.frozen import STORED, FrozenModel
+
+FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
+
+
+Baseline = Literal["dense", "uniform", "best"]
+
+
+def dumps(value: Any, indent: int | None) -> str:
+    """JSON with all control characters escaped, so that it is safe to show on a terminal."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
+
+
+def _finite(score: Estimate | None) -> Estimate | None:
+    return score if score and math.isfinite(score.value + score.stderr) else None
+
+
+def _by_measure(found: dict[str, dict[Role, Estimate | None]]) -> dict[str, dict[Role, Estimate | None]]:
+    for name, scores in found.items():
+        if name not in MEASURES:
+            raise ValueError(f"{name}: must be one of {', '.join(MEASURES)}")
+        for text, score in scores.items():
+            if score and not (score.value >= 0 and score.stderr >= 0):
+                raise ValueError(f"{text}: must be at least 0")
+    return {
+        name: {text: score and MEASURES[name].kind(**dict(score)) for text, score in scores.items()}
+        for name, scores in found.items()
+    }
+
+
+# JSON has no infinity: it is written as null
+Score = Annotated[Estimate | None, PlainSerializer(_finite)]
+Scores = Annotated[dict[str, dict[Role, Score]], AfterValidator(_by_measure)]  # by measure, then by text
+
+
+def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
+    return found
+
+
+def _a_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must be a path")
+    return text
+
+
+Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
+
+
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class ModelRef(FrozenModel):
+    """The dense checkpoint, and the SHA-256 of its content (`fingerprint`)."""
+
+    id: str
+    revision: str | None
+    sha256: str | None = None
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    prune: tuple[str, ...] = Field(("language",), description="the parts that are pruned, of a model that reads images")
+
+    @model_validator(mode="after")
+    def _loadable(self) -> Self:
+        self.model()
+        return self
+
+    def model(self, allowed: Mapping[str, bool] | None = None) -> ModelConfig:
+        """The model as in a study file, with `allowed` keys that a configuration cannot set; ValueError if invalid."""
+        keys: dict[str, Any] = {"source": self.id, "revision": self.revision, "sha256": self.sha256}
+        keys |= {"dtype": self.dtype, "prune": self.prune}
+        try:
+            return ModelConfig.model_validate({**keys, **of_model(allowed or {})})
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
+        found: dict[str, Any] = inner(self)
+        return {key: value for key, value in found.items() if key != "prune" or self.prune != ("language",)}
+
+
+class Sparsity(FrozenModel):
+    """Target and realised share of zeros over all linears of all blocks."""
+
+    target: Share
+    realised: Share
+
+
+class BothDraws(FrozenModel):
+    """Test scores of the best plan over draws of the calibration text, and of uniform with the same pruner."""
+
+    best: OverDraws
+    uniform: OverDraws | None
+
+
+class EvaluationTexts(FrozenModel):
+    """The validation and test texts; they are the same with the paper's protocol."""
+
+    validation: Data
+    test: Data
+
+
+Compared = Literal["dense", "uniform", "best", "model"]  # "model": a single model folder
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are accuracies; tables show the first that a task has
+
+
+class TaskScores(FrozenModel):
+    """Scores on one task of lm-eval, of each model by metric; tables show `metric`.
+
+    `best_minus_uniform` is the difference in `metric`, paired by items.
+    """
+
+    task: str
+    items: int
+    num_fewshot: int
+    version: str
+    metric: str
+    scores: dict[Compared, dict[str, TaskScore]]
+    best_minus_uniform: TaskScore | None = None
+
+
+class ZeroShot(FrozenModel):
+    """Scores on tasks of lm-eval of the models dense, uniform and best, or of one folder.
+
+    `mean` is over tasks whose metric is an accuracy; `missing` holds the reason for each task that could not be run.
+    """
+
+    tasks: tuple[TaskScores, ...]
+    mean: dict[Compared, TaskScore]
+    mean_best_minus_uniform: TaskScore | None = None
+    missing: dict[str, str] = Field({})
+    limit: int | None = None
+    dtype: str
+    device: str
+    seconds: dict[Compared, FiniteFloat]
+    versions: dict[str, str]
+
+
+class Config(FrozenModel):
+    """The best configuration of a study."""
+
+    format: Literal["atp_tune.config/3"] = FORMAT
+    study: str
+    trial: int | None = Field(description="null for a single plan without a search")
+    model: ModelRef
+    plan: Plan = Field(description="method, allocation and its parameters, and the level of each block or linear")
+    prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
+    blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
+    linears: tuple[tuple[str, ...], ...] | None = Field(
+        None,
+        description="names within their block of the linears, where they differ or weights are only rounded",
+    )
+    conv1d: bool = Field(False, description="where weights are rounded: whether linears are `Conv1D`, as GPT-2's")
+    sparsity: Sparsity
+    quantize: QuantizeConfig | None = Field(
+        None,
+        description="where weights are rounded: settings of the quantizer: the method, else `quantizers`",
+    )
+    bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
+    scores: dict[Baseline, Scores] = Field(
+        {}, description="of dense, uniform with the same pruner and the best plan: by measure, then by text"
+    )
+    calibration: Data
+    batches: dict[str, Batch] = Field(
+        {}, description="windows per batch, by role of the text; they affect near-ties in the masks"
+    )
+    draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
+    texts: EvaluationTexts
+    score: str = Field(NEXT_TOKEN, description="how windows are scored")
+    plugins: dict[str, PluginRef] = Field({}, description="by short name; relative files start at `folder`")
+    bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
+    seed: int
+    versions: dict[str, str]
+    folder: Annotated[str, AfterValidator(_a_path)] = Field(
+        ".", description="folder, relative to this file, that relative paths of model and texts start at"
+    )
+    zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
+    speed: Speed | None = Field(None, description="results of `speedup`, or of the end of a study with `speed`")
+    continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
+    recovered: Recovered | None = Field(
+        None, description="training of the kept weights, by a study with `recover`: `apply` does it again if `kept`"
+    )
+    slim: bool = Field(False, description="of a folder: whether the pruned channels are cut off, not zero")
+    manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        """Checks that the names of methods are known, and that the plan's levels have what belongs to them."""
+        check_known(self.plan.method, self.plan.allocation, self.score, self.plugins, self.by_bits)
+        if len({self.quantize is None, self.plan.levels[0].bits is None, self.bits is None}) > 1:
+            raise ValueError("quantize: is needed with bits and a plan that has bits, and they with it")
+        named = [*map(len, self.linears or ())]
+        fit = [len(level.linears) in (0, own) for level, own in zip(self.plan.levels, named, strict=False)]
+        if named and not (len(named) == len(self.plan.levels) and all(fit)):
+            raise ValueError("linears: not one name for each linear of the plan's levels")
+        return self
+
+    @classmethod
+    def of_study(
+        cls,
+        study: Study,
+        plan: Plan,
+        model: dict[str, str],
+        sizes: Sequence[int],
+        effective: float | None,
+        /,
+        **own: Any,
+    ) -> Self:
+        """The configuration of a study's plan, with `own` keys that the study does not say, such as scores.
+
+        `model`: fingerprint and dtype of the model. `sizes`: weights of each block. `effective`: bits of a weight with
+        scales, where weights are rounded.
+        """
+        bits = None
+        if study.bits is not None:
+            bits = Bits(target=study.bits, nominal=plan.mean_bits(sizes), effective=effective)
+        named = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
+        return cls(
+            model=ModelRef.model_validate({**named, **model}),
+            plan=plan,
+            prune=study.prune,
+            quantize=None if bits is None else study.quantize,
+            bits=bits,
+            calibration=study.data.calibration.text,
+            texts=EvaluationTexts(validation=study.data.validation, test=study.test_text),
+            score=study.score,
+            seed=study.search.seed,
+            **own,
+        )
+
+    @property
+    def trained(self) -> Recovered | None:
+        """How the kept weights are to be trained after pruning; None if they stay as they were pruned."""
+        return self.recovered if self.recovered is not None and self.recovered.kept else None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the kept weights are to be trained after pruning."""
+        return self.trained is not None
+
+    def scored(self, model: Baseline = "best", text: Role = "test", measure: Measure = PERPLEXITY) -> Estimate | None:
+        """The score of a model on a text; None if it was not measured."""
+        return self.scores.get(model, {}).get(measure.name, {}).get(text)
+
+    def final(self, text: Role) -> Estimate | None:
+        """Perplexity of the model that `apply` writes: after training, where the kept weights are trained."""
+        if self.trained is None:
+            return self.scored("best", text)
+        found = self.trained.validation if text == "validation" else self.trained.test
+        return found.perplexity if found else None
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether weights are rounded and nothing is pruned: the plan's method is a quantizer."""
+        return self.plan.by_bits
+
+    @property
+    def target(self) -> float:
+        """The amount that the allocation shared out: the target sparsity, or a share between most and fewest bits."""
+        if self.by_bits and self.bits is not None and self.quantize is not None:
+            return share_of(self.bits.target, self.quantize.widths)
+        return self.sparsity.target
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """All that decides the weights of its pruned model, before any training."""
+        return self.model_dump(
+            mode="json",
+            include={
+                **dict.fromkeys(("plan", "prune", "quantize", "calibration", "plugins", "bos"), True),
+                "model": {"fingerprint", "dtype", "prune"},
+            },
+        )
+
+    def seen_from(self, base: Path, place: Path) -> Self:
+        """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
+        return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
+
+    def __str__(self) -> str:
+        """The plan and its perplexities in a line."""
+        parameters = " ".join(f"{name}={value:.4g}" for name, value in self.plan.parameters.items())
+        plan = f"{self.plan.method} {self.plan.allocation} {parameters}".rstrip() + ", trained" * self.is_trained
+        scores = [f"{text} perplexity {score}" for text in TEXTS if (score := self.final(text))]
+        if self.by_bits and self.bits is not None:
+            return ", ".join([f"{self.bits.nominal:.2f} bits by {plan}", *scores])
+        return ", ".join([f"{self.sparsity.realised:.2%} zeros by {plan}", *scores])
+
+    def __repr__(self) -> str:
+        return f"<Config {self}>"  # pydantic's has thousands of characters
+
+    def to_json(self) -> str:
+        """The text of the file, indented by two spaces."""
+        return dumps(self.model_dump(mode="json"), 2) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes the file atomically; UserError if that fails."""
+        write_out(path, self.to_json().encode())
+
+
+def read_config(path: Path) -> Config:
+    """Reads a configuration; UserError if it is missing or invalid."""
+    found = _parse(path)
+    if isinstance(found, dict) and found.get("format") in ("atp_tune.config/1", "atp_tune.config/2"):
+        raise UserError(
+            f"{path}: is of an older format, {found['format']}, without the key plan; search again with another "
+            "--study-name, or take the version of atp_tune that wrote it"
+        )
+    try:
+        return Config.model_validate(found, context=STORED)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        rule = "is needed" if first["type"] == "missing" else first["msg"]
+        raise UserError(f"{path}: {key}: {rule}; is it a configuration of atp_tune ({FORMAT})?") from None
+
+
+def _parse(path: Path) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # ValueError for an unpaired surrogate too
+        return value
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; write one with: python tune.py export --study NAME") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not JSON ({str(error).splitlines()[0]}); write one with: python tune.py export --study NAME"
+        ) from None

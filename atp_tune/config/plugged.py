@@ -1,0 +1,320 @@
+"""The code that a study or a configuration names: permission, the settings of plug-ins, and the hashes of files.
+
+Reading a study runs no code. `plug_in` and `plug_in_config` run it, for commands that prune.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
+from pydantic_core import InitErrorDetails
+
+from atp_tune.allocations import ALLOCATIONS
+from atp_tune.config.data import Source
+from atp_tune.config.manifest import SHA256
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.search import SAMPLERS, SCORES
+from atp_tune.config.study import Data, Study
+from atp_tune.errors import UserError
+from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, registry, short_name
+from atp_tune.pruners import PRUNERS
+from atp_tune.quantizers import QUANTIZERS
+from atp_tune.utils.cache import sha256_of_json
+from atp_tune.utils.frozen import FrozenModel, relocated
+from atp_tune.utils.paths import written
+from atp_tune.utils.registry import Origin, Registry
+
+if TYPE_CHECKING:
+    from atp_tune.config.best import Config
+
+SOURCE = "source of texts"
+BUILT_IN_SOURCES = (
+    "c4",
+    "wikitext2",
+    "mixed",
+    "hub",
+    "file",
+    "package",
+    "memory",
+)  # without numpy, which their registry's module needs
+TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z_][\w-]*)(?::(?P<rest>.*))?", re.DOTALL)
+
+
+def _a_path(place: str) -> str:
+    if "\0" in place or not is_place(place):
+        raise ValueError("must be FILE.py:NAME or package.module:NAME")
+    return place
+
+
+@dataclass(frozen=True)
+class Named:
+    """A name in a study that may be a plug-in's: its kind, the key that holds it, and the name as it is written."""
+
+    kind: str
+    key: str
+    written: str
+
+    @property
+    def short(self) -> str:
+        """The short name."""
+        return short_name(self.written)
+
+
+class PluginRef(FrozenModel):
+    """A plug-in: its kind, its place (FILE.py:NAME or package.module:NAME), and the SHA-256 of its file."""
+
+    kind: Literal["pruner", "allocation", "score", "source of texts", "sampler"]
+    place: Annotated[str, AfterValidator(_a_path)]
+    sha256: SHA256
+
+
+def check_known(
+    method: str, allocation: str, score: str, plugins: Mapping[str, PluginRef], rounds: bool = False
+) -> None:
+    """ValidationError unless a configuration's method, allocation and score are built in or among its plug-ins.
+
+    `rounds`: weights are only rounded, so that the method is a quantizer.
+    """
+    for place, name, known in (
+        (("plan", "method"), method, QUANTIZERS if rounds else PRUNERS),
+        (("plan", "allocation"), allocation, ALLOCATIONS),
+        (("score",), score, SCORES),
+    ):
+        plugin = plugins.get(name)
+        if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
+            *others, last = map(repr, known)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            wrong = InitErrorDetails(type="literal_error", loc=place, input=name, ctx={"expected": expected})
+            raise ValidationError.from_exception_data("Config", [wrong])
+
+
+def parts_of(source: str) -> tuple[str, str]:
+    """The name of a source of texts, which may be a place, and what follows it."""
+    found = TEXT.fullmatch(source)
+    if found and source.partition(":")[0] not in BUILT_IN_SOURCES:
+        return found["place"], found["rest"] or ""
+    name, _, rest = source.partition(":")
+    return name, rest
+
+
+def named_in(study: Study) -> list[Named]:
+    """The plug-ins of a study: places, and names that are not built in."""
+    search, rows = study.search, list[tuple[Registry[Any] | None, Named]]()
+    rows += [(PRUNERS, Named("pruner", "prune.pruners", name)) for name in study.prune.pruners]
+    rows += [(ALLOCATIONS, Named("allocation", "allocation.names", name)) for name in study.allocation.names]
+    rows += [(SAMPLERS, Named("sampler", "search.sampler", search.sampler))]
+    rows += [(SCORES, Named("score", "search.score", search.score))]
+    texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
+    rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
+    return [named for known, named in rows if _is_plugged(named, known)]
+
+
+def code_in(study: Study) -> Iterator[tuple[str, str]]:
+    """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
+    yield from ((named.key, named.written) for named in named_in(study) if is_place(named.written))
+    yield from _imports({f"{key}.source": data for key, data in study.data.sources.items()})
+    if study.limit is not None:
+        yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
+
+
+def _imports(texts: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
+    """Texts and images inside a package that does not come with Python: to read them imports it."""
+    for key, text in texts.items():
+        kind, _, place = text.source.partition(":")
+        if kind == "package" and re.split("[.:/]", place)[0] not in sys.stdlib_module_names:
+            yield key, text.source
+
+
+def is_task_path(name: str) -> bool:
+    """Whether a task of lm-eval is named by the path of its YAML file or folder, whose functions then run."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def _ask(key: str, name: str) -> UserError:
+    verb = "is" if is_place(name) else "names"
+    return UserError(f"{key}: {name} {verb} Python code, which is not run; read it, then allow it with {ASK}")
+
+
+def permission(study: Study) -> list[str]:
+    """The option by which the code that a study names runs, if it names some."""
+    return [ASK] if any(code_in(study)) else []
+
+
+def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
+    """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
+    if known is not None or is_place(named.written):
+        return is_place(named.written) or not (known and known.is_built_in(named.short))
+    return named.short not in BUILT_IN_SOURCES and named.short in registry(SOURCE)
+
+
+def contents(study: Study, folder: Path) -> dict[str, str]:
+    """The SHA-256 of the content of each plug-in's file, by short name, as far as known; places start at `folder`."""
+    found = {}
+    for named in named_in(study):
+        known = registry(named.kind).held().get(named.short)
+        if is_place(named.written):
+            file = file_of(named.written, folder, named.key)
+            if file is not None and (known is None or known.file is None or known.file.resolve() != file.resolve()):
+                known = None
+                if sha256 := content_of(named.written, folder, named.key):
+                    found[named.short] = sha256
+        if known is not None:
+            found[named.short] = known.sha256
+    for key, name in code_in(study):
+        if key == "limit.min_accuracy":
+            found[Path(name).stem] = _of_tasks(written(name, folder, key))
+    return found
+
+
+def _of_tasks(path: Path) -> str:
+    """The SHA-256 of the YAML and Python files of a folder of tasks, or of those beside a task's YAML file."""
+    folder, all_of = (path, "**/*") if path.is_dir() else (path.parent, "*")
+    files = sorted(file for file in folder.glob(all_of) if file.suffix in (".yaml", ".yml", ".py") and file.is_file())
+    return sha256_of_json({str(file.relative_to(folder)): digest(file.read_bytes()) for file in files})
+
+
+def origins(study: Study) -> dict[str, Origin]:
+    """The origins of a study's plug-ins, whose code has been run, by short name."""
+    found = {named.short: registry(named.kind).origin(named.short) for named in named_in(study)}
+    return {name: origin for name, origin in found.items() if origin is not None}
+
+
+def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
+    """Kind, place and SHA-256 of a study's plug-ins, whose code has been run, by short name.
+
+    The place is that of the study file or of the entry point; a decorator's is its file, relative to `folder`.
+    """
+    written = {named.short: named.written for named in named_in(study)}
+    rows = {}
+    for name, origin in origins(study).items():
+        place = written[name] if is_place(written[name]) else origin.place
+        if origin.via == "decorator" and origin.file is not None and place == origin.place:
+            place = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{name}"
+        rows[name] = {"kind": origin.kind, "place": place, "sha256": origin.sha256}
+    return rows
+
+
+def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
+    """Runs the code of a study's plug-ins, checks the tables of pruners, and leaves out settings that are defaults.
+
+    `trusted`: code that the study names may run. UserError without that, for a plug-in that is missing or wrong, and if
+    two have one name; ValidationError, as of the study, for wrong settings.
+    """
+    found = named_in(study)
+    if not trusted:
+        for key, name in code_in(study):
+            raise _ask(key, name)
+    _check_names(found)
+    for named in found:
+        bring(named, folder, trusted)
+    for kind in ("pruner", "allocation", "sampler", "score"):
+        registry(kind).entry_points()  # UserError for one that has the name of a built-in object
+    if not study.prune.tables:
+        return study
+    return study.model_copy(update={"prune": _with_settings(study.prune)})
+
+
+def _check_names(found: Sequence[Named]) -> None:
+    """UserError if two plug-ins of different kinds or texts have one name: facts are named after it."""
+    known: dict[str, Named] = {}
+    for named in found:
+        other = known.setdefault(named.short, named)
+        if (other.kind, other.written) != (named.kind, named.written):
+            raise UserError(
+                f"{named.key}: {other.written}, in {other.key}, and {named.written} are both called {named.short}; "
+                "rename one of the plug-ins"
+            )
+
+
+def bring(named: Named, folder: Path, trusted: bool) -> Origin:
+    """Runs the code of one plug-in; its origin. UserError without permission, or if it is not there."""
+    known = registry(named.kind)
+    if not is_place(named.written):
+        origin = known.origin(named.short)
+        if origin is None:
+            raise UserError(
+                f"{named.key}: no {named.kind} {named.short} is known in this process; install its package, or name it "
+                "as FILE.py:NAME"
+            )
+        return origin
+    if not trusted:
+        raise _ask(named.key, named.written)
+    load(named.kind, named.written, folder, named.key)
+    origin = known.origin(named.short)
+    assert origin is not None
+    return origin
+
+
+def _with_settings(prune: PruneConfig) -> PruneConfig:
+    wrong: list[InitErrorDetails] = []
+    tables: dict[str, dict[str, JsonValue]] = {}
+    for name, table in prune.tables.items():
+        kind: type[BaseModel] = PRUNERS[name]  # type: ignore[assignment]
+        if "group" in table:  # the pattern sets it
+            wrong.append(InitErrorDetails(type="extra_forbidden", loc=("prune", name, "group"), input=table["group"]))
+            continue
+        try:
+            made = kind.model_validate(table)
+        except ValidationError as error:
+            wrong += relocated(error, "prune", name)
+        else:
+            if set_ := made.model_dump(mode="json", exclude_defaults=True):
+                tables[name] = set_
+    if wrong:
+        raise ValidationError.from_exception_data("Study", wrong)
+    copied = prune.model_copy()
+    object.__setattr__(copied, "__pydantic_extra__", tables)
+    object.__setattr__(copied, "__pydantic_fields_set__", {*prune.model_fields_set} - {*prune.tables} | {*tables})
+    return copied
+
+
+def plug_in_config(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
+    """Runs the code of the plug-ins that a configuration's weights and scores need: its pruner, its score, these texts.
+
+    An allocation's is not needed, since the configuration holds the sparsities. `base`: the folder that relative paths
+    start at. UserError without permission, and for a plug-in that is missing, or has changed since.
+    """
+    _bring_recorded(config, {"pruner": config.plan.method, "score": config.score}, base, trusted)
+    plug_in_texts(config, texts, base, trusted)
+
+
+def plug_in_texts(config: "Config", texts: Mapping[str, Data], base: Path, trusted: bool) -> None:
+    """Runs the code of the sources of a configuration's texts, as `plug_in_config` does."""
+    for key, name in () if trusted else _imports({f"{role}.source": text for role, text in texts.items()}):
+        raise _ask(key, name)
+    names = {f"{role}.source": short_name(parts_of(text.source)[0]) for role, text in texts.items()}
+    _bring_recorded(config, names, base, trusted)
+
+
+def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, trusted: bool) -> None:
+    for key, name in needed.items():
+        if (ref := config.plugins.get(name)) is None:
+            continue
+        known = registry(ref.kind)
+        named = Named(ref.kind, key, name if name in known else ref.place)
+        origin = bring(named, base, trusted)
+        if origin.sha256 != ref.sha256:
+            raise UserError(
+                f"plugins.{name}.sha256: {origin.file or origin.place} is {origin.sha256[:12]}… here, the "
+                f"configuration was found with {ref.sha256[:12]}…; give it the plug-in of the study"
+            )
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The fields of a plug-in pruner that are keys of its table; empty for another name, or before its code has run."""
+    if PRUNERS.is_built_in(name) or name not in PRUNERS.held():
+        return {}
+    fields: dict[str, Any] = PRUNERS[name].model_fields  # type: ignore[attr-defined]
+    return {key: field for key, field in fields.items() if key != "group"}
+
+
+def rooted(names: Sequence[str], folder: Path) -> Iterator[str]:
+    """Names from a command line, with places whose files start at `folder` made absolute."""
+    for name in names:
+        file = file_of(name, folder, "plug-in") if is_place(name) else None
+        yield name if file is None else f"{file.absolute()}:{name.rpartition(':')[2]}"

@@ -1,0 +1,412 @@
+"""Reads study files and the overrides of `--set`.
+
+Errors: every mistake is a `UserError` like `FILE: KEY: RULE, got VALUE; did you mean NAME? (and 2 more mistakes)`;
+FILE is `FILE with --set KEY=VALUE` if an override is the cause. `atp_tune.config.study` defines the keys.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from atp_tune.config import finding
+from atp_tune.config.plugged import plug_in, settings_of
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.study import Study
+from atp_tune.errors import PluginError, UserError, did_you_mean, is_text, without_secrets
+from atp_tune.pruners import PRUNERS
+from atp_tune.utils.frozen import STORED
+from atp_tune.utils.paths import is_special
+
+# --- Turns the errors of pydantic about a study file into one line: the first mistake, its key, rule and correction.
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+_HASH = "must be 64 hexadecimal digits in lower case"
+PATTERNS = {
+    "model.sha256": _HASH,
+    "device": "must be auto, cpu, mps, cuda or cuda:N",
+}
+_NUMBER, _WHOLE, _TEXT = "must be a number", "must be a whole number", "must be a string in quotes"
+NEARLY = 0.85  # likeness of a misspelt key of the same table, before the same key of another is thought of
+_OF_NUMBERS = ("greater_than", "less_than", "finite_number", "float_type", "float_parsing")
+_RULES = {  # error type of pydantic → message, with the fields of the error's context
+    "missing": "is needed",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be finite",
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "int_parsing_size": "is too large",
+    "string_type": _TEXT,
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must match {pattern}",
+    "tuple_type": "must be a list",
+    "too_short": "must hold at least {min_length} value",
+    "too_long": "must hold at most {max_length} values",
+    "model_type": "must be a table",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+}
+
+
+def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, KeyPath]]) -> UserError:
+    """The UserError for a study file at `path`; `changed` holds each override and the key that it set."""
+    found = _by_place(error)
+    place, text = _worded(*next(iter(found.items())))
+    causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
+    origin = " with --set ".join([str(path), *causes])
+    others = len(found) - 1
+    more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
+    return UserError(f"{origin}: {text}{more}")
+
+
+def _by_place(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
+    """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
+    found: dict[KeyPath, list[ErrorDetails]] = {}
+    problems = error.errors(include_url=False)
+    problems.sort(key=lambda details: details["type"] != "extra_forbidden")
+    for details in problems:
+        found.setdefault(_place(details["loc"]), []).append(details)
+    # If a value in a list is wrong, errors about the list itself are left out.
+    outer = {place[:length] for place in found for length in range(len(place))}
+    return {place: details for place, details in found.items() if place not in outer}
+
+
+def _place(loc: KeyPath) -> KeyPath:
+    """The location without the branches of unions, which pydantic adds below a key that is not a table."""
+    place: KeyPath = ()
+    table: type[BaseModel] | None = Study
+    for part in loc:
+        if isinstance(part, int) or table:
+            place = (*place, part)
+        if isinstance(part, str) and table:
+            table = table_of(table, part)
+    return place
+
+
+def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model of the table under `key`; None if the key is unknown or holds a plain value."""
+    if issubclass(parent, PruneConfig) and settings_of(key):
+        plugged: type[BaseModel] = PRUNERS[key]  # type: ignore[assignment]
+        return plugged
+    annotation = parent.model_fields[key].annotation if key in parent.model_fields else None
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
+    first = found[0]
+    if first["type"] == "extra_forbidden":
+        is_table = place[:-1] == ("prune",) and isinstance(first["input"], dict)
+        other = "; a plug-in's table needs its name in prune.pruners" * is_table
+        return place, f"{dotted(place)}: unknown key; {_unknown(place)}{other}"
+    if first["type"] == "value_error":  # validators of this package raise `key: text`, relative to their table
+        key, _, text = str(first["ctx"]["error"]).partition(": ")
+        place = (*place, *key.split("."))
+        return place, f"{dotted(place)}: {text}"
+    absent = first["type"] == "missing" and isinstance(place[-1], str)
+    got = "" if absent else f", got {_shown(first['input'])}"
+    if first["type"] in _OF_NUMBERS:  # a number where a list may stand too: the number is what is wrong
+        found = [details for details in found if details["type"] != "tuple_type"]
+    rules = [_rule(place, details) for details in found]
+    either = " or ".join([rules[0], *(rule.removeprefix("must ") for rule in rules[1:])])
+    names = [name for details in found for name in _literals(details)]
+    return place, f"{dotted(place)}: {either}{got}{did_you_mean(first['input'], names)}"
+
+
+def _rule(place: KeyPath, details: ErrorDetails) -> str:
+    names = _literals(details)
+    if names:
+        return f"must be {'one of ' * (len(names) > 1)}{', '.join(names)}"
+    if details["type"] == "string_pattern_mismatch" and dotted(place) in PATTERNS:
+        return PATTERNS[dotted(place)]
+    rule = _RULES.get(details["type"], "is not valid")
+    return rule.format(**details.get("ctx", {}))
+
+
+def _literals(details: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", details["ctx"]["expected"]) if details["type"] == "literal_error" else []
+
+
+def _unknown(place: KeyPath) -> str:
+    """Suggests the same key of another table or a similar key of this table, or lists the keys of this table."""
+    *parents, key = map(str, place)
+    keys = [key.split(".") for key in keys_of()]
+    siblings = [own for *table, own in keys if table == parents]
+    elsewhere = [".".join(path) for path in keys if path[-1] == key]
+    near = [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1, cutoff=NEARLY)]
+    near = near or get_close_matches(dotted(place), elsewhere, n=1, cutoff=0)
+    near = near or [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1)]
+    return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings)}"
+
+
+def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
+    """All dotted keys that a study file may hold, including tables."""
+    plugged = [name for name in PRUNERS.held() if settings_of(name)] if issubclass(table, PruneConfig) else []
+    for key in [*table.model_fields, *plugged]:
+        yield prefix + key
+        inner = table_of(table, key)
+        if key in plugged:
+            yield from (f"{prefix}{key}.{own}" for own in settings_of(key))
+        elif inner:
+            yield from keys_of(inner, f"{prefix}{key}.")
+
+
+def _within(place: KeyPath, table: KeyPath) -> bool:
+    return place[: len(table)] == table
+
+
+def dotted(place: KeyPath) -> str:
+    """Formats `("prune", "pruners", 0)` as `prune.pruners[0]`; quotes keys that TOML would quote."""
+    text = ""
+    for part in place:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            bare = re.fullmatch(r"[A-Za-z0-9_-]+", part)
+            text += "." * bool(text) + (part if bare else json.dumps(part, ensure_ascii=False))
+    return text
+
+
+def _shown(value: object) -> str:
+    """Formats a value as in TOML, shortened to 60 characters."""
+    if isinstance(value, dict):
+        return "a table"
+    try:
+        text = without_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    except (ValueError, RecursionError):
+        return "a value too large to show"
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+PLACES = ("storage=", "device=")  # overrides that change where a study is stored or runs, not its results
+TRIALS = "search.trials="
+REMOTE_CODE = "model", "trust_remote_code"
+ALLOWED = "--set model.trust_remote_code=true"
+
+_SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:|file:)[^?]+)(?P<query>.*)")
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study, its name, its file, and its overrides except those of storage and device.
+
+    `trusts_plugins`: the code that it names may run, in this process and in workers; `trusts_model`: the code in the
+    model's folder, if it asks for that. A file or a database permits neither.
+    """
+
+    name: str
+    path: Path
+    study: Study
+    overrides: tuple[str, ...] = ()
+    trusts_plugins: bool = False
+    trusts_model: bool = False
+
+    @property
+    def permissions(self) -> dict[str, bool]:
+        """The permissions that a configuration of the study cannot give itself: `allowed` of `apply`."""
+        model = self.study.model
+        trusted = model.trust_remote_code and self.trusts_model
+        found = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}
+        return {**found, "trust_plugins": self.trusts_plugins}
+
+    @property
+    def sets_trials(self) -> bool:
+        """Whether an override sets the total number of trials, as `--trials` does."""
+        return any(text.startswith(TRIALS) for text in self.overrides)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an override switches early termination off, so that a study that terminated early goes on."""
+        return not self.study.search.early_termination and any(
+            text.startswith("search.early_termination=") for text in self.overrides
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in the study start at."""
+        return self.path.parent
+
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file of the trials; None for another kind of database."""
+        if self.study.storage is None:
+            return self._home / f"{self.name}.db"
+        url = _SQLITE_FILE.fullmatch(self.study.storage)
+        return self._home / url["path"] if url else None
+
+    @property
+    def storage_url(self) -> str:
+        """The Optuna storage URL; a relative SQLite path is made absolute."""
+        if self.study.storage is None:
+            return f"sqlite:///{self.database}"
+        return absolute_storage(self.study.storage, self._home)
+
+    @property
+    def artifacts(self) -> Path | None:
+        """The folder of the files that a dashboard offers; None for another kind of database."""
+        return self.database and self.database.with_suffix(".artifacts")
+
+    def best_of(self, name: str) -> Path:
+        """The JSON file, beside the database, of the best configuration of the study `name`."""
+        return self.beside(f"{name}.best.json")
+
+    def beside(self, name: str) -> Path:
+        """The path of a file beside the database; slashes in its name are replaced."""
+        folder = self.database.parent if self.database else self._home
+        return folder / name.replace("/", "_")
+
+    @property
+    def _home(self) -> Path:
+        """The absolute folder of the results: the folder of the study, or ./studies for a study in the package."""
+        embedded = self.folder.resolve() == finding.EMBEDDED.resolve()
+        return finding.HERE.absolute() if embedded else self.folder.absolute()
+
+
+def absolute_storage(address: str, folder: Path) -> str:
+    """The storage URL with a relative SQLite path made absolute, starting at `folder`."""
+    url = _SQLITE_FILE.fullmatch(address)
+    return f"{url['scheme']}{folder.absolute() / url['path']}{url['query']}" if url else address
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads the tables of a study file."""
+    if is_special(path):
+        raise UserError(f"{path}: cannot be read: Not a file")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line}: is not UTF-8 text") from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        reason = "values are nested too deeply"
+    except ValueError as error:  # not only TOMLDecodeError: also, for example, an integer of 5000 digits
+        reason = _syntax(str(error), lines=text.count("\n") + 1)
+    raise UserError(f"{path}: {reason}")
+
+
+def _syntax(message: str, lines: int) -> str:
+    """Turns tomllib's `Message (at line 1, column 2)` into `line 1, column 2: message`."""
+    what, _, where = message.removesuffix(")").rpartition(" (at ")
+    if not what:
+        return message[0].lower() + message[1:]
+    place = f"line {lines}" if where == "end of document" else where
+    return f"{place}: {what[0].lower()}{what[1:]}"
+
+
+def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
+    """Sets one `key.path=value` in the tables `data` of the file at `path`; returns the path of the key."""
+    if not is_text(text):
+        raise UserError(f"{path} with --set {text}: is not UTF-8 text")
+    written, equals, value = text.partition("=")
+    *tables, key = keys = tuple(part.strip() for part in written.split("."))
+    if not equals or not all(keys):
+        raise UserError(f"{path} with --set {text}: must have the form key.path=value")
+    if tables == ["allocation"] and isinstance(data.get("allocation"), str | list):
+        data["allocation"] = {"names": data["allocation"]}
+    for depth, name in enumerate(tables, start=1):
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{path} with --set {text}: {dotted(keys[:depth])}: is not a table")
+    data[key] = _toml_value(value.strip())
+    return keys
+
+
+def tables(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tables that overrides make by themselves; UserError for one that is wrong."""
+    data: dict[str, Any] = {}
+    for text in overrides:
+        override(data, text, Path("study.toml"))
+    return data
+
+
+def _toml_value(text: str) -> object:
+    """Parses a TOML value; text that is not TOML is a string, so strings need no quotes."""
+    try:
+        table = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["v"] if len(table) == 1 else text
+
+
+def load(
+    name: str, overrides: Sequence[str] = (), plugins: bool | None = None, folder: Path | None = None
+) -> StudyFile:
+    """Reads a study by name or path and applies `key.path=value` overrides; UserError for every mistake.
+
+    `plugins`: None runs no code of plug-ins, which commands that only read results do not need. Else it says whether
+    the code may run that the study names, whose places start at `folder` (default: the file's own). Without it the file
+    cannot allow the model's own code: that needs an override.
+    """
+    path = finding.find(name)
+    data = read(path)
+    changed = [(text, override(data, text, path)) for text in overrides]
+    try:
+        study = Study.model_validate(data)
+        trusts_model = bool(plugins) or REMOTE_CODE in (keys for _, keys in changed)
+        if plugins is False and study.model.trust_remote_code and not trusts_model:
+            raise UserError(f"{dotted(REMOTE_CODE)}: a file cannot allow the model's code; read it, then add {ALLOWED}")
+        if plugins is not None:
+            study = plug_in(study, path.parent if folder is None else folder, plugins)
+    except ValidationError as error:
+        raise invalid(path, error, changed) from None
+    except PluginError:
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    own = tuple(text for text in overrides if not text.startswith(PLACES))
+    return StudyFile(path.stem, path, study, own, bool(plugins), trusts_model)
+
+
+def overridden(file: StudyFile, texts: Sequence[str], plugins: bool) -> StudyFile:
+    """A copy of a study file, which need not exist, with `key.path=value` overrides; UserError for wrong ones.
+
+    `plugins`: whether the code of its plug-ins may run.
+    """
+    data = file.study.model_dump(mode="json", exclude_unset=True)
+    keys = [(text, override(data, text, file.path)) for text in texts]
+    try:
+        study = plug_in(Study.model_validate(data), file.folder, plugins)
+    except ValidationError as error:
+        raise invalid(file.path, error, keys) from None
+    kept = (text for text in texts if not text.startswith(PLACES))
+    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
+
+
+def settings(file: StudyFile) -> dict[str, Any]:
+    """The values that a study file and its overrides set, as JSON; no storage, whose URL may hold a password."""
+    values = file.study.model_dump(mode="json", exclude_unset=True, exclude={"storage", "device"})
+    overrides = [text for text in file.overrides if json.dumps(text, ensure_ascii=False).isprintable()]
+    return {"name": file.name, "path": str(file.path.absolute()), "settings": values, "overrides": overrides}
+
+
+def from_settings(stored: dict[str, Any]) -> StudyFile:
+    """Rebuilds a study file from its `settings`; ValueError, KeyError or TypeError if they are not valid."""
+    name, path = stored["name"], stored["path"]
+    if not isinstance(name, str) or "\0" in path:
+        raise ValueError("no name, or no path")
+    json.dumps(stored, ensure_ascii=False).encode()  # ValueError for an unpaired surrogate
+    overrides = stored.get("overrides", [])
+    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
+        raise ValueError("no overrides")
+    study = Study.model_validate(stored["settings"], context=STORED)
+    return StudyFile(name, Path(path), study, tuple(overrides))

@@ -1,0 +1,168 @@
+"""Sparsities and limits as people type them: 0.6, 60%, 0.3..0.8, 30%..80%; 5% or 0.05 more perplexity."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atp_tune.config.plugged import is_task_path
+from atp_tune.config.search import STEP
+from atp_tune.errors import UserError
+from atp_tune.measures import Limit
+
+Interval = tuple[float, float]
+
+# Where only a limit is given: below 30 % nothing is saved, since a matrix is packed from 45 % zeros on, and before 70 %
+# pruning without training has broken a language model. A descent by prices goes along all of it.
+WHOLE: Interval = (0.3, 0.7)
+AMONG = f"such as {WHOLE[0]:g}..{WHOLE[1]:g}"
+# Where neither a sparsity nor a limit is given: 0.1 nats per token, between what llama.cpp's Q3_K_M (+4 %) and Q2_K
+# (+15 %) cost LLaMA-7B. A sparsity would not do: the 60 % of the papers break small models.
+INCREASE = 0.1
+LIMIT: Limit = {"max_increase": INCREASE}
+LOWEST = {"max_increase": 0.0, "max_perplexity": 1.0, "max_kl": 0.0, "max_drop": 0.0}  # a limit must be greater
+
+
+def parse_sparsity(text: str) -> float | Interval:
+    """A sparsity, or an interval of sparsities with ends that are multiples of `STEP`; ValueError for anything else."""
+    if ".." not in text:
+        return _between(text, text)
+    first, _, last = text.partition("..")
+    low, high = _between(first, text), _between(last, text)
+    if not low < high:
+        raise ValueError(f"{text} must run from the lower sparsity to the higher")
+    if any(abs(end / STEP - round(end / STEP)) > 1e-6 for end in (low, high)):
+        raise ValueError(f"the ends of {text} must be multiples of {STEP}")
+    return low, high
+
+
+def one_sparsity(text: str) -> float:
+    """The sparsity that `--sparsity` names; UserError for anything else, and for an interval."""
+    try:
+        found = parse_sparsity(text)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if isinstance(found, tuple):
+        raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
+    return found
+
+
+def parse_limit(key: str, text: str) -> float:
+    """The value of a key of `LimitConfig`; ValueError for anything else."""
+    is_share = key in ("max_increase", "max_drop")
+    try:
+        value = share(text) if is_share else float(text)
+    except ValueError:
+        raise ValueError(f"must be a number{', such as 5% or 0.05' * is_share}, got {text}") from None
+    if not LOWEST[key] < value < math.inf:
+        raise ValueError(f"must be a finite number greater than {LOWEST[key]:g}, got {text}")
+    if key == "max_drop" and value >= 1:
+        raise ValueError(f"must be less than 100%: 1% is one point of accuracy, got {text}")
+    if is_share and value >= 1 and "%" not in text:
+        raise ValueError(f"{text} is {100 * value:g}%; write {value:g}% or {value / 100:g}, or {100 * value:g}%")
+    return value
+
+
+def share(text: str) -> float:
+    """A share, from a number or a number of percent; ValueError if it is neither."""
+    number = text.strip()
+    return round(float(number[:-1]) / 100, 12) if number.endswith("%") else float(number)
+
+
+def in_percent(sparsity: float | Interval) -> str:
+    """A sparsity or an interval as it stands in names of studies: 60, 30..80."""
+    return "..".join(f"{100 * end:g}" for end in (sparsity if isinstance(sparsity, tuple) else (sparsity,)))
+
+
+def only_limit(given: Mapping[str, Any]) -> Limit | None:
+    """The limit that one of these options sets, by key of `LimitConfig`; None if none is given.
+
+    Values as they are typed, or as TOML and Python have them. UserError for two options, and for a wrong value.
+    """
+    values = {key: value for key, value in given.items() if value not in (None, "", [], {})}
+    if len(values) > 1:
+        first, second, *_ = map(option, values)
+        raise UserError(f"{second}: there is one limit, and {first} is given too; leave one out")
+    for key, value in values.items():
+        try:
+            return {key: parse_accuracies(value) if key == "min_accuracy" else parse_limit(key, str(value))}
+        except ValueError as error:
+            raise UserError(f"{option(key)}: {error}") from None
+    return None
+
+
+def parse_accuracies(given: Any) -> dict[str, float]:
+    """The least accuracy of each task, from texts `TASK=0.6` or `TASK=60%` or a mapping; ValueError for anything else.
+
+    A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
+    """
+    found: dict[str, float] = {}
+    texts = [f"{task}={least}" for task, least in given.items()] if isinstance(given, Mapping) else given
+    for text in map(str, texts if isinstance(texts, list) else [texts]):
+        task, _, value = text.rpartition("=")
+        try:
+            least = share(value)
+        except ValueError:
+            least = math.nan
+        if not task or not 0 <= least <= 1:
+            raise ValueError(f"must be TASK=SHARE, such as piqa=0.6 or piqa=60%, got {text}")
+        if is_task_path(task):
+            task = str(Path(task).expanduser().absolute())
+        if task in found:
+            raise ValueError(f"{task} is given twice")
+        found[task] = least
+    return found
+
+
+def goal(
+    sparsity: Any, limits: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[float | Interval, Limit | None]:
+    """The sparsity, or the interval to search in, and the limit that are asked for; without both, `LIMIT`.
+
+    `limits`: as of `only_limit`; `settings`: tables of overrides of the study file, which may ask for either. UserError
+    for wrong ones.
+    """
+    limit = only_limit(limits)
+    own = settings.get("limit")
+    if limit is None and isinstance(own, Mapping):
+        limit = only_limit({key: value for key, value in own.items() if key in (*LOWEST, "min_accuracy")})
+    if sparsity is None and (sparsity := settings.get("sparsity")) is None:
+        return WHOLE, limit or (None if own == "none" else _usual_limit(settings))
+    sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
+    try:
+        found = parse_sparsity(sparsity)
+    except ValueError as error:
+        raise UserError(f"--sparsity: {error}") from None
+    if limit and not isinstance(found, tuple):
+        name = option(next(iter(limit)))
+        raise UserError(
+            f"--sparsity: {sparsity} is one sparsity, and {name} finds the highest; leave --sparsity out, or give an "
+            f"interval {AMONG}"
+        )
+    return found, limit
+
+
+def _usual_limit(settings: Mapping[str, Any]) -> Limit:
+    """`LIMIT`, as a KL where that is the objective."""
+    search = settings.get("search")
+    by_kl = isinstance(search, Mapping) and search.get("objective") in ("kl", ["kl"])
+    return {"max_kl": INCREASE} if by_kl else LIMIT
+
+
+def option(key: str) -> str:
+    """The option that sets a key of `LimitConfig`."""
+    return f"--{key.replace('_', '-')}"
+
+
+def _between(text: str, whole: str) -> float:
+    """A share between 0 and 1; `whole`: all that was typed."""
+    try:
+        value = share(text)
+    except ValueError:
+        raise ValueError(
+            f"must be a share of zeros, such as 0.6 or 60%, or an interval, such as 0.3..0.8, got {whole}"
+        ) from None
+    if not 0 < value < 1:
+        way = f"; {value:g} % is {value / 100:g}" if 1 < value < 100 and "%" not in text else ""
+        raise ValueError(f"must be between 0 and 1, got {text}{way}")
+    return value

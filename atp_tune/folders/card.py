@@ -1,0 +1,257 @@
+"""The description of a sparse checkpoint: `atp_tune.json` for programs, a model card for people and the hub.
+
+The card is made of what lies in the folder: its configuration, the record of `finetune`, and the head of the card that
+it had, which says its licence. Whoever changes the folder has it written anew; the sections are in `card.md.jinja`.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment
+
+from atp_tune.allocations import is_fitted
+from atp_tune.checkpoints.convert import ORIGIN, quiet
+from atp_tune.checkpoints.files import Table, config_in, is_slim
+from atp_tune.config.best import Baseline, Config, read_config
+from atp_tune.config.data import ImageSet, short_source
+from atp_tune.config.facts import is_local_text
+from atp_tune.config.patterns import parse
+from atp_tune.config.prune import UPDATING
+from atp_tune.config.study import Data
+from atp_tune.errors import UserError
+from atp_tune.folders.provenance import ABOUT, CARD, Finetuned, finetuned
+from atp_tune.inputs.documents import hub_arguments
+from atp_tune.measures import MEASURES, Estimate, Perplexity, error_over
+from atp_tune.plan import shown
+from atp_tune.report.contents import measure, speed
+from atp_tune.report.markdown import escaped, fenced
+from atp_tune.results.formatting import continuations_note, in_one_line
+from atp_tune.results.results import NOTHING
+from atp_tune.utils.cache import write_out
+
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of models that read images and texts
+LICENCE = ("license", "license_name", "license_link", "language")  # metadata that is copied from the dense model's card
+UNKNOWN = "that-of-the-dense-model"  # where its folder says none
+RELATION = "finetune"  # the hub knows adapter, finetune, merge and quantized, and would guess without it
+_ATP = ", after [ATP](https://openreview.net/forum?id=otNB7BzsiR) (Huang et al., ICML 2025)"
+SOURCES = {  # of allocations, see docs/references.md
+    "atp": _ATP,
+    "curve": _ATP,
+    **dict.fromkeys(("gradient", "gradient-rows"), ", by gradients of the loss"),
+    "owl": ", after OWL (Yin et al., ICML 2024)",
+    **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
+}
+THIS, OLDER = "**this model**", "the model before fine-tuning"
+WIDTH = 40  # characters of a bar of sparsity 1
+REPEATS = 0.5  # of its bytes, which zlib needs: usual prose of 60 to 250 bytes takes 0.65 and more, a loop 0.45 at most
+SHORTEST = 60  # bytes of a text that is judged
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a folder was packed: numbers of tensors packed as linears, and in the file alone; their bytes, and those of
+    all weights, before and after; their `values`; the class that loads it; the perplexity on the test text before and
+    after rounding, if values were rounded.
+    """
+
+    linears: int
+    stored: int
+    dense_bytes: int
+    packed_bytes: int
+    before: int
+    after: int
+    values: str
+    auto: str
+    rounding: tuple[Perplexity, Perplexity] | None
+
+    @property
+    def data(self) -> str:
+        """What it was measured on: text or images."""
+        return "images" if self.auto == "AutoModelForImageClassification" else "text"
+
+
+def describe(folder: Path, config: Config | None = None, packed: Packed | None = None) -> None:
+    """Writes the card of a folder, and before it its configuration, unless that lies there already.
+
+    The card of a folder that others made stays, with new sections. UserError if it cannot be written.
+    """
+    if config is not None:
+        config.write(folder / ABOUT)
+    elif (folder / ABOUT).is_file():
+        config = read_config(folder / ABOUT)
+    if config is not None:
+        write_out(folder / CARD, str(model_card(config, folder, packed)).encode())
+    elif (folder / CARD).is_file():
+        values = TEMPLATE.new_context({"done": finetuned(folder), "packed": packed})
+        tuned, added = ("".join(TEMPLATE.blocks[name](values)).strip() for name in ("tuned", "packed"))
+        head, mark, rest = (folder / CARD).read_text(errors="replace").partition("\n## ")
+        write_out(folder / CARD, f"{head.rstrip()}\n\n{tuned}\n{mark}{rest}\n\n{added}".encode())
+
+
+def model_card(config: Config, folder: Path, packed: Packed | None = None) -> ModelCard:
+    """The card of the folder that is made of a configuration."""
+    from atp_tune.checkpoints.blocks import reads_images  # loads torch
+
+    plan, text, done, made = config.plan, config.texts.test, finetuned(folder), config_in(folder)
+    of_images = isinstance(text, ImageSet)
+    # The name of the dense model, without the folders of the machine that pruned it.
+    name = Path(short_source(config.model.id).removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
+    allocation = "uniform" if plan.is_uniform else f"{plan.allocation} {shown(plan.parameters)}".strip()
+    quantizer = config.quantize.quantizers[0] if config.quantize and not config.by_bits else plan.method
+    amount, bits = f"{config.sparsity.realised:.1%} sparsity", config.bits
+    if bits is not None:
+        amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
+    # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
+    own = read_card(folder / CARD)
+    found: Table = own.data.to_dict() if own else {}
+    kept: Table = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
+    licensed = "license" in kept and kept.get("license_name") != UNKNOWN
+    if not licensed:
+        files = sorted(file.name for file in folder.glob("LICENSE*"))
+        kept |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
+    on_hub = config.model.id if config.model.revision else None
+    base = found.get("base_model") if (folder / ORIGIN).is_file() else on_hub
+    kinds = ["sparse", "pruned"] * (not config.by_bits) + ["quantized"] * (bits is not None)
+    task = "image-text-to-text" if reads_images(folder) else "text-generation"
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=base and RELATION,
+        library_name="transformers",
+        pipeline_tag="image-classification" if of_images else task,
+        tags=["atp-tune", *kinds, plan.method, allocation.split()[0]],
+        model_name=f"{name} at {amount}",
+        eval_results=(result(done.after, done.test, done.bos) if done else list(_results(config))) or None,
+        **kept,
+    )
+    # What changed the weights that are kept.
+    channels = parse(config.prune.pattern).channels
+    updated = [plan.method] * (plan.method in (*UPDATING, "gptq"))
+    updated += ["conjugate gradients"] * (bool(config.prune.refine) and not config.by_bits)
+    if channels:
+        updated = ["least squares"] * config.prune.channels.refit
+    style, width = ("<4.3g", 4) if config.by_bits else ("6.1%", WIDTH)
+    bars = (f"block {k:>3}  {s:{style}}  {'█' * round(width * s)}" for k, s in enumerate(plan.amounts))
+    values = {
+        "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": made,
+        "title": data.model_name, "name": name, "allocation": allocation, "after": SOURCES.get(plan.allocation, ""),
+        "fitted": is_fitted(plan.allocation), "quantizer": quantizer, "channels": channels, "updated": updated,
+        "classifies": of_images, "reads_images": reads_images(folder), "own_code": packed or is_slim(folder),
+        "this": OLDER if done else THIS, **_scores(config, done, allocation),
+        "test": words(text), "licensed": licensed,
+        "notes": " ".join(by.note for by in MEASURES.values() if by.note and config.scored(measure=by)),
+        "errors": error_over(text.nsamples and -(-text.nsamples // text.stride), "images" if of_images else "windows"),
+        "speed": speed(config.speed).rows if config.speed else (),
+        "note": config.continuations and continuations_note(config.continuations),
+        "reader": "AutoProcessor" if any((folder / name).is_file() for name in PROCESSOR) else "AutoTokenizer",
+        "chart": fenced("text", "\n".join(bars)),
+    }  # fmt: skip
+    return ModelCard(TEMPLATE.render(values))
+
+
+def _scores(config: Config, done: Finetuned | None, allocation: str) -> Table:
+    """The scores of dense, uniform and this model on the test text, where measured: a head and rows."""
+    plan = config.plan
+    names: dict[Baseline, str] = {
+        "dense": "dense",
+        "uniform": f"{plan.method}, uniform",
+        "best": f"{OLDER if done else THIS} ({plan.method}, {escaped(allocation)})",
+    }
+    told = [by for by in MEASURES.values() if any(config.scored(model, measure=by) for model in names)]
+    scores = [
+        [
+            name,
+            *(str(config.scored(model, measure=by) or (model == "dense" and by.dense) or NOTHING) for by in told),
+        ]
+        for model, name in names.items()
+        if config.scored(model)
+    ]
+    if done and scores and words(done.test) == words(config.texts.test):
+        new = {"perplexity": done.after, "accuracy": done.accuracy and done.accuracy.after}
+        scores.append([f"{THIS}, fine-tuned", *(str(new.get(by.name) or NOTHING) for by in told)])
+    return {"measures": [by.column for by in told], "scores": scores, "models": [*names]}
+
+
+def read_card(file: Path) -> Any:
+    """The `ModelCard` in a file; None if it cannot be read, since a stranger may have written it."""
+    try:
+        with quiet("huggingface_hub"):
+            return ModelCard.load(file, ignore_metadata_errors=True)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _repeating(texts: Sequence[str]) -> int:
+    """How many texts repeat themselves."""
+    said = (text.encode() for text in texts)
+    return sum(len(each) >= SHORTEST and len(zlib.compress(each, 9)) < REPEATS * len(each) for each in said)
+
+
+def _results(config: Config) -> Iterator[EvalResult]:
+    """The metrics of this model in the schema of the hub."""
+    yield from result(config.scored(), config.texts.test, config.bos)
+    for task in config.zero_shot.tasks if config.zero_shot else ():
+        if found := task.scores.get("best", {}).get(task.metric):
+            yield EvalResult(
+                task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
+                metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
+                metric_value=round(found.value, 4),
+            )  # fmt: skip
+
+
+def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
+    """A perplexity in the schema of the hub; none if it was not measured, or is not finite."""
+    if score is None or not isfinite(score.value):
+        return []
+    task, kind = "text-generation", "text"
+    if isinstance(text, ImageSet):
+        task, kind = "image-classification", "images"
+        metric = "perplexity over classes, the exponential of the mean cross-entropy"
+    else:
+        metric = f"perplexity, {text.seqlen} tokens a window{', the first BOS' if bos else ''}"
+    dataset: Table = {"dataset_type": kind, "dataset_name": words(text)}
+    if not isinstance(text, ImageSet):
+        with suppress(KeyError, UserError):  # of a file or a module: no data set of the hub
+            found = hub_arguments(text)
+            dataset = {
+                "dataset_type": found["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
+                "dataset_config": found.get("name"), "dataset_split": found["split"],
+                "dataset_revision": found["revision"],
+            }  # fmt: skip
+    value = round(score.value, 4)
+    return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]
+
+
+def words(text: Data) -> str:
+    """A text, or images, in a few words: source, split, part and windows; without folders."""
+    kind, _, rest = text.source.partition(":")
+    if isinstance(text, ImageSet):
+        part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g} shuffled"
+        name = f"{kind}:{Path(rest).name}" if is_local_text(text.source) else text.source
+        split = f" {text.split}" if text.split else ""
+        return f"{name}{split}{part}, {text.nsamples or 'all'} images"
+    source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
+    part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
+    split = f" {text.split}" if text.split else ""
+    items = "windows" if text.images is None else "pairs of image and text"
+    return f"{source}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
+
+
+def _listed(settings: Table) -> str:
+    """Settings behind the name of a method."""
+    return "".join(f", {key} = {value}" for key, value in settings.items() if value is not None)
+
+
+_ENVIRONMENT = Environment()
+_ENVIRONMENT.filters |= {
+    "escaped": escaped, "in_one_line": in_one_line, "listed": _listed, "loops": _repeating, "measure": measure,
+    "words": words,
+}  # fmt: skip
+_ENVIRONMENT.globals["dict"] = dict
+TEMPLATE = _ENVIRONMENT.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))

@@ -1,0 +1,440 @@
+r"""Export formats of a configuration: JSON for this program, llm-compressor's recipe, YAML and CSV for other code.
+
+They need only the configuration, neither torch nor the model. A format is a function and a row of `FORMATS`.
+
+yaml, csv  the sparsities as a table. block: index from 0; module: name in the model of the block, or of the linear if
+sparsities differ within blocks; sparsity: share of zeros, of each row or of the matrix, depending on the pruner. Where
+whole channels go it is the share of the channels, rows or columns, and the table says so: `shares_of`.
+
+llm-compressor (0.14)  a recipe whose `oneshot` then prunes as `apply` does.
+
+Its Wanda and SparseGPT modifiers take a list of sparsities, one for each module that `targets` names, in the order of
+the model's modules, and prune all linears in a module to its sparsity. Here these modules are the blocks, named by
+`re:model\.layers\.\d+$`, or single linears if sparsities differ within blocks. A modifier has one N:M, so a mixed
+pattern becomes a modifier for each N.
+
+A comment at the head of the recipe gives the arguments of `oneshot`: `pipeline="sequential"` measures a block's inputs
+behind pruned blocks (`statistics = "block"`), with `propagate_error=False` on the dense model ("dense"), with
+`sequential_targets=["Linear"]` behind pruned linears too ("sequential").
+
+gptqmodel, torchao, llama.cpp  recipes of a configuration that rounds weights, see below.
+
+Wanda's masks are equal but for ties within the rounding of its scores. Its SparseGPT zeroes one weight more in each
+block of columns, as the authors' code does.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pprint import pformat
+from typing import Any, Literal
+
+import yaml
+
+from atp_tune.checkpoints.files import Table
+from atp_tune.config.best import Config
+from atp_tune.config.block_names import block_name
+from atp_tune.config.data import Text
+from atp_tune.config.patterns import parse
+from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.errors import UserError
+from atp_tune.utils.cache import write_out
+
+RECIPE = "llm-compressor"
+ARGUMENTS = {
+    "block": 'pipeline="sequential"',
+    "dense": 'pipeline="sequential", propagate_error=False',
+    "sequential": 'pipeline="sequential", sequential_targets=["Linear"]',
+}
+HEAD = """\
+# {pruner} at {amount}, allocation {allocation}: {study}, found by atp_tune
+# from llmcompressor import oneshot
+# oneshot(model=MODEL, recipe=THIS_FILE, dataset=DATA, num_calibration_samples={windows}, max_seq_length={tokens},
+#         precision="{dtype}", {arguments})
+{bos}"""
+BOS = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
+
+
+def as_csv(config: Config) -> str:
+    """The table as CSV with a header."""
+    text = io.StringIO()
+    more = _shares(config)
+    amount = "bits" if config.by_bits else "sparsity"
+    lines = csv.DictWriter(text, ["block", "module", amount, *more], lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(row | more for row in rows(config))
+    return text.getvalue()
+
+
+def as_yaml(config: Config) -> str:
+    """The table as a list, with model, pruner, its settings and the target."""
+    head: Table = {"study": config.study, "model": config.model.id}
+    if config.by_bits and config.bits is not None and config.quantize is not None:
+        head["quantizer"] = config.plan.method
+        head |= {"settings": config.quantize.told(config.plan.method), "bits": config.bits.model_dump()}
+    else:
+        head |= {
+            "pruner": config.plan.method,
+            "pattern": config.prune.pattern,
+            "settings": config.prune.told(config.plan.method),
+            **config.prune.refinement,
+            "sparsity": config.sparsity.model_dump(),
+            **_shares(config),
+        }
+    return yaml.safe_dump({**head, "modules": list(rows(config))}, sort_keys=False, allow_unicode=True)
+
+
+def _shares(config: Config) -> dict[str, str | int]:
+    """The unit of the sparsities, if it is not a single weight; the bits of kept weights, if they are rounded."""
+    if config.plan.fixed_bits is not None:
+        return {"bits": config.plan.fixed_bits}
+    return {"shares_of": "whole channels"} if parse(config.prune.pattern).channels else {}
+
+
+def as_recipe(config: Config) -> str:
+    """The recipe; UserError if llm-compressor lacks the pruner or a setting."""
+    refuse_both(config, "llm-compressor")
+    if config.by_bits:
+        stage = {"quantization_stage": {"bits_modifiers": modifier(config)}}
+        return f"{_head(config)}{yaml.safe_dump(stage, sort_keys=False, width=100)}"
+    if parse(config.prune.pattern).channels:
+        raise _cannot(
+            "llm-compressor", "prune.pattern", config.prune.pattern, "zeroes single weights, no whole channels"
+        )
+    if config.plan.method not in MODIFIERS:
+        raise _cannot(
+            "llm-compressor", "pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone"
+        )
+    for key, count in config.prune.refinement.items():
+        what = {"swaps": "swaps in masks", "refine": "refinement of kept weights"}[key]
+        lack = f"has no {what}; a study with prune.{key} = 0 has none either"
+        raise _cannot(RECIPE, f"prune.{key}", str(count), lack)
+    name, settings = MODIFIERS[config.plan.method](config)
+    group = parse(config.prune.pattern).group
+    groups = _by_number(config, group) if group else [_by_sparsity(config)]
+    stage = {f"group{index}_modifiers": {name: {**group, **settings}} for index, group in enumerate(groups)}
+    recipe = yaml.safe_dump({"sparsity_stage": stage}, sort_keys=False, width=100)
+    return f"{_head(config)}{recipe}"
+
+
+def _wanda(config: Config) -> tuple[str, Table]:
+    compare = config.prune.settings("wanda")["compare"]
+    if compare != "row":
+        raise _cannot(RECIPE, "prune.wanda.compare", compare, "compares scores of a row")
+    if config.plan.by_row:
+        raise _cannot(
+            "llm-compressor", "allocation.name", config.plan.allocation, "gives all rows of a linear one sparsity"
+        )
+    return "WandaPruningModifier", {}
+
+
+def _sparsegpt(config: Config) -> tuple[str, Table]:
+    if any(level.sparsity == 1 for level in config.plan.each_linear()):
+        raise _cannot(RECIPE, "plan.levels", "1", "cannot zero a whole matrix by SparseGPT")
+    settings = config.prune.settings("sparsegpt")
+    columns, group = settings["columns"], settings["group"]
+    width = max(columns // group, 1) * group if group else columns
+    return "SparseGPTModifier", {"block_size": width, "dampening_frac": settings["damping"]}
+
+
+MODIFIERS: dict[str, Callable[[Config], tuple[str, Table]]] = {"wanda": _wanda, "sparsegpt": _sparsegpt}
+
+
+def _by_sparsity(config: Config) -> Table:
+    """One modifier: a sparsity for each block, or for each linear by name."""
+    modules = _modules(config)
+    blocks = [rf"re:{re.escape(names(config, 'blocks'))}\.\d+$"]
+    targets = list(modules) if config.plan.by_linear else blocks
+    return {"sparsity": list(modules.values()), "mask_structure": "0:0", "targets": targets}
+
+
+def _by_number(config: Config, group: int) -> list[Table]:
+    """A modifier for each number of zeros in a group of inputs, with the modules that have it."""
+    modules: dict[int, list[str]] = {}
+    for name, sparsity in _modules(config).items():
+        modules.setdefault(round(sparsity * group), []).append(name)
+    return [
+        {"sparsity": zeros / group, "mask_structure": f"{zeros}:{group}", "targets": names}
+        for zeros, names in sorted(modules.items())
+        if zeros
+    ]
+
+
+def _modules(config: Config) -> dict[str, float]:
+    found = {row["module"]: row["sparsity"] for row in rows(config)}
+    if expert := next((name for name in found if name.endswith("]")), None):
+        raise _cannot(RECIPE, "linears", expert, "has no name for a single expert in a tensor of many")
+    return found
+
+
+def _head(config: Config) -> str:
+    text = config.calibration
+    if not isinstance(text, Text):
+        raise UserError(
+            "--format llm-compressor: calibrates on texts, and this is an image classifier; take yaml or csv"
+        )
+    if text.images is not None:
+        raise UserError("--format llm-compressor: calibrates on texts, not on pairs with images; take yaml or csv")
+    amount = f"{config.sparsity.target:.4g}" if config.bits is None else f"{config.bits.target:g} bits"
+    return HEAD.format(
+        pruner=config.plan.method, amount=amount, allocation=config.plan.allocation,
+        study="a plan" if config.trial is None else f"trial {config.trial}",
+        windows=text.nsamples or "ALL", tokens=text.seqlen, dtype=config.model.dtype,
+        arguments=ARGUMENTS[config.prune.statistics], bos=BOS if config.bos else "",
+    )  # fmt: skip
+
+
+# --- Names of the modules of a configuration, and a row for each with its block and sparsity, or bits.
+
+NAMELESS = "lacks the names of its {}, as files of earlier versions do; `apply` it, and export --config {}"
+NAME = re.compile(r"\w+(\.\w+)*(\[\d+\])?")
+
+
+def rows(config: Config) -> Iterator[Table]:
+    """Block, module and sparsity, or bits, of each row of the table.
+
+    UserError if names are missing, or are not names of modules, which a spreadsheet might take for formulas.
+    """
+    kind = "bits" if config.by_bits else "sparsity"
+    for index, block in enumerate(config.plan.levels):
+        linears = names(config, "linears")[index] if block.linears else ("",)
+        for linear, level in zip(linears, block.linears or (block,), strict=True):
+            name = block_name(names(config, "blocks"), index) + (f".{linear}" if block.linears else "")
+            if not NAME.fullmatch(name):
+                raise UserError(f"linears: {name} is not the name of a module")
+            yield {"block": index, "module": name, kind: level.amount}
+
+
+def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
+    """The model's name of its list of blocks, or its names of the linears of each block."""
+    found = getattr(config, key)
+    if found is None:
+        raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
+    return found
+
+
+# --- Recipes of a configuration that rounds weights, for what stores the bits themselves.
+#
+# llm-compressor  one modifier, with a group of its configuration for each number of bits. GPTQ: `GPTQModifier`, whose
+#                 grids are those of the dense weights (also in act-order "weight"); RTN: `QuantizationModifier` with
+#                 the observer `memoryless_minmax`. In float32 its weights are those of `apply`; in bfloat16 it computes
+#                 scales and levels in bfloat16, and some weights are on another level.
+# gptqmodel       arguments of `QuantizeConfig`; `dynamic` has the bits of each block, or of each linear. It quantizes
+#                 no linears outside of the blocks. A pattern for them, "-:", would be tried before all others.
+# torchao         a Python script with a `FqnToConfig`; it rounds to nearest, so that GPTQ's weights cannot be made.
+# llama.cpp       a file for `llama-quantize --tensor-type-file`: the plan's bits as k-quants of its own, which have
+#                 other grids and more bits a weight: q2_k 2.6, q3_k 3.4, q4_k 4.5, q5_k 5.5, q6_k 6.6, q8_0 8.5.
+
+K_QUANTS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
+TENSORS = {  # of llama.cpp, by the last part of a linear's name in the families that share these names
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
+OF_LANGUAGE = ("gptqmodel", "llama.cpp")
+TORCHAO = '''\
+"""Rounds a model by torchao as {study} says: {bits:g} bits a weight in the mean, found by atp_tune."""
+
+import torch
+from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
+
+LINEARS = {linears}  # bits: names
+
+
+def config(model: torch.nn.Module) -> FqnToConfig:
+    """The configuration of each linear; AttributeError if the model lacks one."""
+    found = {{}}
+    for bits, names in LINEARS.items():
+        for name in names:
+            model.get_submodule(name)
+            found[name] = IntxWeightOnlyConfig(
+                weight_dtype=getattr(torch, f"int{{bits}}"),
+                granularity={granularity},
+                mapping_type=MappingType.ASYMMETRIC,
+            )
+    return FqnToConfig(found)
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Rounds the model in memory."""
+    quantize_(model, config(model), filter_fn=None)
+'''
+
+
+def modifier(config: Config) -> Table:
+    """llm-compressor's modifier by name, with its arguments."""
+    quantize, groups = _asked(config, "llm-compressor"), Table()
+    is_row = quantize.group_size == -1
+    for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
+        weights: Table = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
+        weights |= {"strategy": "channel"} if is_row else {"strategy": "group", "group_size": quantize.group_size}
+        weights["observer"] = "memoryless_minmax"
+        groups[f"group_{index}"] = {"targets": linears, "weights": weights}
+    if config.plan.method == "rtn":
+        return {"QuantizationModifier": {"config_groups": groups}}
+    order = "weight" if quantize.act_order else None  # the groups of the dense weights, then the order
+    return {"GPTQModifier": {"config_groups": groups, "actorder": order, "dampening_frac": quantize.damping}}
+
+
+def as_gptqmodel(config: Config) -> str:
+    """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
+    quantize = _asked(config, "gptqmodel")
+    if config.plan.method != "gptq":
+        raise _cannot("gptqmodel", "pruner", config.plan.method, "quantizes by gptq alone")
+    if config.prune.statistics == "dense":
+        raise _cannot("gptqmodel", "prune.statistics", "dense", "measures inputs behind rounded blocks")
+    by_bits = _linears(config, "gptqmodel")
+    most = max(by_bits, key=lambda bits: len(by_bits[bits]))
+    of_blocks = not config.plan.by_linear
+    made = {
+        "bits": most,
+        "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
+        "group_size": quantize.group_size, "sym": quantize.symmetric,
+        "desc_act": quantize.act_order, "act_group_aware": False, "static_groups": True,
+        "damp_percent": quantize.damping,
+        "true_sequential": config.prune.statistics == "sequential",
+        "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
+    }  # fmt: skip
+    return json.dumps(made, indent=2) + "\n"
+
+
+def _pattern(linears: list[str], of_blocks: bool) -> str:
+    """A regular expression of linears, short for large models too; or of all that their blocks hold, since vLLM joins
+    linears under names of its own.
+    """
+    numbers: dict[tuple[str, str], dict[str, None]] = {}
+    for name in linears:
+        place, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        numbers.setdefault((place, "" if of_blocks else linear), {})[number] = None
+    ways = (
+        rf"{re.escape(place)}\.({'|'.join(found)})\.{re.escape(linear)}{'$' * bool(linear)}"
+        for (place, linear), found in numbers.items()
+    )
+    return f"^({'|'.join(ways)})"
+
+
+def as_torchao(config: Config) -> str:
+    """A script that rounds a model by torchao; UserError for GPTQ's weights."""
+    quantize = _asked(config, "torchao")
+    if config.plan.method != "rtn":
+        raise _cannot("torchao", "pruner", config.plan.method, "rounds to nearest alone")
+    if quantize.symmetric:
+        raise _cannot("torchao", "quantize.symmetric", "true", "rounds the largest weight of a group the other way")
+    assert config.bits is not None
+    study = "a plan" if config.trial is None else f"trial {config.trial} of a study"
+    size = quantize.group_size
+    return TORCHAO.format(
+        study=study, bits=config.bits.target, linears=pformat(_linears(config, "torchao"), width=100),
+        granularity="PerAxis(0)" if size == -1 else f"PerGroup({size})",
+    )  # fmt: skip
+
+
+def as_llama_cpp(config: Config) -> str:
+    """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
+    _asked(config, "llama.cpp")
+    # The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one.
+    found: dict[tuple[str, int], list[int]] = {}
+    for index, block in enumerate(config.plan.levels):
+        if not block.linears:
+            found.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
+            continue
+        for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
+            tensor = TENSORS.get(linear.rpartition(".")[2])
+            if tensor is None:
+                raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
+            found.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
+    if wrong := next((bits for _, bits in found if bits not in K_QUANTS), None):
+        raise _cannot("llama.cpp", "plan.levels", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
+    lines = (
+        rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
+        for (tensor, bits), blocks in sorted(found.items(), key=lambda row: row[0][1])
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _linears(config: Config, kind: str) -> dict[int, list[str]]:
+    """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
+    if config.conv1d:
+        raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
+    place, found = names(config, "blocks"), dict[int, list[str]]()
+    for index, linears in enumerate(names(config, "linears")):
+        for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True):
+            found.setdefault(int(level.amount), []).append(f"{place}.{index}.{linear}")
+    found = dict(sorted(found.items()))
+    for name in (name for own in found.values() for name in own):
+        if not NAME.fullmatch(name):
+            raise UserError(f"linears: {name} is not the name of a module")
+        if name.endswith("]"):
+            raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
+    return found
+
+
+def refuse_both(config: Config, kind: str) -> None:
+    """UserError for a configuration that prunes and rounds, which no recipe of one stage says."""
+    if config.bits is not None and not config.by_bits:
+        raise UserError(
+            f"--format {kind}: says zeros or bits, and this configuration has both; `apply` writes the folder"
+        )
+
+
+def _asked(config: Config, kind: str) -> QuantizeConfig:
+    """The settings of rounding; UserError for a configuration that prunes."""
+    refuse_both(config, kind)
+    if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):
+        raise UserError(f"--format {kind}: reads language models, and this is an image classifier; take yaml or csv")
+    if config.quantize is None:
+        raise UserError(
+            f"--format {kind}: is of rounded weights, and this configuration has zeros; take llm-compressor"
+        )
+    return config.quantize
+
+
+def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
+    return UserError(f"--format {kind}: {key} = {value}: {kind} {reason}; `apply` writes the folder")
+
+
+# --- Formats by name.
+
+
+@dataclass(frozen=True)
+class Format:
+    """Ending of the file, and the function that makes its text; UserError if the format cannot express it."""
+
+    ending: str
+    make: Callable[[Config], str]
+
+
+FORMATS = {
+    "json": Format(".json", Config.to_json),
+    "llm-compressor": Format(".recipe.yaml", as_recipe),
+    "gptqmodel": Format(".gptqmodel.json", as_gptqmodel),
+    "torchao": Format(".torchao.py", as_torchao),
+    "llama.cpp": Format(".tensor-types.txt", as_llama_cpp),
+    "yaml": Format(".yaml", as_yaml),
+    "csv": Format(".csv", as_csv),
+}
+
+
+def kind_of(given: str | None, out: Path | None) -> str:
+    """The format: by its name, else by the ending of `out`, else json; UserError if it is unknown."""
+    if given is None:
+        name = out.name.lower() if out else ""
+        fitting = [kind for kind, known in FORMATS.items() if name.endswith(known.ending)]
+        found = max(fitting, key=lambda kind: len(FORMATS[kind].ending), default=None)
+        if found is None and Path(name).suffix:
+            endings = ", ".join(known.ending for known in FORMATS.values())
+            raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
+        return found or "json"
+    if given not in FORMATS:
+        raise UserError(f"--format {given}: must be one of {', '.join(FORMATS)}")
+    return given
+
+
+def write(config: Config, kind: str, out: Path) -> None:
+    """Writes the file atomically; UserError if it cannot be written."""
+    write_out(out, FORMATS[kind].make(config).encode())

@@ -1,0 +1,357 @@
+"""Packs the folder of a sparse checkpoint: smaller on disk and in memory, and loaded by transformers.
+
+A tensor with a share of `LEAST` zeros is packed: as a linear, which stays packed in memory, or, such as the matrix of
+an expert, in the file alone. All other tensors stay equal byte for byte. One shard at a time is in memory. Of rounded
+weights codes are stored where they are known: of all tensors that have any, and of no others.
+`checkpoints.convert` has the inverse. Layout: docs/formats.md.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from atp_tune.blocks.prune_pass import PrunedBlock
+from atp_tune.checkpoints.blocks import auto_class, classifies_images, model_config
+from atp_tune.checkpoints.checkpoint import Checkpoint
+from atp_tune.checkpoints.convert import (
+    PACKED_INDEX,
+    Original,
+    as_bytes,
+    as_text,
+    bytes_of,
+    is_packed,
+    one_line,
+    quiet,
+    sha256_of_tensor,
+    unpack_folder,
+)
+from atp_tune.checkpoints.devices import DTYPES, Tensors, find_device
+from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header, read_table, write_table
+from atp_tune.checkpoints.models import Ask, resolve
+from atp_tune.config.best import Config
+from atp_tune.config.manifest import sha256_by_name
+from atp_tune.config.prune import PruneConfig
+from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.study import ModelConfig
+from atp_tune.errors import UserError
+from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
+from atp_tune.folders.applying import CONFIG, Way, folder_scores, rewrite, sparse_folder, write_sparse
+from atp_tune.folders.card import Packed, describe
+from atp_tune.folders.provenance import ABOUT as PROVENANCE
+from atp_tune.folders.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
+from atp_tune.measures import Perplexity, perplexity
+from atp_tune.packed import modeling_atp_sparse
+from atp_tune.packed.codes import Coded, encode, fits_kernel, spread
+from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
+from atp_tune.packed.modeling_atp_sparse import (
+    BITMASK,
+    MODEL_TYPE,
+    SCALES,
+    VALUES,
+    VERSION,
+    WEIGHTS,
+    WITH_CODES,
+    auto_map,
+    class_of,
+    is_packable,
+    unpack_as,
+)
+from atp_tune.quantizers.rounding import Grid
+from atp_tune.run.session import Setup
+from atp_tune.utils.cache import sha256_of, temporary_folder
+from atp_tune.utils.paths import check_free
+
+# --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
+#
+# The sparse checkpoint that is packed gets the weights that the codes give, with scales of 16 bits, so that packing it
+# changes nothing, and its perplexity is that of the packed folder.
+
+
+@dataclass(eq=False)
+class Codes:
+    """The codes of each rounded tensor of a checkpoint, by its name on the disk, in files of the folder `place`."""
+
+    place: Path
+    quantize: QuantizeConfig
+
+    def __post_init__(self) -> None:
+        self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
+
+    def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
+        """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
+        rounded ones bit for bit, but for the 16 bits of the scales. UserError if codes cannot give them.
+        """
+        linears = [linear for linear in checkpoint.linears[block.index] if linear.key == key]
+        name, turned = checkpoint.key(block.index, linears[0]), linears[0].transposed
+        # Scale, zero point and bits of each weight of a tensor, so that they go the way of the weights to the disk.
+        shaped = block.weights[key]
+        scales, zeros, bits = (torch.empty(shaped.shape) for _ in range(3))
+        for linear in linears:
+            grid, columns = block.grids[linear.name], linear.in_features
+            each = columns if self.quantize.group_size == -1 else self.quantize.group_size
+            linear.matrix(scales).copy_(spread(grid.scale.cpu(), each, columns))
+            linear.matrix(zeros).copy_(spread(grid.zero.cpu(), each, columns))
+            linear.matrix(bits).fill_(block.bits[linear.name])
+        ways = (block.weights[key].cpu(), *(scales, zeros, bits))
+        weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
+        found: Tensors = {}
+        for part, weight in weights.items():
+            try:
+                coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
+            except ValueError as error:
+                raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
+            found[part] = coded.decoded()
+            file = self.place / f"{len(self._known)}.safetensors"
+            save_file(coded.parts, file)
+            self._known[part] = file, replace(coded, parts={})
+        return found
+
+    def find(self, names: tuple[str, ...]) -> Coded | None:
+        """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
+        found = next((self._known.pop(name) for name in names if name in self._known), None)
+        return found and replace(found[1], parts=load_file(found[0]))
+
+    def check_all_stored(self) -> None:
+        """UserError if a rounded tensor was not asked for."""
+        if self._known:
+            raise UserError(f"--packed: the checkpoint has no tensor {min(self._known)}, whose codes are to be stored")
+
+
+def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
+    """The codes of weights; ValueError if groups of consecutive inputs do not share scales, zero points and bits.
+
+    saved: weights, and scale, zero point and bits of each, [..., rows, columns], or if `turned` the other way round.
+    """
+    weight, scales, zeros, bits = (tensor.mT if turned else tensor for tensor in saved)
+    columns = weight.shape[-1]
+    size = columns if quantize.group_size == -1 else quantize.group_size
+    groups = [part[..., ::size].contiguous() for part in (scales, zeros)]
+    again = [spread(part, size, columns) for part in groups]
+    if not all(torch.equal(*pair) for pair in zip(again, (scales, zeros), strict=True)):
+        raise ValueError("its columns lie in another order there")
+    width = int(bits.max())
+    if int(bits.min()) != width:
+        raise ValueError("its experts have different numbers of bits")
+    grid = Grid(groups[0], groups[1], float(2**width - 1))
+    return encode(weight.contiguous(), grid, width, quantize.group_size, quantize.symmetric, turned)
+
+
+CODE = Path(modeling_atp_sparse.__file__)
+INDEX = "model.safetensors.index.json"
+IMAGES = "AutoModelForImageClassification"
+
+
+def pack_folder(
+    source: Path,
+    out: Path,
+    kind: Kind = "same",
+    group_size: int | None = None,
+    device: str = "auto",
+    watch: EventHandler = ignore_events,
+    codes: Codes | None = None,
+) -> Packed:
+    """Writes the packed folder of the sparse checkpoint `source` into the new folder `out`.
+
+    kind: number format of the nonzero values; group_size: columns that share a scale of int8. Where values are rounded,
+    the perplexity on the test text is measured before and after, on `device`, if the folder says with which text.
+    codes: of the weights of `source`, which are then stored in the place of values.
+    Errors: UserError if `source` cannot be packed exactly, if nothing in it is sparse, or if `out` cannot be written.
+    """
+    check_free(out)
+    if kind != "same":
+        find_device(device)
+
+    def ask(folder: Path, size: int) -> None:  # room at least for the weights that are not zero
+        made = origin(source)
+        share = 0.0 if made is None or made.config.bits is not None else 1 - made.config.sparsity.realised
+        check_free(out, (share / 2 if kind == "int8" else share) * size)
+
+    work = _Packing(source, kind, group_size, codes, ask)
+    watch(TrialStarted(f"packing {out}", None))
+    with sparse_folder(work.source, out) as folder:
+        for number, shard in enumerate(work.shards, 1):
+            work.pack_shard(shard, folder)
+            watch(Step("packing", number, len(work.shards)))
+        if codes is not None:
+            codes.check_all_stored()
+        if not work.linears and not work.stored:
+            raise UserError(
+                f"{source}: no matrix of it has {LEAST:.0%} zeros or more; `apply` writes a sparse one, and "
+                "`apply --packed` stores rounded weights as codes"
+            )
+        work.describe(folder)
+        rounding = None if kind == "same" else _rounding(source, folder, device, watch)
+        before, after = (sum(x.stat().st_size for x in each.glob("*.safetensors")) for each in (work.source, folder))
+        values = kind if codes is None else "codes"
+        done = Packed(len(work.linears), len(work.stored), *work.bytes, before, after, values, work.auto, rounding)
+        describe(folder, packed=done)
+    return done
+
+
+def check_class(source: Path, what: str) -> None:
+    """UserError, which begins with `what`, for a classifier of another class than the auto class loads for its family.
+
+    Such as a DeiT with a teacher: a folder of a model type of its own would be loaded as another model.
+    """
+    if not classifies_images(source) or is_slim(source):
+        return
+    own, first = read_table(source / CONFIG)["architectures"][0], class_of(type(model_config(source, False)), IMAGES)
+    if own != first.__name__:
+        raise UserError(f"{what}: {source} is a {own}, and of its family only {first.__name__} would be loaded again")
+
+
+def check_packable(folder: Path, named: object) -> None:
+    """UserError if a folder, which errors call `named`, holds a slim model: no reader knows a packed one."""
+    if is_slim(folder):
+        raise UserError(f"{named}: is a slim model, which has lost channels and cannot be packed; use it as it is")
+
+
+def to_pack(config: Config, codes: Codes | None) -> Way:
+    """The way to write the folder of a configuration that is packed next, beside it; `codes` of rounded weights."""
+    check = partial(check_packable, named=f"--packed: {config.model.id}")
+    return Way(partial(write_sparse, save=None if codes is None else codes.save), check, 2 - config.sparsity.target)
+
+
+def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
+    """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
+    if (made := origin(source)) is None:
+        return None
+    model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
+    place = Place(made.base, device, watch=watch)
+    setup = Setup(model, PruneConfig(), {"test": made.test}, place, bos=made.bos, score=made.config.score)
+    before = perplexity(folder_scores(setup, source, f"checking {source}")["test"]["nlls"])
+    with temporary_folder(folder) as rounded:
+        unpack_folder(folder, rounded)
+        return before, perplexity(folder_scores(setup, rounded, "checking the rounded weights")["test"]["nlls"])
+
+
+class _Packing:
+    def __init__(self, source: Path, kind: Kind, group_size: int | None, codes: Codes | None, ask: Ask) -> None:
+        if source.is_dir() and is_packed(source):
+            raise UserError(f"{source}: is packed already")
+        check_packable(source, source)
+        self.source = resolve(ModelConfig(source=str(source.absolute())), Path(), ask=ask).path
+        check_class(self.source, "pack")
+        self._records = [name for name in (PROVENANCE, FINETUNED) if (self.source / name).is_file()]
+        if self._records:
+            stored_manifest(self.source)  # UserError if they are not what atp_tune writes
+        self._kind, self._group_size, self._codes = kind, group_size, codes
+        self._fits = True  # int8 values, without loss, of all linears that have codes
+        self.shards = [file.name for file in find_weights(self.source, allow_pickle=False)]
+        self.linears: dict[str, Table] = {}
+        self.stored: dict[str, Table] = {}
+        self._original = Original()
+        self._places: dict[str, str] = {}  # packed shard of each tensor
+        self.bytes = (0, 0)  # of the packed tensors before and after
+        self.auto = auto_class(self.source).__name__
+        model = empty_model(self.source)
+        self._prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        # The linears that can stay packed in memory, by the names of their weights; none whose weight has two names.
+        self._packable = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if is_packable(module) and module is not head and f"{name}.weight" not in tied
+        }
+
+    def pack_shard(self, shard: str, folder: Path) -> None:
+        """Packs one file of the weights, under a name by which transformers finds it as a variant of the weights."""
+        file, out = self.source / shard, folder / WEIGHTS
+        if len(self.shards) > 1:
+            number, count = self.shards.index(shard) + 1, len(self.shards)
+            out = folder / f"model.packed-{number:05}-of-{count:05}.safetensors"
+        read_header(file)  # UserError if it is none
+        with file.open("rb") as stream:
+            self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+        self._places.update(dict.fromkeys(rewrite(file, out, self._pack), out.name))
+        self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
+
+    def _pack(self, name: str, dense: Tensor) -> Tensors:
+        """The tensors in the place of a sparse or a coded one, or the one that stays."""
+        names = (name, name.removeprefix(self._prefix), self._prefix + name)
+        is_sparse = dense.dtype in DTYPES.values() and dense.dim() >= 2 and zeros_of(dense) >= LEAST
+        coded = None if self._codes is None else self._codes.find(names)
+        if not (is_sparse if self._codes is None else coded):
+            if self._kind != "same":
+                self._original.tensors[name] = sha256_of_tensor(dense)
+            return {name: dense}
+        linear = next((other for other in names if other in self._packable), None) if is_sparse else None
+        about: Table = {"shape": [*dense.shape]}
+        if linear is not None:
+            about["transposed"] = isinstance(self._packable[linear], Conv1D)
+            if linear != name:
+                self._original.names[name] = linear
+        if coded is None:
+            parts = pack(dense.T.contiguous() if about.get("transposed") else dense, self._kind, self._group_size)
+            about["nonzeros"] = len(parts[VALUES])
+            again = unpack_as(about, parts[VALUES], parts[BITMASK], parts.get(SCALES)).to(dense.dtype)
+        else:
+            about, parts, again = {**about, **coded.about}, coded.parts, coded.decoded().to(dense.dtype)
+            self._fits = self._fits and (linear is None or (coded.fits and fits_kernel(about)))
+            if bytes_of(again) != bytes_of(dense):
+                raise UserError(f"{name}: its codes do not give the weights of {self.source}")
+        (self.stored if linear is None else self.linears)[linear or name] = about
+        self._original.tensors[name] = sha256_of_tensor(again)
+        before, after = self.bytes
+        self.bytes = before + dense.nbytes, after + sum(part.nbytes for part in parts.values())
+        return {f"{linear or name}{end}": part for end, part in parts.items()}
+
+    def describe(self, folder: Path) -> None:
+        """Writes config, code and index, and what `unpack` needs."""
+        original, config = self._original, read_table(self.source / CONFIG)
+
+        def change(name: str, text: str) -> None:  # writes a small file anew, and keeps what it was
+            original.files[name] = as_text(folder / name)
+            (folder / name).write_bytes(as_bytes(text))
+
+        table = {
+            "version": VERSION, "family": config["model_type"], "class": self.auto, "values": self._kind,
+            "group_size": self._group_size, "linears": self.linears, "stored": self.stored,
+        }  # fmt: skip
+        if self._codes is not None:
+            # How linears that stay packed are kept in memory: as int8 values if their codes fit, else as floats.
+            size = self._codes.quantize.group_size if self._fits else -1
+            table |= {"version": WITH_CODES, "values": "int8" if self._fits else "same"}
+            table["group_size"] = None if size == -1 else size
+        classes = [f"Packed{name}" for name in config.get("architectures") or ()]
+        names = auto_map(MODEL_TYPE, self.auto)
+        config |= {"model_type": MODEL_TYPE, "architectures": classes, "auto_map": names, MODEL_TYPE: table}
+        change(CONFIG, json.dumps(config, indent=2) + "\n")
+        shutil.copyfile(CODE, folder / CODE.name)
+        original.added.append(CODE.name)
+        if len(self.shards) > 1:
+            index = {"metadata": {}, "weight_map": dict(sorted(self._places.items()))}
+            write_table(folder / PACKED_INDEX, index)
+            original.added.append(PACKED_INDEX)
+        if (folder / INDEX).is_file():
+            original.files[INDEX] = as_text(folder / INDEX)
+            (folder / INDEX).unlink()
+        if (folder / CARD).is_file():  # written anew at the end
+            original.files[CARD] = as_text(folder / CARD)
+        records = [folder / name for name in self._records]
+        original.files.update({file.name: as_text(file) for file in records})
+        original.write(folder)
+        for file in records:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(record.get("manifest"), dict):
+                record["manifest"]["files"] = sha256_by_name(folder, DESCRIPTIONS)
+                write_table(file, record)
+
+
+def empty_model(source: Path) -> Any:
+    """The model of a folder without its weights; UserError if there is no such model."""
+    try:
+        with quiet("transformers"), torch.device("meta"):
+            return auto_class(source).from_config(model_config(source, trusted=False))
+    except UserError:
+        raise
+    except Exception as error:  # models raise many types
+        raise UserError(f"model {source}: transformers cannot make its model: {one_line(error)}") from error
