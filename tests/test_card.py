@@ -253,7 +253,7 @@ def test_prices_and_refinement_are_named() -> None:
     plan = planned("sparsegpt", "gradient", (0.3, 0.2), {"kappa": 1.0}, ((0.4, 0.2), (0.2, 0.2)))
     text = body(card(config(plan=plan, linears=None, prune=PruneConfig(refine=5))))
     assert (
-        "Each linear has its own share of zeros, chosen by the allocation `prices κ=1` of atp_tune, by gradients"
+        "Each linear has its own share of zeros, chosen by the allocation `gradient κ=1` of atp_tune, by gradients"
         in text
     )
     assert "conjugate gradients changed to make up" in text and "ICML 2025" not in text

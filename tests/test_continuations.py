@@ -248,8 +248,9 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
 @pytest.mark.parametrize(("is_terminal", "width"), [(True, 80), (False, 200)])
 def test_one_below_the_other(is_terminal: bool, width: int, shown: Callable[[bool, int], str]) -> None:
     assert shown(is_terminal, width) == (
-        "\nOne | two …\n  dense      a ↵ b\n  uniform    \\x1b[31md :smile:\n  gradient-rows h\n  best       <b>f</b>\n"
-        "\nthree …\n  dense      c\n  uniform    e\n  gradient-rows i\n  best       g\n"
+        "\nOne | two …\n  dense         a ↵ b\n  uniform       \\x1b[31md :smile:\n"
+        "  gradient-rows h\n  best          <b>f</b>\n"
+        "\nthree …\n  dense         c\n  uniform       e\n  gradient-rows i\n  best          g\n"
         "\ngreedy, without a chat template, at most 5 tokens, in float32; ↵: a line break\n\n"
     )
 

@@ -44,7 +44,7 @@ def test_what_is_left_is_of_the_whole_study(clock: list[float], capsys: pytest.C
         show(event)
     assert capsys.readouterr().out.splitlines() == [
         "dense model",
-        "prices (33 min left)",
+        "gradient (33 min left)",
         "[1/4] trial 0: 60% wanda gradient-rows: perplexity 20.00 in 20 s (best 20.00, 10 min left)",
         "[2/2] trial 1: 60% wanda gradient-rows: perplexity 18.00 in 20 s (best 18.00, 8 min left)",
         "test text: dense model (8 min left)",
@@ -132,7 +132,7 @@ def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys
         now += 7.0
         show(Step("step", step, 44))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["gradient", "prices: step 9 of 44, 4 min left", "prices: step 18 of 44, 3 min left"]
+    assert lines[:3] == ["gradient", "gradient: step 9 of 44, 4 min left", "gradient: step 18 of 44, 3 min left"]
     assert len(lines) == 1 + 44 * 7 // 63
     show(TrialStarted("trial 0", None, 0))
     for step in range(1, 11):

@@ -233,7 +233,7 @@ def naive_move(smooth: list[float], offsets: list[float], found: list[float]) ->
 def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps, ten times as long, so that the second has other masks than the first, and KL alone (`prune.loss`)."""
     monkeypatch.setattr("atp_tune.blocks.gradients.DISTANCE", 10 * DISTANCE)
-    monkeypatch.setattr("test_row_prices.DISTANCE", 10 * DISTANCE)
+    monkeypatch.setattr("test_gradient_rows.DISTANCE", 10 * DISTANCE)
     model = tiny(family)
     context, sparsities = bench_of(model), uneven(bench_of(model))
     pricing = row_pricing_of(context)
@@ -293,7 +293,7 @@ def test_a_streamed_model_moves_the_same() -> None:
         ({"wanda": {"compare": "matrix"}}, False),
         ({"pattern": "mixed:8"}, False),
         ({"pattern": "channels"}, False),
-        ({"refine": 3, "gradient": "own"}, False),
+        ({"refine": 3, "gradient_at": "own"}, False),
     ],
 )
 def test_rows_differ_where_the_lowest_scores_of_each_go(given_: dict[str, Any], by: bool) -> None:

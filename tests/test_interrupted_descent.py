@@ -37,14 +37,14 @@ def test_an_interrupted_descent_goes_on(
         context.watch = lambda event: said.append(event.text) if isinstance(event, Message) else None
         return context._priced(targets, "wanda", rows)
 
-    monkeypatch.setattr(pricing, "gradient", counted)
+    monkeypatch.setattr(pricing, "prices", counted)
     with pytest.raises(KeyboardInterrupt):
         ends("cache")
     [left] = (tmp_path / "cache" / "gradient").glob("*.part")
     stop.clear()
     found, total = ends("cache"), len(taken)
     assert total == module.steps_along(targets) == 20 and not left.exists()
-    assert f"prices: goes on after step {interrupted} of 20" in said
+    assert f"gradient: goes on after step {interrupted} of 20" in said
     assert found == ends("whole") and len(taken) == 40
 
 

@@ -686,7 +686,7 @@ def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.Monkey
         second = pool.submit(workers[1].ends, [0.5], "")
         assert first.result() == second.result() == (RowSparsities(((0.25, 0.75),)),)
     lock = cache / "gradient" / f".{'ab' * 32}.json.lock"
-    waited = "waiting for the prices of another process; if none is running, remove"
+    waited = "waiting for the descent of another process; if none is running, remove"
     assert (made, said) == ([1], [f"{waited} {lock}"])
 
 

@@ -422,7 +422,7 @@ class Pricing:
 
         self._gradients.visit(sample, pruned, price)
         found = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
-        check_finite(chain.from_iterable(found), "gradient")
+        check_finite(chain.from_iterable(found), "prices")
         return found
 
     def state(self) -> Tensors:

@@ -308,7 +308,7 @@ class CalibrationGradients:
         file = cache_dir("gradient") / f"{self._key(**own)}.json"
 
         def wait(lock: Path) -> None:
-            self.watch(Message(f"waiting for the prices of another process; if none is running, remove {lock}"))
+            self.watch(Message(f"waiting for the descent of another process; if none is running, remove {lock}"))
 
         with made_once(file, wait):
             if file.is_file():
@@ -318,7 +318,7 @@ class CalibrationGradients:
                 write_atomically(file, json.dumps(found).encode())
                 begun.unlink(missing_ok=True)
             except OSError as error:
-                self.watch(Message(f"cache folder {file.parent}: {error}; prices are kept in memory"))
+                self.watch(Message(f"cache folder {file.parent}: {error}; the descent is kept in memory"))
         return found
 
     def _key(self, **own: Any) -> str:
@@ -341,12 +341,12 @@ class DescentSteps:
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
             found = json.loads(stored.metadata()["steps"])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            self.prices, self.ends, self.state = found["gradient"], found["ends"], state
+            self.prices, self.ends, self.state = found["prices"], found["ends"], state
 
     def add(self, prices: Prices, state: dict[str, Tensor]) -> None:
         """Keeps one more step; without room on the disk it is not kept."""
         self.prices.append(prices)
-        steps = json.dumps({"gradient": self.prices, "ends": self.ends})
+        steps = json.dumps({"prices": self.prices, "ends": self.ends})
         with suppress(OSError, SafetensorError), file_atomically(self._file) as temporary:
             save_file(state, temporary, {"steps": steps})
 
@@ -404,7 +404,7 @@ class Descent:
         samples = gradients.samples(windows, total, self.share)
         watch(TrialStarted("gradient", None))
         if before := len(steps.prices):
-            watch(Message(f"prices: goes on after step {before} of {total}"))
+            watch(Message(f"gradient: goes on after step {before} of {total}"))
             pricing.resume(steps.state)
 
         def prices_at(step: int, sparsities: LinearSparsities) -> Prices:

@@ -380,7 +380,7 @@ def _study_cost(whole: "StudyCost") -> str:
     screened = f" after {trials(whole.screened)} of screening" if whole.screened else ""
     most = "at most " if whole.early_termination and whole.done < whole.trials else ""
     without = ", without the tasks of limit.min_accuracy" if whole.without_tasks else ""
-    parts = (("for prices", whole.descents), ("to train the best plan", whole.training))
+    parts = (("for the gradient", whole.descents), ("to train the best plan", whole.training))
     own = " and ".join(f"{duration(seconds)} {what}" for what, seconds in parts if seconds)
     of_it = f", of which {own}" if time and own else ""
     return f"{most}{done}{trials(whole.trials)}{screened}{tokens}{time}{of_it}{left}{without}"
