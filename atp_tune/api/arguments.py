@@ -37,7 +37,7 @@ class Lender:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, texts: Any) -> "Lender":
-        """What of these arguments lies in memory; UserError for texts of another type."""
+        """Finds the arguments that lie in memory; UserError for texts of another type."""
         return cls(model, tokenizer, texts_of(texts))
 
     @contextmanager

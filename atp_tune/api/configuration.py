@@ -252,7 +252,7 @@ class Configuration:
             return upload(place / "model", repository, private)
 
     def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> Continuations:
-        """What the dense model, uniform with the same pruner, and this configuration make of prompts, greedily.
+        """Continues prompts, greedily, by the dense model, uniform with the same pruner, and this configuration.
 
         Each continuation has `tokens` tokens at most.
         """

@@ -1,4 +1,4 @@
-"""What a study found, from Python: `Result`."""
+"""`Result`: a study and its findings, from Python."""
 
 from __future__ import annotations  # help() shows the types as they stand here
 

@@ -106,7 +106,7 @@ def _time(
 def _train(
     run: StudyRun, study: optuna.Study, best: FrozenTrial, config: Config, place: Place, lender: Lender
 ) -> Recovered | None:
-    """What training the kept weights of the plan came to; None if it cannot be trained, as with little memory."""
+    """Trains the kept weights of the plan; None if they cannot be trained, as with little memory."""
     asked = run.file.study.recover
     assert asked is not None
     # Later runs and reports see the `recover` that is asked for now.
@@ -281,7 +281,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
 
 
 def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
-    """What is said of a study that was complete before the call, with a way to go on if there is one."""
+    """Words a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
     said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
     for key, word in (("recovered", "trained"), ("speed", "measured")):

@@ -73,7 +73,7 @@ class Released(ABC):
 
 
 class ModelState:
-    """What is changed of a model while it is used, as it was: all but its weights, which are only read."""
+    """A model's state as it was before its use: all that the use changes; weights are only read."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
@@ -182,7 +182,7 @@ class Checkpoint(Released):
         return model
 
     def part(self, start: int, stop: int) -> "Checkpoint":
-        """The same model with these blocks alone, in the same places; not to be released."""
+        """A view of the model with these blocks alone, in the same places; not to be released."""
         part = copy(self)
         for name in ("sizes", "shapes"):
             vars(part).pop(name, None)

@@ -233,7 +233,7 @@ MODEL_TYPE = "atp_sparse"  # as in packed.modeling_atp_sparse, which imports tor
 
 
 class Original(FrozenModel):
-    """What `ABOUT` keeps of the folder that was packed.
+    """The facts of the folder that was packed, which `ABOUT` keeps.
 
     headers: of each shard as it stands in the file; sha256: of each shard, None if its values were rounded; tensors:
     SHA-256 of each packed tensor, unpacked, and of all of rounded shards; names: of tensors that got another one;
@@ -260,7 +260,7 @@ class Original(FrozenModel):
 
     @classmethod
     def read(cls, folder: Path) -> "Original":
-        """What a packed folder says; UserError if it is no such file, or names files outside its folder."""
+        """Reads the facts of a packed folder; UserError if it is no such file, or names files outside its folder."""
         try:
             return cls.model_validate(read_table(folder / ABOUT))
         except ValidationError:
@@ -317,7 +317,7 @@ def _save_dense(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _reader(source: Path) -> "Iterator[Callable[[str, str], Tensor]]":
-    """What reads a tensor of a packed folder, unpacked, by its name and as a dtype of safetensors.
+    """Makes a function that reads a tensor of a packed folder, unpacked, by its name and as a dtype of safetensors.
 
     ValueError if it is not there, or damaged.
     """

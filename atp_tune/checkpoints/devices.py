@@ -96,7 +96,7 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What numbers are computed in, for keys of the cache: kind of device, number format, and others of products."""
+    """The formats of numbers, for keys of the cache: kind of device, number format, and other formats of products."""
     return [device.type, str(dtype).removeprefix("torch."), *other_products(device)]
 
 

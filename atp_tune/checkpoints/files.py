@@ -1,4 +1,4 @@
-"""What a model folder says before it is loaded: code, pickles, links, malformed files, sizes, quantization, places.
+"""Reads a model folder before it is loaded: code, pickles, links, malformed files, sizes, quantization, places.
 
 The first are safety checks of folders from unknown sources. Nothing here loads torch.
 

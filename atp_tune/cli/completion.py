@@ -1,4 +1,4 @@
-"""What the Tab key completes: names of studies, keys of `--set` and their values, pruners, allocations, trials.
+"""Completion by the Tab key: names of studies, keys of `--set` and their values, pruners, allocations, trials.
 
 A shell runs the command again for each Tab, so this imports no torch and no Optuna, opens no server's database, and
 prints nothing that is no completion: a mistake completes nothing.

@@ -136,7 +136,7 @@ def checked_prompts(prompts: list[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Permissions:
-    """What a model, a configuration or a study, which may be a stranger's, cannot allow itself."""
+    """Permissions that a model, a configuration or a study, which may be a stranger's, cannot give itself."""
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -184,7 +184,7 @@ class BestOptions(Permissions):
 
     @property
     def allowed(self) -> dict[str, bool]:
-        """What may run, by its name in `Permissions`."""
+        """The code that may run, by its name in `Permissions`."""
         return {name: getattr(self, name) for name in signature(Permissions).parameters}
 
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:

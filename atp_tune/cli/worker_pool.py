@@ -29,7 +29,7 @@ STOP_TIMEOUT = 60  # seconds that workers have to stop after Ctrl-C
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What each worker needs: study file, name of the study, time after which no trial starts (seconds since 1970).
+    """The needs of each worker: study file, name of the study, time after which no trial starts (seconds since 1970).
 
     `mix`: devices and number formats may differ between trials.
     """

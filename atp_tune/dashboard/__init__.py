@@ -1,1 +1,1 @@
-"""What Optuna's dashboard shows of a study: a note, figures, columns and files."""
+"""Notes, figures, columns and files of a study for Optuna's dashboard."""

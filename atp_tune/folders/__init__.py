@@ -1,1 +1,1 @@
-"""What is made of a configuration: the sparse checkpoint, its card, and the fine-tuned one."""
+"""Folders made of a configuration: sparse, slim, packed and fine-tuned checkpoints, and their cards."""

@@ -167,7 +167,7 @@ class Way:
     copies: float = 1
 
     def asked(self, out: Path) -> Ask:
-        """What must hold before the dense model is read: it may be written so, and its folder has room at `out`."""
+        """Checks before the dense model is read: it may be written so, and its folder has room at `out`."""
 
         def ask(folder: Path, size: int) -> None:
             self.check(folder)

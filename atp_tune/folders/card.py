@@ -73,7 +73,7 @@ class Packed:
 
     @property
     def data(self) -> str:
-        """What it was measured on: text or images."""
+        """The kind of data that it was measured on: text or images."""
         return "images" if self.auto == "AutoModelForImageClassification" else "text"
 
 

@@ -77,7 +77,7 @@ def uniform_plan(config: Config, session: Session) -> Plan:
 
 
 def continuations(config: Config, prompts: Sequence[str], tokens: int, place: Place) -> Continuations:
-    """What dense, uniform with the same pruner, and best make of prompts.
+    """Continues prompts by dense, uniform with the same pruner, and best.
 
     UserError if the model is not the configuration's.
     """
@@ -292,7 +292,7 @@ OTHER = {
 
 @dataclass(frozen=True)
 class Use:
-    """What models are loaded for: `command`, also as typed `with_folder`, which needs no pruned copy in memory.
+    """The command that loads the models, for error messages, and its form `with_folder` that needs less memory.
 
     `images`: the inputs of image classifiers, once the folder of a model is known; None: they are language models,
     whose zeros are left out in memory where that is faster.

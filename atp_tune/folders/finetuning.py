@@ -119,7 +119,7 @@ KEPT = 30 * 24 * 3600  # seconds that what was trained stays in the cache after 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves beside its folder: its record, the scores of the new folder by role of the text, and `part`."""
+    """Products of a run beside its folder: its record, scores of the new folder by role of the text, and `part`."""
 
     record: Finetuned
     scores: Mapping[str, Scores]
@@ -150,7 +150,7 @@ class FinetuningJob:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What identifies the run, and so its result: settings, and contents of models and text."""
+        """The facts that identify the run, and so its result: settings, and contents of models and text."""
         contents = {"model": self.folder.content, "text": self.items.content}
         named = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
         return {**named, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
@@ -174,7 +174,7 @@ class FinetuningJob:
 
     @property
     def called(self) -> str:
-        """What an item is, in the plural."""
+        """The name of items, in the plural."""
         return "windows" if IDS in self.items.tensors else "images"
 
     def run(self) -> Trained:
@@ -367,7 +367,7 @@ def recovered(
     uniform: Sequence[float] = (),
     kinds: Sequence[str] = (),
 ) -> Recovered:
-    """What training of a configuration's kept weights comes to, measured on the folder that `apply` will write.
+    """Trains a configuration's kept weights, and measures the folder that `apply` will write.
 
     `uniform`: window NLLs of the uniform allocation on the test text, if known; `kinds`: those of that text, in turn.
     The folder is removed.

@@ -75,7 +75,7 @@ def mask_adapters(model: nn.Module) -> None:
 
 
 def _unlike(layer: BaseTunerLayer) -> str:
-    """What an adapter has that a masked one has not; "" for a plain LoRA of a linear."""
+    """Names the parts of an adapter that a masked one has not; "" for a plain LoRA of a linear."""
     if type(layer) is not LoraLinear:
         return f"is peft's {type(layer).__module__}.{type(layer).__name__}"
     if layer.lora_variant or any(layer.lora_bias.values()):

@@ -39,7 +39,7 @@ class PrunedWith:
 
 
 def origin(folder: Path) -> PrunedWith | None:
-    """What the `atp_tune.json` of a folder says; None if it has none, UserError if it is no configuration."""
+    """Reads the `atp_tune.json` of a folder; None if it has none, UserError if it is no configuration."""
     file = folder / ABOUT
     if not file.is_file():
         return None

@@ -147,7 +147,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _said(error: BaseException) -> str:
-    """What went wrong at the hub, and what to do."""
+    """Words an error of the hub, and what to do."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__  # the library wraps errors of single files
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -276,7 +276,7 @@ NAMED = 3  # files that a message names
 
 @dataclass(frozen=True)
 class EnvironmentDifference:
-    """What differs between the environment of a checkpoint and this one, and what that does if it is made again."""
+    """A difference between the environment of a checkpoint and this one, and its effect if it is made again."""
 
     what: str
     made: str
@@ -333,7 +333,7 @@ def _listed(names: list[str]) -> str:
 
 
 def differences(made: Environment, here: Environment) -> Iterator[EnvironmentDifference]:
-    """What differs, the most important first: packages and instructions that compute, then all else."""
+    """The differences, the most important first: packages and instructions that compute, then all else."""
     packages = sorted({*made.versions, *here.versions}, key=lambda name: (name not in EXACT, name))
     rows = [(name, made.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT) for name in packages]
     rows += [

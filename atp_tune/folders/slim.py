@@ -126,7 +126,7 @@ OWN_CODE = "--slim: a model with code of its own cannot be slim; `apply` without
 
 @dataclass
 class Cut:
-    """What stays of a linear: indices of its rows and columns, None: all; `shape` [out, in] after the cut."""
+    """The rows and columns of a linear that stay: their indices, None: all; `shape` [out, in] after the cut."""
 
     rows: Tensor | None
     columns: Tensor | None
@@ -194,7 +194,7 @@ SLIM = Way(write_slim, check_slim, copies=2)  # with the channels first, to be c
 
 
 class _Cuts:
-    """What is cut of each linear, gathered while the blocks are pruned."""
+    """The cuts of each linear, gathered while the blocks are pruned."""
 
     def __init__(self, context: Session) -> None:
         self.checkpoint = context.checkpoint

@@ -338,7 +338,7 @@ class Trainer:
 
 
 def targets_of(batch: Data) -> Tensor:
-    """What a batch's logits predict: the next tokens [tokens], or the classes [images]."""
+    """The targets of a batch's logits: the next tokens [tokens], or the classes [images]."""
     return batch.tensors[LABELS] if isinstance(batch, Items) else batch[:, 1:].flatten()
 
 

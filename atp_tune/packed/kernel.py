@@ -235,7 +235,7 @@ def product(loaded: ctypes.CDLL, weight: int, x: Tensor, kind: int, rows: int) -
 
 
 def _weight(variant: str, columns: int, *parts: *Parts) -> Weight:
-    """What the library gets of the parts."""
+    """The arguments of the library for the parts of a weight."""
     values, bitmask, _, scales, bias = parts
     groups = 1 if scales is None else scales.shape[1]
     return Weight(

@@ -153,8 +153,10 @@ def _bits(
     values_at: tl.tensor, bitmask_at: tl.tensor, row: tl.tensor, inside: tl.tensor, byte: tl.tensor,
     there: tl.tensor, length: tl.tensor, first: tl.tensor,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Of bytes [ROWS, BYTES] of the bitmask: the bytes, where the values of each start, how many values each bit of a
-    half has before it in its byte, and where the values after all of them start, [ROWS].
+    """Reads bytes [ROWS, BYTES] of the bitmask.
+
+    Returns the bytes, where the values of each start, how many values each bit of a half has before it in its byte,
+    and where the values after all of them start, [ROWS].
 
     A factor puts the four bits of a half into the four bytes of a word; another adds to each byte those below it.
     """

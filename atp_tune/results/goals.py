@@ -1,4 +1,4 @@
-"""What a study seeks, as it is stored: its best trial, the points to choose from, what is reported, and how it went.
+"""The goal of a study, as it is stored: its best trial, the points to choose from, what is reported, and how it went.
 
 `search.goals` has the half that the search needs. Points are plans of a study over an interval of sparsities, each
 beside dense and uniform at the same sparsity. Without a limit they are the Pareto front of sparsity and perplexity (or

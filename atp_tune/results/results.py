@@ -1,4 +1,4 @@
-"""What the models of a study were measured to be: items by model, text and measure, and what follows from them."""
+"""The measurements of the models of a study: items by model, text and measure, and what follows from them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is found out about models while their blocks pass by: scores, continuations, answers on images, tasks.
+"""Observers of models while their blocks pass by: scores, continuations, answers on images, tasks.
 
 `Session.measure` passes the blocks of one model to its observers, and `Session.compare` those of several models, one
 after the other. An observer keeps what it finds by the name of the model.

@@ -1,4 +1,4 @@
-"""What a study seeks: the best plan at one sparsity, the front over an interval, or the sparsest plan within a limit.
+"""The goal of a search: the best plan at one sparsity, the front over an interval, or the sparsest plan within a limit.
 
 A goal knows its space and total, which points are queued first, the sampler of the others, and when it is reached.
 

@@ -320,7 +320,7 @@ def _show(found: "Speed") -> None:
 
 
 def summary_of(found: "Speed") -> Iterator[str]:
-    """What was measured: a line for all engines, and a line for each."""
+    """The measurements: a line for all engines, and a line for each."""
     row = found.engines[0]
     what = "classify: an image" if row.batch == 1 else f"classify: {row.batch} images at once"
     if row.tokens:

@@ -259,7 +259,7 @@ def export(
 
 
 def _notes_on(config: "Config") -> list[str]:
-    """What a table or a recipe does not have of a configuration."""
+    """Names the parts of a configuration that a table or a recipe does not have."""
     found = []
     if config.plan.by_row:
         found.append(

@@ -355,7 +355,7 @@ def _show_forecast(found: "Forecast") -> None:
 
 
 def cost_beside(found: "Sequence[StudyCost]", preset: str, other: str) -> str:
-    """What a study takes, and what it would take with another preset, if that is known, in one line."""
+    """One line on the cost of a study, and of another preset if that is known."""
     from atp_tune.results.formatting import duration
 
     own, *others = found

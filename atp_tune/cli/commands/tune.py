@@ -336,7 +336,7 @@ def _start(path: Path, options: RunOptions, said: Said | None = None) -> None:
 
 
 def _cost(wishes: "StudyRequest", device: str | None, file: "StudyFile", context: "Session") -> str:
-    """What the study takes, beside another preset."""
+    """Words the cost of the study beside that of another preset."""
     from atp_tune.cost.planning import foresee_open
 
     preset = wishes.preset_on(context.checkpoint.device)
