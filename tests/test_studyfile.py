@@ -7,7 +7,8 @@ import pytest
 from synthetic import storage_in
 
 from atp_tune.config import finding
-from atp_tune.config.facts import facts, is_local, is_local_text
+from atp_tune.config.data import LOCAL, TEXT_SOURCES, is_local_text, text_name
+from atp_tune.config.facts import facts, is_local
 from atp_tune.config.finding import find, known
 from atp_tune.config.studyfile import (
     StudyFile,
@@ -488,6 +489,27 @@ def test_is_not_local(source: str, folder: Path) -> None:
 def test_is_local_text() -> None:
     assert is_local_text("file:a.txt")
     assert not is_local_text("wikitext2")
+
+
+def test_the_names_of_sources_are_those_that_are_read() -> None:
+    from atp_tune.config.data import FORMS
+    from atp_tune.inputs.documents import SOURCES
+
+    assert set(TEXT_SOURCES) == {name for name in SOURCES if SOURCES.is_built_in(name)}
+    assert set(LOCAL) < {*TEXT_SOURCES, *FORMS}
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_folders_of_this_machine_are_in_no_name(kind: str) -> None:
+    from atp_tune.config.study import Text
+    from atp_tune.folders.card import words
+    from atp_tune.folders.publishing import published
+    from atp_tune.results.formatting import _named
+
+    source = f"{kind}:/home/me/secret/corpus"
+    texts = {"atp_tune.json": json.dumps({"model": {"source": "org/m"}, "texts": {"test": {"source": source}}})}
+    said = [text_name(source), _named(source), words(Text(source=source)), *published(texts, Path()).values()]
+    assert all("secret" not in name and "corpus" in name for name in said)
 
 
 def test_the_short_form_of_allocation_takes_overrides_of_its_table(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The data of a study, by role: the tables `[texts.*]` of a language model, or `[images.*]` of an image classifier."""
 
 import posixpath
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
@@ -20,7 +21,8 @@ FORMS = {  # of sources of images → the form of what follows the colon, for pe
     "package": "package:MODULE/PATH",
 }
 KNOWN = ", ".join(FORMS.values())
-LOCAL = ("folder:", "idx:", "parquet:")
+TEXT_SOURCES = ("c4", "wikitext2", "mixed", "hub", "file", "package", "memory")  # `inputs.documents` reads them
+LOCAL = ("file", "folder", "idx", "parquet")  # sources of texts and images that are files of this machine
 IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an image classifier
 
 
@@ -240,6 +242,17 @@ class ImageSets(Roles):
     calibration: CalibrationImages = Field(description="the images on which pruners measure")
     validation: ImageSet = Field(description="the images on which trials are measured and compared")
     test: ImageSet | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
+
+
+def is_local_text(source: str) -> bool:
+    """Whether the source of a text or of images is a local file or folder, whose place is never published."""
+    return source.partition(":")[0] in LOCAL
+
+
+def text_name(source: str) -> str:
+    """The source of a text or of images for people: of local ones without the folders above."""
+    kind, _, rest = source.partition(":")
+    return f"{kind}:{Path(rest).name}" if is_local_text(source) else short_source(source)
 
 
 def short_source(source: str) -> str:

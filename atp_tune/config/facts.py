@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from atp_tune.config.data import LOCAL, Text
+from atp_tune.config.data import Text, is_local_text
 from atp_tune.config.plugged import contents, parts_of
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.search import NEXT_TOKEN, ScreenConfig
@@ -75,11 +75,6 @@ def is_local(source: str, folder: Path = Path()) -> bool:
         return (folder / source).is_dir()
     except OSError:  # a name too long for a file
         return False
-
-
-def is_local_text(source: str) -> bool:
-    """Whether the source of a text or of images is a local file or folder."""
-    return source.startswith(("file:", *LOCAL))
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

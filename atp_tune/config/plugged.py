@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, JsonValue, ValidationError
 from pydantic_core import InitErrorDetails
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.config.data import Source
+from atp_tune.config.data import TEXT_SOURCES, Source
 from atp_tune.config.manifest import SHA256
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.search import SAMPLERS, SCORES
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from atp_tune.config.best import Config
 
 SOURCE = "source of texts"
-BUILT_IN_SOURCES = (
-    "c4",
-    "wikitext2",
-    "mixed",
-    "hub",
-    "file",
-    "package",
-    "memory",
-)  # without numpy, which their registry's module needs
 TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z_][\w-]*)(?::(?P<rest>.*))?", re.DOTALL)
 
 
@@ -96,7 +87,7 @@ def check_known(
 def parts_of(source: str) -> tuple[str, str]:
     """The name of a source of texts, which may be a place, and what follows it."""
     found = TEXT.fullmatch(source)
-    if found and source.partition(":")[0] not in BUILT_IN_SOURCES:
+    if found and source.partition(":")[0] not in TEXT_SOURCES:
         return found["place"], found["rest"] or ""
     name, _, rest = source.partition(":")
     return name, rest
@@ -149,7 +140,7 @@ def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
     """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
     if known is not None or is_place(named.written):
         return is_place(named.written) or not (known and known.is_built_in(named.short))
-    return named.short not in BUILT_IN_SOURCES and named.short in registry(SOURCE)
+    return named.short not in TEXT_SOURCES and named.short in registry(SOURCE)
 
 
 def contents(study: Study, folder: Path) -> dict[str, str]:

@@ -20,8 +20,7 @@ from atp_tune.allocations import is_fitted
 from atp_tune.checkpoints.convert import ORIGIN, quiet
 from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.config.best import Baseline, Config, read_config
-from atp_tune.config.data import ImageSet, short_source
-from atp_tune.config.facts import is_local_text
+from atp_tune.config.data import ImageSet, short_source, text_name
 from atp_tune.config.patterns import parse
 from atp_tune.config.prune import UPDATING
 from atp_tune.config.study import Data
@@ -230,17 +229,14 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
 
 def words(text: Data) -> str:
     """A text, or images, in a few words: source, split, part and windows; without folders."""
-    kind, _, rest = text.source.partition(":")
     if isinstance(text, ImageSet):
         part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g} shuffled"
-        name = f"{kind}:{Path(rest).name}" if is_local_text(text.source) else text.source
         split = f" {text.split}" if text.split else ""
-        return f"{name}{split}{part}, {text.nsamples or 'all'} images"
-    source = f"{kind}:{Path(rest).name}" if kind == "file" else short_source(text.source)
+        return f"{text_name(text.source)}{split}{part}, {text.nsamples or 'all'} images"
     part = "" if text.part == (0, 1) else f", part {text.part[0]:g} to {text.part[1]:g}{' shuffled' * text.shuffle}"
     split = f" {text.split}" if text.split else ""
     items = "windows" if text.images is None else "pairs of image and text"
-    return f"{source}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
+    return f"{text_name(text.source)}{split}{part}, {text.nsamples or 'all'} {items} of {text.seqlen} tokens"
 
 
 def _listed(settings: Table) -> str:

@@ -9,8 +9,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.data import ImageSet, Text
-from atp_tune.config.facts import is_local_text
+from atp_tune.config.data import ImageSet, Text, is_local_text
 from atp_tune.config.manifest import Manifest, environment, sha256_by_name
 from atp_tune.config.recover import Training
 from atp_tune.config.study import Data

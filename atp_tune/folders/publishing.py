@@ -21,7 +21,8 @@ from atp_tune.checkpoints.convert import ABOUT as BEFORE_PACKING
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.facts import is_local, is_local_text
+from atp_tune.config.data import is_local_text
+from atp_tune.config.facts import is_local
 from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import parts_of
 from atp_tune.errors import UserError

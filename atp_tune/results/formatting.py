@@ -6,13 +6,12 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.config.data import KINDS, MANUAL, MIXED, short_source
+from atp_tune.config.data import KINDS, MANUAL, MIXED, text_name
 from atp_tune.config.finding import known
 from atp_tune.config.plugged import permission
 from atp_tune.config.prune import PruneConfig
@@ -160,7 +159,7 @@ def texts_note(summary: Summary) -> str:
 def _named(source: str) -> str:
     if source in (MANUAL, MIXED):
         return "the Python manual" if source == MANUAL else f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
-    return Path(source.removeprefix("file:")).name if source.startswith("file:") else short_source(source)
+    return text_name(source).removeprefix("file:")
 
 
 def sizes_note(summary: Summary) -> str:
