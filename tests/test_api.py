@@ -511,6 +511,8 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert pruned(sparsity=50).startswith("sparsity: must be between 0 and 1, got 50; 50 % is 0.5")
     assert pruned(sparsity="30%..50%").startswith("sparsity: 30%..50% is an interval")
     assert pruned(pruner="wandaa").startswith("prune.pruners[0]: must be one of")
+    assert pruned(settings={"device": "gpu"}).startswith("device: ")  # settings come over arguments
+    assert pruned(settings={"prune.pruners": None}).startswith("prune.pruners: must be a list")
     assert pruned(texts=["a short text"]).startswith("texts: seqlen: memory:")
     assert pruned(allocation=("atp", {"alpha": 1})).startswith("parameter alpha: the allocation atp has no alpha")
     assert said(lambda: atp_tune.load_study("smoll")).startswith("smoll: no such study")

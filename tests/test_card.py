@@ -114,6 +114,14 @@ def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
     assert expected.items() <= card(folder=tmp_path).data.to_dict().items()
 
 
+def test_a_licence_that_a_person_gave_stays(tmp_path: Path) -> None:
+    """In the place of `other`, as the card asks."""
+    (tmp_path / "README.md").write_text(str(card(folder=tmp_path)).replace("license: other", "license: mit"))
+    found = card(folder=tmp_path)
+    assert found.data.license == "mit" and "license_name" not in found.data.to_dict()
+    assert "licence applies" not in body(found)
+
+
 def test_of_a_gguf_file_the_card_names_the_source(tmp_path: Path) -> None:
     """It had neither licence nor base model. Another folder's card may name a path, so it does not count."""
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: org/tiny\n---\n")
@@ -367,8 +375,10 @@ def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path:
 
 @pytest.mark.slow
 def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine, tmp_path: Path) -> None:
+    (done / "model" / "atp_tune.finetune.json").write_text("{}")  # of the dense model, which was trained
     words = ["prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "sparse"]
     assert command(*words).code == 0
+    assert not (tmp_path / "sparse" / "atp_tune.finetune.json").exists()
     made = ModelCard.load(tmp_path / "sparse" / "README.md")
     assert ["found by", "no search"] in rows(made, "## How it was made")
     assert len(rows(made, "## Evaluation")[:3]) == 3

@@ -635,6 +635,8 @@ DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
     ("another tensor", lambda f: changed_tensor(f, "norm.weight", lambda t: t + 1), "is not what was packed"),
     ("missing", lambda f: changed_tensor(f, VALUES, lambda _: None), "has no tensor"),
     ("no list", lambda f: edited(f, lambda t: t["atp_sparse"].pop("stored")), "is damaged"),
+    ("no values", lambda f: edited(f, lambda t: t["atp_sparse"].pop("values")), "is damaged"),
+    ("no class", lambda f: edited(f, lambda t: t["atp_sparse"].pop("class")), "is damaged"),
     ("a list", lambda f: edited(f, lambda t: t["atp_sparse"].update(linears=[])), "is damaged"),
     ("no shape", lambda f: edited(f, lambda t: first(t).pop("shape")), "is damaged"),
     ("an empty shape", lambda f: edited(f, lambda t: first(t).update(shape=[])), "is damaged"),

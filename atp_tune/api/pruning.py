@@ -198,7 +198,7 @@ def perplexity(
     Raises:
         UserError: If an argument, the model or the text is wrong.
     """
-    given = {"texts.bos": bos}
+    given = {} if bos is None else {"texts.bos": bos}
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     with _opened(model, tokenizer, texts, "test", nsamples, seqlen, device, progress, given, allowed) as (_, session):
         session.watch(TrialStarted("perplexity", None))
@@ -239,13 +239,13 @@ def _opened(
         # The study, whose relative paths start at the current folder.
         source, where = sources.model or str(model), sources.device or device
         place = Path(source).expanduser()
-        given |= {"model.source": str(place.absolute()) if place.exists() else source, "device": where}
-        given |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
+        own: dict[str, Any] = {"model.source": str(place.absolute()) if place.exists() else source, "device": where}
+        own |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
         if source.startswith("pypi:"):
-            given["model.sha256"] = pin_wheel(source)
+            own["model.sha256"] = pin_wheel(source)
+        given = {key: value for key, value in own.items() if value is not None} | given
         if "sparsity" in given:
             given["sparsity"] = one_sparsity(str(given["sparsity"]))
-        given = {key: value for key, value in given.items() if value is not None}
         file = changed(StudyFile("prune", Path("prune.toml"), load(str(BARE)).study), given, trust_plugins)
         folder = resolve(file.study.model, Path(), lambda line: watch(Message(line)))
 

@@ -229,7 +229,7 @@ def tune(
     with working(progress) as watch, lender.lend() as sources:
         # The study that is run: one that has a file or is given, or one that is made for a model.
         source, where = sources.model or str(model), sources.device or device
-        more |= {} if where is None else {"device": where}
+        more = ({} if where is None else {"device": where}) | more
         if is_study:
             file = arguments.study_file(cast("str | Path | Study", model), storage, more, trust_plugins)
         else:

@@ -1,6 +1,6 @@
 """The best configuration: a JSON file with all that is needed to prune the model again, and its scores.
 
-The format `atp_tune.config/3` is published: keys may be added, but are never renamed or removed.
+The format `atp_tune.config/4` is published: keys may be added, but are never renamed or removed.
 """
 
 import json
@@ -38,7 +38,8 @@ from atp_tune.plan import Plan, Share
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.frozen import STORED, FrozenModel
 
-FORMAT: Literal["atp_tune.config/3"] = "atp_tune.config/3"
+FORMAT: Literal["atp_tune.config/4"] = "atp_tune.config/4"
+OLDER = tuple(f"atp_tune.config/{number}" for number in (1, 2, 3))
 
 
 Baseline = Literal["dense", "uniform", "best"]
@@ -180,7 +181,7 @@ class ZeroShot(FrozenModel):
 class Config(FrozenModel):
     """The best configuration of a study."""
 
-    format: Literal["atp_tune.config/3"] = FORMAT
+    format: Literal["atp_tune.config/4"] = FORMAT
     study: str
     trial: int | None = Field(description="null for a single plan without a search")
     model: ModelRef
@@ -341,9 +342,13 @@ class Config(FrozenModel):
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
     found = _parse(path)
-    if isinstance(found, dict) and found.get("format") in ("atp_tune.config/1", "atp_tune.config/2"):
+    if isinstance(found, dict) and found.get("format") in (
+        "atp_tune.config/1",
+        "atp_tune.config/2",
+        "atp_tune.config/3",
+    ):
         raise UserError(
-            f"{path}: is of an older format, {found['format']}, without the key plan; search again with another "
+            f"{path}: is of an older format, {found['format']}; search again with another "
             "--study-name, or take the version of atp_tune that wrote it"
         )
     try:

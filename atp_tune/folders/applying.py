@@ -27,7 +27,7 @@ from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.folders.card import describe
-from atp_tune.folders.provenance import ABOUT, manifest_of
+from atp_tune.folders.provenance import ABOUT, FINETUNED, manifest_of
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.modeling_atp_sparse import LANGUAGE, SLIM, auto_map, checked_table
@@ -138,6 +138,7 @@ def write_sparse(
     names = {name for key in keys for name in checkpoint.as_saved(key, checkpoint.model.get_parameter(key).to("meta"))}
     context.watch(TrialStarted(f"writing {out}", plan))
     with sparse_folder(source, out) as folder:
+        (folder / FINETUNED).unlink(missing_ok=True)  # of the training of the dense model
         shards.write(folder, names, pruned())
         if stored is not None:
             declare(folder, stored)

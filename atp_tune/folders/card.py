@@ -48,6 +48,7 @@ SOURCES = {  # of allocations, see docs/references.md
     **dict.fromkeys(("alphapruning", "alphapruning-linear"), ", after AlphaPruning (Lu et al., NeurIPS 2024)"),
 }
 THIS, OLDER = "**this model**", "the model before fine-tuning"
+BEFORE = "All that follows in this card was written before that."
 WIDTH = 40  # characters of a bar of sparsity 1
 REPEATS = 0.5  # of its bytes, which zlib needs: usual prose of 60 to 250 bytes takes 0.65 and more, a loop 0.45 at most
 SHORTEST = 60  # bytes of a text that is judged
@@ -88,10 +89,17 @@ def describe(folder: Path, config: Config | None = None, packed: Packed | None =
     if config is not None:
         write_out(folder / CARD, str(model_card(config, folder, packed)).encode())
     elif (folder / CARD).is_file():
-        values = TEMPLATE.new_context({"done": finetuned(folder), "packed": packed})
+        done, text = finetuned(folder), (folder / CARD).read_text(errors="replace")
+        values = TEMPLATE.new_context({"done": done, "packed": packed})
         tuned, added = ("".join(TEMPLATE.blocks[name](values)).strip() for name in ("tuned", "packed"))
-        head, mark, rest = (folder / CARD).read_text(errors="replace").partition("\n## ")
-        write_out(folder / CARD, f"{head.rstrip()}\n\n{tuned}\n{mark}{rest}\n\n{added}".encode())
+        if tuned.partition("\n")[0] in text.splitlines():
+            tuned = ""  # the card of a tuned folder, which is packed
+        elif done and (own := read_card(folder / CARD)) is not None:
+            own.data.eval_results = result(done.after, done.test, done.bos)
+            text = str(own)
+        sections = "\n\n".join(f"{section}\n\n{BEFORE}" for section in (tuned, added) if section)
+        head, mark, rest = text.partition("\n## ")
+        write_out(folder / CARD, f"{head.rstrip()}\n\n{sections}\n{mark}{rest}\n".encode())
 
 
 def model_card(config: Config, folder: Path, packed: Packed | None = None) -> ModelCard:
@@ -111,7 +119,10 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     own = read_card(folder / CARD)
     found: Table = own.data.to_dict() if own else {}
     kept: Table = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
-    licensed = "license" in kept and kept.get("license_name") != UNKNOWN
+    is_unknown = kept.get("license_name") == UNKNOWN
+    licensed = "license" in kept and (kept["license"] != "other" or not is_unknown)
+    if licensed and is_unknown:
+        del kept["license_name"]  # a person has put a licence in the place of `other`
     if not licensed:
         files = sorted(file.name for file in folder.glob("LICENSE*"))
         kept |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})

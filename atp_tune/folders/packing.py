@@ -336,6 +336,8 @@ class _Packing:
             (folder / INDEX).unlink()
         if (folder / CARD).is_file():  # written anew at the end
             original.files[CARD] = as_text(folder / CARD)
+        else:
+            original.added.append(CARD)
         records = [folder / name for name in self._records]
         original.files.update({file.name: as_text(file) for file in records})
         original.write(folder)

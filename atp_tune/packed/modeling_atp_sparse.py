@@ -213,11 +213,13 @@ def checked_table(config: dict[str, Any], model_type: str = MODEL_TYPE) -> dict[
     if not isinstance(table, dict) or table.get("version") not in form.versions:
         known = " or ".join(map(str, form.versions))
         raise ValueError(f"{form.said}: its config has no table {model_type} of version {known}")
-    right = table.get("values", "same") in ("same", *DTYPES)
+    usual = {"values": "same", "class": LANGUAGE} if model_type == SLIM else {}  # keys of packed tables alone
+    table = usual | table
+    right = table.get("values") in ("same", *DTYPES)
     right = right and type(table.get("group_size")) in (int, type(None))
     for part in (table.get(key) for key in form.parts):
         right = right and isinstance(part, dict) and all(map(form.is_entry, part.values()))
-    family, auto = table.get("family"), table.get("class", LANGUAGE)
+    family, auto = table.get("family"), table.get("class")
     if not right or not isinstance(auto, str) or auto not in AUTO_CLASSES:
         raise ValueError(f"{form.said}: the table {model_type} in its config is damaged")
     kind: Any = CONFIG_MAPPING[family] if isinstance(family, str) and family in CONFIG_MAPPING else None
