@@ -94,7 +94,7 @@ def describe(folder: Path, config: Config | None = None, packed: Packed | None =
         tuned, added = ("".join(TEMPLATE.blocks[name](values)).strip() for name in ("tuned", "packed"))
         if tuned.partition("\n")[0] in text.splitlines():
             tuned = ""  # the card of a tuned folder, which is packed
-        elif done and (own := read_card(folder / CARD)) is not None:
+        elif done and (own := read_card(folder / CARD)) and own.data.eval_results:
             own.data.eval_results = result(done.after, done.test, done.bos)
             text = str(own)
         sections = "\n\n".join(f"{section}\n\n{BEFORE}" for section in (tuned, added) if section)
@@ -117,7 +117,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
         amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
     # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
     own = read_card(folder / CARD)
-    found: Table = own.data.to_dict() if own else {}
+    found = own.data.to_dict() if own else {}
     kept: Table = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
     is_unknown = kept.get("license_name") == UNKNOWN
     licensed = "license" in kept and (kept["license"] != "other" or not is_unknown)
@@ -167,11 +167,10 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
 
 def _scores(config: Config, done: Finetuned | None, allocation: str) -> Table:
     """The scores of dense, uniform and this model on the test text, where measured: a head and rows."""
-    plan = config.plan
     names: dict[Baseline, str] = {
         "dense": "dense",
-        "uniform": f"{plan.method}, uniform",
-        "best": f"{OLDER if done else THIS} ({plan.method}, {escaped(allocation)})",
+        "uniform": f"{config.plan.method}, uniform",
+        "best": f"{OLDER if done else THIS} ({config.plan.method}, {escaped(allocation)})",
     }
     told = [by for by in MEASURES.values() if any(config.scored(model, measure=by) for model in names)]
     scores = [
