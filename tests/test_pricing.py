@@ -550,7 +550,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     [found] = json.loads(file.read_text())
     rows = linears_of(Plan.model_validate(study.trials[1].user_attrs["plan"])) or ()
     assert [row == pytest.approx(other) for row, other in zip(found, rows, strict=True)] == [True] * len(rows)
-    assert "prices (κ = " in answer.out
+    assert "gradient (κ = " in answer.out
     written = file.stat().st_mtime_ns
     again = command("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
     assert again.code == 0 and file.stat().st_mtime_ns == written
@@ -558,7 +558,7 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     best = read_config(place / "tiny.best.json")
     assert best.plan.allocation in ("gradient", "uniform")
     once = command("prune", "--study", place / "tiny.toml", "--allocation", "gradient", "--parameter", "κ=1")
-    assert once.code == 0 and "prices κ=1" in once.out
+    assert once.code == 0 and "gradient κ=1" in once.out
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "gradient").out == once.out  # its default
 
 
@@ -648,7 +648,7 @@ def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
     assert 0 < found[1]["whole"]["descents"] < found[1]["whole"]["seconds"]
     words = settings('allocation=["gradient"]', "recover={}")
     text = command("plan", "--study", place / "tiny.toml", *words).out
-    assert re.search(r", about .*, of which .* for prices and .* to train the best plan\n", text)
+    assert re.search(r", about .*, of which .* for the gradient and .* to train the best plan\n", text)
 
 
 @pytest.mark.slow
