@@ -46,14 +46,14 @@ PART = (
 BASES = {  # allocation and pruner: what the descent asks of the pruner
     "rows": ('allocation=["gradient-rows"]', 'recover.train="lora"'),
     "own": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pruners=["sparsegpt"]', "prune.refine=1"),
-    "groups": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pattern="mixed:8"', "prune.swaps=1"),
+    "groups": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pattern="mixed:8"'),
 }
 CHANGES = {  # a setting, and another value of it
     "description": '"another"', "sparsity": "0.55", "bits": "4", "device": '"auto"', "speed": "true",
     "storage": '"sqlite:///a.db"',
     "model.source": '"other"', "model.dtype": '"bfloat16"', "model.offload": '"cpu"', "model.allow_pickle": "true",
     "model.trust_remote_code": "true",
-    "prune.pruners": '["alps"]', "prune.statistics": '"dense"', "prune.pattern": '"mixed:4"', "prune.swaps": "2",
+    "prune.pruners": '["alps"]', "prune.statistics": '"dense"', "prune.pattern": '"mixed:4"',
     "prune.refine": "3", "prune.gradient_at": '"own"', "prune.loss": '"kl"', "prune.sparsegpt.damping": "0.1",
     "prune.sparsegpt.columns": "8",
     "prune.wanda.compare": '"matrix"', "prune.dsnot.initial": '"magnitude"', "prune.dsnot.cycles": "3",
@@ -70,7 +70,7 @@ CHANGES = {  # a setting, and another value of it
     "recover.eval_every": "2", "recover.patience": "7", "recover.min_increase": "0.3", "recover.seed": "4",
 }  # fmt: skip
 OF_PRUNING = "sparsity", "bits", "model", "prune", "allocation", "texts.calibration"
-REFUSED = "prune.swaps", "prune.pruners", "bits", "recover.rank", "recover.alpha"  # which do not go with each base
+REFUSED = "prune.pruners", "bits", "recover.rank", "recover.alpha"  # which do not go with each base
 ELSEWHERE = (  # settings of texts of the hub, of images, of channels and of bits alone, which have tests of their own
     r"texts\.\w+\.(config|split|column|revision|images|draws)|images.*|model\.(revision|sha256|prune)|limit.*|protocol|"
     r"texts\.bos|prune\.channels\..*|quantize\..*|search\.score|search\.screen\..*|recover"
@@ -235,7 +235,7 @@ def place(tiny_place: Path, tmp_path: Path) -> Path:
 def test_a_setting_changes_a_key_or_no_bit_of_the_entry(
     base: str, place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`prune.gradient_at = "own"` gave refine = 1, refine = 40 and swaps = 5 one descent."""
+    """`prune.gradient_at = "own"` gave refine = 1 and refine = 40 one descent."""
     keys, own = Keys(place, monkeypatch), (*PART, *BASES[base])
     first = keys.of(own)
     same: dict[str, list[str]] = {folder: [] for folder in MAKERS}

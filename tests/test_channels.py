@@ -383,7 +383,6 @@ REFUSED = {
     "pruners: dsnot scores no channels": {"pruners": ("dsnot",)},
     'statistics: must be "block", not "dense"': {"statistics": "dense"},
     'statistics: must be "block", not "sequential"': {"statistics": "sequential"},
-    "swaps: exchanges single weights": {"swaps": 2},
     "refine: updates single weights": {"refine": 2},
     "wanda.compare: row-variant compares single weights": {"wanda": {"compare": "row-variant"}},
 }

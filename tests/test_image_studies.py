@@ -493,7 +493,7 @@ def test_every_pruner_and_allocation(place: Path, kind: str) -> None:
         ("search.objective=['cross-entropy', 'kl']",),
         ("search.objective=kl", "prune.statistics=dense"),
         ("prune.pattern='2:4'", "sparsity=0.5", "allocation=uniform", "search.trials=1"),
-        ("prune.refine=2", "prune.swaps=2"),
+        ("prune.refine=2",),
         ("search.stopper=wilcoxon", "images.validation.stride=2"),
         ("sparsity=[0.3, 0.6]", "search.sampler=tpe", "search.screen={trials = 6, confirm = 2}", "search.trials=8"),
         ("sparsity=[0.3, 0.6]", "limit.max_increase=0.5", "search.sampler=tpe", "search.trials=8"),

@@ -136,7 +136,7 @@ REPLACED = [  # what stands in GOOD, what stands there instead, the message
     (
         "pruners =",
         "qqq =",
-        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, swaps, refine, gradient_at, "
+        "prune.qqq: unknown key; known here are pruners, statistics, sparsegpt, pattern, refine, gradient_at, "
         "loss, channels, wanda, dsnot, alps",
     ),
     (

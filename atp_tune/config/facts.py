@@ -23,7 +23,7 @@ NOT_FACTS = (
 )  # fmt: skip
 UNLESS_DEFAULT = (  # these are facts only if they differ from their defaults: few studies set them
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
-    "model.prune", "prune.swaps", "prune.refine", "prune.gradient_at", "prune.loss", "prune.channels.",
+    "model.prune", "prune.refine", "prune.gradient_at", "prune.loss", "prune.channels.",
     "search.screen.", "search.objective", "search.score", "quantize.act_order",
     *(f"texts.{role}.{key}" for role in ("calibration", "validation", "test") for key in ("stride", "shuffle")),
 )  # fmt: skip

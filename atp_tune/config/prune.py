@@ -57,11 +57,6 @@ class PruneConfig(SettingsTable):
     )
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
     pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
-    swaps: int = Field(
-        0,
-        ge=0,
-        description="rounds of swaps in masks, after a pruner that changes no weight that it keeps; 0: none",
-    )
     refine: int = Field(
         0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
     )
@@ -98,8 +93,6 @@ class PruneConfig(SettingsTable):
     @model_validator(mode="after")
     def _patterned(self) -> Self:
         check_names(self.pruners, "pruners", PRUNERS)
-        if self.swaps and (wrong := [name for name in self.pruners if name in UPDATING]):
-            raise ValueError(f"swaps: {wrong[0]} changes weights that it keeps; take wanda, magnitude or dsnot, or 0")
         try:
             parse(self.pattern)
         except ValueError as error:
@@ -118,7 +111,6 @@ class PruneConfig(SettingsTable):
         for key, is_given, reason in (
             ("pruners", other, f"{(*other, '')[0]} scores no channels; take {' or '.join(OF_CHANNELS)}"),
             ("statistics", self.statistics != "block", f'must be "block", not "{self.statistics}"'),
-            ("swaps", self.swaps, "exchanges single weights; leave it out"),
             ("refine", self.refine, "updates single weights; leave it out for prune.channels.refit"),
             ("wanda.compare", compare != "row", f"{compare} compares single weights; leave it out"),
         ):
@@ -140,17 +132,17 @@ class PruneConfig(SettingsTable):
         return self.channels.model_dump(exclude={"score"} if pruner == "magnitude" else None)
 
     def pruner(self, name: str, quantizer: Quantizer | None = None) -> Pruner:
-        """Makes a pruner of the study, with what follows it: swaps, refinement, and rounding by a quantizer.
+        """Makes a pruner of the study, with what follows it: refinement, and rounding by a quantizer.
 
         UserError if it is a plug-in without groups and the pattern has some.
         """
-        return make_pruner(name, self.settings(name), self.refine, self.swaps, quantizer)
+        return make_pruner(name, self.settings(name), self.refine, quantizer)
 
     def has_own_prices(self, name: str) -> bool:
         """Whether the gradient is taken at what a pruner makes of the weights: masks of scores do not tell it."""
         in_groups = name == "wanda" and parse(self.pattern).group is not None
         is_masked = self._takes_lowest_of_rows(name) or in_groups or name == "magnitude"
-        return self.gradient_at == "own" and (bool(self.refinement) or not is_masked)
+        return self.gradient_at == "own" and (self.refine > 0 or not is_masked)
 
     def by_rows(self, name: str) -> bool:
         """Whether the allocation `gradient-rows` gives rows offsets: the pruner takes the lowest scores of each."""
@@ -163,11 +155,6 @@ class PruneConfig(SettingsTable):
     def priced_by(self, name: str) -> str:
         """The levels that `gradient` descends by for a pruner: the places of a score, or its own weights."""
         return f"weights of {name}" if self.has_own_prices(name) else ranked_by(name)
-
-    @property
-    def refinement(self) -> dict[str, int]:
-        """Rounds of `swaps` and steps of `refine`, those that are not 0."""
-        return {key: count for key, count in (("swaps", self.swaps), ("refine", self.refine)) if count}
 
     @property
     def short_names(self) -> tuple[str, ...]:

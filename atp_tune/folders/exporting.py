@@ -81,7 +81,7 @@ def as_yaml(config: Config) -> str:
             "pruner": config.plan.method,
             "pattern": config.prune.pattern,
             "settings": config.prune.told(config.plan.method),
-            **config.prune.refinement,
+            **({"refine": config.prune.refine} if config.prune.refine else {}),
             "sparsity": config.sparsity.model_dump(),
             **_shares(config),
         }
@@ -109,10 +109,9 @@ def as_recipe(config: Config) -> str:
         raise _cannot(
             "llm-compressor", "pruner", config.plan.method, f"has a modifier for {' and '.join(MODIFIERS)} alone"
         )
-    for key, count in config.prune.refinement.items():
-        what = {"swaps": "swaps in masks", "refine": "refinement of kept weights"}[key]
-        lack = f"has no {what}; a study with prune.{key} = 0 has none either"
-        raise _cannot(RECIPE, f"prune.{key}", str(count), lack)
+    if config.prune.refine:
+        lack = "has no refinement of kept weights; a study with prune.refine = 0 has none either"
+        raise _cannot(RECIPE, "prune.refine", str(config.prune.refine), lack)
     name, settings = MODIFIERS[config.plan.method](config)
     group = parse(config.prune.pattern).group
     groups = _by_number(config, group) if group else [_by_sparsity(config)]

@@ -102,14 +102,12 @@ def make_pruner(
     name: str,
     settings: dict[str, Any] | None = None,
     refine: int = 0,
-    swaps: int = 0,
     quantizer: Quantizer | None = None,
 ) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 
-    `swaps`: rounds of swaps in its masks; `refine`: steps of conjugate gradients on the weights that it keeps;
-    `quantizer`: what rounds them then. A plug-in is checked each time that it prunes. UserError if it knows no groups
-    and the pattern has some.
+    `refine`: steps of conjugate gradients on the weights that it keeps; `quantizer`: what rounds them then. A plug-in is
+    checked each time that it prunes. UserError if it knows no groups and the pattern has some.
     """
     kind, origin = PRUNERS[name], PRUNERS.origin(name)
     if origin is None:
@@ -118,8 +116,8 @@ def make_pruner(
         from atp_tune.pruners.checked import CheckedPruner
 
         pruner = CheckedPruner.of(kind, origin, settings or {})
-    if not refine and not swaps and quantizer is None:
+    if not refine and quantizer is None:
         return pruner
     from atp_tune.pruners.refinement import Treatment
 
-    return Treatment(pruner, refine, swaps, quantizer)
+    return Treatment(pruner, refine, quantizer)

@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.config.data import KINDS, MANUAL, MIXED, text_name
 from atp_tune.config.finding import known
 from atp_tune.config.plugged import permission
-from atp_tune.config.prune import PruneConfig
 from atp_tune.config.recover import Loss, RecoverConfig
 from atp_tune.config.study import Study
 from atp_tune.errors import printable
@@ -342,14 +341,10 @@ def against_uniform(summary: Summary) -> str:
 
 def study_remarks(summary: Summary) -> list[str]:
     """Sentences on what is unusual in a study: BOS, refined or trained weights, and trials on several devices."""
-    # One sentence for a study whose pruners are refined; else "".
-    prune = summary.made_from.study.prune if summary.made_from else PruneConfig()
-    ways = ((prune.swaps, "round", "of swaps in their masks"), (prune.refine, "step", "of conjugate gradients"))
-    by = " and ".join(f"{count} {one}{'s' * (count > 1)} {what}" for count, one, what in ways if count)
-    refined, trained = (
-        (f"Pruned weights are refined by {by}, those of uniform too." if by else ""),
-        recovery_said(summary),
-    )
+    steps = summary.made_from.study.prune.refine if summary.made_from else 0
+    by = f"{steps} step{'s' * (steps > 1)} of conjugate gradients"
+    refined = f"Pruned weights are refined by {by}, those of uniform too." if steps else ""
+    trained = recovery_said(summary)
     found = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
     return [remark for remark in found if remark]
 
