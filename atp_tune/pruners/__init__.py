@@ -106,8 +106,8 @@ def make_pruner(
 ) -> Pruner:
     """Makes a pruner by name with its settings; KeyError if the name is not registered.
 
-    `refine`: steps of conjugate gradients on the weights that it keeps; `quantizer`: what rounds them then. A plug-in is
-    checked each time that it prunes. UserError if it knows no groups and the pattern has some.
+    `refine`: steps of conjugate gradients on the weights that it keeps; `quantizer`: what rounds them then. A plug-in
+    is checked each time that it prunes. UserError if it knows no groups and the pattern has some.
     """
     kind, origin = PRUNERS[name], PRUNERS.origin(name)
     if origin is None:
