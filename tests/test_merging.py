@@ -17,7 +17,7 @@ from plans import stored as stored_plan
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
-from atp_tune.api.merging import Merged, merge
+from atp_tune.api.merging import Share, merge
 from atp_tune.dashboard.notes import with_own_words
 from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial
@@ -32,7 +32,7 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def united(out: Path, *files: Path, name: str | None = None) -> Merged:
+def united(out: Path, *files: Path, name: str | None = None) -> tuple[optuna.Study, list[Share]]:
     return merge([str(file) for file in files], out, name)
 
 
@@ -61,12 +61,12 @@ def owner(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
 @pytest.mark.slow
 def test_a_study_and_its_copy_are_the_study(done: Path, tmp_path: Path) -> None:
     shutil.copyfile(done / "tiny.db", tmp_path / "copy.db")
-    merged = united(tmp_path / "new" / "out.db", done / "tiny.db", tmp_path / "copy.db")
+    study, shares = united(tmp_path / "new" / "out.db", done / "tiny.db", tmp_path / "copy.db")
     before = study_of(done / "tiny.db")
-    assert [share.known for share in merged.shares] == [0, 6]
-    assert [(t.number, *same(t)) for t in merged.study.trials] == [(t.number, *same(t)) for t in before.trials]
-    assert merged.study.user_attrs == before.user_attrs
-    assert summarise(merged.study) == summarise_as(before, merged.study)
+    assert [share.known for share in shares] == [0, 6]
+    assert [(t.number, *same(t)) for t in study.trials] == [(t.number, *same(t)) for t in before.trials]
+    assert study.user_attrs == before.user_attrs
+    assert summarise(study) == summarise_as(before, study)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.db"]
 
 
@@ -154,7 +154,7 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
     of_b = {"test_nlls": {"dense": [2.0], "3": [2.5]}, "speed": {"3": {"x": 3}}, "zero_shot": {"4": {"x": 4}}}
     made(tmp_path / "a.db", first, second, gp_posterior={"before": 2, "curves": {}}, **of_a)
     made(tmp_path / "b.db", failed, again, lost, retried, repeated, gp_posterior=belief, **of_b)
-    study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db").study
+    study = united(tmp_path / "out.db", tmp_path / "b.db", tmp_path / "a.db")[0]
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.001, 0.02, 0.02, 0.003, 0.003, 0.003]
     assert study.user_attrs["test_nlls"] == {"dense": [2.0], "1": [1.5], "5": [2.5]}
     assert study.user_attrs["speed"] == {"0": {"x": 1}, "1": {"x": 2}, "5": {"x": 3}}
@@ -174,7 +174,7 @@ def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
     lost.system_attrs = {"cut_offs": [died]}
     made(tmp_path / "a.db", made_up(0.0), lost)
     made(tmp_path / "b.db", made_up(0.001))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     number = next(trial.number for trial in study.trials if trial.params["beta"] == 0.003)
     assert lost_trials.recover(study) == [number]
     assert study.trials[-1].system_attrs["cut_offs"] == [died, died]
@@ -184,7 +184,7 @@ def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
 def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
     made(tmp_path / "a.db", made_up(0.0), made_up(0.1, state=TrialState.FAIL, lost="its process died"), total=1)
     made(tmp_path / "b.db", made_up(0.001), made_up(0.1, state=TrialState.FAIL, failure="inf"), total=2)
-    assert united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study.user_attrs["total"] == 3
+    assert united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0].user_attrs["total"] == 3
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
     trial.intermediate_values = {0: 2.5, 3: float("inf")}
     before = made(tmp_path / "a.db", trial)
     made(tmp_path / "b.db", made_up(0.0))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert same(study.trials[0]) == same(before.trials[0])
     assert list(study.trials[0].params) == list(trial.params)
 
@@ -222,7 +222,7 @@ def test_notes_are_kept_from_all(tmp_path: Path) -> None:
     other.add_trial(made_up(0.001))
     save_note(other, with_own_words("ours, newer", "So was Bob."))
     save_note(owner(other, other.trials[1]), "the second")
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert get_note(found) == "Ada was here.\n\nSo was Bob."
     assert [get_note(owner(found, trial)) for trial in found.trials] == ["the first", "the second"]
 
@@ -245,7 +245,7 @@ def test_artifacts_come_along(done: Path, tmp_path: Path) -> None:
     study.tell(trial, 99.0)
     (files[1].with_suffix(".artifacts") / "stray").write_text("of nobody")
     study.set_user_attr("note", "an attribute of my own")
-    found = united(tmp_path / "out.db", files[1], files[0]).study
+    found = united(tmp_path / "out.db", files[1], files[0])[0]
     (own,), (of_trial,) = get_all_artifact_meta(found), get_all_artifact_meta(found.trials[-1], storage=found._storage)
     folder = tmp_path / "out.artifacts"
     assert (own.filename, (folder / own.artifact_id).read_text()) == ("sketch.txt", "of the study")
@@ -289,7 +289,7 @@ def test_an_artifact_is_a_file_of_its_folder(kind: str, tmp_path: Path) -> None:
         else:
             study._storage.set_study_system_attr(study._study_id, f"{kind}{name}", meta_of(name))
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
-    found = united(home / "work" / "both.db", folder / "here.db", folder / "there.db").study
+    found = united(home / "work" / "both.db", folder / "here.db", folder / "there.db")[0]
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(path.name for path in (home / "work").iterdir()) == [".bashrc", "both.db"]
     attrs = found._storage.get_study_system_attrs(found._study_id)
@@ -315,7 +315,7 @@ def test_what_is_said_of_an_artifact_may_be_anything(tmp_path: Path) -> None:
     ]  # fmt: skip
     for name, value in zip(names, values, strict=True):
         study._storage.set_study_system_attr(study._study_id, f"artifacts:{name}", value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert not [key for key in found._storage.get_study_system_attrs(found._study_id) if "artifact" in key]
 
 
@@ -324,7 +324,7 @@ def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
     for file, value in (("a.db", "null"), ("b.db", meta_of(NAME))):
         study = made(tmp_path / file, made_up(0.0))
         study._storage.set_study_system_attr(study._study_id, f"artifacts:{NAME}", value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert found._storage.get_study_system_attrs(found._study_id)[f"artifacts:{NAME}"] == "null"
 
 
@@ -349,7 +349,7 @@ def test_attributes_of_another_kind_are_left_out(
         db.set_study_system_attr(number, key, value)
     for key, value in of_user.items():
         db.set_study_user_attr(number, key, value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert len(found.trials) == 2
     assert get_note(found) == ""
 
@@ -360,7 +360,7 @@ def test_a_failure_may_name_any_trial(tmp_path: Path) -> None:
     trials = [made_up(k / 10, state=TrialState.FAIL, failure=text) for k, text in enumerate(words)]
     made(tmp_path / "a.db", *trials)
     made(tmp_path / "b.db", made_up(0.001))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db").study
+    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
     assert [trial.user_attrs.get("failure") for trial in study.trials][:3] == words
 
 
@@ -405,8 +405,8 @@ def test_which_study(tmp_path: Path) -> None:
     )
     assert "c.db holds three" in refusal(out, a, c)
     assert "a.db holds one, two" in refusal(out, a, b, name="three")
-    assert united(tmp_path / "out.db", a, b, name="two").study.study_name == "two"
-    assert united(tmp_path / "other.db", b, c).study.study_name == "three"
+    assert united(tmp_path / "out.db", a, b, name="two")[0].study_name == "two"
+    assert united(tmp_path / "other.db", b, c)[0].study_name == "three"
 
 
 @pytest.mark.slow

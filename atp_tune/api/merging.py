@@ -12,7 +12,8 @@ Errors: UserError if the storages hold different studies or unreadable data, or 
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from atp_tune.config.studyfile import absolute_storage
@@ -38,29 +38,12 @@ SEED = "search.seed"  # may differ: it affects which points are tried, not their
 AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
 
 
-@dataclass(frozen=True)
-class Share:
-    """The trials of one storage: finished, already in an earlier storage (`known`), and unfinished."""
-
-    address: str
-    trials: int
-    known: int
-    unfinished: int
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The new study, and each storage's share."""
-
-    study: optuna.Study
-    shares: list[Share]
-
-
 @dataclass(eq=False)
-class Source:
-    """The study in one storage, read once; `address` without password, `trials` finished, `attrs` of the system.
+class Share:
+    """The study in one storage, and its trials: finished, in an earlier storage too (`known`), and unfinished.
 
-    `numbers`: number of each of its trials → its number in the new study.
+    `address` without password; `attrs` of the system; `artifacts`: their folder; `numbers`: number of each finished
+    trial → its number in the new study.
     """
 
     address: str
@@ -69,188 +52,147 @@ class Source:
     unfinished: int
     attrs: Attributes
     artifacts: Path
+    known: int = 0
     numbers: dict[int, int] = field(default_factory=dict)
 
-    @property
-    def kept(self) -> Attributes:
-        """System attributes without invalid artifacts and those that `serve` writes again."""
-        anew = {name for name, file in artifacts.file_names(self.attrs).items() if file in artifacts.MADE_ANEW}
-        kept = {key: value for key, value in self.attrs.items() if artifacts.is_kept(key, value)}
-        return {key: value for key, value in kept.items() if artifacts.name_in(key) not in anew}
 
-
-def merge(places: Sequence[str], out: Path, name: str | None) -> Merged:
-    """Merges the study `name`, or the only common one, from files or storage URLs."""
-    _check_new(out)
-    sources = _open(places, name)
-    kept, name = _unite(sources), sources[0].study.study_name
+def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
+    """Merges the study `name`, or the only common one, from files or storage URLs: the new study, and each share."""
+    for path in (out, out.with_suffix(".artifacts")):
+        if path.exists():
+            raise UserError(f"--out {out}: {path} exists; name a new file")
+    check_writable(out, named="--out ")
+    shares = _open(places, name)
+    name = shares[0].study.study_name
+    # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
+    kept: dict[object, tuple[Share, FrozenTrial]] = {}
+    keys: list[list[object]] = []
+    for share in shares:
+        equal: Counter[object] = Counter()
+        keys.append([])
+        for trial in share.trials:
+            values, when = tuple(trial.values or ()), (trial.datetime_start, trial.datetime_complete)
+            same = tuple(sorted(trial.params.items())), values, trial.state, when
+            equal[same] += 1
+            keys[-1].append((same, equal[same]))
+        share.known = sum(key in kept for key in keys[-1])
+        for key, trial in zip(keys[-1], share.trials, strict=True):
+            kept.setdefault(key, (share, trial))
+    order = sorted(kept, key=lambda key: kept[key][1].datetime_start or datetime.max)
+    number_of = {key: number for number, key in enumerate(order)}
+    for share, own in zip(shares, keys, strict=True):
+        share.numbers = {trial.number: number_of[key] for trial, key in zip(share.trials, own, strict=True)}
     try:
         with temporary_folder(out) as folder, readable(name):
-            _write(folder, sources, kept)
-            _check_new(out)
+            _write(folder, shares, [_renumbered(kept[key][1], kept[key][0].numbers) for key in order])
             if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
             rename_new(folder / "new.db", out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    made = opening.find_study(_database(str(out))[0], name)
-    assert made is not None
-    shares, known = list[Share](), set[int]()
-    for source in sources:
-        new = {*source.numbers.values()}
-        shares.append(Share(source.address, len(source.numbers), len(known & new), source.unfinished))
-        known |= new
-    return Merged(made, shares)
+    (made,) = _open([str(out)], name)
+    return made.study, shares
 
 
-def _check_new(out: Path) -> None:
-    for path in (out, out.with_suffix(".artifacts")):
-        if path.exists():
-            raise UserError(f"--out {out}: {path} exists; name a new file")
-    check_writable(out, named="--out ")
-
-
-def _database(place: str) -> tuple[BaseStorage, str, str]:
-    """The storage of a file or a URL, its URL, and how it is shown; UserError for a file that does not exist."""
-    is_url = "://" in place
-    address = place if is_url else absolute_storage(f"sqlite:///{place}", Path())
-    db = opening.open_storage(address, create=False)
-    if db is None:
-        raise UserError(f"merge: {place}: no such file")
-    return db, address, without_password(place) if is_url else place
-
-
-def _open(places: Sequence[str], name: str | None) -> list[Source]:
-    """Reads the study of each storage; UserError if they hold different ones."""
-    databases = [_database(place) for place in places]
-    found = [opening.names_in(db) for db, *_ in databases]
+def _open(places: Sequence[str], name: str | None) -> list[Share]:
+    """Reads the study of each storage; UserError if they hold different ones, or a file does not exist."""
+    shown, databases, folders = list[str](), [], []
+    for place in places:
+        is_url = "://" in place
+        address = place if is_url else absolute_storage(f"sqlite:///{place}", Path())
+        if (db := opening.open_storage(address, create=False)) is None:
+            raise UserError(f"merge: {place}: no such file")
+        databases.append(db)
+        folders.append(opening.artifacts_of(address))
+        shown.append(without_password(place) if is_url else place)
+    found = [opening.names_in(db) for db in databases]
     shared = set.intersection(*map(set, found))
     wanted = {name} if name else shared
     if len(wanted) != 1 or not wanted <= shared:
-        each = zip(databases, found, strict=True)
-        held = "; ".join(f"{shown} holds {', '.join(names) or 'none'}" for (*_, shown), names in each)
+        held = "; ".join(f"{at} holds {', '.join(names) or 'none'}" for at, names in zip(shown, found, strict=True))
         raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
-    (name,), sources = wanted, []
-    for db, address, shown in databases:
+    (name,), shares = wanted, list[Share]()
+    for at, db, folder in zip(shown, databases, folders, strict=True):
         study = opening.find_study(db, name)
         assert study is not None
         with readable(name):
-            trials = study.get_trials(deepcopy=False)
-            attrs = study._storage.get_study_system_attrs(study._study_id)
+            trials, attrs = study.get_trials(deepcopy=False), db.get_study_system_attrs(study._study_id)
         ended = [trial for trial in trials if trial.state.is_finished()]
-        folder = opening.artifacts_of(address)
-        sources.append(Source(shown, study, ended, len(trials) - len(ended), attrs, folder))
-        if "fingerprint" not in study.user_attrs:
-            raise UserError(f"merge: {shown}: study {name} has no trials of atp_tune yet")
-    first, *others = sources
-    for other in others:
-        facts = other.study.user_attrs["fingerprint"]
-        seed = {key: value for key, value in first.study.user_attrs["fingerprint"].items() if key == SEED}
-        if differing := fingerprint.differences(first.study, {**facts, **seed}):
-            raise UserError(f"merge: {other.address} holds another study than {first.address}: {differing}")
-    return sources
+        shares.append(Share(at, study, ended, len(trials) - len(ended), attrs, folder))
+        if (facts := study.user_attrs.get("fingerprint")) is None:
+            raise UserError(f"merge: {at}: study {name} has no trials of atp_tune yet")
+        first = shares[0].study
+        seed = {key: value for key, value in first.user_attrs["fingerprint"].items() if key == SEED}
+        if differing := fingerprint.differences(first, {**facts, **seed}):
+            raise UserError(f"merge: {at} holds another study than {shown[0]}: {differing}")
+    return shares
 
 
-def _unite(sources: Sequence[Source]) -> list[FrozenTrial]:
-    """The trials of the new study in order; the sources get the numbers of theirs."""
-    kept: list[tuple[Source, FrozenTrial]] = []
-    known: dict[object, int] = {}  # trials of earlier sources → their places in `kept`
-    for source in sources:
-        for trial in source.trials:
-            source.numbers[trial.number] = place = known.get(_key(trial), len(kept))
-            if place == len(kept):
-                kept.append((source, trial))
-        known |= {_key(trial): source.numbers[trial.number] for trial in source.trials}
-    order = sorted(range(len(kept)), key=lambda place: (kept[place][1].datetime_start or datetime.max, place))
-    number_of = {place: number for number, place in enumerate(order)}
-    for source in sources:
-        source.numbers = {old: number_of[place] for old, place in source.numbers.items()}
-    return [_renumbered(kept[place][1], kept[place][0].numbers) for place in order]
-
-
-def _key(trial: FrozenTrial) -> object:
-    """A key that is equal for copies of one trial only."""
-    values = tuple(trial.values or ())
-    return tuple(sorted(trial.params.items())), values, trial.state, trial.datetime_start, trial.datetime_complete
-
-
-def _renumbered(trial: FrozenTrial, numbers: Mapping[int, int]) -> FrozenTrial:
+def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
     """The trial with new numbers in its attributes."""
     trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
-    if user.get("repeats") in numbers:
-        user["repeats"] = numbers[user["repeats"]]
+    system = {key: value for key, value in system.items() if artifacts.is_kept(key, value)}
+    for attributes, key in ((user, "repeats"), (system, "failed_trial")):
+        if attributes.get(key) in numbers:
+            attributes[key] = numbers[attributes[key]]
     if "failure" in user:
         user["failure"] = AS_BEFORE.sub(lambda found: str(numbers.get(int(found[0]), found[0])), user["failure"])
-    system = {key: value for key, value in system.items() if artifacts.is_kept(key, value)}
-    if system.get("failed_trial") in numbers:
-        system["failed_trial"] = numbers[system["failed_trial"]]
     if "retry_history" in system:
         system["retry_history"] = [numbers[old] for old in system["retry_history"] if old in numbers]
     trial.user_attrs, trial.system_attrs = user, system
     return trial
 
 
-def _write(folder: Path, sources: Sequence[Source], kept: Sequence[FrozenTrial]) -> None:
-    db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
-    assert isinstance(db, RetryingDatabase)
-    first = sources[0].study
-    study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
-    ids = [study._storage.create_new_trial(study._study_id, trial) for trial in kept]
-    # Attributes: the first source overwrites the others.
-    merged, system = Attributes(), Attributes()
-    by_trial: dict[str, Attributes] = {}
-    for source in sources[::-1]:
-        merged |= source.study.user_attrs
-        names = {"dense": "dense"} | {str(old): str(new) for old, new in source.numbers.items()}
-        for key in TABLES:
-            stored = source.study.user_attrs.get(key, {})
-            by_trial.setdefault(key, {}).update({names[name]: value for name, value in stored.items() if name in names})
-        new_ids = {trial._trial_id: ids[source.numbers[trial.number]] for trial in source.trials}
-        for key, value in source.kept.items():
-            found = artifacts.OF_TRIAL.fullmatch(key)
-            if found and int(found["trial"]) in new_ids:
-                system[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = value
-            elif not found and not NOTE.fullmatch(key):
-                system[key] = value
-    totals = [source.study.user_attrs.get("total", 0) for source in sources]
-    merged["total"] = max(sum(map(progress.counts, kept)), *totals)
-    merged |= {key: values for key, values in by_trial.items() if values}
-    merged.pop("gp_posterior", None)
-    posteriors = [source.study.user_attrs.get("gp_posterior") for source in sources]
-    valid = [found for found in posteriors if isinstance(found, dict) and isinstance(found.get("before"), int)]
-    if valid:
-        merged["gp_posterior"] = max(valid, key=lambda found: int(found["before"]))
-    if any(NOTE.fullmatch(key) for source in sources for key in source.attrs):
-        system |= _notes(sources, ids)
-    for key, value in merged.items():
-        study.set_user_attr(key, value)
-    for key, value in system.items():
-        study._storage.set_study_system_attr(study._study_id, key, value)
-    # Copies the artifacts of all studies and their trials, without links and invalid ids.
-    files = folder / "artifacts"
-    for source in sources:
-        keys = chain(source.kept, *(trial.system_attrs for trial in source.trials))
-        for file in (artifacts.own_file(source.artifacts, artifacts.name_in(key)) for key in keys):
-            if file is not None:
-                files.mkdir(exist_ok=True)
-                shutil.copyfile(file, files / file.name)
-    db.close()  # before the file is renamed
-
-
-def _notes(sources: Sequence[Source], ids: Sequence[int]) -> Attributes:
-    """The notes of the study and its trials, with people's words from all sources."""
+def _write(folder: Path, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
     from atp_tune.dashboard.notes import own_words
     from atp_tune.dashboard.publishing import note_in, note_parts
 
+    db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
+    assert isinstance(db, RetryingDatabase)
+    first = shares[0].study
+    study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
+    ids = [db.create_new_trial(study._study_id, trial) for trial in kept]
+    user, system = Attributes(), Attributes()
+    tables: dict[str, Attributes] = {key: {} for key in TABLES}
+    files = folder / "artifacts"
+    for share in shares[::-1]:  # the first overwrites the others
+        user |= share.study.user_attrs
+        names = {"dense": "dense"} | {str(old): str(new) for old, new in share.numbers.items()}
+        for key, table in tables.items():
+            stored = share.study.user_attrs.get(key, {})
+            table |= {names[row]: value for row, value in stored.items() if row in names}
+        # Attributes of the system, without invalid artifacts and those that `serve` makes anew.
+        new_ids = {trial._trial_id: ids[share.numbers[trial.number]] for trial in share.trials}
+        anew = {of for of, file in artifacts.file_names(share.attrs).items() if file in artifacts.MADE_ANEW}
+        own = {key for key, value in share.attrs.items() if artifacts.is_kept(key, value)}
+        own = {key for key in own if artifacts.name_in(key) not in anew and not NOTE.fullmatch(key)}
+        for key in own:
+            found = artifacts.OF_TRIAL.fullmatch(key)
+            if found and int(found["trial"]) in new_ids:
+                system[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = share.attrs[key]
+            elif not found:
+                system[key] = share.attrs[key]
+        # Artifacts of the study and its trials, without links and invalid ids.
+        named = chain(own, *(trial.system_attrs for trial in share.trials))
+        for file in filter(None, (artifacts.own_file(share.artifacts, artifacts.name_in(key)) for key in named)):
+            files.mkdir(exist_ok=True)
+            shutil.copyfile(file, files / file.name)
+    user["total"] = max(sum(map(progress.counts, kept)), *(share.study.user_attrs.get("total", 0) for share in shares))
+    user |= {key: table for key, table in tables.items() if table}
+    # Notes of the study and its trials, with people's words from all storages.
     notes: dict[int | None, dict[str, None]] = {}
-    for source in sources:
-        notes.setdefault(None, {})[note_in(source.attrs)] = None
-        for trial in source.trials:
-            notes.setdefault(source.numbers[trial.number], {})[note_in(source.attrs, trial._trial_id)] = None
-    made = Attributes()
-    for number, bodies in notes.items():
+    for share in shares:
+        notes.setdefault(None, {})[note_in(share.attrs)] = None
+        for trial in share.trials:
+            body = note_in(share.attrs, trial._trial_id)
+            notes.setdefault(ids[share.numbers[trial.number]], {})[body] = None
+    for of, bodies in notes.items():
         written = [body for body in bodies if body]
         words = written if len(written) == 1 else list(dict.fromkeys(map(own_words, written)))
         if any(words):
-            made |= note_parts("\n\n".join(words), 1, None if number is None else ids[number])
-    return made
+            system |= note_parts("\n\n".join(words), 1, of)
+    for key, value in user.items():
+        study.set_user_attr(key, value)
+    for key, value in system.items():
+        db.set_study_system_attr(study._study_id, key, value)
+    db.close()  # before the file is renamed

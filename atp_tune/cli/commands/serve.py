@@ -94,12 +94,12 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
     from atp_tune.results.summary import summarise
 
     with quiet():
-        merged = unite(storages, out, study)
-    for share in merged.shares:
+        made, shares = unite(storages, out, study)
+    for share in shares:
         known = f", {share.known} of them known already" if share.known else ""
         left = f"; {share.unfinished} running or waiting trials are left out" if share.unfinished else ""
-        echo(f"{share.address}: {trials(share.trials)}{known}{left}")
-    found = summarise(merged.study)
+        echo(f"{share.address}: {trials(len(share.trials))}{known}{left}")
+    found = summarise(made)
     echo(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
     file = found.made_from.name if found.made_from else "NAME"
     other = "" if found.name == file else f" --study-name {found.name}"
