@@ -21,12 +21,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
-from types import CellType, CodeType, EllipsisType, FunctionType, ModuleType, NoneType
+from types import CellType, EllipsisType, FunctionType, ModuleType, NoneType
 from typing import Any, TypeVar
 
 from atp_tune.errors import PluginError, TrialError, UserError, did_you_mean
@@ -128,88 +127,70 @@ def content_of_object(found: Any) -> str:
     Where something cannot be known, such as an open file or what is nested too deeply, it is another one in each
     process.
     """
+    seen: dict[int, tuple[int, Any]] = {}
+
+    def parts(each: Any) -> Iterator[str]:
+        """Yields an object's type, then its parts, as text, each part once."""
+        if isinstance(each, str | bytes | int | float | complex | range | NoneType | EllipsisType):
+            yield repr(each)
+        elif id(each) in seen:
+            yield f"part {seen[id(each)][0]}"
+        else:
+            seen[id(each)] = len(seen), each  # which stays, and so its id
+            yield type(each).__qualname__
+            for part in _consists_of(each):
+                yield from parts(part)
+
     try:
-        return digest("\n".join(_parts_of(found, {})).encode())
+        return digest("\n".join(parts(found)).encode())
     except RecursionError:
         return digest(f"{_PROCESS} {id(found)}".encode())
 
 
-def _parts_of(each: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str]:
-    """Yields an object's type, then its parts, as text, each part once."""
-    if isinstance(each, str | bytes | int | float | complex | range | NoneType | EllipsisType):
-        yield repr(each)
-    elif id(each) in seen:
-        yield f"part {seen[id(each)][0]}"
-    else:
-        seen[id(each)] = len(seen), each  # which stays, and so its id
-        yield type(each).__qualname__
-        for part in _consists_of(each):
-            yield from _parts_of(part, seen)
-
-
 def _consists_of(each: Any) -> Iterable[Any]:
-    found: Iterable[Any]
+    if isinstance(each, type | FunctionType | ModuleType):
+        return _defined_by(each)
     if inspect.iscode(each):  # without file, lines and comments
         counts = each.co_argcount, each.co_posonlyargcount, each.co_kwonlyargcount, each.co_flags
         names = *each.co_names, *each.co_varnames, *each.co_freevars
-        found = [each.co_code, each.co_exceptiontable, *counts, *names, *each.co_consts]
-    elif type(each) in (list, tuple):
-        found = each
-    elif type(each) is dict:
-        found = chain.from_iterable(each.items())
-    elif type(each) in (set, frozenset):
-        found = sorted(each, key=repr)
-    elif inspect.ismethod(each) or inspect.isbuiltin(each):
-        found = [each.__name__, each.__self__, getattr(each, "__func__", None)]
-    elif isinstance(each, staticmethod | classmethod | property):
-        found = [getattr(each, name, None) for name in ("__func__", "fget", "fset")]
-    elif isinstance(each, type | FunctionType | ModuleType):
-        own = _content_in_file(each)
-        found = _of_notebook(each) if own is None else [getattr(each, "__qualname__", ""), each.__name__, own]
-    else:
-        found = _made_by(each)
-    return found
-
-
-def _made_by(each: Any) -> list[Any]:
-    """How an object would be made again."""
-    try:
+        return [each.co_code, each.co_exceptiontable, *counts, *names, *each.co_consts]
+    if type(each) in (list, tuple, set, frozenset):
+        return each if type(each) in (list, tuple) else sorted(each, key=repr)
+    if isinstance(each, staticmethod | classmethod | property):
+        return [getattr(each, name, None) for name in ("__func__", "fget", "fset")]
+    try:  # how it would be made again
         made = each.__reduce_ex__(4)
         return [made] if isinstance(made, str) else [*made[:3], *(list(part or ()) for part in made[3:5])]
     except Exception:  # a stranger's object may raise anything
         return [_PROCESS, id(each)]
 
 
-def _content_in_file(each: Any) -> str | None:
-    """The SHA-256 of the user's file that defines an object, "" of a library's; None of a notebook's object."""
+def _defined_by(each: Any) -> Iterable[Any]:
+    """The name of a library's class, function or module, and the SHA-256 of a user's file; the parts of a notebook's.
+
+    Those of a class are its attributes; of a function its code, and the values of the names that it uses.
+    """
     name = each.__name__ if inspect.ismodule(each) else str(each.__module__)
     file = getattr(sys.modules.get(name), "__file__", None)
-    if name == "__main__" or name not in sys.modules:
-        return None
-    is_library = file is None or name.split(".")[0] == "atp_tune" or "-packages" in file or file.startswith(_STDLIB)
-    try:
-        return "" if is_library else digest(Path(str(file)).read_bytes())
-    except OSError:  # in a .zip file, or gone
-        return None
-
-
-def _of_notebook(each: Any) -> Iterable[Any]:
-    """The parts of a class; or of a function, with the values of the names that it uses."""
+    if name in sys.modules and name != "__main__":
+        is_library = file is None or name.split(".")[0] == "atp_tune" or "-packages" in file or file.startswith(_STDLIB)
+        with suppress(OSError):  # in a .zip file, or gone
+            own = "" if is_library else digest(Path(str(file)).read_bytes())
+            return [getattr(each, "__qualname__", ""), each.__name__, own]
     if inspect.isclass(each):
         of_pydantic = [repr(getattr(each, name, "")) for name in ("model_fields", "__private_attributes__")]
         known = sorted(vars(each).items())
-        own = [pair for pair in known if isinstance(pair[1], FunctionType) or not pair[0].startswith(("__", "_abc_"))]
-        return [each.__bases__, *of_pydantic, *own]
+        kept = [pair for pair in known if isinstance(pair[1], FunctionType) or not pair[0].startswith(("__", "_abc_"))]
+        return [each.__bases__, *of_pydantic, *kept]
     if inspect.ismodule(each):  # made by hand
         return [_PROCESS, id(each)]
-    used = [each.__globals__[name] for name in sorted(_names_in(each.__code__)) if name in each.__globals__]
+    codes, names = [each.__code__], set[str]()
+    for code in codes:  # those within it too
+        names |= {*code.co_names}
+        codes += filter(inspect.iscode, code.co_consts)
+    used = [each.__globals__[name] for name in sorted(names) if name in each.__globals__]
     cells = [cell.cell_contents for cell in each.__closure__ or () if cell != CellType()]
     return [each.__code__, each.__defaults__, each.__kwdefaults__, cells, used]
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = (_names_in(each) for each in code.co_consts if inspect.iscode(each))
-    return {*code.co_names}.union(*inner)
 
 
 def digest(content: bytes) -> str:

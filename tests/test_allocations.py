@@ -10,19 +10,9 @@ import pytest
 from families import few
 from pydantic import ValidationError
 
-from atp_tune.allocations import (
-    ALLOCATIONS,
-    Budget,
-    LinearSparsities,
-    Shape,
-    alphapruning,
-    alphapruning_linear,
-    atp,
-    er,
-    owl,
-    uniform,
-)
+from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape
 from atp_tune.allocations.budget import level, proportional
+from atp_tune.allocations.formulas import alphapruning, alphapruning_linear, atp, er, owl, uniform
 from atp_tune.allocations.rows import RowSparsities
 from atp_tune.config.study import AllocationConfig
 

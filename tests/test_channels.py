@@ -364,7 +364,7 @@ def test_a_step_that_is_too_wide_for_a_model_is_refused() -> None:
 def test_the_bound_of_beta_keeps_every_block_within_what_channels_can_make() -> None:
     work = bench_of(tiny("llama"), settings())
     budget = work.budget(0.4)
-    from atp_tune.allocations import atp
+    from atp_tune.allocations.formulas import atp
 
     bound = atp.bounds(budget)["beta"][1]
     plan = make_plan("wanda", "atp", budget, {"beta": bound}, CHANNELS)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from atp_tune.allocations import Budget, Shape, atp, curve
+from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.budget import level
+from atp_tune.allocations.formulas import atp, curve
 
 NAMES = ["beta", "gamma", "ends", "split", "value"]
 ZERO = dict.fromkeys(NAMES, 0.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atp_tune.allocations import LinearSparsities, Shape, gradient
-from atp_tune.allocations.gradient_rows import DISTANCE
+from atp_tune.allocations.gradient import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
 from atp_tune.blocks.gradients import BAND, ByPlaces, RowPricing, Sample
 from atp_tune.blocks.prune_pass import of_rows

@@ -522,15 +522,15 @@ def test_kappa_is_the_distance_from_uniform() -> None:
     linears = ((Shape(4, 4, True), Shape(8, 4, False)),)
     end = ((0.2, 0.8),)
     budget = Budget(0.6, (48,), linears, Known(end))  # type: ignore[arg-type]
-    assert gradient.sparsities(budget, 0.0) == (0.6,)
-    assert gradient.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
-    assert gradient.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
-    far = gradient.sparsities(budget, 1.5)
+    assert gradient.by_linear.sparsities(budget, 0.0) == (0.6,)
+    assert gradient.by_linear.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
+    assert gradient.by_linear.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
+    far = gradient.by_linear.sparsities(budget, 1.5)
     assert far[0] == pytest.approx((0.0, 0.9))  # type: ignore[comparison-overlap]
     with pytest.raises(ValueError, match=r"κ = 1\.6 is outside"):
-        gradient.sparsities(budget, 1.6)
+        gradient.by_linear.sparsities(budget, 1.6)
     with pytest.raises(ValueError, match="needs a model"):
-        gradient.sparsities(Budget(0.6, (48,), linears), 1.0)
+        gradient.by_linear.sparsities(Budget(0.6, (48,), linears), 1.0)
 
 
 # A study

@@ -24,7 +24,8 @@ from families import (
 from plans import planned
 from torch import Tensor, nn
 
-from atp_tune.allocations import Budget, Shape, atp
+from atp_tune.allocations import Budget, Shape
+from atp_tune.allocations.formulas import atp
 from atp_tune.blocks import prune_pass
 from atp_tune.blocks import replay as replaying
 from atp_tune.blocks.channels import ChannelPruner

@@ -66,7 +66,7 @@ def test_a_registered_name_may_stand_in_a_study_file(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValidationError):
         PruneConfig(pruners=("mine",))
     monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
-    monkeypatch.setitem(ALLOCATIONS, "flat", "atp_tune.allocations.uniform")
+    monkeypatch.setitem(ALLOCATIONS, "flat", "atp_tune.allocations.formulas:uniform")
     assert PruneConfig(pruners=("mine", "wanda")).pruners == ("mine", "wanda")
     assert AllocationConfig(names=("flat",)).names == ("flat",)
     assert make_pruner("mine", {"strength": 3, "group": 4}) == Mine(strength=3, group=4)

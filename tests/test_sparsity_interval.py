@@ -10,7 +10,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
 from test_space import SIZES, study_of
 
-from atp_tune.allocations import Budget, atp, curve
+from atp_tune.allocations import Budget
+from atp_tune.allocations.formulas import atp, curve
 from atp_tune.config.search import STEP
 from atp_tune.search.goals import OverInterval, Screened, Surrogate
 from atp_tune.search.samplers import make_sampler

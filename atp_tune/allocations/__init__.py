@@ -1,6 +1,6 @@
 """Allocations: how a sparsity target is shared out over the blocks.
 
-An allocation is a module with three functions, registered in `ALLOCATIONS`:
+An allocation is an object with three functions, registered in `ALLOCATIONS`:
 
     bounds(budget)                  the admissible interval of each parameter
     initial_points(budget)          the first points of a search: the authors' defaults
@@ -13,7 +13,7 @@ middle. It may also say
     contains = ("uniform", …)       the allocations that it equals where its other parameters are 0
     measures_inputs = True          it needs the statistics of the dense model's inputs
 
-`row_prices` has one function more, `row_offsets`: how much sparser than its linear each row is.
+`gradient-rows` has one function more, `row_offsets`: how much sparser than its linear each row is.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,10 @@ __all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "Linea
 
 
 class Allocation(Protocol):
-    """The functions of each module in this package."""
+    """The parts of each allocation."""
+
+    contains: tuple[str, ...]
+    measures_inputs: bool
 
     def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
         """The interval of each parameter that keeps all sparsities in [0, 1]."""
@@ -42,17 +45,17 @@ class Allocation(Protocol):
 ALLOCATIONS = Registry[Allocation](
     "allocation",
     {
-        "uniform": "atp_tune.allocations.uniform",
-        "atp": "atp_tune.allocations.atp",
-        "curve": "atp_tune.allocations.curve",
-        "owl": "atp_tune.allocations.owl",
-        "alphapruning": "atp_tune.allocations.alphapruning",
-        "alphapruning-linear": "atp_tune.allocations.alphapruning_linear",
-        "er": "atp_tune.allocations.er",
-        "erk": "atp_tune.allocations.er",
-        "gradient": "atp_tune.allocations.gradient",
-        "gradient-rows": "atp_tune.allocations.gradient_rows",
-        "global": "atp_tune.allocations.global_",
+        "uniform": "atp_tune.allocations.formulas:uniform",
+        "atp": "atp_tune.allocations.formulas:atp",
+        "curve": "atp_tune.allocations.formulas:curve",
+        "owl": "atp_tune.allocations.formulas:owl",
+        "alphapruning": "atp_tune.allocations.formulas:alphapruning",
+        "alphapruning-linear": "atp_tune.allocations.formulas:alphapruning_linear",
+        "er": "atp_tune.allocations.formulas:er",
+        "erk": "atp_tune.allocations.formulas:er",
+        "gradient": "atp_tune.allocations.gradient:by_linear",
+        "gradient-rows": "atp_tune.allocations.gradient:by_row",
+        "global": "atp_tune.allocations.formulas:globally",
     },
     "atp_tune.allocations",
     "atp_tune.allocations.checked:finished",
@@ -61,12 +64,12 @@ ALLOCATIONS = Registry[Allocation](
 
 def contents_of(name: str) -> tuple[str, ...]:
     """The allocations that this one contains: it equals them where its other parameters are 0; itself the last."""
-    return (*getattr(ALLOCATIONS[name], "contains", ()), name)
+    return (*ALLOCATIONS[name].contains, name)
 
 
 def is_fitted(name: str) -> bool:
     """Whether an allocation's plan depends on the calibration text: it measures inputs, or is a plug-in, which may."""
-    return not ALLOCATIONS.is_built_in(name) or getattr(ALLOCATIONS[name], "measures_inputs", False)
+    return not ALLOCATIONS.is_built_in(name) or ALLOCATIONS[name].measures_inputs
 
 
 def contains_uniform(name: str) -> bool:

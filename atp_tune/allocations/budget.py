@@ -51,7 +51,7 @@ class DenseMetricsProtocol(Protocol):
         """For each linear of each block, the share of its scores that are among the lowest `target` of the model."""
 
     def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        """For each linear of each block, its sparsity by prices at this target; see `allocations.prices`."""
+        """For each linear of each block, its sparsity by prices at this target; see `allocations.gradient`."""
 
     def row_priced_sparsities(self, target: float, pruner: str) -> "RowSparsities":
         """Sparsities and offsets of rows, if the pruner takes the lowest scores of each row."""
@@ -138,14 +138,23 @@ def ranked_by(pruner: str) -> Score:
     return "magnitude" if pruner == "magnitude" else "wanda"
 
 
-def no_bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """The `bounds` of an allocation without parameters."""
-    return {}
+class Formula:
+    """An allocation of this package: without parameters, unless it says which.
 
+    `contains`: the allocations that it equals where its other parameters are 0; `measures_inputs`: it needs the
+    statistics of the dense model's inputs.
+    """
 
-def only_point(budget: Budget) -> list[dict[str, float]]:
-    """The `initial_points` of an allocation without parameters."""
-    return [{}]
+    contains: tuple[str, ...] = ()
+    measures_inputs = False
+
+    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+        """The interval of each parameter."""
+        return {}
+
+    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+        """The first points of a search."""
+        return [{}]
 
 
 def spread(values: Sequence[float]) -> tuple[float, ...]:

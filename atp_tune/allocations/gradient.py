@@ -34,11 +34,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
-from atp_tune.allocations.budget import ROUNDING, Budget, LinearSparsities, Shape, level, rows_of
-from atp_tune.allocations.rows import RowSparsities
+from atp_tune.allocations.budget import ROUNDING, Budget, Formula, LinearSparsities, Shape, Sparsities, level, rows_of
+from atp_tune.allocations.rows import RowOffsets, RowSparsities
 
-contains = ("uniform",)
-measures_inputs = True
 FARTHEST = 1.5  # highest κ
 STEPS = 20
 AT_LOWEST = 4  # steps at the lowest target of a path, where few zeros hardly need an allocation
@@ -47,34 +45,78 @@ APART = 0.1  # highest distance of two targets of a path
 KEPT = 0.7  # share of the former prices in their moving mean
 LARGEST = 3.0  # of a price, in standard deviations
 FIRST, LAST = 0.03, 0.003  # distances of the steps
+DISTANCE = 0.004  # η, the distance of each step of a row
 LIMITS = 0.02, 0.98  # of a sparsity during the descent
 
 Prices = Sequence[Sequence[float]]  # one per linear of each block
 
 
-def bounds(budget: Budget) -> dict[str, tuple[float, float]]:
-    """The interval of `kappa`."""
-    return {"kappa": (0.0, FARTHEST)}
+class Gradient(Formula):
+    """The end of the descent, or a point on the way to it: see the head of this file."""
+
+    contains = ("uniform",)
+    measures_inputs = True
+
+    def bounds(self, budget: Budget) -> dict[str, tuple[float, float]]:
+        """The interval of `kappa`."""
+        return {"kappa": (0.0, FARTHEST)}
+
+    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+        """The end of the descent, and a point on the way to it."""
+        return [{"kappa": 1.0}, {"kappa": 0.6}]
+
+    def end(self, budget: Budget) -> LinearSparsities:
+        """The sparsities at the end of the descent."""
+        return budget.require_dense_metrics("gradient").priced_sparsities(budget.target, budget.pruner)
+
+    def sparsities(self, budget: Budget, kappa: float = 1.0) -> Sparsities:
+        """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
+        budget.check(self.bounds(budget), kappa=kappa)
+        if kappa == 0:
+            return (budget.target,) * len(budget.sizes)
+        wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(self.end(budget))]
+        return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
 
 
-def initial_points(budget: Budget) -> list[dict[str, float]]:
-    """The end of the descent, and a point on the way to it."""
-    return [{"kappa": 1.0}, {"kappa": 0.6}]
+class GradientRows(Gradient):
+    """Row prices: sparsities by prices, of single rows (outputs) within their linear too.
+
+        s_l = S + κ (s*_l - S),    k_lr = n_l (s_l + κ d_lr)                           l a linear, r one of its rows
+
+    S target, n inputs, k the number of zeros of a row; κ (`kappa`), the descent and s* as in `Gradient`, but that its
+    loss is the mean of NLL and KL from the dense model, that of distillation (Hinton et al., 2015). d is the offset of
+    a row, 0 in the mean of its linear. It descends with s*, by the same gradients G:
+
+        p_lr  the mean of - G_ij W_ij over the weights of the row that go next and went last (`blocks/gradients.py`)
+        v_lr ← 0.7 v_lr + 0.3 p_lr
+        u_lr = (v_lr - v̄_l) / sqrt(mean (v - v̄_l)²), clipped to ±3                   means over the rows of the linear
+        d_lr ← d_lr - η u_lr
+
+    Where a pruner does not take the lowest scores of each row (SparseGPT, ALPS, magnitude, patterns), the plan is that
+    of `Gradient`.
+
+    Reason: Wanda's rule is the same number of zeros in each row, since scores of two rows do not compare: each is about
+    its own output. What an output is worth to the model, the gradient of the loss tells. Small steps at ever new masks
+    matter: of one large step most rows are wrong at its end (docs/log.md). Offsets are so many numbers that by the NLL
+    alone they learn the calibration text as training does; with KL they keep what the dense model predicts of other
+    texts too.
+    """
+
+    def measured(self, budget: Budget) -> RowSparsities:
+        """The end of the descent, with offsets of rows if the pruner takes the lowest scores of each."""
+        return budget.require_dense_metrics("gradient-rows").row_priced_sparsities(budget.target, budget.pruner)
+
+    def end(self, budget: Budget) -> LinearSparsities:
+        """The sparsities at the end of the descent."""
+        return self.measured(budget).linears
+
+    def row_offsets(self, budget: Budget, kappa: float = 1.0) -> RowOffsets | None:
+        """The offsets of rows; None where rows do not differ within their linear."""
+        offsets = self.measured(budget).offsets if kappa else None
+        return offsets and offsets.scaled(kappa)
 
 
-def sparsities(budget: Budget, kappa: float = 1.0) -> LinearSparsities | tuple[float, ...]:
-    """One sparsity per linear, or per block if κ = 0; ValueError outside the bounds."""
-    budget.check(bounds(budget), kappa=kappa)
-    if kappa == 0:
-        return (budget.target,) * len(budget.sizes)
-    found = budget.require_dense_metrics("gradient").priced_sparsities(budget.target, budget.pruner)
-    return at_distance(budget, found, kappa)
-
-
-def at_distance(budget: Budget, end: LinearSparsities, kappa: float) -> LinearSparsities:
-    """The sparsities at a distance κ from uniform, of which 1 is the end of the descent."""
-    wanted = [budget.target + kappa * (s - budget.target) for s in chain.from_iterable(end)]
-    return rows_of(level(wanted, _sizes(budget.linears), budget.target), budget.linears)
+by_linear, by_row = Gradient(), GradientRows()
 
 
 def path(low: float, high: float) -> tuple[float, ...]:

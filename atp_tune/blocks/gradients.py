@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_tune.allocations.gradient import KEPT, LARGEST
-from atp_tune.allocations.gradient_rows import DISTANCE
+from atp_tune.allocations.gradient import DISTANCE, KEPT, LARGEST
 from atp_tune.allocations.rows import RowOffsets
 from atp_tune.blocks.prune_pass import BlockStatistics, embed, unmeasured
 from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes

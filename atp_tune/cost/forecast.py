@@ -420,7 +420,7 @@ def statistics_kinds(study: Study) -> int:
         return dense_kinds(study)
     names = study.allocation.short_names
     own = {study.prune.pruner(name).measures for name in study.own_prices} - {None}
-    return len(own) + any(getattr(ALLOCATIONS[name], "measures_inputs", False) for name in names)
+    return len(own) + any(ALLOCATIONS[name].measures_inputs for name in names)
 
 
 def dense_kinds(study: Study) -> int:

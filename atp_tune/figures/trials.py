@@ -10,7 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
-from atp_tune.allocations import Budget, atp
+from atp_tune.allocations import Budget
+from atp_tune.allocations.formulas import atp
 from atp_tune.figures.style import (
     BEST,
     CYCLE,

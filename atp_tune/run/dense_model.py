@@ -18,6 +18,7 @@ from atp_tune.allocations.bits import bits_of, cheapest, share_of
 from atp_tune.allocations.budget import Score
 from atp_tune.allocations.gradient import (
     AT_LOWEST,
+    DISTANCE,
     FIRST,
     FURTHER,
     KEPT,
@@ -29,7 +30,6 @@ from atp_tune.allocations.gradient import (
     descend,
     steps_along,
 )
-from atp_tune.allocations.gradient_rows import DISTANCE
 from atp_tune.allocations.rows import RowOffsets, RowSparsities
 from atp_tune.blocks.dense_metrics import (
     Cache,
