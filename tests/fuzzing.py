@@ -29,7 +29,7 @@ from atp_tune.config import studyfile
 from atp_tune.config.best import read_config
 from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
-from atp_tune.dashboard import notes
+from atp_tune.dashboard import publishing
 from atp_tune.errors import UserError
 from atp_tune.figures import blocks
 from atp_tune.measures import Perplexity
@@ -250,10 +250,10 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     to_json(status_of(summary, now)).encode()
     check_screen(lambda: tables.show_status(summary, file))
     tables.progress_line(status_of(summary, now))
-    notes.study_note(summary, "sqlite:///x.db").encode()
+    publishing.study_note(summary, "sqlite:///x.db").encode()
     for trial in summary.trials:
-        notes.trial_note(trial, summary).encode()
-        json.dumps(notes.columns(trial)).encode()
+        publishing.trial_note(trial, summary).encode()
+        json.dumps(publishing.columns(trial)).encode()
     facts_of(study.user_attrs)
     refused(lambda: best_config(file, study, scratch() / "best.json").to_json().encode())
     refused(lambda: fingerprint.check_facts(study, facts(file.study), partly=True))

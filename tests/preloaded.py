@@ -34,12 +34,12 @@ with quiet():  # which libraries read as they are imported
     import atp_tune.api.configuration
     import atp_tune.api.tuning
     import atp_tune.cli.application
+    import atp_tune.dashboard.servers
     import atp_tune.folders.applying
     import atp_tune.inputs.sources
     import atp_tune.report
     import atp_tune.search.objective
     import atp_tune.search.runner
-    import atp_tune.serving.servers
     from atp_tune.blocks import prune_pass
     from atp_tune.checkpoints import devices
     from atp_tune.checkpoints.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ from tinystudy import CommandLine, quiet, run
 
 from atp_tune.blocks import replay
 from atp_tune.config.typed import parse_limit
-from atp_tune.dashboard.notes import columns, study_note, trial_note
+from atp_tune.dashboard.publishing import columns, study_note, trial_note
 from atp_tune.figures.style import Points
 from atp_tune.figures.trials import draw_history, draw_perplexity
 from atp_tune.measures import ACCURACY, accuracy, error_rate, excess

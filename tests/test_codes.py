@@ -31,8 +31,8 @@ from atp_tune.folders.applying import Shards
 from atp_tune.folders.packing import Codes, _encoded, pack_folder
 from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
-from atp_tune.quantizers import make_quantizer
-from atp_tune.quantizers.rounding import Grid
+from atp_tune.pruners import QUANTIZERS
+from atp_tune.pruners.rounding import Grid
 from atp_tune.search.objective import Record
 
 __all__ = ["registered"]  # a fixture of each test here
@@ -92,7 +92,7 @@ def test_codes_give_the_rounded_weights(
     weight, x = case[0].to(dtype), case[1]
     gone = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < share
     weight = weight.masked_fill(gone, 0)
-    quantizer = make_quantizer("gptq" if gptq else "rtn", size, symmetric, DAMPING)
+    quantizer = QUANTIZERS["gptq" if gptq else "rtn"](size, symmetric, DAMPING)
     rounded = quantizer.quantize(weight, bits, hessian_of(x) if gptq else None, gone)
     coded = encode(rounded, quantizer.grid(weight, bits), bits, size, symmetric, False)
     found = coded.decoded()
@@ -108,7 +108,7 @@ def test_codes_give_the_rounded_weights(
 
 def test_what_is_not_on_the_grid_is_refused() -> None:
     weight, _ = problem((5, 24))
-    quantizer = make_quantizer("rtn", 8, False, DAMPING)
+    quantizer = QUANTIZERS["rtn"](8, False, DAMPING)
     rounded, grid = quantizer.quantize(weight, 4, None), quantizer.grid(weight, 4)
     for wrong in (weight, rounded * (1 + 1e-6), rounded + 100, rounded.masked_fill(rounded > 0, float("nan"))):
         with pytest.raises(ValueError, match="not on the grid"):
@@ -324,7 +324,7 @@ def test_int8_values_that_codes_do_not_fit_are_refused(coded: Path, tmp_path: Pa
 
 def test_what_no_group_of_the_disk_has_is_refused() -> None:
     """Matrices whose inputs lie in another order there, and experts of one tensor with different bits."""
-    quantize, quantizer = QuantizeConfig(group_size=4), make_quantizer("rtn", 4, False, DAMPING)
+    quantize, quantizer = QuantizeConfig(group_size=4), QUANTIZERS["rtn"](4, False, DAMPING)
     weight, _ = problem((6, 10))
     rounded, grid = quantizer.quantize(weight, 3, None), quantizer.grid(weight, 3)
     scales, zeros = (spread(part, 4, 10) for part in (grid.scale, grid.zero))

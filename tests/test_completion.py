@@ -14,7 +14,7 @@ import pytest
 from tinystudy import HANGS, TUNE, stored
 
 from atp_tune.allocations import ALLOCATIONS
-from atp_tune.cli import completion
+from atp_tune.cli import options
 from atp_tune.config.finding import finished_trials, known
 from atp_tune.pruners import PRUNERS
 
@@ -181,16 +181,16 @@ def test_tab_imports_nothing_heavy(done: Path, tmp_path: Path) -> None:
 )
 def test_words_are_joined(words: list[str], joined: list[str], key: str | None) -> None:
     environment = {"_X_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
-    completion.rejoin(environment)
+    options.rejoin(environment)
     assert environment["COMP_WORDS"].split("\n") == joined
     assert environment["COMP_CWORD"] == str(len(joined) - 1)
-    assert environment.get(completion.KEY) == key
+    assert environment.get(options.KEY) == key
 
 
 def test_other_shells_and_runs_are_left_alone() -> None:
     for environment in ({"COMP_WORDS": "a\n=\nb"}, {"_X_COMPLETE": "complete_zsh", "COMP_WORDS": "a"}, {}):
         before = dict(environment)
-        completion.rejoin(environment)
+        options.rejoin(environment)
         assert environment == before
 
 

@@ -8,7 +8,7 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.testing.pytest_storages import StorageTestCase
 from pgserver import PostgreSQL
 
-from atp_tune.serving.servers import ServedDatabase, proxy
+from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.storage.database import RetryingDatabase
 from atp_tune.storage.opening import Kind, open_database
 from atp_tune.storage.remote import connect

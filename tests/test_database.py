@@ -24,10 +24,10 @@ from preloaded import add_trials
 from processes import at_end, catches
 from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
-from atp_tune.dashboard.notes import study_note
+from atp_tune.dashboard.publishing import study_note
+from atp_tune.dashboard.servers import Maintenance, ServedDatabase, make_view, proxy
 from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
-from atp_tune.serving.servers import Maintenance, ServedDatabase, make_view, proxy
 from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.database import RetryingDatabase, is_away, without_password

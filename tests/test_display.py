@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import planned
 
-from atp_tune.api import progress
+from atp_tune.api import arguments
 from atp_tune.cli import display
 from atp_tune.cli.display import Display, Line
 from atp_tune.cost.remaining import Remaining
@@ -153,8 +153,8 @@ def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
 ) -> None:
     """An error before left an empty bar above it."""
     now = 0.0
-    monkeypatch.setattr(progress, "monotonic", lambda: now)
-    lines = progress.Lines(has_bar=True)
+    monkeypatch.setattr(arguments, "monotonic", lambda: now)
+    lines = arguments.Lines(has_bar=True)
     lines(Message("loading"))
     lines.close()
     assert capsys.readouterr().err == ""

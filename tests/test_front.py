@@ -21,7 +21,7 @@ from tinystudy import TUNE, CommandLine, quiet, run, study_file
 from atp_tune import figures
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load, settings
-from atp_tune.dashboard.notes import study_note
+from atp_tune.dashboard.publishing import study_note
 from atp_tune.errors import UserError
 from atp_tune.measures import KL, change, relative
 from atp_tune.report import html, latex, machine, markdown

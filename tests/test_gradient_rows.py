@@ -33,9 +33,9 @@ from atp_tune.config.recover import NLL_SHARES
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.refinement import Treatment
+from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.quantizers.rounding import RTN
 from atp_tune.run.dense_model import dense_blocks
 from atp_tune.run.session import Session
 from atp_tune.scores.evaluation import final_states

@@ -38,8 +38,8 @@ from atp_tune.cli.application import MODEL, app
 from atp_tune.config import finding
 from atp_tune.config.best import read_config
 from atp_tune.config.study import ModelConfig
+from atp_tune.dashboard import servers
 from atp_tune.events import Place
-from atp_tune.serving import servers
 from atp_tune.speed import benchmark, torch_engine
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"

@@ -40,7 +40,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load
-from atp_tune.dashboard.notes import columns, study_note, trial_note
+from atp_tune.dashboard.publishing import columns, study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.folders.packing import pack_folder
 from atp_tune.folders.provenance import FINETUNED, Finetuned

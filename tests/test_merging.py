@@ -18,11 +18,11 @@ from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, quiet, run, stored, study_file
 
 from atp_tune.api.merging import Share, merge
-from atp_tune.dashboard.notes import with_own_words
+from atp_tune.dashboard.publishing import with_own_words
+from atp_tune.dashboard.servers import Maintenance
 from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
-from atp_tune.serving.servers import Maintenance
 from atp_tune.storage import lost_trials
 
 

@@ -5,8 +5,8 @@ import psutil
 import pytest
 from tinystudy import CommandLine, run, study_file
 
+from atp_tune.dashboard.servers import Service, serve
 from atp_tune.events import Event, Message
-from atp_tune.serving.servers import Service, serve
 from atp_tune.storage import opening
 
 

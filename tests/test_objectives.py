@@ -22,7 +22,7 @@ from atp_tune.allocations import Budget
 from atp_tune.api.merging import merge
 from atp_tune.config.best import read_config
 from atp_tune.config.facts import facts
-from atp_tune.dashboard.notes import study_note, trial_note
+from atp_tune.dashboard.publishing import study_note, trial_note
 from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded
 from atp_tune.results.goals import front_of

@@ -18,11 +18,10 @@ from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner, statistics
 from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
-from atp_tune.pruners.magnitude import Magnitude
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, _place_of_factors, widens
-from atp_tune.pruners.wanda import Wanda
+from atp_tune.pruners.wanda import Magnitude, Wanda
 
 Problem = tuple[Tensor, Tensor]  # weight and inputs
 

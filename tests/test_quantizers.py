@@ -15,11 +15,11 @@ from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.plan import Plan
+from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.refinement import Treatment
+from atp_tune.pruners.rounding import GPTQ, RTN, Grid, parts_of, plain, strips
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.quantizers import QUANTIZERS, make_quantizer
-from atp_tune.quantizers.rounding import GPTQ, RTN, Grid, parts_of, plain, strips
 from atp_tune.run.session import Session
 
 widths = st.integers(2, 8)
@@ -85,7 +85,7 @@ def test_gptq_has_the_values_of_rtn(case: Problem, bits: int, size: int, symmetr
 def test_many_bits_leave_weights_as_they_are(symmetric: bool) -> None:
     weight, x = problem((9, 23))
     for name in QUANTIZERS:
-        made = make_quantizer(name, 8, symmetric, DAMPING)
+        made = QUANTIZERS[name](8, symmetric, DAMPING)
         found = made.quantize(weight, 16, hessian_of(x))
         assert float((found - weight).abs().max()) < float(weight.abs().max()) * 2.0**-15 * 4
 
@@ -125,7 +125,7 @@ def test_strips_are_the_plain_loop(masked: bool) -> None:
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_after_a_pruner_zeros_stay(name: str) -> None:
     weight, x = problem((17, 29))
-    both = Treatment(Wanda(), quantizer=make_quantizer(name, 8, False, DAMPING))
+    both = Treatment(Wanda(), quantizer=QUANTIZERS[name](8, False, DAMPING))
     assert both.measures is not None
     statistics = both.measures(29, torch.device("cpu"))
     statistics.add(x)
@@ -134,7 +134,7 @@ def test_after_a_pruner_zeros_stay(name: str) -> None:
     mask = naive.wanda_mask(weight, x, 0.5)
     assert not found[mask].any()
     sparse = Wanda().prune(weight, 0.5, norms_of(x))
-    alone = make_quantizer(name, 8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
+    alone = QUANTIZERS[name](8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
     assert same_bits(found, alone)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import PruneConfig
-from atp_tune.dashboard.notes import study_note
+from atp_tune.dashboard.publishing import study_note
 from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.refinement import DAMPING, Treatment, with_hessian

@@ -13,9 +13,9 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, run, wait_until
 
+from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
-from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import database, fingerprint, lost_trials, opening, process, progress, remote
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process import identity

@@ -21,8 +21,8 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 from tinystudy import HANGS
 
+from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.errors import UserError
-from atp_tune.serving.servers import ServedDatabase, proxy
 from atp_tune.storage import database
 from atp_tune.storage.database import CALLS, Retrying
 from atp_tune.storage.opening import open_database, open_storage

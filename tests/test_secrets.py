@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinystudy import CommandLine, run, study_file
 
-from atp_tune.dashboard.notes import study_note
+from atp_tune.dashboard.publishing import study_note
 from atp_tune.errors import UserError, without_secrets
 from atp_tune.results.summary import summarise
 from atp_tune.storage import opening, remote

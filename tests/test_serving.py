@@ -25,10 +25,10 @@ from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_f
 
 from atp_tune.config import finding
 from atp_tune.config.best import read_config
-from atp_tune.dashboard.notes import OWN, with_own_words
+from atp_tune.dashboard.publishing import OWN, with_own_words
+from atp_tune.dashboard.servers import Served, Service, choose, serve
 from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial
-from atp_tune.serving.servers import Served, Service, choose, serve
 from atp_tune.storage import opening
 
 

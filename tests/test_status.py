@@ -24,7 +24,7 @@ from processes import popen
 from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, run, settings, start, stored, study_file
 
-from atp_tune.cli import live_status, tables, terminal
+from atp_tune.cli import tables, terminal
 from atp_tune.cli.terminal import quiet
 from atp_tune.config import studyfile
 from atp_tune.config.best import read_config
@@ -342,7 +342,7 @@ def test_ctrl_c_ends_a_watch(exists: bool, place: Path) -> None:
 
 def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], study: optuna.Study) -> None:
     """The clock alone is no change; a new trial is, and then it alone is shown."""
-    view = live_status.Changes()
+    view = tables.Changes()
     add(study, 0.0, 10.0)
     add(study, 0.1, state=TrialState.RUNNING)
     view.show(summarise(study))
@@ -359,7 +359,7 @@ def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.slow
 def test_a_study_that_goes_while_it_is_watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, timeout=0)
-    looks = live_status.looks(study_file(place), "tiny", 0)
+    looks = tables.looks(study_file(place), "tiny", 0)
     assert next(looks)
     optuna.delete_study(study_name="tiny", storage=study_file(place).storage_url)
     with pytest.raises(UserError, match="study tiny: cannot be read any more: it is gone"):
@@ -377,13 +377,13 @@ def test_every_needs_watch(command: CommandLine) -> None:
 
 def screen(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> Console:
     made = Console(file=StringIO(), width=width, height=height, force_terminal=True, soft_wrap=True, markup=False)
-    for module in (live_status, tables, terminal):
+    for module in (tables, terminal):
         monkeypatch.setattr(module, "console", lambda: made)
     return made
 
 
 def drawn(console: Console, summary: Summary) -> list[str]:
-    lines = console.render_lines(live_status.fitting(summary, NOW), pad=False)
+    lines = console.render_lines(tables.fitting(summary, NOW), pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 

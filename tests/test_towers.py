@@ -15,12 +15,12 @@ from atp_tune.blocks.verification import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.best import ModelRef, read_config
-from atp_tune.config.block_names import block_name, in_tower, joined
 from atp_tune.config.facts import facts
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.study import ModelConfig
 from atp_tune.config.studyfile import load
+from atp_tune.config.typed import block_name, in_tower, joined
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tinystudy import CommandLine, settings, stored
 
+from atp_tune.cli.tracking import TRACKERS
 from atp_tune.results.summary import summarise
-from atp_tune.tracking.trackers import TRACKERS
 from atp_tune.utils.extras import install
 
 FEW = settings("texts.calibration.nsamples=2", "texts.validation.nsamples=4", "texts.test.nsamples=4")

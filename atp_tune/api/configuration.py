@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atp_tune.api.arguments import Lender
-from atp_tune.api.progress import working
+from atp_tune.api.arguments import Lender, working
 from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import Config, ZeroShot, read_config

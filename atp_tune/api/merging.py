@@ -144,8 +144,7 @@ def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
 
 
 def _write(folder: Path, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
-    from atp_tune.dashboard.notes import own_words
-    from atp_tune.dashboard.publishing import note_in, note_parts
+    from atp_tune.dashboard.publishing import note_in, note_parts, own_words
 
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, RetryingDatabase)

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.api.arguments import Lender, Settings, changed, is_model
+from atp_tune.api.arguments import Lender, Settings, changed, is_model, working
 from atp_tune.api.configuration import copied, replaced, weights_of, written
 from atp_tune.api.presets import HUB_TEXTS, LOCAL_TEXTS, PARTS, check_text, context_length, source_of, usual_texts
-from atp_tune.api.progress import working
 from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.data import Text

@@ -13,9 +13,8 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.api import arguments
-from atp_tune.api.arguments import Lender, Settings, Target, is_model, names
+from atp_tune.api.arguments import Lender, Settings, Target, is_model, names, working
 from atp_tune.api.presets import StudyRequest
-from atp_tune.api.progress import working
 from atp_tune.api.result import Result
 from atp_tune.config.best import Config
 from atp_tune.config.recover import RecoverConfig, Recovered

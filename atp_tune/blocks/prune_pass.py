@@ -34,9 +34,9 @@ from atp_tune.inputs import Batch
 from atp_tune.plan import Level, Plan
 from atp_tune.pruners import Pruner, Statistics, make_pruner
 from atp_tune.pruners.refinement import Treatment
+from atp_tune.pruners.rounding import RTN, Grid
 from atp_tune.pruners.selection import nonzeros
 from atp_tune.pruners.wanda import WandaOfRows
-from atp_tune.quantizers.rounding import RTN, Grid
 
 # --- Hooks that collect statistics of the inputs of a block's linears while the block runs.
 #

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import SLIM, check_plain, config_in
-from atp_tune.config.block_names import joined
+from atp_tune.config.typed import joined
 from atp_tune.errors import UserError
 
 # --- The class of transformers that loads a folder, and the part of the model that is pruned.
@@ -309,7 +309,7 @@ class Blocks:
     """The blocks in the order in which they run, and the name in the model of each.
 
     `name`: of their list; of several lists with `*` where they differ, such as swin.encoder.layers.*.blocks;
-    see also `spec.block_names`. `in_tower`: so many of them, the first, are of the vision tower.
+    see also `config.typed`. `in_tower`: so many of them, the first, are of the vision tower.
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from atp_tune.cli import completion
+from atp_tune.cli import options
 from atp_tune.cli.commands import apply, chat, evaluate, serve, studies, tune
 from atp_tune.cli.options import UsageError, expanded
 from atp_tune.config.finding import known
@@ -72,7 +72,7 @@ for command in (  # in the order of `--help`
 
 def run(words: list[str]) -> Any:
     """Runs the command line, and returns its exit code; UserError for wrong options."""
-    completion.rejoin(os.environ)
+    options.rejoin(os.environ)
     name = Path(sys.argv[0]).name
     try:
         return app(words, prog_name="python -m atp_tune" if name == "__main__.py" else name, standalone_mode=False)

@@ -22,8 +22,7 @@ from atp_tune.config.search import SAMPLERS, SCORES
 from atp_tune.config.study import Data, Study
 from atp_tune.errors import UserError
 from atp_tune.plugins import ASK, content_of, digest, file_of, is_place, load, registry, short_name
-from atp_tune.pruners import PRUNERS
-from atp_tune.quantizers import QUANTIZERS
+from atp_tune.pruners import PRUNERS, QUANTIZERS
 from atp_tune.utils.cache import sha256_of_json
 from atp_tune.utils.frozen import FrozenModel, relocated
 from atp_tune.utils.paths import written

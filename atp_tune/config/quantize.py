@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 from atp_tune.allocations.bits import share_of, stored_bits
 from atp_tune.config.patterns import parse
 from atp_tune.config.prune import PruneConfig
-from atp_tune.pruners import Pruner
-from atp_tune.quantizers import make_quantizer
+from atp_tune.pruners import QUANTIZERS, Pruner
 from atp_tune.utils.frozen import FrozenModel, SettingsTable, check_once
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Treatments:
         if own is None:
             return self.prune.pruner(name)
         rounds_by = own.quantizers[0] if self.prunes else name
-        quantizer = make_quantizer(rounds_by, own.group_size, own.symmetric, own.damping, own.act_order)
+        quantizer = QUANTIZERS[rounds_by](own.group_size, own.symmetric, own.damping, own.act_order)
         if self.prunes:
             return self.prune.pruner(name, quantizer)
         from atp_tune.pruners.refinement import Treatment

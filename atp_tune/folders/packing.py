@@ -64,7 +64,7 @@ from atp_tune.packed.modeling_atp_sparse import (
     is_packable,
     unpack_as,
 )
-from atp_tune.quantizers.rounding import Grid
+from atp_tune.pruners.rounding import Grid
 from atp_tune.run.session import Setup
 from atp_tune.utils.cache import sha256_of, temporary_folder
 from atp_tune.utils.paths import check_free

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, GROUP, SCALES, ZEROS, bitmask_of, read_packed
-from atp_tune.quantizers.rounding import Grid
+from atp_tune.pruners.rounding import Grid
 
 INT8 = range(-128, 128)
 LARGEST = 15  # exponent below which the largest scale lies: float16 has full precision down to 2^-29 of it

@@ -2,7 +2,8 @@
 
 A pruner is a class registered in `PRUNERS`. Its settings, if any, are its parent class, registered in `SETTINGS`; those
 of a plug-in are its own fields. It takes and returns tensors, and knows no model, study or trial. Importing this
-package loads no torch.
+package loads no torch. So it is with a quantizer, registered in `QUANTIZERS`, which rounds the weights to few values;
+what comes out are the values, as floats.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -54,7 +55,9 @@ class Pruner(Protocol):
 
 
 class Quantizer(Protocol):
-    """The interface of a quantizer, which rounds weights: see `quantizers`."""
+    """The interface of a quantizer."""
+
+    def __init__(self, group_size: int, symmetric: bool, damping: float, act_order: bool = False) -> None: ...
 
     @property
     def measures(self) -> type[Statistics] | None:
@@ -78,7 +81,7 @@ class Quantizer(Protocol):
 PRUNERS = Registry[type[Pruner]](
     "pruner",
     {
-        "magnitude": "atp_tune.pruners.magnitude:Magnitude",
+        "magnitude": "atp_tune.pruners.wanda:Magnitude",
         "wanda": "atp_tune.pruners.wanda:Wanda",
         "sparsegpt": "atp_tune.pruners.sparsegpt:SparseGPT",
         "dsnot": "atp_tune.pruners.dsnot:DSnoT",
@@ -86,6 +89,9 @@ PRUNERS = Registry[type[Pruner]](
     },
     "atp_tune.pruners",
     "atp_tune.pruners.settings:finished",
+)
+QUANTIZERS = Registry[type[Quantizer]](
+    "quantizer", {"rtn": "atp_tune.pruners.rounding:RTN", "gptq": "atp_tune.pruners.rounding:GPTQ"}
 )
 SETTINGS = Registry[type[SettingsTable]](
     "pruner with settings",

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
 from atp_tune.config.best import ZeroShot
-from atp_tune.config.block_names import in_tower
 from atp_tune.config.recover import Recovered
 from atp_tune.config.studyfile import StudyFile, from_settings
+from atp_tune.config.typed import in_tower
 from atp_tune.measures import Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.results.annotations import answers_of, attached, speed_of

@@ -68,10 +68,10 @@ from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items
 from atp_tune.plugins import code_of
 from atp_tune.pruners import Pruner, Statistics
+from atp_tune.pruners.rounding import RTN
 from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.statistics import Hessian, Several
 from atp_tune.pruners.wanda import Ranks, Wanda
-from atp_tune.quantizers.rounding import RTN
 from atp_tune.scores import Score as ModelScore
 from atp_tune.scores.evaluation import Block, Passing
 from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, write_atomically

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import optuna
 
     from atp_tune.config.best import Config
-    from atp_tune.serving.servers import Served, Service
+    from atp_tune.dashboard.servers import Served, Service
 
 
 def serve(
@@ -40,8 +40,8 @@ def serve(
         artifacts DIR: Folder of the dashboard's files; default: beside the database.
     """
     from atp_tune.cli.terminal import STOPS, quiet
-    from atp_tune.serving.servers import choose
-    from atp_tune.serving.servers import serve as answer
+    from atp_tune.dashboard.servers import choose
+    from atp_tune.dashboard.servers import serve as answer
 
     service = choose(study, storage, listen, port, grpc_port, artifacts)
     told: list[int] = []
@@ -57,7 +57,7 @@ def serve(
 
 def _show(service: "Service", served: "Served") -> None:
     """Prints which studies are served, the dashboard's address, and the command by which workers join."""
-    from atp_tune.serving.servers import host_of, is_loopback
+    from atp_tune.dashboard.servers import host_of, is_loopback
     from atp_tune.storage.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]

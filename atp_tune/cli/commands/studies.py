@@ -229,8 +229,8 @@ def status(
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
-    from atp_tune.cli.live_status import watch as follow
     from atp_tune.cli.tables import show_status
+    from atp_tune.cli.tables import watch as follow
     from atp_tune.results.status import status_of, to_json
     from atp_tune.results.stored import stored_study
     from atp_tune.results.summary import summarise

@@ -125,9 +125,9 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
     from atp_tune.api.tuning import run_study
     from atp_tune.cli.tables import show_summary
     from atp_tune.cli.terminal import interruptible
+    from atp_tune.cli.tracking import Follower
     from atp_tune.events import Message
     from atp_tune.search.runner import StudyRun, load_existing
-    from atp_tune.tracking.following import Follower
 
     # Ctrl-C and SIGTERM stop the study; the trial that was running is queued again.
     with working() as display, interruptible():

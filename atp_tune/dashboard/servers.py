@@ -28,8 +28,17 @@ from optuna_dashboard import wsgi
 
 from atp_tune.config.finding import known
 from atp_tune.config.studyfile import absolute_storage, load
-from atp_tune.dashboard.notes import columns, study_note, trial_note
-from atp_tune.dashboard.publishing import PREFIX, attach, config_of, figures_of, note_of, without_rests
+from atp_tune.dashboard.publishing import (
+    PREFIX,
+    attach,
+    columns,
+    config_of,
+    figures_of,
+    note_of,
+    study_note,
+    trial_note,
+    without_rests,
+)
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
 from atp_tune.report import gather, html

@@ -1,1 +1,0 @@
-"""`tune.py serve`: the dashboard that people watch, and the storage that workers on other machines write to."""
