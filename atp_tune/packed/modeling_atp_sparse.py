@@ -109,7 +109,7 @@ def _bits(bitmask: Tensor) -> Tensor:
 
 
 def _powers(device: torch.device) -> Tensor:
-    """Of the bits of a byte; by operations that ONNX has too."""
+    """Unpacks the bits of a byte, by operations that ONNX has too."""
     return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
@@ -351,7 +351,7 @@ class SparseLinear(nn.Module):
         return unpack(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As of each module, but scales stay float32 when the model is cast."""
+        """Casts and moves the tensors; scales stay float32."""
         scales = None if self.weight_scales is None else self.weight_scales.detach()
         self._matrix = self._offsets = None  # keeps the former tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -366,7 +366,7 @@ class SparseLinear(nn.Module):
         return {**self.__dict__, "_matrix": None}  # addresses, which a copy does not share
 
     def extra_repr(self) -> str:
-        """As of `nn.Linear`, with the share of zeros."""
+        """The sizes of the linear, and its share of zeros."""
         zeros = 1 - len(self.weight_values) / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, zeros={zeros:.1%}"
 
@@ -429,7 +429,7 @@ def class_of(family: Any, auto_class: str) -> Any:
 
 
 class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """What `AutoConfig` takes for a packed folder: `from_dict` returns the config of the model's own family."""
+    """The config by which `AutoConfig` knows a packed folder: `from_dict` returns the config of the model's own family."""
 
     model_type = MODEL_TYPE
 
@@ -443,7 +443,7 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class SlimConfig(PackedConfig):  # type: ignore[no-untyped-call]
-    """What `AutoConfig` takes for a slim folder."""
+    """The config by which `AutoConfig` knows a slim folder."""
 
     model_type = SLIM
 
@@ -510,7 +510,7 @@ def _blank(*words: Any) -> Any:
 
 
 def _pickled(*words: Any) -> Callable[[Any, Any], Any]:
-    """What pickle and `copy` make an object of such a class from; one of a subclass as usual."""
+    """The function and arguments from which pickle and `copy` make an object of such a class; a subclass has its own."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         made = _class(*words)
