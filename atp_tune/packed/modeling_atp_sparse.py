@@ -109,7 +109,7 @@ def _bits(bitmask: Tensor) -> Tensor:
 
 
 def _powers(device: torch.device) -> Tensor:
-    """Unpacks the bits of a byte, by operations that ONNX has too."""
+    """The values of the bits of a byte, [8] uint8; by operations that ONNX has too."""
     return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
@@ -429,7 +429,7 @@ def class_of(family: Any, auto_class: str) -> Any:
 
 
 class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """The config by which `AutoConfig` knows a packed folder: `from_dict` returns the config of the model's own family."""
+    """The config of a packed folder for `AutoConfig`; `from_dict` returns that of the model's own family."""
 
     model_type = MODEL_TYPE
 
@@ -443,7 +443,7 @@ class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class SlimConfig(PackedConfig):  # type: ignore[no-untyped-call]
-    """The config by which `AutoConfig` knows a slim folder."""
+    """The config of a slim folder for `AutoConfig`."""
 
     model_type = SLIM
 
@@ -510,7 +510,7 @@ def _blank(*words: Any) -> Any:
 
 
 def _pickled(*words: Any) -> Callable[[Any, Any], Any]:
-    """The function and arguments from which pickle and `copy` make an object of such a class; a subclass has its own."""
+    """The function by which pickle and `copy` make an object of such a class; a subclass has its own."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         made = _class(*words)
