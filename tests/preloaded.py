@@ -26,7 +26,6 @@ from atp_tune.cli.terminal import quiet
 with quiet():  # which libraries read as they are imported
     import alembic.migration
     import optuna
-    import torch
     import transformers.models.llama.modeling_llama
     from plotly.graph_objects import Bar, Figure, Scatter
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -91,10 +90,6 @@ def pass_for_a_gpu() -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def at_call(owner: Any, name: str, number: int, action: Callable[[], None]) -> None:

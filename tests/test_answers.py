@@ -87,23 +87,6 @@ def test_what_fails_leaves_the_strip_out_in_one_line(more: dict[str, Any], folde
     assert len(strip.said[0].splitlines()) == 1
 
 
-def test_logits_that_fail_leave_it_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strip = Strip(folder)
-
-    def fails(*_: Any) -> None:
-        raise RuntimeError("two\nlines")
-
-    monkeypatch.setattr(type(strip.context.replay), "logits", fails)
-    assert strip.all() is None and len(strip.said) == 1 and "\n" not in strip.said[0]
-
-
-def test_a_class_without_a_name_has_its_number(folder: Path) -> None:
-    strip = Strip(folder)
-    change(folder, "config.json", id2label={"0": "crane"})
-    found = strip.all()
-    assert found is not None and found.labels == ("crane", "LABEL_1", "crane", "LABEL_1")
-
-
 def test_a_wrong_answer_of_the_same_name_is_wrong() -> None:
     """ImageNet has "crane" twice."""
     right, wrong = (ImageAnswer(name="crane", index=index, probability=1) for index in (0, 1))

@@ -1,36 +1,26 @@
 """The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
 
-import inspect
-import json
 import logging
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import optuna
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from plans import planned
-from tinystudy import CommandLine, make_tokenizer, run, study_file
+from tinystudy import CommandLine, make_tokenizer, run
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 import atp_tune
 from atp_tune import UserError
-from atp_tune.api import result
 from atp_tune.config.best import read_config
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.results.status import to_json
 
 ROLES = ("calibration", "validation", "test")
 
@@ -87,28 +77,6 @@ def said(call: Callable[[], object]) -> str:
     return text
 
 
-def public() -> dict[str, Any]:
-    """Functions of the package, and methods of what they return; not of `Study`, which has those of pydantic."""
-    found = {name: getattr(atp_tune, name) for name in atp_tune.__all__}
-    parts = [found, vars(atp_tune.Result), vars(atp_tune.Configuration)]
-    return {name: each for part in parts for name, each in part.items() if inspect.isfunction(each) and name[0] != "_"}
-
-
-@pytest.mark.parametrize("name", public())
-def test_help_fits_a_screen(name: str) -> None:
-    """Of 50 lines of 100 columns: that of `tune` had 65, without a word on what it returns."""
-    function = public()[name]
-    head, body = f"{name}{inspect.signature(function)}", str(inspect.getdoc(function)).splitlines()
-    assert body and "collections.abc" not in head
-    lines = ["Help on function", "", head, *(f"    {line}" for line in body)]
-    assert sum(max(1, -(-len(line) // 100)) for line in lines) <= 50
-    assert ("Args:" in body) == ("Returns:" in body)
-
-
-def test_a_plan_is_shown_in_a_line() -> None:
-    assert repr(planned("wanda", "atp", (0.4, 0.6), {"beta": 0.01})) == "<Plan wanda atp β=0.01000, 2 blocks>"
-
-
 # The same as the command line
 
 
@@ -153,34 +121,6 @@ def test_the_trials_are_those_of_the_study_file(
         assert here.user_attrs["nlls"] == there.user_attrs["nlls"]
     assert result.study.user_attrs["test_nlls"] == study.user_attrs["test_nlls"]
     assert result.best.plan.amounts == read_config(place / "tiny.best.json").plan.amounts
-
-
-@pytest.mark.slow
-def test_a_study_by_its_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = atp_tune.tune(place / "tiny.toml", progress=False)
-    assert result.is_complete and len(result.trials) == 3
-    assert (place / "tiny.best.json").exists()
-    again = atp_tune.tune(str(place / "tiny.toml"), progress=False)
-    assert len(again.study.trials) == 3
-    more = atp_tune.tune(place / "tiny.toml", settings={"search.trials": 4}, progress=False)
-    assert len(more.study.trials) == 4
-    assert capsys.readouterr().out == ""
-    loaded = atp_tune.load_study(place / "tiny.toml")
-    assert repr(loaded) == repr(more)
-    assert are_equal(weights(loaded.apply()), weights(more.apply()))
-
-
-@pytest.mark.slow
-def test_a_study_object_needs_no_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = study_file(place).study.model_dump(exclude_unset=True, mode="json")
-    data["model"]["source"] = str(place / "model")
-    for role in ROLES:
-        data["texts"][role]["source"] = f"file:{place / role}.txt"
-    monkeypatch.chdir(place)
-    (place / "study.toml").touch()  # which is not its file
-    before = sorted(place.rglob("*"))
-    result = atp_tune.tune(atp_tune.Study.model_validate(data), progress=False)
-    assert result.is_complete and sorted(place.rglob("*")) == before
 
 
 # The caller's model
@@ -270,15 +210,6 @@ def test_a_model_that_changed_is_refused(model: Any, tokenizer: Any, texts: dict
     )
 
 
-@pytest.mark.slow
-def test_a_model_that_changes_while_it_is_measured(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
-    def train(*_: object) -> None:
-        with torch.no_grad():
-            model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
-
-    assert "were changed while they were in use" in said(lambda: tuned(model, tokenizer, texts, callbacks=[train]))
-
-
 def test_models_that_are_not_treated(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def refused(given: Any) -> str:
         return said(lambda: atp_tune.prune(given, tokenizer, sparsity=0.5, texts=texts["test"]))
@@ -319,77 +250,6 @@ def test_trials_are_rows(found: atp_tune.Result) -> None:
     assert found.front.empty
 
 
-def test_trials_without_pandas(found: atp_tune.Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    table = found.trials
-    assert isinstance(table, list) and table[0]["plan"] == "wanda uniform"
-
-
-def test_figures(found: atp_tune.Result) -> None:
-    assert isinstance(found.plot(), go.Figure) and isinstance(found.plot("sparsity"), go.Figure)
-    assert said(lambda: found.plot("beauty")).startswith('plot: the study has no figure "beauty"; it has perplexity')
-
-
-def test_what_people_see_of_a_result(found: atp_tune.Result) -> None:
-    assert re.fullmatch(
-        r"<Result llamaforcausallm-60: 3 of 3 trials, best wanda \+ \w+.*, validation perplexity .* ± .*, "
-        r"test perplexity .* ± .*>",
-        repr(found),
-    )
-    assert re.fullmatch(
-        r"[\d.]+% zeros by wanda \w+.*, validation perplexity .* ± .*, test perplexity .* ± .*", str(found.best)
-    )
-    assert repr(found.best) == f"<Config {found.best}>"
-    assert repr(found.configuration()) == f"<Configuration {found.best}>"
-    assert repr(found.summary) == "<Summary llamaforcausallm-60: 3 of 3 trials>"
-    assert result.trials(found.summary)[0]["allocation"] == "uniform"  # as its plan says
-    shown = found._repr_html_()
-    assert shown.startswith("<table>") and "<td>wanda + uniform</td>" in shown
-
-
-def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
-    assert found.configuration(trial=0).config.plan.allocation == "uniform"
-    assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
-    for wrong in (1.7, "abc", "1"):  # no trial of that number, whatever it might be rounded to
-        assert "is not measured in full" in said(lambda wrong=wrong: found.configuration(trial=wrong))  # type: ignore[misc]
-    assert said(lambda: found.configuration(sparsity="foo")).startswith("sparsity: must be a share of zeros")  # type: ignore[arg-type]
-    assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
-    assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (
-        "sparsity: names one trial, and trial another; leave one out"
-    )
-
-
-@pytest.mark.slow
-def test_a_saved_folder(found: atp_tune.Result, tmp_path: Path) -> None:
-    measured = found.save(tmp_path / "new" / "sparse")
-    assert measured.value == pytest.approx(found.best.final("test").value, rel=1e-6)  # type: ignore[union-attr]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sparse"]
-    there = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "sparse")
-    assert are_equal(weights(there), weights(found.apply()))
-    card = (tmp_path / "new" / "sparse" / "README.md").read_text(encoding="utf-8")
-    assert "lay in the memory of a Python process" in card and "atp-tune apply" not in card
-    assert str(tmp_path) not in (tmp_path / "new" / "sparse" / "atp_tune.json").read_text(encoding="utf-8")
-    assert said(lambda: found.save(tmp_path / "new" / "sparse")).endswith(
-        "exists already; choose another folder or remove it"
-    )
-
-
-@pytest.mark.slow
-def test_a_configuration_needs_no_study(done: Path, tmp_path: Path, command: CommandLine) -> None:
-    config = done / "tiny.best.json"
-    found = atp_tune.load_config(config, device="cpu")
-    assert found.config == read_config(config)
-    answer = command("apply", "--config", config, "--out", tmp_path / "theirs", "--device", "cpu")
-    assert (answer.code, answer.err) == (0, "")
-    assert found.save(tmp_path / "ours") == read_config(tmp_path / "theirs" / "atp_tune.json").scored()
-    there = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert are_equal(weights(there), weights(found.apply()))
-    ours = found.generate(["t1 t2"], tokens=4)
-    theirs = command("generate", "--config", config, "--tokens", "4", "--prompt", "t1 t2", "--device", "cpu", "--json")
-    assert json.loads(theirs.out)["prompts"][-1] == json.loads(to_json(ours))["prompts"][-1]
-    assert said(lambda: atp_tune.load_config(tmp_path / "none.json")).startswith(f"{tmp_path}/none.json")
-
-
 @pytest.mark.slow
 def test_a_configuration_of_a_model_in_memory(
     found: atp_tune.Result, model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path
@@ -404,30 +264,6 @@ def test_a_configuration_of_a_model_in_memory(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     assert "have changed since the study measured it" in said(lambda: loaded.generate(["t1"]))
-
-
-@pytest.mark.slow
-def test_a_front(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
-    screen = {"search.screen": {"trials": 6, "confirm": 3, "stride": 4}}
-    result = tuned(model, tokenizer, texts, sparsity=(0.2, 0.7), trials=None, settings=screen)
-    front = result.front
-    assert list(front.sparsity) == sorted(front.sparsity) and len(front) >= 2
-    assert isinstance(result.plot(), go.Figure)
-    nearest = result.configuration(sparsity=0.69).config
-    assert nearest.sparsity.target == max(front.sparsity)
-    pruned = result.apply(sparsity=0.69)
-    zeros = sum(int((tensor == 0).sum()) for name, tensor in weights(pruned).items() if "layers" in name)
-    assert zeros / (4 * 7680) == pytest.approx(nearest.sparsity.realised, abs=1e-9)
-    assert "outside the study's interval" in said(lambda: result.configuration(sparsity=0.9))
-
-
-@pytest.mark.slow
-def test_perplexity(model: Any, tokenizer: Any, texts: dict[str, list[str]], found: atp_tune.Result) -> None:
-    measured = atp_tune.perplexity(model, tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
-    dense = found.summary.results.score("dense", "test")
-    assert dense is not None and measured.value == dense.value
-    worse = atp_tune.perplexity(found.apply(), tokenizer, texts["test"], nsamples=16, seqlen=32, bos=False)
-    assert worse.value == pytest.approx(found.best.final("test").value, rel=1e-6)  # type: ignore[union-attr]
 
 
 # Storage
@@ -455,12 +291,6 @@ def test_a_storage_is_resumed(model: Any, tokenizer: Any, texts: dict[str, list[
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     assert "model.source is" in said(lambda: tuned(model, tokenizer, texts, storage=url, study_name="mine"))
-
-
-@pytest.mark.slow
-def test_callbacks_can_stop_a_study(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
-    result = tuned(model, tokenizer, texts, callbacks=[lambda study, trial: study.stop() if trial.number else None])
-    assert sum(trial.state.is_finished() for trial in result.study.trials) == 2 and result.is_complete
 
 
 @pytest.mark.slow
@@ -568,59 +398,6 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
 
 
 # What is said
-
-
-@pytest.mark.slow
-def test_progress_is_logged(
-    model: Any, tokenizer: Any, texts: dict[str, list[str]], caplog: pytest.LogCaptureFixture, capsys: Any
-) -> None:
-    with caplog.at_level(logging.INFO, "atp_tune"):
-        tuned(model, tokenizer, texts)
-    lines = [record.getMessage() for record in caplog.records if record.name == "atp_tune"]
-    assert lines[0] == "loading the model and the texts"
-    assert lines[-1].startswith("[3/3] trial 2: wanda gradient-rows κ=")
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.slow
-def test_progress_without_a_terminal_is_lines_on_stderr(place: Path) -> None:
-    script = "import atp_tune; atp_tune.tune('tiny.toml')"
-    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=True)
-    assert done.stdout == ""
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
-        "loading the model and the texts", "[1/3] trial 0", "[2/3] trial 1", "[3/3] trial 2",
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_optuna_is_as_verbose_as_before(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.DEBUG)
-    try:
-        tuned(model, tokenizer, texts, trials=1)
-        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@pytest.mark.slow
-def test_bars_and_verbosity_of_libraries_are_as_before(
-    model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path
-) -> None:
-    hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    before = hf_logging.get_verbosity(), dict(os.environ)
-    found.save(tmp_path / "sparse")
-    assert hf_logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
-    assert (hf_logging.get_verbosity(), dict(os.environ)) == before
-
-
-@pytest.mark.slow
-def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
-    found: list[atp_tune.Result] = []
-    thread = Thread(target=lambda: found.append(tuned(model, tokenizer, texts, trials=1)))
-    thread.start()
-    thread.join()
-    assert found[0].is_complete
 
 
 @pytest.mark.slow

@@ -4,8 +4,7 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from time import sleep
@@ -17,21 +16,20 @@ from byhand import ByHand
 from families import few
 from plans import planned
 from processes import popen
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tinystudy import BLOCKS, CommandLine, quiet, settings, study_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.checkpoints import devices
 from atp_tune.config.best import Config, read_config
 from atp_tune.errors import TrialError, UserError
-from atp_tune.events import Event, Place, TrialStarted, ignore_events
+from atp_tune.events import Place, ignore_events
 from atp_tune.folders import applying
-from atp_tune.folders.applying import apply, cast, declare, plan_of, write_sparse
+from atp_tune.folders.applying import apply
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
-from atp_tune.run.session import Session, Setup
+from atp_tune.run.session import Session
 from atp_tune.scores import Scores
 
 
@@ -65,13 +63,6 @@ def block_of(name: str) -> int | None:
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def message(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def check_zeros(folder: Path, source: Path, pruner: str, sparsities: tuple[float, ...]) -> None:
@@ -136,109 +127,7 @@ def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Co
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
-def test_a_checkpoint_in_shards_stays_in_shards(done: Path, config: Config, tmp_path: Path) -> None:
-    source = done / "model"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    (source / "model.safetensors").unlink()
-    model.save_pretrained(source, max_shard_size="40KB")
-    shards = sorted(file.name for file in source.glob("*.safetensors"))
-    assert len(shards) > 2
-    file = study_file(done, "prune.pruners=['wanda']", "model.dtype=bfloat16")
-    plan, _ = prune_study(file, {"beta": 0.04}, tmp_path / "out", ignore_events)
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
-    check_zeros(tmp_path / "out", source, "wanda", plan.amounts)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_only_the_file_and_the_model_are_needed(done: Path, tmp_path: Path) -> None:
-    """No database, no study file: the JSON moved elsewhere says where its relative paths start."""
-    for file in ("tiny.db", "tiny.toml", "validation.txt"):
-        (done / file).unlink()
-    config = read_config(done / "tiny.best.json")
-    assert config.scored()
-    assert applied(config, done, tmp_path / "out").value == pytest.approx(config.scored().value, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_the_same_again_is_the_same(done: Path, config: Config, tmp_path: Path) -> None:
-    applied(config, done, tmp_path / "one")
-    applied(config, done, tmp_path / "two")
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert all(same_bytes(one[name], two[name]) for name in one)
-
-
-@pytest.mark.slow
-def test_an_empty_folder_is_free(done: Path, config: Config, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    applied(config, done, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_a_folder_is_written_with_one_copy_of_each_block(
-    done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of blocks that lie in host memory: what is dense is read from there, not from the device."""
-    texts = {"calibration": config.calibration, "test": config.texts.test}
-    model = config.model.model().model_copy(update={"offload": "cpu"})
-    bench = Session.open(Setup(model, config.prune, texts, Place(done, "cpu")))
-    plan, copied, copy_to = plan_of(config, bench), Counter[int](), devices.copy_to
-    assert len(list(bench.prune(plan))) == BLOCKS  # the dense model's states are measured once
-
-    def counted(device: torch.device, tensor: Tensor) -> Tensor:
-        copied.update([tensor.data_ptr()])
-        return copy_to(device, tensor)
-
-    monkeypatch.setattr(devices, "copy_to", counted)
-    write_sparse(bench, plan, tmp_path / "out", config)
-    first = {tensor.data_ptr() for tensor in bench.checkpoint.blocks[0].parameters()}
-    assert copied.keys() >= {tensor.data_ptr() for tensor in bench.checkpoint.blocks.parameters()} - first
-    assert all(times == 1 or place in first for place, times in copied.items())
-    assert max(copied[place] for place in first) <= 2  # the pass that would follow is prepared
-    check_zeros(tmp_path / "out", done / "model", config.plan.method, config.plan.amounts)
-
-
 # --- what is refused, with nothing left behind
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_there_is_not_overwritten(kind: str, done: Path, config: Config, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    if kind == "folder":
-        out.mkdir()
-    (out / "mine" if kind == "folder" else out).write_text("mine")
-    events: list[Event] = []
-    said = message(lambda: apply(config, out, Place(done, "cpu", watch=events.append)))
-    assert said == f"--out {out}: exists already; choose another folder or remove it"
-    assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
-    assert events == []  # asked before any work
-
-
-def edit_weights(place: Path) -> None:
-    file = place / "model" / "model.safetensors"
-    edited = load_file(file)
-    edited["model.norm.weight"][0] += 1
-    save_file(edited, file, metadata={"format": "pt"})
-
-
-@pytest.mark.slow
-def test_another_model_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
-    edit_weights(done)
-    said = message(lambda: applied(config, done, tmp_path / "out"))
-    assert said.startswith("model.fingerprint: model is ")
-    assert said.endswith(
-        f"… here, the configuration was found for {config.model.fingerprint[:12]}…; give it the model of the study"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_wrong_number_of_blocks_is_refused(done: Path, config: Config, tmp_path: Path) -> None:
-    config = config.model_copy(update={"plan": planned("wanda", "atp", (0.5,) * 3)})
-    said = message(lambda: applied(config, done, tmp_path / "out"))
-    assert said == "plan.levels: 3 for a model of 4 blocks; take the file that a study or `export` wrote"
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
@@ -257,18 +146,6 @@ def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
     with pytest.raises(UserError, match="was replaced while it was measured, and is left as it is"):
         applying.measured_folder(None, tmp_path / "out")  # type: ignore[arg-type]
     assert read_config(about) == other
-
-
-def test_a_place_that_cannot_be_written(done: Path, config: Config, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    said = message(lambda: applied(config, done, tmp_path / "file" / "out"))
-    assert said.startswith(f"--out {tmp_path / 'file' / 'out'}: cannot be written: ")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_model_that_is_gone(done: Path, config: Config, tmp_path: Path) -> None:
-    shutil.rmtree(done / "model")
-    assert 'model.source: "model" is no folder' in message(lambda: applied(config, done, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("error", [TrialError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -302,53 +179,6 @@ def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert (plan.method, plan.allocation) == (config.plan.method, "atp")
     assert measured.value == pytest.approx(config.scored().value, rel=1e-6)
     assert measured.stderr == pytest.approx(config.scored().stderr, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_prune_once_writes_what_it_measures(done: Path, tmp_path: Path) -> None:
-    events: list[Event] = []
-    file = study_file(done)
-    plan, measured = prune_study(file, {"beta": 0.05}, tmp_path / "out", events.append)
-    check_zeros(tmp_path / "out", done / "model", "wanda", plan.amounts)
-    assert measured.value == pytest.approx(prune_study(file, {"beta": 0.05}, None, ignore_events)[1].value, rel=1e-6)
-    titles = [event.title for event in events if isinstance(event, TrialStarted)]
-    assert titles == [f"writing {tmp_path / 'out'}", f"checking {tmp_path / 'out'}"]
-
-
-@pytest.mark.slow
-def test_what_was_pruned_once_is_made_again_from_its_folder(done: Path, tmp_path: Path) -> None:
-    _, measured = prune_study(study_file(done), {"beta": 0.05}, tmp_path / "one", ignore_events)
-    about = read_config(tmp_path / "one" / "atp_tune.json")
-    assert (about.trial, about.scored()) == (None, measured)
-    again = apply(about, tmp_path / "two", Place(tmp_path / "one" / about.folder, "cpu"))
-    assert again == measured
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert all(same_bytes(one[name], two[name]) for name in one)
-
-
-@pytest.mark.slow
-def test_prune_once_of_a_uniform_allocation(done: Path) -> None:
-    file = study_file(done, "allocation.names=['uniform']", "sparsity=0.25")
-    plan, _ = prune_study(file, {}, None, ignore_events)
-    assert plan.amounts == (0.25,) * BLOCKS
-
-
-@pytest.mark.slow
-def test_prune_once_takes_the_allocation_that_has_a_beta(done: Path) -> None:
-    plan, _ = prune_study(study_file(done, "allocation.names=['uniform', 'atp']"), {"beta": 0.1}, None, ignore_events)
-    assert (plan.allocation, plan.parameters) == ("atp", {"beta": 0.1})
-
-
-def test_prune_once_refuses_a_beta_that_is_not_admissible(done: Path) -> None:
-    said = message(lambda: prune_study(study_file(done), {"beta": 0.4}, None, ignore_events))
-    assert said == "--beta: β = 0.4 is outside the admissible interval [-0.333333, 0.333333]"
-
-
-def test_prune_once_does_not_overwrite(done: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.write_text("mine")
-    said = message(lambda: prune_study(study_file(done), {"beta": 0.0}, out, ignore_events))
-    assert said == f"--out {out}: exists already; choose another folder or remove it"
 
 
 # --- memory
@@ -408,21 +238,6 @@ def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(
     began = held["writing"][1]
     grown = {phase: max(sizes) - began for phase, sizes in held.items()}
     assert all(sizes < 9 * block < MANY * block / 3 for sizes in grown.values()), (grown, began)
-
-
-def test_an_index_says_how_large_the_weights_are(tmp_path: Path) -> None:
-    """After `--dtype` it had the size of the dense model's weights."""
-    for name in ("a", "b"):
-        save_file({name: torch.ones(3, 5)}, tmp_path / f"{name}.dense")
-        cast(tmp_path / f"{name}.dense", tmp_path / f"{name}.safetensors", torch.bfloat16)
-    index = {"metadata": {"total_size": 120}, "weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text("{}")
-    declare(tmp_path, torch.bfloat16)
-    assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
-        **index,
-        "metadata": {"total_size": 60},
-    }
 
 
 @pytest.mark.slow

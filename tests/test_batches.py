@@ -10,17 +10,14 @@ import pytest
 import torch
 from families import same_bits
 from safetensors.torch import load_file
-from tinystudy import TOKENS, CommandLine, run, stored, study_file
+from tinystudy import TOKENS, CommandLine, run, stored
 
 from atp_tune.blocks import prune_pass, replay
 from atp_tune.blocks.replay import Replay
 from atp_tune.config.best import read_config
 from atp_tune.events import Place
 from atp_tune.folders.applying import apply
-from atp_tune.pruners import make_pruner
-from atp_tune.pruners.statistics import InputNorms
 from atp_tune.results.summary import summarise
-from atp_tune.run.session import Session, Setup
 
 ELSEWHERE = 2  # windows of the tiny study's that go through a block at a time on a machine of less memory
 
@@ -53,14 +50,6 @@ def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.Mo
     assert [t.user_attrs["batches"]["calibration"] for t in stored(began).trials][2:] == [8]
     assert sizes(began) == [(8, 16)] * 3
     assert summarise(stored(began)).unlike == {}
-
-
-@pytest.mark.slow
-def test_a_study_without_any_trial_takes_the_batches_of_this_machine(
-    place: Path, elsewhere: pytest.MonkeyPatch
-) -> None:
-    run(place)
-    assert sizes(place) == [(ELSEWHERE, ELSEWHERE)] * 3
 
 
 @pytest.fixture
@@ -104,15 +93,6 @@ def test_memory_that_runs_out_in_one_trial_changes_that_one_alone(
         assert sentence in (place / f"r.{kind}").read_text()
 
 
-@pytest.mark.slow
-def test_a_study_whose_first_trial_ran_out_of_memory_has_its_size(place: Path, full: set[int]) -> None:
-    full.add(1)
-    run(place)
-    assert sizes(place) == [(4, 16)] * 3
-    assert stored(place).user_attrs["batches"]["calibration"] == 4
-    assert summarise(stored(place)).unlike == {}
-
-
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many windows went through a block at a time, of each block that is pruned from now on."""
     seen, step = [], prune_pass.Pass.step
@@ -141,15 +121,6 @@ def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewh
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == {"calibration": ELSEWHERE}
 
 
-def test_a_configuration_of_before_is_read(done: Path) -> None:
-    path = done / "tiny.best.json"
-    document = json.loads(path.read_text())
-    del document["batches"], document["draws"]
-    path.write_text(json.dumps(document))
-    found = read_config(path)
-    assert (found.batches, found.draws) == ({}, None)
-
-
 @pytest.mark.slow
 def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SparseGPT moves the weights that stay, by sums over all windows: their last bits show the batches."""
@@ -163,13 +134,3 @@ def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monk
     here, there, former = (load_file(place / name / "model.safetensors") for name in folders)
     assert all(same_bits(here[name], there[name]) for name in here)
     assert not all(same_bits(here[name], former[name]) for name in here)
-
-
-def test_dense_statistics_that_lie_on_the_disk_are_of_one_batch(done: Path) -> None:
-    spec = study_file(done).study
-    context = Session.open(Setup(spec.model, spec.prune, {"calibration": spec.texts.calibration}, Place(done, "cpu")))
-    keys = set()
-    for windows in (8, 2):
-        context.begin({"calibration": windows})
-        keys.add(context.measured.key_of(make_pruner("wanda"), InputNorms))
-    assert len(keys) == 2

@@ -5,7 +5,6 @@ from families import CPU
 from atp_tune.blocks import replay
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints import devices
-from atp_tune.errors import TrialError
 
 CUDA = torch.device("cuda")
 
@@ -35,12 +34,6 @@ def test_the_largest_power_of_two_that_fits_and_is_fast(
 ) -> None:
     monkeypatch.setattr(replay, "free_memory", lambda device: free)
     assert AutoBatch(device, tokens, 1000, print).windows == windows
-
-
-def test_a_step_that_fits_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    assert batch_of(8, notes, monkeypatch).run(lambda windows: ("done", windows)) == ("done", 8)
-    assert notes == []
 
 
 def test_slices_cover_all_windows_once_though_memory_runs_out_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,19 +74,6 @@ def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytes
     assert notes == ["memory ran out: going on with 8 windows at a time"]
 
 
-def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    batch = batch_of(4, notes, monkeypatch)
-
-    def step(windows: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for _ in range(2):
-        with pytest.raises(TrialError, match="out of memory with one window at a time"):
-            batch.run(step)
-    assert len(notes) == 1
-
-
 def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
 
@@ -112,21 +92,6 @@ def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="out of memory"):
         replay.once_more(lambda: int("out of memory"))
     assert told == ["tried", "released", "tried"]
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
-)
-def test_other_errors_are_not_about_memory(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    batch = batch_of(4, notes, monkeypatch)
-
-    def step(windows: int) -> None:
-        raise error
-
-    with pytest.raises(type(error)):
-        batch.run(step)
-    assert batch.windows == 4 and notes == []
 
 
 def test_a_trial_begins_with_the_size_of_its_study_and_says_so_if_it_does_not_fit(

@@ -8,29 +8,6 @@ import pytest
 from safetensors.torch import load_file
 from tinystudy import CommandLine, settings
 
-TAKE = {  # the words of a command, and what goes in the place of a study
-    "apply": (["--out", "OUT"], "--config FILE", ["--config", "x.json"]),
-    "pack": (["--out", "OUT"], "DIR", ["x"]),
-    "push": (["ORG/NAME"], "DIR", ["x"]),
-    "chat": ([], "DIR|FILE", ["x.json"]),
-    "generate": ([], "--config FILE", ["--config", "x.json"]),
-}
-
-
-@pytest.mark.parametrize("name", TAKE)
-def test_one_of_both_is_given(name: str, tiny_place: Path, tmp_path: Path, command: CommandLine) -> None:
-    more, other, given = TAKE[name]
-    words = [str(tmp_path / word) if word == "OUT" else word for word in more]
-    wanted = f"Invalid value for {other.split()[0]}: give either {other} or --study NAME"
-    first, rest = (given, words) if name == "push" else (words, given)
-    for both in ([*words], [*first, *rest, "--study", str(tiny_place / "tiny.toml")]):
-        assert command(name, *both).error.startswith(wanted), both
-    for option in ("--study-name", "--set" if name == "generate" else "--storage"):
-        said = command(name, *first, *rest, option, "x").error
-        assert said.startswith(f"Invalid value for {option}: only with --study")
-    said = command(name, *words, "--study", tiny_place / "tiny.toml").error
-    assert said.startswith("study tiny: has no trials yet; run: python tune.py --study ")
-
 
 @pytest.mark.slow
 def test_what_is_made_is_what_the_configuration_makes(

@@ -14,7 +14,7 @@ from atp_tune.blocks.gradients import BitPricing, BlockGradients, Costs
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.pruners.rounding import RTN
-from atp_tune.run.dense_model import CalibrationGradients, bit_costs, items_of_costs, priced_shares
+from atp_tune.run.dense_model import CalibrationGradients, bit_costs, priced_shares
 from atp_tune.run.session import Session
 
 WIDTHS, GROUP = (2, 3, 5), 8
@@ -67,17 +67,6 @@ def test_costs_are_by_gradients_of_the_whole_model(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_offload_and_batches_change_nothing_but_rounding() -> None:
-    ids = random_ids(5, seed=5)
-    one, other, streamed = (
-        flat(costs_of(bench_of(tiny("llama"), offload=offload), ids, windows))
-        for windows, offload in ((1, "none"), (8, "none"), (1, "cpu"))
-    )
-    assert one == pytest.approx(other, rel=1e-3)
-    assert one == streamed
-
-
-@pytest.mark.slow
 def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     context = bench_of(tiny("llama").requires_grad_(False))
     said: list[Any] = []
@@ -102,7 +91,3 @@ def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
         assert len(bit_costs(gradients, other, "model")[0][0]) == len(other.widths)
         assert said
         said.clear()
-
-
-def test_long_windows_are_fewer() -> None:
-    assert [items_of_costs(positions) for positions in (128, 256, 2048)] == [96, 48, 16]

@@ -1,16 +1,11 @@
 """Windows that begin with BOS: a tiny Llama that was trained with it, through the commands a user types."""
 
-import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_applying import tensors
-from test_zeroshot import make_tasks
 from tinystudy import (
     BLOCKS,
     TOKENS,
@@ -20,7 +15,6 @@ from tinystudy import (
     CommandLine,
     run,
     settings,
-    study_file,
 )
 from tinystudy import stored as reopen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -28,13 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
-from atp_tune.events import Event, Message
-from atp_tune.folders.provenance import FINETUNED, Finetuned
 from atp_tune.measures import perplexity
 from atp_tune.metrics import LEAST, BosEffect, is_better
 from atp_tune.run import session
-from atp_tune.run.session import Session
 from atp_tune.storage import fingerprint
 
 BOS = 0
@@ -189,28 +179,6 @@ def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine)
     )
 
 
-@pytest.mark.slow
-def test_a_tokenizer_without_bos_is_not_asked(place: Path, command: CommandLine) -> None:
-    answer = tune(command, place)
-    assert (answer.code, answer.err) == (0, "")
-    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
-    assert reopen(place).user_attrs["fingerprint"]["texts.bos"] is False
-    assert "bos" not in reopen(place).user_attrs
-
-
-@pytest.mark.slow
-def test_a_bos_beyond_the_vocabulary_is_none(place: Path, command: CommandLine) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    assert tokenizer.bos_token_id == AutoModelForCausalLM.from_pretrained(place / "model").config.vocab_size
-    tokenizer.save_pretrained(place / "model")
-    assert tune(command, place, "texts.bos=true").error == (
-        f"texts.bos: the model has no embedding of its tokenizer's BOS, {tokenizer.bos_token_id}; set it to false"
-    )
-    assert tune(command, place).code == 0
-    assert reopen(place).user_attrs["fingerprint"]["texts.bos"] is False
-
-
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
@@ -247,79 +215,7 @@ def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLin
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trials", [3, 4])
-def test_another_value_is_another_study(trials: int, finished: Path, command: CommandLine) -> None:
-    before = (finished / "tiny.db").read_bytes()
-    answer = tune(command, finished, "texts.bos=false", f"search.trials={trials}")
-    assert answer.error == (
-        "study tiny: texts.bos is false, was true. Put it back, or start another study with --study-name NAME"
-    )
-    assert (finished / "tiny.db").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_the_screening_shares_it(wanting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, original = [], session.compare_bos
-    monkeypatch.setattr(session, "compare_bos", lambda *given: asked.append(1) or original(*given))
-    screen = ("search.sampler=gp", "search.screen={trials=2, stride=4, confirm=1}", "search.trials=1")
-    run(wanting, *screen)
-    assert asked == [1]
-    inner, dense = reopen(wanting, "tiny.screen"), nlls(wanting / "model", by_hand(wanting, "validation", bos=True))
-    assert inner.user_attrs["fingerprint"]["texts.bos"] is True
-    assert inner.user_attrs["dense"] == pytest.approx(dense[::4], rel=1e-5)
-    assert reopen(wanting).user_attrs["dense"] == pytest.approx(dense, rel=1e-5)
-
-
 # --- what is asked for
-
-
-@pytest.mark.slow
-def test_the_papers_have_none(wanting: Path, command: CommandLine) -> None:
-    toml = (wanting / "tiny.toml").read_text()
-    head, mark, rest = toml.partition("[texts.test]")
-    (wanting / "tiny.toml").write_text(f'protocol = "paper"\n{head}{rest[rest.index("[search]") :]}')
-    assert tune(command, wanting, "texts.bos=true").error == (
-        f'{wanting}/tiny.toml with --set texts.bos=true: texts.bos: protocol = "paper" measures as the papers do, '
-        "without BOS; leave it out"
-    )
-    answer = tune(command, wanting)
-    assert (mark, answer.code) == ("[texts.test]", 0)
-    assert "BOS" not in answer.out.replace("texts.bos", "BOS")
-    without = nlls(wanting / "model", by_hand(wanting, "validation", bos=False))
-    assert reopen(wanting).user_attrs["dense"] == pytest.approx(without, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        ("maybe", 'texts.bos: must be auto or be true or false, got "maybe"'),
-        ("1", "texts.bos: must be auto or be true or false, got 1"),
-    ],
-)
-def test_other_values_are_refused(value: str, said: str, place: Path, command: CommandLine) -> None:
-    answer = tune(command, place, f"texts.bos={value}")
-    assert answer.error == f"{place}/tiny.toml with --set texts.bos={value}: {said}"
-
-
-def test_what_the_tokenizer_does_not_have_cannot_be_asked_for(place: Path, command: CommandLine) -> None:
-    assert tune(command, place, "texts.bos=true").error == (
-        f"texts.bos: the tokenizer in {place}/model has no BOS token; leave it out, or set it to false"
-    )
-    assert not (place / "tiny.db").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("never")
-def test_nothing_is_measured_where_it_is_asked_for(wanting: Path) -> None:
-    told: list[Event] = []
-    run(wanting, "texts.bos=true", "search.trials=1", watch=told.append)
-    study = reopen(wanting)
-    assert [event.text for event in told if isinstance(event, Message)] == ["loading the model and the texts"]
-    assert study.user_attrs["fingerprint"]["texts.bos"] is True
-    assert "bos" not in study.user_attrs
-    windows = by_hand(wanting, "test", bos=True)
-    assert study.user_attrs["test_nlls"]["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
 
 
 # --- where it goes
@@ -341,137 +237,6 @@ def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine
     assert "| BOS | every window of every text begins with it |" in card
 
 
-@pytest.mark.slow
-def test_a_configuration_without_the_key_has_none(finished: Path, command: CommandLine) -> None:
-    content = json.loads((finished / "tiny.best.json").read_text())
-    del content["bos"]
-    (finished / "older.json").write_text(json.dumps(content))
-    assert command("apply", "--config", finished / "older.json", "--out", finished / "older").code == 0
-    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
-    masks = [{name: tensor == 0 for name, tensor in tensors(finished / name).items()} for name in ("older", "sparse")]
-    assert any(not torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-    measured = read_config(finished / "older/atp_tune.json").scored()
-    without = perplexity(nlls(finished / "older", by_hand(finished, "test", bos=False)))
-    assert measured is not None
-    assert measured.value == pytest.approx(without.value, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_one_plan_without_a_search_has_it(wanting: Path, command: CommandLine) -> None:
-    out = wanting / "sparse"
-    answer = command("prune", "--study", wanting / "tiny.toml", "--beta", "0.01", "--out", out)
-    assert (answer.code, answer.err) == (0, "")
-    assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
-    config = read_config(out / "atp_tune.json")
-    measured = perplexity(nlls(out, by_hand(wanting, "test", bos=True)))
-    assert config.bos is True
-    assert config.scored() is not None
-    assert config.scored().value == pytest.approx(measured.value, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_folder_is_finetuned_as_it_was_pruned(finished: Path, command: CommandLine) -> None:
-    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
-    short = ("--steps", "2", "--batch", "2", "--seqlen", "16", "--text", f"file:{finished / 'long.txt'}")
-    short += ("--patience", "0")
-    answer = command("finetune", finished / "sparse", "--out", finished / "out", *short)
-    assert (answer.code, answer.err) == (0, "")
-    done = Finetuned.model_validate_json((finished / "out" / FINETUNED).read_text())
-    report = by_hand(finished, "test", bos=True)
-    assert done.bos is True
-    assert done.before.value == pytest.approx(perplexity(nlls(finished / "sparse", report)).value, rel=1e-5)
-    assert done.after.value == pytest.approx(perplexity(nlls(finished / "out", report)).value, rel=1e-5)
-    assert "4 windows of 16 tokens, each beginning with BOS" in (finished / "out/README.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_text_to_train_on_is_compared_without_bos(finished: Path, command: CommandLine) -> None:
-    """The test text itself under another name, in windows of half the length, is found out."""
-    assert command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse").code == 0
-    shutil.copy(finished / "test.txt", finished / "copy.txt")
-    short = ("--steps", "4", "--batch", "4", "--seqlen", "16", "--text", f"file:{finished / 'copy.txt'}")
-    short += ("--patience", "0")  # or windows are held out too, and counted
-    answer = command("finetune", finished / "sparse", "--out", finished / "out", *short)
-    assert "windows of file:" in answer.error and "are in the test text too" in answer.error
-
-
-@pytest.mark.slow
-def test_zero_shot_scores_are_of_these_masks(
-    finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("lm_eval")
-    opened, original = list[Session](), Session.open
-    monkeypatch.setattr(Session, "open", lambda *given: opened.append(original(*given)) or opened[-1])
-    task = make_tasks(tmp_path / "tasks", 4) / "far.yaml"
-    answer = command("evaluate", "--config", finished / "tiny.best.json", "--tasks", task, "--limit", "2")
-    assert (answer.code, answer.err) == (0, "")
-    known = torch.from_numpy(opened[0].windows["calibration"].ids)
-    assert torch.equal(known, by_hand(finished, "calibration", bos=True, windows=8))
-
-
-@pytest.mark.slow
-def test_a_plan_is_of_the_study_that_was_begun(finished: Path, cache: Path, command: CommandLine) -> None:
-    assert command("plan", "--study", finished / "tiny.toml").code == 0
-    windows = [np.load(file) for file in (cache / "windows").iterdir()]
-    assert len(windows) == 3
-    assert all((ids[:, 0] == BOS).all() for ids in windows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_wherever_the_weights_lie(offload: str, wanting: Path, finished: Path) -> None:
-    run(wanting, f"model.offload={offload}", "search.trials=1")
-    assert reopen(wanting).user_attrs["bos"] == reopen(finished).user_attrs["bos"]
-
-
-@pytest.mark.slow
-def test_a_random_draw_is_asked_too(wanting: Path) -> None:
-    lines = [json.dumps({"text": part}) for part in (wanting / "calibration.txt").read_text().split("\n\n")]
-    (wanting / "calibration.jsonl").write_text("\n".join(lines))
-    changes = ("source=file:calibration.jsonl", "sampling=random", "nsamples=2", "stride=2")
-    run(wanting, *(f"texts.calibration.{change}" for change in changes), "search.trials=1")
-    found = BosEffect.model_validate(reopen(wanting).user_attrs["bos"])
-    assert (found.windows, found.taken) == (8, True)
-
-
-def test_the_recipe_says_what_it_cannot(finished: Path, command: CommandLine) -> None:
-    line = "# DATA must be tokenised already, each sample beginning with the BOS token: a recipe cannot ask for it\n"
-
-    def recipe(file: str) -> str:
-        out = finished / "x.recipe.yaml"
-        out.unlink(missing_ok=True)
-        assert command("export", "--config", finished / file, "--out", out).code == 0
-        return out.read_text()
-
-    content = json.loads((finished / "tiny.best.json").read_text())
-    (finished / "plain.json").write_text(json.dumps({**content, "bos": False}))
-    assert recipe("tiny.best.json").count(line) == 1
-    assert recipe("tiny.best.json").replace(line, "") == recipe("plain.json")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "read"),
-    [
-        (("status",), lambda answer, out: answer.out),
-        (("report", "--format", "md"), lambda answer, out: out.read_text().replace("\\", "")),
-        (("report", "--format", "html"), lambda answer, out: out.read_text().replace("&lt;", "<").replace("&gt;", ">")),
-    ],
-)
-def test_it_is_told(
-    words: tuple[str, ...], read: Callable[[Answer, Path], str], finished: Path, command: CommandLine
-) -> None:
-    out = finished / "report.out"
-    options = ("--out", out) if "report" in words else ()
-    answer = command(*words, "--study", finished / "tiny.toml", *options)
-    assert (answer.code, answer.err) == (0, "")
-    assert "BOS: every window begins with <s>: dense perplexity" in read(answer, out)
-
-
-def test_programs_are_told_too(finished: Path, command: CommandLine) -> None:
-    assert json.loads(command("status", "--study", finished / "tiny.toml", "--json").out)["bos"] is True
-
-
 def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
     """A stranger's database cannot bring down what reads it."""
     study = reopen(finished)
@@ -491,11 +256,3 @@ def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Pa
     assert "texts.calibration.content" in answer.error
     run(wanting, name="other", watch=lambda event: None)
     assert fingerprint.has_bos(reopen(wanting, "other"))
-
-
-def test_a_study_file_names_what_it_says(wanting: Path) -> None:
-    assert study_file(wanting).study.bos is None
-    assert study_file(wanting, "texts.bos=true").study.bos is True
-    assert study_file(wanting, "texts.bos=false").study.bos is False
-    with pytest.raises(UserError, match=r"texts\.bis: unknown key; did you mean texts\.bos\?"):
-        study_file(wanting, "texts.bis=true")

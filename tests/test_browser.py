@@ -6,17 +6,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import optuna
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_serving import Dashboard, served
 from tinystudy import HANGS, CommandLine, run, wait_until
-
-from atp_tune.report import gather, html
 
 pytestmark = pytest.mark.slow
 LOCAL = ("file:", "data:", "blob:")
@@ -65,20 +61,6 @@ def traces(page: Page, title: str) -> int:
     plot = page.locator(".js-plotly-plot", has_text=title)
     expect(plot).to_be_visible()
     return plot.locator("g.trace").count()
-
-
-def test_the_list_leads_to_the_study(page: Page, dashboard: Dashboard) -> None:
-    page.goto(f"http://127.0.0.1:{dashboard.port}")
-    page.get_by_role("link", name="tiny").first.click()
-    expect(page.get_by_text("Hyperparameter Importance", exact=True).first).to_be_visible()
-    assert "/dashboard/studies/" in page.url
-
-
-def test_the_note_is_shown(page: Page, dashboard: Dashboard) -> None:
-    page.goto(address(dashboard, "/note"))
-    expect(page.get_by_role("heading", name="tiny: model at 50% sparsity")).to_be_visible()
-    expect(page.get_by_role("cell", name="dense")).to_be_visible()
-    expect(page.get_by_text("6 of 6 trials are done.")).to_be_visible()
 
 
 def test_an_open_page_follows_the_study(page: Page, dashboard: Dashboard, done: Path) -> None:
@@ -136,23 +118,6 @@ def test_the_report_needs_no_network(
         tick = page.locator(".xtick text").first
         ink = [int(number) for number in re.findall(r"\d+", tick.evaluate("e => getComputedStyle(e).fill"))[:3]]
         assert abs(sum(ink) - sum(shades)) > 150, (ink, shades)
-
-
-def test_two_studies_in_one_report(browser: Browser, done: Path, command: CommandLine) -> None:
-    shutil.copy(done / "tiny.toml", done / "other.toml")
-    run(done, f"storage=sqlite:///{done / 'other.db'}", name="other")
-    answer = command("report", "--study", done / "tiny.toml", "--study", done / "other.toml")
-    assert answer.code == 0, answer.err
-    with opened(browser, Path(answer.out.split()[-1]), 1400, "light") as page:
-        expect(page.locator(".js-plotly-plot")).to_have_count(12)
-        expect(page.get_by_role("cell", name="other").first).to_be_visible()
-
-
-def test_five_hundred_trials_are_shown(browser: Browser, tmp_path: Path, long: optuna.Study) -> None:
-    (tmp_path / "many.html").write_bytes(html.make([gather(long, datetime.now())]))
-    with opened(browser, tmp_path / "many.html", 1400, "light") as page:
-        expect(page.locator(".js-plotly-plot")).to_have_count(5)
-        assert page.locator("table tr").count() > 500
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from families import same_bits
 
 from atp_tune.checkpoints import devices
-from atp_tune.checkpoints.devices import Mapped, mapped_files, move_into, on_disk, plain
+from atp_tune.checkpoints.devices import mapped_files, move_into, on_disk, plain
 from atp_tune.errors import UserError
 
 
@@ -24,11 +24,6 @@ def test_tensors_lie_side_by_side_with_their_values(buffer: Any) -> None:
     assert strided.data_ptr() == place  # what is not contiguous stays as it is
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors[:3]}) == 1
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
-
-
-def test_nothing_is_moved_where_there_is_nothing() -> None:
-    move_into(lambda size: pytest.fail("asked for memory"), [])
-    move_into(lambda size: pytest.fail("asked for memory"), [torch.ones(0)])
 
 
 def test_memory_goes_back_when_the_last_tensor_goes(cache: Path) -> None:
@@ -52,21 +47,6 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"^model.offload: .*blocks: No space left on device; 2.0 GiB are wanted$"):
         on_disk(2 * 1024**3)
-
-
-def test_where_the_system_has_no_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "posix_fallocate")
-    assert len(on_disk(5000)) == 5000
-
-
-def test_ranges() -> None:
-    tensor = torch.ones(4)
-    start = tensor.data_ptr()
-    assert Mapped(((5, 9), (start - 8, start + 8))).holds(tensor)
-    assert not Mapped(((5, 9), (start + 8, start + 16))).holds(tensor)
-    assert not Mapped(()).holds(tensor)
-    assert Mapped(((start, start + 8),)).bytes_beside([tensor, torch.ones(3)]) == 12
-    assert not mapped_files().holds(tensor)
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no large pages here")

@@ -2,9 +2,7 @@ import hashlib
 import os
 import platform
 import stat
-from logging import LogRecord
 from pathlib import Path
-from threading import Event, Thread
 from time import monotonic, time
 
 import psutil
@@ -14,13 +12,10 @@ from huggingface_hub import constants
 from atp_tune.errors import UserError
 from atp_tune.utils.cache import (
     TakenError,
-    alone_with,
-    cache_dir,
     file_atomically,
     folder_atomically,
     sha256_of,
     sha256_of_files,
-    sha256_of_json,
     temporary_folder,
     write_atomically,
     write_out,
@@ -44,42 +39,7 @@ def names(folder: Path) -> list[str]:
 # --- where it lies
 
 
-def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir("windows") == tmp_path / "cache" / "windows"
-    monkeypatch.delenv("ATP_TUNE_CACHE")
-    assert cache_dir("windows") == tmp_path / "xdg" / "atp_tune" / "windows"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_dir("windows") == tmp_path / "home" / ".cache" / "atp_tune" / "windows"
-    assert cache_dir("windows").is_dir()
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError) as caught:
-        cache_dir("models")
-    assert str(caught.value) == (
-        f"cache folder {tmp_path}/file/models: Not a directory; set ATP_TUNE_CACHE to a folder that can be written"
-    )
-
-
 # --- hashes
-
-
-def test_sha256_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc" * 100_000)
-    assert sha256_of(tmp_path / "a") == digest(b"abc" * 100_000)
-
-
-def test_a_hash_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    first = sha256_of(tmp_path / "a")
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    monkeypatch.setattr(hashlib, "file_digest", refuse)
-    assert sha256_of(tmp_path / "a") == first
-    assert sha256_of(tmp_path / "link") == first
 
 
 def test_a_changed_file_has_a_new_hash(tmp_path: Path) -> None:
@@ -93,18 +53,6 @@ def test_a_changed_file_has_a_new_hash(tmp_path: Path) -> None:
     file.write_bytes(b"abcd")  # as old as before
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert sha256_of(file) == digest(b"abcd")
-
-
-def test_another_file_in_its_place_has_its_own_hash(tmp_path: Path) -> None:
-    """Same path, size and time, as `cp -p` or an unpacked archive makes it."""
-    file = tmp_path / "a"
-    file.write_bytes(b"abc")
-    sha256_of(file)
-    before = file.stat()
-    (tmp_path / "b").write_bytes(b"abd")
-    os.utime(tmp_path / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
-    (tmp_path / "b").replace(file)
-    assert sha256_of(file) == digest(b"abd")
 
 
 @pytest.fixture
@@ -169,18 +117,7 @@ def test_hashing_ends_at_once_when_it_is_interrupted(tmp_path: Path, monkeypatch
     assert monotonic() - began < 30
 
 
-def test_sha256_of_json_knows_no_order_of_keys() -> None:
-    assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1})
-    assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 1.5})
-
-
 # --- files and folders, whole or not at all
-
-
-def test_a_file_is_written_with_the_rights_of_a_file(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"new"
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
@@ -221,14 +158,6 @@ def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert stat.S_IMODE(out.stat().st_mode) == 0o755
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_a_folder_whose_making_fails_leaves_nothing_behind(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), folder_atomically(tmp_path / "a") as folder:
-        (folder / "file").write_text("x")
-        raise error
-    assert names(tmp_path) == []
-
-
 def test_a_folder_of_the_cache_that_another_process_made_first_is_kept(tmp_path: Path) -> None:
     with folder_atomically(tmp_path / "a", shared=True) as folder:
         (folder / "file").write_text("second")
@@ -250,14 +179,6 @@ def test_a_result_whose_place_was_filled_meanwhile_is_an_error_and_kept_beside(i
     assert str(caught.value) == f"{tmp_path}/a: was filled meanwhile, and is left as it is; the result is in {where}"
     assert names(tmp_path) == ["a", "a-2"]
     assert (file.read_text(), (where / "file").read_text()) == ("first", "second")
-
-
-def test_a_file_where_a_folder_of_the_cache_should_be_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("mine")
-    with pytest.raises(OSError, match="Not a directory"), folder_atomically(tmp_path / "a", shared=True):
-        pass
-    assert names(tmp_path) == ["a"]
-    assert (tmp_path / "a").read_text() == "mine"
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -310,36 +231,3 @@ def test_another_container_of_this_name_may_live(hours: int, within: int, stays:
         os.utime(place, (time() - 3600 * age,) * 2)
     with temporary_folder(tmp_path / "a"):
         assert left.exists() == stays
-
-
-def test_who_waits_long_for_a_file_says_for_which(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("atp_tune.utils.cache.PATIENCE", 0.01)
-    holds, done = Event(), Event()
-
-    def hold() -> None:
-        with alone_with(tmp_path / "a"):
-            holds.set()
-            done.wait(60)
-
-    def let_go(record: LogRecord) -> bool:
-        done.set()
-        return True
-
-    other = Thread(target=hold)
-    other.start()
-    assert holds.wait(60)
-    monkeypatch.setattr(caplog.handler, "filters", [let_go])
-    with alone_with(tmp_path / "a"):
-        assert done.is_set()  # its lock was not broken
-    other.join()
-    (said,) = caplog.messages
-    assert said.startswith(f"waiting for another process that writes {tmp_path}/a; it holds {cache}/running/")
-
-
-def test_the_cache_is_swept_of_all_names(cache: Path) -> None:
-    left = cache_dir("models") / f".one.{platform.node()}-{DEAD}-1-x"
-    left.mkdir()
-    with temporary_folder(cache_dir("models") / "other"):
-        assert not left.exists()

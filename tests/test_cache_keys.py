@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from families import same_bits
-from test_layers import FILES, REPO
 from tinystudy import few_steps, study_file
 
 from atp_tune.api.configuration import weights_of
@@ -281,21 +280,6 @@ def test_a_key_is_made_of_all_its_ingredients_and_no_other(monkeypatch: pytest.M
         for wrong in ({**given, "other": 1}, dict(list(given.items())[1:])):
             with pytest.raises(TypeError, match=f"{folder}: its key is of {names[0]}"):
                 key(folder, **wrong)
-
-
-def test_the_table_of_keys_is_that_of_the_code() -> None:
-    page = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
-    table, _, rest = page.partition("<!-- keys -->\n")[2].partition("<!-- end -->")
-    head, _, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines())
-    assert [row[0] for row in rows] == [*FOLDERS]
-    for folder, *cells in rows:
-        assert len(cells) == len(head) - 1
-        named = {name for cell in cells for name in cell.split(", ") if len(name) > 1}
-        assert named == {*FOLDERS[folder][1]}, folder
-        assert all(f"- {cell}: " in rest for cell in cells if len(cell) == 1 and cell != "–")
-    other = {folder for line in re.findall(r"(?m)^\| ([^|]+) \|[^|]+\|$", rest) for folder in line.split(", ")}
-    calls = re.findall(r'cache_dir\("([^"]+)"\)', "".join(path.read_text() for path in FILES.values()))
-    assert {*calls} <= {*FOLDERS, *other}
 
 
 @pytest.mark.slow

@@ -13,18 +13,17 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from plans import planned
-from test_config import config, scores
-from tinystudy import BLOCKS, CommandLine
+from test_config import config
+from tinystudy import CommandLine
 
-from atp_tune.config.best import Config, EvaluationTexts, read_config
+from atp_tune.config.best import Config, EvaluationTexts
 from atp_tune.config.data import Text
 from atp_tune.config.manifest import Manifest, environment
 from atp_tune.config.prune import PruneConfig
 from atp_tune.folders.card import model_card
 from atp_tune.measures import TaskScore
-from atp_tune.metrics import Continuations, Measured, Rates, Sizes, Speed
+from atp_tune.metrics import Measured, Rates, Sizes, Speed
 
-REPORT = "file:ünïcode.txt, part 0.25 to 1, all windows of 2048 tokens"
 BROKEN = ["no card", "---\n[1, 2]\n---\n", "---\nlicense: {a: 1}\n---\n", "---\n: :\n---"]
 COMMIT = "c0ffee" * 7
 UNKNOWN = {"license": "other", "license_name": "that-of-the-dense-model"}
@@ -80,19 +79,6 @@ def test_the_front_matter_is_the_hub_s() -> None:
             }
         ],
     }  # fmt: skip
-
-
-def test_it_reads_as_it_was_written(tmp_path: Path) -> None:
-    made = card()
-    made.save(tmp_path / "README.md")
-    read = ModelCard.load(tmp_path / "README.md")
-    assert read.data.to_dict() == made.data.to_dict()
-    (result,) = read.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("perplexity", 13.25)
-    assert (result.dataset_type, result.dataset_name) == (
-        "text",
-        REPORT,
-    )
 
 
 @pytest.mark.parametrize("text", [DENSE_CARD, *BROKEN])
@@ -151,32 +137,6 @@ def channels(**changes: Any) -> Config:
     return config(**{"plan": plan, "prune": prune, "linears": None, **changes})
 
 
-def test_settings_of_channels_are_told() -> None:
-    told = "heads = False, {}refit = True, damping = 0.01, round\\_to = 8"
-    facts = dict(rows(card(channels()), "## How it was made"))
-    assert facts["pruner"] == "wanda, " + told.format("score = norm, ")
-    facts = dict(
-        rows(card(channels(plan=channels().plan.model_copy(update={"method": "magnitude"}))), "## How it was made")
-    )
-    assert facts["pruner"] == "magnitude, " + told.format("")
-
-
-def test_uniform_channels_are_called_uniform() -> None:
-    made = card(
-        channels(plan=planned("wanda", "uniform", (0.25, 0.26, 0.25), None, ((0.3, 0.2), (0.3, 0.21), (0.3, 0.2))))
-    )
-    assert "Every block has the same share of zeros, but for rounding." in body(made)
-    assert "its own share" not in body(made)
-    assert made.data.tags[-1] == "uniform"
-    assert "its own share" in body(card(channels()))
-
-
-def test_a_slim_folder_claims_what_was_measured() -> None:
-    said = " ".join(body(card(channels(slim=True))).split())
-    assert "usually faster, without a kernel of its own. Measured once, on a CPU in float32: SmolLM2-135M" in said
-    assert "every device" not in said
-
-
 # --- the page
 
 
@@ -185,16 +145,6 @@ def rows(made: ModelCard, head: str) -> list[list[str]]:
     lines = body(made).split(head)[1].splitlines()
     table = [line for line in lines if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-
-
-def test_perplexities_side_by_side() -> None:
-    made = card(config(scores={"dense": scores(8.0, 8.5), "uniform": scores(14.0, 14.5), "best": scores(12.5, 13.25)}))
-    assert rows(made, "## Evaluation")[2:5] == [
-        ["dense", "8.50 ± 0.25"],
-        ["sparsegpt, uniform", "14.50 ± 0.25"],
-        ["**this model** (sparsegpt, atp β=0.01250)", "13.25 ± 0.25"],
-    ]
-    assert REPORT in body(made)
 
 
 def test_zero_shot_scores() -> None:
@@ -241,62 +191,6 @@ def test_size_and_speed_as_they_were_measured() -> None:
     assert "Measured:" not in body(card())
 
 
-def test_what_is_not_measured_is_not_told() -> None:
-    none = scores(1.0, None)
-    made = card(config(scores=dict.fromkeys(("dense", "uniform", "best"), none)))
-    assert "model-index" not in made.data.to_dict()
-    assert "± is" not in body(made)
-    infinite = config().scored().model_copy(update={"value": float("inf"), "stderr": float("inf")})  # type: ignore[union-attr]
-    made = card(config(scores={"best": {"perplexity": {"test": infinite}}}))
-    assert "model-index" not in made.data.to_dict()
-
-
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps"])
-def test_what_became_of_the_weights_that_stay(pruner: str) -> None:
-    text = body(card(config(plan=planned(pruner, "atp", (0.575, 0.6, 0.625)))))
-    assert ("changed to make up" in text) == (pruner != "wanda")
-
-
-def test_prices_and_refinement_are_named() -> None:
-    plan = planned("sparsegpt", "gradient", (0.3, 0.2), {"kappa": 1.0}, ((0.4, 0.2), (0.2, 0.2)))
-    text = body(card(config(plan=plan, linears=None, prune=PruneConfig(refine=5))))
-    assert (
-        "Each linear has its own share of zeros, chosen by the allocation `gradient κ=1` of atp_tune, by gradients"
-        in text
-    )
-    assert "conjugate gradients changed to make up" in text and "ICML 2025" not in text
-    assert "ICML 2025" in body(card())
-
-
-def test_a_text_that_was_searched_on_is_confessed() -> None:
-    text = Text(source="wikitext2", split="test")
-    assert "on this same text" in body(card(config(texts=EvaluationTexts(validation=text, test=text))))
-    assert "on this same text" not in body(card())
-
-
-def test_it_says_that_zeros_gain_nothing() -> None:
-    assert "By themselves they make nothing smaller and nothing faster" in body(card())
-
-
-WRITTEN = {
-    "dense": ("girl named Emma who loved to play in the sun. She had a big smile on her face", "", "Paris."),
-    "uniform": ("the capital of" * 9, ", a little" * 16, "very, " * 20),
-    "best": (
-        "the capital of" * 9,
-        "but you don't.\nThe story story is very, " * 4,
-        "Paris, the city of light.",
-    ),
-}
-
-
-def test_texts_that_repeat_themselves_are_confessed() -> None:
-    written = Continuations(prompts=("A", "B", "C"), tokens=48, dtype="bfloat16", **WRITTEN)
-    said = "2 of the 3 texts of **this model** repeat themselves, of the dense model's none.\nEach text is greedy"
-    assert said in body(card(config(continuations=written)))
-    better = written.model_copy(update={"best": written.dense})
-    assert "repeat themselves" not in body(card(config(continuations=better)))
-
-
 def made_on(device: str) -> Manifest:
     return Manifest(files={}, environment=environment(device))
 
@@ -331,15 +225,6 @@ def test_what_was_not_tested_follows_from_the_record(
     assert (line in section.replace("\\", "")) == there
 
 
-def test_zeros_by_block() -> None:
-    bars = re.findall(r"block +(\d+) +([\d.]+)% +(█+)", body(card()))
-    assert [(int(index), float(share), len(bar)) for index, share, bar in bars] == [
-        (0, 57.5, 23),
-        (1, 60, 24),
-        (2, 62.5, 25),
-    ]
-
-
 @pytest.mark.parametrize("name", ["a|b", "<script>alert(1)</script>", "`x`", "[a](http://b)", "# head", "{{ 7 * 7 }}"])
 def test_names_of_others_are_only_names(name: str) -> None:
     """In a Markdown renderer that lets HTML through, as the hub's does."""
@@ -354,35 +239,6 @@ def test_names_of_others_are_only_names(name: str) -> None:
 
 
 # --- the folder
-
-
-@pytest.mark.slow
-def test_apply_says_what_it_measured(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    (done / "model" / "README.md").write_text(DENSE_CARD)
-    worse = read_config(done / "tiny.best.json")
-    promised = worse.scored()
-    assert promised
-    off = {"perplexity": {"test": promised.model_copy(update={"value": promised.value * 1.5})}}
-    worse.model_copy(update={"scores": {**worse.scores, "best": off}}).write(done / "worse.json")
-    assert command("apply", "--config", done / "worse.json", "--out", tmp_path / "sparse").code == 0
-    made = ModelCard.load(tmp_path / "sparse" / "README.md")
-    assert made.data.license == "other"
-    (result,) = made.data.eval_results
-    assert result.metric_value == pytest.approx(promised.value, rel=1e-3)
-    assert rows(made, "## Evaluation")[4][1] == str(read_config(tmp_path / "sparse" / "atp_tune.json").scored())
-    assert len(re.findall("block +[0-9]+ ", body(made))) == BLOCKS
-
-
-@pytest.mark.slow
-def test_a_plan_without_a_search_has_a_card_too(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    (done / "model" / "atp_tune.finetune.json").write_text("{}")  # of the dense model, which was trained
-    words = ["prune", "--study", done / "tiny.toml", "--beta", "0.05", "--out", tmp_path / "sparse"]
-    assert command(*words).code == 0
-    assert not (tmp_path / "sparse" / "atp_tune.finetune.json").exists()
-    made = ModelCard.load(tmp_path / "sparse" / "README.md")
-    assert ["found by", "no search"] in rows(made, "## How it was made")
-    assert len(rows(made, "## Evaluation")[:3]) == 3
-    assert made.data.eval_results[0].metric_value > 1
 
 
 @pytest.mark.slow

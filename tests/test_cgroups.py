@@ -81,25 +81,6 @@ def test_a_container_sees_its_own_group_as_the_root(version: int, tmp_path: Path
         assert machine.free == 700
 
 
-def test_no_limit(version: int, tmp_path: Path) -> None:
-    machine = Machine(tmp_path, version, "/job")
-    assert machine.free is None
-    machine.limit("job", "max" if version == 2 else UNLIMITED, 300)
-    assert (machine.free is None) == (version == 2)
-    assert cgroup_limit(machine.process) is None
-    assert cgroup_limit(tmp_path / "no Linux") is None
-    assert free_in_cgroups(tmp_path / "no Linux") is None
-
-
-def test_both_versions_may_be_mounted(tmp_path: Path) -> None:
-    one, two = (Machine(tmp_path / str(version), version, "/job") for version in (1, 2))
-    one.limit("job", 1000, 300)
-    two.limit("job", "max", 300)
-    for name in ("cgroup", "mountinfo"):
-        (one.process / name).write_text((one.process / name).read_text() + (two.process / name).read_text())
-    assert one.free == 700
-
-
 def test_host_memory_is_the_smaller_of_the_machines_and_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     for limit, expected in ((None, 1000), (300, 300), (5000, 1000)):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import CPU, TOKENS, bench_of, copy_of, few, random_ids, same_bits, tiny
 from plans import linears_of
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from atp_tune.allocations.channels import BlockChannels, ChannelSet, rounded
@@ -18,7 +17,7 @@ from atp_tune.blocks.channels import find_channels, too_sparse
 from atp_tune.config.patterns import make_plan, parse
 from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError, UserError
-from atp_tune.pruners.channels import HessianAndMoments, channel_scores, magnitude_scores, refitted
+from atp_tune.pruners.channels import HessianAndMoments, channel_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
 
@@ -75,25 +74,6 @@ def test_channels_of_a_model_that_was_pruned_are_found_again() -> None:
         assert [(one.writers, one.reader, one.count) for one in found.sets] == FOUND["llama"]
 
 
-@pytest.mark.parametrize("family", few(NO_HEADS, ("gpt2",)))
-def test_heads_that_cannot_go_alone_stay(family: str) -> None:
-    work = bench_of(tiny(family))
-    (block, *_) = find_channels(work.replay, ChannelSettings())
-    assert [(block.mlp.writers, block.mlp.reader, block.mlp.count)] == [NO_HEADS[family]]
-    with pytest.raises(UserError, match=r"no heads that can go one by one; set prune.channels.heads = false$"):
-        find_channels(work.replay, ChannelSettings(heads=True))
-
-
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [("phi3", "it has no MLPs whose inner channels can go one by one"), ("mixtral", "mlp.experts holds experts")],
-)
-def test_a_block_without_channels_is_refused_in_one_line(family: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f'^prune.pattern: "channels" cannot prune block 0 .*{reason}') as caught:
-        find_channels(bench_of(tiny(family)).replay, ChannelSettings())
-    assert "\n" not in str(caught.value)
-
-
 class Leaking(nn.Module):
     """An MLP whose inner channels are also read by something else than its second linear."""
 
@@ -131,20 +111,6 @@ def gone(shares: tuple[float, ...], heads: bool = False) -> float:
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
 
 
-def test_shares_are_those_of_whole_channels() -> None:
-    ((*attention, up, down),) = rounded([0.2], [block()], 0.2)
-    assert attention == [0, 0, 0]
-    assert up == down == 0.3  # 0.2 of 280 weights is 56, 3.5 channels of 16, and 4 are no nearer
-
-
-def test_heads_go_first_and_channels_make_up_the_rest() -> None:
-    ((q, k, o, up, down),) = rounded([0.4], [block(heads=True)], 0.4)
-    assert q == k == o == 1 / 3
-    assert up == down == 0.4  # 0.4 of 280 is 112 = 40 + 72, and 72 is 4.5 channels of 16
-    (row,) = rounded([0.3], [block(heads=True)], 0.3)
-    assert row[0] == 0
-
-
 @pytest.mark.parametrize("round_to", [1, 3, 8])
 @pytest.mark.parametrize("heads", [False, True])
 def test_the_mean_is_kept_and_widths_are_multiples(round_to: int, heads: bool) -> None:
@@ -169,11 +135,6 @@ def test_sparsities_above_what_channels_can_make_are_lowered_and_the_others_rais
     rows = rounded([0.0, 0.6, 0.9], [block()] * 3, 0.5)
     assert gone(rows[2]) == pytest.approx(highest)
     assert sum(map(gone, rows)) / 3 == pytest.approx(0.5, abs=8 / 280)
-
-
-def test_equal_sparsities_that_need_no_rounding_make_equal_widths() -> None:
-    rows = rounded([16 * 4 / 280] * 5, [block()] * 5, 16 * 4 / 280)
-    assert set(rows) == {(0, 0, 0, 0.4, 0.4)}
 
 
 # scores and refit
@@ -217,14 +178,6 @@ def test_scores_are_those_of_a_naive_loop(columns: int, score: str) -> None:
     assert found.tolist() == pytest.approx(naive_scores(weight, x, columns, score), rel=1e-4)
 
 
-def test_magnitude_scores_add_up_all_weights_of_a_channel() -> None:
-    up, down = torch.randn(6, 5), torch.randn(4, 3)
-    found = magnitude_scores([(up, 2), (down.T, 1)])
-    for channel in range(3):
-        weights = [*up[2 * channel : 2 * channel + 2].flatten().tolist(), *down[:, channel].tolist()]
-        assert float(found[channel]) == pytest.approx(sum(w * w for w in weights), rel=1e-5)
-
-
 def least_squares(weight: Tensor, lost: Tensor, x: Tensor, damping: float) -> Tensor:
     """The weight [out, in] by `torch.linalg.lstsq`: inputs that stay to outputs before, and the ridge as rows."""
     w, inputs, there = weight.double(), x.double() * math.sqrt(2 / len(x)), ~lost
@@ -246,16 +199,6 @@ def test_the_refit_is_that_of_lstsq(tokens: int) -> None:
     torch.testing.assert_close(found.double(), least_squares(weight, lost, x, 0.01), rtol=1e-4, atol=1e-5)
     before, after = (float(((x @ (w - weight).T) ** 2).sum()) for w in (weight.masked_fill(lost, 0), found))
     assert after < before
-
-
-def test_the_refit_of_an_undamped_hessian_is_the_formula() -> None:
-    weight, x = torch.randn(5, 8), torch.randn(200, 8)
-    lost = torch.tensor([True, False] * 4)
-    hessian = measured(x).parts["hessian"].matrix()
-    found = refitted(weight, lost, hessian, 1e-12)
-    h = hessian.double()
-    expected = weight.double() @ h[:, ~lost] @ torch.linalg.inv(h[~lost][:, ~lost])
-    torch.testing.assert_close(found[:, ~lost].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_hessian_that_overflows_is_a_failed_trial() -> None:
@@ -332,21 +275,6 @@ def test_the_pass_is_that_of_naive_loops(family: str, pruner: str, keys: dict[st
     assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
-def test_nothing_that_loses_no_channel_is_changed() -> None:
-    work = bench_of(tiny("llama"), settings(heads=True))
-    plan = make_plan("wanda", "uniform", work.budget(0.0), {}, CHANNELS)
-    for one in work.prune(plan):
-        dense = work.checkpoint.weights(one.index)
-        assert all(same_bits(tensor, dense[name]) for name, tensor in one.weights.items())
-        assert not sum(one.zeros.values())
-
-
-def test_more_than_the_mlp_has_is_refused() -> None:
-    work = bench_of(tiny("llama"), settings())
-    with pytest.raises(UserError, match=r"^sparsity: 0.7 is more than the 0.\d+ that channels of this model can make"):
-        work.budget(0.7)
-
-
 @pytest.mark.parametrize(
     ("step", "heads", "highest"), [(64, False, "0"), (10, False, "0"), (10, True, "0"), (7, False, r"0\.1714")]
 )
@@ -354,11 +282,6 @@ def test_the_setting_that_bounds_the_sparsity_is_named(step: int, heads: bool, h
     said = f"of 10 channels of an MLP a multiple of {step} must stay, so that the sparsity is {highest} at most"
     with pytest.raises(UserError, match=f"^prune.channels.round_to: {said}, not 0.2; lower it$"):
         raise too_sparse(0.2, [block(step, heads)] * 3, ChannelSettings(round_to=step, heads=heads))
-
-
-def test_a_step_that_is_too_wide_for_a_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^prune.channels.round_to: of 40 channels of an MLP a multiple of 64 must"):
-        bench_of(tiny("llama"), settings(round_to=64)).budget(0.2)
 
 
 def test_the_bound_of_beta_keeps_every_block_within_what_channels_can_make() -> None:
@@ -374,47 +297,3 @@ def test_the_bound_of_beta_keeps_every_block_within_what_channels_can_make() -> 
 
 
 # what does not go with channels
-
-REFUSED = {
-    'pruners: sparsegpt scores no channels; take wanda or magnitude where pattern = "channels"': {
-        "pruners": ("sparsegpt",)
-    },
-    "pruners: alps scores no channels": {"pruners": ("wanda", "alps")},
-    "pruners: dsnot scores no channels": {"pruners": ("dsnot",)},
-    'statistics: must be "block", not "dense"': {"statistics": "dense"},
-    'statistics: must be "block", not "sequential"': {"statistics": "sequential"},
-    "refine: updates single weights": {"refine": 2},
-    "wanda.compare: row-variant compares single weights": {"wanda": {"compare": "row-variant"}},
-}
-
-
-@pytest.mark.parametrize("said", REFUSED)
-def test_settings_of_single_weights_are_refused(said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        PruneConfig(pattern="channels", **REFUSED[said])
-
-
-def test_settings_of_channels_need_the_pattern() -> None:
-    with pytest.raises(ValidationError, match='channels: belongs to pattern = "channels", and the pattern is 2:4'):
-        PruneConfig(pattern="2:4", channels=ChannelSettings(heads=True))
-
-
-def test_torch_pruning_removes_the_same_channels() -> None:
-    """By magnitude, over the groups that it finds by tracing the graph of an MLP; with: pip install torch-pruning."""
-    tp = pytest.importorskip("torch_pruning")
-    model = tiny("llama")
-    work = bench_of(model, settings(pruners=("magnitude",), refit=False))
-    plan = make_plan("magnitude", "uniform", work.budget(0.2), {}, CHANNELS)
-    (own, *_) = work.prune(plan)
-    mlp = copy.deepcopy(model.model.layers[0].mlp).train().requires_grad_(True)
-    count = int(own.channels["mlp.down_proj"].sum())
-    importance = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)
-    pruner = tp.pruner.BasePruner(
-        mlp, torch.randn(2, 24), importance=importance, pruning_ratio=count / 40, ignored_layers=[mlp.down_proj]
-    )
-    pruner.step()
-    assert mlp.down_proj.in_features == 40 - count
-    kept = ~own.channels["mlp.down_proj"]
-    for name, by in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        ours = own.weights[f"mlp.{name}.weight"].index_select(by, kept.nonzero()[:, 0])
-        assert torch.equal(getattr(mlp, name).weight.detach(), ours), name

@@ -24,9 +24,6 @@ from transformers import AutoModelForCausalLM
 
 from atp_tune.packed.kernel import PackedMatrix
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}me:{% endif %}"
-)
 # Makes the terminal that is its input the one whose Ctrl-C it hears, then becomes the command.
 AT_TERMINAL = (
     "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -160,15 +157,6 @@ def test_only_the_answer_is_printed(sparse: Path, piped: Callable[..., Answer]) 
 
 
 @pytest.mark.slow
-def test_a_configuration_answers_as_its_folder(sparse: Path, done: Path, piped: Callable[..., Answer]) -> None:
-    before = sorted(done.rglob("*"))
-    answer = piped(LINE, done / "tiny.best.json", "--max-new-tokens", "9")
-    assert answer == piped(LINE, sparse, "--max-new-tokens", "9")
-    assert answer.out != greedy(done / "model", LINE, 9) + "\n"
-    assert sorted(done.rglob("*")) == before
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["", "torch"])
 def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
     isa: str, sparse: Path, tmp_path: Path, command: CommandLine, piped: Callable[..., Answer],
@@ -188,39 +176,7 @@ def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
         assert bool(used) == (not isa)
 
 
-@pytest.mark.slow
-def test_the_whole_input_is_one_message_in_the_template(sparse: Path, piped: Callable[..., Answer]) -> None:
-    tokenizer = make_tokenizer()
-    (sparse / "chat_template.jinja").write_text(TEMPLATE)
-    answer = piped("one\ntwo\n", sparse, "--max-new-tokens", "9", "--system", "be kind")
-    assert answer.out == greedy(sparse, "system: be kind\nuser: one\ntwo\nme:", 9) + "\n"
-    assert tokenizer.chat_template is None
-
-
 # --- bad input
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (b" \n", 'the message is empty; for example: echo "Hello" | python tune.py chat DIR'),
-        (b"\xff", "the message is not UTF-8 text; write it in UTF-8"),
-    ],
-)
-def test_a_message_that_is_none(text: bytes, expected: str, tiny_place: Path, piped: Callable[..., Answer]) -> None:
-    assert piped(text, tiny_place / "model").error == expected
-
-
-@pytest.mark.slow
-def test_a_place_that_is_none(tiny_place: Path, tmp_path: Path, piped: Callable[..., Answer]) -> None:
-    assert piped("x", tmp_path / "no").error == (
-        f"{tmp_path}/no: is no folder and no file; give a folder that `apply` wrote, or a configuration"
-    )
-    assert piped("x", tiny_place / "calibration.txt").error.startswith(f"{tiny_place}/calibration.txt: not JSON")
-    assert piped("x", tmp_path).error.startswith(f"model.source: {tmp_path} holds no config.json")
-    assert piped("x", tiny_place / "model", "--system", "be kind").error == (
-        "--system: the tokenizer has no chat template, so there is no place for it; leave it out"
-    )
 
 
 @pytest.mark.slow
@@ -237,11 +193,6 @@ def test_code_and_pickles_need_their_flags(tiny_place: Path, tmp_path: Path, pip
         json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C"}})
     )
     assert "needs code of its own, which is not run" in piped(LINE, folder, "--allow-pickle").error
-
-
-def test_help_of_chat(command: CommandLine) -> None:
-    assert "python tune.py chat smol-sparse" in command("chat", "--help").out
-    assert "give either DIR|FILE or --study NAME" in command("chat").error
 
 
 # --- in a terminal
@@ -277,20 +228,6 @@ def test_a_conversation_with_all_models(what: str, sparse: Path, done: Path, per
 
 
 @pytest.mark.slow
-def test_the_conversation_goes_on_until_it_is_reset(sparse: Path, person: Any) -> None:
-    (sparse / "chat_template.jinja").write_text(TEMPLATE)
-    one = person(sparse, "--max-new-tokens", "6")
-    assert "no chat template" not in one.sees("\n> ")
-    first, second = one.asks("one").splitlines()[0], one.asks("two").splitlines()[0]
-    assert first == greedy(sparse, "user: one\nme:", 6)
-    assert second == greedy(sparse, f"user: one\nassistant: {first}\nuser: two\nme:", 6)
-    assert one.asks("/reset") == "a new conversation"
-    assert one.asks("one").splitlines()[0] == first
-    one.types("\x04")
-    assert one.ends() == 0
-
-
-@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> None:
     one = person(endless, "--max-new-tokens", "1000000", alone=True)
     one.sees("\n> ")
@@ -308,21 +245,3 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> N
     one.sees("(stopped)\n> ")
     one.types("\x04")
     assert one.ends() == 0
-
-
-@pytest.mark.slow
-def test_a_dense_model_that_is_another_by_now(sparse: Path, done: Path, person: Any) -> None:
-    config = json.loads((done / "model" / "config.json").read_text())
-    (done / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    one = person(sparse)
-    one.sees("\n> ")
-    assert "error: model.fingerprint: model is " in one.asks("/both")
-    assert one.asks(LINE).startswith(greedy(sparse, LINE, 5))  # the sparse model goes on
-
-
-@pytest.mark.slow
-def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from atp_tune.cli.commands import chat
-
-    chat._say("a\x1b[2Jb\n:smile:")
-    assert capsys.readouterr().out == "a\\x1b[2Jb\n:smile:"

@@ -7,52 +7,23 @@ import naive
 import pytest
 import torch
 from families import (
-    CPU,
-    FAMILIES,
     MULTIMODAL,
     TOKENS,
     bench_of,
-    checkpoint_of,
     few,
     multimodal,
     nlls_of,
     random_ids,
     replay_of,
     same_bits,
-    tiny,
 )
-from safetensors.torch import load_file
-from tinystudy import CommandLine, make_tokenizer, settings
-from torch import nn
+from tinystudy import CommandLine, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
-from atp_tune.checkpoints.blocks import auto_class, language_model, reads_images
-from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.files import read_sizes
+from atp_tune.checkpoints.blocks import auto_class
 from atp_tune.config.patterns import make_plan
-from atp_tune.errors import UserError
-from atp_tune.folders.applying import Shards
 
 IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_language_model_is_all_language_model(family: str) -> None:
-    model = tiny(family)
-    assert language_model(model) is model
-
-
-@pytest.mark.parametrize("family", MULTIMODAL)
-def test_blocks_are_those_of_the_language_model_however_large_the_tower(family: str) -> None:
-    model = multimodal(family)
-    checkpoint = checkpoint_of(model)
-    assert len(checkpoint.blocks) == 4
-    assert any(name in checkpoint.blocks_name for name in ("language_model.layers", "text_model.layers"))
-    assert parameters(model) > 2 * parameters(language_model(model))
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)
@@ -84,26 +55,6 @@ def test_a_pruned_model_has_nlls_of_its_own_and_keeps_its_tower(family: str) -> 
     assert changed == {context.checkpoint.key(i, x) for i, row in enumerate(context.checkpoint.linears) for x in row}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", MULTIMODAL)
-def test_a_folder_is_loaded_with_its_tower_and_says_its_blocks(family: str, tmp_path: Path) -> None:
-    model = multimodal(family)
-    model.save_pretrained(tmp_path)
-    assert reads_images(tmp_path)
-    checkpoint = Checkpoint.load(tmp_path, torch.float32, CPU)
-    assert type(checkpoint.model) is type(model)
-    assert parameters(checkpoint.model) == parameters(model)
-    sizes = read_sizes(tmp_path)
-    assert sizes.blocks == tuple(parameters(block) for block in checkpoint.blocks)
-    shards = Shards(tmp_path, str(model.base_model_prefix))
-    for index, linears in enumerate(checkpoint.linears):
-        for linear in linears:
-            name = checkpoint.key(index, linear)
-            for saved in checkpoint.as_saved(name, model.get_parameter(name)):
-                shard, key = shards.find(saved)
-                assert same_bits(load_file(tmp_path / shard)[key], model.get_parameter(name).detach())
-
-
 LANGUAGE, IMAGES = AutoModelForCausalLM, AutoModelForImageTextToText
 
 
@@ -129,16 +80,6 @@ LANGUAGE, IMAGES = AutoModelForCausalLM, AutoModelForImageTextToText
 def test_a_folder_says_which_class_it_is_of(config: dict[str, Any], expected: type, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert auto_class(tmp_path) is expected
-
-
-def test_without_a_configuration_it_is_a_language_model(tmp_path: Path) -> None:
-    assert auto_class(tmp_path) is LANGUAGE
-
-
-def test_a_broken_configuration_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("[1")
-    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
-        auto_class(tmp_path)
 
 
 def to_llava(place: Path) -> Any:
@@ -189,16 +130,3 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
         seen = pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits
         assert seen.shape == (1, 6, 320)
         assert not torch.equal(seen, pruned(input_ids=ids, pixel_values=torch.rand(1, 3, 16, 16)).logits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", [("prune.statistics=sequential",), ("prune.pruners=['sparsegpt']",), ("model.offload=cpu",)]
-)
-def test_a_llava_goes_every_way(way: tuple[str, ...], done: Path, command: CommandLine) -> None:
-    options = settings(*way, "search.trials=2")
-    assert command("--study", done / "tiny.toml", "--study-name", "language", *options).code == 0
-    to_llava(done)
-    assert command("--study", done / "tiny.toml", "--study-name", "llava", *options).code == 0
-    language, llava = (json.loads((done / f"{name}.best.json").read_text()) for name in ("language", "llava"))
-    assert llava["scores"] == language["scores"]

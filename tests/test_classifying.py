@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from image_families import write_classifier
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from tinystudy import CommandLine
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from atp_tune.checkpoints import devices
-from atp_tune.errors import UserError
 from atp_tune.events import Place
-from atp_tune.folders.comparing import CHAT, TOP, BothModels, _first, classify
+from atp_tune.folders.comparing import TOP, classify
 
 CLASSES = 7
 NAMES = {0: "cat", 1: "a | b", 2: "[red]", 3: "\x1b[2Jdog", 4: "e", 5: "f", 6: "g"}
@@ -67,45 +66,6 @@ def test_classes_are_those_of_transformers(
     assert printed == [one.model_dump(mode="json") for one in alone]
 
 
-def test_of_equal_classes_the_first_comes_first() -> None:
-    places, values = _first(torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0, 0.0], [1.0] * 6]))
-    assert places.tolist() == [[1, 2, 4, 3, 0], [0, 1, 2, 3, 4]]
-    assert values[1].tolist() == pytest.approx([1 / 6] * 5)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("model", "missing.png"), r"FILE: there is no file missing.png; give pictures"),
-        (("model", "."), r"FILE: there is no file \.; give pictures"),
-        (("nowhere", "0.png", "notes.txt"), "DIR: there is no folder nowhere; give one before the pictures"),
-        (("model", "0.png", "notes.txt"), "FILE: notes.txt is no picture that can be read: unknown format"),
-        (("model", "0.png", "cut.png"), "FILE: cut.png is no picture that can be read: "),
-        (("0.png", "--config", "notes.txt"), "notes.txt: "),
-        (("0.png", "--config", "nowhere.json"), "--config: there is no file nowhere.json"),
-        (("0.png",), r"DIR: there is no folder 0\.png; give one before the pictures"),
-        (("model", "0.png", "--config", "notes.txt"), "FILE: there is no file model"),
-        (("model", "0.png", "--both"), "model: has no atp_tune.json, so its dense model is not known"),
-        (("text", "0.png"), "text is no image classifier of transformers"),
-        (("model",), "FILE...: give pictures after the folder"),
-        ((), "Missing argument 'DIR FILE'"),
-    ],
-)
-def test_what_is_refused(
-    options: tuple[str, ...], said: str, folder: Path, pictures: list[Path], command: CommandLine, tiny_place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    place = pictures[0].parent
-    (place / "notes.txt").write_text("no picture")
-    (place / "cut.png").write_bytes(pictures[0].read_bytes()[:200])
-    (place / "model").symlink_to(folder)
-    (place / "text").symlink_to(tiny_place / "model")
-    monkeypatch.chdir(place)
-    answer = command("classify", *options)
-    assert answer.code == 2 and re.search(said, answer.err) and len(answer.err.splitlines()) == 1, answer
-    assert "|" not in answer.out
-
-
 @pytest.mark.parametrize("side", [3, 24])
 def test_a_processor_that_does_not_fit_its_model_is_refused(
     side: int, folder: Path, pictures: list[Path], command: CommandLine, tmp_path: Path
@@ -117,30 +77,8 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(
     assert len(answer.err.splitlines()) == 1 and "|" not in answer.out
 
 
-def test_a_class_without_a_name_has_its_number(tmp_path: Path, pictures: list[Path], command: CommandLine) -> None:
-    place = write_classifier(tmp_path / "gap", {0: "a", 1: "b", 7: "c"})
-    answer = command("classify", place, pictures[0])
-    assert answer.code == 0 and "| LABEL_2 " in answer.out, answer
-
-
 def test_a_file_of_any_size_is_not_read(tmp_path: Path, folder: Path, command: CommandLine) -> None:
     with (tmp_path / "big.png").open("wb") as stream:
         stream.truncate(1 << 40)  # without blocks on the disk
     answer = command("classify", folder, tmp_path / "big.png")
     assert answer.code == 2 and re.search(r"FILE: .*big.png has 1.1e\+12 bytes, and .* is the most", answer.err), answer
-
-
-def test_a_file_of_another_format_starts_no_program(
-    tmp_path: Path, folder: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pillow gives EPS to Ghostscript, whatever the file's name is."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", "EPS")
-    called = list[object]()
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words, **_: called.append(words))
-    answer = command("classify", folder, tmp_path / "x.png")
-    assert answer.code == 2 and "x.png is no picture that can be read: unknown format" in answer.err and not called
-
-
-def test_a_chat_with_a_classifier_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^chat: .* is an image classifier, which has no text; take `classify`"):
-        BothModels(folder, CHAT, Place(folder, "cpu"))

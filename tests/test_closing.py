@@ -5,16 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from pgserver import PostgreSQL
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
-from synthetic import made_up, new_study, storage_in
+from synthetic import made_up, new_study
 from tinystudy import CommandLine, quiet, run, wait_until
 
 from atp_tune.api.merging import merge
-from atp_tune.errors import UserError
 from atp_tune.storage.opening import find_study, open_storage
 
 
@@ -56,27 +54,6 @@ def test_a_storage_goes_with_the_last_study_of_it(tmp_path: Path, connections: l
     del study
     assert checked.trials and connections
     del checked
-    assert not connections
-
-
-def test_a_storage_that_was_closed_opens_again(tmp_path: Path, connections: list[Any]) -> None:
-    with quiet():
-        db = storage_in(tmp_path / "a.db")
-        db.close()
-        assert not connections
-        assert optuna.create_study(study_name="s", storage=db).trials == []
-        assert connections
-
-
-@pytest.mark.usefixtures("without_collector")
-def test_a_storage_that_cannot_be_opened_leaves_nothing(tmp_path: Path, connections: list[Any]) -> None:
-    with quiet():
-        db: Any = storage_in(tmp_path / "a.db")
-        with db.engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v9.9.9'")
-        del db, connection
-        with pytest.raises(UserError, match="runtime optuna version"):
-            open_storage(f"sqlite:///{tmp_path / 'a.db'}", create=False)
     assert not connections
 
 

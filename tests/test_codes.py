@@ -29,7 +29,7 @@ from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.applying import Shards
 from atp_tune.folders.packing import Codes, _encoded, pack_folder
-from atp_tune.packed.codes import Coded, encode, in_16_bits, pack_codes, spread
+from atp_tune.packed.codes import Coded, encode, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
 from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.rounding import Grid
@@ -115,18 +115,6 @@ def test_what_is_not_on_the_grid_is_refused() -> None:
             encode(wrong, grid, 4, 8, False, False)
     with pytest.raises(ValueError, match="not on the grid"):
         encode(rounded, Grid(grid.scale * 2, grid.zero, grid.top), 4, 8, False, False)
-
-
-def test_scales_keep_eleven_bits_however_small() -> None:
-    used = torch.ones(1, 3, dtype=torch.bool)
-    for largest in (1e30, 3.0, 1e-3, 1e-30):
-        scale = torch.tensor([[1.0, 0.37, 1e-6]]) * largest
-        halves, exponent = in_16_bits(scale, used)
-        assert_close(halves.float() * 2.0**exponent, scale, rtol=STEP, atol=0)
-    with pytest.raises(ValueError, match="too far apart"):
-        in_16_bits(torch.tensor([[1.0, 1e-20, 1.0]]), used)
-    halves, _ = in_16_bits(torch.tensor([[1.0, 1e-20, 1e38]]), torch.tensor([[True, False, False]]))
-    assert halves.tolist() == [[2.0**14, 0, 0]]
 
 
 # folders
@@ -308,20 +296,6 @@ def test_a_damaged_folder_is_refused(change: Callable[[Path], None], said: str, 
     assert "\n" not in str(error.value)
 
 
-def test_other_codes_are_not_what_was_packed(coded: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
-    changed_tensor(folder, SCALES, lambda t: t * 2)
-    with pytest.raises(UserError, match="is not what was packed"):
-        unpack_folder(folder, tmp_path / "unpacked")
-
-
-def test_int8_values_that_codes_do_not_fit_are_refused(coded: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(coded, tmp_path / "packed"))
-    edited(folder, lambda t: t["atp_sparse"].update(values="int8"))
-    with pytest.raises(ValueError, match="cannot be kept as int8 values"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
 def test_what_no_group_of_the_disk_has_is_refused() -> None:
     """Matrices whose inputs lie in another order there, and experts of one tensor with different bits."""
     quantize, quantizer = QuantizeConfig(group_size=4), QUANTIZERS["rtn"](4, False, DAMPING)
@@ -336,17 +310,3 @@ def test_what_no_group_of_the_disk_has_is_refused() -> None:
     saved[3][0] = 4
     with pytest.raises(ValueError, match="different numbers of bits"):
         _encoded(saved, quantize, False)
-
-
-def test_codes_that_no_tensor_asks_for_are_an_error(tmp_path: Path) -> None:
-    context = bench_of(sparse_model("llama-tied", 0.0))
-    context.quantize = QuantizeConfig(group_size=8)
-    blocks = len(context.checkpoint.blocks)
-    codes = Codes(tmp_path, context.quantize)
-    block = next(iter(context.prune(planned("rtn", "uniform", (0.0,) * blocks, bits=(4,) * blocks), grids=True)))
-    (name,) = codes.save(context.checkpoint, block, context.checkpoint.linears[0][0].key)
-    assert codes.find(("other",)) is None
-    with pytest.raises(UserError, match=f"has no tensor {name}"):
-        codes.check_all_stored()
-    assert codes.find((f"x.{name}", name)) is not None
-    codes.check_all_stored()

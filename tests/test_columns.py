@@ -12,7 +12,6 @@ from tritons import WHY, compiles, interpreted
 
 from atp_tune.pruners import sparsegpt
 from atp_tune.pruners.sparsegpt import plain, strips, sweep
-from atp_tune.utils import system
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (1, 40), (3, 7), (16, 5), (17, 30), (40, 2500), (128, 33), (130, 200)]
@@ -47,25 +46,6 @@ def test_by_hand(way: Callable[..., Tensor], shape: tuple[int, int], share: floa
     others = G.T.contiguous().T  # a transposed view, as a mask may be
     for factors in (G, others):
         torch.testing.assert_close(way(W.clone(), U, factors).double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_first_columns_only() -> None:
-    """As groups are done: their errors reach the columns that have no mask yet."""
-    W, U, G = problem((9, 20))
-    expected = by_hand(W, U, torch.cat([G[:4], torch.zeros(5, 20)]))
-    torch.testing.assert_close(plain(W, U, G[:4]).double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_float64_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparsegpt, "strips", None)
-    W, U, G = (part.double() for part in problem((20, 30)))
-    torch.testing.assert_close(sweep(W.clone(), U, G), by_hand(W, U, G), rtol=1e-12, atol=1e-12)
-
-
-def test_a_strip_of_one_column_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    W, U, G = problem((20, 30))
-    monkeypatch.setattr(sparsegpt, "STRIP", 1)
-    torch.testing.assert_close(strips(W.clone(), U, G), plain(W.clone(), U, G))
 
 
 INTERPRETED = """
@@ -135,17 +115,6 @@ def test_without_a_compiler_columns_are_swept_plainly(
     assert "\n" not in record.getMessage()
 
 
-def test_where_triton_has_no_driver_columns_are_swept_plainly(
-    launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The launch of the real kernel on a machine without a GPU, for which a GPU that Triton does not know stands."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if torch.cuda.is_available():
-        pytest.skip("there is a driver")
-    assert sparsegpt.on_gpu(CPU) is plain
-    assert "driver" in caplog.text
-
-
 def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is tried again with less by who knows how, and the kernel is there then."""
     from atp_tune.pruners import columns_triton
@@ -167,9 +136,3 @@ def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypa
             sparsegpt.on_gpu(CPU)
         assert caught.value is errors.pop(0)
     assert sparsegpt.on_gpu(CPU) is tiles
-
-
-def test_without_triton(launched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(system, "find_spec", lambda name: None)
-    assert sparsegpt.on_gpu(CPU) is plain
-    assert not caplog.records

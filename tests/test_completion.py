@@ -3,11 +3,9 @@
 import os
 import shlex
 import shutil
-import sqlite3
 import stat
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from tinystudy import HANGS, TUNE, stored
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cli import options
-from atp_tune.config.finding import finished_trials, known
+from atp_tune.config.finding import known
 from atp_tune.pruners import PRUNERS
 
 BASH = shutil.which("bash")
@@ -114,60 +112,6 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
     assert set(ALLOCATIONS) == set(allocations)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "line", ["export --study nosuch --trial ", "export --trial ", "--set nosuch.key=", "--set nosuch"]
-)
-def test_mistakes_are_silent(line: str, programs: Path, tmp_path: Path) -> None:
-    assert tab("atp-tune", line, tmp_path) == []
-
-
-@pytest.mark.slow
-def test_the_script_of_the_repository(programs: Path, tmp_path: Path) -> None:
-    assert tab(str(TUNE), "--study smol-a", tmp_path) == ["smol-allocations"]
-
-
-@pytest.mark.slow
-def test_it_is_installed_for_the_next_shell(programs: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    done = bash("atp-tune --install-completion", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"bash completion installed in {home}/.bash_completions/atp-tune.sh" in done.stdout
-    assert tabs("atp-tune", ["--study smol-fa"], tmp_path, "source ~/.bashrc") == [["smol-fast"]]
-
-
-@pytest.mark.slow
-def test_a_home_that_is_none_is_one_line(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    done = bash("atp-tune --install-completion", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --install-completion: ")
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_tab_imports_nothing_heavy(done: Path, tmp_path: Path) -> None:
-    script = (
-        "import atexit, sys\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'optuna', 'numpy', 'sqlalchemy'}\n"
-        "atexit.register(lambda: print('imported:', *sorted(heavy & set(sys.modules))))\n"
-        "sys.argv = ['atp-tune']\n"
-        "from atp_tune.cli import main\n"
-        "main()\n"
-    )
-    for words in (["--set", "search.see"], ["export", "--study", str(done / "tiny.toml"), "--trial", ""]):
-        environment = {
-            **os.environ, "COMP_WORDS": "\n".join(["atp-tune", *words]), "COMP_CWORD": str(len(words)),
-            "_ATP_TUNE_COMPLETE": "complete_bash",
-        }  # fmt: skip
-        found = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS, check=True, env=environment
-        )
-        assert found.stdout.split("imported:")[1].split() == []
-        assert found.stdout.split("\n")[0] in {"search.seed=", "0"}
-
-
 @pytest.mark.parametrize(
     ("words", "joined", "key"),
     [
@@ -187,13 +131,6 @@ def test_words_are_joined(words: list[str], joined: list[str], key: str | None) 
     assert environment.get(options.KEY) == key
 
 
-def test_other_shells_and_runs_are_left_alone() -> None:
-    for environment in ({"COMP_WORDS": "a\n=\nb"}, {"_X_COMPLETE": "complete_zsh", "COMP_WORDS": "a"}, {}):
-        before = dict(environment)
-        options.rejoin(environment)
-        assert environment == before
-
-
 @pytest.mark.slow
 def test_names_that_a_shell_would_run_are_left_out(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
@@ -201,18 +138,3 @@ def test_names_that_a_shell_would_run_are_left_out(programs: Path, tmp_path: Pat
         (tmp_path / "studies" / f"{name}.toml").touch()
     assert tab("atp-tune", "--study m", tmp_path) == ["mine"]
     assert not (tmp_path / "made").exists()
-
-
-def test_numbers_of_trials_are_numbers(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "x.db")) as database, database:
-        database.execute("CREATE TABLE studies (study_id, study_name)")
-        database.execute("CREATE TABLE trials (study_id, number, state)")
-        database.execute("INSERT INTO studies VALUES (1, 'x')")
-        for number, state in ((3, "COMPLETE"), ("$(touch made)", "COMPLETE"), (1, "COMPLETE"), (2, "RUNNING")):
-            database.execute("INSERT INTO trials VALUES (1, ?, ?)", (number, state))
-    assert finished_trials(tmp_path / "x.db", "x") == [1, 3]
-
-
-def test_trials_of_what_is_no_database(tmp_path: Path) -> None:
-    (tmp_path / "x.db").write_text("no database")
-    assert finished_trials(tmp_path / "x.db", "x") == finished_trials(tmp_path / "none.db", "x") == []

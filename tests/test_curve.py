@@ -5,7 +5,6 @@ import random
 import pytest
 
 from atp_tune.allocations import Budget, Shape
-from atp_tune.allocations.budget import level
 from atp_tune.allocations.formulas import atp, curve
 
 NAMES = ["beta", "gamma", "ends", "split", "value"]
@@ -74,25 +73,6 @@ def test_all_zero_is_uniform_and_beta_alone_is_atp_to_the_last_bit() -> None:
             assert curve.sparsities(budget, **{**ZERO, "beta": beta}) == atp.sparsities(budget, beta)
 
 
-def test_small_parameters_give_the_equation() -> None:
-    generator = random.Random(1)
-    for budget in budgets():
-        values = {name: generator.uniform(*ends) * 0.05 for name, ends in curve.bounds(budget).items()}
-        for own, expected in zip(as_linears(budget, values), naive(budget, **values), strict=True):
-            assert own == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.slow
-def test_any_admissible_parameters_keep_the_mean_and_stay_shares() -> None:
-    generator = random.Random(2)
-    for budget in budgets():
-        for _ in range(5):
-            values = {name: generator.uniform(*ends) for name, ends in curve.bounds(budget).items()}
-            rows = as_linears(budget, values)
-            assert all(0 <= s <= 1 for row in rows for s in row)
-            assert weighted(budget, rows) == pytest.approx(budget.target, abs=1e-9)
-
-
 def test_corners_keep_the_mean_and_the_order() -> None:
     """Where all terms are at their ends, values are cut off and shifted, never swapped."""
     budget = budget_of(0.6, [LLAMA] * 12)
@@ -123,26 +103,3 @@ def test_terms_that_a_model_has_no_place_for() -> None:
     assert (two["gamma"], two["ends"]) == ((0.0, 0.0), (0.0, 0.0))
     assert curve.bounds(Budget(0.6, (10,)))["beta"] == (0.0, 0.0)
     assert curve.sparsities(Budget(0.6, (10,)), **ZERO) == (0.6,)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_outside_an_interval(name: str) -> None:
-    budget = budget_of(0.6, [LLAMA] * 5)
-    low, high = curve.bounds(budget)[name]
-    for value in (low - 1e-6, high + 1e-6, math.nan):
-        with pytest.raises(ValueError, match="outside the admissible interval"):
-            curve.sparsities(budget, **{**ZERO, name: value})
-
-
-def test_a_search_begins_inside() -> None:
-    for budget in budgets():
-        middle, bent = curve.initial_points(budget)
-        assert curve.sparsities(budget, **middle) == atp.sparsities(budget, atp.initial_points(budget)[0]["beta"])
-        assert weighted(budget, as_linears(budget, bent)) == pytest.approx(budget.target, abs=1e-9)
-
-
-def test_levelling() -> None:
-    assert level([0.2, 0.4], [1, 1], 0.3) == (0.2, 0.4)
-    assert level([-1.0, 0.5, 0.5], [1, 1, 1], 0.5) == pytest.approx((0.0, 0.75, 0.75))
-    assert level([2.0, 0.1], [1, 3], 0.4) == pytest.approx((1.0, 0.2))
-    assert level([5.0, -5.0], [1, 1], 0.5) == pytest.approx((1.0, 0.0))

@@ -1,13 +1,9 @@
 """Trials in real databases: a PostgreSQL server that is killed, and SQLite with many workers."""
 
-import json
 import logging
-import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.abc import MetaPathFinder
 from operator import methodcaller
 from pathlib import Path
 
@@ -15,24 +11,18 @@ import optuna
 import psycopg
 import pytest
 from crews import LONG as LASTING
-from crews import meeting
-from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
 from preloaded import add_trials
-from processes import at_end, catches
-from tinystudy import HANGS, LONG, CommandLine, finish, hear, quiet, run, settings, start, wait_until
+from processes import at_end
+from tinystudy import HANGS, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
 from atp_tune.dashboard.publishing import study_note
-from atp_tune.dashboard.servers import Maintenance, ServedDatabase, make_view, proxy
-from atp_tune.errors import UserError
 from atp_tune.results.summary import summarise
-from atp_tune.storage import database, fingerprint, opening, progress
+from atp_tune.storage import database, fingerprint, opening
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.database import RetryingDatabase, is_away, without_password
-from atp_tune.storage.remote import connect
-from atp_tune.utils.extras import install
+from atp_tune.storage.database import RetryingDatabase, without_password
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
@@ -71,13 +61,6 @@ def measured(study: optuna.Study) -> list[tuple[object, ...]]:
     return [(t.number, t.params, t.value, t.user_attrs["nlls"]) for t in study.trials if t.state == TrialState.COMPLETE]
 
 
-def refusal(address: str) -> str:
-    with pytest.raises(UserError) as caught:
-        opening.open_storage(address, create=True)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(without_password(address), "URL")
-
-
 # --- PostgreSQL
 
 
@@ -111,72 +94,6 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
     assert "***" in said[-1]
     for text in said:
         assert URL_PASSWORD not in text
-
-
-@pytest.mark.slow
-def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
-    address = postgres.new()
-    run(place, f"storage={address}")
-    served = opening.open_database(address, False, ServedDatabase)
-    assert served is not None
-    Maintenance(served, tmp_path, print).turn()
-    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2
-    shown = json.dumps(dict(make_view(address, get_storage(served)).get_all_studies()[0].system_attrs))
-    assert "tuner:***@" in shown
-    assert URL_PASSWORD not in shown
-
-
-@pytest.mark.slow
-def test_what_cannot_be_opened_is_said_in_one_line(postgres: PostgreSQL) -> None:
-    failed = f'connection failed: connection to server at "127.0.0.1", port {postgres.port} failed: '
-    assert refusal(postgres.url("nosuch")) == (
-        f'storage URL: {failed}FATAL:  database "nosuch" does not exist; make it with: createdb NAME'
-    )
-    assert refusal(postgres.url("postgres", "wrong")) == (
-        f'storage URL: {failed}FATAL:  password authentication failed for user "tuner"; put the right user and '
-        "password into the URL, or the password into PGPASSWORD"
-    )
-    assert refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x").endswith(
-        "port 1 failed: Connection refused; does the server run there?"
-    )
-    assert "secret" not in refusal("postgresql+psycopg://me@127.0.0.1:1/x?password=secret")
-
-
-class Without(MetaPathFinder):
-    """A Python without a package."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, *_: object) -> None:
-        if name == self._name:
-            raise ModuleNotFoundError(f"No module named '{name}'")
-
-
-def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "psycopg"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Without("psycopg"), *sys.meta_path])
-    said = refusal("postgresql+psycopg://me:secret@127.0.0.1:1/x")
-    assert f"; run: {install('postgres')}, and write postgresql+psycopg://" in said
-    assert "secret" not in said
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("postgresql://me:secret@h/x", "postgresql://me:***@h/x"),
-        ("postgresql://me@h/x?sslpassword=secret", "postgresql://me@h/x?sslpassword=%2A%2A%2A"),
-        ("sqlite:////a b/x.db", "sqlite:////a b/x.db"),
-    ],
-)
-def test_how_a_url_is_shown(address: str, shown: str) -> None:
-    assert without_password(address) == shown
-
-
-def test_a_file_name_is_no_template(tmp_path: Path) -> None:
-    opened(f"sqlite:///{tmp_path}/{{a}}.db")
-    assert (tmp_path / "{a}.db").exists()
 
 
 # --- a server that is away
@@ -224,45 +141,6 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
 
 
 @pytest.mark.slow
-def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
-    db = opened(frail.new())
-    study = fingerprint.create_study(db, "s", {})
-    trial = study.ask()
-    db.record_heartbeat(trial._trial_id)
-    killed(frail)
-    db.record_heartbeat(trial._trial_id)  # Optuna's thread would end with an error of this
-    frail.start()
-    with db.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '1 hour'")
-    assert db._get_stale_trial_ids(study._study_id) == []  # it has seen the outage itself
-    other = opened(db.url)
-    assert other._get_stale_trial_ids(study._study_id) == []  # the server says so
-    monkeypatch.setattr(database, "YOUNG", "SELECT false")
-    assert other._get_stale_trial_ids(study._study_id) == [trial._trial_id]
-
-
-@pytest.mark.slow
-def test_a_worker_gives_up_in_one_line(
-    place: Path, frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch, command: CommandLine
-) -> None:
-    address = frail.new()
-    suggest = optuna.Trial.suggest_float
-
-    def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
-        if self.number == 1:
-            killed(frail)
-            monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
-        return suggest(self, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(optuna.Trial, "suggest_float", kill)
-    answer = command("--study", place / "tiny.toml", "--storage", address)
-    frail.start()
-    assert answer.error.endswith(
-        "for 0 minutes now. All earlier results are stored; the same command resumes the study"
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"
@@ -276,33 +154,6 @@ def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: Postg
     study.tell(trial, 1.0)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         database.set_attributes(trial, {"a": 2})
-
-
-@pytest.mark.slow
-def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
-    db = opened(postgres.new())
-    study = fingerprint.create_study(db, "s", {})
-    with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
-        study.set_user_attr("k" * 3000, 1)
-    assert not is_away(caught.value)
-
-
-@pytest.mark.slow
-def test_workers_of_a_server_whose_database_is_away_wait(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "atp_tune")
-    served = opening.open_database(frail.new(), True, ServedDatabase)
-    assert served is not None
-    with proxy(get_storage(served), "127.0.0.1", 0) as port:
-        study = optuna.create_study(study_name="s", storage=connect(f"grpc://127.0.0.1:{port}"))
-        trial = study.ask()
-        killed(frail)
-        with ThreadPoolExecutor() as pool:
-            told = pool.submit(study.tell, trial, 2.5)
-            wait_until(lambda: "trying again" in caplog.text)
-            assert not told.done()
-            frail.start()
-            told.result(HANGS)
-    assert stored(served.url, "s").trials[0].value == 2.5
 
 
 @pytest.mark.slow
@@ -351,19 +202,6 @@ def measures(connection: "psycopg.Connection[tuple[object, ...]]", number: int) 
         return False
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_a_worker_that_waits(place: Path, frail: PostgreSQL) -> None:
-    address = frail.new()
-    worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=50"))
-    wait_for(address, 1)
-    killed(frail)
-    hear(worker, "; trying again, nothing is lost")
-    worker.send_signal(signal.SIGINT)
-    wait_until(lambda: not catches(worker, signal.SIGINT))
-    worker.send_signal(signal.SIGINT)
-    assert finish(worker).code in (130, -signal.SIGINT)
-
-
 # --- many workers
 
 
@@ -382,18 +220,6 @@ def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp
     trials = stored(address, "s").trials
     assert [t.number for t in trials] == list(range(80))
     assert {t.state for t in trials} == {TrialState.COMPLETE}
-
-
-@pytest.mark.slow
-def test_two_workers_share_a_total_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
-    address = postgres.new()
-    words = ("--study", place / "tiny.toml", "--storage", address, *settings(*LONG, "search.trials=8"), *meeting(place))
-    answers = [finish(worker) for worker in [start(*words), start(*words)]]
-    assert [answer.code for answer in answers] == [0, 0], answers
-    study = stored(address)
-    assert progress.counted(study) == 8
-    assert len({str(t.params) for t in study.trials if progress.counts(t)}) == 8
-    assert len({t.user_attrs["pid"] for t in study.trials if progress.counts(t)}) == 2
 
 
 @pytest.mark.slow

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from tinystudy import HANGS, CommandLine, settings
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from atp_tune.errors import UserError
-from atp_tune.events import ignore_events
 from atp_tune.speed.torch_engine import Workload
 from atp_tune.utils.system import cpu_flags
 
@@ -54,24 +52,6 @@ def random_model(family: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_the_decoder_is_the_model(family: str, script: ModuleType) -> None:
-    """The prompt at once, then token by token, with what is not there yet on the left."""
-    model, tokens, positions = random_model(family), 7, 12
-    decoder, ids = script.Decoder(model, positions), torch.randint(64, (1, positions))
-    wanted = model(ids).logits[0]
-    logits, *present = decoder(ids[:, :tokens], *list(script.example(decoder, tokens, tokens))[1:])
-    torch.testing.assert_close(logits[0, 0], wanted[tokens - 1], rtol=1e-4, atol=1e-5)
-    past = [torch.cat((kept.new_full((1, 4, positions - 1 - tokens, kept.shape[3]), 9.0), kept), 2) for kept in present]
-    for position in range(tokens, positions):
-        mask = (torch.arange(positions) >= positions - position - 1).long()[None]
-        given = ids[:, position : position + 1], mask, torch.tensor([[position]]), mask[:, None, None]
-        logits, *present = decoder(*given, *past)
-        torch.testing.assert_close(logits[0, 0], wanted[position], rtol=1e-4, atol=1e-5)
-        past = [kept[:, :, 1:] for kept in present]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_graphs_are_the_model(phase: str, script: ModuleType, tmp_path: Path) -> None:
@@ -95,28 +75,6 @@ def test_the_graphs_are_the_model(phase: str, script: ModuleType, tmp_path: Path
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
     assert found[0].shape == (1, 1, 64)
-
-
-def test_what_is_refused(script: ModuleType, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other families, a window that is too short, a processor without AVX2; a failed installation leaves nothing."""
-    with pytest.raises(UserError, match="opt is not exported, only llama, mistral, qwen2, qwen3; `speedup` measures"):
-        script.check_family(OPTConfig(), 8)
-    with pytest.raises(UserError, match="--tokens: 9 positions are more than the model's sliding window of 8"):
-        script.check_family(MistralConfig(**SHAPE, sliding_window=8), 9)
-    script.check_family(MistralConfig(**SHAPE, sliding_window=8), 8)
-    monkeypatch.setattr(script, "cpu_flags", lambda: {"sse4_2"})
-    with pytest.raises(UserError, match="with AVX2 or AVX-512"):
-        script.environment(ignore_events)
-    monkeypatch.setattr(script, "cpu_flags", lambda: {"avx2"})
-    monkeypatch.setattr(script.platform, "machine", lambda: "x86_64")
-    broken = tmp_path / "python3.11"
-    broken.write_text("#!/bin/sh\necho 'no venv here' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(broken))
-    monkeypatch.setattr(sys, "version_info", (3, 11, 9))
-    with pytest.raises(UserError, match="cannot be installed: no venv here"):
-        script.environment(ignore_events)
-    assert list((cache / "engines").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
 import gc
-import math
 import weakref
 from typing import Any
 
@@ -7,13 +6,11 @@ import naive_allocations as naive
 import numpy as np
 import pytest
 import torch
-from families import bench_of, copy_of, few, random_ids, tiny
+from families import bench_of, few, random_ids, tiny
 
-from atp_tune.allocations import ALLOCATIONS, DenseMetricsProtocol
+from atp_tune.allocations import DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
 from atp_tune.config.patterns import make_plan
-from atp_tune.errors import TrialError
-from atp_tune.events import Step
 from atp_tune.run.session import Session
 
 FAMILIES = ["llama", "gpt2", "opt"]
@@ -46,16 +43,6 @@ def test_outlier_ratios_equal_a_double_loop(family: str) -> None:
     assert metrics_of(work).outlier_ratios(1e9) == (0.0,) * len(work.checkpoint.blocks)
 
 
-def test_the_outliers_are_of_the_dense_model() -> None:
-    """Also after a trial has pruned, and with blocks in host memory."""
-    model = tiny("llama")
-    work, before = bench_of(model), copy_of(model)
-    list(work.prune(make_plan("wanda", "uniform", work.budget(0.7), {})))
-    ratios = metrics_of(work).outlier_ratios(3)
-    assert ratios == metrics_of(bench_of(tiny("llama"), offload="cpu")).outlier_ratios(3)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
 def test_a_score_at_the_threshold_is_no_outlier() -> None:
     """Compared in float64: float32 would round the threshold up to the score, or down below it."""
     scores = torch.tensor([[0.1, 0.3]])
@@ -74,13 +61,6 @@ def test_a_score_at_the_threshold_is_no_outlier() -> None:
     assert dense_metrics.outlier_ratio([torch.ones(3, 5), torch.ones(2, 2)], 1.0) == 0
 
 
-@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-30, 2.0, 16777217.0])
-def test_the_float32_below(value: float) -> None:
-    below = dense_metrics.float32_below(value)
-    after = float(np.nextafter(np.float32(below), np.float32(np.inf)))
-    assert below == float(np.float32(below)) and below <= value < after
-
-
 # Exponents
 
 
@@ -94,17 +74,6 @@ def test_exponents_equal_a_fit_by_search(family: str) -> None:
         assert exponents == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_exponents_of_the_upper_half(family: str) -> None:
-    work = bench_of(tiny(family))
-    metrics = metrics_of(work)
-    for exponents, block in zip(metrics.tail_exponents("middle"), naive.linears_of(work.checkpoint), strict=True):
-        spectra = [naive.spectrum(naive.matrix(tiny(family), *linear)) for linear in block]
-        expected = [naive.pareto_exponent(spectrum[len(spectrum) // 2 :]) for spectrum in spectra]
-        assert exponents == pytest.approx(expected, rel=1e-6)
-    assert metrics.tail_exponents() != metrics.tail_exponents("middle")  # each is kept under its own name
-
-
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_exponents_of_heavy_tails(scale: float) -> None:
     """Small eigenvalues leave the lower side open, large ones close it: both ways of the authors' bound."""
@@ -114,38 +83,6 @@ def test_exponents_of_heavy_tails(scale: float) -> None:
         found = dense_metrics.tail_exponent(torch.tensor(values, dtype=torch.float64))
         assert found == pytest.approx(naive.tail_exponent(values), rel=1e-6)
         assert found == pytest.approx(exponent, rel=0.25)
-
-
-def test_more_candidates_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
-    whole = dense_metrics.tail_exponent(values)
-    monkeypatch.setattr(dense_metrics, "CHUNK", 7)
-    assert dense_metrics.tail_exponent(values) == whole
-
-
-@pytest.mark.parametrize("shape", [(7, 23), (23, 7), (11, 11)])
-def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    assert dense_metrics.eigenvalues(weight).tolist() == pytest.approx(naive.spectrum(weight), rel=1e-9)
-
-
-def test_zeros_are_no_eigenvalues() -> None:
-    weight = torch.randn(9, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(2, 9)
-    assert len(dense_metrics.eigenvalues(weight)) in (2, 3)  # float32 rounding of the product may count as a third
-    assert len(dense_metrics.eigenvalues(torch.zeros(3, 4))) == 0
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
-def test_a_spectrum_without_a_tail(values: list[float]) -> None:
-    spectrum = torch.tensor(values, dtype=torch.float64)
-    assert math.isnan(dense_metrics.tail_exponent(spectrum)) and math.isnan(dense_metrics.middle_exponent(spectrum))
-
-
-def test_a_dead_linear_ends_the_trial() -> None:
-    model = tiny("llama")
-    model.model.layers[2].mlp.up_proj.weight.data.zero_()
-    with pytest.raises(TrialError, match=r"linear mlp\.up_proj of block 2: its spectrum has no tail"):
-        metrics_of(bench_of(model)).tail_exponents()
 
 
 # Global
@@ -191,54 +128,7 @@ def test_scores_that_differ_in_their_last_bits_alone() -> None:
         assert dense_metrics.lowest_counts(lambda: iter(scores), count) == expected
 
 
-@pytest.mark.slow
-def test_a_share_gives_its_count_again() -> None:
-    assert int(49 * (1 / 49)) == 0  # the rounding that is meant
-    for size in range(1, 200):
-        for count in range(size + 1):
-            share = dense_metrics.share(count, size)
-            assert int(size * share) == count and 0 <= share <= 1 and share == pytest.approx(count / size, rel=1e-15)
-
-
 # Once per bench
-
-
-def test_all_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    work, reads = bench_of(tiny("llama")), list[int]()
-    original = work.checkpoint.weights
-    monkeypatch.setattr(work.checkpoint, "weights", lambda index: reads.append(index) or original(index))
-
-    def ask() -> tuple[int, ...]:
-        counts = []
-        for call in (
-            lambda: metrics_of(work).outlier_ratios(3),
-            lambda: metrics_of(work).outlier_ratios(4.5),
-            lambda: metrics_of(work).tail_exponents(),
-            lambda: metrics_of(work).global_sparsities(0.5, "wanda"),
-            lambda: metrics_of(work).global_sparsities(0.5, "magnitude"),
-        ):
-            reads.clear()
-            call()
-            counts.append(len(reads) // 4)
-        return tuple(counts)
-
-    assert ask() == (2, 1, 1, 3, 3)  # sweeps: one for the norms, one for a threshold, three for a global threshold
-    assert ask() == (0,) * 5
-
-
-def test_each_block_is_a_step() -> None:
-    events: list[Any] = []
-    metrics_of(bench_of(tiny("gpt2"), watch=events.append)).tail_exponents()
-    assert events == [Step("measure", done, 3) for done in (1, 2, 3)]
-
-
-def test_nothing_is_measured_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny("llama"))
-    monkeypatch.setattr(work.checkpoint, "weights", lambda index: pytest.fail("read"))
-    budget = work.budget(0.5)
-    for allocation in ALLOCATIONS.values():
-        allocation.bounds(budget)
-    ALLOCATIONS["er"].sparsities(budget)
 
 
 @pytest.mark.parametrize(
@@ -257,14 +147,3 @@ def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
         assert alive() is None and weights() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "alphapruning-linear", "er", "global"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_plan_meets_the_target(family: str, allocation: str) -> None:
-    work = bench_of(tiny(family))
-    budget = work.budget(0.6)
-    plan = make_plan("wanda", allocation, budget, {})
-    assert budget.mean(plan.amounts) == pytest.approx(0.6, abs=1 / sum(budget.sizes))
-    assert not plan.is_uniform
-    assert len(list(work.prune(plan))) == len(work.checkpoint.blocks)

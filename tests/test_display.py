@@ -5,11 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import planned
 
-from atp_tune.api import arguments
 from atp_tune.cli import display
-from atp_tune.cli.display import Display, Line
+from atp_tune.cli.display import Display
 from atp_tune.cost.remaining import Remaining
-from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
+from atp_tune.events import Ahead, Step, TrialEnded, TrialStarted
 
 priced = planned("wanda", "gradient-rows", (0.5, 0.7), target=0.6)
 
@@ -99,68 +98,3 @@ def test_the_estimate_ends_at_the_end_and_is_never_0(data: st.DataObject) -> Non
         pass_time("draw")
     assert said
     assert not even or all(abs(at + left - now) <= max(1.0, 0.11 * now) for at, left in said)
-
-
-def test_workers_share_what_is_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each descends by itself, at the same time."""
-    show = Display()
-    one, other = Line(show, "worker 0: "), Line(show, "worker 1: ")
-    one(Ahead({"trial": (7, 1.0), "gradient": (1, 30.0)}))
-    for line in (one, other):
-        line(TrialStarted("gradient", None))
-    clock.append(300.0)
-    for number, line in enumerate((one, other)):
-        line(TrialStarted(f"trial {number}", priced, number))
-    clock.append(10.0)
-    one(TrialEnded(0, {"perplexity": 20.0}, None, {"perplexity": 20.0}, 1, 7))
-    other(TrialEnded(1, {"perplexity": 18.0}, None, {"perplexity": 18.0}, 2, 7))
-    assert "(best 18.00, 25 s left)" in capsys.readouterr().out
-    other.hide()
-    one(TrialStarted("trial 2", None, 2))
-    clock.append(10.0)
-    one(TrialEnded(2, {"perplexity": 19.0}, None, {"perplexity": 18.0}, 3, 7))
-    assert "(best 18.00, 40 s left)" in capsys.readouterr().out
-
-
-def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """At most a line a minute; two phases that take turns are both followed."""
-    now = 0.0
-    monkeypatch.setattr(display, "monotonic", lambda: now)
-    show = Display()
-    show(TrialStarted("gradient", None))
-    for step in range(1, 45):
-        now += 7.0
-        show(Step("step", step, 44))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["gradient", "gradient: step 9 of 44, 4 min left", "gradient: step 18 of 44, 3 min left"]
-    assert len(lines) == 1 + 44 * 7 // 63
-    show(TrialStarted("trial 0", None, 0))
-    for step in range(1, 11):
-        for phase in ("prune", "evaluate"):
-            now += 4.0
-            show(Step(phase, step, 10))
-    assert capsys.readouterr().out.splitlines() == ["trial 0: prune 8 of 10, 16 s left"]
-    show(TrialStarted("trial 1", None, 1))
-    for step in (1, 2, 3, 4, 1, 2, 3, 4):  # it ends, and begins again, as each part of the windows does
-        now += 30.0
-        show(Step("evaluate", step, 4))
-    said = ["trial 1: evaluate 2 of 4, 60 s left", "trial 1: evaluate 2 of 4, 60 s left"]
-    assert capsys.readouterr().out.splitlines() == said
-
-
-def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An error before left an empty bar above it."""
-    now = 0.0
-    monkeypatch.setattr(arguments, "monotonic", lambda: now)
-    lines = arguments.Lines(has_bar=True)
-    lines(Message("loading"))
-    lines.close()
-    assert capsys.readouterr().err == ""
-    lines(Ahead({"dense": (1, 10), "trial": (3, 20), "test": (2, 20)}))
-    for title in ("dense model", "trial 0"):
-        now += 10
-        lines(TrialStarted(title, None))
-    lines.close()
-    assert "trial 0:  17%" in (said := capsys.readouterr().err) and said.rstrip().endswith("ETA 0:01:40")

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import sqlite3
-from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, mean, stdev
@@ -16,19 +14,16 @@ import pytest
 from families import nlls_of
 from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, study_file
 
-from atp_tune.allocations import gradient
 from atp_tune.checkpoints.models import resolve
-from atp_tune.config.best import read_config
 from atp_tune.config.data import Calibration
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.study import ModelConfig
-from atp_tune.cost.planning import foresee
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TokenWindows
 from atp_tune.inputs.windows import load_tokenizer, token_windows
-from atp_tune.measures import perplexity, reach_of
+from atp_tune.measures import perplexity
 from atp_tune.metrics import over_draws
 from atp_tune.plan import Plan
 from atp_tune.results.summary import summarise, undrawn
@@ -75,20 +70,6 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
 
 
 @pytest.mark.slow
-def test_best_and_uniform_are_measured_on_the_stretches_that_follow(drawn: Path) -> None:
-    study = stored(drawn)
-    summary = summarise(study)
-    assert summary.best_trial is not None and summary.uniform_trial is not None
-    draws = study.user_attrs["draws"]
-    assert draws.keys() == {str(summary.best_trial.number), str(summary.uniform_trial.number)}
-    for trial in (summary.best_trial, summary.uniform_trial):
-        for draw in (1, 2):
-            expected = measured_anew(drawn, trial, nsamples=8 * (draw + 1))
-            assert draws[str(trial.number)][str(draw)] == pytest.approx(expected, rel=1e-6)
-            assert expected != study.user_attrs["test_nlls"][str(trial.number)]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("pool", "each"), [(512, 512), (4096, None)])
 def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     pool: int, each: int | None, place: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,19 +112,6 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
 
 
 @pytest.mark.slow
-def test_only_plans_by_prices_are_fitted_to_a_pool(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside one by prices, a plan of owl was said to be fitted to the pool; it measures the text's own windows."""
-    few_steps(monkeypatch)
-    monkeypatch.setattr(module, "POOL", 512)
-    study = run(place, 'allocation=["owl", "gradient"]', "search.trials=4", THREE)
-    found = summarise(study).over_draws
-    fitted = {
-        study.trials[number].params["allocation"]: over.fitted_to for number, over in found.items() if over.change
-    }
-    assert fitted == {"owl": (8 * TOKENS, 8 * TOKENS), "gradient": (512, 512)}
-
-
-@pytest.mark.slow
 def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
@@ -169,52 +137,6 @@ def numbers(place: Path) -> tuple[list[float], list[float]]:
         found.append([fmean(nlls) for nlls in (study.user_attrs["test_nlls"][name], draws["1"], draws["2"])])
     own, base = found
     return [math.exp(one) for one in own], [math.exp(one - two) - 1 for one, two in zip(own, base, strict=True)]
-
-
-@pytest.mark.slow
-def test_they_are_shown_beside_the_error_over_windows(drawn: Path, command: CommandLine) -> None:
-    values, changes = numbers(drawn)
-    value, change = f"{mean(values):.2f} ± {stdev(values):.2f}", f"{mean(changes):+.1%} ± {stdev(changes):.1%}"
-    options = ["--study", drawn / "tiny.toml", *settings(THREE)]
-    for answer in (command(*options), command("status", *options)):
-        table = [line for line in answer.out.splitlines() if line.startswith("|")]
-        head, row = (line for line in table if "3 draws" in line or " + atp " in line)
-        assert head.index("perplexity, 3 draws") < head.index("against uniform, 3 draws")
-        assert f"| {value}" in row and f"| {change} " in row
-        assert "3 draws: test text, calibrated with other windows each time, mean ± standard deviation b" in answer.out
-    document = json.loads(command("status", *options, "--json").out)
-    assert document["complete"]
-    assert document["best"]["draws"]["perplexities"] == pytest.approx(values)
-    assert document["best"]["draws"]["change"] == pytest.approx({"mean": mean(changes), "sd": stdev(changes)})
-    assert document["uniform_draws"]["change"] is None
-    config = read_config(drawn / "tiny.best.json")
-    assert config.draws is not None
-    assert config.draws.best.perplexity.mean == pytest.approx(mean(values))
-    for kind in ("md", "html", "json"):
-        command("report", *options, "--format", kind, "--out", drawn / f"r.{kind}")
-    assert json.loads((drawn / "r.json").read_text())["studies"][0]["best"]["draws"] == document["best"]["draws"]
-    for kind in ("md", "html"):
-        text = (drawn / f"r.{kind}").read_text().replace("\u00a0", " ")
-        assert value in text
-        over = f"{abs(mean(changes)):.1%} ± {stdev(changes):.1%} {'above' if mean(changes) > 0 else 'below'} it"
-        assert f"over 3 draws of the calibration text {over} (± standard deviation between draws)." in text
-
-
-@pytest.mark.slow
-def test_a_study_that_is_complete_is_measured_on_more_draws(place: Path) -> None:
-    """The key decides no trial: nothing is run again, and one draw less is shown again as it was."""
-    run(place)
-    before = stored(place).trials
-    for draws, expected in ((2, [1]), (3, [2]), (3, [])):
-        events: list[Event] = []
-        study = run(place, f"texts.calibration.draws={draws}", watch=events.append)
-        told = [title for title in titles(events) if title.startswith("draw ")]
-        assert [title.partition(":")[0] for title in told] == [
-            f"draw {draw + 1} of {draws}" for draw in expected for _ in range(2)
-        ]
-        assert len(titles(events)) == len(told)
-        assert study.trials == before
-    assert "texts.calibration.draws" not in stored(place).user_attrs["fingerprint"]
 
 
 @pytest.mark.slow
@@ -320,50 +242,6 @@ def test_draws_share_no_token(sampling: str, positions: int, pool: int | None, p
     assert not any(len(one & other) > 2 for one, other in combinations(places, 2))  # a number that a window cuts
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"draws": 0}, "draws"),
-        ({"draws": 2}, "need a number of items, which the next draw follows; give nsamples"),
-    ],
-)
-def test_a_wrong_number_of_draws(settings: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=error):
-        Calibration(source="c4", **settings)
-
-
-def test_only_the_calibration_text_is_drawn_again(place: Path) -> None:
-    with pytest.raises(UserError, match=r"texts.validation.draws: unknown key; did you mean texts.calibration.draws\?"):
-        study_file(place, "texts.validation.draws=2")
-
-
-def test_windows_in_the_cache_are_those_of_before(place: Path, cache: Path) -> None:
-    """The number of draws is no part of what a text is."""
-    one, three = (study_file(place, f"texts.calibration.draws={n}").study.texts.calibration for n in (1, 3))
-    files = []
-    for text in (one, three, one.text):
-        token_windows(text, place / "model", place)
-        files.append(sorted(cache.rglob("*.npy")))
-    assert files[0] == files[1] == files[2] and files[0]
-
-
-@pytest.mark.slow
-def test_their_cost_is_foretold(place: Path) -> None:
-    """Two plans, each calibrated on 256 tokens twice and measured on 512 of the test text, on two more draws."""
-    one, three = (foresee(study_file(place, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
-    assert one.tokens is not None and three.tokens is not None
-    assert three.tokens - one.tokens == 2 * 2 * (2 * 256 + 512)
-    dense = "prune.statistics=dense"
-    one, three = (foresee(study_file(place, dense, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
-    assert one.tokens is not None and three.tokens is not None
-    assert three.tokens - one.tokens == 2 * 2 * (256 + 512) + 2 * 2 * 256  # the error curve; statistics, once a draw
-    by_prices = 'allocation=["gradient"]'
-    one, three = (foresee(study_file(place, by_prices, *keys), "tiny", ignore_events).whole for keys in ((), (THREE,)))
-    assert one.tokens is not None and three.tokens is not None
-    descents = 3 * 3 * gradient.STEPS * 2048  # forward passes; of the first draw too, since the text is short
-    assert three.tokens - one.tokens == 5 * (2 * 256 + 512) + 2 * 2 * 256 + descents
-
-
 def test_spread_and_change_by_hand() -> None:
     best, uniform = [[1.0, 2.0], [1.2, 2.2], [0.9, 2.0]], [[1.5, 2.5], [1.6, 2.7], [1.5, 2.4]]
     found = over_draws(best, uniform)
@@ -380,42 +258,7 @@ def test_spread_and_change_by_hand() -> None:
 # --- what ± is
 
 
-def test_the_reach_of_an_interval_is_student_s() -> None:
-    """Tables of t, 97.5 %."""
-    for windows, t in ((2, 12.706), (16, 2.131), (24, 2.069), (128, 1.979)):
-        assert reach_of(windows) == pytest.approx(t, abs=5e-4)
-
-
-def test_intervals_of_that_reach_hold_the_mean_as_often_as_they_say() -> None:
-    """1.96 standard errors of 5 windows would hold it in 88 %."""
-    rows = np.random.default_rng(0).normal(2.0, 0.1, (20_000, 5))
-    errors = rows.std(1, ddof=1) / 5**0.5
-    assert np.mean(abs(rows.mean(1) - 2.0) < reach_of(5) * errors) == pytest.approx(0.95, abs=0.005)
-    nlls = rows[0].tolist()
-    assert perplexity(nlls).stderr == pytest.approx(math.exp(fmean(nlls)) * errors[0])
-
-
-@pytest.mark.slow
-def test_the_legend_says_over_how_many_windows_and_how_far(done: Path, place: Path, command: CommandLine) -> None:
-    assert "±: standard error over 16 windows (× 2.13 for 95 %)" in command("--study", done / "tiny.toml").out
-    run(place, "texts.test.nsamples=24")
-    words = ["--study", place / "tiny.toml", *settings("texts.test.nsamples=24")]
-    legend = "standard error over 16 validation and 24 test windows (× 2.13 and 2.07 for 95 %)"
-    assert f"±: {legend}" in command("status", *words).out
-    for kind in ("md", "html"):
-        command("report", *words, "--format", kind, "--out", place / f"r.{kind}")
-        assert legend in (place / f"r.{kind}").read_text()
-    command("report", *words, "--format", "latex", "--out", place / "r.tex")
-    assert legend.replace("×", r"$\times$").replace("%", r"\%") in (place / "r.tex").read_text()
-
-
 # --- what is stored of the report, row by row
-
-
-def raw(place: Path) -> dict[str, str]:
-    """The study's attributes as the database has them."""
-    with closing(sqlite3.connect(place / "tiny.db")) as connection:
-        return dict(connection.execute("SELECT substr(key, 10), value_json FROM study_system_attributes").fetchall())
 
 
 @pytest.mark.slow
@@ -438,48 +281,3 @@ def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypat
     written = stored(place).user_attrs["test_nlls"]
     assert written["7"] == [1.5, 2.5]
     assert len(written) == 4
-
-
-@pytest.mark.slow
-def test_each_row_is_an_attribute_and_those_of_before_are_read(drawn: Path) -> None:
-    names = {name for name in raw(drawn) if name.startswith(("test_nlls", "draws"))}
-    study = stored(drawn)
-    numbers = sorted(study.user_attrs["draws"])
-    assert names == {"test_nlls:dense", *(f"test_nlls:{n}" for n in numbers)} | {
-        f"draws:{n}:{draw}" for n in numbers for draw in (1, 2)
-    }
-    whole = {name: [1.0] * 16 for name in ("dense", *numbers)}
-    with closing(sqlite3.connect(drawn / "tiny.db")) as connection:
-        gone = ("atp_tune:test_nlls:dense", f"atp_tune:test_nlls:{numbers[0]}")
-        connection.execute("DELETE FROM study_system_attributes WHERE key IN (?, ?)", gone)
-        insert = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'test_nlls', ?)"
-        connection.execute(insert, (json.dumps(whole),))
-        connection.commit()
-    reports = stored(drawn).user_attrs["test_nlls"]
-    assert reports["dense"] == reports[numbers[0]] == [1.0] * 16
-    assert reports[numbers[1]] == study.user_attrs["test_nlls"][numbers[1]]
-
-
-def test_rows_that_are_not_of_their_kind_are_left_out(drawn: Path) -> None:
-    before, study = stored(drawn).user_attrs, stored(drawn)
-    for key in ("test_nlls:x", "test_nlls:1:2", "draws:1", "draws:1:x", "test_nlls:", "draws:1:2:3"):
-        study.set_user_attr(key, [1.0])
-    for key, value in (("test_nlls:0", "much"), ("draws:0:1", [-5.0]), ("draws:0:2", {}), ("test_kls:0", [-1])):
-        study.set_user_attr(key, value)
-    found = stored(drawn)
-    assert {key for key in found.user_attrs if ":" in key} == set()
-    assert set(found.user_attrs["test_nlls"]) <= set(before["test_nlls"])
-    assert summarise(found).trials
-
-
-@pytest.mark.slow
-def test_draws_follow_their_trials_into_a_merged_study(place: Path, tmp_path: Path, command: CommandLine) -> None:
-    for index in range(2):
-        run(place, THREE, f"storage=sqlite:///{place}/{index}.db", f"search.seed={index}")
-    assert command("merge", place / "0.db", place / "1.db", "--out", place / "out.db").code == 0
-    merged = stored(place, database=place / "out.db")
-    for index in range(2):
-        source = stored(place, database=place / f"{index}.db")
-        for name, found in source.user_attrs["draws"].items():
-            twin = next(t for t in merged.trials if t.datetime_start == source.trials[int(name)].datetime_start)
-            assert merged.user_attrs["draws"][str(twin.number)] == found

@@ -44,18 +44,6 @@ def test_the_lowest_loss_is_best_and_patience_ends_it(losses: list[float], best:
     assert (found.best[0], found.has_ended) == (best, has_ended)
 
 
-def test_a_measurement_says_whether_it_is_the_best() -> None:
-    found = EarlyStop(5)
-    assert [found.add(step, loss) for step, loss in enumerate((3.0, 2.0, 2.0, 2.5, 1.0))] == [
-        True, True, False, False, True
-    ]  # fmt: skip
-
-
-def test_nothing_has_ended_before_anything_was_measured() -> None:
-    assert not EarlyStop(0).has_ended
-    assert not EarlyStop(2).has_ended
-
-
 def test_a_long_text_gives_the_steps_all_their_windows() -> None:
     for steps in (1, 3, 10, 50, 500):
         settings = SETTINGS.model_copy(update={"steps": steps})
@@ -69,8 +57,3 @@ def test_a_long_text_gives_the_steps_all_their_windows() -> None:
 @pytest.mark.parametrize(("found", "own"), [(1, 0), (15, 0), (16, 8), (60, 8), (95, 9)])
 def test_a_short_text_is_divided_or_not(found: int, own: int) -> None:
     assert windows_held_out(found, SETTINGS) == own
-
-
-def test_without_patience_nothing_is_held_out() -> None:
-    settings = SETTINGS.model_copy(update={"patience": 0})
-    assert (windows_read(settings), windows_held_out(90, settings)) == (90, 0)

@@ -4,7 +4,6 @@ The fast suite sees those in `FAST`, and one hybrid from folder to folder; the s
 This file writes `docs/families.md`: ATP_TUNE_WRITE_DOCS=1 python -m pytest tests/test_every_family.py -n 0 -m ''
 """
 
-import itertools
 import os
 import re
 import shutil
@@ -241,31 +240,6 @@ def test_what_is_refused_is_refused_by_the_command(kind: str, said: str, place: 
     answer = command("--study", place / "tiny.toml")
     assert said in answer.error  # one line, exit code 2
     assert not list(place.glob("*.best.json"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scale", [1.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", few(["bert", "roberta", "electra", "paligemma"], ["bert"]))
-@pytest.mark.filterwarnings("ignore")
-def test_later_tokens_are_seen_in_each_number_format(kind: str, dtype: torch.dtype, scale: float) -> None:
-    """Where numbers are coarse, or blocks change little, what later tokens do is no more than rounding elsewhere is."""
-    model = model_of(kind)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale if parameter.dim() == 2 else 1)
-    with pytest.raises(UserError, match="predicts tokens from those that come later"):
-        check(Checkpoint(model.to(dtype), CPU))
-
-
-@pytest.mark.slow
-def test_windows_that_are_longer_than_a_model_are_refused(place: Path, command: CommandLine) -> None:
-    exchange(place, "gpt2")  # its positions are learned, and end at 64
-    for role, bos in itertools.product(("calibration", "validation", "test"), ("auto", "false")):
-        long = settings(f"texts.{role}.seqlen=65", f"texts.bos={bos}")
-        said = f"texts.{role}.seqlen: the model, which has 64 positions, cannot take windows of 65 tokens"
-        assert command("--study", place / "tiny.toml", *long).error.startswith(said), (role, bos)
-        assert not (place / "tiny.db").exists()
 
 
 def test_a_model_of_a_mixture_of_blocks_is_one_list() -> None:

@@ -13,7 +13,6 @@ from tinystudy import few_steps
 from atp_tune.api.presets import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 pytestmark = pytest.mark.slow
 # Windows, and points that are screened; the texts are short too. `test_tune_a_model` takes what a user takes.
 FEW = replace(PRESETS["quick"], seqlen=64, calibration=4, validation=8, test=8, screened=6, confirmed=3)
@@ -40,12 +39,6 @@ class Example:
 @pytest.fixture
 def example(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
     return Example(place, monkeypatch, capsys)
-
-
-def test_there_are_five() -> None:
-    assert SCRIPTS == [
-        "compare_pruners.py", "how_sparse_can_it_be.py", "prune_in_memory.py", "resume_and_watch.py", "tune_a_model.py",
-    ]  # fmt: skip
 
 
 def test_tune_a_model(place: Path) -> None:

@@ -1,31 +1,26 @@
 """Mixtures of experts: who hears what, experts that hear nothing, and the way from a study to a sparse folder."""
 
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import naive
 import pytest
 import torch
-from families import MIXTURES, TOKENS, bench_of, few, nlls_of, random_ids, same_bits, tiny
+from families import MIXTURES, TOKENS, bench_of, few, nlls_of, same_bits, tiny
 from plans import planned
 from safetensors.torch import load_file
 from test_input_hooks import gather
 from test_prune_pass import check_same_weights, magnitude, naive_pass, wanda
-from tinystudy import make_tokenizer, run, study_file
+from tinystudy import make_tokenizer, study_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.api.pruning import prune_study
-from atp_tune.blocks.prune_pass import AllInputsSeen, InputCollector, stop_when_all_seen, unmeasured
 from atp_tune.blocks.replay import block_bytes
 from atp_tune.checkpoints.blocks import expert_inputs, find_linears
 from atp_tune.config.prune import PruneConfig
-from atp_tune.errors import TrialError
 from atp_tune.events import ignore_events
-from atp_tune.pruners import PRUNERS, Statistics, make_pruner
 from atp_tune.pruners.statistics import InputNorms
 
 # --- in which order they are added up
@@ -64,16 +59,6 @@ def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> N
     assert additions.unordered == []
 
 
-def test_what_is_added_in_no_fixed_order_is_seen() -> None:
-    into, rows = torch.zeros(3, 2), torch.ones(2, 2)
-    with Additions() as additions:
-        into.index_add_(0, torch.tensor([1, 2]), rows)
-        into.index_add_(0, torch.tensor([1, 1]), rows)
-        into.index_put_((torch.tensor([0, 0]),), rows, accumulate=True)
-        into.scatter_add_(0, torch.zeros(2, 2, dtype=torch.long), rows)
-    assert [name.split(".")[1] for name in additions.unordered] == ["index_add_", "index_put_", "scatter_add_"]
-
-
 # --- who hears what
 
 
@@ -98,42 +83,6 @@ def test_each_expert_hears_its_tokens_over_all_batches() -> None:
     torch.testing.assert_close(found["shared_expert.up_proj"].norms(), flat.norm(dim=0))
     assert len({id(found[name]) for name in inputs}) == len(inputs)
     assert found["shared_expert.up_proj"] is found["shared_expert.gate_proj"]
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_ends_when_all_is_heard(family: str) -> None:
-    """Also where some experts got no token; the experts' own work is done only where something is run after it."""
-    block, worked = tiny(family).model.layers[1].mlp, []
-    block.experts.register_forward_hook(lambda *args: worked.append("experts"))
-    block.register_forward_hook(lambda *args: worked.append("block"))
-    heard_by(block, [torch.randn(1, 1, 24), torch.randn(3, TOKENS, 24)])
-    assert worked == (["experts"] * 2 if family == "deepseek_v3" else [])
-    assert not any(module._forward_pre_hooks for module in block.modules())
-
-
-def test_experts_without_tokens_have_no_statistics() -> None:
-    block, x = mixture("mixtral"), torch.randn(1, 1, 24)
-    chosen = set(block.gate(x)[-1].flatten().tolist())
-    found = heard_by(block, [x])
-    assert set(found) == {f"experts.{weight}[{e}]" for e in chosen for weight in ("gate_up_proj", "down_proj")}
-
-
-def test_experts_that_their_block_never_runs() -> None:
-    block = mixture("mixtral")
-    block.forward = lambda hidden_states: hidden_states
-    with pytest.raises(TrialError, match=r"linear experts.gate_up_proj\[0\] was not run by its block"):
-        heard_by(block, [torch.randn(1, 2, 24)])
-
-
-def test_arguments_by_name() -> None:
-    block, x = mixture("gpt_oss"), torch.randn(5, 24)
-    _, weights, chosen = block.router(x)
-    gathering = InputCollector(find_linears(block), InputNorms, stop_when_all_seen(find_linears(block)))
-    with gathering.attached(block), suppress(AllInputsSeen), torch.inference_mode():
-        block.experts(hidden_states=x, router_indices=chosen, routing_weights=weights)
-    for name, inputs in naive.expert_inputs(block.experts, "experts", x, chosen).items():
-        if len(inputs):
-            torch.testing.assert_close(gathering.result()[name].norms(), inputs.norm(dim=0))
 
 
 def test_experts_without_a_gate() -> None:
@@ -184,28 +133,6 @@ def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, 
             assert pruned[1].zeros[linear.name] == int(linear.size * 0.5)
 
 
-def test_what_measures_nothing_misses_nothing() -> None:
-    model = silence(tiny("olmoe"))
-    assert all(
-        block.experts_without_tokens == ()
-        for block in bench_of(model).prune(planned("magnitude", "uniform", (0.5,) * 3))
-    )
-
-
-def test_magnitude_stands_in_with_the_pruner_s_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Grouped:
-        group: str = "matrix"
-        measures: ClassVar[type[Statistics] | None] = InputNorms
-
-        def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
-            return weight
-
-    assert unmeasured(make_pruner("wanda")) == make_pruner("magnitude")
-    monkeypatch.setitem(PRUNERS, "magnitude", Grouped)
-    assert unmeasured(Grouped("row")) == Grouped("row")
-
-
 # --- the whole way
 
 
@@ -215,16 +142,6 @@ def test_activations_are_of_the_experts_that_a_token_meets() -> None:
     attention = (24 + 24) + 2 * (24 + 12) + (24 + 24)
     experts, shared = 2 * ((24 + 32) + (16 + 24)), 3 * (24 + 20)
     assert block_bytes(work.checkpoint) == 2 * 4 * (attention + experts + shared)
-
-
-def test_a_tensor_of_experts_is_not_written_to_and_lies_apart() -> None:
-    model = tiny("mixtral")
-    for block in bench_of(model).prune(planned("wanda", "uniform", (0.5,) * 3)):
-        experts = model.model.layers[block.index].mlp.experts
-        for name in ("gate_up_proj", "down_proj"):
-            tensor = block.weights[f"mlp.experts.{name}"]
-            assert tensor.is_contiguous() and tensor.shape == getattr(experts, name).shape
-            assert tensor.data_ptr() != getattr(experts, name).data_ptr()
 
 
 @pytest.fixture
@@ -248,17 +165,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_study_of_a_mixture(mixed: Path) -> None:
-    study = run(mixed, "sparsity=0.5", "prune.pruners=['wanda', 'magnitude']", "search.trials=4")
-    trials = study.get_trials(deepcopy=False)
-    silent = ["1.mlp.experts.gate_up_proj[2]", "1.mlp.experts.down_proj[2]"]
-    assert {trial.params["pruner"] for trial in trials} == {"wanda", "magnitude"}
-    for trial in trials:
-        assert trial.user_attrs.get("experts_without_tokens") == (silent if trial.params["pruner"] == "wanda" else None)
-        assert 0.45 < trial.user_attrs["realised"] <= 0.5
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
 def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
     file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"
@@ -278,12 +184,3 @@ def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) 
         elif ".experts." not in key or ".down_proj." in key:
             assert zeros == int(tensor.numel() * plan.amounts[index])
     assert sum(".experts." in key for key in after) == 3 * 5 * 3
-
-
-def test_router_logits_are_not_asked_for() -> None:
-    """Some checkpoints have `output_router_logits` in their config, from their training."""
-    model = tiny("mixtral")
-    expected = naive.nlls_of(model, random_ids(3, seed=2))
-    model.config.output_router_logits = True
-    work = bench_of(model)
-    assert nlls_of(work, work.blocks(None), "test") == pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,5 @@
 """`export` in formats of others, and that what they do with it is what `apply` does."""
 
-import csv
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 import yaml
 from byhand import ByHand
 from families import few
-from plans import linears_of, planned
+from plans import planned
 from safetensors.torch import load_file
 from test_config import config
 from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
@@ -28,11 +27,10 @@ from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
-from atp_tune.folders.exporting import FORMATS, as_csv, as_recipe, as_yaml, kind_of
+from atp_tune.folders.exporting import FORMATS, as_csv, as_recipe, as_yaml
 from atp_tune.inputs.windows import token_windows
 from atp_tune.plan import Plan
-from atp_tune.pruners.settings import ChannelSettings, SparseGPTSettings, WandaSettings
-from atp_tune.storage.progress import measured
+from atp_tune.pruners.settings import SparseGPTSettings, WandaSettings
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 NAMES = (("attn.q", "mlp.up"), ("attn.q", "mlp.up"), ("mlp.up",))
@@ -61,30 +59,6 @@ def recipe(**changes: Any) -> Any:
 # --- the command
 
 
-@pytest.mark.parametrize(
-    ("given", "out", "kind"),
-    [
-        (None, None, "json"), (None, "best", "json"), (None, "a.csv", "csv"), (None, "a.YAML", "yaml"),
-        (None, "a.recipe.yaml", "llm-compressor"), ("csv", "a.json", "csv"), ("json", "a.yaml", "json"),
-        (None, "a.gptqmodel.json", "gptqmodel"), (None, "a.torchao.py", "torchao"),
-    ],
-)  # fmt: skip
-def test_which_format_is_meant(given: str | None, out: str | None, kind: str) -> None:
-    assert kind_of(given, Path(out) if out else None) == kind
-
-
-def test_tables_say_that_shares_are_of_whole_channels() -> None:
-    prune = PruneConfig(pattern="channels", pruners=("wanda",), channels=ChannelSettings(heads=True, round_to=4))
-    made = config(prune=prune, **by_linear("wanda"))
-    table = yaml.safe_load(as_yaml(made))
-    assert table["shares_of"] == "whole channels"
-    assert table["settings"] == prune.channels.model_dump()
-    lines = list(csv.DictReader(as_csv(made).splitlines()))
-    assert {line["shares_of"] for line in lines} == {"whole channels"}
-    assert [float(line["sparsity"]) for line in lines] == [0.5, 0.6, 0.55, 0.65, 0.7]
-    assert "shares_of" not in as_csv(config()) + as_yaml(config())
-
-
 OF_BITS = ("gptqmodel", "torchao", "llama.cpp")  # formats that have no place for zeros
 
 
@@ -107,88 +81,7 @@ def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path,
     assert out.read_bytes() == one or (kind == "json" and read_config(out).folder == "..")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", OF_BITS)
-def test_a_format_of_rounded_weights_is_refused_for_zeros(kind: str, done: Path, command: CommandLine) -> None:
-    answer = command("export", "--config", done / "tiny.best.json", "--format", kind)
-    assert answer.code == 2
-    assert answer.error.startswith(f"--format {kind}: ")
-    assert not (done / f"tiny.best{FORMATS[kind].ending}").exists()
-
-
-def test_an_ending_that_no_format_has_is_refused() -> None:
-    said = error(lambda: kind_of(None, Path("x.xyz")))
-    endings = ".json, .recipe.yaml, .gptqmodel.json, .torchao.py, .tensor-types.txt, .yaml, .csv"
-    assert said == f"--out x.xyz: must end in one of {endings}, or give --format"
-    assert kind_of("json", Path("x.xyz")) == "json"
-
-
-def test_a_configuration_from_elsewhere_is_printed(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    shown = json.loads(command("export", "--config", done / "tiny.best.json", "--json").out)
-    assert shown == json.loads((done / "tiny.best.json").read_text()) | {"folder": os.path.relpath(done)}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "--study"), (["--study", "a", "--config", "b"], "--study"),
-        (["--config", "b", "--json", "--format", "csv"], "--json"),
-        (["--config", "b", "--format", "onnx"], "--format onnx"),
-        (["--config", "b", "--out", "-"], "--json prints the configuration"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_asked_for(words: list[str], said: str, command: CommandLine) -> None:
-    answer = command("export", *words)
-    assert answer.code == 2
-    assert said in answer.err
-
-
-def test_nothing_is_written_that_cannot_be_said(done: Path, command: CommandLine) -> None:
-    found = read_config(done / "tiny.best.json").model_copy(update={"plan": by_block("alps")})
-    found.write(done / "alps.json")
-    answer = command("export", "--config", done / "alps.json", "--format", "llm-compressor")
-    assert answer.error == (
-        "--format llm-compressor: pruner = alps: llm-compressor has a modifier for wanda and sparsegpt alone; "
-        "`apply` writes the folder"
-    )
-    assert not (done / "alps.recipe.yaml").exists()
-
-
-@pytest.mark.slow
-def test_a_study_of_single_linears_knows_their_names(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    toml = (done / "tiny.toml").read_text().replace("beta = [0.0, 0.1]", 'names = ["curve"]')
-    (done / "curve.toml").write_text(toml.replace('"wanda", ', "").replace("= 0.5", "= 0.8"))
-    assert command("--study", done / "curve.toml").code == 0
-    bent = next(t for t in measured(stored(done, "curve", done / "curve.db")) if t.params["split"] != 0)
-    words = ["export", "--study", done / "curve.toml", "--trial", str(bent.number), "--out"]
-    assert command(*words, tmp_path / "bent.csv").code == command(*words, tmp_path / "bent.json").code == 0
-    rows = list(csv.DictReader((tmp_path / "bent.csv").read_text().splitlines()))
-    names = [name for name, _ in ByHand(done).model.model.named_modules() if name.endswith("_proj")]
-    assert [row["module"] for row in rows] == [f"model.{name}" for name in names]
-    found = linears_of(read_config(tmp_path / "bent.json").plan)
-    assert found
-    assert [float(row["sparsity"]) for row in rows] == [value for block in found for value in block]
-
-
 # --- tables
-
-
-def test_tables_by_block() -> None:
-    assert as_csv(config()) == (
-        "block,module,sparsity\n0,model.layers.0,0.575\n1,model.layers.1,0.6\n2,model.layers.2,0.625\n"
-    )
-    found = yaml.safe_load(as_yaml(config()))
-    assert (found["study"], found["pruner"], found["sparsity"]["target"]) == ("smöl", "sparsegpt", 0.6)
-    assert found["modules"] == [
-        {"block": index, "module": f"model.layers.{index}", "sparsity": value}
-        for index, value in enumerate((0.575, 0.6, 0.625))
-    ]
-
-
-def test_tables_by_linear() -> None:
-    lines = as_csv(config(**by_linear())).splitlines()
-    assert lines[1:3] == ["0,model.layers.0.attn.q,0.5", "0,model.layers.0.mlp.up,0.6"]
-    assert lines[5:] == ["2,model.layers.2.mlp.up,0.7"]
 
 
 @pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
@@ -200,31 +93,7 @@ def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> 
             make(config(**changed))
 
 
-@pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
-@pytest.mark.parametrize(
-    ("missing", "what"), [({"blocks": None}, "blocks"), ({**by_linear(), "linears": None}, "linears")]
-)
-def test_files_of_earlier_versions_have_no_names(make: Callable[[Config], str], missing: Any, what: str) -> None:
-    assert error(lambda: make(config(**missing))).startswith(f"{what}: the configuration lacks the names of its {what}")
-
-
 # --- recipes
-
-
-def test_a_recipe_by_block() -> None:
-    text = as_recipe(config())
-    assert 'pipeline="sequential", propagate_error=False' in text.splitlines()[3]
-    assert recipe() == [
-        {
-            "SparseGPTModifier": {
-                "sparsity": [0.575, 0.6, 0.625], "mask_structure": "0:0", "targets": [r"re:model\.layers\.\d+$"],
-                "block_size": 64, "dampening_frac": 0.02,
-            }
-        }
-    ]  # fmt: skip
-    pattern = recipe()[0]["SparseGPTModifier"]["targets"][0].removeprefix("re:")
-    assert re.match(pattern, "model.layers.11")
-    assert not re.match(pattern, "model.layers.1.mlp")
 
 
 def test_a_recipe_by_linear_and_by_number() -> None:

@@ -4,17 +4,13 @@ import ast
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from tinystudy import TUNE
 
-from atp_tune.errors import UserError
-from atp_tune.utils.extras import EXTRAS, as_typed, install, missing, remedy, require
+from atp_tune.utils.extras import EXTRAS, as_typed, install, remedy
 
-PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OLD = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); runpy.run_path('tune.py', run_name='__main__')"
 
 
@@ -47,14 +43,6 @@ def test_only_some_packages_are_installed(module: str, place: Path) -> None:
     assert said("-c", run).startswith(f"error: {module} is not installed; run: ")
 
 
-def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXTRAS, "png", {"no_such_module": "no-such", "sys": "sys"})
-    assert missing("png", "sys") is None
-    with pytest.raises(UserError) as caught:
-        require("png", "a picture")
-    assert str(caught.value) == f"a picture: no-such is not installed; run: {install('png')}"
-
-
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_what_to_type(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the checkout, elsewhere, and where the package is a wheel: a command for a package that is on no index."""
@@ -67,10 +55,3 @@ def test_what_to_type(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("atp_tune.utils.extras.IS_CHECKOUT", False)
     assert install(extra) == as_typed(f"pip install -e '.[{extra}]'") == f"pip install 'atp-tune[{extra}]'"
     assert remedy("torch.nn").endswith("pip install atp-tune")
-
-
-def test_all_and_dev_have_every_extra() -> None:
-    extras = PROJECT["optional-dependencies"]
-    everything, dev = Requirement(*extras["all"]), Requirement(extras["dev"][0])
-    assert everything.extras == EXTRAS.keys() - {"fuzz"}
-    assert dev.name == PROJECT["name"] and dev.extras == {"all", "docs"}

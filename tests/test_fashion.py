@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from tinystudy import CommandLine
-from torch.nn import functional
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "fashion" / "prepare.py"
 
@@ -31,23 +30,6 @@ def test_the_study_names_the_command_that_it_needs(
     assert command("plan", "--study", study).error == (
         f"model.source: there is no folder {tmp_path}/build/fashion/model; make it with: python {SCRIPT}"
     )
-
-
-def test_the_probe_is_the_minimum(script: ModuleType) -> None:
-    draw = torch.Generator().manual_seed(0)
-    features = torch.randn(60, 7, generator=draw, dtype=torch.float64) * torch.arange(1, 8) + 3
-    classes = (features[:, 0] > 3).long() + (features[:, 1] > 4).long()
-    weight, bias = script.fitted(features, classes, 3, 0.01)
-    spread = features.std(0)
-
-    def loss(weight: torch.Tensor, bias: torch.Tensor) -> float:
-        entropy = functional.cross_entropy(features @ weight.T + bias, classes)
-        return float(entropy + 0.01 * (weight * spread).square().sum())
-
-    least = loss(weight, bias)
-    for _ in range(20):
-        step = torch.randn(weight.shape, generator=draw, dtype=torch.float64) * 1e-3
-        assert loss(weight + step, bias) > least and loss(weight, bias + step[:, 0]) > least
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Faults that really happen, and what they leave of a study: docs/reliability.md has the table."""
 
-import json
 import math
 import os
 import random
@@ -29,12 +28,10 @@ from preloaded import (
     TOTAL,
     in_phase,
     kill,
-    kill_at_rename,
     kill_at_write,
     kill_in_the_first_trial,
     kill_in_transaction,
 )
-from safetensors.torch import load_file, save_file
 from test_network import needs, serving
 from tinystudy import (
     CommandLine,
@@ -58,7 +55,6 @@ from atp_tune.search import runner
 from atp_tune.storage import lost_trials, progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.lost_trials import SAME
-from atp_tune.storage.process import identity
 from atp_tune.utils.cache import versions
 
 ROWS = Rows()
@@ -143,18 +139,6 @@ def test_kill_9_in_a_phase(phase: str, tiny: Tiny, undisturbed: Tiny) -> None:
     seconds = tiny.finish()
     check_same(tiny, undisturbed)
     ROWS.add(f"kill -9 while {phase}" if "ing" in phase else f"kill -9 in {phase}", 1, seconds=seconds)
-
-
-@slow
-def test_kill_9_while_best_json_is_written(tiny: Tiny, undisturbed: Tiny) -> None:
-    assert tiny.start(kill_at_rename).finish().code == -signal.SIGKILL
-    left = {name for name in names(tiny.place) if name.startswith(".tiny.best.json")}
-    assert len(left) == 1
-    assert "tiny.best.json" not in names(tiny.place)
-    seconds = tiny.finish()
-    assert not left & names(tiny.place)
-    check_same(tiny, undisturbed)
-    ROWS.add("kill -9 while exporting best.json", 1, seconds=seconds)
 
 
 @slow
@@ -248,20 +232,6 @@ def cut_at_every_write(start: Callable[[Callable[[], None]], Command], folder: P
 
 
 @slow
-def test_export_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out" / "best.json"
-    out.parent.mkdir()
-    words = ("export", "--study", done / "tiny.toml", "--out", out)
-    times = cut_at_every_write(
-        lambda inject: Command(*words, inject=inject), out.parent, lambda: assert_not(out.exists())
-    )
-    assert times >= 3
-    assert names(out.parent) == {"best.json"}
-    check_best(out, done / "tiny.best.json")
-    ROWS.add("power cut at every write of `export`", times)
-
-
-@slow
 def test_apply_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
@@ -286,10 +256,6 @@ def test_apply_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
         assert read_config(place / "atp_tune.json").plan == about.plan
         assert ModelCard.load(place / "README.md").data.library_name == "transformers"
     ROWS.add("power cut at every write of `apply`", times)
-
-
-def assert_not(condition: bool) -> None:
-    assert not condition
 
 
 # --- disks
@@ -434,15 +400,6 @@ def test_the_way_to_recover_that_is_named_recovers(done: Path, command: CommandL
     ROWS.add("an index destroyed, and repaired as the error message says", 1)
 
 
-@pytest.mark.slow
-def test_an_empty_file_is_a_database_that_was_about_to_be_made(place: Path, command: CommandLine) -> None:
-    (place / "tiny.db").touch()
-    for name in ("status", "export", "report"):
-        assert "has no trials yet" in command(name, "--study", place / "tiny.toml").error
-        assert (place / "tiny.db").stat().st_size == 0
-    assert command("--study", place / "tiny.toml", "--trials", "1").code == 0
-
-
 # --- the model
 
 
@@ -470,18 +427,6 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
     undisturbed = run(place, name="undisturbed")
     check_equal(stored(place), undisturbed, 3)
     ROWS.add("model file changed during a run, and between two runs", 2)
-
-
-@pytest.mark.slow
-def test_a_model_of_nan_is_refused_before_a_trial(place: Path, command: CommandLine) -> None:
-    file = place / "model" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
-    error = command("--study", place / "tiny.toml").error
-    assert error.startswith("model.source: the perplexity of the dense model model is not finite: its weights hold NaN")
-    assert all(trial.state == TrialState.WAITING for trial in stored(place).trials)
-    ROWS.add("NaN in the weights: the model is refused before any trial", 1, same="–")
 
 
 # --- memory
@@ -641,29 +586,6 @@ def test_the_clock_is_set_back_while_a_trial_runs(place: Path, tmp_path: Path, u
     seconds = tiny.finish()
     check_same(tiny, undisturbed)
     ROWS.add("clock set back by an hour while a trial runs, process killed, clock corrected", 1, seconds=seconds)
-
-
-@pytest.mark.slow
-def test_a_clock_that_was_set_back(place: Path, command: CommandLine) -> None:
-    """All times that are stored lie an hour ahead: a trial that is alive is kept, one that is dead is run again."""
-    run(place, "search.trials=1")
-    study = stored(place)
-    study.enqueue_trial({"pruner": "wanda", "allocation": "atp", "beta": 0.05})
-    with pytest.warns(UserWarning, match="Heartbeat"):
-        lost = study.ask()
-    moved = {"process_started": identity()["process_started"] + 3600, "booted": identity()["booted"] + 3600}
-    for name, value in {**identity(), "pid": 2**22, **moved}.items():
-        lost.set_user_attr(name, value)
-    study._storage.record_heartbeat(lost._trial_id)  # type: ignore[attr-defined]
-    with closing(sqlite3.connect(place / "tiny.db")) as connection, connection:
-        connection.execute("UPDATE trials SET datetime_start = datetime('now', 'localtime', '+1 hour')")
-        connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '+1 hour')")
-    document = json.loads(command("status", "--study", place / "tiny.toml", "--json").out)
-    assert document["running"][0]["seconds"] == 0
-    began = monotonic()
-    assert command("--study", place / "tiny.toml", "--trials", "3").code == 0
-    assert progress.counted(stored(place)) == 3
-    ROWS.add("all stored times an hour in the future, as after a clock was set back", 1, seconds=monotonic() - began)
 
 
 @pytest.mark.slow

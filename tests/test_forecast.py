@@ -14,7 +14,6 @@ from atp_tune.cost.forecast import (
     Bytes,
     Done,
     Part,
-    Passes,
     ProbeRates,
     PrunerRate,
     Tokens,
@@ -24,7 +23,6 @@ from atp_tune.cost.forecast import (
     peaks,
     problems,
     sums,
-    training,
 )
 
 TOKENS = Tokens(calibration=1000, validation=300, test=200, curve=100)
@@ -38,31 +36,6 @@ RATES = ProbeRates(
     pruners={"wanda": PrunerRate(0.0015, 0.25), "magnitude": PrunerRate(0.001, 0.125)},
     work=7,
 )
-
-
-def test_tokens_of_a_trial() -> None:
-    assert passes("block", True, TOKENS, 300) == Passes(listen=1000, run=1000, evaluate=300)
-    assert passes("sequential", True, TOKENS, 300) == Passes(listen=0, run=1000, evaluate=300)
-    assert passes("dense", True, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
-    assert passes("block", False, TOKENS, 300) == Passes(listen=0, run=100, evaluate=300)
-    assert passes("block", True, TOKENS, 300).total == 2300
-
-
-def test_seconds_of_a_trial_are_those_of_its_passes() -> None:
-    found = RATES.trial("wanda", passes("block", True, TOKENS, 300))
-    assert found.calibrate == pytest.approx(4 * 1000 * 0.0015)
-    assert found.prune == 1.0
-    assert found.evaluate == pytest.approx(4 * 300 * 0.002 + 300 * 0.01)
-    assert found.total == pytest.approx(6 + 1 + 5.4)
-
-
-def test_a_block_takes_as_long_as_its_work_or_its_way() -> None:
-    cost = passes("block", True, TOKENS, 300)
-    work = 1.5 + 0.25 + 0.6
-    for fetch in (1.0, 10.0):
-        found = replace(RATES, fetch=fetch).trial("wanda", cost)
-        assert found.total == pytest.approx(4 * max(fetch, work) + 3)
-    assert replace(RATES, fetch=10.0).dense_on(300, "validation") == pytest.approx(40 + 3)
 
 
 def known(study: Study, **changes: Any) -> Amounts:
@@ -98,14 +71,6 @@ def test_the_whole_is_the_sum_of_its_parts(tiny_place: Path) -> None:
     assert sums(list(parts(known(spec), Done(10), UNKNOWN))) == (tokens, None, None)
 
 
-def test_what_is_measured_once_on_the_dense_model(tiny_place: Path) -> None:
-    [one], [other] = (
-        by_name(study(tiny_place, f"allocation={name}"), Done(10))["loading"] for name in ("uniform", "owl")
-    )
-    assert one.seconds + 4 * 1000 * 0.004 == pytest.approx(other.seconds)
-    assert one.tokens + 2000 == other.tokens
-
-
 def test_a_screening_comes_on_top(tiny_place: Path) -> None:
     spec = study(tiny_place, "search.screen={trials=6, stride=4, confirm=2}", "search.sampler=gp")
     found = by_name(spec, Done(3, 0, 6))
@@ -117,17 +82,6 @@ def test_a_screening_comes_on_top(tiny_place: Path) -> None:
     assert dense.seconds == pytest.approx(4 * 1000 * 0.004 + RATES.dense_on(75, "validation"))
     late = by_name(spec, Done(3, 0, 6, 4))
     assert (late["screening"][0].left, late["dense"][1].left) == (2, 0)
-
-
-def test_the_training_of_the_best_plan_comes_on_top(tiny_place: Path) -> None:
-    """64 steps of 2 windows of 32 tokens; 9 measurements of 8, 1 of the dense model; texts before and after."""
-    spec = study(tiny_place, "recover={seqlen=32}")
-    assert training(known(spec)) == (2 * 64 * 64 + (9 + 1) * 256 + 2 * 64 * 64 + 1000, 5)
-    spec = study(tiny_place, "recover={loss='next-token', steps=8}")
-    [found] = by_name(spec, Done(3), validation_windows=10)["training"]
-    assert found.tokens == 8 * 60 + 2 * 240 + 2 * 8 * 60 + 1000
-    assert found.seconds == pytest.approx(found.tokens * (4 * 0.002 + 0.01) + 4 * 5)
-    assert (found.left, by_name(spec, Done(3, is_trained=True))["training"][0].left) == (1, 0)
 
 
 def test_draws_are_pruned_and_fitted_anew(tiny_place: Path) -> None:
@@ -183,10 +137,6 @@ def lines(free: Free, offload: str = "none", **changes: int) -> tuple[str, ...]:
 
 
 G = 1024**3
-
-
-def test_what_fits_is_no_problem() -> None:
-    assert lines(Free(10**6, 10**6)) == ()
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,24 @@
 """Text from a model: exactly its greedy tokens, whatever its own settings are; answers piece by piece."""
 
-import os
-import random
-import signal
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from families import ALL, bench_of, few, replay_of, tiny
 from plans import planned
 from tinystudy import make_model, make_tokenizer
 from torch import Tensor
-from transformers import GenerationConfig
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.cli.commands.chat import stoppable
 from atp_tune.errors import UserError
-from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
+from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, longest
 from atp_tune.run.observers import Kept
 
 PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]
 NEW = 6
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
-)
 
 
 class Letters:
@@ -93,31 +84,12 @@ def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_streamed_blocks_say_the_same(offload: Any, tmp_path: Any) -> None:
-    expected = said(replay_of(tiny("llama")))
-    with bench_of(tiny("llama"), offload=offload) as work:
-        assert said(work.replay) == expected
-
-
-@pytest.mark.slow
 def test_prompts_begin_with_bos_where_windows_do() -> None:
     model = tiny("llama")
     ends = end_tokens(model, Letters())
     expected = [greedy(model, [0, *Letters()(prompt).input_ids], ends) for prompt in PROMPTS]
     found = [cut(tokens, ends) for tokens in said(replay_of(model), bos=True)]
     assert found == expected != [cut(tokens, ends) for tokens in said(replay_of(model))]
-
-
-@pytest.mark.slow
-def test_settings_of_the_model_do_not_change_texts() -> None:
-    """A chat model's folder may ask for drawing at random, and for penalties."""
-    model = tiny("llama")
-    expected = said(replay_of(model))
-    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=3, num_beams=2)  # type: ignore[no-untyped-call]
-    model.generation_config = own
-    assert said(replay_of(model)) == expected
-    assert model.generation_config is own
 
 
 def test_all_tokens_that_end_a_text_are_known() -> None:
@@ -134,22 +106,6 @@ def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt() -> None:
     assert encode("a", Letters(), [], bos=True) == [0, *Letters()("a").input_ids]
     with pytest.raises(UserError, match='prompt "": has no tokens'):
         encode("", Letters(), [], bos=False)
-
-
-def test_nothing_is_drawn_at_random() -> None:
-    replay = replay_of(tiny("llama"))
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
-    said(replay)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert (np.random.get_state()[1] == states[2]).all()
-
-
-def test_what_cannot_generate_is_refused() -> None:
-    with pytest.raises(UserError, match="model Linear: cannot generate text"):
-        generate(torch.nn.Linear(2, 2), Letters(), torch.ones(1, 2, dtype=torch.long), 3)
-    with pytest.raises(UserError, match="prompt: the tokenizer makes token 500 of it, the model knows 97"):
-        generate(tiny("llama"), Letters(), torch.full((1, 2), 500), 3)
 
 
 # Conversations
@@ -205,25 +161,6 @@ def test_an_answer_comes_in_pieces() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_template_only_the_last_line_counts() -> None:
-    who = speaker()
-    assert answer(who, "one", "two", "the import statement") == answer(who, "the import statement")
-
-
-@pytest.mark.slow
-def test_a_template_writes_the_whole_conversation() -> None:
-    who = speaker(TEMPLATE)
-    assert who.has_template
-    found, _ = answer(who, "one", "two", "three")
-    assert found.text == by_hand(who, "<user>one<assistant>two<user>three<me>", 20)
-
-
-def test_a_broken_template_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^the chat template cannot write these messages: TemplateError: no$"):
-        answer(speaker("{{ raise_exception('no') }}"), "one")
-
-
-@pytest.mark.slow
 def test_an_answer_ends_where_a_person_stops_it() -> None:
     asked: list[int] = []
 
@@ -235,40 +172,3 @@ def test_an_answer_ends_where_a_person_stops_it() -> None:
     found, _ = answer(who, "the import statement", stop=stop)
     assert found == Answer(by_hand(who, "the import statement", 5), "person")
     assert answer(who, "the import statement")[0].text == by_hand(who, "the import statement", 20)
-
-
-@pytest.mark.slow
-def test_an_answer_ends_with_the_model_s_positions() -> None:
-    who = speaker()
-    text = "the import statement " * 12
-    ids = len(who.tokenizer(text).input_ids)
-    with who.opened() as model:
-        most = model.config.max_position_embeddings
-    assert ids < most < ids + 200
-    found, _ = answer(who, text, tokens=200)
-    assert found.text == by_hand(who, text, most - ids)
-    with pytest.raises(UserError, match=rf"the text has \d+ tokens, the model takes {most}; /reset begins a new one"):
-        answer(who, text * 3)
-
-
-@pytest.mark.slow
-def test_a_temperature_draws() -> None:
-    who = speaker()
-    texts = set()
-    for seed in range(5):
-        torch.manual_seed(seed)
-        texts.add(answer(who, "the import statement", temperature=1.0)[0].text)
-    assert len(texts) > 1
-    torch.manual_seed(0)
-    assert answer(who, "the import statement", temperature=1e-4)[0].text == by_hand(who, "the import statement", 20)
-
-
-def test_the_first_ctrl_c_asks_the_second_raises() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with stoppable() as is_stopped:
-        assert not is_stopped()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert is_stopped()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before

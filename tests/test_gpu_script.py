@@ -75,32 +75,6 @@ def test_what_the_tests_import_is_there_or_brought(script: Any) -> None:
     assert not lacking & {"optuna", "alembic", "pytest", "_pytest", "pluggy", "torch", "triton", "tokenizers", "yaml"}
 
 
-@pytest.mark.parametrize(("version", "brought"), [("9.0.1", False), ("8.3.0", False), ("7.4.4", True), ("", True)])
-def test_pytest_is_brought_where_there_is_none(
-    version: str, brought: bool, script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def found(name: str) -> str:
-        if not version:
-            raise script.metadata.PackageNotFoundError(name)
-        return version
-
-    asked: list[str] = []
-    monkeypatch.setattr(script.metadata, "version", found)
-    monkeypatch.setattr(script, "pip", lambda *words: asked.extend(Path(word).name for word in words))
-    for name in ("pytest-9.1-py3-none-any.whl", "pluggy-1.6-py3-none-any.whl", "optuna-5.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    variables = script.environment(tmp_path, str(tmp_path / "site"))
-    assert [name[:6] for name in asked if name.endswith(".whl")] == ["optuna", *(["pluggy", "pytest"] * brought)]
-    assert variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
-
-
-def test_names_of_packages(script: Any) -> None:
-    names = {script.name_of(wish) for wish in script.dependencies()}
-    assert {"torch", "plotly", "tomli-w", "sqlalchemy", *script.UNUSED, *script.THERE[:4]} <= names
-    wheels = ["tomli_w-1.2.0-py3-none-any.whl", "numpy-2.5.5-cp312-cp312-manylinux_2_28_x86_64.whl", "PyYAML-6.0-x.whl"]
-    assert [script.name_of(wheel) for wheel in wheels] == ["tomli-w", "numpy", "pyyaml"]
-
-
 @pytest.mark.slow
 def test_what_is_stopped_says_so(script: Any) -> None:
     environment = dict(os.environ)

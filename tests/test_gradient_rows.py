@@ -1,10 +1,7 @@
 """Rows with sparsities of their own: offsets, masks and prices against loops, and studies through the command."""
 
-import base64
 import copy
-import json
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
+from families import CPU, FAMILIES, bench_of, few, random_ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_allocations import scores
 from test_pricing import FAST, close, places_in_rows, pricing_of, uneven
-from tinystudy import CommandLine, few_steps, settings, stored
+from tinystudy import CommandLine, settings, stored
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.allocations import LinearSparsities, Shape, gradient
+from atp_tune.allocations import LinearSparsities, Shape
 from atp_tune.allocations.gradient import DISTANCE
-from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
+from atp_tune.allocations.rows import RowOffsets, zeros_of_rows
 from atp_tune.blocks.gradients import BAND, ByPlaces, RowPricing, Sample
 from atp_tune.blocks.prune_pass import of_rows
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.config.best import read_config
-from atp_tune.config.prune import PruneConfig
 from atp_tune.config.recover import NLL_SHARES
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
@@ -68,11 +64,6 @@ def test_zeros_of_rows_are_those_of_the_formula(row: list[int], columns: int, sp
     assert taken == left[: len(taken)]  # the first
 
 
-def test_equal_offsets_differ_by_one_zero_at_most() -> None:
-    assert zeros_of_rows(10, 0.55, as_bytes([7, 7, 7, 7])).tolist() == [6, 6, 5, 5]
-    assert zeros_of_rows(10, 0.5, as_bytes([-20, -20])).tolist() == [5, 5]
-
-
 def test_offsets_are_stored_as_text_and_read_again() -> None:
     shapes = ((Shape(3, 4, True), Shape(2, 8, False)), (), (Shape(1, 4, True),))
     offsets = RowOffsets(((as_bytes([-127, 0, 127]), as_bytes([1, -1])), (), (as_bytes([5]),)))
@@ -82,29 +73,6 @@ def test_offsets_are_stored_as_text_and_read_again() -> None:
     assert offsets.scaled(0.5).blocks[0] == (as_bytes([-64, 0, 64]), as_bytes([0, 0]))
     other = RowOffsets(((as_bytes([-127, 10, 27]), as_bytes([1, 3])), (), (as_bytes([5]),)))
     assert offsets.towards(other, 0.25).blocks[0] == (as_bytes([-127, 2, 102]), as_bytes([1, 0]))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("%%%", "no offsets of rows in base64"),
-        ("AAAA", "no offsets of rows in base64"),
-        (base64.b64encode(zlib.compress(b"\1" * 5)).decode(), "not one offset for each of the 6 rows"),
-        (base64.b64encode(zlib.compress(b"\1" * 10**7)).decode(), "not one offset for each of the 6 rows"),
-        (base64.b64encode(zlib.compress(b"\1" * 6)[:-3]).decode(), "not one offset for each of the 6 rows"),
-    ],
-)
-def test_offsets_of_another_model_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RowOffsets.read(text, ((Shape(4, 4, True), Shape(2, 4, False)),))
-
-
-def test_between_two_targets_offsets_are_linear() -> None:
-    rows = [RowOffsets(((as_bytes([offset, -offset]),),)) for offset in (20, 40)]
-    ends = [RowSparsities(((s,),), offsets) for s, offsets in zip((0.3, 0.4), rows, strict=True)]
-    found = gradient.between((0.3, 0.4), ends, 0.35)
-    assert found.linears[0][0] == pytest.approx(0.35) and found.offsets == RowOffsets(((as_bytes([30, -30]),),))
-    assert gradient.between((0.3, 0.4), ends, 0.4) == ends[1]
 
 
 # Masks
@@ -255,56 +223,7 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
             assert np.frombuffer(numbers, np.int8).tolist() == pytest.approx([256 * d for d in wanted], abs=0.6)
 
 
-@pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
-def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
-    context = bench_of(tiny(family))
-    pricing = row_pricing_of(context)
-    found = pricing.prices(uneven(context), Sample(random_ids(1, 2)))
-    assert all(math.isfinite(price) for row in found for price in row)
-    assert all(offsets.isfinite().all() for offsets in pricing._offsets.values())
-
-
-@pytest.mark.slow
-def test_a_streamed_model_moves_the_same() -> None:
-    found = []
-    for offload in ("none", "cpu"):
-        context, sample = bench_of(tiny("llama"), offload=offload), Sample(random_ids(6, seed=5))
-        pricing = row_pricing_of(context)
-        found.append(
-            [pricing.prices(uneven(context), sample), pricing.prices(uneven(context), sample), pricing.offsets()]
-        )
-    assert found[0] == found[1]
-
-
 # Which pruners
-
-
-@pytest.mark.parametrize(
-    ("given_", "by"),
-    [
-        ({}, True),
-        ({"refine": 3, "statistics": "dense"}, True),
-        ({"pruners": ("sparsegpt",)}, False),
-        ({"pruners": ("magnitude",)}, False),
-        ({"pruners": ("dsnot",)}, False),
-        ({"wanda": {"compare": "matrix"}}, False),
-        ({"pattern": "mixed:8"}, False),
-        ({"pattern": "channels"}, False),
-        ({"refine": 3, "gradient_at": "own"}, False),
-    ],
-)
-def test_rows_differ_where_the_lowest_scores_of_each_go(given_: dict[str, Any], by: bool) -> None:
-    config = PruneConfig.model_validate(given_)
-    assert config.by_rows(config.pruners[0]) is by
-
-
-def test_a_plan_without_rows_is_that_of_prices(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_steps(monkeypatch)
-    context = bench_of(tiny("llama").requires_grad_(False), PruneConfig(pruners=("sparsegpt", "wanda")))
-    metrics = context.budget(0.5).require_dense_metrics("")
-    found = metrics.row_priced_sparsities(0.5, "sparsegpt")
-    assert found == RowSparsities(metrics.priced_sparsities(0.5, "sparsegpt"))
-    assert metrics.row_priced_sparsities(0.5, "wanda").offsets is not None
 
 
 # Studies
@@ -345,56 +264,3 @@ def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> No
     listed = command("export", *words, "--format", "csv", "--out", place / "listed.csv")
     assert listed.code == 0 and "rows of a linear differ in sparsity" in listed.err
     assert command("export", *words, "--out", place / "again.json").err == ""
-
-
-@pytest.mark.slow
-def test_offsets_that_do_not_fit_are_refused(place: Path, command: CommandLine) -> None:
-    assert command("--study", place / "tiny.toml", *STUDY).code == 0
-    path = place / "tiny.best.json"
-    config = json.loads(path.read_text())
-    linear = config["plan"]["levels"][0]["linears"][0]
-    rows = linear["rows"]
-    for text, method, message in (
-        ("AAAA", "wanda", "rows: no offsets of rows in base64"),
-        (base64.b64encode(zlib.compress(b"1")).decode(), "wanda", "rows: not one offset for each of the"),
-        (rows, "sparsegpt", "rows: sparsegpt does not take the lowest scores of each row"),
-    ):
-        linear["rows"], config["plan"]["method"] = text, method
-        path.write_text(json.dumps(config))
-        answer = command("apply", "--config", path, "--out", place / "sparse")
-        assert answer.code == 2 and message in answer.err and not (place / "sparse").exists()
-
-
-@pytest.mark.slow
-def test_an_interval_with_rows(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_steps(monkeypatch)
-    wishes = settings('allocation=["gradient-rows"]', "prune.loss=kl", "sparsity=[0.3, 0.45]", "search.trials=6")
-    answer = command("--study", place / "tiny.toml", *wishes)
-    assert (answer.code, answer.err) == (0, "")
-    trials = [trial for trial in stored(place).trials if trial.params.get("kappa")]
-    assert len({str(trial.user_attrs["plan"]["levels"]) for trial in trials}) > 1
-    for trial in trials:
-        assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=2e-3)
-
-
-@pytest.mark.slow
-def test_several_pruners_descend_in_their_own_ways(place: Path, command: CommandLine, cache: Path) -> None:
-    wishes = ('allocation=["gradient", "gradient-rows"]', 'prune.pruners=["wanda", "sparsegpt"]', "search.trials=10")
-    answer = command("--study", place / "tiny.toml", *settings(*wishes))
-    assert (answer.code, answer.err) == (0, "")
-    trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
-    plans = [Plan.model_validate(trial.user_attrs["plan"]) for trial in trials]
-    kinds = {(plan.method, plan.allocation): plan.by_row for plan in plans}
-    assert {kind for kind, has in kinds.items() if has} == {("wanda", "gradient-rows")}
-    assert len(list((cache / "gradient").glob("*.json"))) == 2
-    plan = command("plan", "--study", place / "tiny.toml", "--json", *settings(*wishes))
-    alone = command("plan", "--study", place / "tiny.toml", "--json", *settings(*wishes[1:], 'allocation=["gradient"]'))
-    tokens = [json.loads(each.out)["whole"]["tokens"] for each in (plan, alone)]
-    assert tokens[0] - tokens[1] >= 2 * gradient.STEPS * 2048
-
-
-@pytest.mark.slow
-def test_whole_channels_have_no_rows(place: Path, command: CommandLine) -> None:
-    wishes = settings('allocation=["gradient-rows"]', "prune.pattern=channels")
-    answer = command("--study", place / "tiny.toml", *wishes)
-    assert answer.code == 2 and "gradient-rows gives each linear a sparsity of its own" in answer.err

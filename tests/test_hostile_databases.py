@@ -17,9 +17,7 @@ from optuna.trial import TrialState
 from test_serving import served
 from tinystudy import CommandLine, run
 
-from atp_tune.errors import UserError, printable
-from atp_tune.report.markdown import escaped, fenced
-from atp_tune.results.summary import summarise
+from atp_tune.errors import UserError
 from atp_tune.storage import opening, progress
 from atp_tune.storage.attributes import FOREIGN
 
@@ -58,15 +56,6 @@ def test_a_name_that_no_study_gets(name: str, place: Path, command: CommandLine)
         run(place, name=name)
     assert str(caught.value).isprintable()
     assert not (place / "tiny.db").exists()
-
-
-@pytest.mark.slow
-def test_a_report_is_written_where_it_was_asked_for_or_not_at_all(done: Path, command: CommandLine) -> None:
-    words = ("report", "--study", done / "tiny.toml", "--format", "html", "--out")
-    before = files(done)
-    for out in (done, done / "tiny.toml" / "x.html", done / ("x" * 300), "/proc/x.html"):
-        assert command(*words, out).error.endswith("choose another place with --out FILE")
-    assert files(done) == before
 
 
 # A database that somebody hands over
@@ -136,81 +125,6 @@ def test_the_dashboard_shows_it_as_text(hostile: Path) -> None:
     assert sum("onerror" in note for note in notes) > 1
 
 
-def test_a_markdown_report_shows_it_as_text(hostile: Path, command: CommandLine) -> None:
-    out = hostile / "r.md"
-    words = ("report", "--study", hostile / "tiny.toml", "--study-name", name_in(hostile), "--out", out)
-    assert command(*words).code == 0
-    text = re.sub(r"(`{3,})\w*\n.*?\n\1", "", out.read_text(), flags=re.DOTALL)
-    assert "onerror" in text
-    assert not re.search(r"(?<!\\)<", text)
-
-
-@pytest.mark.slow
-def test_a_page_shows_it_as_text(hostile: Path, command: CommandLine) -> None:
-    out = hostile / "r.html"
-    words = ("report", "--study", hostile / "tiny.toml", "--study-name", name_in(hostile), "--out", out)
-    assert command(*words).code == 0
-    text = out.read_text()
-    assert "onerror" in text
-    assert "<img src=x" not in text
-
-
-def test_words_of_markdown() -> None:
-    assert escaped("a*b* $x$ &lt; ~c~\n# d") == r"a\*b\* \$x\$ \&lt; \~c\~ \# d"
-    assert fenced("sh", "a\n```\nb\n") == "``````sh\na\n```\nb\n``````"
-    assert printable("a\x1b\u202e\xa0é") == "a\\x1b\\u202e\xa0é"
-
-
-@pytest.mark.slow
-def test_an_artifact_stays_in_its_folder(done: Path) -> None:
-    meta = {"artifact_id": "../../planted", "filename": "best.json", "mimetype": "text/plain", "encoding": None}
-    study = study_of(done)
-    study._storage.set_study_system_attr(study._study_id, "artifacts:x", json.dumps(meta))
-    change(done / "tiny.db", "DELETE FROM study_system_attributes WHERE key LIKE 'artifacts:%-%'")
-    before = files(done.parent)
-    with served(done / "tiny.db") as dashboard:
-        dashboard.study("tiny")
-    new = {path for path in files(done.parent) - before if not path.startswith("cache")}
-    assert new
-    assert all(ARTIFACTS.fullmatch(path) for path in new)
-
-
-@pytest.mark.parametrize("value", ["[]", "5", '{"name": 1}', '{"name": "x", "path": "a\\u0000", "settings": {}}',
-                                   '{"name": "x", "path": "y", "settings": {"sparsity": 7, "new": 1}}'])  # fmt: skip
-def test_a_study_file_of_another_version_is_left_out(value: str, done: Path) -> None:
-    change(
-        done / "tiny.db", "UPDATE study_system_attributes SET value_json = ? WHERE key = 'atp_tune:made_from'", value
-    )
-    assert summarise(study_of(done)).made_from is None
-
-
-@pytest.mark.slow
-def test_commands_work_without_the_study_file_of_another_version(done: Path, command: CommandLine) -> None:
-    change(
-        done / "tiny.db",
-        "UPDATE study_system_attributes SET value_json = '{\"name\": 1}' WHERE key = 'atp_tune:made_from'",
-    )
-    for words in (("status",), ("export",), ("report", "--out", done / "r.html")):
-        assert command(*words, "--study", done / "tiny.toml").code == 0
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        "UPDATE trial_system_attributes SET value_json = '{' WHERE key = 'atp_tune:nlls'",
-        "UPDATE study_system_attributes SET value_json = '' WHERE key = 'atp_tune:dense'",
-        "UPDATE trial_params SET distribution_json = '{}'",
-        'UPDATE trial_params SET distribution_json = \'{"name": "Evil", "attributes": {}}\'',
-        "UPDATE trial_values SET value = NULL",
-        "UPDATE trials SET state = 'NONSENSE'",
-    ],
-)
-def test_what_optuna_cannot_read_is_one_line(query: str, done: Path, command: CommandLine) -> None:
-    change(done / "tiny.db", query)
-    for words in (("status",), ()):
-        assert command(*words, "--study", done / "tiny.toml").error.startswith("study tiny: ")
-
-
 def test_a_trial_that_is_not_of_a_study_has_failed(done: Path) -> None:
     change(done / "tiny.db", "UPDATE trial_values SET value = -5 WHERE trial_id = 3")
     change(
@@ -235,22 +149,6 @@ def test_the_database_of_another_program_is_left_as_it_is(done: Path, command: C
     for words in (("status",), ("export",), ("report",), ()):
         assert "is another program's database" in command(*words, "--study", done / "tiny.toml").error
     assert (done / "other.db").read_bytes() == before
-
-
-def test_a_table_that_is_gone_is_not_made_anew(done: Path, command: CommandLine) -> None:
-    with closing(sqlite3.connect(done / "tiny.db")) as connection, connection:
-        connection.execute("DROP TABLE trial_values")
-    before = (done / "tiny.db").read_bytes()
-    assert "is damaged (no such table: trial_values)" in command("status", "--study", done / "tiny.toml").error
-    assert (done / "tiny.db").read_bytes() == before
-
-
-def test_a_pipe_is_not_waited_for(done: Path, command: CommandLine) -> None:
-    for name, words in (("tiny.db", "is no file"), ("tiny.toml", "cannot be read: Not a file")):
-        (done / name).unlink()
-        os.mkfifo(done / name)
-        for command_words in (("status",), ()):
-            assert words in command(*command_words, "--study", done / "tiny.toml").error
 
 
 CELLS = {  # table → columns that a run reads

@@ -16,7 +16,6 @@ import pytest
 import torch
 from image_families import write_classifier
 from PIL import Image
-from test_images import write_folder
 from test_runner import reopen
 from tinystudy import CommandLine, run
 from torch.nn import functional
@@ -25,12 +24,6 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    Dinov2Config,
-    Dinov2Model,
-    SwinConfig,
-    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -39,15 +32,10 @@ from transformers import (
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
 from atp_tune.config.best import read_config
-from atp_tune.config.studyfile import load
-from atp_tune.dashboard.publishing import columns, study_note, trial_note
-from atp_tune.errors import UserError
 from atp_tune.folders.packing import pack_folder
 from atp_tune.folders.provenance import FINETUNED, Finetuned
-from atp_tune.measures import ACCURACY, TEXTS, accuracy, gain, perplexity
+from atp_tune.measures import perplexity
 from atp_tune.pruners import PRUNERS
-from atp_tune.results.formatting import sign_of_beta
-from atp_tune.results.results import Against, is_uniform
 from atp_tune.results.summary import summarise
 
 pytestmark = pytest.mark.slow
@@ -155,36 +143,6 @@ def own_scores(folder: Path, place: Path) -> tuple[list[float], list[int]]:
     ).int().tolist()
 
 
-def test_one_command_finds_a_plan(place: Path) -> None:
-    study = run(place)
-    summary = summarise(study)
-    assert {bool(trial.params.get("beta", 0) < 0) for trial in summary.trials} == {True, False}
-    nlls, hits = own_scores(place / "model", place)
-    dense = summary.results.score("dense", "test")
-    assert dense is not None and dense.value == pytest.approx(perplexity(nlls).value, rel=1e-4)
-    results = summary.results
-    own = {text: results.score("dense", text, ACCURACY) for text in TEXTS}
-    assert own["test"] is not None and own["test"].value == pytest.approx(sum(hits) / len(hits))
-    for rank in summary.ranks:
-        ranks = study.user_attrs["test_ranks"][str(rank.number)]
-        assert results.score(rank, "test", ACCURACY) == accuracy(ranks)
-        assert len(ranks) == 80 and len(rank.user_attrs["ranks"]) == 60
-        if not is_uniform(rank):
-            uniform = study.user_attrs["test_ranks"][str(summary.uniforms[0].number)]
-            assert results.against_uniform(rank, ACCURACY) == Against(gain(uniform, ranks), "test", 80)
-    assert sign_of_beta(summary).startswith("Sign of β: ")
-    best = summary.ranks[0]
-    note = study_note(summary, "sqlite:///tiny.db")
-    assert "validation accuracy | " in note and f"{own['validation']} | " in note and " text" not in note
-    assert f"{results.score(best, 'test', ACCURACY)} | " in note
-    hit_share = results.score(best, "validation", ACCURACY)
-    assert f"Accuracy on the validation images {hit_share}" in trial_note(best, summary)
-    assert hit_share is not None and columns(best)["accuracy %"] == pytest.approx(100 * hit_share.value, abs=0.01)
-    config = read_config(place / "tiny.best.json")
-    assert config.score == "classes" and config.scores["dense"]["accuracy"] == own
-    assert reopen(place).user_attrs["fingerprint"]["images.validation.nsamples"] == 60
-
-
 @pytest.fixture
 def tune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     return CommandLine(capsys, monkeypatch)
@@ -272,38 +230,6 @@ def test_the_speed_of_a_classifier(
     assert (place / "tiny.best.json").read_bytes() == before
 
 
-def test_the_speed_of_a_front_of_classifiers(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    front = ("--set", "sparsity=[0.3, 0.6]", "--set", "search.sampler=tpe", "--trials", "4")
-    assert tune("--study", "tiny.toml", *front).code == 0
-    answer = tune("speedup", "--study", "tiny.toml", "--engine", "torch", "--runs", "1", "--device", "cpu")
-    assert answer.code == 0 and "images/s" in answer.out and "one image at a time" in answer.out, answer
-    status = json.loads(tune("status", "--study", "tiny.toml", "--json").out)
-    assert status["dense_images_per_second"] > 0 and status["dense_tokens_per_second"] is None
-    assert all(point["images_per_second"] > 0 for point in status["points"])
-
-
-def test_channels_of_a_classifier_go(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slim folder scores as promised, loads in transformers, and is measured by torch."""
-    monkeypatch.chdir(place)
-    channels = ("--set", "prune.pattern=channels", "--set", "prune.channels.round_to=4", "--set", "sparsity=0.3")
-    ran = tune("--study", "tiny.toml", *channels, "--trials", "3")
-    assert ran.code == 0 and "--out tiny-slim --slim" in ran.out, ran
-    applied = tune("apply", "--config", "tiny.best.json", "--out", "slim", "--slim")
-    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
-    nlls, _ = own_scores(place / "slim", place)
-    found = read_config(place / "slim" / "atp_tune.json")
-    assert found.slim and found.scored() is not None
-    assert found.scored().value == pytest.approx(perplexity(nlls).value, rel=1e-4)
-    assert "AutoModelForImageClassification" in (place / "slim" / "README.md").read_text()
-    assert "top-1" in tune("evaluate", "slim", "--limit", "10").out
-    assert tune("classify", "slim", *write_pictures(place), "--both").code == 0
-    fast = tune("speedup", "slim", "--runs", "1", "--device", "cpu")
-    assert fast.code == 0 and "| slim " in fast.out and "classify" in fast.out, fast
-    tuned = tune("finetune", "slim", "--out", "tuned", "--steps", "3", "--batch", "8")
-    assert tuned.code == 0 and (place / "tuned/modeling_atp_sparse.py").is_file(), tuned
-
-
 def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain transformers loads it; `classify`, `evaluate` and `unpack` take it; rounding is measured on images."""
     monkeypatch.chdir(place)
@@ -366,21 +292,6 @@ def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch:
     refused(tune(*words, "--out", "no", "--loss", "kl", "--teacher", "no-model"), "--teacher: model.source: ")
 
 
-def test_the_best_plan_of_a_classifier_is_trained(
-    place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
-    keys = ("sparsity=0.7", "recover.steps=12", "recover.batch=16", "recover.learning_rate=0.01", "recover.loss=kl")
-    ran = tune("--study", "tiny.toml", *(word for key in keys for word in ("--set", key)))
-    assert ran.code == 0 and "Trained after pruning: 12 steps of scales of rows and columns by KL" in ran.out, ran
-    found = read_config(place / "tiny.best.json")
-    written = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
-    assert written.code == 0 and found.final("test") is not None, written
-    assert f"the configuration says {found.final('test')} (+0.000%)" in written.out
-    nlls, _ = own_scores(place / "sparse", place)
-    assert found.final("test").value == pytest.approx(perplexity(nlls).value, rel=1e-4)
-
-
 @pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
 def test_packed_families(family: str, tmp_path: Path) -> None:
     """Logits of the packed model are those of the sparse one, also where shapes change between stages."""
@@ -399,18 +310,6 @@ def test_packed_families(family: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected, found = sparse(pixel_values=pixels).logits, own(pixel_values=pixels).logits
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
-
-
-def test_a_teacher_is_not_packed(tmp_path: Path) -> None:
-    """Transformers' auto class would load the packed folder as a DeiT without one."""
-    config = DeiTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=SIDE, patch_size=4,
-        num_labels=CLASSES,
-    )  # fmt: skip
-    DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"is a DeiTForImageClassificationWithTeacher, and of its family only DeiTFor"):
-        pack_folder(tmp_path / "model", tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
 
 
 def write_pictures(place: Path) -> list[Path]:
@@ -485,110 +384,3 @@ def test_every_pruner_and_allocation(place: Path, kind: str) -> None:
         } == {*names}
         failures = {trial.user_attrs.get("failure") for trial in found.trials if trial.state.name == "FAIL"}
         assert all("tail" in str(failure) for failure in failures), failures
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("search.objective=['cross-entropy', 'kl']",),
-        ("search.objective=kl", "prune.statistics=dense"),
-        ("prune.pattern='2:4'", "sparsity=0.5", "allocation=uniform", "search.trials=1"),
-        ("prune.refine=2",),
-        ("search.stopper=wilcoxon", "images.validation.stride=2"),
-        ("sparsity=[0.3, 0.6]", "search.sampler=tpe", "search.screen={trials = 6, confirm = 2}", "search.trials=8"),
-        ("sparsity=[0.3, 0.6]", "limit.max_increase=0.5", "search.sampler=tpe", "search.trials=8"),
-        ("images.calibration.draws=2", "prune.statistics=sequential"),
-        ("protocol=paper", "images.test=none"),
-    ],
-    ids=lambda settings: settings[0],
-)
-def test_other_ways_to_search(place: Path, settings: tuple[str, ...]) -> None:
-    if settings[-1] == "images.test=none":
-        text = (
-            (place / "tiny.toml").read_text().replace('[images.test]\nsource = "idx:t10k-images-idx3-ubyte.gz"\n', "")
-        )
-        (place / "tiny.toml").write_text(text)
-        settings = settings[:-1]
-    summary = summarise(run(place, *settings))
-    assert summary.complete and summary.best_trial is not None
-    best = summary.results.score(summary.best_trial, "validation", ACCURACY)
-    assert best is not None and 0.2 < best.value <= 1
-
-
-@pytest.mark.parametrize("kind", ["vit", "swin"])
-def test_the_cost_is_forecast(place: Path, kind: str, tune: CommandLine) -> None:
-    if kind == "swin":
-        config = SwinConfig(
-            image_size=SIDE, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[1, 2], window_size=4,
-            num_labels=CLASSES,
-        )  # fmt: skip
-        shutil.rmtree(place / "model")
-        SwinForImageClassification(config).save_pretrained(place / "model")
-        ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(place / "model")
-    answer = tune("--study", place / "tiny.toml", "--dry-run")
-    assert answer.code == 0, answer
-    assert f"in {4 if kind == 'vit' else 3} blocks of up to" in answer.out and "tokens through the model" in answer.out
-
-
-def test_a_study_resumes_and_knows_its_images(place: Path) -> None:
-    run(place, "search.trials=2")
-    study = run(place, "search.trials=5")
-    assert len(study.trials) == 5
-    make_images(place, "train", 400, 3)
-    with pytest.raises(UserError, match=r"images\.(calibration|validation)\.content is .*, was"):
-        run(place, "search.trials=7")
-
-
-def test_a_model_without_a_classifier_is_refused(place: Path) -> None:
-    shutil.rmtree(place / "model")
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2)).save_pretrained(
-        place / "model"
-    )
-    with pytest.raises(UserError, match=r"model is no image classifier .*names Dinov2Model\); give one"):
-        run(place)
-
-
-def test_a_folder_of_photographs(place: Path, tmp_path: Path) -> None:
-    write_folder(place)
-    names = {0: "cat", 1: "dog"}
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-        id2label=names, label2id={name: index for index, name in names.items()},
-    )  # fmt: skip
-    shutil.rmtree(place / "model")
-    ViTForImageClassification(config).save_pretrained(place / "model")
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(place / "model")
-    parts = {"calibration": (0, 0.25), "validation": (0.25, 0.6), "test": (0.6, 1)}
-    tables = "".join(
-        f'[images.{role}]\nsource = "folder:photos"\npart = [{a}, {b}]\n' for role, (a, b) in parts.items()
-    )
-    (place / "tiny.toml").write_text(
-        f"{STUDY.partition('[images')[0]}{tables}[search]\ntrials = 2\nsampler = 'random'\n"
-    )
-    assert summarise(run(place)).complete
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("[images.test]", "[texts.test]", "texts.calibration: is needed"),
-        ("nsamples = 24", "nsamples = 24\nseqlen = 8", "images.calibration.seqlen: unknown key"),
-        ('"idx:t10k-images-idx3-ubyte.gz"', '"file:x.txt"', 'images.test.source: "file:x.txt" is none of folder:PATH'),
-        ('"idx:t10k-images-idx3-ubyte.gz"', '"deb:x==1"', 'images.test.source: "deb:x==1" is none of folder:PATH'),
-        ('"idx:t10k-images-idx3-ubyte.gz"', '"hub:a/b"', "images.test.split: a hub: source needs one"),
-        (
-            '"idx:t10k-images-idx3-ubyte.gz"',
-            '"idx:train-images-idx3-ubyte.gz"',
-            "reads the same images as images.calib",
-        ),
-        ("trials = 6", "trials = 6\nscore = 'next-token'", "search.score: images have one score"),
-        ("[search]", "[continuations]\nprompts = ['x']\n[search]", "continuations: a classifier continues no"),
-        ("[search]", "[texts]\nbos = true\n[search]", "texts.calibration: is needed"),
-    ],
-)
-def test_study_files_that_are_refused(place: Path, old: str, new: str, said: str) -> None:
-    (place / "tiny.toml").write_text(STUDY.replace(old, new))
-    with pytest.raises(UserError, match=said) as raised:
-        load(str(place / "tiny.toml"))
-    assert "\n" not in str(raised.value)

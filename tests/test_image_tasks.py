@@ -209,20 +209,3 @@ def test_a_processor_that_drops_images(
     assert answer.code == 2
     said = "error: --tasks: a question has an image, and the processor makes no image token (<image>) of it\n"
     assert answer.err == said
-
-
-def test_questions_about_text_beside_those_about_images(place: Path, tmp_path: Path, command: CommandLine) -> None:
-    tasks = make_task(place, tmp_path / "tasks")
-    words = (tasks / "colours.yaml").read_text().replace("doc_to_image: [image]\n", "")
-    (tasks / "words.yaml").write_text(words.replace("task: colours", "task: words"))
-    answer = command("evaluate", place / "model", "--tasks", f"{tasks}/")
-    assert answer.code == 2
-    assert answer.err == "error: --tasks: words asks about text and colours about images; name them in two commands\n"
-
-
-def test_a_model_of_text_alone(place: Path, tiny_place: Path, tmp_path: Path, command: CommandLine) -> None:
-    tasks = make_task(place, tmp_path / "tasks")
-    answer = command("evaluate", tiny_place / "model", "--tasks", f"{tasks}/")
-    assert answer.code == 2
-    assert answer.err.startswith("error: --tasks: colours asks about images, and the model in ")
-    assert answer.err.endswith(" reads text alone\n")

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from families import CPU, few, scores_of
 from image_families import CLASSES, FAMILIES, context_of, images, make
 from PIL import Image
 from plans import planned
-from tinystudy import CommandLine
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -25,12 +23,8 @@ from atp_tune.blocks.verification import verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import ImageSet
-from atp_tune.config.facts import facts
-from atp_tune.config.patterns import make_plan, parse
-from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
-from atp_tune.inputs import pictures as pictures_module
-from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, chosen, images_of
+from atp_tune.inputs.images import LABELLED_IMAGES, LabelledImages, images_of
 from atp_tune.inputs.items import LABELS, PIXELS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures, class_indices, pictures
 from atp_tune.measures import accuracy, gain
@@ -133,24 +127,6 @@ def _norms(model: Any, block: str, batch: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", few(["vit", "convnext", "swin", "hiera"], ["swin"]))
-def test_a_pruned_model_scores_as_it_does_as_a_whole(family: str) -> None:
-    work, batch = context_of(family), images(family, 7, 2)
-    plan = planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))
-    pruned = [(block.index, dict(block.weights)) for block in work.prune(plan)]
-    found = scores_of(work, pruned, "validation")["nlls"]
-    model = make(family)
-    with torch.inference_mode():
-        for index, weights in pruned:
-            for name, tensor in weights.items():
-                if name in dict(model.get_submodule(work.checkpoint.block_names[index]).named_parameters()):
-                    model.get_submodule(work.checkpoint.block_names[index]).get_parameter(name).copy_(tensor)
-        own = functional.cross_entropy(
-            model(pixel_values=batch.tensors[PIXELS]).logits, batch.tensors[LABELS], reduction="none"
-        )
-    assert found == pytest.approx(own.tolist(), rel=1e-4)
-
-
 @pytest.mark.parametrize("family", few(["vit", "convnext", "swin", "hiera"], ["convnext"]))
 def test_the_gradient_of_prices_goes_through_steps_between_blocks(family: str) -> None:
     """The prices' first gradient, of the states that enter block 0, is that of the model as a whole."""
@@ -175,45 +151,6 @@ def test_the_gradient_of_prices_goes_through_steps_between_blocks(family: str) -
         kl = (p * (p.log() - logits.log_softmax(1))).sum()
         both = (functional.cross_entropy(logits, batch.tensors[LABELS], reduction="sum") + kl) / 2
     assert torch.allclose(from_dense, torch.autograd.grad(both, leaf)[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("family", few(["vit", "dinov2", "swin", "convnext", "pvt"], ["vit", "convnext"]))
-def test_whole_channels_of_a_classifier_go(family: str) -> None:
-    """With as many zeros as the plan says; the scores are those of the model with these weights as a whole."""
-    work, batch = context_of(family, pattern="channels", channels={"round_to": 1}), images(family, 7, 2)
-    plan = make_plan("wanda", "uniform", work.budget(0.2), {}, parse("channels"))
-    pruned = [(block.index, dict(block.weights), block.channels) for block in work.prune(plan)]
-    model, total = make(family), 0
-    with torch.inference_mode():
-        for index, weights, channels in pruned:
-            assert channels
-            for linear in work.checkpoint.linears[index]:
-                matrix = weights[linear.key]
-                if linear.name in channels:
-                    assert not matrix[:, channels[linear.name]].any()
-                total += int((matrix == 0).sum())
-                model.get_submodule(work.checkpoint.block_names[index]).get_submodule(linear.name).weight.copy_(matrix)
-        own = functional.cross_entropy(
-            model(pixel_values=batch.tensors[PIXELS]).logits, batch.tensors[LABELS], reduction="none"
-        )
-    assert total / sum(work.checkpoint.sizes) == pytest.approx(0.2, abs=0.01)
-    found = scores_of(work, [(index, weights) for index, weights, _ in pruned], "validation")["nlls"]
-    assert found == pytest.approx(own.tolist(), rel=1e-4)
-
-
-def test_channels_that_a_norm_joins_are_refused() -> None:
-    work = context_of("convnextv2", pattern="channels")
-    with pytest.raises(UserError, match=r"cannot prune block 0 \(ConvNextV2Layer\): it has no MLPs whose inner"):
-        work.budget(0.2)
-
-
-def test_a_model_of_convolutions_is_refused_in_one_line() -> None:
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
-    )
-    with pytest.raises(UserError, match="ResNetStage has no linear; models of convolutions alone") as raised:
-        Checkpoint(transformers.ResNetForImageClassification(config), CPU)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_model_whose_blocks_pass_more_than_hidden_states_is_refused() -> None:
@@ -319,21 +256,6 @@ def test_a_name_of_two_classes_is_told_apart_by_its_number_or_refused() -> None:
             read_as(labels, numbered)
 
 
-def test_parts_are_disjoint_and_draws_differ(tmp_path: Path) -> None:
-    found = pictures(ImageSet(source=f"idx:{write_idx(tmp_path, 40)}"), tmp_path)
-    source = {"source": "idx:x-images"}
-    names = [
-        {chosen(found, ImageSet(**source, part=part)).name(k) for k in range(size)}
-        for part, size in (((0, 0.35), 14), ((0.35, 1), 26))
-    ]
-    assert not names[0] & names[1] and len(names[0] | names[1]) == 40
-    few_, more = (chosen(found, ImageSet(**source, nsamples=n, seed=1)) for n in (5, 9))
-    assert [few_.name(k) for k in range(5)] == [more.name(k) for k in range(5)]  # a longer draw begins alike
-    other = chosen(found, ImageSet(**source, nsamples=5, seed=2))
-    assert {few_.name(k) for k in range(5)} != {other.name(k) for k in range(5)}
-    assert len(chosen(found, ImageSet(**source, stride=3))) == 14
-
-
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     folder = tmp_path_factory.mktemp("vit")
@@ -393,22 +315,6 @@ def test_pixels_come_from_the_cache_to_the_last_bit(
     assert len(decoded) == 19 and not torch.equal(other.tensors[PIXELS], first.tensors[PIXELS])
 
 
-def test_pixels_of_another_processor_are_not_those_of_the_cache(
-    classifier: ModelFolder, tmp_path: Path, decoded: list[int]
-) -> None:
-    source = f"idx:{write_idx(tmp_path)}"
-    first = read(classifier, tmp_path, source=source)
-    other = ModelFolder(shutil.copytree(classifier.path, tmp_path / "other"), "content", "vit")
-    assert (
-        torch.equal(read(other, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS]) and len(decoded) == 12
-    )
-    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(other.path)
-    assert (
-        not torch.equal(read(other, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS])
-        and len(decoded) == 24
-    )
-
-
 @pytest.mark.parametrize("damage", ["a bit", "the end", "all"])
 def test_damaged_pixels_are_made_anew(
     damage: str, classifier: ModelFolder, tmp_path: Path, cache: Path, decoded: list[int]
@@ -421,25 +327,6 @@ def test_damaged_pixels_are_made_anew(
     file.write_bytes({"a bit": bytes(content), "the end": whole[:-1], "all": b""}[damage])
     assert torch.equal(read(classifier, tmp_path, source=source).tensors[PIXELS], first.tensors[PIXELS])
     assert len(decoded) == 24 and file.read_bytes() == whole
-
-
-def test_many_pixels_are_not_kept(
-    classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pictures_module, "LARGEST_KEPT", 1000)
-    read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")
-    assert not list((cache / "pixels").iterdir())
-
-
-def test_on_a_full_disk_nothing_is_kept(
-    classifier: ModelFolder, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    assert len(read(classifier, tmp_path, source=f"idx:{write_idx(tmp_path)}")) == 12
-    assert not list((cache / "pixels").iterdir())
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -505,19 +392,6 @@ def test_bad_images_are_refused_in_one_line_with_their_place(
     assert "\n" not in str(raised.value)
 
 
-def test_a_parquet_file_is_read(classifier: ModelFolder, sources: Path) -> None:
-    found = read(classifier, sources, source="parquet:x.parquet", nsamples=1)
-    assert found.tensors[PIXELS].shape == (1, 3, 8, 8)
-
-
-def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
-    source = f"idx:{write_idx(tmp_path)}"
-    with pytest.raises(UserError, match=r"images\.test: image \d+ is also in images\.validation, as are \d+ oth"):
-        LabelledImages().read(
-            {role: ImageSet(source=source) for role in ("validation", "test")}, classifier, tmp_path, False
-        )
-
-
 def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder, tmp_path: Path) -> None:
     one = write_idx(tmp_path / "one", 300, seed=1)
     other = write_idx(tmp_path / "other", 200, seed=2)
@@ -530,13 +404,6 @@ def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder
     found = LabelledImages().read(roles, classifier, tmp_path, False)
     assert [len(found[role]) for role in roles] == [300, 199]
     assert not set(found["validation"].digests()) & set(found["test"].digests())
-
-
-def test_draws_that_would_be_the_same_images_are_refused(classifier: ModelFolder, tmp_path: Path) -> None:
-    wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=15)
-    assert len(LabelledImages().draws(wanted, 2, 0, classifier, tmp_path, False)) == 2
-    with pytest.raises(UserError, match=r"^images.calibration.draws: 3 draws take 45 images, and the part has 40"):
-        LabelledImages().draws(wanted, 3, 0, classifier, tmp_path, False)
 
 
 @pytest.mark.parametrize(("positions", "pool"), [(0, 1), (40, 8), (10_000, 20)])
@@ -582,27 +449,6 @@ def test_a_photo_is_turned_as_its_camera_was() -> None:
     assert Pictures([0], lambda index: "photo", lambda index: stream.getvalue()).picture(0).size == (2, 6)
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        ([f"LABEL_{k}" for k in range(12)], list(range(12))),
-        ([str(k) for k in range(12)], list(range(12))),
-        ([f"kind {chr(97 + k)}" for k in range(12)], list(range(12))),
-        ([str(k) for k in range(1, 13)], "source: its classes are numbers to 12, the model's 0 to 11"),
-        ([*"abcdefghijk", "A"], "source: two classes have one name but for case and spaces; rename one"),
-        ([*"abcdef"], "source: has 6 classes, and the model has 12 without names; give config.json an id2label"),
-    ],
-)
-def test_classes_of_a_model_without_names(labels: list[str], classes: Any) -> None:
-    config = ViTConfig(num_labels=12)
-    found = Pictures(labels, lambda index: f"row {index}", lambda index: None, classes=frozenset(labels))
-    if isinstance(classes, list):
-        assert class_indices(found, ImageSet(source="folder:x"), config) == classes
-        return
-    with pytest.raises(UserError, match=f"^{classes}$"):
-        class_indices(found, ImageSet(source="folder:x"), config)
-
-
 def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(classifier.path, tmp_path / "evil"))
     file = folder / "preprocessor_config.json"
@@ -612,88 +458,3 @@ def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Pa
     with pytest.raises(UserError, match=r"^source: the image processor of the model in .* cannot be loaded: "):
         ImageProcessor.of(folder, False)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.slow
-def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
-    hub: tuple[Path, list[str]], classifier: ModelFolder, tmp_path: Path
-) -> None:
-    import datasets
-
-    folder = hub[0] / "datasets/org/photos"
-    folder.mkdir(parents=True)
-    names = [f"kind {index}" for index in reversed(range(CLASSES))]
-    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=names)})
-    rows = {"image": [{"bytes": png((40 * n, 9, 9)), "path": None} for n in range(5)], "kind": [0, 1, 2, 3, 4]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
-    found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
-    assert found.tensors[LABELS].tolist() == [CLASSES - 1 - k for k in order]
-    own = ImageProcessor.of(classifier.path, False).own(
-        Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt"
-    )
-    assert torch.equal(found.tensors[PIXELS][0], torch.as_tensor(own["pixel_values"])[0].float())
-    with pytest.raises(UserError, match=r'label: hub:org/photos has no "label"; it has image, kind'):
-        read(classifier, tmp_path, source="hub:org/photos", split="train")
-    with pytest.raises(UserError, match="the hub shows you no dataset org/none"):
-        read(classifier, tmp_path, source="hub:org/none", split="train")
-
-
-PAPER = ["imagenet-deit", "imagenet-convnext"]
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_the_studies_of_the_papers_protocol(
-    name: str, command: CommandLine, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
-) -> None:
-    """They are read, and without a hub their forecast ends in one line."""
-    study = load(name).study
-    assert study.protocol == "paper-images" and study.prune.statistics == "dense" and study.images is not None
-    assert study.test_text == study.images.validation and study.prune.settings("wanda")["compare"] == "matrix"
-    assert "huggingface.co" in load(name).path.read_text() and study.beta == "both"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for arguments in (("plan", "--study", name), ("--study", name)):
-        answer = command(*arguments, "--storage", f"sqlite:///{tmp_path}/x.db")
-        assert answer.code == 2 and len(answer.err.splitlines()) == 1, answer
-        assert "facebook/" in answer.err and "Traceback" not in answer.err
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["prune.statistics=block"], 'prune.statistics: protocol = "paper-images" has "dense", not "block"; set it'),
-        (["images.test={source = 'idx:x'}"], 'images.test: protocol = "paper-images" reports on the validation image'),
-    ],
-)
-def test_what_the_papers_protocol_for_images_refuses(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        load(PAPER[0], overrides)
-
-
-def test_a_study_of_texts_has_another_protocol() -> None:
-    with pytest.raises(UserError, match="protocol: paper-images is of image classifiers, and this study has texts"):
-        load("paper-smol-60", ["protocol=paper-images"])
-
-
-@pytest.mark.parametrize("name", ["fashion", "imagenet-vit"])
-def test_the_shipped_studies_are_read(name: str) -> None:
-    study = load(name).study
-    assert study.score == "classes" and study.beta == "both" and study.texts is None
-    assert study.images is not None and study.images.calibration.draws == 3
-    assert not any(key.startswith(("texts.", "search.score")) for key in facts(study) if key != "search.score")
-    assert facts(load("smol").study).keys() == {key for key in facts(load("smol").study) if "images" not in key}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("search.score=classes", "search.score: classes is the score of images, and this study has texts"),
-        (
-            "images={calibration = {source = 'idx:x'}, validation = {source = 'idx:y'}}",
-            "texts: a study has either texts",
-        ),
-    ],
-)
-def test_a_study_of_texts_takes_nothing_of_images(change: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        load("smol", [change])

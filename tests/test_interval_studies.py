@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from families import scores_of
-from test_runner import reopen, states
-from test_zeroshot import make_tasks
+from test_runner import reopen
 from tinystudy import CommandLine, run, study_file
 
 from atp_tune.config.best import read_config
@@ -16,7 +15,7 @@ from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
 from atp_tune.results.goals import best_trial, excess_of, front_of
-from atp_tune.results.results import is_uniform, parameters_of, uniform_of
+from atp_tune.results.results import uniform_of
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
@@ -56,24 +55,6 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_each_point_of_a_front_has_uniform_beside_it(ran: Path) -> None:
-    study = reopen(ran)
-    assert [name.name for name in study.directions] == ["MINIMIZE"] * 2
-    assert {*states(study)} == {"COMPLETE"}
-    assert 3 <= len(study.trials) <= 6  # one trial where the best point is uniform
-    assert sorted({sparsity_of(trial) or 0 for trial in study.trials}) == [0.3, 0.55, 0.8]
-    assert study.user_attrs["total"] == len(study.trials)
-    for trial in study.trials:
-        uniform = uniform_of(study, trial)
-        assert uniform is not None
-        assert sparsity_of(uniform) == sparsity_of(trial)
-        assert trial.values[1] == pytest.approx(1 - trial.params["sparsity"])
-        assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=0.02)
-        assert is_uniform(trial) == (parameters_of(trial) == {"beta": 0.0})
-    assert {trial.number for trial in study.trials} - {trial.number for trial in study.trials if is_uniform(trial)}
-
-
-@pytest.mark.slow
 def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: CommandLine, cache: Path) -> None:
     place = tmp_path / "tiny"
     shutil.copytree(ran, place)
@@ -100,32 +81,6 @@ def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: Comma
     assert "decoded one at a time, weights not rounded, by the fastest engine" in answer.out
     assert not list((cache / "sparse").iterdir())
     assert "trial" not in command(*words).err  # each is stored
-
-
-@pytest.mark.slow
-def test_the_screening_pruned_with_dense_statistics_and_part_of_the_windows(ran: Path) -> None:
-    screened = reopen(ran, "tiny.screen")
-    assert states(screened) == ["COMPLETE"] * 8
-    assert [len(trial.user_attrs["nlls"]) for trial in screened.trials] == [6] * 8
-    assert len({trial.params["sparsity"] for trial in screened.trials}) > 3
-
-
-@pytest.mark.slow
-def test_every_point_of_the_front_is_measured_on_the_test_text(ran: Path) -> None:
-    study = reopen(ran)
-    summary = summarise(study)
-    assert summary.complete
-    assert summary.sparsity == (0.3, 0.8)
-    shown = {trial.number for trial in front_of(study)}
-    wanted = shown | {uniform.number for trial in front_of(study) if (uniform := uniform_of(study, trial))}
-    assert wanted <= {*map(int, study.user_attrs["test_nlls"].keys() - {"dense"})}
-    config = read_config(ran / "tiny.best.json")
-    best = best_trial(study)
-    assert best is not None
-    assert (config.trial, config.sparsity.target) == (best.number, best.params["sparsity"])
-    is_uniform = config.plan.allocation == "uniform"  # as ATP with beta = 0 is
-    assert is_uniform == (parameters_of(best).get("beta") == 0)
-    assert config.plan.parameters == ({} if is_uniform else parameters_of(best))
 
 
 @pytest.mark.slow
@@ -209,44 +164,6 @@ def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_limit_that_nothing_meets_gives_the_nearest(tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, "sparsity=[0.7,0.8]", *SCREEN, "search.trials=8", "limit.max_increase=0.001")
-    best = best_trial(study)
-    assert best is not None
-    assert excess_of(study, best) > 0
-    assert excess_of(study, best) == min(excess_of(study, trial) for trial in study.trials)
-    assert read_config(place / "tiny.best.json").trial == best.number
-
-
-@pytest.mark.slow
-def test_a_limit_of_kl(tiny_place: Path, tmp_path: Path) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3")
-    best = best_trial(study)
-    assert best is not None
-    assert best.values[0] <= 0.3
-    assert best.values[1] == pytest.approx(1 - best.params["sparsity"])
-
-
-@pytest.mark.slow
-def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    tasks = make_tasks(tmp_path / "tasks", 20)
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    least = f'limit.min_accuracy={{"{tasks}/far.yaml" = 0.2, "{tasks}/near.yaml" = 0.1}}'
-    study = run(place, *LIMIT[:-1], "search.trials=5", least, "limit.items=10")
-    assert states(study) == ["COMPLETE"] * len(study.trials)
-    for trial in study.trials:
-        found = trial.user_attrs["accuracies"]
-        assert {*found} == {f"{tasks}/far.yaml", f"{tasks}/near.yaml"}
-        assert all(0 <= value <= 1 and stderr >= 0 for value, stderr in found.values())
-    assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("least", "words"),
     [
@@ -264,31 +181,3 @@ def test_a_task_that_is_not_there_is_named(
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
     with pytest.raises(UserError, match=words):
         run(place, *LIMIT, f"limit.min_accuracy={least}")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["limit.max_increase=0.1"], "limit: needs an interval of sparsities"),
-        (
-            [INTERVAL, "limit={}"],
-            "limit.max_increase: give one of max_increase, max_perplexity, max_kl, max_drop, min_accuracy",
-        ),
-        ([INTERVAL, "limit.items=3"], "limit.max_increase: give one of"),
-        ([INTERVAL, "limit.max_increase=0.1", "limit.max_kl=0.1"], "give one of"),
-        ([INTERVAL, "limit.max_increase=-0.1"], "limit.max_increase: must be greater than 0"),
-        ([INTERVAL, "limit.max_kl=0.1"], "limit: max_kl goes with search.objective"),
-        ([INTERVAL, "search.objective=kl", "limit.max_increase=0.1"], "limit: max_kl goes with search.objective"),
-        (["sparsity=[0.8,0.3]"], "sparsity: the interval"),
-        (["sparsity=[0.3,0.801]"], "must be multiples of 0.005"),
-        (["sparsity=[0.3,1.5]"], r"sparsity\[1\]: must be less than 1"),
-        ([INTERVAL, "search.sampler=grid"], "search.sampler: must be"),
-        ([INTERVAL, "search.stopper=wilcoxon"], "search.stopper: must be left out"),
-        ([INTERVAL, 'search.objective=["kl", "perplexity"]'], "search.objective: must be one name"),
-        ([INTERVAL, "allocation.beta=[0.0,0.1]"], 'allocation.beta: must be "auto" or "both"'),
-        ([INTERVAL, "prune.pattern=2:4"], "prune.pattern: must not fix the sparsity"),
-    ],
-)
-def test_what_does_not_go_with_an_interval_is_refused(tiny_place: Path, words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        study_file(tiny_place, *words)

@@ -1,11 +1,8 @@
 """Zeros stay while the real Trainer, any optimizer, or LoRA trains a pruned model."""
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from families import random_ids
@@ -85,21 +82,6 @@ def test_lora_from_its_usual_start_is_trained() -> None:
     assert same(merged, model.merge_and_unload())
 
 
-def test_lora_is_merged_with_its_zeros() -> None:
-    """What is merged is what was trained; plain LoRA fills zeros."""
-    for keeps in (True, False):
-        base = with_zeros("llama")
-        before = zeros(base)
-        model = get_peft_model(base, LoraConfig(**LORA))
-        if keeps:
-            atp_tune.keep_zeros(model)
-        steps(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
-        was = model(input_ids=random_ids(2)).logits
-        merged = model.merge_and_unload()
-        assert torch.allclose(merged(input_ids=random_ids(2)).logits, was, rtol=1e-4, atol=1e-5)
-        assert same(before, merged) == keeps
-
-
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -115,17 +97,3 @@ def test_other_adapters_are_refused(config: Any, said: str) -> None:
     model = get_peft_model(with_zeros("llama"), config)
     with pytest.raises(UserError, match=said):
         atp_tune.keep_zeros(model)
-
-
-def test_a_dense_model_has_nothing_to_keep() -> None:
-    with pytest.raises(UserError, match=r"^keep_zeros: no weight of the model is 0; prune it first$"):
-        atp_tune.keep_zeros(families.tiny("llama"))
-
-
-def test_a_model_that_is_dropped_is_freed() -> None:
-    model = with_zeros("llama")
-    atp_tune.keep_zeros(model)
-    seen = weakref.ref(next(model.parameters()))
-    del model
-    gc.collect()
-    assert seen() is None

@@ -35,7 +35,3 @@ def test_its_error_is_that_of_leaving_windows_out() -> None:
     left = [fmean(after[:k] + after[k + 1 :]) / fmean(before[:k] + before[k + 1 :]) - 1 for k in range(n)]
     jackknife = math.sqrt((n - 1) / n * sum((one - fmean(left)) ** 2 for one in left))
     assert found.stderr == pytest.approx(jackknife, rel=0.02)
-
-
-def test_there_is_no_change_from_nothing() -> None:
-    assert relative([0.0, 0.0], [0.1, 0.2]) is None

@@ -2,16 +2,12 @@
 
 import math
 from collections.abc import Callable
-from itertools import count
-from pathlib import Path
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
 from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_over
-from tinystudy import CommandLine, settings
 
 from atp_tune.allocations import Budget, LinearSparsities
 from atp_tune.allocations.budget import Shape
@@ -173,24 +169,6 @@ def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
 
 
 @pytest.mark.slow
-def test_a_limit_that_all_meet_ends_at_the_sparsest() -> None:
-    space = space_over()
-    study = searched(space, {"max_perplexity": 1e6}, Surrogate(space, screened(space), 0, DENSE))
-    assert [trial.params["sparsity"] for trial in study.trials] == [0.7, 0.7]  # the best, and uniform
-
-
-@pytest.mark.slow
-def test_a_model_that_is_wrong_ends_too() -> None:
-    space = space_over()
-    study = searched(space, {"max_increase": 0.2}, Surrogate(space, screened(space), 0, DENSE), jump=3.0)
-    best = best_trial(study)
-    assert best is not None
-    assert excess_of(study, best) <= 0
-    assert best.params["sparsity"] <= 0.4
-    assert len(study.trials) < 20
-
-
-@pytest.mark.slow
 def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
     space = space_over()
     study = searched(space, {"max_increase": 1.0}, Surrogate(space, screened(space), 0, DENSE), cost=1.0)
@@ -230,33 +208,3 @@ def test_two_workers_measure_different_sparsities() -> None:
     drawn = [space.suggest(study.ask()).target for _ in range(3)]
     assert len({*drawn}) == 3
     assert not search.is_idle(study)
-
-
-@pytest.mark.slow
-def test_a_plan_that_fails_is_beyond_the_limit() -> None:
-    space = space_over()
-    search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2})
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
-    for name, value in {"limit": {"max_increase": 0.2}, "dense": DENSE}.items():
-        study.set_user_attr(name, value)
-    tried = []
-    for _ in count():
-        if search.is_idle(study):
-            break
-        trial = study.ask()
-        tried.append(space.suggest(trial).target)
-        trial.set_user_attr("failure", "out of memory")
-        study.tell(trial, state=TrialState.FAIL)
-    assert tried == sorted(tried, reverse=True)
-    assert tried[-1] == 0.2
-
-
-@pytest.mark.slow
-def test_a_limit_of_one_window_is_refused(place: Path, command: CommandLine) -> None:
-    """Its error was taken for 0, so that a plan was within the limit with no margin."""
-    keys = ("sparsity=[0.3, 0.6]", "limit.max_increase=0.2", "texts.validation.nsamples=1")
-    answer = command("--study", place / "tiny.toml", *settings(*keys))
-    assert (answer.code, answer.error) == (
-        2, "limit: holds within the standard error, which one validation window has not; give two or more"
-    )  # fmt: skip
-    assert not list(place.glob("*.db"))

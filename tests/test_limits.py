@@ -41,30 +41,6 @@ def test_an_increase_is_paired_and_taken_at_the_upper_end_of_its_error() -> None
     assert (excess({"max_increase": at_the_limit - 1e-4}, DENSE, PRUNED) or 0) > 0
 
 
-def test_a_perplexity_is_an_increase_from_the_dense_one() -> None:
-    most = perplexity(DENSE).value * 1.2
-    found = excess({"max_perplexity": most}, DENSE, PRUNED)
-    assert found == pytest.approx(excess({"max_increase": 0.2}, DENSE, PRUNED))
-
-
-def test_a_kl_is_in_nats() -> None:
-    kls = [0.1, 0.2, 0.3]
-    assert excess({"max_kl": 0.25}, None, None, kls) == pytest.approx(0.2 + 0.1 / math.sqrt(3) - 0.25)
-
-
-@pytest.mark.parametrize(
-    ("limit", "dense", "nlls"),
-    [("max_increase", None, PRUNED), ("max_increase", DENSE, None), ("max_increase", DENSE, PRUNED[:2])],
-)
-def test_what_is_not_measured_has_none(limit: str, dense: list[float] | None, nlls: list[float] | None) -> None:
-    assert excess({limit: 0.1}, dense, nlls) is None
-    assert excess({"max_kl": 0.1}, dense, nlls) is None
-
-
-def test_an_infinite_perplexity_is_beyond_any_limit() -> None:
-    assert excess({"max_increase": 0.1}, DENSE, [8000.0, *PRUNED[1:]]) == math.inf
-
-
 # Every standard error of the package, of n equal values, or of n pairs that are equal.
 ERRORS: dict[str, Callable[[int], Any]] = {
     "perplexity": lambda n: perplexity([3.0] * n),

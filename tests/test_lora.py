@@ -1,6 +1,5 @@
 """Masked adapters: in every family, against their own merge, against peft without a mask, and bit for bit at zeros."""
 
-import math
 from typing import Any
 
 import families
@@ -8,10 +7,10 @@ import pytest
 import torch
 from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 
 from atp_tune.folders.lora import Lora
-from atp_tune.folders.training import Adapters, recompute_blocks
+from atp_tune.folders.training import Adapters
 
 FEW = ("llama", "gpt2", "falcon", "gemma3", "qwen2_moe", "gpt_oss")  # in the fast suite
 
@@ -64,34 +63,6 @@ def test_what_is_trained_is_what_is_merged(family: str) -> None:
         assert torch.equal(merged.state_dict()[name] == 0, before[name] == 0)
 
 
-def test_in_bfloat16_they_are_equal_too() -> None:
-    """The sum is rounded in the forward as in the merge, so that nothing is lost between them."""
-    model = with_zeros("llama", torch.bfloat16)
-    adapters, parameters = trained(model)
-    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
-    merged = merge("llama", adapters, torch.bfloat16)
-    assert torch.equal(merged(input_ids=random_ids(2)).logits, model(input_ids=random_ids(2)).logits)
-
-
-def test_adapters_begin_without_an_effect() -> None:
-    model = with_zeros("gpt2")
-    before = model(input_ids=random_ids(2)).logits
-    adapters = Lora(checkpoint_of(model), 2, 4, seed=0)
-    assert torch.equal(model(input_ids=random_ids(2)).logits, before)
-    assert all(torch.equal(was, tuned) for _, was, tuned in adapters.merged())
-
-
-def test_the_seed_draws_them_and_nothing_else() -> None:
-    models = [tiny("llama") for _ in range(3)]
-    state = torch.get_rng_state()
-    one, same, other = (
-        Lora(checkpoint_of(model), 2, 4, seed).parameters for model, seed in zip(models, (0, 0, 1), strict=True)
-    )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_gradients_are_those_of_the_formula() -> None:
     """dA = s Bᵀ (M ⊙ G), dB = s (M ⊙ G) Aᵀ with G the gradient of a plain weight in the same place."""
     model = with_zeros("llama")
@@ -130,23 +101,3 @@ def test_without_zeros_they_are_pefts_own() -> None:
 def peft_name(name: str) -> str:
     layer, _, side = name.replace(".weight.", " ").partition(" ")
     return f"{layer}.{side}.default.weight"
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_recomputing_blocks_changes_no_gradient(family: str) -> None:
-    def gradients(recompute: bool) -> list[Tensor]:
-        model = with_zeros(family)
-        if recompute:
-            recompute_blocks(checkpoint_of(model).blocks)
-        _, parameters = trained_alike(model)
-        model(input_ids=random_ids(3), use_cache=False).logits.logsumexp(-1).sum().backward()
-        return [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-
-    kept, again = gradients(False), gradients(True)
-    assert len(kept) and all(math.isfinite(float(each.sum())) for each in kept)
-    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
-
-
-def trained_alike(model: Any) -> tuple[Adapters, dict[str, nn.Parameter]]:
-    torch.manual_seed(2)
-    return trained(model)

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.storage.lost_trials import MOST, SAME, CutOff, why_given_up
+from atp_tune.storage.lost_trials import MOST, CutOff, why_given_up
 from atp_tune.storage.process import Trace, forget, left_of
 from atp_tune.utils.cache import cache_dir
 
@@ -59,20 +58,6 @@ def test_which_are_given_up(cut_offs: Sequence[CutOff], why: str) -> None:
 
 @pytest.mark.slow
 @quick
-@given(st.lists(ANY, max_size=SAME - 1))
-def test_nothing_is_given_up_before_the_third_time(cut_offs: list[CutOff]) -> None:
-    assert why_given_up(cut_offs) == ""
-
-
-@pytest.mark.slow
-@quick
-@given(st.lists(ANY, min_size=MOST))
-def test_nothing_goes_on_for_ever(cut_offs: list[CutOff]) -> None:
-    assert why_given_up(cut_offs)
-
-
-@pytest.mark.slow
-@quick
 @given(st.lists(ANY, max_size=MOST), PLACES, st.lists(st.lists(st.one_of(SHARED, UNKNOWN), max_size=3), min_size=4))
 def test_a_trial_that_dies_at_one_place_is_given_up_whatever_else_happens_to_it(
     before: list[CutOff], place: str, between: list[list[CutOff]]
@@ -101,16 +86,6 @@ def test_the_end_of_a_machine_changes_no_verdict(cut_offs: list[CutOff], shared:
 def test_of_the_places_the_last_ones_decide(places: list[str]) -> None:
     four = any(places[-4:] == [place] * 4 for place in places)
     assert bool(why_given_up(dies(*places))) == (four or (len(places) == 3 and len(set(places)) == 1))
-
-
-@quick
-@given(ANY)
-def test_what_is_stored_is_read(one: CutOff) -> None:
-    assert CutOff.read(one.stored()) == one
-
-
-def test_what_is_not_of_its_kind_is_not_known() -> None:
-    assert CutOff.read({"place": 3, "crash": ["Aborted"], "alone": "yes", "more": 1}) == CutOff()
 
 
 # --- what a process leaves
@@ -148,16 +123,6 @@ def test_each_step_is_written_down_before_it_is_told() -> None:
     ]  # fmt: skip
 
 
-def test_a_trial_that_ends_leaves_nothing() -> None:
-    trace = Trace()
-    with pytest.raises(ZeroDivisionError), trace.of("s", 3):
-        assert here() == ("at its beginning", None)
-        raise ZeroDivisionError
-    trace.heard_by(lambda event: None)(Step("report", 1, 2))
-    assert here() == (None, None)
-    assert not list(cache_dir("running").iterdir())
-
-
 @pytest.mark.usefixtures("without_faulthandler")
 def test_the_places_of_one_trial_are_not_those_of_the_next() -> None:
     trace = Trace()
@@ -168,16 +133,6 @@ def test_the_places_of_one_trial_are_not_those_of_the_next() -> None:
             watch(Step("prune", 2, 2))
             assert here(trial=trial) == ("after prune 2 of 2", None)
         assert not faulthandler.is_enabled()
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "file"))
-    trace = Trace()
-    with trace.of("s", 3):
-        trace.heard_by(lambda event: None)(Step("prune", 1, 2))
-        assert here() == (None, None)
-    forget("s", 3, os.getpid())
 
 
 ENDING = """

@@ -4,26 +4,19 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import optuna
 import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.trial import FrozenTrial, TrialState
-from optuna_dashboard import get_note, save_note
-from pgserver import PostgreSQL
-from plans import stored as stored_plan
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
-from tinystudy import CommandLine, quiet, run, stored, study_file
+from tinystudy import CommandLine, quiet, stored
 
 from atp_tune.api.merging import Share, merge
-from atp_tune.dashboard.publishing import with_own_words
 from atp_tune.dashboard.servers import Maintenance
 from atp_tune.errors import UserError
-from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
-from atp_tune.storage import lost_trials
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +47,6 @@ def refusal(out: Path, *files: Path, name: str | None = None) -> str:
     return str(caught.value)
 
 
-def owner(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
-    return cast(optuna.Trial, SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id))
-
-
 @pytest.mark.slow
 def test_a_study_and_its_copy_are_the_study(done: Path, tmp_path: Path) -> None:
     shutil.copyfile(done / "tiny.db", tmp_path / "copy.db")
@@ -79,54 +68,6 @@ def summarise_as(study: optuna.Study, other: optuna.Study) -> Any:
 
 def study_of(file: Path, name: str = "tiny") -> optuna.Study:
     return stored(file.parent, name, file)
-
-
-@pytest.mark.slow
-def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, command: CommandLine) -> None:
-    run(place, "search.trials=2")
-    files = [place / "tiny.db"]
-    for index in (1, 2):
-        files.append(tmp_path / f"{index}.db")
-        shutil.copyfile(place / "tiny.db", files[-1])
-    for index, file in enumerate(files):
-        run(place, f"search.trials={3 + index}", f"storage=sqlite:///{file}")
-    answer = command("merge", *files, "--out", tmp_path / "out.db")
-    assert answer.out.splitlines() == [
-        f"{files[0]}: 3 trials",
-        f"{files[1]}: 4 trials, 2 of them known already",
-        f"{files[2]}: 5 trials, 2 of them known already",
-        f"{tmp_path / 'out.db'}: 8 trials, 8 of 8 done",
-        f"resume: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
-    ]
-    study = study_of(tmp_path / "out.db")
-    begins = [trial.datetime_start for trial in study.trials]
-    assert begins == sorted(begins, key=str)
-    assert [trial.number for trial in study.trials] == list(range(8))
-    sources = [study_of(file) for file in files]
-    for source in sources:
-        for name, nlls in source.user_attrs["test_nlls"].items():
-            if name != "dense":
-                twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
-                assert study.user_attrs["test_nlls"][str(twin.number)] == nlls
-    best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
-    assert best_trial(study) is not None
-    assert study.best_value == best.value
-
-
-@pytest.mark.slow
-def test_a_merged_study_goes_on(place: Path, tmp_path: Path, command: CommandLine) -> None:
-    words = ["--study", place / "tiny.toml", "--storage"]
-    for index in range(2):  # with one seed both would try the same points
-        run(place, f"storage=sqlite:///{place}/{index}.db", f"search.seed={index}")
-    out = place / "out.db"
-    united(out, place / "0.db", place / "1.db")
-    assert command("status", *words, f"sqlite:///{out}").code == 0
-    assert command(*words, f"sqlite:///{out}", "--trials", "8").code == 0
-    study = study_of(out)
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 8
-    assert len({str(trial.params) for trial in study.trials}) == 6  # both began with uniform and half the bound
-    for name in ("report", "export"):
-        assert command(name, *words, f"sqlite:///{out}").code == 0
 
 
 # --- made up studies
@@ -167,27 +108,6 @@ def test_what_names_trials_by_number_follows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_how_often_a_trial_was_cut_off_is_kept(tmp_path: Path) -> None:
-    """Also of one whose successor waits elsewhere: it is queued again with what is known of it."""
-    died = {"place": "after prune 1 of 2", "alone": True}
-    lost = made_up(0.003, state=TrialState.FAIL, lost="its process died", cut_off=died)
-    lost.system_attrs = {"cut_offs": [died]}
-    made(tmp_path / "a.db", made_up(0.0), lost)
-    made(tmp_path / "b.db", made_up(0.001))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    number = next(trial.number for trial in study.trials if trial.params["beta"] == 0.003)
-    assert lost_trials.recover(study) == [number]
-    assert study.trials[-1].system_attrs["cut_offs"] == [died, died]
-
-
-@pytest.mark.slow
-def test_the_total_grows_with_the_trials(tmp_path: Path) -> None:
-    made(tmp_path / "a.db", made_up(0.0), made_up(0.1, state=TrialState.FAIL, lost="its process died"), total=1)
-    made(tmp_path / "b.db", made_up(0.001), made_up(0.1, state=TrialState.FAIL, failure="inf"), total=2)
-    assert united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0].user_attrs["total"] == 3
-
-
-@pytest.mark.slow
 def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command: CommandLine) -> None:
     waiting = optuna.create_trial(
         state=TrialState.WAITING, params={"beta": 0.1}, distributions={"beta": DISTRIBUTIONS["beta"]}
@@ -199,32 +119,6 @@ def test_trials_that_have_not_ended_stay_where_they_are(tmp_path: Path, command:
     assert answer.out.splitlines()[0] == f"{tmp_path / 'a.db'}: 2 trials; 2 running or waiting trials are left out"
     study = study_of(tmp_path / "out.db", "made-up")
     assert [trial.params["beta"] for trial in study.trials] == [0.0, 0.002, 0.001]
-
-
-@pytest.mark.slow
-def test_every_part_of_a_trial_is_kept(tmp_path: Path) -> None:
-    trial = made_up(0.001, state=TrialState.COMPLETE, stopped_after=2, **stored_plan([0.5], [[0.5]]))
-    trial.intermediate_values = {0: 2.5, 3: float("inf")}
-    before = made(tmp_path / "a.db", trial)
-    made(tmp_path / "b.db", made_up(0.0))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert same(study.trials[0]) == same(before.trials[0])
-    assert list(study.trials[0].params) == list(trial.params)
-
-
-@pytest.mark.slow
-def test_notes_are_kept_from_all(tmp_path: Path) -> None:
-    study = made(tmp_path / "a.db", made_up(0.0))
-    save_note(study, with_own_words("ours, old", "Ada was here."))
-    save_note(owner(study, study.trials[0]), "the first")
-    shutil.copyfile(tmp_path / "a.db", tmp_path / "b.db")
-    other = study_of(tmp_path / "b.db", "made-up")
-    other.add_trial(made_up(0.001))
-    save_note(other, with_own_words("ours, newer", "So was Bob."))
-    save_note(owner(other, other.trials[1]), "the second")
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert get_note(found) == "Ada was here.\n\nSo was Bob."
-    assert [get_note(owner(found, trial)) for trial in found.trials] == ["the first", "the second"]
 
 
 @pytest.mark.slow
@@ -304,80 +198,6 @@ def set_trial_attr(database: Path, key: str, value: object) -> None:
         )
 
 
-@pytest.mark.slow
-def test_what_is_said_of_an_artifact_may_be_anything(tmp_path: Path) -> None:
-    study = made(tmp_path / "a.db", made_up(0.0))
-    made(tmp_path / "b.db", made_up(0.001))
-    names = [f"{number:08}{NAME[8:]}" for number in range(13)]
-    values = [
-        "no JSON", "[" * 100_000, "[1]", '"x"', "5", "{}", 5, [1], {"filename": "x"}, True, meta_of("other"),
-        meta_of(names[11], filename=5), meta_of(names[12], encoding=[]),
-    ]  # fmt: skip
-    for name, value in zip(names, values, strict=True):
-        study._storage.set_study_system_attr(study._study_id, f"artifacts:{name}", value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert not [key for key in found._storage.get_study_system_attrs(found._study_id) if "artifact" in key]
-
-
-@pytest.mark.slow
-def test_an_artifact_that_was_removed_stays_so(tmp_path: Path) -> None:
-    for file, value in (("a.db", "null"), ("b.db", meta_of(NAME))):
-        study = made(tmp_path / file, made_up(0.0))
-        study._storage.set_study_system_attr(study._study_id, f"artifacts:{NAME}", value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert found._storage.get_study_system_attrs(found._study_id)[f"artifacts:{NAME}"] == "null"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("of_system", "of_user"),
-    [
-        ({"dashboard:note_ver": "x", "gp_posterior": [1]}, {"gp_posterior": [1], "total": "many", "speed": [5]}),
-        ({"dashboard:note_ver": None}, {"gp_posterior": {"before": "x"}, "test_nlls": {"../x": [1.0]}}),
-        ({f"dashboard:artifacts:{number}:x": "null" for number in ("9" * 5000, "٣")}, {"gp_posterior": {"before": {}}}),
-    ],
-    ids=range(3),
-)
-def test_attributes_of_another_kind_are_left_out(
-    of_system: dict[str, object], of_user: dict[str, object], tmp_path: Path
-) -> None:
-    study = made(tmp_path / "a.db", made_up(0.0))
-    made(tmp_path / "b.db", made_up(0.001))
-    db, number = study._storage, study._study_id
-    db.set_study_system_attr(number, "dashboard:note_str:7", "no first part")
-    for key, value in of_system.items():
-        db.set_study_system_attr(number, key, value)
-    for key, value in of_user.items():
-        db.set_study_user_attr(number, key, value)
-    found = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert len(found.trials) == 2
-    assert get_note(found) == ""
-
-
-@pytest.mark.slow
-def test_a_failure_may_name_any_trial(tmp_path: Path) -> None:
-    words = [f"failed before, as trial {number}: x" for number in ("7", "9" * 5000, "٣")]
-    trials = [made_up(k / 10, state=TrialState.FAIL, failure=text) for k, text in enumerate(words)]
-    made(tmp_path / "a.db", *trials)
-    made(tmp_path / "b.db", made_up(0.001))
-    study = united(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")[0]
-    assert [trial.user_attrs.get("failure") for trial in study.trials][:3] == words
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("table", ["study_system_attributes", "study_user_attributes", "trial_system_attributes"])
-def test_what_optuna_cannot_read_is_one_line(table: str, tmp_path: Path) -> None:
-    study = made(tmp_path / "a.db", made_up(0.0))
-    made(tmp_path / "b.db", made_up(0.001))
-    study._storage.set_study_system_attr(study._study_id, "x", 1)
-    study.set_user_attr("x", 1)
-    set_trial_attr(tmp_path / "a.db", "x", 1)
-    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
-        connection.execute(f"UPDATE {table} SET value_json = '{{'")
-    assert "Optuna cannot read what is stored" in refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db")
-    assert not (tmp_path / "out.db").exists()
-
-
 # --- what is refused
 
 
@@ -392,53 +212,3 @@ def test_other_facts_are_named(tmp_path: Path) -> None:
         "prune.damping is 1, was not set; sparsity is 0.7, was 0.6"
     )
     assert not (tmp_path / "out.db").exists()
-
-
-@pytest.mark.slow
-def test_which_study(tmp_path: Path) -> None:
-    for file, names in (("a.db", ("one", "two")), ("b.db", ("two", "one", "three")), ("c.db", ("three",))):
-        for name in names:
-            new_study(tmp_path / file, name).add_trial(made_up(0.0))
-    a, b, c, out = (tmp_path / name for name in ("a.db", "b.db", "c.db", "out.db"))
-    assert refusal(out, a, b) == (
-        f"merge: which study? Name one that all have with --study NAME; {a} holds one, two; {b} holds two, one, three"
-    )
-    assert "c.db holds three" in refusal(out, a, c)
-    assert "a.db holds one, two" in refusal(out, a, b, name="three")
-    assert united(tmp_path / "out.db", a, b, name="two")[0].study_name == "two"
-    assert united(tmp_path / "other.db", b, c)[0].study_name == "three"
-
-
-@pytest.mark.slow
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    for name in "ab":
-        made(tmp_path / f"{name}.db", made_up(0.0))
-    a, b = tmp_path / "a.db", tmp_path / "b.db"
-    assert refusal(a, a, b) == f"--out {a}: {a} exists; name a new file"
-    (tmp_path / "out.artifacts").mkdir()
-    assert "out.artifacts exists" in refusal(tmp_path / "out.db", a, b)
-    assert refusal(tmp_path / "new.db", a, tmp_path / "c.db") == (f"merge: {tmp_path / 'c.db'}: no such file")
-    assert not (tmp_path / "c.db").exists()
-    with pytest.raises(UserError, match=r"^--out .*out\.db: "):
-        united(a / "out.db", a, b)
-
-
-@pytest.mark.slow
-def test_a_study_of_others(tmp_path: Path) -> None:
-    made(tmp_path / "a.db", made_up(0.0))
-    optuna.create_study(study_name="made-up", storage=storage_in(tmp_path / "b.db"))
-    assert refusal(tmp_path / "out.db", tmp_path / "a.db", tmp_path / "b.db") == (
-        f"merge: {tmp_path / 'b.db'}: study made-up has no trials of atp_tune yet"
-    )
-
-
-@pytest.mark.slow
-def test_a_storage_url(place: Path, postgres: PostgreSQL, command: CommandLine) -> None:
-    address = postgres.new()
-    run(place, f"storage={address}")
-    run(place, "search.trials=2")
-    answer = command("merge", place / "tiny.db", address, "--out", place / "out.db")
-    assert answer.code == 0, answer.err
-    assert "tuner:***@" in answer.out
-    assert len(study_of(place / "out.db").trials) == 5
-    assert study_file(place).database != place / "out.db"

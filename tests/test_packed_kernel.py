@@ -19,7 +19,7 @@ from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
 from atp_tune.packed import kernel, kernel_dense, library
-from atp_tune.packed.kernel import BATCH, FEW, PackedMatrix, by_tiles, kernel_name, multiplies, row_offsets
+from atp_tune.packed.kernel import BATCH, PackedMatrix, kernel_name, multiplies
 from atp_tune.utils import system
 
 TYPES = (*FLOATS, torch.int8)
@@ -80,17 +80,6 @@ def test_many_tokens(shape: tuple[int, int], dtype: torch.dtype, variant: str) -
         close(other, x, full, bias)
 
 
-def test_many_tokens_with_scales_of_groups(variant: str) -> None:
-    for columns, groups in ((64, 2), (96, 3), (1056, 11)):
-        weight, scales = sparse((6, columns), torch.int8), torch.rand(6, groups) / 100
-        full = weight * scales.repeat_interleave(columns // groups, dim=1)
-        x = torch.randn(20, columns)
-        close(operator(pack(weight, scales), x), x, full)
-        rounded = full.bfloat16() if by_tiles(variant, torch.bfloat16, torch.int8) else full
-        if multiplies(variant, torch.bfloat16, 20, torch.int8):
-            close(pack(weight, scales).product(x.bfloat16()), x.bfloat16(), rounded)
-
-
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_many_tokens_that_are_not_finite_are_left_to_torch(bad: float, variant: str) -> None:
     """Zeros of the weight, which would make no numbers of them, are left out by the kernel."""
@@ -112,20 +101,6 @@ def test_scales_of_groups(columns: int, groups: int, variant: str) -> None:
     assert torch.equal(matrix.rows(0, 6, torch.bfloat16), full.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_rows(dtype: torch.dtype, variant: str) -> None:
-    for shape in SHAPES:
-        check_rows(sparse(shape, dtype))
-
-
-def check_rows(weight: Tensor) -> None:
-    matrix, shape = pack(weight), weight.shape
-    for first, last in ((0, shape[0]), (shape[0] // 2, shape[0]), (1, 1)):
-        assert torch.equal(matrix.rows(first, last), weight[first:last])
-    for other in FLOATS:
-        assert torch.equal(matrix.rows(0, shape[0], other), weight.to(other))
-
-
 def test_every_float16_becomes_the_nearest(variant: str) -> None:
     """From and to all finite numbers of 16 bits, and the float32 half-way between."""
     for dtype in (torch.float16, torch.bfloat16):
@@ -136,27 +111,6 @@ def test_every_float16_becomes_the_nearest(variant: str) -> None:
         between = torch.cat([wide, wide * (1 + 2.0**-9), wide * (1 + 2.0**-12), wide * (1 - 2.0**-12), wide * 1.5])
         between = between[(between != 0) & between.isfinite()][None]
         assert torch.equal(pack(between).rows(0, 1, dtype), between.to(dtype))
-
-
-@pytest.mark.parametrize("density", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_all_or_nothing(dtype: torch.dtype, density: float, variant: str) -> None:
-    weight, x = sparse((9, 130), dtype, density), torch.randn(2, 130)
-    weight[1:3] = weight[0]
-    close(pack(weight).product(x), x, weight)
-    assert torch.equal(pack(weight).rows(0, 9), weight)
-    empty = PackedMatrix(torch.zeros(0, dtype=dtype), torch.zeros(0, 17, dtype=torch.uint8), 130)
-    assert empty.product(x).shape == (2, 0) and empty.rows(0, 0).shape == (0, 130)
-
-
-def test_infinite_inputs_reach_every_row(variant: str) -> None:
-    """As in a dense product, where zero times infinity is no number."""
-    x = torch.zeros(1, 70)
-    x[0, 3] = torch.inf
-    weight = torch.zeros(5, 70)
-    weight[4, 3] = 2
-    y = pack(weight).product(x)[0]
-    assert bool(y[:4].isnan().all()) and y[4] == torch.inf
 
 
 @pytest.fixture
@@ -187,22 +141,6 @@ def test_nothing_is_read_behind_the_end(
         assert torch.equal(at_the_end.rows(0, shape[0]), plain.rows(0, shape[0]))
 
 
-def test_any_alignment(variant: str) -> None:
-    """Tensors as a file has them: at any byte."""
-    weight, x = sparse((7, 333), torch.bfloat16), torch.randn(2, 333).bfloat16()
-    plain = pack(weight)
-
-    def moved(tensor: Tensor, by: int) -> Tensor:
-        raw = np.zeros(tensor.nbytes + by, dtype=np.uint8)
-        raw[by:] = tensor.contiguous().view(torch.uint8).numpy().ravel()
-        return torch.frombuffer(raw, dtype=tensor.dtype, offset=by).view(tensor.shape)
-
-    for by in (1, 2, 3):
-        matrix = PackedMatrix(moved(plain.values, by), moved(plain.bitmask, by), 333, None, moved(x[0, :7], by))
-        close(matrix.product(moved(x, by)), x, weight, x[0, :7])
-        assert torch.equal(matrix.rows(0, 7), weight)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -225,41 +163,6 @@ def test_the_same_bits(variant: str, threads: None) -> None:
             assert torch.equal(matrix.product(x), expected) and torch.equal(matrix.rows(0, 130), rows)
             for tokens in range(1, BATCH):
                 assert torch.equal(matrix.product(x[:tokens]), expected[:tokens])
-
-
-def check_same_bits(matrix: PackedMatrix, x: Tensor, parts: tuple[tuple[int, int], ...]) -> None:
-    """Of all tokens, and of each part (its first token, how many), with any number of threads."""
-    torch.set_num_threads(1)
-    expected = matrix.product(x)
-    assert expected is not None
-    for number in (2, 3, 1):
-        torch.set_num_threads(number)
-        assert torch.equal(matrix.product(x), expected)
-        for first, tokens in parts:
-            assert torch.equal(matrix.product(x[first : first + tokens]), expected[first : first + tokens])
-
-
-def test_the_same_bits_of_many_tokens(variant: str, threads: None) -> None:
-    """Wherever a token lies, too."""
-    if variant in ("torch", "portable"):
-        pytest.skip("torch's own order")
-    for shape in ((130, 640), (20, 100)):
-        matrix, x = pack(sparse(shape, torch.bfloat16)), torch.randn(500, shape[1]).half()
-        check_same_bits(matrix, x, ((0, 33), (13, 40), (100, 97), (383, 117)))
-        few = [matrix.product(x[first : first + BATCH]) for first in range(0, FEW.get(variant, 0), BATCH)]
-        for tokens in range(BATCH + 1, FEW.get(variant, 0) + 1):
-            assert torch.equal(matrix.product(x[:tokens]), torch.cat(few)[:tokens])
-
-
-def test_the_same_bits_by_tiles(variant: str, threads: None) -> None:
-    """Wherever a token lies, in tiles that are full or not."""
-    if variant != "amx":
-        pytest.skip("has no tiles")
-    for rows, columns in ((130, 1300), (20, 100)):
-        plain, rounded = (sparse((rows, columns), dtype) for dtype in (torch.bfloat16, torch.int8))
-        for matrix in (pack(plain), pack(rounded, torch.rand(rows, 1))):
-            x = torch.randn(600, columns).bfloat16()
-            check_same_bits(matrix, x, ((0, 9), (0, 33), (13, 40), (100, 97), (83, 517)))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
@@ -305,12 +208,6 @@ def test_the_variant_of_a_cpu(
     assert multiplies(name, bf16, BATCH + 1, bf16) and multiplies(name, wide, 100, wide)
 
 
-def test_the_threads_are_torchs() -> None:
-    if sys.platform != "linux":
-        pytest.skip("macOS has no GOMP_parallel")
-    assert library.parallel() is not None
-
-
 def test_dense_weights(variant: str, guarded: Guarded) -> None:
     for dtype, shape in product((torch.bfloat16, torch.float32), ((1, 64), (5, 192), (130, 640), (1000, 576))):
         weight, bias = guarded.place(torch.randn(shape).to(dtype)), torch.randn(shape[0]).to(dtype)
@@ -351,16 +248,6 @@ class Elsewhere(Tensor):
     """A tensor whose numbers might lie elsewhere, as of a quantized weight."""
 
 
-def test_offsets(variant: str) -> None:
-    weight = sparse((9, 77), torch.float32)
-    bitmask = pack(weight).bitmask
-    expected = [0, *(weight != 0).sum(dim=1).cumsum(dim=0).tolist()]
-    assert row_offsets(bitmask, 77).tolist() == expected
-    bitmask[5, -1] |= 1 << 5
-    with pytest.raises(ValueError, match=r"^packed weight: row 5 of the bitmask has a bit after its 77 columns$"):
-        row_offsets(bitmask, 77)
-
-
 def operator(matrix: PackedMatrix, x: Tensor) -> Tensor:
     parts = (matrix.values, matrix.bitmask, matrix.offsets, matrix.scales, matrix.bias)
     result: Tensor = torch.ops.atp_sparse.linear(x, *parts)
@@ -378,21 +265,6 @@ def test_the_operator(variant: str) -> None:
         close(y.view(-1, 6), x.view(-1, 96), full, bias)
     half = torch.randn(3, 96).bfloat16()
     assert torch.equal(operator(matrix, half), matrix.product(half))
-
-
-@pytest.mark.slow
-def test_the_operator_compiled() -> None:
-    weight = sparse((6, 96), torch.bfloat16)
-    matrix = pack(weight)
-    compiled = torch.compile(lambda x: operator(matrix, x) * 2, fullgraph=True, backend="aot_eager")
-    for shape in ((1, 96), (2, 4, 96), (3, 96)):
-        x = torch.randn(shape).bfloat16()
-        assert torch.equal(compiled(x), operator(matrix, x) * 2)
-    torch.library.opcheck(
-        torch.ops.atp_sparse.linear.default,
-        (torch.randn(2, 96), matrix.values, matrix.bitmask, matrix.offsets, None, None),
-        test_utils=("test_schema", "test_faketensor"),
-    )
 
 
 def test_offsets_that_are_wrong_read_nothing_else(variant: str) -> None:
@@ -456,50 +328,11 @@ def test_what_is_refused() -> None:
         torch.ops.atp_sparse.linear(torch.ones(1, 64), values, bitmask, matrix.offsets[:4], None, None)
 
 
-def test_the_variant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in library.variants():
-        monkeypatch.setenv("ATP_TUNE_ISA", name)
-        assert kernel_name() == name
-    monkeypatch.setenv("ATP_TUNE_ISA", "torch")
-    assert kernel_name() is None
-    monkeypatch.setenv("ATP_TUNE_ISA", "sse9")
-    with pytest.raises(ValueError, match=r"^ATP_TUNE_ISA=sse9: possible here: .*portable, torch$"):
-        kernel_name()
-    monkeypatch.delenv("ATP_TUNE_ISA")
-    assert kernel_name() == library.variants()[0]
-
-
-WITHOUT = """
-import sys
-from pathlib import Path
-import torch
-from atp_tune.packed import library
-from atp_tune.packed.kernel import kernel_name
-from packedweights import close, pack, sparse
-weight, x = sparse((5, 100), torch.bfloat16), torch.randn(2, 100)
-for name in sys.argv[1:]:
-    library.LIBRARY = Path(name)
-    for found in (library.library, library.variants, library._chosen, library._compiled):
-        found.cache_clear()
-    assert kernel_name() is None and library.variants() == ()
-    close(pack(weight).product(x), x, weight)
-    print(Path(name).name)
-"""
-
-
 def python(code: str, *words: object, **variables: str) -> "subprocess.CompletedProcess[str]":
     path = os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent))))
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-
-
-@pytest.mark.slow
-def test_without_the_library(tmp_path: Path) -> None:
-    (tmp_path / "damaged.so").write_bytes(b"no library")
-    (tmp_path / "former.so").symlink_to(Path(torch.__file__).parent / "lib" / "libc10.so")  # has none of its functions
-    names = ("none.so", "damaged.so", "former.so")
-    assert python(WITHOUT, *(tmp_path / name for name in names)).stdout.split() == list(names)
 
 
 # Random packed weights at the ends of their arrays, on the variants named; the reference is the portable one.

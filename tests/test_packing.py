@@ -3,13 +3,11 @@
 import filecmp
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    LlamaConfig,
-    LlamaForCausalLM,
     logging,
 )
 
@@ -44,16 +39,13 @@ from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     SCALES,
     VALUES,
-    DenseLinear,
     SparseLinear,
-    speed_dense_linears,
     unpack,
 )
 from atp_tune.packed.registering import register
 from atp_tune.search.objective import Record
 
 REPO = Path(__file__).parents[1]
-REPRESENTATIVES = ("llama-tied", "gpt2", "gpt_neox", "falcon", "mixtral", "llava")  # of ways in which weights are kept
 KNOWN = {**{name: name for name in ALL}, **{name: name for name in MULTIMODAL}}
 Make = Callable[..., Path]
 
@@ -236,18 +228,6 @@ def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch:
     assert [*folder.parent.iterdir()] == [folder]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_number_formats(dtype: torch.dtype, make: Make, tmp_path: Path) -> None:
-    packed = make(dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(packed)
-    assert model.dtype == dtype
-    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)),
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32)),
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 32}])
 def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
@@ -266,13 +246,6 @@ def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> 
     kept = [module for module in low.modules() if isinstance(module, SparseLinear)]
     assert {module.weight_values.dtype for module in kept} == {linear.weight_values.dtype}
     assert all(module.weight_scales is None or module.weight_scales.dtype == torch.float32 for module in kept)
-
-
-def test_a_share_below_the_least_is_left_dense(tmp_path: Path) -> None:
-    sparse_model("llama", 0.2).save_pretrained(tmp_path / "sparse")
-    with pytest.raises(UserError, match="no matrix of it has 45% zeros"):
-        pack_folder(tmp_path / "sparse", tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -298,15 +271,6 @@ def test_a_trial_foretells_the_bytes_of_its_packed_folder(name: str, dtype: torc
 
 
 # ways to load it
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("other", [LlamaForCausalLM, AutoModel, AutoModelForImageTextToText])
-def test_other_classes_refuse_it(other: Any, make: Make) -> None:
-    with pytest.raises(
-        (OSError, ValueError), match=r"no file named model\.safetensors|Unrecognized configuration class"
-    ):
-        other.from_pretrained(make())
 
 
 LOADS = """
@@ -364,167 +328,6 @@ def test_with_and_without_atp_tune(lines: str, said: list[str], make: Make, tmp_
             assert torch.equal(load_file(tmp_path / f"{number}.safetensors")["logits"], expected)
 
 
-def test_a_device_map(make: Make, tmp_path: Path) -> None:
-    packed = make()
-    model = AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"})
-    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")))
-
-
-@pytest.mark.slow
-def test_tokens_one_by_one_are_the_dense_ones(make: Make, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make())
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    ids = torch.randint(2, VOCABULARY - 7, (1, TOKENS), generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        one, other = (each(ids[:, :3]).logits for each in (model, dense))
-    assert_close(one, other, rtol=1e-5, atol=1e-6)
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, **settings), dense.generate(ids, **settings))
-
-
-@pytest.mark.parametrize(("name", "options"), [("gpt2", {}), ("wide", {"kind": "int8", "group_size": 32})])
-def test_few_tokens(name: str, options: dict[str, Any], make: Make, tmp_path: Path) -> None:
-    """By the kernel: with the bias of a `Conv1D`, and with scales of groups."""
-    if name == "wide":
-        config = {**ALL["llama"][1], "hidden_size": 64, "intermediate_size": 96}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
-        make_sparse(model, 0.6)
-        model.save_pretrained(tmp_path / "sparse")
-        pack_folder(tmp_path / "sparse", tmp_path / "packed", **options)
-    else:
-        make(name)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits
-        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dequantize=True)(ids).logits
-    assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [3, 20])
-def test_gradients_reach_what_is_before_a_packed_linear(tokens: int, make: Make, tmp_path: Path) -> None:
-    found = AutoModelForCausalLM.from_pretrained(make())
-    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    ids = torch.randint(2, 80, (1, tokens))
-    for model in (found, wanted):
-        model(ids, labels=ids).loss.backward()
-    norms = [model.model.layers[0].input_layernorm.weight.grad for model in (found, wanted)]
-    assert_close(*norms, rtol=1e-4, atol=1e-7)
-
-
-def test_dense_linears_of_a_packed_model() -> None:
-    """By the kernel only where torch would record nothing and cast nothing."""
-    plain = torch.nn.Linear(128, 6)
-    linear, x = deepcopy(plain), torch.randn(2, 128)
-    speed_dense_linears(linear)
-    assert type(linear) is DenseLinear
-    for training in ((True, True), (True, False), (False, True)):
-        for module in (linear, plain):
-            module.weight.requires_grad, module.bias.requires_grad = training
-            module.zero_grad()
-            module(x).square().sum().backward()
-        for found, wanted in zip(linear.parameters(), plain.parameters(), strict=True):
-            assert (found.grad is None) == (wanted.grad is None)
-            if found.grad is not None:
-                assert_close(found.grad, wanted.grad)
-    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    for module, own in zip((linear.requires_grad_(False), plain.requires_grad_(False)), inputs, strict=True):
-        module(own).square().sum().backward()
-    assert_close(inputs[0].grad, inputs[1].grad)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(linear(x), plain(x)) and linear(x).dtype == torch.bfloat16
-
-
-def test_bits_that_are_changed_in_place(make: Make) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make())
-    linear = next(module for module in model.modules() if isinstance(module, SparseLinear))
-    x = torch.randn(2, linear.in_features)
-    with torch.no_grad():
-        linear(x)
-        linear.weight_bitmask.copy_(linear.weight_bitmask.flip(0))
-        assert_close(linear(x), x @ linear.weight.T, rtol=1e-5, atol=1e-6)
-
-
-def test_float64_is_multiplied_by_torch(make: Make) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make()).double()
-    assert model(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float64
-
-
-def test_a_model_without_memory(make: Make) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make(kind="int8")).to("meta")
-    assert next(model.to_empty(device="cpu").parameters()).device.type == "cpu"
-
-
-def test_the_family_s_own_config_is_not_misled(make: Make) -> None:
-    assert LlamaConfig.from_pretrained(make()).hidden_size == ALL["llama-tied"][1]["hidden_size"]
-
-
-@pytest.mark.slow
-def test_each_module_is_imported_first(make: Make, tmp_path: Path) -> None:
-    """In a process of its own: the import that registers the model type is the one that brings transformers."""
-    packed = make()
-    lines = [
-        "import atp_tune.packed.modeling_atp_sparse",
-        "import atp_tune.packed.layout",
-        "from pathlib import Path; from atp_tune.checkpoints.convert import unpack_folder; "
-        f"unpack_folder(Path({str(packed)!r}), Path({str(tmp_path / 'unpacked')!r}))",
-    ]
-    for line in lines:
-        code = f"{line}; from transformers import CONFIG_MAPPING; assert 'atp_sparse' in CONFIG_MAPPING"
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert same_files(tmp_path / "sparse", tmp_path / "unpacked")
-
-
-def test_without_the_kernel_torch_multiplies(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATP_TUNE_ISA", "torch")
-    model = AutoModelForCausalLM.from_pretrained(make())
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        assert torch.equal(model(ids).logits, dense(ids).logits)
-
-
-def test_a_copy_has_weights_of_its_own(make: Make) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make())
-    ids = torch.tensor([[5, 6, 7]])
-    expected = model(ids).logits
-    copy = deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(VALUES):
-                parameter.zero_()
-    assert torch.equal(copy(ids).logits, expected)
-    assert not torch.equal(model(ids).logits, expected)
-
-
-@pytest.mark.parametrize("name", few(REPRESENTATIVES, ("llama-tied",)))
-def test_it_is_pickled(name: str, make: Make) -> None:
-    auto = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
-    found = auto.from_pretrained(make(name))
-    again = pickle.loads(pickle.dumps(found))
-    assert type(again) is type(found) and type(again.config) is type(found.config)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(again(ids).logits, found(ids).logits)
-
-
-UNPICKLE = """
-import pickle, sys
-import torch
-model = pickle.load(open(sys.argv[1], "rb"))
-with torch.inference_mode():
-    torch.save(model(torch.tensor([[5, 6, 7]])).logits, sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_has_imported_nothing_unpickles_it(make: Make, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make())
-    (tmp_path / "pickled").write_bytes(pickle.dumps(model))
-    files = [str(tmp_path / name) for name in ("pickled", "logits")]
-    subprocess.run([sys.executable, "-c", UNPICKLE, *files], check=True)
-    with torch.inference_mode():
-        assert torch.equal(torch.load(files[1]), model(torch.tensor([[5, 6, 7]])).logits)
-
-
 def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:
     """The kernel keeps where the values of each row start, which other bits change."""
     model = AutoModelForCausalLM.from_pretrained(make())
@@ -535,39 +338,6 @@ def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:
     state["weight_bitmask"] = state["weight_bitmask"].flip(0)
     linear.load_state_dict(state)
     assert_close(linear(x), x @ linear.weight.T, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"kind": "int8"}])
-def test_a_model_is_cast(options: dict[str, Any], make: Make) -> None:
-    """And the kernel, which knew the weights by their addresses, takes the new ones."""
-    ids = torch.tensor([[5, 6, 7]])
-    folder = make(**options)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    scales = [module.weight_scales for module in model.modules() if isinstance(module, SparseLinear)]
-    kept = [None if one is None else one.clone() for one in scales]
-    with torch.inference_mode():
-        model(ids)
-        for dtype in (torch.bfloat16, torch.float32):
-            model.to(dtype)
-            plain = AutoModelForCausalLM.from_pretrained(folder, dequantize=True).to(torch.bfloat16).to(dtype)
-            one, other = model(ids).logits.float(), plain(ids).logits.float()
-            loose = dtype == torch.bfloat16 or options  # the dense one's rounded weights are rounded again
-            assert float((one - other).abs().max() / other.abs().max()) < (0.03 if loose else 1e-5)
-    after = [module.weight_scales for module in model.modules() if isinstance(module, SparseLinear)]
-    assert all(one is None or torch.equal(one, other) for one, other in zip(kept, after, strict=True))
-
-
-@pytest.mark.slow
-def test_compiled_as_one_graph(make: Make) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make())
-    found = next(module for module in model.modules() if isinstance(module, SparseLinear))
-    assert not any(parameter.requires_grad for parameter in found.parameters())
-    x = torch.randn(1, 3, found.in_features)
-    for linear in (found, deepcopy(found)):
-        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-        with torch.inference_mode():
-            assert torch.equal(compiled(x), linear(x))
 
 
 # folders that are damaged, or a stranger's
@@ -622,13 +392,6 @@ def test_a_damaged_folder_is_not_loaded(change: Callable[[Path], None], said: st
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_cut_file_is_not_loaded(make: Make) -> None:
-    file = sorted((folder := make()).glob("*.safetensors"))[-1]
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(Exception, match=r"[Ii]ncomplete|[Ii]nvalid|buffer"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
 DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
     ("a value", lambda f: changed_tensor(f, VALUES, lambda t: t + 1), "is not what was packed"),
     ("bits", lambda f: changed_tensor(f, BITMASK, flipped), "but the bitmask has"),
@@ -665,45 +428,6 @@ def test_a_damaged_folder_is_not_unpacked(
     assert not (tmp_path / "unpacked").exists() and not (tmp_path.parent / "x").exists()
 
 
-def test_a_damaged_rounded_folder_is_not_unpacked(make: Make, tmp_path: Path) -> None:
-    folder = make(kind="int8")
-    changed_tensor(folder, "norm.weight", lambda t: t + 1)
-    with pytest.raises(UserError, match="is not what was packed"):
-        unpack_folder(folder, tmp_path / "unpacked")
-    folder = make_again(tmp_path, kind="int8")
-    changed_tensor(folder, SCALES, lambda t: t[:-1].clone())
-    with pytest.raises(UserError, match=r"scales .* are not of"):
-        unpack_folder(folder, tmp_path / "unpacked")
-
-
-def make_again(tmp_path: Path, **options: Any) -> Path:
-    shutil.rmtree(tmp_path / "packed")
-    pack_folder(tmp_path / "sparse", tmp_path / "packed", **options)
-    return tmp_path / "packed"
-
-
-def test_small_files_keep_their_bytes(make: Make, tmp_path: Path) -> None:
-    make()
-    (tmp_path / "sparse" / "README.md").write_bytes(b"# a\r\nb \xe9\r\n")
-    unpack_folder(make_again(tmp_path), tmp_path / "unpacked")
-    assert same_files(tmp_path / "sparse", tmp_path / "unpacked")
-
-
-@pytest.mark.slow
-def test_what_a_model_saved_is_unpacked(make: Make, tmp_path: Path) -> None:
-    for options in ({}, {"kind": "int8"}):
-        make("gpt2") if not options else make_again(tmp_path, **options)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-        expected = logits(model)
-        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
-        shutil.rmtree(tmp_path / "unpacked", ignore_errors=True)
-        model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
-        unpack_folder(tmp_path / "saved", tmp_path / "unpacked")
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")
-        assert type(plain).__name__ == "GPT2LMHeadModel" and not list((tmp_path / "unpacked").glob("*.py"))
-        assert_close(logits(plain), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
     packed = make()
     cases = [(packed, "is packed already"), (tmp_path, "holds no config.json"), (tmp_path / "x", "is no folder")]
@@ -718,17 +442,6 @@ def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
 
 
 # in the rest of the program
-
-
-def test_other_commands_take_a_packed_folder(make: Make, tmp_path: Path) -> None:
-    packed = make()
-    said: list[str] = []
-    sparse, found = (
-        resolve(ModelConfig(source=str(folder)), tmp_path, said.append) for folder in (tmp_path / "sparse", packed)
-    )
-    assert found.content == sparse.content and found.path != sparse.path
-    assert same_files(sparse.path, found.path)
-    assert said == [f"unpacking {packed}, once"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import copy
 import io
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,22 +14,20 @@ import torch
 import transformers
 from families import CPU, few, multimodal
 from PIL import Image
-from tinystudy import CommandLine, make_tokenizer
+from tinystudy import make_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.config.best import read_config
 from atp_tune.config.data import Text
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.study import ModelConfig
-from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, _image_token, _stacked, read_items, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 
@@ -245,29 +242,6 @@ def test_a_model_whose_masks_depend_on_the_image_is_refused() -> None:
         check_batch(replay, batch, "x")
 
 
-def test_a_model_that_adds_the_image_again_between_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    """As Qwen3-VL does: no block is called otherwise, but what enters one is not what left the one before."""
-    pairs = read_pairs(
-        wanted(write_pairs(tmp_path / "p.parquet")), ModelFolder(models["llava"], "content", "llava"), tmp_path
-    )
-    checkpoint, seen = Checkpoint.load(models["llava"], torch.float32, CPU), list[int]()
-    checkpoint.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
-    checkpoint.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * bool(seen), *args[1:]))
-    replay = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"])
-    said = r"^x: LlavaForConditionalGeneration gives block 1 other hidden states than those that leave block 0"
-    with pytest.raises(UserError, match=said):
-        check_batch(replay, pairs.batch(CPU), "x")
-
-
-def test_pixels_without_a_row_for_each_image_are_refused() -> None:
-    """Such as the patches of all images in one tensor, as Qwen-VL's processor makes them."""
-    row = {"input_ids": torch.zeros(1, 6), "pixel_values": torch.zeros(16, 8)}
-    with pytest.raises(UserError, match=r"^images: pixel_values of the processor has not one row for each image"):
-        _stacked([row, row])
-    with pytest.raises(UserError, match=r"^images: the processor cuts images of other sizes otherwise"):
-        _stacked([row, {**row, "pixel_values": torch.zeros(12, 8)}])
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -282,60 +256,6 @@ def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[st
     file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
     with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
         read_items("calibration", wanted(file, **more), folder, tmp_path, False)
-
-
-@pytest.mark.parametrize(
-    ("image", "text", "said"),
-    [
-        ({"bytes": b"x", "path": None}, None, r"column: row 0 of .* has None in caption, not a str or an int$"),
-        ({"bytes": None, "path": None}, "a", "images: row 0 of .* holds no encoded image in image"),
-    ],
-)
-def test_messages_name_the_keys_of_a_text(
-    image: dict[str, Any], text: str | None, said: str, models: dict[str, Path], tmp_path: Path
-) -> None:
-    rows = pyarrow.table({
-        "image": pyarrow.array([image], pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
-        "caption": pyarrow.array([text], pyarrow.string()),
-    })  # fmt: skip
-    pyarrow.parquet.write_table(rows, tmp_path / "p.parquet")
-    folder = ModelFolder(models["llava"], "content", "llava")
-    with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
-        read_items("calibration", wanted(tmp_path / "p.parquet"), folder, tmp_path, False)
-
-
-def test_a_processor_without_an_id_of_its_image_token(models: dict[str, Path]) -> None:
-    own = transformers.AutoProcessor.from_pretrained(models["llava"], backend="pil")
-    bare = SimpleNamespace(tokenizer=own.tokenizer, image_token="<image>")
-    assert _image_token(bare) == _image_token(own) == own.image_token_id
-    with pytest.raises(UserError, match=r"^images: the processor names no image token"):
-        _image_token(SimpleNamespace(tokenizer=own.tokenizer))
-
-
-def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^images: tiny reads text alone"):
-        read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(tiny_place / "model", "content", "tiny"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("texts.bos=auto", "texts.bos: is measured on texts, and texts.calibration has images; give true or false"),
-        ("texts.calibration.draws=2", "texts.calibration.draws: are of texts"),
-        ("texts.calibration.source=c4", r"texts.calibration.source: pairs .* file:X.parquet or hub:ORG/NAME"),
-        *(
-            (f"texts.calibration.source={source}", "texts.calibration.source: pairs .* file:X.parquet or hub:ORG/NAME")
-            for source in ("pairs.parquet", "memory:abc.parquet", "http:x.parquet", "pypi:a==1.parquet")
-        ),
-        ("texts.calibration.shuffle=true", "texts.calibration.shuffle: is of documents"),
-        ("allocation=gradient", "allocation.names: gradient goes down on texts"),
-        ("texts.validation.images=image", "texts.validation.images: models are measured on text"),
-    ],
-)
-def test_settings_that_do_not_go_with_pairs(override: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "pairs.toml").write_text(STUDY)
-    with pytest.raises(UserError, match=said):
-        load(str(tmp_path / "pairs.toml"), [override])
 
 
 STUDY = """\
@@ -375,36 +295,3 @@ sampler = "random"
 [continuations]
 tokens = 0
 """
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
-def test_a_study_calibrated_on_pairs(
-    family: str, models: dict[str, Path], tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It finds a plan, `apply` gives the same model, and other images make it another study."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(models[family])
-    (tmp_path / "pairs.toml").write_text(STUDY)
-    write_pairs(tmp_path / "pairs.parquet")
-    ran = command("--study", "pairs.toml")
-    assert ran.code == 0 and "best:" in ran.out, ran
-    config = read_config(tmp_path / "pairs.best.json")
-    assert config.calibration.images == "image"  # type: ignore[union-attr]
-    applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
-    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
-    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse") is not None
-    tuned = command("finetune", "sparse", "--out", "tuned", "--steps", "1", "--batch", "1", "--seqlen", "32")
-    assert tuned.code == 2 and "images: pairs of image and text are for calibration" in tuned.err, tuned
-    recipe = command("export", "--study", "pairs.toml", "--format", "llm-compressor", "--out", "recipe")
-    assert recipe.code == 2 and len(recipe.err.splitlines()) == 1, recipe
-    owl = command(
-        "--study", "pairs.toml", "--study-name", "owl", "--set", 'allocation=["owl"]', "--set", "prune.statistics=dense"
-    )
-    assert owl.code == 0, owl
-    write_pairs(tmp_path / "pairs.parquet", count=10)
-    other = command("--study", "pairs.toml", "--trials", "5", "--set", "texts.calibration.nsamples=5")
-    assert other.code == 0, other  # the first five pairs are the same
-    write_pairs(tmp_path / "pairs.parquet", side=(20, 21))
-    other = command("--study", "pairs.toml", "--trials", "6")
-    assert other.code == 2 and "texts.calibration.content is" in other.err, other

@@ -1,11 +1,10 @@
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from atp_tune.errors import UserError
-from atp_tune.utils.paths import check_free, check_writable, is_special, written
+from atp_tune.utils.paths import check_free, check_writable, written
 
 
 def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,21 +30,6 @@ def test_what_no_file_can_be_called(text: str, reason: str, tmp_path: Path) -> N
         written(text, tmp_path, "texts.validation.source")
     assert str(caught.value).startswith('texts.validation.source: "')
     assert len(str(caught.value)) < 300
-
-
-def test_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    (tmp_path / "file").touch()
-    found = {name: is_special(tmp_path / name) for name in ("pipe", "link", "file", ".", "nothing", "a\0b")}
-    assert found == {"pipe": True, "link": True, "file": False, ".": False, "nothing": False, "a\0b": False}
-    assert is_special(Path("/dev/null"))
-
-
-def test_the_root_of_all_folders_has_no_parent() -> None:
-    """It is asked itself; a report with `--out /` ended in a traceback."""
-    with pytest.raises(UserError, match=r"^/: needs "):
-        check_writable(Path("/"), 1e30)
 
 
 @pytest.mark.parametrize("ask", [check_free, check_writable])

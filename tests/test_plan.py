@@ -17,21 +17,6 @@ def test_a_plan_is_an_allocation_at_its_parameters() -> None:
     assert make_plan("wanda", "uniform", Budget(0.5, (4, 4)), {}).amounts == (0.5, 0.5)
 
 
-def test_a_plan_keeps_to_the_pattern() -> None:
-    budget = Budget(0.5, (4, 4, 4))
-    plan = make_plan("wanda", "atp", budget, {"beta": 0.1}, parse("mixed:8"))
-    assert plan.amounts == (0.375, 0.5, 0.625)
-    third = make_plan("wanda", "uniform", Budget(0.333333, (4, 4)), {}, parse("1:3"))
-    assert third.amounts == (1 / 3, 1 / 3)
-
-
-def test_uniform_is_uniform_though_the_pattern_rounds() -> None:
-    for allocation, parameters in (("uniform", {}), ("atp", {"beta": 0.0})):
-        plan = make_plan("wanda", allocation, Budget(0.55, (4, 4, 4)), parameters, parse("mixed:8"))
-        assert plan.is_uniform and len(set(plan.amounts)) == 2
-    assert not make_plan("wanda", "atp", Budget(0.55, (4, 4, 4)), {"beta": 0.2}, parse("mixed:8")).is_uniform
-
-
 def test_linears_are_rounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
     class Given:
         @staticmethod
@@ -60,16 +45,6 @@ def test_prices_keep_to_the_pattern(kappa: float) -> None:
     rows = {0.6: ((0.375, 0.5), (0.625, 0.5)), 1.0: ((0.25, 0.625), (0.625, 0.5))}
     assert linears_of(plan) == rows.get(kappa)
     assert sum(plan.amounts) == 1.0
-
-
-def test_a_plan_out_of_bounds() -> None:
-    with pytest.raises(ValueError, match=r"β = 0\.6 is outside the admissible interval"):
-        make_plan("wanda", "atp", Budget(0.5, (4, 4, 4)), {"beta": 0.6})
-
-
-def test_a_plan_says_what_it_is() -> None:
-    assert str(planned("wanda", "atp", (0.4, 0.6), {"beta": 0.0123456})) == "wanda atp β=0.01235"
-    assert str(planned("magnitude", "uniform", (0.5,))) == "magnitude uniform"
 
 
 def test_a_plan_is_stored_with_a_number_for_each_block_whose_linears_do_not_differ() -> None:

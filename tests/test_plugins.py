@@ -8,45 +8,38 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
-import jsonschema
-import optuna
 import pytest
 import torch
 from plans import planned
 from plugging import forgotten
 from pydantic import Field
-from tinystudy import CommandLine, settings
+from tinystudy import CommandLine
 from torch import Tensor
 
 from atp_tune import plugins
 from atp_tune.allocations import ALLOCATIONS, Budget, Shape
 from atp_tune.allocations.checked import CheckedAllocation, finished
-from atp_tune.api.presets import StudyRequest
-from atp_tune.config.best import Config, read_config
-from atp_tune.config.data import Text
+from atp_tune.config.best import read_config
 from atp_tune.config.facts import facts
-from atp_tune.config.plugged import named_in, parts_of, plug_in, plug_in_config, records
+from atp_tune.config.plugged import named_in, plug_in, records
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.recover import NLL_SHARES
 from atp_tune.config.search import SAMPLERS
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import from_settings, load
 from atp_tune.config.studyfile import settings as settings_of
-from atp_tune.config.writing import study_schema, study_text
-from atp_tune.errors import PluginError, TrialError, UserError
-from atp_tune.figures.style import PRUNERS as COLOURS
-from atp_tune.figures.style import colour_of
+from atp_tune.config.writing import study_text
+from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs.documents import documents
-from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
+from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
-from atp_tune.utils.frozen import STORED, SettingsTable
+from atp_tune.utils.frozen import SettingsTable
 from atp_tune.utils.registry import Origin, points_of
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -126,18 +119,6 @@ def message(call: Callable[[], Any]) -> str:
 # Names
 
 
-def test_a_place_and_its_short_name() -> None:
-    assert plugins.short_name("a/b.c/ria.py:RIA") == plugins.short_name("pkg.mod:Ria") == "ria"
-    assert plugins.short_name("wanda") == "wanda"
-    for no_place in ("wanda", "ria.py", "ria.py:", ":RIA", "a b:RIA", "ria.py:R I", "c4"):
-        assert not plugins.is_place(no_place)
-    assert parts_of("poems.py:poems:1,2:3") == ("poems.py:poems", "1,2:3")
-    assert parts_of("pkg.mod:poems") == ("pkg.mod:poems", "")
-    assert parts_of("file:a.py:b") == ("file", "a.py:b")
-    assert parts_of("package:a.b:c") == ("package", "a.b:c")
-    assert parts_of("c4") == ("c4", "")
-
-
 def test_reading_a_study_runs_no_plug_in(write: Callable[..., Path], tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     path = write('pruners = ["wanda", "own/mine.py:Mine"]\nmine = { strength = 3 }', 'names = ["own/flat.py:Flat"]')
@@ -178,27 +159,6 @@ def test_names_that_are_refused(key: str, names: list[str], said: str, write: Ca
     assert message(lambda: load(str(path))) == f"{path}: {said}"
 
 
-def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "own" / "flat.py").write_text(ALLOCATION.replace("Flat", "Mine"))
-    path = write(allocation='names = ["own/flat.py:Mine"]')
-    assert message(lambda: load(str(path), plugins=True)) == (
-        f"{path}: allocation.names: own/mine.py:Mine, in prune.pruners, and own/flat.py:Mine are both called mine; "
-        "rename one of the plug-ins"
-    )
-
-
-def test_the_schema_knows_places_and_tables(write: Callable[..., Path]) -> None:
-    def errors(path: Path) -> list[str]:
-        found = jsonschema.Draft7Validator(study_schema()).iter_errors(tomllib.loads(path.read_text()))
-        return [error.json_path for error in found]
-
-    good = 'pruners = ["wanda", "own/mine.py:Mine"]\nmine = { strength = 3 }'
-    assert errors(write(good, 'names = "a.b:C"', 'sampler = "s.py:make"')) == []
-    assert errors(write('pruners = ["mine"]')) == ["$.prune.pruners[0]"]
-    assert errors(write("pruner = []")) == ["$.prune.pruner"]
-    assert errors(write("magnitude = {}")) == ["$.prune"]
-
-
 # Settings
 
 
@@ -220,18 +180,6 @@ def test_settings_are_checked_like_all_keys(override: str, said: str, write: Cal
     assert message(lambda: load(str(path), [override], plugins=True)).startswith(
         f"{path} with --set {override}: {said}"
     )
-
-
-def test_settings_at_their_defaults_are_no_facts(write: Callable[..., Path]) -> None:
-    plain, spelt, other = (
-        load(str(write()), overrides, plugins=True)
-        for overrides in ([], ["prune.mine.strength=2.0"], ["prune.mine.strength=3"])
-    )
-    assert spelt.study.prune.tables == plain.study.prune.tables == {}
-    assert facts(spelt.study, spelt.folder) == facts(plain.study, plain.folder)
-    changed = {**facts(plain.study, plain.folder), "prune.mine.strength": 3.0}
-    assert facts(other.study, other.folder) == changed
-    assert "'strength': 3.0" in repr(make_pruner("mine", other.study.prune.settings("mine")))
 
 
 # Facts
@@ -257,13 +205,6 @@ def write_moved(folder: Path) -> Path:
     path = folder / "s.toml"
     path.write_text(path.read_text().replace("own/mine.py", "moved/mine.py"))
     return path
-
-
-def test_a_plug_in_that_is_away_is_unknown_to_facts(write: Callable[..., Path], tmp_path: Path) -> None:
-    file = load(str(write()))
-    assert "plugins.mine.content" in facts(file.study, file.folder)
-    (tmp_path / "own" / "mine.py").unlink()
-    assert "plugins.mine.content" not in facts(file.study, file.folder)
 
 
 # Files that cannot be run
@@ -296,26 +237,6 @@ def test_a_file_that_is_no_pruner(code: str, place: str, said: str, write: Calla
     (tmp_path / "x.py").write_text(code)
     found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
     assert said in found and "x.py" in found
-
-
-@pytest.mark.parametrize(
-    "place", ["no.py:Mine", "own:Mine", "own.no_such:Mine", "~nobody/x.py:Mine", "own/mine.py/x.py:Mine"]
-)
-def test_a_file_that_is_not_there(place: str, write: Callable[..., Path]) -> None:
-    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
-    assert place.partition(":")[0].split("/")[0] in found
-
-
-def test_an_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
-    (tmp_path / "own_pack").mkdir()
-    (tmp_path / "own_pack" / "__init__.py").touch()
-    (tmp_path / "own_pack" / "rule.py").write_text(PRUNER)
-    monkeypatch.syspath_prepend(tmp_path)
-    path = write('pruners = ["own_pack.rule:Mine"]')
-    assert "is Python code, which is not run" in message(lambda: load(str(path), plugins=False))
-    file = load(str(path), plugins=True)
-    assert facts(file.study)["plugins.mine.content"] == hashlib.sha256(PRUNER.encode()).hexdigest()
-    assert load(str(path), plugins=True).study == file.study
 
 
 # Decorators
@@ -445,27 +366,6 @@ def test_what_cannot_be_known_is_another_object_in_each_process(monkeypatch: pyt
         assert plugins.content_of_object([stream]) != first
 
 
-def test_what_cannot_be_followed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is nested more deeply than Python goes, and a module whose file cannot be read, such as one in a .zip."""
-    deep: list[Any] = []
-    for _ in range(3000):
-        deep = [deep]
-    helper = ModuleType("helper")
-    helper.__file__ = "/no/such.zip/helper.py"
-    monkeypatch.setitem(sys.modules, "helper", helper)
-    for found in (deep, helper):
-        assert plugins.content_of_object(found) == plugins.content_of_object(found)
-
-
-def test_two_decorated_objects_of_one_name() -> None:
-    plugins.pruner("zero")(Zero)
-    other = type("Other", (Zero,), {"__module__": __name__, "__qualname__": "Other"})
-    assert message(lambda: plugins.pruner("zero")(other)) == (
-        f"pruner zero ({__file__}): {__name__}:Zero has that name too; choose another name"
-    )
-    assert PRUNERS["zero"] is Zero
-
-
 def test_a_name_of_a_decorator_is_unknown_elsewhere(write: Callable[..., Path]) -> None:
     """In a worker, or to the command line: what is stored is read all the same."""
     plugins.pruner("zero")(Zero)
@@ -531,20 +431,6 @@ def test_entry_points_that_clash(package: Callable[..., None], write: Callable[.
     assert load(str(write('pruners = ["wanda"]'))).study.prune.pruners == ("wanda",)
 
 
-def test_two_packages_of_one_name(package: Callable[..., None]) -> None:
-    package("one", PRUNER, pruners="packed = own_one:Mine")
-    package("two", PRUNER, pruners="packed = own_two:Mine")
-    said = message(lambda: PRUNERS["packed"])
-    assert "is one of the package own-" in said and said.endswith("uninstall one of the packages")
-
-
-def test_an_entry_point_that_cannot_be_imported(package: Callable[..., None]) -> None:
-    package("pack", "1 / 0", pruners="packed = own_pack:Mine")
-    assert message(lambda: PRUNERS["packed"]) == (
-        "pruner packed, of the package own-pack: own_pack:Mine: ZeroDivisionError: division by zero"
-    )
-
-
 # What a pruner may not do
 
 
@@ -578,47 +464,11 @@ def test_a_pruner_that_breaks_the_rules(body: str, said: str, tmp_path: Path) ->
     assert str(caught.value).startswith(f"pruner mine ({tmp_path}/bad.py): {said}")
 
 
-def test_a_pruner_cannot_change_the_dense_weight(tmp_path: Path) -> None:
-    kept = WEIGHT.clone()
-    pruner("weight[:, :4] = 0; return weight", tmp_path).prune(kept, 0.5, None)
-    assert torch.equal(kept, WEIGHT)
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.3, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("count", [math.floor, math.ceil])
 def test_a_pruner_may_round_either_way(count: Callable[[float], int], sparsity: float, tmp_path: Path) -> None:
     found = pruner(f"weight[:, :{count(8 * sparsity)}] = 0; return weight", tmp_path).prune(WEIGHT, sparsity, None)
     assert int((found == 0).sum()) == 6 * count(8 * sparsity)
-
-
-def test_zeros_that_the_weight_has_are_no_mistake(tmp_path: Path) -> None:
-    dense = WEIGHT * (torch.arange(8) != 7)
-    found = pruner("weight[:, :4] = 0; return weight", tmp_path).prune(dense, 0.5, None)
-    assert int((found == 0).sum()) == 30
-
-
-def test_groups(tmp_path: Path) -> None:
-    half = pruner("weight[:, ::2] = 0; return weight", tmp_path, group=4)
-    assert int((half.prune(WEIGHT, 0.5, None) == 0).sum()) == 24
-    left = pruner("weight[:, :4] = 0; return weight", tmp_path, group=4)
-    assert "left 0 zeros in a group of 4 at sparsity 0.5, where there must be 2" in message(
-        lambda: left.prune(WEIGHT, 0.5, None)
-    )
-    more = pruner("weight[:, :7] = 0; return weight", tmp_path, group=4)
-    assert "left 42 zeros at sparsity 0.5, where there must be 24 at most" in message(
-        lambda: more.prune(WEIGHT, 0.5, None)
-    )
-    plugins.pruner("zero")(Zero)
-    assert "makes no patterns, having no field group" in message(lambda: make_pruner("zero", {"group": 4}))
-    assert int((make_pruner("zero", {"group": None}).prune(WEIGHT, 0.5, None) == 0).sum()) == 24
-
-
-def test_what_a_pruner_says_itself_passes(tmp_path: Path) -> None:
-    made = pruner("from atp_tune.errors import TrialError; raise TrialError('no')", tmp_path)
-    with pytest.raises(TrialError, match=r"^no$"):
-        made.prune(WEIGHT, 0.5, None)
-    with pytest.raises(MemoryError):
-        pruner("raise MemoryError", tmp_path).prune(WEIGHT, 0.5, None)
 
 
 # What an allocation may not do
@@ -652,13 +502,6 @@ def test_an_allocation_that_breaks_the_rules(found: Any, said: str) -> None:
     assert said in str(caught.value) or said == "line"
 
 
-def raising(error: Exception) -> Callable[..., Any]:
-    def method(self: Any, budget: Budget, **values: float) -> Any:
-        raise error
-
-    return method
-
-
 @pytest.mark.parametrize(
     ("found", "said"),
     [
@@ -675,30 +518,6 @@ def test_bounds_that_are_refused(found: Any, said: str) -> None:
     assert message(lambda: flat(bounds=lambda self, budget: found).bounds(BUDGET)).startswith(
         f"allocation flat (/x/flat.py): {said}"
     )
-
-
-def test_an_allocation_that_raises() -> None:
-    for method in ("bounds", "initial_points", "sparsities"):
-        broken = flat(**{method: raising(RuntimeError("no"))})
-        assert message(lambda broken=broken, method=method: getattr(broken, method)(BUDGET)) == (
-            f"allocation flat (/x/flat.py): {method}: RuntimeError: no"
-        )
-    with pytest.raises(TrialError):
-        flat(sparsities=raising(TrialError("no tail"))).sparsities(BUDGET)
-    for points in ([], [{"b": 1}], [{"a": math.nan}]):
-        made = flat(bounds=lambda self, budget: {"a": (0, 1)}, initial_points=lambda self, budget, p=points: p)
-        assert "initial_points" in message(lambda made=made: made.initial_points(BUDGET))
-
-
-def test_an_allocation_that_says_little() -> None:
-    assert flat().bounds(BUDGET) == {} and flat().initial_points(BUDGET) == [{}]
-    assert flat().sparsities(BUDGET) == (0.5, 0.5)
-    tilted = flat(bounds=lambda self, budget: {"a": (0, 1)})
-    assert tilted.initial_points(BUDGET) == [{"a": 0.5}]
-    with pytest.raises(ValueError, match="a = 2 is outside"):
-        tilted.sparsities(BUDGET, a=2.0)
-    by_linear = flat(sparsities=lambda self, budget: [(1.0 + 1e-12, 0.0), [0.5, 0.5]])
-    assert by_linear.sparsities(BUDGET) == ((1.0, 0.0), (0.5, 0.5))
 
 
 def test_the_search_space_of_plug_ins(write: Callable[..., Path]) -> None:
@@ -718,55 +537,6 @@ def test_the_search_space_of_plug_ins(write: Callable[..., Path]) -> None:
 
 
 # Samplers, texts and scores
-
-
-def test_a_sampler(tmp_path: Path) -> None:
-    (tmp_path / "s.py").write_text(
-        "import optuna\n\n\ndef make(seed):\n    return optuna.samplers.RandomSampler(seed=seed)\n\n\n"
-        "def none(seed):\n    return seed\n\n\nclass Far(optuna.samplers.RandomSampler):\n"
-        "    def sample_independent(self, study, trial, name, kind):\n        return 7.0\n"
-    )
-    study = optuna.create_study()
-    kind = optuna.distributions.FloatDistribution(0, 1)
-    for name in ("make", "none", "far"):
-        plugins.load("sampler", f"s.py:{'Far' if name == 'far' else name}", tmp_path, "search.sampler")
-    draws = [SAMPLERS["make"](seed).sample_independent(study, study.ask(), "x", kind) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-    assert "made int, not an Optuna sampler" in message(lambda: SAMPLERS["none"](1))
-    assert "proposed x = 7.0, which is outside FloatDistribution" in message(
-        lambda: SAMPLERS["far"](1).sample_independent(study, study.ask(), "x", kind)
-    )
-
-
-def test_a_source_of_texts(tmp_path: Path) -> None:
-    (tmp_path / "t.py").write_text(
-        "def poems(rest, folder):\n    return (folder / rest).read_text().split('|')\n\n\n"
-        "def wrong(rest, folder):\n    return 'one text'\n"
-    )
-    (tmp_path / "a.txt").write_text("one|two")
-    for name in ("poems", "wrong"):
-        plugins.load("source of texts", f"t.py:{name}", tmp_path, "texts.test.source")
-    assert documents(Text(source="t.py:poems:a.txt"), tmp_path) == ["one", "two"]
-    assert documents(Text(source="t.py:poems:a.txt", part=(0.5, 1.0)), tmp_path) == ["two"]
-    assert "it could not be read: line 2: FileNotFoundError" in message(
-        lambda: documents(Text(source="t.py:poems:b.txt"), tmp_path)
-    )
-    assert "returned something else than a list of str" in message(
-        lambda: documents(Text(source="t.py:wrong"), tmp_path)
-    )
-    assert 'source: "t.py:other" is none of' in message(lambda: documents(Text(source="t.py:other"), tmp_path))
-
-
-def test_a_score(tmp_path: Path) -> None:
-    (tmp_path / "s.py").write_text(
-        "from atp_tune.scores.next_token import NextToken\n\n\n"
-        "class Short(NextToken):\n    def items(self, replay, batch, hidden, dense):\n"
-        '        return {"nlls": [1.0]}\n'
-    )
-    plugins.load("score", "s.py:Short", tmp_path, "search.score")
-    said = "items returned 1 nlls, where there must be 2 nlls"
-    assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
-    assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None)["nlls"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -822,23 +592,6 @@ def configured(**changes: Any) -> dict[str, Any]:
     ref = {"kind": "pruner", "place": "own/mine.py:Mine", "sha256": hashlib.sha256(PRUNER.encode()).hexdigest()}
     content: dict[str, Any] = json.loads(GOLDEN.read_text())
     return {**content, "plan": {**content["plan"], "method": "mine"}, "plugins": {"mine": ref}, **changes}
-
-
-def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path: Path) -> None:
-    write()
-    (tmp_path / "best.json").write_text(json.dumps(configured()))
-    read = read_config(tmp_path / "best.json")
-    assert Config.model_validate_json(read.to_json(), context=STORED) == read
-    assert "is not run" in message(lambda: plug_in_config(read, {}, tmp_path, False))
-    plug_in_config(read, {}, tmp_path, True)
-    assert make_pruner("mine", read.prune.settings("mine")).group is None
-    with (tmp_path / "own" / "mine.py").open("a") as stream:
-        stream.write("# changed\n")
-    assert message(lambda: plug_in_config(read, {}, tmp_path, True)).startswith(
-        f"plugins.mine.sha256: {tmp_path}/own/mine.py is "
-    )
-    (tmp_path / "own" / "mine.py").unlink()
-    assert "there is no file" in message(lambda: plug_in_config(read, {}, tmp_path, True))
 
 
 @pytest.mark.parametrize(
@@ -897,64 +650,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, package: Callable[..., None]
 # Elsewhere
 
 
-def test_lists_of_names_come_from_the_registry(command: CommandLine) -> None:
-    for words in (("prune", "--help"), (".", "--help")):
-        said = command(*words).out
-        assert all(name in said for name in (*PRUNERS, *ALLOCATIONS))
-
-
-def test_the_colours_of_plug_ins_are_their_own() -> None:
-    assert colour_of("ria") == colour_of("ria")
-    assert not {colour_of(name) for name in ("ria", "mine", "x", "y", "z")} & set(COLOURS.values())
-
-
-def test_a_request_without_a_study_file(tmp_path: Path) -> None:
-    wishes = StudyRequest("org/model", 0.6, "quick", (f"{tmp_path}/ria.py:RIA",), ("pack.rule:Flat",))
-    assert wishes.name == "model-60-quick-ria-flat"
-    with pytest.raises(UserError, match="--pruner: ria is none"):
-        StudyRequest("org/model", 0.6, pruners=("ria",))
-
-
-def test_the_command_lists_files_with_permission(
-    write: Callable[..., Path], command: CommandLine, tmp_path: Path
-) -> None:
-    path, file = write(), tmp_path / "own" / "mine.py"
-    assert command("plugins", file).error == (
-        f"{file}: is Python code, which is not run; read it, then allow it with --trust-plugins"
-    )
-    assert command("plugins", "--set", "a=b").error.startswith("Invalid value for --set: only with --study")
-    for words in ((file,), ("--study", path)):
-        said = command("plugins", *words, "--trust-plugins").out
-        assert f"  mine       Zeroes what is small ({file})" in said
-        assert "    strength = 2.0, number > 0: how strong" in said
-
-
-def test_the_help_of_every_setting(command: CommandLine) -> None:
-    said = command("plugins").out
-    assert all(f"    {key} = " in said for table in SETTINGS.values() for key in table.model_fields)
-    assert "lam in [0.02, 0.2]" in said
-
-
 # A study of plug-ins that break the rules
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (['prune.pruners=["bad.py:Mine"]'], "pruner mine (PLACE/bad.py): prune left 0 zeros of"),
-        (['allocation="bad.py:Off"'], "allocation off (PLACE/bad.py): sparsities returned a mean of 0.5 by size"),
-        (['allocation="bad.py:Raises"'], "allocation raises (PLACE/bad.py): bounds: line 27: ZeroDivisionError"),
-    ],
-)
-@pytest.mark.slow
-def test_a_run_ends_with_one_line(keys: list[str], said: str, place: Path, command: CommandLine) -> None:
-    code = PRUNER[: PRUNER.index("        return zeroed")] + "        return weight\n"
-    code += "\n\nclass Off:\n    def sparsities(self, budget):\n        return [0.5] * 4\n"
-    code += "\n\nclass Raises(Off):\n    def bounds(self, budget):\n        return 1 / 0\n"
-    (place / "bad.py").write_text(code)
-    answer = command("--study", place / "tiny.toml", *settings(*keys), "--trust-plugins")
-    assert answer.code == 2 and answer.err.splitlines()[-1].startswith(f"error: {said.replace('PLACE', str(place))}")
-    assert not (place / "tiny.best.json").exists()
 
 
 @pytest.mark.slow

@@ -4,11 +4,7 @@ import copy
 import json
 import math
 import random
-import re
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,27 +25,22 @@ from atp_tune.allocations.rows import RowSparsities
 from atp_tune.blocks import gradients
 from atp_tune.blocks.gradients import (
     BAND,
-    GRID,
     BlockGradients,
     ByPlaces,
     ByPruner,
     KeptRuns,
     Levels,
     Pricing,
-    Run,
     Sample,
 )
 from atp_tune.blocks.replay import AutoBatch, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.config.best import read_config
-from atp_tune.config.prune import PruneConfig
-from atp_tune.cost import forecast
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run import dense_model as descents
-from atp_tune.run.dense_model import CalibrationGradients, by_magnitude
+from atp_tune.run.dense_model import by_magnitude
 from atp_tune.run.session import Session
 
 FAST = ("llama", "gpt2")
@@ -212,21 +203,6 @@ def test_prices_at_own_weights_are_gradients_of_the_whole_pruned_model(family: s
     assert close(ours, naive_own_prices(model, context, sparsities, ids, group))
 
 
-def test_own_weights_that_are_masks_have_the_prices_of_masks() -> None:
-    """Of 32 weights in each row a level is one weight, so that Wanda's own weights are those of its places."""
-    context = bench_of(tiny("llama"))
-    sparsities = tuple(tuple(k % 5 / 8 + 0.1 for k in range(len(row))) for row in context.checkpoint.linears)
-    levels = own_levels(context, Wanda())
-    by_own, by_places = levels, pricing_of(context)._levels
-    for index, linears in enumerate(context.checkpoint.linears):
-        for linear, s in zip(linears, sparsities[index], strict=True):
-            weight = linear.matrix(context.checkpoint.weights(index)[linear.key])
-            for level in by_own.around(weight.shape[1], s):
-                zeros = int(weight.shape[1] * level / GRID)
-                mask = by_places.pruned(index, linear, weight, zeros)
-                assert torch.equal(by_own.pruned(index, linear, weight, level), mask)
-
-
 def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room each is made anew, and prices are the same to the last bit."""
     monkeypatch.setattr(gradients, "SHARE", 0)  # blocks run twice
@@ -245,17 +221,6 @@ def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatc
     assert all(each == found[0] for each in found)
     assert counts[0] == 3 * linears < counts[1] < counts[2] == 8 * linears
     assert held[0] > 20_000 >= held[1] > held[2] == 0
-
-
-def test_the_descent_of_a_pattern_is_by_its_own_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups lose weights in another order than whole rows, so the descent has other prices, and a key of its own."""
-    monkeypatch.setattr(gradient, "STEPS", 2)
-    found = []
-    for pattern in ("unstructured", "mixed:8"):
-        context = bench_of(tiny("llama").requires_grad_(False), PruneConfig(pattern=pattern))
-        for pruner in ("wanda", "magnitude"):
-            found.append(context.budget(0.5).require_dense_metrics("").priced_sparsities(0.5, pruner))
-    assert len(set(found)) == len(list((cache / "gradient").glob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
@@ -284,32 +249,6 @@ def test_prices_of_experts(family: str) -> None:
             band = (ranks(weight.abs()).int() - int(columns * s)).abs() < max(1, int(BAND * columns))
             theirs[-1].append(-float((gradient * weight)[band].mean()))
     assert close(ours, theirs)
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 1.0])
-def test_nothing_and_everything_pruned(sparsity: float) -> None:
-    context = bench_of(tiny("llama"))
-    everywhere = tuple((sparsity,) * len(row) for row in context.checkpoint.linears)
-    found = pricing_of(context).prices(everywhere, Sample(random_ids(4)))
-    assert all(math.isfinite(price) for row in found for price in row)
-
-
-@pytest.mark.slow
-def test_a_streamed_model_has_the_same_prices() -> None:
-    found = []
-    for offload in ("none", "cpu"):
-        context, ids = bench_of(tiny("llama"), offload=offload), random_ids(6, seed=5)
-        levels = own_levels(context, make_pruner("sparsegpt"))
-        each = pricing_of(context), pricing_of(context, group=8), pricing_at(levels, context)
-        found.append([pricing.prices(uneven(context), Sample(ids)) for pricing in each])
-    assert found[0] == found[1]
-
-
-@pytest.mark.slow
-def test_the_batch_size_changes_nothing_but_rounding() -> None:
-    context, ids = bench_of(tiny("llama")), random_ids(6, seed=5)
-    one, other = (pricing_of(context, windows).prices(uneven(context), Sample(ids)) for windows in (1, 8))
-    assert close(one, other) and one == pricing_of(context, 1).prices(uneven(context), Sample(ids))
 
 
 @pytest.mark.slow
@@ -354,13 +293,6 @@ def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
     assert found[0] == found[1] == found[2]
 
 
-def test_what_is_larger_than_the_room_is_not_kept() -> None:
-    kept, states = KeptRuns(100), torch.ones(2, 8, requires_grad=True)
-    assert kept.has_room
-    kept.add(0, 0, Run(states, {}, states.exp().exp()))  # 128 bytes
-    assert not kept.has_room and kept.pop(0, 0, 2) is None
-
-
 def test_a_graph_has_the_bytes_of_what_its_gradients_need() -> None:
     """Each tensor once: input and weight of a product, the result of exp, both factors of a square."""
     x, weight = torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()
@@ -381,26 +313,6 @@ def test_passes_are_counted_by_the_room_for_graphs(
     assert gradients.passes(checkpoint, 300) == pytest.approx(expected, abs=1e-3)
     monkeypatch.setattr(checkpoint, "offload", "disk")
     assert gradients.passes(checkpoint, 300) == 4
-
-
-@pytest.mark.slow
-def test_a_plan_counts_a_pass_more_where_blocks_are_on_the_disk(place: Path, command: CommandLine) -> None:
-    """The tiny model's blocks keep all in memory."""
-    words = ("--study", place / "tiny.toml", *settings('allocation=["gradient-rows"]'), "--json")
-    tokens = [
-        json.loads(command("plan", *words, *settings(f'model.offload="{offload}"')).out)["whole"]["tokens"]
-        for offload in ("none", "disk")
-    ]
-    assert tokens[1] - tokens[0] == gradient.STEPS * 2048
-
-
-def test_nothing_of_the_model_changes() -> None:
-    model = tiny("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    context = bench_of(model)
-    pricing_of(context).prices(uneven(context), Sample(random_ids(6)))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # The descent
@@ -466,39 +378,6 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
         assert budget.mean(budget.block_means(row)) == pytest.approx(target, abs=1e-12)
 
 
-def test_equal_prices_are_uniform_and_a_dear_linear_stays_denser() -> None:
-    [budget] = budgets()[1:2]
-    [equal] = gradient.descend(budget.linears, [budget.target], lambda *_: [[2.0] * len(row) for row in budget.linears])
-    assert {s for row in equal for s in row} == {budget.target}
-    dear = [[float(i == k == 0) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    [found] = gradient.descend(budget.linears, [budget.target], lambda *_: dear)
-    rest = [s for row in found for s in row][1:]
-    assert found[0][0] < budget.target < min(rest)
-
-
-@pytest.mark.parametrize("target", [0.0, 0.005, 0.995, 1.0])
-def test_targets_at_the_ends(target: float) -> None:
-    budget = Budget(target, budgets()[1].sizes, budgets()[1].linears)
-    drawn = [[float(i + k) for k in range(len(row))] for i, row in enumerate(budget.linears)]
-    [found] = gradient.descend(budget.linears, [target], lambda *_: drawn)
-    assert budget.mean(budget.block_means(found)) == pytest.approx(target, abs=1e-9)
-    assert all(0 <= s <= 1 for row in found for s in row)
-
-
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [
-        ((0.2, 0.7), (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
-        ((0.3, 0.55), (0.3, 0.3 + 0.25 / 3, 0.3 + 0.5 / 3, 0.55)),
-        ((0.5, 0.52), (0.5, 0.52)),
-    ],
-)
-def test_a_path_has_equal_distances_of_at_most_a_tenth(
-    interval: tuple[float, float], expected: tuple[float, ...]
-) -> None:
-    assert gradient.path(*interval) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("target", "expected"), [(0.3, 0.1), (0.35, 0.2), (0.4, 0.3), (0.41, 0.34), (0.5, 0.7), (0.5 + 1e-12, 0.7)]
 )
@@ -506,31 +385,6 @@ def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: flo
     ends = [RowSparsities(linears) for linears in (((0.1, 1.0),), ((0.3, 0.5),), ((0.7, 0.0),))]
     assert gradient.between((0.3, 0.4, 0.5), ends, target).linears[0][0] == pytest.approx(expected)
     assert gradient.between((0.4,), ends[:1], 0.4) == ends[0]
-
-
-class Known:
-    """Dense metrics with a given end of the descent."""
-
-    def __init__(self, found: LinearSparsities) -> None:
-        self._found = found
-
-    def priced_sparsities(self, target: float, pruner: str) -> LinearSparsities:
-        return self._found
-
-
-def test_kappa_is_the_distance_from_uniform() -> None:
-    linears = ((Shape(4, 4, True), Shape(8, 4, False)),)
-    end = ((0.2, 0.8),)
-    budget = Budget(0.6, (48,), linears, Known(end))  # type: ignore[arg-type]
-    assert gradient.by_linear.sparsities(budget, 0.0) == (0.6,)
-    assert gradient.by_linear.sparsities(budget, 1.0)[0] == pytest.approx((0.2, 0.8))  # type: ignore[comparison-overlap]
-    assert gradient.by_linear.sparsities(budget, 0.5)[0] == pytest.approx((0.4, 0.7))  # type: ignore[comparison-overlap]
-    far = gradient.by_linear.sparsities(budget, 1.5)
-    assert far[0] == pytest.approx((0.0, 0.9))  # type: ignore[comparison-overlap]
-    with pytest.raises(ValueError, match=r"κ = 1\.6 is outside"):
-        gradient.by_linear.sparsities(budget, 1.6)
-    with pytest.raises(ValueError, match="needs a model"):
-        gradient.by_linear.sparsities(Budget(0.6, (48,), linears), 1.0)
 
 
 # A study
@@ -563,30 +417,6 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
 
 
 @pytest.mark.slow
-def test_a_study_by_own_weights(place: Path, command: CommandLine, cache: Path) -> None:
-    """SparseGPT descends by what it makes, Wanda by its masks; refined, both by what they make."""
-    wishes = (*STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]', "prune.gradient_at=own", "search.trials=8"))
-    answer = command("--study", place / "tiny.toml", *wishes)
-    assert (answer.code, answer.err) == (0, "")
-    trials = [trial for trial in stored(place).trials if trial.params.get("kappa") == 1.0]
-    found = {trial.params["pruner"]: linears_of(Plan.model_validate(trial.user_attrs["plan"])) for trial in trials}
-    assert found["wanda"] != found["sparsegpt"] and len(list((cache / "gradient").glob("*.json"))) == 2
-    words = ("prune", "--study", place / "tiny.toml", "--allocation", "gradient")
-    assert command(*words, "--pruner", "wanda", *settings("prune.refine=2", "prune.gradient_at=own")).code == 0
-    assert len(list((cache / "gradient").glob("*.json"))) == 3
-    other = command("--study", place / "tiny.toml", *STUDY, *settings('prune.pruners=["wanda", "sparsegpt"]'))
-    assert other.code == 2 and "prune.gradient_at" in other.err
-
-
-@pytest.mark.slow
-def test_own_prices_without_effect_are_said(place: Path, command: CommandLine) -> None:
-    words = ("--study", place / "tiny.toml", *settings("prune.gradient_at=own", "search.trials=1"))
-    assert 'prune.gradient_at = "own" changes nothing without an allocation by the gradient' in command(*words).out
-    masks = command("plan", *words[:-2], *settings('allocation=["gradient"]', 'prune.pruners=["wanda"]'))
-    assert 'prune.gradient_at = "own" changes nothing: these pruners make masks alone' in masks.out + masks.err
-
-
-@pytest.mark.slow
 def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
     wishes = settings('allocation=["gradient"]', "sparsity=[0.3, 0.45]", "search.trials=6")
     answer = command("--study", place / "tiny.toml", *wishes)
@@ -606,92 +436,3 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
             assert kept == pytest.approx(wanted)
             compared += 1
     assert compared
-
-
-@pytest.mark.slow
-def test_a_study_with_a_pattern(place: Path, command: CommandLine) -> None:
-    wishes = settings('allocation=["gradient"]', "prune.pattern=mixed:8", "sparsity=0.5", "search.trials=4")
-    answer = command("--study", place / "tiny.toml", *wishes)
-    assert (answer.code, answer.err) == (0, "")
-    different = set()
-    for trial in [trial for trial in stored(place).trials if trial.params.get("kappa")]:
-        kept = {s for row in linears_of(Plan.model_validate(trial.user_attrs["plan"])) or () for s in row}
-        assert all((8 * s).is_integer() for s in kept)
-        different |= kept
-        assert trial.user_attrs["realised"] == pytest.approx(0.5, abs=0.01)
-    assert len(different) > 1
-    fixed = command("--study", place / "tiny.toml", *wishes, "--set", "prune.pattern=2:4", "--study-name", "fixed")
-    assert fixed.code == 2 and "2:4 makes 0.5 zeros in every block; set sparsity = 0.5 and allocation =" in fixed.err
-
-
-@pytest.mark.slow
-def test_the_sparsest_plan_by_prices(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient, "FURTHER", 2)
-    words = ("--max-increase", "50%", "--sparsity", "20%..60%", "--allocation", "gradient", "--device", "cpu")
-    monkeypatch.chdir(place)
-    more = ("--texts", place / "long.txt", "--name", "limited", *settings("continuations.tokens=0"))
-    answer = command(place / "model", *words, *more)
-    assert answer.code == 0, answer.err
-    best = read_config(place / "studies" / "limited.best.json")
-    assert best.plan.allocation == "gradient"
-    assert best.plan.by_linear
-
-
-@pytest.mark.slow
-def test_a_plan_counts_the_descent(place: Path, command: CommandLine) -> None:
-    found = [
-        json.loads(command("plan", "--study", place / "tiny.toml", *settings(f"allocation=[{names}]"), "--json").out)
-        for names in ('"owl"', '"owl", "gradient"')
-    ]
-    assert found[1]["whole"]["tokens"] - found[0]["whole"]["tokens"] >= 3 * gradient.STEPS * 2048
-    assert found[0]["whole"]["descents"] is None
-    assert 0 < found[1]["whole"]["descents"] < found[1]["whole"]["seconds"]
-    words = settings('allocation=["gradient"]', "recover={}")
-    text = command("plan", "--study", place / "tiny.toml", *words).out
-    assert re.search(r", about .*, of which .* for the gradient and .* to train the best plan\n", text)
-
-
-@pytest.mark.slow
-def test_a_plan_counts_what_a_pruner_makes_for_its_own_prices(
-    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forecast, "LEVELS", 10**9)
-    words = ("plan", "--study", place / "tiny.toml", "--json")
-    wishes = settings('allocation=["gradient"]', 'prune.pruners=["sparsegpt"]')
-    found = [json.loads(command(*words, *wishes, *settings(f"prune.gradient_at={by}")).out) for by in ("wanda", "own")]
-    wanda, own = (each["whole"] for each in found)
-    assert own["tokens"] > wanda["tokens"]  # the Hessians of the dense model
-    assert own["seconds"] > 10**8 * found[1]["trial"][0]["seconds"]["prune"] > wanda["seconds"]
-
-
-def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others wait for its end, and say so."""
-    begun, said, made = threading.Event(), list[str](), list[int]()
-
-    def descend(self: descents.Descent, targets: Sequence[float], place: Path) -> list[LinearSparsities]:
-        made.append(1)
-        begun.set()
-        while not said:
-            time.sleep(0.001)
-        return [((0.25, 0.75),)]
-
-    monkeypatch.setattr(descents.Descent, "_descend", descend)
-    monkeypatch.setattr(CalibrationGradients, "_key", lambda *_, **__: "ab" * 32)
-    gradients = CalibrationGradients.__new__(CalibrationGradients)
-    gradients.watch = lambda event: said.append(event.text)
-    workers = [descents.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(workers[0].ends, [0.5], "")
-        assert begun.wait(60)
-        second = pool.submit(workers[1].ends, [0.5], "")
-        assert first.result() == second.result() == (RowSparsities(((0.25, 0.75),)),)
-    lock = cache / "gradient" / f".{'ab' * 32}.json.lock"
-    waited = "waiting for the descent of another process; if none is running, remove"
-    assert (made, said) == ([1], [f"{waited} {lock}"])
-
-
-def test_steps_along_a_path_take_half_as_many_windows() -> None:
-    path = (0.2, 0.3, 0.4)
-    assert [descents.windows_of_step(length, (0.5,)) for length in (128, 512, 2048)] == [16, 4, 4]
-    for fewer in (path, (0.4,)):
-        assert [descents.windows_of_step(length, fewer) for length in (128, 512, 2048)] == [8, 2, 2]

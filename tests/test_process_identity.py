@@ -1,16 +1,12 @@
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import psutil
 import pytest
 
-from atp_tune import __version__
 from atp_tune.storage.process import identity, is_alive, is_dead
-from atp_tune.utils.cache import versions
 
 Child = subprocess.Popen[bytes]
 
@@ -25,20 +21,6 @@ def child() -> Iterator[Child]:
 
 def identity_of(process: Child) -> dict[str, object]:
     return {**identity(), "pid": process.pid, "process_started": psutil.Process(process.pid).create_time()}
-
-
-def test_identity_names_this_process() -> None:
-    assert identity() == {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "booted": psutil.boot_time(),
-    }
-
-
-def test_this_process_lives() -> None:
-    assert not is_dead(identity())
-    assert not is_dead({**identity(), "process_started": identity()["process_started"] + 0.5})  # clocks drift
 
 
 def test_a_clock_that_is_set_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,12 +60,3 @@ def test_another_process_with_the_same_id_is_another(child: Child) -> None:
 )
 def test_what_cannot_be_known_is_not_dead(unknown: dict[str, object]) -> None:
     assert not is_dead(unknown)
-
-
-def test_versions() -> None:
-    assert versions() == {
-        "atp_tune": __version__,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "optuna": version("optuna"),
-    }

@@ -23,12 +23,6 @@ def known(*betas: float, pruner: str = "wanda", state: TrialState = TrialState.R
     ]
 
 
-def test_a_new_point_stays_as_it_is() -> None:
-    point = {"pruner": "wanda", "beta": 0.1}
-    for trials in ([], known(0.1 + 0.2 * 1.01 * NEAR), known(0.1, pruner="magnitude")):
-        assert nudge_from_known(point, trials, KINDS, 0) == point
-
-
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.2])
 def test_a_known_point_gives_way_to_one_beside_it(beta: float, state: TrialState) -> None:

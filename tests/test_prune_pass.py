@@ -12,7 +12,6 @@ from families import (
     MIXTURES,
     TOKENS,
     bench_of,
-    checkpoint_of,
     copy_of,
     few,
     nlls_of,
@@ -24,23 +23,18 @@ from families import (
 from plans import planned
 from torch import Tensor, nn
 
-from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.formulas import atp
 from atp_tune.blocks import prune_pass
-from atp_tune.blocks import replay as replaying
 from atp_tune.blocks.channels import ChannelPruner
-from atp_tune.blocks.prune_pass import Pass, PrunedBlock, advance, embed, measure, relative_error
+from atp_tune.blocks.prune_pass import PrunedBlock, advance, measure
 from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import PruneConfig
-from atp_tune.errors import TrialError
 from atp_tune.plan import Plan
-from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run import dense_model
 from atp_tune.run.session import Session
 
 PruneMatrix = Callable[[Tensor, Tensor, float], Tensor]  # weight [out, in], x [tokens, in], sparsity
@@ -199,79 +193,6 @@ def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     )
 
 
-@pytest.mark.slow
-def test_dense_statistics_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[Any] = []
-    original = dense_model.measure_and_advance
-    monkeypatch.setattr(dense_model, "measure_and_advance", lambda *args: measured.append(args[-1]) or original(*args))
-    for _ in range(2):  # the second bench finds what the first has kept
-        work = bench_of(tiny("llama"), PruneConfig(statistics="dense", pruners=("wanda", "sparsegpt", "magnitude")))
-        for pruner in ("wanda", "wanda", "sparsegpt", "sparsegpt", "magnitude", "wanda"):
-            list(work.prune(atp_plan(work, pruner)))
-    assert measured == [InputNorms] * 4 + [Hessian] * 4
-
-
-@pytest.mark.slow
-def test_the_error_curve_is_of_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_model, "CURVE_TOKENS", 2 * TOKENS + 1)
-    model = tiny("llama")
-    for prune in (PruneConfig(), PruneConfig(statistics="dense")):
-        work = bench_of(model, prune)
-        plan = atp_plan(work, "wanda")
-        pruned = list(work.prune(plan))
-        expected = naive_pass(model, work, plan, wanda, dense=prune.statistics == "dense")[0]
-        check_same_weights(pruned, expected, work)  # whose statistics are of all windows
-        other = copy.deepcopy(model)
-        ids = random_ids(5, TOKENS, seed=0)[:2]
-        for block in pruned:
-            other.model.layers[block.index].load_state_dict(block.weights)
-            after = naive.states_of(other, other.model.layers, ids)[block.index]
-            dense = naive.states_of(model, model.model.layers, ids)[block.index]
-            assert block.error == pytest.approx(float((after - dense).norm() / dense.norm()), rel=1e-4)
-
-
-def test_nothing_pruned_is_no_error() -> None:
-    model = tiny("llama")
-    for block in bench_of(model).prune(planned("wanda", "uniform", (0.0,) * 4)):
-        assert block.error == 0
-        assert sum(block.zeros.values()) == 0
-        dense = model.model.layers[block.index].state_dict()
-        assert all(same_bits(tensor, dense[name]) for name, tensor in block.weights.items())
-
-
-def test_everything_pruned() -> None:
-    work = bench_of(tiny("llama"))
-    for block in work.prune(planned("wanda", "uniform", (1.0,) * 4)):
-        assert sum(block.zeros.values()) == work.checkpoint.sizes[block.index]
-
-
-def test_the_relative_error() -> None:
-    hidden, dense = torch.tensor([[[3.0, 5.0]], [[9.0, 9.0]]]), torch.tensor([[[3.0, 4.0]]])
-    assert relative_error(hidden, dense) == pytest.approx(1 / 5)
-    assert relative_error(hidden.bfloat16(), dense) == pytest.approx(1 / 5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_the_same_plan_gives_the_same_weights(pruner: str) -> None:
-    work = bench_of(tiny("llama"))
-    first, second = (list(work.prune(atp_plan(work, pruner))) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert a.error == b.error
-        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("family", few(["llama-tied", "gpt2", "qwen2_moe-mixed"], ["gpt2"]))
-def test_blocks_on_the_host_are_pruned_alike(family: str, pruner: str) -> None:
-    one, other = bench_of(tiny(family), offload="none"), bench_of(tiny(family), offload="cpu")
-    plan = atp_plan(one, pruner)
-    for a, b in zip(one.prune(plan), other.prune(plan), strict=True):
-        assert a.error == b.error and a.zeros == b.zeros
-        assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
-
-
 def work_of(model: Any, windows: int) -> tuple[Replay, AutoBatch, Tensor]:
     replay = replay_of(model)
     batch = AutoBatch(CPU, TOKENS, 1, print)
@@ -299,29 +220,6 @@ def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, valu
     for other in found[1:]:
         for name, tensor in other.items():
             torch.testing.assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)
-
-
-@torch.inference_mode()
-def test_measuring_ends_each_batch_early() -> None:
-    replay, batch, hidden = work_of(tiny("llama"), 2)
-    ended: list[int] = []
-    for rows in (hidden[:2], hidden[:1]):  # so that what the blocks are called with is known
-        replay.run(0, replay.checkpoint.weights(0), rows)
-    replay.checkpoint.blocks[0].register_forward_hook(lambda module, args, output: ended.append(1))
-    measure(replay, batch, 0, replay.checkpoint.weights(0), hidden, InputNorms)
-    assert ended == []
-
-
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-@torch.inference_mode()
-def test_hidden_states_move_on_batch_by_batch(family: str) -> None:
-    model = tiny(family)
-    dense = naive.states_of(model, checkpoint_of(model).blocks, random_ids(7))
-    for windows in (1, 2, 3, 7, 8):
-        replay, batch, hidden = work_of(model, windows)
-        for index in range(2):
-            advance(replay, batch, index, replay.checkpoint.weights(index), hidden)
-            torch.testing.assert_close(hidden, dense[index], rtol=1e-4, atol=1e-5)
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -354,18 +252,6 @@ def test_memory_that_runs_out_changes_no_result(prune: PruneConfig, most: int, m
         assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
     assert work.batch("calibration").windows == {1: 1, 2: 2, 3: 2}[most]
     assert len([event for event in events if "memory ran out" in str(event)]) == 1
-
-
-@pytest.mark.parametrize("family", ["gemma2", "bloom", "opt", "llama"])
-@torch.inference_mode()
-def test_windows_are_embedded_batch_by_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And in smaller ones where the masks that come along do not fit."""
-    model, ids = tiny(family), random_ids(7)
-    replay, batch, hidden = work_of(model, 4)
-    limit_embedding(model, 2, monkeypatch)
-    assert same_bits(embed(replay, batch, ids), hidden)
-    assert batch.windows == 2
-    assert len(embed(replay, batch, ids[:0])) == 0
 
 
 def limit_embedding(model: nn.Module, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,60 +309,3 @@ def test_memory_that_runs_out_while_pruning_changes_no_result(pattern: str, monk
     found = [block.weights for block in context.prune(plan)]
     assert len(failed) > 2
     assert all(same_bits(one[name], other[name]) for one, other in zip(expected, found, strict=True) for name in one)
-
-
-def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny("llama"))
-    limit_memory(monkeypatch, 0)
-    with pytest.raises(TrialError, match="out of memory with one window at a time"):
-        list(work.prune(atp_plan(work, "wanda")))
-
-
-def test_memory_that_runs_out_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was moved on before stays, and is not moved on again."""
-    monkeypatch.setattr(replaying, "TOKENS", {"cpu": 4 * TOKENS})
-    monkeypatch.setattr(devices.gc, "collect", int)
-    model, calls = tiny("llama"), []
-    replay, batch, hidden = work_of(model, 4)
-    expected = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))[0]
-    original = replay.run
-
-    def run(index: int, weights: dict[str, Tensor], rows: Tensor) -> Tensor:
-        calls.append(len(rows))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(index, weights, rows)
-
-    monkeypatch.setattr(replay, "run", run)
-    with torch.inference_mode():
-        advance(replay, batch, 0, replay.checkpoint.weights(0), hidden)
-    assert calls == [4, 3, 2, 1]
-    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_pass_knows_no_bench() -> None:
-    """The pass itself, with hidden states and dense states of our own."""
-    model = tiny("qwen2")
-    replay, batch, hidden = work_of(model, 4)
-    with torch.inference_mode():
-        states = naive.states_of(model, replay.checkpoint.blocks, random_ids(7))
-        work = Pass(replay, batch, make_pruner("wanda"), [state[:3] for state in states])
-        pruned = list(work.run(planned("wanda", "uniform", (0.5,) * 4), hidden))
-    assert [block.index for block in pruned] == [0, 1, 2, 3]
-    assert all(set(block.seconds) == {"calibrate", "prune"} for block in pruned)
-    last = (hidden[:3] - states[-1][:3]).norm() / states[-1][:3].norm()
-    assert pruned[-1].error == pytest.approx(float(last), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_bfloat16_model_is_pruned_in_bfloat16(family: str) -> None:
-    work = bench_of(tiny(family, torch.bfloat16))
-    for block in work.prune(planned("sparsegpt", "uniform", (0.5,) * len(work.checkpoint.blocks))):
-        assert {tensor.dtype for tensor in block.weights.values()} == {torch.bfloat16}
-
-
-def test_budgets_hold_the_checkpoint_s_sizes() -> None:
-    work = bench_of(tiny("gpt2"))
-    assert work.budget(0.3).sizes == (24 * 72 + 24 * 24 + 2 * 24 * 96,) * 3
-    shapes = (Shape(72, 24, True), Shape(24, 24, True), Shape(96, 24, False), Shape(24, 96, False))
-    assert work.budget(0.3) == Budget(0.3, work.budget(0.3).sizes, (shapes,) * 3)

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, snapshot_download
 from localhub import Uploads, serve
-from tinystudy import CommandLine, finish, free_port, start, wait_until
+from tinystudy import CommandLine, finish, start, wait_until
 
 import atp_tune
-from atp_tune.folders import publishing
 from atp_tune.folders.publishing import published, stage
 from atp_tune.utils.cache import sha256_of
 
@@ -109,31 +108,6 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
 
 
 @pytest.mark.slow
-def test_the_best_of_a_study_is_uploaded(done: Path, site: Site, command: CommandLine, tmp_path: Path) -> None:
-    before = contents(done)
-    answer = command("push", "--study", done / "tiny.toml", "lab/tiny", "--private")
-    assert (answer.code, answer.err) == (0, "")
-    assert answer.out.endswith(f"uploaded: {site.address}/lab/tiny\n") and contents(done) == before
-    assert command("apply", "--study", done / "tiny.toml", "--out", tmp_path / "out").code == 0
-    assert site.uploads.received == [sha256_of(tmp_path / "out" / "model.safetensors")]
-
-
-@pytest.mark.slow
-def test_the_hub_s_streamed_upload_is_taken_too(
-    sparse: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is without HF_HUB_DISABLE_XET, of files that go into the commit itself."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    monkeypatch.setattr("localhub.LARGE", ())
-    answer = command("push", sparse, "alice/tiny")
-    assert answer.code == 0, answer.err
-    assert site.uploads.private == {"alice/tiny": False}
-    assert without_ours(Path(snapshot_download("alice/tiny", cache_dir=tmp_path / "back"))) == without_ours(sparse)
-    assert command("push", sparse, "alice/tiny").code == 0
-    assert len(site.uploads.commits) == 1
-
-
-@pytest.mark.slow
 def test_an_upload_that_was_killed_goes_on(
     sparse: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,65 +180,6 @@ def test_who_may_not_write_is_told_before(
     assert site.uploads.private == {}
 
 
-def test_who_may_write_passes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    publishing.check_permission("lab/tiny", private=True)
-    monkeypatch.setenv("HF_TOKEN", "g")
-    publishing.check_permission("fin/tiny", private=False)
-    assert site.uploads.private == {}
-
-
-def test_a_public_repository_is_no_place_for_a_private_folder(done: Path, site: Site, command: CommandLine) -> None:
-    site.folder("alice/tiny").mkdir(parents=True)
-    words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny", "--private"]
-    assert command(*words).error.startswith("alice/tiny: is public on the hub already; make it private there first")
-    site.uploads.private["alice/tiny"] = True
-    publishing.check_permission("alice/tiny", private=True)
-
-
-def test_without_a_network(done: Path, site: Site, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny"]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert command(*words).error == "alice/tiny: HF_HUB_OFFLINE is set, so the hub is not asked; unset it"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    nobody = f"http://127.0.0.1:{free_port()}"
-    monkeypatch.setattr(constants, "ENDPOINT", nobody)
-    assert command(*words).error.startswith(f"alice/tiny: {nobody} cannot be reached (")
-    assert not (done / "out").exists()
-
-
-def test_private_needs_a_place(done: Path, command: CommandLine) -> None:
-    answer = command("apply", "--config", done / "tiny.best.json", "--out", done / "out", "--private")
-    assert "only with --push ORG/NAME" in answer.error
-
-
-def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command: CommandLine) -> None:
-    assert command("push", done / "nowhere", "alice/tiny").error.startswith(f"{done / 'nowhere'}: is no folder")
-    assert command("push", done / "model", "alice/tiny").error.startswith(f"{done / 'model'}: holds no atp_tune.json")
-    (done / "model" / "atp_tune.json").write_bytes((done / "tiny.best.json").read_bytes())
-    (done / "model" / "notes.txt").symlink_to(done / "test.txt")
-    said = command("push", done / "model", "alice/tiny").error
-    assert (
-        said == f"{done / 'model' / 'notes.txt'}: is a link to {done / 'test.txt'}, outside its folder; copy the file"
-    )
-    assert site.asked == []
-
-
-@pytest.mark.slow
-def test_weights_may_be_links_to_what_was_written(
-    sparse: Path, site: Site, command: CommandLine, tmp_path: Path
-) -> None:
-    (tmp_path / "disk").mkdir()
-    weights = sparse / "model.safetensors"
-    away = weights.rename(tmp_path / "disk" / "weights")
-    weights.symlink_to(away)
-    assert command("push", sparse, "alice/tiny").code == 0
-    assert site.uploads.received == [sha256_of(away)]
-    away.write_bytes(away.read_bytes() + b"a private file")
-    said = command("push", sparse, "alice/other").error
-    assert said == f"{weights}: is a link to {away}, outside its folder; copy the file"
-    assert "alice/other" not in site.uploads.private
-
-
 @pytest.mark.slow
 def test_nothing_of_this_machine_is_published(
     place: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,16 +223,6 @@ def test_the_folders_that_a_dense_model_names_are_left_out(name: str, key: str, 
     assert json.loads(published({name: json.dumps({key: value})}, Path())[name]) == {key: expected}
 
 
-def test_what_is_no_json_is_uploaded_as_it_is(tmp_path: Path) -> None:
-    """A dense model's folder held a config that was cut off: the hub was said to refuse the upload."""
-    (tmp_path / "sparse").mkdir()
-    (tmp_path / "sparse/atp_tune.json").write_text("{}")
-    (tmp_path / "sparse/old_config.json").write_bytes(b'{"a": "\xff')
-    (tmp_path / "there").mkdir()
-    stage(tmp_path / "sparse", tmp_path / "there")
-    assert contents(tmp_path / "there") == contents(tmp_path / "sparse")
-
-
 def test_what_people_wrote_into_the_dense_folder_stays_here(tmp_path: Path) -> None:
     """Their notes were uploaded with whatever they name; then licences stayed here whose names are not in capitals."""
     terms = ("LICENSE.txt", "license.md", "LLAMA_LICENSE.txt", "Model-Licence.md", "LICENSES/MIT.txt", "NOTICE")
@@ -350,16 +255,6 @@ def test_what_was_not_asked_for_is_not_uploaded(
         stream.write(" ")
     assert "not what was written; changed: config.json" in command(*asked).error
     assert "not what was written; changed: config.json" in command("push", sparse, "alice/tiny").error
-    assert site.uploads.commits == []
-
-
-@pytest.mark.slow
-def test_another_folder_is_not_taken_for_this_one(sparse: Path, site: Site, command: CommandLine, done: Path) -> None:
-    other = (done / "tiny.best.json").read_text().replace('"method": "wanda"', '"method": "magnitude"')
-    other = other if '"method": "magnitude"' in other else other.replace('"dtype": "float32"', '"dtype": "bfloat16"')
-    (done / "other.json").write_text(other)
-    answer = command("apply", "--config", done / "other.json", "--out", sparse, "--push", "alice/tiny")
-    assert "exists already; choose another folder or remove it" in answer.error
     assert site.uploads.commits == []
 
 

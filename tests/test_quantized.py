@@ -13,8 +13,7 @@ import transformers
 from families import DEEPSEEK, MIXTURE, few, same_bits
 from packaging.version import Version
 from quantizing import as_fp8, as_int8, as_metal, as_mxfp4, as_nf4, fp8_table
-from test_zeroshot import make_tasks
-from tinystudy import CommandLine, make_tokenizer, run, study_file
+from tinystudy import CommandLine, make_tokenizer, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -23,7 +22,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from atp_tune.checkpoints import files
 from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config import study
 from atp_tune.errors import UserError
@@ -107,31 +105,6 @@ def test_fp8(
         assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
-def test_static_activations_and_kept_modules(tmp_path: Path) -> None:
-    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
-    codes, names = q.read(source), list(filter(q.is_linear, q.read(plain)))
-    kept = {names[0]: q.read(plain)[names[0]]}
-    codes.pop(names[0] + "_scale_inv")
-    more = {name.removesuffix(".weight") + ".activation_scale": torch.tensor(0.5) for name in names[1:]}
-    q.write(source, {**codes, **kept, **more}, fp8_table((16, 16), activation_scheme="static"))
-    check_same(found(source).path, plain, torch.bfloat16)
-
-
-@pytest.mark.slow
-def test_one_scale_for_a_matrix(tmp_path: Path) -> None:
-    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((128, 128), {"quant_method": "fp8"}, dtype=torch.bfloat16))
-    for shape in ((), (1,)):
-        scalars = {k: v.reshape(shape) if k.endswith("_scale_inv") else v for k, v in q.read(source).items()}
-        q.write(source, scalars, {"quant_method": "fp8", "weight_block_size": None})
-        check_same(found(source).path, plain, torch.bfloat16)
-
-
-def test_tiles_are_of_128_where_nothing_is_said(tmp_path: Path) -> None:
-    how = as_fp8((128, 128), {"quant_method": "fp8"}, dtype=torch.bfloat16)
-    source, plain = q.pair(dense(tmp_path, "qwen3", intermediate_size=160), how)
-    check_same(found(source).path, plain, torch.bfloat16)
-
-
 def test_scales_may_lie_in_another_file(tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
     tensors = q.read(source)
@@ -170,17 +143,6 @@ def test_mxfp4(dtype: torch.dtype, tmp_path: Path) -> None:
         assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
-def test_experts_of_four_bits_in_an_fp8_folder(tmp_path: Path) -> None:
-    """Two inputs a byte, a power of two for 32 of them."""
-    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
-    name = "model.layers.1.mlp.up_proj.weight"
-    blocks, scales = q.mxfp4(q.read(plain)[name].T[None])
-    tensors = {**q.read(source), name: blocks[0].flatten(-2).view(torch.int8), f"{name}_scale_inv": scales[0]}
-    q.write(source, tensors, fp8_table((16, 16), expert_dtype="fp4"))
-    q.write(plain, {**q.read(plain), name: q.from_mxfp4(blocks, scales)[0].T.bfloat16()}, None)
-    check_same(found(source).path, plain, torch.bfloat16)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nested"])
 def test_bitsandbytes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -190,31 +152,10 @@ def test_bitsandbytes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     check_same(found(source).path, plain, dtype)
 
 
-def test_int8_that_is_sorted_for_a_gpu(tmp_path: Path) -> None:
-    source, _ = q.pair(dense(tmp_path, "qwen3"), as_int8)
-    table = json.loads((source / "config.json").read_text())["quantization_config"]
-    sorted_ = {"model.layers.0.mlp.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)}
-    q.write(source, {**q.read(source), **sorted_}, table)
-    with pytest.raises(UserError, match=r"up_proj\.weight in a form that is not known: sorted for one kind of GPU"):
-        found(source)
-
-
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (8, 32), (2, 16)])
 def test_metal(bits: int, group: int, tmp_path: Path) -> None:
     source, plain = q.pair(dense(tmp_path, "qwen3", torch.float32), as_metal(bits, group))
     check_same(found(source).path, plain, torch.float32)
-
-
-def test_the_dtype_of_a_config(tmp_path: Path) -> None:
-    """Also by its old name; bf16 where there is none."""
-    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16))))
-    for said in ({"torch_dtype": "float16"}, {}):
-        config = {k: v for k, v in json.loads((source / "config.json").read_text()).items() if "dtype" not in k}
-        (source / "config.json").write_text(json.dumps({**config, **said}))
-        dtype = torch.float16 if said else torch.bfloat16
-        have = q.read(found(source).path)
-        for name in filter(q.is_linear, have):
-            assert same_bits(have[name], q.read(plain)[name].to(dtype))
 
 
 def damaged(tensors: q.Tensors, how: str) -> q.Tensors:
@@ -347,19 +288,6 @@ def test_compressed_tensors(form: str, arguments: dict[str, Any], tmp_path: Path
         found(source)
 
 
-@pytest.mark.skipif(not is_here("compressed_tensors"), reason="needs compressed-tensors")
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"transform_config": {"config_groups": {}, "x": 1}}, r"with rotations \(transform_config\)"),
-        ({"config_groups": {"a": {}, "b": {}}}, r"in 2 ways at once \(config_groups\)"),
-    ],
-)
-def test_what_transformers_would_read_wrongly(more: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
-        files.find_method(said_only(tmp_path, {"quant_method": "compressed-tensors", **more}), "it")
-
-
 # Refused
 
 
@@ -376,11 +304,6 @@ REFUSED = [
     *(method for method in AUTO_QUANTIZATION_CONFIG_MAPPING if method not in (*files.BY_TENSOR, *files.BY_MODEL)),
     "never_heard_of",
 ]
-
-
-def test_methods_are_those_of_transformers() -> None:
-    assert {*files.BY_TENSOR, *files.BY_MODEL} <= AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
-    assert len(REFUSED) > 15
 
 
 @pytest.mark.slow
@@ -414,39 +337,6 @@ def test_each_other_reason_is_one_line(table: Any, said: str, tmp_path: Path, mo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["text_config", "llm_config"])
-def test_a_part_may_be_quantized(key: str, tmp_path: Path) -> None:
-    folder = said_only(tmp_path, None, **{key: {"quantization_config": {"quant_method": "gptq"}}})
-    with pytest.raises(UserError, match='is quantized by "gptq"'):
-        found(folder)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("compression_config", {"config_groups": {}, "quant_method": "compressed-tensors"}),
-        ("compression_config", {"quantization_config": {}}),
-        ("quantization", {"bits": 4, "group_size": 64}),
-        ("quantize_config.json", None),
-        ("quant_config.json", None),
-        ("hf_quant_config.json", None),
-    ],
-)
-def test_where_transformers_does_not_look(key: str, value: Any, tmp_path: Path) -> None:
-    folder = said_only(tmp_path, None, **({key: value} if value else {}))
-    if not value:
-        (folder / key).write_text("{}")
-    with pytest.raises(UserError, match=rf"is quantized, as its {key} says, in a form that transformers does not read"):
-        found(folder)
-
-
-def test_sparse_but_not_quantized(tmp_path: Path) -> None:
-    folder = dense(tmp_path, "qwen3")
-    q.write(folder, q.read(folder), None, compression_config={"sparsity_config": {"format": "dense"}},
-            quantization_config=None)  # fmt: skip
-    assert found(folder).path == folder
-
-
 def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
     """Weights that were cast to FP8 as they are, without a scale, are numbers as others."""
     source, _ = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16))))
@@ -456,42 +346,6 @@ def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
         found(source)
     q.write(source, {k: v for k, v in q.read(source).items() if not k.endswith("_scale_inv")}, None)
     assert found(source).path == source
-
-
-def test_quantized_pickles_are_refused(tmp_path: Path) -> None:
-    folder = said_only(tmp_path, {"quant_method": "fp8"})
-    torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="has quantized weights in pickles, which is not supported; take safetensors"):
-        resolve(study.ModelConfig(source=str(folder), allow_pickle=True), Path())
-
-
-def test_a_folder_that_is_loaded_is_in_full_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='is quantized by "gptq"; give the checkpoint'):
-        Checkpoint.load(said_only(tmp_path, {"quant_method": "gptq"}), torch.float32, CPU)
-
-
-def test_a_hub_model_is_refused_before_its_weights_are_downloaded(
-    hub: tuple[Path, list[str]], place: Path, command: CommandLine
-) -> None:
-    root, asked = hub
-    shutil.copytree(place / "model", root / "models" / "org" / "packed")
-    file = root / "models" / "org" / "packed" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}}))
-    said = command("--study", place / "tiny.toml", "--set", "model.source=org/packed").error
-    assert said.startswith('model.source: org/packed is quantized by "awq", which cannot be dequantized')
-    assert any(path.endswith("config.json") for path in asked)
-    assert not any("safetensors" in path for path in asked)
-    shutil.copytree(place / "model", root / "models" / "org" / "plain")
-    resolve(study.ModelConfig(source="org/plain"), Path())
-    assert any("safetensors" in path for path in asked)
-
-
-def test_a_quantized_hub_model_is_read_back(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
-    shutil.copytree(source, hub[0] / "models" / "org" / "fp8")
-    folder = resolve(study.ModelConfig(source="org/fp8"), Path())
-    assert folder.revision
-    check_same(folder.path, plain, torch.bfloat16)
 
 
 # What is pruned is the matrix that is multiplied by
@@ -525,11 +379,6 @@ def odd(weight: torch.Tensor) -> nn.Linear:
 def test_linears_of_other_kinds_are_refused(linear: Callable[[], nn.Linear], said: str) -> None:
     with pytest.raises(UserError, match=said):
         find_linears(nn.Sequential(linear()))
-
-
-def test_linears_of_any_full_format_are_pruned() -> None:
-    formats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    assert len(find_linears(nn.Sequential(*(nn.Linear(3, 3, dtype=dtype) for dtype in formats)))) == 4
 
 
 # From end to end
@@ -569,38 +418,3 @@ def test_a_study_and_its_sparse_folder_are_those_of_the_plain_numbers(
     loaded, info = AutoModelForCausalLM.from_pretrained(folders[0], output_loading_info=True)
     assert not info["missing_keys"]
     assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
-
-
-@pytest.mark.slow
-def test_plan_counts_the_numbers_and_not_the_codes(both: tuple[Path, Path], command: CommandLine) -> None:
-    sizes = [read_sizes(resolve(study_file(place).study.model, place).path) for place in both]
-    assert sizes[0] == sizes[1]
-    plans = [command("plan", "--study", place / "tiny.toml") for place in both]
-    assert [plan.code for plan in plans] == [0, 0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", few(["", "plan", "prune", "apply", "evaluate", "finetune", "speedup"], ["", "apply"]))
-def test_every_command_refuses(words: str, done: Path, command: CommandLine) -> None:
-    config = json.loads((done / "model" / "config.json").read_text())
-    (done / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
-    study_, best = ["--study", done / "tiny.toml"], ["--config", done / "tiny.best.json"]
-    out, text = ["--out", done / "out"], ["--text", f"file:{done}/calibration.txt"]
-    options = {
-        "": [*study_, "--trials", "9"],
-        "plan": study_,
-        "prune": study_,
-        "apply": [*best, *out],
-        "evaluate": [*best, "--tasks", f"{make_tasks(done / 'tasks', 3)}/"],
-        "finetune": [done / "model", *out, *text],
-        "speedup": best,
-    }
-    said = command(*words.split(), *options[words]).error
-    assert 'is quantized by "hqq", which cannot be dequantized' in said
-    assert not (done / "out").exists()
-
-
-def test_a_method_in_the_place_of_its_table_is_refused(place: Path, command: CommandLine) -> None:
-    file = place / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": "gptq"}))
-    assert 'is quantized by "gptq", which cannot be dequantized' in command("--study", place / "tiny.toml").error

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problems, small, tied_problems
 from torch import Tensor
 
-from atp_tune.blocks.prune_pass import unmeasured
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.quantize import QuantizeConfig
 from atp_tune.plan import Plan
 from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.refinement import Treatment
-from atp_tune.pruners.rounding import GPTQ, RTN, Grid, parts_of, plain, strips
+from atp_tune.pruners.rounding import GPTQ, RTN
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run.session import Session
@@ -69,59 +68,6 @@ def test_columns_are_ordered_by_their_inputs() -> None:
     assert torch.equal(again.factor(DAMPING), hessian.factor(DAMPING))
 
 
-@given(problems() | tied_problems, st.integers(2, 4), sizes, st.booleans())
-def test_gptq_has_the_values_of_rtn(case: Problem, bits: int, size: int, symmetric: bool) -> None:
-    """Each group has at most 2^b values, those of its dense grid."""
-    weight, x = case
-    found = GPTQ(size, symmetric, DAMPING).quantize(weight, bits, hessian_of(x))
-    for columns, width in parts_of(weight.shape[1], size):
-        groups = weight[:, columns].reshape(len(weight), -1, width)
-        grid = Grid.of(groups, bits, symmetric)
-        again = grid.nearest(found[:, columns].reshape(groups.shape))
-        torch.testing.assert_close(again.flatten(1), found[:, columns], atol=0, rtol=1e-6)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_many_bits_leave_weights_as_they_are(symmetric: bool) -> None:
-    weight, x = problem((9, 23))
-    for name in QUANTIZERS:
-        made = QUANTIZERS[name](8, symmetric, DAMPING)
-        found = made.quantize(weight, 16, hessian_of(x))
-        assert float((found - weight).abs().max()) < float(weight.abs().max()) * 2.0**-15 * 4
-
-
-def test_constant_groups_and_groups_of_zeros() -> None:
-    weight = torch.tensor([[0.3] * 4 + [0.0] * 4 + [-0.7] * 2, [1e-30] * 4 + [-1e30] * 4 + [0.0] * 2])
-    for bits in (2, 3, 8):
-        torch.testing.assert_close(RTN(4, False).quantize(weight, bits, None), weight)
-        symmetric = RTN(4, True).quantize(weight, bits, None)
-        assert not symmetric[0, 4:8].any()
-        assert not symmetric[1, 8:].any()
-
-
-def test_gptq_gains_on_rtn() -> None:
-    """In the error of the outputs on correlated inputs."""
-    weight, x = problem((31, 40))
-    x[:, 20:] = x[:, :20] + 0.1 * x[:, 20:]
-    errors = [
-        ((each.quantize(weight, 3, hessian_of(x)) - weight) @ x.T).norm() for each in (RTN(8, False), GPTQ(8, False))
-    ]
-    assert errors[1] < 0.8 * errors[0]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_strips_are_the_plain_loop(masked: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    W = torch.randn(37, 11, generator=generator, dtype=torch.float64)
-    U = torch.randn(37, 37, generator=generator, dtype=torch.float64).triu() * 0.1 + torch.eye(37)
-    grid = Grid.of(W.T.float(), 8, False)
-    grids = [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * 37
-    zeros = W > 1 if masked else None
-    expected = plain(W.clone(), U, grids, zeros)
-    found = strips(W.float(), U.float(), grids, zeros)
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_after_a_pruner_zeros_stay(name: str) -> None:
     weight, x = problem((17, 29))
@@ -151,15 +97,6 @@ def test_a_refined_pruner_and_gptq_share_one_hessian(inner: Any) -> None:
     sparse = pruner.prune(weight, 0.5, statistics)
     alone = GPTQ(8, False).quantize(sparse, 3, hessian_of(x), sparse == 0)
     assert same_bits(both.rounded(both.prune(weight, 0.5, statistics), 3, statistics), alone)
-
-
-def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
-    weight, _ = problem((5, 9))
-    rule: Any = unmeasured(Treatment(None, quantizer=GPTQ(4, True)))
-    assert same_bits(rule.rounded(rule.prune(weight, 0.0, None), 3, None), RTN(4, True).quantize(weight, 3, None))
-    both: Any = unmeasured(Treatment(Wanda(), quantizer=GPTQ(4, True)))
-    pruned = both.rounded(both.prune(weight, 0.5, None), 3, None)
-    assert int((pruned == 0).sum()) >= int(weight.numel() * 0.5)
 
 
 # the pass over the blocks

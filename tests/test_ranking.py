@@ -6,7 +6,6 @@ from families import FAMILIES, few, tiny
 from plans import planned
 from test_context import bench_of
 
-from atp_tune.blocks import dense_metrics
 from atp_tune.blocks.dense_metrics import PerBlock, can_rank
 from atp_tune.config.prune import PruneConfig
 from atp_tune.pruners import make_pruner
@@ -37,19 +36,6 @@ def test_masks_are_the_same_with_ranks_and_without(family: str, pattern: str, mo
             assert all(torch.equal(block[name], plain[name]) for name in plain)
 
 
-def test_ranks_are_found_at_the_second_trial_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    original = Ranks.of.__func__  # type: ignore[attr-defined]
-    counting = classmethod(lambda cls, *args: calls.append(1) or original(cls, *args))
-    monkeypatch.setattr(Ranks, "of", counting)
-    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
-    pruned(work, 0.5)
-    assert not calls
-    for _ in range(3):
-        pruned(work, 0.6)
-    assert len(calls) == 4 * 7
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
@@ -64,17 +50,6 @@ def test_ranks_are_found_at_the_second_trial_and_once(monkeypatch: pytest.Monkey
 )
 def test_only_what_compares_rows_or_groups_is_ranked(name: str, settings: dict[str, Any], expected: bool) -> None:
     assert can_rank(make_pruner(name, settings), bench_of(tiny("llama")).checkpoint) == expected
-
-
-def test_without_room_nothing_is_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = bench_of(tiny("llama"), PruneConfig(statistics="dense"))
-    needed = dense_metrics.RANK_BYTES * sum(work.checkpoint.sizes)
-    for free, expected in (
-        (needed / dense_metrics.RANK_SHARE * 0.99, False),
-        (needed / dense_metrics.RANK_SHARE * 1.01, True),
-    ):
-        monkeypatch.setattr(dense_metrics, "free_memory", lambda device, free=free: free)
-        assert can_rank(make_pruner("wanda"), work.checkpoint) == expected
 
 
 def test_other_settings_of_wanda_take_the_norms() -> None:

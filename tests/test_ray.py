@@ -19,19 +19,16 @@ from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
 from tinystudy import (
     HANGS,
-    CommandLine,
     Process,
     finish,
     free_port,
     settings,
     start,
-    study_file,
     wait_for,
     wait_until,
 )
 
 from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
-from atp_tune.utils.extras import install
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 
@@ -155,32 +152,6 @@ def test_sigterm_stops_all_and_loses_nothing(place: Path, cluster: Any) -> None:
     assert all(repeated[trial.number] == trial.params for trial in lost)
 
 
-@pytest.fixture
-def joined(cluster: Any) -> Iterator[None]:
-    """This process is a driver of the cluster, which has one node for a task."""
-    import ray
-
-    add_node(cluster)
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_a_task_that_begins_after_the_stop_runs_nothing(place: Path, joined: None) -> None:
-    """Ray's interruption is lost on one that is still importing."""
-    import ray
-
-    from atp_tune.cli import ray_engine
-    from atp_tune.cli.worker_pool import WorkerJob
-
-    job = WorkerJob(ray_engine._for_travel(study_file(place)), "tiny", None)
-    news = ray_engine._NEWS.remote()
-    ray.get(news.stop.remote())
-    assert ray.get(ray_engine._work.remote(job, 0, news, ray_engine._host())) is None
-    assert not (place / "tiny.db").exists()
-
-
 @pytest.mark.slow
 def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=1, num_gpus=1)
@@ -189,23 +160,6 @@ def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
     assert "the cluster has 1 GPUs for 2 workers: the others wait until there are more" in answer.out
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 1
-
-
-@pytest.mark.slow
-def test_an_error_of_a_worker(place: Path, cluster: Any) -> None:
-    add_node(cluster)
-    answer = finish(begin(place, cluster, "--set", "texts.validation.nsamples=100000"))
-    assert "windows" in answer.error
-
-
-@pytest.mark.slow
-def test_no_cluster(place: Path, command: CommandLine) -> None:
-    pytest.importorskip("ray")
-    address = f"127.0.0.1:{free_port()}"
-    for words in (address, "nonsense", "ray://127.0.0.1:1"):
-        answer = command("--study", place / "tiny.toml", "--engine", "ray", "--ray-address", words)
-        assert answer.error.startswith(f"ray: no cluster at {words} (")
-    assert not (place / "tiny.db").exists()
 
 
 @pytest.mark.slow
@@ -266,24 +220,3 @@ def answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def test_without_ray(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    answer = command("--study", place / "tiny.toml", "--engine", "ray")
-    assert answer.error == f"--engine ray: ray is not installed; run: {install('ray')}"
-    assert not (place / "tiny.db").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--engine", "ray", "--devices", "cpu,cpu"], "Ray chooses them; write --workers N"),
-        (["--ray-address", "auto"], "only with --engine ray"),
-        (["--engine", "slurm"], "'process', 'ray'"),
-    ],
-)
-def test_options_that_do_not_fit(options: list[str], words: str, place: Path, command: CommandLine) -> None:
-    answer = command("--study", place / "tiny.toml", *options)
-    assert answer.code == 2
-    assert words in answer.err

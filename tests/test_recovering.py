@@ -1,6 +1,5 @@
 """`recover`, as a user asks for it: the best plan of a study is trained at its end, and `apply` writes it."""
 
-import inspect
 import os
 import shutil
 import signal
@@ -14,29 +13,22 @@ import torch
 from byhand import ByHand
 from faults import Command
 from preloaded import at_call, kill
-from pydantic import ValidationError
-from safetensors.torch import load_file
 from test_applying import block_of, same_bytes, tensors
-from tinystudy import TOKENS, CommandLine, settings, stored, study_file
+from tinystudy import CommandLine, settings, stored
 
 from atp_tune import tune
-from atp_tune.cli.commands.apply import TrainingOptions
 from atp_tune.config.best import Config, dumps, read_config
-from atp_tune.config.recover import RecoverConfig, Recovered, Training
+from atp_tune.config.recover import RecoverConfig, Recovered
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import _unknown
 from atp_tune.events import Place
 from atp_tune.folders import finetuning
-from atp_tune.folders.finetuning import NO_GAIN, NoGainError, Trained, recovered
+from atp_tune.folders.finetuning import Trained, recovered
 from atp_tune.folders.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said
 from atp_tune.results.summary import summarise
-from atp_tune.results.tables import overview
 from atp_tune.search.runner import StudyRun
-from atp_tune.storage import opening
-from atp_tune.storage.process import identity
 from atp_tune.utils import cache as entries
 from atp_tune.utils.cache import cache_dir
 
@@ -140,52 +132,6 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
 
 
-@pytest.mark.slow
-def test_a_trained_model_is_packed_and_given_in_memory(place: Path, command: CommandLine) -> None:
-    """`apply --packed`, then `Configuration.apply`: the weights that the folder has."""
-    import atp_tune
-
-    packed = command("apply", "--config", place / "tiny.best.json", "--out", place / "packed", "--packed")
-    assert (packed.code, packed.err) == (0, "")
-    assert command("unpack", place / "packed", "--out", place / "unpacked").code == 0
-    chosen = atp_tune.load_config(place / "tiny.best.json")
-    chosen.save(place / "folder")
-    model = chosen.apply()
-    for name, tensor in tensors(place / "folder").items():
-        assert same_bytes(tensor, tensors(place / "unpacked")[name])
-        if block_of(name) is not None:
-            assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
-
-
-@pytest.mark.slow
-def test_other_settings_train_anew_and_none_leaves_what_is_there(place: Path, command: CommandLine) -> None:
-    before = config_of(place).recovered
-    other = run(place, command, "recover.steps=8", "recover.batch=4", "recover.learning_rate=0.01")
-    assert other.code == 0
-    assert other.out.startswith("complete: 6 of 6 trials; the best plan is to be trained\n")
-    assert "step 8 of 8: loss" in other.out
-    now = config_of(place).recovered
-    assert before is not None
-    assert now is not None
-    assert (now.settings.steps, before.settings.steps) == (8, 24)
-    assert run(place, command, 'recover="none"').code == 0
-    assert config_of(place).recovered == now
-
-
-@pytest.mark.slow
-def test_training_that_helps_nothing_leaves_the_plan_as_it_was_pruned(place: Path, command: CommandLine) -> None:
-    answer = run(place, command, "recover.steps=9", "recover.learning_rate=0.8", "recover.eval_every=3")
-    assert (answer.code, answer.err) == (0, "")
-    assert f"the best plan stays as it was pruned: {NO_GAIN}" in answer.out
-    assert ", trained " not in answer.out
-    how = "9 steps of scales of rows and columns by NLL and KL from the dense model on the calibration text"
-    assert f"Not trained after pruning: with {how}, {NO_GAIN}." in answer.out
-    assert not config_of(place).is_trained
-    written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
-    assert written.code == 0
-    assert not (place / "out" / FINETUNED).exists()
-
-
 def seen_and_interrupted(run: StudyRun, *_: object) -> None:
     """Training that others see, and that ends at once."""
     assert recovery_said(summarise(stored(run.file.folder))).startswith(f"The best plan is being trained on {node()}, ")
@@ -229,38 +175,6 @@ def test_what_prevents_training_is_said_and_ends_no_study(
     (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]
     assert line.startswith("warning: the best plan stays as it was pruned: training: needs about ")
     assert "lower batch, seqlen, or take a larger device" in line
-
-
-@pytest.mark.slow
-def test_a_model_in_memory_is_trained_too(trained: Path, cache: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(trained / "model")
-    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
-    documents = (trained / "long.txt").read_text().split("\n\n")
-    sizes = {f"texts.{role}.{key}": value for role in ("calibration", "validation", "test")
-             for key, value in (("seqlen", TOKENS), ("nsamples", 8))}  # fmt: skip
-    settings_ = {**sizes, "texts.calibration.draws": 1, "recover.steps": 16, "recover.batch": 4, "recover.seqlen": 32}
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = tune(
-        model, tokenizer, sparsity=0.6, trials=2, texts=documents, progress=False,
-        settings={**settings_, "recover.learning_rate": 0.01, "recover.min_increase": 0, "continuations.tokens": 0},
-    )  # fmt: skip
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    found = result.summary.recovered
-    assert found is not None
-    assert found.kept
-    given = result.apply()
-    measured = result.save(trained.parent / "from memory")
-    assert found.test is not None
-    assert measured == found.test.perplexity
-    folder = {
-        k: v for file in (trained.parent / "from memory").glob("*.safetensors") for k, v in load_file(file).items()
-    }
-    for name, tensor in given.state_dict().items():
-        if block_of(name) is not None:
-            assert torch.equal(tensor, folder[name])
-    assert "## Fine-tuned after pruning" in (trained.parent / "from memory" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -324,24 +238,6 @@ def test_what_is_not_finite_is_left_out(nll: float, monkeypatch: pytest.MonkeyPa
     assert {kind: round(own.value, 2) for kind, own in found.kinds.items()} == {"news": 4.48}
 
 
-def test_with_the_papers_protocol_one_text_is_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    better, worse = judged(monkeypatch, 10, None), judged(monkeypatch, 7, None)
-    assert better.kept
-    assert not worse.kept
-    assert better.test is None
-    assert better.validation is not None
-    assert better.validation.perplexity.value == 8
-
-
-def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise NoGainError("training: no step …")
-
-    monkeypatch.setattr(finetuning, "apply_trained", fails)
-    found = recovered(None, RecoverConfig(), Place(Path(), "cpu"))  # type: ignore[arg-type]
-    assert (found.kept, found.reason, found.validation) == (False, NO_GAIN, None)
-
-
 # What is asked for.
 
 
@@ -356,85 +252,4 @@ def study(**changes: Any) -> Study:
     )
 
 
-def test_a_table_without_keys_has_the_defaults() -> None:
-    found = study().recover
-    assert found == RecoverConfig()
-    assert found is not None
-    assert (found.rate, RecoverConfig(train="lora").rate) == (0.003, 0.001)
-    assert study(recover="none").recover is None
-    assert study(limit={"max_kl": 0.1}, sparsity=[0.1, 0.9], search={"trials": 2, "objective": ["kl"]}).recover == found
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"sparsity": None, "bits": 4.0}, "bits are given"),
-        ({"prune": {"pattern": "channels"}}, 'prune.pattern = "channels"'),
-        ({"sparsity": [0.1, 0.9]}, "sparsity is an interval without a limit"),
-        ({"recover": {"rank": 4}}, 'rank: is a setting of train = "lora"'),
-        ({"recover": {"steps": 0}}, "greater than or equal to 1"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValidationError, match=r"recover|rank|steps") as caught:
-        study(**changes)
-    assert why in str(caught.value)
-
-
-def test_a_misspelt_key_is_sought_in_its_own_table_first() -> None:
-    assert _unknown(("recover", "step")) == "did you mean recover.steps?"
-    assert _unknown(("recover", "draws")) == "did you mean texts.calibration.draws?"
-
-
-def test_settings_without_a_value_are_filled() -> None:
-    found = RecoverConfig(train="lora", rank=3).filled(77)
-    assert (found.rank, found.alpha, found.seqlen, found.learning_rate, found.loss) == (3, 6, 77, 0.001, "both")
-    scales = RecoverConfig(seqlen=9).filled(77)
-    assert (scales.rank, scales.alpha, scales.seqlen, scales.learning_rate) == (None, None, 9, 0.003)
-    with pytest.raises(ValueError, match='alpha: is a setting of train = "lora"; leave it out'):
-        RecoverConfig(alpha=3)
-
-
-def test_the_command_has_the_defaults_of_the_table() -> None:
-    """As a user who reads what training brings in a study expects of `finetune`."""
-    options = inspect.signature(TrainingOptions).parameters
-    assert {name: field.default for name, field in Training.model_fields.items()} == {
-        name: options[name].default for name in Training.model_fields
-    }
-
-
 # What is said.
-
-
-def test_a_study_says_how_its_best_plan_was_trained(done: Path) -> None:
-    study, texts = stored(done), changed(-0.3)
-    assert not any(", trained" in row[0] for row in overview(summarise(study)).rows)
-    assert recovery_said(summarise(study)) == ""
-    made = study.user_attrs["made_from"]
-    asked = {**made, "settings": {**made["settings"], "recover": {"steps": 9}}}
-    study.set_user_attr("made_from", asked)
-    not_yet = "Not trained yet: the same command trains the best plan, with 9 "
-    assert recovery_said(summarise(stored(done))).startswith(not_yet)
-    for process, said in ((identity(), f"The best plan is being trained on {node()}, with 9 "), ({}, not_yet)):
-        study.set_user_attr("training", process)
-        assert recovery_said(summarise(stored(done))).startswith(said)
-    study.set_user_attr("training", {**identity(), "process_started": 1.0})  # it was killed
-    assert recovery_said(summarise(stored(done))).startswith(not_yet)
-    best = summarise(study).best_trial
-    assert best is not None
-    one = {"perplexity": texts.after, "change": texts.change}
-    found = Recovered(
-        settings=RecoverConfig(), kept=True, step=48, steps=64, validation=one, test=one, against_uniform=texts.change
-    )  # type: ignore[arg-type]
-    study.set_user_attr("recovered", {str(best.number): found.model_dump(mode="json")})
-    db = opening.open_storage(study_file(done).storage_url, create=False)
-    assert db is not None
-    summary = summarise(opening.find_study(db, "tiny"))  # type: ignore[arg-type]
-    row = overview(summary).rows[-1]
-    assert row[0].endswith(", trained")
-    assert row[3:] == ["7.00 ± 1.00", "7.00 ± 1.00", "-30.0% ± 1.0%"]
-    assert recovery_said(summary) == (
-        "Trained after pruning: 64 steps of scales of rows and columns by NLL and KL from the dense model on the "
-        "calibration text, of which step 48 was taken; its perplexity is 30.0% ± 1.0% below on the validation text and "
-        "30.0% ± 1.0% below on the test text, against the same plan as it was pruned. `apply` writes the trained model."
-    )

@@ -1,6 +1,5 @@
 """Refinement by conjugate gradients on the mask of any pruner: `prune.refine`."""
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,16 @@ from families import CPU, MIXTURES, bench_of, few, same_bits, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import planned
-from test_prune_pass import atp_plan, naive_pass
+from test_prune_pass import naive_pass
 from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsities, tied_problems
-from tinystudy import CommandLine, run, settings, stored, study_file
+from tinystudy import CommandLine, run
 from torch import Tensor
 
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import PruneConfig
-from atp_tune.dashboard.publishing import study_note
-from atp_tune.errors import TrialError
 from atp_tune.pruners import PRUNERS, make_pruner
-from atp_tune.pruners.refinement import DAMPING, Treatment, with_hessian
+from atp_tune.pruners.refinement import DAMPING, with_hessian
 from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
-from atp_tune.results.summary import summarise
-from atp_tune.run.dense_model import DenseMeasurements
 
 CASES = list(product(PRUNERS, (None, 8)))
 
@@ -95,19 +90,6 @@ def test_many_steps_are_least_squares_on_the_mask() -> None:
     assert error(weight, refined, H).sum() < 0.9 * error(weight, alone, H).sum()
 
 
-def test_without_live_inputs_nothing_changes() -> None:
-    weight, x = problem((6, 21))
-    alone, refined = both("magnitude", None, 5, (weight, 0 * x), 0.5)
-    torch.testing.assert_close(alone, refined)
-
-
-def test_what_is_not_finite_is_refused() -> None:
-    weight, x = problem((6, 21))
-    x[3, 4] = torch.inf
-    with pytest.raises(TrialError, match="Hessian not finite"):
-        both("magnitude", None, 1, (weight, x), 0.5)
-
-
 @pytest.mark.parametrize("kind", [None, InputNorms, InputMoments, Hessian])
 def test_statistics_are_the_pruner_s_own_with_a_hessian(kind: Any) -> None:
     found = with_hessian(kind)
@@ -148,30 +130,6 @@ def test_it_is_its_naive_pass(family: str, way: Any) -> None:
             torch.testing.assert_close(pruned, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_the_output_of_each_block_is_nearer_to_the_dense_model_s() -> None:
-    model = tiny("llama")
-    errors = []
-    for steps in (0, 10):
-        work = bench_of(model, PruneConfig(refine=steps))
-        errors.append([block.error for block in work.prune(atp_plan(work, "wanda"))])
-    assert all(refined < 0.95 * alone for alone, refined in zip(*errors, strict=True))
-
-
-@pytest.mark.slow
-def test_statistics_of_the_dense_model_come_back_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind in its own place: those of Wanda alone, and of three pruners that are refined."""
-    model, found = tiny("llama"), []
-    for turn in range(2):
-        if turn:
-            monkeypatch.setattr(DenseMeasurements, "_measured", None)
-        for steps, name in ((0, "wanda"), (5, "wanda"), (5, "sparsegpt"), (5, "magnitude")):
-            work = bench_of(model, PruneConfig(statistics="dense", refine=steps))
-            plan = atp_plan(work, name)
-            found.append([block.weights for _ in range(2) for block in work.prune(plan)])
-    for one, other in zip(found[:4], found[4:], strict=True):
-        assert all(same_bits(block[name], other[k][name]) for k, block in enumerate(one) for name in block)
-
-
 # --- by the commands
 
 
@@ -188,56 +146,3 @@ def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> N
     assert answer.code == 0, answer.err
     assert answer.out.endswith("(+0.000%)\n")
     assert "refine = 5" in (place / "sparse" / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_results_say_that_they_are_refined(place: Path, command: CommandLine) -> None:
-    said = "Pruned weights are refined by 5 steps of conjugate gradients, those of uniform too."
-    assert said in command("--study", place / "tiny.toml", *settings(*REFINED)).out
-    assert command("report", "--study", place / "tiny.toml", "--format", "md").code == 0
-    assert said in (place / "tiny.report.md").read_text()
-    assert said in study_note(summarise(stored(place)), "sqlite:///x.db")
-
-
-@pytest.mark.slow
-def test_a_study_goes_on_with_the_same_steps_only(place: Path, command: CommandLine) -> None:
-    run(place)
-    answer = command("--study", place / "tiny.toml", *settings(*REFINED))
-    assert answer.code == 2
-    assert "prune.refine" in answer.error
-
-
-@pytest.mark.slow
-def test_it_is_no_fact_of_a_study_without_it(place: Path) -> None:
-    """So that studies that are older than the key go on."""
-    assert not [key for key in run(place).user_attrs["fingerprint"] if "refine" in key]
-    assert run(place, *REFINED, name="refined").user_attrs["fingerprint"]["prune.refine"] == 5
-
-
-def test_bad_steps_are_one_line(place: Path, command: CommandLine) -> None:
-    answer = command("--study", place / "tiny.toml", "--set", "prune.refine=-1")
-    assert answer.code == 2
-    assert "prune.refine: must be at least 0, got -1" in answer.error
-
-
-@pytest.mark.slow
-def test_a_recipe_cannot_say_it(place: Path, command: CommandLine) -> None:
-    run(place, *REFINED)
-    answer = command("export", "--config", place / "tiny.best.json", "--format", "llm-compressor", "--out", place / "x")
-    assert answer.code == 2
-    assert "prune.refine = 5: llm-compressor has no refinement" in answer.error
-    answer = command("export", "--config", place / "tiny.best.json", "--format", "yaml", "--out", place / "x.yaml")
-    assert answer.code == 0
-    assert "refine: 5" in (place / "x.yaml").read_text()
-
-
-@pytest.mark.slow
-def test_a_plan_counts_the_passes_that_measure_hessians(place: Path, command: CommandLine) -> None:
-    """A pruner without statistics measures some when it is refined."""
-    words = ("plan", "--study", place / "tiny.toml", "--json", *settings("prune.pruners=['magnitude']"))
-    plain, refined = (json.loads(command(*words, *settings(f"prune.refine={k}")).out)["trial"][0] for k in (0, 5))
-    assert plain["tokens"]["listen"] == 0 < refined["tokens"]["listen"]
-    spec = study_file(place, "prune.pruners=['magnitude']", *REFINED).study
-    assert spec.prune.pruner("magnitude").measures is with_hessian(None)
-    assert isinstance(spec.prune.pruner("magnitude"), Treatment)
-    assert study_file(place, "prune.pruners=['magnitude']").study.prune.pruner("magnitude").measures is None

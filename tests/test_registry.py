@@ -1,4 +1,3 @@
-import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +6,8 @@ from types import ModuleType
 import pytest
 from pydantic import ValidationError
 
-from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.prune import PruneConfig, with_tables
-from atp_tune.config.study import AllocationConfig
 from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
-from atp_tune.pruners.wanda import Wanda
 from atp_tune.utils.frozen import SettingsTable
 from atp_tune.utils.registry import Registry
 
@@ -53,27 +49,6 @@ def test_a_row_is_imported_when_it_is_asked_for(fruits: Registry[object]) -> Non
         fruits["stone"]
 
 
-def test_a_name_that_is_not_registered(fruits: Registry[object]) -> None:
-    with pytest.raises(KeyError) as caught:
-        fruits["appel"]
-    assert str(caught.value) == 'no fruit "appel"; known are apple, stone, whole, seven; did you mean apple?'
-    with pytest.raises(KeyError, match=r'no pruner "wandda"; known are magnitude, .*; did you mean wanda'):
-        make_pruner("wandda")
-    assert fruits.get("pear") is None
-
-
-def test_a_registered_name_may_stand_in_a_study_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValidationError):
-        PruneConfig(pruners=("mine",))
-    monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
-    monkeypatch.setitem(ALLOCATIONS, "flat", "atp_tune.allocations.formulas:uniform")
-    assert PruneConfig(pruners=("mine", "wanda")).pruners == ("mine", "wanda")
-    assert AllocationConfig(names=("flat",)).names == ("flat",)
-    assert make_pruner("mine", {"strength": 3, "group": 4}) == Mine(strength=3, group=4)
-    with pytest.raises(ValidationError, match="'alps' or 'mine'"):
-        PruneConfig(pruners=("minne",))
-
-
 def test_a_study_file_has_a_table_for_each_pruner_with_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name for name in SETTINGS if name in PruneConfig.model_fields} == set(SETTINGS) <= set(PRUNERS)
     monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
@@ -85,21 +60,7 @@ def test_a_study_file_has_a_table_for_each_pruner_with_settings(monkeypatch: pyt
         with_tables(PruneConfig).model_validate({"mine": {"strength": True}})
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-def test_the_settings_of_a_pruner_stand_once(name: str) -> None:
-    pruner = PRUNERS[name]
-    own = set(SETTINGS[name].model_fields) if name in SETTINGS else set()
-    assert name not in SETTINGS or issubclass(pruner, SETTINGS[name])
-    assert set(pruner.model_fields) == {*own, "group"}
-
-
 def test_what_a_cache_names_a_pruner_by_stays() -> None:
     """Dense statistics lie on disks under a hash of it."""
     assert repr(make_pruner("sparsegpt")) == "SparseGPT(damping=0.01, columns=128, group=None)"
     assert repr(make_pruner("magnitude", {"group": 4})) == "Magnitude(group=4)"
-
-
-def test_settings_reach_other_processes() -> None:
-    config = PruneConfig(pruners=("alps",), alps={"rho": 0.5})
-    assert pickle.loads(pickle.dumps(config)) == config
-    assert pickle.loads(pickle.dumps(Wanda(group=4))) == Wanda(group=4)

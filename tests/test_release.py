@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CPU, bench_of, checkpoint_of, copy_of, few, nlls_of, same_bits, tiny
+from families import CPU, bench_of, copy_of, nlls_of, same_bits, tiny
 from plans import planned
 from tinystudy import CommandLine, run, settings, stored
 from torch import Tensor, nn
@@ -47,26 +47,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 ONCE, TWICE, THRICE = (["loaded", 0] * times for times in (1, 2, 3))
-PAIR = ["loaded", "loaded", 1, 0]
 
 
 @pytest.mark.slow
 def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: list[Any]) -> None:
     assert command("--study", place / "tiny.toml", *settings("search.trials=2")).code == 0
     assert loads == ONCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", few(["auto", "cpu", "disk"], ["auto"]))
-def test_prune_measures_its_folder_alone(
-    offload: str, place: Path, command: CommandLine, loads: list[Any], tmp_path: Path
-) -> None:
-    options = ("--study", place / "tiny.toml", *settings(f"model.offload={offload}"))
-    assert command("prune", *options).code == 0
-    assert loads == ONCE
-    loads.clear()
-    assert command("prune", *options, "--out", tmp_path / "sparse").code == 0
-    assert loads == TWICE
 
 
 @pytest.mark.slow
@@ -79,15 +65,6 @@ def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], 
     answer = command("finetune", sparse, "--out", tmp_path / "tuned", *options)
     assert answer.code == 0, answer.err
     assert loads == THRICE
-
-
-@pytest.mark.slow
-def test_speedup(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
-    answer = command("speedup", "--config", done / "tiny.best.json", "--tokens", "8", "--runs", "1", "--device", "cpu")
-    assert answer.code == 0, answer.err
-    assert loads[:4] == TWICE  # to be pruned, and to be counted
-    # torch in one number format and packed in three, or two of each; where bfloat16 is fast two and three
-    assert loads[4:] in (4 * PAIR, 5 * PAIR)
 
 
 @pytest.mark.slow
@@ -142,23 +119,3 @@ def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeyp
         gc.enable()
     assert stored(place).trials[1].user_attrs["failure"] == "out of memory"
     assert held and not alive[-1]
-
-
-@pytest.mark.slow
-def test_a_trial_leaves_the_allocators_cache_to_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it gives back the next one takes again, and each time the device waits."""
-    emptied: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    run(place, "search.trials=3")
-    assert len(emptied) == 1  # at the end
-
-
-@pytest.mark.slow
-def test_a_checkpoint_may_be_released_twice(tmp_path: Path) -> None:
-    tiny("llama").save_pretrained(tmp_path)
-    with Checkpoint.load(tmp_path, torch.float32, CPU) as checkpoint:
-        checkpoint.release()
-    with checkpoint_of(tiny("llama")) as other:
-        other.release()
-    assert not list(checkpoint.model.parameters())

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.storages import get_storage
 from optuna.trial import TrialState
-from tinystudy import HANGS, CommandLine, run, wait_until
+from tinystudy import HANGS, run, wait_until
 
 from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.errors import UserError
@@ -19,7 +19,7 @@ from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.storage import database, fingerprint, lost_trials, opening, process, progress, remote
 from atp_tune.storage.lost_trials import SAME
 from atp_tune.storage.process import identity
-from atp_tune.storage.remote import RemoteStorage, connect
+from atp_tune.storage.remote import connect
 
 
 class Server:
@@ -65,43 +65,6 @@ def started(server: Server) -> tuple[optuna.Study, optuna.Trial]:
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the tests ask and tell by hand
 
 
-@pytest.mark.parametrize(
-    "address", ["grpc://", "grpc://host:port", "grpc://host:99999", "grpc://host/path", "grpc://me:secret@host:1"]
-)
-def test_an_address_that_is_none(address: str) -> None:
-    with pytest.raises(UserError, match="write grpc://HOST:13000") as caught:
-        opening.open_storage(address, create=False)
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_nobody_answers(place: Path, command: CommandLine) -> None:
-    answer = command("--study", place / "tiny.toml", "--storage", "grpc://127.0.0.1:1")
-    assert answer.error == (
-        "storage grpc://127.0.0.1:1: nobody answers; start it on that machine with: "
-        "python tune.py serve --listen 0.0.0.0"
-    )
-
-
-@pytest.mark.slow
-def test_a_study_is_the_same_over_a_server(place: Path, server: Server) -> None:
-    here = run(place, name="here")
-    there = run(place, f"storage={server.address}", name="there")
-    assert [(t.params, t.value) for t in there.trials] == [(t.params, t.value) for t in here.trials]
-    stored = opening.find_study(server.database, "there")
-    assert stored is not None
-    assert [t.user_attrs["nlls"] for t in stored.trials] == [t.user_attrs["nlls"] for t in here.trials]
-    assert stored.user_attrs["test_nlls"] == here.user_attrs["test_nlls"]
-    assert {t.state for t in stored.trials} == {TrialState.COMPLETE}
-
-
-@pytest.mark.slow
-def test_another_study_under_the_same_name_is_refused(place: Path, server: Server, command: CommandLine) -> None:
-    run(place, f"storage={server.address}")
-    answer = command("--study", place / "tiny.toml", "--storage", server.address, "--set", "sparsity=0.5")
-    assert "sparsity is 0.5, was 0.6" in answer.error
-
-
 @pytest.mark.slow
 def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     def said() -> list[str]:
@@ -122,16 +85,6 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
     stored = opening.find_study(server.database, "s")
     assert stored is not None
     assert stored.trials[0].value == 2.5
-
-
-@pytest.mark.slow
-def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
-    study, trial = started(server)
-    server.stop()
-    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. All earlier results are stored"):
-        study.tell(trial, 2.5)
-    server.start()
 
 
 @pytest.mark.slow
@@ -181,25 +134,6 @@ def test_a_server_says_what_is_wrong_with_its_database(
         study.set_user_attr("a", 1)
     assert str(caught.value) == f"{server.address}: its database: {said[1]}"
     assert f"says of its database: {said[0]}; trying again, nothing is lost" in caplog.text
-
-
-@pytest.mark.slow
-def test_signs_of_life_reach_the_database(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, trial = started(server)
-    there = study._storage
-    assert isinstance(there, RemoteStorage)
-    assert optuna.storages._heartbeat.is_heartbeat_enabled(there)
-    there.record_heartbeat(trial._trial_id)
-    with server.database.engine.connect() as connection:
-        beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").fetchall()
-    assert beats == [(trial._trial_id,)]
-    assert remote.ALIVE not in server.database.get_trial(trial._trial_id)._system_attrs
-    study.tell(trial, 1.0)
-    there.record_heartbeat(trial._trial_id)  # its thread may be a moment late
-    server.stop()
-    monkeypatch.setattr(database, "RETRY_SECONDS", 0.1)
-    there.record_heartbeat(trial._trial_id)
-    server.start()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from families import ALL, TOKENS, VOCABULARY, check, checkpoint_of, random_ids, replay_of, tiny
 from torch import Tensor, nn
 
-from atp_tune.blocks.replay import Reached, Replay, bypassed
+from atp_tune.blocks.replay import Replay
 from atp_tune.errors import UserError
 
 
@@ -54,47 +54,6 @@ def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None
     assert not torch.equal(after, states[2])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom"])
-def test_bfloat16(family: str) -> None:
-    model, ids = tiny(family, torch.bfloat16), random_ids(3)
-    replay = replay_of(model)
-    states = replayed(replay, ids)
-    assert states[-1].dtype == torch.bfloat16
-    with torch.inference_mode():
-        assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
-
-
-def test_blocks_of_one_model_are_called_with_different_masks() -> None:
-    """With the arguments of block 0 for all blocks, gemma3 would come out differently."""
-    replay, hidden = replay_of(tiny("gemma3")), torch.randn(2, TOKENS, 24)
-    with torch.inference_mode():
-        calls = replay._calls_for(2, TOKENS)
-        args, kwargs = calls[0].with_hidden(hidden)
-        as_first = replay.checkpoint.blocks[1](*args, **kwargs)
-        assert not torch.allclose(replay.run(1, replay.checkpoint.weights(1), hidden), as_first)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-alibi", "bloom", "opt"])
-def test_the_model_is_left_as_it_was(family: str) -> None:
-    model, ids = tiny(family), random_ids(2)
-    before = logits_of(model, ids)
-    replay = replay_of(model)
-    with torch.inference_mode():
-        replay.logits(ids, replayed(replay, ids)[-1])
-    assert torch.equal(logits_of(model, ids), before)
-    assert not any("forward" in vars(block) for block in replay.checkpoint.blocks)
-
-
-def test_a_bypass_ends_with_an_error_too() -> None:
-    blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    x = torch.ones(1, 2)
-    before = blocks[1](x)
-    with pytest.raises(Reached), bypassed(blocks, lambda index, *args: index):
-        assert [block(x) for block in blocks] == [0, 1]
-        raise Reached
-    assert torch.equal(blocks[1](x), before)
-
-
 def test_a_forward_that_somebody_has_set_is_there_afterwards() -> None:
     """As accelerate's hooks are, and gradient checkpointing."""
     model, ids, calls = tiny("llama"), random_ids(2), list[int]()
@@ -113,19 +72,6 @@ def test_a_forward_that_somebody_has_set_is_there_afterwards() -> None:
     with replay.whole(replay.checkpoint.weights) as whole:
         logits_of(whole, ids)
     assert calls == [0, 1, 2, 3] * 2
-
-
-def test_arguments_are_recorded_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    replay = replay_of(model)
-    replayed(replay, random_ids(2))
-    calls: list[int] = []
-    original = model.forward
-    monkeypatch.setattr(model, "forward", lambda **kwargs: calls.append(1) or original(**kwargs))
-    replayed(replay, random_ids(2, seed=1))
-    assert len(calls) == 1  # the embedding
-    replayed(replay, random_ids(1))
-    assert len(calls) == 3  # the embedding, and arguments for a batch of one
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
-from atp_tune.measures import ACCURACY, KL, MEASURES, PERPLEXITY, SAME_TOP, TEXTS
+from atp_tune.measures import ACCURACY, KL, MEASURES, PERPLEXITY, TEXTS
 from atp_tune.results.results import Results
 from atp_tune.scores.next_token import beside_dense
 
@@ -113,11 +113,3 @@ def test_beside_dense_is_what_a_loop_counts() -> None:
             expected = np.quantile([float(kls[row, k]) for k in kept], 0.99)
             assert found["kls_99"][row] == pytest.approx(expected, rel=1e-5)
             assert found["same_tops"][row] == pytest.approx(fmean(float(same[row, k]) for k in kept))
-
-
-def test_further_measures_are_shown_once_they_are_there() -> None:
-    found = Results({}, [trial(0, 0.1, [0.5], nlls=ATP, kls=[0.4, 0.5, 0.6], same_tops=[0.7, 0.8, 0.9])], ("kl",))
-    assert found.measures == (PERPLEXITY, KL, SAME_TOP)
-    assert str(found.score(found.trials[0], "validation", SAME_TOP)) == "80.0% ± 5.8%"
-    assert found.shown("dense", "test", SAME_TOP) == "100%"
-    assert str(SAME_TOP.change([0.7, 0.8], [0.8, 1.0])) == "+15.0 ± 5.0 points"

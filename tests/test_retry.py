@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from time import sleep
@@ -22,9 +21,8 @@ from sqlalchemy.exc import OperationalError
 from tinystudy import HANGS
 
 from atp_tune.dashboard.servers import ServedDatabase, proxy
-from atp_tune.errors import UserError
 from atp_tune.storage import database
-from atp_tune.storage.database import CALLS, Retrying
+from atp_tune.storage.database import CALLS
 from atp_tune.storage.opening import open_database, open_storage
 from atp_tune.storage.remote import connect
 from atp_tune.utils.system import interruptible
@@ -81,14 +79,6 @@ def test_a_call_that_is_made_again_finds_what_it_has_told(storage: BaseStorage, 
     assert storage.get_trial(trial).value == 1.5
 
 
-def test_a_trial_is_told_once(storage: BaseStorage, lose: Callable[..., None]) -> None:
-    trial = begun(storage)
-    lose()
-    storage.set_trial_state_values(trial, *END)
-    with pytest.raises(UpdateFinishedTrialError):
-        storage.set_trial_state_values(trial, *END)
-
-
 def test_a_trial_that_another_ended_meanwhile(storage: BaseStorage, lose: Callable[..., None]) -> None:
     tell = RDBStorage.set_trial_state_values
     trial = begun(storage)
@@ -105,24 +95,6 @@ def test_a_pickled_storage_is_as_patient(storage: BaseStorage, lose: Callable[..
     lose()
     assert restored.set_trial_state_values(trial, *END)
     assert storage.get_trial(trial).value == 1.5
-
-
-@pytest.mark.parametrize("storage", ["sqlite"], indirect=True)
-def test_a_pickled_storage_says_what_is_wrong_with_its_file(storage: BaseStorage, tmp_path: Path) -> None:
-    restored = pickle.loads(pickle.dumps(storage))
-    (tmp_path / "study.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match="file is not a database; restore a backup"):
-        restored.get_all_studies()
-
-
-def test_what_one_thread_repeats_is_no_other_thread_s() -> None:
-    waiting, answers = Retrying("x"), iter(["does not answer", ""])
-    waiting.ask(lambda: next(answers), str)
-    assert waiting.has_repeated
-    with ThreadPoolExecutor() as pool:
-        assert not pool.submit(lambda: waiting.has_repeated).result()
-    waiting.ask(lambda: "", str)
-    assert not waiting.has_repeated
 
 
 def test_every_transaction_of_optuna_s_is_made_again() -> None:

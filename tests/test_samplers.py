@@ -9,8 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from synthetic import storage_in
@@ -21,15 +20,11 @@ from atp_tune.plan import Plan
 from atp_tune.search import samplers
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.samplers import (
-    STARTS,
     BranchSampler,
-    SeededSampler,
     _grid,
     around_best,
     branch_study,
     make_sampler,
-    make_stopper,
-    seed_of,
     wait_for_earlier,
     whose_turn,
 )
@@ -68,30 +63,6 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("gp", BranchSampler), ("tpe", BranchSampler), ("random", SeededSampler), ("grid", SeededSampler)],
-)
-def test_a_sampler_by_name(name: str, kind: type[BaseSampler]) -> None:
-    assert type(make_sampler(search_of(sampler=name), space_of())) is kind
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
-@pytest.mark.parametrize("prune", [{}, BOTH])
-def test_proposals_are_in_the_space_and_the_same_for_a_seed(sampler: str, prune: dict[str, Any]) -> None:
-    space = space_of(prune=prune)
-    searches = (search_of(sampler=sampler, seed=seed) for seed in (3, 3, 4))
-    first, again, other = (run(space, make_sampler(search, space), STARTS + 2) for search in searches)
-    assert params_of(first) == params_of(again) != params_of(other)
-    for trial in first.trials:
-        assert trial.state == TrialState.COMPLETE
-        assert trial.params["pruner"] in space.pruners
-        assert 0 <= trial.params["beta"] <= 0.2
-    starts = [trial.params for trial in first.trials[: len(space.pruners)]]
-    assert starts == space.uniform()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("prune", [{}, BOTH])
 def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
@@ -101,51 +72,8 @@ def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     assert abs(study.best_params["beta"] - 0.07) < 0.01
 
 
-@pytest.mark.slow
-def test_the_gp_works_in_a_database_with_other_studies(tmp_path: Path) -> None:
-    """Studies in a database have numbers of their own, unlike studies in memory."""
-    space, storage = space_of(prune=BOTH), storage_in(tmp_path / "studies.db")
-    optuna.create_study(storage=storage)
-    study = run(space, make_sampler(search_of(), space), STARTS + 2, storage)
-    assert params_of(study) == params_of(run(space, make_sampler(search_of(), space), STARTS + 2))
-
-
-@pytest.mark.slow
-def test_a_gp_study_goes_on_with_a_new_sampler(tmp_path: Path) -> None:
-    space, file = space_of(), tmp_path / "studies.db"
-    name = run(space, make_sampler(search_of(), space), 4, storage_in(file)).study_name
-    resumed = optuna.load_study(study_name=name, storage=storage_in(file), sampler=make_sampler(search_of(), space))
-    resumed.optimize(lambda trial: fake_perplexity(space.suggest(trial)), n_trials=4)
-    betas = [trial.params["beta"] for trial in resumed.trials]
-    assert len(betas) == 8 and all(0 <= beta <= 0.2 for beta in betas)
-    assert min(abs(beta - 0.07) for beta in betas) < 0.02
-
-
 FLAT = {"gamma": 0.0, "ends": 0.0, "split": 0.0, "value": 0.0}
 MIXED = {"names": ["atp", "curve", "uniform"]}
-
-
-def mixed_perplexity(plan: Plan) -> float:
-    """Curve's valley is deeper than ATP's: at γ = -0.1."""
-    gamma = plan.parameters.get("gamma", 0.0)
-    return fake_perplexity(plan) * math.exp(20 * (gamma + 0.1) ** 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])
-def test_a_mixed_space_gives_each_allocation_its_parameters(sampler: str) -> None:
-    space = space_of(allocation=MIXED, prune=BOTH)
-    search = search_of(sampler=sampler)
-    study = optuna.create_study(sampler=make_sampler(search, space))
-    for params in AtSparsity(search, space).starts():
-        study.enqueue_trial(params)
-    study.optimize(lambda trial: mixed_perplexity(space.suggest(trial)), n_trials=24)
-    tried = [trial.params["allocation"] for trial in study.trials]
-    assert tried.count("curve") >= 6 and tried.count("atp") >= 4
-    for trial in study.trials:
-        assert set(trial.params) == {"pruner", "allocation", *space.intervals[trial.params["allocation"]]}
-    assert study.best_params["allocation"] == "curve"
-    assert study.best_value < mixed_perplexity(space.plan({"pruner": "wanda", "allocation": "atp", "beta": 0.07}))
 
 
 def test_turns_go_to_the_fewest_and_to_the_leader() -> None:
@@ -245,16 +173,6 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
         (TrialState.RUNNING, None, without_allocation(running)),
     ]
     assert study.trials[0].value == pytest.approx(math.e**2)
-
-
-def test_the_first_trials_are_drawn_at_random() -> None:
-    """Until there are STARTS measured trials, the GP proposes what its random sampler does for the trial's seed."""
-    space = space_of()
-    study = run(space, make_sampler(search_of(seed=5), space), STARTS)
-    low, high = space.intervals["atp"]["beta"]
-    for trial in study.trials[1:]:
-        plain = optuna.create_study(sampler=GPSampler(seed=seed_of(5, study, trial), n_startup_trials=STARTS))
-        assert plain.ask().suggest_float("beta", low, high) == trial.params["beta"]
 
 
 @pytest.mark.slow
@@ -363,37 +281,6 @@ def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
         for pruner, beta in itertools.product(space.pruners, (0.0, 0.05, 0.1, 0.15, 0.2))
     ]
     assert sorted(map(str, params_of(study))) == sorted(map(str, expected))
-
-
-def test_a_grid_is_shuffled_by_the_seed_of_the_study() -> None:
-    space = space_of(prune=BOTH)
-    one, again, other = (
-        AtSparsity(search_of(sampler="grid", step=0.02, seed=seed), space).starts() for seed in (0, 0, 1)
-    )
-    assert one == again != other
-    assert one[:2] == other[:2] == space.uniform()
-    assert sorted(map(str, one)) == sorted(map(str, other))
-    assert [params["beta"] for params in one[2:]] != sorted(params["beta"] for params in one[2:])
-
-
-@pytest.mark.parametrize(
-    ("search", "prune", "total"),
-    [
-        ({"trials": 7}, {}, 7),
-        ({"trials": 7, "sampler": "random"}, BOTH, 7),
-        ({"trials": None, "sampler": "grid", "step": 0.05}, {}, 5),
-        ({"trials": None, "sampler": "grid", "step": 0.05}, BOTH, 10),
-        ({"trials": 3, "sampler": "grid", "step": 0.05}, {}, 3),
-        ({"trials": 100, "sampler": "grid", "step": 0.05}, BOTH, 10),
-    ],
-)
-def test_the_total(search: dict[str, Any], prune: dict[str, Any], total: int) -> None:
-    assert AtSparsity(search_of(**search), space_of(prune=prune)).total == total
-
-
-def test_a_stopper_by_name() -> None:
-    assert type(make_stopper(search_of(stopper="wilcoxon"))) is WilcoxonPruner
-    assert type(make_stopper(search_of(stopper="none"))) is NopPruner
 
 
 @pytest.mark.parametrize("high", [0.8 / 29, 1.2 / 39, 0.1])

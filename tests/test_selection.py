@@ -45,40 +45,6 @@ def test_the_same_as_a_stable_sort(values: int | None) -> None:
             assert torch.equal(mask, lowest_mask(s.tolist(), count)), (seed, count)
 
 
-def test_ties_in_some_rows_only() -> None:
-    s = torch.tensor([[3.0, 1.0, 2.0, 4.0], [1.0, 1.0, 1.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
-    assert lowest(s, 2).tolist() == [
-        [False, True, True, False],
-        [True, False, False, True],
-        [True, True, False, False],
-    ]
-
-
-@pytest.mark.parametrize("count", [-1, 0])
-def test_nothing(count: int) -> None:
-    assert not lowest(torch.randn(3, 4), count).any()
-
-
-@pytest.mark.parametrize("count", [4, 5])
-def test_everything(count: int) -> None:
-    assert lowest(torch.randn(3, 4), count).all()
-
-
-def test_infinite_scores_go_last() -> None:
-    s = torch.tensor([[float("inf"), 1.0, float("inf"), 0.0]])
-    assert lowest(s, 3).tolist() == [[True, True, False, True]]
-
-
-def test_zeros_of_both_signs_tie() -> None:
-    s = torch.tensor([[0.0, -0.0, 0.0, 1.0]])
-    assert lowest(s, 2).tolist() == [[True, True, False, False]]
-
-
-def test_a_transposed_view() -> None:
-    s = torch.randint(3, (17, 5), generator=torch.Generator().manual_seed(0)).float().T
-    assert torch.equal(lowest(s, 8), lowest_mask(s.tolist(), 8))
-
-
 @pytest.mark.parametrize("values", [None, 2, 10])
 @pytest.mark.parametrize("choose", [lowest_in_rows, lowest_in_matrix])
 def test_groups(choose: Callable[..., Tensor], values: int | None) -> None:
@@ -91,12 +57,6 @@ def test_groups(choose: Callable[..., Tensor], values: int | None) -> None:
 def test_the_number_in_a_group_is_safe_from_rounding() -> None:
     """0.29 · 100 is 28.999999999999996."""
     assert lowest_in_rows(torch.randn(2, 205), 0.29, 100).sum(1).tolist() == [29 + 29 + 1] * 2
-
-
-def test_without_groups_over_rows_or_the_matrix() -> None:
-    s = torch.tensor([[4.0, 3.0, 9.0], [1.0, 0.0, 2.0]])
-    assert lowest_in_rows(s, 0.5).tolist() == [[False, True, False], [False, True, False]]
-    assert lowest_in_matrix(s, 0.5).tolist() == [[False] * 3, [True] * 3]
 
 
 def by_sorting(s: Tensor, count: int) -> Tensor:
@@ -138,21 +98,6 @@ def test_a_large_matrix_is_selected_by_a_sample(values: int | None, order: str) 
         assert torch.equal(lowest_in_matrix(s, sparsity), expected), sparsity
 
 
-@pytest.mark.parametrize("values", [None, 3])
-def test_a_transposed_matrix_stays_one(values: int | None) -> None:
-    s = large(values, (60, 41)).T
-    mask = lowest_in_matrix(s, 0.3)
-    assert torch.equal(mask, lowest_mask([s.flatten().tolist()], int(s.numel() * 0.3)).reshape(s.shape))
-    assert values or mask.T.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_formats(dtype: torch.dtype) -> None:
-    s = large(None, (9, 400)).to(dtype)
-    assert torch.equal(lowest(s, 123), by_sorting(s, 123))
-    assert torch.equal(lowest_in_matrix(s, 0.4), by_sorting(s.reshape(1, -1), 1440).reshape(s.shape))
-
-
 def test_what_is_not_finite() -> None:
     """NaN is the highest score; a threshold that is NaN takes nothing, as before numpy selected."""
     nan, inf = float("nan"), float("inf")
@@ -188,20 +133,6 @@ def test_the_order_in_which_groups_lose_weights(values: int | None) -> None:
             for sparsity in (0.0, 0.2, 1 / 3, 0.375, 0.5, 0.9, 1.0):
                 count = zeros_in_row(s.shape[1], sparsity, group)
                 assert torch.equal(places < count, lowest_in_rows(s, sparsity, group)), (seed, group, sparsity)
-
-
-def test_between_two_sparsities_groups_lose_the_lowest_scores_first() -> None:
-    """With one zero in each group of four, the next are the second lowest of each, the lowest of these first."""
-    s = torch.tensor([[9.0, 1.0, 8.0, 7.0, 2.0, 3.0, 5.0, 4.0]])
-    assert order_in_rows(s, 4).argsort(1).tolist() == [[1, 4, 5, 3, 7, 2, 6, 0]]
-
-
-def test_ranks_of_signs_infinities_and_wide_rows() -> None:
-    s = torch.tensor([[0.0, -0.0, float("inf"), -1.0, 0.0, -float("inf"), 1e-42, -1e-42, float("nan")]])
-    assert ranks(s).tolist() == [[3, 4, 7, 1, 5, 0, 6, 2, 8]]
-    s = torch.arange(40_000.0).flip(0)[None]
-    assert torch.equal(ranks(s), torch.arange(40_000, dtype=torch.int32).flip(0)[None])
-    assert torch.equal(ranks(s.bfloat16()) < 300, by_sorting(s.bfloat16(), 300))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -259,14 +190,6 @@ def test_torch_selects_from_a_large_matrix(values: int | None, order: str) -> No
     for sparsity in (1e-4, 0.29, 0.5, 0.7, 0.999):
         expected = by_sorting(s.reshape(1, -1), int(s.numel() * sparsity)).reshape(s.shape)
         assert torch.equal(lowest_in_matrix(s, sparsity), expected), sparsity
-
-
-@pytest.mark.usefixtures("as_on_an_accelerator")
-def test_torch_takes_nan_for_the_highest() -> None:
-    nan = float("nan")
-    many = torch.cat([torch.full((300,), nan), torch.arange(9700.0)]).reshape(10, -1)
-    assert torch.equal(lowest_in_matrix(many, 0.5), many < 5000)
-    assert not lowest_in_matrix(many, 0.99).any()  # the threshold is NaN
 
 
 class Peak(TorchDispatchMode):

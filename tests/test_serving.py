@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,15 +19,10 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from synthetic import storage_in
-from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, study_file, wait_until
+from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, wait_until
 
-from atp_tune.config import finding
 from atp_tune.config.best import read_config
-from atp_tune.dashboard.publishing import OWN, with_own_words
-from atp_tune.dashboard.servers import Served, Service, choose, serve
-from atp_tune.errors import UserError
-from atp_tune.results.goals import best_trial
+from atp_tune.dashboard.servers import Served, Service, serve
 from atp_tune.storage import opening
 
 
@@ -91,71 +85,10 @@ def dashboard(done: Path) -> Iterator[Dashboard]:
         yield dashboard
 
 
-@pytest.mark.slow
-def test_the_note_of_a_study(dashboard: Dashboard, done: Path) -> None:
-    body = dashboard.study("tiny")["note"]["body"]
-    study = opening.find_study(open_db(done), "tiny")
-    assert study is not None
-    best = best_trial(study)
-    assert best is not None
-    assert body.startswith("## tiny: `model` at 50% sparsity")
-    score = re.escape(f"{best.value:.2f} ± {best.user_attrs['stderr']:.2f}")
-    row = rf"^\| \*\*[^|]+\*\* \| &emsp;\*\*{best.number}\*\* \| &emsp;\*\*[^|]+\*\* \| &emsp;\*\*{score}\*\* \|"
-    assert re.search(row, body, re.M)
-    assert "6 of 6 trials are done." in body
-    assert "below uniform’s on the test text" in body
-    assert "tiny.toml`" in body
-    assert f"Database: `sqlite:///{done / 'tiny.db'}`" in body
-    assert "python tune.py apply --config best.json --out DIR" in body
-    assert re.search(r"python tune.py --study tiny.toml --storage grpc://127.0.0.1:\d+ ", body)
-
-
 def open_db(place: Path) -> optuna.storages.BaseStorage:
     db = opening.open_storage(f"sqlite:///{place / 'tiny.db'}", create=False)
     assert db is not None
     return db
-
-
-@pytest.mark.slow
-def test_columns_are_numbers_and_short(dashboard: Dashboard) -> None:
-    study = dashboard.study("tiny")
-    columns = {attr["key"]: attr["sortable"] for attr in study["union_user_attrs"]}
-    assert columns == {
-        "± stderr": True, "zeros %": True,
-        "packed MB": True, "time (s)": True, "peak GB": True, "device": False, "dtype": False,
-        "host": False,
-    }  # fmt: skip
-    assert all(len(attr["value"]) < 60 for trial in study["trials"] for attr in trial["user_attrs"])
-    assert all(len(attr["value"]) < 60 for attr in study["user_attrs"])
-
-
-@pytest.mark.slow
-def test_notes_of_trials(dashboard: Dashboard) -> None:
-    notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
-    assert notes[0].startswith("### wanda uniform\n")
-    assert notes[1].startswith("### magnitude uniform\n")
-    assert all("Perplexity on the validation text" in note and "Peak memory" in note for note in notes)
-    assert "Sparsity: 50.0% in every block." in notes[0]
-    assert all("first block" in note for note in notes[2:])
-
-
-def shown_in(db: optuna.storages.BaseStorage) -> dict[str, Any]:
-    stored = db.get_study_system_attrs(db.get_study_id_from_name("tiny"))
-    return {key: value for key, value in stored.items() if key.startswith("dashboard:")}
-
-
-@pytest.mark.slow
-def test_figures_are_drawn_and_the_database_is_left_alone(dashboard: Dashboard, done: Path) -> None:
-    db = open_db(done)
-    before = shown_in(db)
-    figures = {
-        figure["id"]: json.loads(figure["graph_object"]) for figure in dashboard.study("tiny")["plotly_graph_objects"]
-    }
-    assert list(figures) == ["perplexity", "sparsity", "error", "seconds"]
-    assert all(figure["data"] for figure in figures.values())
-    assert shown_in(db) == before
-    assert set(db.get_all_studies()[0].user_attrs) > {"fingerprint", "dense", "test_nlls:dense"}
-    assert "nlls" in db.get_all_trials(db.get_study_id_from_name("tiny"))[0].user_attrs
 
 
 @pytest.mark.slow
@@ -168,24 +101,6 @@ def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     assert again["version"] > note["version"]
     dashboard.write_note("tiny", again["body"].replace("4", "5"), again["version"] + 1)
     assert dashboard.study("tiny")["note"]["body"].endswith("Ask Ada about trial 5.\n")
-
-
-@pytest.mark.slow
-def test_own_words_for_a_trial(dashboard: Dashboard) -> None:
-    trial = dashboard.study("tiny")["trials"][2]
-    body, version = trial["note"]["body"], trial["note"]["version"]
-    dashboard.write_note("tiny", body + "\nodd\n", version + 1, trial["trial_id"])
-    notes = [trial["note"]["body"] for trial in dashboard.study("tiny")["trials"]]
-    assert [note.endswith("\nodd\n") for note in notes] == [False, False, True, False, False, False]
-
-
-@pytest.mark.parametrize("written", ["", "mine", f"old\n\n---\n\n{OWN}\n\nmine", f"{OWN}mine\n"])
-def test_ours_is_there_once(written: str) -> None:
-    note = with_own_words("## ours", written)
-    assert note.count(OWN) == 1
-    assert note == with_own_words("## ours", note)
-    assert note.endswith("mine\n") or not written
-    assert "old" not in note
 
 
 @pytest.mark.slow
@@ -256,20 +171,6 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_empty_database_and_a_failed_trial(tmp_path: Path) -> None:
-    with served(tmp_path / "new.db") as dashboard:
-        assert dashboard.studies() == {}
-        study = optuna.create_study(study_name="odd", storage=storage_in(tmp_path / "new.db"))
-        trial = study.ask()
-        trial.set_user_attr("failure", "perplexity is inf `here`")
-        study.tell(trial, state=TrialState.FAIL)
-        odd = dashboard.study("odd")
-        assert "No trial has been measured yet." in odd["note"]["body"]
-        assert "**No value:** `perplexity is inf 'here'`." in odd["trials"][0]["note"]["body"]
-        assert odd["trials"][0]["user_attrs"] == [{"key": "remark", "value": "perplexity is inf `here`"}]
-
-
-@pytest.mark.slow
 def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     study = opening.find_study(open_db(done), "tiny")
     assert study is not None
@@ -300,16 +201,6 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "stopped: everything that workers sent is stored\n", "")
 
 
-@pytest.mark.slow
-def test_listening_to_all_warns(done: Path) -> None:
-    server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
-    assert server.stdout is not None
-    lines = "".join(server.stdout.readline() for _ in range(5))
-    server.send_signal(signal.SIGINT)
-    assert "warning: neither port has a login" in lines
-    assert finish(server).code == 0
-
-
 @pytest.mark.parametrize("option", ["--port", "--grpc-port"])
 def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
     with socket.socket() as other:
@@ -320,40 +211,6 @@ def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
         words = [word for pair in ports.items() for word in pair]
         answer = command("serve", "--study", done / "tiny.toml", *words)
     assert answer.error == f"127.0.0.1:{port}: Address already in use; choose another port with {option} N"
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--listen", "no.such.host.invalid"], "write an address of this machine"),
-        (["--listen", "192.0.2.1"], "--listen 192.0.2.1: Cannot assign requested address; write an address of this"),
-        (["--storage", "sqlite:////no/such/folder/x.db"], "its folder does not exist"),
-        (["--storage", "grpc://host:1"], "serve the database itself"),
-        (["--storage", "nonsense"], "not a storage URL"),
-        (["--artifacts", "/dev/null/x"], "name a folder that can be written"),
-    ],
-)
-def test_what_cannot_be_served(options: list[str], words: str, done: Path, command: CommandLine) -> None:
-    given = options if "--storage" in options else ["--study", str(done / "tiny.toml"), *options]
-    assert words in command("serve", "--port", "0", "--grpc-port", "0", *given).error
-
-
-def test_the_newest_database_is_served(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finding, "_folders", lambda: (Path("studies"),))
-    nothing = None, None, "127.0.0.1", 0, 0, None
-    (tmp_path / "studies").mkdir()
-    with pytest.raises(UserError, match="no study has a database yet"):
-        choose(*nothing)
-    for age, name in enumerate(("new", "old")):
-        shutil.copy(done / "tiny.toml", tmp_path / "studies" / f"{name}.toml")
-        (tmp_path / "studies" / f"{name}.db").touch()
-        os.utime(tmp_path / "studies" / f"{name}.db", (0, 1000 - age))
-    service = choose(*nothing)
-    assert service.address == f"sqlite:///{tmp_path / 'studies' / 'new.db'}"
-    assert service.artifacts == tmp_path / "studies" / "new.artifacts" and service.others == ("old",)
-    assert choose(None, "postgresql://u@h/d", "127.0.0.1", 0, 0, None).artifacts == Path("artifacts")
-    assert study_file(done).storage_url == choose(str(done / "tiny.toml"), None, "", 0, 0, None).address
 
 
 def other_addresses() -> list[str]:
@@ -382,9 +239,3 @@ def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard)
         assert dashboard.ask_for(host) == 200, host
     for host in ("evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example", "", "["):
         assert dashboard.ask_for(host) == 403, host
-
-
-@pytest.mark.slow
-def test_other_names_reach_a_dashboard_that_listens_to_others(done: Path) -> None:
-    with served(done / "tiny.db", "0.0.0.0") as dashboard:
-        assert dashboard.ask_for("server.example:8080") == 200

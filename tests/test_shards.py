@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
-from atp_tune.folders.applying import Shards, sparse_folder, write_sparse
+from atp_tune.folders.applying import Shards, write_sparse
 from atp_tune.run.session import Session
-from atp_tune.utils.paths import check_free
 
 
 def raw(folder: Path) -> dict[str, tuple[str, str, list[int], bytes]]:
@@ -179,14 +178,6 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_shard_without_linears_is_copied(tmp_path: Path) -> None:
-    folder, out = SOURCES["a shard per tensor"](tmp_path / "dense"), tmp_path / "sparse"
-    write_sparse(bench_over(folder), planned("wanda", "uniform", (0.5,) * 4), out, config())
-    embedding = raw(folder)["model.embed_tokens.weight"][0]
-    assert (out / embedding).read_bytes() == (folder / embedding).read_bytes()
-
-
-@pytest.mark.slow
 def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_path: Path) -> None:
     """float32 on disk, computed in bf16: what stays is the source's float32."""
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
@@ -199,13 +190,6 @@ def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_pat
             mask = block.weights[linear.key] == 0
             assert same_bits(sparse[key], dense[key].masked_fill(mask, 0))
             assert not torch.equal(dense[key], dense[key].bfloat16().float())
-
-
-def pairs(work: Session) -> Any:
-    for index in range(len(work.checkpoint.blocks)):
-        for linear in work.checkpoint.linears[index]:
-            dense = work.checkpoint.weights(index)[linear.key]
-            yield work.checkpoint.key(index, linear), dense, torch.zeros_like(dense)
 
 
 def anonymous() -> int:
@@ -236,26 +220,6 @@ def test_no_shard_is_held_in_memory(tmp_path: Path) -> None:
     assert all(not tensor.any() for file in out.iterdir() for tensor in load_file(file).values())
 
 
-@pytest.mark.parametrize(
-    ("stored", "asked"),
-    [
-        ("transformer.h.0.w", "transformer.h.0.w"),
-        ("h.0.w", "transformer.h.0.w"),
-        ("transformer.h.0.w", "h.0.w"),
-    ],
-)
-def test_names_with_and_without_the_prefix(stored: str, asked: str, tmp_path: Path) -> None:
-    save_file({stored: torch.zeros(2)}, tmp_path / "a.safetensors")
-    save_file({"other": torch.zeros(2)}, tmp_path / "b.safetensors")
-    assert Shards(tmp_path, "transformer").find(asked) == ("a.safetensors", stored)
-
-
-def test_a_name_that_the_source_does_not_have(tmp_path: Path) -> None:
-    save_file({"other": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"has no tensor for model\.w; save it with this transformers version first"):
-        Shards(tmp_path, "model").find("model.w")
-
-
 def _changed(tensor: Tensor) -> Tensor:
     other = tensor.clone()
     other[0, 0] += 1
@@ -273,28 +237,3 @@ def test_a_source_that_is_not_what_was_loaded(change: Any, tmp_path: Path) -> No
         write_sparse(work, planned("wanda", "uniform", (0.5,) * 4), out, config())
     assert not out.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
-
-
-def test_a_folder_that_is_there(tmp_path: Path) -> None:
-    check_free(tmp_path / "new")
-    (tmp_path / "empty").mkdir()
-    check_free(tmp_path / "empty")
-    (tmp_path / "full" / "part").mkdir(parents=True)
-    (tmp_path / "file").touch()
-    for name in ("full", "file"):
-        with pytest.raises(UserError, match="exists already; choose another folder or remove it"):
-            check_free(tmp_path / name)
-
-
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written: "), sparse_folder(tmp_path, tmp_path / "file" / "out"):
-        pass
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
-    out.mkdir()
-    check_free(out)
-    write_sparse(bench_over(folder), planned("wanda", "uniform", (0.5,) * 4), out, config())
-    assert (out / "model.safetensors").exists()

@@ -14,25 +14,20 @@ from typing import Any
 import image_families
 import pytest
 import torch
-from families import CPU, bench_of, few, random_ids, tiny
+from families import bench_of, few, random_ids, tiny
 from plans import linears_of, planned
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.patterns import make_plan, parse
 from atp_tune.config.prune import PruneConfig
-from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.folders import slim
 from atp_tune.folders.applying import OURS, plan_of, write_sparse
-from atp_tune.folders.packing import pack_folder, to_pack
-from atp_tune.folders.slim import check_pattern, write_slim
+from atp_tune.folders.slim import write_slim
 from atp_tune.packed.modeling_atp_sparse import auto_map
 from atp_tune.plan import Plan
 from atp_tune.pruners.settings import ChannelSettings
@@ -167,32 +162,6 @@ def test_a_slim_classifier_is_the_masked_one(family: str, heads: bool, tmp_path:
     torch.testing.assert_close(third, found, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.slow
-def test_a_classifier_with_convolutions_over_its_channels_is_refused(tmp_path: Path) -> None:
-    with quiet():
-        work, plan, config = classifier("segformer", tmp_path, False)
-        with pytest.raises(UserError, match=r"--slim: this model cannot run with fewer channels: .*groups"):
-            write_slim(work, plan, tmp_path / "slim", config)
-    assert not (tmp_path / "slim").exists()
-
-
-@pytest.mark.slow
-def test_tensors_that_lost_nothing_are_those_of_the_dense_model(llama: tuple[Path, ...]) -> None:
-    before, masked, folder = llama
-    dense, cut = load_file(before / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert dense.keys() == cut.keys()
-    changed = {name for name in dense if dense[name].shape != cut[name].shape}
-    assert changed
-    assert all(re.search(r"mlp\.(gate|up|down)_proj\.weight$", name) for name in changed)
-    assert all(torch.equal(dense[name], cut[name]) for name in dense.keys() - changed)
-    table = json.loads((folder / "config.json").read_text())["atp_slim"]
-    assert {f"{name}.weight": shape for name, shape in table["linears"].items()} == {
-        name: list(cut[name].shape) for name in changed
-    }
-    zeros = sum(int((tensor == 0).sum()) for tensor in load_file(masked / "model.safetensors").values())
-    assert sum(t.numel() for t in dense.values()) - sum(t.numel() for t in cut.values()) == zeros
-
-
 @pytest.mark.parametrize("heads", few([False, True], [True]))
 def test_blocks_of_equal_widths_make_an_ordinary_folder(heads: bool, make: Make) -> None:
     masked, folder = make("qwen3", beta=0.0, sparsity=0.5 if heads else 0.25, heads=heads, round_to=1)
@@ -205,33 +174,7 @@ def test_blocks_of_equal_widths_make_an_ordinary_folder(heads: bool, make: Make)
     torch.testing.assert_close(logits(load(folder)), logits(load(masked)), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.slow
-def test_equal_widths_that_no_config_says_make_a_slim_folder(make: Make) -> None:
-    masked, folder = make("gpt2", beta=0.0, sparsity=1 / 3, round_to=1)  # n_inner is null there
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "atp_slim"
-    torch.testing.assert_close(logits(load(folder)), logits(load(masked)), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.slow
-def test_a_slim_model_can_lose_further_channels(folder: Path, tmp_path: Path) -> None:
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        work = bench_of(model, PruneConfig(pattern="channels", channels=ChannelSettings(round_to=1)), folder=folder)
-        plan = make_plan("wanda", "uniform", work.budget(0.1), {}, parse("channels"))
-        config = config_of(work.prune_settings, plan)
-        write_sparse(work, plan, tmp_path / "masked2", config)
-        write_slim(work, plan, tmp_path / "slim2", config)
-    before, after = (load(tmp_path / name) for name in ("slim", "slim2"))
-    assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in before.parameters())
-    torch.testing.assert_close(logits(after), logits(load(tmp_path / "masked2")), rtol=1e-10, atol=1e-12)
-
-
 # no silent failure
-
-
-def test_a_class_of_the_family_does_not_load_it(folder: Path) -> None:
-    with quiet(), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        LlamaForCausalLM.from_pretrained(folder)
 
 
 PLAIN = """
@@ -274,29 +217,6 @@ def test_a_damaged_table_or_file_is_refused(folder: Path) -> None:
             AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_atp_tune_reads_a_slim_folder_as_any_model(llama: tuple[Path, ...]) -> None:
-    _, masked, folder = llama
-    found = resolve(ModelConfig(source=str(folder)), Path())
-    assert not found.trusted
-    with quiet(), Checkpoint.load(found.path, torch.float32, CPU) as checkpoint:
-        assert len({tuple(x.in_features for x in row) for row in checkpoint.linears}) > 1  # widths of each block's own
-        torch.testing.assert_close(logits(checkpoint.model).double(), logits(load(masked)), rtol=1e-3, atol=1e-4)
-
-
-def test_code_in_a_slim_folder_is_not_run(folder: Path) -> None:
-    """What runs is the module of the package."""
-    (folder / "modeling_atp_sparse.py").write_text("raise SystemExit")
-    with quiet(), Checkpoint.load(resolve(ModelConfig(source=str(folder)), Path()).path, torch.float32, CPU) as found:
-        assert type(found.model).__name__ == "SlimLlamaForCausalLM"
-
-
-def test_the_config_says_the_family(folder: Path) -> None:
-    config = AutoConfig.from_pretrained(folder)
-    assert config.to_dict()["model_type"] == "atp_slim"
-    assert type(config).__name__ == "SlimLlamaConfig"
-    assert config.num_hidden_layers == 4
-
-
 # a stranger's slim folder
 
 
@@ -334,28 +254,6 @@ def test_code_of_a_stranger_is_not_handed_on(folder: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"kept": 1}
     assert "or `trust_remote_code=True` in the call" in (tmp_path / "out/README.md").read_text()
     assert logits(load(tmp_path / "out")).isfinite().all()
-
-
-@pytest.mark.slow
-def test_a_slim_folder_of_a_plain_one_has_our_code_alone(tmp_path: Path) -> None:
-    work, plan, config = prepared("llama", tmp_path, 0.02, 0.3, heads=False)
-    (tmp_path / "dense/evil.py").write_text("raise SystemExit")
-    (tmp_path / "dense/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
-    with quiet():
-        write_slim(work, plan, tmp_path / "out", config)
-    check_own(tmp_path / "out")
-
-
-def test_a_slim_model_is_not_packed(folder: Path, tmp_path: Path) -> None:
-    with quiet():
-        work = bench_of(AutoModelForCausalLM.from_pretrained(folder), PruneConfig(), folder=folder)
-    plan = make_plan("wanda", "uniform", work.budget(0.7), {})
-    said = "is a slim model, which has lost channels and cannot be packed; use it as it is$"
-    with pytest.raises(UserError, match=f"^{folder}: {said}"):
-        pack_folder(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=f"^--packed: org/name: {said}"):
-        to_pack(config_of(PruneConfig(), plan), None).check(work.folder.path)
-    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
 
 
 # what is not exact is not written
@@ -443,12 +341,6 @@ def test_a_family_whose_code_counts_its_heads_is_refused(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_other_patterns_are_refused() -> None:
-    config = read_config(GOLDEN).model_copy(update={"prune": PruneConfig(pattern="2:4")})
-    with pytest.raises(UserError, match=r'^--slim: only whole channels can be cut, and prune.pattern is "2:4"'):
-        check_pattern(config)
-
-
 # by the command line
 
 
@@ -503,16 +395,3 @@ def test_a_study_of_channels_is_run_exported_and_applied(studied: Path, command:
     check_own(tmp_path / "tuned")
     engine = command("speedup", tmp_path / "slim", "--engine", "packed")
     assert engine.error.startswith("--engine packed: runs models with zeros, and this one has fewer channels")
-
-
-@pytest.mark.slow
-def test_a_front_over_sparsities_of_channels(studied: Path, tmp_path: Path) -> None:
-    from tinystudy import run
-
-    home = tmp_path / "front"
-    shutil.copytree(studied, home, ignore=shutil.ignore_patterns("*.db*", "*.best.json"))
-    study = run(home, "sparsity=[0.1, 0.4]", "search.trials=6")
-    counts = [trial.user_attrs["realised"] for trial in study.trials if "realised" in trial.user_attrs]
-    assert len(set(counts)) > 2
-    for trial in study.trials:
-        assert trial.user_attrs["realised"] == pytest.approx(trial.params["sparsity"], abs=0.01)

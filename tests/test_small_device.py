@@ -46,12 +46,6 @@ def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_the_same_device_with_all_its_memory_takes_larger_batches(place: Path, command: CommandLine) -> None:
-    assert command("--study", place / "tiny.toml").code == 0
-    assert stored(place).user_attrs["batches"] == {"calibration": 8, "validation": 16, "test": 16, "heads": 64}
-
-
-@pytest.mark.slow
 def test_where_host_memory_is_small_too_blocks_are_on_disk(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,14 +54,3 @@ def test_where_host_memory_is_small_too_blocks_are_on_disk(
     answer = command("--study", place / "tiny.toml", *settings("search.trials=1"))
     assert answer.code == 0
     assert "blocks are kept on disk and copied to the device one by one" in answer.out
-
-
-@pytest.mark.parametrize("arguments", [(), ("prune",), ("plan",)])
-def test_a_limit_that_is_no_size_is_one_line(
-    arguments: tuple[str, ...], place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Told before the model is loaded."""
-    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "much")
-    shutil.rmtree(place / "model")
-    answer = command(*arguments, "--study", place / "tiny.toml")
-    assert answer.error == 'ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 600M, got "much"'

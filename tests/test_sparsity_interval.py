@@ -64,29 +64,6 @@ def test_every_parameter_of_curve_reaches_its_bounds() -> None:
     assert found == pytest.approx({name: ends[0] for name, ends in curve.bounds(Budget(0.3, SIZES)).items()})
 
 
-def test_an_interval_without_zero_is_shared_from_its_low_end() -> None:
-    space = space_over(allocation={"names": ["atp", "owl"]})
-    assert space.intervals["owl"] == {"M": (0.0, 1.0), "lam": (0.0, 1.0)}
-    [start] = [point for point in space.starts() if point["allocation"] == "owl"]
-    assert 3 + start["M"] * 7 == pytest.approx(5)  # the authors' threshold
-
-
-def test_levels_are_equally_far_and_multiples_of_the_step() -> None:
-    assert space_over().levels(6) == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    levels = space_over().levels(8)
-    assert (levels[0], levels[-1], len(levels)) == (0.2, 0.7, 8)
-    assert all(abs(level / STEP - round(level / STEP)) < 1e-9 for level in levels)
-    assert space_over(0.5, 0.51).levels(8) == [0.5, 0.505, 0.51]
-
-
-def test_it_begins_at_both_ends_and_in_the_middle() -> None:
-    study = study_of(sparsity=INTERVAL, search=TPE)
-    first = OverInterval(study.search, space_over()).starts()
-    assert [(point["sparsity"], point["beta"]) for point in first] == [
-        (0.2, 0.0), (0.2, 0.5), (0.45, 0.0), (0.45, 0.5), (0.7, 0.0), (0.7, 0.5),
-    ]  # fmt: skip
-
-
 def loss(sparsity: float, share: float) -> float:
     """ln perplexity like SmolLM2's: the best share grows from 0 at 30 % to 0.6 at 70 %."""
     best = max(0.0, 1.5 * (sparsity - 0.3))
@@ -183,12 +160,6 @@ def test_a_neighbour_that_loses_nothing_says_nothing_of_a_higher_sparsity(trials
     assert found[0] == pytest.approx(0.001)
 
 
-def test_without_trials_it_is_uniform() -> None:
-    space = space_over()
-    found = Surrogate(space, [], 0).best_at(0.4)
-    assert (found.increase, found.params) == (None, space.uniform(0.4)[0])
-
-
 @pytest.mark.slow
 def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
     space = space_over(prune={"pruners": ["wanda", "magnitude"]})
@@ -199,18 +170,3 @@ def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
     for one in points:
         assert {**one, "beta": 0.0} in points
     assert 4 < len(points) <= 8
-
-
-def test_the_total_is_a_trial_and_uniform_for_each_point() -> None:
-    study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "screen": {"trials": 24, "confirm": 8}})
-    assert OverInterval(study.search, space_over()).total == 16
-    study = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "trials": 5, "screen": {"trials": 24, "confirm": 8}})
-    assert OverInterval(study.search, space_over()).total == 5
-
-
-def test_trials_stay_on_the_grid_of_sparsities() -> None:
-    space = space_over()
-    kind = space.kinds("atp")["sparsity"]
-    for trial in screened(space):
-        assert kind._contains(trial.params["sparsity"])
-        assert trial.params == trial.params | {"sparsity": round(trial.params["sparsity"], 6)}

@@ -1,24 +1,19 @@
 """Sizes, zeros, engines and the command `speedup`."""
 
 import copy
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import zstandard
-from families import tiny
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine, quiet, settings, stored, study_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
 )
 
 from atp_tune.api.pruning import prune_study
@@ -27,17 +22,15 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.cli.commands.evaluate import rates_table
 from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
-from atp_tune.events import Event, Step, ignore_events
+from atp_tune.events import ignore_events
 from atp_tune.folders import comparing
 from atp_tune.folders.comparing import pack_linears, packed_copy
-from atp_tune.folders.provenance import ABOUT
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
 from atp_tune.speed import torch_engine
-from atp_tune.speed.benchmark import in_format_of, sizes, zeros_by_kind
-from atp_tune.speed.torch_engine import About, Pair, Workload, measured
-from atp_tune.utils.extras import install
+from atp_tune.speed.benchmark import in_format_of
+from atp_tune.speed.torch_engine import About, Workload, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,22 +57,6 @@ def random_model(family: str = "llama") -> Any:
 # --- sizes and zeros
 
 
-def test_zeros_are_counted_by_kind(tmp_path: Path) -> None:
-    model = random_model()
-    with torch.no_grad():
-        for index, block in enumerate(model.model.layers):
-            block.self_attn.q_proj.weight[: 8 * (index + 1)] = 0
-            block.mlp.down_proj.weight[0, 0] = -0.0
-    found = zeros_by_kind(Checkpoint(model, torch.device("cpu")))
-    assert list(found) == [
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj",
-    ]  # fmt: skip
-    assert found.pop("self_attn.q_proj") == 0.375
-    assert found.pop("mlp.down_proj") == 1 / (32 * 48)
-    assert set(found.values()) == {0}
-
-
 @pytest.mark.parametrize("sparse", [torch.float32, torch.bfloat16])
 def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, cache: Path, tmp_path: Path) -> None:
     """A folder in bfloat16 of a .gguf file was said to be half of its dense model, whose files are in float32."""
@@ -90,44 +67,6 @@ def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, cache: Pat
         assert load_file(dense / "model.safetensors")["weight"].dtype == sparse
         assert (dense == tmp_path / "dense") == (sparse == torch.float32)
         assert dense.is_relative_to(cache) == (sparse != torch.float32)
-
-
-def test_a_disk_too_small_for_the_dense_model_in_another_format(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was written into the system's folder of temporary files, until the disk was full."""
-    for name, dtype in (("dense", torch.float32), ("sparse", torch.bfloat16)):
-        (tmp_path / name).mkdir()
-        save_file({"weight": torch.ones(3, 5, dtype=dtype)}, tmp_path / name / "model.safetensors")
-    for free, fits in ((30, True), (29, False)):
-        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
-        with (
-            nullcontext() if fits else pytest.raises(UserError, match=f"^cache folder {cache}/sparse/.*make room"),
-            in_format_of(tmp_path / "sparse", tmp_path / "dense"),
-        ):
-            pass
-
-
-def test_bytes_of_files_as_they_are_and_compressed(tmp_path: Path) -> None:
-    folders = [tmp_path / "dense", tmp_path / "sparse"]
-    weights = [torch.randn(300, 300), torch.randn(300, 300) * (torch.rand(300, 300) > 0.7)]
-    for folder, weight in zip(folders, weights, strict=True):
-        folder.mkdir()
-        for shard in ("a", "b"):
-            save_file({"weight": weight}, folder / f"{shard}.safetensors")
-        (folder / "tokenizer.json").write_text("{}")
-    events: list[Event] = []
-    found = sizes(*folders, events.append)
-    plain = [sum(len(file.read_bytes()) for file in folder.glob("*.safetensors")) for folder in folders]
-    packed = [
-        sum(len(zstandard.compress(file.read_bytes())) for file in folder.glob("*.safetensors")) for folder in folders
-    ]
-    assert (found.dense, found.sparse) == tuple(plain)
-    assert (found.dense_zstd, found.sparse_zstd) == pytest.approx(packed, rel=0.01)
-    assert found.sparse_zstd < 0.5 * found.dense_zstd
-    last = events[-1]
-    assert isinstance(last, Step)
-    assert last.done == last.total == sum(plain)
 
 
 # --- turns
@@ -242,22 +181,6 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
     assert "| packed, MB | " in (done / "tiny.report.md").read_text()
 
 
-@pytest.mark.slow
-def test_torch_computes_each_side_with_its_own_weights(done: Path, tmp_path: Path) -> None:
-    """Prefill up to the prompt's last token, decode the tokens after it."""
-    sparse = tmp_path / "sparse"
-    prune_study(study_file(done), {"beta": 0.0}, sparse, ignore_events)
-    task, cpu = Workload(tokens=6, steps=3, runs=1, batch=2), torch.device("cpu")
-    with torch_engine.opened(Pair(done / "model", sparse), task, cpu, torch.float32) as engine:
-        assert isinstance(engine, torch_engine.Eager)
-        for side, folder in (("dense", done / "model"), ("sparse", sparse)):
-            logits = AutoModelForCausalLM.from_pretrained(folder)(engine._batch).logits.detach()
-            for phase, last in (("prefill", 5), ("decode", 8), ("prefill", 5)):
-                seconds, found = engine._run(side, phase)
-                assert seconds > 0
-                torch.testing.assert_close(found, logits[:, last : last + 1])
-
-
 class Fixed:
     """An opening of an engine that is there."""
 
@@ -304,19 +227,6 @@ def test_decoding_in_one_graph_gives_the_same_tokens(family: str, kind: Kind) ->
     assert Measured.model_validate_json(found.model_dump_json()) == found
 
 
-@pytest.mark.slow
-def test_a_family_without_a_static_cache(caplog: pytest.LogCaptureFixture) -> None:
-    """Falcon's ALiBi is of as many positions as there are tokens: it is decoded as before, and a line says so."""
-    pytest.importorskip("triton")
-    engine, task = decoders(tiny("falcon-alibi"))
-    assert engine.phases == ("prefill", "decode")
-    assert caplog.messages[0].startswith(
-        "packed: tokens are decoded by the launches of Python, in no CUDA graph: RuntimeError: The size of tensor a"
-    )
-    found = measured(Fixed(engine), "packed", task, ignore_events)  # type: ignore[arg-type]
-    assert found.graph is None and list(found.rates)[-1] == "decode"
-
-
 def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
@@ -324,13 +234,6 @@ def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatc
     monkeypatch.setitem(torch_engine.EXACT, torch.float32, -1.0)
     assert decoders(random_model())[0].phases == ("prefill", "decode")
     assert "ValueError: with a static cache logits differ by " in caplog.messages[0]
-
-
-def test_torch_knows_the_options_of_its_compiler() -> None:
-    """It refuses others at once, before it compiles."""
-    torch.compile(nn.Linear(1, 1), **torch_engine.COMPILER)
-    with pytest.raises(RuntimeError, match="Unexpected optimization option triton"):
-        torch.compile(nn.Linear(1, 1), options={"triton.other": True})
 
 
 # --- 2:4
@@ -349,34 +252,12 @@ def test_two_zeros_in_each_group_of_four_inputs() -> None:
         torch_engine.check_groups("q_proj", torch.zeros(2, 6))
 
 
-def test_other_linears_are_not_compressed() -> None:
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
-        torch_engine.compress(Checkpoint(model, torch.device("cpu")))
-
-
 @pytest.fixture
 def two_four(place: Path, tmp_path: Path) -> Path:
     """A sparse folder in the pattern 2:4."""
     overrides = ("prune.pattern='2:4'", "sparsity=0.5", "allocation='uniform'")
     prune_study(study_file(place, *overrides), {}, tmp_path / "two_four", ignore_events)
     return tmp_path / "two_four"
-
-
-@pytest.mark.slow
-def test_what_is_pruned_in_2_4_has_two_zeros_in_each_group(two_four: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(two_four)
-    for name, module in model.model.layers.named_modules():
-        if isinstance(module, nn.Linear):
-            torch_engine.check_groups(name, module.weight)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_semi_structured_without_a_card(two_four: Path, command: CommandLine) -> None:
-    assert command("speedup", two_four, "--engine", "semi-structured").error == (
-        "--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, cpu has none"
-    )
 
 
 def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,19 +272,6 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
     assert command("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
-
-
-@pytest.mark.slow
-def test_a_prompt_longer_than_the_model(done: Path, command: CommandLine) -> None:
-    assert command("speedup", "--config", done / "tiny.best.json", "--tokens", "225").error == (
-        "--tokens 225: the model has 256 positions, of which 32 are for the tokens after the prompt; lower it"
-    )
-
-
-def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
-    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "semi-structured").error == (
-        '--engine semi-structured: needs zeros in the pattern "2:4", those of this model are unstructured'
-    )
 
 
 # --- the command
@@ -436,57 +304,3 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
     pruned = list((cache / "sparse").iterdir())
     assert "writing" not in command("speedup", "--config", path, *options).out
     assert list((cache / "sparse").iterdir()) == pruned
-
-
-@pytest.mark.slow
-def test_a_folder_that_apply_wrote(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    out = tmp_path / "sparse"
-    command("apply", "--config", done / "tiny.best.json", "--out", out, "--device", "cpu")
-    answer = command("speedup", out, "--tokens", 8, "--runs", 2, "--device", "cpu")
-    assert answer.code == 0, answer.err
-    check_stored(read_config(out / ABOUT).speed)
-    answer = command("speedup", out, "--tokens", 8, "--runs", 2, "--device", "cpu", "--batch", 3)
-    assert answer.code == 0, answer.err
-    assert "| torch, float32, batch 3 " in answer.out and "prefill: 3 prompts at once, each of 8 tokens" in answer.out
-    assert "not stored: only rates of one text at a time are" in answer.out
-    check_stored(read_config(out / ABOUT).speed)
-
-
-def test_what_is_given_must_be_one_of_three(done: Path, command: CommandLine) -> None:
-    for options in (
-        [],
-        [done / "model", "--config", done / "tiny.best.json"],
-        ["--config", done / "tiny.best.json", "--study", "smol"],
-    ):
-        answer = command("speedup", *options)
-        assert answer.code == 2
-        assert "give one of DIR, --config FILE and --study NAME" in answer.err
-    for options, error in (
-        (["--study", "smol", "--batch", "4"], "--batch: not with --study, whose points are compared at one"),
-    ):
-        answer = command("speedup", *options)
-        assert answer.code == 2
-        assert error in answer.err
-
-
-def test_a_folder_that_does_not_say_what_it_is(done: Path, command: CommandLine) -> None:
-    assert command("speedup", done / "model").error == (
-        f"{done / 'model'}: has no atp_tune.json; give a folder that `apply` wrote, or --config FILE"
-    )
-
-
-def test_another_dense_model(done: Path, command: CommandLine) -> None:
-    file = done / "model" / "model.safetensors"
-    weights = load_file(file)
-    weights["model.norm.weight"][0] += 1
-    save_file(weights, file, metadata={"format": "pt"})
-    assert command("speedup", "--config", done / "tiny.best.json").error.startswith("model.fingerprint: ")
-
-
-@pytest.mark.slow
-def test_a_library_that_is_not_installed(done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = (done / "tiny.best.json").read_text()
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    answer = command("speedup", "--config", done / "tiny.best.json", "--engine", "torch")
-    assert answer.error.endswith(f"zstandard is not installed; run: {install('speed')}")
-    assert (done / "tiny.best.json").read_text() == before

@@ -1,4 +1,3 @@
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from tinystudy import quiet
 
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
-from atp_tune.results.goals import best_trial
 from atp_tune.storage import database, lost_trials, opening, process
-from atp_tune.storage.fingerprint import check_facts, create_study, is_new
+from atp_tune.storage.fingerprint import check_facts, create_study
 from atp_tune.storage.lost_trials import queue_again, recover
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process import identity
@@ -86,11 +84,6 @@ def test_a_file_that_is_not_there_is_made_only_if_asked_for(tmp_path: Path) -> N
     assert open_storage(f"sqlite:///{file}", create=False)
 
 
-def test_looking_whether_a_file_can_be_written_leaves_nothing(file: Path) -> None:
-    check_writable(f"sqlite:///{file}")
-    assert list(file.parent.iterdir()) == []
-
-
 def test_looking_does_not_touch_what_another_process_makes_meanwhile(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,19 +100,6 @@ def test_looking_does_not_touch_what_another_process_makes_meanwhile(
     assert file.read_text() == "precious"
 
 
-def test_a_folder_is_no_storage(tmp_path: Path) -> None:
-    assert message(f"sqlite:///{tmp_path}") == (
-        f"storage {tmp_path}: is a folder; name a file, as in sqlite:///{tmp_path}/study.db"
-    )
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("")
-    assert message(f"sqlite:///{tmp_path}/text/study.db") == (
-        f"storage {tmp_path}/text/study.db: File exists; name another with --storage sqlite:///FILE.db"
-    )
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
 def test_a_file_without_the_right_to_write(file: Path) -> None:
     file.write_bytes(b"")
@@ -127,33 +107,6 @@ def test_a_file_without_the_right_to_write(file: Path) -> None:
     assert message(f"sqlite:///{file}") == (
         f"storage {file}: Permission denied; name another with --storage sqlite:///FILE.db"
     )
-
-
-@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
-def test_memory_is_no_storage(address: str) -> None:
-    with pytest.raises(UserError, match=r"in memory is gone at the end; name a file, as in sqlite:///study\.db"):
-        check_writable(address)
-
-
-@pytest.mark.parametrize("address", ["", "study.db", "studies/x", "://", "sqlite//x"])
-def test_no_url(address: str) -> None:
-    assert message(address) == "storage: not a storage URL; write sqlite:///FILE.db, for example"
-
-
-def test_a_file_that_is_no_database(file: Path) -> None:
-    file.write_text("no database" * 1000)
-    assert message(f"sqlite:///{file}") == (
-        f"storage {file}: is damaged (file is not a database); restore a backup, or save what is readable with "
-        f"`sqlite3 {file} .recover | sqlite3 NEW.db` and go on with --storage sqlite:///NEW.db"
-    )
-    assert file.read_text() == "no database" * 1000
-
-
-def test_a_database_of_another_optuna(file: Path, db: RDBStorage) -> None:
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9'")
-    connection.close()
-    assert message(f"sqlite:///{file}").startswith(f"storage sqlite:///{file}: The runtime optuna version 5")
 
 
 @pytest.mark.parametrize(
@@ -203,17 +156,6 @@ def test_a_study_keeps_the_facts_it_was_made_with(db: RDBStorage, study: optuna.
     assert find_study(db, "other") is None
 
 
-def test_a_study_without_facts_is_new_until_it_has_trials(db: RDBStorage) -> None:
-    bare = optuna.create_study(study_name="bare", storage=db)
-    assert is_new(bare)
-    assert not is_new(create_study(db, "bare", FACTS))
-    strange = optuna.create_study(study_name="strange", storage=db)
-    add(strange, 1.0)
-    assert not is_new(strange)
-    with pytest.raises(UserError, match=r'^study strange: model.content is "ab", was not set; .*; and 1 more\. Put it'):
-        create_study(db, "strange", FACTS)
-
-
 def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) -> str:
     with pytest.raises(UserError) as caught:
         check_facts(study, facts, partly)
@@ -240,30 +182,6 @@ def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) ->
 )  # fmt: skip
 def test_a_fact_that_differs_is_named(study: optuna.Study, changes: dict[str, Any], said: str) -> None:
     assert refusal(study, {**FACTS, **changes}) == said
-
-
-def test_a_fact_that_is_gone_is_named(study: optuna.Study) -> None:
-    assert refusal(study, {key: value for key, value in FACTS.items() if key != "sparsity"}) == (
-        "sparsity is not set, was 0.5"
-    )
-
-
-def test_contents_may_be_unknown_as_yet(study: optuna.Study) -> None:
-    known = {key: value for key, value in FACTS.items() if not key.startswith("model")}
-    check_facts(study, known, partly=True)
-    assert refusal(study, known) == 'model.content is not set, was "ab"; model.dtype is not set, was "float32"'
-    assert refusal(study, {**known, "model.dtype": "bfloat16"}, partly=True) == (
-        'model.dtype is "bfloat16", was "float32"'
-    )
-    assert refusal(study, {**known, "sparsity": 0.6}, partly=True) == "sparsity is 0.6, was 0.5"
-
-
-def test_facts_are_equal_after_the_way_through_the_database(study: optuna.Study) -> None:
-    for value in (0.1 + 0.2, 1e-300, 10**15, "ü\n", True, [0.1, 0.2], ["a"]):
-        stored = json.loads(json.dumps(value))
-        assert stored == value
-        study.set_user_attr("fingerprint", {"key": value})
-        check_facts(study, {"key": value})
 
 
 # --- trials that are lost, that run, that count
@@ -335,19 +253,6 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
 
 
 @pytest.mark.slow
-def test_a_trial_that_dies_anywhere_is_run_again(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lost_trials, "MOST", 8)
-    for number in range(7):
-        die(study, f"after prune {number % 2} of 30".encode().ljust(process.WIDTH))
-        recover(study)
-    trial = study.ask()
-    assert remark_of(study.trials[trial.number]) == "cut off 7 times before"
-    study.tell(trial, 1.0)
-    assert remark_of(study.trials[trial.number]) == "cut off 7 times before"
-    assert counted(study) == 1
-
-
-@pytest.mark.slow
 def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
     for number in range(3):
         place = f"after prune {number} of 30".encode().ljust(process.WIDTH)
@@ -371,18 +276,6 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
     assert not any(lost_trials.is_given_up(trial) for trial in lost)
-
-
-@pytest.mark.slow
-def test_ctrl_c_is_no_death(study: optuna.Study) -> None:
-    add(study, state=TrialState.FAIL, lost="interrupted")
-    for number in range(5):
-        assert recover(study) == [number]
-        trial = study.ask()
-        trial.suggest_float("beta", 0, 1)
-        trial.set_user_attr("lost", "interrupted")
-        study.tell(trial, state=TrialState.FAIL)
-    assert counted(study) == 0
 
 
 @pytest.mark.slow
@@ -530,15 +423,6 @@ def test_a_silent_trial_that_two_workers_find_is_queued_once(
 
 
 @pytest.mark.slow
-def test_a_trial_that_was_lost_before_it_had_parameters_gets_those_it_was_queued_with(study: optuna.Study) -> None:
-    study.enqueue_trial({"beta": 0.7})
-    trial = study.ask()
-    study.tell(trial, state=TrialState.FAIL)
-    queue_again(study, study.trials[0])
-    assert study.ask().suggest_float("beta", 0, 1) == 0.7
-
-
-@pytest.mark.slow
 def test_what_counts(study: optuna.Study) -> None:
     add(study, 1.0)
     add(study, 2.0, stopped_after=4)
@@ -551,21 +435,6 @@ def test_what_counts(study: optuna.Study) -> None:
     study.enqueue_trial({"beta": 0.5})
     assert counted(study) == 3
     assert [trial.number for trial in running(study)] == [number]
-
-
-@pytest.mark.slow
-def test_the_best_is_the_lowest_of_those_measured_in_full(study: optuna.Study) -> None:
-    assert best_trial(study) is None
-    add(study, state=TrialState.FAIL, failure="no")
-    add(study)
-    assert best_trial(study) is None
-    add(study, 3.0)
-    add(study, 2.0)
-    add(study, 1.0, stopped_after=2)
-    add(study, 2.0, repeats=3)
-    best = best_trial(study)
-    assert best
-    assert best.number == 3
 
 
 def test_all_workers_agree_on_which_trials_are_too_many() -> None:

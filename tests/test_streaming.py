@@ -71,39 +71,6 @@ def check(found: Tensors, index: int) -> None:
     assert not any(tensor.data_ptr() == BLOCKS[index][name].data_ptr() for name, tensor in found.items())
 
 
-def test_blocks_come_in_order_again_and_again(stream: Stream, copies: Watched) -> None:
-    for index in [*range(5), *range(5), 0, 1]:
-        found = stream.get(index)
-        check(found, index)
-    assert copies.threads == {"atp_tune blocks"}
-    settle(stream)
-    assert copies.order == [*range(5), *range(5), 0, 1, 2]
-
-
-def test_the_next_is_copied_while_one_is_held(stream: Stream, copies: Watched) -> None:
-    held = stream.get(3)
-    settle(stream)
-    assert copies.order == [3, 4]
-    check(held, 3)
-    held = stream.get(4)
-    settle(stream)
-    assert copies.order == [3, 4, 0]
-
-
-def test_any_order_is_correct(stream: Stream) -> None:
-    for index in (4, 4, 0, 3, 2, 1, 1, 2, 0, 4):
-        check(stream.get(index), index)
-
-
-def test_no_more_than_two_are_alive(stream: Stream, copies: Watched) -> None:
-    for index in [*range(5)] * 4:
-        block = stream.get(index)
-        settle(stream)
-        assert copies.alive == 2  # the one that is held, and the next
-        del block
-    assert copies.most == 2
-
-
 def test_no_more_than_two_are_alive_where_norms_are_kept(stream: Stream, copies: Watched) -> None:
     kept = []
     for index in [*range(5)] * 4:
@@ -112,21 +79,6 @@ def test_no_more_than_two_are_alive_where_norms_are_kept(stream: Stream, copies:
         settle(stream)
     assert copies.most == 2
     assert len(copies.order) == 21
-
-
-def test_a_view_keeps_a_copy_alive(stream: Stream, copies: Watched) -> None:
-    view = stream.get(0)["a"].T[:2]
-    settle(stream)
-    assert copies.order == [0, 1]
-    other = stream.get(1)
-    settle(stream)
-    assert copies.order == [0, 1]  # two are held: there is no room for a third
-    del other
-    settle(stream)
-    assert copies.order == [0, 1]  # the last one is kept
-    del view
-    settle(stream)
-    assert copies.order == [0, 1, 2]
 
 
 UPWARDS = [*range(8)]
@@ -173,14 +125,6 @@ def test_what_is_kept_is_never_written_to(stream: Stream, copies: Watched) -> No
         check(block, place % 5)
 
 
-def test_without_copying_ahead(copies: Watched) -> None:
-    stream = Stream(BLOCKS, CPU, ahead=False)
-    for index in (0, 1, 2):
-        check(stream.get(index), index)
-    settle(stream)
-    assert copies.order == [0, 1, 2]
-
-
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x"), SystemExit(3)])
 @pytest.mark.parametrize("index", [0, 1])
 def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
@@ -196,14 +140,6 @@ def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
     del error, raised
     check(stream.get(index), index)
     check(stream.get(index + 1), index + 1)
-
-
-def test_an_error_of_a_copy_that_nobody_wants_is_forgotten(stream: Stream, copies: Watched) -> None:
-    copies.fails[1] = MemoryError()
-    check(stream.get(0), 0)
-    settle(stream)
-    assert len(copies.order) == 2
-    check(stream.get(3), 3)
 
 
 @pytest.mark.slow
@@ -232,11 +168,6 @@ def test_a_consumer_that_was_interrupted_leaves_nothing_behind(stream: Stream, c
     assert copies.order == [2, 3, 4, 0]
 
 
-def test_strides_stay_as_they_are() -> None:
-    stream = Stream([{"w": torch.randn(6, 4).T}], CPU)
-    assert stream.get(0)["w"].stride() == (1, 4)
-
-
 def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[Tensors], list[float]]:
     context = bench_of(tiny(family), offload=offload)
     assert context.checkpoint.offload == offload
@@ -258,14 +189,6 @@ def test_where_weights_lie_changes_no_bit(family: str) -> None:
         for one, other in zip(resident, streamed, strict=True):
             assert one.keys() == other.keys()
             assert all(same_bits(tensor, other[name]) for name, tensor in one.items()), offload
-
-
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_sparsegpt_changes_no_bit_either(offload: Offload) -> None:
-    resident, nlls = values("llama", "device", "sparsegpt")
-    streamed, others = values("llama", offload, "sparsegpt")
-    assert nlls == others
-    assert all(same_bits(one[name], other[name]) for one, other in zip(resident, streamed, strict=True) for name in one)
 
 
 def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:

@@ -4,9 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from atp_tune.config.data import KINDS, MANUAL, MIXED, Text
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.search import SearchConfig
-from atp_tune.config.study import AllocationConfig, ModelConfig, Study
+from atp_tune.config.study import Study
 from atp_tune.config.studyfile import PATTERNS, keys_of, table_of
 
 
@@ -28,41 +26,6 @@ def field_of(key: str) -> Any:
         table = table_of(table, part)
     assert table
     return table.model_fields[name]
-
-
-def test_defaults() -> None:
-    study = Study.model_validate(raw())
-    assert study.protocol == "held-out"
-    assert study.prune.pruners == ("wanda",)
-    assert study.allocation.names == ("atp",)
-    assert study.test_text is study.texts.test
-
-
-def test_frozen() -> None:
-    study = Study.model_validate(raw())
-    with pytest.raises(ValidationError):
-        study.sparsity = 0.1  # type: ignore[misc]
-
-
-def test_round_trip_through_json() -> None:
-    study = Study.model_validate(raw())
-    assert Study.model_validate_json(study.model_dump_json()) == study
-
-
-def test_paper_protocol_reports_on_the_search_text() -> None:
-    data = raw(protocol="paper")
-    with pytest.raises(ValidationError, match="leave it out"):
-        Study.model_validate(data)
-    del data["texts"]["test"]
-    study = Study.model_validate(data)
-    assert study.test_text is study.texts.validation
-
-
-def test_held_out_protocol_needs_a_report_text() -> None:
-    data = raw()
-    del data["texts"]["test"]
-    with pytest.raises(ValidationError, match=r"texts\.test: is needed"):
-        Study.model_validate(data)
 
 
 @pytest.mark.parametrize("role", ["calibration", "validation", "test"])
@@ -108,32 +71,6 @@ def test_overlap_of_kinds(one: str) -> None:
             assert found is bool(SOURCES[one] & kinds and (is_same or cut_elsewhere)), (other, part)
 
 
-@pytest.mark.parametrize(
-    ("table", "values", "message"),
-    [
-        (ModelConfig, {"source": "pypi:a"}, "source: must pin a wheel"),
-        (ModelConfig, {"source": "pypi:a==1"}, "sha256: is needed"),
-        (AllocationConfig, {"beta": [1, 0]}, "beta: the interval"),
-        (
-            PruneConfig,
-            {"pattern": "4:2"},
-            "pattern: must be unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8, got",
-        ),
-        (Text, {"source": "c4", "sampling": "random"}, "nsamples: a random draw"),
-        (Text, {"source": "c4", "part": [0.5, 0.5]}, "part: "),
-        (SearchConfig, {}, "trials: is needed with the sampler gp"),
-        (SearchConfig, {"sampler": "tpe"}, "trials: is needed with the sampler tpe"),
-    ],
-)
-def test_rules_between_keys_name_their_key(table: type[BaseModel], values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        table.model_validate(values)
-    (details,) = caught.value.errors()
-    text = str(details["ctx"]["error"])
-    assert text.startswith(message)
-    assert text.partition(":")[0] in table.model_fields
-
-
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
     uniform = {"names": ["uniform"]}
@@ -146,29 +83,6 @@ def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
             f"prune.pattern: {pattern} makes 0.5 zeros in every block; set sparsity = 0.5 and "
             'allocation = "uniform" (prune: --allocation uniform), or pattern = "mixed:8"'
         )
-
-
-def test_patterns_that_leave_freedom() -> None:
-    for pattern in ("unstructured", "mixed:8"):
-        assert Study.model_validate(raw(prune={"pattern": pattern}, sparsity=0.55)).prune.pattern == pattern
-    third = raw(prune={"pattern": "1:3"}, allocation={"names": ["uniform"]}, sparsity=0.333333)
-    assert Study.model_validate(third).prune.settings("magnitude") == {"group": 3}
-
-
-def test_settings_of_a_pruner_are_its_table_and_the_group() -> None:
-    prune = PruneConfig.model_validate({"pattern": "mixed:8", "alps": {"rho": 0.5}})
-    assert prune.settings("magnitude") == {"group": 8}
-    assert prune.settings("wanda") == {"compare": "row", "group": 8}
-    assert prune.settings("alps") == {"damping": 0.01, "rho": 0.5, "iterations": 300, "steps": 10, "group": 8}
-
-
-def test_grid_needs_no_number_of_trials() -> None:
-    assert SearchConfig(sampler="grid").trials is None
-
-
-@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:3"])
-def test_devices(device: str) -> None:
-    assert Study.model_validate(raw(device=device)).device == device
 
 
 @pytest.mark.parametrize("key", list(keys_of()))

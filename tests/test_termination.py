@@ -9,19 +9,15 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from test_benchmarks import benchmark
-from test_runner import reopen, states
+from test_runner import reopen
 from test_samplers import fake_perplexity, search_of, space_of
-from tinystudy import CommandLine, run
+from tinystudy import run
 
-from atp_tune.config.search import SearchConfig
-from atp_tune.errors import UserError
-from atp_tune.events import Message
-from atp_tune.results.summary import summarise
-from atp_tune.search import runner, trial_loop
+from atp_tune.search import trial_loop
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import GAIN, GAP, LEAST, RUN, has_gap, regret_of, should_terminate
-from atp_tune.storage.progress import counted, total_of
+from atp_tune.storage.progress import counted
 
 GP = ("search.sampler=gp", "search.early_termination=true", "search.trials=40")
 HELD, LEFT = 0.0, 1.0  # regrets: below the bound, and far above
@@ -127,26 +123,6 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         assert should_terminate(study_with(trials), space) is expected
 
 
-def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = space_of()
-    monkeypatch.setattr(trial_loop, "regret_of", lambda *known: HELD)
-    values = {0.01 * k: 20.0 + k for k in range(12)}
-    assert should_terminate(study_with(points(space, values)), space)
-    for after, expected in ((0, False), (1, False), (2, True)):
-        worse = {0.15 + 0.01 * k: 30.0 for k in range(after)}
-        assert should_terminate(study_with(points(space, {**values, 0.13: 19.9, **worse})), space) is expected
-
-
-@pytest.mark.slow
-def test_repetitions_are_no_points() -> None:
-    space = space_of()
-    trials = study_of_gp(space, 24).trials
-    assert should_terminate(study_with(trials), space)
-    for trial in trials[LEAST:]:
-        trial.set_user_attr("repeats", 1)
-    assert not should_terminate(study_with(trials), space)
-
-
 def test_gaps() -> None:
     space = space_of()
     (kind,) = (kind for name, kind in space.kinds("atp").items() if name == "beta")
@@ -184,66 +160,6 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_without_parameters_there_is_nothing_to_settle(place: Path) -> None:
-    """Points that are all measured anyway: the second pruner's too."""
-    words = ('prune.pruners=["wanda", "magnitude"]', "allocation=uniform", *GP)
-    assert states(run(place, *words)) == ["COMPLETE"] * 2
-
-
-def test_the_bound_is_said_where_it_is_asked_for() -> None:
-    described = SearchConfig.model_fields["early_termination"].description or ""
-    guide = (Path(__file__).parents[1] / "docs/guides/faster.md").read_text()
-    (row,) = (line for line in guide.splitlines() if line.startswith("| `search.early_termination"))
-    assert f"less than {GAIN:.0%}" in described.replace(" %", "%") and f"less than {GAIN:.0%}" in row.replace(" %", "%")
-
-
-def settle_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_loop, "should_terminate", lambda study, space: counted(study) >= count)
-
-
-@pytest.mark.slow
-def test_a_study_that_settles_ends_and_is_complete(
-    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[Any] = []
-    settle_after(6, monkeypatch)
-    study = run(place, *GP, watch=events.append)
-    assert states(study) == ["COMPLETE"] * 6
-    assert (study.user_attrs["terminated_early"], study.user_attrs["total"]) == ([40, 6], 6)
-    assert Message("terminated early after 6 of 40: a better point is expected to gain less than 2%") in events
-    assert (place / "tiny.best.json").is_file()
-    answer = command("status", "--study", str(place / "tiny.toml"))
-    assert "ended early, after 6 of 40 trials" in answer.out
-    assert summarise(study).requested == 40
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "open_context", None)
-        assert states(run(place, *GP)) == ["COMPLETE"] * 6  # the same command finds it complete
-        assert states(run(place, *GP, "search.trials=10")) == ["COMPLETE"] * 6
-
-
-@pytest.mark.slow
-def test_more_trials_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle_after(4, monkeypatch)
-    run(place, *GP)
-    settle_after(7, monkeypatch)
-    study = run(place, *GP, "search.trials=41")
-    assert states(study) == ["COMPLETE"] * 7
-    assert study.user_attrs["terminated_early"] == [41, 7]
-
-
-@pytest.mark.slow
-def test_what_was_left_out_is_run_where_a_command_asks_for_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle_after(4, monkeypatch)
-    run(place, *GP)
-    on = [
-        *(key for key in GP if not key.startswith("search.early_termination")),
-        "search.early_termination=false",
-        "search.trials=6",
-    ]
-    assert states(run(place, *on)) == ["COMPLETE"] * 6
-
-
-@pytest.mark.slow
 def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,17 +177,3 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
     again = run(place, *GP, name="again")
     assert [trial.params for trial in again.trials] == [trial.params for trial in study.trials]
     assert again.user_attrs["terminated_early"] == [40, counted(study)]
-
-
-def test_the_total_of_a_study() -> None:
-    study = optuna.create_study()
-    assert total_of(study, 5) == 5
-    study.set_user_attr("terminated_early", [12, 7])
-    assert [total_of(study, asked) for asked in (7, 12, 13)] == [7, 7, 13]
-
-
-@pytest.mark.parametrize("sampler", ["grid", "random"])
-def test_samplers_that_learn_nothing_cannot_settle(place: Path, sampler: str) -> None:
-    with pytest.raises(UserError, match=f"search.early_termination: {sampler} does not learn from earlier trials"):
-        run(place, f"search.sampler={sampler}", "search.early_termination=true")
-    assert not SearchConfig(trials=3).early_termination

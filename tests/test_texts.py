@@ -1,6 +1,5 @@
 import json
 import random
-import shutil
 import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -11,11 +10,10 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from localhub import publish_c4, publish_wikitext2
 
 from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
-from atp_tune.inputs.documents import documents, hub_arguments, source_content
+from atp_tune.inputs.documents import documents
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
 from atp_tune.inputs.sources import Column
 
@@ -30,18 +28,6 @@ def message(text: Text, base: Path) -> str:
 def jsonl(path: Path, *rows: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("Grüße\n\nzwei", encoding="utf-8")
-    assert documents(Text(source="file:a.txt"), tmp_path) == ["Grüße\n\nzwei"]
-    assert documents(Text(source=f"file:{tmp_path}/a.txt"), Path("/elsewhere")) == ["Grüße\n\nzwei"]
-
-
-def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").write_text("x")
-    assert documents(Text(source="file:~/a.txt"), Path("/elsewhere")) == ["x"]
 
 
 def test_jsonl_and_parquet_hold_a_document_a_row(tmp_path: Path) -> None:
@@ -84,12 +70,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_package_holds_documents(name: str, expected: list[str], tmp_path: Path) -> None:
     assert documents(Text(source=f"package:{name}"), tmp_path) == expected
-
-
-def test_the_standard_library_holds_a_real_text(tmp_path: Path) -> None:
-    found = documents(Text(source="package:pydoc_data.topics:topics"), tmp_path)
-    assert len(found) > 70
-    assert sum(map(len, found)) > 400_000
 
 
 LINE = "".join(map(chr, range(0x4E00, 0x4E00 + 400)))  # of which no character is there twice
@@ -162,46 +142,6 @@ def test_shuffled_parts_share_no_document_and_lie_everywhere(tmp_path: Path) -> 
     assert list(again) == list(found)
 
 
-def test_an_identity_follows_the_content(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.txt").write_text("one")
-    first, same = (source_content(Text(source=f"file:{name}.txt"), tmp_path) for name in "ab")
-    (tmp_path / "b.txt").write_text("other")
-    assert first == same != source_content(Text(source="file:b.txt"), tmp_path)
-
-
-@pytest.mark.usefixtures("package")
-def test_an_identity_of_a_package_is_its_text(tmp_path: Path) -> None:
-    names = ("some_texts:LIST", "some_texts:PAIR", "some_texts:WORDS")
-    first, same, other = (source_content(Text(source=f"package:{name}"), tmp_path) for name in names)
-    assert first == same != other
-
-
-def test_an_identity_of_a_hub_dataset_is_its_address(tmp_path: Path) -> None:
-    address = {"source": "hub:org/set", "split": "train"}
-    changes = ({}, {"split": "test"}, {"revision": "v1"}, {"config": "en"}, {"source": "hub:org/other"})
-    found = {source_content(Text(**{**address, **change}), tmp_path) for change in changes}
-    assert len(found) == len(changes)
-    assert source_content(Text(**address, seqlen=7, seed=3), tmp_path) in found
-
-
-def test_the_names_of_the_field_become_arguments() -> None:
-    train, valid = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
-    c4 = {"path": "allenai/c4", "verification_mode": "no_checks"}
-    assert hub_arguments(Text(source="c4")) == c4 | {
-        "split": "train", "data_files": {"train": train}, "revision": None
-    }  # fmt: skip
-    assert hub_arguments(Text(source="c4", split="validation", revision="abc")) == c4 | {
-        "split": "validation", "data_files": {"validation": valid}, "revision": "abc"
-    }  # fmt: skip
-    assert hub_arguments(Text(source="wikitext2", split="test")) == {
-        "path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "revision": None
-    }  # fmt: skip
-    assert hub_arguments(Text(source="hub:org/set", config="de", split="train[:10]", revision="v1")) == {
-        "path": "org/set", "name": "de", "split": "train[:10]", "revision": "v1"
-    }  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     rows = ["one", None, "", *(f"text {n}" for n in range(2500))]
@@ -215,132 +155,6 @@ def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path
     assert isinstance(half, Column)
     assert 1000 < len(half) < 1400
     assert list(half) == list(found)[-len(half) :]
-
-
-@pytest.mark.slow
-def test_c4_downloads_one_file(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    names = ("train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008")
-    publish_c4(hub[0], {name: [name] for name in names})
-    assert list(documents(Text(source="c4"), tmp_path)) == ["train.00000-of-01024"]
-    assert {path for path in hub[1] if path.endswith("00001-of-01024.json.gz")} == set()
-    assert list(documents(Text(source="c4", split="validation"), tmp_path)) == ["validation.00000-of-00008"]
-
-
-def test_wikitext2_reads_its_split(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    publish_wikitext2(hub[0], {name: ["", f" = {name} = \n"] for name in ("train", "test")})
-    assert list(documents(Text(source="wikitext2", split="test"), tmp_path)) == ["", " = test = \n"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"source": "hub:org/no"},
-         "source: the hub shows you no dataset org/no (or not this revision); see URL/org/no"),
-        ({"source": "hub:org/closed"},
-         "source: org/closed is gated; ask for access at URL/org/closed, then run `hf auth login`"),
-        ({"split": "dev"},
-         "source: org/set cannot be loaded: ValueError: Unknown split \"dev\". Should be one of ['train']."),
-        ({"config": "de"},
-         "source: org/set cannot be loaded: ValueError: BuilderConfig 'de' not found. Available: ['default']"),
-        ({"column": "body"}, 'column: hub:org/set has no "body"; it has text, n'),
-        ({"column": "n"}, 'column: "n" of hub:org/set holds no text'),
-        ({"revision": "v9"},
-         "source: the hub shows you no dataset org/set (or not this revision); see URL/org/set"),
-    ],
-)  # fmt: skip
-def test_hub_errors(settings: dict[str, str], expected: str, hub: tuple[Path, list[str]], tmp_path: Path) -> None:
-    jsonl(hub[0] / "datasets/org/set/train.jsonl", {"text": "one", "n": 1})
-    jsonl(hub[0] / "datasets/org/closed/GATED", {})
-    text = Text(**{"source": "hub:org/set", "split": "train", **settings})
-    assert message(text, tmp_path).replace("https://huggingface.co/datasets", "URL") == expected
-
-
-def test_without_a_network(hub: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jsonl(hub[0] / "datasets/org/set/train.jsonl", {"text": "one"})
-    text = Text(source="hub:org/set", split="train")
-    assert list(documents(text, tmp_path)) == ["one"]
-    shutil.rmtree(hub[0] / "datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert list(documents(text, tmp_path)) == ["one"]
-    other = Text(source="hub:org/other", split="train")
-    assert message(other, tmp_path) == (
-        "source: org/other is not in the cache, and the hub is out of reach; connect once"
-    )
-
-
-def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jsonl(tmp_path / "org/set/train.jsonl", {"text": "local"})
-    monkeypatch.chdir(tmp_path)
-    assert message(Text(source="hub:org/set", split="train"), tmp_path) == (
-        "source: org/set is a folder here and would be read instead of the hub; change folder"
-    )
-
-
-KNOWN = (
-    "c4, wikitext2, mixed[:manual|news|tales|debates|code], hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE, "
-    "package:MODULE/FILE.txt or a plug-in"
-)
-
-
-@pytest.mark.usefixtures("package")
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"source": "ptb"}, f'source: "ptb" is none of {KNOWN}'),
-        ({"source": "c4:en"}, f'source: "c4:en" is none of {KNOWN}'),
-        ({"source": "mixed:"}, f'source: "mixed:" is none of {KNOWN}'),
-        ({"source": "mixed:poems"}, f'source: "mixed:poems" is none of {KNOWN}'),
-        ({"source": "hub:set"}, f'source: "hub:set" is none of {KNOWN}'),
-        ({"source": "file:"}, f'source: "file:" is none of {KNOWN}'),
-        ({"source": "hub:org/set"}, "split: hub:org/set needs one, such as train, validation or test"),
-        ({"source": "wikitext2"}, "split: wikitext2 needs train, validation or test"),
-        ({"source": "c4", "split": "test"}, 'split: c4 has train and validation, not "test"'),
-        ({"source": "c4", "config": "de"}, "config: c4 is always en; for another one use hub:allenai/c4"),
-        ({"source": "wikitext2", "split": "test", "config": "x"},
-         "config: wikitext2 is always wikitext-2-raw-v1; for another one use hub:Salesforce/wikitext"),
-        ({"source": "file:a.txt", "split": "test"},
-         "split: only a hub dataset has one, file:a.txt has not; leave it out"),
-        ({"source": "file:no.txt"}, "source: there is no file BASE/no.txt"),
-        ({"source": "file:a.csv"}, "source: BASE/a.csv is none of *.txt, *.jsonl, *.parquet"),
-        ({"source": "file:empty.txt"}, 'source: "file:empty.txt" holds no text'),
-        ({"source": "file:latin.txt"},
-         "source: BASE/latin.txt is not UTF-8 text (invalid start byte at byte 2)"),
-        ({"source": "file:a.txt", "part": (0.5, 1)},
-         "part: none of the 1 documents of file:a.txt starts in [0.5, 1.0)"),
-        ({"source": "file:empty.txt", "part": (0.5, 1)}, 'source: "file:empty.txt" holds no text'),
-        ({"source": "file:a.jsonl", "column": "body"},
-         'column: line 1 of BASE/a.jsonl has no "body"; it has text, n'),
-        ({"source": "file:a.jsonl", "column": "n"}, 'column: "n" in line 1 of BASE/a.jsonl is no text'),
-        ({"source": "file:list.jsonl"}, "source: line 1 of BASE/list.jsonl is no JSON object"),
-        ({"source": "file:half.jsonl"},
-         "source: line 2 of BASE/half.jsonl is not JSON: Expecting ':' delimiter: line 2 column 1 (char 8)"),
-        ({"source": "file:a.parquet", "column": "body"},
-         'column: BASE/a.parquet has no "body"; it has text, n'),
-        ({"source": "file:a.parquet", "column": "n"}, 'column: "n" of BASE/a.parquet holds no text'),
-        ({"source": "file:no.parquet"}, "source: BASE/no.parquet is no Parquet file: "),
-        ({"source": "package:absent:TEXT"},
-         "source: package:absent:TEXT needs the module absent; is it installed?"),
-        ({"source": "package:some_texts:NO"}, "source: module some_texts has no NO"),
-        ({"source": "package:some_texts:N"},
-         "source: package:some_texts:N is neither a str nor a list, tuple or dict of str"),
-        ({"source": "package:some_texts"},
-         "source: package:some_texts is no text; give package:MODULE:ATTRIBUTE or …/FILE.txt"),
-        ({"source": "package:some_texts/no.txt"},
-         "source: package:some_texts/no.txt is no text; give package:MODULE:ATTRIBUTE or …/FILE.txt"),
-    ],
-)  # fmt: skip
-def test_errors_are_one_line(settings: dict[str, object], expected: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "latin.txt").write_bytes("Grüße, all".encode("latin-1"))
-    jsonl(tmp_path / "a.jsonl", {"text": "one", "n": 1})
-    jsonl(tmp_path / "list.jsonl", ["text"])
-    (tmp_path / "half.jsonl").write_text('{"text": "one"}\n{"text"\n')
-    (tmp_path / "no.parquet").write_bytes(b"PAR1 not")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "n": [1]}), tmp_path / "a.parquet")
-    found = message(Text(**settings), tmp_path)
-    assert found == expected or (expected.endswith(": ") and found.startswith(expected))
 
 
 @pytest.mark.parametrize(
@@ -360,14 +174,6 @@ def test_texts_of_strangers(name: str, content: str | Path, expected: str, tmp_p
     else:
         (tmp_path / name).write_text(content)
     assert expected in message(Text(source=f"file:{name}"), tmp_path)
-
-
-def test_a_broken_page_of_parquet(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["words " * 2000]}), tmp_path / "a.parquet")
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[4:60] = b"\xff" * 56
-    (tmp_path / "a.parquet").write_bytes(content)
-    assert message(Text(source="file:a.parquet"), tmp_path).startswith("source: BASE/a.parquet is no Parquet file: ")
 
 
 def test_shuffled_parts_repeat_no_paragraph() -> None:

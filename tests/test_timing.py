@@ -1,18 +1,13 @@
 """Phases on a device whose kernels run on after the call that started them: an imitation whose time is counted here."""
 
-from typing import Any
-
 import pytest
 import torch
 from families import CPU, bench_of, tiny
 from plans import planned
 
 from atp_tune.blocks import prune_pass
-from atp_tune.blocks.prune_pass import Timer, wait_for
+from atp_tune.blocks.prune_pass import Timer
 from atp_tune.cost import probe
-from atp_tune.cost.probe import Clock
-from atp_tune.run.observers import RoleScores
-from atp_tune.search.objective import Record
 
 CUDA = torch.device("cuda:1")
 
@@ -65,33 +60,9 @@ def test_a_kernel_counts_for_the_phase_that_started_it(device: Device) -> None:
     assert device.waits == 4
 
 
-def test_the_probe_waits_too(device: Device) -> None:
-    clock = Clock(CUDA)
-    device.launch(100)
-    clock.time("run", lambda: device.launch(20))
-    assert clock.typical("run") == 21
-
-
-def test_a_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for library, name in ((torch.cuda, "current_stream"), (torch.cuda, "synchronize"), (torch.mps, "synchronize")):
-        monkeypatch.setattr(library, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-    wait_for(CPU)
-    context = bench_of(tiny("llama"))
-    record = Record(context)
-    context.measure(planned("wanda", "uniform", (0.5,) * 4), [record, RoleScores("validation")])
-    assert set(record.close()["seconds"]) == {"calibrate", "prune", "evaluate"}
-
-
 def test_the_pass_times_the_device_of_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(prune_pass, "wait_for", waited.append)
     context = bench_of(tiny("llama"))
     (*_,) = context.prune(planned("wanda", "uniform", (0.5,) * 4))
     assert waited == [CPU] * 4 * 4  # blocks; the start and three laps of each
-
-
-def test_metal_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: calls.append("wait"))
-    wait_for(torch.device("mps"))
-    assert calls == ["wait"]

@@ -14,13 +14,10 @@ from transformers import AutoModelForImageTextToText
 from atp_tune.blocks.verification import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
-from atp_tune.config.best import ModelRef, read_config
-from atp_tune.config.facts import facts
+from atp_tune.config.best import read_config
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.study import ModelConfig
-from atp_tune.config.studyfile import load
-from atp_tune.config.typed import block_name, in_tower, joined
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
@@ -129,55 +126,6 @@ def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str
         assert torch.equal(replay.logits(batch, hidden), own)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (['model.prune=["vision"]'], r'model.prune: must be \["language"\] or \["language", "vision"\]'),
-        (['model.prune=["language"]'], "texts.validation.images: models are measured on text"),
-        (["texts.calibration.images="], "texts.calibration.images: is needed, the column of images"),
-        (["texts.validation.images="], "texts.validation.images: is needed.* changes no score"),
-        (["texts.test.images="], "texts.test.images: is needed"),
-        (["texts.test.source=c4"], "texts.test.source: pairs of image and text are read from"),
-        (["texts.validation.shuffle=true"], "texts.validation.shuffle: is of documents"),
-        (["texts.test.part=[0.0, 0.5]"], "texts.test: reads the same documents as texts.calibration"),
-        (["prune.pattern=channels"], "prune.pattern: channels are of language models alone where model.prune"),
-        (["texts.bos=true"], "texts.bos: the processor writes what pairs begin with"),
-        (["bits=4"], "bits: are of language models alone where model.prune"),
-        (["allocation=gradient"], "allocation.names: gradient goes down on texts"),
-    ],
-)
-def test_settings_that_do_not_go_with_a_tower(overrides: list[str], said: str, tmp_path: Path) -> None:
-    text = STUDY_OF_BOTH
-    for override in [x for x in overrides if x.endswith("images=")]:
-        role = override.split(".")[1]
-        start = text.index(f"[texts.{role}]")
-        text = text[:start] + text[start:].replace('images = "image"\n', "", 1)
-    (tmp_path / "pairs.toml").write_text(text)
-    with pytest.raises(UserError, match=said):
-        load(str(tmp_path / "pairs.toml"), [x for x in overrides if not x.endswith("images=")])
-
-
-def test_the_default_is_no_fact_and_in_no_file(tmp_path: Path) -> None:
-    """Studies and configurations of language models alone stay as they were."""
-    (tmp_path / "one.toml").write_text(STUDY)
-    (tmp_path / "both.toml").write_text(STUDY_OF_BOTH)
-    one, both = (load(str(tmp_path / f"{name}.toml"), []).study for name in ("one", "both"))
-    assert "model.prune" not in facts(one) and facts(both)["model.prune"] == ["language", "vision"]
-    ref = {"id": "model", "revision": None, "fingerprint": "0", "dtype": "float32"}
-    assert "prune" not in ModelRef.model_validate(ref).model_dump()
-    told = ModelRef.model_validate({**ref, "prune": BOTH})
-    assert ModelRef.model_validate_json(told.model_dump_json()).model().has_tower
-
-
-def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    batch = {"input_ids": torch.zeros(3, TOKENS, dtype=torch.long), "pixel_values": torch.randn(3, 2, 3, 16, 16)}
-    with Checkpoint.load(models["idefics3"], torch.float32, CPU, with_tower=True) as checkpoint:
-        image = checkpoint.config.image_token_id
-        batch["input_ids"][:, 1:9] = image
-        with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
-            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": Items.of(batch, image=image)})
-
-
 def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     """What enters a block is not what left the one before: the replay would measure other inputs."""
     pairs = read_pairs(
@@ -203,11 +151,6 @@ def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path])
         assert "\n" not in str(raised.value)
 
 
-def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
-    with pytest.raises(UserError, match=r"^model.prune: LlamaForCausalLM has no vision tower"):
-        Checkpoint.load(tiny_place / "model", torch.float32, CPU, with_tower=True)
-
-
 def test_pairs_of_two_roles_are_distinct() -> None:
     """By ids and image together; one role alone is not compared with itself."""
     ids, image = torch.arange(6).reshape(3, 2), torch.randn(3, 1, 2, 2)
@@ -231,13 +174,6 @@ def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path)
         TOKEN_WINDOWS.check_fit(checkpoint, {"calibration": blank}, lambda batch: torch.zeros(1))
         with pytest.raises(UserError, match=r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):
             TOKEN_WINDOWS.check_fit(checkpoint, {"test": blank}, lambda batch: torch.zeros(1))
-
-
-def test_names_of_blocks() -> None:
-    both = joined("tower.layers", 2, "model.layers")
-    assert [block_name(both, index) for index in (1, 2)] == ["tower.layers.1", "model.layers.0"]
-    assert (in_tower(both), in_tower("model.layers"), in_tower(None)) == (2, 0, 0)
-    assert block_name("model.layers", 3) == "model.layers.3"
 
 
 @pytest.mark.slow

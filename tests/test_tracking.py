@@ -1,7 +1,6 @@
 """What trackers get of a study, read back with their own tools; and that none of them stops it."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from tinystudy import CommandLine, settings, stored
 
 from atp_tune.cli.tracking import TRACKERS
 from atp_tune.results.summary import summarise
-from atp_tune.utils.extras import install
 
 FEW = settings("texts.calibration.nsamples=2", "texts.validation.nsamples=4", "texts.test.nsamples=4")
 ROWS = list[tuple[int, float]]  # steps and values
@@ -129,21 +127,6 @@ def test_each_trial_is_written_once_over_resumed_runs(name: str, place: Path, co
         assert max(Counter(step for step, _ in rows).values()) == 1, key
 
 
-def test_trials_of_several_workers_are_written(place: Path, command: CommandLine) -> None:
-    track(command, place, "--track", "tensorboard", "--track", "mlflow", "--workers", "2", "--trials", "4")
-    for name in ("tensorboard", "mlflow"):
-        assert sorted(step for step, _ in READERS[name](place)["trial/perplexity"]) == [0, 1, 2, 3]
-
-
-def test_a_server_for_mlflow_is_respected(
-    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'tiny.mlflow.db'}")
-    track(command, place, "--track", "mlflow", "--trials", "2")
-    assert not (place / "tiny.mlflow.db").exists()
-    assert [step for step, _ in from_mlflow(tmp_path)["trial/perplexity"]] == [0, 1]
-
-
 class Fails:
     place = "nowhere"
 
@@ -169,13 +152,3 @@ def test_what_a_tracker_cannot_write_is_said(place: Path, command: CommandLine) 
     answer = track(command, place, "--track", "tensorboard", "--trials", "2")
     assert answer.out.count("--track tensorboard: ") == 1
     assert (place / "tiny.tensorboard").read_text() == "mine"
-
-
-def test_a_missing_package_is_said_before_anything_runs(
-    place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    answer = command("--study", place / "tiny.toml", "--track", "wandb")
-    assert answer.error == f"--track wandb: wandb is not installed; run: {install('wandb')}"
-    assert not (place / "tiny.db").exists()
-    assert "tensorboard" in command("--study", place / "tiny.toml", "--track", "nosuch").error

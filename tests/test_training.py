@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import checkpoint_of, random_ids, tiny
-from safetensors.torch import save_file
 from test_lora import with_zeros
 from torch import Tensor
 from torch.func import functional_call
@@ -16,7 +15,7 @@ from torch.func import functional_call
 from atp_tune.config.recover import Training
 from atp_tune.errors import UserError
 from atp_tune.folders import training
-from atp_tune.folders.training import Trainer, bytes_needed, memory_needed, order, rate, stored_format
+from atp_tune.folders.training import Trainer, bytes_needed, order
 from atp_tune.inputs.items import Items
 
 SETTINGS = Training(
@@ -95,15 +94,6 @@ def test_steps_are_those_of_plain_torch() -> None:
     assert ours.losses == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_lowers_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "find_dtype", lambda name, device: dtype)
-    ours = trainer(SETTINGS.model_copy(update={"steps": 12, "batch": 7}))
-    losses = [ours.step() for _ in range(12)]
-    assert losses[-1] < 0.9 * losses[0]
-
-
 # --- the dense model's predictions
 
 
@@ -146,25 +136,6 @@ def test_the_loss_by_the_dense_model_and_its_gradient_are_the_naive_ones(kind: s
         assert torch.allclose(mine, 1.5 * b.T @ masked, rtol=1e-3, atol=1e-5)
 
 
-def test_a_model_that_is_its_own_teacher_learns_nothing() -> None:
-    ours = kl_trainer()
-    ours._teacher = with_zeros("llama")
-    assert ours.step() == pytest.approx(0, abs=1e-6)
-
-
-def test_the_teachers_logits_and_weights_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = checkpoint_of(with_zeros("llama"))
-    plain = bytes_needed(checkpoint, SETTINGS, recompute=False)
-    for loss in ("kl", "both"):
-        found = bytes_needed(checkpoint, with_loss(loss), recompute=False)
-        assert found == plain + 8 * 26 * checkpoint.config.vocab_size
-    alone = memory_needed(checkpoint, SETTINGS).needed
-    assert memory_needed(checkpoint, SETTINGS, teacher=1000).needed == alone + 1000
-    monkeypatch.setattr(training, "free_memory", lambda device: 2**30)
-    with pytest.raises(UserError, match=r"with 2\.0 GiB of the dense model; lower batch, seqlen or rank, or take"):
-        memory_needed(checkpoint, SETTINGS, teacher=2**31)
-
-
 # --- held-out windows
 
 
@@ -184,15 +155,6 @@ def run(ours: Trainer) -> Trainer:
     return ours
 
 
-def test_the_held_out_loss_is_the_mean_over_windows() -> None:
-    """Of 5 windows in batches of 2, so that the last batch is smaller."""
-    ids = random_ids(12)[7:]
-    with torch.no_grad():
-        logits = with_zeros("llama")(input_ids=ids).logits[:, :-1].log_softmax(-1)
-    expected = -logits.gather(-1, ids[:, 1:, None]).mean()
-    assert held_out_trainer().measure() == pytest.approx(expected.item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(("room", "runs"), [(2**30, 3), (2 * 12 * 97 * 4, 3 + 2), (0, 2 * 3)])
 def test_the_dense_model_predicts_held_out_windows_once_if_there_is_room(room: int, runs: int) -> None:
     """5 windows of 13 tokens in batches of 2, measured twice; the second room is that of the first batch."""
@@ -201,11 +163,6 @@ def test_the_dense_model_predicts_held_out_windows_once_if_there_is_room(room: i
     ours._teacher.register_forward_hook(lambda *_: ran.append(1))
     assert ours.measure() == ours.measure()
     assert len(ran) == runs
-
-
-def test_it_is_measured_at_the_start_every_few_steps_and_at_the_end() -> None:
-    ours = run(held_out_trainer(learning_rate=1e-4))
-    assert [step for step, _ in ours.early_stop.losses] == [0, 2, 4, 5]
 
 
 @pytest.mark.slow
@@ -249,32 +206,6 @@ def test_held_out_losses_and_the_best_go_on_to_the_same_bits(made: Callable[...,
 # --- a run that was cut off
 
 
-@pytest.mark.slow
-def test_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole, half, rest = trainer(), trainer(), trainer()
-    for _ in range(5):
-        whole.step()
-    for _ in range(2):
-        half.step()
-    half.save(tmp_path / "part", FACTS)
-    half.step()  # lost
-    rest.restore(tmp_path / "part", FACTS)
-    for _ in range(3):
-        rest.step()
-    assert rest.losses == whole.losses
-    for name, value in values(rest).items():
-        assert torch.equal(value, values(whole)[name]), name
-
-
-def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
-    ours, path = trainer(), tmp_path / "part"
-    ours.step()
-    ours.save(path, FACTS)
-    with pytest.raises(UserError) as caught:
-        trainer().restore(path, {"rank": "4"})
-    assert str(caught.value) == f"{path}: was begun with another rank; give the same options, or remove the file"
-
-
 @pytest.mark.parametrize("content", [b"", b"nonsense that is longer than a header"])
 def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "part"
@@ -285,24 +216,6 @@ def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> 
 
 
 # --- order and rate
-
-
-def test_every_window_comes_once_before_any_comes_again() -> None:
-    found = order(5, SETTINGS.model_copy(update={"steps": 7, "batch": 2})).tolist()
-    assert len(found) == 14
-    assert sorted(found[:5]) == sorted(found[5:10]) == list(range(5))
-    assert found[:5] != found[5:10]
-    assert order(5, SETTINGS).tolist() == order(5, SETTINGS).tolist()
-    assert order(500, SETTINGS).tolist() != order(500, SETTINGS.model_copy(update={"seed": 4})).tolist()
-
-
-def test_the_rate_rises_then_falls_to_nothing() -> None:
-    settings = SETTINGS.model_copy(update={"steps": 100, "learning_rate": 1.0})
-    rates = [rate(done, settings) for done in range(100)]
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 0.001
-    assert rate(0, SETTINGS.model_copy(update={"steps": 1})) == SETTINGS.learning_rate
 
 
 # --- what does not fit
@@ -321,29 +234,8 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
     assert [tight.step() for _ in range(3)] == [roomy.step() for _ in range(3)]
 
 
-def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
-    with pytest.raises(
-        UserError, match=r"^training: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
-    ):
-        trainer()
-
-
-def test_windows_longer_than_the_model_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^seqlen: 65, the model has 64 positions; lower it$"):
-        trainer(SETTINGS.model_copy(update={"seqlen": 65}))
-
-
 def test_a_loss_that_is_no_number_is_said() -> None:
     ours = trainer(SETTINGS.model_copy(update={"learning_rate": 1e30}))
     with pytest.raises(UserError, match=r"^training: the loss is (nan|inf) at step \d; lower the learning rate$"):
         for _ in range(5):
             ours.step()
-
-
-def test_weights_are_held_in_a_format_that_rounds_none(tmp_path: Path) -> None:
-    half, full = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
-    save_file({"a": half}, tmp_path / "1.safetensors")
-    assert stored_format(tmp_path) == torch.bfloat16
-    save_file({"b": full}, tmp_path / "2.safetensors")
-    assert stored_format(tmp_path) == torch.float32

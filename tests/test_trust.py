@@ -10,15 +10,11 @@ import torch
 from safetensors.torch import save_file
 from test_models import checkpoint, message, pickled, tiny  # noqa: F401
 from tinystudy import CommandLine, run
-from transformers import LlamaForCausalLM
 
 from atp_tune.checkpoints import files
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config import study
-from atp_tune.config.facts import facts
-from atp_tune.config.studyfile import load
 from atp_tune.errors import UserError
 
 CODE = """\
@@ -92,14 +88,6 @@ def test_code_is_run_where_the_study_says_so(
     assert command(*words, "--trust-remote-code").code == 0
 
 
-def test_code_beside_a_known_model_is_not_needed(place: Path, marker: Path) -> None:
-    (place / "model" / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
-    change(place / "model" / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
-    loaded = Checkpoint.load(place / "model", torch.float32, torch.device("cpu"))
-    assert type(loaded.model) is LlamaForCausalLM
-    assert not marker.exists()
-
-
 def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
     model = study.ModelConfig(source="model", trust_remote_code=True)
     before = resolve(model, with_code)
@@ -119,11 +107,6 @@ def test_code_of_another_repository_is_never_run(name: str, with_code: Path) -> 
     )
 
 
-def test_kernels_of_a_hub_are_code(place: Path) -> None:
-    change(place / "model" / "config.json", attn_implementation="evil/kernel")
-    assert "needs code of its own" in message(study.ModelConfig(source="model"), place)
-
-
 def test_a_tokenizer_with_code(place: Path, marker: Path, command: CommandLine) -> None:
     (place / "model" / "own.py").write_text(CODE.format(marker=str(marker)))
     change(
@@ -132,22 +115,6 @@ def test_a_tokenizer_with_code(place: Path, marker: Path, command: CommandLine) 
     )  # fmt: skip
     command("--study", place / "tiny.toml")
     assert not marker.exists()
-
-
-def test_the_words_for_code_that_transformers_refuses() -> None:
-    error = ValueError("Please pass the argument `trust_remote_code=True`\nto allow it")
-    assert one_line(error).endswith(f"allow it with {files.ASK_CODE}")
-
-
-def test_the_keys_are_no_facts_at_their_defaults(place: Path) -> None:
-    path = str(place / "tiny.toml")
-    before = facts(load(path).study, place)
-    assert not [key for key in before if "pickle" in key or "trust" in key]
-    assert facts(load(path, ["model.allow_pickle=true"]).study, place) == before
-    trusting = facts(load(path, ["model.trust_remote_code=true"]).study, place)
-    assert trusting == {**before, "model.trust_remote_code": True}
-    with pytest.raises(UserError, match='allow_pickle: must be true or false, got "maybe"'):
-        load(path, ["model.allow_pickle=maybe"])
 
 
 # Weights
@@ -159,19 +126,6 @@ def test_pickles_are_refused(pickled: Path, cache: Path, tmp_path: Path) -> None
         "them with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
     )
     assert not (cache / "models").exists()
-
-
-def test_pickles_of_a_hub_are_refused_before_they_are_downloaded(
-    hub: tuple[Path, list[str]],
-    pickled: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    shutil.copytree(pickled, hub[0] / "models/org/old")
-    assert message(study.ModelConfig(source="org/old"), tmp_path) == (
-        "model.source: org/old has no safetensors on the hub; if it has .bin weights, which are pickles, allow them "
-        "with model.allow_pickle = true (--set model.allow_pickle=true; apply: --allow-pickle)"
-    )
-    assert not [path for path in hub[1] if path.endswith(".bin")]
 
 
 def test_safetensors_of_another_name_do_not_let_pickles_in(pickled: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -224,17 +178,6 @@ def test_links_out_of_the_folder_are_not_copied(place: Path, command: CommandLin
         f"model.source: {place}/model/notes.txt is a link to {secret}, outside its folder; copy the file"
     )
     assert not list(tmp_path.rglob("sparse*"))
-
-
-def test_links_of_a_hub_cache_are_files(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
-    shutil.copytree(checkpoint, blobs)
-    snapshot.mkdir(parents=True)
-    for blob in blobs.iterdir():
-        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    assert {file.name for file in files.small_files(snapshot)} == {
-        file.name for file in blobs.iterdir() if file.suffix != ".safetensors"
-    }
 
 
 def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import pytest
 from tinystudy import TUNE, CommandLine
 
 from atp_tune.config.best import read_config
-from atp_tune.config.manifest import Environment, environment
-from atp_tune.errors import UserError
+from atp_tune.config.manifest import environment
 from atp_tune.events import Place
-from atp_tune.folders.publishing import compared, differences, verify
+from atp_tune.folders.publishing import verify
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -94,18 +93,6 @@ def test_a_changed_bit_is_found_behind_equal_size_and_times(sparse: Path, comman
     assert said.startswith(f"{sparse}: not what was written; changed: model.safetensors; copy or download")
 
 
-def test_all_that_is_wrong_is_one_line(sparse: Path, command: CommandLine) -> None:
-    flip(sparse / "tokenizer.json")
-    (sparse / "config.json").unlink()
-    for name in ("model-00002.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "x.gguf"):
-        (sparse / name).write_bytes(b"")
-    said = command("apply", "--verify", sparse).error
-    assert (
-        "changed: tokenizer.json; missing: config.json; weights that were not written: model-00002.safetensors, "
-        "model.safetensors.index.json, pytorch_model.bin and 1 more; "
-    ) in said
-
-
 @pytest.mark.slow
 def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, command: CommandLine) -> None:
     words = ["--out", done / "tuned", "--text", f"file:{done / 'long.txt'}", "--steps", "1", "--batch", "1"]
@@ -116,33 +103,6 @@ def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, 
     assert "changed: model.safetensors" in command("apply", "--verify", done / "tuned").error
     (done / "tuned" / "atp_tune.finetune.json").write_text("{}")
     assert "is no record of `finetune`" in command("apply", "--verify", done / "tuned").error
-
-
-def test_a_file_that_is_a_pipe_is_missing(sparse: Path) -> None:
-    (sparse / "config.json").unlink()
-    os.mkfifo(sparse / "config.json")
-    with pytest.raises(UserError, match=r"missing: config\.json"):
-        verify(sparse)
-
-
-def test_no_file_outside_the_folder_is_read(sparse: Path) -> None:
-    edit(sparse, lambda manifest: manifest["files"].update({"../secret": "0" * 64}))
-    with pytest.raises(UserError, match="must be the name of a file of the folder"):
-        verify(sparse)
-
-
-def test_a_folder_of_an_earlier_version_is_read(sparse: Path, command: CommandLine) -> None:
-    about = json.loads((sparse / "atp_tune.json").read_text())
-    del about["manifest"]
-    (sparse / "atp_tune.json").write_text(json.dumps(about))
-    assert read_config(sparse / "atp_tune.json").manifest is None
-    assert "has no hashes, since an earlier version wrote it" in command("apply", "--verify", sparse).error
-    (sparse / "atp_tune.json").unlink()
-    assert command("apply", "--verify", sparse).error.startswith(f"{sparse}: holds no atp_tune.json")
-
-
-def test_verify_goes_alone(sparse: Path, command: CommandLine) -> None:
-    assert "goes without --config" in command("apply", "--verify", sparse, "--out", sparse).error
 
 
 @pytest.mark.slow
@@ -182,24 +142,6 @@ def test_another_environment_is_listed_by_its_effect(sparse: Path, command: Comm
     assert rows[2][2] == environment().versions["torch"]
 
 
-def test_markup_of_a_stranger_is_text(sparse: Path, command: CommandLine) -> None:
-    edit(sparse, lambda manifest: manifest["environment"].update(python="[red]\x1b[31m3"))
-    assert r"[red]\x1b[31m3" in command("apply", "--verify", sparse).out
-
-
-def test_the_same_environment_has_no_differences() -> None:
-    here = environment("cpu (2 threads)")
-    other = environment("cpu (3 threads)")
-    assert [(row.what, row.effect) for row in differences(here, other)] == [("device", "digits may differ")]
-    assert list(differences(here, environment())) == []
-
-
-def test_a_package_that_is_missing_is_a_dash() -> None:
-    here = environment()
-    less = here.model_copy(update={"versions": {"torch": here.versions["torch"]}})
-    assert {row.what: row.made for row in differences(less, here)}["numpy"] == "–"
-
-
 # --- made again from its own configuration
 
 
@@ -221,20 +163,3 @@ def test_a_folder_made_again_says_whether_its_bytes_are_the_same(
         f"1 of {len(FILES)} files differ from the configuration's: model.safetensors (torch 1.0 there, {torch} here;"
         in (answer.out)
     )
-
-
-def test_without_hashes_nothing_is_compared(done: Path, sparse: Path) -> None:
-    written = read_config(sparse / "atp_tune.json").manifest
-    assert compared(read_config(done / "tiny.best.json"), written) is None
-
-
-def test_a_packed_folder_is_not_compared_with_floats(sparse: Path) -> None:
-    config = read_config(sparse / "atp_tune.json")
-    assert config.manifest is not None
-    packed = {name.replace("model", "model.packed", 1): digest for name, digest in config.manifest.files.items()}
-    assert compared(config, config.manifest.model_copy(update={"files": packed})) is None
-
-
-def test_an_environment_is_its_json() -> None:
-    here = environment("cpu (3 threads)")
-    assert Environment.model_validate_json(here.model_dump_json()) == here

@@ -1,10 +1,6 @@
 import json
 import pydoc_data.topics
 import random
-import shutil
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.windows import check_disjoint, first_windows, shared_windows, token_windows
+from atp_tune.inputs.windows import check_disjoint, shared_windows, token_windows
 
 TOPICS = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
 TOPICS_SOURCE = "package:pydoc_data.topics:topics"
@@ -96,22 +92,6 @@ def test_random_is_the_loader_of_wanda(seed: int, tokens: int, folder: Path, tmp
     assert found.ids.tolist() == wanda(TOPICS, folder, 17, tokens, seed)
 
 
-def test_random_takes_a_document_only_if_it_is_longer(folder: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = ["to be", "print the value", TOPICS[0][:400]]
-    longest = len(tokenizer(texts[2], verbose=False).input_ids)
-    source = write(tmp_path / "a.jsonl", *texts)
-    fits = Text(source=source, sampling="random", nsamples=3, seqlen=longest - 1)
-    first = tokenizer(texts[2], verbose=False).input_ids[: longest - 1]
-    assert token_windows(fits, folder, tmp_path).ids.tolist() == [first] * 3
-    with pytest.raises(UserError) as caught:
-        token_windows(fits.model_copy(update={"seqlen": longest}), folder, tmp_path)
-    assert str(caught.value) == (
-        f"seqlen: none of the 3 documents is longer than {longest} tokens, the longest has {longest}; "
-        'lower seqlen, or set sampling = "consecutive"'
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", few([7, 64, 1000], [64]))
 @pytest.mark.parametrize("part", [(0.0, 1.0), (0.9, 1.0)])
@@ -142,33 +122,6 @@ def test_the_first_windows_are_those_of_the_whole(
     assert found.ids.ravel().tolist() == ids[: windows * 128]
 
 
-def test_few_windows_tokenise_little_of_a_huge_text(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from atp_tune.inputs import windows
-
-    real, seen = windows._encoder, []
-
-    def counting(*given: Any) -> tuple[windows.Encode, list[int]]:
-        encode, first = real(*given)
-        return lambda text: (seen.append(len(text)), encode(text))[1], first
-
-    monkeypatch.setattr(windows, "_encoder", counting)
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS * 3), nsamples=2, seqlen=32)
-    token_windows(text, folder, tmp_path)
-    assert sum(seen) < 20_000 < sum(map(len, TOPICS))
-
-
-@pytest.mark.slow
-def test_a_text_with_few_tokens_a_character_is_read_further(folder: Path, tmp_path: Path) -> None:
-    words = sorted(AutoTokenizer.from_pretrained(folder).get_vocab(), key=len)
-    long = (words[-1].replace("Ġ", " ").replace("Ċ", "\n") * 9 + "\n") * 4000
-    text = Text(source=write(tmp_path / "a.jsonl", long), nsamples=40, seqlen=32)
-    ids = AutoTokenizer.from_pretrained(folder)(long, verbose=False).input_ids
-    assert len(long) / len(ids) > 8
-    assert token_windows(text, folder, tmp_path).ids.ravel().tolist() == ids[: 40 * 32]
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -197,78 +150,6 @@ def test_a_second_call_reads_nothing(draw: str, folder: Path, tmp_path: Path, re
     assert np.array_equal(first.ids, second.ids)
     assert first.content == second.content
     assert notes == [f"reading and tokenising {TOPICS_SOURCE}"]
-
-
-@pytest.mark.slow
-def test_a_second_call_imports_no_transformers(folder: Path, cache: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", *TOPICS[:3])
-    token_windows(Text(source=source, seqlen=32), folder, tmp_path)
-    script = (
-        "import sys; from pathlib import Path; from atp_tune.config import data; from atp_tune.inputs import windows\n"
-        f"text = data.Text(source={source!r}, seqlen=32)\n"
-        f"windows.token_windows(text, Path({str(folder)!r}), Path({str(tmp_path)!r}))\n"
-        "print([name for name in ('transformers', 'datasets', 'optuna') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-def test_a_hub_dataset_in_the_cache_needs_no_hub(
-    hub: tuple[Path, list[str]], folder: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    (hub[0] / "datasets/org/set").mkdir(parents=True)
-    write(hub[0] / "datasets/org/set/train.jsonl", *TOPICS[:9])
-    text = Text(source="hub:org/set", split="train", sampling="random", nsamples=4, seqlen=32)
-    first = token_windows(text, folder, tmp_path)
-    assert first.ids.tolist() == wanda(TOPICS[:9], folder, 4, 32, 0)
-    shutil.rmtree(hub[0])
-    hub[1].clear()
-    request.getfixturevalue("poisoned")
-    assert token_windows(text, folder, tmp_path).content == first.content
-    assert hub[1] == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cache")
-def test_every_setting_and_file_counts(folder: Path, unsplit: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", *TOPICS[:5])
-    base = {"source": source, "sampling": "random", "nsamples": 3, "seqlen": 32}
-    changes: list[dict[str, object]] = [
-        {}, {"seed": 1}, {"nsamples": 2}, {"seqlen": 16}, {"sampling": "consecutive"}, {"part": (0.5, 1)}
-    ]  # fmt: skip
-    contents = [token_windows(Text(**{**base, **change}), folder, tmp_path).content for change in changes]
-    contents.append(token_windows(Text(**base), unsplit, tmp_path).content)
-    write(tmp_path / "a.jsonl", *TOPICS[5:10])
-    contents.append(token_windows(Text(**base), folder, tmp_path).content)
-    assert len(set(contents)) == len(changes) + 2
-
-
-def test_the_tokenizer_counts_by_content(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    shutil.copytree(folder, tmp_path / "copy")
-    text = Text(source=TOPICS_SOURCE, nsamples=1, seqlen=32)
-    first = token_windows(text, folder, tmp_path)
-    request.getfixturevalue("poisoned")
-    assert token_windows(text, tmp_path / "copy", tmp_path).content == first.content
-
-
-def test_content_names_ids_and_shape() -> None:
-
-    ids = np.arange(12)
-    shapes = {Items.windows(ids.reshape(shape)).content for shape in ((3, 4), (4, 3), (2, 6))}
-    assert len(shapes) == 3
-
-
-def test_long_texts_give_no_warning(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for draw in ("random", "consecutive"):
-        text = Text(source=TOPICS_SOURCE, sampling=draw, nsamples=2, seqlen=64)
-        assert token_windows(text, folder, tmp_path).ids.shape == (2, 64)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"^the tokenizer in .*/empty cannot be loaded: \w+: .+$"):
-        token_windows(Text(source=TOPICS_SOURCE), tmp_path / "empty", tmp_path)
 
 
 def test_roles_share_no_window() -> None:
@@ -307,20 +188,6 @@ def test_text_in_another_cut_is_found(one: int, other: int, start: int, bos: boo
     assert naive or shorter < 128
 
 
-@pytest.mark.parametrize("most", [1, 3, 10_000])
-def test_at_most_so_many_windows_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), seqlen=50)
-    whole = token_windows(text, folder, tmp_path).ids
-    found = first_windows(text, folder, tmp_path, most).ids
-    assert len(found) == min(most, len(whole))
-    assert np.array_equal(found, whole[:most])
-
-
-def test_not_one_window(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^seqlen: file:a\.jsonl has \d+ tokens, not one window of 500; lower seqlen$"):
-        first_windows(Text(source=write(tmp_path / "a.jsonl", "short"), seqlen=500), folder, tmp_path, 3)
-
-
 # --- windows that begin with BOS
 
 BOS = 1
@@ -341,29 +208,6 @@ def test_each_token_of_a_text_is_predicted_once(tokens: int, windows: int | None
     assert found.ids[:, 1:].ravel().tolist() == ids[1 : 1 + count * (tokens - 1)]
 
 
-@pytest.mark.slow
-def test_random_windows_are_of_the_same_documents(folder: Path, tmp_path: Path) -> None:
-    """The loader of Wanda, with room for BOS, and a tokenizer that adds none."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator, expected = random.Random(5), []
-    while len(expected) < 9:
-        ids = tokenizer(TOPICS[generator.randint(0, len(TOPICS) - 1)], verbose=False).input_ids[1:]
-        if len(ids) > 699:
-            start = generator.randint(0, len(ids) - 699 - 1)
-            expected.append([BOS, *ids[start : start + 699]])
-    text = Text(source=TOPICS_SOURCE, sampling="random", nsamples=9, seqlen=700, seed=5)
-    assert token_windows(text, folder, tmp_path, bos=True).ids.tolist() == expected
-    assert token_windows(text, folder, tmp_path).ids.tolist() == wanda(TOPICS, folder, 9, 700, 5)
-
-
-@pytest.mark.parametrize("most", [1, 3, 10_000])
-def test_the_first_ones_with_bos_are_the_first_of_all(most: int, folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:9]), seqlen=50)
-    whole, few = token_windows(text, folder, tmp_path, bos=True), first_windows(text, folder, tmp_path, most, bos=True)
-    assert few.bos
-    assert np.array_equal(few.ids, whole.ids[:most])
-
-
 def test_two_bos_never_follow_each_other(folder: Path, tmp_path: Path) -> None:
     """Not even where a text spells it, as one that was made by joining documents."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -378,14 +222,6 @@ def test_two_bos_never_follow_each_other(folder: Path, tmp_path: Path) -> None:
     first = token_windows(Text(source=texts[0], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
     other = token_windows(Text(source=texts[1], seqlen=50, nsamples=2), folder, tmp_path, bos=True)
     assert first.ids.tolist() == other.ids.tolist()
-
-
-def test_windows_know_that_they_begin_with_bos(folder: Path, tmp_path: Path) -> None:
-    text = Text(source=write(tmp_path / "a.jsonl", *TOPICS[:3]), seqlen=32)
-    first = token_windows(text, folder, tmp_path, bos=True)
-    again = token_windows(text, folder, tmp_path, bos=True)  # from the cache
-    assert (first.bos, again.bos, again.thinned(2).bos) == (True, True, True)
-    assert first.content == again.content != token_windows(text, folder, tmp_path).content
 
 
 def kinds_of(windows: Items, folder: Path) -> list[str]:
@@ -407,28 +243,3 @@ def test_windows_of_mixed_are_of_each_kind_in_turn(
     expected = [KINDS[at % len(KINDS)] for at in range(nsamples)] * count
     assert kinds_of(found, folder) == expected[::stride]
     assert count > 1 or [text.turns[at % len(KINDS)] for at in range(len(found))] == expected[::stride]
-
-
-@pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("most", [1, 7, 10_000])
-def test_the_first_windows_of_mixed_end_with_its_shortest_kind(most: int, folder: Path) -> None:
-    text = Text(source="mixed", seqlen=40, shuffle=True, part=(0.0, 0.05))
-    found = first_windows(text, folder, Path(), most)
-    counts = Counter(kinds_of(found, folder))
-    assert len(found) == most or (most == 10_000 and max(counts.values()) - min(counts.values()) <= 1)
-    whole = token_windows(text, folder, Path())
-    assert np.array_equal(whole.ids[: len(found)], found.ids[: len(whole)])
-    alone = [len(token_windows(part, folder, Path())) for part in text.kinds]
-    assert len(whole) == min(count * len(KINDS) + place for place, count in enumerate(alone))
-
-
-def test_the_parts_of_mixed_share_no_text(mixed: dict[str, list[str]], folder: Path) -> None:
-    parts = {"calibration": (0.0, 0.3), "validation": (0.3, 0.65), "test": (0.65, 1.0)}
-    texts = {
-        role: Text(source="mixed", nsamples=20, seqlen=64, shuffle=True, part=part) for role, part in parts.items()
-    }
-    check_disjoint({role: token_windows(text, folder, Path()) for role, text in texts.items()})
-    with pytest.raises(UserError, match=r"^texts\.test: window 0 is also in texts\.validation"):
-        check_disjoint({role: token_windows(texts["test"], folder, Path()) for role in ("validation", "test")})
-    with pytest.raises(ValueError, match="every 10th window is of one kind; take no multiple of 5"):
-        Text(source="mixed", stride=10)

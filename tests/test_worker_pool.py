@@ -73,11 +73,3 @@ def test_one_that_comes_to_no_trial_ends_the_run(worker: Idle, event: TrialStart
     with pytest.raises(TrialError, match=r"worker 1 died \(exit code -9\) 3 times in a row"):
         worker.died("exit code -9")
     assert worker.launched == 1 + RESTARTS
-
-
-def test_one_that_dies_in_trials_is_started_again(worker: Idle) -> None:
-    """Such a trial is given up in the end, and a machine that takes its workers away gives them back."""
-    for number in range(10):
-        worker.hear(TrialStarted(f"trial {number}", None, number))
-        worker.died("exit code -9")
-    assert worker.launched == 11

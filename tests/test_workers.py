@@ -7,7 +7,7 @@ import psutil
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, meeting, trials
 from optuna.trial import TrialState
-from tinystudy import HANGS, CommandLine, Process, finish, run, settings, start, wait_for, wait_until
+from tinystudy import HANGS, Process, finish, run, settings, start, wait_for, wait_until
 
 
 def begin(place: Path, *more: str, texts: tuple[str, ...] = LONG) -> Process:
@@ -53,22 +53,6 @@ def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_every_process_stops_all_and_loses_nothing(place: Path) -> None:
-    """As Slurm sends it, twice."""
-    process = begin(place, "--workers", "2")
-    wait_for(place / "tiny.db", 3, process)
-    for _ in range(2):
-        for each in [*workers_of(process), process]:
-            each.send_signal(signal.SIGTERM)
-    answer = finish(process)
-    assert (answer.code, answer.err) == (130, "")
-    assert "died" not in answer.out
-    assert not [trial for trial in trials(place) if trial.state == TrialState.RUNNING]
-    assert finish(begin(place)).code == 0
-    check_whole(place)
-
-
-@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     process = begin(place, "--workers", "2")
     wait_for(place / "tiny.db", 2, process)
@@ -91,25 +75,3 @@ def test_workers_do_not_outlive_their_parent(place: Path) -> None:
     assert not psutil.wait_procs(children, HANGS)[1]
     assert finish(begin(place)).code == 0
     check_whole(place)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--devices", "cpu,gpu"], "device"),
-        (["--devices", "cpu,cpu", "--workers", "3"], "names 2 devices, --workers 3"),
-        (["--devices", ","], "names 0 devices"),
-        (["--workers", "0"], "--workers"),
-    ],
-)
-def test_devices_that_are_none(options: list[str], words: str, place: Path, command: CommandLine) -> None:
-    answer = command("--study", place / "tiny.toml", *options)
-    assert answer.code == 2
-    assert words in answer.err
-    assert not (place / "tiny.db").exists()
-
-
-@pytest.mark.slow
-def test_a_device_that_is_not_here(place: Path) -> None:
-    answer = finish(begin(place, "--devices", "cpu,cuda:7"))
-    assert "device: cuda:7 is not on this machine" in answer.error
