@@ -31,9 +31,8 @@ from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
 from atp_tune.dashboard import publishing
 from atp_tune.errors import UserError
-from atp_tune.figures import blocks
 from atp_tune.measures import Perplexity
-from atp_tune.report import latex, machine, markdown
+from atp_tune.report import formats
 from atp_tune.report.contents import gather
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.stored import best_config, facts_of
@@ -264,9 +263,9 @@ def draw(study: optuna.Study) -> None:
     """Figures and reports, which take longer."""
     found = gather(study, datetime(2026, 1, 1))
     figures.draw(found.summary)
-    blocks.sparsities([found.summary, found.summary])
-    blocks.perplexities([found.summary, found.summary])
-    for make in (markdown.make, machine.make, latex.make):
+    figures.sparsities([found.summary, found.summary])
+    figures.perplexities([found.summary, found.summary])
+    for make in (formats.markdown, formats.machine, formats.latex):
         make([found, found])
 
 

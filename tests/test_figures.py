@@ -8,11 +8,10 @@ from optuna.trial import TrialState, create_trial
 from synthetic import BLOCKS, BOUND, made_up, new_study
 from tinystudy import quiet
 
-from atp_tune import figures
+from atp_tune import figures, report
 from atp_tune.errors import UserError
-from atp_tune.figures import sheet
+from atp_tune.figures import draw_history
 from atp_tune.figures.style import CYCLE
-from atp_tune.figures.trials import draw_history
 from atp_tune.results.summary import summarise
 from atp_tune.utils.extras import EXTRAS, install
 
@@ -104,9 +103,9 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no browser.\nlong story")
 
     monkeypatch.setitem(EXTRAS, "png", {"plotly": "plotly"})  # is here, where kaleido need not be
-    monkeypatch.setattr(sheet, "_draw", fails)
+    monkeypatch.setattr(report, "_draw", fails)
     with pytest.raises(UserError) as caught:
-        sheet.svg([go.Figure()])
+        report.svg([go.Figure()])
     assert str(caught.value) == (
-        f"a picture could not be drawn (no browser); it needs: {install('png')} and {sheet.BROWSER}"
+        f"a picture could not be drawn (no browser); it needs: {install('png')} and {report.BROWSER}"
     )

@@ -13,12 +13,12 @@ from tinystudy import quiet
 
 from atp_tune import report
 from atp_tune.errors import UserError
-from atp_tune.report import html, latex, machine, markdown
+from atp_tune.report import formats, html
 from atp_tune.report.contents import gather, toml
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-MAKERS = {"html": html.make, "md": markdown.make, "json": machine.make, "latex": latex.make}
+MAKERS = {"html": html.make, "md": formats.markdown, "json": formats.machine, "latex": formats.latex}
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_hostile_names_and_failures_are_text() -> None:
 
 def test_latex_is_escaped() -> None:
     studies = [new_study(None, name) for name in (r"a_b & 50% #1 {x} \y ~^$", "second")]
-    text = latex.make([gather(study, NOW) for study in studies]).decode()
+    text = formats.latex([gather(study, NOW) for study in studies]).decode()
     escaped = r"a\_b \& 50\% \#1 \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$"
     assert f"\\multicolumn{{5}}{{l}}{{{escaped}, sparsity 0.6}}" in text
     assert text.isascii()

@@ -17,7 +17,7 @@ from atp_tune.errors import printable
 from atp_tune.figures import draw
 from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
-from atp_tune.report.markdown import escaped, fenced, table
+from atp_tune.report.formats import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
 from atp_tune.results.results import is_uniform
 from atp_tune.results.stored import best_config, measured_columns

@@ -3,13 +3,440 @@
 Each is a function of the summary; it returns None while there are no data for it.
 """
 
-import plotly.graph_objects as go
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import accumulate, groupby
+from math import inf, isfinite
+from typing import Any
 
-from atp_tune.figures.blocks import draw_error, draw_sparsity
-from atp_tune.figures.trials import draw_front, draw_perplexity, draw_points, draw_seconds
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+from atp_tune.allocations import Budget
+from atp_tune.allocations.formulas import atp
+from atp_tune.figures.style import (
+    BEST,
+    CYCLE,
+    DASHES,
+    DENSE,
+    INK,
+    SECOND,
+    SYMBOLS,
+    UNIFORM,
+    WORST,
+    Points,
+    axis,
+    bars,
+    colour_of,
+    faint,
+    level,
+    log_axis,
+    new_figure,
+    role,
+    rounded,
+)
+from atp_tune.measures import KL, PERPLEXITY
+from atp_tune.plan import method_in, percent
+from atp_tune.results.formatting import spent
+from atp_tune.results.results import is_uniform, levels_of
 from atp_tune.results.summary import Summary
 
-__all__ = ["FIGURES", "draw"]
+# --- Figures over trials: scores against β, or of each allocation, in their order, against sparsity; times; the front.
+
+PLAIN, LEGEND, LABELS = 380, 22, 70  # px of height: the plot, a row of its legend, slanted names below it
+CURVE = ("beta", "mean", "low", "high")  # of the Gaussian process, per pruner
+NEAR = 0.6  # of the width of the data: the axis title names bounds that are farther away
+MEANINGS = {"calibrate": "calibrate (statistics)", "prune": "prune", "evaluate": "evaluate (perplexity)"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the figure of scores: its trials over β (axis x), or by allocation where they have none (x2)."""
+
+    axis: str
+    trials: list[FrozenTrial]
+
+    def at(self, trial: FrozenTrial) -> float | str:
+        """The place of a trial."""
+        return rounded([_beta(trial)])[0] if self.axis == "x" else _allocation(trial)
+
+    def named(self, trial: FrozenTrial) -> str:
+        """The place of a trial, in words."""
+        return f"β = {_beta(trial):.4f}" if self.axis == "x" else _allocation(trial)
+
+
+def draw_perplexity(summary: Summary) -> go.Figure | None:
+    """The objective on the validation text against β; None while none is measured."""
+    points = Points(summary)
+    if not points.trials:
+        return None
+    seen, main = points.view(points.dense), points.main
+    # Uniform has β = 0 if any other trial has one.
+    has_beta = any("beta" in trial.params for trial in points.trials)
+    over = [trial for trial in points.trials if has_beta and ("beta" in trial.params or is_uniform(trial))]
+    panels = [Panel("x", over), Panel("x2", [trial for trial in points.trials if trial not in over])]
+    name = main.title[0].upper() + main.title[1:]
+    figure = new_figure(f"{name} against β" if over else f"{name} of each allocation", "", points.axis)
+    _set_places(figure, panels[0], panels[1], bounds_of(summary))
+    if over:
+        add_gp_posterior(figure, summary.gp_posterior, points)
+    # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
+    several, known = len({_allocation(trial) for trial in over if not is_uniform(trial)}) > 1, set()
+    hidden = []
+    for panel in panels:
+        for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x"):
+            shown = [trial for trial in group if points.value(trial) <= seen.top]
+            title, colour = f"{pruner}, {allocation}" if allocation else pruner, colour_of(pruner)
+            points.add(
+                figure, shown, list(map(panel.at, shown)), escape(title), colour, xaxis=panel.axis, legendgroup=title,
+                showlegend=panel.axis == "x" or pruner not in known,
+                marker={"symbol": SYMBOLS.get(allocation or "atp", "circle")},
+            )  # fmt: skip
+            known.add(pruner)
+            if above := [trial for trial in group if trial not in shown]:
+                points.add(
+                    figure, above, list(map(panel.at, above)), "off the scale", colour, y=[seen.high] * len(above),
+                    error_y=None, showlegend=False, xaxis=panel.axis, marker={"size": 11, "symbol": "triangle-up"},
+                )  # fmt: skip
+        hidden += [(t, f"{panel.named(t)}: {points.said(t)} ↑") for t in panel.trials if points.value(t) > seen.top]
+    # Lines at uniform and dense, and a ring around the best.
+    methods = {method_in(trial.params) for trial in summary.trials}
+    best = summary.best_trial
+    if best:
+        points.compare(figure, seen, f"uniform, {method_in(best.params)}" if len(methods) > 1 else "uniform")
+    if points.dense is not None:
+        level(figure, points.dense.value, f"dense {points.dense.alone}{seen.arrow(points.dense.value)}", DENSE, "dot")
+    first = points.trials[0]
+    panel = panels[first not in over]
+    points.ring(figure, first, panel.at(first), xaxis=panel.axis)
+    entries = sum(item.showlegend is not False for item in (*figure.data, *figure.layout.shapes))
+    figure.update_layout(height=PLAIN + LEGEND * -(-entries // 3) + LABELS * all(panel.trials for panel in panels))
+    hidden.sort(key=lambda pair: points.trials.index(pair[0]))
+    points.set_axis(figure, seen.low, seen.high, [text for _, text in hidden])
+    return figure
+
+
+def bounds_of(summary: Summary) -> tuple[float, float] | None:
+    """The admissible interval of β, if the study stores what it depends on."""
+    study = summary.made_from.study if summary.made_from else None
+    if study is None or not summary.sizes:
+        return None
+    found = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
+    return found if found[1] > 0 else None
+
+
+def _set_places(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float, float] | None) -> None:
+    """Sets the axes of β and of allocations, and draws admissible bounds that are near the data."""
+    names = sorted({_allocation(trial) for trial in others.trials})
+    strip = min(0.4, 0.06 + 0.07 * len(names)) if names and over.trials else float(bool(names))
+    if names:
+        listed = {"type": "category", "categoryarray": names, "range": [-0.6, len(names) - 0.4], "tickangle": -90}
+        title = "" if over.trials else "allocation"
+        figure.update_layout(xaxis2=axis(title, **listed, domain=[1 - strip, 1], anchor="y"))
+    if not over.trials:
+        figure.update_xaxes(visible=False, selector={"domain": None})
+        return
+    figure.update_xaxes(domain=[0, 1 - strip - (0.03 if strip else 0)], selector={"domain": None})
+    betas = [_beta(trial) for trial in over.trials]
+    low, high = min(betas), max(betas)
+    span, title = high - low, "β, difference per block" if names else "β, common difference per block"
+    near = (low - NEAR * span, high + NEAR * span) if span else (-inf, inf)
+    drawn = [bound for bound in bounds or () if (bound > 0 or low < 0) and near[0] <= bound <= near[1]]
+    for k, bound in enumerate(sorted(drawn, reverse=True)):
+        figure.add_shape(
+            type="line", x0=bound, x1=bound, y0=0, y1=1, xref="x", yref="paper", layer="below",
+            name=f"admissible bound{' ±' if len(drawn) > 1 else ' '}{abs(bound):.4f}",
+            showlegend=not k, line={"color": INK, "width": 1.5, "dash": "longdashdot"},
+        )  # fmt: skip
+    if bounds and not drawn:
+        title += f" (admissible up to {bounds[1]:.4f})"
+    low, high = min([low, *drawn]), max([high, *drawn])
+    pad = 0.04 * (high - low) or span or 0.01
+    figure.update_layout(xaxis_title_text=title, xaxis_range=[low - pad, high + pad])
+
+
+def _grouped(trials: list[FrozenTrial], apart: bool) -> Iterator[tuple[tuple[str, str], list[FrozenTrial]]]:
+    def key(trial: FrozenTrial) -> tuple[str, str]:
+        return method_in(trial.params), _allocation(trial) if apart else ""
+
+    for name, group in groupby(sorted(trials, key=key), key=key):
+        yield name, sorted(group, key=_beta)
+
+
+def _beta(trial: FrozenTrial) -> float:
+    return float(trial.params.get("beta", 0.0))
+
+
+def _allocation(trial: FrozenTrial) -> str:
+    return escape(str(trial.params.get("allocation", "atp" if "beta" in trial.params else "uniform")))
+
+
+def add_gp_posterior(figure: go.Figure, posterior: Any, points: Points) -> None:
+    """Adds a line and a translucent band per pruner; skips curves that are incomplete."""
+    curves = posterior.get("curves") if isinstance(posterior, dict) else None
+    images = points.results.counts.get("validation", 1)
+    for pruner, curve in curves.items() if isinstance(curves, dict) else ():
+        # A whole curve has four equally long lists of numbers, positive where a log axis shows them.
+        lists: list[Any] = [curve.get(part) for part in CURVE] if isinstance(curve, dict) else []
+        if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) != 1 or not lists[0]:
+            continue
+        numbers = [value for values in lists for value in values]
+        if not all(isinstance(value, int | float) and isfinite(value) for value in numbers):
+            continue
+        if not all(value > 0 for values in lists[1:] for value in values):
+            continue
+        beta, *losses = (rounded(values, 4) for values in lists)
+        mean, low, high = (rounded(points.main.of_loss(value, images) for value in values) for values in losses)
+        colour, group = colour_of(str(pruner)), f"belief {pruner}"
+        known = f" after {posterior['before']} trials" if isinstance(posterior.get("before"), int) else ""
+        figure.add_scatter(
+            x=beta + beta[::-1], y=high + low[::-1], fill="toself", fillcolor=faint(colour, 0.14), name="band",
+            line={"width": 0, "color": colour}, mode="lines", hoverinfo="skip", showlegend=False, legendgroup=group,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=beta, y=mean, mode="lines", line={"color": colour, "width": 1.2}, legendgroup=group,
+            name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
+        )  # fmt: skip
+
+
+def draw_history(summary: Summary) -> go.Figure | None:
+    """The objective against the trial's number; None while none is measured."""
+    points = Points(summary)
+    if not points.trials:
+        return None
+    seen, done = points.view(), sorted(points.trials, key=lambda trial: trial.number)
+    figure = new_figure("How the search went", "trial", points.axis)
+    shown = [trial for trial in done if points.value(trial) <= seen.top]
+    mark = {"size": 6, "color": faint(INK, 0.6)}
+    points.add(figure, shown, [trial.number for trial in shown], "each trial", INK, marker=mark, error_y=None)
+    figure.add_scatter(
+        x=[trial.number for trial in done], mode="lines", line={"color": BEST, "width": 2.5, "shape": "hv"},
+        y=rounded(accumulate(map(points.value, done), max if points.main.is_higher_better else min)),
+        name="best so far", hovertemplate="best so far %{y:.5g}<extra></extra>",
+    )  # fmt: skip
+    points.compare(figure, seen)
+    hidden = [f"trial {trial.number}: {points.said(trial)} ↑" for trial in done if trial not in shown]
+    points.set_axis(figure, seen.low, seen.high, hidden)
+    return figure
+
+
+def draw_seconds(summary: Summary) -> go.Figure | None:
+    """Seconds per trial as stacked bars, trials in order; None while no trial has any."""
+    timed = [trial for trial in summary.trials if spent(trial)]
+    if not timed:
+        return None
+    figure = new_figure("Where the time goes", "trial", "time (s)")
+    figure.update_layout(barmode="stack", bargap=0.15 if len(timed) < 60 else 0, legend_traceorder="normal")
+    phases = [*MEANINGS, *sorted({phase for trial in timed for phase in spent(trial)} - set(MEANINGS))]
+    for k, phase in enumerate(phases):
+        values = rounded((spent(trial).get(phase, 0) for trial in timed), 4)
+        if any(values):
+            figure.add_bar(
+                x=[trial.number for trial in timed], y=values, name=MEANINGS.get(phase, phase),
+                marker={"color": CYCLE[k % len(CYCLE)], "line": {"width": 0}},
+                hovertemplate=f"trial %{{x}}: {phase} %{{y:.3g}} s<extra></extra>",
+            )  # fmt: skip
+    if len(timed) < 10:
+        figure.update_xaxes(dtick=1)
+    return figure if figure.data else None
+
+
+def draw_front(summary: Summary) -> go.Figure | None:
+    """KL against perplexity on the validation text; None with one of them or without a measured trial."""
+    points = Points(summary)
+    best = {trial.number for trial in summary.front}
+    if not any(trial.number in best for trial in points.trials):
+        return None
+    figure = new_figure("Perplexity and KL divergence", "", f"KL divergence, {points.on}")
+    figure.update_xaxes(axis(f"perplexity, {points.on}"))
+
+    def add(trials: list[FrozenTrial], name: str, colour: str, **look: Any) -> None:
+        """Trials with both scores, as points with both errors."""
+        found = [(points.score(trial, PERPLEXITY), points.score(trial, KL), trial) for trial in trials]
+        both = [(score, kl, trial) for score, kl, trial in found if isfinite(score.value) and isfinite(kl.value)]
+        if both:
+            own = {
+                "y": rounded(kl.value for _, kl, _ in both), "error_y": bars((kl.stderr for _, kl, _ in both), colour),
+                "error_x": bars((score.stderr for score, _, _ in both), colour),
+            }  # fmt: skip
+            x = rounded(score.value for score, _, _ in both)
+            points.add(figure, [trial for _, _, trial in both], x, name, colour, **{**own, **look})
+
+    add([trial for trial in points.trials if trial.number not in best], "other trials", INK)
+    optimal = [trial for trial in points.trials if trial.number in best]
+    add(optimal, "Pareto front", BEST, mode="lines+markers", line={"color": BEST, "shape": "hv", "width": 1.5})
+    if (uniform := points.uniform) is not None:
+        mark = {"symbol": "circle-open", "size": 15, "line": {"width": 2}}
+        add([uniform], role("uniform", uniform), UNIFORM, marker=mark, error_x=None, error_y=None)
+    return figure
+
+
+def draw_points(summary: Summary) -> go.Figure | None:
+    """Scores on the validation text against the sparsity; None at one sparsity, or without a point."""
+    points, results, main = Points(summary), summary.results, summary.results.main
+    known = {trial.number: trial for trial in points.trials if "sparsity" in trial.params}
+    shown = [known[point.trial.number] for point in summary.points if point.trial.number in known]
+    if not shown:
+        return None
+    beside = (results.uniform(point.trial) for point in summary.points)
+    around = [known[number] for number in {trial.number for trial in beside if trial} if number in known]
+    figure = new_figure(f"Sparsity and {main.title}", "sparsity (%)", points.axis)
+
+    def at(trial: FrozenTrial) -> float:
+        return round(100 * float(trial.params["sparsity"]), 4)
+
+    found = shown if summary.choices else [trial for trial in shown if not is_uniform(trial)]
+    searched = "best at each sparsity" if summary.choices else "searched"
+    for trials, name, colour, symbol, dash in (
+        (around, "uniform", UNIFORM, "square", "dot"), (found, searched, BEST, "circle", "solid"),
+    ):  # fmt: skip
+        if trials:
+            trials.sort(key=lambda trial: (at(trial), trial.number))
+            points.add(
+                figure, trials, list(map(at, trials)), name, colour, mode="lines+markers", marker={"symbol": symbol},
+                line={"color": colour, "width": 1.5, "dash": dash},
+            )  # fmt: skip
+    best = summary.best_trial
+    if best is not None and best in shown:
+        points.ring(figure, best, at(best))
+    # Lines at the dense model and the limit, as far as the axis has them.
+    limit, dense = None, None if main.is_higher_better or points.dense is None else points.dense.value
+    for key, value in (summary.limit or {}).items():
+        if not isinstance(value, Mapping) and key in ("max_increase", f"max_{main.name}"):
+            limit = value if key != "max_increase" else (1 + value) * dense if dense else None
+    lines = [(dense, "dense", DENSE, "dot"), (limit, "limit", WORST, "dash")]
+    drawn = [line for line in lines if line[0] is not None]
+    for y, name, colour, dash in drawn:
+        level(figure, y, f"{name} {main.written(y)}", colour, dash)  # type: ignore[arg-type]
+    # The axes take in all of it.
+    ends = [y for y, *_ in drawn if y is not None]
+    for score in map(points.score, (*shown, *around)):
+        ends += [score.value - min(score.stderr, score.value / 3), score.value + score.stderr]
+    points.set_axis(figure, min(ends), max(ends))
+    places = list(map(at, (*shown, *around)))
+    pad = 0.04 * (max(places) - min(places)) or 1.0
+    figure.update_layout(xaxis_range=[min(places) - pad, max(places) + pad], legend_traceorder="normal")
+    return figure
+
+
+# --- Figures over blocks, the sparsities of plans and the error of the hidden states; and figures of several studies.
+
+LONGEST = 40  # letters of a name in a legend
+MARKS = ("circle", "diamond", "square", "triangle-down")  # after all colours
+
+
+def draw_sparsity(summary: Summary) -> go.Figure | None:
+    """Sparsity, or bits, against block, in steps; None while no trial has one."""
+    points, amount = Points(summary), summary.amount
+
+    def levels(trial: FrozenTrial) -> list[float]:
+        return rounded(levels_of(trial) or [], 4)
+
+    plans = [("best", points.best, BEST, "solid"), ("second best", points.second, SECOND, "dot"), _uniform(points)]
+    figure = _along_blocks(points, new_figure(amount.title, "", amount.axis), levels, plans, {"shape": "hvh"})
+    if figure is None:
+        return None
+    target = summary.sparsity or summary.bits
+    if points.uniform is None and isinstance(target, float):  # uniform would be the target in every block
+        level(figure, target, f"target {target:g}", INK, "dot")
+    values = [value for trace in figure.data for value in trace.y]
+    margin = max(0.02, 0.05 * (max(values) - min(values)))
+    return figure.update_layout(yaxis_range=[max(0, min(values) - margin), min(amount.top, max(values) + margin)])
+
+
+def draw_error(summary: Summary) -> go.Figure | None:
+    """Relative error after each block on a log axis; None while no trial has one."""
+    points = Points(summary)
+
+    def errors(trial: FrozenTrial) -> list[float | None]:
+        """None for 0, as after a dense block, which a log axis cannot show; [] without any."""
+        found = trial.user_attrs.get("errors") or []
+        shown = [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in found]
+        return shown if any(shown) else []
+
+    worst = None if points.worst == points.uniform else points.worst
+    plans = [("best", points.best, BEST, "solid"), _uniform(points), ("worst", worst, WORST, "dot")]
+    empty = new_figure("Error of the hidden states after each block", "", "error, relative to the dense model")
+    figure = _along_blocks(points, empty, errors, plans, {}, mode="lines+markers", marker={"size": 5})
+    if figure is not None:
+        values = [error for trace in figure.data for error in trace.y if error is not None]
+        figure.update_yaxes(log_axis(min(values), max(values)))
+    return figure
+
+
+Shown = tuple[str, FrozenTrial | None, str, str]  # name, trial, colour and dash of a line
+
+
+def _uniform(points: Points) -> Shown:
+    return "uniform", None if points.uniform == points.best else points.uniform, UNIFORM, "solid"
+
+
+def _along_blocks(
+    points: Points,
+    figure: go.Figure,
+    values: Callable[[FrozenTrial], Sequence[Any]],
+    plans: list[Shown],
+    line: dict[str, Any],
+    **look: Any,
+) -> go.Figure | None:
+    """Adds lines over blocks of these plans, or of a front's; None without any."""
+    summary = points.summary
+    chosen: list[Shown] = [
+        (percent(point.sparsity), point.trial, CYCLE[k % len(CYCLE)], DASHES[k // len(CYCLE) % len(DASHES)])
+        for k, point in enumerate(summary.choices)
+    ]
+    for name, trial, colour, dash in chosen or plans:
+        if trial is not None and (found := values(trial)):
+            own = {"color": colour, "width": 2.5 if trial == points.best else 1.75, "dash": dash, **line}
+            figure.add_scatter(
+                y=found, name=role(name, trial), line=own, **{"mode": "lines", **look},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{points.told(trial)}<extra></extra>",
+            )  # fmt: skip
+    blocks = max((len(trace.y) for trace in figure.data), default=0)
+    title = f"block (0 to {summary.in_tower - 1}: vision tower)" if summary.in_tower else "block"
+    layout = {"xaxis_title_text": title, "xaxis_range": [-0.5, blocks - 0.5], "legend_traceorder": "normal"}
+    return figure.update_layout(layout) if blocks else None
+
+
+# --- Several studies in one figure.
+
+
+def label(name: str) -> str:
+    """A study's name, cut to fit a legend."""
+    return escape(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…")
+
+
+def sparsities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """Sparsities of each study's best plan; None if fewer than two studies have one."""
+    figure = new_figure("Sparsity of each block, best plans", "block", "sparsity (share of zeros)")
+    for k, points in enumerate(map(Points, summaries)):
+        if points.best is not None and points.summary.bits is None and (levels := levels_of(points.best)):
+            figure.add_scatter(
+                y=rounded(levels, 4), name=label(points.summary.name), mode="lines",
+                line={"color": CYCLE[k % len(CYCLE)], "dash": DASHES[k // len(CYCLE) % 4], "width": 2, "shape": "hvh"},
+                hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{points.told(points.best)}<extra></extra>",
+            )  # fmt: skip
+    return figure if len(figure.data) > 1 else None
+
+
+def perplexities(summaries: Sequence[Summary]) -> go.Figure | None:
+    """Perplexity against β of studies of one model and text; None if fewer than two have trials with β."""
+    figure = new_figure("Perplexity against β", "β, common difference per block", "perplexity, validation text")
+    views = []
+    for k, points in enumerate(map(Points, summaries)):
+        is_there = "perplexity" in points.summary.objectives
+        points.trials = [t for t in points.trials if is_there and "beta" in t.params and "sparsity" not in t.params]
+        if points.trials:
+            views.append(points.view())
+            shown = [trial for trial in points.trials if points.value(trial) <= views[-1].top]
+            shown.sort(key=lambda trial: float(trial.params["beta"]))
+            betas, marks = rounded(trial.params["beta"] for trial in shown), {"symbol": MARKS[k // len(CYCLE) % 4]}
+            points.add(figure, shown, betas, label(points.summary.name), CYCLE[k % len(CYCLE)], marker=marks)
+    if len(views) < 2:
+        return None
+    return figure.update_yaxes(log_axis(min(seen.low for seen in views), max(seen.high for seen in views)))
+
 
 FIGURES = {
     "perplexity": draw_perplexity,

@@ -3,17 +3,95 @@
 They need only the storage, neither torch nor the model, and work while a study runs.
 """
 
+import asyncio
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
 
 from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.figures.sheet import check_installed, png
-from atp_tune.report import html, latex, machine, markdown
+from atp_tune.report import formats, html
 from atp_tune.report.contents import Contents, gather
 from atp_tune.utils.cache import write_out
+from atp_tune.utils.extras import install, require
 from atp_tune.utils.paths import check_writable
+
+# --- Several figures in one picture, rendered by Chrome or Chromium through kaleido.
+
+WIDTH, HEIGHT = 640, 440  # px of a figure
+COLUMNS = 2
+SCALE = 2  # px of a PNG per px of the layout
+PAGE, TEXT = "#ffffff", "#24292f"
+BROWSER = "a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
+
+
+def png(figures: Sequence[go.Figure]) -> bytes:
+    """All figures on white, two in a row, as PNG; UserError if kaleido or a browser is missing."""
+    return _drawn(figures, "png")
+
+
+def svg(figures: Sequence[go.Figure]) -> str:
+    """All figures on white, two in a row, as SVG."""
+    return _drawn(figures, "svg").decode()
+
+
+def check_installed() -> None:
+    """UserError if kaleido is missing."""
+    require("png", "a picture", otherwise=" and a Chrome or Chromium")
+
+
+def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+    check_installed()
+    try:
+        return asyncio.run(_draw(figures, kind))
+    except Exception as error:  # kaleido and its browser driver have no common class of errors
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        needs = f"it needs: {install('png')} and {BROWSER}"
+        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); {needs}") from None
+
+
+async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
+    import kaleido
+
+    look = {"font_color": TEXT, "width": WIDTH, "height": HEIGHT}
+    async with kaleido.Kaleido() as browser:
+        cells = [await _draw_one(browser, go.Figure(figure).update_layout(look), "svg") for figure in figures]
+        picture = _sheet([cell.decode() for cell in cells])
+        return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
+
+
+async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
+    size = {"width": figure.layout.width, "height": figure.layout.height, "scale": SCALE if kind == "png" else 1}
+    return bytes(await browser.calc_fig(figure.to_dict(), opts={"format": kind, **size}))
+
+
+def _size(count: int) -> tuple[int, int]:
+    return min(count, COLUMNS) * WIDTH, -(-count // COLUMNS) * HEIGHT
+
+
+def _sheet(cells: list[str]) -> str:
+    """Joins SVGs of one size into one, two in a row."""
+    width, height = _size(len(cells))
+    page = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
+    box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    places = [(index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT) for index in range(len(cells))]
+    moved = [f'<g transform="translate({x},{y})">{cell}</g>' for (x, y), cell in zip(places, cells, strict=True)]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{page}{"".join(moved)}</svg>'
+
+
+def _frame(picture: str, count: int) -> go.Figure:
+    """A figure that holds only an SVG, which the browser renders as PNG."""
+    width, height = _size(count)
+    source = f"data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}"
+    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
+    bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **place}]}
+    hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
+    return go.Figure(layout={**bare, **hidden, "width": width, "height": height})
+
 
 __all__ = ["ENDINGS", "Contents", "gather", "kind_of", "name_of", "write"]
 
@@ -64,8 +142,8 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
 
 _MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
     "html": html.make,
-    "md": markdown.make,
-    "json": machine.make,
+    "md": formats.markdown,
+    "json": formats.machine,
     "png": make_picture,
-    "latex": latex.make,
+    "latex": formats.latex,
 }

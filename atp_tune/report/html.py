@@ -12,8 +12,7 @@ from plotly.offline import get_plotlyjs
 
 import atp_tune
 from atp_tune import figures
-from atp_tune.figures.blocks import perplexities, sparsities
-from atp_tune.figures.trials import draw_history
+from atp_tune.figures import draw_history, perplexities, sparsities
 from atp_tune.measures import TEXTS
 from atp_tune.metrics import NAMES, ImageAnswer
 from atp_tune.report import contents as tables

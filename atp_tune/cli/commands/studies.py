@@ -12,8 +12,8 @@ from atp_tune.errors import UserError, printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from atp_tune.api.catalogue import Entry
     from atp_tune.api.environment import MachineReport
+    from atp_tune.config.plugged import Entry
     from atp_tune.config.studyfile import StudyFile
     from atp_tune.cost.forecast import Forecast, StudyCost
     from atp_tune.results.status import Listed
@@ -87,9 +87,8 @@ def plugins(
         file [FILE.py]...: List the plug-ins of these files too.
         study NAME: List the plug-ins that this study names too.
     """
-    from atp_tune.api.catalogue import entries
     from atp_tune.cli.terminal import quiet
-    from atp_tune.config.plugged import named_in
+    from atp_tune.config.plugged import entries, named_in
     from atp_tune.plugins import ASK, registered_in
     from atp_tune.results.status import to_json
 

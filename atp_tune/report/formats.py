@@ -1,0 +1,207 @@
+"""The report in Markdown, as a LaTeX table and as JSON, and functions that escape text for Markdown."""
+
+import json
+import re
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from optuna.trial import TrialState
+from pydantic import BaseModel
+
+from atp_tune.config.studyfile import settings
+from atp_tune.errors import printable
+from atp_tune.report import contents as tables
+from atp_tune.report.contents import Contents
+from atp_tune.results.formatting import continuations_note, errors_of
+from atp_tune.results.results import NOTHING
+from atp_tune.results.status import status_of
+from atp_tune.results.tables import Table, front, kinds, overview, trials
+
+_RATES = "Rates are medians over runs; the last column is the median (lowest to highest) of the runs' ratios."
+
+
+def escaped(text: str) -> str:
+    """Text in one line without markup, HTML, formulas or entities."""
+    return re.sub(r"([\\`*_{}\[\]<>|#$&~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def fenced(language: str, text: str) -> str:
+    """Text as a fenced code block, which text with fences in it cannot end."""
+    fence = "`" * (3 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def markdown(studies: Sequence[Contents]) -> bytes:
+    """The report: a comparison if there are several studies, then each study."""
+    parts = ["# Comparison", table(tables.comparison(studies))] if len(studies) > 1 else []
+    for contents in studies:
+        parts += _study(contents)
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def _study(contents: Contents) -> list[str]:
+    summary = contents.summary
+    parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
+    amount = summary.amount.told.format(contents.sparsity, summary.amount.best(summary)) if contents.sparsity else ""
+    parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {amount}".strip())
+    parts += [
+        *map(escaped, contents.notes),
+        table(overview(summary)),
+        *([table(found)] if (found := kinds(summary)) else []),
+        contents.errors + "".join(f" {by.note}" for by in summary.results.measures if by.note),
+    ]
+    if found := front(summary):
+        parts += ["## Pareto front", table(found)]
+    if summary.zero_shot:
+        made = tables.zero_shot(summary.zero_shot)
+        parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
+    if summary.speed:
+        parts += ["## Size and speed", table(tables.speed(summary.speed)), _RATES]
+    if summary.continuations:
+        made = tables.continuations(summary.continuations)
+        parts += ["## Continuations", table(made), escaped(continuations_note(summary.continuations)) + "."]
+    if contents.importance:
+        parts += ["## Importance", table(tables.importance(contents))]
+    parts += ["## Trials", table(trials(summary)), "## How to reproduce"]
+    parts.append(fenced("sh", "\n".join(command for _, command in tables.commands(summary))))
+    if contents.study_file is not None:
+        parts.append(fenced("toml", contents.study_file))
+    return [part for part in [*parts, table(tables.fingerprint(contents))] if part]
+
+
+def table(made: Table, gap: str = "") -> str:
+    """A Markdown table with numbers aligned to the right; `gap`: written before each cell but a row's first."""
+    rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
+    rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
+            for index, row in enumerate(made.rows)]  # fmt: skip
+    head, *body = (f"| {f' | {gap}'.join(cells)} |" for cells in (map(escaped, made.head), *rows))
+    return "\n".join((head, f"| {' | '.join(rules)} |", *body))
+
+
+# --- A LaTeX table for a paper: dense, uniform and the best of each allocation.
+
+_SPECIAL = {
+    **{char: f"\\{char}" for char in "#$%&_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "–": "--", "’": "'", "±": r"$\pm$", "−": "$-$", "×": r"$\times$",
+    "β": r"$\beta$", "γ": r"$\gamma$", "κ": r"$\kappa$",
+    "δ": r"$\delta$", "φ": r"$\varphi$", "ν": r"$\nu$", "λ": r"$\lambda$", "ε": r"$\varepsilon$",
+}  # fmt: skip
+
+
+def latex(studies: Sequence[Contents]) -> bytes:
+    r"""One table of all studies, with the columns of each; it needs \usepackage{booktabs}."""
+    tables = [overview(contents.summary, "trial") for contents in studies]
+    head = [*dict.fromkeys(name for table in tables for name in table.head)]
+    parts = []
+    for contents, table in zip(studies, tables, strict=True):
+        rows = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
+        lines = [" & ".join(_escaped(row.get(name, NOTHING)) for name in head) + r" \\" for row in rows]
+        if len(studies) > 1:
+            amount = contents.summary.amount.told.lower().partition("{")[0]
+            title = contents.summary.name + (f", {amount}{contents.sparsity}" if contents.sparsity else "")
+            lines.insert(0, f"\\multicolumn{{{len(head)}}}{{l}}{{{_escaped(title)}}} \\\\")
+        parts.append("\n".join(lines))
+    names = ", ".join(_escaped(contents.summary.name) for contents in studies)
+    units = " or ".join(dict.fromkeys(contents.summary.results.unit for contents in studies))
+    errors = errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}"
+    measures = dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)
+    what, body = ", ".join(measures), "\n\\midrule\n".join(parts)
+    return f"""\
+% \\usepackage{{booktabs}}
+\\begin{{table}}
+\\centering
+\\caption{{{what[0].upper()}{what[1:]} ($\\pm$: {_escaped(errors)}) of {names}.}}
+\\begin{{tabular}}{{l{"r" * (len(head) - 1)}}}
+\\toprule
+{" & ".join(map(_escaped, head))} \\\\
+\\midrule
+{body}
+\\bottomrule
+\\end{{tabular}}
+\\end{{table}}
+""".encode()
+
+
+def _escaped(text: str) -> str:
+    """Text with LaTeX's special characters escaped; the sign of a number is a minus, no hyphen."""
+    signed = re.sub(r"(?<!\S)-(?=\d)", "−", " ".join(text.split()))
+    return "".join(_SPECIAL.get(char, char) for char in signed)
+
+
+# --- The report for programs.
+
+FORMAT = "atp_tune.report/3"
+KEPT = ("errors", "device", "dtype")  # attributes of trials
+
+
+def machine(studies: Sequence[Contents]) -> bytes:
+    """The report for programs: a published JSON format (`atp_tune.report/3`); keys are added, never renamed or removed.
+
+        format, made            `atp_tune.report/3`; local time, ISO 8601
+        studies[]               the document of `status --json` of each study, without its clock, and:
+          description           of the study
+          state                 running, failed: numbers of trials
+          realised              share of zeros counted in the best, null if unknown
+          zero_shot             what `evaluate` measured of the best trial, as in its configuration; or null
+          speed                 what `speedup`, or the end of a study, measured of it, likewise; or null
+          recovered             training of the best's kept weights, as in its configuration; or null
+          continuations         prompts, and what dense, uniform, best and `others`, the best of each other allocation,
+                                make of each; or null
+          importance            parameter → share of 1; empty with too few trials
+          trials[]              also levels (of each block, as `plan.py` stores them, without those of rows), errors (by
+                                block), times (phase → s), device, dtype
+          time, devices         of all trials: seconds, names
+          study_file            name and settings, as the study was made; or null
+          fingerprint, versions facts that the values depend on, and versions of libraries
+
+    Numbers that are not finite are null.
+    """
+    made = max((contents.made for contents in studies), default=None)
+    document = {
+        "format": FORMAT,
+        "made": made.isoformat(timespec="seconds") if made else None,
+        "studies": [_document(contents) for contents in studies],
+    }
+    return (json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _document(contents: Contents) -> dict[str, Any]:
+    summary = contents.summary
+    status = status_of(summary, contents.made).without_clock().model_dump(exclude={"format"})
+    for trial, row in zip(summary.trials, status["trials"], strict=True):
+        attrs = trial.user_attrs
+        stored = json.dumps(attrs.get("plan", {}).get("levels"))
+        row["levels"] = json.loads(stored, object_hook=lambda level: level.pop("rows", level) and level)
+        row["times"] = attrs.get("seconds")
+        row.update({key: attrs.get(key) for key in KEPT})
+    return {
+        **status,
+        "description": contents.description,
+        "state": {"running": contents.count(TrialState.RUNNING), "failed": contents.count(TrialState.FAIL)},
+        "realised": contents.realised,
+        "zero_shot": _dumped(summary.zero_shot),
+        "speed": _dumped(summary.speed),
+        "recovered": _dumped(summary.recovered),
+        "continuations": _dumped(summary.continuations),
+        "importance": contents.importance,
+        "time": contents.seconds,
+        "devices": contents.devices,
+        "study_file": settings(summary.made_from) if summary.made_from else None,
+        "fingerprint": contents.facts,
+        "versions": contents.versions,
+    }
+
+
+def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
+    return found.model_dump() if found else None
+
+
+def finite(value: Any) -> Any:
+    """The value with None for infinite numbers and NaN, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
