@@ -43,7 +43,7 @@ REGISTRIES = {  # kind → the place of its registry
     "pruner": "atp_tune.pruners:PRUNERS",
     "allocation": "atp_tune.allocations:ALLOCATIONS",
     "score": "atp_tune.config.search:SCORES",
-    "source of texts": "atp_tune.inputs.documents:SOURCES",
+    "source of texts": "atp_tune.inputs.sources:SOURCES",
     "sampler": "atp_tune.config.search:SAMPLERS",
 }
 

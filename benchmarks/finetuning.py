@@ -34,13 +34,12 @@ from atp_tune.checkpoints.devices import find_device
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.data import Text
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.recover import Training
+from atp_tune.config.prune import PruneConfig, Training
 from atp_tune.config.study import Data, ModelConfig
 from atp_tune.events import Event, Message, Place
 from atp_tune.folders.applying import folder_scores
+from atp_tune.folders.card import PrunedWith, origin
 from atp_tune.folders.finetuning import finetune, read_items
-from atp_tune.folders.provenance import PrunedWith, origin
 from atp_tune.folders.training import Trainer, find_teacher, stored_format, windows_held_out
 from atp_tune.measures import change, perplexity
 from atp_tune.run.session import Setup

@@ -90,8 +90,8 @@ def prepare(work: Path, changes: list[str]) -> None:
     from atp_tune.config.study import Data
     from atp_tune.config.studyfile import load
     from atp_tune.events import Place
-    from atp_tune.inputs.documents import documents
     from atp_tune.inputs.items import Items
+    from atp_tune.inputs.sources import documents
     from atp_tune.run.session import Session, Setup
 
     study = (file := load("smol-60", changes)).study

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from atp_tune.blocks.gradients import BitPricing, BlockGradients, Costs
 from atp_tune.blocks.replay import AutoBatch
-from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.prune import QuantizeConfig
 from atp_tune.pruners.rounding import RTN
 from atp_tune.run.dense_model import CalibrationGradients, bit_costs, priced_shares
 from atp_tune.run.session import Session

@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM
 from atp_tune.allocations import Budget, bits
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.quantize import WIDTHS, Bits, QuantizeConfig
+from atp_tune.config.prune import WIDTHS, Bits, PruneConfig, QuantizeConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.exporting import FORMATS
 from atp_tune.plan import Plan

@@ -17,7 +17,7 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import read_config
 from atp_tune.config.data import ImageSet
 from atp_tune.config.facts import _flat
-from atp_tune.config.recover import RecoverConfig
+from atp_tune.config.prune import RecoverConfig
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp_tune.allocations.bits import stored_bits
 from atp_tune.checkpoints.convert import unpack_folder
-from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.prune import QuantizeConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.applying import Shards
 from atp_tune.folders.packing import Codes, _encoded, pack_folder

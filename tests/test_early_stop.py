@@ -2,7 +2,7 @@
 
 import pytest
 
-from atp_tune.config.recover import Training
+from atp_tune.config.prune import Training
 from atp_tune.folders.training import EarlyStop, windows_held_out, windows_read
 
 SETTINGS = Training(

@@ -14,13 +14,13 @@ from tinystudy import TOKENS, CommandLine, finish, start, wait_until
 
 from atp_tune.config.best import read_config
 from atp_tune.config.data import Text
-from atp_tune.config.recover import Training
+from atp_tune.config.prune import Training
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.folders import finetuning
 from atp_tune.folders.applying import apply
+from atp_tune.folders.card import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
 from atp_tune.folders.finetuning import finetune
-from atp_tune.folders.provenance import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
 from atp_tune.folders.training import order
 from atp_tune.measures import change, perplexity
 

@@ -25,7 +25,7 @@ from atp_tune.blocks.gradients import BAND, ByPlaces, RowPricing, Sample
 from atp_tune.blocks.prune_pass import of_rows
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.config.best import read_config
-from atp_tune.config.recover import NLL_SHARES
+from atp_tune.config.prune import NLL_SHARES
 from atp_tune.plan import Plan
 from atp_tune.pruners import make_pruner
 from atp_tune.pruners.refinement import Treatment

@@ -32,8 +32,8 @@ from transformers import (
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.api.configuration import load_config
 from atp_tune.config.best import read_config
+from atp_tune.folders.card import FINETUNED, Finetuned
 from atp_tune.folders.packing import pack_folder
-from atp_tune.folders.provenance import FINETUNED, Finetuned
 from atp_tune.measures import perplexity
 from atp_tune.pruners import PRUNERS
 from atp_tune.results.summary import summarise

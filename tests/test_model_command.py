@@ -22,13 +22,13 @@ from atp_tune.api.presets import (
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.commands import tune
 from atp_tune.config.data import Text
-from atp_tune.config.recover import RecoverConfig
+from atp_tune.config.prune import RecoverConfig
 from atp_tune.config.study import ModelConfig, Study
 from atp_tune.config.studyfile import StudyFile, load, tables
 from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.config.writing import write_study
 from atp_tune.errors import UserError
-from atp_tune.inputs.documents import documents
+from atp_tune.inputs.sources import documents
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
 

@@ -24,15 +24,14 @@ from atp_tune.allocations.checked import CheckedAllocation, finished
 from atp_tune.config.best import read_config
 from atp_tune.config.facts import facts
 from atp_tune.config.plugged import named_in, plug_in, records
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.recover import NLL_SHARES
+from atp_tune.config.prune import NLL_SHARES, PruneConfig
 from atp_tune.config.search import SAMPLERS
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import from_settings, load
 from atp_tune.config.studyfile import settings as settings_of
 from atp_tune.config.writing import study_text
 from atp_tune.errors import PluginError, UserError
-from atp_tune.inputs.documents import documents
+from atp_tune.inputs.sources import documents
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms

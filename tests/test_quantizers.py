@@ -12,7 +12,7 @@ from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problem
 from torch import Tensor
 
 from atp_tune.config.patterns import make_plan
-from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.prune import QuantizeConfig
 from atp_tune.plan import Plan
 from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.refinement import Treatment

@@ -18,12 +18,12 @@ from tinystudy import CommandLine, settings, stored
 
 from atp_tune import tune
 from atp_tune.config.best import Config, dumps, read_config
-from atp_tune.config.recover import RecoverConfig, Recovered
+from atp_tune.config.prune import RecoverConfig, Recovered
 from atp_tune.config.study import Study
 from atp_tune.events import Place
 from atp_tune.folders import finetuning
+from atp_tune.folders.card import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.folders.finetuning import Trained, recovered
-from atp_tune.folders.provenance import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said

@@ -28,7 +28,7 @@ from atp_tune.config.studyfile import load
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee
 from atp_tune.events import Place, ignore_events
-from atp_tune.folders.provenance import FINETUNED, Finetuned
+from atp_tune.folders.card import FINETUNED, Finetuned
 from atp_tune.measures import perplexity
 from atp_tune.pruners.sparsegpt import SparseGPT
 from atp_tune.pruners.statistics import Hessian

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
-from atp_tune.inputs.documents import documents
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
-from atp_tune.inputs.sources import Column
+from atp_tune.inputs.sources import Column, documents
 
 
 def message(text: Text, base: Path) -> str:

@@ -12,7 +12,7 @@ from test_lora import with_zeros
 from torch import Tensor
 from torch.func import functional_call
 
-from atp_tune.config.recover import Training
+from atp_tune.config.prune import Training
 from atp_tune.errors import UserError
 from atp_tune.folders import training
 from atp_tune.folders.training import Trainer, bytes_needed, order

@@ -22,9 +22,8 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, TrialStarted, calling
 from atp_tune.folders.applying import PLAIN, Way, apply, plan_of
-from atp_tune.folders.card import describe
+from atp_tune.folders.card import ABOUT, describe
 from atp_tune.folders.finetuning import apply_trained
-from atp_tune.folders.provenance import ABOUT
 from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup

@@ -109,7 +109,7 @@ def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFold
     are shuffled, so that the parts are of one kind; paragraphs, where it has one document, stay in their order.
     UserError if a part is shorter than one window.
     """
-    from atp_tune.inputs.documents import documents
+    from atp_tune.inputs.sources import documents
     from atp_tune.inputs.windows import first_windows
 
     is_cut, base = isinstance(choice, str), Path()

@@ -17,7 +17,7 @@ from atp_tune.api.arguments import Lender, Settings, Target, is_model, names, wo
 from atp_tune.api.presets import StudyRequest
 from atp_tune.api.result import Result
 from atp_tune.config.best import Config
-from atp_tune.config.recover import RecoverConfig, Recovered
+from atp_tune.config.prune import RecoverConfig, Recovered
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile, settings, tables
 from atp_tune.config.typed import goal

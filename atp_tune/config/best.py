@@ -26,9 +26,7 @@ from pydantic import (
 from atp_tune.allocations.bits import share_of
 from atp_tune.config.manifest import Manifest
 from atp_tune.config.plugged import PluginRef, check_known
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.quantize import Bits, QuantizeConfig
-from atp_tune.config.recover import Recovered
+from atp_tune.config.prune import Bits, PruneConfig, QuantizeConfig, Recovered
 from atp_tune.config.search import NEXT_TOKEN
 from atp_tune.config.study import Data, ModelConfig, Study, of_model
 from atp_tune.errors import UserError

@@ -21,7 +21,7 @@ FORMS = {  # of sources of images → the form of what follows the colon, for pe
     "package": "package:MODULE/PATH",
 }
 KNOWN = ", ".join(FORMS.values())
-TEXT_SOURCES = ("c4", "wikitext2", "mixed", "hub", "file", "package", "memory")  # `inputs.documents` reads them
+TEXT_SOURCES = ("c4", "wikitext2", "mixed", "hub", "file", "package", "memory")  # `inputs.sources` reads them
 LOCAL = ("file", "folder", "idx", "parquet")  # sources of texts and images that are files of this machine
 IMAGES, CLASSES = "images", "classes"  # the kind of input, and the score, of an image classifier
 

@@ -1,14 +1,16 @@
-"""The table `[prune]` of a study: pruners, their settings, and the pattern of zeros.
+"""What a study does to weights: the tables `[prune]`, `[quantize]` and `[recover]`: pruners, patterns, bits, training.
 
-The table of a pruner that is a plug-in is kept as it is written: `spec.plugged` checks it once the code may run.
+The table of a pruner that is a plug-in is kept as it is written: `config.plugged` checks it once the code may run.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     ConfigDict,
     Field,
+    FiniteFloat,
     JsonValue,
     ValidationError,
     ValidationInfo,
@@ -17,14 +19,131 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from atp_tune.allocations.bits import share_of, stored_bits
 from atp_tune.allocations.budget import ranked_by
 from atp_tune.config.patterns import parse
-from atp_tune.config.recover import Loss
+from atp_tune.measures import Change, Perplexity
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.pruners import PRUNERS, SETTINGS, Pruner, Quantizer, make_pruner
+from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS, Pruner, Quantizer, make_pruner
 from atp_tune.pruners.settings import ChannelSettings
-from atp_tune.utils.frozen import STORED, OneOf, SettingsTable, check_once, relocated
+from atp_tune.utils.frozen import STORED, FrozenModel, OneOf, SettingsTable, check_once, relocated
 from atp_tune.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from atp_tune.config.study import Study
+
+# --- Training of kept weights, by `finetune` or by the table `[recover]` of a study, after its search and under guard.
+#
+#     recover = {}            with the defaults below
+#     [recover]
+#     steps = 128
+#
+# `recovered`, in the configuration of the best trial, holds the same settings and what they came to. See
+# docs/finetune.md.
+
+FEWEST, MOST = 8, 32  # windows that are held out
+SHARE = 10  # one of so many windows is held out
+Loss = Literal["both", "kl", "next-token"]
+NLL_SHARES: dict[Loss, float] = {"both": 0.5, "kl": 0.0, "next-token": 1.0}  # the rest is KL from the dense model
+RATES = {"lora": 1e-3, "scales": 3e-3}  # default learning rates
+RANK = 8  # of LoRA, by default
+
+
+class Training(SettingsTable):
+    """How kept weights are trained; all zeros stay."""
+
+    train: Literal["scales", "lora"] = Field(
+        "scales", description="scales: one for each row and column of each linear; lora: masked LoRA"
+    )
+    loss: Loss = Field(
+        "both",
+        description="kl: KL divergence from the dense model's predictions; next-token: NLL of the text; both: the mean",
+    )
+    steps: int = Field(64, ge=1, description="training steps, each on one batch")
+    batch: int = Field(2, ge=1, description="windows per step; of an image classifier, images")
+    seqlen: int | None = Field(
+        None, ge=2, description="tokens per window; default: those of the validation text's windows"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="the highest, after warm-up; default: 0.003, of lora 0.001"
+    )
+    rank: int | None = Field(None, ge=1, description="of lora alone; default: 8")
+    alpha: int | None = Field(
+        None, ge=1, description="of lora alone: adapters are scaled by alpha / rank; default: twice the rank"
+    )
+    eval_every: int = Field(8, ge=1, description="steps between two measurements of the loss on held-out windows")
+    patience: int = Field(
+        3,
+        ge=0,
+        description="measurements without a lower held-out loss after which training ends; 0: nothing is held out",
+    )
+    seed: int = Field(0, ge=0, description="of adapters and of the order of the windows")
+
+    @model_validator(mode="after")
+    def _of_lora(self) -> Self:
+        for key in ("rank", "alpha"):
+            if getattr(self, key) is not None and self.train != "lora":
+                raise ValueError(f'{key}: is a setting of train = "lora"; leave it out')
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model's predictions take part in the loss."""
+        return NLL_SHARES[self.loss] < 1
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+    def filled(self, seqlen: int | None) -> "Training":
+        """The settings with a value for each; `seqlen`: tokens per window, if they have none."""
+        rank = (self.rank or RANK) if self.train == "lora" else None
+        own = {
+            "rank": rank, "alpha": rank and (self.alpha or 2 * rank), "learning_rate": self.rate,
+            "seqlen": self.seqlen or seqlen,
+        }  # fmt: skip
+        return Training(**{**self.model_dump(include={*Training.model_fields}), **own})
+
+
+class RecoverConfig(Training):
+    """How the kept weights of the best plan are trained; training text: the calibration text's."""
+
+    min_increase: float = Field(
+        0.0,
+        ge=0,
+        description="train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %",
+    )
+
+
+class RecoveredScores(FrozenModel):
+    """Perplexity on one text after training, and its change from the same plan before, paired by windows."""
+
+    perplexity: Perplexity
+    change: Change
+
+
+class Recovered(FrozenModel):
+    """The result of training by `settings`.
+
+    `kept`: whether the loss on held-out windows and the perplexity on the validation text fell, so that `apply` trains
+    the model; else `reason` says what did not, or why there was no training (`skipped`), in one line. `step` is the
+    step whose weights were best, of `steps` that were done. `test` is None with the paper's protocol, `against_uniform`
+    (on the test text) if uniform was not measured. `kinds`: perplexity by kind of a mixed test text.
+    """
+
+    settings: RecoverConfig
+    kept: bool
+    skipped: bool = False
+    reason: str = ""
+    step: int = 0
+    steps: int = 0
+    seconds: FiniteFloat = 0.0
+    validation: RecoveredScores | None = None
+    test: RecoveredScores | None = None
+    against_uniform: Change | None = None
+    kinds: dict[str, Perplexity] = Field({})
+
 
 UPDATING = ("sparsegpt", "alps")  # pruners that change weights that they keep
 OF_CHANNELS = ("wanda", "magnitude")  # pruners that score channels
@@ -183,3 +302,93 @@ def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> No
         if short in known:
             raise ValueError(f"{key}: {known[short]} and {name} are both called {short}; rename one of the plug-ins")
         known[short] = name
+
+
+# --- The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that blocks may have.
+
+QuantizerName = Literal["rtn", "gptq"]
+Width = Annotated[int, Field(ge=2, le=8)]
+WIDTHS = (2, 3, 4, 5, 6, 8)
+OF_ZEROS = ("er", "erk", "global", "gradient-rows")  # allocations that no number of bits follows from
+PER_LINEAR = ("gradient", "alphapruning-linear", *OF_ZEROS)  # those that differ within blocks
+
+
+class QuantizeConfig(SettingsTable):
+    """How weights are rounded to fewer bits: the quantizers to compare, the groups that share a scale, the bits."""
+
+    quantizers: tuple[QuantizerName, ...] = Field(
+        ("gptq",), min_length=1, description="rtn: round to nearest, gptq; Optuna chooses, if there are several"
+    )
+    group_size: int = Field(128, ge=-1, description="consecutive inputs of a row that share a scale; -1: the whole row")
+    symmetric: bool = Field(False, description="values from -max to max, without a zero point")
+    damping: float = Field(
+        0.01, gt=0, description="of gptq, added to the diagonal of the Hessian, as a share of its mean"
+    )
+    act_order: bool = Field(False, description="of gptq: columns in the order of their inputs' size, not as they stand")
+    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block, or a linear, may have")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        check_once(self.quantizers, "quantizers")
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError("widths: must ascend, each once")
+        if self.group_size == 0:
+            raise ValueError("group_size: must be at least 1, or -1 for the whole row, got 0")
+        return self
+
+    def told(self, quantizer: str) -> dict[str, Any]:
+        """The settings that determine what a quantizer does; rtn has no `damping`."""
+        of_gptq = ["damping", *(["act_order"] if self.act_order else [])] if quantizer == "gptq" else []
+        return self.model_dump(include={"group_size", "symmetric", *of_gptq})
+
+    def stored_bits(self, rows: int, columns: int, bits: int, zeros: int = 0) -> int:
+        """Bits of a quantized matrix with scales and zero points; without its zeros, if that is less."""
+        return stored_bits(rows, columns, bits, self.group_size, self.symmetric, zeros)
+
+
+@dataclass(frozen=True)
+class Treatments:
+    """The treatments of weights, in order: zeros by a pruner, if it `prunes`, then rounding, if there is `quantize`."""
+
+    prune: PruneConfig
+    quantize: QuantizeConfig | None = None
+    prunes: bool = True
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The methods to compare, by their short names: pruners, or quantizers where weights are only rounded."""
+        return self.prune.short_names if self.prunes or self.quantize is None else self.quantize.quantizers
+
+    def pruner(self, name: str) -> Pruner:
+        """A method as the pass over the blocks uses it: zeros stay where kept weights are rounded."""
+        own = self.quantize
+        if own is None:
+            return self.prune.pruner(name)
+        rounds_by = own.quantizers[0] if self.prunes else name
+        quantizer = QUANTIZERS[rounds_by](own.group_size, own.symmetric, own.damping, own.act_order)
+        if self.prunes:
+            return self.prune.pruner(name, quantizer)
+        from atp_tune.pruners.refinement import Treatment
+
+        return Treatment(None, quantizer=quantizer)
+
+    def measures(self, name: str) -> bool:
+        """Whether statistics of inputs are needed; in whole channels, the refit needs them."""
+        refits = parse(self.prune.pattern).channels and self.prune.channels.refit
+        return refits or self.pruner(name).measures is not None
+
+
+class Bits(FrozenModel):
+    """Bits per weight over all linears of all blocks, weighted by size: the target, what blocks have (`nominal`), and
+    with the scales and zero points of groups (`effective`, counted).
+    """
+
+    target: float = Field(ge=2, le=8)
+    nominal: float = Field(ge=2, le=8)
+    effective: float | None = Field(None, ge=0, le=64)
+
+
+def level_of(study: "Study") -> float:
+    """The share between most and fewest bits, which allocations share out."""
+    assert study.bits is not None
+    return share_of(study.bits, study.quantize.widths)

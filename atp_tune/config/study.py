@@ -13,9 +13,7 @@ from pydantic_core import PydanticKnownError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
-from atp_tune.config.prune import PruneConfig, check_names
-from atp_tune.config.quantize import QuantizeConfig, Treatments, level_of
-from atp_tune.config.recover import RecoverConfig
+from atp_tune.config.prune import PruneConfig, QuantizeConfig, RecoverConfig, Treatments, check_names, level_of
 from atp_tune.config.rules import check_together
 from atp_tune.config.search import DENSITY, LimitConfig, SearchConfig
 from atp_tune.plugins import IN_SCHEMA, short_name

@@ -19,7 +19,7 @@ from typing import Literal
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
-from atp_tune.config.recover import FEWEST
+from atp_tune.config.prune import FEWEST
 from atp_tune.config.study import Study
 from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
 from atp_tune.utils.frozen import FrozenModel

@@ -26,8 +26,7 @@ from atp_tune.config.plugged import records
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
-from atp_tune.folders.card import describe
-from atp_tune.folders.provenance import ABOUT, FINETUNED, manifest_of
+from atp_tune.folders.card import ABOUT, FINETUNED, describe, manifest_of
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.modeling_atp_sparse import LANGUAGE, SLIM, auto_map, checked_table

@@ -32,7 +32,7 @@ from atp_tune.config.study import Data, ModelConfig, of_model
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
 from atp_tune.folders.applying import check_model, plan_of
-from atp_tune.folders.provenance import ABOUT, origin
+from atp_tune.folders.card import ABOUT, origin
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.images import LABELLED_IMAGES
 from atp_tune.inputs.items import LABELS, PIXELS, Items

@@ -21,14 +21,12 @@ from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.data import CLASSES, ImageSet, Text
 from atp_tune.config.plugged import plug_in_texts
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.recover import RecoverConfig, Recovered, RecoveredScores, Training
+from atp_tune.config.prune import PruneConfig, RecoverConfig, Recovered, RecoveredScores, Training
 from atp_tune.config.study import Data, ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import Place, Step, TrialStarted, calling
 from atp_tune.folders.applying import Shards, Way, folder_scores, sparse_folder, write_applied
-from atp_tune.folders.card import describe
-from atp_tune.folders.provenance import (
+from atp_tune.folders.card import (
     FINETUNED,
     AccuracyChange,
     Finetuned,
@@ -36,6 +34,7 @@ from atp_tune.folders.provenance import (
     PerplexityChange,
     PrunedWith,
     Zeros,
+    describe,
     manifest_of,
     origin,
 )

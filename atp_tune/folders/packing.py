@@ -38,15 +38,13 @@ from atp_tune.checkpoints.files import Table, find_weights, is_slim, read_header
 from atp_tune.checkpoints.models import Ask, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.manifest import sha256_by_name
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.quantize import QuantizeConfig
+from atp_tune.config.prune import PruneConfig, QuantizeConfig
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Place, Step, TrialStarted, ignore_events
 from atp_tune.folders.applying import CONFIG, Way, folder_scores, rewrite, sparse_folder, write_sparse
-from atp_tune.folders.card import Packed, describe
-from atp_tune.folders.provenance import ABOUT as PROVENANCE
-from atp_tune.folders.provenance import CARD, DESCRIPTIONS, FINETUNED, origin, stored_manifest
+from atp_tune.folders.card import ABOUT as PROVENANCE
+from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
 from atp_tune.packed.codes import Coded, encode, fits_kernel, spread

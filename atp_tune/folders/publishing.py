@@ -26,7 +26,7 @@ from atp_tune.config.facts import is_local
 from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import parts_of
 from atp_tune.errors import UserError
-from atp_tune.folders.provenance import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
+from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
 from atp_tune.plugins import digest as digest_of
 from atp_tune.plugins import is_place
 from atp_tune.utils.cache import temporary_folder

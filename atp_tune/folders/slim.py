@@ -40,9 +40,8 @@ from atp_tune.folders.applying import (
     sparse_folder,
     write_sparse,
 )
-from atp_tune.folders.card import describe
+from atp_tune.folders.card import ABOUT, describe, manifest_of
 from atp_tune.folders.packing import check_class, empty_model
-from atp_tune.folders.provenance import ABOUT, manifest_of
 from atp_tune.packed.modeling_atp_sparse import LANGUAGE, VERSION
 from atp_tune.packed.modeling_atp_sparse import SLIM as MODEL_TYPE
 from atp_tune.plan import Plan

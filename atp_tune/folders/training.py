@@ -31,11 +31,11 @@ from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import GIB, arithmetic, find_dtype, free_memory
 from atp_tune.checkpoints.files import read_sizes
 from atp_tune.checkpoints.models import ModelFolder, resolve
-from atp_tune.config.recover import FEWEST, MOST, NLL_SHARES, SHARE, Training
+from atp_tune.config.prune import FEWEST, MOST, NLL_SHARES, SHARE, Training
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.applying import check_model
-from atp_tune.folders.provenance import ABOUT, PrunedWith
+from atp_tune.folders.card import ABOUT, PrunedWith
 from atp_tune.inputs.items import IDS, LABELS, Items
 from atp_tune.inputs.windows import load_tokenizer
 from atp_tune.scores.next_token import loss_gradient, mean_loss

@@ -23,8 +23,8 @@ from atp_tune.checkpoints.files import CODE
 from atp_tune.config.data import Text, short_source
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
-from atp_tune.inputs.documents import documents, source_content
 from atp_tune.inputs.items import Items
+from atp_tune.inputs.sources import documents, source_content
 from atp_tune.utils.cache import cache_dir, keep, key, sha256_of, version_of
 
 Encode = Callable[[str], list[int]]

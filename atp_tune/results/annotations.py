@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.config.finding import holds
-from atp_tune.config.recover import Recovered
+from atp_tune.config.prune import Recovered
 from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
 from atp_tune.metrics import Answers, Continuations, Speed

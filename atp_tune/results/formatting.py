@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.config.data import KINDS, MANUAL, MIXED, text_name
 from atp_tune.config.finding import known
 from atp_tune.config.plugged import permission
-from atp_tune.config.recover import Loss, RecoverConfig
+from atp_tune.config.prune import Loss, RecoverConfig
 from atp_tune.config.study import Study
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.config.recover import Recovered
+from atp_tune.config.prune import Recovered
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, TEXTS, Estimate, Items, Measure, Role, paired
 from atp_tune.plan import METHODS, Plan, is_zero, method_in
 from atp_tune.storage import progress

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import is_fitted
 from atp_tune.config.best import ZeroShot
-from atp_tune.config.recover import Recovered
+from atp_tune.config.prune import Recovered
 from atp_tune.config.studyfile import StudyFile, from_settings
 from atp_tune.config.typed import in_tower
 from atp_tune.measures import Limit, Perplexity, Role, by_kind

@@ -61,8 +61,7 @@ from atp_tune.blocks.replay import AutoBatch, Replay, block_bytes
 from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import arithmetic, host_memory
-from atp_tune.config.quantize import QuantizeConfig
-from atp_tune.config.recover import NLL_SHARES, Loss
+from atp_tune.config.prune import NLL_SHARES, Loss, QuantizeConfig
 from atp_tune.events import EventHandler, Message, Step, TrialStarted
 from atp_tune.inputs import Batch, InputKind
 from atp_tune.inputs.items import Items

@@ -32,8 +32,7 @@ from atp_tune.config.data import CLASSES, IMAGES, Text
 from atp_tune.config.facts import BOS
 from atp_tune.config.patterns import Pattern, parse
 from atp_tune.config.plugged import plug_in_config
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.quantize import QuantizeConfig, Treatments
+from atp_tune.config.prune import PruneConfig, QuantizeConfig, Treatments
 from atp_tune.config.study import Data, ModelConfig, Study
 from atp_tune.config.typed import Interval
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events

@@ -9,7 +9,7 @@ from torch import Tensor
 from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import ProbeRun
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.config.recover import NLL_SHARES
+from atp_tune.config.prune import NLL_SHARES
 from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs import Batch
 from atp_tune.measures import MEASURES

@@ -32,7 +32,7 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError, within
 from atp_tune.events import EventHandler, Place, Step, TrialStarted
 from atp_tune.folders.applying import PLAIN, check_model, write_applied
-from atp_tune.folders.provenance import ABOUT
+from atp_tune.folders.card import ABOUT
 from atp_tune.folders.slim import SLIM
 from atp_tune.inputs import KINDS
 from atp_tune.inputs.pictures import ImageProcessor, Pictures

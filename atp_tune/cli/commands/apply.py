@@ -11,7 +11,7 @@ from atp_tune.errors import printable
 from atp_tune.utils.paths import check_free
 
 if TYPE_CHECKING:
-    from atp_tune.folders.provenance import Finetuned
+    from atp_tune.folders.card import Finetuned
     from atp_tune.measures import Estimate
 
 TOLERANCE = 0.001  # relative difference of perplexities that rounding may make
@@ -98,7 +98,7 @@ def write(best: Best, out: Path, packed: bool = False, slim: bool = False, dtype
     """Writes the folder of a configuration, and prints what it has come to."""
     from atp_tune.checkpoints.files import is_slim
     from atp_tune.config.best import read_config
-    from atp_tune.folders.provenance import ABOUT
+    from atp_tune.folders.card import ABOUT
     from atp_tune.folders.publishing import compared
 
     with working() as watch:
@@ -191,8 +191,8 @@ def pack(
         check_free(out)
         write(options.best(), out, packed=True)
         return
+    from atp_tune.folders.card import ABOUT, origin
     from atp_tune.folders.packing import pack_folder
-    from atp_tune.folders.provenance import ABOUT, origin
 
     with working() as watch:
         done = pack_folder(folder, out, values, group_size, options.device or "auto", watch)
@@ -360,9 +360,9 @@ def finetune(
         teacher SOURCE: Dense model of `kl` and `both`; default: that which DIR was pruned from.
     """
     check_free(out)
-    from atp_tune.config.recover import Training
+    from atp_tune.config.prune import Training
     from atp_tune.events import Place
-    from atp_tune.folders.provenance import read_text
+    from atp_tune.folders.card import read_text
 
     if asked.learning_rate is not None and not 0 < asked.learning_rate < float("inf"):
         raise wrong("--learning-rate", "must be greater than 0")
