@@ -467,15 +467,20 @@ class RowPricing:
 
         def pruned(index: int, linear: Linear, weight: Tensor) -> Tensor:
             places = self._places(index, linear, weight)
-            return zeroed(weight, self._up_to((index, linear.name), places, shares[index, linear.name]))
+            last = self._last((index, linear.name), places, shares[index, linear.name])
+            return zeroed(weight, places <= last)
 
         def price(index: int, total: Mapping[str, Tensor]) -> None:
             dense = checkpoint.weights(index)
             for linear in checkpoint.linears[index]:
                 key, weight = (index, linear.name), linear.matrix(dense[linear.key])
-                near = self._near(key, self._places(index, linear, weight), shares[key])
-                costs = -(linear.matrix(total[linear.key]) * zeroed(weight, ~near).float()).sum(1)
-                number = near.sum(1)
+                # The weights of a row that go next or went last: as `ByPlaces.around`, row by row.
+                places = self._places(index, linear, weight)
+                reach = max(1, int(BAND * places.shape[1]))
+                first, last = (self._last(key, places, shares[key], further) for further in (1 - reach, reach))
+                others = (places <= first) | (places > last)
+                costs = -(linear.matrix(total[linear.key]) * zeroed(weight, others).float()).sum(1)
+                number = (last.int() - first).squeeze(1)  # of those places; each is that of one weight
                 mean = costs.sum() / number.sum().clamp(min=1)
                 found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
 
@@ -505,17 +510,12 @@ class RowPricing:
         self._offsets = dict(zip(self._offsets, torch.split(state["offsets"], rows), strict=True))
         self._smooth = dict(zip(self._smooth, torch.split(state["smooth"], rows), strict=True))
 
-    def _up_to(self, key: Key, places: Tensor, sparsity: float, further: int = 0) -> Tensor:
-        """Which weights [out, in] have a place below the number of zeros of their row, and this much further."""
+    def _last(self, key: Key, places: Tensor, sparsity: float, further: int = 0) -> Tensor:
+        """The last place [out, 1] below the number of zeros of a row, and this much further."""
         columns = places.shape[1]
         zeros = (columns * (sparsity + self._offsets[key])).round().clamp(0, columns)
         last = (zeros + further - 1).clamp(-1, columns - 1)  # fits the small format of places, which is compared fast
-        return places <= last.to(places.device, places.dtype)[:, None]
-
-    def _near(self, key: Key, places: Tensor, sparsity: float) -> Tensor:
-        """Which weights go next or went last, [out, in]: as `ByPlaces.around`, row by row."""
-        reach = max(1, int(BAND * places.shape[1]))
-        return self._up_to(key, places, sparsity, reach) & ~self._up_to(key, places, sparsity, 1 - reach)
+        return last.to(places.device, places.dtype)[:, None]
 
     def _move(self, key: Key, prices: Tensor) -> None:
         """Moves the rows of a linear by their prices [out]."""
