@@ -9,7 +9,7 @@ from optuna.testing.pytest_storages import StorageTestCase
 from pgserver import PostgreSQL
 
 from atp_tune.dashboard.servers import ServedDatabase, proxy
-from atp_tune.storage.database import RetryingDatabase
+from atp_tune.storage.database import Database
 from atp_tune.storage.opening import Kind, open_database
 from atp_tune.storage.remote import connect
 
@@ -30,13 +30,13 @@ def emptied(storage: BaseStorage) -> Iterator[BaseStorage]:
 
 
 @pytest.fixture(scope="module")
-def sqlite(tmp_path_factory: pytest.TempPathFactory) -> RetryingDatabase:
-    return opened(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/study.db", RetryingDatabase)
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    return opened(f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/study.db", Database)
 
 
 @pytest.fixture(scope="module")
-def postgresql(postgres: PostgreSQL) -> RetryingDatabase:
-    return opened(postgres.new(), RetryingDatabase)
+def postgresql(postgres: PostgreSQL) -> Database:
+    return opened(postgres.new(), Database)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 class TestSQLite(StorageTestCase):
     @pytest.fixture
-    def storage(self, sqlite: RetryingDatabase) -> Iterator[BaseStorage]:
+    def storage(self, sqlite: Database) -> Iterator[BaseStorage]:
         yield from emptied(get_storage(sqlite))
 
 
@@ -62,5 +62,5 @@ class TestServer(StorageTestCase):
 
 class TestPostgreSQL(StorageTestCase):
     @pytest.fixture
-    def storage(self, postgresql: RetryingDatabase) -> Iterator[BaseStorage]:
+    def storage(self, postgresql: Database) -> Iterator[BaseStorage]:
         yield from emptied(get_storage(postgresql))

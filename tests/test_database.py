@@ -22,7 +22,7 @@ from atp_tune.dashboard.publishing import study_note
 from atp_tune.results.summary import summarise
 from atp_tune.storage import database, fingerprint, opening
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.database import RetryingDatabase, without_password
+from atp_tune.storage.database import Database, without_password
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
@@ -44,9 +44,9 @@ def frail() -> Iterator[PostgreSQL]:
         yield server
 
 
-def opened(address: str) -> RetryingDatabase:
+def opened(address: str) -> Database:
     db = opening.open_storage(address, create=True)
-    assert isinstance(db, RetryingDatabase)
+    assert isinstance(db, Database)
     at_end(db.engine.dispose)
     return db
 

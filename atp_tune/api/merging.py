@@ -28,7 +28,7 @@ from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
 from atp_tune.storage import artifacts, fingerprint, opening, progress
 from atp_tune.storage.attributes import TABLES, readable
-from atp_tune.storage.database import RetryingDatabase, without_password
+from atp_tune.storage.database import Database, without_password
 from atp_tune.utils.cache import rename_new, temporary_folder
 from atp_tune.utils.paths import check_writable
 
@@ -147,7 +147,7 @@ def _write(folder: Path, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -
     from atp_tune.dashboard.publishing import note_in, note_parts, own_words
 
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
-    assert isinstance(db, RetryingDatabase)
+    assert isinstance(db, Database)
     first = shares[0].study
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [db.create_new_trial(study._study_id, trial) for trial in kept]

@@ -72,6 +72,7 @@ def make_view(address: str, storage: BaseStorage, join: str = "grpc://HOST:13000
 class DashboardView(Database):
     """A database with notes and figures on its studies, and with attributes that fit the columns of a table."""
 
+    retries = False
     additions: "Additions"
 
     def get_all_studies(self) -> list[FrozenStudy]:
@@ -247,6 +248,8 @@ PINGS = (
 
 class ServedDatabase(Database):
     """A database that records heartbeats of trials on other machines with its own clock."""
+
+    retries = False
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Stores the attribute, or records a heartbeat if it is `ALIVE`."""

@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Lock, local
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import finalize
 
 import optuna
@@ -268,13 +269,16 @@ class Errors:
 
 
 class Database(AttributeStorage):
-    """A storage of Optuna's for several workers that take trials from the queue, and for outages.
+    """A storage of Optuna's for several workers that take trials from the queue, and for outages: calls are retried.
 
     A broken file or disk gives a UserError, and a trial whose process lives is not failed. Connections close by `close`
     or with the last reference to the storage.
     """
 
+    retries: ClassVar[bool] = True  # while the server is unreachable, as a worker needs it
+
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
+        self._retrying = Retrying(f"storage {without_password(url)}:")
         try:
             super().__init__(url, *arguments, **options)
         except BaseException:
@@ -282,6 +286,25 @@ class Database(AttributeStorage):
                 self.close()
             raise
         self._listen()
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return partial(self._ask, found) if name in CALLS else found
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The answer of a call of one transaction, after retries."""
+        if not self.retries:
+            return call(*arguments, **options)
+
+        def attempt() -> Any:
+            try:
+                return call(*arguments, **options)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not is_away(error):
+                    raise
+                return Away(reason_of(error))
+
+        return self._retrying.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
@@ -298,12 +321,25 @@ class Database(AttributeStorage):
         self.engine.dispose()
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends or takes a trial under a lock: SQLite ignores Optuna's own, and two workers would take one trial."""
-        if self.engine.name != "sqlite":
-            return super().set_trial_state_values(trial_id, state, values)
-        with transaction(self.scoped_session) as session:
-            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            return super().set_trial_state_values(trial_id, state, values)
+        """Ends or takes a trial under a lock: SQLite ignores Optuna's own, and two workers would take one trial.
+
+        No error if a first attempt, whose answer was lost, told it the same.
+        """
+        tell = super().set_trial_state_values
+
+        def locked() -> bool:
+            if self.engine.name != "sqlite":
+                return tell(trial_id, state, values)
+            with transaction(self.scoped_session) as session:
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                return tell(trial_id, state, values)
+
+        try:
+            return bool(self._ask(locked))
+        except UpdateFinishedTrialError:
+            if not self._retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
+                raise
+            return True
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Sends a heartbeat; an error does not end the heartbeat thread, since the next heartbeat may succeed."""
@@ -351,46 +387,6 @@ class Database(AttributeStorage):
             return False
         with self.engine.connect() as connection:
             return bool(connection.exec_driver_sql(YOUNG).scalar())
-
-
-class RetryingDatabase(Database):
-    """`Database` for a worker: calls are retried while the server is unreachable."""
-
-    def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
-        self._retrying = Retrying(f"storage {without_password(url)}:")
-        super().__init__(url, *arguments, **options)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends or takes a trial; no error if a first attempt, whose answer was lost, told it the same."""
-        tell = super().set_trial_state_values
-        try:
-            return bool(self._ask(lambda: tell(trial_id, state, values)))
-        except UpdateFinishedTrialError:
-            if not self._retrying.has_repeated or not is_told(self.get_trial(trial_id), state, values):
-                raise
-            return True
-
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        def attempt() -> Any:
-            try:
-                return call()
-            except (StorageInternalError, SQLAlchemyError) as error:
-                if not is_away(error):
-                    raise
-                return Away(reason_of(error))
-
-        return self._retrying.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
-
-
-def _with_retries(name: str) -> Callable[..., Any]:
-    def call(self: RetryingDatabase, *arguments: Any, **options: Any) -> Any:
-        return self._ask(lambda: getattr(super(RetryingDatabase, self), name)(*arguments, **options))
-
-    return call
-
-
-for _name in CALLS:
-    setattr(RetryingDatabase, _name, _with_retries(_name))
 
 
 def set_attributes(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from atp_tune.errors import UserError, is_text
 from atp_tune.storage.attributes import ValidatedStudy, readable
 from atp_tune.storage.database import (
     Database,
-    RetryingDatabase,
     check_whole,
     engine_options,
     reason_of,
@@ -74,7 +73,7 @@ def open_storage(address: str, create: bool) -> BaseStorage | None:
         return connect(address)
     if address.startswith(MEMORY):
         return find_in_memory(address)
-    return open_database(address, create, RetryingDatabase)
+    return open_database(address, create, Database)
 
 
 def is_remote(address: str) -> bool:
