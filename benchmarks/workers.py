@@ -38,14 +38,14 @@ def work(address: str, name: str, total: int) -> None:
         return (beta,)
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        lost_trials.recover(study)
+        lost_trials.requeue_lost(study)
         trials = study.get_trials(deepcopy=False)
         if sum(progress.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
             study.stop()
 
     while (left := total - progress.counted(study)) > 0:
         study.optimize(Attempt(objective, total, Trace()), n_trials=left, catch=(TrialError,), callbacks=[ended])
-        lost_trials.recover(study)
+        lost_trials.requeue_lost(study)
 
 
 def open_study(address: str, name: str) -> optuna.Study:

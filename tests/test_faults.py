@@ -606,7 +606,7 @@ def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path) -> None:
     command = tiny.start()
     wait_until(lambda: is_stopped_in_a_trial(tiny, command))
     go_silent(tiny.database)
-    assert lost_trials.recover(tiny.study) == []
+    assert lost_trials.requeue_lost(tiny.study) == []
     with pytest.warns(ExperimentalWarning):
         optuna.storages.fail_stale_trials(tiny.study)  # what Optuna does before each trial
     assert tiny.has(RUNS)

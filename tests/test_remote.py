@@ -145,7 +145,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
         for name, value in {**identity(), "process_started": 0.0}.items():
             trial.set_user_attr(name, value)
         process._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
-        assert lost_trials.recover(study) == [number]
+        assert lost_trials.requeue_lost(study) == [number]
     there = opening.find_study(server.database, "s")
     assert there is not None
     assert [lost_trials.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]

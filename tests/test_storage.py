@@ -16,7 +16,7 @@ from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
 from atp_tune.storage import database, lost_trials, opening, process
 from atp_tune.storage.fingerprint import check_facts, create_study
-from atp_tune.storage.lost_trials import queue_again, recover
+from atp_tune.storage.lost_trials import queue_again, requeue_lost
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, running
@@ -193,13 +193,13 @@ def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> N
     add(study, **identity())
     add(study, host="elsewhere", pid=1, process_started=0.0)
     add(study)
-    assert recover(study) == [number]
+    assert requeue_lost(study) == [number]
     assert states(study) == ["FAIL", "RUNNING", "RUNNING", "RUNNING", "WAITING"]
     lost, again = study.trials[0], study.trials[4]
     assert lost.user_attrs == {**DEAD, "realised": 0.5, "lost": "its process died", "cut_off": {"alone": True}}
     assert again.params == lost.params
     assert again.user_attrs == {}
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     assert study.ask().suggest_float("beta", 0, 1) == lost.params["beta"]
 
 
@@ -207,10 +207,10 @@ def test_a_trial_that_never_said_who_runs_it_is_lost_after_a_while(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(study)
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     monkeypatch.setattr(lost_trials, "GRACE", -1)
     add(study, **identity())
-    assert recover(study) == [0]
+    assert requeue_lost(study) == [0]
     assert states(study) == ["FAIL", "RUNNING", "WAITING"]
 
 
@@ -236,11 +236,11 @@ PRUNE = b"after prune 12 of 30".ljust(process.WIDTH)
 def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna.Study) -> None:
     for number in range(3):
         assert die(study, PRUNE) == number
-        assert recover(study) == [number]
+        assert requeue_lost(study) == [number]
         assert not list(cache_dir("running").iterdir())
     assert states(study) == ["FAIL"] * 3
     assert counted(study) == 1
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     died = "its process died after prune 12 of 30"
     given_up = f"{died}, cut off 3 times in a row after prune 12 of 30: given up"
     assert [remark_of(trial) for trial in study.trials] == [died, died, given_up]
@@ -257,7 +257,7 @@ def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) 
     for number in range(3):
         place = f"after prune {number} of 30".encode().ljust(process.WIDTH)
         die(study, place + b"Fatal Python error: Aborted\n\nCurrent thread 0x00007f5c8ade9990:\n")
-        recover(study)
+        requeue_lost(study)
     assert remark_of(study.trials[2]) == (
         "its process died after prune 2 of 30 (Aborted), cut off 3 times by itself (Aborted): given up"
     )
@@ -269,9 +269,9 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
     booted = DEAD["booted"] - 3600
     for _ in range(3):
         dead = [die(study, PRUNE, pid=2**22), die(study, PRUNE, pid=2**22 + 1)]
-        assert recover(study) == dead
+        assert requeue_lost(study) == dead
         dead = [die(study, PRUNE, booted=booted), study.ask().number]
-        assert recover(study) == dead[:1]
+        assert requeue_lost(study) == dead[:1]
         study.tell(dead[1], state=TrialState.COMPLETE, values=1.0)
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
@@ -285,8 +285,8 @@ def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.
     add(study, state=TrialState.FAIL)  # an error that nobody expected
     add(study, state=TrialState.FAIL, failure="out of memory")
     add(study, state=TrialState.FAIL, lost=lost_trials.SURPLUS)
-    assert recover(study) == [0, 1]
-    assert recover(study) == []
+    assert requeue_lost(study) == [0, 1]
+    assert requeue_lost(study) == []
     assert states(study)[4:] == ["WAITING"] * 2
 
 
@@ -315,13 +315,13 @@ def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> Non
     add(study, state=TrialState.FAIL, lost="its process died")
     for _ in range(2):
         queue_again(study, study.trials[0])
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     assert states(study)[1:] == ["WAITING", "FAIL"]
     assert study.trials[2].user_attrs["lost"] == lost_trials.SURPLUS
-    assert recover(study) == []  # and it is not queued again
+    assert requeue_lost(study) == []  # and it is not queued again
     study.ask()
     queue_again(study, study.trials[0])  # a third one is late: the first runs
-    recover(study)
+    requeue_lost(study)
     assert states(study)[1:] == ["RUNNING", "FAIL", "FAIL"]
 
 
@@ -330,16 +330,16 @@ def test_a_process_killed_while_it_says_who_it_is_leaves_a_trial_that_is_found(
     study: optuna.Study, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(study, **dict(list(DEAD.items())[: last + 1]))
-    assert recover(study) == ([0] if last >= 2 else [])
+    assert requeue_lost(study) == ([0] if last >= 2 else [])
     monkeypatch.setattr(lost_trials, "GRACE", -1)
-    assert recover(study) == ([] if last >= 2 else [0])
+    assert requeue_lost(study) == ([] if last >= 2 else [0])
 
 
 def test_a_clock_that_was_set_back_does_not_hide_a_trial_without_a_name(study: optuna.Study, file: Path) -> None:
     add(study)
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("UPDATE trials SET datetime_start = datetime('now', 'localtime', '+1 hour')")
-    assert recover(study) == [0]
+    assert requeue_lost(study) == [0]
 
 
 def beat(file: Path, when: str) -> None:
@@ -354,17 +354,17 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     for attributes in (identity(), elsewhere):
         number = add(study, **attributes)
         db.record_heartbeat(study.trials[number]._trial_id)
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     beat(file, "+1 hour")  # the clock was set back since
     now = database.monotonic()
     monkeypatch.setattr(database, "monotonic", lambda: now)
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     monkeypatch.setattr(database, "monotonic", lambda: now + 61)
-    assert recover(study) == [1]
+    assert requeue_lost(study) == [1]
     number = add(study, **elsewhere)
     db.record_heartbeat(study.trials[number]._trial_id)
     beat(file, "-61 seconds")
-    assert recover(study) == [number]
+    assert requeue_lost(study) == [number]
     assert study.trials[number].user_attrs["lost"] == "sent no heartbeat"
     assert study.trials[0].state == TrialState.RUNNING
 
@@ -385,7 +385,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
             study.ask()
     assert states(study) == ["FAIL"] * 4
     assert counted(study) == 1
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
@@ -397,9 +397,9 @@ def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study
         db.record_heartbeat(study.trials[number]._trial_id)
         if pid == 1:
             beat(file, "-61 seconds")
-    assert recover(study) == []
+    assert requeue_lost(study) == []
     beat(file, "-61 seconds")
-    assert recover(study) == [0, 1]
+    assert requeue_lost(study) == [0, 1]
     assert [trial.user_attrs["cut_off"] for trial in study.trials[:2]] == [{"alone": False}] * 2
 
 

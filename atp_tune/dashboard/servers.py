@@ -204,7 +204,7 @@ class Maintenance:
                 continue
             try:
                 # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
-                for number in lost_trials.recover(study):
+                for number in lost_trials.requeue_lost(study):
                     trial = study.get_trials(deepcopy=False)[number]
                     reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
                     end = f"cut off {why}, it is given up" if why else "it is queued again"

@@ -25,7 +25,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Params, Space
-from atp_tune.storage.lost_trials import place_of
+from atp_tune.storage.lost_trials import position_of
 from atp_tune.storage.progress import counts, place, running
 from atp_tune.utils.registry import Origin
 
@@ -204,7 +204,7 @@ def tpe(seed: int) -> TPESampler:
 
 def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
     """A seed for one trial or one of its parameters, from the trial's place: its number if no trial had been lost."""
-    return zlib.crc32(f"{seed} {place_of(study, trial)} {name}".encode())
+    return zlib.crc32(f"{seed} {position_of(study, trial)} {name}".encode())
 
 
 class SeededSampler(BaseSampler):

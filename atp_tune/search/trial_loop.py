@@ -169,7 +169,7 @@ def run_trials(
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
     """Fails and reports the running trials without a live process; returns all trials after that."""
     trials = study.get_trials(deepcopy=False)
-    if lost := lost_trials.recover(study, trials):
+    if lost := lost_trials.requeue_lost(study, trials):
         trials = study.get_trials(deepcopy=False)
         for number in lost:
             run.note(loss_of(trials[number]))
@@ -230,7 +230,7 @@ def _optimise(
     try:
         study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
-        lost_trials.recover(study)
+        lost_trials.requeue_lost(study)
         raise
     except UnboundLocalError as error:  # Optuna's bug where it can neither tell nor read a trial, or at Ctrl-C
         cause = error.__context__

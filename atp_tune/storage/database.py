@@ -6,8 +6,8 @@ was lost, then the retry of
 - attributes, intermediate values and heartbeats writes the same again,
 - parameters is refused (the row exists), which Optuna takes for success,
 - a trial's end is refused, which is no error if the stored state and values are those of the call,
-- a new trial, or one taken from the queue, leaves a running trial without a process, which `lost_trials.recover` queues
-  again.
+- a new trial, or one taken from the queue, leaves a running trial without a process, which
+  `lost_trials.requeue_lost` queues again.
 """
 
 import logging

@@ -72,7 +72,7 @@ def why_given_up(cut_offs: Sequence[CutOff]) -> str:
     return f"{len(cut_offs)} times" if len(cut_offs) >= MOST else ""
 
 
-def recover(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
+def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
     """Fails the running trials without a live process, and queues lost trials again or gives them up; their numbers.
 
     Queues also the trials that a process failed and died before it queued them. `trials`: all of the study, if the
@@ -116,7 +116,7 @@ def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[F
 def end_interrupted(study: optuna.Study, number: int) -> None:
     """Fails a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
     _end(study, study.get_trials(deepcopy=False)[number], {"lost": INTERRUPTED})
-    recover(study)
+    requeue_lost(study)
 
 
 def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> bool:
@@ -173,7 +173,7 @@ def history_of(trial: FrozenTrial) -> list[int]:
     return list(trial.system_attrs.get("retry_history", []))
 
 
-def place_of(study: optuna.Study, trial: FrozenTrial) -> int:
+def position_of(study: optuna.Study, trial: FrozenTrial) -> int:
     """The number that a trial would have if none had been lost; a repeated trial keeps the place of the first."""
     trials = study.get_trials(deepcopy=False)
     first = next(iter(history_of(trials[trial.number])), trial.number)
