@@ -251,7 +251,7 @@ def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: st
 
 
 def made(kind: str, **changes: Any) -> str:
-    return FORMATS[kind].make(config(**{**ROUNDED, **changes}))
+    return FORMATS[kind][1](config(**{**ROUNDED, **changes}))
 
 
 # What reads a recipe: the linears that it names, by number of bits.

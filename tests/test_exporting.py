@@ -65,7 +65,7 @@ OF_BITS = ("gptqmodel", "torchao", "llama.cpp")  # formats that have no place fo
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in OF_BITS])
 def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
-    ending = FORMATS[kind].ending
+    ending = FORMATS[kind][0]
     config, made = done / "tiny.best.json", done / f"tiny.best{ending}"
     trial = next(trial.number for trial in stored(done).trials if trial.params["pruner"] == "wanda")
     words = ("export", "--study", done / "tiny.toml", "--trial", str(trial), "--out")

@@ -5,7 +5,7 @@ from __future__ import annotations  # help() shows the types as they stand here
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ from atp_tune.utils.paths import check_writable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from atp_tune.folders.applying import Way
     from atp_tune.folders.comparing import Classified
     from atp_tune.metrics import Continuations
 
@@ -166,27 +165,21 @@ def replaced(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     return found
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class Configuration:
     """A model, how it is pruned, and what was measured: `config` holds the numbers, the methods make the model.
 
     Each method raises UserError if the model is not the one that the configuration was found for.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        base: Path,
-        device: str = "auto",
-        allowed: Mapping[str, bool] | None = None,
-        lender: Lender | None = None,
-        watch: EventHandler | None = None,
-    ) -> None:
-        self.config = config
-        self._base = base  # where relative paths of the configuration start
-        self._device = device
-        self._allowed = allowed or {}  # what a file cannot permit itself
-        self._lender = lender or Lender()
-        self._watch = watch  # of a caller with a display; without one calls are quiet, and errors name arguments
+    config: Config
+    base: Path  # where relative paths of the configuration start
+    device: str = "auto"
+    allowed: Mapping[str, bool] = field(default_factory=dict)  # what a file cannot permit itself
+    lender: Lender = field(default_factory=Lender)
+    watch: EventHandler | None = (
+        None  # of a caller with a display; without one calls are quiet, and errors name arguments
+    )
 
     def __repr__(self) -> str:
         return f"<Configuration {self.config}>"
@@ -194,12 +187,12 @@ class Configuration:
     def write(self, path: str | Path) -> None:
         """Writes the JSON file, which `load_config` and `tune.py apply` read; its paths start at its own folder."""
         out = Path(path).expanduser()
-        self.config.seen_from(self._base, out.parent).write(out)
+        self.config.seen_from(self.base, out.parent).write(out)
 
     def apply(self) -> PreTrainedModel:
         """The pruned model in memory; a model of the caller is copied and stays dense."""
         with self._working() as place:
-            return pruned(self.config, place, self._lender)
+            return pruned(self.config, place, self.lender)
 
     def save(
         self, folder: str | Path, *, packed: bool = False, slim: bool = False, dtype: str | None = None
@@ -229,11 +222,11 @@ class Configuration:
                 check_pattern(self.config)
                 way = SLIM
             if not packed:
-                return save(self.config, out, place, self._lender, way, dtype)
+                return save(self.config, out, place, self.lender, way, dtype)
             with temporary_folder(out) as sparse, temporary_folder(out) as parts:  # beside: relative paths stay right
                 codes = None if self.config.quantize is None else Codes(parts, self.config.quantize)
                 there = replace(place, watch=calling(place.watch, str(sparse), str(out)))
-                measured = save(self.config, sparse, there, self._lender, to_pack(self.config, codes), dtype)
+                measured = save(self.config, sparse, there, self.lender, to_pack(self.config, codes), dtype)
                 pack_folder(sparse, out, watch=place.watch, codes=codes)
         return measured
 
@@ -309,12 +302,12 @@ class Configuration:
 
     @contextmanager
     def _working(self) -> Iterator[Place]:
-        with working(False) if self._watch is None else nullcontext(self._watch) as watch:
-            yield Place(self._base, self._device, self._allowed, watch)
+        with working(False) if self.watch is None else nullcontext(self.watch) as watch:
+            yield Place(self.base, self.device, self.allowed, watch)
 
     @contextmanager
     def _lent(self) -> Iterator[Place]:
-        with self._working() as place, lent_as(self.config, self._lender, place) as there:
+        with self._working() as place, lent_as(self.config, self.lender, place) as there:
             yield there
 
 

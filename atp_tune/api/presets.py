@@ -57,11 +57,6 @@ class Preset:
     draws: int = 3
     recovers: bool = True
 
-    @property
-    def windows(self) -> dict[str, int | None]:
-        """Number of windows by role."""
-        return {"calibration": self.calibration, "validation": self.validation, "test": self.test}
-
 
 PRESETS = {
     "quick": Preset(
@@ -119,7 +114,7 @@ def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFold
     found: dict[str, dict[str, Any]] = {}
     is_shuffled = False
     for role, text in named.items():
-        most, draws = preset.windows[role], preset.draws if role == "calibration" else 1
+        most, draws = getattr(preset, role), preset.draws if role == "calibration" else 1
         if known:
             own = known[role]
             most = most or (C4_WINDOWS if own["source"] == "c4" else None)
@@ -159,7 +154,7 @@ PRICES = ("gradient-rows",)  # the default; it has one parameter, and by itself 
 class StudyRequest:
     """A model, the share of zeros S in (0, 1), and what else was asked for; None stands for a default.
 
-    S and `limit` are those of `spec.typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
+    S and `limit` are those of `typed.goal`: a limit comes with an interval of S. `texts`: one of `TEXTS`, the path
     of a file, or a text in memory; or one of these for each role. `recover`: train the kept weights of the best plan.
     `settings`: tables of overrides that come after, which nothing unasked may contradict. UserError at the start for a
     wish that nothing can meet.

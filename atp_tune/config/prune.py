@@ -1,4 +1,4 @@
-"""What a study does to weights: the tables `[prune]`, `[quantize]` and `[recover]`: pruners, patterns, bits, training.
+"""Tables of a study that say what is done to weights: `[prune]`, `[quantize]` and `[recover]`.
 
 The table of a pruner that is a plug-in is kept as it is written: `config.plugged` checks it once the code may run.
 """

@@ -22,7 +22,6 @@ import grpc
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, get_storage
-from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import wsgi
 
@@ -41,7 +40,8 @@ from atp_tune.dashboard.publishing import (
 )
 from atp_tune.errors import UserError
 from atp_tune.figures import FIGURES
-from atp_tune.report import gather, html
+from atp_tune.report import html
+from atp_tune.report.contents import gather
 from atp_tune.results.goals import best_trial, front_of
 from atp_tune.results.stored import facts_of
 from atp_tune.results.summary import final_numbers, summarise
@@ -148,27 +148,18 @@ class Additions:
         """The notes and figures of a study, as system attributes in the dashboard's format."""
         with self._lock:
             study = ValidatedStudy(self._storage.get_study_name_from_id(study_id), self._storage)
-            state = _state(study, stored)
+            # A value that changes when notes or figures must be remade.
+            trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
+            attrs, own = study.user_attrs, {key: value for key, value in stored.items() if key.startswith(PREFIX)}
+            state = trials, attrs.get("total"), final_numbers(study), attrs.get("gp_posterior"), own
             if study_id not in self._made or self._made[study_id][0] != state:
                 self._changes += 1
-                self._made[study_id] = state, self._make(study, stored)
+                summary = summarise(study)
+                notes = note_of(study_note(summary, self._address, self._join), stored, step=self._changes)
+                for trial in summary.trials:
+                    notes |= note_of(trial_note(trial, summary), stored, trial._trial_id, self._changes)
+                self._made[study_id] = state, without_rests(figures_of(summary) | notes, stored)
             return self._made[study_id][1]
-
-    def _make(self, study: Study, stored: Attributes) -> Attributes:
-        summary = summarise(study)
-        text = study_note(summary, self._address, self._join)
-        notes = note_of(text, stored, step=self._changes)
-        for trial in summary.trials:
-            notes |= note_of(trial_note(trial, summary), stored, trial._trial_id, self._changes)
-        return without_rests(figures_of(summary) | notes, stored)
-
-
-def _state(study: Study, stored: Attributes) -> object:
-    """A value that changes when notes or figures must be remade."""
-    trials = [(trial.state, len(trial.user_attrs)) for trial in study.get_trials(deepcopy=False)]
-    attrs = study.user_attrs
-    own = {key: value for key, value in stored.items() if key.startswith(PREFIX)}
-    return trials, attrs.get("total"), final_numbers(study), attrs.get("gp_posterior"), own
 
 
 # --- What a server does for its studies: queues lost trials again, and keeps artifacts current.
@@ -266,8 +257,8 @@ def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> I
     logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # browser and maintenance show errors
     server_class = type("Server", (_Server,), {"address_family": _family(host)})
     server: WSGIServer
-    app = _apart(_in_order(wsgi(storage, artifacts)), artifacts)
-    with make_server(host, port, _local(app) if is_loopback(host) else app, server_class, _Handler) as server:
+    app = _guarded(wsgi(storage, artifacts), artifacts, is_loopback(host))
+    with make_server(host, port, app, server_class, _Handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dashboard")
         thread.start()
         try:
@@ -277,28 +268,30 @@ def dashboard(storage: BaseStorage, artifacts: Store, host: str, port: int) -> I
             thread.join()
 
 
-def _local(app: Any) -> Any:
-    """The app, restricted to requests to an IP address or localhost.
+def _guarded(app: Any, artifacts: Store, is_local: bool) -> Any:
+    """The app, with artifacts in a sandbox, since a study may come from a stranger, and figures in order.
 
-    Otherwise a stranger's page, with a host name that resolves to this machine, could use it from the user's browser.
+    `is_local`: it answers requests to an IP address or localhost alone. Otherwise a stranger's page, with a host name
+    that resolves to this machine, could use it from the user's browser.
     """
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
-        name = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "")).strip("[]")
-        if name.lower() == "localhost" or _is_address(name):
+        def refused(status: str, why: bytes) -> list[bytes]:
+            start_response(status, [("Content-Type", "text/plain")])
+            return [why]
+
+        path, name = environ.get("PATH_INFO", ""), re.sub(r":\d*$", "", environ.get("HTTP_HOST", "")).strip("[]")
+        if is_local and name.lower() != "localhost" and not _is_address(name):
+            return refused(
+                "403 Forbidden", b"ask for localhost; behind a proxy, pass on its Host as docs/nginx.conf does\n"
+            )
+        if path.startswith(FILE):
+            if not artifacts.has(path.rpartition("/")[2]):
+                return refused("404 Not Found", b"no such artifact\n")
+            return app(environ, lambda status, headers, *more: start_response(status, [*headers, *APART], *more))
+        if not STUDY.fullmatch(path) or environ["REQUEST_METHOD"] != "GET":
             return app(environ, start_response)
-        start_response("403 Forbidden", [("Content-Type", "text/plain")])
-        return [b"ask for localhost; behind a proxy, pass on its Host as docs/nginx.conf does\n"]
-
-    return answer
-
-
-def _in_order(app: Any) -> Any:
-    """The app, with a study's figures in the order of `FIGURES`: the dashboard keeps them in a set."""
-
-    def answer(environ: dict[str, Any], start_response: Any) -> Any:
-        if not STUDY.fullmatch(environ.get("PATH_INFO", "")) or environ["REQUEST_METHOD"] != "GET":
-            return app(environ, start_response)
+        # A study, with its figures in the order of `FIGURES`: the dashboard keeps them in a set.
         begun: list[Any] = []
         body = b"".join(app(environ, lambda *arguments: begun.append(arguments)))
         status, headers = begun[0][:2]
@@ -309,21 +302,6 @@ def _in_order(app: Any) -> Any:
         kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
         start_response(status, [*kept, ("Content-Length", str(len(body)))])
         return [body]
-
-    return answer
-
-
-def _apart(app: Any, artifacts: Store) -> Any:
-    """The app, with artifacts in a sandbox: a study, and so its artifacts, may come from a stranger."""
-
-    def answer(environ: dict[str, Any], start_response: Any) -> Any:
-        path = environ.get("PATH_INFO", "")
-        if not path.startswith(FILE):
-            return app(environ, start_response)
-        if not artifacts.has(path.rpartition("/")[2]):
-            start_response("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"no such artifact\n"]
-        return app(environ, lambda status, headers, *more: start_response(status, [*headers, *APART], *more))
 
     return answer
 

@@ -28,7 +28,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
 from typing import Any, Literal
@@ -397,43 +396,20 @@ def _cannot(kind: str, key: str, value: str, reason: str) -> UserError:
     return UserError(f"--format {kind}: {key} = {value}: {kind} {reason}; `apply` writes the folder")
 
 
-# --- Formats by name.
+# --- Formats by name: the ending of the file, and what makes its text; UserError if the format cannot express it.
 
 
-@dataclass(frozen=True)
-class Format:
-    """Ending of the file, and the function that makes its text; UserError if the format cannot express it."""
-
-    ending: str
-    make: Callable[[Config], str]
-
-
-FORMATS = {
-    "json": Format(".json", Config.to_json),
-    "llm-compressor": Format(".recipe.yaml", as_recipe),
-    "gptqmodel": Format(".gptqmodel.json", as_gptqmodel),
-    "torchao": Format(".torchao.py", as_torchao),
-    "llama.cpp": Format(".tensor-types.txt", as_llama_cpp),
-    "yaml": Format(".yaml", as_yaml),
-    "csv": Format(".csv", as_csv),
+FORMATS: dict[str, tuple[str, Callable[[Config], str]]] = {
+    "json": (".json", Config.to_json),
+    "llm-compressor": (".recipe.yaml", as_recipe),
+    "gptqmodel": (".gptqmodel.json", as_gptqmodel),
+    "torchao": (".torchao.py", as_torchao),
+    "llama.cpp": (".tensor-types.txt", as_llama_cpp),
+    "yaml": (".yaml", as_yaml),
+    "csv": (".csv", as_csv),
 }
-
-
-def kind_of(given: str | None, out: Path | None) -> str:
-    """The format: by its name, else by the ending of `out`, else json; UserError if it is unknown."""
-    if given is None:
-        name = out.name.lower() if out else ""
-        fitting = [kind for kind, known in FORMATS.items() if name.endswith(known.ending)]
-        found = max(fitting, key=lambda kind: len(FORMATS[kind].ending), default=None)
-        if found is None and Path(name).suffix:
-            endings = ", ".join(known.ending for known in FORMATS.values())
-            raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
-        return found or "json"
-    if given not in FORMATS:
-        raise UserError(f"--format {given}: must be one of {', '.join(FORMATS)}")
-    return given
 
 
 def write(config: Config, kind: str, out: Path) -> None:
     """Writes the file atomically; UserError if it cannot be written."""
-    write_out(out, FORMATS[kind].make(config).encode())
+    write_out(out, FORMATS[kind][1](config).encode())

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from atp_tune import figures
 from atp_tune.errors import UserError
 from atp_tune.report import formats, html
-from atp_tune.report.contents import Contents, gather
+from atp_tune.report.contents import Contents
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.extras import install, require
 from atp_tune.utils.paths import check_writable
@@ -93,23 +93,6 @@ def _frame(picture: str, count: int) -> go.Figure:
     return go.Figure(layout={**bare, **hidden, "width": width, "height": height})
 
 
-__all__ = ["ENDINGS", "Contents", "gather", "kind_of", "name_of", "write"]
-
-ENDINGS = {"html": "html", "md": "md", "json": "json", "png": "png", "latex": "tex"}
-
-
-def kind_of(given: str | None, out: Path | None) -> str:
-    """The format: by its name, else by the ending of `out`, else html; UserError if it is unknown."""
-    if given is None:
-        ending = out.suffix.removeprefix(".").lower() if out else "html"
-        if ending not in ENDINGS.values():
-            raise UserError(f"--out {out}: its ending must be one of {', '.join(ENDINGS.values())}, or give --format")
-        return next(kind for kind, known in ENDINGS.items() if known == ending)
-    if given not in ENDINGS:
-        raise UserError(f"--format {given}: must be one of {', '.join(ENDINGS)}")
-    return given
-
-
 def check(kind: str, out: Path) -> None:
     """UserError if the report cannot be drawn or written; called before the study is read."""
     check_writable(out, instead="choose another place with --out FILE")
@@ -120,12 +103,12 @@ def check(kind: str, out: Path) -> None:
 def name_of(studies: Sequence[str], kind: str) -> str:
     """The default name of a report of these studies."""
     more = f"+{len(studies) - 2}-more" if len(studies) > 2 else ""
-    return f"{'+'.join(studies[:2])}{more}.report.{ENDINGS[kind]}"
+    return f"{'+'.join(studies[:2])}{more}.report{FORMATS[kind][0]}"
 
 
 def write(studies: Sequence[Contents], kind: str, out: Path) -> None:
     """Writes the report atomically; UserError if it cannot be written."""
-    write_out(out, _MAKERS[kind](studies))
+    write_out(out, FORMATS[kind][1](studies))
 
 
 def make_picture(studies: Sequence[Contents]) -> bytes:
@@ -140,10 +123,10 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
     return png(drawn)
 
 
-_MAKERS: dict[str, Callable[[Sequence[Contents]], bytes]] = {
-    "html": html.make,
-    "md": formats.markdown,
-    "json": formats.machine,
-    "png": make_picture,
-    "latex": formats.latex,
+FORMATS: dict[str, tuple[str, Callable[[Sequence[Contents]], bytes]]] = {  # ending and maker
+    "html": (".html", html.make),
+    "md": (".md", formats.markdown),
+    "json": (".json", formats.machine),
+    "png": (".png", make_picture),
+    "latex": (".tex", formats.latex),
 }

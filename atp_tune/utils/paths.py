@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from atp_tune.errors import UserError
@@ -70,3 +71,19 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
     if size > (free := shutil.disk_usage(there).free):
         needs = f"needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there"
         raise UserError(f"{named}{path}: {needs}; make room, or {instead}")
+
+
+def format_of(given: str | None, out: Path | None, formats: Mapping[str, tuple[str, object]]) -> str:
+    """The name of a format: as given, else by the ending of `out`, else the first; UserError if it is unknown.
+
+    `formats`: an ending, and what else belongs to it, by name.
+    """
+    if given is not None and given not in formats:
+        raise UserError(f"--format {given}: must be one of {', '.join(formats)}")
+    if given is not None or out is None or not out.suffix:
+        return given or next(iter(formats))
+    fitting = [(len(ending), kind) for kind, (ending, _) in formats.items() if out.name.lower().endswith(ending)]
+    if not fitting:
+        endings = ", ".join(ending for ending, _ in formats.values())
+        raise UserError(f"--out {out}: must end in one of {endings}, or give --format")
+    return max(fitting)[1]

@@ -221,20 +221,21 @@ def export(
     """
     from atp_tune.config.best import read_config
     from atp_tune.errors import printable
-    from atp_tune.folders.exporting import FORMATS, kind_of, write
+    from atp_tune.folders.exporting import FORMATS, write
     from atp_tune.results.stored import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with
+    from atp_tune.utils.paths import format_of
 
     if (study is None) == (config is None):
         raise wrong("--study", "give either --study NAME or --config FILE")
     if out == Path("-"):
         raise wrong("--out", "- is no file; --json prints the configuration")
-    kind = kind_of("json" if json and format_ is None else format_, out)
+    kind = format_of("json" if json and format_ is None else format_, out, FORMATS)
     if config is not None and choice.options:
         raise wrong(choice.options[0], "only with --study")
     if json and kind != "json":
         raise wrong("--json", f"prints the configuration; leave out --format {kind}")
-    ending = FORMATS[kind].ending
+    ending = FORMATS[kind][0]
     if config is not None:
         target = out or (PRINTED if json else config.with_name(f"{config.name.removesuffix('.json')}{ending}"))
     else:

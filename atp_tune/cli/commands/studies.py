@@ -265,10 +265,12 @@ def report(
         out FILE: Default: NAME.report.html beside the study file.
     """
     from atp_tune.cli.terminal import quiet
-    from atp_tune.report import check, gather, kind_of, name_of, write
+    from atp_tune.report import FORMATS, check, name_of, write
+    from atp_tune.report.contents import gather
     from atp_tune.results.stored import stored_study
+    from atp_tune.utils.paths import format_of
 
-    kind = kind_of(format_, out)
+    kind = format_of(format_, out, FORMATS)
     # Studies with their names in the storage: none, one for each, or several of one study file.
     asked: list[str | None] = [*(study_name or [])]
     if len(study) == 1 and asked:
