@@ -125,16 +125,6 @@ def kill_in_the_first_trial() -> None:
     at_call(prune_pass, "measure", 1, kill)
 
 
-def kill_at_rename() -> None:
-    """The process is killed in the moment in which best.json is to get its name."""
-
-    def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "os.rename" and str(arguments[1]).endswith("tiny.best.json"):
-            kill()
-
-    sys.addaudithook(audit)
-
-
 def kill_at_write(number: int, below: str) -> None:
     """The process is killed at its write of that number below a folder: a file opened or renamed, a folder made."""
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT

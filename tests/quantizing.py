@@ -132,7 +132,6 @@ def as_mxfp4(folder: Path, tensors: Tensors) -> Tensors:
 
 # bitsandbytes
 
-NF4 = [-1.0, -0.696, -0.525, -0.395, -0.284, -0.185, -0.091, 0.0, 0.08, 0.161, 0.246, 0.338, 0.441, 0.563, 0.723, 1.0]
 BLOCK, OUTER, OFFSET = 64, 256, 0.03
 
 
@@ -145,39 +144,6 @@ def as_int8(folder: Path, tensors: Tensors) -> Tensors:
         numbers[name] = torch.stack([row.float() * s / 127 for row, s in zip(codes, most, strict=True)])
     write(folder, stored, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False})
     return numbers
-
-
-def as_nf4(nested: bool) -> Callable[[Path, Tensors], Tensors]:
-    """Blocks run on from row to row. Nested, their largest values are bytes: places in a table, scaled again."""
-
-    def how(folder: Path, tensors: Tensors) -> Tensors:
-        stored, numbers = dict(tensors), dict(tensors)
-        for name in filter(is_linear, tensors):
-            flat = tensors[name].float().flatten()
-            most = torch.stack([block.abs().max() for block in flat.split(BLOCK)])
-            said = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(tensors[name].shape)}
-            beside: Tensors = {"absmax": most, "quant_map": torch.tensor(NF4)}
-            if nested:
-                table = torch.linspace(-1, 1, 256)
-                outer = torch.stack([part.abs().max() for part in (most - OFFSET).split(OUTER)])
-                places = [int((table * outer[i // OUTER] + OFFSET - m).abs().argmin()) for i, m in enumerate(most)]
-                most = torch.stack([table[place] * outer[i // OUTER] + OFFSET for i, place in enumerate(places)])
-                beside |= {"absmax": torch.tensor(places, dtype=torch.uint8), "nested_absmax": outer}
-                beside["nested_quant_map"] = table
-                said |= {"nested_blocksize": OUTER, "nested_dtype": "float32", "nested_offset": OFFSET}
-            near = flat / most.repeat_interleave(BLOCK)[: len(flat)]
-            codes = (near[:, None] - torch.tensor(NF4)).abs().argmin(-1).tolist()
-            packed = [16 * high + low for high, low in zip(codes[0::2], codes[1::2], strict=True)]
-            stored[name] = torch.tensor(packed, dtype=torch.uint8)[:, None]
-            beside["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
-            stored |= {f"{name}.{key}": tensor for key, tensor in beside.items()}
-            known, largest = torch.tensor(NF4).tolist(), most.tolist()
-            values = [known[code] * largest[n // BLOCK] for n, code in enumerate(codes)]
-            numbers[name] = torch.tensor(values).reshape(tensors[name].shape)
-        write(folder, stored, {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False})
-        return numbers
-
-    return how
 
 
 # Formats that transformers reads

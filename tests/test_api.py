@@ -250,6 +250,18 @@ def test_trials_are_rows(found: atp_tune.Result) -> None:
     assert found.front.empty
 
 
+def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
+    assert found.configuration(trial=0).config.plan.allocation == "uniform"
+    assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
+    for wrong in (1.7, "abc", "1"):  # no trial of that number, whatever it might be rounded to
+        assert "is not measured in full" in said(lambda wrong=wrong: found.configuration(trial=wrong))  # type: ignore[misc]
+    assert said(lambda: found.configuration(sparsity="foo")).startswith("sparsity: must be a share of zeros")  # type: ignore[arg-type]
+    assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
+    assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (
+        "sparsity: names one trial, and trial another; leave one out"
+    )
+
+
 @pytest.mark.slow
 def test_a_configuration_of_a_model_in_memory(
     found: atp_tune.Result, model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path

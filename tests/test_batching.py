@@ -5,6 +5,7 @@ from families import CPU
 from atp_tune.blocks import replay
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints import devices
+from atp_tune.errors import TrialError
 
 CUDA = torch.device("cuda")
 
@@ -72,6 +73,19 @@ def test_halved_until_it_fits_and_said_once(error: Exception, monkeypatch: pytes
     assert batch.run(step) == 2
     assert tried == [16, 8, 4, 2, 2]
     assert notes == ["memory ran out: going on with 8 windows at a time"]
+
+
+def test_one_window_that_does_not_fit_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    batch = batch_of(4, notes, monkeypatch)
+
+    def step(windows: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(2):
+        with pytest.raises(TrialError, match="out of memory with one window at a time"):
+            batch.run(step)
+    assert len(notes) == 1
 
 
 def test_pruning_is_tried_once_more_with_memory_released(monkeypatch: pytest.MonkeyPatch) -> None:

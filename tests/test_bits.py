@@ -23,12 +23,11 @@ from tinystudy import CommandLine, stored
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from atp_tune.allocations import Budget, bits
+from atp_tune.allocations import bits
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import WIDTHS, Bits, PruneConfig, QuantizeConfig
 from atp_tune.errors import UserError
-from atp_tune.folders.exporting import FORMATS
+from atp_tune.folders.exporting import FORMATS, as_csv
 from atp_tune.plan import Plan
 from atp_tune.storage.progress import measured
 
@@ -54,17 +53,6 @@ def test_the_mean_stays_within_and_each_goes_one_step_at_most(found: Any, widths
         assert b in (below, above)
         if b < above:  # another step would be too much
             assert (above - b) * size > missing - 1e-6 * total
-
-
-@pytest.mark.parametrize(("blocks", "target", "beta"), [(30, 3.0, 0.00575), (30, 3.5, 0.00862), (12, 3.0, 0.01515)])
-def test_plans_of_both_signs_are_mirror_images(blocks: int, target: float, beta: float) -> None:
-    """Some b_i lie exactly in the middle between two widths."""
-    budget = Budget(bits.share_of(target, WIDTHS), (10,) * blocks, widths=WIDTHS)
-    middle = 1 / (3 * (blocks - 1)) / 2  # the first and last block at ±half a bit
-    for step in (beta, middle, 2 * middle):
-        early, late = (make_plan("gptq", "atp", budget, {"beta": sign * step}).amounts for sign in (1, -1))
-        assert early is not None
-        assert late == early[::-1], step
 
 
 def by_price(costs: list[list[float]], sizes: list[int], price: float) -> list[int]:
@@ -252,6 +240,55 @@ def test_what_a_configuration_of_a_stranger_may_not_say(changes: Any, reason: st
 
 def made(kind: str, **changes: Any) -> str:
     return FORMATS[kind][1](config(**{**ROUNDED, **changes}))
+
+
+RTN = rounded(4, 3, 4, method="rtn")
+
+
+BY_LINEAR: dict[str, Any] = {
+    "plan": rounded(3.25, 3, 8, linears=((4, 3), (3, 3), (8,))),
+    "linears": (("attn.q_proj", "mlp.up_proj"),) * 2 + (("mlp.up_proj",),),
+}  # fmt: skip
+
+
+def test_recipes_of_bits_by_linear() -> None:
+    (stage,) = yaml.safe_load(made("llm-compressor", **BY_LINEAR)).values()
+    groups = stage["bits_modifiers"]["GPTQModifier"]["config_groups"].values()
+    assert {group["weights"]["num_bits"]: group["targets"] for group in groups} == {
+        3: ["model.layers.0.mlp.up_proj", "model.layers.1.attn.q_proj", "model.layers.1.mlp.up_proj"],
+        4: ["model.layers.0.attn.q_proj"],
+        8: ["model.layers.2.mlp.up_proj"],
+    }
+    assert made("llama.cpp", **BY_LINEAR).splitlines() == [
+        r"blk\.(0|1)\.ffn_up\.weight=q3_k", r"blk\.(1)\.attn_q\.weight=q3_k", r"blk\.(0)\.attn_q\.weight=q4_k",
+        r"blk\.(2)\.ffn_up\.weight=q8_0",
+    ]  # fmt: skip
+    assert json.loads(made("gptqmodel", **BY_LINEAR))["dynamic"] == {
+        r"+:^(model\.layers\.(0|1)\.mlp\.up_proj$|model\.layers\.(1)\.attn\.q_proj$)": {"bits": 3},
+        r"+:^(model\.layers\.(0)\.attn\.q_proj$)": {"bits": 4}, r"+:^(model\.layers\.(2)\.mlp\.up_proj$)": {"bits": 8},
+    }  # fmt: skip
+    rows = as_csv(config(**{**ROUNDED, **BY_LINEAR})).splitlines()
+    assert rows[:3] == ["block,module,bits", "0,model.layers.0.attn.q_proj,4", "0,model.layers.0.mlp.up_proj,3"]
+    with pytest.raises(UserError, match=r"linears = attn\.q: llama\.cpp is told the tensors of the families of Llama"):
+        made("llama.cpp", **{**BY_LINEAR, "linears": ROUNDED["linears"]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("gptqmodel", {"plan": RTN}, "pruner = rtn: gptqmodel quantizes by gptq alone"),
+        ("gptqmodel", {"prune": PruneConfig(statistics="dense")}, "prune.statistics = dense: gptqmodel measures"),
+        ("torchao", {}, "pruner = gptq: torchao rounds to nearest alone"),
+        ("torchao", {"plan": RTN, "quantize": QuantizeConfig(symmetric=True)}, "symmetric = true: torchao rounds"),
+        ("llama.cpp", {"plan": rounded(7, 3, 4)}, "plan.levels = 7: llama.cpp has k-quants of"),
+        *((kind, {"linears": None}, "linears: the configuration lacks") for kind in ("gptqmodel", "llm-compressor")),
+        *((kind, {"blocks": "a'b\n"}, "is not the name of a module") for kind in ("gptqmodel", "llm-compressor")),
+        ("torchao", {"blocks": "a'b\n", "plan": RTN}, "is not the name of a module"),
+    ],
+)
+def test_what_recipes_cannot_say(kind: str, changes: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        made(kind, **changes)
 
 
 # What reads a recipe: the linears that it names, by number of bits.

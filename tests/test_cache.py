@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from atp_tune.errors import UserError
 from atp_tune.utils.cache import (
     TakenError,
+    cache_dir,
     file_atomically,
     folder_atomically,
     sha256_of,
@@ -34,6 +35,16 @@ def refuse(*_: object, **__: object) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError) as caught:
+        cache_dir("models")
+    assert str(caught.value) == (
+        f"cache folder {tmp_path}/file/models: Not a directory; set ATP_TUNE_CACHE to a folder that can be written"
+    )
 
 
 # --- where it lies

@@ -74,6 +74,25 @@ def test_channels_of_a_model_that_was_pruned_are_found_again() -> None:
         assert [(one.writers, one.reader, one.count) for one in found.sets] == FOUND["llama"]
 
 
+@pytest.mark.parametrize("family", few(NO_HEADS, ("gpt2",)))
+def test_heads_that_cannot_go_alone_stay(family: str) -> None:
+    work = bench_of(tiny(family))
+    (block, *_) = find_channels(work.replay, ChannelSettings())
+    assert [(block.mlp.writers, block.mlp.reader, block.mlp.count)] == [NO_HEADS[family]]
+    with pytest.raises(UserError, match=r"no heads that can go one by one; set prune.channels.heads = false$"):
+        find_channels(work.replay, ChannelSettings(heads=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("phi3", "it has no MLPs whose inner channels can go one by one"), ("mixtral", "mlp.experts holds experts")],
+)
+def test_a_block_without_channels_is_refused_in_one_line(family: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f'^prune.pattern: "channels" cannot prune block 0 .*{reason}') as caught:
+        find_channels(bench_of(tiny(family)).replay, ChannelSettings())
+    assert "\n" not in str(caught.value)
+
+
 class Leaking(nn.Module):
     """An MLP whose inner channels are also read by something else than its second linear."""
 
@@ -273,6 +292,12 @@ def test_the_pass_is_that_of_naive_loops(family: str, pruner: str, keys: dict[st
         assert sum(one.zeros.values()) / work.checkpoint.sizes[one.index] == pytest.approx(plan.amounts[one.index])
     assert total / sum(work.checkpoint.sizes) == pytest.approx(0.35, abs=0.01)
     assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_more_than_the_mlp_has_is_refused() -> None:
+    work = bench_of(tiny("llama"), settings())
+    with pytest.raises(UserError, match=r"^sparsity: 0.7 is more than the 0.\d+ that channels of this model can make"):
+        work.budget(0.7)
 
 
 @pytest.mark.parametrize(

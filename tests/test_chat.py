@@ -176,6 +176,17 @@ def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
         assert bool(used) == (not isa)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b" \n", 'the message is empty; for example: echo "Hello" | python tune.py chat DIR'),
+        (b"\xff", "the message is not UTF-8 text; write it in UTF-8"),
+    ],
+)
+def test_a_message_that_is_none(text: bytes, expected: str, tiny_place: Path, piped: Callable[..., Answer]) -> None:
+    assert piped(text, tiny_place / "model").error == expected
+
+
 # --- bad input
 
 

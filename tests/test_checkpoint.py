@@ -8,10 +8,9 @@ from families import CPU, FAMILIES, MIXTURES, checkpoint_of, copy_of, same_bits,
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from atp_tune.checkpoints import checkpoint as module
 from atp_tune.checkpoints.blocks import find_linears
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.checkpoints.devices import Mapped, mapped_files
+from atp_tune.checkpoints.devices import mapped_files
 from atp_tune.checkpoints.files import Offload
 from atp_tune.errors import UserError
 
@@ -75,20 +74,6 @@ def test_weights_of_a_form_that_is_not_known_are_refused(module: nn.Module) -> N
         find_linears(nn.Sequential(nn.Linear(4, 4), module))
     assert str(error.value).startswith(f"model module {type(module).__name__}: ")
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("device", "host", "offload"),
-    [(10**9, 10**9, "none"), (10**4, 10**9, "cpu"), (10**4, 10**4, "disk"), (10**9, 10**4, "none")],
-)
-def test_weights_lie_in_the_first_place_where_they_fit(
-    device: int, host: int, offload: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda device_: device)
-    monkeypatch.setattr(module, "host_memory", lambda: host)
-    monkeypatch.setattr(module, "mapped_files", lambda: Mapped(((0, 2**63),)))
-    monkeypatch.setattr(Checkpoint, "_place", lambda self, ahead: None)
-    assert Checkpoint(tiny("llama"), torch.device("cuda")).offload == offload
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

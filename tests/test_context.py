@@ -9,6 +9,7 @@ from atp_tune.blocks import replay
 from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Step, ignore_events
 from atp_tune.inputs.items import Items
+from atp_tune.run import observers
 from atp_tune.run.session import Session
 
 UNIFORM = planned("wanda", "uniform", (0.5,) * 4)
@@ -38,6 +39,15 @@ def test_pruning_and_evaluating_go_hand_in_hand() -> None:
     streamed = nlls_of(work, pruned, "validation")
     assert [phase for phase, *_ in steps(events)] == ["prune", "evaluate"] * 4
     assert streamed == nlls_of(work, [(block.index, block.weights) for block in work.prune(UNIFORM)], "validation")
+
+
+def test_plans_are_compared_once_if_they_do_the_same() -> None:
+    """An equal allocation by another pruner is another model."""
+    work, scores = bench_of(tiny("llama")), observers.RoleScores("test")
+    named = {name: planned(name, "uniform", (0.5,) * 4) for name in ("wanda", "magnitude")}
+    work.compare({**named, "again": planned("wanda", "atp", (0.5,) * 4)}, [scores])
+    assert scores.found["again"] is scores.found["wanda"]
+    assert scores.found["magnitude"]["nlls"] != scores.found["wanda"]["nlls"]
 
 
 def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:

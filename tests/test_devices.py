@@ -132,6 +132,13 @@ def test_a_limit_counts_what_a_gpu_holds_already(monkeypatch: pytest.MonkeyPatch
         assert free_memory(torch.device("cuda")) == free
 
 
+@pytest.mark.parametrize("text", ["much", "-1GB", "2 GiB or so", "1e9"])
+def test_a_limit_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", text)
+    with pytest.raises(UserError, match=r"^ATP_TUNE_DEVICE_MEMORY: must be a size like 2GiB or 600M, got"):
+        free_memory(CPU)
+
+
 def test_work_makes_its_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

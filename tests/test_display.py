@@ -3,56 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import planned
 
+from atp_tune.api import arguments
 from atp_tune.cli import display
 from atp_tune.cli.display import Display
 from atp_tune.cost.remaining import Remaining
-from atp_tune.events import Ahead, Step, TrialEnded, TrialStarted
-
-priced = planned("wanda", "gradient-rows", (0.5, 0.7), target=0.6)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The display's time, as the sum of these seconds."""
-    seconds = [0.0]
-    monkeypatch.setattr(display, "monotonic", lambda: sum(seconds))
-    return seconds
-
-
-def test_what_is_left_is_of_the_whole_study(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """It was that of the trials alone, and 0 while a third of the run was ahead."""
-    show = Display()
-    show(Ahead({"dense": (1, 100), "gradient": (1, 600), "trial": (4, 200), "test": (2, 300), "training": (1, 2000)}))
-    for seconds, event in (
-        (0.0, TrialStarted("dense model", None)),
-        (50.0, TrialStarted("gradient", None)),  # half a second a token: 300 s, 4 × 100 s, 2 × 150 s, 1000 s
-        (120.0, TrialStarted("trial 0", priced, 0)),
-        (20.0, TrialEnded(0, {"perplexity": 20.0}, None, {"perplexity": 20.0}, 1, 4)),
-        (0.0, TrialStarted("trial 1", priced, 1)),
-        (20.0, TrialEnded(1, {"perplexity": 18.0}, None, {"perplexity": 18.0}, 2, 2)),  # ended early
-        (0.0, TrialStarted("test text: dense model", None)),
-        (90.0, TrialStarted("test text: trial 1", priced)),
-        (70.0, TrialStarted("training the kept weights of trial 1", None)),
-        (0.0, TrialStarted("fine-tuning x", None)),
-        (50.0, Step("loss 3.000", 1, 9)),  # 450 s in all, not 470
-        (0.0, TrialStarted("measuring x", None)),
-    ):
-        clock.append(seconds)
-        show(event)
-    assert capsys.readouterr().out.splitlines() == [
-        "dense model",
-        "gradient (33 min left)",
-        "[1/4] trial 0: 60% wanda gradient-rows: perplexity 20.00 in 20 s (best 20.00, 10 min left)",
-        "[2/2] trial 1: 60% wanda gradient-rows: perplexity 18.00 in 20 s (best 18.00, 8 min left)",
-        "test text: dense model (8 min left)",
-        "test text: trial 1 60% wanda gradient-rows (9 min left)",
-        "training the kept weights of trial 1 (7 min left)",
-        "fine-tuning x (7 min left)",
-        "measuring x (7 min left)",
-    ]
-
+from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
 
 PARTS = {
     "dense": (1, 9.0),
@@ -98,3 +54,47 @@ def test_the_estimate_ends_at_the_end_and_is_never_0(data: st.DataObject) -> Non
         pass_time("draw")
     assert said
     assert not even or all(abs(at + left - now) <= max(1.0, 0.11 * now) for at, left in said)
+
+
+def test_a_long_phase_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most a line a minute; two phases that take turns are both followed."""
+    now = 0.0
+    monkeypatch.setattr(display, "monotonic", lambda: now)
+    show = Display()
+    show(TrialStarted("gradient", None))
+    for step in range(1, 45):
+        now += 7.0
+        show(Step("step", step, 44))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["gradient", "gradient: step 9 of 44, 4 min left", "gradient: step 18 of 44, 3 min left"]
+    assert len(lines) == 1 + 44 * 7 // 63
+    show(TrialStarted("trial 0", None, 0))
+    for step in range(1, 11):
+        for phase in ("prune", "evaluate"):
+            now += 4.0
+            show(Step(phase, step, 10))
+    assert capsys.readouterr().out.splitlines() == ["trial 0: prune 8 of 10, 16 s left"]
+    show(TrialStarted("trial 1", None, 1))
+    for step in (1, 2, 3, 4, 1, 2, 3, 4):  # it ends, and begins again, as each part of the windows does
+        now += 30.0
+        show(Step("evaluate", step, 4))
+    said = ["trial 1: evaluate 2 of 4, 60 s left", "trial 1: evaluate 2 of 4, 60 s left"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_bar_of_python_is_made_when_work_begins_and_has_the_whole_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error before left an empty bar above it."""
+    now = 0.0
+    monkeypatch.setattr(arguments, "monotonic", lambda: now)
+    lines = arguments.Lines(has_bar=True)
+    lines(Message("loading"))
+    lines.close()
+    assert capsys.readouterr().err == ""
+    lines(Ahead({"dense": (1, 10), "trial": (3, 20), "test": (2, 20)}))
+    for title in ("dense model", "trial 0"):
+        now += 10
+        lines(TrialStarted(title, None))
+    lines.close()
+    assert "trial 0:  17%" in (said := capsys.readouterr().err) and said.rstrip().endswith("ETA 0:01:40")

@@ -33,6 +33,10 @@ def drawn(study: optuna.Study) -> dict[str, go.Figure]:
     return figures.draw(summarise(study))
 
 
+def names(figure: go.Figure) -> list[str]:
+    return [trace.name for trace in figure.data]
+
+
 def notes(figure: go.Figure) -> str:
     return "<br>".join(note.text for note in figure.layout.annotations)
 
@@ -74,6 +78,37 @@ def test_explosions_do_not_squash_the_picture(study: optuna.Study) -> None:
     assert (arrow.name, arrow.marker.symbol, list(arrow.x)) == ("off the scale", "triangle-up", [round(BOUND, 6)])
     assert arrow.y[0] < 120
     assert f"{exploded:.2f}" in arrow.text[0]
+
+
+CURVE = {"beta": [0.0, 0.01], "mean": [60.0, 70.0], "low": [50.0, 60.0], "high": [70.0, 80.0]}
+
+
+def test_the_posterior_is_a_line_and_a_band(study: optuna.Study) -> None:
+    study.add_trials([made_up(0.0), made_up(0.006)])
+    study.set_user_attr("gp_posterior", {"before": 2, "curves": {"wanda": CURVE, "sparsegpt": CURVE}})
+    summary = summarise(study)
+    assert summary.gp_posterior is not None
+    figure = figures.draw(summary)["perplexity"]
+    assert names(figure)[:4] == [
+        "band",
+        "GP after 2 trials, wanda (± 2 sd)",
+        "band",
+        "GP after 2 trials, sparsegpt (± 2 sd)",
+    ]
+    band, line = figure.data[:2]
+    assert list(band.y) == [70.0, 80.0, 60.0, 50.0]
+    assert list(line.y) == CURVE["mean"]
+    assert "after 2 trials" in line.hovertemplate
+
+
+def test_several_studies_in_one_figure() -> None:
+    studies = [new_study(None, name) for name in ("a", "<b>", "empty")]
+    for study in studies[:2]:
+        study.add_trials([made_up(0.0), made_up(0.006)])
+    summaries = [summarise(study) for study in studies]
+    for draw in (figures.sparsities, figures.perplexities):
+        assert names(draw(summaries)) == ["a", "&lt;b&gt;"]
+        assert draw(summaries[1:]) is None
 
 
 # Belief

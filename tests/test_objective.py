@@ -7,11 +7,12 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 from tinystudy import quiet, study_file
 
-from atp_tune.errors import TrialError
+from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
 from atp_tune.run.session import Session
 from atp_tune.search.objective import Objective, estimate, find_measured, reasons
@@ -186,6 +187,13 @@ def test_a_failure_is_stored(space: Space, study: optuna.Study, error: Exception
     assert trial.user_attrs == {"failure": reason}
 
 
+def test_an_interruption_is_stored(space: Space, study: optuna.Study) -> None:
+    trial = ask(study, space)
+    with pytest.raises(KeyboardInterrupt), reasons(trial):
+        raise KeyboardInterrupt
+    assert trial.user_attrs == {"lost": "interrupted"}
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory")], ids=repr)
 def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
     space: Space, study: optuna.Study, error: BaseException
@@ -195,3 +203,11 @@ def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
         raise error
     assert caught.value is error
     assert trial.user_attrs == {"lost": "an error", "cut_off": {"crash": type(error).__name__, "alone": False}}
+
+
+@pytest.mark.parametrize("error", [UserError("disk full"), StorageInternalError(), SystemExit(1)], ids=repr)
+def test_what_is_no_trials_fault_says_nothing_of_it(space: Space, study: optuna.Study, error: BaseException) -> None:
+    trial = ask(study, space)
+    with pytest.raises(type(error)), reasons(trial):
+        raise error
+    assert trial.user_attrs == {}

@@ -328,6 +328,15 @@ def test_with_and_without_atp_tune(lines: str, said: list[str], make: Make, tmp_
             assert torch.equal(load_file(tmp_path / f"{number}.safetensors")["logits"], expected)
 
 
+def test_without_the_kernel_torch_multiplies(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATP_TUNE_ISA", "torch")
+    model = AutoModelForCausalLM.from_pretrained(make())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
 def test_weights_that_are_loaded_into_it(make: Make, tmp_path: Path) -> None:
     """The kernel keeps where the values of each row start, which other bits change."""
     model = AutoModelForCausalLM.from_pretrained(make())

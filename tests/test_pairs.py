@@ -27,7 +27,7 @@ from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, read_items, read_pairs
+from atp_tune.inputs.tokens import TOKEN_WINDOWS, _stacked, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 
@@ -242,6 +242,15 @@ def test_a_model_whose_masks_depend_on_the_image_is_refused() -> None:
         check_batch(replay, batch, "x")
 
 
+def test_pixels_without_a_row_for_each_image_are_refused() -> None:
+    """Such as the patches of all images in one tensor, as Qwen-VL's processor makes them."""
+    row = {"input_ids": torch.zeros(1, 6), "pixel_values": torch.zeros(16, 8)}
+    with pytest.raises(UserError, match=r"^images: pixel_values of the processor has not one row for each image"):
+        _stacked([row, row])
+    with pytest.raises(UserError, match=r"^images: the processor cuts images of other sizes otherwise"):
+        _stacked([row, {**row, "pixel_values": torch.zeros(12, 8)}])
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -256,6 +265,11 @@ def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[st
     file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
     with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
         read_items("calibration", wanted(file, **more), folder, tmp_path, False)
+
+
+def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^images: tiny reads text alone"):
+        read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(tiny_place / "model", "content", "tiny"), tmp_path)
 
 
 STUDY = """\

@@ -30,6 +30,10 @@ def mean(sparsities: tuple[float, ...], sizes: tuple[int, ...]) -> float:
     return sum(s * size for s, size in zip(sparsities, sizes, strict=True)) / sum(sizes)
 
 
+def test_a_fixed_pattern_has_one_sparsity() -> None:
+    assert Pattern(3, 1).round((0.3, 0.333333), (3, 4)) == (1 / 3, 1 / 3)
+
+
 def test_largest_remainders_go_up() -> None:
     assert parse("mixed:8").round((0.40, 0.45, 0.50, 0.55, 0.60), (7,) * 5) == (0.375, 0.5, 0.5, 0.5, 0.625)
     assert parse("mixed:4").round((0.4,) * 5, (7,) * 5) == (0.25, 0.25, 0.5, 0.5, 0.5)

@@ -16,6 +16,7 @@ from tinystudy import CommandLine
 import atp_tune
 from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import load
+from atp_tune.errors import UserError
 
 PLUGINS = ("--trust-plugins",)
 YAML = """\
@@ -158,6 +159,13 @@ def test_the_page_lists_each_way() -> None:
     rows = [f"| {way.key} | {way.what} | {permit} |" for way, permit in zip(WAYS, permits, strict=True)]
     table = "\n".join(["| key | value | what permits it |", "|---|---|---|", *rows])
     filled(REPO / "docs/security.md", "tests/test_permissions.py", table)
+
+
+def test_in_python_the_permission_is_an_argument(place: Path) -> None:
+    """It was called `--set model.trust_remote_code=true`, or `true`, which Python has not."""
+    (_, file, *_) = study(place, (r"\[model\]", "[model]\ntrust_remote_code = true"))
+    with pytest.raises(UserError, match=r'then add settings=\{"model.trust_remote_code": True\}$'):
+        atp_tune.tune(file, progress=False)
 
 
 def test_a_database_permits_no_code(place: Path) -> None:

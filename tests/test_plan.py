@@ -1,8 +1,7 @@
-import json
 from typing import Any
 
 import pytest
-from plans import linears_of, planned, stored
+from plans import linears_of, planned
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
@@ -45,18 +44,6 @@ def test_prices_keep_to_the_pattern(kappa: float) -> None:
     rows = {0.6: ((0.375, 0.5), (0.625, 0.5)), 1.0: ((0.25, 0.625), (0.625, 0.5))}
     assert linears_of(plan) == rows.get(kappa)
     assert sum(plan.amounts) == 1.0
-
-
-def test_a_plan_is_stored_with_a_number_for_each_block_whose_linears_do_not_differ() -> None:
-    plan = planned("wanda", "atp", (0.1 + 0.2, 1 / 3), {"beta": 0.01}, [(0.2, 0.4), ()])
-    levels = [{"sparsity": 0.1 + 0.2, "linears": [0.2, 0.4]}, 1 / 3]
-    found = json.loads(plan.model_dump_json(exclude_none=True))
-    assert found == {"method": "wanda", "allocation": "atp", "parameters": {"beta": 0.01}, "levels": levels}
-    assert Plan.model_validate(found) == plan
-    assert stored([None] * 2, bits=[4, 3])["plan"]["levels"] == [{"bits": 4}, {"bits": 3}]
-    assert stored([0.5], bits=[4])["plan"]["levels"] == [{"sparsity": 0.5, "bits": 4}]
-    large = planned("wanda", "atp", [0.5 + k / 1000 for k in range(80)]).model_dump_json()
-    assert len(large) < 1000  # of a model of 70 billion weights
 
 
 @pytest.mark.parametrize(

@@ -4,31 +4,32 @@ import pytest
 from test_forecast import RATES
 from tinystudy import TOKENS, CommandLine, run, study_file
 
+from atp_tune.cli.commands.studies import cost_beside
 from atp_tune.cost import forecast, probe
 from atp_tune.cost.forecast import Amounts, Done
 from atp_tune.cost.forecast import parts as parts_of
-from atp_tune.cost.planning import foresee
+from atp_tune.cost.planning import foresee, foresee_open
 from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.goals import front_of
 from atp_tune.results.results import is_uniform
+from atp_tune.run.session import Session, Setup
 from atp_tune.storage.progress import counted
 
 
-def test_a_study_is_foretold(place: Path) -> None:
-    found = foresee(study_file(place), "tiny", ignore_events)
-    (trial,) = found.trial
-    assert (trial.pruner, trial.tokens.total) == ("wanda", 2 * 256 + 512)
-    assert found.whole.trials == 3
-    assert found.whole.tokens == 3 * 1024 + 512 + 256 + 2 * (512 + 512) + 512
-    assert trial.seconds is not None
-    assert min(trial.seconds.calibrate, trial.seconds.prune, trial.seconds.evaluate) > 0
-    assert found.whole.seconds == found.whole.seconds_left
-    assert found.weights.offload == "none"
-    assert found.weights.blocks == 4
-    assert found.memory.device is None
-    assert found.problems == ()
-    assert not list(place.glob("*.db"))
+def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
+    """A preset did not say what it takes before it started; the loading is over by then."""
+    file = study_file(place)
+    setup = Setup.of_study(file.study, file.folder, False)
+    with Session.open(setup) as context:
+        own, other = foresee_open(file, "tiny", context, file.study)
+    assert own.tokens == foresee(file, "tiny", ignore_events).whole.tokens
+    assert (other.tokens, other.seconds) == (own.tokens, own.seconds)  # the same study, by its settings alone
+    costs = [own.model_copy(update={"seconds": seconds, "descents": 60.0}) for seconds in (170.0, 1500.0)]
+    said = "3 trials, about 3 min, of which 60 s for the gradient; --preset"
+    assert cost_beside(costs, "quick", "balanced") == f"quick: {said} balanced measures more, in about 25 min"
+    assert cost_beside(costs[::-1], "balanced", "quick").endswith("; --preset quick measures less, in about 3 min")
+    assert cost_beside(costs[:1], "quick", "balanced") == f"quick: {said.partition(';')[0]}"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import optuna
 import pytest
 import torch
 from plans import planned
@@ -21,9 +22,9 @@ from torch import Tensor
 from atp_tune import plugins
 from atp_tune.allocations import ALLOCATIONS, Budget, Shape
 from atp_tune.allocations.checked import CheckedAllocation, finished
-from atp_tune.config.best import read_config
+from atp_tune.config.best import Config, read_config
 from atp_tune.config.facts import facts
-from atp_tune.config.plugged import named_in, plug_in, records
+from atp_tune.config.plugged import named_in, plug_in, plug_in_config, records
 from atp_tune.config.prune import NLL_SHARES, PruneConfig
 from atp_tune.config.search import SAMPLERS
 from atp_tune.config.study import Study
@@ -38,7 +39,7 @@ from atp_tune.pruners.statistics import InputNorms
 from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
-from atp_tune.utils.frozen import SettingsTable
+from atp_tune.utils.frozen import STORED, SettingsTable
 from atp_tune.utils.registry import Origin, points_of
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -158,6 +159,15 @@ def test_names_that_are_refused(key: str, names: list[str], said: str, write: Ca
     assert message(lambda: load(str(path))) == f"{path}: {said}"
 
 
+def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "own" / "flat.py").write_text(ALLOCATION.replace("Flat", "Mine"))
+    path = write(allocation='names = ["own/flat.py:Mine"]')
+    assert message(lambda: load(str(path), plugins=True)) == (
+        f"{path}: allocation.names: own/mine.py:Mine, in prune.pruners, and own/flat.py:Mine are both called mine; "
+        "rename one of the plug-ins"
+    )
+
+
 # Settings
 
 
@@ -236,6 +246,26 @@ def test_a_file_that_is_no_pruner(code: str, place: str, said: str, write: Calla
     (tmp_path / "x.py").write_text(code)
     found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
     assert said in found and "x.py" in found
+
+
+@pytest.mark.parametrize(
+    "place", ["no.py:Mine", "own:Mine", "own.no_such:Mine", "~nobody/x.py:Mine", "own/mine.py/x.py:Mine"]
+)
+def test_a_file_that_is_not_there(place: str, write: Callable[..., Path]) -> None:
+    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
+    assert place.partition(":")[0].split("/")[0] in found
+
+
+def test_an_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]) -> None:
+    (tmp_path / "own_pack").mkdir()
+    (tmp_path / "own_pack" / "__init__.py").touch()
+    (tmp_path / "own_pack" / "rule.py").write_text(PRUNER)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write('pruners = ["own_pack.rule:Mine"]')
+    assert "is Python code, which is not run" in message(lambda: load(str(path), plugins=False))
+    file = load(str(path), plugins=True)
+    assert facts(file.study)["plugins.mine.content"] == hashlib.sha256(PRUNER.encode()).hexdigest()
+    assert load(str(path), plugins=True).study == file.study
 
 
 # Decorators
@@ -430,6 +460,13 @@ def test_entry_points_that_clash(package: Callable[..., None], write: Callable[.
     assert load(str(write('pruners = ["wanda"]'))).study.prune.pruners == ("wanda",)
 
 
+def test_an_entry_point_that_cannot_be_imported(package: Callable[..., None]) -> None:
+    package("pack", "1 / 0", pruners="packed = own_pack:Mine")
+    assert message(lambda: PRUNERS["packed"]) == (
+        "pruner packed, of the package own-pack: own_pack:Mine: ZeroDivisionError: division by zero"
+    )
+
+
 # What a pruner may not do
 
 
@@ -468,6 +505,22 @@ def test_a_pruner_that_breaks_the_rules(body: str, said: str, tmp_path: Path) ->
 def test_a_pruner_may_round_either_way(count: Callable[[float], int], sparsity: float, tmp_path: Path) -> None:
     found = pruner(f"weight[:, :{count(8 * sparsity)}] = 0; return weight", tmp_path).prune(WEIGHT, sparsity, None)
     assert int((found == 0).sum()) == 6 * count(8 * sparsity)
+
+
+def test_groups(tmp_path: Path) -> None:
+    half = pruner("weight[:, ::2] = 0; return weight", tmp_path, group=4)
+    assert int((half.prune(WEIGHT, 0.5, None) == 0).sum()) == 24
+    left = pruner("weight[:, :4] = 0; return weight", tmp_path, group=4)
+    assert "left 0 zeros in a group of 4 at sparsity 0.5, where there must be 2" in message(
+        lambda: left.prune(WEIGHT, 0.5, None)
+    )
+    more = pruner("weight[:, :7] = 0; return weight", tmp_path, group=4)
+    assert "left 42 zeros at sparsity 0.5, where there must be 24 at most" in message(
+        lambda: more.prune(WEIGHT, 0.5, None)
+    )
+    plugins.pruner("zero")(Zero)
+    assert "makes no patterns, having no field group" in message(lambda: make_pruner("zero", {"group": 4}))
+    assert int((make_pruner("zero", {"group": None}).prune(WEIGHT, 0.5, None) == 0).sum()) == 24
 
 
 # What an allocation may not do
@@ -535,6 +588,36 @@ def test_the_search_space_of_plug_ins(write: Callable[..., Path]) -> None:
     assert not planned("mine", "flat", (0.4, 0.6), {"tilt": 0.0}).is_uniform
 
 
+def test_a_sampler(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "import optuna\n\n\ndef make(seed):\n    return optuna.samplers.RandomSampler(seed=seed)\n\n\n"
+        "def none(seed):\n    return seed\n\n\nclass Far(optuna.samplers.RandomSampler):\n"
+        "    def sample_independent(self, study, trial, name, kind):\n        return 7.0\n"
+    )
+    study = optuna.create_study()
+    kind = optuna.distributions.FloatDistribution(0, 1)
+    for name in ("make", "none", "far"):
+        plugins.load("sampler", f"s.py:{'Far' if name == 'far' else name}", tmp_path, "search.sampler")
+    draws = [SAMPLERS["make"](seed).sample_independent(study, study.ask(), "x", kind) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert "made int, not an Optuna sampler" in message(lambda: SAMPLERS["none"](1))
+    assert "proposed x = 7.0, which is outside FloatDistribution" in message(
+        lambda: SAMPLERS["far"](1).sample_independent(study, study.ask(), "x", kind)
+    )
+
+
+def test_a_score(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "from atp_tune.scores.next_token import NextToken\n\n\n"
+        "class Short(NextToken):\n    def items(self, replay, batch, hidden, dense):\n"
+        '        return {"nlls": [1.0]}\n'
+    )
+    plugins.load("score", "s.py:Short", tmp_path, "search.score")
+    said = "items returned 1 nlls, where there must be 2 nlls"
+    assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
+    assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None)["nlls"] == [1.0]
+
+
 # Samplers, texts and scores
 
 
@@ -593,6 +676,23 @@ def configured(**changes: Any) -> dict[str, Any]:
     return {**content, "plan": {**content["plan"], "method": "mine"}, "plugins": {"mine": ref}, **changes}
 
 
+def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path: Path) -> None:
+    write()
+    (tmp_path / "best.json").write_text(json.dumps(configured()))
+    read = read_config(tmp_path / "best.json")
+    assert Config.model_validate_json(read.to_json(), context=STORED) == read
+    assert "is not run" in message(lambda: plug_in_config(read, {}, tmp_path, False))
+    plug_in_config(read, {}, tmp_path, True)
+    assert make_pruner("mine", read.prune.settings("mine")).group is None
+    with (tmp_path / "own" / "mine.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert message(lambda: plug_in_config(read, {}, tmp_path, True)).startswith(
+        f"plugins.mine.sha256: {tmp_path}/own/mine.py is "
+    )
+    (tmp_path / "own" / "mine.py").unlink()
+    assert "there is no file" in message(lambda: plug_in_config(read, {}, tmp_path, True))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -644,6 +744,20 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, package: Callable[..., None]
         assert group in {known._group for known in map(plugins.registry, plugins.REGISTRIES)}
     named = re.findall(r"`(atp_tune\.\w+)`", GUIDE.read_text(encoding="utf-8").partition("The groups are")[2])[:5]
     assert sorted(named) == sorted(known._group for known in map(plugins.registry, plugins.REGISTRIES))
+
+
+def test_the_command_lists_files_with_permission(
+    write: Callable[..., Path], command: CommandLine, tmp_path: Path
+) -> None:
+    path, file = write(), tmp_path / "own" / "mine.py"
+    assert command("plugins", file).error == (
+        f"{file}: is Python code, which is not run; read it, then allow it with --trust-plugins"
+    )
+    assert command("plugins", "--set", "a=b").error.startswith("Invalid value for --set: only with --study")
+    for words in ((file,), ("--study", path)):
+        said = command("plugins", *words, "--trust-plugins").out
+        assert f"  mine       Zeroes what is small ({file})" in said
+        assert "    strength = 2.0, number > 0: how strong" in said
 
 
 # Elsewhere

@@ -4,7 +4,10 @@ import copy
 import json
 import math
 import random
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
 from atp_tune.pruners.selection import order_in_rows, ranks
 from atp_tune.pruners.wanda import Wanda
-from atp_tune.run.dense_model import by_magnitude
+from atp_tune.run import dense_model as descents
+from atp_tune.run.dense_model import CalibrationGradients, by_magnitude
 from atp_tune.run.session import Session
 
 FAST = ("llama", "gpt2")
@@ -436,3 +440,29 @@ def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: P
             assert kept == pytest.approx(wanted)
             compared += 1
     assert compared
+
+
+def test_of_several_workers_one_descends(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for its end, and say so."""
+    begun, said, made = threading.Event(), list[str](), list[int]()
+
+    def descend(self: descents.Descent, targets: Sequence[float], place: Path) -> list[LinearSparsities]:
+        made.append(1)
+        begun.set()
+        while not said:
+            time.sleep(0.001)
+        return [((0.25, 0.75),)]
+
+    monkeypatch.setattr(descents.Descent, "_descend", descend)
+    monkeypatch.setattr(CalibrationGradients, "_key", lambda *_, **__: "ab" * 32)
+    gradients = CalibrationGradients.__new__(CalibrationGradients)
+    gradients.watch = lambda event: said.append(event.text)
+    workers = [descents.Descent(gradients, lambda: pytest.fail("is not asked"), []) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(workers[0].ends, [0.5], "")
+        assert begun.wait(60)
+        second = pool.submit(workers[1].ends, [0.5], "")
+        assert first.result() == second.result() == (RowSparsities(((0.25, 0.75),)),)
+    lock = cache / "gradient" / f".{'ab' * 32}.json.lock"
+    waited = "waiting for the descent of another process; if none is running, remove"
+    assert (made, said) == ([1], [f"{waited} {lock}"])

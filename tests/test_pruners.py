@@ -490,3 +490,9 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(lowest: float,
 def test_a_hessian_that_is_not_a_number(x: Tensor) -> None:
     with pytest.raises(TrialError, match="Hessian not finite"):
         SparseGPT().prune(torch.ones(2, x.shape[1]), 0.5, hessian_of(x))
+
+
+def test_damping_that_is_not_enough_when_raised() -> None:
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TrialError, match="even with damping 1e-26"):
+        hessian_of(x).factor(1e-30)

@@ -14,6 +14,7 @@ from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, start, wait_until
 
 import atp_tune
+from atp_tune.folders import publishing
 from atp_tune.folders.publishing import published, stage
 from atp_tune.utils.cache import sha256_of
 
@@ -178,6 +179,26 @@ def test_who_may_not_write_is_told_before(
     assert answer.out == ""
     assert not (done / "out").exists()
     assert site.uploads.private == {}
+
+
+def test_a_public_repository_is_no_place_for_a_private_folder(done: Path, site: Site, command: CommandLine) -> None:
+    site.folder("alice/tiny").mkdir(parents=True)
+    words = ["apply", "--config", done / "tiny.best.json", "--out", done / "out", "--push", "alice/tiny", "--private"]
+    assert command(*words).error.startswith("alice/tiny: is public on the hub already; make it private there first")
+    site.uploads.private["alice/tiny"] = True
+    publishing.check_permission("alice/tiny", private=True)
+
+
+def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command: CommandLine) -> None:
+    assert command("push", done / "nowhere", "alice/tiny").error.startswith(f"{done / 'nowhere'}: is no folder")
+    assert command("push", done / "model", "alice/tiny").error.startswith(f"{done / 'model'}: holds no atp_tune.json")
+    (done / "model" / "atp_tune.json").write_bytes((done / "tiny.best.json").read_bytes())
+    (done / "model" / "notes.txt").symlink_to(done / "test.txt")
+    said = command("push", done / "model", "alice/tiny").error
+    assert (
+        said == f"{done / 'model' / 'notes.txt'}: is a link to {done / 'test.txt'}, outside its folder; copy the file"
+    )
+    assert site.asked == []
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import DEEPSEEK, MIXTURE, few, same_bits
 from packaging.version import Version
-from quantizing import as_fp8, as_int8, as_metal, as_mxfp4, as_nf4, fp8_table
+from quantizing import as_fp8, as_int8, as_metal, as_mxfp4, fp8_table
 from tinystudy import CommandLine, make_tokenizer, run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -143,13 +143,24 @@ def test_mxfp4(dtype: torch.dtype, tmp_path: Path) -> None:
         assert all(same_bits(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "nf4", "nested"])
-def test_bitsandbytes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Without its package; rows of 96 and blocks of 64, the last of 2048 bytes cut off."""
-    how = as_int8 if kind == "int8" else as_nf4(nested=kind == "nested")
-    source, plain = q.pair(dense(tmp_path, "qwen3", dtype), how, dtype=dtype)
-    check_same(found(source).path, plain, dtype)
+def test_experts_of_four_bits_in_an_fp8_folder(tmp_path: Path) -> None:
+    """Two inputs a byte, a power of two for 32 of them."""
+    source, plain = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16)), dtype=torch.bfloat16))
+    name = "model.layers.1.mlp.up_proj.weight"
+    blocks, scales = q.mxfp4(q.read(plain)[name].T[None])
+    tensors = {**q.read(source), name: blocks[0].flatten(-2).view(torch.int8), f"{name}_scale_inv": scales[0]}
+    q.write(source, tensors, fp8_table((16, 16), expert_dtype="fp4"))
+    q.write(plain, {**q.read(plain), name: q.from_mxfp4(blocks, scales)[0].T.bfloat16()}, None)
+    check_same(found(source).path, plain, torch.bfloat16)
+
+
+def test_int8_that_is_sorted_for_a_gpu(tmp_path: Path) -> None:
+    source, _ = q.pair(dense(tmp_path, "qwen3"), as_int8)
+    table = json.loads((source / "config.json").read_text())["quantization_config"]
+    sorted_ = {"model.layers.0.mlp.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)}
+    q.write(source, {**q.read(source), **sorted_}, table)
+    with pytest.raises(UserError, match=r"up_proj\.weight in a form that is not known: sorted for one kind of GPU"):
+        found(source)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (8, 32), (2, 16)])
@@ -288,6 +299,19 @@ def test_compressed_tensors(form: str, arguments: dict[str, Any], tmp_path: Path
         found(source)
 
 
+@pytest.mark.skipif(not is_here("compressed_tensors"), reason="needs compressed-tensors")
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"transform_config": {"config_groups": {}, "x": 1}}, r"with rotations \(transform_config\)"),
+        ({"config_groups": {"a": {}, "b": {}}}, r"in 2 ways at once \(config_groups\)"),
+    ],
+)
+def test_what_transformers_would_read_wrongly(more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        files.find_method(said_only(tmp_path, {"quant_method": "compressed-tensors", **more}), "it")
+
+
 # Refused
 
 
@@ -337,6 +361,25 @@ def test_each_other_reason_is_one_line(table: Any, said: str, tmp_path: Path, mo
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("compression_config", {"config_groups": {}, "quant_method": "compressed-tensors"}),
+        ("compression_config", {"quantization_config": {}}),
+        ("quantization", {"bits": 4, "group_size": 64}),
+        ("quantize_config.json", None),
+        ("quant_config.json", None),
+        ("hf_quant_config.json", None),
+    ],
+)
+def test_where_transformers_does_not_look(key: str, value: Any, tmp_path: Path) -> None:
+    folder = said_only(tmp_path, None, **({key: value} if value else {}))
+    if not value:
+        (folder / key).write_text("{}")
+    with pytest.raises(UserError, match=rf"is quantized, as its {key} says, in a form that transformers does not read"):
+        found(folder)
+
+
 def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
     """Weights that were cast to FP8 as they are, without a scale, are numbers as others."""
     source, _ = q.pair(dense(tmp_path, "qwen3"), as_fp8((16, 16), fp8_table((16, 16))))
@@ -346,6 +389,18 @@ def test_codes_of_which_the_config_says_nothing(tmp_path: Path) -> None:
         found(source)
     q.write(source, {k: v for k, v in q.read(source).items() if not k.endswith("_scale_inv")}, None)
     assert found(source).path == source
+
+
+def test_quantized_pickles_are_refused(tmp_path: Path) -> None:
+    folder = said_only(tmp_path, {"quant_method": "fp8"})
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="has quantized weights in pickles, which is not supported; take safetensors"):
+        resolve(study.ModelConfig(source=str(folder), allow_pickle=True), Path())
+
+
+def test_a_folder_that_is_loaded_is_in_full_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='is quantized by "gptq"; give the checkpoint'):
+        Checkpoint.load(said_only(tmp_path, {"quant_method": "gptq"}), torch.float32, CPU)
 
 
 # What is pruned is the matrix that is multiplied by

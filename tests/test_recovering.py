@@ -23,7 +23,7 @@ from atp_tune.config.study import Study
 from atp_tune.events import Place
 from atp_tune.folders import finetuning
 from atp_tune.folders.card import FINETUNED, Finetuned, PerplexityChange
-from atp_tune.folders.finetuning import Trained, recovered
+from atp_tune.folders.finetuning import NO_GAIN, NoGainError, Trained, recovered
 from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
 from atp_tune.results.formatting import recovery_said
@@ -236,6 +236,15 @@ def test_what_is_not_finite_is_left_out(nll: float, monkeypatch: pytest.MonkeyPa
     found = judged(monkeypatch, 10, changed(-0.02), nll)
     dumps(found.model_dump(mode="json"), None)
     assert {kind: round(own.value, 2) for kind, own in found.kinds.items()} == {"news": 4.48}
+
+
+def test_no_gain_on_held_out_windows_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise NoGainError("training: no step …")
+
+    monkeypatch.setattr(finetuning, "apply_trained", fails)
+    found = recovered(None, RecoverConfig(), Place(Path(), "cpu"))  # type: ignore[arg-type]
+    assert (found.kept, found.reason, found.validation) == (False, NO_GAIN, None)
 
 
 # What is asked for.

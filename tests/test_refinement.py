@@ -7,7 +7,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from families import CPU, MIXTURES, bench_of, few, same_bits, tiny
+from families import MIXTURES, bench_of, few, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import planned
@@ -19,8 +19,7 @@ from torch import Tensor
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import PruneConfig
 from atp_tune.pruners import PRUNERS, make_pruner
-from atp_tune.pruners.refinement import DAMPING, with_hessian
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms
+from atp_tune.pruners.refinement import DAMPING
 
 CASES = list(product(PRUNERS, (None, 8)))
 
@@ -88,23 +87,6 @@ def test_many_steps_are_least_squares_on_the_mask() -> None:
         exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
         torch.testing.assert_close(refined[row, kept].double(), exact, rtol=1e-3, atol=1e-4)
     assert error(weight, refined, H).sum() < 0.9 * error(weight, alone, H).sum()
-
-
-@pytest.mark.parametrize("kind", [None, InputNorms, InputMoments, Hessian])
-def test_statistics_are_the_pruner_s_own_with_a_hessian(kind: Any) -> None:
-    found = with_hessian(kind)
-    assert found is with_hessian(kind)
-    x = problem((1, 30))[1]
-    statistics = found(30, CPU)
-    for part in x.split(11):
-        statistics.add(part)
-    tensors = statistics.tensors()
-    assert sum(tensor.nbytes for tensor in tensors.values()) <= found.bytes_for(30)
-    name = next(name for name in PRUNERS if PRUNERS[name].measures is kind)
-    pruner, weight = make_pruner(name, {}, 4), problem((9, 30))[0]
-    assert pruner.measures is found
-    again = found.restored({name: tensor.clone() for name, tensor in tensors.items()})
-    assert same_bits(pruner.prune(weight, 0.5, statistics), pruner.prune(weight, 0.5, again))
 
 
 @pytest.mark.parametrize("way", ["block", "sequential", "dense"])

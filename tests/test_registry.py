@@ -4,20 +4,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pydantic import ValidationError
 
-from atp_tune.config.prune import PruneConfig, with_tables
-from atp_tune.pruners import PRUNERS, SETTINGS, make_pruner
-from atp_tune.utils.frozen import SettingsTable
+from atp_tune.pruners import make_pruner
 from atp_tune.utils.registry import Registry
-
-
-class MineSettings(SettingsTable):
-    strength: float = 2.0
-
-
-class Mine(MineSettings):
-    group: int | None = None
 
 
 @pytest.fixture
@@ -47,17 +36,6 @@ def test_a_row_is_imported_when_it_is_asked_for(fruits: Registry[object]) -> Non
     assert fruits["seven"] == 7
     with pytest.raises(ImportError, match="no pip in it"):
         fruits["stone"]
-
-
-def test_a_study_file_has_a_table_for_each_pruner_with_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name for name in SETTINGS if name in PruneConfig.model_fields} == set(SETTINGS) <= set(PRUNERS)
-    monkeypatch.setitem(PRUNERS, "mine", f"{__name__}:Mine")
-    monkeypatch.setitem(SETTINGS, "mine", f"{__name__}:MineSettings")
-    config = with_tables(PruneConfig).model_validate({"pattern": "mixed:8", "mine": {"strength": 5}})
-    assert config.settings("mine") == {"strength": 5.0, "group": 8}
-    assert make_pruner("mine", config.settings("mine")) == Mine(strength=5, group=8)
-    with pytest.raises(ValidationError, match="strength: must be a number, got true"):
-        with_tables(PruneConfig).model_validate({"mine": {"strength": True}})
 
 
 def test_what_a_cache_names_a_pruner_by_stays() -> None:

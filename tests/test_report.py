@@ -119,6 +119,27 @@ def test_hostile_names_and_failures_are_text() -> None:
     assert len(scripts) == 5 + 2  # the figures, plotly.js and the page's own
 
 
+@pytest.mark.slow
+def test_several_studies_are_compared() -> None:
+    studies = [new_study(None, name) for name in ("first", "second")]
+    for study in studies:
+        study.add_trials([made_up(0.0), made_up(0.006)])
+    text = page(*studies)
+    assert Page(text).ids == ["study-1", "study-2"]
+    assert Page(text).loaded == ["#study-1", "#study-2"]
+    assert "<h1>2 studies compared</h1>" in text
+    assert re.findall(r'<figure class="(\w+)">', text)[:2] == ["perplexities", "sparsities"]
+
+
+def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
+    studies = [new_study(None, name) for name in ("first", "second")]
+    for study in studies:
+        study.add_trials([made_up(0.0), made_up(0.006)])
+    studies[1].set_user_attr("fingerprint", {"model.content": "ab" * 32, "texts.validation.content": "other"})
+    assert list(html.overlays([gather(study, NOW) for study in studies])) == ["sparsities"]
+    assert html.overlays([gather(studies[0], NOW)]) == {}
+
+
 # JSON, Markdown, LaTeX
 
 

@@ -79,6 +79,14 @@ def test_a_call_that_is_made_again_finds_what_it_has_told(storage: BaseStorage, 
     assert storage.get_trial(trial).value == 1.5
 
 
+def test_a_trial_is_told_once(storage: BaseStorage, lose: Callable[..., None]) -> None:
+    trial = begun(storage)
+    lose()
+    storage.set_trial_state_values(trial, *END)
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial, *END)
+
+
 def test_a_trial_that_another_ended_meanwhile(storage: BaseStorage, lose: Callable[..., None]) -> None:
     tell = RDBStorage.set_trial_state_values
     trial = begun(storage)

@@ -7,7 +7,6 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from plans import planned, stored
 
 from atp_tune.allocations import Budget, Shape
-from atp_tune.allocations.channels import BlockChannels, ChannelSet
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
 from atp_tune.plan import Plan
@@ -151,20 +150,3 @@ def test_a_measured_trial_keeps_its_plan() -> None:
 def test_a_trial_of_another_model_is_refused(plan: Plan, said: str) -> None:
     with pytest.raises(UserError, match=f"^trial -1: plan: {said}"):
         space_for(study_of(), SIZES, linears=2).plan_of(trial_of(plan=plan.model_dump(mode="json")))
-
-
-def test_a_measured_trial_of_channels_keeps_its_plan() -> None:
-    linears = (("up", 40), ("down", 40), ("o", 20))
-    block = BlockChannels(ChannelSet(10, (("up", 1),), "down", 1, 8), None, linears)
-    study = study_of(prune={"pattern": "channels"}, sparsity=0.3)
-    space = make_space(study, Budget(0.3, SIZES, channels=(block,) * 5))
-    plan = space.plan(trial_of().params)
-    assert space.plan_of(trial_of(plan=plan.model_dump(mode="json"))) == plan
-    rows = [[level.sparsity for level in block.linears] for block in plan.levels]
-    for wrong, said in (
-        (None, "block 0: needs the shares of its 3 linears"),
-        ([[row[0], row[1] - 0.01, row[2] + 0.02] for row in rows], "by whole channels"),
-        ([row[:2] for row in rows], "block 0: needs the shares of its 3 linears"),
-    ):
-        with pytest.raises(UserError, match=f"^trial -1: plan: .*{said}"):
-            space.plan_of(trial_of(**stored(plan.amounts, wrong)))

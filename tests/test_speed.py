@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GPT2Config,
 )
 
 from atp_tune.api.pruning import prune_study
@@ -252,6 +253,12 @@ def test_two_zeros_in_each_group_of_four_inputs() -> None:
         torch_engine.check_groups("q_proj", torch.zeros(2, 6))
 
 
+def test_other_linears_are_not_compressed() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
+        torch_engine.compress(Checkpoint(model, torch.device("cpu")))
+
+
 @pytest.fixture
 def two_four(place: Path, tmp_path: Path) -> Path:
     """A sparse folder in the pattern 2:4."""
@@ -272,6 +279,12 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
     assert command("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
+
+
+def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
+    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "semi-structured").error == (
+        '--engine semi-structured: needs zeros in the pattern "2:4", those of this model are unstructured'
+    )
 
 
 # --- the command
@@ -304,3 +317,11 @@ def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, ca
     pruned = list((cache / "sparse").iterdir())
     assert "writing" not in command("speedup", "--config", path, *options).out
     assert list((cache / "sparse").iterdir()) == pruned
+
+
+def test_another_dense_model(done: Path, command: CommandLine) -> None:
+    file = done / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert command("speedup", "--config", done / "tiny.best.json").error.startswith("model.fingerprint: ")

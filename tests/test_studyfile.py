@@ -228,25 +228,6 @@ def test_results(storage: str | None, url: str, best: str, folder: Path) -> None
 # Facts
 
 
-def test_facts_of_a_study() -> None:
-    known_facts = facts(load("x.toml").study)
-    expected = {
-        "protocol": "held-out",
-        "sparsity": 0.6,
-        "model.source": "org/name",
-        "prune.pruners": ["wanda"],
-        "prune.sparsegpt.columns": 128,
-        "allocation.beta": [0.0, 0.01],
-        "texts.calibration.sampling": "random",
-        "texts.validation.split": "validation",
-        "search.sampler": "gp",
-    }
-    assert {key: known_facts[key] for key in expected} == expected
-    absent = {"description", "storage", "device", "search.trials", "model.dtype", "model.revision"}
-    assert not absent & known_facts.keys()
-    assert json.loads(json.dumps(known_facts)) == known_facts
-
-
 def test_facts_of_young_keys_are_those_that_differ_from_their_defaults() -> None:
     """So that a study which was made before they were there goes on."""
     base = facts(load("x.toml").study)

@@ -123,6 +123,16 @@ def test_verdicts_are_read_from_the_trials(monkeypatch: pytest.MonkeyPatch) -> N
         assert should_terminate(study_with(trials), space) is expected
 
 
+def test_a_better_point_begins_the_verdicts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = space_of()
+    monkeypatch.setattr(trial_loop, "regret_of", lambda *known: HELD)
+    values = {0.01 * k: 20.0 + k for k in range(12)}
+    assert should_terminate(study_with(points(space, values)), space)
+    for after, expected in ((0, False), (1, False), (2, True)):
+        worse = {0.15 + 0.01 * k: 30.0 for k in range(after)}
+        assert should_terminate(study_with(points(space, {**values, 0.13: 19.9, **worse})), space) is expected
+
+
 def test_gaps() -> None:
     space = space_of()
     (kind,) = (kind for name, kind in space.kinds("atp").items() if name == "beta")
@@ -135,16 +145,6 @@ def test_gaps() -> None:
     assert has_gap(points(space, {beta: value for beta, value in even.items() if beta > betas[1]}), kinds)
     hopeless = {beta: value + (1.0 if beta >= betas[3] else 0.0) for beta, value in even.items()}
     assert not has_gap(points(space, {b: v for b, v in hopeless.items() if b != betas[4]}), kinds)
-
-
-def test_a_gap_that_the_other_pruner_fills_is_one() -> None:
-    space = space_of(prune={"pruners": ["wanda", "magnitude"]})
-    kinds = space.kinds("atp")
-    width = kinds["beta"].high - kinds["beta"].low  # type: ignore[attr-defined]
-    own = points(space, {width * (k / 6): 3.0 for k in (0, 1, 2, 5, 6)})
-    other = points(space, {width * (k / 6): 3.5 for k in (3, 4)}, pruner="magnitude")
-    assert has_gap([*own, *other], kinds)
-    assert not has_gap([*own, *points(space, {width * (k / 6): 3.5 for k in (3, 4)})], kinds)
 
 
 @pytest.mark.slow

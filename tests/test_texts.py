@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from atp_tune.config.data import KINDS, Text
 from atp_tune.errors import UserError
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
-from atp_tune.inputs.sources import Column, documents
+from atp_tune.inputs.sources import Column, documents, hub_arguments
 
 
 def message(text: Text, base: Path) -> str:
@@ -141,6 +141,23 @@ def test_shuffled_parts_share_no_document_and_lie_everywhere(tmp_path: Path) -> 
     assert list(again) == list(found)
 
 
+def test_the_names_of_the_field_become_arguments() -> None:
+    train, valid = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
+    c4 = {"path": "allenai/c4", "verification_mode": "no_checks"}
+    assert hub_arguments(Text(source="c4")) == c4 | {
+        "split": "train", "data_files": {"train": train}, "revision": None
+    }  # fmt: skip
+    assert hub_arguments(Text(source="c4", split="validation", revision="abc")) == c4 | {
+        "split": "validation", "data_files": {"validation": valid}, "revision": "abc"
+    }  # fmt: skip
+    assert hub_arguments(Text(source="wikitext2", split="test")) == {
+        "path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "revision": None
+    }  # fmt: skip
+    assert hub_arguments(Text(source="hub:org/set", config="de", split="train[:10]", revision="v1")) == {
+        "path": "org/set", "name": "de", "split": "train[:10]", "revision": "v1"
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     rows = ["one", None, "", *(f"text {n}" for n in range(2500))]
@@ -154,6 +171,38 @@ def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path
     assert isinstance(half, Column)
     assert 1000 < len(half) < 1400
     assert list(half) == list(found)[-len(half) :]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"source": "hub:org/no"},
+         "source: the hub shows you no dataset org/no (or not this revision); see URL/org/no"),
+        ({"source": "hub:org/closed"},
+         "source: org/closed is gated; ask for access at URL/org/closed, then run `hf auth login`"),
+        ({"split": "dev"},
+         "source: org/set cannot be loaded: ValueError: Unknown split \"dev\". Should be one of ['train']."),
+        ({"config": "de"},
+         "source: org/set cannot be loaded: ValueError: BuilderConfig 'de' not found. Available: ['default']"),
+        ({"column": "body"}, 'column: hub:org/set has no "body"; it has text, n'),
+        ({"column": "n"}, 'column: "n" of hub:org/set holds no text'),
+        ({"revision": "v9"},
+         "source: the hub shows you no dataset org/set (or not this revision); see URL/org/set"),
+    ],
+)  # fmt: skip
+def test_hub_errors(settings: dict[str, str], expected: str, hub: tuple[Path, list[str]], tmp_path: Path) -> None:
+    jsonl(hub[0] / "datasets/org/set/train.jsonl", {"text": "one", "n": 1})
+    jsonl(hub[0] / "datasets/org/closed/GATED", {})
+    text = Text(**{"source": "hub:org/set", "split": "train", **settings})
+    assert message(text, tmp_path).replace("https://huggingface.co/datasets", "URL") == expected
+
+
+def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl(tmp_path / "org/set/train.jsonl", {"text": "local"})
+    monkeypatch.chdir(tmp_path)
+    assert message(Text(source="hub:org/set", split="train"), tmp_path) == (
+        "source: org/set is a folder here and would be read instead of the hub; change folder"
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str
         assert torch.equal(replay.logits(batch, hidden), own)
 
 
+def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    batch = {"input_ids": torch.zeros(3, TOKENS, dtype=torch.long), "pixel_values": torch.randn(3, 2, 3, 16, 16)}
+    with Checkpoint.load(models["idefics3"], torch.float32, CPU, with_tower=True) as checkpoint:
+        image = checkpoint.config.image_token_id
+        batch["input_ids"][:, 1:9] = image
+        with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
+            verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": Items.of(batch, image=image)})
+
+
 def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     """What enters a block is not what left the one before: the replay would measure other inputs."""
     pairs = read_pairs(
@@ -149,6 +158,11 @@ def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path])
         ) as raised:
             verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
         assert "\n" not in str(raised.value)
+
+
+def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
+    with pytest.raises(UserError, match=r"^model.prune: LlamaForCausalLM has no vision tower"):
+        Checkpoint.load(tiny_place / "model", torch.float32, CPU, with_tower=True)
 
 
 def test_pairs_of_two_roles_are_distinct() -> None:

@@ -203,6 +203,15 @@ def test_held_out_losses_and_the_best_go_on_to_the_same_bits(made: Callable[...,
     assert all(torch.equal(value, values(whole)[name]) for name, value in values(rest).items())
 
 
+def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
+    ours, path = trainer(), tmp_path / "part"
+    ours.step()
+    ours.save(path, FACTS)
+    with pytest.raises(UserError) as caught:
+        trainer().restore(path, {"rank": "4"})
+    assert str(caught.value) == f"{path}: was begun with another rank; give the same options, or remove the file"
+
+
 # --- a run that was cut off
 
 
@@ -232,6 +241,19 @@ def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyP
     assert "partial" in str(tight._model.model.layers[0].forward)
     assert "partial" not in str(roomy._model.model.layers[0].forward)
     assert [tight.step() for _ in range(3)] == [roomy.step() for _ in range(3)]
+
+
+def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
+    with pytest.raises(
+        UserError, match=r"^training: needs about 0\.0 GiB beside the weights, 0\.0 GiB are free; lower"
+    ):
+        trainer()
+
+
+def test_windows_longer_than_the_model_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^seqlen: 65, the model has 64 positions; lower it$"):
+        trainer(SETTINGS.model_copy(update={"seqlen": 65}))
 
 
 def test_a_loss_that_is_no_number_is_said() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, check, checkpoint_of, few, tiny
+from families import ALL, bench_of, check, checkpoint_of, few, tiny
 from test_replay import Toy
 from torch import Tensor, nn
 
@@ -215,3 +215,12 @@ def test_a_streamed_model_passes_once(offload: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(checkpoint), "weights", lambda self, index: asked.append(index) or weights(self, index))
     check(checkpoint)
     assert asked == [0, 0, 1, 2, 3]  # block 0 also says what it returns beside the hidden states
+
+
+def test_a_bench_has_no_other_replay() -> None:
+    model = tiny("llama")
+    model.model.layers[1] = model.model.layers[0]  # one block, twice in the list
+    with pytest.raises(
+        UserError, match=r"model LlamaForCausalLM: shares self_attn.q_proj.weight between blocks 0 and 1;"
+    ):
+        bench_of(model)

@@ -33,22 +33,6 @@ def test_a_shipped_study_comes_back(path: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["it.toml"]
 
 
-def test_what_differs_from_the_defaults(tmp_path: Path) -> None:
-    data = {
-        **SETTINGS,
-        "allocation": {"names": ["owl", "atp"], "beta": [0, 1e-05]},
-        "prune": {"pruners": ["alps"], "alps": {"rho": 0.2}, "wanda": {"compare": "row"}},
-        "search": {"screen": {"trials": 3}, "objective": "kl", "seed": 7},
-        "storage": "sqlite:///x.db",
-    }
-    study = Study.model_validate(data)
-    write_study(tmp_path / "x.toml", study, [])
-    read = tomllib.loads((tmp_path / "x.toml").read_text())
-    assert read["prune"] == {"pruners": ["alps"], "pattern": "unstructured", "alps": {"rho": 0.2}}
-    assert read["search"] == {"seed": 7, "sampler": "gp", "objective": ["kl"], "screen": {"trials": 3}}
-    assert (read["storage"], read["allocation"]["beta"]) == ("sqlite:///x.db", [0.0, 1e-05])
-
-
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.floats(0, 1, exclude_min=True, exclude_max=True)
 )
