@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from atp_tune.cli.terminal import quiet
 from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
-from atp_tune.storage import database, fingerprint, lost_trials, opening, progress
+from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.process import Trace, identity
 
 WORK = "work"  # the word by which this file calls itself
@@ -38,14 +38,14 @@ def work(address: str, name: str, total: int) -> None:
         return (beta,)
 
     def ended(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        lost_trials.requeue_lost(study)
+        progress.requeue_lost(study)
         trials = study.get_trials(deepcopy=False)
         if sum(progress.counts(trial) or trial.state == TrialState.RUNNING for trial in trials) >= total:
             study.stop()
 
     while (left := total - progress.counted(study)) > 0:
         study.optimize(Attempt(objective, total, Trace()), n_trials=left, catch=(TrialError,), callbacks=[ended])
-        lost_trials.requeue_lost(study)
+        progress.requeue_lost(study)
 
 
 def open_study(address: str, name: str) -> optuna.Study:

@@ -226,5 +226,5 @@ def doom(number: int, end: Callable[[], None], block: int = 3) -> None:
 
 def doom_with_patience(number: int, most: int) -> None:
     """The trial ends its process anywhere, and is given up after so many times."""
-    atp_tune.storage.lost_trials.MOST = most
+    atp_tune.storage.progress.MOST = most
     doom(number, kill, block=int.from_bytes(os.urandom(2)) % 24)

@@ -29,7 +29,7 @@ from atp_tune.config.prune import QuantizeConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.applying import Shards
 from atp_tune.folders.packing import Codes, _encoded, pack_folder
-from atp_tune.packed.codes import Coded, encode, pack_codes, spread
+from atp_tune.packed.layout import Coded, encode, pack_codes, spread
 from atp_tune.packed.modeling_atp_sparse import BITMASK, CODES, SCALES, ZEROS, SparseLinear, unpack_codes
 from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.rounding import Grid

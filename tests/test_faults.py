@@ -52,9 +52,9 @@ from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores
 from atp_tune.search import runner
-from atp_tune.storage import lost_trials, progress
+from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.lost_trials import SAME
+from atp_tune.storage.progress import SAME
 from atp_tune.utils.cache import versions
 
 ROWS = Rows()
@@ -606,7 +606,7 @@ def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path) -> None:
     command = tiny.start()
     wait_until(lambda: is_stopped_in_a_trial(tiny, command))
     go_silent(tiny.database)
-    assert lost_trials.requeue_lost(tiny.study) == []
+    assert progress.requeue_lost(tiny.study) == []
     with pytest.warns(ExperimentalWarning):
         optuna.storages.fail_stale_trials(tiny.study)  # what Optuna does before each trial
     assert tiny.has(RUNS)
@@ -636,5 +636,5 @@ def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> No
     study = tiny.study
     assert progress.counted(study) == TOTAL
     assert len(measured(study)) == TOTAL - 1
-    assert sum(lost_trials.is_given_up(trial) for trial in study.trials) == 1
+    assert sum(progress.is_given_up(trial) for trial in study.trials) == 1
     ROWS.add("a trial that kills its process three times", 3, same="that trial counts as failed, the study goes on")

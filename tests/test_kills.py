@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from preloaded import abort, doom, doom_with_patience, kill, wait_while
 from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
 
-from atp_tune.storage import lost_trials, progress
+from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
 from atp_tune.storage.process import left_of
 
@@ -137,7 +137,7 @@ def undisturbed(deep_place: Path, tmp_path_factory: pytest.TempPathFactory) -> o
 def check(place: Path, undisturbed: optuna.Study, crew: WorkerPool, fault: str, kills: int) -> None:
     seconds = crew.finish()
     study = stored(place)
-    assert not [trial.number for trial in study.trials if lost_trials.is_given_up(trial)]
+    assert not [trial.number for trial in study.trials if progress.is_given_up(trial)]
     check_equal(study, undisturbed, TOTAL)
     ROWS.add(fault, kills, seconds=seconds)
 
@@ -196,15 +196,15 @@ def steps(number: int, pid: int) -> int:
 def test_a_trial_that_ends_its_process_is_given_up(fault: str, end: Callable[[], None], deep: Path) -> None:
     crew = WorkerPool(deep, partial(doom, 1, end), trials=3)
     crew.begin()
-    check_given_up(deep, crew, lost_trials.SAME)
-    ROWS.add(f"a trial {fault}", lost_trials.SAME, same="that trial counts as failed, the study goes on")
+    check_given_up(deep, crew, progress.SAME)
+    ROWS.add(f"a trial {fault}", progress.SAME, same="that trial counts as failed, the study goes on")
 
 
 def test_a_trial_that_ends_its_process_anywhere_is_given_up_in_the_end(
     deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that leaks memory; after 6 times here."""
-    monkeypatch.setattr(lost_trials, "MOST", 6)
+    monkeypatch.setattr(progress, "MOST", 6)
     crew = WorkerPool(deep, partial(doom_with_patience, 1, 6), trials=3)
     crew.begin()
     check_given_up(deep, crew, None)
@@ -221,11 +221,11 @@ def check_given_up(place: Path, crew: WorkerPool, times: int | None) -> None:
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL and not is_double(trial)]
     assert len({str(trial.params) for trial in lost}) == 1
     assert times is None or len(lost) == times
-    assert [lost_trials.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
+    assert [progress.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
     assert progress.counted(study) == 3
     assert len(measured(study)) == 2
 
 
 def is_double(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a trial was queued twice, by two that were started again at the same moment, and ended unmeasured."""
-    return trial.user_attrs.get("lost") == lost_trials.SURPLUS
+    return trial.user_attrs.get("lost") == progress.SURPLUS

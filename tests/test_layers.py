@@ -244,7 +244,6 @@ LIGHT = [
     "metrics",
     "storage.opening",
     "storage.fingerprint",
-    "storage.lost_trials",
     "storage.remote",
     "storage.progress",
 ]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.storage.lost_trials import MOST, CutOff, why_given_up
 from atp_tune.storage.process import Trace, forget, left_of
+from atp_tune.storage.progress import MOST, CutOff, why_given_up
 from atp_tune.utils.cache import cache_dir
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])

@@ -28,7 +28,7 @@ from tinystudy import (
     wait_until,
 )
 
-from atp_tune.storage.lost_trials import INTERRUPTED, SURPLUS, history_of
+from atp_tune.storage.progress import INTERRUPTED, SURPLUS, history_of
 
 STORE = 80_000_000  # bytes of a node's object store; Ray wants at least 75 MB
 

@@ -16,9 +16,9 @@ from tinystudy import HANGS, run, wait_until
 from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
-from atp_tune.storage import database, fingerprint, lost_trials, opening, process, progress, remote
-from atp_tune.storage.lost_trials import SAME
+from atp_tune.storage import database, fingerprint, opening, process, progress, remote
 from atp_tune.storage.process import identity
+from atp_tune.storage.progress import SAME
 from atp_tune.storage.remote import connect
 
 
@@ -145,10 +145,10 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
         for name, value in {**identity(), "process_started": 0.0}.items():
             trial.set_user_attr(name, value)
         process._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
-        assert lost_trials.requeue_lost(study) == [number]
+        assert progress.requeue_lost(study) == [number]
     there = opening.find_study(server.database, "s")
     assert there is not None
-    assert [lost_trials.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
+    assert [progress.given_up(trial) for trial in there.trials] == ["", "", "3 times in a row after prune 1 of 2"]
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_trial_that_was_taken_for_lost_is_run_again(place: Path, server: Serve
                 study = opening.find_study(server.database, "tiny")
                 assert study is not None
                 study.tell(1, state=TrialState.FAIL)
-                lost_trials.queue_again(study, study.trials[1])
+                progress.queue_again(study, study.trials[1])
 
     study = run(place, f"storage={server.address}", watch=watch)
     assert "trial 1 sent no heartbeat for 60 s: it is run again" in notes

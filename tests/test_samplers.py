@@ -29,7 +29,7 @@ from atp_tune.search.samplers import (
     whose_turn,
 )
 from atp_tune.search.space import Space
-from atp_tune.storage.lost_trials import queue_again
+from atp_tune.storage.progress import queue_again
 
 BOTH = {"pruners": ["wanda", "magnitude"]}
 

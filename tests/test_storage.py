@@ -14,12 +14,11 @@ from tinystudy import quiet
 
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
-from atp_tune.storage import database, lost_trials, opening, process
+from atp_tune.storage import database, opening, process, progress
 from atp_tune.storage.fingerprint import check_facts, create_study
-from atp_tune.storage.lost_trials import queue_again, requeue_lost
 from atp_tune.storage.opening import check_writable, find_study, open_storage
 from atp_tune.storage.process import identity
-from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, running
+from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, queue_again, requeue_lost, running
 from atp_tune.utils.cache import cache_dir
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
@@ -208,7 +207,7 @@ def test_a_trial_that_never_said_who_runs_it_is_lost_after_a_while(
 ) -> None:
     add(study)
     assert requeue_lost(study) == []
-    monkeypatch.setattr(lost_trials, "GRACE", -1)
+    monkeypatch.setattr(progress, "GRACE", -1)
     add(study, **identity())
     assert requeue_lost(study) == [0]
     assert states(study) == ["FAIL", "RUNNING", "WAITING"]
@@ -275,7 +274,7 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
         study.tell(dead[1], state=TrialState.COMPLETE, values=1.0)
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
-    assert not any(lost_trials.is_given_up(trial) for trial in lost)
+    assert not any(progress.is_given_up(trial) for trial in lost)
 
 
 @pytest.mark.slow
@@ -284,7 +283,7 @@ def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.
     add(study, state=TrialState.FAIL, lost="its process died")
     add(study, state=TrialState.FAIL)  # an error that nobody expected
     add(study, state=TrialState.FAIL, failure="out of memory")
-    add(study, state=TrialState.FAIL, lost=lost_trials.SURPLUS)
+    add(study, state=TrialState.FAIL, lost=progress.SURPLUS)
     assert requeue_lost(study) == [0, 1]
     assert requeue_lost(study) == []
     assert states(study)[4:] == ["WAITING"] * 2
@@ -305,7 +304,7 @@ def test_a_lost_trial_keeps_its_place_in_the_queue(study: optuna.Study) -> None:
     for beta in (0.0, 0.1, 0.2, 0.3):
         study.enqueue_trial({"beta": beta})
     for number in (study.ask().number, study.ask().number):  # of two workers
-        lost_trials.end_interrupted(study, number)
+        progress.end_interrupted(study, number)
     asked = [study.ask().suggest_float("beta", 0, 1) for _ in range(4)]
     assert asked == [0.0, 0.1, 0.2, 0.3]
 
@@ -317,7 +316,7 @@ def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> Non
         queue_again(study, study.trials[0])
     assert requeue_lost(study) == []
     assert states(study)[1:] == ["WAITING", "FAIL"]
-    assert study.trials[2].user_attrs["lost"] == lost_trials.SURPLUS
+    assert study.trials[2].user_attrs["lost"] == progress.SURPLUS
     assert requeue_lost(study) == []  # and it is not queued again
     study.ask()
     queue_again(study, study.trials[0])  # a third one is late: the first runs
@@ -331,7 +330,7 @@ def test_a_process_killed_while_it_says_who_it_is_leaves_a_trial_that_is_found(
 ) -> None:
     add(study, **dict(list(DEAD.items())[: last + 1]))
     assert requeue_lost(study) == ([0] if last >= 2 else [])
-    monkeypatch.setattr(lost_trials, "GRACE", -1)
+    monkeypatch.setattr(progress, "GRACE", -1)
     assert requeue_lost(study) == ([] if last >= 2 else [0])
 
 
@@ -374,7 +373,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each trial Optuna ends those without a heartbeat: they come again, but not for ever."""
-    monkeypatch.setattr(lost_trials, "MOST", 4)
+    monkeypatch.setattr(progress, "MOST", 4)
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
     add(study, **elsewhere)
     for number in range(4):

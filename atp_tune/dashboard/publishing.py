@@ -27,7 +27,7 @@ from atp_tune.storage import artifacts
 from atp_tune.storage.artifacts import MADE_ANEW
 from atp_tune.storage.attributes import StudySnapshot, readable
 from atp_tune.storage.database import Database, without_password
-from atp_tune.storage.lost_trials import is_lost
+from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
 from atp_tune.utils.extras import as_typed
 

@@ -45,7 +45,7 @@ from atp_tune.report.contents import gather
 from atp_tune.results.goals import best_trial, front_of
 from atp_tune.results.stored import facts_of
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, lost_trials, opening
+from atp_tune.storage import artifacts, opening, progress
 from atp_tune.storage.artifacts import Store, refuse_link
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
@@ -195,9 +195,9 @@ class Maintenance:
                 continue
             try:
                 # Queues lost trials again, since workers on other machines cannot detect that a trial is lost.
-                for number in lost_trials.requeue_lost(study):
+                for number in progress.requeue_lost(study):
                     trial = study.get_trials(deepcopy=False)[number]
-                    reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), lost_trials.given_up(trial)
+                    reason, why = trial.user_attrs.get("lost", "sent no heartbeat"), progress.given_up(trial)
                     end = f"cut off {why}, it is given up" if why else "it is queued again"
                     self._tell(f"{study.study_name}: trial {number}: {reason}; {end}")
                 attached = attached or self._attach(study)  # one per round: a report takes half a second and 5 MB

@@ -47,8 +47,7 @@ from atp_tune.folders.card import ABOUT as PROVENANCE
 from atp_tune.folders.card import CARD, DESCRIPTIONS, FINETUNED, Packed, describe, origin, stored_manifest
 from atp_tune.measures import Perplexity, perplexity
 from atp_tune.packed import modeling_atp_sparse
-from atp_tune.packed.codes import Coded, encode, fits_kernel, spread
-from atp_tune.packed.layout import LEAST, Kind, pack, zeros_of
+from atp_tune.packed.layout import LEAST, Coded, Kind, encode, fits_kernel, pack, spread, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
     MODEL_TYPE,

@@ -26,8 +26,7 @@ from atp_tune.results.results import DENSE, NOTHING
 from atp_tune.results.summary import Summary, summarise
 from atp_tune.results.tables import Table
 from atp_tune.storage.attributes import StudySnapshot
-from atp_tune.storage.lost_trials import is_given_up, is_lost
-from atp_tune.storage.progress import ranked, values_of
+from atp_tune.storage.progress import is_given_up, is_lost, ranked, values_of
 from atp_tune.utils.extras import as_typed
 
 ENOUGH = 10  # measured trials: with fewer, importance of parameters is not shown

@@ -22,8 +22,7 @@ from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over,
 from atp_tune.metrics import Continuations
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
 from atp_tune.results.results import NOTHING, allocation_of, is_uniform, parameters_of
-from atp_tune.storage.lost_trials import CutOff, cut_offs_of, given_up
-from atp_tune.storage.progress import ranked, sparsity_of
+from atp_tune.storage.progress import CutOff, cut_offs_of, given_up, ranked, sparsity_of
 from atp_tune.utils.extras import as_typed
 
 if TYPE_CHECKING:

@@ -25,9 +25,8 @@ from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary
 from atp_tune.storage.fingerprint import PERPLEXITY
-from atp_tune.storage.lost_trials import cut_offs_of
 from atp_tune.storage.process import is_dead
-from atp_tune.storage.progress import counts, sparsity_of
+from atp_tune.storage.progress import counts, cut_offs_of, sparsity_of
 from atp_tune.utils.frozen import FrozenModel
 
 FORMAT: Literal["atp_tune.status/3"] = "atp_tune.status/3"

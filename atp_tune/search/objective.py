@@ -39,9 +39,8 @@ from atp_tune.search.final_scores import store_test_scores
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
-from atp_tune.storage.lost_trials import INTERRUPTED, CutOff, given_up
 from atp_tune.storage.process import identity
-from atp_tune.storage.progress import counts
+from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up
 from atp_tune.utils.cache import versions
 
 

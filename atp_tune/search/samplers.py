@@ -25,8 +25,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Params, Space
-from atp_tune.storage.lost_trials import position_of
-from atp_tune.storage.progress import counts, place, running
+from atp_tune.storage.progress import counts, place, position_of, running
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.

@@ -23,7 +23,7 @@ from atp_tune.results.results import Results
 from atp_tune.search.goals import AtSparsity
 from atp_tune.search.samplers import branch_study
 from atp_tune.search.space import Space
-from atp_tune.storage import lost_trials, progress
+from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.process import GRACE, Trace
@@ -169,7 +169,7 @@ def run_trials(
 def recover_lost(run: "StudyRun", study: optuna.Study) -> list[FrozenTrial]:
     """Fails and reports the running trials without a live process; returns all trials after that."""
     trials = study.get_trials(deepcopy=False)
-    if lost := lost_trials.requeue_lost(study, trials):
+    if lost := progress.requeue_lost(study, trials):
         trials = study.get_trials(deepcopy=False)
         for number in lost:
             run.note(loss_of(trials[number]))
@@ -230,12 +230,12 @@ def _optimise(
     try:
         study.optimize(attempt, n_trials=n_trials, catch=(TrialError,), callbacks=[ended])
     except KeyboardInterrupt:
-        lost_trials.requeue_lost(study)
+        progress.requeue_lost(study)
         raise
     except UnboundLocalError as error:  # Optuna's bug where it can neither tell nor read a trial, or at Ctrl-C
         cause = error.__context__
         if isinstance(cause, KeyboardInterrupt):
-            lost_trials.end_interrupted(study, attempt.number)
+            progress.end_interrupted(study, attempt.number)
         raise cause if isinstance(cause, UserError | KeyboardInterrupt) else error from None
     except (UpdateFinishedTrialError, ValueError, AssertionError) as error:
         if isinstance(error.__context__, UserError):  # the storage accepted neither the value nor the failure
@@ -308,7 +308,7 @@ class Attempt:
         try:
             trials, number = trial.study.get_trials(deepcopy=False), trial.number
             if progress.is_surplus(trials, number, self._total) or progress.is_repetition(trials, number):
-                trial.set_user_attr("lost", lost_trials.SURPLUS)
+                trial.set_user_attr("lost", progress.SURPLUS)
                 raise TrialError("not needed")
             with self._trace.of(trial.study.study_name, trial.number):
                 value = self._objective(trial)

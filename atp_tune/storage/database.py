@@ -7,7 +7,7 @@ was lost, then the retry of
 - parameters is refused (the row exists), which Optuna takes for success,
 - a trial's end is refused, which is no error if the stored state and values are those of the call,
 - a new trial, or one taken from the queue, leaves a running trial without a process, which
-  `lost_trials.requeue_lost` queues again.
+  `progress.requeue_lost` queues again.
 """
 
 import logging

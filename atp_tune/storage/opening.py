@@ -26,8 +26,8 @@ from atp_tune.storage.database import (
     with_driver,
     without_password,
 )
-from atp_tune.storage.lost_trials import queue_lost
 from atp_tune.storage.process import GRACE, HEARTBEAT
+from atp_tune.storage.progress import queue_lost
 from atp_tune.utils.paths import is_special
 
 # --- Storages in the memory of this process, by addresses that studies can name: memory://1.

@@ -1,13 +1,20 @@
-"""A study's progress: its measured trials in order, the best, and the trials that count towards its total."""
+"""A study's progress: its measured trials in order, those that count towards its total, and those that were lost."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from atp_tune.storage.lost_trials import is_double, is_given_up
+from atp_tune.storage import process
+from atp_tune.storage.attributes import checked_trial
+from atp_tune.storage.process import GRACE, has_rebooted, is_dead
+from atp_tune.utils.compat import is_heartbeat_enabled
 
 START = "start"  # attribute of the trials that a study queues before its search
 
@@ -106,3 +113,204 @@ def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
     """
     begun = sum(counts(trial) or trial.state == TrialState.RUNNING for trial in trials[:number])
     return begun >= total or is_double(trials, number)
+
+
+# --- Lost trials: their process ended first. They are found and queued again, or given up if they end it themselves.
+#
+# A trial that is lost with its machine is run again. A trial that crashes its process would do so each time. Each
+# loss is stored as a `CutOff`, by which the two are distinguished: a crashing trial is lost alone, and at the same
+# place.
+
+INTERRUPTED = "interrupted"  # the attribute `lost` after Ctrl-C
+SURPLUS = "not needed: other workers reached the total, or have it"
+SAME = 3  # crashes, or losses at one place, after which a trial is given up
+MOST = 25  # losses of any kind after which a trial is given up
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """One loss of a trial.
+
+    `place`: the last step, if its host's trace is there; `crash`: the signal or exception that ended its process;
+    `alone`: the host kept running and lost no other trial.
+    """
+
+    place: str | None = None
+    crash: str | None = None
+    alone: bool = False
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> "CutOff":
+        """A cut-off from its attribute; values of other types are ignored."""
+        place, crash = (found if isinstance(found := stored.get(key), str) else None for key in ("place", "crash"))
+        return cls(place, crash, stored.get("alone") is True)
+
+    def stored(self) -> dict[str, str | bool]:
+        """The attribute of a trial."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        """` after prune 12 of 30 (Segmentation fault)`; "" if nothing is known."""
+        place = f" {self.place}" if self.place else ""
+        return place + (f" ({self.crash})" if self.crash else "")
+
+
+def why_given_up(cut_offs: Sequence[CutOff]) -> str:
+    """Why a trial with these cut-offs (earliest first) is given up, to follow `cut off`; "" if it is run again.
+
+    - It crashed `SAME` times.
+    - It was lost alone at one place `SAME` times, for example by the OOM killer; `SAME` + 1 times in a row if it was
+      lost at other places too. Cut-offs without a place, or shared with other trials, do not count. Kills from outside,
+      at random among n steps, meet this with probability 1/n², and 1/n³ for one time more.
+    - It was lost `MOST` times, for example by a leak, or because its machine never lives long enough.
+    """
+    crashes = [one.crash for one in cut_offs if one.crash]
+    places = [one.place for one in cut_offs if one.alone and one.place]
+    if len(crashes) >= SAME:
+        return f"{len(crashes)} times by itself ({', '.join(dict.fromkeys(crashes))})"
+    needed = SAME + (len(set(places)) > 1)
+    if len(places) >= needed and len(set(places[-needed:])) == 1:
+        return f"{needed} times in a row {places[-1]}"
+    return f"{len(cut_offs)} times" if len(cut_offs) >= MOST else ""
+
+
+def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> list[int]:
+    """Fails the running trials without a live process, and queues lost trials again or gives them up; their numbers.
+
+    Queues also the trials that a process failed and died before it queued them. `trials`: all of the study, if the
+    caller has just read them.
+    """
+    db = study._storage
+    silent: list[int] = db._get_stale_trial_ids(study._study_id) if is_heartbeat_enabled(db) else []  # type: ignore[attr-defined]
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    dead = [one for one in running if one._trial_id in silent or is_dead(one.user_attrs) or _is_nameless(one)]
+    for trial in dead:
+        is_silent = trial._trial_id in silent and not is_dead(trial.user_attrs)
+        _fail(study, trial, "sent no heartbeat" if is_silent else "its process died", dead)
+    trials = study.get_trials(deepcopy=False) if dead else trials
+    queued = {number for trial in trials for number in history_of(trial)}
+    orphans = [trial for trial in trials if is_lost(trial) and trial.number not in queued]
+    for trial in orphans:
+        queue_again(study, trial)
+    _end_doubles(study, study.get_trials(deepcopy=False) if orphans else trials)
+    ended = [trials[trial.number] for trial in dead if is_given_up(trials[trial.number])]
+    return sorted(trial.number for trial in (*orphans, *ended))
+
+
+def _end_doubles(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Fails waiting trials that are queued twice: two processes that find the same lost trial both queue it."""
+    for number, trial in enumerate(trials):
+        if trial.state != TrialState.WAITING or not is_double(trials, number):
+            continue
+        with suppress(UpdateFinishedTrialError):
+            if study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):  # no worker has taken it
+                _end(study, trial, {"lost": SURPLUS})
+
+
+def _fail(study: optuna.Study, trial: FrozenTrial, reason: str, dead: Sequence[FrozenTrial]) -> None:
+    """Fails one of the trials found dead, unless another process has done so."""
+    cut_off = _cut_off(study.study_name, trial, dead)
+    if _end(study, trial, {"cut_off": cut_off.stored(), "lost": reason}):
+        process.forget(study.study_name, trial.number, trial.user_attrs.get("pid", 0))
+
+
+def end_interrupted(study: optuna.Study, number: int) -> None:
+    """Fails a trial of this process that Ctrl-C interrupted, unless it has ended, and queues it again."""
+    _end(study, study.get_trials(deepcopy=False)[number], {"lost": INTERRUPTED})
+    requeue_lost(study)
+
+
+def _end(study: optuna.Study, trial: FrozenTrial, attributes: Mapping[str, Any]) -> bool:
+    """Fails a trial, with attributes that say why; False if it has ended already."""
+    try:
+        for name, value in attributes.items():
+            study._storage.set_trial_user_attr(trial._trial_id, name, value)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
+    return True
+
+
+def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> CutOff:
+    """How a trial's process ended, from its trace; an empty cut-off if it ran on another host."""
+    attrs = trial.user_attrs
+    if not is_dead(attrs):
+        return CutOff()
+    others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
+    place, crash = process.left_of(study, trial.number, attrs["pid"])
+    return CutOff(place, crash, alone=not (others or has_rebooted(attrs)))
+
+
+def _process(trial: FrozenTrial) -> tuple[Any, ...]:
+    return tuple(trial.user_attrs.get(key) for key in ("pid", "process_started"))
+
+
+def _is_nameless(trial: FrozenTrial) -> bool:
+    """Whether a trial has lacked its process's identity for `GRACE` seconds; storing it takes milliseconds."""
+    began = trial.datetime_start
+    named = "process_started" in trial.user_attrs
+    return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+
+
+def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queues a trial again that Optuna failed for lack of heartbeats, unless it is given up; a callback of Optuna's."""
+    trial = checked_trial(trial, len(study.directions))
+    if is_lost(trial):
+        queue_again(study, trial)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queues a lost trial with the same parameters."""
+    history, cut_offs = [*history_of(trial), trial.number], [one.stored() for one in cut_offs_of(trial)]
+    attributes = {**trial.system_attrs, "failed_trial": history[0], "retry_history": history, "cut_offs": cut_offs}
+    again = optuna.create_trial(
+        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, system_attrs=attributes
+    )
+    study.add_trial(again)
+
+
+def history_of(trial: FrozenTrial) -> list[int]:
+    """Numbers of the lost trials that this one repeats, from Optuna's own attribute."""
+    return list(trial.system_attrs.get("retry_history", []))
+
+
+def position_of(study: optuna.Study, trial: FrozenTrial) -> int:
+    """The number that a trial would have if none had been lost; a repeated trial keeps the place of the first."""
+    trials = study.get_trials(deepcopy=False)
+    first = next(iter(history_of(trials[trial.number])), trial.number)
+    return sum(not history_of(other) for other in trials[:first])
+
+
+def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
+    """The cut-offs of a trial and the trials that it repeats, the earliest first."""
+    before = list(map(CutOff.read, trial.system_attrs.get("cut_offs", [])))
+    return [*before, CutOff.read(trial.user_attrs.get("cut_off", {}))] if _is_cut_off(trial) else before
+
+
+def _is_cut_off(trial: FrozenTrial) -> bool:
+    """Whether a trial failed, but not because of its plan, Ctrl-C, or surplus."""
+    known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
+    return trial.state == TrialState.FAIL and not known
+
+
+def given_up(trial: FrozenTrial) -> str:
+    """Why a trial that was cut off is given up, to follow the words `cut off`; "" for any other trial."""
+    return why_given_up(cut_offs_of(trial)) if _is_cut_off(trial) else ""
+
+
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a trial was cut off and is not run again."""
+    return bool(given_up(trial))
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial failed, but not because of its plan, and is to be run again."""
+    own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
+    return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
+
+
+def is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
+    """Whether an earlier trial repeats the same lost trials."""
+    history = history_of(trials[number])
+    return bool(history) and any(history == history_of(trial) for trial in trials[:number])
