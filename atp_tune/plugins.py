@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import CellType, EllipsisType, FunctionType, ModuleType, NoneType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from atp_tune.errors import PluginError, TrialError, UserError, did_you_mean
 from atp_tune.utils.paths import is_special, written
@@ -320,3 +320,28 @@ def guarded(origin: Origin, what: str) -> Iterator[None]:
             raise
         file = Path() if origin.file is None else origin.file.resolve()
         raise PluginError(f"{origin}: {what}: {_reason(error, file)}") from error
+
+
+class Checked:
+    """An object around a plug-in, which checks its results; PluginError names the plug-in and its file."""
+
+    def __init__(self, plugin: Any, origin: Origin) -> None:
+        self._plugin = plugin
+        self._origin = origin
+        self.__doc__ = getattr(plugin, "__doc__", None)
+
+    @classmethod
+    def finished(cls, found: Any, origin: Origin, **methods: str) -> Self:
+        """Returns it around an object, or a class, of which one is made; UserError if it lacks one of these methods.
+
+        `methods`: what the message says of each by name.
+        """
+        for name, said in methods.items():
+            if not callable(getattr(found, name, None)):
+                raise UserError(f"{origin}: is no {origin.kind}: has no method {name}{said}")
+        with guarded(origin, "it could not be made"):
+            return cls(found() if isinstance(found, type) else found, origin)
+
+    def wrong(self, method: str, what: str) -> PluginError:
+        """The error of a method's result."""
+        return PluginError(f"{self._origin}: {method} {what}")

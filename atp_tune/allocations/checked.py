@@ -10,8 +10,7 @@ from numbers import Real
 from typing import Any
 
 from atp_tune.allocations.budget import ROUNDING, Budget, Sparsities
-from atp_tune.errors import PluginError, UserError
-from atp_tune.plugins import guarded
+from atp_tune.plugins import Checked, guarded
 from atp_tune.utils.registry import Origin
 
 TAKEN = ("pruner", "quantizer", "allocation", "sparsity")  # names of a trial's other parameters
@@ -19,13 +18,11 @@ UNITS = 1e-6  # least tolerance of the mean, beside one weight
 Bounds = dict[str, tuple[float, float]]
 
 
-class CheckedAllocation:
-    """The `Allocation` around a plug-in; PluginError, which names the plug-in and its file, for a wrong result."""
+class CheckedAllocation(Checked):
+    """The `Allocation` around a plug-in."""
 
     def __init__(self, plugin: Any, origin: Origin) -> None:
-        self._plugin = plugin
-        self._origin = origin
-        self.__doc__ = getattr(plugin, "__doc__", None)
+        super().__init__(plugin, origin)
         self.measures_inputs = bool(getattr(plugin, "measures_inputs", False))
         self.contains = tuple(getattr(plugin, "contains", ()))
 
@@ -34,7 +31,7 @@ class CheckedAllocation:
         with guarded(self._origin, "bounds"):
             found = self._plugin.bounds(budget) if hasattr(self._plugin, "bounds") else {}
             if not isinstance(found, Mapping):
-                raise self._wrong("bounds", f"returned {found!r}, not a dict of intervals")
+                raise self.wrong("bounds", f"returned {found!r}, not a dict of intervals")
             return {name: self._interval(name, ends) for name, ends in found.items()}
 
     def initial_points(self, budget: Budget) -> list[dict[str, float]]:
@@ -45,9 +42,9 @@ class CheckedAllocation:
                 return [{name: (low + high) / 2 for name, (low, high) in names.items()}]
             points = [dict(point) for point in self._plugin.initial_points(budget)]
             if not points or any(point.keys() != names.keys() for point in points):
-                raise self._wrong("initial_points", f"must return points with {', '.join(names) or 'no parameter'}")
+                raise self.wrong("initial_points", f"must return points with {', '.join(names) or 'no parameter'}")
             if not all(_is_number(value) for point in points for value in point.values()):
-                raise self._wrong("initial_points", "returned a value that is no finite number")
+                raise self.wrong("initial_points", "returned a value that is no finite number")
             return points
 
     def sparsities(self, budget: Budget, **values: float) -> Sparsities:
@@ -57,52 +54,42 @@ class CheckedAllocation:
         """
         names = self.bounds(budget)
         if values.keys() != names.keys():
-            raise self._wrong("sparsities", f"needs the parameters {', '.join(names) or 'none'}")
+            raise self.wrong("sparsities", f"needs the parameters {', '.join(names) or 'none'}")
         budget.check(names, **values)
-        with guarded(self._origin, f"sparsities{_at(values)}"):
+        at = ", ".join(f"{name}={value:g}" for name, value in values.items())
+        with guarded(self._origin, f"sparsities at {at}" if at else "sparsities"):
             found = list(self._plugin.sparsities(budget, **values))
             by_linear = any(isinstance(row, tuple | list) for row in found)
             rows = [list(row) for row in found] if by_linear else [[one] for one in found]
         shapes = [[shape.size for shape in row] for row in budget.linears] if by_linear else [[n] for n in budget.sizes]
         if [len(row) for row in rows] != [len(row) for row in shapes]:
             many = "one row per block, of one value per linear" if by_linear else f"{len(shapes)}, one per block"
-            raise self._wrong("sparsities", f"returned {len(found)} values, where there must be {many}")
+            raise self.wrong("sparsities", f"returned {len(found)} values, where there must be {many}")
         flat, sizes = [s for row in rows for s in row], [size for row in shapes for size in row]
         wrong = next((s for s in flat if not _is_number(s) or not -ROUNDING <= s <= 1 + ROUNDING), None)
         if wrong is not None:
-            raise self._wrong("sparsities", f"returned {wrong!r}, which is no sparsity in [0, 1]")
+            raise self.wrong("sparsities", f"returned {wrong!r}, which is no sparsity in [0, 1]")
         mean = math.fsum(s * size for s, size in zip(flat, sizes, strict=True)) / sum(sizes)
         if abs(mean - budget.target) > max(UNITS, 1 / sum(sizes)):
-            raise self._wrong("sparsities", f"returned a mean of {mean:.6g} by size, the target is {budget.target:.6g}")
+            raise self.wrong("sparsities", f"returned a mean of {mean:.6g} by size, the target is {budget.target:.6g}")
         clipped = tuple(tuple(min(1.0, max(0.0, float(s))) for s in row) for row in rows)
         return clipped if by_linear else tuple(row[0] for row in clipped)
 
     def _interval(self, name: Any, ends: Any) -> tuple[float, float]:
         if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
-            raise self._wrong("bounds", f"names a parameter {name!r}; choose another name")
+            raise self.wrong("bounds", f"names a parameter {name!r}; choose another name")
         if name == "beta" and "uniform" not in self.contains:
-            raise self._wrong("bounds", "names a parameter beta, which is the progression of atp; choose another name")
+            raise self.wrong("bounds", "names a parameter beta, which is the progression of atp; choose another name")
         low, high = ends
         if not (_is_number(low) and _is_number(high) and low <= high):
-            raise self._wrong("bounds", f"gave {name} the interval {ends!r}, which must run from a number to a higher")
+            raise self.wrong("bounds", f"gave {name} the interval {ends!r}, which must run from a number to a higher")
         return float(low), float(high)
-
-    def _wrong(self, method: str, what: str) -> PluginError:
-        return PluginError(f"{self._origin}: {method} {what}")
 
 
 def finished(found: Any, origin: Origin) -> CheckedAllocation:
-    """The allocation of a plug-in: an object, or a class, of which one is made; UserError if it is none."""
-    if not callable(getattr(found, "sparsities", None)):
-        raise UserError(f"{origin}: is no allocation: has no method sparsities(budget, **parameters)")
-    with guarded(origin, "it could not be made"):
-        return CheckedAllocation(found() if isinstance(found, type) else found, origin)
+    """The allocation of a plug-in; UserError if it is none."""
+    return CheckedAllocation.finished(found, origin, sparsities="(budget, **parameters)")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _at(values: dict[str, float]) -> str:
-    """The point at which a plug-in was called, for its errors."""
-    return " at " + ", ".join(f"{name}={value:g}" for name, value in values.items()) if values else ""

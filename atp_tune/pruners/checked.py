@@ -11,22 +11,20 @@ at least ⌊M·s⌋.
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from atp_tune.errors import PluginError, UserError
-from atp_tune.plugins import guarded
+from atp_tune.errors import UserError
+from atp_tune.plugins import Checked, guarded
 from atp_tune.pruners import Pruner, Statistics
 from atp_tune.pruners.selection import SLACK
 from atp_tune.utils.registry import Origin
 
 
-class CheckedPruner:
-    """The `Pruner` around a plug-in; PluginError, which names the plug-in and its file, for a wrong result."""
+class CheckedPruner(Checked):
+    """The `Pruner` around a plug-in."""
 
     def __init__(self, plugin: Any, origin: Origin) -> None:
-        self._plugin = plugin
-        self._origin = origin
+        super().__init__(plugin, origin)
         self.group: int | None = getattr(plugin, "group", None)
         self.measures: type[Statistics] | None = getattr(plugin, "measures", None)
 
@@ -55,7 +53,7 @@ class CheckedPruner:
             found = self._plugin.prune(weight.clone(), sparsity, statistics)
         wrong = _unlike(weight, found) or _miscounted(weight, found, sparsity, self.group)
         if wrong:
-            raise PluginError(f"{self._origin}: prune {wrong}")
+            raise self.wrong("prune", wrong)
         pruned: Tensor = found
         return pruned
 
@@ -77,24 +75,16 @@ def _miscounted(weight: Tensor, found: Tensor, sparsity: float, group: int | Non
     rows, columns = weight.shape
     gone = found == 0
     count, before = int(gone.sum()), int((weight == 0).sum())
-    if group is not None:
-        return _miscounted_in_groups(gone, sparsity, group, before)
-    low = rows * int(columns * sparsity)
-    high = min(rows * columns, rows * math.ceil(columns * sparsity - SLACK) + before)
-    if low <= count <= high:
-        return ""
-    wanted = f"{low}" if low == high else f"{low} to {high}"
-    return f"left {count} zeros of {rows * columns} weights at sparsity {sparsity:g}, where there must be {wanted}"
-
-
-def _miscounted_in_groups(gone: Tensor, sparsity: float, group: int, before: int) -> str:
-    rows, columns = gone.shape
-    whole = columns - columns % group
-    parts = [(gone[:, :whole].reshape(-1, group), group), (gone[:, whole:], columns - whole)]
-    wanted = [int(size * sparsity + SLACK) for _, size in parts]
-    fewest = [int(part.sum(1).min()) if part.numel() else least for (part, _), least in zip(parts, wanted, strict=True)]
-    if any(own < least for own, least in zip(fewest, wanted, strict=True)):
-        return f"left {fewest[0]} zeros in a group of {group} at sparsity {sparsity:g}, where there must be {wanted[0]}"
-    most = rows * (whole // group * wanted[0] + wanted[1]) + before
-    count = int(torch.count_nonzero(gone))
-    return "" if count <= most else f"left {count} zeros at sparsity {sparsity:g}, where there must be {most} at most"
+    at = f"at sparsity {sparsity:g}, where there must be"
+    if group is None:
+        low = rows * int(columns * sparsity)
+        high = min(rows * columns, rows * math.ceil(columns * sparsity - SLACK) + before)
+        wanted = f"{low}" if low == high else f"{low} to {high}"
+        return "" if low <= count <= high else f"left {count} zeros of {rows * columns} weights {at} {wanted}"
+    whole, most = columns - columns % group, before
+    for part, size in ((gone[:, :whole].reshape(-1, group), group), (gone[:, whole:], columns - whole)):
+        least = int(size * sparsity + SLACK)
+        most += least * len(part)
+        if part.numel() and (fewest := int(part.sum(1).min())) < least:
+            return f"left {fewest} zeros in a group of {size} {at} {least}"
+    return "" if count <= most else f"left {count} zeros {at} {most} at most"

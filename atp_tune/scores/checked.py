@@ -10,10 +10,9 @@ from atp_tune.blocks.replay import Replay
 from atp_tune.blocks.verification import ProbeRun
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.config.prune import NLL_SHARES
-from atp_tune.errors import PluginError, UserError
 from atp_tune.inputs import Batch
 from atp_tune.measures import MEASURES
-from atp_tune.plugins import guarded
+from atp_tune.plugins import Checked, guarded
 from atp_tune.scores import Scores
 from atp_tune.utils.registry import Origin
 
@@ -21,17 +20,16 @@ ITEMS = {by.items for by in MEASURES.values()} - {"ranks"}  # which images have
 METHODS = ("probes", "check_head", "head_cost", "items")
 
 
-class CheckedScore:
-    """The `Score` around a plug-in; PluginError, which names the plug-in and its file, for a wrong result.
+class CheckedScore(Checked):
+    """The `Score` around a plug-in.
 
     `Difference`, by which `check_head` says that it does not fit the model, is no error of the plug-in.
     """
 
-    def __init__(self, plugin: Any, origin: Origin) -> None:
-        self._plugin = plugin
-        self._origin = origin
-        self.__doc__ = getattr(plugin, "__doc__", None)
-        self.content = f"{origin.name} {origin.sha256}"  # what was measured with another one does not count
+    @property
+    def content(self) -> str:
+        """Name and content: what was measured with another one does not count."""
+        return f"{self._origin.name} {self._origin.sha256}"
 
     def probes(self, checkpoint: Checkpoint) -> Any:
         """The plug-in's probes."""
@@ -57,7 +55,7 @@ class CheckedScore:
         if not needed <= found.keys() <= ITEMS or any(len(row) != len(hidden) for row in found.values()):
             many = ", ".join(f"{len(row)} {key}" for key, row in found.items()) or "nothing"
             must = f"there must be {len(hidden)} {' and '.join(sorted(needed))}"
-            raise PluginError(f"{self._origin}: items returned {many}, where {must}")
+            raise self.wrong("items", f"returned {many}, where {must}")
         return found
 
     def gradient(
@@ -68,25 +66,22 @@ class CheckedScore:
         PluginError if it has none, or if it does not take both where the loss is neither the NLL nor the mean.
         """
         if not hasattr(self._plugin, "gradient"):
-            raise PluginError(f"{self._origin}: has no method gradient, which the allocation gradient needs")
+            raise self.wrong("has no method", "gradient, which the allocation gradient needs")
         with guarded(self._origin, "gradient"):
             known, takes = signature(self._plugin.gradient).parameters, {"dense": dense, "share": share}
             if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
                 takes = {name: value for name, value in takes.items() if name in known}
             if len(takes) < 2 and dense is not None and share != NLL_SHARES["both"]:
                 lacks = "share" if "dense" in takes else "dense"
-                said = f"gradient takes no {lacks}, which prune.loss needs; add it, or leave prune.loss out"
-                raise PluginError(f"{self._origin}: {said}")
+                raise self.wrong(
+                    "gradient", f"takes no {lacks}, which prune.loss needs; add it, or leave prune.loss out"
+                )
             found: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
         if not isinstance(found, Tensor) or found.shape != hidden.shape:
-            raise PluginError(f"{self._origin}: gradient returned something else than a tensor {list(hidden.shape)}")
+            raise self.wrong("gradient", f"returned something else than a tensor {list(hidden.shape)}")
         return found
 
 
 def finished(found: Any, origin: Origin) -> CheckedScore:
-    """The score of a plug-in: an object, or a class, of which one is made; UserError if it is none."""
-    missing = [name for name in METHODS if not callable(getattr(found, name, None))]
-    if missing:
-        raise UserError(f"{origin}: is no score: has no method {missing[0]}; inherit from NextToken, or see Score")
-    with guarded(origin, "it could not be made"):
-        return CheckedScore(found() if isinstance(found, type) else found, origin)
+    """The score of a plug-in; UserError if it is none."""
+    return CheckedScore.finished(found, origin, **dict.fromkeys(METHODS, "; inherit from NextToken, or see Score"))
