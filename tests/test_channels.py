@@ -17,7 +17,7 @@ from atp_tune.blocks.channels import find_channels, too_sparse
 from atp_tune.config.patterns import make_plan, parse
 from atp_tune.config.prune import PruneConfig
 from atp_tune.errors import TrialError, UserError
-from atp_tune.pruners.channels import HessianAndMoments, channel_scores, refitted
+from atp_tune.pruners.selection import HessianAndMoments, channel_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings
 from atp_tune.run.session import Session
 

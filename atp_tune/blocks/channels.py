@@ -28,7 +28,7 @@ from atp_tune.checkpoints.blocks import Linear
 from atp_tune.checkpoints.devices import Tensors
 from atp_tune.errors import UserError
 from atp_tune.pruners import Statistics
-from atp_tune.pruners.channels import (
+from atp_tune.pruners.selection import (
     HessianAndMoments,
     channel_scores,
     lowest_channels,

@@ -34,110 +34,85 @@ ENOUGH = 10  # measured trials: with fewer, importance of parameters is not show
 
 @dataclass(frozen=True)
 class Contents:
-    """A study's summary, the facts that its values depend on, and the importance of each parameter (shares of 1)."""
+    """A study's summary, and what a report says of it.
+
+    facts         that its values depend on
+    importance    of each parameter: shares of 1
+    target        sparsity, of the best trial where the study searches for it; None with `bits`
+    sparsity      the same as text, with the interval in which the study searches, or bits; "" if not known
+    realised      share of zeros counted in the best trial
+    description   in the study file
+    seconds       of all trials; `devices` that they ran on
+    notes         sentences on what is unusual in the study
+    versions      of the libraries, of all trials
+    study_file    with all overrides, as TOML; None where an early version made the study
+    state         numbers of trials by state, in words; `running`, `failed`: numbers of trials
+    errors        the meaning of ±, the numbers over draws, if there are any, and the texts
+    verdict       the change against uniform in one sentence, with the error of the difference where it is known
+    """
 
     summary: Summary
     facts: dict[str, Any]
     importance: dict[str, float]
     made: datetime
-
-    @property
-    def target(self) -> float | None:
-        """The target sparsity, of the best trial where the study searches for it; None with `bits`."""
-        best, asked = self.summary.best_trial, self.summary.sparsity
-        if best is not None and "sparsity" in best.params:
-            return float(best.params["sparsity"])
-        return None if isinstance(asked, tuple) else asked
-
-    @property
-    def sparsity(self) -> str:
-        """The target as text: sparsity, with the interval in which the study searches, or bits; "" if not known."""
-        if self.summary.bits is not None:
-            return f"{self.summary.bits:g} bits"
-        target, interval = self.target, self.summary.sparsity
-        if not isinstance(interval, tuple):
-            return "" if target is None else f"{target:g}"
-        of = f"{interval[0]:g} to {interval[1]:g}"
-        return of if target is None else f"{target:g} of {of}"
-
-    @property
-    def realised(self) -> float | None:
-        """The share of zeros counted in the best trial."""
-        best = self.summary.best_trial
-        return best.user_attrs.get("realised") if best else None
-
-    @property
-    def description(self) -> str:
-        """The description in the study file."""
-        made = self.summary.made_from
-        return made.study.description if made else ""
-
-    @property
-    def seconds(self) -> float:
-        """Total time of all trials."""
-        return sum(sum(spent(trial).values()) for trial in self.summary.trials)
-
-    @property
-    def devices(self) -> str:
-        """Devices that trials ran on."""
-        return _several(trial.user_attrs.get("device") for trial in self.summary.trials)
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on what is unusual in the study."""
-        return study_remarks(self.summary)
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of the libraries, of all trials."""
-        found = [trial.user_attrs.get("versions") or {} for trial in self.summary.trials]
-        names = dict.fromkeys(name for versions in found for name in versions)
-        return {name: _several(versions.get(name) for versions in found) for name in names}
-
-    @property
-    def study_file(self) -> str | None:
-        """The study file with all overrides, as TOML; None where an early version made the study."""
-        made = self.summary.made_from
-        return toml(settings(made)["settings"]) if made else None
-
-    def count(self, *states: TrialState) -> int:
-        """Number of trials in these states."""
-        return sum(trial.state in states for trial in self.summary.trials)
-
-    @property
-    def state(self) -> str:
-        """Numbers of trials by state, in words."""
-        summary = self.summary
-        of = f" of {summary.total}" if summary.total is not None else ""
-        parts = [f"{summary.done}{of} trials done"]
-        stopped = sum("stopped_after" in trial.user_attrs for trial in summary.trials)
-        failed = sum("failure" in trial.user_attrs for trial in summary.trials)
-        lost, given_up = (sum(map(is_so, summary.trials)) for is_so in (is_lost, is_given_up))
-        counts = (
-            (self.count(TrialState.RUNNING), "running"), (failed, "failed"), (lost, "lost and run again"),
-            (given_up, "given up"), (stopped, "stopped early"),
-        )  # fmt: skip
-        return ", ".join(parts + [f"{count} {what}" for count, what in counts if count])
-
-    @property
-    def errors(self) -> str:
-        """The meaning of ±, the numbers over draws, if there are any, and the texts."""
-        summary = self.summary
-        said = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
-        return "; ".join(part for part in said if part) + "."
-
-    @property
-    def verdict(self) -> str:
-        """The change against uniform in one sentence, with the error of the difference where it is known."""
-        return self.summary.goal.said(self.summary).replace(" ± ", "\u00a0±\u00a0")
+    target: float | None
+    sparsity: str
+    realised: float | None
+    description: str
+    seconds: float
+    devices: str
+    notes: list[str]
+    versions: dict[str, str]
+    study_file: str | None
+    state: str
+    running: int
+    failed: int
+    errors: str
+    verdict: str
 
 
 def gather(study: optuna.Study, made: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    shares = _importance(study, summary.trials) if summary.goal.compares else {}  # the sparsity would have nearly all
-    return Contents(summary, dict(study.user_attrs.get("fingerprint", {})), shares, made)
+    trials, best, file, asked = summary.trials, summary.best_trial, summary.made_from, summary.sparsity
+    # The target, as a number and as text.
+    target = None if isinstance(asked, tuple) else asked
+    if best is not None and "sparsity" in best.params:
+        target = float(best.params["sparsity"])
+    parts = [] if target is None else [f"{target:g}"]
+    parts += [f"{asked[0]:g} to {asked[1]:g}"] if isinstance(asked, tuple) else []
+    # Numbers of trials by state.
+    running, failed = (sum(t.state == state for t in trials) for state in (TrialState.RUNNING, TrialState.FAIL))
+    counts = (
+        (running, "running"), (sum("failure" in t.user_attrs for t in trials), "failed"),
+        (sum(map(is_lost, trials)), "lost and run again"), (sum(map(is_given_up, trials)), "given up"),
+        (sum("stopped_after" in t.user_attrs for t in trials), "stopped early"),
+    )  # fmt: skip
+    of = f" of {summary.total}" if summary.total is not None else ""
+    said = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
+    versions = [trial.user_attrs.get("versions") or {} for trial in trials]
+    names = dict.fromkeys(name for each in versions for name in each)
+    return Contents(
+        summary,
+        facts=dict(study.user_attrs.get("fingerprint", {})),
+        importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
+        made=made,
+        target=target,
+        sparsity=" of ".join(parts) if summary.bits is None else f"{summary.bits:g} bits",
+        realised=best.user_attrs.get("realised") if best else None,
+        description=file.study.description if file else "",
+        seconds=sum(sum(spent(trial).values()) for trial in trials),
+        devices=_several(trial.user_attrs.get("device") for trial in trials),
+        notes=study_remarks(summary),
+        versions={name: _several(each.get(name) for each in versions) for name in names},
+        study_file=toml(settings(file)["settings"]) if file else None,
+        state=", ".join([f"{summary.done}{of} trials done", *(f"{count} {what}" for count, what in counts if count)]),
+        running=running,
+        failed=failed,
+        errors="; ".join(part for part in said if part) + ".",
+        verdict=summary.goal.said(summary).replace(" ± ", "\u00a0±\u00a0"),
+    )
 
 
 def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, float]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from optuna.trial import TrialState
 from pydantic import BaseModel
 
 from atp_tune.config.studyfile import settings
@@ -179,7 +178,7 @@ def _document(contents: Contents) -> dict[str, Any]:
     return {
         **status,
         "description": contents.description,
-        "state": {"running": contents.count(TrialState.RUNNING), "failed": contents.count(TrialState.FAIL)},
+        "state": {"running": contents.running, "failed": contents.failed},
         "realised": contents.realised,
         "zero_shot": _dumped(summary.zero_shot),
         "speed": _dumped(summary.speed),

@@ -183,8 +183,6 @@ def pack(
     if group_size is not None and (group_size < GROUP or group_size % GROUP):
         raise wrong("--group-size", f"must be a multiple of {GROUP}")
     options.check("DIR", folder, storage=options.storage)
-    from atp_tune.utils.paths import check_free
-
     if folder is None:
         if values != "same":
             raise wrong("--values", "takes a folder: first apply --study NAME --out DIR")
@@ -222,7 +220,6 @@ def unpack(folder: Path, *, out: Path) -> None:
         out DIR: The new folder.
     """
     from atp_tune.checkpoints.convert import unpack_folder
-    from atp_tune.utils.paths import check_free
 
     with working():
         check_free(out)
@@ -270,10 +267,8 @@ def upload(folder: Path, name: str, private: bool) -> None:
     """Uploads a checked folder, if it is as it was written, and prints where it is."""
     from atp_tune.cli.terminal import interruptible
     from atp_tune.folders import publishing
-    from atp_tune.folders.publishing import verify
 
-    verify(folder)
-
+    publishing.verify(folder)
     echo(f"uploading {folder} to {name}")
     with interruptible():
         try:
