@@ -7,7 +7,6 @@ import statistics
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from html import escape
 from math import inf, isfinite, log10
 from typing import Any
@@ -126,27 +125,34 @@ class AxisRange:
 
 
 class Points:
-    """The trials of a study that figures can show, the best first, by the score that it minimises, or its error."""
+    """The trials of a study that figures can show, the best first, by the score that it minimises, or its error.
+
+    main      the measure that the search minimises; of two, the first
+    on        the text or images that trials are measured on
+    axis      title of the axis of scores
+    dense     score of the dense model
+    best      the best trial, or the first that can be shown
+    uniform   the first uniform trial of the best trial's pruner and sparsity, as the summary has it
+    second    the best trial that is not uniform and has other sparsities than the best, with the same mean
+    worst     the trial with the worst score, if there are several with the target of the best
+    """
 
     def __init__(self, summary: Summary) -> None:
-        self.summary, self.results = summary, summary.results
+        self.summary, self.results, self.main = summary, summary.results, summary.results.main
         measured = ((trial, values_of(trial)[:1]) for trial in ranked(summary.trials))
         self.trials = [trial for trial, values in measured if values and isfinite(values[0]) and values[0] > 0]
-
-    @property
-    def main(self) -> Measure:
-        """The measure that the search minimises; of two, the first."""
-        return self.results.main
-
-    @property
-    def on(self) -> str:
-        """The text or images that trials are measured on."""
-        return f"validation {self.results.data}"
-
-    @property
-    def axis(self) -> str:
-        """The title of the axis of scores."""
-        return f"{self.main.title}, {self.on}"
+        self.on = f"validation {self.results.data}"
+        self.axis = f"{self.main.title}, {self.on}"
+        self.dense = self.results.score(DENSE_MODEL, "validation", self.main)
+        shown = (trial for trial in self.trials if trial == summary.best_trial)
+        self.best = best = next(shown, next(iter(self.trials), None))
+        in_order = sorted(self.trials, key=lambda trial: trial.number)
+        self.uniform = uniform_among(in_order, best) if best else None
+        beside = [trial for trial in self.trials if best and sparsity_of(trial) == sparsity_of(best)]
+        own = (None, levels_of(best))
+        others = (trial for trial in beside if trial != best and not is_uniform(trial))
+        self.second = next((trial for trial in others if levels_of(trial) not in own), None)
+        self.worst = beside[-1] if len(beside) > 1 else None
 
     def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
         """The score of a trial; NaN where that is not known."""
@@ -160,40 +166,6 @@ class Points:
     def said(self, trial: FrozenTrial) -> str:
         """The score in a label: perplexities above the axis are large, and need no digits."""
         return f"{self.value(trial):.0f}" if self.main is PERPLEXITY else self.score(trial).alone
-
-    @cached_property
-    def dense(self) -> Estimate | None:
-        """The score of the dense model."""
-        return self.results.score(DENSE_MODEL, "validation", self.main)
-
-    @cached_property
-    def best(self) -> FrozenTrial | None:
-        """The best trial, or the first that can be shown."""
-        shown = (trial for trial in self.trials if trial == self.summary.best_trial)
-        return next(shown, next(iter(self.trials), None))
-
-    @cached_property
-    def uniform(self) -> FrozenTrial | None:
-        """The first uniform trial of the best trial's pruner and sparsity, as the summary has it."""
-        in_order = sorted(self.trials, key=lambda trial: trial.number)
-        return uniform_among(in_order, self.best) if self.best else None
-
-    @property
-    def beside_best(self) -> list[FrozenTrial]:
-        """The trials with the best trial's target."""
-        return [trial for trial in self.trials if self.best and sparsity_of(trial) == sparsity_of(self.best)]
-
-    @cached_property
-    def second(self) -> FrozenTrial | None:
-        """The best trial that is not uniform and has other sparsities than the best, with the same mean."""
-        own = levels_of(self.best)
-        others = (trial for trial in self.beside_best if trial != self.best and not is_uniform(trial))
-        return next((trial for trial in others if levels_of(trial) not in (None, own)), None)
-
-    @property
-    def worst(self) -> FrozenTrial | None:
-        """The trial with the worst score, if there are several with the target of the best."""
-        return self.beside_best[-1] if len(self.beside_best) > 1 else None
 
     def told(self, trial: FrozenTrial) -> str:
         """Number, plan and scores of a trial in two lines, for its hover text."""
