@@ -1,7 +1,7 @@
 """The summary of a study, read from its storage alone, finished or running."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -20,7 +20,6 @@ from atp_tune.results.formatting import Amount, Bits
 from atp_tune.results.goals import AtSparsity, Point, best_trial, front_of, goal_in
 from atp_tune.results.results import (
     DENSE,
-    Model,
     Results,
     allocation_of,
     is_uniform,
@@ -67,6 +66,12 @@ class Summary:
     training      the host where the best trial's kept weights are being trained, "" if they are not
     answers       of an image classifier, what dense, uniform and best see in a few test images
     kinds         test perplexity by kind of a mixed text, of `dense`, of trials by number, and of the best `trained`
+    choices       the points that are as good as the best
+    objectives    names of what trials minimise, in the order of their values
+    recovered     how the training of the best trial's kept weights went; None without
+    uniform_trial     with the best trial's pruner and sparsity
+    is_tested     the best trial is measured on the test text
+    text          on which to compare dense, uniform and best: test once all of them have it
     bos           windows begin with BOS; `bos_effect`: its measured effect on the dense model
     """
 
@@ -84,61 +89,36 @@ class Summary:
     sizes: tuple[int, ...]
     uniforms: list[FrozenTrial]
     complete: bool
-    requested: int | None = None
-    in_tower: int = 0
-    gp_posterior: dict[str, Any] | None = None
-    unlike: Mapping[int, str] = field(default_factory=dict)
-    screening: ScreeningProgress | None = None
-    front: Sequence[FrozenTrial] = ()
-    zero_shot: ZeroShot | None = None
-    speed: Speed | None = None
-    continuations: Continuations | None = None
-    bos: bool = False
-    bos_effect: BosEffect | None = None
-    over_draws: Mapping[int, OverDraws] = field(default_factory=dict)
-    points: Sequence[Point] = ()
-    dense_bytes: int | None = None
-    limit: Limit | None = None
-    of_channels: bool = False
-    bits: float | None = None
-    rounded: str = ""
-    answers: Answers | None = None
-    training: str = ""
-    kinds: Mapping[str, Mapping[str, Perplexity]] = field(default_factory=dict)
+    requested: int | None
+    in_tower: int
+    gp_posterior: dict[str, Any] | None
+    unlike: Mapping[int, str]
+    screening: ScreeningProgress | None
+    front: Sequence[FrozenTrial]
+    zero_shot: ZeroShot | None
+    speed: Speed | None
+    continuations: Continuations | None
+    bos: bool
+    bos_effect: BosEffect | None
+    over_draws: Mapping[int, OverDraws]
+    points: Sequence[Point]
+    dense_bytes: int | None
+    limit: Limit | None
+    of_channels: bool
+    bits: float | None
+    rounded: str
+    answers: Answers | None
+    training: str
+    kinds: Mapping[str, Mapping[str, Perplexity]]
+    choices: Sequence[Point]
+    objectives: tuple[str, ...]
+    recovered: Recovered | None
+    uniform_trial: FrozenTrial | None
+    is_tested: bool
+    text: Role
 
     def __repr__(self) -> str:
         return f"<Summary {self.name}: {self.done} of {self.total} trials>"
-
-    @property
-    def choices(self) -> Sequence[Point]:
-        """The points that are as good as the best."""
-        return self.points if self.goal.is_open else ()
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """The names of what trials minimise, in the order of their values."""
-        return self.results.objectives
-
-    @property
-    def recovered(self) -> Recovered | None:
-        """How the training of the best trial's kept weights went; None without."""
-        return self.results.recovered
-
-    @property
-    def uniform_trial(self) -> FrozenTrial | None:
-        """The uniform trial with the best trial's pruner and sparsity."""
-        return self.results.uniform(self.best_trial)
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether the best trial is measured on the test text."""
-        return self.best_trial is not None and bool(self.results.items(self.best_trial, "test"))
-
-    @property
-    def text(self) -> Role:
-        """The text on which to compare dense, uniform and best: test once all of them have it."""
-        models: list[Model] = [DENSE, *(trial for trial in (self.uniform_trial, self.best_trial) if trial)]
-        return "test" if all(self.results.items(model, "test") for model in models) else "validation"
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -148,6 +128,9 @@ def summarise(study: optuna.Study) -> Summary:
     facts, trials = study.user_attrs.get("fingerprint", {}), study.get_trials(deepcopy=False)
     found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
     recovered = Recovered.model_validate(found["recovered"]) if "recovered" in found else None
+    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered)
+    uniform, points = results.uniform(best), goal.points()
+    tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
     return Summary(
         name=study.study_name,
         sparsity=tuple(target) if isinstance(target, list) else target,
@@ -156,7 +139,7 @@ def summarise(study: optuna.Study) -> Summary:
         done=progress.counted(study),
         best_trial=best,
         ranks=goal.leaders(),
-        results=Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered),
+        results=results,
         goal=goal,
         amount=Bits() if "bits" in facts and "sparsity" not in facts else Amount(),
         made_from=made_from(study.user_attrs.get("made_from")),
@@ -175,7 +158,13 @@ def summarise(study: optuna.Study) -> Summary:
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
-        points=goal.points(),
+        points=points,
+        choices=points if goal.is_open else (),
+        objectives=results.objectives,
+        recovered=recovered,
+        uniform_trial=uniform,
+        is_tested=best is not None and tested[-1],
+        text="test" if all(tested) else "validation",
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
