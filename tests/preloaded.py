@@ -120,26 +120,6 @@ def in_phase(phase: str, action: Callable[[], None]) -> None:
     at_call(*PHASES[phase], action)
 
 
-def kill_in_the_first_trial() -> None:
-    """Whichever it is: one that was queued again comes first."""
-    at_call(prune_pass, "measure", 1, kill)
-
-
-def kill_at_write(number: int, below: str) -> None:
-    """The process is killed at its write of that number below a folder: a file opened or renamed, a folder made."""
-    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    seen: list[str] = []
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        is_write = event in ("os.mkdir", "os.rename", "os.chmod") or (event == "open" and int(arguments[2]) & writes)
-        if is_write and str(arguments[0]).startswith(below):
-            seen.append(event)
-            if len(seen) == number:
-                kill()
-
-    sys.addaudithook(audit)
-
-
 def kill_in_transaction(number: int, journal: Path) -> None:
     """The process is killed before its commit of that number of something written: SQLite's journal lies there."""
 

@@ -1,10 +1,12 @@
 """The Python interface: the same trials and the same bits as the command line, and a model that is left as it was."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import optuna
@@ -16,6 +18,7 @@ from tinystudy import CommandLine, make_tokenizer, run
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 import atp_tune
 from atp_tune import UserError
@@ -407,6 +410,26 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
     )
     one, other = tuned(model, tokenizer, split, trials=1), tuned(model, tokenizer, texts, trials=1)
     assert one.study.trials[0].user_attrs["nlls"] == other.study.trials[0].user_attrs["nlls"]
+
+
+@pytest.mark.slow
+def test_bars_and_verbosity_of_libraries_are_as_before(
+    model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path
+) -> None:
+    hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    before = hf_logging.get_verbosity(), dict(os.environ)
+    found.save(tmp_path / "sparse")
+    assert hf_logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    assert (hf_logging.get_verbosity(), dict(os.environ)) == before
+
+
+@pytest.mark.slow
+def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
+    found: list[atp_tune.Result] = []
+    thread = Thread(target=lambda: found.append(tuned(model, tokenizer, texts, trials=1)))
+    thread.start()
+    thread.join()
+    assert found[0].is_complete
 
 
 # What is said

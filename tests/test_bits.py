@@ -29,7 +29,6 @@ from atp_tune.config.prune import WIDTHS, Bits, PruneConfig, QuantizeConfig
 from atp_tune.errors import UserError
 from atp_tune.folders.exporting import FORMATS, as_csv
 from atp_tune.plan import Plan
-from atp_tune.storage.progress import measured
 
 BITS = "[quantize]\nquantizers = ['rtn', 'gptq']\ngroup_size = 16\n\n[allocation]\nbeta = 'both'\n"
 
@@ -174,33 +173,6 @@ def check_codes(place: Path, command: CommandLine, zeros: bool) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         torch.testing.assert_close(loaded(ids).logits, found(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_zeros_survive_rounding(place: Path, command: CommandLine) -> None:
-    """Of a study with a sparsity and bits: the pruner's zeros, then at most 2^b values in each group."""
-    lines = "sparsity = 0.5\nbits = 3\nquantize = {group_size = 16}\nallocation = ['atp', 'gradient']"
-    (place / "tiny.toml").write_text((place / "tiny.toml").read_text().replace("sparsity = 0.6", lines))
-    assert "tiny: 50% sparsity at 3 bits" in command("--study", place / "tiny.toml").out
-    best = read_config(place / "tiny.best.json")
-    assert (best.plan.method, best.plan.fixed_bits, best.by_bits) == ("wanda", 3, False)
-    assert best.bits is not None
-    assert best.bits.effective is not None
-    assert abs(best.bits.effective - (1 + 3 * (1 - best.sparsity.realised) + 19 / 16)) < 0.1  # or without its mask
-    out = place / "out"
-    assert "(+0.000%)" in command("apply", "--config", place / "tiny.best.json", "--out", out).out
-    assert "Kept weights are rounded to 3 bits by gptq" in (out / "README.md").read_text()
-    found = load_file(out / "model.safetensors")
-    for name in (key for key in found if key.endswith("_proj.weight")):
-        groups = found[name].reshape(-1, 16)
-        assert max(len(group.unique()) for group in groups) <= 8
-    assert sum(trial.user_attrs["realised"] for trial in measured(stored(place))) / len(measured(stored(place))) > 0.49
-    assert command("pack", out, "--out", place / "packed").code == 0
-    check_codes(place, command, zeros=True)
-    for kind in ("llm-compressor", "gptqmodel"):
-        refused = command("export", "--config", place / "tiny.best.json", "--format", kind)
-        assert (refused.code, "says zeros or bits" in refused.err) == (2, True)
-    assert command("--study", place / "tiny.toml", "--set", "bits=4").code == 2  # another study
 
 
 # what is refused

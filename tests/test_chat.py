@@ -256,3 +256,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> N
     one.sees("(stopped)\n> ")
     one.types("\x04")
     assert one.ends() == 0
+
+
+@pytest.mark.slow
+def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from atp_tune.cli.commands import chat
+
+    chat._say("a\x1b[2Jb\n:smile:")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\n:smile:"

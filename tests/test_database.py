@@ -141,6 +141,24 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
 
 
 @pytest.mark.slow
+def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = opened(frail.new())
+    study = fingerprint.create_study(db, "s", {})
+    trial = study.ask()
+    db.record_heartbeat(trial._trial_id)
+    killed(frail)
+    db.record_heartbeat(trial._trial_id)  # Optuna's thread would end with an error of this
+    frail.start()
+    with db.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '1 hour'")
+    assert db._get_stale_trial_ids(study._study_id) == []  # it has seen the outage itself
+    other = opened(db.url)
+    assert other._get_stale_trial_ids(study._study_id) == []  # the server says so
+    monkeypatch.setattr(database, "YOUNG", "SELECT false")
+    assert other._get_stale_trial_ids(study._study_id) == [trial._trial_id]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"

@@ -1,6 +1,5 @@
 """Faults that really happen, and what they leave of a study: docs/reliability.md has the table."""
 
-import math
 import os
 import random
 import re
@@ -20,7 +19,6 @@ import optuna
 import pytest
 import torch
 from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names, row
-from huggingface_hub import ModelCard
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from preloaded import (
@@ -28,8 +26,6 @@ from preloaded import (
     TOTAL,
     in_phase,
     kill,
-    kill_at_write,
-    kill_in_the_first_trial,
     kill_in_transaction,
 )
 from test_network import needs, serving
@@ -47,14 +43,12 @@ from tinystudy import (
     wait_until,
 )
 
-from atp_tune.config.best import read_config
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.run import observers
 from atp_tune.run.observers import RoleScores
 from atp_tune.search import runner
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.progress import SAME
 from atp_tune.utils.cache import versions
 
 ROWS = Rows()
@@ -66,7 +60,6 @@ RUNS = f"""SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
 PROGRESS = f"""SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
     (SELECT count(*) FROM study_system_attributes WHERE key LIKE '{PREFIX}test_nlls:%')"""
 slow = pytest.mark.slow
-KILLS = int(os.environ.get("ATP_TUNE_KILLS", "8"))  # at random moments; docs/reliability.md has 30
 TRANSACTIONS = (2, 12, 20, 28)
 
 
@@ -156,106 +149,7 @@ def test_kill_9_while_the_database_writes(tiny: Tiny, undisturbed: Tiny) -> None
     ROWS.add("kill -9 while SQLite writes, which leaves its journal", len(TRANSACTIONS), seconds=seconds)
 
 
-@slow
-def test_kill_9_at_random_moments(place: Path) -> None:
-    """Each of some runs is killed at a random moment; no trial is hit three times: at one place that ends it by design.
-
-    A run may end one trial before it is killed, so that a machine that is suddenly faster does not reach the total.
-    """
-    total = KILLS + 10
-    overrides = (*LONG[:2], f"search.trials={total}")
-    other = Tiny(Path(shutil.copytree(place, place.parent / "other")), *overrides)
-    began = monotonic()
-    loading = other.finish()
-    pace = (monotonic() - began - loading) / total
-    tiny, rng = Tiny(place, *overrides), random.Random(0)
-    for k in range(KILLS):
-        if k % 3 == 0:  # while it loads
-            moment = Moment(tiny, 0, rng.uniform(0, loading))
-        else:  # in a trial: as it says who it is, as it computes, as it writes the results down
-            moment = Moment(tiny, rng.choice((1, 5, 10)), rng.uniform(0, pace / 3))
-        command = tiny.start()
-        assert command.kill_when(lambda: moment.is_now() and is_no_third(tiny, command))  # noqa: B023
-    seconds = tiny.finish()
-    check_equal(tiny.study, other.study, total)
-    assert any("lost" in trial.user_attrs for trial in tiny.study.trials)
-    ROWS.add(f"kill -9 at random moments of one study of {total} trials", KILLS, seconds=seconds)
-
-
-class Moment:
-    """Some seconds after a run has written so many attributes of trials; at the latest when it ends a trial."""
-
-    def __init__(self, tiny: Tiny, writes: int, delay: float) -> None:
-        self._tiny, self._delay = tiny, delay
-        written, self._ended = row(tiny.database, COUNTS) or (0, 0)
-        self._rows = written + writes
-        self._since = math.inf if writes else monotonic()
-
-    def is_now(self) -> bool:
-        if math.isinf(self._since) and self._tiny.has(WRITTEN, self._rows - 1):
-            self._since = monotonic()
-        return monotonic() > self._since + self._delay or self._tiny.has(ENDED, self._ended)
-
-
-COUNTS = """SELECT (SELECT count(*) FROM trial_system_attributes),
-    (SELECT count(*) FROM trials WHERE state = 'COMPLETE')"""
-WRITTEN = "SELECT 1 FROM trial_system_attributes LIMIT 1 OFFSET ?"
-ENDED = "SELECT 1 FROM trials WHERE state = 'COMPLETE' LIMIT 1 OFFSET ?"
-SPARED = """SELECT 1 WHERE NOT EXISTS (
-    SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
-    WHERE state IN ('RUNNING', ?) AND key = 'cut_offs' AND json_array_length(value_json) >= ?)"""
-
-
-def is_no_third(tiny: Tiny, command: Command) -> bool:
-    """Whether the death of a process would not be a trial's third one; where it may be, it is stopped for the look."""
-    if not tiny.database.exists() or tiny.has(SPARED, "WAITING", SAME - 2):
-        return True
-    os.kill(command.pid, signal.SIGSTOP)
-    if tiny.has(SPARED, "RUNNING", SAME - 1):
-        return True
-    os.kill(command.pid, signal.SIGCONT)
-    return False
-
-
 # --- the power is cut
-
-
-def cut_at_every_write(start: Callable[[Callable[[], None]], Command], folder: Path, check: Callable[[], None]) -> int:
-    """Kills a command at its first write below a folder, its second and so on, until it comes through; how often."""
-    for number in range(1, 40):
-        answer = start(partial(kill_at_write, number, str(folder))).finish()
-        if answer.code == 0:
-            return number - 1
-        assert answer.code == -signal.SIGKILL, answer
-        check()
-    raise AssertionError("it writes without end")
-
-
-@slow
-def test_apply_is_cut_at_every_write(done: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    words = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--out", folder / "sparse")
-    whole: list[Path] = []
-
-    def check() -> None:
-        """There is no folder, or a whole one that has yet to say what was measured of it."""
-        if (folder / "sparse").exists():
-            whole.append((folder / "sparse").rename(tmp_path / f"whole{len(whole)}"))
-
-    times = cut_at_every_write(lambda inject: Command(*words, inject=inject), folder, check)
-    assert times >= 15
-    assert len(whole) >= 5
-    assert names(folder) == {"sparse"}
-    files = {path.name: path.read_bytes() for path in (folder / "sparse").iterdir()}
-    about = read_config(folder / "sparse" / "atp_tune.json")
-    for place in whole:
-        found = {path.name: path.read_bytes() for path in place.iterdir() if not path.name.startswith(".")}
-        assert found.keys() == files.keys()
-        assert all(found[name] == files[name] for name in files if name not in ("atp_tune.json", "README.md"))
-        assert read_config(place / "atp_tune.json").plan == about.plan
-        assert ModelCard.load(place / "README.md").data.library_name == "transformers"
-    ROWS.add("power cut at every write of `apply`", times)
 
 
 # --- disks
@@ -623,18 +517,3 @@ def is_stopped_in_a_trial(tiny: Tiny, command: Command) -> bool:
         return True
     os.kill(command.pid, signal.SIGCONT)
     return False
-
-
-@slow
-def test_a_trial_that_kills_its_process_each_time_is_given_up(place: Path) -> None:
-    """The third death counts, or the study would try for ever; the total is reached without it."""
-    one = Tiny(place, *LONG, "search.trials=1")
-    for _ in range(SAME):
-        assert one.start(kill_in_the_first_trial).finish().code == -signal.SIGKILL
-    tiny = Tiny(place, *LONG)
-    tiny.finish()
-    study = tiny.study
-    assert progress.counted(study) == TOTAL
-    assert len(measured(study)) == TOTAL - 1
-    assert sum(progress.is_given_up(trial) for trial in study.trials) == 1
-    ROWS.add("a trial that kills its process three times", 3, same="that trial counts as failed, the study goes on")

@@ -494,3 +494,28 @@ def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Pa
     with pytest.raises(UserError, match=r"^source: the image processor of the model in .* cannot be loaded: "):
         ImageProcessor.of(folder, False)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
+    hub: tuple[Path, list[str]], classifier: ModelFolder, tmp_path: Path
+) -> None:
+    import datasets
+
+    folder = hub[0] / "datasets/org/photos"
+    folder.mkdir(parents=True)
+    names = [f"kind {index}" for index in reversed(range(CLASSES))]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=names)})
+    rows = {"image": [{"bytes": png((40 * n, 9, 9)), "path": None} for n in range(5)], "kind": [0, 1, 2, 3, 4]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    found = read(classifier, tmp_path, source="hub:org/photos", split="train", label="kind")
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
+    assert found.tensors[LABELS].tolist() == [CLASSES - 1 - k for k in order]
+    own = ImageProcessor.of(classifier.path, False).own(
+        Image.open(io.BytesIO(png((40 * order[0], 9, 9)))), return_tensors="pt"
+    )
+    assert torch.equal(found.tensors[PIXELS][0], torch.as_tensor(own["pixel_values"])[0].float())
+    with pytest.raises(UserError, match=r'label: hub:org/photos has no "label"; it has image, kind'):
+        read(classifier, tmp_path, source="hub:org/photos", split="train")
+    with pytest.raises(UserError, match="the hub shows you no dataset org/none"):
+        read(classifier, tmp_path, source="hub:org/none", split="train")

@@ -10,12 +10,10 @@ from test_runner import reopen
 from tinystudy import CommandLine, run, study_file
 
 from atp_tune.config.best import read_config
-from atp_tune.config.search import STEP
 from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
 from atp_tune.results.goals import best_trial, excess_of, front_of
-from atp_tune.results.results import uniform_of
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun, open_context, tune
 from atp_tune.search.space import make_space
@@ -120,27 +118,6 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
     whole = run(place, f"search.trials={len(expected)}")
     assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
     assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", [0.1, 0.5])
-def test_the_sparsest_plan_within_an_increase(tiny_place: Path, tmp_path: Path, limit: float) -> None:
-    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, *LIMIT, f"limit.max_increase={limit}")
-    best = best_trial(study)
-    assert best is not None
-    found = change(study.user_attrs["dense"], best.user_attrs["nlls"])
-    assert found.value + found.stderr <= limit
-    sparsity = best.params["sparsity"]
-    beyond = [trial for trial in study.trials if trial.params["sparsity"] > sparsity + STEP / 2]
-    assert all(excess_of(study, trial) > 0 for trial in beyond)
-    assert uniform_of(study, best) is not None
-    if "terminated_early" in study.user_attrs and sparsity < 0.8:  # the next step was measured
-        assert min(trial.params["sparsity"] for trial in beyond) == pytest.approx(sparsity + STEP)
-    uniform = uniform_of(study, best)
-    assert uniform and study.user_attrs["test_nlls"].keys() == {"dense", str(best.number), str(uniform.number)}
-    again = run(place, *LIMIT, f"limit.max_increase={limit}")
-    assert len(again.trials) == len(study.trials)
 
 
 @pytest.mark.slow

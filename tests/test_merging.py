@@ -11,11 +11,12 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.trial import FrozenTrial, TrialState
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
-from tinystudy import CommandLine, quiet, stored
+from tinystudy import CommandLine, quiet, run, stored
 
 from atp_tune.api.merging import Share, merge
 from atp_tune.dashboard.servers import Maintenance
 from atp_tune.errors import UserError
+from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 
 
@@ -68,6 +69,38 @@ def summarise_as(study: optuna.Study, other: optuna.Study) -> Any:
 
 def study_of(file: Path, name: str = "tiny") -> optuna.Study:
     return stored(file.parent, name, file)
+
+
+@pytest.mark.slow
+def test_three_machines_that_went_on_from_a_copy(place: Path, tmp_path: Path, command: CommandLine) -> None:
+    run(place, "search.trials=2")
+    files = [place / "tiny.db"]
+    for index in (1, 2):
+        files.append(tmp_path / f"{index}.db")
+        shutil.copyfile(place / "tiny.db", files[-1])
+    for index, file in enumerate(files):
+        run(place, f"search.trials={3 + index}", f"storage=sqlite:///{file}")
+    answer = command("merge", *files, "--out", tmp_path / "out.db")
+    assert answer.out.splitlines() == [
+        f"{files[0]}: 3 trials",
+        f"{files[1]}: 4 trials, 2 of them known already",
+        f"{files[2]}: 5 trials, 2 of them known already",
+        f"{tmp_path / 'out.db'}: 8 trials, 8 of 8 done",
+        f"resume: python tune.py --study tiny --storage sqlite:///{tmp_path / 'out.db'}",
+    ]
+    study = study_of(tmp_path / "out.db")
+    begins = [trial.datetime_start for trial in study.trials]
+    assert begins == sorted(begins, key=str)
+    assert [trial.number for trial in study.trials] == list(range(8))
+    sources = [study_of(file) for file in files]
+    for source in sources:
+        for name, nlls in source.user_attrs["test_nlls"].items():
+            if name != "dense":
+                twin = next(t for t in study.trials if same(t) == same(source.trials[int(name)]))
+                assert study.user_attrs["test_nlls"][str(twin.number)] == nlls
+    best = min((trial for source in sources for trial in source.trials), key=lambda trial: trial.value or 0)
+    assert best_trial(study) is not None
+    assert study.best_value == best.value
 
 
 # --- made up studies

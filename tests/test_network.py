@@ -16,7 +16,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from crews import meeting
 from optuna.trial import TrialState
 from preloaded import enter
 from processes import popen
@@ -140,21 +139,6 @@ def test_a_worker_elsewhere_outlives_a_cut_cable(place: Path, namespace: Namespa
     assert "answers again" in heard + answer.out
     undisturbed = run(place, *overrides, name="undisturbed")
     assert [(t.params, t.value) for t in trials(place)] == [(t.params, t.value) for t in undisturbed.trials]
-
-
-def test_two_workers_share_a_study(place: Path, namespace: Namespace) -> None:
-    port = free_port()
-    with serving(place, HERE, free_port(), port):
-        address = f"grpc://{HERE}:{port}"
-        words = ["--study", str(place / "tiny.toml"), "--storage", address, *settings(*LONG, "search.trials=10")]
-        words += meeting(place)
-        namespace.wait_for(port)
-        workers = [namespace.worker(*words), start(*words)]
-        answers = [finish(worker) for worker in workers]
-    assert [answer.code for answer in answers] == [0, 0], answers
-    measured = [trial for trial in trials(place) if "lost" not in trial.user_attrs]
-    assert [trial.state for trial in measured] == [TrialState.COMPLETE] * 10
-    assert len({trial.user_attrs["pid"] for trial in measured}) == 2
 
 
 @dataclass(frozen=True)

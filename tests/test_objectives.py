@@ -9,6 +9,7 @@ import naive
 import optuna
 import pytest
 from byhand import ByHand
+from families import few
 from optuna.trial import FrozenTrial
 from tinystudy import run, stored
 
@@ -106,6 +107,18 @@ def test_the_front_of_any_values(seed: int) -> None:
     assert {trial.number for trial in found} == naive_front(study.trials)
     assert [trial.values for trial in found] == sorted(trial.values for trial in found)
     assert front_of(optuna.create_study()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", few(["gp", "tpe", "random", "grid"], ["random"]))
+def test_a_study_of_two_values_goes_on_where_it_was(sampler: str, place: Path) -> None:
+    keys = (BOTH, f"search.sampler={sampler}", "search.step=0.02")
+    run(place, *keys, "search.trials=4")
+    study = run(place, *keys, "search.trials=7")
+    whole = run(place, *keys, "search.trials=7", name="whole")
+    assert [trial.params for trial in study.trials] == [trial.params for trial in whole.trials]
+    assert [trial.values for trial in study.trials] == [trial.values for trial in whole.trials]
+    assert len(study.trials) == 7
 
 
 # --- what people and programs see

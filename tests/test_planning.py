@@ -14,6 +14,7 @@ from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.goals import front_of
 from atp_tune.results.results import is_uniform
 from atp_tune.run.session import Session, Setup
+from atp_tune.storage import opening
 from atp_tune.storage.progress import counted
 
 
@@ -102,3 +103,11 @@ def test_a_study_over_an_interval_is_foretold(place: Path, more: list[str], tria
         assert all(str(trial.number) in measured for trial in front_of(study) if not is_uniform(trial))
     left = foresee(study_file(place, *OVER, *more), "tiny", ignore_events).whole
     assert (left.seconds_left, left.trials) == (0, counted(study))
+
+
+@pytest.mark.slow
+def test_nothing_is_stored(done: Path) -> None:
+    before = (done / "tiny.db").read_bytes()
+    foresee(study_file(done), "tiny", ignore_events)
+    assert (done / "tiny.db").read_bytes() == before
+    assert opening.open_storage(study_file(done).storage_url, create=False) is not None

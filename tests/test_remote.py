@@ -88,6 +88,16 @@ def test_requests_wait_for_a_server_that_comes_back(server: Server, caplog: pyte
 
 
 @pytest.mark.slow
+def test_a_worker_gives_up_in_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
+    study, trial = started(server)
+    server.stop()
+    with pytest.raises(UserError, match=r"does not answer, for 0 minutes now\. All earlier results are stored"):
+        study.tell(trial, 2.5)
+    server.start()
+
+
+@pytest.mark.slow
 def test_parameters_keep_their_order(server: Server) -> None:
     """Whether a worker draws them, or stores a trial that has them."""
     study, trial = started(server)

@@ -201,6 +201,16 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "stopped: everything that workers sent is stored\n", "")
 
 
+@pytest.mark.slow
+def test_listening_to_all_warns(done: Path) -> None:
+    server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
+    assert server.stdout is not None
+    lines = "".join(server.stdout.readline() for _ in range(5))
+    server.send_signal(signal.SIGINT)
+    assert "warning: neither port has a login" in lines
+    assert finish(server).code == 0
+
+
 @pytest.mark.parametrize("option", ["--port", "--grpc-port"])
 def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
     with socket.socket() as other:

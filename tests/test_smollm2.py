@@ -3,7 +3,6 @@ to its fine-tuning, through the commands.
 """
 
 import json
-import math
 from hashlib import sha256
 from pathlib import Path
 from time import process_time
@@ -17,12 +16,10 @@ from families import nlls_of
 from safetensors.torch import load_file
 from synthetic import storage_in
 from test_applying import block_of
-from test_zeroshot import make_tasks, naive_accuracy
 from tinystudy import HANGS, finish, settings, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import prune_pass
-from atp_tune.config.best import read_config
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.studyfile import load
 from atp_tune.cost import probe
@@ -47,7 +44,6 @@ MEASURED = (
     '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], shuffle = true, nsamples = 6, tokens = 128}'
 )
 STRIDE = 4  # rows of a linear are looked at: each is pruned by itself
-ITEMS = 16  # of a task, with four continuations each
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -213,23 +209,6 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
     measured = perplexity(naive.nlls_of(model, windows)).value
     promised = best["scores"]["best"]["perplexity"]["test"]["value"]
     assert abs(measured / promised - 1) < 0.001
-
-
-def test_dense_answers_better_than_pruned(tuned: tuple[Path, str], context: Session, tmp_path: Path) -> None:
-    """A task that the dense model solves better than uniform, which is here the configuration too: scored once."""
-    config = tmp_path / "uniform.json"
-    run("export", "--study", tuned[0] / "smol-60.toml", "--trial", "0", "--out", config)
-    make_tasks(tmp_path / "tasks", ITEMS)
-    run("evaluate", "--config", config, "--tasks", f"{tmp_path}/tasks/far.yaml", "--batch", "16")
-    found = read_config(config).zero_shot
-    assert found
-    dense, uniform = found.mean["dense"], found.mean["uniform"]
-    assert dense.stderr
-    assert uniform.stderr
-    assert found.mean["best"] == uniform
-    assert dense.value - uniform.value > math.hypot(dense.stderr, uniform.stderr)
-    assert uniform.value > 0.25  # better than chance: there is something left to tell apart
-    assert dense.value == pytest.approx(naive_accuracy(context.folder.path, tmp_path / "tasks" / "far.test.jsonl"))
 
 
 def test_fine_tuning_makes_it_better(sparse: Path, tmp_path: Path) -> None:

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tinystudy import CommandLine, stored
+from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atp_tune.blocks import replay
+from atp_tune.blocks.prune_pass import Pass
 from atp_tune.config.best import read_config
+from atp_tune.events import Place
+from atp_tune.folders.comparing import TaskOptions, evaluate
 from atp_tune.measures import TaskScore, difference, mean_of_tasks
+from atp_tune.run import observers
 
 ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
@@ -127,6 +132,20 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
 
 
 @pytest.mark.slow
+def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen, step = read_config(done / "tiny.best.json"), set(), Pass.step
+    monkeypatch.setitem(replay.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
+
+    def noted(self: Pass, *more: Any) -> Any:
+        seen.add(self.batch.windows)
+        return step(self, *more)
+
+    monkeypatch.setattr(Pass, "step", noted)
+    evaluate(config, TaskOptions((f"{tasks}/far.yaml",), 1, None, 1), Place(done, "cpu"))
+    assert seen == {config.batches["calibration"]} == {8}
+
+
+@pytest.mark.slow
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:
     words = (done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "2")
     found = [evaluated(command, *words, "--num-fewshot", str(shots)) for shots in (0, 2, 2)]
@@ -149,6 +168,16 @@ def test_statistics_by_hand() -> None:
     both = mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0.04)])
     assert (both.value, both.stderr) == (pytest.approx(0.4), pytest.approx(math.sqrt(0.03**2 + 0.04**2) / 2))
     assert mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0)]).stderr == 0
+
+
+@pytest.mark.slow
+def test_no_room_for_a_pruned_copy(
+    done: Path, tasks: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observers, "ROOM", 0)
+    monkeypatch.setattr(observers, "host_memory", lambda: 1000)
+    answer = command("evaluate", "--config", done / "tiny.best.json", "--tasks", f"{tasks}/far.yaml", "--limit", "1")
+    assert answer.error.endswith("write it with `apply`, then evaluate DIR")
 
 
 # --- where the weights lie
