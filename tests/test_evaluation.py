@@ -15,8 +15,16 @@ from atp_tune.measures import perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.scores import next_token
-from atp_tune.scores.evaluation import Block, final_states, head_scores
-from atp_tune.scores.next_token import NEXT_TOKEN, loss_gradient, mean_loss, token_kls, token_nlls
+from atp_tune.scores.next_token import (
+    NEXT_TOKEN,
+    Block,
+    final_states,
+    head_scores,
+    loss_gradient,
+    mean_loss,
+    token_kls,
+    token_nlls,
+)
 
 
 def dense_blocks(replay: Replay) -> Iterator[Block]:

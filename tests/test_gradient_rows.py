@@ -36,7 +36,7 @@ from atp_tune.pruners.statistics import InputNorms
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.run.dense_model import dense_blocks
 from atp_tune.run.session import Session
-from atp_tune.scores.evaluation import final_states
+from atp_tune.scores.next_token import final_states
 
 rows_of_bytes = st.lists(st.integers(-127, 127), min_size=1, max_size=12)
 

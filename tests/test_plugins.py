@@ -20,8 +20,7 @@ from tinystudy import CommandLine
 from torch import Tensor
 
 from atp_tune import plugins
-from atp_tune.allocations import ALLOCATIONS, Budget, Shape
-from atp_tune.allocations.checked import CheckedAllocation, finished
+from atp_tune.allocations import ALLOCATIONS, Budget, CheckedAllocation, Shape, finished
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.facts import facts
 from atp_tune.config.plugged import named_in, plug_in, plug_in_config, records

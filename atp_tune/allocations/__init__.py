@@ -16,11 +16,14 @@ middle. It may also say
 `gradient-rows` has one function more, `row_offsets`: how much sparser than its linear each row is.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, Protocol
 
-from atp_tune.allocations.budget import Budget, DenseMetricsProtocol, LinearSparsities, Shape, Sparsities
-from atp_tune.utils.registry import Registry
+from atp_tune.allocations.budget import ROUNDING, Budget, DenseMetricsProtocol, LinearSparsities, Shape, Sparsities
+from atp_tune.plugins import Checked, guarded
+from atp_tune.utils.registry import Origin, Registry
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "DenseMetricsProtocol", "LinearSparsities", "Shape", "Sparsities"]
 
@@ -58,7 +61,7 @@ ALLOCATIONS = Registry[Allocation](
         "global": "atp_tune.allocations.formulas:globally",
     },
     "atp_tune.allocations",
-    "atp_tune.allocations.checked:finished",
+    "atp_tune.allocations:finished",
 )
 
 
@@ -75,3 +78,90 @@ def is_fitted(name: str) -> bool:
 def contains_uniform(name: str) -> bool:
     """Whether an allocation is uniform where all its parameters are 0."""
     return "uniform" in contents_of(name)
+
+
+# --- An allocation that is a plug-in, checked each time that it is asked.
+#
+# Bounds are finite intervals of parameters with names of their own; sparsities are one number in [0, 1] per block, or
+# per linear of each block, and their mean weighted by size is the target within one weight of the model.
+
+TAKEN = ("pruner", "quantizer", "allocation", "sparsity")  # names of a trial's other parameters
+UNITS = 1e-6  # least tolerance of the mean, beside one weight
+Bounds = dict[str, tuple[float, float]]
+
+
+class CheckedAllocation(Checked):
+    """The `Allocation` around a plug-in."""
+
+    def __init__(self, plugin: Any, origin: Origin) -> None:
+        super().__init__(plugin, origin)
+        self.measures_inputs = bool(getattr(plugin, "measures_inputs", False))
+        self.contains = tuple(getattr(plugin, "contains", ()))
+
+    def bounds(self, budget: Budget) -> Bounds:
+        """The interval of each parameter."""
+        with guarded(self._origin, "bounds"):
+            found = self._plugin.bounds(budget) if hasattr(self._plugin, "bounds") else {}
+            if not isinstance(found, Mapping):
+                raise self.wrong("bounds", f"returned {found!r}, not a dict of intervals")
+            return {name: self._interval(name, ends) for name, ends in found.items()}
+
+    def initial_points(self, budget: Budget) -> list[dict[str, float]]:
+        """The plug-in's first points, or the middle of its bounds."""
+        names = self.bounds(budget)
+        with guarded(self._origin, "initial_points"):
+            if not hasattr(self._plugin, "initial_points"):
+                return [{name: (low + high) / 2 for name, (low, high) in names.items()}]
+            points = [dict(point) for point in self._plugin.initial_points(budget)]
+            if not points or any(point.keys() != names.keys() for point in points):
+                raise self.wrong("initial_points", f"must return points with {', '.join(names) or 'no parameter'}")
+            if not all(_is_number(value) for point in points for value in point.values()):
+                raise self.wrong("initial_points", "returned a value that is no finite number")
+            return points
+
+    def sparsities(self, budget: Budget, **values: float) -> Sparsities:
+        """The plug-in's sparsities, clipped to [0, 1] where they are outside it by rounding.
+
+        ValueError outside the bounds, as of every allocation.
+        """
+        names = self.bounds(budget)
+        if values.keys() != names.keys():
+            raise self.wrong("sparsities", f"needs the parameters {', '.join(names) or 'none'}")
+        budget.check(names, **values)
+        at = ", ".join(f"{name}={value:g}" for name, value in values.items())
+        with guarded(self._origin, f"sparsities at {at}" if at else "sparsities"):
+            found = list(self._plugin.sparsities(budget, **values))
+            by_linear = any(isinstance(row, tuple | list) for row in found)
+            rows = [list(row) for row in found] if by_linear else [[one] for one in found]
+        shapes = [[shape.size for shape in row] for row in budget.linears] if by_linear else [[n] for n in budget.sizes]
+        if [len(row) for row in rows] != [len(row) for row in shapes]:
+            many = "one row per block, of one value per linear" if by_linear else f"{len(shapes)}, one per block"
+            raise self.wrong("sparsities", f"returned {len(found)} values, where there must be {many}")
+        flat, sizes = [s for row in rows for s in row], [size for row in shapes for size in row]
+        wrong = next((s for s in flat if not _is_number(s) or not -ROUNDING <= s <= 1 + ROUNDING), None)
+        if wrong is not None:
+            raise self.wrong("sparsities", f"returned {wrong!r}, which is no sparsity in [0, 1]")
+        mean = math.fsum(s * size for s, size in zip(flat, sizes, strict=True)) / sum(sizes)
+        if abs(mean - budget.target) > max(UNITS, 1 / sum(sizes)):
+            raise self.wrong("sparsities", f"returned a mean of {mean:.6g} by size, the target is {budget.target:.6g}")
+        clipped = tuple(tuple(min(1.0, max(0.0, float(s))) for s in row) for row in rows)
+        return clipped if by_linear else tuple(row[0] for row in clipped)
+
+    def _interval(self, name: Any, ends: Any) -> tuple[float, float]:
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
+            raise self.wrong("bounds", f"names a parameter {name!r}; choose another name")
+        if name == "beta" and "uniform" not in self.contains:
+            raise self.wrong("bounds", "names a parameter beta, which is the progression of atp; choose another name")
+        low, high = ends
+        if not (_is_number(low) and _is_number(high) and low <= high):
+            raise self.wrong("bounds", f"gave {name} the interval {ends!r}, which must run from a number to a higher")
+        return float(low), float(high)
+
+
+def finished(found: Any, origin: Origin) -> CheckedAllocation:
+    """The allocation of a plug-in; UserError if it is none."""
+    return CheckedAllocation.finished(found, origin, sparsities="(budget, **parameters)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

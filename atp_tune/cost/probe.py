@@ -19,7 +19,7 @@ from atp_tune.config.patterns import make_plan
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
 from atp_tune.run.session import Session
-from atp_tune.scores.evaluation import head_scores
+from atp_tune.scores.next_token import head_scores
 
 T = TypeVar("T")
 PROBE_SECONDS = 15.0  # seconds after which no further block is probed

@@ -72,7 +72,7 @@ from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.statistics import Hessian, Several
 from atp_tune.pruners.wanda import Ranks, Wanda
 from atp_tune.scores import Score as ModelScore
-from atp_tune.scores.evaluation import Block, Passing
+from atp_tune.scores.next_token import Block, Passing
 from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, write_atomically
 
 CURVE_TOKENS = 4096  # of the calibration text, for the error curve

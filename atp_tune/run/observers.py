@@ -33,7 +33,7 @@ from atp_tune.metrics import COUNT, NAMES, SIDE, Answers, Continuations, ImageAn
 from atp_tune.plan import Plan
 from atp_tune.run.generation import WeightsOf, continued
 from atp_tune.scores import Scores, joined
-from atp_tune.scores.evaluation import Passing, head_scores
+from atp_tune.scores.next_token import Passing, head_scores
 from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:

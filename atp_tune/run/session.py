@@ -56,7 +56,7 @@ from atp_tune.run.dense_model import (
     priced_shares,
 )
 from atp_tune.scores import SCORES, Score
-from atp_tune.scores.evaluation import compare_bos
+from atp_tune.scores.next_token import compare_bos
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import Observer
