@@ -1,5 +1,6 @@
 """Trials in real databases: a PostgreSQL server that is killed, and SQLite with many workers."""
 
+import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import optuna
 import psycopg
 import pytest
 from crews import LONG as LASTING
+from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
 from pgserver import running as running_server
@@ -19,10 +21,11 @@ from processes import at_end
 from tinystudy import HANGS, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
 from atp_tune.dashboard.publishing import study_note
+from atp_tune.dashboard.servers import Maintenance, ServedDatabase, make_view
 from atp_tune.results.summary import summarise
 from atp_tune.storage import database, fingerprint, opening
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.database import Database, without_password
+from atp_tune.storage.database import Database, is_away, without_password
 
 MEASURES = (
     "SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id) "
@@ -96,6 +99,19 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
         assert URL_PASSWORD not in text
 
 
+@pytest.mark.slow
+def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
+    address = postgres.new()
+    run(place, f"storage={address}")
+    served = opening.open_database(address, False, ServedDatabase)
+    assert served is not None
+    Maintenance(served, tmp_path, print).turn()
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2
+    shown = json.dumps(dict(make_view(address, get_storage(served)).get_all_studies()[0].system_attrs))
+    assert "tuner:***@" in shown
+    assert URL_PASSWORD not in shown
+
+
 # --- a server that is away
 
 
@@ -159,6 +175,27 @@ def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monk
 
 
 @pytest.mark.slow
+def test_a_worker_gives_up_in_one_line(
+    place: Path, frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch, command: CommandLine
+) -> None:
+    address = frail.new()
+    suggest = optuna.Trial.suggest_float
+
+    def kill(self: optuna.Trial, *arguments: object, **options: object) -> float:
+        if self.number == 1:
+            killed(frail)
+            monkeypatch.setattr(database, "RETRY_SECONDS", 0.3)
+        return suggest(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(optuna.Trial, "suggest_float", kill)
+    answer = command("--study", place / "tiny.toml", "--storage", address)
+    frail.start()
+    assert answer.error.endswith(
+        "for 0 minutes now. All earlier results are stored; the same command resumes the study"
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"
@@ -172,6 +209,15 @@ def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: Postg
     study.tell(trial, 1.0)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         database.set_attributes(trial, {"a": 2})
+
+
+@pytest.mark.slow
+def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
+    db = opened(postgres.new())
+    study = fingerprint.create_study(db, "s", {})
+    with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
+        study.set_user_attr("k" * 3000, 1)
+    assert not is_away(caught.value)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from families import scores_of
-from test_runner import reopen
+from test_runner import reopen, states
+from test_zeroshot import make_tasks
 from tinystudy import CommandLine, run, study_file
 
 from atp_tune.config.best import read_config
@@ -138,6 +139,33 @@ def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) 
     assert stricter.params["sparsity"] < best.params["sparsity"]
     assert read_config(place / "tiny.best.json").trial == stricter.number
     assert summarise(run(place, "search.trials=20")).limit is None
+
+
+@pytest.mark.slow
+def test_a_limit_of_kl(tiny_place: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    study = run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3")
+    best = best_trial(study)
+    assert best is not None
+    assert best.values[0] <= 0.3
+    assert best.values[1] == pytest.approx(1 - best.params["sparsity"])
+
+
+@pytest.mark.slow
+def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tasks = make_tasks(tmp_path / "tasks", 20)
+    place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
+    least = f'limit.min_accuracy={{"{tasks}/far.yaml" = 0.2, "{tasks}/near.yaml" = 0.1}}'
+    study = run(place, *LIMIT[:-1], "search.trials=5", least, "limit.items=10")
+    assert states(study) == ["COMPLETE"] * len(study.trials)
+    for trial in study.trials:
+        found = trial.user_attrs["accuracies"]
+        assert {*found} == {f"{tasks}/far.yaml", f"{tasks}/near.yaml"}
+        assert all(0 <= value <= 1 and stderr >= 0 for value, stderr in found.values())
+    assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
 
 
 @pytest.mark.slow

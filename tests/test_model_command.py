@@ -69,6 +69,26 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
 
 
 @pytest.mark.slow
+def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
+    answer = command("Tiny_Llama", "--texts", "own.txt", "--preset", "quick", "--dry-run", "--device", "cpu")
+    assert (answer.code, answer.err) == (0, "")
+    assert "sparsity = [0.3, 0.7]" in answer.out and "max_increase = 0.1" in answer.out
+    assert "[recover]" not in answer.out and "\ndraws = " not in answer.out
+    assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
+    assert "at most 6 trials, " in answer.out
+    assert not (here / "studies").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_pruned_leaves_no_file(here: Path, command: CommandLine) -> None:
+    config = json.loads((here / "Tiny_Llama" / "config.json").read_text())
+    (here / "Tiny_Llama" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    answer = command("Tiny_Llama", "--texts", "own.txt", *QUICK)
+    assert "has no " in answer.error
+    assert not list((here / "studies").glob("*.toml"))
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed")
 def test_the_texts_without_the_hub(here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated on the manual alone, a model was twice as bad on other kinds of text as on manuals."""
