@@ -33,9 +33,9 @@ ROLES = ("calibration", "validation", "test")
 class Sources:
     """How a study file names what is lent; None for what is not."""
 
-    model: str | None = None
-    device: str | None = None
-    texts: str | Mapping[str, str] | None = None
+    model: str | None
+    device: str | None
+    texts: str | Mapping[str, str] | None
 
 
 @dataclass(frozen=True)

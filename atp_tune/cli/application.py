@@ -9,9 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from atp_tune.cli import options
-from atp_tune.cli.commands import apply, chat, evaluate, serve, studies, tune
-from atp_tune.cli.options import UsageError, expanded
+from atp_tune.cli.commands import apply, evaluate, serve, studies, tune
+from atp_tune.cli.options import UsageError, expanded, rejoin
 from atp_tune.config.finding import known
 from atp_tune.errors import UserError
 
@@ -64,7 +63,7 @@ app.callback(invoke_without_command=True)(expanded(tune.run))
 app.command(MODEL, cls=ModelCommand)(expanded(tune.model))
 for command in (  # in the order of `--help`
     studies.status, studies.plan, serve.serve, serve.merge, serve.export, studies.report, apply.apply, apply.pack,
-    apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, chat.chat, evaluate.classify, tune.prune,
+    apply.unpack, apply.push, evaluate.evaluate, evaluate.generate, evaluate.chat, evaluate.classify, tune.prune,
     apply.finetune, evaluate.speedup, studies.studies, studies.plugins, studies.schema, studies.env,
 ):  # fmt: skip
     app.command()(expanded(command))
@@ -72,7 +71,7 @@ for command in (  # in the order of `--help`
 
 def run(words: list[str]) -> Any:
     """Runs the command line, and returns its exit code; UserError for wrong options."""
-    options.rejoin(os.environ)
+    rejoin(os.environ)
     name = Path(sys.argv[0]).name
     try:
         return app(words, prog_name="python -m atp_tune" if name == "__main__.py" else name, standalone_mode=False)

@@ -37,7 +37,7 @@ class WorkerJob:
     file: StudyFile
     name: str
     end: float | None
-    mix: bool = False
+    mix: bool
 
 
 class StudyWorker(ABC):

@@ -117,7 +117,7 @@ class AxisRange:
 
     low: float
     high: float
-    top: float = inf
+    top: float
 
     def arrow(self, value: float) -> str:
         """` ↓` or ` ↑` for a value below or above the axis, else nothing."""
