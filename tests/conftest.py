@@ -141,6 +141,15 @@ def mixed(cache: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture
+def without_warnings() -> Iterator[None]:
+    """Optuna's storages and samplers say nothing of what is experimental."""
+    from tinystudy import quiet
+
+    with quiet():
+        yield
+
+
+@pytest.fixture
 def quiet_optuna() -> Iterator[None]:
     import optuna
 

@@ -17,7 +17,7 @@ from families import few
 from plans import planned
 from processes import popen
 from safetensors.torch import load_file
-from tinystudy import BLOCKS, CommandLine, quiet, settings, study_file
+from tinystudy import BLOCKS, CommandLine, settings, study_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -32,11 +32,7 @@ from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores
 
-
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-from collections.abc import Iterator
-
 import optuna
 import plans
 import plotly.graph_objects as go
 import pytest
 from optuna.trial import TrialState, create_trial
 from synthetic import BLOCKS, BOUND, made_up, new_study
-from tinystudy import quiet
 
 from atp_tune import figures, report
 from atp_tune.errors import UserError
@@ -18,10 +15,7 @@ from atp_tune.utils.extras import EXTRAS, install
 KEYS = ["perplexity", "sparsity", "error", "seconds"]
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pty
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 from synthetic import VERSIONS, storage_in
-from tinystudy import TUNE, CommandLine, quiet
+from tinystudy import TUNE, CommandLine
 
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load, settings
@@ -43,10 +43,7 @@ LEVELS = {  # sparsity → perplexity of ATP, of uniform
 }
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 def nlls_at(level: float, seed: str) -> list[float]:

@@ -1,7 +1,6 @@
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from optuna.trial import FrozenTrial, TrialState
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
-from tinystudy import CommandLine, quiet, run, stored
+from tinystudy import CommandLine, run, stored
 
 from atp_tune.api.merging import Share, merge
 from atp_tune.dashboard.servers import Maintenance
@@ -19,11 +18,7 @@ from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 
-
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 def united(out: Path, *files: Path, name: str | None = None) -> tuple[optuna.Study, list[Share]]:

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
-from tinystudy import quiet, study_file
+from tinystudy import study_file
 
 from atp_tune.errors import TrialError, UserError
 from atp_tune.events import Event, Step, TrialStarted, ignore_events
@@ -23,10 +22,7 @@ from atp_tune.storage.process import identity
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import re
 import tomllib
-from collections.abc import Iterator
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +8,6 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 from synthetic import made_up, new_study
-from tinystudy import quiet
 
 from atp_tune import report
 from atp_tune.errors import UserError
@@ -21,10 +19,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 MAKERS = {"html": html.make, "md": formats.markdown, "json": formats.machine, "latex": formats.latex}
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tinystudy import CommandLine, quiet, settings, stored, study_file
+from tinystudy import CommandLine, settings, stored, study_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,10 +39,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 def random_model(family: str = "llama") -> Any:

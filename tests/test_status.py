@@ -23,7 +23,6 @@ from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, settings, start, stored
 
 from atp_tune.cli import tables, terminal
-from atp_tune.cli.terminal import quiet
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import Summary, summarise
 
@@ -35,10 +34,7 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture

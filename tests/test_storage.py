@@ -1,6 +1,5 @@
 import os
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
-from tinystudy import quiet
 
 from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
@@ -25,10 +23,7 @@ FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "mo
 DEAD = {**identity(), "process_started": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture

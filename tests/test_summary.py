@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -8,7 +7,6 @@ import plans
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
-from tinystudy import quiet
 
 from atp_tune.measures import perplexity
 from atp_tune.report import formats, html
@@ -25,10 +23,7 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_warnings() -> Iterator[None]:
-    with quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
 @pytest.fixture
