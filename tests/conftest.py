@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from cases import left_out
 from localhub import serve
 from plugging import forgotten
 from processes import scope
@@ -93,19 +92,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Hands out the longest files first; a slow test that the run of the slow ones would not see is an error.
-
-    A tenth of the many cases of a slow test is run, and the longest tests are not, unless the command names a file.
-    """
+    """Hands out the longest files first; a slow test that the run of the slow ones would not see is an error."""
     files = {item.path for item in items if item.get_closest_marker("slow")}
     if unseen := sorted(file.name for file in files if not MAY_BE_SLOW.search(file.read_text(encoding="utf-8"))):
         raise pytest.UsageError(f"slow tests in files that do not name the mark: {', '.join(unseen)}")
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
-    names_none = all((config.rootpath / word).is_dir() for word in config.args)
-    if names_none and (less := {*left_out(items)}):
-        config.hook.pytest_deselected(items=[item for item in items if item in less])
-        items[:] = [item for item in items if item not in less]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
