@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -513,7 +513,10 @@ def test_a_trial_that_is_silent_but_alive_is_not_taken(place: Path) -> None:
 def is_stopped_in_a_trial(tiny: Tiny, command: Command) -> bool:
     """Stops a command where it runs a trial and writes nothing; else it goes on."""
     os.kill(command.pid, signal.SIGSTOP)
-    if not (tiny.place / "tiny.db-journal").exists() and tiny.has(RUNS):
-        return True
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(tiny.database, timeout=0)) as connection:
+        connection.execute("BEGIN IMMEDIATE")  # fails where the command holds a lock
+        connection.rollback()
+        if tiny.has(RUNS):
+            return True
     os.kill(command.pid, signal.SIGCONT)
     return False

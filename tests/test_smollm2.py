@@ -41,7 +41,7 @@ SHORT = [
     "continuations.tokens=4", "texts.test.nsamples=2", "texts.test.seqlen=128", "texts.calibration.draws=1",
 ]  # fmt: skip
 MEASURED = (
-    '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], shuffle = true, nsamples = 6, tokens = 128}'
+    '{source = "package:pydoc_data.topics:topics", part = [0.65, 1.0], shuffle = true, nsamples = 6, seqlen = 128}'
 )
 STRIDE = 4  # rows of a linear are looked at: each is pruned by itself
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
