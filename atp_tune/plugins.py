@@ -156,8 +156,8 @@ def _consists_of(each: Any) -> Iterable[Any]:
         return [each.co_code, each.co_exceptiontable, *counts, *names, *each.co_consts]
     if type(each) in (list, tuple, set, frozenset):
         return each if type(each) in (list, tuple) else sorted(each, key=repr)
-    if isinstance(each, staticmethod | classmethod | property):
-        return [getattr(each, name, None) for name in ("__func__", "fget", "fset")]
+    if isinstance(each, staticmethod | classmethod | property) or inspect.ismethod(each) or inspect.isbuiltin(each):
+        return [getattr(each, name, None) for name in ("__name__", "__self__", "__func__", "fget", "fset")]
     try:  # how it would be made again
         made = each.__reduce_ex__(4)
         return [made] if isinstance(made, str) else [*made[:3], *(list(part or ()) for part in made[3:5])]

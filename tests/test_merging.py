@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, run, stored
 
+from atp_tune.api import merging
 from atp_tune.api.merging import Share, merge
 from atp_tune.dashboard.servers import Maintenance
 from atp_tune.errors import UserError
@@ -240,3 +241,19 @@ def test_other_facts_are_named(tmp_path: Path) -> None:
         "prune.damping is 1, was not set; sparsity is 0.7, was 0.6"
     )
     assert not (tmp_path / "out.db").exists()
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artifacts were left beside another's file, and the error gave no advice."""
+    out, write = tmp_path / "out.db", merging._write
+    for name in ("one.db", "two.db"):
+        new_study(tmp_path / name).add_trial(made_up(0.001))
+
+    def while_another_writes(folder: Path, *arguments: Any) -> None:
+        write(folder, *arguments)
+        (folder / "artifacts").mkdir()
+        out.write_text("another's")
+
+    monkeypatch.setattr(merging, "_write", while_another_writes)
+    assert refusal(out, tmp_path / "one.db", tmp_path / "two.db").endswith("out.db exists; name a new file")
+    assert out.read_text() == "another's" and not out.with_suffix(".artifacts").exists()

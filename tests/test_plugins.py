@@ -327,6 +327,7 @@ def test_a_cell_of_a_notebook() -> None:
 
 REACHED = """
 from functools import partial
+from types import MethodType
 from typing import ClassVar
 import torch
 from pydantic import PrivateAttr
@@ -349,11 +350,14 @@ def made(cell=1):
         @property
         def half(self): return 1
     return Mine
+def bound(self): return 1
 Mine = made()
+Mine.also = MethodType(bound, 1)
 """
 VALUES = (
     "p=1)", "kept, part, used = 1", "p=1), [", "[1]", "cell=1", "POWER: ClassVar = 1", "PrivateAttr(1", "sign=1",
     "add=1", "clean(): return 1", "half(self): return 1", "x ** p",
+    "bound(self): return 1",
 )  # fmt: skip
 
 

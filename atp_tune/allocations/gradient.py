@@ -52,7 +52,10 @@ Prices = Sequence[Sequence[float]]  # one per linear of each block
 
 
 class Gradient(Formula):
-    """The end of the descent, or a point on the way to it: see the head of this file."""
+    """Sparsities that descend along the loss of the pruned model: linears whose weights cost little get sparser.
+
+    The head of this file has the descent.
+    """
 
     contains = ("uniform",)
     measures_inputs = True
@@ -79,7 +82,7 @@ class Gradient(Formula):
 
 
 class GradientRows(Gradient):
-    """Row prices: sparsities by prices, of single rows (outputs) within their linear too.
+    """Sparsities of `gradient`, and of single rows (outputs) within their linear too.
 
         s_l = S + κ (s*_l - S),    k_lr = n_l (s_l + κ d_lr)                           l a linear, r one of its rows
 

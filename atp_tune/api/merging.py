@@ -58,10 +58,7 @@ class Share:
 
 def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
     """Merges the study `name`, or the only common one, from files or storage URLs: the new study, and each share."""
-    for path in (out, out.with_suffix(".artifacts")):
-        if path.exists():
-            raise UserError(f"--out {out}: {path} exists; name a new file")
-    check_writable(out, named="--out ")
+    _check_new(out)
     shares = _open(places, name)
     name = shares[0].study.study_name
     # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
@@ -85,6 +82,7 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.St
     try:
         with temporary_folder(out) as folder, readable(name):
             _write(folder, shares, [_renumbered(kept[key][1], kept[key][0].numbers) for key in order])
+            _check_new(out)  # another process may have made it meanwhile
             if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
             rename_new(folder / "new.db", out)
@@ -92,6 +90,13 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.St
         raise UserError(f"--out {out}: {error.strerror}") from None
     (made,) = _open([str(out)], name)
     return made.study, shares
+
+
+def _check_new(out: Path) -> None:
+    for path in (out, out.with_suffix(".artifacts")):
+        if path.exists():
+            raise UserError(f"--out {out}: {path} exists; name a new file")
+    check_writable(out, named="--out ")
 
 
 def _open(places: Sequence[str], name: str | None) -> list[Share]:

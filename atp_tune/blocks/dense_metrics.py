@@ -6,7 +6,7 @@ W weight [out, in] of a linear; X its inputs [tokens, in] over the calibration t
     outliers    share of a block's scores above `threshold` times their mean, which is float64
     exponents   α of a power law λ^-α fitted to the tail, or to the upper half, of the eigenvalues λ of WᵀW
     global      share of a linear's scores among the lowest of the model
-    priced      the plan of `allocations.prices`, whose gradients `blocks.gradients` measures
+    priced      the plan of `allocations.gradient`, whose gradients `blocks.gradients` measures
     of_blocks   what a plug-in computes from the weights and the statistics of each block
 
 Blocks are used one at a time and nothing of their size is kept, so no more memory is needed than for pruning.

@@ -300,7 +300,7 @@ def check_finite(prices: Iterable[float], what: str) -> None:
 # weight of a row. What a pruner makes that changes kept weights too is made anew for each level, so that it has few,
 # and they are kept.
 #
-# Where each row has a number of zeros of its own (see `allocations.row_prices`):
+# Where each row has a number of zeros of its own (see `allocations.gradient`):
 #
 #     k_r = n (s + d_r), rounded    zeros of row r of a linear with n inputs and the sparsity s
 #     p_r   mean of - G_ij W_ij over the weights of the row whose place in the order of scores is less than 0.06 n from

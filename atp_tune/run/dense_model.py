@@ -232,7 +232,7 @@ def dense_final_states(
     return [states.cpu() for states in passing.states]
 
 
-# --- Sparsities and bits by prices: the descent of `allocations.prices`, and the costs of widths.
+# --- Sparsities and bits by prices: the descent of `allocations.gradient`, and the costs of widths.
 #
 # The result is kept in the cache by everything that determines it, so that later runs and other studies need no
 # descent; so are the steps of a descent until its end, so that an interrupted one goes on.
