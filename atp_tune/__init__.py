@@ -15,12 +15,12 @@ from atp_tune.packed.registering import register as register_packed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration, load_config
+    from atp_tune.api.keeping import keep_zeros
     from atp_tune.api.pruning import perplexity, prune
     from atp_tune.api.result import Result, load_study
     from atp_tune.api.tuning import tune
     from atp_tune.config.study import Study
     from atp_tune.errors import UserError
-    from atp_tune.folders.lora import keep_zeros
     from atp_tune.plugins import allocation, pruner, sampler, score, text_source
     from atp_tune.utils.frozen import SettingsTable
 
@@ -32,7 +32,7 @@ __all__ = [
 _PLACES = {
     "Configuration": "api.configuration", "Result": "api.result", "SettingsTable": "utils.frozen",
     "Study": "config.study", "UserError": "errors",
-    "keep_zeros": "folders.lora", "load_config": "api.configuration", "load_study": "api.result",
+    "keep_zeros": "api.keeping", "load_config": "api.configuration", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip

@@ -56,8 +56,11 @@ class Share:
     numbers: dict[int, int] = field(default_factory=dict)
 
 
-def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
-    """Merges the study `name`, or the only common one, from files or storage URLs: the new study, and each share."""
+def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[tuple[str, int, int, int]]]:
+    """Merges the study `name`, or the only common one, from files or storage URLs.
+
+    Returns the new study, and of each storage its address, and how many trials are finished, known and unfinished.
+    """
     _check_new(out)
     shares = _open(places, name)
     name = shares[0].study.study_name
@@ -89,7 +92,7 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.St
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     (made,) = _open([str(out)], name)
-    return made.study, shares
+    return made.study, [(share.address, len(share.trials), share.known, share.unfinished) for share in shares]
 
 
 def _check_new(out: Path) -> None:
