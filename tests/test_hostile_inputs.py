@@ -23,7 +23,6 @@ from typing import Any
 
 import hostile
 import pytest
-from cases import EVERY
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
 from huggingface_hub import constants
 from image_families import write_classifier
@@ -43,6 +42,7 @@ from atp_tune.events import Place
 from atp_tune.speed import benchmark, torch_engine
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
+EVERY = 1 if os.environ.get("ATP_TUNE_CASES") == "all" else 10  # inputs of which a command tries one
 LIMIT = 120  # seconds for a command
 NONE = "–"
 OUT = r"work/out(/.*)?"
