@@ -19,6 +19,7 @@ from atp_tune.storage.opening import find_study, open_storage
 @pytest.fixture
 def connections() -> Iterator[list[Any]]:
     """Those that were opened and have not been closed; what Python clears away itself is not closed."""
+    gc.collect()  # what earlier tests left is closed before, not while it is counted
     opened: list[Any] = []
 
     def connect(connection: Any, _: Any) -> None:
