@@ -13,7 +13,7 @@ from synthetic import DISTRIBUTIONS, made_up, new_study, storage_in
 from tinystudy import CommandLine, run, stored
 
 from atp_tune.api import merging
-from atp_tune.api.merging import merge
+from atp_tune.api.merging import Share, merge
 from atp_tune.dashboard.servers import Maintenance
 from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial
@@ -22,7 +22,7 @@ from atp_tune.results.summary import summarise
 pytestmark = pytest.mark.usefixtures("without_warnings")
 
 
-def united(out: Path, *files: Path, name: str | None = None) -> tuple[optuna.Study, list[tuple[str, int, int, int]]]:
+def united(out: Path, *files: Path, name: str | None = None) -> tuple[optuna.Study, list[Share]]:
     return merge([str(file) for file in files], out, name)
 
 
@@ -49,7 +49,7 @@ def test_a_study_and_its_copy_are_the_study(done: Path, tmp_path: Path) -> None:
     shutil.copyfile(done / "tiny.db", tmp_path / "copy.db")
     study, shares = united(tmp_path / "new" / "out.db", done / "tiny.db", tmp_path / "copy.db")
     before = study_of(done / "tiny.db")
-    assert [known for _, _, known, _ in shares] == [0, 6]
+    assert [share.known for share in shares] == [0, 6]
     assert [(t.number, *same(t)) for t in study.trials] == [(t.number, *same(t)) for t in before.trials]
     assert study.user_attrs == before.user_attrs
     assert summarise(study) == summarise_as(before, study)

@@ -177,9 +177,7 @@ class Configuration:
     device: str = "auto"
     allowed: Mapping[str, bool] = field(default_factory=dict)  # what a file cannot permit itself
     lender: Lender = field(default_factory=Lender)
-    watch: EventHandler | None = (
-        None  # of a caller with a display; without one calls are quiet, and errors name arguments
-    )
+    watch: EventHandler | None = None  # of a caller with a display; without one calls are quiet
 
     def __repr__(self) -> str:
         return f"<Configuration {self.config}>"

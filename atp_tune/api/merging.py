@@ -40,30 +40,27 @@ AS_BEFORE = re.compile(r"(?<=^failed before, as trial )[0-9]{1,9}(?![0-9])")
 
 @dataclass(eq=False)
 class Share:
-    """The study in one storage, and its trials: finished, in an earlier storage too (`known`), and unfinished.
+    """The study in one storage, read once; trials that are finished, in an earlier storage too (`known`), unfinished.
 
-    `address` without password; `attrs` of the system; `artifacts`: their folder; `numbers`: number of each finished
-    trial → its number in the new study.
+    `address` without password; `user`, `attrs`: attributes of the study, and of the system; `artifacts`: their folder;
+    `numbers`: number of each finished trial → its number in the new study.
     """
 
     address: str
-    study: optuna.Study
     trials: list[FrozenTrial]
     unfinished: int
+    user: Attributes
     attrs: Attributes
     artifacts: Path
     known: int = 0
     numbers: dict[int, int] = field(default_factory=dict)
 
 
-def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[tuple[str, int, int, int]]]:
-    """Merges the study `name`, or the only common one, from files or storage URLs.
-
-    Returns the new study, and of each storage its address, and how many trials are finished, known and unfinished.
-    """
+def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
+    """Merges the study `name`, or the only common one, from files or storage URLs: the new study, and each share."""
     _check_new(out)
-    shares = _open(places, name)
-    name = shares[0].study.study_name
+    first, shares = _open(places, name)
+    name = first.study_name
     # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
     kept: dict[object, tuple[Share, FrozenTrial]] = {}
     keys: list[list[object]] = []
@@ -84,15 +81,14 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.St
         share.numbers = {trial.number: number_of[key] for trial, key in zip(share.trials, own, strict=True)}
     try:
         with temporary_folder(out) as folder, readable(name):
-            _write(folder, shares, [_renumbered(kept[key][1], kept[key][0].numbers) for key in order])
+            _write(folder, first, shares, [_renumbered(kept[key][1], kept[key][0].numbers) for key in order])
             _check_new(out)  # another process may have made it meanwhile
             if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
             rename_new(folder / "new.db", out)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    (made,) = _open([str(out)], name)
-    return made.study, [(share.address, len(share.trials), share.known, share.unfinished) for share in shares]
+    return _open([str(out)], name)[0], shares
 
 
 def _check_new(out: Path) -> None:
@@ -102,8 +98,8 @@ def _check_new(out: Path) -> None:
     check_writable(out, named="--out ")
 
 
-def _open(places: Sequence[str], name: str | None) -> list[Share]:
-    """Reads the study of each storage; UserError if they hold different ones, or a file does not exist."""
+def _open(places: Sequence[str], name: str | None) -> tuple[optuna.Study, list[Share]]:
+    """The study in the first storage, and each share; UserError if they hold different ones, or a file is missing."""
     shown, databases, folders = list[str](), [], []
     for place in places:
         is_url = "://" in place
@@ -119,21 +115,23 @@ def _open(places: Sequence[str], name: str | None) -> list[Share]:
     if len(wanted) != 1 or not wanted <= shared:
         held = "; ".join(f"{at} holds {', '.join(names) or 'none'}" for at, names in zip(shown, found, strict=True))
         raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
-    (name,), shares = wanted, list[Share]()
+    (name,), shares, first = wanted, list[Share](), None
     for at, db, folder in zip(shown, databases, folders, strict=True):
         study = opening.find_study(db, name)
         assert study is not None
         with readable(name):
             trials, attrs = study.get_trials(deepcopy=False), db.get_study_system_attrs(study._study_id)
+        user = study.user_attrs
         ended = [trial for trial in trials if trial.state.is_finished()]
-        shares.append(Share(at, study, ended, len(trials) - len(ended), attrs, folder))
-        if (facts := study.user_attrs.get("fingerprint")) is None:
+        shares.append(Share(at, ended, len(trials) - len(ended), user, attrs, folder))
+        if (facts := user.get("fingerprint")) is None:
             raise UserError(f"merge: {at}: study {name} has no trials of atp_tune yet")
-        first = shares[0].study
-        seed = {key: value for key, value in first.user_attrs["fingerprint"].items() if key == SEED}
+        first = first or study
+        seed = {key: value for key, value in shares[0].user["fingerprint"].items() if key == SEED}
         if differing := fingerprint.differences(first, {**facts, **seed}):
             raise UserError(f"merge: {at} holds another study than {shown[0]}: {differing}")
-    return shares
+    assert first is not None
+    return first, shares
 
 
 def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
@@ -151,22 +149,21 @@ def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
     return trial
 
 
-def _write(folder: Path, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
+def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
     from atp_tune.dashboard.publishing import note_in, note_parts, own_words
 
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, Database)
-    first = shares[0].study
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
     ids = [db.create_new_trial(study._study_id, trial) for trial in kept]
     user, system = Attributes(), Attributes()
     tables: dict[str, Attributes] = {key: {} for key in TABLES}
     files = folder / "artifacts"
     for share in shares[::-1]:  # the first overwrites the others
-        user |= share.study.user_attrs
+        user |= share.user
         names = {"dense": "dense"} | {str(old): str(new) for old, new in share.numbers.items()}
         for key, table in tables.items():
-            stored = share.study.user_attrs.get(key, {})
+            stored = share.user.get(key, {})
             table |= {names[row]: value for row, value in stored.items() if row in names}
         # Attributes of the system, without invalid artifacts and those that `serve` makes anew.
         new_ids = {trial._trial_id: ids[share.numbers[trial.number]] for trial in share.trials}
@@ -184,7 +181,7 @@ def _write(folder: Path, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -
         for file in filter(None, (artifacts.own_file(share.artifacts, artifacts.name_in(key)) for key in named)):
             files.mkdir(exist_ok=True)
             shutil.copyfile(file, files / file.name)
-    user["total"] = max(sum(map(progress.counts, kept)), *(share.study.user_attrs.get("total", 0) for share in shares))
+    user["total"] = max(sum(map(progress.counts, kept)), *(share.user.get("total", 0) for share in shares))
     user |= {key: table for key, table in tables.items() if table}
     # Notes of the study and its trials, with people's words from all storages.
     notes: dict[int | None, dict[str, None]] = {}

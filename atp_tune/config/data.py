@@ -1,7 +1,7 @@
 """The data of a study, by role: the tables `[texts.*]` of a language model, or `[images.*]` of an image classifier."""
 
 import posixpath
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
@@ -252,7 +252,7 @@ def is_local_text(source: str) -> bool:
 def text_name(source: str) -> str:
     """The source of a text or of images for people: of local ones without the folders above."""
     kind, _, rest = source.partition(":")
-    return f"{kind}:{Path(rest).name}" if is_local_text(source) else short_source(source)
+    return f"{kind}:{PureWindowsPath(rest).name or '.'}" if is_local_text(source) else short_source(source)
 
 
 def short_source(source: str) -> str:

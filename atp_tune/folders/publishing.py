@@ -21,7 +21,7 @@ from atp_tune.checkpoints.convert import ABOUT as BEFORE_PACKING
 from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.data import is_local_text
+from atp_tune.config.data import is_local_text, text_name
 from atp_tune.config.facts import is_local
 from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import parts_of
@@ -236,8 +236,7 @@ def _public(key: str, value: str, base: Path) -> str:
     if key == "folder":
         return "."
     if key == "source" and is_local_text(value):
-        kind, _, path = value.partition(":")
-        return f"{kind}:{_last(path)}"
+        return text_name(value)
     place, rest = parts_of(value) if key in ("source", "place") else (value, "")
     if is_place(place):
         return _last(place) + f":{_last(rest)}" * bool(rest)

@@ -68,7 +68,7 @@ def test_a_cpu_and_a_gpu_share_a_study(place: Path, device: torch.device) -> Non
     assert len({trial.user_attrs["device"] for trial in mixed.trials}) == 2
     study(place, device, f"storage=sqlite:///{place}/there.db", "search.seed=5")
     both, shares = merge([str(place / "tiny.db"), str(place / "there.db")], place / "both.db", None)
-    assert [finished for _, finished, _, _ in shares] == [6, 4]
+    assert [len(share.trials) for share in shares] == [6, 4]
     uniform = [trial.value for trial in both.trials if trial.params.get("beta") == 0.0]
     assert len(uniform) == 2
     assert uniform[0] == pytest.approx(uniform[1], rel=0.01)

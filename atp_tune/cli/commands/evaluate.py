@@ -361,8 +361,8 @@ def _megabytes(size: int) -> str:
 
 
 # --- `tune.py chat`: talks with a sparse model, and with its dense model.
-
-# --- A chat in a terminal: lines that a person types, commands among them, and answers as they come.
+#
+# In a terminal: lines that a person types, commands among them, and answers as they come.
 
 Shown = Literal["sparse", "dense", "uniform", "both"]
 SIDES: "dict[Shown, tuple[Which, ...]]" = {

@@ -95,10 +95,10 @@ def merge(storages: list[str], *, out: Path, study: str | None = None) -> None:
 
     with quiet():
         made, shares = unite(storages, out, study)
-    for address, finished, known, unfinished in shares:
-        already = f", {known} of them known already" if known else ""
-        left = f"; {unfinished} running or waiting trials are left out" if unfinished else ""
-        echo(f"{address}: {trials(finished)}{already}{left}")
+    for share in shares:
+        known = f", {share.known} of them known already" if share.known else ""
+        left = f"; {share.unfinished} running or waiting trials are left out" if share.unfinished else ""
+        echo(f"{share.address}: {trials(len(share.trials))}{known}{left}")
     found = summarise(made)
     echo(f"{out}: {trials(len(found.trials))}, {found.done} of {found.total} done")
     file = found.made_from.name if found.made_from else "NAME"
