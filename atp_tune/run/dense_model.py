@@ -75,7 +75,7 @@ from atp_tune.scores import Score as ModelScore
 from atp_tune.scores.next_token import Block, Passing
 from atp_tune.utils.cache import cache_dir, file_atomically, key, made_once, write_atomically
 
-CURVE_TOKENS = 4096  # of the calibration text, for the error curve
+CURVE_TOKENS = 512  # of the calibration text, for the error curve, which statistics of the dense model pay for
 
 
 class Measuring:
