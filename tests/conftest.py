@@ -211,6 +211,20 @@ def tiny_done(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def tiny_sparse(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished tiny study with the folder `sparse` that `apply` makes of it; to be read only."""
+    from tinystudy import copied
+
+    from atp_tune.config.best import read_config
+    from atp_tune.events import Place
+    from atp_tune.folders.applying import apply
+
+    with copied(tiny_done, tmp_path_factory) as place:
+        apply(read_config(place / "tiny.best.json"), place / "sparse", Place(place, "cpu"))
+        return place
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the 135M model of `studies/smol.toml`, which is downloaded and converted once for all processes."""
     from atp_tune.checkpoints.models import resolve
@@ -260,6 +274,12 @@ def place(tiny_place: Path, tmp_path: Path, windows: None) -> Path:
 def done(tiny_done: Path, tmp_path: Path, windows: None) -> Path:
     """A copy of `tiny_done` for one test."""
     return Path(shutil.copytree(tiny_done, tmp_path / "done"))
+
+
+@pytest.fixture
+def sparse(tiny_sparse: Path, done: Path) -> Path:
+    """The sparse folder of `done`, within it."""
+    return Path(shutil.copytree(tiny_sparse / "sparse", done / "sparse"))
 
 
 @pytest.fixture

@@ -42,12 +42,11 @@ class Rows:
         self.made[fault] = f"| {fault} | {times} | {lost} | {twice} | {same} | {took} |"
 
     def write(self, document: Path) -> None:
-        text = document.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
+        before, _, rest = document.read_text().partition(BEGIN)
         inside, _, after = rest.partition(END)
         known = {line.split(" | ")[0].removeprefix("| "): line for line in inside.splitlines()[2:] if line}
         lines = [*HEAD, *{**known, **self.made}.values()]
-        document.write_text(f"{before}{BEGIN}" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+        document.write_text(f"{before}{BEGIN}" + "\n".join(lines) + f"\n{END}{after}")
 
 
 class Command:

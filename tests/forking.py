@@ -129,6 +129,6 @@ def _run(*arguments: Any) -> None:
 
 def _reader(pipe: Connection) -> TextIO:
     """One end of a pipe as a file of text."""
-    stream = os.fdopen(os.dup(pipe.fileno()), encoding="utf-8")
+    stream = os.fdopen(os.dup(pipe.fileno()))
     pipe.close()
     return stream

@@ -124,8 +124,7 @@ def finished() -> tuple[StudyFile, dict[str, Any], list[FrozenTrial]]:
     """A study file, and attributes and trials as a study of it holds them."""
     study = new_study(scratch() / "made.db")
     study.set_user_attr("test_nlls", {"dense": [2.9] * 16, "0": [4.1] * 16, "2": [4.0] * 16})
-    grid = [0.0, 0.1]
-    curve = {"beta": grid, "mean": [60.0, 61.0], "low": [50.0, 51.0], "high": [70.0, 71.0]}
+    curve = {"beta": [0.0, 0.1], "mean": [60.0, 61.0], "low": [50.0, 51.0], "high": [70.0, 71.0]}
     study.set_user_attr("gp_posterior", {"before": 3, "curves": {"wanda": curve}})
     attrs = study.user_attrs
     attrs["fingerprint"] |= {"model.dtype": "float32", "prune.pruners": ["wanda"]}
@@ -204,8 +203,7 @@ def stored(data: bytes) -> None:
         if choose(3) == 0:
             attrs = damaged(attrs, choose)
             continue
-        number = choose(len(trials))
-        _damage_trial(trials[number], choose)
+        _damage_trial(trials[choose(len(trials))], choose)
     study = _stored(attrs, trials)
     refused(lambda: look(study, file))
     if choose(8) == 1:
@@ -272,8 +270,7 @@ def draw(study: optuna.Study) -> None:
 def check_screen(show: Callable[[], None]) -> None:
     with terminal.console().capture() as captured:
         show()
-    shown = captured.get()
-    assert not {char for char in shown if not char.isprintable()} - {"\n", "\u00a0"}
+    assert not {char for char in captured.get() if not char.isprintable()} - {"\n", "\u00a0"}
 
 
 TARGETS = {"config": config, "toml": toml, "stored": stored}

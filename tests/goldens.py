@@ -168,15 +168,15 @@ def made(name: str, place: Path) -> dict[str, str]:
         study = ("--study", "tiny.toml")
         for suffix, kind in (("md", "md"), ("tex", "latex"), ("json", "json"), ("html", "html")):
             told("report", *study, "--format", kind, "--out", f"report.{suffix}")
-            files[f"report.{suffix}"] = Path(f"report.{suffix}").read_text(encoding="utf-8")
+            files[f"report.{suffix}"] = Path(f"report.{suffix}").read_text()
         files["report.html"] = body(files["report.html"])
         files["status.txt"] = told("status", *study)
         files["status.json"] = told("status", *study, "--json")
         files["plan.txt"] = without_costs(told("plan", *words(*study, *golden.settings)))
         files["plan.json"] = without_costs(told("plan", *words(*study, *golden.settings), "--json"))
-        files["best.json"] = Path("tiny.best.json").read_text(encoding="utf-8")
+        files["best.json"] = Path("tiny.best.json").read_text()
         files["apply.txt"] = told("apply", "--config", "tiny.best.json", "--out", "out")
-        files["card.md"] = Path("out/README.md").read_text(encoding="utf-8")
+        files["card.md"] = Path("out/README.md").read_text()
         files["applied.json"] = applied(files["best.json"])
     return {file: normal(text, place) for file, text in files.items()}
 
@@ -194,7 +194,7 @@ def prepare(golden: Golden, place: Path) -> None:
         make_images(place, "t10k", 80, 2)
     for index, role in enumerate(("calibration", "validation", "test")):
         start = 100_000 + 20_000 * index
-        (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
+        (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000])
     toml = IMAGES if golden.model == "vit" else TEXTS
     if golden.model == "pairs":
         from test_pairs import write_pairs
@@ -204,7 +204,7 @@ def prepare(golden: Golden, place: Path) -> None:
         toml = toml.replace('source = "file:calibration.txt"', pairs).replace(
             "[texts.", "[texts]\nbos = false\n\n[texts.", 1
         )
-    (place / "tiny.toml").write_text(toml.replace("GOAL", golden.goal), encoding="utf-8")
+    (place / "tiny.toml").write_text(toml.replace("GOAL", golden.goal))
 
 
 def words(*arguments: str) -> list[str]:
@@ -240,8 +240,7 @@ def steady(database: Path) -> None:
         for table in ("trial_system_attributes", "trial_user_attributes", "study_system_attributes"):
             rows = f"SELECT rowid, key, value_json FROM {table}"
             for row, key, value in connection.execute(rows).fetchall():
-                found = timeless({key.rpartition(":")[2]: json.loads(value)})
-                (steadied,) = found.values()
+                (steadied,) = timeless({key.rpartition(":")[2]: json.loads(value)}).values()
                 connection.execute(f"UPDATE {table} SET value_json = ? WHERE rowid = ?", (json.dumps(steadied), row))
         started = "datetime_start = '2026-01-01 00:00:00', datetime_complete = '2026-01-01 00:00:02'"
         connection.execute(f"UPDATE trials SET {started}")
@@ -304,7 +303,7 @@ def digest(content: bytes) -> str:
 
 def applied(best: str) -> str:
     """What the configuration in a written folder has otherwise than best.json, and a digest of each tensor."""
-    ours, found = json.loads(best), json.loads(Path("out/atp_tune.json").read_text(encoding="utf-8"))
+    ours, found = json.loads(best), json.loads(Path("out/atp_tune.json").read_text())
     found.pop("manifest")
     other = {key: value for key, value in found.items() if key not in ours or ours[key] != value}
     tensors = load_file("out/model.safetensors")
@@ -344,7 +343,7 @@ def normal(text: str, place: Path) -> str:
 def difference(name: str, found: Mapping[str, str], is_exact: bool) -> str:
     """A readable difference between the golden files of a study and these; nothing if there is none."""
     folder, said = HOME / name, list[str]()
-    files = {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*"))}
+    files = {file.name: file.read_text() for file in sorted(folder.glob("*"))}
     for file in sorted({*files, *found}):
         before, after = files.get(file, "").splitlines(), found.get(file, "").splitlines()
         if not is_exact and len(before) == len(after):
@@ -389,7 +388,7 @@ def write(names: Sequence[str], place: Path) -> None:
         shutil.rmtree(HOME / name, ignore_errors=True)
         for file, text in made(name, place / name).items():
             (HOME / name).mkdir(exist_ok=True)
-            (HOME / name / file).write_text(text, encoding="utf-8")
+            (HOME / name / file).write_text(text)
     (HOME / "signature.json").write_text(json.dumps(signature(), indent=1) + "\n")
 
 

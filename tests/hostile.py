@@ -651,7 +651,7 @@ BEGIN, END = "<!-- written by tests/test_hostile_inputs.py: -->\n", "<!-- : writ
 
 def known_cells(document: Path) -> dict[tuple[str, str], str]:
     """The table's cells by command and kind of input."""
-    inside = document.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    inside = document.read_text().partition(BEGIN)[2].partition(END)[0]
     lines = [line.strip("|").split("|") for line in inside.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line] for line in lines]
     return {
@@ -661,7 +661,7 @@ def known_cells(document: Path) -> dict[tuple[str, str], str]:
 
 def write_cells(document: Path, cells: dict[tuple[str, str], str], commands: list[str]) -> None:
     """The table anew, and below it how many inputs there are."""
-    text = document.read_text(encoding="utf-8")
+    text = document.read_text()
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     head = [f"| command | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
     rows = [f"| `{name}` | {' | '.join(cells.get((name, kind), '') for kind in KINDS)} |" for name in commands]

@@ -36,7 +36,7 @@ def named(path: Path) -> str:
 
 def blocks(path: Path) -> list[Block]:
     """The blocks of a page, in their order."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text()
     found = [(match.start(), match[2], match[3]) for match in FENCE.finditer(text)]
     plain = FENCE.sub(lambda match: re.sub(r"[^\n]", "-", match[0]), text)
     found += [(match.start(), "", match[0].rstrip() + "\n") for match in INDENTED.finditer(plain)]
@@ -49,18 +49,18 @@ def blocks(path: Path) -> list[Block]:
 def filled(page: Path, by: str, table: str) -> None:
     """Puts a table between its two marks on a page; AssertionError if it was another one, which is then replaced."""
     first, last = f"<!-- written by {by}: -->", f"<!-- : written by {by} -->"
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text()
     head, begun, rest = text.partition(first)
     made = f"{head}{first}\n{table}\n{last}{rest.partition(last)[2]}"
     assert begun, f"{page.name} has no {first}"
     if made != text:
-        page.write_text(made, encoding="utf-8")
+        page.write_text(made)
     assert made == text, f"{page.name} was not up to date, and has been written anew"
 
 
 def prose(path: Path) -> str:
     """A page without its blocks."""
-    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    text = FENCE.sub("", path.read_text())
     return INDENTED.sub("\n", text)
 
 
@@ -88,8 +88,7 @@ def _commands(text: str) -> list[list[str]]:
 
 
 def _lines(text: str) -> list[str]:
-    joined = re.sub(r"\s*\\\n\s*", " ", text)
-    return [line for line in joined.splitlines() if not OUTPUT.match(line)]
+    return [line for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines() if not OUTPUT.match(line)]
 
 
 def _words(line: str) -> list[str]:
@@ -102,6 +101,6 @@ def _words(line: str) -> list[str]:
 
 def anchors(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and Python-Markdown make them."""
-    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    text = FENCE.sub("", path.read_text())
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {WORD.sub("", title.lower()).strip().replace(" ", "-") for title in titles}

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPO = Path(__file__).parents[1]
-PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 

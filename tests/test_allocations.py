@@ -6,6 +6,7 @@ from typing import Any
 
 import naive_allocations as naive
 import pytest
+from expect import parametrize, slow
 from families import few
 
 from atp_tune.allocations import ALLOCATIONS, Budget, LinearSparsities, Shape
@@ -27,8 +28,7 @@ def budgets() -> list[Budget]:
 
 
 def weighted(budget: Budget, sparsities: tuple[float, ...]) -> float:
-    zeros = math.fsum(s * size for s, size in zip(sparsities, budget.sizes, strict=True))
-    return zeros / sum(budget.sizes)
+    return math.fsum(s * size for s, size in zip(sparsities, budget.sizes, strict=True)) / sum(budget.sizes)
 
 
 def admissible(budget: Budget, beta: float) -> bool:
@@ -37,7 +37,7 @@ def admissible(budget: Budget, beta: float) -> bool:
     return all(0 <= budget.target + beta * (i - centre) <= 1 for i in range(len(budget.sizes)))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("target", "blocks", "beta", "expected"),
     [
         (0.5, 3, 0.1, (0.4, 0.5, 0.6)),
@@ -64,8 +64,8 @@ def test_sparsities_meet_the_target_in_order_and_stay_shares() -> None:
         assert steps == pytest.approx([beta] * len(steps), abs=1e-12)
 
 
-@pytest.mark.parametrize("factor", [1 + 1e-6, 1.5, 1e6])
-@pytest.mark.parametrize("side", [0, 1])
+@parametrize("factor", [1 + 1e-6, 1.5, 1e6])
+@parametrize("side", [0, 1])
 def test_outside_the_bound(side: int, factor: float) -> None:
     for budget in budgets():
         beta = atp.bounds(budget)["beta"][side] * factor + math.copysign(1e-8, side - 0.5)
@@ -159,9 +159,7 @@ def by_linear(budget: Budget, sparsities: Any) -> list[tuple[float, int]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "gradient", "gradient-rows"])
-)
+@parametrize("name", few([name for name in ALLOCATIONS if name != "global"], ["owl", "gradient", "gradient-rows"]))
 def test_every_allocation_meets_every_target_with_shares(name: str) -> None:
     generator = random.Random(3)
     for budget in measured_budgets():
@@ -170,13 +168,13 @@ def test_every_allocation_meets_every_target_with_shares(name: str) -> None:
         assert math.fsum(s * size for s, size in given) / sum(budget.sizes) == pytest.approx(budget.target, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "gradient", "gradient-rows", "global"])
+@parametrize("name", ["owl", "alphapruning", "alphapruning-linear", "gradient", "gradient-rows", "global"])
 def test_what_is_measured_needs_a_model(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: needs a model to measure"):
         ALLOCATIONS[name].sparsities(Budget(0.5, (3, 4)))
 
 
-@pytest.mark.slow
+@slow
 def test_owl_is_the_formula() -> None:
     generator = random.Random(4)
     for budget in measured_budgets():
@@ -188,7 +186,7 @@ def test_owl_is_the_formula() -> None:
         assert owl.sparsities(budget, **values) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("target", "high"), [(0.5, 0.2), (0.7, 0.15), (0.9, 0.05), (0.1, 0.05), (1.0, 0.0)])
+@parametrize(("target", "high"), [(0.5, 0.2), (0.7, 0.15), (0.9, 0.05), (0.1, 0.05), (1.0, 0.0)])
 def test_the_bound_of_lambda(target: float, high: float) -> None:
     bounds = owl.bounds(Budget(target, (1, 10**9)))
     assert bounds == {"M": (3.0, 10.0), "lam": (min(0.02, high), pytest.approx(high))}
@@ -196,13 +194,13 @@ def test_the_bound_of_lambda(target: float, high: float) -> None:
     assert all(0 <= s <= 1 for s in owl.sparsities(extreme, lam=bounds["lam"][1]))
 
 
-@pytest.mark.parametrize("name", ["owl", "alphapruning"])
+@parametrize("name", ["owl", "alphapruning"])
 def test_blocks_that_do_not_differ_get_the_target(name: str) -> None:
     budget = Budget(0.6, (1, 20, 3), dense_metrics=Given((0.02,) * 3, ((2.0, 4.0), (3.0,), (4.0, 2.0))))
     assert ALLOCATIONS[name].sparsities(budget) == (0.6, 0.6, 0.6)
 
 
-@pytest.mark.slow
+@slow
 def test_alphapruning_is_the_map_with_a_cap() -> None:
     generator, capped = random.Random(5), 0
     for budget in measured_budgets():
@@ -216,7 +214,7 @@ def test_alphapruning_is_the_map_with_a_cap() -> None:
     assert capped > 10  # or the cap was not tried
 
 
-@pytest.mark.slow
+@slow
 def test_alphapruning_by_linear_is_the_map_with_a_cap() -> None:
     """The authors' map over all linears, whatever their blocks."""
     generator, capped = random.Random(5), 0
@@ -232,7 +230,7 @@ def test_alphapruning_by_linear_is_the_map_with_a_cap() -> None:
     assert capped > 3  # or the cap was not tried
 
 
-@pytest.mark.slow
+@slow
 def test_erdos_renyi_by_bisection() -> None:
     dense = 0
     for budget in measured_budgets():

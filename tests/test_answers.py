@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expect import parametrize
 from image_families import SIZE, write_classifier
 from PIL import Image
 from transformers import AutoModelForImageClassification
@@ -65,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
     return write_classifier(tmp_path / "vit", {0: "crane", 1: "crane"})
 
 
-@pytest.mark.parametrize("mean", [0.3, [0.3], [0.3] * 3])
+@parametrize("mean", [0.3, [0.3], [0.3] * 3])
 def test_pictures_have_their_own_colours(mean: Any, folder: Path) -> None:
     """By one mean for all channels too, which transformers takes."""
     deviation = 0.2 if isinstance(mean, float) else [0.2] * len(mean)
@@ -77,9 +78,7 @@ def test_pictures_have_their_own_colours(mean: Any, folder: Path) -> None:
         assert np.array_equal(shown, own.permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize(
-    "more", [{"image_mean": [0.3] * 2, "image_std": [0.2] * 2}, {"image_processor_type": "NoneSuch"}]
-)
+@parametrize("more", [{"image_mean": [0.3] * 2, "image_std": [0.2] * 2}, {"image_processor_type": "NoneSuch"}])
 def test_what_fails_leaves_the_strip_out_in_one_line(more: dict[str, Any], folder: Path) -> None:
     strip = Strip(change(folder, "preprocessor_config.json", **more))
     assert strip.all() is None and strip.work.wanted == ()

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from expect import parametrize, refusal, slow
 from tinystudy import CommandLine, make_tokenizer, run
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -47,7 +48,7 @@ def model(trained: LlamaForCausalLM) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def texts(tiny_place: Path) -> dict[str, list[str]]:
-    return {role: [(tiny_place / f"{role}.txt").read_text(encoding="utf-8")] for role in ROLES}
+    return {role: [(tiny_place / f"{role}.txt").read_text()] for role in ROLES}
 
 
 SETTINGS = {
@@ -72,28 +73,19 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def said(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 # The same as the command line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pruner", "way"), [("wanda", "block"), ("sparsegpt", "block"), ("wanda", "sequential")])
+@slow
+@parametrize(("pruner", "way"), [("wanda", "block"), ("sparsegpt", "block"), ("wanda", "sequential")])
 def test_the_masks_are_those_of_the_command_line(
     place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]], command: CommandLine, pruner: str, way: str
 ) -> None:
     out = place / "out"
-    answer = command(
+    command.ok(
         "prune", "--study", place / "tiny.toml", "--pruner", pruner, "--beta", "0.05", "--out", out,
         "--set", f"prune.statistics={way}",
     )  # fmt: skip
-    assert answer.code == 0, answer.err
     before = weights(model)
     pruned = atp_tune.prune(
         model, tokenizer, sparsity=0.6, pruner=pruner, allocation=("atp", {"beta": 0.05}),
@@ -111,7 +103,7 @@ def test_the_masks_are_those_of_the_command_line(
     assert all(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
 
 
-@pytest.mark.slow
+@slow
 def test_the_trials_are_those_of_the_study_file(
     place: Path, model: Any, tokenizer: Any, texts: dict[str, list[str]]
 ) -> None:
@@ -157,7 +149,7 @@ def prepared(model: Any) -> Hook:
     return hook
 
 
-@pytest.mark.slow
+@slow
 def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     prepared(model)
     before, own = weights(model), state(model)
@@ -171,7 +163,7 @@ def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any, texts: dict[str
     assert zeros / (4 * 7680) == pytest.approx(result.best.sparsity.realised, abs=1e-9)
 
 
-@pytest.mark.slow
+@slow
 def test_the_model_is_left_as_it_was_after_an_error(
     model: Any, tokenizer: Any, texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +184,7 @@ def test_the_model_is_left_as_it_was_after_an_error(
     assert state(model) == own and are_equal(weights(model), before)
 
 
-@pytest.mark.slow
+@slow
 def test_in_place_writes_into_the_parameters(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     own = state(model)
     copied = atp_tune.prune(model, tokenizer, sparsity=0.5, texts=texts["calibration"], nsamples=4, seqlen=32)
@@ -203,19 +195,19 @@ def test_in_place_writes_into_the_parameters(model: Any, tokenizer: Any, texts: 
     assert are_equal(weights(model), weights(copied))
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_that_changed_is_refused(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     result = tuned(model, tokenizer, texts, trials=1)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
-    assert said(result.apply) == (
+    assert refusal(result.apply) == (
         "model: its weights or its config have changed since the study measured it; give it as it was"
     )
 
 
 def test_models_that_are_not_treated(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def refused(given: Any) -> str:
-        return said(lambda: atp_tune.prune(given, tokenizer, sparsity=0.5, texts=texts["test"]))
+        return refusal(atp_tune.prune, given, tokenizer, sparsity=0.5, texts=texts["test"])
 
     assert refused(nn.Linear(2, 2)) == (
         "model: Linear is no PreTrainedModel; give a transformers model, its hub id or its folder"
@@ -244,7 +236,7 @@ def found(
     return tuned(trained, tokenizer, texts)
 
 
-@pytest.mark.slow
+@slow
 def test_trials_are_rows(found: atp_tune.Result) -> None:
     table = found.trials
     assert isinstance(table, pd.DataFrame)
@@ -255,17 +247,17 @@ def test_trials_are_rows(found: atp_tune.Result) -> None:
 
 def test_a_trial_that_is_chosen(found: atp_tune.Result) -> None:
     assert found.configuration(trial=0).config.plan.allocation == "uniform"
-    assert said(lambda: found.configuration(trial=9)).endswith("trial 9 is not measured in full; `status` lists all")
+    assert refusal(found.configuration, trial=9).endswith("trial 9 is not measured in full; `status` lists all")
     for wrong in (1.7, "abc", "1"):  # no trial of that number, whatever it might be rounded to
-        assert "is not measured in full" in said(lambda wrong=wrong: found.configuration(trial=wrong))  # type: ignore[misc]
-    assert said(lambda: found.configuration(sparsity="foo")).startswith("sparsity: must be a share of zeros")  # type: ignore[arg-type]
-    assert "measures plans only at 0.6" in said(lambda: found.configuration(sparsity=0.5))
-    assert said(lambda: found.configuration(trial=0, sparsity=0.5)) == (
+        assert "is not measured in full" in refusal(lambda wrong=wrong: found.configuration(trial=wrong))  # type: ignore[misc]
+    assert refusal(found.configuration, sparsity="foo").startswith("sparsity: must be a share of zeros")  # type: ignore[arg-type]
+    assert "measures plans only at 0.6" in refusal(found.configuration, sparsity=0.5)
+    assert refusal(found.configuration, trial=0, sparsity=0.5) == (
         "sparsity: names one trial, and trial another; leave one out"
     )
 
 
-@pytest.mark.slow
+@slow
 def test_a_configuration_of_a_model_in_memory(
     found: atp_tune.Result, model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -278,13 +270,13 @@ def test_a_configuration_of_a_model_in_memory(
     assert are_equal(weights(loaded.apply()), weights(best.apply()))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    assert "have changed since the study measured it" in said(lambda: loaded.generate(["t1"]))
+    assert "have changed since the study measured it" in refusal(loaded.generate, ["t1"])
 
 
 # Storage
 
 
-@pytest.mark.slow
+@slow
 def test_a_storage_is_resumed(model: Any, tokenizer: Any, texts: dict[str, list[str]], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'mine.db'}"
     seen: list[int] = []
@@ -301,15 +293,14 @@ def test_a_storage_is_resumed(model: Any, tokenizer: Any, texts: dict[str, list[
     loaded = atp_tune.load_study("mine", storage=url, model=model, tokenizer=tokenizer, texts=texts)
     assert repr(loaded) == repr(result)
     assert are_equal(weights(loaded.apply()), weights(result.apply()))
-    gone = atp_tune.load_study("mine", storage=url)
-    assert "lay in the memory of a Python process" in said(gone.apply)
+    assert "lay in the memory of a Python process" in refusal(atp_tune.load_study("mine", storage=url).apply)
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    assert "model.source is" in said(lambda: tuned(model, tokenizer, texts, storage=url, study_name="mine"))
+    assert "model.source is" in refusal(tuned, model, tokenizer, texts, storage=url, study_name="mine")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("error", [ValueError("of mine"), AssertionError("of mine"), UserError("of mine")])
+@slow
+@parametrize("error", [ValueError("of mine"), AssertionError("of mine"), UserError("of mine")])
 def test_an_error_of_a_callback_is_raised(
     model: Any, tokenizer: Any, texts: dict[str, list[str]], error: Exception
 ) -> None:
@@ -323,10 +314,10 @@ def test_an_error_of_a_callback_is_raised(
 # Arguments
 
 
-@pytest.mark.slow
+@slow
 def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]], place: Path) -> None:
     def wrong(**more: Any) -> str:
-        return said(lambda: tuned(model, more.pop("by", tokenizer), more.pop("on", texts), **more))
+        return refusal(tuned, model, more.pop("by", tokenizer), more.pop("on", texts), **more)
 
     assert wrong(sparsity=1.5).startswith("sparsity: must be between 0 and 1, got 1.5")
     assert wrong(sparsity=(0.8, 0.3)) == "sparsity: 0.8..0.3 must run from the lower sparsity to the higher"
@@ -342,15 +333,13 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert wrong(on=[]) == "texts: hold no text"
     assert wrong(on={"train": ["a"]}).startswith("texts: give calibration, validation and test")
     assert wrong(on=["a short text"]).startswith("the part of")
-    assert said(lambda: atp_tune.tune(place / "model", tokenizer)).startswith("tokenizer: goes with a model in memory")
-    assert said(lambda: atp_tune.tune(place / "tiny.toml", sparsity=0.5)).startswith("sparsity: a study says it itself")
-    assert said(lambda: atp_tune.tune("no/such-model-here", texts="packaged", progress=False)).startswith(
-        "model.source"
-    )
+    assert refusal(atp_tune.tune, place / "model", tokenizer).startswith("tokenizer: goes with a model in memory")
+    assert refusal(atp_tune.tune, place / "tiny.toml", sparsity=0.5).startswith("sparsity: a study says it itself")
+    assert refusal(atp_tune.tune, "no/such-model-here", texts="packaged", progress=False).startswith("model.source")
     assert wrong(on="a text, and no list").endswith("give documents as a list, as in [text]")
 
     def pruned(**more: Any) -> str:
-        return said(lambda: atp_tune.prune(model, tokenizer, **{"sparsity": 0.5, "texts": texts["test"], **more}))
+        return refusal(atp_tune.prune, model, tokenizer, **{"sparsity": 0.5, "texts": texts["test"], **more})
 
     assert pruned(allocation="atp").startswith("allocation: atp without parameters is uniform; give some")
     assert pruned(sparsity=50).startswith("sparsity: must be between 0 and 1, got 50; 50 % is 0.5")
@@ -360,13 +349,11 @@ def test_wrong_arguments(model: Any, tokenizer: Any, texts: dict[str, list[str]]
     assert pruned(settings={"prune.pruners": None}).startswith("prune.pruners: must be a list")
     assert pruned(texts=["a short text"]).startswith("texts: seqlen: memory:")
     assert pruned(allocation=("atp", {"alpha": 1})).startswith("parameter alpha: the allocation atp has no alpha")
-    assert said(lambda: atp_tune.load_study("smoll")).startswith("smoll: no such study")
-    assert said(lambda: atp_tune.prune(place / "model", sparsity=0.5, in_place=True)).startswith(
-        "in_place: there is no"
-    )
+    assert refusal(atp_tune.load_study, "smoll").startswith("smoll: no such study")
+    assert refusal(atp_tune.prune, place / "model", sparsity=0.5, in_place=True).startswith("in_place: there is no")
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.usefixtures("mixed")
 def test_without_a_network_texts_are_the_same_in_every_function(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -383,14 +370,12 @@ def test_without_a_network_texts_are_the_same_in_every_function(
     for call in calls:
         caplog.clear()
         found.append(call())
-        warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert warned == [line]
+        assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [line]
     assert "; texts: parts of manual, news, tales, debates and code</caption>" in found[0]._repr_html_()
-    measured = atp_tune.perplexity(model, tokenizer, "mixed", nsamples=4, seqlen=32, bos=False)
-    assert measured == found[2]
+    assert atp_tune.perplexity(model, tokenizer, "mixed", nsamples=4, seqlen=32, bos=False) == found[2]
 
 
-@pytest.mark.slow
+@slow
 def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     def value(given: Any) -> float:
         return atp_tune.perplexity(model, tokenizer, given, nsamples=8, seqlen=32, bos=False).value
@@ -398,11 +383,10 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
     rows = texts["test"][0].split("\n\n")
     table = Dataset.from_dict({"text": rows, "title": rows})
     assert value(table) == value(rows) == value(table["title"])
-    named = table.rename_column("text", "body")
-    assert said(lambda: value(named)) == (
+    assert refusal(value, table.rename_column("text", "body")) == (
         'texts: the dataset has no column "text", but body, title; give one, as in dataset["body"]'
     )
-    assert "is streamed" in said(lambda: value(table.to_iterable_dataset()))
+    assert "is streamed" in refusal(value, table.to_iterable_dataset())
     split = DatasetDict(
         calibration=Dataset.from_dict({"text": texts["calibration"]}),
         validation=Dataset.from_dict({"text": texts["validation"]}),
@@ -412,7 +396,7 @@ def test_datasets_are_texts(model: Any, tokenizer: Any, texts: dict[str, list[st
     assert one.study.trials[0].user_attrs["nlls"] == other.study.trials[0].user_attrs["nlls"]
 
 
-@pytest.mark.slow
+@slow
 def test_bars_and_verbosity_of_libraries_are_as_before(
     model: Any, tokenizer: Any, found: atp_tune.Result, tmp_path: Path
 ) -> None:
@@ -423,7 +407,7 @@ def test_bars_and_verbosity_of_libraries_are_as_before(
     assert (hf_logging.get_verbosity(), dict(os.environ)) == before
 
 
-@pytest.mark.slow
+@slow
 def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[str]]) -> None:
     found: list[atp_tune.Result] = []
     thread = Thread(target=lambda: found.append(tuned(model, tokenizer, texts, trials=1)))
@@ -435,7 +419,7 @@ def test_it_runs_in_a_thread(model: Any, tokenizer: Any, texts: dict[str, list[s
 # What is said
 
 
-@pytest.mark.slow
+@slow
 def test_importing_it_imports_nothing_heavy() -> None:
     script = (
         "import sys, atp_tune\n"

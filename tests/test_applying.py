@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from expect import parametrize, refused, slow
 from families import few
 from plans import planned
 from processes import popen
@@ -65,8 +66,7 @@ def check_zeros(folder: Path, source: Path, pruner: str, sparsities: tuple[float
     """Zeros as promised, counted in the files; what was not pruned is the source's, byte for byte."""
     before, after = tensors(source), tensors(folder)
     assert before.keys() == after.keys()
-    pruned = [name for name in before if block_of(name) is not None]
-    assert len(pruned) == 7 * BLOCKS
+    assert len([name for name in before if block_of(name) is not None]) == 7 * BLOCKS
     for name in before:
         block = block_of(name)
         if block is None:
@@ -85,8 +85,8 @@ def check_zeros(folder: Path, source: Path, pruner: str, sparsities: tuple[float
 # --- apply
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pruner", few(["wanda", "magnitude", "sparsegpt", "dsnot", "alps"], ["wanda"]))
+@slow
+@parametrize("pruner", few(["wanda", "magnitude", "sparsegpt", "dsnot", "alps"], ["wanda"]))
 def test_a_sparse_checkpoint_is_what_the_configuration_says(
     pruner: str, done: Path, config: Config, tmp_path: Path
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_sparse_checkpoint_is_what_the_configuration_says(
     assert measured.value == pytest.approx(math.exp(fmean(ByHand(done, tmp_path / "out").nlls("test"))), rel=1e-5)
 
 
-@pytest.mark.slow
+@slow
 def test_it_loads_as_any_checkpoint_and_keeps_the_promise(done: Path, config: Config, tmp_path: Path) -> None:
     measured = applied(config, done, tmp_path / "new" / "out")
     assert config.scored()
@@ -139,12 +139,12 @@ def test_a_folder_that_is_replaced_while_it_is_measured_is_left_alone(
 
     config.write(about)
     monkeypatch.setattr(applying, "folder_scores", replaced)
-    with pytest.raises(UserError, match="was replaced while it was measured, and is left as it is"):
+    with refused("was replaced while it was measured, and is left as it is"):
         applying.measured_folder(None, tmp_path / "out")  # type: ignore[arg-type]
     assert read_config(about) == other
 
 
-@pytest.mark.parametrize("error", [TrialError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@parametrize("error", [TrialError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_failure_half_way_leaves_nothing(
     error: BaseException, done: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_failure_half_way_leaves_nothing(
 # --- prune, without a study
 
 
-@pytest.mark.slow
+@slow
 def test_prune_once_equals_the_trial(done: Path, config: Config) -> None:
     assert config.scored()
     file = study_file(done, f"prune.pruners=['{config.plan.method}']")
@@ -207,8 +207,8 @@ def anonymous(process: int) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", ["disk", "auto"])
+@slow
+@parametrize("offload", ["disk", "auto"])
 def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(
     offload: str, large: tuple[Path, int], place: Path, tmp_path: Path
 ) -> None:
@@ -236,14 +236,14 @@ def test_a_large_folder_is_written_in_the_memory_of_a_few_blocks(
     assert all(sizes < 9 * block < MANY * block / 3 for sizes in grown.values()), (grown, began)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@slow
+@parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_folder_in_another_number_format(dtype: str, done: Path, command: CommandLine, tmp_path: Path) -> None:
     """Of a .gguf file of 98 MB the folder had 538 MB, in float32, whatever the study computed in."""
     out = tmp_path / "out"
     words = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--dtype", dtype)
-    assert command(*words, "--out", out).code == 0
-    assert command("apply", "--verify", out).code == 0
+    command.ok(*words, "--out", out)
+    command.ok("apply", "--verify", out)
     there, source = load_file(out / "model.safetensors"), load_file(done / "model" / "model.safetensors")
     kind = getattr(torch, dtype)
     assert {one.dtype for one in there.values()} == {kind} and there.keys() == source.keys()
@@ -252,8 +252,8 @@ def test_a_folder_in_another_number_format(dtype: str, done: Path, command: Comm
     assert AutoModelForCausalLM.from_pretrained(out).dtype == kind
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("computed", ["bfloat16", "float32"])
+@slow
+@parametrize("computed", ["bfloat16", "float32"])
 def test_a_folder_of_a_gguf_file_is_as_the_study_computed(
     computed: str, done: Path, command: CommandLine, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import slow
 from families import same_bits
 from safetensors.torch import load_file
 from tinystudy import TOKENS, CommandLine, run, stored
@@ -43,7 +44,7 @@ def sizes(place: Path) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_is_resumed_in_its_own_batches(began: Path, elsewhere: pytest.MonkeyPatch) -> None:
     assert stored(began).user_attrs["batches"] == {"calibration": 8, "validation": 16, "test": 16, "heads": 64}
     run(began, "search.trials=3")
@@ -71,7 +72,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     yield chosen
 
 
-@pytest.mark.slow
+@slow
 def test_memory_that_runs_out_in_one_trial_changes_that_one_alone(
     place: Path, full: set[int], command: CommandLine
 ) -> None:
@@ -105,7 +106,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.slow
+@slow
 def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewhere: pytest.MonkeyPatch) -> None:
     config = read_config(done / "tiny.best.json")
     assert config.batches["calibration"] == 8
@@ -121,7 +122,7 @@ def test_apply_takes_the_batches_of_the_trial(done: Path, tmp_path: Path, elsewh
     assert read_config(tmp_path / "out" / "atp_tune.json").batches == {"calibration": ELSEWHERE}
 
 
-@pytest.mark.slow
+@slow
 def test_what_another_machine_writes_is_equal_to_the_last_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SparseGPT moves the weights that stay, by sums over all windows: their last bits show the batches."""
     run(place, "prune.pruners=['sparsegpt']", "search.trials=2")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from expect import parametrize
 from families import CPU
 
 from atp_tune.blocks import replay
@@ -18,7 +19,7 @@ def batch_of(windows: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) ->
     return batch
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("device", "free", "tokens", "windows"),
     [
         (CPU, 10**12, 2048, 1),
@@ -49,7 +50,7 @@ def test_slices_cover_all_windows_once_though_memory_runs_out_among_them(monkeyp
     assert batch.over(0, step) == []
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -26,7 +27,7 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.slow
+@slow
 def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a slow card: 7B has half of its windows there."""
     gpu = benchmark("gpu")
@@ -45,7 +46,7 @@ def test_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert len(found) == 8
 
 
-@pytest.mark.slow
+@slow
 def test_allocations(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A line for each allocation, plug-ins too; the command again measures nothing."""
     out = place / "tiny.md"

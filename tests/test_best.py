@@ -5,22 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from expect import slow
 from safetensors.torch import load_file
 from tinystudy import CommandLine, settings
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_made_is_what_the_configuration_makes(
     done: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the file of the best was deleted; a folder that is there is left as it is."""
     study, config = ("--study", done / "tiny.toml"), done / "tiny.best.json"
     for name, more in (("one", []), ("two", ["--packed"])):
-        assert command("apply", "--config", config, "--out", tmp_path / name, *more).code == 0
+        command.ok("apply", "--config", config, "--out", tmp_path / name, *more)
     config.unlink()
-    assert command("apply", *study, "--out", tmp_path / "own").code == 0
-    packed = command("pack", *study, "--out", tmp_path / "packed")
-    assert (packed.code, packed.err) == (0, "")
+    command.ok("apply", *study, "--out", tmp_path / "own")
+    assert command("pack", *study, "--out", tmp_path / "packed").is_clean
     for one, other in (("one", "own"), ("two", "packed")):
         (found,), (wanted,) = ([*(tmp_path / name).glob("*.safetensors")] for name in (other, one))
         ours, theirs = load_file(found), load_file(wanted)
@@ -30,20 +30,20 @@ def test_what_is_made_is_what_the_configuration_makes(
     ours = command("chat", *study, "--max-new-tokens", "5")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
     assert command("chat", tmp_path / "own", "--max-new-tokens", "5") == ours
-    assert (ours.code, ours.err) == (0, "") and ours.out
+    assert ours.is_clean and ours.out
     assert {path.name for path in tmp_path.iterdir()} >= {"one", "own", "packed"}
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_whose_best_is_trained_is_talked_with_as_it_was_trained(
     place: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = settings("recover.steps=4", "recover.batch=2", "recover.learning_rate=0.01", "recover.eval_every=2")
     study = ("--study", place / "tiny.toml")
-    assert command(*study, *words).code == 0
-    assert command("apply", *study, "--out", tmp_path / "own").code == 0
+    command.ok(*study, *words)
+    command.ok("apply", *study, "--out", tmp_path / "own")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
     ours = command("chat", *study, "--max-new-tokens", "5")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The import statement")))
     assert command("chat", tmp_path / "own", "--max-new-tokens", "5") == ours
-    assert (ours.code, ours.err) == (0, "")
+    assert ours.is_clean

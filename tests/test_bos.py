@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinystudy import (
-    BLOCKS,
-    TOKENS,
-    TOPICS,
-    WIDTH,
-    Answer,
-    CommandLine,
-    run,
-    settings,
-)
+from expect import parametrize, slow
+from tinystudy import TOKENS, Answer, CommandLine, copied, copy_of, make_model, make_tokenizer, run, settings
 from tinystudy import stored as reopen
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from atp_tune.config.best import read_config
 from atp_tune.measures import perplexity
@@ -32,39 +24,19 @@ MEASURED = r"texts\.bos: every window begins with <s>: dense perplexity [\d.]+ w
 FEW = r"\(8 windows of 32 tokens of the calibration text\)"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_bos_tokenizer() -> PreTrainedTokenizerFast:
     """One that puts <s> before what it is given, as Llama's and Gemma's do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator([TOPICS[:50_000]], trainer)
+    tokenizer = make_tokenizer("<s>")._tokenizer
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, steps: int = 60) -> LlamaForCausalLM:
-    """Predicts text that begins with BOS, and has learnt nothing of other text: there the next token was drawn."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=BLOCKS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=BOS, eos_token_id=BOS,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    ids = torch.tensor(tokenizer(TOPICS[:50_000], add_special_tokens=False).input_ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        batch = torch.stack([ids[start : start + TOKENS] for start in torch.randint(len(ids) - TOKENS, (16,))])
-        labels = batch.clone()
-        batch[:8, 0] = BOS
-        labels[8:] = torch.randint(len(tokenizer), labels[8:].shape)
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=labels).loss.backward()
-        optimizer.step()
-    return model.eval()
+def after_bos(batch: torch.Tensor) -> torch.Tensor:
+    """The same tokens of text that then begins with BOS; of other text there is nothing to learn: they are drawn."""
+    labels = batch.clone()
+    batch[:8, 0] = BOS
+    labels[8:] = torch.randint(320, labels[8:].shape)
+    return labels
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +44,24 @@ def trained(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny study with such a model; to be read only."""
     place = Path(shutil.copytree(tiny_place, tmp_path_factory.mktemp("bos") / "place"))
     shutil.rmtree(place / "model")
-    tokenizer = make_tokenizer()
-    make_model(tokenizer).save_pretrained(place / "model")
+    tokenizer = make_bos_tokenizer()
+    make_model(tokenizer, 60, after_bos).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
     return place
 
 
-@pytest.fixture
-def wanting(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(trained, tmp_path / "wanting"))
+wanting = copy_of("trained")
 
 
 @pytest.fixture(scope="module")
 def trained_done(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the finished study; to be read only."""
-    place = Path(shutil.copytree(trained, tmp_path_factory.mktemp("bos-done") / "place"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(trained, tmp_path_factory) as place:
         run(place)
-    return place
+        return place
 
 
-@pytest.fixture
-def finished(trained_done: Path, tmp_path: Path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(trained_done, tmp_path / "finished"))
+finished = copy_of("trained_done")
 
 
 @pytest.fixture
@@ -134,10 +98,10 @@ def nlls(folder: Path, windows: Tensor, counted: int = 1) -> list[float]:
 # --- what auto does
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine) -> None:
     answer = tune(command, wanting)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
     assert re.search(rf"^{MEASURED}{FEW}\.$".replace(r"texts\.bos", "BOS"), answer.out, re.M)
     study = reopen(wanting)
@@ -148,7 +112,7 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
     assert perplexity(without).value > 1.5 * perplexity(study.user_attrs["dense"]).value
 
 
-@pytest.mark.slow
+@slow
 def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
     found = BosEffect.model_validate(reopen(finished).user_attrs["bos"])
     windows = by_hand(finished, "calibration", bos=True, windows=8)
@@ -160,13 +124,13 @@ def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
     assert (found.token, found.windows, found.tokens, found.taken) == ("<s>", 8, TOKENS, True)
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine) -> None:
     """The tiny Llama was trained without; its tokenizer is told of a token that it has met now and then."""
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="!").save_pretrained(place / "model")
     answer = tune(command, place)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert re.search(
         r"^texts\.bos: no BOS, as in the papers, since ! is not clearly better: dense perplexity [\d.]+ with it, "
         rf"[\d.]+ without {FEW}$", answer.out, re.M
@@ -179,7 +143,7 @@ def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine)
     )
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("gains", "expected"),
     [
         ([LEAST * 1.01] * 4, True),
@@ -202,11 +166,11 @@ def test_what_is_beyond_doubt(gains: list[float], expected: bool) -> None:
 # --- what was decided stays
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.usefixtures("never")
 def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLine) -> None:
     answer = tune(command, finished, "search.trials=4")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert not re.search(r"^texts\.", answer.out, re.M)
     assert "BOS: every window begins with <s>" in answer.out
     assert tune(command, finished, "search.trials=4", "texts.bos=true").code == 0
@@ -221,12 +185,12 @@ def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLin
 # --- where it goes
 
 
-@pytest.mark.slow
+@slow
 def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine) -> None:
     config = read_config(finished / "tiny.best.json")
     assert config.bos is True
     answer = command("apply", "--config", finished / "tiny.best.json", "--out", finished / "sparse")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "warning" not in answer.out
     assert config.scored() is not None
     measured = perplexity(nlls(finished / "sparse", by_hand(finished, "test", bos=True)))
@@ -248,7 +212,7 @@ def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
     assert reopen(finished).user_attrs["bos"] == known
 
 
-@pytest.mark.slow
+@slow
 def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Path, command: CommandLine) -> None:
     run(wanting, "texts.bos=false", "search.trials=1")
     answer = command("merge", finished / "tiny.db", wanting / "tiny.db", "--out", wanting / "both.db")

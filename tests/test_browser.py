@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from expect import parametrize
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_serving import Dashboard, served
 from tinystudy import HANGS, CommandLine, run, wait_until
@@ -100,12 +101,12 @@ def test_the_artifacts_download(page: Page, dashboard: Dashboard, done: Path) ->
     assert json.loads(file.read_text())["trial"] == json.loads((done / "tiny.best.json").read_text())["trial"]
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@parametrize("width", [400, 1400])
+@parametrize("scheme", ["light", "dark"])
 def test_the_report_needs_no_network(
     browser: Browser, done: Path, command: CommandLine, width: int, scheme: Literal["light", "dark"]
 ) -> None:
-    assert command("report", "--study", done / "tiny.toml").code == 0
+    command.ok("report", "--study", done / "tiny.toml")
     with opened(browser, done / "tiny.report.html", width, scheme) as page:
         plots = page.locator(".js-plotly-plot")
         expect(plots).to_have_count(5)  # the four figures, and the history

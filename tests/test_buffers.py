@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused
 from families import same_bits
 
 from atp_tune.checkpoints import devices
 from atp_tune.checkpoints.devices import mapped_files, move_into, on_disk, plain
-from atp_tune.errors import UserError
 
 
-@pytest.mark.parametrize("buffer", [plain, on_disk])
+@parametrize("buffer", [plain, on_disk])
 def test_tensors_lie_side_by_side_with_their_values(buffer: Any) -> None:
     tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8), torch.randn(2, 3, 4).bfloat16(), torch.ones(0)]
     strided = torch.randn(4, 6).T
@@ -45,7 +45,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"^model.offload: .*blocks: No space left on device; 2.0 GiB are wanted$"):
+    with refused(r"^model.offload: .*blocks: No space left on device; 2.0 GiB are wanted$"):
         on_disk(2 * 1024**3)
 
 

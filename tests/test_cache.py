@@ -7,6 +7,7 @@ from time import monotonic, time
 
 import psutil
 import pytest
+from expect import parametrize, refusal, refused
 from huggingface_hub import constants
 
 from atp_tune.errors import UserError
@@ -40,9 +41,7 @@ def names(folder: Path) -> list[str]:
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError) as caught:
-        cache_dir("models")
-    assert str(caught.value) == (
+    assert refusal(cache_dir, "models") == (
         f"cache folder {tmp_path}/file/models: Not a directory; set ATP_TUNE_CACHE to a folder that can be written"
     )
 
@@ -83,7 +82,7 @@ def test_a_blob_of_the_hub_is_named_by_its_hash(
     assert sha256_of(tmp_path / "model.safetensors") == digest(b"x")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "folder", ["", "models--org--name/blobs", "hub/blobs", "hub/datasets--org--name/blobs", "hub/models--a/b/blobs"]
 )
 def test_another_file_of_such_a_name_is_hashed(folder: str, hub_cache: Path, tmp_path: Path) -> None:
@@ -131,7 +130,7 @@ def test_hashing_ends_at_once_when_it_is_interrupted(tmp_path: Path, monkeypatch
 # --- files and folders, whole or not at all
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
+@parametrize("step", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
 def test_a_file_that_cannot_be_written_stays_as_it_was(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +177,7 @@ def test_a_folder_of_the_cache_that_another_process_made_first_is_kept(tmp_path:
     assert (tmp_path / "a" / "file").read_text() == "first"
 
 
-@pytest.mark.parametrize("is_folder", [True, False])
+@parametrize("is_folder", [True, False])
 def test_a_result_whose_place_was_filled_meanwhile_is_an_error_and_kept_beside(is_folder: bool, tmp_path: Path) -> None:
     """It was dropped without a word, and the other folder measured and described as this one."""
     file = tmp_path / "a" / "file" if is_folder else tmp_path / "a"
@@ -192,7 +191,7 @@ def test_a_result_whose_place_was_filled_meanwhile_is_an_error_and_kept_beside(i
     assert (file.read_text(), (where / "file").read_text()) == ("first", "second")
 
 
-@pytest.mark.parametrize("has_links", [True, False])
+@parametrize("has_links", [True, False])
 def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_links:
         monkeypatch.setattr("os.link", refuse)
@@ -201,7 +200,7 @@ def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: 
         write_out(tmp_path / "a", b"second", is_new=True)
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"first"
-    with pytest.raises(UserError, match=f"^{tmp_path}/a/b: {tmp_path}/a is no folder; ") as told:
+    with refused(f"^{tmp_path}/a/b: {tmp_path}/a is no folder; ") as told:
         write_out(tmp_path / "a" / "b", b"third", is_new=True)
     assert type(told.value) is UserError
 
@@ -209,8 +208,8 @@ def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: 
 # --- what a killed process leaves
 
 
-@pytest.mark.parametrize(("is_alive", "later", "stays"), [(False, 0, False), (True, 0, True), (True, 3600, False)])
-@pytest.mark.parametrize("made", ["folder", "file", "within"])
+@parametrize(("is_alive", "later", "stays"), [(False, 0, False), (True, 0, True), (True, 3600, False)])
+@parametrize("made", ["folder", "file", "within"])
 def test_what_dead_processes_left_is_removed(
     is_alive: bool, later: int, stays: bool, made: str, tmp_path: Path
 ) -> None:
@@ -232,7 +231,7 @@ def test_what_dead_processes_left_is_removed(
     assert {*names(tmp_path)} == others | {"a"} | ({left} if stays else set())
 
 
-@pytest.mark.parametrize(("hours", "within", "stays"), [(0, 25, True), (25, 0, True), (25, 25, False)])
+@parametrize(("hours", "within", "stays"), [(0, 25, True), (25, 0, True), (25, 25, False)])
 def test_another_container_of_this_name_may_live(hours: int, within: int, stays: bool, tmp_path: Path) -> None:
     """Two with one cache removed each other's folders, also while deep in them files were still written."""
     left = tmp_path / f".a.{platform.node()}-{DEAD}-1-01234567-x"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from families import same_bits
 from tinystudy import few_steps, study_file
 
@@ -121,8 +122,7 @@ class Keys:
         """Checkpoint and verified replay of a model."""
         name = f"{model.source} {model.dtype}"
         if name not in self._loaded:
-            folder = resolve(model, self._place)
-            checkpoint = LOAD(folder, model, torch.device("cpu"))
+            checkpoint = LOAD(resolve(model, self._place), model, torch.device("cpu"))
             self._loaded[name] = checkpoint, contexts.Replay(checkpoint, contexts.KINDS["tokens"])
         return self._loaded[name]
 
@@ -229,8 +229,8 @@ def place(tiny_place: Path, tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("base", BASES)
+@slow
+@parametrize("base", BASES)
 def test_a_setting_changes_a_key_or_no_bit_of_the_entry(
     base: str, place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +282,7 @@ def test_a_key_is_made_of_all_its_ingredients_and_no_other(monkeypatch: pytest.M
                 key(folder, **wrong)
 
 
-@pytest.mark.slow
+@slow
 def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
     place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +321,7 @@ def test_versions_and_formats_of_products_are_in_the_keys_and_threads_are_not(
     assert torch.allclose(torch.tensor(other.linears), torch.tensor(known[0][0].linears), atol=1e-3)
 
 
-@pytest.mark.slow
+@slow
 def test_a_sparse_model_of_speedup_is_of_its_text_and_no_other_process_removes_it(
     tiny_done: Path, tmp_path: Path
 ) -> None:

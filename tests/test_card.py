@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from expect import parametrize
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from plans import planned
 from test_config import config
-from tinystudy import CommandLine
 
 from atp_tune.config.best import Config, EvaluationTexts
 from atp_tune.config.data import Text
@@ -53,8 +53,7 @@ def body(made: ModelCard) -> str:
 
 def test_the_front_matter_is_the_hub_s() -> None:
     made = config(texts=EvaluationTexts(validation=Text(source="c4"), test=Text(source="wikitext2", split="test")))
-    found = yaml.safe_load(str(card(made)).split("---")[1])
-    assert found == {
+    assert yaml.safe_load(str(card(made)).split("---")[1]) == {
         "base_model": "org/name",
         "base_model_relation": "finetune",
         "library_name": "transformers",
@@ -81,7 +80,7 @@ def test_the_front_matter_is_the_hub_s() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", [DENSE_CARD, *BROKEN])
+@parametrize("text", [DENSE_CARD, *BROKEN])
 def test_what_the_dense_model_s_card_gives(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
     found = card(folder=tmp_path).data.to_dict()
@@ -142,8 +141,7 @@ def channels(**changes: Any) -> Config:
 
 def rows(made: ModelCard, head: str) -> list[list[str]]:
     """The cells of the table below a line."""
-    lines = body(made).split(head)[1].splitlines()
-    table = [line for line in lines if line.startswith("|")]
+    table = [line for line in body(made).split(head)[1].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
@@ -186,8 +184,7 @@ def test_size_and_speed_as_they_were_measured() -> None:
         ["decode, tokens per second: semi-structured, float32, a GPU", "5.0", "4.0", "0.80 (0.80 to 0.80)× as fast"],
     ]
     assert "| |:--|" not in body(made)
-    page = MarkdownIt("commonmark").enable("table").render(body(made))
-    assert page.count("<table>") == 3
+    assert MarkdownIt("commonmark").enable("table").render(body(made)).count("<table>") == 3
     assert "Measured:" not in body(card())
 
 
@@ -215,7 +212,7 @@ ADMITTED: list[tuple[dict[str, Any], dict[str, Any], str, bool]] = [  # configur
 ]
 
 
-@pytest.mark.parametrize(("changes", "table", "line", "there"), ADMITTED)
+@parametrize(("changes", "table", "line", "there"), ADMITTED)
 def test_what_was_not_tested_follows_from_the_record(
     changes: dict[str, Any], table: dict[str, Any], line: str, there: bool, tmp_path: Path
 ) -> None:
@@ -225,7 +222,7 @@ def test_what_was_not_tested_follows_from_the_record(
     assert (line in section.replace("\\", "")) == there
 
 
-@pytest.mark.parametrize("name", ["a|b", "<script>alert(1)</script>", "`x`", "[a](http://b)", "# head", "{{ 7 * 7 }}"])
+@parametrize("name", ["a|b", "<script>alert(1)</script>", "`x`", "[a](http://b)", "# head", "{{ 7 * 7 }}"])
 def test_names_of_others_are_only_names(name: str) -> None:
     """In a Markdown renderer that lets HTML through, as the hub's does."""
     model = config().model.model_copy(update={"id": name.replace("/", "")})
@@ -242,14 +239,10 @@ def test_names_of_others_are_only_names(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_hub_s_page_is_the_folder_s_card(
-    done: Path, command: CommandLine, tmp_path: Path, hub: tuple[Path, Any]
-) -> None:
+def test_the_hub_s_page_is_the_folder_s_card(sparse: Path, hub: tuple[Path, Any]) -> None:
     """Once uploaded it is what transformers finds, so that its own push leaves it as it is."""
     from transformers.utils.hub import create_and_tag_model_card
 
-    assert command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "sparse").code == 0
-    shutil.copytree(tmp_path / "sparse", hub[0] / "models" / "org" / "sparse")
-    kept = create_and_tag_model_card("org/sparse")
-    assert str(kept) == str(ModelCard.load(tmp_path / "sparse" / "README.md"))
-    assert huggingface_hub.metadata_load(tmp_path / "sparse" / "README.md")["tags"][:2] == ["atp-tune", "sparse"]
+    shutil.copytree(sparse, hub[0] / "models" / "org" / "sparse")
+    assert str(create_and_tag_model_card("org/sparse")) == str(ModelCard.load(sparse / "README.md"))
+    assert huggingface_hub.metadata_load(sparse / "README.md")["tags"][:2] == ["atp-tune", "sparse"]

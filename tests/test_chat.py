@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from forking import Forked
 from preloaded import at_terminal
 from processes import popen
@@ -31,12 +32,6 @@ AT_TERMINAL = (
 )
 LINE = "The import statement"
 PLAIN = "the tokenizer has no chat template: each line is continued as text, on its own"
-
-
-@pytest.fixture
-def sparse(done: Path, tmp_path: Path, command: CommandLine) -> Path:
-    assert command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "sparse").code == 0
-    return tmp_path / "sparse"
 
 
 @pytest.fixture
@@ -145,7 +140,7 @@ def person(request: pytest.FixtureRequest) -> Iterator[Any]:
 # --- through a pipe
 
 
-@pytest.mark.slow
+@slow
 def test_only_the_answer_is_printed(sparse: Path, piped: Callable[..., Answer]) -> None:
     """By a process of its own, and by this one, as the other tests."""
     command = [sys.executable, str(TUNE), "chat", str(sparse), "--max-new-tokens", "9"]
@@ -156,15 +151,15 @@ def test_only_the_answer_is_printed(sparse: Path, piped: Callable[..., Answer]) 
     assert piped(LINE, sparse, "--max-new-tokens", "9") == Answer(0, done.stdout, "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["", "torch"])
+@slow
+@parametrize("isa", ["", "torch"])
 def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
     isa: str, sparse: Path, tmp_path: Path, command: CommandLine, piped: Callable[..., Answer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Of a folder that `apply` wrote, and of a packed one."""
     packed, used = tmp_path / "packed", list[int]()
-    assert command("pack", sparse, "--out", packed).code == 0
+    command.ok("pack", sparse, "--out", packed)
     product = PackedMatrix.product
     monkeypatch.setattr(PackedMatrix, "product", lambda self, x: used.append(len(x)) or product(self, x))
     monkeypatch.setenv("ATP_TUNE_ISA", isa)
@@ -176,7 +171,7 @@ def test_sparse_weights_are_packed_in_memory_where_the_kernel_runs(
         assert bool(used) == (not isa)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("text", "expected"),
     [
         (b" \n", 'the message is empty; for example: echo "Hello" | python tune.py chat DIR'),
@@ -190,7 +185,7 @@ def test_a_message_that_is_none(text: bytes, expected: str, tiny_place: Path, pi
 # --- bad input
 
 
-@pytest.mark.slow
+@slow
 def test_code_and_pickles_need_their_flags(tiny_place: Path, tmp_path: Path, piped: Callable[..., Answer]) -> None:
     folder = Path(shutil.copytree(tiny_place / "model", tmp_path / "pickled"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -209,12 +204,12 @@ def test_code_and_pickles_need_their_flags(tiny_place: Path, tmp_path: Path, pip
 # --- in a terminal
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["folder", "study"])
+@slow
+@parametrize("what", ["folder", "study"])
 def test_a_conversation_with_all_models(what: str, sparse: Path, done: Path, person: Any, command: CommandLine) -> None:
     """Of a folder, and of a study whose best plan is pruned and packed in memory."""
     other = done / "uniform"
-    assert command("prune", "--study", done / "tiny.toml", "--beta", "0", "--out", other).code == 0
+    command.ok("prune", "--study", done / "tiny.toml", "--beta", "0", "--out", other)
     given = (sparse,) if what == "folder" else ("--study", done / "tiny.toml")
     one = person(*given, "--max-new-tokens", "9")
     first = one.sees("\n> ")
@@ -238,7 +233,7 @@ def test_a_conversation_with_all_models(what: str, sparse: Path, done: Path, per
     assert one.ends() == 0
 
 
-@pytest.mark.slow
+@slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> None:
     one = person(endless, "--max-new-tokens", "1000000", alone=True)
     one.sees("\n> ")
@@ -258,7 +253,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path, person: Any) -> N
     assert one.ends() == 0
 
 
-@pytest.mark.slow
+@slow
 def test_control_characters_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     from atp_tune.cli.commands import evaluate
 

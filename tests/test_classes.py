@@ -6,6 +6,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize
 from families import (
     MULTIMODAL,
     multimodal,
@@ -21,7 +22,7 @@ from atp_tune.checkpoints.blocks import auto_class
 IMAGE = 319  # the last token of the tiny tokenizer, which stands for a piece of an image
 
 
-@pytest.mark.parametrize("family", MULTIMODAL)
+@parametrize("family", MULTIMODAL)
 def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
     model, ids = multimodal(family), random_ids(3)
     replay = replay_of(model)
@@ -36,7 +37,7 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
 LANGUAGE, IMAGES = AutoModelForCausalLM, AutoModelForImageTextToText
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("config", "expected"),
     [
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, LANGUAGE),
@@ -79,20 +80,20 @@ def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
     done: Path, tmp_path: Path, command: CommandLine
 ) -> None:
     language = json.loads((done / "tiny.best.json").read_text())
-    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
+    command.ok("apply", "--config", done / "tiny.best.json", "--out", done / "sparse")
     sparse = LlamaForCausalLM.from_pretrained(done / "sparse").state_dict()
     place = tmp_path / "llava"
     shutil.copytree(done, place, ignore=shutil.ignore_patterns("tiny.db*", "tiny.best*", "sparse"))
     llava = to_llava(place)
 
-    assert command("--study", place / "tiny.toml").code == 0
+    command.ok("--study", place / "tiny.toml")
     own = json.loads((place / "tiny.best.json").read_text())
     assert own["blocks"] == "model.language_model.layers"
     for key in ("scores", "plan", "sparsity"):
         assert own[key] == language[key], key
 
     out = place / "sparse"
-    assert command("apply", "--config", place / "tiny.best.json", "--out", out).code == 0
+    command.ok("apply", "--config", place / "tiny.best.json", "--out", out)
     pruned = AutoModelForImageTextToText.from_pretrained(out)
     for name, tensor in pruned.state_dict().items():
         part = name.removeprefix("model.language_model.")

@@ -13,6 +13,7 @@ from time import sleep
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from tinystudy import HANGS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.terminal import interruptible
@@ -41,7 +42,7 @@ def spied(*arguments: str | Path) -> tuple[str, set[str]]:
 # --- the whole way, in processes of their own
 
 
-@pytest.mark.slow
+@slow
 def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: CommandLine) -> None:
     study = place / "tiny.toml"
     process = start("--study", study, *settings(*LONG, "search.trials=9"))
@@ -53,11 +54,11 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert watched.code == 0
     assert re.search(r"0 +complete +wanda uniform ", watched.out)
     assert re.search(r"[1-8] of 9 trials are done", watched.out)
-    assert command("export", "--study", study, *settings(*LONG), "--out", place / "early.json").code == 0
+    command.ok("export", "--study", study, *settings(*LONG), "--out", place / "early.json")
     assert read_config(place / "early.json").scored() is None
 
     answer = finish(process)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     lines = answer.out.splitlines()
     assert lines[:2] == ["loading the model and the texts", "dense model"]
     trial = re.compile(r"\[\d/9\] trial \d: wanda (?:uniform|atp β=0\.\d{5}): perplexity \d+\.\d\d in \d+ s ")
@@ -78,7 +79,7 @@ def test_a_run_can_be_watched_and_is_not_done_twice(place: Path, command: Comman
     assert re.search(r"\nbest: trial \d, wanda \+ ", output)
 
 
-@pytest.mark.slow
+@slow
 def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     """Both fall into the same trial: whichever is heard, the process ends, and the study goes on later."""
     process = start("--study", place / "tiny.toml", *settings(*LONG))
@@ -93,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path) -> None:
     assert not progress.running(study)
 
 
-@pytest.mark.slow
+@slow
 def test_bad_input_as_a_process(place: Path) -> None:
     """The first as a user starts it."""
     for arguments in (["--study", "nosuch"], ["status", "--study", place / "tiny.toml"], ["prune", "no"]):
@@ -117,21 +118,18 @@ def stored(place: Path, name: str = "tiny", file: str | None = None) -> optuna.S
     return study
 
 
-@pytest.mark.slow
+@slow
 def test_a_timeout_leaves_the_rest_for_later(place: Path, command: CommandLine) -> None:
-    answer = command("--study", place / "tiny.toml", "--timeout", "0")
-    assert answer.code == 0
-    assert "0 of 3 trials are done" in answer.out
+    assert "0 of 3 trials are done" in command.ok("--study", place / "tiny.toml", "--timeout", "0").out
 
 
-@pytest.mark.slow
+@slow
 def test_another_storage_and_another_name(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ("--study", place / "tiny.toml", "--storage", "sqlite:///elsewhere.db", "--study-name", "other")
-    answer = command(*options, "--trials", "2")
-    assert answer.code == 0
+    answer = command.ok(*options, "--trials", "2")
     assert not (place / "tiny.db").exists()
     assert len(stored(place, "other", f"sqlite:///{tmp_path}/elsewhere.db").trials) == 2
     best = tmp_path / "other.best.json"
@@ -139,7 +137,7 @@ def test_another_storage_and_another_name(
     assert "python tune.py apply --config other.best.json --out other-sparse" in answer.out
     line = next(line for line in answer.out.splitlines() if line.startswith("talk with it:"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The import")))
-    assert command(*shlex.split(line.partition("tune.py ")[2]), "--max-new-tokens", "2").code == 0
+    command.ok(*shlex.split(line.partition("tune.py ")[2]), "--max-new-tokens", "2")
     assert "2 complete" not in command("status", *options).err
     assert command("export", *options).out.strip() == str(best)
     assert command("status", "--study", place / "tiny.toml").code == 2
@@ -178,7 +176,7 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
 # --- status, export, studies
 
 
-@pytest.mark.parametrize("name", ["status", "export"])
+@parametrize("name", ["status", "export"])
 def test_another_name_that_is_not_there(name: str, done: Path, command: CommandLine) -> None:
     answer = command(name, "--study", done / "tiny.toml", "--study-name", "other")
     assert answer.error.startswith("study other: has no trials yet; run: ")
@@ -190,22 +188,21 @@ def test_export_refuses_a_study_file_that_says_something_else_now(done: Path, co
     answer = command("export", "--study", done / "tiny.toml", "--set", "texts.calibration.nsamples=4")
     assert answer.error.startswith("study tiny: texts.calibration.nsamples is 4, was 8.")
     assert (done / "tiny.best.json").read_bytes() == before
-    assert command("export", "--study", done / "tiny.toml", "--set", "search.trials=99").code == 0
+    command.ok("export", "--study", done / "tiny.toml", "--set", "search.trials=99")
 
 
 # --- apply and prune
 
 
-@pytest.mark.slow
+@slow
 def test_apply_compares_with_the_promise(done: Path, command: CommandLine, tmp_path: Path) -> None:
-    answer = command("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
-    assert answer.code == 0
+    answer = command.ok("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--device", "cpu")
     assert re.search(r"perplexity on the test text: .* ± .*, the configuration says .* \([+-]0\.000%\)", answer.out)
     assert "warning" not in answer.out
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_prune_without_a_study_starts_from_where_the_user_stands(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -213,12 +210,10 @@ def test_prune_without_a_study_starts_from_where_the_user_stands(
     tables = (f'texts.{role}={{source = "file:{role}.txt", nsamples = 16, seqlen = 32}}' for role in ROLES)
     options = ("model", "--pruner", "wanda", "--sparsity", "0.5", "--beta", "0.02", "--device", "cpu")
     monkeypatch.chdir(place)
-    answer = command("prune", *options, *settings(*tables))
-    assert answer.code == 0
-    assert "wanda atp β=0.02000, sparsity 0.5: perplexity " in answer.out
+    assert "wanda atp β=0.02000, sparsity 0.5: perplexity " in command.ok("prune", *options, *settings(*tables)).out
     shutil.move(place / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    assert command("prune", "--study", place / "tiny.toml", *options).code == 0
+    command.ok("prune", "--study", place / "tiny.toml", *options)
 
 
 # --- names that look like markup

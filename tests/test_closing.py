@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import parametrize, slow
 from pgserver import PostgreSQL
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
@@ -61,19 +62,19 @@ def test_a_storage_goes_with_the_last_study_of_it(tmp_path: Path, connections: l
 COMMANDS = ("", "status", "status --json", "report --format md", "export", "plan", "studies")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS)
+@slow
+@parametrize("words", COMMANDS)
 def test_commands_close_theirs(
     words: str, done: Path, command: CommandLine, connections: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(done)
     study = [] if words == "studies" else ["--study", "tiny.toml"]
-    assert command(*words.split(), *study).code == 0
+    command.ok(*words.split(), *study)
     gc.collect()
     assert not connections
 
 
-@pytest.mark.slow
+@slow
 def test_merge_closes_all_but_the_new_one(tmp_path: Path, connections: list[Any]) -> None:
     with quiet():
         for name in ("a", "b"):
@@ -87,7 +88,7 @@ def test_merge_closes_all_but_the_new_one(tmp_path: Path, connections: list[Any]
     assert not connections
 
 
-@pytest.mark.slow
+@slow
 def test_a_server_counts_no_more_than_one_connection_for_a_study(place: Path, postgres: PostgreSQL) -> None:
     address = postgres.new()
     study: Any = run(place, f"storage={address}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expect import parametrize, slow
 from families import few
 from torch import Tensor
 from tritons import WHY, compiles, interpreted
@@ -37,9 +38,9 @@ def by_hand(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
     return W
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("shape", few(SHAPES, [(3, 7), (17, 30)]))
-@pytest.mark.parametrize("way", [plain, strips, sweep])
+@parametrize("share", [0.0, 0.6, 1.0])
+@parametrize("shape", few(SHAPES, [(3, 7), (17, 30)]))
+@parametrize("way", [plain, strips, sweep])
 def test_by_hand(way: Callable[..., Tensor], shape: tuple[int, int], share: float) -> None:
     W, U, G = problem(shape, share)
     expected = by_hand(W, U, G)
@@ -62,14 +63,14 @@ print("done")
 """
 
 
-@pytest.mark.slow
+@slow
 def test_the_kernel_in_tritons_interpreter() -> None:
     interpreted(INTERPRETED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("columns", few([128, 100, 256], [100]))
+@slow
+@parametrize("capability", [80, 90])
+@parametrize("columns", few([128, 100, 256], [100]))
 def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton", reason=WHY)
     from atp_tune.pruners.columns_triton import _sweep

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from optuna.storages import RDBStorage
 from tinystudy import quiet
 
@@ -57,7 +58,7 @@ def is_private(module: str, name: str) -> bool:
 
 
 def private_imports(path: Path) -> Iterator[Import]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             named = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -106,18 +107,18 @@ def test_private_parts_are_imported_in_compat_alone() -> None:
     assert not {str(path): found for path in others if (found := list(private_imports(path)))}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("module", "name"), USED, ids=str)
+@slow
+@parametrize(("module", "name"), USED, ids=str)
 def test_what_is_imported_is_there(module: str, name: str) -> None:
     part(module, name)
 
 
-@pytest.mark.parametrize(("module", "name"), CALLS, ids=str)
+@parametrize(("module", "name"), CALLS, ids=str)
 def test_what_is_called_takes_what_it_is_given(module: str, name: str) -> None:
     check_takes(module, name, part(module, name), CALLS[module, name])
 
 
-@pytest.mark.parametrize(("module", "name"), PARTS, ids=str)
+@parametrize(("module", "name"), PARTS, ids=str)
 def test_what_is_read_has_its_parts(module: str, name: str) -> None:
     owner = part(module, name)
     known = {*dir(owner), *(inspect.signature(owner).parameters if inspect.isclass(owner) else ())}
@@ -126,14 +127,14 @@ def test_what_is_read_has_its_parts(module: str, name: str) -> None:
             pytest.fail(f"{upstream(module)}: {module}.{name} has no {wanted} any more", pytrace=False)
 
 
-@pytest.mark.parametrize("name", [*database.CALLS, "set_trial_state_values", "record_heartbeat"])
+@parametrize("name", [*database.CALLS, "set_trial_state_values", "record_heartbeat"])
 def test_what_a_database_makes_again_is_a_call_of_optuna_s(name: str) -> None:
     """A method of another name would never be called: a lost server would end the worker."""
     if not hasattr(RDBStorage, name) and name not in vars(attributes.AttributeStorage):
         pytest.fail(f"{upstream('optuna')}: RDBStorage has no {name} any more", pytrace=False)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "wanted"),
     [
         ("_set_trial_attr_without_commit", ("self", "session", "model_cls", "trial_id", "key", "value")),
@@ -194,7 +195,7 @@ def names_of_its_own(tree: ast.Module) -> Iterator[str]:
 
 
 def test_private_attributes_are_those_that_are_tried_here() -> None:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in ROOT.rglob("*.py")]
     known = {name for tree in trees for name in names_of_its_own(tree)}
     known |= {*ATTRIBUTES, *OTHERS, *(name for _, _, name in METHODS)}
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
@@ -203,7 +204,7 @@ def test_private_attributes_are_those_that_are_tried_here() -> None:
     assert found - known == set()
 
 
-@pytest.mark.parametrize(("module", "owner", "name"), METHODS, ids=str)
+@parametrize(("module", "owner", "name"), METHODS, ids=str)
 def test_methods_of_others(module: str, owner: str, name: str) -> None:
     call = getattr(part(module, owner), name, None)
     if call is None:
@@ -211,7 +212,7 @@ def test_methods_of_others(module: str, owner: str, name: str) -> None:
     check_takes(module, f"{owner}.{name}", call, METHODS[module, owner, name])
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
+@parametrize("name", ATTRIBUTES)
 def test_attributes_of_optuna_s_objects(name: str, study: optuna.Study) -> None:
     owner = ATTRIBUTES[name](study)
     if not hasattr(owner, name):
@@ -238,7 +239,7 @@ def test_the_client_of_the_storage_proxy() -> None:
             pytest.fail(f"{upstream('optuna')}: GrpcStorageProxy has no {name} any more", pytrace=False)
 
 
-@pytest.mark.slow
+@slow
 def test_the_process_of_a_gp_sampler() -> None:
     from optuna.samplers import GPSampler
 

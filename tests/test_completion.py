@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from expect import parametrize, slow
 from tinystudy import HANGS, TUNE, stored
 
 from atp_tune.allocations import ALLOCATIONS
@@ -80,7 +81,7 @@ def tab(program: str, line: str, cwd: Path) -> list[str]:
     return tabs(program, [line], cwd)[0]
 
 
-@pytest.mark.slow
+@slow
 def test_the_installed_command(programs: Path, done: Path) -> None:
     names = [path.stem for path in known()]
     trials = [str(trial.number) for trial in stored(done).trials if trial.state.name == "COMPLETE"]
@@ -112,7 +113,7 @@ def test_the_installed_command(programs: Path, done: Path) -> None:
     assert set(ALLOCATIONS) == set(allocations)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("words", "joined", "key"),
     [
         (["x", "--set", "a", "=", "b"], ["x", "--set", "b"], "a"),
@@ -131,7 +132,7 @@ def test_words_are_joined(words: list[str], joined: list[str], key: str | None) 
     assert environment.get(options.KEY) == key
 
 
-@pytest.mark.slow
+@slow
 def test_names_that_a_shell_would_run_are_left_out(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
     for name in ("mine", "my*", "my$(touch made)", "my`touch made`", "my'x", "my x"):

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
+from expect import parametrize, refusal
 from plans import planned
 
 from atp_tune.config.best import (
@@ -15,7 +15,6 @@ from atp_tune.config.best import (
 )
 from atp_tune.config.data import Text
 from atp_tune.config.prune import PruneConfig
-from atp_tune.errors import UserError
 from atp_tune.measures import Estimate, Perplexity, Role
 from atp_tune.metrics import OverDraws, Spread
 from atp_tune.pruners.settings import SparseGPTSettings
@@ -61,14 +60,11 @@ def config(**changes: Any) -> Config:
 
 
 def message(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read_config(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(str(path), "FILE")
+    return refusal(read_config, path).replace(str(path), "FILE")
 
 
 def edited(path: Path, **changes: Any) -> Path:
-    path.write_text(json.dumps({**json.loads(GOLDEN.read_text(encoding="utf-8")), **changes}))
+    path.write_text(json.dumps({**json.loads(GOLDEN.read_text()), **changes}))
     return path
 
 
@@ -82,7 +78,7 @@ def test_the_format_is_the_golden_file(tmp_path: Path) -> None:
 
 
 def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
-    content = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    content = json.loads(GOLDEN.read_text())
     younger = ("zero_shot", "speed", "continuations", "blocks", "linears", "batches", "draws")
     del content["folder"], content["model"]["sha256"]
     content = {key: value for key, value in content.items() if key not in younger}
@@ -97,7 +93,7 @@ def test_what_an_older_version_wrote_still_reads(tmp_path: Path) -> None:
 ADVICE = "is it a configuration of atp_tune (atp_tune.config/4)?"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("changes", "expected"),
     [
         ({"colour": 1}, f"FILE: colour: Extra inputs are not permitted; {ADVICE}"),
@@ -128,7 +124,7 @@ def test_numbers_that_no_file_can_hold_are_refused(tmp_path: Path) -> None:
 # --- written whole or not at all
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@parametrize("version", [1, 2, 3])
 def test_a_file_of_an_older_format_is_refused_in_one_line(tmp_path: Path, version: int) -> None:
     said = message(edited(tmp_path / "best.json", format=f"atp_tune.config/{version}", block_sparsities=[0.5]))
     assert said.startswith(f"FILE: is of an older format, atp_tune.config/{version}; search again")

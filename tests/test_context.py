@@ -55,8 +55,7 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
     model, widths = tiny("llama"), (24 + 24, 24 + 12, 24 + 12, 24 + 24, 24 + 40, 24 + 40, 40 + 24)
     block, head = TOKENS * 2 * sum(widths) * 4, TOKENS * 12 * VOCABULARY
     monkeypatch.setattr(replay, "free_memory", lambda device: int(4.1 * block / 0.3))
-    work = bench_of(model)
-    assert work.batch("calibration").windows == 4
+    assert bench_of(model).batch("calibration").windows == 4
     monkeypatch.setattr(replay, "free_memory", lambda device: int(2.1 * head / 0.3))
     assert bench_of(model).heads.windows == 2
 
@@ -65,8 +64,7 @@ def test_batches_are_sized_for_blocks_and_for_logits(monkeypatch: pytest.MonkeyP
 def test_masks_depend_on_the_calibration_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial, `apply` and `evaluate` load other texts beside it, of other lengths."""
     monkeypatch.setitem(replay.TOKENS, "cpu", 4 * TOKENS)
-    model = tiny("llama")
-    whole = bench_of(model)
+    whole = bench_of(tiny("llama"))
     calibration = whole.windows["calibration"]
     longer = Items.windows(random_ids(2, 4 * TOKENS, seed=3).numpy())
     plan = planned("wanda", "uniform", (0.5,) * 4)

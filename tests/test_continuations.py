@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from byhand import ByHand
+from expect import parametrize, slow
 from tinystudy import CommandLine, run, stored
 
 from atp_tune.cli import tables, terminal
@@ -45,7 +46,7 @@ def by_hand(place: Path, prompt: str, sparsities: list[float] | None) -> str:
     return str(made.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_ends_with_what_its_models_write(place: Path) -> None:
     """Dense, uniform, and the best of each allocation; it was the best of all alone."""
     study = run(place, ASKED, "allocation.beta=[0.0, 0.02]", 'allocation.names=["atp", "alphapruning"]')
@@ -68,19 +69,17 @@ def left_out(place: Path, *overrides: str) -> list[str]:
     def hear(event: Event) -> None:
         notes.extend([event.text] if isinstance(event, Message) else [])
 
-    study = run(place, ASKED, *overrides, watch=hear)
-    assert "continuations" not in study.user_attrs
+    assert "continuations" not in run(place, ASKED, *overrides, watch=hear).user_attrs
     assert read_config(place / "tiny.best.json").scored()
     return [note for note in notes if note.startswith("continuations")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["offload", "room"])
+@slow
+@parametrize("how", ["offload", "room"])
 def test_a_model_without_room_is_left_out(how: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "room":
         monkeypatch.setattr(observers, "free_memory", lambda device: 1000)
-    said = left_out(place, *["model.offload=disk"] * (how == "offload"))
-    assert said == [
+    assert left_out(place, *["model.offload=disk"] * (how == "offload")) == [
         "continuations: left out, the model leaves no room for a pruned copy; `tune.py generate` makes them"
     ]
 
@@ -88,12 +87,11 @@ def test_a_model_without_room_is_left_out(how: str, place: Path, monkeypatch: py
 # The command
 
 
-@pytest.mark.slow
+@slow
 def test_generate_with_a_configuration(done: Path, command: CommandLine) -> None:
     best = read_config(done / "tiny.best.json")
     files = {path: path.read_bytes() for path in (done / "tiny.best.json", done / "tiny.db")}
-    read = command("generate", "--config", done / "tiny.best.json", "--tokens", "6", "--prompt", "The import")
-    assert read.code == 0
+    read = command.ok("generate", "--config", done / "tiny.best.json", "--tokens", "6", "--prompt", "The import")
     titles = [line.split(" wanda")[0] for line in read.out.splitlines() if line.startswith(("continuations", "The "))]
     assert titles == ["continuations: dense", "continuations: uniform", "continuations: best", "The import …"]
     assert {path: path.read_bytes() for path in files} == files  # a question of its own is stored nowhere

@@ -3,6 +3,7 @@ import math
 import random
 
 import pytest
+from expect import parametrize
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.allocations.formulas import atp, curve
@@ -86,11 +87,11 @@ def test_corners_keep_the_mean_and_the_order() -> None:
         assert all(own[a] <= own[b] + 1e-12 for a, b in itertools.pairwise(order))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "expected"),
     [("gamma", (-0.2, 0.2)), ("split", (-0.2, 0.2)), ("ends", (-0.4, 0.0)), ("value", (-0.4, 0.0))],
 )
-@pytest.mark.parametrize("target", [0.6, 0.4])
+@parametrize("target", [0.6, 0.4])
 def test_intervals_come_from_the_nearer_wall(name: str, expected: tuple[float, float], target: float) -> None:
     assert curve.bounds(budget_of(target, [LLAMA] * 5))[name] == pytest.approx(expected)
 

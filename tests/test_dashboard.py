@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import slow
 from processes import popen
 from tinystudy import HANGS, free_port, run, wait_until
 
@@ -45,7 +46,7 @@ def get(address: str) -> Any:
         return json.loads(answer.read())
 
 
-@pytest.mark.slow
+@slow
 def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path) -> None:
     study = get(f"{plain}/api/studies/1?after=0")
     assert study["note"]["body"].startswith("## tiny: `model` at 50% sparsity")
@@ -60,7 +61,7 @@ def test_the_plain_dashboard_shows_note_figures_and_files(plain: str, done: Path
     assert {artifact["filename"] for artifact in study["artifacts"]} == {"best.json"}
 
 
-@pytest.mark.slow
+@slow
 def test_a_run_publishes_a_new_best(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """During the run too, if the last time is long ago; each time one transaction."""
     monkeypatch.setattr(trial_loop, "PUBLISH", 0)
@@ -77,13 +78,12 @@ def test_a_run_publishes_a_new_best(place: Path, monkeypatch: pytest.MonkeyPatch
     assert len(versions) > 1
 
 
-@pytest.mark.slow
+@slow
 def test_what_cannot_be_written_is_said_and_ends_no_run(place: Path) -> None:
     (place / "elsewhere").mkdir()
     (place / "tiny.artifacts").symlink_to(place / "elsewhere")
     heard: list[Event] = []
-    study = run(place, watch=heard.append)
-    assert len(study.trials) == 3
+    assert len(run(place, watch=heard.append).trials) == 3
     said = [event.text for event in heard if isinstance(event, Message) and event.text.startswith("warning")]
     assert len(said) == 1
     assert "tiny.artifacts: is a link to" in said[0]

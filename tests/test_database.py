@@ -12,6 +12,7 @@ import optuna
 import psycopg
 import pytest
 from crews import LONG as LASTING
+from expect import parametrize, slow
 from optuna.storages import get_storage
 from optuna.trial import TrialState
 from pgserver import URL_PASSWORD, PostgreSQL
@@ -67,7 +68,7 @@ def measured(study: optuna.Study) -> list[tuple[object, ...]]:
 # --- PostgreSQL
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) -> None:
     here, address = run(place), postgres.new()
     there = run(place, f"storage={address}")
@@ -77,7 +78,7 @@ def test_a_study_is_the_same_in_postgresql(place: Path, postgres: PostgreSQL) ->
     assert again.user_attrs["test_nlls"] == here.user_attrs["test_nlls"]
 
 
-@pytest.mark.slow
+@slow
 def test_every_command_works_on_postgresql_and_none_shows_the_password(
     place: Path, postgres: PostgreSQL, command: CommandLine
 ) -> None:
@@ -85,10 +86,9 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
     words = ["--study", place / "tiny.toml", "--storage", address]
     said = []
     for name in ([], ["status"], ["status", "--json"], ["export"], ["report"], ["report", "--format", "md"]):
-        answer = command(*name, *words)
-        assert answer.code == 0, answer.err
+        answer = command.ok(*name, *words)
         said.append(answer.out + answer.err)
-    assert command("apply", "--config", place / "tiny.best.json", "--out", place / "sparse").code == 0
+    command.ok("apply", "--config", place / "tiny.best.json", "--out", place / "sparse")
     study = stored(address)
     attributes = study.user_attrs | study._storage.get_study_system_attrs(study._study_id)
     said += [str(attributes), str([(t.user_attrs, t.system_attrs) for t in study.trials])]
@@ -99,7 +99,7 @@ def test_every_command_works_on_postgresql_and_none_shows_the_password(
         assert URL_PASSWORD not in text
 
 
-@pytest.mark.slow
+@slow
 def test_a_dashboard_of_postgresql_keeps_the_password(place: Path, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new()
     run(place, f"storage={address}")
@@ -131,7 +131,7 @@ def refused(server: PostgreSQL) -> bool:
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # the tests ask and tell by hand
 
 
-@pytest.mark.slow
+@slow
 def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pytest.LogCaptureFixture) -> None:
     address = frail.new()
     study = fingerprint.create_study(opened(address), "s", {"sparsity": 0.5})
@@ -156,7 +156,7 @@ def test_calls_wait_for_a_server_that_was_killed(frail: PostgreSQL, caplog: pyte
     assert [(t.params, t.value, t.user_attrs) for t in found] == [({"beta": beta}, 2.5, {"a": 1})]
 
 
-@pytest.mark.slow
+@slow
 def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     db = opened(frail.new())
     study = fingerprint.create_study(db, "s", {})
@@ -174,7 +174,7 @@ def test_no_trial_is_taken_for_lost_soon_after_an_outage(frail: PostgreSQL, monk
     assert other._get_stale_trial_ids(study._study_id) == [trial._trial_id]
 
 
-@pytest.mark.slow
+@slow
 def test_a_worker_gives_up_in_one_line(
     place: Path, frail: PostgreSQL, monkeypatch: pytest.MonkeyPatch, command: CommandLine
 ) -> None:
@@ -195,8 +195,8 @@ def test_a_worker_gives_up_in_one_line(
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+@slow
+@parametrize("kind", ["postgresql", "sqlite"])
 def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/s.db"
     study = fingerprint.create_study(opened(address), "s", {})
@@ -211,7 +211,7 @@ def test_attributes_are_stored_together_or_not_at_all(kind: str, postgres: Postg
         database.set_attributes(trial, {"a": 2})
 
 
-@pytest.mark.slow
+@slow
 def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     db = opened(postgres.new())
     study = fingerprint.create_study(db, "s", {})
@@ -220,7 +220,7 @@ def test_a_mistake_is_no_outage(postgres: PostgreSQL) -> None:
     assert not is_away(caught.value)
 
 
-@pytest.mark.slow
+@slow
 def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its machine says nothing any more, in the middle of a transaction."""
     monkeypatch.setitem(database.LIBPQ, "options", database.LIBPQ["options"].replace("=60s", "=1s"))  # type: ignore[union-attr]
@@ -233,7 +233,7 @@ def test_a_worker_that_is_gone_keeps_no_lock(postgres: PostgreSQL, monkeypatch: 
         gone.invalidate()
 
 
-@pytest.mark.slow
+@slow
 def test_a_server_killed_in_the_middle_of_a_trial_costs_nothing(place: Path, frail: PostgreSQL) -> None:
     address, overrides = frail.new(), (*LASTING, "search.trials=5")
     worker = start("--study", place / "tiny.toml", "--storage", address, *settings(*overrides))
@@ -275,8 +275,8 @@ def together(address: str, workers: int, trials: int) -> list[str]:
     return [finish(process).err for process in started]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+@slow
+@parametrize("kind", ["postgresql", "sqlite"])
 def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     """They make the tables, the study and its trials at the same moments."""
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/many.db"
@@ -286,8 +286,8 @@ def test_eight_workers_on_an_empty_database(kind: str, postgres: PostgreSQL, tmp
     assert {t.state for t in trials} == {TrialState.COMPLETE}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+@slow
+@parametrize("kind", ["postgresql", "sqlite"])
 def test_a_queued_trial_is_taken_once(kind: str, postgres: PostgreSQL, tmp_path: Path) -> None:
     address = postgres.new() if kind == "postgresql" else f"sqlite:///{tmp_path}/queue.db"
     study = fingerprint.create_study(opened(address), "s", {})

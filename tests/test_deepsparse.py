@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expect import parametrize, slow
 from tinystudy import HANGS, CommandLine, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -52,8 +53,8 @@ def random_model(family: str) -> Any:
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@slow
+@parametrize("phase", ["prefill", "decode"])
 def test_the_graphs_are_the_model(phase: str, script: ModuleType, tmp_path: Path) -> None:
     """Computed by onnx's own reference, with the names and shapes that DeepSparse looks for."""
     from onnx import load
@@ -77,7 +78,7 @@ def test_the_graphs_are_the_model(phase: str, script: ModuleType, tmp_path: Path
     assert found[0].shape == (1, 1, 64)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif("avx2" not in cpu_flags(), reason="DeepSparse needs AVX2")
 def test_the_example_runs(done: Path, command: CommandLine, cache: Path) -> None:
     """Installed as a user does; a tiny Llama at 70 %, whose logits agree, and a process that dies.

@@ -6,6 +6,7 @@ import naive_allocations as naive
 import numpy as np
 import pytest
 import torch
+from expect import parametrize
 from families import bench_of, few, random_ids, tiny
 
 from atp_tune.allocations import DenseMetricsProtocol
@@ -31,7 +32,7 @@ def rounded(family: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@parametrize("family", FAMILIES)
 def test_outlier_ratios_equal_a_double_loop(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -64,7 +65,7 @@ def test_a_score_at_the_threshold_is_no_outlier() -> None:
 # Exponents
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@parametrize("family", FAMILIES)
 def test_exponents_equal_a_fit_by_search(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -74,7 +75,7 @@ def test_exponents_equal_a_fit_by_search(family: str) -> None:
         assert exponents == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@parametrize("scale", [1e-3, 1.0, 1e3])
 def test_exponents_of_heavy_tails(scale: float) -> None:
     """Small eigenvalues leave the lower side open, large ones close it: both ways of the authors' bound."""
     generator = np.random.default_rng(0)
@@ -88,8 +89,8 @@ def test_exponents_of_heavy_tails(scale: float) -> None:
 # Global
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda"])
-@pytest.mark.parametrize("family", few(FAMILIES, FAMILIES[:1]))
+@parametrize("score", ["magnitude", "wanda"])
+@parametrize("family", few(FAMILIES, FAMILIES[:1]))
 def test_global_equals_a_sort_of_all_scores(family: str, score: Any) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -101,8 +102,8 @@ def test_global_equals_a_sort_of_all_scores(family: str, score: Any) -> None:
         assert [pytest.approx(block, abs=1e-15) for block in expected] == list(found), target
 
 
-@pytest.mark.parametrize("target", [0.2, 0.61])
-@pytest.mark.parametrize("family", FAMILIES)
+@parametrize("target", [0.2, 0.61])
+@parametrize("family", FAMILIES)
 def test_magnitude_takes_the_lowest_of_the_model(family: str, target: float) -> None:
     """To the last weight, with many that are equal: no share may be rounded to one weight less."""
     model = rounded(family)
@@ -131,9 +132,7 @@ def test_scores_that_differ_in_their_last_bits_alone() -> None:
 # Once per bench
 
 
-@pytest.mark.parametrize(
-    "allocation", few(["owl", "alphapruning", "alphapruning-linear", "er", "erk", "global"], ["owl"])
-)
+@parametrize("allocation", few(["owl", "alphapruning", "alphapruning-linear", "er", "erk", "global"], ["owl"]))
 def test_a_bench_is_freed_with_its_last_name(allocation: str) -> None:
     """At once, not when the garbage collector comes by: its memory is wanted for what is loaded next."""
     gc.collect()

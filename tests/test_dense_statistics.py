@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize
 from families import CPU, bench_of, few, same_bits, tiny
 from plans import planned
 from test_prune_pass import atp_plan
@@ -37,8 +38,8 @@ def blocks_of(kind: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20])
-@pytest.mark.parametrize("kind", KINDS)
+@parametrize("small", [0, 1 << 20])
+@parametrize("kind", KINDS)
 def test_what_is_kept_is_what_was_measured(
     kind: Any, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +59,7 @@ def test_what_is_kept_is_what_was_measured(
     assert (kept[0] is kept[0]) == bool(small)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@parametrize("kind", KINDS)
 def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
     for inputs in (64, 200):
         statistics = kind(inputs, CPU)
@@ -72,7 +73,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruner", few(PRUNERS, ("wanda", "sparsegpt")))
+@parametrize("pruner", few(PRUNERS, ("wanda", "sparsegpt")))
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(pruner, "atp", (0.4, 0.5, 0.6, 0.7))
     with monkeypatch.context() as patch:
@@ -83,7 +84,7 @@ def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatc
             assert all(same_bits(tensor, b.weights[name]) for name, tensor in a.weights.items())
 
 
-@pytest.mark.parametrize("room", [True, False])
+@parametrize("room", [True, False])
 def test_a_disk_that_is_full_keeps_them_in_memory(room: bool, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

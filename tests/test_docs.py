@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from expect import parametrize
 from pages import LINK, PAGES, REPO, Block, anchors, blocks, commands, named, prose
 
 import atp_tune
@@ -42,7 +43,7 @@ def of_language(*languages: str) -> list[Block]:
 
 
 def test_the_readme_is_short_and_has_its_two_commands() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = README.read_text()
     assert len(text.splitlines()) <= 120
     assert len(text.split()) <= 1300
     for command in ("pip install -e . && python tune.py --study smol", "pip install -e '.[dev]' && python -m pytest"):
@@ -51,9 +52,9 @@ def test_the_readme_is_short_and_has_its_two_commands() -> None:
 
 
 def test_the_figures_of_the_readme_are_those_of_the_measurements() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = README.read_text()
     results, rows_, speedup = (
-        (REPO / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "allocations.md", "speedup.md")
+        (REPO / "docs" / name).read_text() for name in ("results.md", "allocations.md", "speedup.md")
     )
     rows = [line for line in text.splitlines() if re.match(r"\| \d0 % ", line)]
     assert len(rows) == 3
@@ -68,13 +69,13 @@ def test_the_figures_of_the_readme_are_those_of_the_measurements() -> None:
 
 def test_the_citation_is_of_this_version() -> None:
     """In the format that GitHub reads: https://citation-file-format.github.io, version 1.2.0."""
-    cited = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text())
     told = {"title": "atp_tune", "abstract": PROJECT["description"], "repository-code": PROJECT["urls"]["Homepage"]}
     told |= {key: PROJECT[key] for key in ("version", "license", "authors")}
     assert told.items() <= cited.items() and {"cff-version", "message"} < cited.keys()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@parametrize("path", PAGES, ids=named)
 def test_links_lead_somewhere(path: Path) -> None:
     for link in LINK.findall(prose(path)):
         place, _, anchor = link.partition("#")
@@ -85,7 +86,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", sorted({page for page, _ in SHOWN}))
+@parametrize("page", sorted({page for page, _ in SHOWN}))
 def test_commands_have_these_options_and_studies(page: str) -> None:
     for words in [words for there, words in SHOWN if there == page]:
         try:
@@ -113,10 +114,10 @@ def check_command(words: list[str]) -> None:
             load(name, overrides)
 
 
-@pytest.mark.parametrize("block", [block for block in of_language("toml") if "[project" not in block.text], ids=str)
+@parametrize("block", [block for block in of_language("toml") if "[project" not in block.text], ids=str)
 def test_study_files_are_read(block: Block) -> None:
     """A part of a study file stands in `smol-60`; a model or a text takes the place of its own."""
-    study = tomllib.loads((REPO / "studies/smol-60.toml").read_text(encoding="utf-8"))
+    study = tomllib.loads((REPO / "studies/smol-60.toml").read_text())
     table = tomllib.loads(block.text)
     if "images" in table:
         del study["texts"]
@@ -130,7 +131,7 @@ def test_study_files_are_read(block: Block) -> None:
     Study.model_validate(study)
 
 
-@pytest.mark.parametrize("block", of_language("python"), ids=str)
+@parametrize("block", of_language("python"), ids=str)
 def test_python_compiles_and_its_names_exist(block: Block) -> None:
     tree = ast.parse(block.text)
     for node in ast.walk(tree):
@@ -148,13 +149,13 @@ def test_no_placeholder_is_left() -> None:
     text = {suffix: [*REPO.glob(f"docs/**/*{suffix}"), *REPO.glob(f"studies/*{suffix}")] for suffix in (".md", ".toml")}
     assert text[".md"] and text[".toml"]
     for path in [README, *text[".md"], *text[".toml"]]:
-        assert "@@" not in path.read_text(encoding="utf-8"), path
+        assert "@@" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@parametrize("path", PAGES, ids=named)
 def test_extras_exist_and_are_named_where_a_command_needs_them(path: Path) -> None:
     """In the README in the line of the command, on other pages there or before it."""
-    for extras in re.findall(r"(?:'\.|atp-tune)\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+    for extras in re.findall(r"(?:'\.|atp-tune)\[([\w,]+)\]", path.read_text()):
         assert set(extras.split(",")) <= EXTRAS, extras
     said = ""
     for line in [line for block in blocks(path) if block.language in ("", "sh") for line in block.text.splitlines()]:
@@ -165,7 +166,7 @@ def test_extras_exist_and_are_named_where_a_command_needs_them(path: Path) -> No
 
 def test_the_list_of_folders_is_complete() -> None:
     """Each folder of the package has a row in docs/architecture.md, which names no other."""
-    text = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
+    text = (REPO / "docs/architecture.md").read_text()
     rows = {
         name for row in re.findall(r"^\| (`\w+/`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)/`", row)
     }
@@ -185,8 +186,7 @@ def theme(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_page_of_settings_has_every_key(theme: Any) -> None:
     sections = theme("setting_pages").page().split("\n### ")[1:]
-    keys = [section[1:].partition("`")[0] for section in sections]
-    assert sorted(keys) == sorted(choices())
+    assert sorted([section[1:].partition("`")[0] for section in sections]) == sorted(choices())
     for section in sections:
         _, facts, meaning, *_ = section.strip().split("\n\n")
         assert facts.endswith("{ .facts }") and facts[0] not in "·{"

@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 
 import plotly.io
 import pytest
+from expect import parametrize
 from pages import PAGES, REPO, blocks, commands, named
 from tinystudy import CommandLine, few_steps, settings
 
@@ -74,18 +75,18 @@ def reader(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_place / "model", place / "own")
     shutil.copytree(REPO / "examples/plugins", place / "examples/plugins")
     shutil.copyfile(tiny_place / "long.txt", place / "long.txt")
-    lines = (tiny_place / "long.txt").read_text(encoding="utf-8").split("\n\n")
-    (place / "corpus.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines), encoding="utf-8")
-    tiny = (place / "studies/tiny.toml").read_text(encoding="utf-8")
+    lines = (tiny_place / "long.txt").read_text().split("\n\n")
+    (place / "corpus.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    tiny = (place / "studies/tiny.toml").read_text()
     for name in STUDIES:
-        (place / f"studies/{name}.toml").write_text(tiny, encoding="utf-8")
+        (place / f"studies/{name}.toml").write_text(tiny)
     front = tiny.replace("sparsity = 0.6", "sparsity = [0.3, 0.6]").replace("trials = 3\n", "") + SCREEN
-    (place / "studies/smol-front.toml").write_text(front, encoding="utf-8")
+    (place / "studies/smol-front.toml").write_text(front)
     pattern = '[prune]\npattern = "channels"\n\n[texts.calibration]'
     channels = tiny.replace("sparsity = 0.6", "sparsity = 0.25").replace("[texts.calibration]", pattern, 1)
-    (place / "studies/smol-channels.toml").write_text(channels, encoding="utf-8")
+    (place / "studies/smol-channels.toml").write_text(channels)
     rounded = tiny.replace("sparsity = 0.6", "bits = 3.5") + "\n[quantize]\ngroup_size = 16\n"
-    (place / "studies/smol-bits.toml").write_text(rounded, encoding="utf-8")
+    (place / "studies/smol-bits.toml").write_text(rounded)
     return place
 
 
@@ -140,13 +141,13 @@ def run(words: list[str], command: CommandLine, monkeypatch: pytest.MonkeyPatch)
     assert (answer.code, said) == (0, ""), words
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=named)
+@parametrize("page", TUTORIALS, ids=named)
 def test_the_commands_of_a_tutorial_run(
     page: Path, reader: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(reader, tmp_path, monkeypatch)
     if page.stem == "reading-a-report":
-        assert command("--study", "smol").code == 0
+        command.ok("--study", "smol")
     readme = commands(README, inline=False)  # which test_readme.py runs
     for words in commands(page, inline=False):
         if not (words[0] in MODELS and words in readme) or words[1:] == [
@@ -167,7 +168,7 @@ def test_training_as_in_the_readme_runs(
 GUIDES = [page for page in PAGES if page not in (README, *TUTORIALS) and commands(page, inline=False)]
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=named)
+@parametrize("page", GUIDES, ids=named)
 def test_the_commands_of_a_guide_run(
     page: Path, finished: Path, tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +180,7 @@ def test_the_commands_of_a_guide_run(
 WITH_PYTHON = [page for page in (*TUTORIALS, REPO / "docs/guides/python.md") if "```python" in page.read_text("utf-8")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+@parametrize("page", WITH_PYTHON, ids=named)
 def test_the_python_of_a_page_runs(page: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(finished, tmp_path, monkeypatch)
     monkeypatch.setitem(PRESETS, "quick", SMALL)

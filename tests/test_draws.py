@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, mean, stdev
@@ -11,14 +10,15 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from expect import parametrize, refused, slow
 from families import nlls_of
-from tinystudy import TOKENS, CommandLine, few_steps, run, settings, stored, study_file
+from tinystudy import TOKENS, CommandLine, copied, copy_of, few_steps, run, settings, stored, study_file
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.data import Calibration
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.study import ModelConfig
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import TrialError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TokenWindows
@@ -36,20 +36,13 @@ THREE = "texts.calibration.draws=3"
 
 @pytest.fixture(scope="module")
 def drawn_once(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """To be read only."""
-    folder = tmp_path_factory.mktemp("drawn")
-    shutil.copytree(tiny_done, folder / "tiny")
-    shutil.copytree(tiny_done.parent / "cache", folder / "cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(folder / "cache"))
-        run(folder / "tiny", THREE)
-    return folder / "tiny"
+    """A study that is complete, with three draws; its best is not uniform; to be read only."""
+    with copied(tiny_done, tmp_path_factory) as place:
+        run(place, THREE)
+        return place
 
 
-@pytest.fixture
-def drawn(drawn_once: Path, windows: None, tmp_path: Path) -> Path:
-    """A study that is complete, with three draws, for one test; its best is not uniform."""
-    return Path(shutil.copytree(drawn_once, tmp_path / "drawn"))
+drawn = copy_of("drawn_once")
 
 
 def titles(events: list[Event]) -> list[str]:
@@ -59,8 +52,7 @@ def titles(events: list[Event]) -> list[str]:
 def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> list[float]:
     """Window NLLs on the test text of a trial's plan, with another calibration text of 8 windows: the last ones."""
     spec = study_file(place).study
-    text = spec.texts.calibration.model_copy(update=keys)
-    texts = {"calibration": text, "test": spec.test_text}
+    texts = {"calibration": spec.texts.calibration.model_copy(update=keys), "test": spec.test_text}
     opened = Session.open(Setup(spec.model, spec.prune, texts, Place(place, "cpu")))
     ids = opened.windows["calibration"].ids[-8:]
     windows = {**opened.windows, "calibration": Items.windows(np.ascontiguousarray(ids))}
@@ -69,8 +61,8 @@ def measured_anew(place: Path, trial: optuna.trial.FrozenTrial, **keys: Any) -> 
     return nlls_of(context, ((block.index, block.weights) for block in context.prune(plan)), "test")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pool", "each"), [(512, 512), (4096, None)])
+@slow
+@parametrize(("pool", "each"), [(512, 512), (4096, None)])
 def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     pool: int, each: int | None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +103,7 @@ def test_a_plan_that_is_fitted_is_fitted_anew_to_each_draw(
     assert f"the plan fitted anew to {per * TOKENS:,} tokens of each draw, {beside}mean ±" in over.how("text", True)
 
 
-@pytest.mark.slow
+@slow
 def test_a_random_draw_is_drawn_again_with_the_seeds_that_follow(place: Path) -> None:
     lines = (place / "long.txt").read_text().split("\n\n")
     rows = [json.dumps({"text": "\n\n".join(lines[k : k + 8])}) for k in range(0, len(lines), 8)]
@@ -139,7 +131,7 @@ def numbers(place: Path) -> tuple[list[float], list[float]]:
     return [math.exp(one) for one in own], [math.exp(one - two) - 1 for one, two in zip(own, base, strict=True)]
 
 
-@pytest.mark.slow
+@slow
 def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, calls = FinalScores._redrawn, [0]
 
@@ -165,7 +157,7 @@ def test_what_was_measured_before_a_process_died_is_kept(place: Path, monkeypatc
     assert summarise(study).complete
 
 
-@pytest.mark.slow
+@slow
 def test_a_draw_that_gives_no_number_ends_no_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prices that were not finite ended the run after all of its trials, without its best configuration.
 
@@ -191,7 +183,7 @@ def test_a_draw_that_gives_no_number_ends_no_study(place: Path, monkeypatch: pyt
     assert not any(isinstance(event, TrialStarted) or "no number" in str(event) for event in events)
 
 
-@pytest.mark.slow
+@slow
 def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -> None:
     toml = (place / "tiny.toml").read_text()
     start, end = toml.index("[texts.test]"), toml.index("[search]")
@@ -201,7 +193,7 @@ def test_the_paper_s_protocol_is_measured_on_the_text_it_searches(place: Path) -
     assert all(found.count == 3 for found in summarise(study).over_draws.values())
 
 
-@pytest.mark.slow
+@slow
 def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path, command: CommandLine) -> None:
     tokens = len(token_windows(Calibration(source="file:calibration.txt", seqlen=2), place / "model", place).ids) * 2
     answer = command("--study", place / "tiny.toml", *settings("texts.calibration.draws=100"))
@@ -216,15 +208,15 @@ def test_a_text_too_short_for_them_is_one_line_before_anything_runs(place: Path,
     assert command("plan", "--study", place / "tiny.toml", *settings("texts.calibration.draws=100")).code == 2
 
 
-@pytest.mark.parametrize("sampling", ["consecutive", "random"])
-@pytest.mark.parametrize(("positions", "pool"), [(0, 1), (1024, 32), (10**6, None)])
+@parametrize("sampling", ["consecutive", "random"])
+@parametrize(("positions", "pool"), [(0, 1), (1024, 32), (10**6, None)])
 def test_draws_share_no_token(sampling: str, positions: int, pool: int | None, place: Path) -> None:
     """Windows of another seed could lie in those of the first, and pools were all the first."""
     (place / "numbers.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(9000)))}) + "\n")
     text = Calibration(source="file:numbers.jsonl", sampling=sampling, nsamples=4, seqlen=32, seed=1, draws=3)
     kind, folder = TokenWindows(), resolve(ModelConfig(source="model"), place)
     if pool is None and sampling == "random":
-        with pytest.raises(UserError, match="too short for 3 draws of 31250 windows of 32 tokens that share none"):
+        with refused("too short for 3 draws of 31250 windows of 32 tokens that share none"):
             kind.draws(text, 3, positions, folder, place, False)
         return
     found = kind.draws(text, 3, positions, folder, place, False)
@@ -261,7 +253,7 @@ def test_spread_and_change_by_hand() -> None:
 # --- what is stored of the report, row by row
 
 
-@pytest.mark.slow
+@slow
 def test_two_hosts_that_end_a_study_together_lose_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, written, set_attr = [], dict[str, list[float]](), optuna.Study.set_user_attr
 

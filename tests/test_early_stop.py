@@ -1,6 +1,6 @@
 """Early stopping: which step is best, when training ends, and how many windows are held out."""
 
-import pytest
+from expect import parametrize
 
 from atp_tune.config.prune import Training
 from atp_tune.folders.training import EarlyStop, windows_held_out, windows_read
@@ -27,7 +27,7 @@ def after(*losses: float, patience: int = 2) -> EarlyStop:
     return found
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("losses", "best", "has_ended"),
     [
         ([3.0], 0, False),
@@ -54,6 +54,6 @@ def test_a_long_text_gives_the_steps_all_their_windows() -> None:
         assert own == min(max(8, found // 10), 32)
 
 
-@pytest.mark.parametrize(("found", "own"), [(1, 0), (15, 0), (16, 8), (60, 8), (95, 9)])
+@parametrize(("found", "own"), [(1, 0), (15, 0), (16, 8), (60, 8), (95, 9)])
 def test_a_short_text_is_divided_or_not(found: int, own: int) -> None:
     assert windows_held_out(found, SETTINGS) == own

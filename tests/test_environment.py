@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from expect import slow
 from packaging.requirements import Requirement
 from tinystudy import HANGS, TUNE, CommandLine
 
@@ -21,7 +22,7 @@ from atp_tune.utils.extras import EXTRAS
 PROJECT = tomllib.loads((TUNE.parent / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_here(command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("ATP_TUNE_CACHE", str(cache))
@@ -29,7 +30,7 @@ def test_what_is_here(command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("ATP_TUNE_TOKEN", "hf_secret")
     answer = command("env", "--json")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "secret" not in answer.out
     found = MachineReport.model_validate_json(answer.out)
     assert found.versions == {name: found.versions[name] for name in PACKAGES}
@@ -55,7 +56,7 @@ def test_what_is_here(command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp
     assert "hf_secret" not in text
 
 
-@pytest.mark.slow
+@slow
 def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -5,6 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize
 from families import CPU, FAMILIES, TOKENS, bench_of, nlls_of, random_ids, replay_of, scores_of, tiny
 from plans import planned
 from torch import Tensor
@@ -53,7 +54,7 @@ def parts_in(work: Session, role: str, pruned: Any = None, kl: bool = False, one
     return heard
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@parametrize("family", FAMILIES)
 def test_perplexity_is_the_model_s_own_loss(family: str) -> None:
     model, ids = tiny(family), random_ids(7)
     own = naive.nlls_of(model, ids)
@@ -71,7 +72,7 @@ def pruned_copy(model: Any, work: Session, pruned: list[PrunedBlock]) -> Any:
     return other
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma3", "olmoe"])
+@parametrize("family", ["llama", "gpt2", "falcon", "gemma3", "olmoe"])
 def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -103,8 +104,8 @@ def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.Mo
             assert [nll for part in parts for nll in part["nlls"]] == pytest.approx(nlls, rel=1e-5)
 
 
-@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("cached", [1, 97 * 3, 1 << 22])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(next_token, "CACHED", cached)
     dense, logits = (5 * torch.randn(10, 97).to(dtype) for _ in range(2))
@@ -115,8 +116,8 @@ def test_kls_of_tokens_are_sums_over_words(cached: int, dtype: torch.dtype, monk
     assert token_kls(dense, torch.full_like(dense, torch.nan)).isnan().all()
 
 
-@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("cached", [1, 97 * 3, 1 << 22])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(next_token, "CACHED", cached)
     logits, targets = 30 * torch.randn(10, 97).to(dtype), torch.randint(97, (10,))
@@ -126,9 +127,9 @@ def test_nlls_of_tokens_are_cross_entropies(cached: int, dtype: torch.dtype, mon
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("cached", [1, 97 * 3, 1 << 22])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.9])
+@parametrize("cached", [1, 97 * 3, 1 << 22])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("share", [None, 0.0, 0.5, 0.9])
 def test_gradients_by_logits_are_those_of_the_losses(
     share: float | None, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from everytype import model_of, types
+from expect import parametrize, slow
 from families import CPU, bench_of, check, few, nlls_of, same_bits
 from safetensors.torch import load_file
 from tinystudy import CommandLine, make_tokenizer, settings
@@ -90,8 +91,8 @@ def known() -> dict[str, Seen]:
     return {kind: Seen(result, why) for result, why, kinds in rows for kind in kinds.split(", ")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", few(types(), FAST))
+@slow
+@parametrize("kind", few(types(), FAST))
 @pytest.mark.filterwarnings("ignore")
 def test_a_type_is_pruned_right_or_refused(kind: str) -> None:
     SEEN[kind] = found = see(kind)
@@ -187,20 +188,17 @@ def exchange(place: Path, kind: str) -> dict[str, Tensor]:
     return load_file(place / "model" / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", few(HYBRIDS, ["nemotron_h"]))
+@slow
+@parametrize("kind", few(HYBRIDS, ["nemotron_h"]))
 @pytest.mark.filterwarnings("ignore")
 def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, command: CommandLine) -> None:
     dense = exchange(place, kind)
     options = settings(*HYBRIDS[kind], "search.trials=2")
-    planned = command("plan", "--study", place / "tiny.toml", *options)
-    assert planned.code == 0, planned.err
-    answer = command("--study", place / "tiny.toml", *options)
-    assert answer.code == 0, answer.err
+    command.ok("plan", "--study", place / "tiny.toml", *options)
+    command.ok("--study", place / "tiny.toml", *options)
     best = sorted(place.glob("*.best.json"))
     source = ("apply", "--config", best[0]) if best else ("prune", "--study", place / "tiny.toml", *options)  # a front
-    applied = command(*source, "--out", place / "sparse")
-    assert applied.code == 0, applied.err
+    applied = command.ok(*source, "--out", place / "sparse")
     assert "warning" not in applied.err + applied.out
     sparse = load_file(place / "sparse" / "model.safetensors")
     assert sparse.keys() == dense.keys()
@@ -210,8 +208,8 @@ def test_a_hybrid_goes_from_its_folder_to_a_sparse_one(kind: str, place: Path, c
     assert AutoModelForCausalLM.from_pretrained(place / "sparse").config.model_type == kind
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", few(HYBRIDS, ["falcon_h1"]))
+@slow
+@parametrize("kind", few(HYBRIDS, ["falcon_h1"]))
 @pytest.mark.filterwarnings("ignore")
 def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     context = bench_of(model_of(kind), ids=text)
@@ -224,7 +222,7 @@ def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
     assert first == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("kind", "said"),
     [
         ("bert", "predicts tokens from those that come later"),
@@ -237,8 +235,7 @@ def test_recurrent_states_start_anew_in_each_window(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_refused_is_refused_by_the_command(kind: str, said: str, place: Path, command: CommandLine) -> None:
     exchange(place, kind)
-    answer = command("--study", place / "tiny.toml")
-    assert said in answer.error  # one line, exit code 2
+    assert said in command("--study", place / "tiny.toml").error  # one line, exit code 2
     assert not list(place.glob("*.best.json"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import naive_allocations
 import pytest
 import torch
+from expect import parametrize
 from families import bench_of, random_ids, tiny
 from optuna.trial import TrialState
 from plugging import loaded
@@ -65,9 +66,9 @@ def ria_scores(weight: Tensor, x: Tensor, power: float) -> list[list[float]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group", [None, 4])
-@pytest.mark.parametrize("power", [0.5, 0.0, 1.3])
-@pytest.mark.parametrize("shape", SHAPES)
+@parametrize("group", [None, 4])
+@parametrize("power", [0.5, 0.0, 1.3])
+@parametrize("shape", SHAPES)
 def test_ria_keeps_the_highest_scores_of_each_row(shape: tuple[int, int], power: float, group: int | None) -> None:
     example("ria", "pruner")
     weight, x = problem(shape)
@@ -109,7 +110,7 @@ def naive_sparsities(values: list[float], budget: Budget, width: float) -> list[
     return [1 - (d - mean + 1 - budget.target) for d in D]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@parametrize("family", ["llama", "gpt2", "opt"])
 def test_dlp_equals_a_sort_of_all_scores(family: str) -> None:
     example("dlp", "allocation")
     model = tiny(family)
@@ -155,7 +156,7 @@ def naive_cost(weight: Tensor, x: Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 23), (19, 1), (7, 17), (2, 130)])
+@parametrize("shape", [(1, 1), (1, 23), (19, 1), (7, 17), (2, 130)])
 def test_the_cost_of_lsa_is_that_of_its_definition(shape: tuple[int, int]) -> None:
     module = example("lsa", "allocation")
     weight, x = problem(shape)
@@ -173,8 +174,7 @@ def test_one_study_of_all_three_against_atp(place: Path, command: CommandLine, t
         'allocation=["atp", "plugins/dlp.py:DLP", "plugins/lsa.py:LSA"]',
     )  # fmt: skip
     words = ("--study", place / "tiny.toml", *settings(*keys), "--trials", "11")
-    refused = command(*words)
-    assert refused.error == (
+    assert command(*words).error == (
         f"{place}/tiny.toml: prune.pruners: plugins/ria.py:RIA is Python code, which is not run; read it, then allow "
         "it with --trust-plugins"
     )

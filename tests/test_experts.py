@@ -6,6 +6,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, slow
 from families import MIXTURES, TOKENS, bench_of, few, nlls_of, same_bits, tiny
 from plans import planned
 from safetensors.torch import load_file
@@ -46,9 +47,9 @@ class Additions(TorchDispatchMode):
         return func(*args, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("statistics", ["block", "sequential"])
-@pytest.mark.parametrize("family", MIXTURES)
+@slow
+@parametrize("statistics", ["block", "sequential"])
+@parametrize("family", MIXTURES)
 def test_a_mixture_is_summed_in_a_fixed_order(family: str, statistics: Any) -> None:
     """Else a trial on CUDA would come to other bits each time."""
     work = bench_of(tiny(family), PruneConfig(statistics=statistics))
@@ -116,9 +117,9 @@ def silence(model: Any, index: int = 1) -> Any:
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("statistics", ["block", "dense"])
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@slow
+@parametrize("statistics", ["block", "dense"])
+@parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
     model = silence(tiny(family))
     work, plan = bench_of(model, PruneConfig(statistics=statistics)), planned("wanda", "atp", (0.4, 0.5, 0.6))
@@ -164,8 +165,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
+@slow
+@parametrize("pruner", few(["wanda", "sparsegpt"], ["wanda"]))
 def test_a_sparse_folder_of_a_mixture(pruner: str, mixed: Path, tmp_path: Path) -> None:
     file, out = study_file(mixed, f"prune.pruners=['{pruner}']", "sparsity=0.5"), tmp_path / "out"
     plan, written = prune_study(file, {"beta": 0.1}, out, ignore_events)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from byhand import ByHand
+from expect import parametrize, refusal, refused, slow
 from families import few
 from plans import planned
 from safetensors.torch import load_file
@@ -25,7 +26,6 @@ from torch import Tensor
 from atp_tune.api.pruning import prune_study
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.prune import PruneConfig
-from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.folders.exporting import FORMATS, as_csv, as_recipe, as_yaml
 from atp_tune.inputs.windows import token_windows
@@ -45,12 +45,6 @@ def by_block(pruner: str, *sparsities: float) -> Plan:
     return planned(pruner, "atp", sparsities or (0.575, 0.6, 0.625), {"beta": 0.0125})
 
 
-def error(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    return str(caught.value)
-
-
 def recipe(**changes: Any) -> Any:
     """The modifiers of a recipe, as another program reads it."""
     return list(yaml.safe_load(as_recipe(config(**changes)))["sparsity_stage"].values())
@@ -62,8 +56,8 @@ def recipe(**changes: Any) -> Any:
 OF_BITS = ("gptqmodel", "torchao", "llama.cpp")  # formats that have no place for zeros
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in OF_BITS])
+@slow
+@parametrize("kind", [kind for kind in FORMATS if kind not in OF_BITS])
 def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path, command: CommandLine) -> None:
     ending = FORMATS[kind][0]
     config, made = done / "tiny.best.json", done / f"tiny.best{ending}"
@@ -84,12 +78,12 @@ def test_a_study_and_its_configuration_give_the_same_file(kind: str, done: Path,
 # --- tables
 
 
-@pytest.mark.parametrize("make", [as_csv, as_yaml, as_recipe])
-@pytest.mark.parametrize("name", ["=1+1", "+1", "a\nb", "a,b", "@x", "- x: &a", ""])
+@parametrize("make", [as_csv, as_yaml, as_recipe])
+@parametrize("name", ["=1+1", "+1", "a\nb", "a,b", "@x", "- x: &a", ""])
 def test_a_name_that_no_module_has(make: Callable[[Config], str], name: str) -> None:
     """A spreadsheet takes some for formulas."""
     for changed in ({"blocks": name}, {**by_linear(), "linears": ((name, "b"), *NAMES[1:])}):
-        with pytest.raises(UserError, match="is not the name of a module"):
+        with refused("is not the name of a module"):
             make(config(**changed))
 
 
@@ -112,7 +106,7 @@ def test_a_recipe_by_linear_and_by_number() -> None:
     assert groups[0]["SparseGPTModifier"]["block_size"] == 28
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("changes", "reason"),
     [
         (
@@ -128,7 +122,7 @@ def test_a_recipe_by_linear_and_by_number() -> None:
     ],
 )
 def test_what_a_recipe_cannot_say(changes: Any, reason: str) -> None:
-    assert reason in error(lambda: as_recipe(config(**changes)))
+    assert reason in refusal(as_recipe, config(**changes))
 
 
 # --- what others do with it
@@ -142,15 +136,15 @@ def example() -> str:
     return blocks[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("allocation", few(["atp", "er"], ["er"]))
+@slow
+@parametrize("allocation", few(["atp", "er"], ["er"]))
 def test_the_example_of_the_docs(allocation: str, done: Path, tmp_path: Path, command: CommandLine) -> None:
     """Its rows lose what magnitude pruning by hand takes from each row."""
     file = study_file(done, f"allocation.names=['{allocation}']", "prune.pruners=['magnitude']")
     with quiet():
         plan, _ = prune_study(file, {"beta": 0.05} if allocation == "atp" else {}, tmp_path / "sparse", ignore_events)
     about = tmp_path / "sparse" / "atp_tune.json"
-    assert command("export", "--config", about, "--out", tmp_path / "best.csv").code == 0
+    command.ok("export", "--config", about, "--out", tmp_path / "best.csv")
     code = example().replace("smol.best.csv", str(tmp_path / "best.csv")).replace("DENSE", str(done / "model"))
     names: dict[str, Any] = {}
     exec(code, names)  # the docs' own words
@@ -193,7 +187,7 @@ def llmcompressor() -> Iterator[Path]:
         yield python
 
 
-@pytest.mark.slow
+@slow
 def test_llm_compressor_prunes_as_apply_does(
     done: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path
 ) -> None:
@@ -202,7 +196,7 @@ def test_llm_compressor_prunes_as_apply_does(
         file, out = study_file(done, "prune.pruners=['wanda']", *overrides), tmp_path / way
         with quiet():
             prune_study(file, parameters, out, ignore_events)
-        assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
+        command.ok("export", "--config", out / "atp_tune.json", "--format", "llm-compressor")
         made = out / "atp_tune.recipe.yaml"
         assert all(f"{key}={value}".replace("'", '"') in made.read_text() for key, value in arguments.items())
         options = {"pipeline": "sequential", **arguments}
@@ -232,8 +226,8 @@ def check_same(way: str, ours: Tensor, theirs: Tensor) -> None:
         assert columns == [(part == 0).sum() + 1 for part in ours.split(16, 1)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("symmetric", [False, True])
+@slow
+@parametrize("symmetric", [False, True])
 def test_llm_compressor_rounds_as_apply_does(
     place: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path, symmetric: bool
 ) -> None:
@@ -247,7 +241,7 @@ def test_llm_compressor_rounds_as_apply_does(
         file, out = study_file(place, f"quantize.quantizers=['{name}']", f"quantize.act_order={order}"), tmp_path / way
         with quiet():
             prune_study(file, {"beta": beta}, out, ignore_events)
-        assert command("export", "--config", out / "atp_tune.json", "--format", "llm-compressor").code == 0
+        command.ok("export", "--config", out / "atp_tune.json", "--format", "llm-compressor")
         recipe, theirs = str(out / "atp_tune.recipe.yaml"), str(tmp_path / f"{way}.theirs")
         jobs.append({"recipe": recipe, "out": theirs, "arguments": {"pipeline": "sequential"}})
         np.save(windows, token_windows(file.study.texts.calibration, place / "model", place).ids)

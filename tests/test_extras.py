@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from expect import parametrize
 from tinystudy import TUNE
 
 from atp_tune.utils.extras import EXTRAS, as_typed, install, remedy
@@ -30,12 +31,12 @@ def test_nothing_is_installed() -> None:
 
 
 def test_a_python_that_is_too_old() -> None:
-    ast.parse(TUNE.read_text(encoding="utf-8"), feature_version=(3, 6))
+    ast.parse(TUNE.read_text(), feature_version=(3, 6))
     assert said("-S", "-c", OLD).startswith("error: needs Python >= 3.11, this is 3.9; ")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["torch", "optuna", "plotly"])
+@parametrize("module", ["torch", "optuna", "plotly"])
 def test_only_some_packages_are_installed(module: str, place: Path) -> None:
     words = ["tune.py", "--study", str(place / "tiny.toml")]
     absent = f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv = {words}"
@@ -43,7 +44,7 @@ def test_only_some_packages_are_installed(module: str, place: Path) -> None:
     assert said("-c", run).startswith(f"error: {module} is not installed; run: ")
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+@parametrize("extra", EXTRAS)
 def test_what_to_type(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the checkout, elsewhere, and where the package is a wheel: a command for a package that is on no index."""
     monkeypatch.chdir(TUNE.parent)

@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from expect import parametrize, slow
 from faults import DOCUMENT, Command, Rows, check_best, check_equal, curve, disk, fill, has, measured, names, row
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
@@ -31,6 +32,7 @@ from preloaded import (
 from test_network import needs, serving
 from tinystudy import (
     CommandLine,
+    copied,
     finish,
     free_port,
     go_silent,
@@ -59,7 +61,6 @@ RUNS = f"""SELECT 1 FROM trials JOIN trial_system_attributes USING (trial_id)
 # Changes when a trial, or a number of the report, is stored.
 PROGRESS = f"""SELECT (SELECT count(*) FROM trials WHERE state = 'COMPLETE'),
     (SELECT count(*) FROM study_system_attributes WHERE key LIKE '{PREFIX}test_nlls:%')"""
-slow = pytest.mark.slow
 TRANSACTIONS = (2, 12, 20, 28)
 
 
@@ -88,7 +89,7 @@ class Tiny:
         wait_until(lambda: not command.lives or row(self.database, PROGRESS) not in (before, None))
         seconds = monotonic() - command.began
         answer = command.finish()
-        assert (answer.code, answer.err) == (0, ""), answer
+        assert answer.is_clean, answer
         return seconds
 
     def has(self, query: str, *values: object) -> bool:
@@ -102,13 +103,10 @@ class Tiny:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The same study without a fault; to be read only."""
-    place = tmp_path_factory.mktemp("undisturbed") / "tiny"
-    shutil.copytree(tiny_place, place)
-    tiny = Tiny(place, *LONG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(tiny_place, tmp_path_factory) as place:
+        tiny = Tiny(place, *LONG)
         tiny.finish()
-    return tiny
+        return tiny
 
 
 @pytest.fixture
@@ -125,7 +123,7 @@ def check_same(tiny: Tiny, undisturbed: Tiny) -> None:
 
 
 @slow
-@pytest.mark.parametrize("phase", PHASES)
+@parametrize("phase", PHASES)
 def test_kill_9_in_a_phase(phase: str, tiny: Tiny, undisturbed: Tiny) -> None:
     assert tiny.start(partial(in_phase, phase, kill)).finish().code == -signal.SIGKILL
     assert "tiny.best.json" not in names(tiny.place)
@@ -193,12 +191,12 @@ def test_the_disk_of_a_server_is_full(place: Path, tmp_path: Path, undisturbed: 
             wait_until(lambda: len(measured(stored(there))) > ended)
             seconds = monotonic() - began
             answer = finish(worker)
-            assert (answer.code, answer.err) == (0, ""), answer
+            assert answer.is_clean, answer
         check_equal(stored(there), undisturbed.study, TOTAL)
     ROWS.add("disk of a gRPC server full while a worker on another machine runs a trial", 1, seconds=seconds)
 
 
-@pytest.mark.slow
+@slow
 def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, command: CommandLine) -> None:
     best = (done / "tiny.best.json").read_bytes()
     with disk(tmp_path / "disk", "16m") as folder:
@@ -216,15 +214,14 @@ def test_the_disk_is_full_for_exports_and_reports(done: Path, tmp_path: Path, co
             assert said in answer.error
             assert names(place) == before
             filler.unlink()
-            answer = command(*words)
-            assert answer.code == 0, answer
+            answer = command.ok(*words)
             assert names(place) == {*before, name}
             shutil.rmtree(place / name) if name == "sparse" else (place / name).unlink()
         assert (place / "tiny.best.json").read_bytes() == best
     ROWS.add("disk full for `export`, `report` and `apply`", 3)
 
 
-@pytest.mark.slow
+@slow
 def test_a_folder_that_is_read_only(done: Path, tmp_path: Path, command: CommandLine) -> None:
     with disk(tmp_path / "disk", "4m") as folder:
         place = Path(shutil.copytree(done, folder / "tiny"))
@@ -240,10 +237,9 @@ def test_a_folder_that_is_read_only(done: Path, tmp_path: Path, command: Command
         ):  # fmt: skip
             answer = command(name, *study)
             assert answer.error == f"{place}/tiny.{ending}: {said}; choose another place with --out FILE"
-            assert command(name, *study, "--out", tmp_path / ending).code == 0
-        assert command("status", *study).code == 0
-        answer = command(*study, "--trials", "1", "--storage", f"sqlite:///{tmp_path}/new.db")
-        assert answer.code == 0, answer
+            command.ok(name, *study, "--out", tmp_path / ending)
+        command.ok("status", *study)
+        answer = command.ok(*study, "--trials", "1", "--storage", f"sqlite:///{tmp_path}/new.db")
     ROWS.add("study folder read-only, for a run, `export`, `report`, `status`", 4)
 
 
@@ -259,7 +255,7 @@ DAMAGE: dict[str, Callable[[bytearray], bytes | bytearray]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@parametrize("damage", DAMAGE)
 def test_a_damaged_database_is_one_line_and_left_alone(damage: str, done: Path, command: CommandLine) -> None:
     database = done / "tiny.db"
     database.write_bytes(DAMAGE[damage](bytearray(database.read_bytes())))
@@ -288,8 +284,7 @@ def test_the_way_to_recover_that_is_named_recovers(done: Path, command: CommandL
     found = re.search(r"`(.*)`", command("status", "--study", done / "tiny.toml").error)
     assert found
     subprocess.run(found[1], shell=True, check=True, cwd=done)
-    answer = command("--study", done / "tiny.toml", "--storage", f"sqlite:///{done}/NEW.db", "--trials", "7")
-    assert answer.code == 0, answer
+    command.ok("--study", done / "tiny.toml", "--storage", f"sqlite:///{done}/NEW.db", "--trials", "7")
     assert [row in measured(stored(done, database=done / "NEW.db")) for row in before] == [True] * 6
     ROWS.add("an index destroyed, and repaired as the error message says", 1)
 
@@ -297,7 +292,7 @@ def test_the_way_to_recover_that_is_named_recovers(done: Path, command: CommandL
 # --- the model
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_that_changes_while_it_is_used_is_not_mixed(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +312,7 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
     assert [trial.value is None for trial in stored(place).trials] == [False, True]
     assert "model.content is " in command(*study).error
     file.write_bytes(good)
-    assert command(*study).code == 0
+    command.ok(*study)
     undisturbed = run(place, name="undisturbed")
     check_equal(stored(place), undisturbed, 3)
     ROWS.add("model file changed during a run, and between two runs", 2)
@@ -326,9 +321,9 @@ def test_a_model_that_changes_while_it_is_used_is_not_mixed(
 # --- memory
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cuda", "host"])
-@pytest.mark.parametrize("phase", ["calibration", "pruning", "evaluation"])
+@slow
+@parametrize("kind", ["cuda", "host"])
+@parametrize("phase", ["calibration", "pruning", "evaluation"])
 def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial fails with the reason, the others are measured."""
 
@@ -357,7 +352,7 @@ def test_memory_runs_out_in_a_trial(phase: str, kind: str, place: Path, monkeypa
     ROWS.add("memory runs out in calibration, pruning, evaluation", 6, same="that trial fails, the study goes on")
 
 
-@pytest.mark.slow
+@slow
 def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def report_fails(scores: RoleScores) -> Any:
         if scores._role == "test":
@@ -370,7 +365,7 @@ def test_memory_runs_out_in_the_report(place: Path, command: CommandLine, monkey
         patch.setattr(RoleScores, "end", report_fails)
         assert command(*study).error.startswith("test text: dense model: out of memory; what is stored is safe")
     assert len(measured(stored(place))) == 3
-    assert command(*study).code == 0
+    command.ok(*study)
     check_equal(stored(place), run(place, name="undisturbed"), 3)
     ROWS.add("memory runs out while the test text is measured", 1)
 
@@ -482,7 +477,7 @@ def test_the_clock_is_set_back_while_a_trial_runs(place: Path, tmp_path: Path, u
     ROWS.add("clock set back by an hour while a trial runs, process killed, clock corrected", 1, seconds=seconds)
 
 
-@pytest.mark.slow
+@slow
 def test_another_version_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, "search.trials=1")
     notes: list[str] = []

@@ -2,11 +2,11 @@ import optuna
 import plans
 import plotly.graph_objects as go
 import pytest
+from expect import parametrize, refusal
 from optuna.trial import TrialState, create_trial
 from synthetic import BLOCKS, BOUND, made_up, new_study
 
 from atp_tune import figures, report
-from atp_tune.errors import UserError
 from atp_tune.figures import draw_history
 from atp_tune.figures.style import CYCLE
 from atp_tune.results.summary import summarise
@@ -43,7 +43,7 @@ def test_an_empty_study_has_no_figure(study: optuna.Study) -> None:
     assert draw_history(summarise(study)) is None
 
 
-@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL])
+@parametrize("state", [TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL])
 def test_trials_without_a_value_make_no_figure(study: optuna.Study, state: TrialState) -> None:
     study.add_trial(create_trial(state=state, user_attrs=plans.stored([0.5] * BLOCKS)))
     assert drawn(study) == {}
@@ -120,8 +120,8 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.parametrize("colour", CYCLE)
-@pytest.mark.parametrize("page", ["#ffffff", "#14171c"])
+@parametrize("colour", CYCLE)
+@parametrize("page", ["#ffffff", "#14171c"])
 def test_colours_stand_out_on_light_and_dark(colour: str, page: str) -> None:
     light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
     assert (light + 0.05) / (dark + 0.05) >= 3
@@ -133,8 +133,6 @@ def test_a_browser_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(EXTRAS, "png", {"plotly": "plotly"})  # is here, where kaleido need not be
     monkeypatch.setattr(report, "_draw", fails)
-    with pytest.raises(UserError) as caught:
-        report.svg([go.Figure()])
-    assert str(caught.value) == (
+    assert refusal(report.svg, [go.Figure()]) == (
         f"a picture could not be drawn (no browser); it needs: {install('png')} and {report.BROWSER}"
     )

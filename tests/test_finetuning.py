@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from expect import parametrize, refusal, slow
 from safetensors.torch import save_file
 from test_applying import block_of, same_bytes, tensors
-from tinystudy import TOKENS, CommandLine, finish, start, wait_until
+from tinystudy import TOKENS, CommandLine, copy_of, finish, start, wait_until
 
 from atp_tune.config.best import read_config
 from atp_tune.config.data import Text
 from atp_tune.config.prune import Training
-from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.folders import finetuning
-from atp_tune.folders.applying import apply
 from atp_tune.folders.card import ABOUT, FINETUNED, Finetuned, origin, read_text, rooted
 from atp_tune.folders.finetuning import finetune
 from atp_tune.folders.training import order
@@ -57,20 +56,7 @@ SETTINGS = Training(
 )
 
 
-@pytest.fixture(scope="module")
-def tiny_sparse(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished tiny study with the folder `sparse` beside it; to be read only."""
-    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("sparse") / "place"))
-    config = read_config(place / "tiny.best.json")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(config, place / "sparse", Place(place, "cpu"))
-    return place
-
-
-@pytest.fixture
-def place(tiny_sparse: Path, tmp_path: Path, windows: None) -> Path:
-    return Path(shutil.copytree(tiny_sparse, tmp_path / "place"))
+place = copy_of("tiny_sparse")
 
 
 def run(place: Path, text: str | None = None, test: str | None = None, **settings: Any) -> Finetuned:
@@ -94,11 +80,11 @@ def check_kept(before: Path, after: Path) -> None:
         assert not torch.equal(was, new[name])
 
 
-@pytest.mark.slow
+@slow
 def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: CommandLine) -> None:
     longer = (*SHORT, "--steps", "30", "--learning-rate", "0.003", "--text", f"file:{place / 'long.txt'}")
     answer = command("finetune", place / "sparse", "--out", place / "out", *longer)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     check_kept(place / "sparse", place / "out")
     before, after = (ByHand(place, place / name).nlls("test") for name in ("sparse", "out"))
     done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
@@ -118,12 +104,12 @@ def test_a_sparse_folder_is_tuned_and_keeps_its_zeros(place: Path, command: Comm
     }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", ["lora", "scales"])
+@slow
+@parametrize("train", ["lora", "scales"])
 def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLine, train: str) -> None:
     longer = (*SHORT, "--steps", "30", "--text", f"file:{place / 'long.txt'}", "--eval-every", "10")
     answer = command("finetune", place / "sparse", "--out", place / "out", *longer, "--loss", "kl", "--train", train)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     check_kept(place / "sparse", place / "out")
     done = Finetuned.model_validate_json((place / "out" / FINETUNED).read_text())
     assert (done.settings.loss, done.settings.train, done.settings.rank) == ("kl", train, {"lora": 8}.get(train))
@@ -149,7 +135,7 @@ def test_the_dense_models_predictions_are_learnt(place: Path, command: CommandLi
     assert "loss kl" in card
 
 
-@pytest.mark.slow
+@slow
 def test_training_that_helps_nothing_writes_nothing(place: Path, command: CommandLine) -> None:
     """At a rate that destroys the model: it stops before all steps, with one line, and leaves nothing."""
     words = (place / "sparse", "--out", place / "out", *SHORT, "--steps", "90", "--learning-rate", "3")
@@ -163,7 +149,7 @@ def test_training_that_helps_nothing_writes_nothing(place: Path, command: Comman
     assert not [file.name for file in place.iterdir() if "out" in file.name]
 
 
-@pytest.mark.slow
+@slow
 def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> None:
     """The first loss is that of the sparse model on the first batch, by hand."""
     done = run(place, steps=1)
@@ -179,11 +165,10 @@ def test_windows_are_those_of_the_text_in_the_order_of_the_seed(place: Path) -> 
 # --- a run that is cut off
 
 
-@pytest.mark.slow
+@slow
 def test_a_killed_process_goes_on_to_the_same_weights(place: Path, command: CommandLine) -> None:
     options = ("finetune", place / "sparse", *SHORT, "--steps", str(5 * finetuning.SAVED))
-    whole = command(*options, "--out", place / "whole")
-    assert whole.code == 0, whole.err
+    command.ok(*options, "--out", place / "whole")
     process = start(*options, "--out", place / "out")
     wait_until(lambda: (place / "out.part").exists() or process.poll() is not None)
     process.kill()
@@ -200,7 +185,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(place: Path, command: Comm
 # --- the dense model of `--loss kl` and `both`
 
 
-@pytest.mark.slow
+@slow
 def test_a_teacher_of_another_vocabulary(place: Path, command: CommandLine) -> None:
     other = Path(shutil.copytree(place / "model", place / "other"))
     config = json.loads((other / "config.json").read_text())
@@ -235,13 +220,12 @@ def test_a_dense_model_that_is_gone_or_another(place: Path, command: CommandLine
 
 
 def refused(place: Path, *arguments: Any, **settings: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        run(place, *arguments, **settings)
+    said = refusal(run, place, *arguments, **settings)
     assert not [file.name for file in place.iterdir() if file.name.startswith(("out", "."))]
-    return str(caught.value)
+    return said
 
 
-@pytest.mark.parametrize(("role", "name"), [("validation", "validation"), ("test", "test")])
+@parametrize(("role", "name"), [("validation", "validation"), ("test", "test")])
 def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: Path) -> None:
     source = f"file:{place / f'{name}.txt'}"
     assert refused(place, source) == (
@@ -249,7 +233,7 @@ def test_the_texts_that_measure_are_not_trained_on(role: str, name: str, place: 
     )
 
 
-@pytest.mark.parametrize(("role", "tokens"), [("test", TOKENS), ("test", TOKENS + 5), ("validation", 4 * TOKENS)])
+@parametrize(("role", "tokens"), [("test", TOKENS), ("test", TOKENS + 5), ("validation", 4 * TOKENS)])
 def test_a_copy_of_a_text_that_measures_is_found_out(place: Path, role: str, tokens: int) -> None:
     shutil.copyfile(place / f"{role}.txt", place / "copy.txt")
     said = refused(place, f"file:{place / 'copy.txt'}", tokens=tokens)
@@ -257,7 +241,7 @@ def test_a_copy_of_a_text_that_measures_is_found_out(place: Path, role: str, tok
     assert said.endswith(f"windows of file:{place / 'copy.txt'} are in the {role} text too; give another source")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "atp_tune.config/1"}', '"text"', "{}"])
+@parametrize("content", ["{", "[]", '{"format": "atp_tune.config/1"}', '"text"', "{}"])
 def test_a_record_that_is_none(content: str, place: Path) -> None:
     (place / "sparse" / ABOUT).write_text(content)
     assert refused(place).startswith(f"{place / 'sparse' / ABOUT}: ")

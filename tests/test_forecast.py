@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import parametrize
 from tinystudy import study_file
 
 from atp_tune.allocations import gradient
@@ -118,9 +119,7 @@ def test_bytes() -> None:
     assert not bytes_of(SIZES, 4, 8, TOKENS, 0, 0).converts
 
 
-@pytest.mark.parametrize(
-    ("offload", "device", "host"), [("none", 2000, 0), ("cpu", 200 + 1200, 1800), ("disk", 1400, 0)]
-)
+@parametrize(("offload", "device", "host"), [("none", 2000, 0), ("cpu", 200 + 1200, 1800), ("disk", 1400, 0)])
 def test_memory_by_residency(offload: str, device: int, host: int) -> None:
     free = Free(10**6, 10**6)
     found = peaks(held(), offload, free, has_own_memory=True)  # type: ignore[arg-type]
@@ -139,7 +138,7 @@ def lines(free: Free, offload: str = "none", **changes: int) -> tuple[str, ...]:
 G = 1024**3
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("free", "changes", "offload", "said"),
     [
         (Free(9 * G, 9 * G), {"total": 10 * G, "blocks": 9 * G, "largest": G, "converts": False}, "none",

@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, refused, slow
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 from synthetic import VERSIONS, storage_in
@@ -20,7 +21,6 @@ from tinystudy import TUNE, CommandLine
 
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load, settings
-from atp_tune.errors import UserError
 from atp_tune.results.goals import best_trial, excess_of, goal_in
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import summarise
@@ -137,19 +137,19 @@ def test_a_pair_that_is_not_on_the_front_is_a_point_too() -> None:
 # The points
 
 
-@pytest.mark.parametrize(("wanted", "number"), [(0.5, 4), (0.45, 4), (0.4, 2), (0.25, 1), (0.7, 6), (0.2, 1)])
+@parametrize(("wanted", "number"), [(0.5, 4), (0.45, 4), (0.4, 2), (0.25, 1), (0.7, 6), (0.2, 1)])
 def test_the_nearest_of_the_front(wanted: float, number: int) -> None:
     assert goal_in(made_front()).nearest(str(wanted)).trial.number == number  # of two as near the lower one
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("limit", "number"), [({"max_increase": 0.1}, 2), ({"max_perplexity": 31.0}, 4), ({"max_increase": 0.001}, 1)]
 )
 def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: int) -> None:
     study = made_front()
     inside = [t for t in study.trials if excess_of(study, t, limit) <= 0]
     if not inside:
-        with pytest.raises(UserError, match=f"the nearest is trial {number}, "):
+        with refused(f"the nearest is trial {number}, "):
             goal_in(study).sparsest(limit)
         return
     highest, found = max(t.params["sparsity"] for t in inside), goal_in(study).sparsest(limit).trial
@@ -160,7 +160,7 @@ def test_the_sparsest_within_a_limit_by_hand(limit: dict[str, float], number: in
 # Words
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("levels", "number", "why"),
     [
         ({0.2: 20.5, 0.5: 21.2}, 1, "the sparsest within 10% more perplexity than dense"),
@@ -187,8 +187,8 @@ def test_the_best_of_a_front_is_not_its_densest_end(levels: dict[float, float], 
 # Export
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("options", "number", "said"),
     [
         (["--sparsity", "0.5"], 4, "trial 4, 50% wanda + atp (β = 0.05000): on the front\n"),
@@ -213,8 +213,8 @@ def test_a_point_is_exported(options: list[str], number: int, said: str, tmp_pat
     assert config.scored("uniform", "validation") is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("options", "error"),
     [
         (["--sparsity", "0.9"], "--sparsity: 0.9 is outside the study's interval, 20% to 70%"),
@@ -247,8 +247,8 @@ def test_points_that_are_refused(options: list[str], error: str, tmp_path: Path,
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "cache"] == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("typed", "name"), [("\n", "made.best.json"), ("9\n1\n", "made.trial-1.json")])
+@slow
+@parametrize(("typed", "name"), [("\n", "made.best.json"), ("9\n1\n", "made.trial-1.json")])
 def test_a_terminal_is_asked(typed: str, name: str, tmp_path: Path) -> None:
     from processes import popen
     from tinystudy import HANGS

@@ -5,15 +5,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+from expect import parametrize, refused, slow
 from families import ALL, bench_of, few, replay_of, tiny
 from plans import planned
 from tinystudy import make_model, make_tokenizer
 from torch import Tensor
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.errors import UserError
 from atp_tune.run.generation import Answer, ChatOptions, Speaker, continued, encode, end_tokens, generate, longest
 from atp_tune.run.observers import Kept
 
@@ -53,11 +52,10 @@ def said(replay: Replay, weights_of: Any = None, bos: bool = False) -> list[list
 
 def cut(tokens: list[int], ends: list[int]) -> list[int]:
     """Without what follows the end of a text that ends before the others of its batch."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: end + 1]
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens)) + 1]
 
 
-@pytest.mark.parametrize("family", few(ALL, ["llama"]))
+@parametrize("family", few(ALL, ["llama"]))
 def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     model = tiny(family)
     work = bench_of(model)
@@ -74,7 +72,7 @@ def test_a_pruned_model_says_what_its_weights_say(family: str) -> None:
     assert found == [greedy(model, Letters()(prompt).input_ids, ends) for prompt in PROMPTS]
 
 
-@pytest.mark.slow
+@slow
 def test_prompts_begin_with_bos_where_windows_do() -> None:
     model = tiny("llama")
     ends = end_tokens(model, Letters())
@@ -95,14 +93,14 @@ def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt() -> None:
     assert encode("\x4d", Letters(), [79], bos=False) == [79]  # the last token stays
     assert encode("a\x4d", Letters(), [79], bos=False) == Letters()("a").input_ids
     assert encode("a", Letters(), [], bos=True) == [0, *Letters()("a").input_ids]
-    with pytest.raises(UserError, match='prompt "": has no tokens'):
+    with refused('prompt "": has no tokens'):
         encode("", Letters(), [], bos=False)
 
 
 def test_what_cannot_generate_is_refused() -> None:
-    with pytest.raises(UserError, match="model Linear: cannot generate text"):
+    with refused("model Linear: cannot generate text"):
         generate(torch.nn.Linear(2, 2), Letters(), torch.ones(1, 2, dtype=torch.long), 3)
-    with pytest.raises(UserError, match="prompt: the tokenizer makes token 500 of it, the model knows 97"):
+    with refused("prompt: the tokenizer makes token 500 of it, the model knows 97"):
         generate(tiny("llama"), Letters(), torch.full((1, 2), 500), 3)
 
 
@@ -148,7 +146,7 @@ def by_hand(who: Speaker, text: str, count: int) -> str:
     return str(who.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-@pytest.mark.slow
+@slow
 def test_an_answer_comes_in_pieces() -> None:
     who = speaker()
     found, pieces = answer(who, "the import statement")
@@ -159,11 +157,11 @@ def test_an_answer_comes_in_pieces() -> None:
 
 
 def test_a_broken_template_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^the chat template cannot write these messages: TemplateError: no$"):
+    with refused(r"^the chat template cannot write these messages: TemplateError: no$"):
         answer(speaker("{{ raise_exception('no') }}"), "one")
 
 
-@pytest.mark.slow
+@slow
 def test_an_answer_ends_where_a_person_stops_it() -> None:
     asked: list[int] = []
 

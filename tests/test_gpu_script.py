@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import slow
 
 REPO = Path(__file__).parents[1]
 SCRIPT = REPO / "scripts" / "gpu"
@@ -34,7 +35,7 @@ def script() -> Any:
     return module
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_not_run(tmp_path: Path) -> None:
     assert said("--wheels") == "--wheels: into which folder?"
     assert said(tmp_path) == f"{tmp_path}: has no wheels; `scripts/gpu --wheels {tmp_path}` downloads them"
@@ -75,7 +76,7 @@ def test_what_the_tests_import_is_there_or_brought(script: Any) -> None:
     assert not lacking & {"optuna", "alembic", "pytest", "_pytest", "pluggy", "torch", "triton", "tokenizers", "yaml"}
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_stopped_says_so(script: Any) -> None:
     environment = dict(os.environ)
     ran = script.run([sys.executable, "-c", "print('one', flush=True); import time; time.sleep(60)"], environment, 21)
@@ -83,7 +84,7 @@ def test_what_is_stopped_says_so(script: Any) -> None:
     assert script.run([sys.executable, "-c", "raise SystemExit(3)"], environment, 60).ended == "ended with exit code 3"
 
 
-@pytest.mark.slow
+@slow
 def test_the_page_tells_of_every_test(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also of those that failed: pytest itself writes the report that is read."""
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
@@ -99,7 +100,7 @@ def test_the_page_tells_of_every_test(script: Any, monkeypatch: pytest.MonkeyPat
     assert "- skipped, no card: 1\n- **failed**: `test_bad` of tests.gpu.test_it\n" in page
 
 
-@pytest.mark.slow
+@slow
 def test_a_run_that_is_cut_off_keeps_what_it_found(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

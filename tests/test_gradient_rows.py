@@ -1,7 +1,6 @@
 """Rows with sparsities of their own: offsets, masks and prices against loops, and studies through the command."""
 
 import base64
-import copy
 import math
 import zlib
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expect import parametrize
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_allocations import scores
-from test_pricing import FAST, close, places_in_rows, pricing_of, uneven
+from test_pricing import FAST, close, places_in_rows, pricing_of, uneven, whole_gradients
 from tinystudy import CommandLine, settings, stored
 from torch import Tensor
 from torch.nn import functional
@@ -77,7 +77,7 @@ def test_offsets_are_stored_as_text_and_read_again() -> None:
     assert offsets.towards(other, 0.25).blocks[0] == (as_bytes([-127, 2, 102]), as_bytes([1, 0]))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("text", "message"),
     [
         ("%%%", "no offsets of rows in base64"),
@@ -114,7 +114,7 @@ def by_rows(weight: Tensor, x: Tensor, zeros: Sequence[int]) -> Tensor:
     return kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_lose_their_lowest_scores(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(6, 16).to(dtype), torch.randn(40, 16)
@@ -171,31 +171,26 @@ def naive_step(
     share: float,
 ) -> tuple[list[list[float]], list[list[list[float]]]]:
     """Prices of linears and of their rows, by the gradient of a whole pruned copy's loss: a share of NLL, and KL."""
-    checkpoint = context.checkpoint
-    all_scores = scores(model, checkpoint, context.items("calibration"), "wanda")
-    pruned, places, zeros = copy.deepcopy(model).requires_grad_(True), {}, {}
-    for i, k in ((i, k) for i, row in enumerate(checkpoint.linears) for k in range(len(row))):
-        linear = checkpoint.linears[i][k]
-        weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
+    all_scores = scores(model, context.checkpoint, context.items("calibration"), "wanda")
+    places, zeros = {}, {}
+
+    def zeroed(i: int, k: int, weight: Tensor) -> Tensor:
         rows, columns = weight.shape
         places[i, k] = places_in_rows([all_scores[i][k][r * columns : (r + 1) * columns] for r in range(rows)])
-        wanted = [round(columns * (linears[i][k] + d)) for d in offsets[i][k]]
-        zeros[i, k] = [min(columns, max(0, count)) for count in wanted]
-        for r, count in enumerate(zeros[i, k]):
-            weight[r, places[i, k][r] < count] = 0
-    logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    p = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).detach().softmax(1)
-    kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
-    (share * functional.cross_entropy(logits, ids[:, 1:].flatten()) + (1 - share) * kl).backward()
+        zeros[i, k] = [min(columns, max(0, round(columns * (linears[i][k] + d)))) for d in offsets[i][k]]
+        return places[i, k] < torch.tensor(zeros[i, k])[:, None]
+
+    def loss(logits: Tensor) -> Tensor:
+        p = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).detach().softmax(1)
+        kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
+        return share * functional.cross_entropy(logits, ids[:, 1:].flatten()) + (1 - share) * kl
+
     of_linears: list[list[float]] = []
     of_rows_: list[list[list[float]]] = []
-    for i, row in enumerate(checkpoint.linears):
+    for i, row in enumerate(whole_gradients(model, context, ids, zeroed, loss)):
         of_linears.append([])
         of_rows_.append([])
-        for k, linear in enumerate(row):
-            name = checkpoint.key(i, linear)
-            gradient = linear.matrix(pruned.get_parameter(name).grad)
-            weight = linear.matrix(model.get_parameter(name).data)
+        for k, (weight, slopes) in enumerate(row):
             columns, each = weight.shape[1], []
             for r in range(weight.shape[0]):
                 near = [
@@ -203,7 +198,7 @@ def naive_step(
                     for j in range(columns)
                     if abs(int(places[i, k][r, j]) - zeros[i, k][r]) < max(1, int(BAND * columns))
                 ]
-                each.append([-float(gradient[r, j]) * float(weight[r, j]) for j in near])
+                each.append([-float(slopes[r, j]) * float(weight[r, j]) for j in near])
             flat = [cost for costs in each for cost in costs]
             mean = math.fsum(flat) / len(flat)
             of_linears[-1].append(mean)
@@ -220,7 +215,7 @@ def naive_move(smooth: list[float], offsets: list[float], found: list[float]) ->
     return smooth, [d - math.fsum(moved) / len(moved) for d in moved]
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, FAST))
+@parametrize("family", few(FAMILIES, FAST))
 def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps, ten times as long, so that the second has other masks than the first, and KL alone (`prune.loss`)."""
     monkeypatch.setattr("atp_tune.blocks.gradients.DISTANCE", 10 * DISTANCE)
@@ -248,7 +243,7 @@ def test_rows_move_by_gradients_of_the_whole_pruned_model(family: str, monkeypat
             assert np.frombuffer(numbers, np.int8).tolist() == pytest.approx([256 * d for d in wanted], abs=0.6)
 
 
-@pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
+@parametrize("family", few(MIXTURES, ("mixtral",)))
 def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
     context = bench_of(tiny(family))
     pricing = row_pricing_of(context)
@@ -269,7 +264,7 @@ STUDY = settings('allocation=["gradient-rows"]', "search.trials=4")
 def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> None:
     """It is resumed, exported, applied and packed with the rows that its trials stored, also without the cache."""
     answer = command("--study", place / "tiny.toml", *STUDY)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "gradient-rows (κ = " in answer.out
     study = stored(place)
     one = study.trials[1].user_attrs
@@ -277,24 +272,21 @@ def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> No
     assert [plan.by_row for plan in plans[:3]] == [False, True, True] and plans[1].levels != plans[2].levels
     assert one["realised"] == pytest.approx(0.6, abs=1e-3)
     assert one["realised"] > study.trials[0].user_attrs["realised"]
-    again = command("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
-    assert again.code == 0
+    command.ok("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
     assert [t.values for t in stored(place, "again").trials] == [t.values for t in study.trials]
     for file in (cache / "gradient").glob("*"):
         file.unlink()
     best = read_config(place / "tiny.best.json")
     assert best.plan.allocation == "gradient-rows" and best.plan.by_row
     words = ("--config", place / "tiny.best.json")
-    applied = command("apply", *words, "--out", place / "sparse")
-    assert applied.code == 0 and "(+0.000%)" in applied.out
-    packed = command("apply", *words, "--packed", "--out", place / "packed")
-    assert packed.code == 0 and "(+0.000%)" in packed.out
+    assert "(+0.000%)" in command.ok("apply", *words, "--out", place / "sparse").out
+    assert "(+0.000%)" in command.ok("apply", *words, "--packed", "--out", place / "packed").out
     assert not list((cache / "gradient").glob("*.json"))
     assert "Each row of each linear has its own share of zeros" in (place / "sparse" / "README.md").read_text()
     recipe = command(
         "export", "--study", place / "tiny.toml", "--format", "llm-compressor", "--out", place / "recipe.yaml"
     )
     assert recipe.code == 2 and "gradient-rows" in recipe.err
-    listed = command("export", *words, "--format", "csv", "--out", place / "listed.csv")
-    assert listed.code == 0 and "rows of a linear differ in sparsity" in listed.err
+    listed = command.ok("export", *words, "--format", "csv", "--out", place / "listed.csv")
+    assert "rows of a linear differ in sparsity" in listed.err
     assert command("export", *words, "--out", place / "again.json").err == ""

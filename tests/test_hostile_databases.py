@@ -11,13 +11,13 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, refused, slow
 from families import few
 from fuzzing import Choices
 from optuna.trial import TrialState
 from test_serving import served
 from tinystudy import CommandLine, run
 
-from atp_tune.errors import UserError
 from atp_tune.storage import opening, progress
 from atp_tune.storage.attributes import FOREIGN
 
@@ -34,14 +34,13 @@ ARTIFACTS = re.compile(r"(tiny|done)/tiny\.artifacts(/[0-9a-f-]{36})?")
 NAMES = ["../../x", "/tmp/x", "..", ".", "-x", "a b", "a/../../b", "~", "é", "x" * 200]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", few(NAMES, ["../../x"]))
+@slow
+@parametrize("name", few(NAMES, ["../../x"]))
 def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine) -> None:
     before = files(place.parent)
-    answer = command("--study", place / "tiny.toml", f"--study-name={name}", "--trials", "1")
-    assert answer.code == 0, answer.err
+    command.ok("--study", place / "tiny.toml", f"--study-name={name}", "--trials", "1")
     for kind in ("html", "md"):
-        assert command("report", "--study", place / "tiny.toml", f"--study-name={name}", "--format", kind).code == 0
+        command.ok("report", "--study", place / "tiny.toml", f"--study-name={name}", "--format", kind)
     plain = name.replace("/", "_")
     made = {
         f"tiny/{end}" for end in ("tiny.db", *(f"{plain}{x}" for x in (".best.json", ".report.html", ".report.md")))
@@ -50,9 +49,9 @@ def test_a_name_stays_in_its_folder(name: str, place: Path, command: CommandLine
     assert {path for path in new if not ARTIFACTS.fullmatch(path)} == made
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\x1b[2Jb", "x" * 201, "a\udcff", "\u202e", "a\tb"])
+@parametrize("name", ["", "a\nb", "a\x1b[2Jb", "x" * 201, "a\udcff", "\u202e", "a\tb"])
 def test_a_name_that_no_study_gets(name: str, place: Path, command: CommandLine) -> None:
-    with pytest.raises(UserError, match="its name must have 1 to 200 bytes, all printable") as caught:
+    with refused("its name must have 1 to 200 bytes, all printable") as caught:
         run(place, name=name)
     assert str(caught.value).isprintable()
     assert not (place / "tiny.db").exists()
@@ -100,7 +99,7 @@ def name_in(place: Path) -> str:
         return str(connection.execute("SELECT study_name FROM studies").fetchone()[0])
 
 
-@pytest.mark.slow
+@slow
 def test_a_terminal_shows_it_and_does_not_act_on_it(hostile: Path, command: CommandLine) -> None:
     words = ("--study", hostile / "tiny.toml", "--study-name", name_in(hostile))
     for answer in (command("status", *words), command("status", *words, "--json"), command("export", *words)):
@@ -111,7 +110,7 @@ def test_a_terminal_shows_it_and_does_not_act_on_it(hostile: Path, command: Comm
     assert "\n# b" not in command("status", *words).out
 
 
-@pytest.mark.slow
+@slow
 def test_the_dashboard_shows_it_as_text(hostile: Path) -> None:
     with served(hostile / "tiny.db") as dashboard:
         (found,) = dashboard.studies()
@@ -199,8 +198,8 @@ def open_study(done: Path) -> Path:
     return done
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(SEEDS))
+@slow
+@parametrize("seed", range(SEEDS))
 def test_a_run_on_a_damaged_database_ends_well_or_in_one_line(
     seed: int, open_study: Path, command: CommandLine
 ) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import hostile
 import pytest
+from expect import parametrize, slow
 from hostile import DOCUMENT, KINDS, SECRET, Input, known_cells, make_home, seen, tree, write_cells
 from huggingface_hub import constants
 from image_families import write_classifier
@@ -35,10 +36,8 @@ from atp_tune.api.configuration import Configuration
 from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import MODEL, app
 from atp_tune.config import finding
-from atp_tune.config.best import read_config
 from atp_tune.config.study import ModelConfig
 from atp_tune.dashboard import servers
-from atp_tune.events import Place
 from atp_tune.speed import benchmark, torch_engine
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
@@ -125,14 +124,10 @@ class HangsError(BaseException):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished tiny study with the folder that `apply` makes of it; to be read only."""
-    from atp_tune.folders.applying import apply
-
-    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("hostile") / "place"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
-        apply(read_config(place / "tiny.best.json"), place / "sparse", Place(place, "cpu"))
+def finished(tiny_sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished tiny study with a sparse folder and a classifier; to be read only."""
+    place = Path(shutil.copytree(tiny_sparse, tmp_path_factory.mktemp("hostile") / "place"))
+    shutil.copytree(tiny_sparse.parent / "cache", place.parent / "cache")
     write_classifier(place / "vit")
     Image.effect_noise((9, 7), 50).save(place / "picture.png")
     gc.collect()
@@ -368,14 +363,14 @@ def empty() -> dict[tuple[str, str], str]:
     return {(name, kind): NONE for name in COMMANDS for kind in KINDS if (name, kind) not in CELLS}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell in FAST])
+@slow
+@parametrize(("name", "kind"), [cell for cell in CELLS if cell in FAST])
 def test_a_command_that_is_quick(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     check(name, kind, sandbox, measured_once)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
+@slow
+@parametrize(("name", "kind"), [cell for cell in CELLS if cell not in FAST])
 def test_a_command(name: str, kind: str, sandbox: Sandbox, measured_once: Callable[[], None]) -> None:
     check(name, kind, sandbox, measured_once)
 
@@ -392,5 +387,5 @@ def test_the_table_has_every_command_and_every_input() -> None:
     cells = known_cells(DOCUMENT)
     assert set(cells) == {(name, kind) for name in COMMANDS for kind in KINDS}
     assert {cell: word for cell, word in cells.items() if word == NONE} == empty()
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text()
     assert all(line in text for line in hostile.listed())

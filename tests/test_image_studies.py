@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expect import parametrize
 from image_families import write_classifier
 from PIL import Image
 from test_runner import reopen
-from tinystudy import CommandLine, run
+from tinystudy import CommandLine, copy_of, run
 from torch.nn import functional
 from transformers import (
     AutoImageProcessor,
@@ -114,9 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("vit"))
 
 
-@pytest.fixture
-def place(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "vit"))
+place = copy_of("trained")
 
 
 def images_of(place: Path) -> np.ndarray:
@@ -151,24 +150,21 @@ def tune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each works on an image classifier, or ends in one line."""
     monkeypatch.chdir(place)
-    ran = tune("--study", "tiny.toml")
-    assert ran.code == 0, ran
+    ran = tune.ok("--study", "tiny.toml")
     assert "test accuracy" in ran.out and "perplexity: over classes" in ran.out and "Sign of β" in ran.out
     assert "images" in ran.out and " windows" not in ran.out
     status = json.loads(tune("status", "--study", "tiny.toml", "--json").out)
     assert status["dense"]["accuracy"]["test"]["value"] > 0.7 and status["sign"]
-    applied = tune("apply", "--config", "tiny.best.json", "--out", "sparse")
-    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    assert "(+0.000%)" in tune.ok("apply", "--config", "tiny.best.json", "--out", "sparse").out
     config = read_config(place / "sparse" / "atp_tune.json")
     nlls, _ = own_scores(place / "sparse", place)
     assert config.scored() is not None
     assert config.scored().value == pytest.approx(perplexity(nlls).value, rel=1e-4)
     card = (place / "sparse" / "README.md").read_text()
     assert "AutoModelForImageClassification" in card and "| accuracy |" in card and "tokenizer" not in card
-    evaluated = tune("evaluate", "--config", "tiny.best.json")
-    assert evaluated.code == 0 and "test images, top-1" in evaluated.out and "test images, top-5" in evaluated.out
-    alone = tune("evaluate", "sparse", "--limit", "10")
-    assert alone.code == 0 and "| 10 " in alone.out
+    evaluated = tune.ok("evaluate", "--config", "tiny.best.json")
+    assert "test images, top-1" in evaluated.out and "test images, top-5" in evaluated.out
+    assert "| 10 " in tune.ok("evaluate", "sparse", "--limit", "10").out
     seen = tune("classify", "sparse", *write_pictures(place), "--both", "--json")
     pruned = tune("classify", *write_pictures(place), "--config", "tiny.best.json", "--both", "--json")
     assert seen.code == pruned.code == 0 and answers(seen) == pytest.approx(answers(pruned), rel=1e-5)
@@ -179,11 +175,11 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     own = loaded.classify(write_pictures(place), both=True)
     assert json.loads(pruned.out) == [one.model_dump(mode="json") for one in own]
     assert loaded.classify(str(place / "0.png"))[0].dense is None
-    assert tune("report", "--study", "tiny.toml", "--out", "r.html").code == 0
+    tune.ok("report", "--study", "tiny.toml", "--out", "r.html")
     page = (place / "r.html").read_text()
     assert "validation accuracy" in page
     check_answers(page, place)
-    assert tune("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv").code == 0
+    tune.ok("export", "--study", "tiny.toml", "--format", "csv", "--out", "x.csv")
     for arguments, said in (
         (("finetune", "sparse", "--out", "tuned", "--text", "file:x"), "classifier: give --images"),
         (
@@ -203,16 +199,16 @@ def test_the_commands_of_a_study(place: Path, tune: CommandLine, monkeypatch: py
     assert not (place / "tuned").exists()
 
 
-@pytest.mark.parametrize("engine", ["torch", "packed"])
+@parametrize("engine", ["torch", "packed"])
 def test_the_speed_of_a_classifier(
     engine: str, place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images per second are shown and kept; the packed engine compares its logits; several at once are not kept."""
     monkeypatch.chdir(place)
-    assert tune("--study", "tiny.toml", "--trials", "2").code == 0
+    tune.ok("--study", "tiny.toml", "--trials", "2")
     words = ("speedup", "--engine", engine, "--runs", "2", "--device", "cpu")
-    answer = tune(*words, "--config", "tiny.best.json")
-    assert answer.code == 0 and "| classify " in answer.out and "images per second, median" in answer.out, answer
+    answer = tune.ok(*words, "--config", "tiny.best.json")
+    assert "| classify " in answer.out and "images per second, median" in answer.out
     assert "tokens" not in answer.out and "stored in tiny.best.json, study tiny" in answer.out
     found = read_config(place / "tiny.best.json").speed
     assert found is not None and found.fastest and found.unit == "images"
@@ -222,7 +218,7 @@ def test_the_speed_of_a_classifier(
     assert all(row.logits is not None and row.logits < 1e-3 for row in packed) and len(packed) == (engine == "packed")
     shown = tune("--study", "tiny.toml", "--trials", "2")
     assert re.search(r"classify, images per second: \w+, float32 +\|", shown.out)
-    assert tune("report", "--study", "tiny.toml", "--out", "r.md").code == 0
+    tune.ok("report", "--study", "tiny.toml", "--out", "r.md")
     assert "classify, images per second: torch, float32" in (place / "r.md").read_text()
     before = (place / "tiny.best.json").read_bytes()
     answer = tune(*words, "--config", "tiny.best.json", "--batch", "3")
@@ -233,9 +229,9 @@ def test_the_speed_of_a_classifier(
 def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain transformers loads it; `classify`, `evaluate` and `unpack` take it; rounding is measured on images."""
     monkeypatch.chdir(place)
-    assert tune("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.6").code == 0
-    packed = tune("pack", "sparse", "--out", "packed")
-    assert packed.code == 0 and 'AutoModelForImageClassification.from_pretrained("packed")' in packed.out, packed
+    tune.ok("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.6")
+    packed = tune.ok("pack", "sparse", "--out", "packed")
+    assert 'AutoModelForImageClassification.from_pretrained("packed")' in packed.out
     sparse, own = (AutoModelForImageClassification.from_pretrained(place / name) for name in ("sparse", "packed"))
     assert type(own).__name__ == "PackedViTForImageClassification"
     pixels = own_pixels(place / "packed", place)
@@ -248,28 +244,26 @@ def test_a_packed_classifier_is_the_sparse_one(place: Path, tune: CommandLine, m
     scores = [tune("evaluate", name).out.splitlines()[-4:] for name in ("sparse", "packed")]
     assert "test images, top-1" in "".join(scores[0])
     assert [line for line in scores[0] if "top-" in line] == [line for line in scores[1] if "top-" in line]
-    assert tune("unpack", "packed", "--out", "again").code == 0
+    tune.ok("unpack", "packed", "--out", "again")
     for file in (place / "sparse").iterdir():
         assert file.read_bytes() == (place / "again" / file.name).read_bytes(), file.name
-    rounded = tune("pack", "sparse", "--out", "int8", "--values", "int8")
-    assert rounded.code == 0 and "perplexity on the test images: " in rounded.out, rounded
-    applied = tune("apply", "--config", "sparse/atp_tune.json", "--out", "both", "--packed")
-    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    assert "perplexity on the test images: " in tune.ok("pack", "sparse", "--out", "int8", "--values", "int8").out
+    assert "(+0.000%)" in tune.ok("apply", "--config", "sparse/atp_tune.json", "--out", "both", "--packed").out
     assert "atp_sparse" in (place / "both/config.json").read_text()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
     refused(tune("chat", "packed"), "image classifier")
-    tuned = tune("finetune", "packed", "--out", "tuned", "--steps", "2", "--batch", "8")
-    assert tuned.code == 0 and "2 steps on 16 images" in tuned.out, tuned
+    tuned = tune.ok("finetune", "packed", "--out", "tuned", "--steps", "2", "--batch", "8")
+    assert "2 steps on 16 images" in tuned.out
 
 
 def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros stay, the loss is transformers' own, and accuracy is measured before and after."""
     monkeypatch.chdir(place)
-    assert tune("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.7").code == 0
+    tune.ok("prune", "--study", "tiny.toml", "--out", "sparse", "--set", "sparsity=0.7")
     train = '{source = "idx:train-images-idx3-ubyte.gz", part = [0.0, 0.5]}'
     words = ("finetune", "sparse", "--out", "tuned", "--images", train, "--batch", "16", "--device", "cpu")
-    answer = tune(*words, "--steps", "40", "--learning-rate", "0.01")
-    assert answer.code == 0 and " steps on 180 images of " in answer.out and "test accuracy" in answer.out, answer
+    answer = tune.ok(*words, "--steps", "40", "--learning-rate", "0.01")
+    assert " steps on 180 images of " in answer.out and "test accuracy" in answer.out
     done = Finetuned.model_validate_json((place / "tuned" / FINETUNED).read_text())
     assert done.zeros.before == done.zeros.after and done.settings.seqlen is None and done.accuracy is not None
     for folder, own, hits in (
@@ -287,12 +281,12 @@ def test_a_classifier_is_fine_tuned(place: Path, tune: CommandLine, monkeypatch:
         assert torch.equal(was, tuned) != (was.dim() == 2 and ".layers." in name)
         assert was.dim() != 2 or torch.equal((was == 0), (tuned == 0))
     assert done.held_out is not None and done.held_out.windows == 20
-    learnt = tune(*words, "--steps", "2", "--loss", "kl", "--patience", "0", "--out", "learnt")
-    assert learnt.code == 0 and "2 steps on 32 images of " in learnt.out, learnt
+    learnt = tune.ok(*words, "--steps", "2", "--loss", "kl", "--patience", "0", "--out", "learnt")
+    assert "2 steps on 32 images of " in learnt.out
     refused(tune(*words, "--out", "no", "--loss", "kl", "--teacher", "no-model"), "--teacher: model.source: ")
 
 
-@pytest.mark.parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
+@parametrize("family", ["beit", "dinov2", "convnext", "swinv2", "hiera", "pvtv2", "segformer"])
 def test_packed_families(family: str, tmp_path: Path) -> None:
     """Logits of the packed model are those of the sparse one, also where shapes change between stages."""
     source = write_classifier(tmp_path / "model", {index: str(index) for index in range(CLASSES)}, family)
@@ -365,7 +359,7 @@ def refused(answer: Any, said: str) -> None:
     assert "Traceback" not in answer.err
 
 
-@pytest.mark.parametrize("kind", ["vit", "convnext"])
+@parametrize("kind", ["vit", "convnext"])
 def test_every_pruner_and_allocation(place: Path, kind: str) -> None:
     if kind == "convnext":
         torch.manual_seed(0)

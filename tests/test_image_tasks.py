@@ -125,8 +125,7 @@ def naive_hits(folder: Path, place: Path) -> list[bool]:
 
 def test_a_folder_answers_as_by_hand(place: Path, tmp_path: Path, command: CommandLine) -> None:
     tasks = make_task(place, tmp_path / "tasks")
-    answer = command("evaluate", place / "model", "--tasks", f"{tasks}/", "--json", "--batch", 3)
-    assert answer.code == 0, answer.err
+    answer = command.ok("evaluate", place / "model", "--tasks", f"{tasks}/", "--json", "--batch", 3)
     [task] = json.loads(answer.out)["tasks"]
     hits = naive_hits(place / "model", place)
     assert (task["metric"], task["items"]) == ("exact_match", COUNT)
@@ -138,26 +137,24 @@ def test_a_study_s_models_answer_and_the_sparse_folder_as_the_best(
 ) -> None:
     for index, role in enumerate(("calibration", "validation", "test")):
         start = 100_000 + 20_000 * index
-        (tmp_path / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
+        (tmp_path / f"{role}.txt").write_text(TOPICS[start : start + 20_000])
     texts = "\n".join(
         f'[texts.{role}]\nsource = "file:{role}.txt"\nnsamples = 4\nseqlen = 32\n'
         for role in ("calibration", "validation", "test")
     )
     toml = f'sparsity = 0.6\n[model]\nsource = "{place / "model"}"\n{texts}\n[search]\ntrials = 3\nsampler = "random"\n'
     (tmp_path / "eyes.toml").write_text(toml)
-    assert command("--study", tmp_path / "eyes.toml", "--set", "continuations.tokens=0").code == 0
+    command.ok("--study", tmp_path / "eyes.toml", "--set", "continuations.tokens=0")
     tasks = make_task(place, tmp_path / "tasks")
     words = ("--tasks", f"{tasks}/", "--json", "--batch", 4)
-    answer = command("evaluate", "--config", tmp_path / "eyes.best.json", *words)
-    assert answer.code == 0, answer.err
+    answer = command.ok("evaluate", "--config", tmp_path / "eyes.best.json", *words)
     [task] = json.loads(answer.out)["tasks"]
     shares = {name: scores["exact_match"]["value"] for name, scores in task["scores"].items()}
     assert shares["dense"] > 0.9
     assert task["best_minus_uniform"]["value"] == pytest.approx(shares["best"] - shares["uniform"])
     sparse = tmp_path / "sparse"
-    assert command("apply", "--config", tmp_path / "eyes.best.json", "--out", sparse).code == 0
-    again = command("evaluate", sparse, *words)
-    assert again.code == 0, again.err
+    command.ok("apply", "--config", tmp_path / "eyes.best.json", "--out", sparse)
+    again = command.ok("evaluate", sparse, *words)
     assert json.loads(again.out)["tasks"][0]["scores"]["model"]["exact_match"]["value"] == shares["best"]
     assert shares["best"] == sum(naive_hits(sparse, place)) / COUNT
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize
 from families import bench_of, tiny
 
 from atp_tune.allocations.rows import RowSparsities
@@ -15,8 +16,8 @@ from atp_tune.run import dense_model as module
 from atp_tune.run.dense_model import DescentSteps
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["gradient", "gradient-rows"])
-@pytest.mark.parametrize("interrupted", [1, 4, 5, 19], ids=lambda step: f"step {step}")
+@parametrize("rows", [False, True], ids=["gradient", "gradient-rows"])
+@parametrize("interrupted", [1, 4, 5, 19], ids=lambda step: f"step {step}")
 def test_an_interrupted_descent_goes_on(
     rows: bool, interrupted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,8 +51,7 @@ def test_an_interrupted_descent_goes_on(
 
 def test_steps_that_cannot_be_read_are_taken_again(tmp_path: Path) -> None:
     file = tmp_path / "steps.part"
-    kept = DescentSteps(file)
-    kept.add([[0.5, 1e-17]], {"offsets": torch.ones(3)})
+    DescentSteps(file).add([[0.5, 1e-17]], {"offsets": torch.ones(3)})
     again = DescentSteps(file)
     assert again.prices == [[[0.5, 1e-17]]] and again.state["offsets"].tolist() == [1, 1, 1]
     file.write_bytes(file.read_bytes()[:-5])

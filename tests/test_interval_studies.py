@@ -5,13 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from expect import parametrize, refused, slow
 from families import scores_of
 from test_runner import reopen, states
 from test_zeroshot import make_tasks
-from tinystudy import CommandLine, run, study_file
+from tinystudy import CommandLine, copied, run, study_file
 
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
 from atp_tune.events import Event, TrialStarted
 from atp_tune.measures import change
 from atp_tune.results.goals import best_trial, excess_of, front_of
@@ -44,16 +44,13 @@ def make_front(place: Path) -> None:
 @pytest.fixture(scope="module")
 def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished front, to be read only."""
-    place = tmp_path_factory.mktemp("front") / "tiny"
-    shutil.copytree(tiny_place, place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(tiny_place, tmp_path_factory) as place:
         make_front(place)
         run(place)
-    return place
+        return place
 
 
-@pytest.mark.slow
+@slow
 def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: CommandLine, cache: Path) -> None:
     place = tmp_path / "tiny"
     shutil.copytree(ran, place)
@@ -63,8 +60,7 @@ def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: Comma
     assert dense is not None
     assert dense == sizes[0] > sizes[-1]  # at 30 % nothing is packed
     words = ("speedup", "--study", place / "tiny.toml", "--tokens", 8, "--runs", 1, "--device", "cpu")
-    answer = command(*words)
-    assert answer.code == 0, answer.err
+    answer = command.ok(*words)
     found = summarise(reopen(place))
     assert found.speed is not None
     names = [[row.engine for row in point.speed.engines] for point in found.points if point.speed]
@@ -82,8 +78,8 @@ def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: Comma
     assert "trial" not in command(*words).err  # each is stored
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+@slow
+@parametrize("objective", ["perplexity", "kl"])
 def test_the_test_text_beside_a_trial_has_the_bits_of_the_test_text_alone(
     tiny_place: Path, tmp_path: Path, objective: str
 ) -> None:
@@ -109,7 +105,7 @@ def test_the_test_text_beside_a_trial_has_the_bits_of_the_test_text_alone(
             assert scores.get("kls", []) == found["test_kls"].get(str(trial.number), [])
 
 
-@pytest.mark.slow
+@slow
 def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
     make_front(place)
@@ -121,7 +117,7 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
     assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
 
 
-@pytest.mark.slow
+@slow
 def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(ran, tmp_path / "tiny"))
     before = reopen(place)
@@ -141,17 +137,16 @@ def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) 
     assert summarise(run(place, "search.trials=20")).limit is None
 
 
-@pytest.mark.slow
+@slow
 def test_a_limit_of_kl(tiny_place: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    study = run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3")
-    best = best_trial(study)
+    best = best_trial(run(place, *LIMIT, "search.objective=kl", "limit.max_kl=0.3"))
     assert best is not None
     assert best.values[0] <= 0.3
     assert best.values[1] == pytest.approx(1 - best.params["sparsity"])
 
 
-@pytest.mark.slow
+@slow
 def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -168,8 +163,8 @@ def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pyte
     assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("least", "words"),
     [
         ('{"no_such_task" = 0.2}', "limit.min_accuracy no_such_task: lm-eval has no such task"),
@@ -184,5 +179,5 @@ def test_a_task_that_is_not_there_is_named(
 
     monkeypatch.setattr(tasks, "TaskManager", lambda **_: SimpleNamespace(all_tasks=["hellaswag"]))
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         run(place, *LIMIT, f"limit.min_accuracy={least}")

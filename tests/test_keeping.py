@@ -6,12 +6,12 @@ from typing import Any
 import families
 import pytest
 import torch
+from expect import parametrize, refused
 from families import random_ids
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_lora import with_zeros
 
 import atp_tune
-from atp_tune.errors import UserError
 
 LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
@@ -50,13 +50,12 @@ def test_the_trainer_keeps_zeros(tmp_path: Path) -> None:
     with atp_tune.keep_zeros(model):
         Trainer(model, given, train_dataset=data).train()
     assert same(before, model)
-    moved = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
-    assert len(moved) == len(weights)
+    assert len([name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]) == len(weights)
     Trainer(model, given, train_dataset=data).train()  # released
     assert not same(before, model)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Muon", "SGD"])
+@parametrize("kind", ["AdamW", "Muon", "SGD"])
 def test_every_optimizer_keeps_them(kind: str) -> None:
     """Muon moves weights without a gradient."""
     model = with_zeros("llama")
@@ -83,7 +82,7 @@ def test_lora_from_its_usual_start_is_trained() -> None:
     assert same(merged, model.merge_and_unload())
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("config", "said"),
     [
         (
@@ -96,10 +95,10 @@ def test_lora_from_its_usual_start_is_trained() -> None:
 )
 def test_other_adapters_are_refused(config: Any, said: str) -> None:
     model = get_peft_model(with_zeros("llama"), config)
-    with pytest.raises(UserError, match=said):
+    with refused(said):
         atp_tune.keep_zeros(model)
 
 
 def test_a_dense_model_has_nothing_to_keep() -> None:
-    with pytest.raises(UserError, match=r"^keep_zeros: no weight of the model is 0; prune it first$"):
+    with refused(r"^keep_zeros: no weight of the model is 0; prune it first$"):
         atp_tune.keep_zeros(families.tiny("llama"))

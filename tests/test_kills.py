@@ -21,7 +21,7 @@ import tinystudy
 from faults import DOCUMENT, Command, Rows, check_equal, measured
 from optuna.trial import TrialState
 from preloaded import abort, doom, doom_with_patience, kill, wait_while
-from tinystudy import make_model, make_tokenizer, settings, stored, wait_until
+from tinystudy import copied, copy_of, make_model, make_tokenizer, settings, stored, wait_until
 
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
@@ -59,9 +59,7 @@ def deep_place(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return place
 
 
-@pytest.fixture
-def deep(deep_place: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(deep_place, tmp_path / "tiny"))
+deep = copy_of("deep_place")
 
 
 class WorkerPool:
@@ -125,13 +123,11 @@ def kill_all(commands: list[Command]) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(deep_place: Path, tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
     """The same study without a kill."""
-    place = Path(shutil.copytree(deep_place, tmp_path_factory.mktemp("undisturbed") / "tiny"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(deep_place, tmp_path_factory) as place:
         crew = WorkerPool(place)
         crew.begin()
         crew.finish()
-    return stored(place)
+        return stored(place)
 
 
 def check(place: Path, undisturbed: optuna.Study, crew: WorkerPool, fault: str, kills: int) -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from expect import parametrize, slow
 
 import atp_tune
 
@@ -65,7 +66,7 @@ FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+    return {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
 def test_there_is_something_to_check() -> None:
@@ -184,8 +185,7 @@ class F:
 
 def test_no_package_imports_one_above_it() -> None:
     """Not within functions either, nor for types."""
-    layers = {name.split(".")[1] for name in FILES if "." in name}
-    assert layers == set(LAYERS)
+    assert {name.split(".")[1] for name in FILES if "." in name} == set(LAYERS)
     wrong = [
         f"{name} imports {other}"
         for name, others in anywhere().items()
@@ -207,7 +207,7 @@ def test_torch_and_optuna_meet_in_the_objective_alone() -> None:
     assert [name for name in optunas if "torch" in libraries(set(reached(name)))] == ["atp_tune.search.objective"]
 
 
-@pytest.mark.parametrize("kind", ["pruners", "allocations"])
+@parametrize("kind", ["pruners", "allocations"])
 def test_the_tensor_core_knows_no_study(kind: str) -> None:
     for name in modules_of(kind):
         libs = libraries(anywhere()[name])
@@ -277,7 +277,7 @@ def test_the_package_and_its_entry_need_no_library() -> None:
     assert third_party == []
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_file_is_read_without_torch() -> None:
     """Run, not read from the source: what is registered is imported by its name."""
     script = (
@@ -294,8 +294,8 @@ def test_a_study_file_is_read_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("options", "said", "others"),
     [
         (["--help"], "python tune.py --study smol", {"rich", "markdown_it", "pygments", "pydantic", "jinja2"}),
@@ -325,8 +325,7 @@ def test_only_the_command_line_prints() -> None:
     def is_print(node: ast.AST) -> bool:
         if not isinstance(node, ast.Call):
             return False
-        name = ast.unparse(node.func)
-        return name in {
+        return ast.unparse(node.func) in {
             "print",
             "typer.echo",
             "click.echo",
@@ -349,7 +348,7 @@ def test_the_package_may_only_shrink() -> None:
     )
     loader.exec_module(size)
     today, _ = size.measured()
-    highest = json.loads((REPO / "tests" / "size.json").read_text(encoding="utf-8"))
+    highest = json.loads((REPO / "tests" / "size.json").read_text())
     assert today.keys() == highest.keys()
     assert {name: count for name, count in today.items() if count > highest[name]} == {}
 

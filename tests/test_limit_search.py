@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from optuna.distributions import CategoricalDistribution
 from test_space import SIZES, study_of
 from test_sparsity_interval import DENSE, INTERVAL, TPE, loss, screened, space_over
@@ -76,8 +77,8 @@ def sparsest(space: Space, limit: dict[str, float]) -> float:
     return max(level for level in levels if min(shifted(level, share / 200) for share in range(201)) <= worst)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@slow
+@parametrize("limit", LIMITS, ids=str)
 def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) -> None:
     space = space_over()
     study = searched(space, limit, Surrogate(space, screened(space), 0, DENSE))
@@ -90,7 +91,7 @@ def test_it_finds_the_sparsest_plan_within_the_limit(limit: dict[str, float]) ->
     assert best.params["sparsity"] in [trial.params["sparsity"] for trial in uniform]
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@parametrize("limit", LIMITS, ids=str)
 def test_without_a_model_the_log_of_the_increase_is_linear(limit: dict[str, float]) -> None:
     """A search without a screening tried uniform alone, and halved its bracket: 101 levels are 7 halvings."""
     space = space_over()
@@ -158,7 +159,7 @@ class Descended:
         return ((target - 0.1, target + 0.1),) * self._blocks
 
 
-@pytest.mark.slow
+@slow
 def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
     space = space_over()
     study = searched(space, {"max_perplexity": 5.0}, Surrogate(space, screened(space), 0, DENSE))
@@ -168,7 +169,7 @@ def test_a_limit_that_nothing_meets_ends_at_the_nearest() -> None:
     assert len(study.trials) < 12
 
 
-@pytest.mark.slow
+@slow
 def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
     space = space_over()
     study = searched(space, {"max_increase": 1.0}, Surrogate(space, screened(space), 0, DENSE), cost=1.0)
@@ -179,7 +180,7 @@ def test_where_uniform_is_better_than_the_model_says_it_leads() -> None:
     assert len(study.trials) < 16
 
 
-@pytest.mark.slow
+@slow
 def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     space = space_over()
     search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 2.0})
@@ -198,13 +199,12 @@ def test_the_last_trial_is_uniform_at_the_best_sparsity() -> None:
     assert last.params == {**first.params, "beta": 0.0}
 
 
-@pytest.mark.slow
+@slow
 def test_two_workers_measure_different_sparsities() -> None:
     space = space_over()
     search = within(space, Surrogate(space, screened(space), 0, DENSE), {"max_increase": 0.2})
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=LimitSampler(search))
     study.set_user_attr("limit", {"max_increase": 0.2})
     study.set_user_attr("dense", DENSE)
-    drawn = [space.suggest(study.ask()).target for _ in range(3)]
-    assert len({*drawn}) == 3
+    assert len({*[space.suggest(study.ask()).target for _ in range(3)]}) == 3
     assert not search.is_idle(study)

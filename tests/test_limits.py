@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expect import parametrize
 
 from atp_tune.measures import (
     Estimate,
@@ -33,8 +34,7 @@ PRUNED = [3.1, 2.75, 3.6, 2.9]
 
 def test_an_increase_is_paired_and_taken_at_the_upper_end_of_its_error() -> None:
     differences = [new - old for old, new in zip(DENSE, PRUNED, strict=True)]
-    ratio = math.exp(statistics.fmean(differences))
-    upper = ratio * (1 + statistics.stdev(differences) / 2)  # √4 windows
+    upper = math.exp(statistics.fmean(differences)) * (1 + statistics.stdev(differences) / 2)  # √4 windows
     assert excess({"max_increase": 0.2}, DENSE, PRUNED) == pytest.approx(math.log(upper / 1.2))
     at_the_limit = change(DENSE, PRUNED).value + change(DENSE, PRUNED).stderr
     assert excess({"max_increase": at_the_limit}, DENSE, PRUNED) == pytest.approx(0, abs=1e-12)
@@ -59,8 +59,8 @@ ERRORS: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("windows", [1, 2, 24])
-@pytest.mark.parametrize("name", ERRORS)
+@parametrize("windows", [1, 2, 24])
+@parametrize("name", ERRORS)
 def test_no_error_is_zero(name: str, windows: int) -> None:
     """An error of 0, since nothing changed or one window was there, was printed, and a limit was met by it."""
     found = ERRORS[name](windows)
@@ -73,7 +73,7 @@ def test_no_error_is_zero(name: str, windows: int) -> None:
         assert type(found).model_validate_json(found.model_dump_json()) == found
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("limit", "numbers"),
     [
         ({"max_increase": 0.05}, {"dense": [3.0], "nlls": [3.0478]}),
@@ -86,7 +86,7 @@ def test_one_window_is_within_no_limit(limit: Limit, numbers: dict[str, Any]) ->
     assert (excess(limit, **numbers) or 0) > 0
 
 
-@pytest.mark.parametrize(("images", "drop", "limit"), [(100, 0.01, 0.005), (100, 0.015, 0.01), (1000, 0.002, 0.001)])
+@parametrize(("images", "drop", "limit"), [(100, 0.01, 0.005), (100, 0.015, 0.01), (1000, 0.002, 0.001)])
 def test_a_drop_beyond_its_limit_is_seldom_within(images: int, drop: float, limit: float) -> None:
     """Where no answer had changed, which was so in 22 to 37 % of all, the drop was 0 ± 0, and within any limit."""
     wrong = np.random.default_rng(0).binomial(images, drop, 4000)  # none becomes right
@@ -95,9 +95,7 @@ def test_a_drop_beyond_its_limit_is_seldom_within(images: int, drop: float, limi
     assert np.mean([(found[k] or 0) <= 0 for k in wrong]) < 0.23
 
 
-@pytest.mark.parametrize(
-    ("images", "better", "worse"), [(50, 0.0, 0.01), (100, 0.02, 0.02), (300, 0.0, 0.05), (40, 0.3, 0.1)]
-)
+@parametrize(("images", "better", "worse"), [(50, 0.0, 0.01), (100, 0.02, 0.02), (300, 0.0, 0.05), (40, 0.3, 0.1)])
 def test_intervals_of_hits_hold_what_they_say(images: int, better: float, worse: float) -> None:
     """Of the paired difference, and nearly of a share near 0; sd / √n holds the first difference in 40 %."""
     drawn = np.random.default_rng(1).multinomial(images, [better, worse, 1 - better - worse], 4000)
@@ -109,7 +107,7 @@ def test_intervals_of_hits_hold_what_they_say(images: int, better: float, worse:
     assert np.mean(gains) > 0.93 and np.mean(shares) > 0.85
 
 
-@pytest.mark.parametrize("seed", range(20))
+@parametrize("seed", range(20))
 def test_the_knee_is_the_point_furthest_from_the_chord(seed: int) -> None:
     """By the distance of each point from the line in the unit square, as Kneedle has it."""
     draw = random.Random(seed)

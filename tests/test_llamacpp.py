@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from expect import parametrize
 from safetensors.torch import load_file
 from tinystudy import CommandLine
 from torch import Tensor
@@ -77,8 +78,7 @@ def pruned(command: CommandLine, place: Path, level: str, tables: str, *more: st
     """The folder that `prune` writes of the tiny study at another level and with these tables."""
     toml = (place / "tiny.toml").read_text().replace("sparsity = 0.6", level)
     (place / "tiny.toml").write_text(f"{toml}\n{tables}")
-    answer = command("prune", "--study", place / "tiny.toml", *more, "--out", place / "pruned")
-    assert answer.code == 0, answer
+    command.ok("prune", "--study", place / "tiny.toml", *more, "--out", place / "pruned")
     return place / "pruned"
 
 
@@ -91,8 +91,7 @@ def check_logits(llamacpp: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         ours = model(input_ids=torch.arange(1000, 1000 + ROWS)[None]).logits[0]
-    theirs = torch.from_numpy(np.load(out))
-    assert (theirs - ours).norm() < 1e-3 * ours.norm()
+    assert (torch.from_numpy(np.load(out)) - ours).norm() < 1e-3 * ours.norm()
 
 
 def test_a_sparse_folder_is_converted_and_read_back(place: Path, command: CommandLine, llamacpp: Path) -> None:
@@ -113,29 +112,27 @@ def zeros(weight: Tensor) -> float:
 CHANNELS = "[prune]\npruners = ['wanda']\npattern = 'channels'\n"
 
 
-@pytest.mark.parametrize("heads", [False, True])
+@parametrize("heads", [False, True])
 def test_a_slim_folder_of_equal_widths_is_converted(
     place: Path, command: CommandLine, llamacpp: Path, heads: bool
 ) -> None:
     tables = f"{CHANNELS}channels = {{ heads = {str(heads).lower()} }}\n"
     folder = pruned(command, place, "sparsity = 0.5", tables, "--allocation", "uniform")
-    answer = command("apply", "--config", folder / "atp_tune.json", "--out", place / "slim", "--slim")
-    assert answer.code == 0, answer
+    command.ok("apply", "--config", folder / "atp_tune.json", "--out", place / "slim", "--slim")
     assert json.loads((place / "slim/config.json").read_text())["model_type"] == "llama"
     check_logits(llamacpp, place / "slim")
 
 
 def test_a_slim_folder_of_unequal_widths_is_refused(place: Path, command: CommandLine, llamacpp: Path) -> None:
     folder = pruned(command, place, "sparsity = 0.3", CHANNELS, "--beta", "0.05")
-    answer = command("apply", "--config", folder / "atp_tune.json", "--out", place / "slim", "--slim")
-    assert answer.code == 0, answer
+    command.ok("apply", "--config", folder / "atp_tune.json", "--out", place / "slim", "--slim")
     ran = convert(llamacpp, place / "slim")
     assert ran.returncode == 1
     assert "Model SlimLlamaForCausalLM is not supported" in ran.stderr
     assert not Path(f"{place / 'slim'}.gguf").exists()
 
 
-@pytest.mark.parametrize("allocation", ["atp", "gradient"])
+@parametrize("allocation", ["atp", "gradient"])
 def test_tensors_get_the_types_of_the_plan(
     place: Path, command: CommandLine, llamacpp: Path, allocation: str, tmp_path: Path
 ) -> None:
@@ -143,8 +140,7 @@ def test_tensors_get_the_types_of_the_plan(
     more = ["--beta=-0.2"] if allocation == "atp" else ["--allocation", "gradient", "--parameter", "kappa=1"]
     folder = pruned(command, place, "bits = 4.5", tables, *more)
     lines, out = tmp_path / "plan.tensor-types.txt", tmp_path / "rounded.gguf"
-    answer = command("export", "--config", folder / "atp_tune.json", "--format", "llama.cpp", "--out", lines)
-    assert answer.code == 0, answer
+    command.ok("export", "--config", folder / "atp_tune.json", "--format", "llama.cpp", "--out", lines)
     assert (ran := convert(llamacpp, place / "model")).returncode == 0, ran.stderr[-3000:]
     run(llamacpp, "quantize", f"{place / 'model'}.gguf", out, lines)
     plan = json.loads((folder / "atp_tune.json").read_text())

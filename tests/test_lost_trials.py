@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
+from expect import parametrize, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ def dies(*places: str) -> list[CutOff]:
 # --- the judge
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("cut_offs", "why"),
     [
         ([], ""),
@@ -56,31 +57,30 @@ def test_which_are_given_up(cut_offs: Sequence[CutOff], why: str) -> None:
     assert why_given_up(cut_offs) == why
 
 
-@pytest.mark.slow
+@slow
 @quick
 @given(st.lists(ANY, max_size=MOST), PLACES, st.lists(st.lists(st.one_of(SHARED, UNKNOWN), max_size=3), min_size=4))
 def test_a_trial_that_dies_at_one_place_is_given_up_whatever_else_happens_to_it(
     before: list[CutOff], place: str, between: list[list[CutOff]]
 ) -> None:
-    ends = [one for others in between for one in (*others, *dies(place))]
-    assert why_given_up([*before, *ends])
+    assert why_given_up([*before, *[one for others in between for one in (*others, *dies(place))]])
 
 
-@pytest.mark.slow
+@slow
 @quick
 @given(st.lists(st.one_of(SHARED, UNKNOWN), max_size=MOST - 1))
 def test_what_others_share_or_nobody_has_seen_is_nobodys_fault(cut_offs: list[CutOff]) -> None:
     assert why_given_up(cut_offs) == ""
 
 
-@pytest.mark.slow
+@slow
 @quick
 @given(st.lists(ANY, max_size=MOST - 2), st.one_of(SHARED, UNKNOWN))
 def test_the_end_of_a_machine_changes_no_verdict(cut_offs: list[CutOff], shared: CutOff) -> None:
     assert bool(why_given_up([*cut_offs, shared])) == bool(why_given_up(cut_offs))
 
 
-@pytest.mark.slow
+@slow
 @quick
 @given(st.lists(PLACES, max_size=MOST - 1))
 def test_of_the_places_the_last_ones_decide(places: list[str]) -> None:
@@ -148,7 +148,7 @@ with trace.of("a study / of ü", 7):
 """
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("number", "crash"),
     [(signal.SIGKILL, None), (signal.SIGABRT, "Aborted"), (signal.SIGSEGV, "Segmentation fault")],
 )

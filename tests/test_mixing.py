@@ -1,15 +1,15 @@
 """Resuming a study on another device or in another number format: by name only, and shown."""
 
 import json
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from expect import slow
 from optuna.storages import BaseStorage
 from test_serving import served
-from tinystudy import CommandLine, run
+from tinystudy import CommandLine, copied, copy_of, run
 
 from atp_tune.config.best import read_config
 from atp_tune.results.formatting import remark_of, study_remarks
@@ -23,17 +23,12 @@ GPU = "NVIDIA H100 80GB HBM3"
 @pytest.fixture(scope="module")
 def made(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of three trials, of which two are measured in float32 on the CPU; to be read only."""
-    place = Path(shutil.copytree(tiny_place, tmp_path_factory.mktemp("mixing") / "tiny"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(tiny_place, tmp_path_factory) as place:
         run(place, "search.trials=2")
-    return place
+        return place
 
 
-@pytest.fixture
-def began(made: Path, windows: None, tmp_path: Path) -> Path:
-    """A copy of it for one test."""
-    return Path(shutil.copytree(made, tmp_path / "tiny"))
+began = copy_of("made")
 
 
 def on_gpu(place: Path) -> None:
@@ -44,14 +39,14 @@ def on_gpu(place: Path) -> None:
         connection.commit()
 
 
-@pytest.mark.slow
+@slow
 def test_another_number_format(began: Path, command: CommandLine) -> None:
     words = ["--study", str(began / "tiny.toml"), "--trials", "3", "--set", "model.dtype=bfloat16"]
     assert command(*words).error == (
         'study tiny: model.dtype is "bfloat16", was "float32". Put it back, or start another study with '
         "--study-name NAME, or mix them in this one with --allow-device-change"
     )
-    assert command(*words, "--allow-device-change").code == 0
+    command.ok(*words, "--allow-device-change")
     study = opening.find_study(open_db(began), "tiny")
     assert study is not None
     assert [trial.user_attrs["dtype"] for trial in study.trials] == ["float32", "float32", "bfloat16"]
@@ -70,7 +65,7 @@ def open_db(place: Path) -> BaseStorage:
     return db
 
 
-@pytest.mark.slow
+@slow
 def test_another_device(began: Path, command: CommandLine) -> None:
     on_gpu(began)
     words = ["--study", str(began / "tiny.toml")]
@@ -78,12 +73,11 @@ def test_another_device(began: Path, command: CommandLine) -> None:
         f"study tiny: its trials ran on {GPU}, here is cpu. Go on there, start another study with --study-name NAME, "
         "or mix them in this one with --allow-device-change"
     )
-    answer = command(*words, "--trials", "3", "--allow-device-change")
+    answer = command.ok(*words, "--trials", "3", "--allow-device-change")
     sentence = (
         "1 of 3 trials ran on cpu: perplexities of different devices differ in the last digits, "
         "those of different number formats by per cents."
     )
-    assert answer.code == 0
     assert sentence in answer.out
     assert "on cpu" in command("status", *words).out
     for kind in ("html", "md"):
@@ -95,7 +89,7 @@ def test_another_device(began: Path, command: CommandLine) -> None:
     assert [("Remark: on cpu." in trial["note"]["body"]) for trial in shown["trials"]] == [False, False, True]
 
 
-@pytest.mark.slow
+@slow
 def test_trials_of_before_have_no_remark(began: Path) -> None:
     """Early trials did not record their number format."""
     with closing(sqlite3.connect(began / "tiny.db")) as connection:

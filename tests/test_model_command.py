@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import parametrize, refused, slow
 from tinystudy import Answer, CommandLine, stored
 
 from atp_tune.api.arguments import changed
@@ -26,7 +27,6 @@ from atp_tune.config.study import ModelConfig, Study
 from atp_tune.config.studyfile import StudyFile, load, tables
 from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_sparsity
 from atp_tune.config.writing import write_study
-from atp_tune.errors import UserError
 from atp_tune.inputs.sources import documents
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")
@@ -41,11 +41,11 @@ def here(tiny_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     words = ("Tiny_Llama", "--sparsity", "0.5", "--texts", "own.txt", "--recover", *QUICK)
     answer = command(*words)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     name = "tiny_llama-50-quick-own"
     assert f"study: studies/{name}.toml" in answer.out
     assert re.search(r"^quick: 2 trials, about \d+ s, of which .* to train the best plan", answer.out, re.M)
@@ -58,20 +58,19 @@ def test_a_model_is_tuned_and_resumed(here: Path, command: CommandLine) -> None:
     assert study.recover == RecoverConfig(seqlen=256, min_increase=0.25)
     assert study.model.source == str(here / "Tiny_Llama")
     assert (study.search.trials, study.texts.calibration.draws) == (2, 1)  # the file says what options set
-    assert command("--study", name).code == 0
+    command.ok("--study", name)
     again = command(*words)
     assert "[1/2]" not in again.out
     assert "best" in again.out
-    more = command(*[word if word != "2" else "3" for word in words], "--no-recover")
-    assert "[3/3]" in more.out
+    assert "[3/3]" in command(*[word if word != "2" else "3" for word in words], "--no-recover").out
     assert len(stored(here, name, here / "studies" / f"{name}.db").trials) == 3
-    assert command("status", "--study", name).code == 0
+    command.ok("status", "--study", name)
 
 
-@pytest.mark.slow
+@slow
 def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     answer = command("Tiny_Llama", "--texts", "own.txt", "--preset", "quick", "--dry-run", "--device", "cpu")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "sparsity = [0.3, 0.7]" in answer.out and "max_increase = 0.1" in answer.out
     assert "[recover]" not in answer.out and "\ndraws = " not in answer.out
     assert "Made by: python tune.py Tiny_Llama --texts own.txt --preset quick --device cpu\n" in answer.out
@@ -79,22 +78,21 @@ def test_a_dry_run_writes_nothing(here: Path, command: CommandLine) -> None:
     assert not (here / "studies").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_a_model_that_cannot_be_pruned_leaves_no_file(here: Path, command: CommandLine) -> None:
     config = json.loads((here / "Tiny_Llama" / "config.json").read_text())
     (here / "Tiny_Llama" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
-    answer = command("Tiny_Llama", "--texts", "own.txt", *QUICK)
-    assert "has no " in answer.error
+    assert "has no " in command("Tiny_Llama", "--texts", "own.txt", *QUICK).error
     assert not list((here / "studies").glob("*.toml"))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.usefixtures("mixed")
 def test_the_texts_without_the_hub(here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated on the manual alone, a model was twice as bad on other kinds of text as on manuals."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     answer = command("./Tiny_Llama", "--device", "cpu", *QUICK)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     line = "texts: manual, news, tales, debates, code, since the hub is out of reach (--texts FILE takes your own)"
     assert line in answer.out
     assert "\ntexts: parts of manual, news, tales, debates and code\n" in answer.out  # below the tables
@@ -109,8 +107,8 @@ def error(answer: Answer, folder: Path) -> str:
     return answer.error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.5, 0.6])
+@slow
+@parametrize("sparsity", [0.5, 0.6])
 def test_a_study_file_that_is_written_meanwhile_is_not_replaced(
     sparsity: float, here: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,22 +138,21 @@ def test_another_study_of_the_same_name(here: Path, command: CommandLine) -> Non
         (StudyRequest("other/Tiny_Llama", 0.5), "model.source is /"),
         (StudyRequest("Tiny_Llama", (0.3, 0.8)), "sparsity is 0.5 there, and 0.3..0.8 is asked for"),
     ):
-        with pytest.raises(UserError, match=key):
+        with refused(key):
             other.check_same(study, Path("a.toml"))
 
 
-@pytest.mark.parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])
+@parametrize(("windows", "stride"), [(None, 4), (16, 4), (8, 4), (7, 3), (3, 1), (2, 1)])
 def test_a_short_text_is_screened_on_two_windows_at_least(windows: int | None, stride: int) -> None:
     request = StudyRequest("model", (0.3, 0.8))
-    found = request.search(PRESETS["quick"], windows, ("atp",))
-    assert found["screen"]["stride"] == stride
+    assert request.search(PRESETS["quick"], windows, ("atp",))["screen"]["stride"] == stride
     assert windows is None or len(range(0, windows, stride)) >= 2
-    with pytest.raises(UserError, match="validation: has one window, and an interval of sparsities needs two"):
+    with refused("validation: has one window, and an interval of sparsities needs two"):
         request.search(PRESETS["quick"], 1, ("atp",))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("choice", HUB_TEXTS)
+@parametrize("preset", PRESETS)
+@parametrize("choice", HUB_TEXTS)
 def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
     """They make a study whose texts share nothing, with windows that the model can take."""
     model = ModelConfig(source=str(tiny_place / "model"))
@@ -165,7 +162,7 @@ def test_texts_of_the_hub(choice: str, preset: str, tiny_place: Path) -> None:
     assert {study.texts.calibration.seqlen, study.test_text.seqlen} == {256}
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("text", "expected"),
     [
         ("0.6", 0.6),
@@ -180,7 +177,7 @@ def test_sparsities_as_people_type_them(text: str, expected: float | tuple[float
     assert parse_sparsity(text) == expected
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("overrides", "sparsity", "limit"),
     [
         (["sparsity=0.5"], 0.5, None),
@@ -210,7 +207,7 @@ def test_what_settings_ask_for_is_asked_for(overrides: list[str], sparsity: obje
         assert (file.study.sparsity, file.study.limit and file.study.limit.given) == (sparsity, limit)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("allocation", "sparsity", "settings"),
     [
         ("atp", 0.5, {"prune.pattern": "channels"}),
@@ -230,7 +227,7 @@ def test_nothing_unasked_contradicts_a_setting(
     assert (file.study.recover, file.study.speed) == (None, "bits" in settings)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("recover", "expected"), [(None, None), (False, None), (True, RecoverConfig(seqlen=256, min_increase=0.25))]
 )
 def test_recover_of_a_study_made_without_it(
@@ -241,7 +238,7 @@ def test_recover_of_a_study_made_without_it(
     monkeypatch.setattr(tune, "_start", lambda path, options, *_: started.append(options.load(str(path)).study))
     words = ("Tiny_Llama", "--set", "sparsity=0.5", "--preset", "quick", "--texts", "own.txt")
     for more in ((), () if recover is None else ("--recover",) if recover else ("--no-recover",)):
-        assert command(*words, *more).code == 0
+        command.ok(*words, *more)
     assert [study.recover for study in started] == [None, expected]
     assert [path.name for path in here.glob("studies/*.toml")] == ["tiny_llama-50-quick-own.toml"]
 

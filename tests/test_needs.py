@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused
 from huggingface_hub import constants
 from pages import REPO
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,6 @@ import atp_tune
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.study import ModelConfig
-from atp_tune.errors import UserError
 from atp_tune.folders.packing import pack_folder
 from atp_tune.utils import extras
 
@@ -222,7 +222,7 @@ def untouched(folders: Path, cache: Path, monkeypatch: Patch) -> Iterator[Path]:
     assert files(folders, cache) == before and not read
 
 
-@pytest.mark.parametrize(("words", "wrong", "said"), CASES)
+@parametrize(("words", "wrong", "said"), CASES)
 def test_what_is_needed_is_asked_first(
     words: tuple[str, ...], wrong: Callable[[Patch], None], said: str, untouched: Path, command: CommandLine,
     monkeypatch: Patch, tmp_path: Path,
@@ -248,8 +248,8 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", WRITERS)
-@pytest.mark.parametrize("kind", PLACES)
+@parametrize("option", WRITERS)
+@parametrize("kind", PLACES)
 def test_a_place_that_cannot_be_written_is_one_line(
     option: str, kind: str, untouched: Path, command: CommandLine
 ) -> None:
@@ -258,7 +258,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert re.search("too long|no folder|[Nn]ot a directory|File exists", error), error
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("call", "said"),
     [
         (lambda found: found.save("model"), "folder model: exists already; choose another folder or remove it"),
@@ -269,7 +269,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 )
 def test_from_python_too(call: Callable[[Any], object], said: str, untouched: Path) -> None:
     found = atp_tune.load_study("tiny.toml")
-    with pytest.raises(UserError, match=f"^{said}"):
+    with refused(f"^{said}"):
         call(found)
 
 
@@ -277,7 +277,7 @@ def test_the_table_of_the_documents() -> None:
     rows = [f"| command | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, needs in NEEDS.items():
         rows.append(f"| `{name}` | {' | '.join('✓' if need in needs else '' for need in COLUMNS)} |")
-    assert "\n".join(rows) in (REPO / "docs" / "reliability.md").read_text(encoding="utf-8"), "\n".join(rows)
+    assert "\n".join(rows) in (REPO / "docs" / "reliability.md").read_text(), "\n".join(rows)
 
 
 def test_a_download_that_has_no_room_is_not_begun(
@@ -286,6 +286,6 @@ def test_a_download_that_has_no_room_is_not_begun(
     there = Path(shutil.copytree(tiny_place / "model", hub[0] / "models" / "org" / "tiny"))
     free = (there / "model.safetensors").stat().st_size - 1  # enough for the small files
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
-    with pytest.raises(UserError, match=f"org/tiny: {ROOM}, or set HF_HOME to another folder"):
+    with refused(f"org/tiny: {ROOM}, or set HF_HOME to another folder"):
         resolve(ModelConfig(source="org/tiny"), Path())
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from expect import parametrize
 from tinystudy import run
 
 from atp_tune.events import Event, Message
@@ -14,7 +15,7 @@ def mount(monkeypatch: pytest.MonkeyPatch, *table: tuple[str | Path, str]) -> No
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: rows if all else [])
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("file", "kind"),
     [
         ("/home/ada/x.db", "ext4"),
@@ -36,14 +37,12 @@ def test_the_innermost_and_last_mount_decides(file: str, kind: str, monkeypatch:
     assert opening.kind_of(Path(file)) == kind
 
 
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "9p", "fuse.glusterfs", "NFS"])
+@parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "9p", "fuse.glusterfs", "NFS"])
 def test_file_systems_of_a_network(kind: str) -> None:
     assert opening.is_network(kind)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "apfs", "NTFS", "fuse.ntfs-3g", "zfs", ""]
-)
+@parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "apfs", "NTFS", "fuse.ntfs-3g", "zfs", ""])
 def test_file_systems_of_this_machine(kind: str) -> None:
     assert not opening.is_network(kind)
 

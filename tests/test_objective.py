@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from expect import parametrize
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
@@ -88,7 +89,7 @@ def measured_before(study: optuna.Study, space: Space, **params: Any) -> FrozenT
     return find_measured(trial, space.plan(trial.params))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("value", "attributes", "found"),
     [
         (5.0, {}, True),
@@ -164,7 +165,7 @@ def test_trials_are_stopped_at_the_same_groups_as_they_are_reported(
 # --- why there is no value
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("error", "reason"),
     [
         (TrialError("Hessian not positive definite"), "Hessian not positive definite"),
@@ -190,7 +191,7 @@ def test_an_interruption_is_stored(space: Space, study: optuna.Study) -> None:
     assert trial.user_attrs == {"lost": "interrupted"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("memory")], ids=repr)
+@parametrize("error", [RuntimeError("shapes"), ValueError("memory")], ids=repr)
 def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
     space: Space, study: optuna.Study, error: BaseException
 ) -> None:
@@ -201,7 +202,7 @@ def test_a_bug_ends_the_run_and_counts_as_the_trials_own(
     assert trial.user_attrs == {"lost": "an error", "cut_off": {"crash": type(error).__name__, "alone": False}}
 
 
-@pytest.mark.parametrize("error", [UserError("disk full"), StorageInternalError(), SystemExit(1)], ids=repr)
+@parametrize("error", [UserError("disk full"), StorageInternalError(), SystemExit(1)], ids=repr)
 def test_what_is_no_trials_fault_says_nothing_of_it(space: Space, study: optuna.Study, error: BaseException) -> None:
     trial = ask(study, space)
     with pytest.raises(type(error)), reasons(trial):

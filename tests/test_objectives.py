@@ -1,7 +1,6 @@
 """Studies that minimise the KL divergence from the dense model, or perplexity and KL together."""
 
 import math
-import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -9,9 +8,10 @@ import naive
 import optuna
 import pytest
 from byhand import ByHand
+from expect import parametrize, slow
 from families import few
 from optuna.trial import FrozenTrial
-from tinystudy import run, stored
+from tinystudy import copied, run, stored
 
 from atp_tune import measures
 from atp_tune.results.goals import front_of
@@ -25,19 +25,16 @@ GP = "search.sampler=gp"
 @pytest.fixture(scope="module")
 def made(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished study of KL, and one of both; to be read only."""
-    place = tmp_path_factory.mktemp("objectives") / "tiny"
-    shutil.copytree(tiny_place, place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(tiny_place, tmp_path_factory) as place:
         run(place, KL, GP, "search.trials=4", name="kl")
         run(place, BOTH, GP, "search.trials=6", name="both")
-    return place
+        return place
 
 
 # --- one value
 
 
-@pytest.mark.slow
+@slow
 def test_a_trial_s_value_is_its_kl_by_hand(made: Path) -> None:
     study, dense = stored(made, "kl"), ByHand(made)
     assert [direction.name for direction in study.directions] == ["MINIMIZE"]
@@ -74,7 +71,7 @@ def naive_front(trials: list[FrozenTrial]) -> set[int]:
     return front
 
 
-@pytest.mark.slow
+@slow
 def test_two_values_make_a_study_of_two_objectives(made: Path) -> None:
     study = stored(made, "both")
     assert [direction.name for direction in study.directions] == ["MINIMIZE"] * 2
@@ -85,7 +82,7 @@ def test_two_values_make_a_study_of_two_objectives(made: Path) -> None:
         assert trial.values == [math.exp(fmean(nlls)), fmean(kls)]
 
 
-@pytest.mark.slow
+@slow
 def test_the_front_is_that_of_a_double_loop(made: Path) -> None:
     study = stored(made, "both")
     summary = summarise(study)
@@ -97,7 +94,7 @@ def test_the_front_is_that_of_a_double_loop(made: Path) -> None:
     assert sorted(numbers, key=lambda number: study.trials[number].values[0]) == numbers
 
 
-@pytest.mark.parametrize("seed", range(5))
+@parametrize("seed", range(5))
 def test_the_front_of_any_values(seed: int) -> None:
     study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.RandomSampler(seed=seed))
     for _ in range(30):
@@ -109,8 +106,8 @@ def test_the_front_of_any_values(seed: int) -> None:
     assert front_of(optuna.create_study()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", few(["gp", "tpe", "random", "grid"], ["random"]))
+@slow
+@parametrize("sampler", few(["gp", "tpe", "random", "grid"], ["random"]))
 def test_a_study_of_two_values_goes_on_where_it_was(sampler: str, place: Path) -> None:
     keys = (BOTH, f"search.sampler={sampler}", "search.step=0.02")
     run(place, *keys, "search.trials=4")

@@ -1,11 +1,11 @@
-import pytest
+from expect import parametrize
 
 from atp_tune.checkpoints.files import Free, choose, hessian_bytes, states
 
 GB = 10**9
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("total", "blocks", "free", "work", "where"),
     [
         (70, 60, Free(100, 0), 20, "none"),
@@ -22,7 +22,7 @@ def test_the_first_place_where_they_fit(total: int, blocks: int, free: Free, wor
     assert choose(total, blocks, free, work) == where
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("model", "inputs", "where"),
     [("Llama-2-7B", 11008, "none"), ("Llama-3-8B", 14336, "cpu")],
 )

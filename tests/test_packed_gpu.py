@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from numpy import packbits
 from torch import Tensor
 from torch.nn import functional
@@ -98,14 +99,14 @@ def check_rest() -> None:
         torch.testing.assert_close(y.float(), functional.linear(tokens, weight).float(), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.slow
+@slow
 def test_the_kernels_in_tritons_interpreter() -> None:
     interpreted(INTERPRETED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
+@slow
+@parametrize("capability", [80, 90])
+@parametrize(
     ("tokens", "x", "values", "group", "unit"),
     [
         (1, "bf16", "bf16", 0, 256),
@@ -145,7 +146,7 @@ def test_the_product_compiles(
     compiles(_multiply, tensors, constants, capability, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
+@slow
 def test_the_unpacking_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason=WHY)
     from atp_tune.packed.kernel_triton import _unpack

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expect import parametrize, slow
 from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
@@ -44,14 +45,18 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", few(SHAPES, SHAPES[::2]))
-def test_products(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
-    weight = sparse(shape, dtype)
+def matrices(shape: tuple[int, int], dtype: torch.dtype) -> tuple[PackedMatrix, PackedMatrix, Tensor, Tensor]:
+    """A packed matrix, the same with a bias, the numbers that it stands for, and the bias."""
+    weight, bias = sparse(shape, dtype), torch.randn(shape[0])
     scales = torch.rand(shape[0], 1) / 100 if dtype == torch.int8 else None
-    bias = torch.randn(shape[0])
-    matrix, biased = pack(weight, scales), pack(weight, scales, bias)
     full = weight if scales is None else weight.double() * scales.double()
+    return pack(weight, scales), pack(weight, scales, bias), full, bias
+
+
+@parametrize("dtype", TYPES)
+@parametrize("shape", few(SHAPES, SHAPES[::2]))
+def test_products(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
+    matrix, biased, full, bias = matrices(shape, dtype)
     for inputs, tokens in product(FLOATS, range(BATCH + 1)):
         x = torch.randn(tokens, shape[1]).to(inputs)
         y = matrix.product(x)
@@ -60,14 +65,10 @@ def test_products(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> N
         close(biased.product(x), x, full, bias)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", few([(1, 1), (3, 7), (70, 100), (150, 1000)], [(3, 7)]))
+@parametrize("dtype", TYPES)
+@parametrize("shape", few([(1, 1), (3, 7), (70, 100), (150, 1000)], [(3, 7)]))
 def test_many_tokens(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
-    weight = sparse(shape, dtype)
-    scales = torch.rand(shape[0], 1) / 100 if dtype == torch.int8 else None
-    bias = torch.randn(shape[0])
-    matrix, biased = pack(weight, scales), pack(weight, scales, bias)
-    full = weight if scales is None else weight.double() * scales.double()
+    matrix, biased, full, bias = matrices(shape, dtype)
     for inputs, tokens in product(FLOATS, MANY[shape[0] % 3 :: 3]):
         x = torch.randn(tokens, shape[1]).to(inputs)
         y, other = matrix.product(x), biased.product(x)
@@ -80,7 +81,7 @@ def test_many_tokens(shape: tuple[int, int], dtype: torch.dtype, variant: str) -
         close(other, x, full, bias)
 
 
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_many_tokens_that_are_not_finite_are_left_to_torch(bad: float, variant: str) -> None:
     """Zeros of the weight, which would make no numbers of them, are left out by the kernel."""
     weight, x = sparse((20, 70), torch.float32), torch.randn(40, 70)
@@ -90,7 +91,7 @@ def test_many_tokens_that_are_not_finite_are_left_to_torch(bad: float, variant: 
     torch.testing.assert_close(operator(matrix, x), x @ weight.T, equal_nan=True)
 
 
-@pytest.mark.parametrize("columns, groups", [(64, 2), (96, 3), (192, 2), (1024, 8), (1056, 11)])
+@parametrize("columns, groups", [(64, 2), (96, 3), (192, 2), (1024, 8), (1056, 11)])
 def test_scales_of_groups(columns: int, groups: int, variant: str) -> None:
     weight, scales = sparse((6, columns), torch.int8), torch.rand(6, groups) / 100
     matrix, full = pack(weight, scales), weight * scales.repeat_interleave(columns // groups, dim=1)
@@ -121,8 +122,8 @@ def guarded() -> Iterator["Guarded"]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (3, 100), (6, 576)])
+@parametrize("dtype", TYPES)
+@parametrize("shape", [(1, 1), (5, 31), (3, 100), (6, 576)])
 def test_nothing_is_read_behind_the_end(
     shape: tuple[int, int], dtype: torch.dtype, variant: str, guarded: Guarded
 ) -> None:
@@ -148,7 +149,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@slow
 def test_the_same_bits(variant: str, threads: None) -> None:
     """At every run, with any number of threads, and with other tokens beside."""
     if variant == "torch":
@@ -165,7 +166,7 @@ def test_the_same_bits(variant: str, threads: None) -> None:
                 assert torch.equal(matrix.product(x[:tokens]), expected[:tokens])
 
 
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@parametrize("bad", [torch.inf, torch.nan])
 def test_tiles_multiply_what_is_not_finite(bad: float, variant: str) -> None:
     """By zeros too, which makes no numbers, as in a dense product; only in the rows of that token."""
     if variant != "amx":
@@ -178,7 +179,7 @@ def test_tiles_multiply_what_is_not_finite(bad: float, variant: str) -> None:
     assert not y[11].isfinite().any()
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "vendor, flags, name, by_torch",
     [
         ("GenuineIntel", "avx512_vbmi2 avx512_bf16", "avx512-vbmi2", False),
@@ -276,7 +277,7 @@ def test_offsets_that_are_wrong_read_nothing_else(variant: str) -> None:
         assert torch.ops.atp_sparse.linear(x, matrix.values, matrix.bitmask, offsets, None, None).shape == (1, 8)
 
 
-@pytest.mark.parametrize("columns", [30, 64, 100])
+@parametrize("columns", [30, 64, 100])
 def test_offsets_near_the_end_of_the_values(columns: int, variant: str, guarded: Guarded) -> None:
     """Rows with all their bits, which begin before and after the place from which a copy is read."""
     count = 900
@@ -297,8 +298,7 @@ def test_offsets_near_the_end_of_the_values(columns: int, variant: str, guarded:
 
 
 def test_what_is_refused() -> None:
-    weight = sparse((4, 64), torch.float32)
-    matrix, scales = pack(weight), torch.ones(4, 2)
+    matrix, scales = pack(sparse((4, 64), torch.float32)), torch.ones(4, 2)
     values, bitmask = matrix.values, matrix.bitmask
     small = values.to(torch.int8)
     cases = {
@@ -393,7 +393,7 @@ def build(library: Path, *options: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@slow
 def test_with_sanitizers(tmp_path: Path) -> None:
     if shutil.which("cc") is None and "CI" not in os.environ:
         pytest.skip("needs a C compiler")
@@ -405,7 +405,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
     assert done.stdout == "done\n", done.stderr[-3000:]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIMDe")
 def test_avx512_emulated(tmp_path: Path) -> None:
     """Each instruction by SIMDe, a library of headers; the rounding of the bfloat16 dot product is its own."""
@@ -420,7 +420,7 @@ def test_avx512_emulated(tmp_path: Path) -> None:
     assert done.stdout == "done\n", done.stderr[-3000:]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs qemu-user")
 def test_neon_emulated(tmp_path: Path) -> None:
     """Against the portable loops, by a program in C."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from torch import Tensor, func, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -216,11 +217,11 @@ def make(kind: str) -> tuple[nn.Module, nn.Linear]:
 KINDS = ("bf16", "int8", "codes", "dense")
 CASES = [
     *(pytest.param(way, kind, id=f"{way}-{kind}") for way in FAST for kind in KINDS),
-    *(pytest.param(way, "codes", id=f"{way}-codes", marks=pytest.mark.slow) for way in SLOW),
+    *(pytest.param(way, "codes", id=f"{way}-codes", marks=slow) for way in SLOW),
 ]
 
 
-@pytest.mark.parametrize(("way", "kind"), CASES)
+@parametrize(("way", "kind"), CASES)
 def test_a_way_to_run_it(way: str, kind: str) -> None:
     (module, linear), run = make(kind), {**FAST, **SLOW}[way]
     if way == "gradient of the values" and kind in ("int8", "codes"):
@@ -238,16 +239,16 @@ def test_a_way_to_run_it(way: str, kind: str) -> None:
     assert_close(found, wanted, rtol=0.02 if rounded else 1e-4, atol=0.02 if rounded else 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.parametrize("kind", ["codes", "dense"])
+@slow
+@parametrize("dynamo", [False, True])
+@parametrize("kind", ["codes", "dense"])
 def test_a_graph_of_onnx(kind: str, dynamo: bool, tmp_path: Path) -> None:
     """It was one constant, without an input."""
     (module, linear), x, other = make(kind), torch.randn(3, COLUMNS), torch.randn(3, COLUMNS)
     assert_close(in_onnx(module, x, other, tmp_path, dynamo), linear(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@slow
 def test_a_linear_that_comes_to_a_kernel_is_compiled_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows start was made at a move only if the former device had a kernel; then the graph broke."""
     monkeypatch.setenv("ATP_TUNE_ISA", "torch")

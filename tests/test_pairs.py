@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from expect import parametrize, refused
 from families import CPU, few, multimodal
 from PIL import Image
 from tinystudy import make_tokenizer
@@ -24,7 +25,6 @@ from atp_tune.config.data import Text
 from atp_tune.config.patterns import make_plan
 from atp_tune.config.prune import PruneConfig
 from atp_tune.config.study import ModelConfig
-from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
 from atp_tune.inputs.tokens import TOKEN_WINDOWS, _stacked, read_items, read_pairs
@@ -60,8 +60,7 @@ def llava(words: Any) -> tuple[Any, Any]:
         words, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
         num_additional_image_tokens=1,
     )  # fmt: skip
-    tower = {**TOWER, "model_type": "clip_vision_model"}
-    return processor, {"vision_config": tower, "text": {"model_type": "llama"}}
+    return processor, {"vision_config": {**TOWER, "model_type": "clip_vision_model"}, "text": {"model_type": "llama"}}
 
 
 def idefics3(words: Any) -> tuple[Any, Any]:
@@ -82,8 +81,7 @@ def write_model(family: str, place: Path) -> Path:
         **TEXT, "vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id, **config.pop("text"),
     }  # fmt: skip
-    image = words.convert_tokens_to_ids("<image>")
-    tokens = {"image_token_id": image}
+    tokens = {"image_token_id": words.convert_tokens_to_ids("<image>")}
     torch.manual_seed(0)
     made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, text_config=text, **tokens, **config))
     with torch.no_grad():
@@ -121,7 +119,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_model(family, tmp_path_factory.mktemp(family) / "model") for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", few(["llava", "idefics3"], ["idefics3"]))
+@parametrize("family", few(["llava", "idefics3"], ["idefics3"]))
 def test_the_replay_is_the_model_itself(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     folder = ModelFolder(models[family], "content", family)
     pairs = read_pairs(wanted(write_pairs(tmp_path / "p.parquet")), folder, tmp_path)
@@ -238,20 +236,20 @@ def test_a_model_whose_masks_depend_on_the_image_is_refused() -> None:
     batch = Items.of({"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": types})
     replay = verified(checkpoint, TOKEN_WINDOWS, SCORES["next-token"])
     said = r"^x: Gemma3ForConditionalGeneration passes its blocks values that depend on the image; leave the images out"
-    with pytest.raises(UserError, match=said):
+    with refused(said):
         check_batch(replay, batch, "x")
 
 
 def test_pixels_without_a_row_for_each_image_are_refused() -> None:
     """Such as the patches of all images in one tensor, as Qwen-VL's processor makes them."""
     row = {"input_ids": torch.zeros(1, 6), "pixel_values": torch.zeros(16, 8)}
-    with pytest.raises(UserError, match=r"^images: pixel_values of the processor has not one row for each image"):
+    with refused(r"^images: pixel_values of the processor has not one row for each image"):
         _stacked([row, row])
-    with pytest.raises(UserError, match=r"^images: the processor cuts images of other sizes otherwise"):
+    with refused(r"^images: the processor cuts images of other sizes otherwise"):
         _stacked([row, {**row, "pixel_values": torch.zeros(12, 8)}])
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("more", "said"),
     [
         ({"seqlen": 3}, r"seqlen: 3 tokens do not hold the image of row 0 of .*; raise seqlen"),
@@ -263,12 +261,12 @@ def test_pixels_without_a_row_for_each_image_are_refused() -> None:
 )
 def test_pairs_that_are_refused(more: dict[str, Any], said: str, models: dict[str, Path], tmp_path: Path) -> None:
     file, folder = write_pairs(tmp_path / "p.parquet"), ModelFolder(models["llava"], "content", "llava")
-    with pytest.raises(UserError, match=rf"^texts\.calibration\.{said}"):
+    with refused(rf"^texts\.calibration\.{said}"):
         read_items("calibration", wanted(file, **more), folder, tmp_path, False)
 
 
 def test_a_model_of_text_alone_is_refused(tiny_place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^images: tiny reads text alone"):
+    with refused(r"^images: tiny reads text alone"):
         read_pairs(wanted(tmp_path / "p.parquet"), ModelFolder(tiny_place / "model", "content", "tiny"), tmp_path)
 
 

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from expect import parametrize, refused
 
 from atp_tune.errors import UserError
 from atp_tune.utils.paths import check_free, check_writable, written
@@ -16,7 +17,7 @@ def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytes
     assert written("file/b.txt", tmp_path, "source") == tmp_path / "file" / "b.txt"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("text", "reason"),
     [
         ("~nobody-at-all/x", "home directory"),
@@ -32,8 +33,8 @@ def test_what_no_file_can_be_called(text: str, reason: str, tmp_path: Path) -> N
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("ask", [check_free, check_writable])
-@pytest.mark.parametrize(
+@parametrize("ask", [check_free, check_writable])
+@parametrize(
     ("name", "said"),
     [
         ("n" * 300, "name is too long"), ("n" * 249, "name is too long"), ("n" * 300 + "/x", "name is too long"),
@@ -46,5 +47,5 @@ def test_a_place_to_write_to(ask: Callable[[Path], None], name: str, said: str, 
     if not said:
         ask(tmp_path / name)
         return
-    with pytest.raises(UserError, match=said):
+    with refused(said):
         ask(tmp_path / name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from expect import parametrize, refused
 from pages import REPO, filled
 from test_trust import CODE, change
 from tinystudy import CommandLine
@@ -16,7 +17,6 @@ from tinystudy import CommandLine
 import atp_tune
 from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import load
-from atp_tune.errors import UserError
 
 PLUGINS = ("--trust-plugins",)
 YAML = """\
@@ -134,7 +134,7 @@ WAYS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.key}, {way.what}")
+@parametrize("way", WAYS, ids=lambda way: f"{way.key}, {way.what}")
 def test_code_in_a_study_runs_only_with_permission(
     way: Way, done: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +164,7 @@ def test_the_page_lists_each_way() -> None:
 def test_in_python_the_permission_is_an_argument(place: Path) -> None:
     """It was called `--set model.trust_remote_code=true`, or `true`, which Python has not."""
     (_, file, *_) = study(place, (r"\[model\]", "[model]\ntrust_remote_code = true"))
-    with pytest.raises(UserError, match=r'then add settings=\{"model.trust_remote_code": True\}$'):
+    with refused(r'then add settings=\{"model.trust_remote_code": True\}$'):
         atp_tune.tune(file, progress=False)
 
 
@@ -177,8 +177,7 @@ def test_a_database_permits_no_code(place: Path) -> None:
 
 
 def test_a_task_s_code_is_a_fact_of_the_study(place: Path) -> None:
-    words = in_a_task("tasks/own.yaml")(place, "")
-    file = load(words[1])
+    file = load(in_a_task("tasks/own.yaml")(place, "")[1])
     before = facts(file.study, file.folder)["plugins.own.content"]
     with (place / "tasks" / "own.py").open("a") as stream:
         stream.write("# changed\n")

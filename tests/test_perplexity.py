@@ -2,6 +2,7 @@ import math
 import statistics
 
 import pytest
+from expect import parametrize
 
 from atp_tune.measures import Change, Perplexity, change, perplexity
 
@@ -24,7 +25,7 @@ def test_the_error_is_the_spread_of_perplexities_over_texts() -> None:
     assert math.exp(2.0 + shift) - result.value == pytest.approx(result.stderr, rel=0.01)
 
 
-@pytest.mark.parametrize("nlls", [[800.0, 900.0], [701.0], [math.inf, 1.0], [math.nan, 1.0], [math.nan]])
+@parametrize("nlls", [[800.0, 900.0], [701.0], [math.inf, 1.0], [math.nan, 1.0], [math.nan]])
 def test_what_overflows_or_is_not_defined_is_infinite(nlls: list[float]) -> None:
     assert perplexity(nlls) == Perplexity(value=math.inf, stderr=math.inf)
 
@@ -42,7 +43,7 @@ def test_a_change_is_paired_by_windows() -> None:
         change(before, after[:3])
 
 
-@pytest.mark.parametrize(("value", "windows", "expected"), [(-0.036, 4, True), (-0.08, 4, False), (-0.05, 1, False)])
+@parametrize(("value", "windows", "expected"), [(-0.036, 4, True), (-0.08, 4, False), (-0.05, 1, False)])
 def test_a_change_within_its_interval_may_be_chance(value: float, windows: int, expected: bool) -> None:
     """t(3) is 3.18: ± 2.2 % over 4 windows reaches 7 %."""
     assert Change(value=value, stderr=0.022).may_be_chance(windows) == expected

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from expect import parametrize
 from plans import linears_of, planned
 
 from atp_tune.allocations import ALLOCATIONS, Budget
@@ -36,7 +37,7 @@ class Priced:
         return (target - 0.21, target + 0.07), (target + 0.19, target - 0.05)
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.6, 1.0])
+@parametrize("kappa", [0.0, 0.6, 1.0])
 def test_prices_keep_to_the_pattern(kappa: float) -> None:
     shapes = ((Shape(4, 8, True), Shape(4, 8, False)),) * 2
     budget = Budget(0.5, (64, 64), shapes, Priced())  # type: ignore[arg-type]
@@ -46,7 +47,7 @@ def test_prices_keep_to_the_pattern(kappa: float) -> None:
     assert sum(plan.amounts) == 1.0
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("levels", "said"),
     [
         ([], "at least 1 item"),

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from expect import parametrize, slow
 from test_forecast import RATES
 from tinystudy import TOKENS, CommandLine, run, study_file
 
@@ -33,7 +34,7 @@ def test_another_preset_is_foretold_beside_an_open_study(place: Path) -> None:
     assert cost_beside(costs[:1], "quick", "balanced") == f"quick: {said.partition(';')[0]}"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("keys", "models", "speed"),
     [
         ([], 3, 0),
@@ -63,8 +64,7 @@ def test_texts_and_speed_at_the_end_are_counted(keys: list[str], models: int, sp
 def test_what_does_not_fit_is_not_loaded(place: Path, monkeypatch: pytest.MonkeyPatch, command: CommandLine) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", "20kB")
     monkeypatch.setattr(probe, "probe", lambda *args: pytest.fail("loaded"))
-    answer = command("plan", "--study", place / "tiny.toml")
-    assert answer.code == 0
+    answer = command.ok("plan", "--study", place / "tiny.toml")
     assert "does not fit: device memory: " in answer.out
     assert "2,048" not in answer.out
     assert "1,024" in answer.out
@@ -74,8 +74,8 @@ OVER = ("sparsity=[0.3, 0.8]", "search.sampler=tpe", "search.screen={trials=6, c
         "texts.calibration.nsamples=4", "texts.calibration.draws=3")  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("more", "trials", "most"),
     [
         ([], 6, 0),  # all trials may be on the front, or be uniform beside it: none is pruned again
@@ -105,7 +105,7 @@ def test_a_study_over_an_interval_is_foretold(place: Path, more: list[str], tria
     assert (left.seconds_left, left.trials) == (0, counted(study))
 
 
-@pytest.mark.slow
+@slow
 def test_nothing_is_stored(done: Path) -> None:
     before = (done / "tiny.db").read_bytes()
     foresee(study_file(done), "tiny", ignore_events)

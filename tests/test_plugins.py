@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import optuna
 import pytest
 import torch
+from expect import parametrize, refusal
 from plans import planned
 from plugging import forgotten
 from pydantic import Field
@@ -30,7 +31,7 @@ from atp_tune.config.study import Study
 from atp_tune.config.studyfile import from_settings, load
 from atp_tune.config.studyfile import settings as settings_of
 from atp_tune.config.writing import study_text
-from atp_tune.errors import PluginError, UserError
+from atp_tune.errors import PluginError
 from atp_tune.inputs.sources import documents
 from atp_tune.pruners import PRUNERS, make_pruner
 from atp_tune.pruners.checked import CheckedPruner
@@ -108,13 +109,6 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return written
 
 
-def message(call: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # Names
 
 
@@ -131,7 +125,7 @@ def test_reading_a_study_runs_no_plug_in(write: Callable[..., Path], tmp_path: P
     assert tomllib.loads(study_text(file.study, ()))["prune"]["mine"] == {"strength": 3}
     assert Study.model_validate(tomllib.loads(study_text(file.study, ()))) == file.study
     assert not marker.exists()
-    assert message(lambda: load(str(path), plugins=False)) == (
+    assert refusal(load, str(path), plugins=False) == (
         f"{path}: prune.pruners: own/mine.py:Mine is Python code, which is not run; read it, then allow it with "
         "--trust-plugins"
     )
@@ -140,7 +134,7 @@ def test_reading_a_study_runs_no_plug_in(write: Callable[..., Path], tmp_path: P
     assert marker.exists()
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("key", "names", "said"),
     [
         ("prune", ["x.py:Wanda"],
@@ -155,13 +149,13 @@ def test_reading_a_study_runs_no_plug_in(write: Callable[..., Path], tmp_path: P
 )  # fmt: skip
 def test_names_that_are_refused(key: str, names: list[str], said: str, write: Callable[..., Path]) -> None:
     path = write(**{key: f"{'pruners' if key == 'prune' else 'names'} = {json.dumps(names)}"})
-    assert message(lambda: load(str(path))) == f"{path}: {said}"
+    assert refusal(load, str(path)) == f"{path}: {said}"
 
 
 def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "own" / "flat.py").write_text(ALLOCATION.replace("Flat", "Mine"))
     path = write(allocation='names = ["own/flat.py:Mine"]')
-    assert message(lambda: load(str(path), plugins=True)) == (
+    assert refusal(load, str(path), plugins=True) == (
         f"{path}: allocation.names: own/mine.py:Mine, in prune.pruners, and own/flat.py:Mine are both called mine; "
         "rename one of the plug-ins"
     )
@@ -170,7 +164,7 @@ def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Pat
 # Settings
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("override", "said"),
     [
         ("prune.mine.strength=0", "prune.mine.strength: must be greater than 0, got 0"),
@@ -185,9 +179,7 @@ def test_two_kinds_cannot_share_a_name(write: Callable[..., Path], tmp_path: Pat
 )
 def test_settings_are_checked_like_all_keys(override: str, said: str, write: Callable[..., Path]) -> None:
     path = write()
-    assert message(lambda: load(str(path), [override], plugins=True)).startswith(
-        f"{path} with --set {override}: {said}"
-    )
+    assert refusal(load, str(path), [override], plugins=True).startswith(f"{path} with --set {override}: {said}")
 
 
 # Facts
@@ -218,7 +210,7 @@ def write_moved(folder: Path) -> Path:
 # Files that cannot be run
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("code", "place", "said"),
     [
         ("x = (", "x.py:Mine", "line 1: SyntaxError: '(' was never closed"),
@@ -243,15 +235,13 @@ def write_moved(folder: Path) -> Path:
 )
 def test_a_file_that_is_no_pruner(code: str, place: str, said: str, write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(code)
-    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
+    found = refusal(load, str(write(f'pruners = ["{place}"]')), plugins=True)
     assert said in found and "x.py" in found
 
 
-@pytest.mark.parametrize(
-    "place", ["no.py:Mine", "own:Mine", "own.no_such:Mine", "~nobody/x.py:Mine", "own/mine.py/x.py:Mine"]
-)
+@parametrize("place", ["no.py:Mine", "own:Mine", "own.no_such:Mine", "~nobody/x.py:Mine", "own/mine.py/x.py:Mine"])
 def test_a_file_that_is_not_there(place: str, write: Callable[..., Path]) -> None:
-    found = message(lambda: load(str(write(f'pruners = ["{place}"]')), plugins=True))
+    found = refusal(load, str(write(f'pruners = ["{place}"]')), plugins=True)
     assert place.partition(":")[0].split("/")[0] in found
 
 
@@ -261,7 +251,7 @@ def test_an_installed_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wr
     (tmp_path / "own_pack" / "rule.py").write_text(PRUNER)
     monkeypatch.syspath_prepend(tmp_path)
     path = write('pruners = ["own_pack.rule:Mine"]')
-    assert "is Python code, which is not run" in message(lambda: load(str(path), plugins=False))
+    assert "is Python code, which is not run" in refusal(load, str(path), plugins=False)
     file = load(str(path), plugins=True)
     assert facts(file.study)["plugins.mine.content"] == hashlib.sha256(PRUNER.encode()).hexdigest()
     assert load(str(path), plugins=True).study == file.study
@@ -295,7 +285,7 @@ def test_a_decorator_registers_for_the_process(write: Callable[..., Path]) -> No
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("decorate", "said"),
     [
         (lambda: plugins.pruner("wanda")(Zero), "there is a built-in pruner wanda; choose another name"),
@@ -307,7 +297,7 @@ def test_a_decorator_registers_for_the_process(write: Callable[..., Path]) -> No
     ],
 )
 def test_what_decorators_refuse(decorate: Callable[[], Any], said: str) -> None:
-    assert said in message(decorate)
+    assert said in refusal(decorate)
 
 
 def in_a_notebook(code: str) -> str:
@@ -361,7 +351,7 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", VALUES)
+@parametrize("value", VALUES)
 def test_a_plug_in_without_a_file_is_all_that_it_can_reach(value: str) -> None:
     """Class attributes, defaults, closures and the values of names were left out, so that other code had one hash."""
 
@@ -406,7 +396,7 @@ def test_a_name_of_a_decorator_is_unknown_elsewhere(write: Callable[..., Path]) 
     with forgotten():
         PRUNERS._added.clear()
         assert from_settings(kept).study.prune.short_names == ("zero",)
-        assert message(lambda: plug_in(file.study, file.folder, True)) == (
+        assert refusal(plug_in, file.study, file.folder, True) == (
             "prune.pruners: no pruner zero is known in this process; install its package, or name it as FILE.py:NAME"
         )
 
@@ -459,13 +449,13 @@ def test_an_entry_point(package: Callable[..., None], write: Callable[..., Path]
 def test_entry_points_that_clash(package: Callable[..., None], write: Callable[..., Path]) -> None:
     package("pack", PRUNER, pruners="wanda = own_pack:Mine")
     said = "pruner wanda, of the package own-pack: is built in; uninstall one of the packages"
-    assert said in message(lambda: load(str(write()), plugins=True))
+    assert said in refusal(load, str(write()), plugins=True)
     assert load(str(write('pruners = ["wanda"]'))).study.prune.pruners == ("wanda",)
 
 
 def test_an_entry_point_that_cannot_be_imported(package: Callable[..., None]) -> None:
     package("pack", "1 / 0", pruners="packed = own_pack:Mine")
-    assert message(lambda: PRUNERS["packed"]) == (
+    assert refusal(lambda: PRUNERS["packed"]) == (
         "pruner packed, of the package own-pack: own_pack:Mine: ZeroDivisionError: division by zero"
     )
 
@@ -484,7 +474,7 @@ def pruner(body: str, tmp_path: Path, group: int | None = None) -> Any:
     return make_pruner("mine", {"group": group})
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("body", "said"),
     [
         ("return weight[:, :3]", "prune returned a weight of shape (6, 3) for one of (6, 8)"),
@@ -503,8 +493,8 @@ def test_a_pruner_that_breaks_the_rules(body: str, said: str, tmp_path: Path) ->
     assert str(caught.value).startswith(f"pruner mine ({tmp_path}/bad.py): {said}")
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.3, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("count", [math.floor, math.ceil])
+@parametrize("sparsity", [0.0, 0.29, 0.3, 0.5, 0.999, 1.0])
+@parametrize("count", [math.floor, math.ceil])
 def test_a_pruner_may_round_either_way(count: Callable[[float], int], sparsity: float, tmp_path: Path) -> None:
     found = pruner(f"weight[:, :{count(8 * sparsity)}] = 0; return weight", tmp_path).prune(WEIGHT, sparsity, None)
     assert int((found == 0).sum()) == 6 * count(8 * sparsity)
@@ -513,16 +503,13 @@ def test_a_pruner_may_round_either_way(count: Callable[[float], int], sparsity: 
 def test_groups(tmp_path: Path) -> None:
     half = pruner("weight[:, ::2] = 0; return weight", tmp_path, group=4)
     assert int((half.prune(WEIGHT, 0.5, None) == 0).sum()) == 24
-    left = pruner("weight[:, :4] = 0; return weight", tmp_path, group=4)
-    assert "left 0 zeros in a group of 4 at sparsity 0.5, where there must be 2" in message(
-        lambda: left.prune(WEIGHT, 0.5, None)
+    assert "left 0 zeros in a group of 4 at sparsity 0.5, where there must be 2" in refusal(
+        pruner("weight[:, :4] = 0; return weight", tmp_path, group=4).prune, WEIGHT, 0.5, None
     )
     more = pruner("weight[:, :7] = 0; return weight", tmp_path, group=4)
-    assert "left 42 zeros at sparsity 0.5, where there must be 24 at most" in message(
-        lambda: more.prune(WEIGHT, 0.5, None)
-    )
+    assert "left 42 zeros at sparsity 0.5, where there must be 24 at most" in refusal(more.prune, WEIGHT, 0.5, None)
     plugins.pruner("zero")(Zero)
-    assert "makes no patterns, having no field group" in message(lambda: make_pruner("zero", {"group": 4}))
+    assert "makes no patterns, having no field group" in refusal(make_pruner, "zero", {"group": 4})
     assert int((make_pruner("zero", {"group": None}).prune(WEIGHT, 0.5, None) == 0).sum()) == 24
 
 
@@ -535,7 +522,7 @@ def flat(**methods: Any) -> CheckedAllocation:
     return finished(type("Flat", (), own), origin)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("found", "said"),
     [
         ([0.5], "returned 1 values, where there must be 2, one per block"),
@@ -557,7 +544,7 @@ def test_an_allocation_that_breaks_the_rules(found: Any, said: str) -> None:
     assert said in str(caught.value) or said == "line"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("found", "said"),
     [
         ({"a": (1.0, 0.0)}, "bounds gave a the interval (1.0, 0.0)"),
@@ -570,7 +557,7 @@ def test_an_allocation_that_breaks_the_rules(found: Any, said: str) -> None:
     ],
 )
 def test_bounds_that_are_refused(found: Any, said: str) -> None:
-    assert message(lambda: flat(bounds=lambda self, budget: found).bounds(BUDGET)).startswith(
+    assert refusal(lambda: flat(bounds=lambda self, budget: found).bounds(BUDGET)).startswith(
         f"allocation flat (/x/flat.py): {said}"
     )
 
@@ -603,8 +590,8 @@ def test_a_sampler(tmp_path: Path) -> None:
         plugins.load("sampler", f"s.py:{'Far' if name == 'far' else name}", tmp_path, "search.sampler")
     draws = [SAMPLERS["make"](seed).sample_independent(study, study.ask(), "x", kind) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    assert "made int, not an Optuna sampler" in message(lambda: SAMPLERS["none"](1))
-    assert "proposed x = 7.0, which is outside FloatDistribution" in message(
+    assert "made int, not an Optuna sampler" in refusal(lambda: SAMPLERS["none"](1))
+    assert "proposed x = 7.0, which is outside FloatDistribution" in refusal(
         lambda: SAMPLERS["far"](1).sample_independent(study, study.ask(), "x", kind)
     )
 
@@ -617,14 +604,14 @@ def test_a_score(tmp_path: Path) -> None:
     )
     plugins.load("score", "s.py:Short", tmp_path, "search.score")
     said = "items returned 1 nlls, where there must be 2 nlls"
-    assert said in message(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
+    assert said in refusal(lambda: SCORES["short"].items(None, None, torch.ones(2, 3, 4), None))
     assert SCORES["short"].items(None, None, torch.ones(1, 3, 4), None)["nlls"] == [1.0]
 
 
 # Samplers, texts and scores
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("takes", "of_kl", "of_both"),
     [
         ("dense=None, share=0.5", ["dense", "share"], ["dense", "share"]),
@@ -646,7 +633,7 @@ def test_the_loss_of_a_score(takes: str, of_kl: str | list[str], of_both: list[s
     own, hidden = SCORES["own"], torch.ones(2, 3, 4)
     if isinstance(of_kl, str):
         said = f"gradient takes no {of_kl}, which prune.loss needs; add it, or leave prune.loss out"
-        assert said in message(lambda: own.gradient(None, None, hidden, hidden, NLL_SHARES["kl"]))
+        assert said in refusal(own.gradient, None, None, hidden, hidden, NLL_SHARES["kl"])
     else:
         own.gradient(None, None, hidden, hidden, NLL_SHARES["kl"])
         assert own._plugin.given == of_kl
@@ -658,8 +645,7 @@ def test_the_loss_of_a_score(takes: str, of_kl: str | list[str], of_both: list[s
 def test_all_kinds_in_one_study(write: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("s", "t"):
         (tmp_path / f"{name}.py").write_text("def one(*given):\n    return given\n\n\ntwo = one\n")
-    path = write(search='sampler = "s.py:one"')
-    file = load(str(path), ['texts.test.source="t.py:two:x"'], plugins=True)
+    file = load(str(write(search='sampler = "s.py:one"')), ['texts.test.source="t.py:two:x"'], plugins=True)
     assert [(named.kind, named.short) for named in named_in(file.study)] == [
         ("pruner", "mine"), ("sampler", "one"), ("source of texts", "two"),
     ]  # fmt: skip
@@ -684,19 +670,19 @@ def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path
     (tmp_path / "best.json").write_text(json.dumps(configured()))
     read = read_config(tmp_path / "best.json")
     assert Config.model_validate_json(read.to_json(), context=STORED) == read
-    assert "is not run" in message(lambda: plug_in_config(read, {}, tmp_path, False))
+    assert "is not run" in refusal(plug_in_config, read, {}, tmp_path, False)
     plug_in_config(read, {}, tmp_path, True)
     assert make_pruner("mine", read.prune.settings("mine")).group is None
     with (tmp_path / "own" / "mine.py").open("a") as stream:
         stream.write("# changed\n")
-    assert message(lambda: plug_in_config(read, {}, tmp_path, True)).startswith(
+    assert refusal(plug_in_config, read, {}, tmp_path, True).startswith(
         f"plugins.mine.sha256: {tmp_path}/own/mine.py is "
     )
     (tmp_path / "own" / "mine.py").unlink()
-    assert "there is no file" in message(lambda: plug_in_config(read, {}, tmp_path, True))
+    assert "there is no file" in refusal(plug_in_config, read, {}, tmp_path, True)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("changes", "said"),
     [
         ({"plugins": {}}, "plan.method: Input should be 'magnitude', "),
@@ -717,14 +703,14 @@ def test_a_configuration_names_its_plug_ins(write: Callable[..., Path], tmp_path
 )
 def test_a_configuration_of_what_it_does_not_describe(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "best.json").write_text(json.dumps(configured(**changes)))
-    assert message(lambda: read_config(tmp_path / "best.json")).startswith(f"{tmp_path}/best.json: {said}")
+    assert refusal(read_config, tmp_path / "best.json").startswith(f"{tmp_path}/best.json: {said}")
 
 
 # The guide
 
 
 def blocks(language: str) -> list[str]:
-    text = GUIDE.read_text(encoding="utf-8")
+    text = GUIDE.read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -741,11 +727,10 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, package: Callable[..., None]
     statistics = InputNorms(8, torch.device("cpu"))
     statistics.add(torch.ones(3, 8))
     assert int((make_pruner("soft", found.prune.settings("soft")).prune(WEIGHT, 0.5, statistics) == 0).sum()) == 24
-    steps = ALLOCATIONS["steps"]
-    assert steps.sparsities(BUDGET, height=0.2) == pytest.approx((0.4, 0.6))
+    assert ALLOCATIONS["steps"].sparsities(BUDGET, height=0.2) == pytest.approx((0.4, 0.6))
     for group in points["project"]["entry-points"]:
         assert group in {known._group for known in map(plugins.registry, plugins.REGISTRIES)}
-    named = re.findall(r"`(atp_tune\.\w+)`", GUIDE.read_text(encoding="utf-8").partition("The groups are")[2])[:5]
+    named = re.findall(r"`(atp_tune\.\w+)`", GUIDE.read_text().partition("The groups are")[2])[:5]
     assert sorted(named) == sorted(known._group for known in map(plugins.registry, plugins.REGISTRIES))
 
 
@@ -785,7 +770,7 @@ def test_a_mended_file_goes_on_as_long_as_nothing_is_measured(place: Path, comma
     (place / "own.py").write_text(head + wrong)
     assert "returned a weight of shape" in command(*words).error
     (place / "own.py").write_text(head + right)
-    assert command(*words).code == 0
+    command.ok(*words)
     with (place / "own.py").open("a") as stream:
         stream.write("# changed\n")
     assert "plugins.mended.content is " in command(*words).error

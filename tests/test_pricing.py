@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, slow
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from naive_allocations import scores
 from plans import linears_of
@@ -41,7 +42,7 @@ from atp_tune.checkpoints.blocks import Linear
 from atp_tune.config.best import read_config
 from atp_tune.plan import Plan
 from atp_tune.pruners import Pruner, make_pruner
-from atp_tune.pruners.selection import order_in_rows, ranks
+from atp_tune.pruners.selection import order_in_rows
 from atp_tune.pruners.wanda import Wanda
 from atp_tune.run import dense_model as descents
 from atp_tune.run.dense_model import CalibrationGradients, by_magnitude
@@ -106,40 +107,53 @@ def places_in_groups(rows: Sequence[Sequence[float]], group: int) -> Tensor:
     return torch.tensor(found)
 
 
-def naive_prices(
-    model: Any,
-    context: Session,
-    sparsities: LinearSparsities,
-    ids: Tensor,
-    by_wanda: bool,
-    group: int | None = None,
-) -> list[list[float]]:
-    """By the gradient of a whole pruned copy of the model."""
-    checkpoint = context.checkpoint
-    all_scores = scores(model, checkpoint, context.items("calibration"), "wanda" if by_wanda else "magnitude")
-    pruned, places = copy.deepcopy(model).requires_grad_(True), {}
-    for i, linears in enumerate(checkpoint.linears):
-        for k, linear in enumerate(linears):
-            weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
-            flat, (rows, columns) = all_scores[i][k], weight.shape
-            in_rows = [flat[r * columns : (r + 1) * columns] for r in range(rows)]
-            places[i, k] = places_in_rows(in_rows) if group is None else places_in_groups(in_rows, group)
-            weight[places[i, k] < int(columns * sparsities[i][k])] = 0
+def whole_gradients(
+    model: Any, context: Session, ids: Tensor, zeroed: Callable[[int, int, Tensor], Tensor], loss: Any = None
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Weights of each linear, and gradients by them of a whole copy of the model, of which a part is zeroed.
+
+    The loss is the cross-entropy, or of the logits.
+    """
+    checkpoint, pruned = context.checkpoint, copy.deepcopy(model).requires_grad_(True)
+    names = [[(linear, checkpoint.key(i, linear)) for linear in row] for i, row in enumerate(checkpoint.linears)]
+    for i, row in enumerate(names):
+        for k, (linear, name) in enumerate(row):
+            weight = linear.matrix(pruned.get_parameter(name).data)
+            weight[zeroed(i, k, weight)] = 0
     logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    (loss(logits) if loss else functional.cross_entropy(logits, ids[:, 1:].flatten())).backward()
     found = []
-    for i, linears in enumerate(checkpoint.linears):
+    for row in names:
         found.append([])
-        for k, linear in enumerate(linears):
-            name = checkpoint.key(i, linear)
-            gradient = linear.matrix(pruned.get_parameter(name).grad)
-            weight = linear.matrix(model.get_parameter(name).data)
+        for linear, name in row:
+            weight, gradient = linear.matrix(model.get_parameter(name).data), pruned.get_parameter(name).grad
+            found[-1].append((weight, torch.zeros_like(weight) if gradient is None else linear.matrix(gradient)))
+    return found
+
+
+def naive_prices(
+    model: Any, context: Session, sparsities: LinearSparsities, ids: Tensor, by_wanda: bool, group: int | None = None
+) -> list[list[float]]:
+    """By the gradient of a whole pruned copy of the model; an expert without tokens costs nothing."""
+    all_scores = scores(model, context.checkpoint, context.items("calibration"), "wanda") if by_wanda else None
+    places = {}
+
+    def zeroed(i: int, k: int, weight: Tensor) -> Tensor:
+        flat, (rows, columns) = all_scores[i][k] if all_scores else weight.abs().flatten().tolist(), weight.shape
+        in_rows = [flat[r * columns : (r + 1) * columns] for r in range(rows)]
+        places[i, k] = places_in_rows(in_rows) if group is None else places_in_groups(in_rows, group)
+        return places[i, k] < int(columns * sparsities[i][k])
+
+    found: list[list[float]] = []
+    for i, row in enumerate(whole_gradients(model, context, ids, zeroed)):
+        found.append([])
+        for k, (weight, slopes) in enumerate(row):
             columns, costs = weight.shape[1], []
-            for row in range(weight.shape[0]):
+            for r in range(weight.shape[0]):
                 for j in range(columns):
-                    distance = int(places[i, k][row, j]) - int(columns * sparsities[i][k])
+                    distance = int(places[i, k][r, j]) - int(columns * sparsities[i][k])
                     if abs(distance) < max(1, int(BAND * columns)):
-                        costs.append(float(gradient[row, j]) * float(weight[row, j]))
+                        costs.append(float(slopes[r, j]) * float(weight[r, j]))
             found[-1].append(-math.fsum(costs) / len(costs))
     return found
 
@@ -185,9 +199,9 @@ def close(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) ->
     )
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, FAST))
-@pytest.mark.parametrize("group", [None, 5], ids=["unstructured", "mixed:5"])
-@pytest.mark.parametrize("by_wanda", [True, False], ids=["wanda", "magnitude"])
+@parametrize("family", few(FAMILIES, FAST))
+@parametrize("group", [None, 5], ids=["unstructured", "mixed:5"])
+@parametrize("by_wanda", [True, False], ids=["wanda", "magnitude"])
 def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: bool, group: int | None) -> None:
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
@@ -196,8 +210,8 @@ def test_prices_are_gradients_of_the_whole_pruned_model(family: str, by_wanda: b
     assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda, group))
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, FAST))
-@pytest.mark.parametrize("group", [None, 8], ids=["unstructured", "mixed:8"])
+@parametrize("family", few(FAMILIES, FAST))
+@parametrize("group", [None, 8], ids=["unstructured", "mixed:8"])
 def test_prices_at_own_weights_are_gradients_of_the_whole_pruned_model(family: str, group: int | None) -> None:
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
@@ -227,36 +241,18 @@ def test_levels_are_made_once_while_there_is_room(monkeypatch: pytest.MonkeyPatc
     assert held[0] > 20_000 >= held[1] > held[2] == 0
 
 
-@pytest.mark.parametrize("family", few(MIXTURES, ("mixtral",)))
+@parametrize("family", few(MIXTURES, ("mixtral",)))
 def test_prices_of_experts(family: str) -> None:
-    """By the gradient of the parameters that hold all experts of a block; one without tokens costs nothing."""
+    """By the gradient of the parameters that hold all experts of a block."""
     model = tiny(family)
     context, ids = bench_of(model), random_ids(6, seed=5)
-    checkpoint, sparsities = context.checkpoint, uneven(context)
+    sparsities = uneven(context)
     ours = pricing_of(context, by_wanda=False).prices(sparsities, Sample(ids))
-    pruned = copy.deepcopy(model).requires_grad_(True)
-    for i, linears in enumerate(checkpoint.linears):
-        for linear, s in zip(linears, sparsities[i], strict=True):
-            weight = linear.matrix(pruned.get_parameter(checkpoint.key(i, linear)).data)
-            weight[ranks(weight.abs()) < int(weight.shape[1] * s)] = 0
-    logits = pruned(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
-    theirs = []
-    for i, linears in enumerate(checkpoint.linears):
-        theirs.append([])
-        for linear, s in zip(linears, sparsities[i], strict=True):
-            name = checkpoint.key(i, linear)
-            weight = linear.matrix(model.get_parameter(name).data)
-            grad = pruned.get_parameter(name).grad
-            gradient = torch.zeros_like(weight) if grad is None else linear.matrix(grad)
-            columns = weight.shape[1]
-            band = (ranks(weight.abs()).int() - int(columns * s)).abs() < max(1, int(BAND * columns))
-            theirs[-1].append(-float((gradient * weight)[band].mean()))
-    assert close(ours, theirs)
+    assert close(ours, naive_prices(model, context, sparsities, ids, by_wanda=False))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", [0, 2], ids=["at once", "at the third block"])
+@slow
+@parametrize("when", [0, 2], ids=["at once", "at the third block"])
 def test_out_of_memory_is_retried_with_half_the_windows(when: int) -> None:
     """Blocks before keep graphs of other batches, which then go, and are computed again."""
     context, ids = bench_of(tiny("llama")), random_ids(8, seed=5)
@@ -278,8 +274,8 @@ def test_out_of_memory_is_retried_with_half_the_windows(when: int) -> None:
     assert ran == [*range(when), *(index for index in (*after, *again) for _ in range(2))]
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, FAST))
-@pytest.mark.parametrize(("windows", "some"), [(8, 1), (1, 7)])
+@parametrize("family", few(FAMILIES, FAST))
+@parametrize(("windows", "some"), [(8, 1), (1, 7)])
 def test_blocks_that_keep_their_graph_run_once_with_the_same_prices(
     family: str, windows: int, some: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +302,7 @@ def test_a_graph_has_the_bytes_of_what_its_gradients_need() -> None:
     assert gradients.graph_bytes(x + 1) == 0
 
 
-@pytest.mark.parametrize(("room_for", "expected"), [(4 * 300, 3), (2 * 300, 3.5), (0, 4)])
+@parametrize(("room_for", "expected"), [(4 * 300, 3), (2 * 300, 3.5), (0, 4)])
 def test_passes_are_counted_by_the_room_for_graphs(
     room_for: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,8 +354,8 @@ def naive_descent(linears: Sequence[Sequence[Shape]], targets: Sequence[float], 
     return ends
 
 
-@pytest.mark.parametrize("further", [(), (0.08,), (0.1, 0.15)], ids=["one target", "two", "three"])
-@pytest.mark.parametrize("budget", few(budgets()[:20], budgets()[:1]), ids=lambda budget: f"{budget.target:.3f}")
+@parametrize("further", [(), (0.08,), (0.1, 0.15)], ids=["one target", "two", "three"])
+@parametrize("budget", few(budgets()[:20], budgets()[:1]), ids=lambda budget: f"{budget.target:.3f}")
 def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, ...]) -> None:
     draw = random.Random(1)
     count = sum(map(len, budget.linears))
@@ -382,7 +378,7 @@ def test_the_descent_follows_its_formula(budget: Budget, further: tuple[float, .
         assert budget.mean(budget.block_means(row)) == pytest.approx(target, abs=1e-12)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("target", "expected"), [(0.3, 0.1), (0.35, 0.2), (0.4, 0.3), (0.41, 0.34), (0.5, 0.7), (0.5 + 1e-12, 0.7)]
 )
 def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: float) -> None:
@@ -397,10 +393,10 @@ def test_between_the_targets_of_a_path_it_is_linear(target: float, expected: flo
 STUDY = settings('allocation=["gradient"]', "search.trials=4")
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -> None:
     answer = command("--study", place / "tiny.toml", *STUDY)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     study = stored(place)
     kappas = [trial.params.get("kappa") for trial in study.trials]
     assert kappas[:3] == [0.0, 1.0, 0.6] and len(kappas) == 4
@@ -410,21 +406,19 @@ def test_a_study_descends_once(place: Path, command: CommandLine, cache: Path) -
     assert [row == pytest.approx(other) for row, other in zip(found, rows, strict=True)] == [True] * len(rows)
     assert "gradient (κ = " in answer.out
     written = file.stat().st_mtime_ns
-    again = command("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
-    assert again.code == 0 and file.stat().st_mtime_ns == written
+    command.ok("--study", place / "tiny.toml", "--study-name", "again", *STUDY)
+    assert file.stat().st_mtime_ns == written
     assert [t.values for t in stored(place, "again").trials] == [t.values for t in study.trials]
-    best = read_config(place / "tiny.best.json")
-    assert best.plan.allocation in ("gradient", "uniform")
-    once = command("prune", "--study", place / "tiny.toml", "--allocation", "gradient", "--parameter", "κ=1")
-    assert once.code == 0 and "gradient κ=1" in once.out
+    assert read_config(place / "tiny.best.json").plan.allocation in ("gradient", "uniform")
+    once = command.ok("prune", "--study", place / "tiny.toml", "--allocation", "gradient", "--parameter", "κ=1")
+    assert "gradient κ=1" in once.out
     assert command("prune", "--study", place / "tiny.toml", "--allocation", "gradient").out == once.out  # its default
 
 
-@pytest.mark.slow
+@slow
 def test_an_interval_has_one_descent(place: Path, command: CommandLine, cache: Path) -> None:
     wishes = settings('allocation=["gradient"]', "sparsity=[0.3, 0.45]", "search.trials=6")
-    answer = command("--study", place / "tiny.toml", *wishes)
-    assert (answer.code, answer.err) == (0, "")
+    assert command("--study", place / "tiny.toml", *wishes).is_clean
     [file] = (cache / "gradient").glob("*.json")
     ends = [RowSparsities(end) for end in json.loads(file.read_text())]
     assert len(ends) == 3

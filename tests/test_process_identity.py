@@ -51,8 +51,7 @@ def test_a_process_that_was_killed_but_not_fetched_is_dead(child: Child) -> None
 
 
 def test_another_process_with_the_same_id_is_another(child: Child) -> None:
-    known = identity_of(child)
-    assert is_dead({**known, "process_started": psutil.Process(child.pid).create_time() - 3600})
+    assert is_dead({**identity_of(child), "process_started": psutil.Process(child.pid).create_time() - 3600})
 
 
 @pytest.mark.parametrize(

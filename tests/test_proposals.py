@@ -1,7 +1,7 @@
 import itertools
 
 import optuna
-import pytest
+from expect import parametrize
 from families import few
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -23,8 +23,8 @@ def known(*betas: float, pruner: str = "wanda", state: TrialState = TrialState.R
     ]
 
 
-@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
-@pytest.mark.parametrize("beta", [0.0, 0.1, 0.2])
+@parametrize("state", [TrialState.RUNNING, TrialState.COMPLETE])
+@parametrize("beta", [0.0, 0.1, 0.2])
 def test_a_known_point_gives_way_to_one_beside_it(beta: float, state: TrialState) -> None:
     point = {"pruner": "wanda", "beta": beta}
     trials = known(beta, state=state)
@@ -42,14 +42,13 @@ def test_a_crowd_is_left_and_a_full_interval_ends_the_search() -> None:
     crowd = known(*(0.2 * NEAR * k for k in range(100)))
     found = [nudge_from_known(point, crowd, KINDS, seed)["beta"] for seed in range(20)]
     assert all(beta > 0.2 * NEAR * 100 for beta in found)
-    full = known(*(0.2 * NEAR * k for k in range(501)))
-    assert 0 <= nudge_from_known(point, full, KINDS, 0)["beta"] <= 0.2
+    assert 0 <= nudge_from_known(point, known(*(0.2 * NEAR * k for k in range(501))), KINDS, 0)["beta"] <= 0.2
     alone = {"pruner": KINDS["pruner"]}
     assert nudge_from_known({"pruner": "wanda"}, known(0.1), alone, 0) == {"pruner": "wanda"}
     assert is_near({"pruner": "wanda"}, {"pruner": "wanda", "beta": 0.1}, alone, NEAR)
 
 
-@pytest.mark.parametrize("sampler", few(["gp", "tpe"], ["tpe"]))
+@parametrize("sampler", few(["gp", "tpe"], ["tpe"]))
 def test_no_point_is_asked_for_twice_where_the_best_is_an_end(sampler: str) -> None:
     """As uniform is for many models at low sparsity: perplexity rises with β from the start."""
     space = space_of(allocation={"names": ["atp"], "beta": [0, 0.2]})
@@ -61,7 +60,7 @@ def test_no_point_is_asked_for_twice_where_the_best_is_an_end(sampler: str) -> N
     assert study.best_params["beta"] == 0
 
 
-@pytest.mark.parametrize("sampler", few(["gp", "tpe"], ["tpe"]))
+@parametrize("sampler", few(["gp", "tpe"], ["tpe"]))
 def test_no_point_that_failed_is_asked_for_again(sampler: str) -> None:
     space = space_of(allocation={"names": ["atp"], "beta": [0, 0.2]})
     study = optuna.create_study(sampler=make_sampler(search_of(sampler=sampler), space))

@@ -6,6 +6,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, slow
 from families import (
     ALL,
     CPU,
@@ -103,8 +104,8 @@ def check_same_weights(pruned: list[PrunedBlock], expected: Any, work: Session) 
             assert same_bits(tensor, found[f"{work.checkpoint.blocks_name}.{block.index}.{name}"]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ALL)
+@slow
+@parametrize("family", ALL)
 def test_wanda_with_atp_in_every_family(family: str) -> None:
     model = tiny(family)
     before, work = copy_of(model), bench_of(model)
@@ -127,7 +128,7 @@ def test_wanda_with_atp_in_every_family(family: str) -> None:
     assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", few(ALL, ("llama", "gpt2", "falcon", "gemma3", "mixtral", "gpt_oss")))
+@parametrize("family", few(ALL, ("llama", "gpt2", "falcon", "gemma3", "mixtral", "gpt_oss")))
 def test_sparsegpt_in_every_family(family: str) -> None:
     model = tiny(family)
     before = copy_of(model)
@@ -144,7 +145,7 @@ def test_sparsegpt_in_every_family(family: str) -> None:
     assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen2_moe", "gpt_oss"])
+@parametrize("family", ["llama", "gpt2", "falcon", "qwen2_moe", "gpt_oss"])
 def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atp_tune.blocks.prune_pass.measure", lambda *_: pytest.fail("measured"))
     model = tiny(family)
@@ -156,8 +157,8 @@ def test_magnitude_measures_nothing(family: str, monkeypatch: pytest.MonkeyPatch
     assert [block.error for block in pruned] == pytest.approx(errors, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", *few(MIXTURES, ("deepseek_v3", "gpt_oss"))])
+@slow
+@parametrize("family", ["llama", "gpt2", *few(MIXTURES, ("deepseek_v3", "gpt_oss"))])
 def test_sparsegpt_is_its_naive_pass(family: str) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
         return naive.sparsegpt(weight, x, sparsity, 0.05, 32)[0].float()
@@ -174,8 +175,8 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "qwen3_moe"])
+@slow
+@parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "qwen3_moe"])
 def test_dense_statistics_are_of_the_dense_model(family: str) -> None:
     model = tiny(family)
     work = bench_of(model, PruneConfig(statistics="dense"))
@@ -201,8 +202,8 @@ def work_of(model: Any, windows: int) -> tuple[Replay, AutoBatch, Tensor]:
         return replay, batch, replay.embed(random_ids(7)).clone()
 
 
-@pytest.mark.parametrize("family", few(["llama", "gpt2", "falcon-alibi", "mistral", *MIXTURES], ("gpt2", "gpt_oss")))
-@pytest.mark.parametrize(("kind", "value"), [(InputNorms, InputNorms.norms), (Hessian, Hessian.matrix)])
+@parametrize("family", few(["llama", "gpt2", "falcon-alibi", "mistral", *MIXTURES], ("gpt2", "gpt_oss")))
+@parametrize(("kind", "value"), [(InputNorms, InputNorms.norms), (Hessian, Hessian.matrix)])
 @torch.inference_mode()
 def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, value: Any) -> None:
     model, found = tiny(family), []
@@ -235,11 +236,9 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(Replay, "step", step)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.parametrize(
-    "prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")]
-)
+@slow
+@parametrize("most", [1, 2, 3])
+@parametrize("prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")])
 def test_memory_that_runs_out_changes_no_result(prune: PruneConfig, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = tiny("llama"), []
     plan = atp_plan(bench_of(model), "wanda")
@@ -267,10 +266,8 @@ def limit_embedding(model: nn.Module, most: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model, "forward", forward)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")]
-)
+@slow
+@parametrize("prune", [PruneConfig(), PruneConfig(statistics="sequential"), PruneConfig(statistics="dense")])
 def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
     prune: PruneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +283,7 @@ def test_an_embedding_for_which_memory_runs_out_fails_no_trial(
     assert nlls_of(other, [(block.index, block.weights) for block in other.prune(plan)], "validation") == nlls
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "channels"])
+@parametrize("pattern", ["unstructured", "channels"])
 def test_memory_that_runs_out_while_pruning_changes_no_result(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when it is in pieces: released once, it is enough."""
     context = bench_of(tiny("llama"), PruneConfig(pattern=pattern))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import parametrize, slow
 from huggingface_hub import constants, snapshot_download
 from localhub import Uploads, serve
 from tinystudy import CommandLine, finish, start, wait_until
@@ -65,13 +66,6 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield found
 
 
-@pytest.fixture
-def sparse(done: Path, command: CommandLine) -> Path:
-    """A sparse folder that was written before."""
-    assert command("apply", "--config", done / "tiny.best.json", "--out", done / "sparse").code == 0
-    return done / "sparse"
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -84,11 +78,10 @@ def without_ours(folder: Path) -> dict[str, bytes]:
 # --- the upload
 
 
-@pytest.mark.slow
+@slow
 def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLine, tmp_path: Path) -> None:
     words = ["apply", "--config", done / "tiny.best.json", "--out", tmp_path / "out", "--push", "lab/tiny", "--private"]
-    answer = command(*words)
-    assert answer.code == 0, answer.err
+    answer = command.ok(*words)
     assert f"uploaded: {site.address}/lab/tiny" in answer.out
     assert site.uploads.private == {"lab/tiny": True}
     assert site.uploads.received == [sha256_of(tmp_path / "out" / "model.safetensors")]
@@ -97,8 +90,7 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
     assert {"model.safetensors", "README.md", "atp_tune.json"} <= contents(back).keys()
 
     weights = (tmp_path / "out" / "model.safetensors").stat()
-    again = command(*words)  # neither pruned nor uploaded again
-    assert again.code == 0, again.err
+    again = command.ok(*words)  # neither pruned nor uploaded again
     assert "was written before" in again.out
     assert (tmp_path / "out" / "model.safetensors").stat() == weights
     assert len(site.uploads.received) == len(site.uploads.commits) == 1
@@ -108,7 +100,7 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
     assert len(site.uploads.commits) == 1
 
 
-@pytest.mark.slow
+@slow
 def test_an_upload_that_was_killed_goes_on(
     sparse: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +121,7 @@ def test_an_upload_that_was_killed_goes_on(
     assert without_ours(site.folder("alice/tiny")) == without_ours(sparse)
 
 
-@pytest.mark.slow
+@slow
 def test_ctrl_c_says_how_to_go_on(sparse: Path, site: Site, tmp_path: Path) -> None:
     site.uploads.hold = sha256_of(sparse / "model.safetensors")
     login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
@@ -146,7 +138,7 @@ def test_ctrl_c_says_how_to_go_on(sparse: Path, site: Site, tmp_path: Path) -> N
 # --- what is refused, before anything is pruned or uploaded
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "token", "said"),
     [
         ("tiny", "a", "the name on the hub must be ORG/NAME"),
@@ -201,7 +193,7 @@ def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command:
     assert site.asked == []
 
 
-@pytest.mark.slow
+@slow
 def test_nothing_of_this_machine_is_published(
     place: Path, site: Site, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,17 +212,17 @@ def test_nothing_of_this_machine_is_published(
         tmp_path / "out/slim", slim=True
     )
     more = ("--steps", "2", "--seqlen", "32", "--batch", "2", "--patience", "0")
-    assert command("finetune", tmp_path / "out/trained", "--out", tmp_path / "out/more", *more).code == 0
+    command.ok("finetune", tmp_path / "out/trained", "--out", tmp_path / "out/more", *more)
     for kind in ("trained", "packed", "slim", "more"):
-        assert command("push", tmp_path / "out" / kind, f"alice/{kind}").code == 0, kind
+        command.ok("push", tmp_path / "out" / kind, f"alice/{kind}")
         there = site.folder(f"alice/{kind}")
         for name, content in contents(there).items():
             for secret in ("secret-user", "secret-host", str(tmp_path), f"{Path.home()}/"):
                 assert secret.encode() not in content, (kind, name, secret)
-        assert command("apply", "--verify", there).code == 0, kind
+        command.ok("apply", "--verify", there)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "key", "value", "expected"),
     [
         ("config.json", "_name_or_path", "clients/acme/llama", "llama"),
@@ -262,14 +254,14 @@ def test_what_people_wrote_into_the_dense_folder_stays_here(tmp_path: Path) -> N
     assert {*json.loads((tmp_path / "there/atp_tune.json").read_text())["manifest"]["files"]} == {*kept}
 
 
-@pytest.mark.slow
+@slow
 def test_what_was_not_asked_for_is_not_uploaded(
     done: Path, sparse: Path, site: Site, command: CommandLine, tmp_path: Path
 ) -> None:
     """The folder that is not packed, in the place of the packed one; and one that was changed since it was written."""
     asked = ("apply", "--config", done / "tiny.best.json", "--out", sparse, "--push", "alice/tiny")
     assert "exists already" in command(*asked, "--packed").error
-    assert command("pack", sparse, "--out", tmp_path / "packed").code == 0
+    command.ok("pack", sparse, "--out", tmp_path / "packed")
     there = ("apply", "--config", done / "tiny.best.json", "--out", tmp_path / "packed", "--push", "alice/tiny")
     assert "exists already" in command(*there).error
     with (sparse / "config.json").open("a") as stream:
@@ -279,7 +271,7 @@ def test_what_was_not_asked_for_is_not_uploaded(
     assert site.uploads.commits == []
 
 
-@pytest.mark.slow
+@slow
 def test_from_python(done: Path, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """`Result.push` prunes again, and uploads what `apply` writes."""
     result = atp_tune.load_study(done / "tiny.toml")

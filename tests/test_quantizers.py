@@ -5,6 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize
 from families import MIXTURES, bench_of, few, same_bits, tiny
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -55,8 +56,7 @@ def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, 
 
 def test_columns_are_ordered_by_their_inputs() -> None:
     """The largest sum of squares first, dead inputs last, ties as they stand; a restored factor is the same."""
-    x = torch.tensor([[1.0, 0.0, -3.0, 2.0, 1.0], [1.0, 0.0, 0.0, 2.0, -1.0]])
-    hessian = hessian_of(x, 1)
+    hessian = hessian_of(torch.tensor([[1.0, 0.0, -3.0, 2.0, 1.0], [1.0, 0.0, 0.0, 2.0, -1.0]]), 1)
     assert hessian.order().tolist() == [2, 3, 0, 4, 1]
     R = hessian.factor(DAMPING, ordered=True)
     expected = hessian.matrix()[hessian.order()][:, hessian.order()]
@@ -68,7 +68,7 @@ def test_columns_are_ordered_by_their_inputs() -> None:
     assert torch.equal(again.factor(DAMPING), hessian.factor(DAMPING))
 
 
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@parametrize("name", list(QUANTIZERS))
 def test_after_a_pruner_zeros_stay(name: str) -> None:
     weight, x = problem((17, 29))
     both = Treatment(Wanda(), quantizer=QUANTIZERS[name](8, False, DAMPING))
@@ -80,11 +80,10 @@ def test_after_a_pruner_zeros_stay(name: str) -> None:
     mask = naive.wanda_mask(weight, x, 0.5)
     assert not found[mask].any()
     sparse = Wanda().prune(weight, 0.5, norms_of(x))
-    alone = QUANTIZERS[name](8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask)
-    assert same_bits(found, alone)
+    assert same_bits(found, QUANTIZERS[name](8, False, DAMPING).quantize(sparse, 3, hessian_of(x), mask))
 
 
-@pytest.mark.parametrize("inner", [Wanda(), SparseGPT()])
+@parametrize("inner", [Wanda(), SparseGPT()])
 def test_a_refined_pruner_and_gptq_share_one_hessian(inner: Any) -> None:
     weight, x = problem((17, 29))
     pruner = Treatment(inner, 3)
@@ -104,8 +103,7 @@ def test_a_linear_without_inputs_is_rounded_to_nearest() -> None:
     rule: Any = unmeasured(Treatment(None, quantizer=GPTQ(4, True)))
     assert same_bits(rule.rounded(rule.prune(weight, 0.0, None), 3, None), RTN(4, True).quantize(weight, 3, None))
     both: Any = unmeasured(Treatment(Wanda(), quantizer=GPTQ(4, True)))
-    pruned = both.rounded(both.prune(weight, 0.5, None), 3, None)
-    assert int((pruned == 0).sum()) >= int(weight.numel() * 0.5)
+    assert int((both.rounded(both.prune(weight, 0.5, None), 3, None) == 0).sum()) >= int(weight.numel() * 0.5)
 
 
 # the pass over the blocks
@@ -123,8 +121,8 @@ def plan_of(work: Session, name: str, bits: float = 3.5) -> Plan:
     return make_plan(name, "uniform", work.budget(share), {})
 
 
-@pytest.mark.parametrize("family", few(("llama", "gpt2", *MIXTURES), ("llama", "gpt2")))
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@parametrize("family", few(("llama", "gpt2", *MIXTURES), ("llama", "gpt2")))
+@parametrize("name", list(QUANTIZERS))
 def test_blocks_are_rounded_in_order(family: str, name: str) -> None:
     """Each behind those that are rounded already, each linear on its own."""
     work = bench(family)

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize
 from families import FAMILIES, few, tiny
 from plans import planned
 from test_context import bench_of
@@ -23,8 +24,8 @@ def pruned(work: Session, sparsity: float) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ("llama", "gpt2")))
-@pytest.mark.parametrize("pattern", PATTERNS)
+@parametrize("family", few(FAMILIES, ("llama", "gpt2")))
+@parametrize("pattern", PATTERNS)
 def test_masks_are_the_same_with_ranks_and_without(family: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny(family), PruneConfig(statistics="dense", pattern=pattern))
     ranked = {sparsity: pruned(work, sparsity) for sparsity in (0.0, 0.3, 0.5, 0.77, 1.0)}
@@ -36,7 +37,7 @@ def test_masks_are_the_same_with_ranks_and_without(family: str, pattern: str, mo
             assert all(torch.equal(block[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "settings", "expected"),
     [
         ("wanda", {}, True),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, meeting, trials
+from expect import slow
 from optuna.trial import TrialState
 from processes import popen
 from test_network import HERE, THERE, Namespace, namespace, serving  # noqa: F401
@@ -76,12 +77,12 @@ def begin(place: Path, cluster: Any, *more: str, texts: tuple[str, ...] = LONG) 
     return start("--study", place / "tiny.toml", *words)
 
 
-@pytest.mark.slow
+@slow
 def test_two_nodes_share_a_study(place: Path, cluster: Any) -> None:
     add_node(cluster)
     add_node(cluster)
     answer = finish(begin(place, cluster, "--workers", "2", *meeting(place), texts=()))  # its code goes by its place
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     check_whole(place)
     assert {trial.params["pruner"] for trial in measured(place)} == {"meeting"}
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2
@@ -102,7 +103,7 @@ def stop_in_a_trial(place: Path) -> int:
         sleep(0.01)
 
 
-@pytest.mark.slow
+@slow
 def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
     """The only node dies, another comes: Ray's words for it do not matter, the trial is run again."""
     node = add_node(cluster)
@@ -114,7 +115,7 @@ def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
         os.kill(pid, signal.SIGKILL)
     add_node(cluster)
     answer = finish(process)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "worker 0 died (" in answer.out
     assert "it is started again" in answer.out
     check_whole(place)
@@ -127,7 +128,7 @@ def test_a_node_that_dies_in_a_trial(place: Path, cluster: Any) -> None:
     ]
 
 
-@pytest.mark.slow
+@slow
 def test_sigterm_stops_all_and_loses_nothing(place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=2)
     many = 400  # trials, more than are done while a busy machine passes the signal on
@@ -152,17 +153,17 @@ def test_sigterm_stops_all_and_loses_nothing(place: Path, cluster: Any) -> None:
     assert all(repeated[trial.number] == trial.params for trial in lost)
 
 
-@pytest.mark.slow
+@slow
 def test_more_workers_than_gpus(place: Path, cluster: Any) -> None:
     add_node(cluster, num_cpus=1, num_gpus=1)
     answer = finish(begin(place, cluster, "--workers", "2", "--device", "auto", texts=()))
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "the cluster has 1 GPUs for 2 workers: the others wait until there are more" in answer.out
     check_whole(place)
     assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 1
 
 
-@pytest.mark.slow
+@slow
 def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
     """The other host is a network namespace: it has an address of its own."""
     cluster = f"{HERE}:{free_port()}"
@@ -181,7 +182,7 @@ def test_two_hosts(place: Path, namespace: Namespace) -> None:  # noqa: F811
         port = free_port()
         with serving(place, HERE, free_port(), port, "tiny.db"):
             answer = finish(start(*words, "--storage", f"grpc://{HERE}:{port}"))
-        assert (answer.code, answer.err) == (0, "")
+        assert answer.is_clean
         check_whole(place)
         assert len({trial.user_attrs["pid"] for trial in measured(place)}) == 2, answer.out  # which says who died
 

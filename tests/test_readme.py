@@ -121,8 +121,7 @@ def check(found: list[list[str] | str], answers: list[tuple[int, str, str]], **r
 
 def test_each_line_is_run_here_or_elsewhere() -> None:
     lines = [line for block in blocks(README) if block.language == "" for line in block.text.splitlines()]
-    others = {line for line in lines if "tune.py" not in line and not line.startswith("|")}
-    assert others == {*ELSEWHERE}
+    assert {line for line in lines if "tune.py" not in line and not line.startswith("|")} == {*ELSEWHERE}
     assert lines[0].startswith(f"{INSTALL} && python tune.py ")
 
 
@@ -131,8 +130,7 @@ def test_all_of_it_runs_with_a_hub(plain: Path, reader: Path, tiny_place: Path, 
     root, text = tmp_path / "hub", TOPICS[160_000:].split("\n\n")
     for name in OWN:
         shutil.copytree(tiny_place / "model", root / "models" / name)
-    documents = [" ".join(text[at : at + 8]) for at in range(0, 400, 8)]
-    publish_c4(root, {"train.00000-of-01024": documents})
+    publish_c4(root, {"train.00000-of-01024": [" ".join(text[at : at + 8]) for at in range(0, 400, 8)]})
     splits = {name: text[at : at + 100] for at, name in ((400, "train"), (500, "validation"), (600, "test"))}
     publish_wikitext2(root, {name: [f" = {name} = \n", *lines, ""] for name, lines in splits.items()})
     uploads = Uploads({"t": {"name": "ORG", "orgs": [], "auth": {"accessToken": {"role": "write"}}}}, cut=LARGE)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from byhand import ByHand
+from expect import parametrize, slow
 from faults import Command
 from preloaded import at_call, kill
 from test_applying import block_of, same_bytes, tensors
-from tinystudy import CommandLine, settings, stored
+from tinystudy import CommandLine, copied, settings, stored
 
 from atp_tune import tune
 from atp_tune.config.best import Config, dumps, read_config
@@ -47,18 +48,15 @@ def run(place: Path, command: CommandLine, *overrides: str) -> Any:
 @pytest.fixture(scope="module")
 def trained(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished tiny study whose best plan was trained, with its cache; to be read only."""
-    place = Path(shutil.copytree(tiny_done, tmp_path_factory.mktemp("trained") / "place"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+    with copied(tiny_done, tmp_path_factory) as place:
         table = {"recover.steps": 24, "recover.batch": 4, "recover.learning_rate": 0.01}
         tune(place / "tiny.toml", settings=table, progress=False)
-    return place
+        return place
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(trained.parent / "cache", tmp_path / "cache")
-    monkeypatch.setenv("ATP_TUNE_CACHE", str(tmp_path / "cache"))
+def place(trained: Path, tmp_path: Path, cache: Path) -> Path:
+    shutil.copytree(trained.parent / "cache", cache)
     return Path(shutil.copytree(trained, tmp_path / "place"))
 
 
@@ -66,10 +64,10 @@ def config_of(place: Path) -> Config:
     return read_config(place / "tiny.best.json")
 
 
-@pytest.mark.slow
+@slow
 def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: CommandLine) -> None:
     answer = run(place, command, *SHORT)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     assert "complete: 6 of 6 trials; nothing to do" in answer.out
     assert "training the kept weights of trial" not in answer.out  # it is done
     config = config_of(place)
@@ -84,7 +82,7 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
     assert str(found.against_uniform) in row
     assert f"of which step {found.step} was taken" in answer.out
     written = command("apply", "--config", place / "tiny.best.json", "--out", place / "out")
-    assert (written.code, written.err) == (0, "")
+    assert written.is_clean
     assert f"the configuration says {found.test.perplexity} (+0.000%)" in written.out
     by_hand, pruned = ByHand(place, place / "out"), ByHand(place).prune(config.plan.method, list(config.plan.amounts))
     for role, scores in (("validation", found.validation), ("test", found.test)):
@@ -96,7 +94,7 @@ def test_the_best_plan_is_trained_and_measured_as_by_hand(place: Path, command: 
     assert found.against_uniform.value == pytest.approx(change(uniform, by_hand.nlls("test")).value, abs=2e-3)
 
 
-@pytest.mark.slow
+@slow
 def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +126,7 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
     assert record.validation is not None
     assert found.validation is not None
     assert record.validation.after == found.validation.perplexity
-    assert command("apply", "--verify", place / "known").code == 0
+    command.ok("apply", "--verify", place / "known")
     assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
 
 
@@ -138,7 +136,7 @@ def seen_and_interrupted(run: StudyRun, *_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.slow
+@slow
 def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLine) -> None:
     """Where pruning raised the perplexity by less than `min_increase`, which is asked again of other settings."""
     before = config_of(place)
@@ -147,7 +145,7 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     assert pruned is not None
     increase = pruned.value / dense.value - 1
     answer = run(place, command, "recover.steps=9", f"recover.min_increase={increase + 0.001}")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     reason = f"pruning changes the perplexity on the validation text by {increase:+.1%}, less than recover.min_increase"
     assert f"the best plan stays as it was pruned: {reason}" in answer.out
     assert "training the kept weights" not in answer.out
@@ -165,19 +163,19 @@ def test_a_plan_that_costs_little_is_not_trained(place: Path, command: CommandLi
     assert "step 9 of 9: loss" in run(place, command, "recover.steps=9", "recover.learning_rate=0.01", least).out
 
 
-@pytest.mark.slow
+@slow
 def test_what_prevents_training_is_said_and_ends_no_study(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atp_tune.folders.training.free_memory", lambda device: 1000)
     answer = run(place, command, "recover.steps=9")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     (line,) = [line for line in answer.out.splitlines() if "stays as it was pruned" in line]
     assert line.startswith("warning: the best plan stays as it was pruned: training: needs about ")
     assert "lower batch, seqlen, or take a larger device" in line
 
 
-@pytest.mark.slow
+@slow
 def test_what_a_killed_training_left_is_removed_by_the_next(place: Path, cache: Path, command: CommandLine) -> None:
     """A whole model each time, for ever."""
     words = ("--study", place / "tiny.toml", *settings("recover.steps=6", "recover.batch=4"))
@@ -185,7 +183,7 @@ def test_what_a_killed_training_left_is_removed_by_the_next(place: Path, cache: 
         killed = Command(*words, inject=partial(at_call, Trainer, "step", 3, kill)).finish()
         assert killed.code == -signal.SIGKILL, killed
         assert len([*cache.glob("recovered/.*")]) == left
-    assert command(*words).code == 0
+    command.ok(*words)
     assert [*cache.glob("recovered/.*")] == []
 
 
@@ -230,7 +228,7 @@ def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest
     assert {kind: round(own.value, 2) for kind, own in better.kinds.items()} == {"manual": 12.18, "news": 4.48}
 
 
-@pytest.mark.parametrize("nll", [float("nan"), float("inf"), 701.0])
+@parametrize("nll", [float("nan"), float("inf"), 701.0])
 def test_what_is_not_finite_is_left_out(nll: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the two texts' own scores were, so the configuration could not be written after training."""
     found = judged(monkeypatch, 10, changed(-0.02), nll)

@@ -7,6 +7,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize
 from families import MIXTURES, bench_of, few, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def error(weight: Tensor, pruned: Tensor, H: Tensor) -> Tensor:
     return ((difference @ H) * difference).sum(1)
 
 
-@pytest.mark.parametrize(("name", "group"), CASES)
+@parametrize(("name", "group"), CASES)
 @given(problems() | tied_problems, dtypes, sparsities)
 def test_masks_stay_and_no_row_gets_worse(
     name: str, group: int | None, case: Problem, dtype: torch.dtype, sparsity: float
@@ -89,8 +90,8 @@ def test_many_steps_are_least_squares_on_the_mask() -> None:
     assert error(weight, refined, H).sum() < 0.9 * error(weight, alone, H).sum()
 
 
-@pytest.mark.parametrize("way", ["block", "sequential", "dense"])
-@pytest.mark.parametrize("family", few(["llama", "gpt2", *MIXTURES], ("gpt_oss",)))
+@parametrize("way", ["block", "sequential", "dense"])
+@parametrize("family", few(["llama", "gpt2", *MIXTURES], ("gpt_oss",)))
 def test_it_is_its_naive_pass(family: str, way: Any) -> None:
     def prune(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
         return pruned_by(make_pruner("wanda", {}, 3), weight, x, sparsity)
@@ -120,11 +121,8 @@ REFINED = ("prune.refine=5",)
 
 @pytest.mark.slow
 def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> None:
-    study = run(place, *REFINED)
-    assert study.best_value < run(place, name="alone").best_value
+    assert run(place, *REFINED).best_value < run(place, name="alone").best_value
     assert read_config(place / "tiny.best.json").prune.refine == 5
     words = ("--config", place / "tiny.best.json", "--out", place / "sparse", "--device", "cpu")
-    answer = command("apply", *words)
-    assert answer.code == 0, answer.err
-    assert answer.out.endswith("(+0.000%)\n")
+    assert command.ok("apply", *words).out.endswith("(+0.000%)\n")
     assert "refine = 5" in (place / "sparse" / "README.md").read_text()

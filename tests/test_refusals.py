@@ -44,7 +44,7 @@ LINES = {
 def read() -> list[tuple[str, bool, str, str]]:
     """Study, whether it is run, words and what is said, of each line of the table."""
     rows, study, is_run = list[tuple[str, bool, str, str]](), "", False
-    for line in (Path(__file__).parent / "refusals.txt").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parent / "refusals.txt").read_text().splitlines():
         if heading := re.fullmatch(r"\[(\S+)( run)?\]", line):
             study, is_run = heading[1], bool(heading[2])
         elif line and not line.startswith("#"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from families import CPU, bench_of, copy_of, nlls_of, same_bits, tiny
 from plans import planned
 from tinystudy import CommandLine, run, settings, stored
@@ -49,26 +50,25 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 ONCE, TWICE, THRICE = (["loaded", 0] * times for times in (1, 2, 3))
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_lets_go_of_its_model(place: Path, command: CommandLine, loads: list[Any]) -> None:
-    assert command("--study", place / "tiny.toml", *settings("search.trials=2")).code == 0
+    command.ok("--study", place / "tiny.toml", *settings("search.trials=2"))
     assert loads == ONCE
 
 
-@pytest.mark.slow
+@slow
 def test_apply_and_finetune(done: Path, command: CommandLine, loads: list[Any], tmp_path: Path) -> None:
     best, sparse = done / "tiny.best.json", tmp_path / "sparse"
-    assert command("apply", "--config", best, "--out", sparse).code == 0
+    command.ok("apply", "--config", best, "--out", sparse)
     assert loads == TWICE
     loads.clear()
     options = ("--loss", "next-token", "--steps", "2", "--seqlen", "32", "--batch", "2", "--patience", "0")
-    answer = command("finetune", sparse, "--out", tmp_path / "tuned", *options)
-    assert answer.code == 0, answer.err
+    command.ok("finetune", sparse, "--out", tmp_path / "tuned", *options)
     assert loads == THRICE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+@slow
+@parametrize("offload", ["none", "cpu", "disk"])
 def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) -> None:
     """Nor does what was made of it: a screening, a budget, the weights' stream."""
     tiny("llama").save_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_a_bench_that_is_closed_holds_nothing(offload: Offload, tmp_path: Path) 
     assert others
 
 
-@pytest.mark.parametrize("offload", ["none", "cpu"])
+@parametrize("offload", ["none", "cpu"])
 def test_a_callers_model_is_given_back_by_the_bench(offload: Offload) -> None:
     model = tiny("llama").train()
     before = copy_of(model)
@@ -95,7 +95,7 @@ def test_a_callers_model_is_given_back_by_the_bench(offload: Offload) -> None:
     assert all(same_bits(tensor, before[name]) for name, tensor in copy_of(model).items())
 
 
-@pytest.mark.slow
+@slow
 def test_a_trial_for_which_memory_ran_out_leaves_no_tensors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Optuna keeps the error of a trial that failed, and so its frames, until the collector of garbage comes."""
     held: list[Callable[[], Tensor | None]] = []

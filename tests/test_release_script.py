@@ -36,9 +36,9 @@ def copy(tmp_path: Path) -> Path:
     for name in (*FILES, "CITATION.cff", "scripts/release"):
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, place / name)
-    project, _, _ = (place / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.pytest.ini_options]")
+    project, _, _ = (place / "pyproject.toml").read_text().partition("[tool.pytest.ini_options]")
     project = re.sub(r'^version = ".*"$', 'version = "0.1.0"', project, count=1, flags=re.MULTILINE)
-    (place / "pyproject.toml").write_text(project + PYTEST, encoding="utf-8")
+    (place / "pyproject.toml").write_text(project + PYTEST)
     (place / "tests").mkdir()
     (place / "tests" / "test_wheel.py").write_text(SMOKE)
     (place / "CHANGELOG.md").write_text(CHANGES)
@@ -85,8 +85,8 @@ def test_a_release(copy: Path) -> None:
     assert git(copy, "log", "-1", "--format=%s").strip() == "Release 0.2.0"
     assert git(copy, "show", "--stat", "--format=", "HEAD").count("|") == 3
     assert git(copy, "status", "--porcelain") == ""
-    assert '\nversion = "0.2.0"\n' in (copy / "pyproject.toml").read_text(encoding="utf-8")
-    assert "\nversion: 0.2.0\n" in (copy / "CITATION.cff").read_text(encoding="utf-8")
+    assert '\nversion = "0.2.0"\n' in (copy / "pyproject.toml").read_text()
+    assert "\nversion: 0.2.0\n" in (copy / "CITATION.cff").read_text()
     assert (copy / "CHANGELOG.md").read_text() == CHANGES.replace(
         "## Unreleased\n", f"## Unreleased\n\n## 0.2.0 ({date.today().isoformat()})\n"
     )

@@ -5,11 +5,11 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, refused
 from families import ALL, TOKENS, VOCABULARY, check, checkpoint_of, random_ids, replay_of, tiny
 from torch import Tensor, nn
 
 from atp_tune.blocks.replay import Replay
-from atp_tune.errors import UserError
 
 
 @torch.inference_mode()
@@ -27,7 +27,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", ALL)
+@parametrize("family", ALL)
 def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
     model = tiny(family)
     replay = replay_of(model)
@@ -40,7 +40,7 @@ def test_replay_is_the_model_to_the_last_bit(family: str) -> None:
             assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
 
 
-@pytest.mark.parametrize("family", ALL)
+@parametrize("family", ALL)
 def test_a_replayed_block_uses_the_weights_that_it_is_given(family: str) -> None:
     model, ids = tiny(family), random_ids(2)
     replay = replay_of(model)
@@ -122,8 +122,8 @@ class ToyBlock(nn.Module):
         return (after, "beside") if self.returns_tuple else after
 
 
-@pytest.mark.parametrize("returns_tuple", [False, True])
-@pytest.mark.parametrize("extra", [lambda ids: 2.0, lambda ids: torch.full((ids.shape[0], 1, 1), 3.0)])
+@parametrize("returns_tuple", [False, True])
+@parametrize("extra", [lambda ids: 2.0, lambda ids: torch.full((ids.shape[0], 1, 1), 3.0)])
 def test_a_hidden_state_that_is_passed_by_name(extra: Any, returns_tuple: bool) -> None:
     model, ids = Toy(extra, returns_tuple), random_ids(3)
     replay = replay_of(model)
@@ -132,10 +132,10 @@ def test_a_hidden_state_that_is_passed_by_name(extra: Any, returns_tuple: bool) 
         assert torch.equal(replay.logits(ids, states[-1]), logits_of(model, ids))
 
 
-@pytest.mark.parametrize("extra", [lambda ids: ids[..., None].float(), lambda ids: int(ids[0, 0])])
+@parametrize("extra", [lambda ids: ids[..., None].float(), lambda ids: int(ids[0, 0])])
 def test_blocks_that_are_told_the_tokens_are_refused(extra: Any) -> None:
     replay = replay_of(Toy(extra, False))
-    with pytest.raises(UserError, match="model Toy: passes its blocks values that depend on the tokens"):
+    with refused("model Toy: passes its blocks values that depend on the tokens"):
         replayed(replay, random_ids(2))
 
 
@@ -151,5 +151,5 @@ class Skipping(Toy):
 
 def test_blocks_that_do_not_run_on_a_text_are_refused() -> None:
     replay = replay_of(Skipping(None, False))
-    with pytest.raises(UserError, match="model Skipping: runs 2 of 3 blocks on a text"):
+    with refused("model Skipping: runs 2 of 3 blocks on a text"):
         replay.embed(random_ids(2))

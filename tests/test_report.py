@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from expect import parametrize, refused, slow
 from optuna.trial import TrialState, create_trial
 from synthetic import made_up, new_study
 
@@ -62,8 +63,8 @@ def own(text: str) -> str:
 # All formats
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MAKERS)
+@slow
+@parametrize("kind", MAKERS)
 def test_studies_that_are_not_whole(study: optuna.Study, kind: str) -> None:
     contents = gather(study, NOW)
     assert MAKERS[kind]([contents])  # empty
@@ -91,7 +92,7 @@ def test_toml_keeps_every_value() -> None:
 # The page
 
 
-@pytest.mark.slow
+@slow
 def test_the_page_needs_nothing_else(found: optuna.Study) -> None:
     read = Page(page(found))
     assert read.loaded == []
@@ -100,7 +101,7 @@ def test_the_page_needs_nothing_else(found: optuna.Study) -> None:
     assert not re.search(r"@import|url\(", own(page(found)))
 
 
-@pytest.mark.slow
+@slow
 def test_hostile_names_and_failures_are_text() -> None:
     study, other = new_study(None, HOSTILE), new_study(None, "other")
     for one in (study, other):
@@ -114,7 +115,7 @@ def test_hostile_names_and_failures_are_text() -> None:
     assert len(scripts) == 5 + 2  # the figures, plotly.js and the page's own
 
 
-@pytest.mark.slow
+@slow
 def test_several_studies_are_compared() -> None:
     studies = [new_study(None, name) for name in ("first", "second")]
     for study in studies:
@@ -153,12 +154,12 @@ def test_what_cannot_be_written_leaves_nothing(found: optuna.Study, tmp_path: Pa
     folder = tmp_path / "folder"
     folder.mkdir()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"folder: Is a directory; choose another place with --out FILE"):
+    with refused(r"folder: Is a directory; choose another place with --out FILE"):
         report.write([gather(found, NOW)], "md", folder)
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.slow
+@slow
 def test_the_picture_is_drawn_where_there_is_a_browser(found: optuna.Study, tmp_path: Path) -> None:
     pytest.importorskip("kaleido")
     try:

@@ -13,6 +13,7 @@ from time import sleep
 from typing import Any
 
 import pytest
+from expect import parametrize, slow
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
@@ -71,7 +72,7 @@ def begun(storage: BaseStorage) -> int:
     return storage.create_new_trial(storage.create_new_study([StudyDirection.MINIMIZE]))
 
 
-@pytest.mark.slow
+@slow
 def test_a_call_that_is_made_again_finds_what_it_has_told(storage: BaseStorage, lose: Callable[..., None]) -> None:
     trial = begun(storage)
     lose()
@@ -96,7 +97,7 @@ def test_a_trial_that_another_ended_meanwhile(storage: BaseStorage, lose: Callab
     assert storage.get_trial(trial).state == TrialState.FAIL
 
 
-@pytest.mark.slow
+@slow
 def test_a_pickled_storage_is_as_patient(storage: BaseStorage, lose: Callable[..., None]) -> None:
     trial = begun(storage)
     restored = pickle.loads(pickle.dumps(storage))
@@ -151,7 +152,7 @@ def deleted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("kind", ["finaliser", "generator"])
+@parametrize("kind", ["finaliser", "generator"])
 def test_an_interruption_that_python_swallows_comes_again(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
     once: list[str] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
@@ -63,8 +64,8 @@ def params_of(study: optuna.Study) -> list[dict[str, Any]]:
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prune", [{}, BOTH])
+@slow
+@parametrize("prune", [{}, BOTH])
 def test_the_gp_finds_the_valley(prune: dict[str, Any]) -> None:
     space = space_of(prune=prune)
     study = run(space, make_sampler(search_of(), space), 10)
@@ -175,8 +176,8 @@ def test_the_sampler_inside_sees_logarithms_of_what_is_done_and_what_runs() -> N
     assert study.trials[0].value == pytest.approx(math.e**2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+@slow
+@parametrize("sampler", ["gp", "tpe", "random"])
 def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
     space, search = space_of(), search_of(sampler=sampler)
     undisturbed = run(space, make_sampler(search, space), 8)
@@ -191,7 +192,7 @@ def test_a_trial_that_was_lost_changes_no_proposal(sampler: str) -> None:
     assert [trial.params for trial in done] == params_of(undisturbed)
 
 
-@pytest.mark.slow
+@slow
 def test_workers_draw_apart_from_each_other() -> None:
     """Trials that run are known to the next one, whoever runs it."""
     space = space_of()
@@ -207,7 +208,7 @@ def test_workers_draw_apart_from_each_other() -> None:
             assert max(running) - min(running) > 0.002
 
 
-@pytest.mark.slow
+@slow
 def test_workers_that_propose_at_the_same_moment_draw_apart(tmp_path: Path) -> None:
     """The second waits until the first has stored its point."""
     space = space_of()
@@ -268,7 +269,7 @@ def test_measurements_on_atp_count_for_the_curve() -> None:
     assert [params for _, _, params in spy.shown] == [{**own, "beta": beta} for beta in (0.0, 0.1, 0.15, 0.2)]
 
 
-@pytest.mark.parametrize("prune", [{}, BOTH])
+@parametrize("prune", [{}, BOTH])
 def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
     space, search = space_of(prune=prune), search_of(trials=None, sampler="grid", step=0.05)
     study = optuna.create_study(sampler=make_sampler(search, space))
@@ -283,15 +284,15 @@ def test_a_grid_is_visited_once_each(prune: dict[str, Any]) -> None:
     assert sorted(map(str, params_of(study))) == sorted(map(str, expected))
 
 
-@pytest.mark.parametrize("high", [0.8 / 29, 1.2 / 39, 0.1])
+@parametrize("high", [0.8 / 29, 1.2 / 39, 0.1])
 def test_the_grid_of_a_belief_stays_within_its_interval(high: float) -> None:
     grid = _grid(FloatDistribution(0, high))
     assert (grid[0], grid[-1]) == (0, high)
     assert grid == sorted(grid)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pruners", [("wanda",), ("wanda", "magnitude")])
+@slow
+@parametrize("pruners", [("wanda",), ("wanda", "magnitude")])
 def test_belief_is_what_the_gp_holds(pruners: tuple[str, ...]) -> None:
     """Where the GP has seen a valley without noise, its belief goes through the points, and is surest there."""
     space = space_of(prune={"pruners": pruners})

@@ -3,8 +3,8 @@
 from typing import Any
 
 import families
-import pytest
 import torch
+from expect import parametrize
 from families import checkpoint_of, copy_of, random_ids
 from test_lora import FEW, merge, with_zeros
 from torch import nn
@@ -23,7 +23,7 @@ def trained(model: Any) -> tuple[Scales, dict[str, nn.Parameter]]:
     return scales, parameters
 
 
-@pytest.mark.parametrize("family", families.few(families.ALL, FEW))
+@parametrize("family", families.few(families.ALL, FEW))
 def test_folded_weights_are_the_scaled_model(family: str) -> None:
     model = with_zeros(family)
     before = copy_of(model)
@@ -41,7 +41,7 @@ def test_folded_weights_are_the_scaled_model(family: str) -> None:
         assert torch.equal(torch.signbit(after[name]), torch.signbit(before[name]))  # also of zeros
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@parametrize("family", ["llama", "gpt2"])
 def test_gradients_are_those_of_the_folded_weights(family: str) -> None:
     """da = (G ⊙ W') 1, db = (G ⊙ W')ᵀ 1, with G the gradient of a plain weight W' in the same place."""
     model = with_zeros(family)

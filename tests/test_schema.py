@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
+from expect import parametrize, slow
 from jsonschema import Draft7Validator
 from tinystudy import HANGS, CommandLine
 
@@ -46,12 +46,12 @@ def accepted(data: dict[str, Any]) -> bool:
 def test_the_shipped_file_is_what_the_command_prints(command: CommandLine) -> None:
     """If not: python tune.py schema > studies/study.schema.json."""
     answer = command("schema")
-    assert (answer.code, answer.err) == (0, "")
-    assert (REPO / "studies" / SCHEMA).read_text(encoding="utf-8") == answer.out
+    assert answer.is_clean
+    assert (REPO / "studies" / SCHEMA).read_text() == answer.out
     Draft7Validator.check_schema(study_schema())
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "settings",
     [
         *(f"allocation={name}" for name in ALLOCATIONS),
@@ -77,7 +77,7 @@ def test_what_the_program_accepts(settings: str) -> None:
     assert accepted(study(settings))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "settings",
     [
         "sparsity=1.5", "sparsity=much", "sparsty=0.5", "protocol=other", "model.sorce=x", "model.offload=elsewhere",
@@ -103,15 +103,15 @@ def taplo(path: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@slow
+@parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_taplo_finds_no_mistake(path: Path) -> None:
     done = taplo(path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@slow
+@parametrize(
     ("before", "after", "said"),
     [
         ("sparsity = 0.4", "sparsity = 1.4", "1.4 is not valid under any of the schemas listed"),
@@ -123,10 +123,10 @@ def test_taplo_finds_no_mistake(path: Path) -> None:
 )
 def test_taplo_marks_a_mistake(before: str, after: str, said: str, tmp_path: Path) -> None:
     shutil.copy(REPO / "studies" / SCHEMA, tmp_path)
-    text = SMOL.read_text(encoding="utf-8")
+    text = SMOL.read_text()
     assert text.count(before) == 1
     path = tmp_path / "smol.toml"
-    path.write_text(text.replace(before, after), encoding="utf-8")
+    path.write_text(text.replace(before, after))
     done = taplo(path)
     assert done.returncode != 0
     assert said in re.sub(r"\s+", " ", done.stderr), done.stderr

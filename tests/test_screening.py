@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import optuna
 import pytest
+from expect import refused, slow
 from families import nlls_of
 from test_runner import reopen, states
 from test_space import SIZES, space_for, study_of
@@ -12,7 +13,6 @@ from tinystudy import LONG, CommandLine, finish, run, settings, start, study_fil
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
 from atp_tune.events import TrialEnded, TrialStarted
 from atp_tune.results.summary import summarise
 from atp_tune.run import dense_model
@@ -54,7 +54,7 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return ran
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
     place, events, study = ran.place, ran.events, reopen(ran.place)
     screened = reopen(place, "tiny.screen")
@@ -74,7 +74,7 @@ def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
     assert [event.what for event in events if isinstance(event, TrialEnded)] == ["screening"] * 5 + ["trial"] * 3
 
 
-@pytest.mark.slow
+@slow
 def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
     words = (
         "--study",
@@ -91,7 +91,7 @@ def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
     assert [t.state.name for t in reopen(place).trials] == ["COMPLETE"] * 3
 
 
-@pytest.mark.slow
+@slow
 def test_two_workers_share_a_screening(place: Path) -> None:
     words = ("--study", place / "tiny.toml", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
     answers = [finish(process) for process in [start(*words), start(*words)]]
@@ -107,7 +107,7 @@ def test_two_workers_share_a_screening(place: Path) -> None:
 def test_a_screening_keeps_all_kinds_of_a_mixed_text(place: Path) -> None:
     """Every fifth window of five kinds in turn is of one kind."""
     study_file(place, "search.screen.trials=5", 'texts.validation.source="mixed"', "search.screen.stride=4")
-    with pytest.raises(UserError, match="stride: leaves windows of one kind; take no multiple of 5"):
+    with refused("stride: leaves windows of one kind; take no multiple of 5"):
         study_file(place, "search.screen.trials=5", 'texts.validation.source="mixed"', "search.screen.stride=5")
 
 
@@ -123,7 +123,7 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
     assert whole.prune_settings.statistics == "block"
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
     """Perplexities of the screening, at the level of the main study's, stand beside its own in the sampler's model."""
     run(place, *INSIDE, "search.screen.trials=9", "search.trials=5")
@@ -167,11 +167,11 @@ def test_the_best_are_confirmed_some_way_apart() -> None:
 # --- what a screening is
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, command: CommandLine) -> None:
     """A study is a screening if one was made for another; its name says nothing."""
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
-    assert command(*words).code == 0
+    command.ok(*words)
     assert set(reopen(place, "mine.screen").user_attrs["test_nlls"]) > {"dense"}
     assert read_config(place / "mine.screen.best.json").scored() is not None
     status = json.loads(command("status", *words, "--json").out)

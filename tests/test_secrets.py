@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from expect import parametrize, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from tinystudy import CommandLine, run, study_file
@@ -29,7 +30,7 @@ ADDRESSES = [
 COMMANDS = [["--study"], ["status", "--study"], ["export", "--study"], ["report", "--study"], ["serve", "--study"]]
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+@parametrize("words", COMMANDS, ids=lambda words: words[0])
 def test_no_command_prints_it(
     words: list[str], place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,7 +41,7 @@ def test_no_command_prints_it(
         assert MARKER not in answer.out + answer.err, address
 
 
-@pytest.mark.parametrize("override", ["storage=[{}]", "storag={}", "storage.x={}", "device={}", "model.sha256=[{}]"])
+@parametrize("override", ["storage=[{}]", "storag={}", "storage.x={}", "device={}", "model.sha256=[{}]"])
 def test_no_mistake_shows_it(override: str, place: Path, command: CommandLine) -> None:
     answer = command("status", "--study", place / "tiny.toml", "--set", override.format(f'"{ADDRESSES[0]}"'))
     assert MARKER not in answer.error
@@ -50,7 +51,7 @@ def test_no_mistake_shows_it(override: str, place: Path, command: CommandLine) -
     assert MARKER not in command("status", "--study", toml).error
 
 
-@pytest.mark.slow
+@slow
 def test_it_is_not_stored(place: Path) -> None:
     file = study_file(place, f"storage={ADDRESSES[0]}")
     study = run(place, "search.trials=1")
@@ -61,10 +62,10 @@ def test_it_is_not_stored(place: Path) -> None:
     assert MARKER.encode() not in (place / "tiny.db").read_bytes()
 
 
-@pytest.mark.slow
+@slow
 def test_a_sparse_checkpoint_says_nothing_of_the_storage(place: Path, command: CommandLine, tmp_path: Path) -> None:
     words = ("prune", "--study", place / "tiny.toml", "--beta", "0.01", "--set", f"storage={ADDRESSES[0]}")
-    assert command(*words, "--out", tmp_path / "sparse").code == 0
+    command.ok(*words, "--out", tmp_path / "sparse")
     assert "beta" in (tmp_path / "sparse" / "atp_tune.json").read_text()
     assert MARKER not in (tmp_path / "sparse" / "atp_tune.json").read_text()
 

@@ -6,6 +6,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from expect import parametrize, slow
 from families import few, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ def scores(seed: int, values: int | None) -> Tensor:
     return torch.randint(values, (rows, columns)).float() if values else torch.randn(rows, columns)
 
 
-@pytest.mark.parametrize("values", [None, 1, 2, 3, 10])
+@parametrize("values", [None, 1, 2, 3, 10])
 def test_the_same_as_a_stable_sort(values: int | None) -> None:
     for seed in range(20):
         s = scores(seed, values)
@@ -45,8 +46,8 @@ def test_the_same_as_a_stable_sort(values: int | None) -> None:
             assert torch.equal(mask, lowest_mask(s.tolist(), count)), (seed, count)
 
 
-@pytest.mark.parametrize("values", [None, 2, 10])
-@pytest.mark.parametrize("choose", [lowest_in_rows, lowest_in_matrix])
+@parametrize("values", [None, 2, 10])
+@parametrize("choose", [lowest_in_rows, lowest_in_matrix])
 def test_groups(choose: Callable[..., Tensor], values: int | None) -> None:
     for seed in range(20):
         s = scores(seed, values)
@@ -71,8 +72,8 @@ def large(values: int | None, shape: tuple[int, int] = (700, 577)) -> Tensor:
     return torch.randint(values, shape, generator=generator).float()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("values", [None, 50])
+@parametrize("threads", [1, 2, 3])
+@parametrize("values", [None, 50])
 def test_many_rows_in_threads(values: int | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     s = large(values)
@@ -81,9 +82,9 @@ def test_many_rows_in_threads(values: int | None, threads: int, monkeypatch: pyt
         assert torch.equal(ranks(s) < count, by_sorting(s, count)), count
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["random", "ascending", "descending", "a sample that misleads"])
-@pytest.mark.parametrize("values", few([None, 2, 50], [50]))
+@slow
+@parametrize("order", ["random", "ascending", "descending", "a sample that misleads"])
+@parametrize("values", few([None, 2, 50], [50]))
 def test_a_large_matrix_is_selected_by_a_sample(values: int | None, order: str) -> None:
     """Also where the sample's strides meet other scores than there are, and nothing lies between its two."""
     s = large(values).flatten()
@@ -112,7 +113,7 @@ def test_what_is_not_finite() -> None:
     assert int(mask.sum()) == 9500 and not many[mask].isnan().any()
 
 
-@pytest.mark.parametrize("values", [None, 1, 2, 3, 10])
+@parametrize("values", [None, 1, 2, 3, 10])
 def test_ranks_are_places_in_a_stable_sort(values: int | None) -> None:
     for seed in range(20):
         s = scores(seed, values)
@@ -123,7 +124,7 @@ def test_ranks_are_places_in_a_stable_sort(values: int | None) -> None:
             assert torch.equal(places < int(s.shape[1] * sparsity), expected), (seed, sparsity)
 
 
-@pytest.mark.parametrize("values", [None, 2, 10])
+@parametrize("values", [None, 2, 10])
 def test_the_order_in_which_groups_lose_weights(values: int | None) -> None:
     for seed in range(20):
         s = scores(seed, values)
@@ -135,7 +136,7 @@ def test_the_order_in_which_groups_lose_weights(values: int | None) -> None:
                 assert torch.equal(places < count, lowest_in_rows(s, sparsity, group)), (seed, group, sparsity)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_zeroed_is_masked_fill(dtype: torch.dtype) -> None:
     nan, inf = float("nan"), float("inf")
     weight = torch.tensor([[1.0, -2.0, nan, inf], [-0.0, -inf, nan, -3.0]]).to(dtype)
@@ -168,7 +169,7 @@ VALUES = st.one_of(  # many ties, few, and what is not finite
     derandomize=True, deadline=None, max_examples=500,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@pytest.mark.slow
+@slow
 def test_torch_selects_as_a_stable_sort_does(
     values: list[float], rows: int, share: float, dtype: torch.dtype, transposed: bool
 ) -> None:
@@ -180,8 +181,8 @@ def test_torch_selects_as_a_stable_sort_does(
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-@pytest.mark.parametrize("order", ["random", "ascending", "a sample that misleads"])
-@pytest.mark.parametrize("values", [None, 2, 50])
+@parametrize("order", ["random", "ascending", "a sample that misleads"])
+@parametrize("values", [None, 2, 50])
 def test_torch_selects_from_a_large_matrix(values: int | None, order: str) -> None:
     s = large(values, (60, 577)).flatten()
     if order == "a sample that misleads":
@@ -216,7 +217,7 @@ class Peak(TorchDispatchMode):
         self._now -= size
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4.1), (torch.bfloat16, 8.1)])
+@parametrize(("dtype", "most"), [(torch.float32, 4.1), (torch.bfloat16, 8.1)])
 def test_torch_selects_with_a_few_bytes_a_score(dtype: torch.dtype, most: float, monkeypatch: Any) -> None:
     """A sort takes 12 a float32 for its results alone, and on CUDA as much again for its work."""
     monkeypatch.setattr(selection, "_for_numpy", lambda scores: False)
@@ -238,7 +239,7 @@ def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(lowest(s, 13), by_sorting(s, 13))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_nonzeros_counts_what_is_not_zero_by_value(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal
     weight = torch.tensor([[0.0, -0.0, float("nan"), float("inf")], [tiny, -tiny, 1.0, -3.0]], dtype=dtype)

@@ -5,6 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, slow
 from families import ALL, MIXTURES, TOKENS, bench_of, few, random_ids, same_bits, tiny
 from plans import planned
 from test_experts import silence
@@ -53,8 +54,8 @@ def naive_pass(model: Any, work: Any, plan: Plan, prune: PruneMatrix) -> Any:
     return pruned
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", few(ALL, ("llama", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "qwen2_moe-mixed")))
+@slow
+@parametrize("family", few(ALL, ("llama", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "qwen2_moe-mixed")))
 def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
     model = tiny(family)
     before, work = copy.deepcopy(model).state_dict(), bench_of(model, ONE_PASS)
@@ -71,8 +72,8 @@ def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
         assert block.error == pytest.approx(float((after - dense).norm() / dense.norm()), rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@slow
+@parametrize("family", ["olmoe", "gpt_oss"])
 def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     model = silence(tiny(family))
     work, plan = bench_of(model, ONE_PASS), planned("wanda", "atp", (0.4, 0.5, 0.6))
@@ -82,7 +83,7 @@ def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
     check_same_weights(pruned, naive_pass(model, work, plan, wanda), work)
 
 
-@pytest.mark.parametrize("family", few(["llama", "mistral", "bloom", *MIXTURES], ("mistral", "gpt_oss")))
+@parametrize("family", few(["llama", "mistral", "bloom", *MIXTURES], ("mistral", "gpt_oss")))
 @torch.inference_mode()
 def test_batches_do_not_matter_and_each_block_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, found, original = planned("wanda", "uniform", (0.5,) * 4), [], Replay.step

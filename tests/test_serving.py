@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from expect import parametrize, slow
 from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, wait_until
 
@@ -91,7 +92,7 @@ def open_db(place: Path) -> optuna.storages.BaseStorage:
     return db
 
 
-@pytest.mark.slow
+@slow
 def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     note = dashboard.study("tiny")["note"]
     dashboard.write_note("tiny", note["body"] + "\nAsk Ada about trial 4.\n", note["version"] + 1)
@@ -103,7 +104,7 @@ def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     assert dashboard.study("tiny")["note"]["body"].endswith("Ask Ada about trial 5.\n")
 
 
-@pytest.mark.slow
+@slow
 def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
     study = dashboard.study("tiny")
@@ -121,7 +122,7 @@ def test_artifacts_are_current_and_there_once(dashboard: Dashboard, done: Path, 
     assert len(dashboard.study("tiny")["artifacts"]) == 2
 
 
-@pytest.mark.slow
+@slow
 def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, done: Path, tmp_path: Path) -> None:
     """A link in the folder is not followed, and a page in it is of another origin than the dashboard."""
     wait_until(lambda: len(dashboard.study("tiny")["artifacts"]) == 2)
@@ -140,7 +141,7 @@ def test_an_artifact_is_of_its_folder_and_acts_on_nothing(dashboard: Dashboard, 
             urllib.request.urlopen(path, timeout=HANGS)
 
 
-@pytest.mark.slow
+@slow
 def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "best.json").write_text("mine")
@@ -154,7 +155,7 @@ def test_what_lies_in_the_folder_of_artifacts_is_left_alone(done: Path, command:
     assert len(list((tmp_path / "home").iterdir())) == 3
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_that_runs_is_followed(place: Path) -> None:
     worker = start("--study", place / "tiny.toml", "--set", "search.trials=12")
     wait_until((place / "tiny.db").exists)
@@ -170,7 +171,7 @@ def test_a_study_that_runs_is_followed(place: Path) -> None:
     assert len(versions) > 1
 
 
-@pytest.mark.slow
+@slow
 def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     study = opening.find_study(open_db(done), "tiny")
     assert study is not None
@@ -187,7 +188,7 @@ def test_a_worker_without_signs_of_life_loses_its_trial(done: Path) -> None:
     assert again.system_attrs["fixed_params"] == study.trials[3].params
 
 
-@pytest.mark.slow
+@slow
 def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0")
     assert server.stdout is not None
@@ -201,7 +202,7 @@ def test_the_command_says_what_it_serves_and_stops_cleanly(done: Path) -> None:
     assert (answer.code, answer.out, answer.err) == (0, "stopped: everything that workers sent is stored\n", "")
 
 
-@pytest.mark.slow
+@slow
 def test_listening_to_all_warns(done: Path) -> None:
     server = start("serve", "--study", done / "tiny.toml", "--port", "0", "--grpc-port", "0", "--listen", "0.0.0.0")
     assert server.stdout is not None
@@ -211,14 +212,13 @@ def test_listening_to_all_warns(done: Path) -> None:
     assert finish(server).code == 0
 
 
-@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+@parametrize("option", ["--port", "--grpc-port"])
 def test_a_port_in_use(option: str, done: Path, command: CommandLine) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        ports = {"--port": "0", "--grpc-port": "0", option: str(port)}
-        words = [word for pair in ports.items() for word in pair]
+        words = [word for pair in {"--port": "0", "--grpc-port": "0", option: str(port)}.items() for word in pair]
         answer = command("serve", "--study", done / "tiny.toml", *words)
     assert answer.error == f"127.0.0.1:{port}: Address already in use; choose another port with {option} N"
 
@@ -232,7 +232,7 @@ def other_addresses() -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@slow
 def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
     with served(done / "tiny.db") as dashboard:
         for port in (dashboard.port, dashboard.grpc_port):
@@ -242,7 +242,7 @@ def test_by_default_only_this_machine_is_let_in(done: Path) -> None:
                     socket.create_connection((address, port), timeout=5)
 
 
-@pytest.mark.slow
+@slow
 def test_a_page_of_a_stranger_does_not_reach_the_dashboard(dashboard: Dashboard) -> None:
     through_nginx, through_a_tunnel = "127.0.0.1:8080", "localhost:9000"
     for host in (through_nginx, through_a_tunnel, "LOCALHOST", "[::1]:8080"):

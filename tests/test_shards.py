@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused, slow
 from families import CPU, TOKENS, bench_of, checkpoint_of, random_ids, same_bits, tiny
 from plans import planned
 from safetensors import safe_open
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
 from atp_tune.folders.applying import Shards, write_sparse
 from atp_tune.run.session import Session
 
@@ -114,8 +114,8 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("source", "pruner"), CASES)
+@slow
+@parametrize(("source", "pruner"), CASES)
 def test_what_is_written(source: str, pruner: str, tmp_path: Path) -> None:
     folder, out = SOURCES[source](tmp_path / "dense"), tmp_path / "sparse"
     before, work = raw(folder), bench_over(folder)
@@ -156,7 +156,7 @@ def check_that_anybody_can_load(out: Path, work: Session, blocks: list[Any]) -> 
         assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
 
 
-@pytest.mark.slow
+@slow
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     folder, out = SOURCES["many shards"](tmp_path / "dense"), tmp_path / "deep" / "sparse"
     for name in ("pytorch_model.bin", "model.gguf", "old.pt"):
@@ -172,12 +172,11 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
             assert (out / name).read_bytes() == (folder / name).read_bytes()
         else:
             assert metadata(out / name) == metadata(folder / name) == {"format": "pt"}
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}
-    assert modes == {0o644}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o644}
     assert [file.name for file in out.parent.iterdir()] == ["sparse"]
 
 
-@pytest.mark.slow
+@slow
 def test_weights_that_were_not_pruned_keep_what_the_compute_format_loses(tmp_path: Path) -> None:
     """float32 on disk, computed in bf16: what stays is the source's float32."""
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
@@ -198,7 +197,7 @@ def anonymous() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])  # type: ignore[index]
 
 
-@pytest.mark.slow
+@slow
 def test_no_shard_is_held_in_memory(tmp_path: Path) -> None:
     """Not even where a source spreads the tensors that are pruned together over all of its shards."""
     out, size, count = tmp_path / "out", (1024, 1024), 8  # 4 MiB a tensor
@@ -226,14 +225,14 @@ def _changed(tensor: Tensor) -> Tensor:
     return other
 
 
-@pytest.mark.parametrize("change", [_changed, lambda tensor: tensor.T.contiguous()])
+@parametrize("change", [_changed, lambda tensor: tensor.T.contiguous()])
 def test_a_source_that_is_not_what_was_loaded(change: Any, tmp_path: Path) -> None:
     folder, out = save("llama", tmp_path / "dense"), tmp_path / "sparse"
     work = bench_over(folder)
     key = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, key: change(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=f"{key} in model.safetensors is not what transformers loaded"):
+    with refused(f"{key} in model.safetensors is not what transformers loaded"):
         write_sparse(work, planned("wanda", "uniform", (0.5,) * 4), out, config())
     assert not out.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]

@@ -108,8 +108,7 @@ def commands(folder: Path) -> list[list[str]]:
 
 
 def said(*command: str) -> str:
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def submit(place: Path, port: int, *more: str) -> str:

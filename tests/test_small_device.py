@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from expect import slow
 from tinystudy import Answer, CommandLine, settings, stored
 
 from atp_tune.checkpoints import checkpoint
@@ -23,7 +24,7 @@ def tune(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pat
     return tune
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
     place: Path, tmp_path: Path, tune: Callable[[Path, str, int], Answer]
 ) -> None:
@@ -45,12 +46,11 @@ def test_a_study_on_a_small_device_streams_and_comes_to_the_same_bits(
     assert streamed.user_attrs["test_nlls"] == whole.user_attrs["test_nlls"]
 
 
-@pytest.mark.slow
+@slow
 def test_where_host_memory_is_small_too_blocks_are_on_disk(
     place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATP_TUNE_DEVICE_MEMORY", SMALL)
     monkeypatch.setattr(checkpoint, "host_memory", lambda: 10_000)
-    answer = command("--study", place / "tiny.toml", *settings("search.trials=1"))
-    assert answer.code == 0
+    answer = command.ok("--study", place / "tiny.toml", *settings("search.trials=1"))
     assert "blocks are kept on disk and copied to the device one by one" in answer.out

@@ -66,7 +66,7 @@ def context(smollm2: Path) -> Session:
 
 def run(*arguments: str | Path) -> str:
     answer = finish(start(*arguments), 3 * HANGS)  # the real model, on a machine however slow
-    assert (answer.code, answer.err) == (0, ""), answer
+    assert answer.is_clean, answer
     return answer.out
 
 
@@ -204,11 +204,9 @@ def assert_perplexity(out: Path, best: dict) -> None:  # type: ignore[type-arg]
             part.append(document)
         start += len(document)
     tokens = best["texts"]["test"]["seqlen"]
-    ids = torch.tensor(tokenizer("\n\n".join(part)).input_ids)
-    windows = ids[: 2 * tokens].view(2, tokens)
+    windows = torch.tensor(tokenizer("\n\n".join(part)).input_ids)[: 2 * tokens].view(2, tokens)
     measured = perplexity(naive.nlls_of(model, windows)).value
-    promised = best["scores"]["best"]["perplexity"]["test"]["value"]
-    assert abs(measured / promised - 1) < 0.001
+    assert abs(measured / best["scores"]["best"]["perplexity"]["test"]["value"] - 1) < 0.001
 
 
 def test_fine_tuning_makes_it_better(sparse: Path, tmp_path: Path) -> None:

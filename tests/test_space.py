@@ -3,12 +3,12 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, refused
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from plans import planned, stored
 
 from atp_tune.allocations import Budget, Shape
 from atp_tune.config.study import Study
-from atp_tune.errors import UserError
 from atp_tune.plan import Plan
 from atp_tune.search.space import Space, make_space
 
@@ -70,10 +70,9 @@ def test_a_suggestion_is_a_plan_and_its_parameters_give_it_again() -> None:
     assert space.plan(values) == plan
 
 
-@pytest.mark.parametrize("names", [["atp"], ["uniform"], ["uniform", "atp"], ["atp", "uniform"]])
+@parametrize("names", [["atp"], ["uniform"], ["uniform", "atp"], ["atp", "uniform"]])
 def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> None:
-    study = study_of(allocation={"names": names}, prune={"pruners": ["wanda", "magnitude"]})
-    space = space_for(study, SIZES)
+    space = space_for(study_of(allocation={"names": names}, prune={"pruners": ["wanda", "magnitude"]}), SIZES)
     plans = [space.plan(params) for params in space.uniform()]
     assert [plan.method for plan in plans] == ["wanda", "magnitude"]
     assert {plan.amounts for plan in plans} == {(0.6,) * 5}
@@ -83,7 +82,7 @@ def test_every_study_starts_uniform_once_for_each_pruner(names: list[str]) -> No
         assert space.suggest(asked.ask()).amounts == (0.6,) * 5
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("step", "values"),
     [
         (0.05, [0.05, 0.1, 0.15, 0.2]),
@@ -133,7 +132,7 @@ def test_a_measured_trial_keeps_its_plan() -> None:
     assert space.plan_of(trial_of(**stored(other, rows))) == planned("wanda", "atp", other, linears=rows)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("plan", "said"),
     [
         (planned("wanda", "atp", [0.6] * 4), "levels: 4 for a model of 5 blocks"),
@@ -148,5 +147,5 @@ def test_a_measured_trial_keeps_its_plan() -> None:
     ids=["fewer blocks", "fewer linears", "another mean", "bits too", "bits alone"],
 )
 def test_a_trial_of_another_model_is_refused(plan: Plan, said: str) -> None:
-    with pytest.raises(UserError, match=f"^trial -1: plan: {said}"):
+    with refused(f"^trial -1: plan: {said}"):
         space_for(study_of(), SIZES, linears=2).plan_of(trial_of(plan=plan.model_dump(mode="json")))

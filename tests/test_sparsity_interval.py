@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
 from test_space import SIZES, study_of
@@ -44,8 +45,8 @@ class Fixed:
         return float(self.values[name])
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.345, 0.7])
-@pytest.mark.parametrize("share", [-1.0, -0.4, 0.0, 0.3, 1.0])
+@parametrize("sparsity", [0.2, 0.345, 0.7])
+@parametrize("share", [-1.0, -0.4, 0.0, 0.3, 1.0])
 def test_a_share_is_of_the_bound_at_its_sparsity(sparsity: float, share: float) -> None:
     space = space_over(allocation={"beta": "both"})
     plan = space.suggest(Fixed(pruner="wanda", allocation="atp", sparsity=sparsity, beta=share))
@@ -85,8 +86,8 @@ def screened(space: Space, trials: int = 24, seed: int = 0) -> list[optuna.trial
     return study.trials
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@slow
+@parametrize("seed", range(3))
 def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
     space = space_over()
     surrogate = Surrogate(space, screened(space, seed=seed), seed, DENSE)
@@ -100,8 +101,8 @@ def test_the_model_finds_the_best_share_at_every_sparsity(seed: int) -> None:
     assert regrets[0] < 0.005  # uniform is the best there, and nothing better is made up
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@slow
+@parametrize("seed", range(2))
 def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour(seed: int) -> None:
     """Increases below the smallest count alike, so that the process is flat there: any point was taken."""
     space, draw = space_over(), random.Random(seed)
@@ -134,7 +135,7 @@ def test_where_pruning_hurts_no_more_no_point_is_worse_than_a_screened_neighbour
     assert checked
 
 
-@pytest.mark.parametrize("trials", [5, 11])
+@parametrize("trials", [5, 11])
 def test_a_neighbour_that_loses_nothing_says_nothing_of_a_higher_sparsity(trials: int) -> None:
     """Of few points the nearest are far: the increase of the sparsest model was said to be that of the densest."""
     space, kinds = space_over(), {"allocation": CategoricalDistribution(("atp",)), **space_over().kinds("atp")}
@@ -160,7 +161,7 @@ def test_a_neighbour_that_loses_nothing_says_nothing_of_a_higher_sparsity(trials
     assert found[0] == pytest.approx(0.001)
 
 
-@pytest.mark.slow
+@slow
 def test_the_front_is_confirmed_beside_uniform_at_the_same_sparsities() -> None:
     space = space_over(prune={"pruners": ["wanda", "magnitude"]})
     search = study_of(sparsity=INTERVAL, search={"sampler": "tpe", "screen": {"trials": 24, "confirm": 4}}).search

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused, slow
 from safetensors.torch import load_file, save_file
 from tinystudy import CommandLine, settings, stored, study_file
 from torch import nn
@@ -22,7 +23,6 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.cli.commands.evaluate import rates_table
 from atp_tune.config.best import read_config
-from atp_tune.errors import UserError
 from atp_tune.events import ignore_events
 from atp_tune.folders import comparing
 from atp_tune.folders.comparing import pack_linears, packed_copy
@@ -55,7 +55,7 @@ def random_model(family: str = "llama") -> Any:
 # --- sizes and zeros
 
 
-@pytest.mark.parametrize("sparse", [torch.float32, torch.bfloat16])
+@parametrize("sparse", [torch.float32, torch.bfloat16])
 def test_bytes_are_compared_in_one_number_format(sparse: torch.dtype, cache: Path, tmp_path: Path) -> None:
     """A folder in bfloat16 of a .gguf file was said to be half of its dense model, whose files are in float32."""
     for name, dtype in (("dense", torch.float32), ("sparse", sparse)):
@@ -141,12 +141,12 @@ def test_a_packed_copy_computes_as_the_pruned_model_and_leaves_the_dense_one(
     assert type(model.get_output_embeddings()) is nn.Linear
     for memory in ("host_memory", "free_memory"):
         monkeypatch.setattr(observers, memory, lambda *_: 1)
-    with pytest.raises(UserError, match=r"^a test: a pruned copy needs .* GiB beside the dense model"):
+    with refused(r"^a test: a pruned copy needs .* GiB beside the dense model"):
         packed_copy(checkpoint, (pytest.fail(f"block {index} was pruned") for index in range(1)), "a test", "another")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["here", "without a compiler", "without memory"])
+@slow
+@parametrize("where", ["here", "without a compiler", "without memory"])
 def test_a_study_ends_with_the_size_and_speed_of_its_best(
     where: str, done: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
     words = ("--study", done / "tiny.toml", *settings("speed=true", "device=cpu"))
     first = command(*words)
     found = read_config(done / "tiny.best.json").speed
-    assert (first.code, first.err) == (0, "")
+    assert first.is_clean
     if where != "here":
         said = {
             "without a compiler": "the kernel of packed weights needs a CPU and a C compiler (cc), or the wheel "
@@ -175,7 +175,7 @@ def test_a_study_ends_with_the_size_and_speed_of_its_best(
     again = command(*words)
     assert "nothing to do" in again.out and "| packed, MB " in again.out
     assert read_config(done / "tiny.best.json").speed == found
-    assert command("report", "--study", done / "tiny.toml", "--format", "md").code == 0
+    command.ok("report", "--study", done / "tiny.toml", "--format", "md")
     assert "| packed, MB | " in (done / "tiny.report.md").read_text()
 
 
@@ -206,8 +206,8 @@ def decoders(dense: Any, kind: Kind = "same") -> tuple[torch_engine.Eager, Workl
     return torch_engine.Eager(about, models, ids, task, {"backend": "aot_eager"}), task  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [("llama", "same"), ("qwen2", "int8"), ("qwen3", "bf16")])
+@slow
+@parametrize(("family", "kind"), [("llama", "same"), ("qwen2", "int8"), ("qwen3", "bf16")])
 def test_decoding_in_one_graph_gives_the_same_tokens(family: str, kind: Kind) -> None:
     """With a static cache, dense and packed; the compiler refuses a break of the graph (`fullgraph`)."""
     pytest.importorskip("triton")
@@ -242,17 +242,17 @@ def test_two_zeros_in_each_group_of_four_inputs() -> None:
     weight[:, ::2] = 0
     torch_engine.check_groups("q_proj", weight)
     weight[1, 0] = 1
-    with pytest.raises(UserError, match="--engine semi-structured: q_proj is not 2:4 everywhere"):
+    with refused("--engine semi-structured: q_proj is not 2:4 everywhere"):
         torch_engine.check_groups("q_proj", weight)
     weight[1, 1] = 0  # another of the same group
     torch_engine.check_groups("q_proj", weight)
-    with pytest.raises(UserError, match="not 2:4"):
+    with refused("not 2:4"):
         torch_engine.check_groups("q_proj", torch.zeros(2, 6))
 
 
 def test_other_linears_are_not_compressed() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    with pytest.raises(UserError, match=r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
+    with refused(r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
         torch_engine.compress(Checkpoint(model, torch.device("cpu")))
 
 
@@ -269,13 +269,13 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
-    with pytest.raises(UserError, match=r"of compute capability 8\.0 or above, AMD Instinct MI300X is none"):
+    with refused(r"of compute capability 8\.0 or above, AMD Instinct MI300X is none"):
         torch_engine.check_semi_structured("2:4", torch.device("cuda", 0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None:
-    assert command("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1).code == 0
+    command.ok("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1)
 
 
 def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
@@ -296,13 +296,12 @@ def check_stored(found: Speed | None) -> None:
     assert len(found.engines[0].rates["decode"].dense) == len(found.engines[0].rates["prefill"].sparse) == 2
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_measured_is_shown_and_kept(done: Path, command: CommandLine, cache: Path) -> None:
     path = done / "tiny.best.json"
     config = read_config(path)
     options = ("--tokens", 8, "--runs", 2, "--device", "cpu")
-    answer = command("speedup", "--config", path, *options)
-    assert answer.code == 0
+    answer = command.ok("speedup", "--config", path, *options)
     assert "Zeros in a dense file make nothing smaller or faster by themselves" in answer.out
     assert "| torch, float32" in answer.out
     assert f"stored in {path}, study tiny" in answer.out

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import plans
 import pytest
+from expect import parametrize, slow
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import popen
@@ -106,7 +107,7 @@ def test_export_prints_what_it_writes(done: Path, command: CommandLine, tmp_path
     assert answer.out == (tmp_path / "a" / "b.json").read_text()
 
 
-@pytest.mark.parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)
+@parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)
 def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: CommandLine) -> None:
     answer = command(*arguments, "--study", place / "tiny.toml")
     assert answer.error == f"study tiny: has no trials yet; run: python tune.py --study {place / 'tiny.toml'}"
@@ -116,7 +117,7 @@ def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: C
 # --- watching
 
 
-@pytest.mark.slow
+@slow
 def test_a_watch_ends_with_the_study(place: Path) -> None:
     """It waits for the study, tells what changes, and gives the summary; beside it one that writes JSON lines."""
     options = ("status", "--study", place / "tiny.toml", "--watch", "--every", "0.1")
@@ -125,7 +126,7 @@ def test_a_watch_ends_with_the_study(place: Path) -> None:
     assert (hear(watch, "\n"), hear(lines, "\n", err=True)) == (waiting, waiting)
     runs = start("--study", place / "tiny.toml", *settings(*LONG, "search.trials=6"))
     watched = finish(watch)
-    assert (watched.code, watched.err) == (0, "")
+    assert watched.is_clean
     assert "waiting for it" not in watched.out
     told = re.findall(r"^\[(\d)/6\] (?:no best yet|best \d+\.\d\d \(trial \d\)), ", watched.out, re.M)
     assert told == sorted(told)
@@ -135,7 +136,7 @@ def test_a_watch_ends_with_the_study(place: Path) -> None:
     assert watched.out.count("spread: ") == 1
     assert finish(runs).code == 0
     answer = finish(lines)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.is_clean
     documents = [json.loads(line) for line in answer.out.splitlines()]
     assert len(documents) > 2
     assert [each["complete"] for each in documents] == [False] * (len(documents) - 1) + [True]
@@ -177,7 +178,7 @@ def numbers(lines: list[str]) -> list[int]:
     return [int(found[1]) for line in lines if (found := re.match(r" +(\d+) +[a-z]", line))]
 
 
-@pytest.mark.slow
+@slow
 def test_a_small_screen_shows_the_best_and_the_last(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     study.set_user_attr("total", 60)
     for number in range(39):
@@ -198,7 +199,7 @@ def test_a_small_screen_shows_the_best_and_the_last(study: optuna.Study, monkeyp
     assert numbers(drawn(screen(monkeypatch, 200, 100), summary)) == list(range(60))
 
 
-@pytest.mark.slow
+@slow
 def test_a_terminal_has_its_screen_back_at_the_end(done: Path) -> None:
     """On a terminal of 80 columns: the alternate screen is left, and the table after it is whole Markdown."""
     process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")
@@ -220,7 +221,7 @@ def read(descriptor: int) -> Iterator[bytes]:
         os.close(descriptor)
 
 
-@pytest.mark.slow
+@slow
 def test_ctrl_c_on_a_terminal_leaves_what_was_seen(done: Path) -> None:
     stored(done).set_user_attr("total", 50)
     process, ours = on_terminal("status", "--study", done / "tiny.toml", "--watch", "--every", "0.1")

@@ -6,11 +6,11 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, refusal, slow
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from atp_tune.errors import UserError
 from atp_tune.results.formatting import loss_of, remark_of
 from atp_tune.storage import database, opening, process, progress
 from atp_tune.storage.fingerprint import check_facts, create_study
@@ -59,13 +59,6 @@ def states(study: optuna.Study) -> list[str]:
     return [trial.state.name for trial in study.trials]
 
 
-def message(address: str, create: bool = True) -> str:
-    with pytest.raises(UserError) as caught:
-        open_storage(address, create)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # --- opening
 
 
@@ -98,12 +91,12 @@ def test_looking_does_not_touch_what_another_process_makes_meanwhile(
 def test_a_file_without_the_right_to_write(file: Path) -> None:
     file.write_bytes(b"")
     file.chmod(0o444)
-    assert message(f"sqlite:///{file}") == (
+    assert refusal(open_storage, f"sqlite:///{file}", True) == (
         f"storage {file}: Permission denied; name another with --storage sqlite:///FILE.db"
     )
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("address", "reason"),
     [
         ("mysql://me:secret@localhost/x", "No module named 'MySQLdb'"),
@@ -111,8 +104,7 @@ def test_a_file_without_the_right_to_write(file: Path) -> None:
     ],
 )
 def test_a_database_that_this_python_cannot_reach_without_its_password(address: str, reason: str) -> None:
-    said = message(address)
-    assert said.startswith(f"storage {address.replace('secret', '***')}: {reason}")
+    assert refusal(open_storage, address, True).startswith(f"storage {address.replace('secret', '***')}: {reason}")
 
 
 def test_tables_that_another_process_makes_at_the_same_moment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +125,7 @@ def test_tables_that_another_process_makes_at_the_same_moment(file: Path, monkey
     assert len(tries) == 3
     tries.clear()
     errors[0] = OperationalError("SELECT", None, Exception("no such table"))
-    assert "no such table" in message(f"sqlite:///{file}")
+    assert "no such table" in refusal(open_storage, f"sqlite:///{file}", True)
     assert len(tries) == 1
 
 
@@ -150,19 +142,17 @@ def test_a_study_keeps_the_facts_it_was_made_with(db: RDBStorage, study: optuna.
     assert find_study(db, "other") is None
 
 
-def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) -> str:
-    with pytest.raises(UserError) as caught:
-        check_facts(study, facts, partly)
-    text = str(caught.value)
-    assert "\n" not in text
-    text = text.removesuffix(", or mix them in this one with --allow-device-change")
+def differs(study: optuna.Study, facts: dict[str, Any]) -> str:
+    text = refusal(check_facts, study, facts, False).removesuffix(
+        ", or mix them in this one with --allow-device-change"
+    )
     end = ". Put it back, or start another study with --study-name NAME"
     assert text.startswith("study s: ")
     assert text.endswith(end)
     return text.removeprefix("study s: ").removesuffix(end)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("changes", "said"),
     [
         ({"sparsity": 0.6}, "sparsity is 0.6, was 0.5"),
@@ -175,13 +165,13 @@ def refusal(study: optuna.Study, facts: dict[str, Any], partly: bool = False) ->
     ],
 )  # fmt: skip
 def test_a_fact_that_differs_is_named(study: optuna.Study, changes: dict[str, Any], said: str) -> None:
-    assert refusal(study, {**FACTS, **changes}) == said
+    assert differs(study, {**FACTS, **changes}) == said
 
 
 # --- trials that are lost, that run, that count
 
 
-@pytest.mark.slow
+@slow
 def test_a_trial_whose_process_is_dead_is_queued_again(study: optuna.Study) -> None:
     number = add(study, **DEAD, realised=0.5)
     add(study, **identity())
@@ -246,7 +236,7 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
     assert {trial.params["beta"] for trial in study.trials} == {0.0}
 
 
-@pytest.mark.slow
+@slow
 def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
     for number in range(3):
         place = f"after prune {number} of 30".encode().ljust(process.WIDTH)
@@ -257,7 +247,7 @@ def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) 
     )
 
 
-@pytest.mark.slow
+@slow
 def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.Study) -> None:
     """Two processes of this host at once, one before it was booted again, and ones of another host."""
     booted = DEAD["booted"] - 3600
@@ -272,7 +262,7 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
     assert not any(progress.is_given_up(trial) for trial in lost)
 
 
-@pytest.mark.slow
+@slow
 def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.Study) -> None:
     """Between a trial's end and its place in the queue lies a moment in which a process can be killed."""
     add(study, state=TrialState.FAIL, lost="its process died")
@@ -284,7 +274,7 @@ def test_what_a_process_ended_and_did_not_live_to_queue_is_queued(study: optuna.
     assert states(study)[4:] == ["WAITING"] * 2
 
 
-@pytest.mark.slow
+@slow
 def test_of_two_that_take_the_place_of_one_the_second_is_too_many(study: optuna.Study) -> None:
     add(study, state=TrialState.FAIL, lost="its process died")
     for _ in range(2):  # two processes at the same moment
@@ -300,8 +290,7 @@ def test_a_lost_trial_keeps_its_place_in_the_queue(study: optuna.Study) -> None:
         study.enqueue_trial({"beta": beta})
     for number in (study.ask().number, study.ask().number):  # of two workers
         progress.end_interrupted(study, number)
-    asked = [study.ask().suggest_float("beta", 0, 1) for _ in range(4)]
-    assert asked == [0.0, 0.1, 0.2, 0.3]
+    assert [study.ask().suggest_float("beta", 0, 1) for _ in range(4)] == [0.0, 0.1, 0.2, 0.3]
 
 
 def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> None:
@@ -319,7 +308,7 @@ def test_what_is_queued_twice_does_not_wait_for_ever(study: optuna.Study) -> Non
     assert states(study)[1:] == ["RUNNING", "FAIL", "FAIL"]
 
 
-@pytest.mark.parametrize("last", [0, 1, 2, 3])
+@parametrize("last", [0, 1, 2, 3])
 def test_a_process_killed_while_it_says_who_it_is_leaves_a_trial_that_is_found(
     study: optuna.Study, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +330,7 @@ def beat(file: Path, when: str) -> None:
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', ?)", (when,))
 
 
-@pytest.mark.slow
+@slow
 def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process on this host that lives and is silent keeps its trial; one elsewhere does not."""
     elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
@@ -363,14 +352,13 @@ def test_signs_of_life(study: optuna.Study, db: RDBStorage, file: Path, monkeypa
     assert study.trials[0].state == TrialState.RUNNING
 
 
-@pytest.mark.slow
+@slow
 def test_what_optuna_itself_finds_silent_is_given_up_too(
     study: optuna.Study, db: RDBStorage, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each trial Optuna ends those without a heartbeat: they come again, but not for ever."""
     monkeypatch.setattr(progress, "MOST", 4)
-    elsewhere = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
-    add(study, **elsewhere)
+    add(study, **{"host": "elsewhere", "pid": 1, "process_started": 0.0})
     for number in range(4):
         db.record_heartbeat(study.trials[number]._trial_id)
         beat(file, "-61 seconds")
@@ -383,7 +371,7 @@ def test_what_optuna_itself_finds_silent_is_given_up_too(
     assert remark_of(study.trials[3]) == "sent no heartbeat, cut off 4 times: given up"
 
 
-@pytest.mark.slow
+@slow
 def test_a_silent_trial_is_left_to_its_host_while_that_lives(study: optuna.Study, db: RDBStorage, file: Path) -> None:
     """Another process there sees that it is gone, and what it left, which nobody else can."""
     for pid in (1, 2):
@@ -416,7 +404,7 @@ def test_a_silent_trial_that_two_workers_find_is_queued_once(
     assert states(study) == ["FAIL", "WAITING"]
 
 
-@pytest.mark.slow
+@slow
 def test_what_counts(study: optuna.Study) -> None:
     add(study, 1.0)
     add(study, 2.0, stopped_after=4)

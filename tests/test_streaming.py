@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from families import ALL, CPU, bench_of, checkpoint_of, few, nlls_of, same_bits, tiny
 from plans import planned
 from tinystudy import wait_until
@@ -85,7 +86,7 @@ UPWARDS = [*range(8)]
 STEP = [*UPWARDS, *(index for index in UPWARDS[::-1] for _ in range(2))]  # by prices: each on the way back asks twice
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("asked", "made"),
     [
         (UPWARDS, [*range(8), 0]),
@@ -125,8 +126,8 @@ def test_what_is_kept_is_never_written_to(stream: Stream, copies: Watched) -> No
         check(block, place % 5)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x"), SystemExit(3)])
-@pytest.mark.parametrize("index", [0, 1])
+@parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("x"), SystemExit(3)])
+@parametrize("index", [0, 1])
 def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
     stream: Stream, copies: Watched, error: BaseException, index: int
 ) -> None:
@@ -142,7 +143,7 @@ def test_an_error_surfaces_as_itself_and_the_stream_goes_on(
     check(stream.get(index + 1), index + 1)
 
 
-@pytest.mark.slow
+@slow
 def test_the_thread_ends_with_the_checkpoint() -> None:
     gc.collect()
     before = {thread.ident for thread in threading.enumerate()}
@@ -177,10 +178,8 @@ def values(family: str, offload: Offload, pruner: str = "wanda") -> tuple[list[T
     return [block.weights for block in pruned], [*nlls, *nlls_of(context, context.blocks(None), "test")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", few(ALL, ("llama-tied", "gpt2", "gemma3", "falcon", "deepseek_v3", "gpt_oss", "olmoe"))
-)
+@slow
+@parametrize("family", few(ALL, ("llama-tied", "gpt2", "gemma3", "falcon", "deepseek_v3", "gpt_oss", "olmoe")))
 def test_where_weights_lie_changes_no_bit(family: str) -> None:
     resident, nlls = values(family, "none")
     for offload in ("cpu", "disk"):
@@ -192,8 +191,7 @@ def test_where_weights_lie_changes_no_bit(family: str) -> None:
 
 
 def test_a_trial_holds_two_blocks_and_copies_each_once(copies: Watched) -> None:
-    model = tiny("llama")
-    context = bench_of(model, offload="cpu")
+    context = bench_of(tiny("llama"), offload="cpu")
     matrices = len(context.checkpoint.linears[0])
     stream = context.checkpoint._stream
     assert stream is not None

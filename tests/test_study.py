@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from expect import parametrize
 from pydantic import BaseModel, ValidationError
 
 from atp_tune.config.data import KINDS, MANUAL, MIXED, Text
@@ -14,8 +15,7 @@ def raw(**changes: Any) -> dict[str, Any]:
         "validation": {"source": "wikitext2", "split": "validation"},
         "test": {"source": "wikitext2", "split": "test"},
     }
-    base = {"sparsity": 0.5, "model": {"source": "org/name"}, "texts": texts, "search": {"trials": 1}}
-    return base | changes
+    return {"sparsity": 0.5, "model": {"source": "org/name"}, "texts": texts, "search": {"trials": 1}} | changes
 
 
 def field_of(key: str) -> Any:
@@ -28,8 +28,8 @@ def field_of(key: str) -> Any:
     return table.model_fields[name]
 
 
-@pytest.mark.parametrize("role", ["calibration", "validation", "test"])
-@pytest.mark.parametrize("other", ["calibration", "validation", "test"])
+@parametrize("role", ["calibration", "validation", "test"])
+@parametrize("other", ["calibration", "validation", "test"])
 def test_roles_never_share_a_text(role: str, other: str) -> None:
     data = raw()
     data["texts"][role] = data["texts"][other]
@@ -40,7 +40,7 @@ def test_roles_never_share_a_text(role: str, other: str) -> None:
         Study.model_validate(data)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("one", "other", "overlap"),
     [
         ((0, 0.5), (0.5, 1), False),
@@ -61,7 +61,7 @@ def test_overlap_of_parts(one: tuple[float, float], other: tuple[float, float], 
 SOURCES = {"c4": {"c4"}, MIXED: {*KINDS}, MANUAL: {"manual"}, **{f"{MIXED}:{kind}": {kind} for kind in KINDS}}
 
 
-@pytest.mark.parametrize("one", SOURCES)
+@parametrize("one", SOURCES)
 def test_overlap_of_kinds(one: str) -> None:
     """`mixed` and a kind of it, or the manual by its other name, were taken for texts that share nothing."""
     for other, kinds in SOURCES.items():
@@ -71,7 +71,7 @@ def test_overlap_of_kinds(one: str) -> None:
             assert found is bool(SOURCES[one] & kinds and (is_same or cut_elsewhere)), (other, part)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@parametrize("pattern", ["2:4", "4:8"])
 def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
     uniform = {"names": ["uniform"]}
     assert Study.model_validate(raw(prune={"pattern": pattern}, allocation=uniform)).prune.pattern == pattern
@@ -85,8 +85,6 @@ def test_a_fixed_pattern_leaves_nothing_to_share_out(pattern: str) -> None:
         )
 
 
-@pytest.mark.parametrize("key", list(keys_of()))
+@parametrize("key", list(keys_of()))
 def test_every_pattern_has_its_own_words(key: str) -> None:
-    field = field_of(key)
-    patterns = [part for part in field.metadata if getattr(part, "pattern", None)]
-    assert bool(patterns) == (key in PATTERNS)
+    assert bool([part for part in field_of(key).metadata if getattr(part, "pattern", None)]) == (key in PATTERNS)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from expect import parametrize, refusal
 from synthetic import storage_in
 
 from atp_tune.config import finding
@@ -55,10 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def message(name: str, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load(name, overrides)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    return refusal(load, name, overrides)
 
 
 def message_of(content: str | bytes) -> str:
@@ -78,7 +76,7 @@ def test_studies_are_shipped() -> None:
 # Mistakes
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("content", "expected"),
     [
         ("a b", "line 1, column 3: expected '=' after a key in a key/value pair"),
@@ -189,8 +187,7 @@ def test_overrides_are_toml_or_plain_strings() -> None:
 
 def test_override_holds_one_value() -> None:
     assert load("x.toml", ["description=1\nsparsity = 3"]).study.description == "1\nsparsity = 3"
-    study = load("x.toml", ["texts.test={source='c4', split='validation'}"]).study
-    assert study.test_text.source == "c4"
+    assert load("x.toml", ["texts.test={source='c4', split='validation'}"]).study.test_text.source == "c4"
 
 
 # Where a study is found, and where its results go
@@ -206,7 +203,7 @@ def test_first_folder_wins(folder: Path) -> None:
     assert Path("studies/smol.toml") in known()
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("storage", "url", "best"),
     [
         (None, "sqlite:///{0}/x.db", "{0}/x.best.json"),
@@ -244,7 +241,7 @@ def test_facts_of_young_keys_are_those_that_differ_from_their_defaults() -> None
     assert changed == {**base, **others}
 
 
-@pytest.mark.parametrize("kind", LOCAL)
+@parametrize("kind", LOCAL)
 def test_folders_of_this_machine_are_in_no_name(kind: str) -> None:
     from atp_tune.config.study import Text
     from atp_tune.folders.card import words

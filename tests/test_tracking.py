@@ -86,9 +86,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def track(command: CommandLine, place: Path, *words: str | Path) -> Any:
-    answer = command("--study", place / "tiny.toml", *FEW, *words)
-    assert answer.code == 0, answer.err
-    return answer
+    return command.ok("--study", place / "tiny.toml", *FEW, *words)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -149,6 +147,5 @@ def test_a_tracker_that_fails_is_said_once(place: Path, command: CommandLine, mo
 
 def test_what_a_tracker_cannot_write_is_said(place: Path, command: CommandLine) -> None:
     (place / "tiny.tensorboard").write_text("mine")
-    answer = track(command, place, "--track", "tensorboard", "--trials", "2")
-    assert answer.out.count("--track tensorboard: ") == 1
+    assert track(command, place, "--track", "tensorboard", "--trials", "2").out.count("--track tensorboard: ") == 1
     assert (place / "tiny.tensorboard").read_text() == "mine"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from expect import parametrize, refusal, refused, slow
 from families import checkpoint_of, random_ids, tiny
 from test_lora import with_zeros
 from torch import Tensor
@@ -117,7 +118,7 @@ def naive_loss(loss: str, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
     return kl if loss == "kl" else (kl - q.gather(-1, ids[:, 1:, None]).log().mean()) / 2
 
 
-@pytest.mark.parametrize("kind", ["kl", "both"])
+@parametrize("kind", ["kl", "both"])
 def test_the_loss_by_the_dense_model_and_its_gradient_are_the_naive_ones(kind: str) -> None:
     ours = kl_trainer(loss=kind)
     with torch.no_grad():
@@ -155,7 +156,7 @@ def run(ours: Trainer) -> Trainer:
     return ours
 
 
-@pytest.mark.parametrize(("room", "runs"), [(2**30, 3), (2 * 12 * 97 * 4, 3 + 2), (0, 2 * 3)])
+@parametrize(("room", "runs"), [(2**30, 3), (2 * 12 * 97 * 4, 3 + 2), (0, 2 * 3)])
 def test_the_dense_model_predicts_held_out_windows_once_if_there_is_room(room: int, runs: int) -> None:
     """5 windows of 13 tokens in batches of 2, measured twice; the second room is that of the first batch."""
     ours = kl_trainer(held_out=windows(12)[7:], patience=2, eval_every=2)
@@ -165,7 +166,7 @@ def test_the_dense_model_predicts_held_out_windows_once_if_there_is_room(room: i
     assert len(ran) == runs
 
 
-@pytest.mark.slow
+@slow
 def test_it_ends_when_the_held_out_loss_rises_and_takes_the_best() -> None:
     """Random windows have nothing in common, so that training on some raises the loss of others."""
     ours = held_out_trainer(steps=40, learning_rate=0.05)
@@ -183,8 +184,8 @@ def test_it_ends_when_the_held_out_loss_rises_and_takes_the_best() -> None:
     assert not all(torch.equal(value, kept[step + 4][name]) for name, value in values(ours).items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("made", [held_out_trainer, partial(held_out_trainer, rank=None, alpha=None)])
+@slow
+@parametrize("made", [held_out_trainer, partial(held_out_trainer, rank=None, alpha=None)])
 def test_held_out_losses_and_the_best_go_on_to_the_same_bits(made: Callable[..., Trainer], tmp_path: Path) -> None:
     settings = {"steps": 12, "learning_rate": 0.02}
     whole, half, rest = run(made(**settings)), made(**settings), made(**settings)
@@ -207,21 +208,20 @@ def test_a_file_of_other_options_is_refused(tmp_path: Path) -> None:
     ours, path = trainer(), tmp_path / "part"
     ours.step()
     ours.save(path, FACTS)
-    with pytest.raises(UserError) as caught:
-        trainer().restore(path, {"rank": "4"})
-    assert str(caught.value) == f"{path}: was begun with another rank; give the same options, or remove the file"
+    assert (
+        refusal(trainer().restore, path, {"rank": "4"})
+        == f"{path}: was begun with another rank; give the same options, or remove the file"
+    )
 
 
 # --- a run that was cut off
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense that is longer than a header"])
+@parametrize("content", [b"", b"nonsense that is longer than a header"])
 def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        trainer().restore(path, FACTS)
-    assert str(caught.value) == f"{path}: was not written by an earlier run; remove it"
+    assert refusal(trainer().restore, path, FACTS) == f"{path}: was not written by an earlier run; remove it"
 
 
 # --- order and rate
@@ -230,7 +230,7 @@ def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> 
 # --- what does not fit
 
 
-@pytest.mark.slow
+@slow
 def test_blocks_are_recomputed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy = trainer()
     checkpoint = checkpoint_of(with_zeros("llama"))
@@ -252,12 +252,12 @@ def test_too_little_memory_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_windows_longer_than_the_model_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^seqlen: 65, the model has 64 positions; lower it$"):
+    with refused(r"^seqlen: 65, the model has 64 positions; lower it$"):
         trainer(SETTINGS.model_copy(update={"seqlen": 65}))
 
 
 def test_a_loss_that_is_no_number_is_said() -> None:
     ours = trainer(SETTINGS.model_copy(update={"learning_rate": 1e30}))
-    with pytest.raises(UserError, match=r"^training: the loss is (nan|inf) at step \d; lower the learning rate$"):
+    with refused(r"^training: the loss is (nan|inf) at step \d; lower the learning rate$"):
         for _ in range(5):
             ours.step()

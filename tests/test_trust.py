@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused, slow
 from safetensors.torch import save_file
 from test_models import checkpoint, message, pickled, tiny  # noqa: F401
 from tinystudy import CommandLine, run
@@ -15,7 +16,6 @@ from atp_tune.checkpoints import files
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config import study
-from atp_tune.errors import UserError
 
 CODE = """\
 from pathlib import Path
@@ -57,15 +57,14 @@ def with_code(place: Path, marker: Path) -> Path:
 
 
 def test_code_is_not_run(with_code: Path, marker: Path, command: CommandLine) -> None:
-    answer = command("--study", with_code / "tiny.toml")
-    assert answer.error == (
+    assert command("--study", with_code / "tiny.toml").error == (
         f"model.source: {with_code}/model needs code of its own, which is not run; read it, then allow it with "
         "model.trust_remote_code = true (--set model.trust_remote_code=true; apply: --trust-remote-code)"
     )
     assert not marker.exists()
 
 
-@pytest.mark.slow
+@slow
 def test_code_is_run_where_the_study_says_so(
     with_code: Path, marker: Path, command: CommandLine, tmp_path: Path
 ) -> None:
@@ -77,7 +76,7 @@ def test_code_is_run_where_the_study_says_so(
     words = ("apply", "--config", with_code / "tiny.best.json", "--out", tmp_path / "sparse")
     assert "needs code of its own" in command(*words).error
     assert not (tmp_path / "sparse").exists()
-    assert command(*words, "--trust-remote-code").code == 0
+    command.ok(*words, "--trust-remote-code")
     assert (tmp_path / "sparse" / "modeling_own.py").is_file()
     marker.unlink()
     study_file = with_code / "tiny.toml"
@@ -85,7 +84,7 @@ def test_code_is_run_where_the_study_says_so(
     words = ("generate", "--study", study_file, "--tokens", "2")
     assert "needs code of its own" in command(*words).error
     assert not marker.exists()
-    assert command(*words, "--trust-remote-code").code == 0
+    command.ok(*words, "--trust-remote-code")
 
 
 def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
@@ -97,11 +96,10 @@ def test_trusted_code_is_part_of_the_content(with_code: Path) -> None:
     assert resolve(model, with_code).content != before.content
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_of_another_repository_is_never_run(name: str, with_code: Path) -> None:
     change(with_code / "model" / name, auto_map={"AutoConfig": "evil/code--own.Config", "AutoTokenizer": [None, "a.B"]})
-    model = study.ModelConfig(source="model", trust_remote_code=True)
-    assert message(model, with_code) == (
+    assert message(study.ModelConfig(source="model", trust_remote_code=True), with_code) == (
         "model.source: BASE/model wants code of another repository (evil/code); "
         "only code in the model's own folder is run"
     )
@@ -132,7 +130,7 @@ def test_safetensors_of_another_name_do_not_let_pickles_in(pickled: Path, tmp_pa
     """Transformers falls back to pytorch_model.bin where model.safetensors is not there."""
     save_file({f"x{k}": torch.ones(1000) for k in range(9)}, pickled / "extra.safetensors")
     folder = resolve(study.ModelConfig(source="pickled"), tmp_path)
-    with pytest.raises(UserError, match="transformers cannot load it"):
+    with refused("transformers cannot load it"):
         Checkpoint.load(folder.path, torch.float32, torch.device("cpu"))
 
 
@@ -142,7 +140,7 @@ BAD_PLACES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", BAD_PLACES)
+@parametrize("place", BAD_PLACES)
 def test_an_index_names_weights_of_its_own_folder_only(place: Any, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     shards = {"weight_map": {"x": "model.safetensors", "y": place}}
@@ -153,28 +151,25 @@ def test_an_index_names_weights_of_its_own_folder_only(place: Any, checkpoint: P
     )
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": []}', "[" * 100_000, "\udcff"])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@parametrize("content", ["", "[]", '{"weight_map": []}', "[" * 100_000, "\udcff"])
+@parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
 def test_files_that_hold_no_object(name: str, content: str, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    (folder / name).write_text(content, errors="surrogateescape")
+    (shutil.copytree(checkpoint, tmp_path / "model") / name).write_text(content, errors="surrogateescape")
     if content == '{"weight_map": []}' and "index" not in name:
         pytest.skip("an object")
-    found = message(study.ModelConfig(source="model"), tmp_path)
-    assert found.startswith("model.source: BASE/model/" + name)
+    assert message(study.ModelConfig(source="model"), tmp_path).startswith("model.source: BASE/model/" + name)
 
 
 # Links
 
 
-@pytest.mark.slow
+@slow
 def test_links_out_of_the_folder_are_not_copied(place: Path, command: CommandLine, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("s3cret")
     (place / "model" / "notes.txt").symlink_to(secret)
     words = ("prune", "--study", place / "tiny.toml", "--beta", "0.01", "--out", tmp_path / "sparse")
-    answer = command(*words)
-    assert answer.error == (
+    assert command(*words).error == (
         f"model.source: {place}/model/notes.txt is a link to {secret}, outside its folder; copy the file"
     )
     assert not list(tmp_path.rglob("sparse*"))
@@ -196,11 +191,11 @@ def test_small_files_bring_a_folder_of_licences_and_no_other(tmp_path: Path) -> 
     files.copy_small(source, out, ("/README.md", "/config.json"))
     assert (out / "my-README.md").exists()
     (source / "LICENSES/out.txt").symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match="is a link to /etc/hostname, outside its folder; copy the file"):
+    with refused("is a link to /etc/hostname, outside its folder; copy the file"):
         files.small_files(source)
 
 
-@pytest.mark.parametrize("kind", ["file", "full", "link", "dangling"])
+@parametrize("kind", ["file", "full", "link", "dangling"])
 def test_nothing_is_written_over(kind: str, done: Path, command: CommandLine, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()

@@ -8,35 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from expect import slow
 from tinystudy import TUNE, CommandLine
 
 from atp_tune.config.best import read_config
 from atp_tune.config.manifest import environment
-from atp_tune.events import Place
 from atp_tune.folders.publishing import verify
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
-@pytest.fixture(scope="module")
-def made(tiny_done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sparse folder of the tiny study; to be read only."""
-    from atp_tune.folders.applying import apply
-
-    out = tmp_path_factory.mktemp("sparse") / "sparse"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATP_TUNE_CACHE", str(out.parent / "cache"))
-        apply(read_config(tiny_done / "tiny.best.json"), out, Place(tiny_done, "cpu"))
-    return out
-
-
-@pytest.fixture
-def sparse(made: Path, tmp_path: Path) -> Path:
-    (tmp_path / "sparse").mkdir()
-    for file in made.iterdir():
-        (tmp_path / "sparse" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "sparse"
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -61,7 +40,7 @@ def flip(file: Path) -> None:
 # --- files
 
 
-@pytest.mark.slow
+@slow
 def test_what_was_written_is_what_sha256sum_says(sparse: Path) -> None:
     manifest = read_config(sparse / "atp_tune.json").manifest
     assert manifest is not None
@@ -76,9 +55,7 @@ def test_a_folder_as_it_was_written(sparse: Path, command: CommandLine) -> None:
     (sparse / "notes.txt").write_text("mine")
     (sparse / ".gitattributes").write_text("of the hub")
     (sparse / "README.md").write_text("another card")
-    answer = command("apply", "--verify", sparse)
-    assert answer.code == 0
-    lines = answer.out.splitlines()
+    lines = command.ok("apply", "--verify", sparse).out.splitlines()
     assert lines[0] == f"{sparse}: all {len(FILES)} files are as they were written, 1 of them with weights"
     assert lines[1] == "not of the checkpoint: notes.txt"
     assert lines[-1] == "versions and CPU instructions are the same here"
@@ -93,11 +70,10 @@ def test_a_changed_bit_is_found_behind_equal_size_and_times(sparse: Path, comman
     assert said.startswith(f"{sparse}: not what was written; changed: model.safetensors; copy or download")
 
 
-@pytest.mark.slow
+@slow
 def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, command: CommandLine) -> None:
     words = ["--out", done / "tuned", "--text", f"file:{done / 'long.txt'}", "--steps", "1", "--batch", "1"]
-    answer = command("finetune", sparse, *words, "--seqlen", "32", "--device", "cpu", "--patience", "0")
-    assert answer.code == 0, answer.err
+    command.ok("finetune", sparse, *words, "--seqlen", "32", "--device", "cpu", "--patience", "0")
     verify(done / "tuned")
     flip(done / "tuned" / "model.safetensors")
     assert "changed: model.safetensors" in command("apply", "--verify", done / "tuned").error
@@ -105,7 +81,7 @@ def test_a_fine_tuned_folder_is_verified_as_it_is_now(sparse: Path, done: Path, 
     assert "is no record of `finetune`" in command("apply", "--verify", done / "tuned").error
 
 
-@pytest.mark.slow
+@slow
 def test_verify_needs_neither_torch_nor_a_network(sparse: Path) -> None:
     script = (
         "import socket, sys, runpy\n"
@@ -127,8 +103,7 @@ def test_verify_needs_neither_torch_nor_a_network(sparse: Path) -> None:
 
 def test_another_environment_is_listed_by_its_effect(sparse: Path, command: CommandLine) -> None:
     edit(sparse, elsewhere)
-    answer = command("apply", "--verify", sparse)
-    assert answer.code == 0
+    answer = command.ok("apply", "--verify", sparse)
     assert "written on Abacus, cpu (1 threads)" in answer.out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in answer.out.splitlines() if "|" in line]
     assert [(row[0], row[1], row[3]) for row in rows[2:]] == [
@@ -145,16 +120,14 @@ def test_another_environment_is_listed_by_its_effect(sparse: Path, command: Comm
 # --- made again from its own configuration
 
 
-@pytest.mark.slow
+@slow
 def test_a_folder_made_again_says_whether_its_bytes_are_the_same(
     sparse: Path, done: Path, command: CommandLine, tmp_path: Path
 ) -> None:
-    config = read_config(sparse / "atp_tune.json").seen_from(done, sparse)
-    config.write(sparse / "atp_tune.json")
-    answer = command("apply", "--config", sparse / "atp_tune.json", "--out", tmp_path / "again", "--device", "cpu")
-    assert answer.code == 0, answer.err
+    read_config(sparse / "atp_tune.json").seen_from(done, sparse).write(sparse / "atp_tune.json")
+    answer = command.ok("apply", "--config", sparse / "atp_tune.json", "--out", tmp_path / "again", "--device", "cpu")
     assert f"all {len(FILES)} files are the configuration's, byte for byte" in answer.out
-    assert command("apply", "--verify", tmp_path / "again").code == 0
+    command.ok("apply", "--verify", tmp_path / "again")
     edit(sparse, elsewhere)
     edit(sparse, lambda manifest: manifest["files"].update({"model.safetensors": "0" * 64}))
     answer = command("apply", "--config", sparse / "atp_tune.json", "--out", tmp_path / "third", "--device", "cpu")

@@ -96,7 +96,7 @@ def test_a_study_and_its_report(run: Run, place: Path) -> None:
     assert "atp-tune --study" in note and "tune.py" not in note
     report = run("atp-tune", "report", "--study", "tiny.toml", "--out", "page.html", cwd=place)
     assert report.returncode == 0, report.stderr
-    page = (place / "page.html").read_text(encoding="utf-8")
+    page = (place / "page.html").read_text()
     assert "atp-tune status --study tiny" in page and "python tune.py" not in page
     scored = run("atp-tune", "evaluate", "--config", "tiny.best.json", cwd=place)
     assert scored.returncode == 2

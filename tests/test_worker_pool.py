@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, refused
 
 from atp_tune.cli.display import Display
 from atp_tune.cli.worker_pool import RESTARTS, ProcessWorker, StudyWorker, choose_device, run_workers
-from atp_tune.errors import TrialError, UserError
+from atp_tune.errors import TrialError
 from atp_tune.events import TrialStarted
 
 
@@ -33,7 +34,7 @@ def worker() -> Iterator[Idle]:
         yield idle
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("name", "cards", "devices"),
     [
         ("auto", 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),  # were cuda:0 to cuda:3
@@ -52,7 +53,7 @@ def test_workers_take_the_cards_in_turn(
     assert [choose_device(name, index, 4) for index in range(4)] == devices
 
 
-@pytest.mark.parametrize("names", [["cuda:0", "cuda:2"], ["cpu", "mps"]])
+@parametrize("names", [["cuda:0", "cuda:2"], ["cpu", "mps"]])
 def test_a_device_that_is_not_there_is_told_before_any_worker_starts(
     names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,11 +61,11 @@ def test_a_device_that_is_not_there_is_told_before_any_worker_starts(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("a context was opened"))
     monkeypatch.setattr(ProcessWorker, "launch", lambda worker: pytest.fail("a worker was started"))
     job: Any = None
-    with Display() as display, pytest.raises(UserError, match=f"^device: {names[1]} is not on this machine"):
+    with Display() as display, refused(f"^device: {names[1]} is not on this machine"):
         run_workers(job, display, names)
 
 
-@pytest.mark.parametrize("event", [None, TrialStarted("dense model", None), TrialStarted("test text: trial 3", None)])
+@parametrize("event", [None, TrialStarted("dense model", None), TrialStarted("test text: trial 3", None)])
 def test_one_that_comes_to_no_trial_ends_the_run(worker: Idle, event: TrialStarted | None) -> None:
     for _ in range(RESTARTS):
         if event:

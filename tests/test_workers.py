@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 from crews import LONG, TOTAL, check_whole, measured, meeting, trials
+from expect import slow
 from optuna.trial import TrialState
 from tinystudy import HANGS, Process, finish, run, settings, start, wait_for, wait_until
 
@@ -25,7 +26,7 @@ def is_worker(child: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.slow
+@slow
 def test_three_workers_share_a_study(place: Path) -> None:
     answer = finish(begin(place, "--workers", "3", *meeting(place), texts=()))
     assert answer.code == 0, answer.err
@@ -39,7 +40,7 @@ def test_three_workers_share_a_study(place: Path) -> None:
     assert {trial.params["beta"]: trial.value for trial in alone.trials} == pytest.approx(values, rel=1e-5)
 
 
-@pytest.mark.slow
+@slow
 def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
     process = begin(place, "--devices", "cpu,cpu")
     wait_for(place / "tiny.db", 3, process)
@@ -52,7 +53,7 @@ def test_ctrl_c_stops_all_and_loses_nothing(place: Path) -> None:
     check_whole(place)
 
 
-@pytest.mark.slow
+@slow
 def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     process = begin(place, "--workers", "2")
     wait_for(place / "tiny.db", 2, process)
@@ -64,7 +65,7 @@ def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     check_whole(place)
 
 
-@pytest.mark.slow
+@slow
 def test_workers_do_not_outlive_their_parent(place: Path) -> None:
     process = begin(place, "--workers", "2")
     wait_for(place / "tiny.db", 2, process)

@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from expect import parametrize, slow
 from faults import DOCUMENT, Rows
 from test_annotations import FOUND, SCORES, best_of
 from test_cache import DEAD
@@ -188,8 +189,8 @@ SHARED: dict[str, tuple[Callable[[Path, int], Round], Callable[[Path], None]]] =
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED)
+@slow
+@parametrize("name", SHARED)
 def test_two_writers_lose_nothing(name: str, done: Path) -> None:
     write, check = SHARED[name]
     begin = FORK.Barrier(2)
@@ -223,7 +224,7 @@ def test_temporary_names_are_made_in_one_place() -> None:
     """Where the next process knows them, and removes what a dead one left."""
     makes = re.compile(r"\b(mkdtemp|mkstemp|TemporaryDirectory|NamedTemporaryFile)\b")
     files = Path(atp_tune.__file__).parent.rglob("*.py")
-    assert [file.name for file in files if makes.search(file.read_text(encoding="utf-8"))] == ["cache.py"]
+    assert [file.name for file in files if makes.search(file.read_text())] == ["cache.py"]
 
 
 SPARSE = ("apply", "--config", "{tiny.best.json}", "--out", "{sparse}")  # what some commands read
@@ -318,8 +319,8 @@ def made_for(name: str, call: Callable[[str], Any], place: Path) -> None:
     shutil.copyfile(place / "tiny.db", place / "other.db")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*COMMANDS])
+@slow
+@parametrize("name", [*COMMANDS])
 def test_whenever_a_command_is_killed_the_next_removes_what_it_left(
     name: str, written: Callable[[str], Any], done: Path, tmp_path: Path, site: Site
 ) -> None:
@@ -345,8 +346,8 @@ def test_whenever_a_command_is_killed_the_next_removes_what_it_left(
     ROWS.add(f"killed at any write of `{name}`", watched.writes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FOLDERS)
+@slow
+@parametrize("name", FOLDERS)
 def test_a_folder_that_is_filled_meanwhile_is_not_touched(
     name: str, written: Callable[[str], Any], done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,8 +362,7 @@ def test_a_folder_that_is_filled_meanwhile_is_not_touched(
         sync(path)
 
     monkeypatch.setattr(cache_module, "_sync", fill)
-    answer = written(name)
-    assert answer.error == f"{out}: was filled meanwhile, and is left as it is; the result is in {out}-2"
+    assert written(name).error == f"{out}: was filled meanwhile, and is left as it is; the result is in {out}-2"
     assert [path.name for path in out.iterdir()] == ["mine"]
     assert (done / "out-2" / "config.json").is_file()
     ROWS.add(f"the folder of `{name}` is filled before it is done", 1)

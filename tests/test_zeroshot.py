@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import slow
 from tinystudy import TOKENS, CommandLine, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,8 +76,7 @@ def naive_accuracy(folder: Path, file: Path) -> float:
 
 
 def evaluated(command: CommandLine, *words: str | Path) -> dict[str, Any]:
-    answer = command("evaluate", *words, "--json")
-    assert answer.code == 0, answer.err
+    answer = command.ok("evaluate", *words, "--json")
     found: dict[str, Any] = json.loads(answer.out)
     return found
 
@@ -88,13 +88,13 @@ def accuracies(found: dict[str, Any], model: str) -> dict[str, float]:
 # --- what the scores are
 
 
-@pytest.mark.slow
+@slow
 def test_a_configuration_and_the_folder_made_from_it(
     done: Path, tasks: Path, tmp_path: Path, command: CommandLine
 ) -> None:
     config, sparse = done / "tiny.best.json", tmp_path / "sparse"
     found = evaluated(command, "--config", config, "--tasks", f"{tasks}/")
-    assert command("apply", "--config", config, "--out", sparse).code == 0
+    command.ok("apply", "--config", config, "--out", sparse)
     applied = evaluated(command, sparse, "--tasks", f"{tasks}/")
     dense = evaluated(command, done / "model", "--tasks", f"{tasks}/")
     for task, other in zip(found["tasks"], applied["tasks"], strict=True):
@@ -105,11 +105,12 @@ def test_a_configuration_and_the_folder_made_from_it(
         assert accuracies(found, model) == pytest.approx(naive)
 
 
-@pytest.mark.slow
+@slow
 def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLine) -> None:
     config = done / "tiny.best.json"
-    answer = command("evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2")
-    assert answer.code == 0, answer.err
+    answer = command.ok(
+        "evaluate", "--config", config, "--tasks", f"{tasks}/far.yaml, {tasks}/near.yaml", "--limit", "2"
+    )
     pruner = read_config(config).plan.method
     assert answer.out.startswith(f"reading the tasks\ndense\nuniform {pruner} uniform\nbest {pruner} ")
     assert answer.out.endswith(f"stored in {config} and on study tiny\n")
@@ -126,12 +127,12 @@ def test_scores_are_stored_and_shown(done: Path, tasks: Path, command: CommandLi
     assert "zero-shot accuracy: dense " in command("status", "--study", done / "tiny.toml").out
     for kind in ("html", "md", "json"):
         file = done / f"report.{kind}"
-        assert command("report", "--study", done / "tiny.toml", "--out", file).code == 0
-        text = file.read_text(encoding="utf-8")
+        command.ok("report", "--study", done / "tiny.toml", "--out", file)
+        text = file.read_text()
         assert (shown in text) if kind != "json" else json.loads(text)["studies"][0]["zero_shot"]["limit"] == 2
 
 
-@pytest.mark.slow
+@slow
 def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, seen, step = read_config(done / "tiny.best.json"), set(), Pass.step
     monkeypatch.setitem(replay.TOKENS, "cpu", 2 * TOKENS)  # a machine whose own are smaller
@@ -145,14 +146,13 @@ def test_it_prunes_in_the_batches_of_the_trial(done: Path, tasks: Path, monkeypa
     assert seen == {config.batches["calibration"]} == {8}
 
 
-@pytest.mark.slow
+@slow
 def test_examples_before_each_item(done: Path, tasks: Path, command: CommandLine) -> None:
     words = (done / "model", "--tasks", f"{tasks}/far.yaml", "--limit", "2")
     found = [evaluated(command, *words, "--num-fewshot", str(shots)) for shots in (0, 2, 2)]
     assert [one["tasks"][0]["num_fewshot"] for one in found] == [0, 2, 2]
     assert found[1]["tasks"] == found[2]["tasks"]
-    norms = [one["tasks"][0]["scores"]["model"] for one in found]
-    assert set(norms[0]) == {"acc", "acc_norm"}
+    assert set(next(one["tasks"][0]["scores"]["model"] for one in found)) == {"acc", "acc_norm"}
 
 
 def test_statistics_by_hand() -> None:
@@ -170,7 +170,7 @@ def test_statistics_by_hand() -> None:
     assert mean_of_tasks([TaskScore(value=0.2, stderr=0.03), TaskScore(value=0.6, stderr=0)]).stderr == 0
 
 
-@pytest.mark.slow
+@slow
 def test_no_room_for_a_pruned_copy(
     done: Path, tasks: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +201,7 @@ def index() -> Any:
 # --- the tasks; tests/test_smollm2.py has the real model
 
 
-@pytest.mark.slow
+@slow
 def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Path) -> None:
     again = make_tasks(tmp_path / "again", 20)
     for name in ("far", "near"):

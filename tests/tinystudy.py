@@ -2,16 +2,18 @@
 
 import os
 import select
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import alembic.script
 import optuna
@@ -110,40 +112,69 @@ def make_place(place: Path) -> Path:
     tokenizer.save_pretrained(place / "model")
     for index, role in enumerate(("calibration", "validation", "test")):
         start = 100_000 + 20_000 * index
-        (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000], encoding="utf-8")
-    (place / "long.txt").write_text(TOPICS[160_000:], encoding="utf-8")
-    (place / "tiny.toml").write_text(STUDY, encoding="utf-8")
+        (place / f"{role}.txt").write_text(TOPICS[start : start + 20_000])
+    (place / "long.txt").write_text(TOPICS[160_000:])
+    (place / "tiny.toml").write_text(STUDY)
     return place
 
 
 @cache
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Trained once; to be read only."""
+def make_tokenizer(*special: str) -> PreTrainedTokenizerFast:
+    """Trained once, with special tokens, if any; to be read only."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=[*special], show_progress=False
+    )
     tokenizer.train_from_iterator([TOPICS[:50_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, steps: int = 300) -> LlamaForCausalLM:
-    """Trained until its blocks matter: on any CPU, pruning makes it worse, and a β above 0 is clearly better."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int = 300,
+    labels_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> LlamaForCausalLM:
+    """Trained until its blocks matter: on any CPU, pruning makes it worse, and a β above 0 is clearly better.
+
+    `labels_of` gives what is to be predicted of a batch, and may change it.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=BLOCKS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    ids = torch.tensor(tokenizer(TOPICS[:50_000]).input_ids)
+    ids = torch.tensor(tokenizer(TOPICS[:50_000], add_special_tokens=False).input_ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         batch = torch.stack([ids[start : start + TOKENS] for start in torch.randint(len(ids) - TOKENS, (16,))])
+        labels = labels_of(batch) if labels_of else batch
         optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(input_ids=batch, labels=labels).loss.backward()
         optimizer.step()
     return model.eval()
+
+
+@contextmanager
+def copied(source: Path, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of a study's folder, to be made ready for all tests of a file; the cache lies beside it."""
+    place = Path(shutil.copytree(source, factory.mktemp("copy") / "tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATP_TUNE_CACHE", str(place.parent / "cache"))
+        yield place
+
+
+def copy_of(fixture: str) -> Any:
+    """A fixture: a copy of another one's folder, for one test, which knows the token windows of the tiny study."""
+
+    @pytest.fixture
+    def copy(request: pytest.FixtureRequest, tmp_path: Path, windows: None) -> Path:
+        return Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / str(request.fixturename)))
+
+    return copy
 
 
 def study_file(place: Path, *overrides: str) -> StudyFile:
@@ -211,6 +242,11 @@ class Answer:
     err: str
 
     @property
+    def is_clean(self) -> bool:
+        """Whether it succeeded with nothing to say."""
+        return (self.code, self.err) == (0, "")
+
+    @property
     def error(self) -> str:
         """The one line of an error, without its first word."""
         assert self.code == 2
@@ -263,6 +299,12 @@ class CommandLine:
             main()
         captured = self._capsys.readouterr()
         return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+    def ok(self, *arguments: str | Path) -> Answer:
+        """Of a command that must succeed."""
+        answer = self(*arguments)
+        assert answer.code == 0, answer
+        return answer
 
 
 def wait_until(condition: Callable[[], object], seconds: float = HANGS) -> None:

@@ -86,8 +86,7 @@ def test_what_a_gpu_found_is_applied_there(place: Path, device: torch.device) ->
 def test_the_current_device_is_the_one_that_computes(card: torch.device) -> None:
     """Libraries, pinned memory and Triton take the current one, whatever tensors say."""
     device = find_device("auto")
-    context = bench_on(device)
-    assert device == context.checkpoint.device
+    assert device == bench_on(device).checkpoint.device
     assert torch.cuda.current_device() == (device.index or 0)
 
 

@@ -38,8 +38,7 @@ def test_listening_counts_for_calibration(device: torch.device) -> None:
     context = bench_on(device, dtype=torch.bfloat16, windows=64)
     trial(context)
     expected = min(calibration_seconds(context) for _ in range(3))
-    found = min(trial(context).close()["seconds"]["calibrate"] for _ in range(3))
-    assert near(found, expected, 2, device)
+    assert near(min(trial(context).close()["seconds"]["calibrate"] for _ in range(3)), expected, 2, device)
 
 
 @torch.inference_mode()
