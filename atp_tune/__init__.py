@@ -11,18 +11,17 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from atp_tune.packed.registering import register as register_packed
+from atp_tune.packed import register as register_packed
 
 if TYPE_CHECKING:
     from atp_tune.api.configuration import Configuration, load_config
-    from atp_tune.api.keeping import keep_zeros
-    from atp_tune.api.pruning import perplexity, prune
+    from atp_tune.api.pruning import keep_zeros, perplexity, prune
     from atp_tune.api.result import Result, load_study
     from atp_tune.api.tuning import tune
     from atp_tune.config.study import Study
     from atp_tune.errors import UserError
     from atp_tune.plugins import allocation, pruner, sampler, score, text_source
-    from atp_tune.utils.frozen import SettingsTable
+    from atp_tune.utils.registry import SettingsTable
 
 __all__ = [
     "Configuration", "Result", "SettingsTable", "Study", "UserError", "allocation", "keep_zeros", "load_config",
@@ -30,9 +29,9 @@ __all__ = [
 ]  # fmt: skip
 
 _PLACES = {
-    "Configuration": "api.configuration", "Result": "api.result", "SettingsTable": "utils.frozen",
+    "Configuration": "api.configuration", "Result": "api.result", "SettingsTable": "utils.registry",
     "Study": "config.study", "UserError": "errors",
-    "keep_zeros": "api.keeping", "load_config": "api.configuration", "load_study": "api.result",
+    "keep_zeros": "api.pruning", "load_config": "api.configuration", "load_study": "api.result",
     "perplexity": "api.pruning", "prune": "api.pruning", "tune": "api.tuning",
     **dict.fromkeys(("allocation", "pruner", "sampler", "score", "text_source"), "plugins"),
 }  # fmt: skip

@@ -37,7 +37,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AllowInfNan, BeforeValidator, FiniteFloat, PlainSerializer
 
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 ROUNDED = 1e-12  # nats; smaller errors are those of floats
 Error = Annotated[float, BeforeValidator(lambda error: error or 0.0), PlainSerializer(lambda error: error or None)]

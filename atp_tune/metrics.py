@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from atp_tune.measures import Change, Perplexity, change, perplexity
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 COUNT = 10  # images
 SIDE = 64  # pixels of the longer side, at most

@@ -20,7 +20,7 @@ from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import SYMBOLS, weighted_mean
 from atp_tune.allocations.channels import check_whole
 from atp_tune.allocations.rows import offsets_of
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 METHODS = ("pruner", "quantizer")  # a trial's parameters that say what is done to weights; it has one of them
 SAID = 1e-6  # difference between the level of a block and the mean of its linears that rounding may make

@@ -29,8 +29,8 @@ from types import CellType, EllipsisType, FunctionType, ModuleType, NoneType
 from typing import Any, Self, TypeVar
 
 from atp_tune.errors import PluginError, TrialError, UserError, did_you_mean
-from atp_tune.utils.paths import is_special, written
 from atp_tune.utils.registry import Origin, Registry, resolved
+from atp_tune.utils.system import is_special, written
 
 __all__ = ["allocation", "pruner", "sampler", "score", "text_source"]
 

@@ -25,8 +25,7 @@ from atp_tune.blocks.prune_pass import wait_for
 from atp_tune.checkpoints.checkpoint import Checkpoint, LentModel
 from atp_tune.checkpoints.devices import copy_to, device_name, find_device
 from atp_tune.checkpoints.files import Offload
-from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan
 from atp_tune.inputs.items import Items
 from atp_tune.plan import Plan
 from atp_tune.pruners import sparsegpt

@@ -21,7 +21,7 @@ from marked_page import write_between
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.cli.terminal import quiet
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.measures import accuracy, change, gain, perplexity
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup

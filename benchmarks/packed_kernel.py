@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atp_tune.packed import kernel_dense
+from atp_tune.packed import kernel
 from atp_tune.packed.kernel import PackedMatrix, kernel_name
 
 SHAPES = [(2048, 5632), (5632, 2048), (576, 1536)]  # [out, in]
@@ -46,7 +46,7 @@ def ways(shape: tuple[int, int], sparsity: float) -> Iterator[tuple[str, torch.d
     for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
         weights = [weight.to(dtype).clone() for _ in copies(size)]
         yield "torch", dtype, [partial(functional.linear, weight=w) for w in weights]
-        yield "dense", dtype, [partial(kernel_dense.linear, weight=w) for w in weights]
+        yield "dense", dtype, [partial(kernel.dense_linear, weight=w) for w in weights]
     density = 1 - sparsity
     for dtype, size, inputs in (
         (torch.bfloat16, 2, torch.bfloat16), (torch.float32, 4, torch.float32), (torch.int8, 1, torch.bfloat16)

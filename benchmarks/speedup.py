@@ -37,9 +37,8 @@ from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import load
 from atp_tune.events import EventHandler, Place
 from atp_tune.folders.card import ABOUT
+from atp_tune.folders.speed import Pair, Workload, find_pair, measure
 from atp_tune.metrics import Measured, Phase, Rates, Speed
-from atp_tune.speed.benchmark import measure
-from atp_tune.speed.torch_engine import Pair, Workload, find_pair
 from atp_tune.utils.cache import cache_dir, folder_atomically
 from atp_tune.utils.system import cpu_name
 

@@ -18,7 +18,7 @@ from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.prune import PruneConfig
 from atp_tune.events import EventHandler, ignore_events
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.inputs.windows import TOKEN_WINDOWS
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores

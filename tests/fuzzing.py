@@ -22,22 +22,18 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
-from atp_tune import figures
-from atp_tune.cli import tables, terminal
-from atp_tune.cli.commands import apply
+from atp_tune.cli import apply, display, terminal
 from atp_tune.config import studyfile
 from atp_tune.config.best import read_config
-from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
-from atp_tune.dashboard import publishing
 from atp_tune.errors import UserError
 from atp_tune.measures import Perplexity
-from atp_tune.report import formats
+from atp_tune.report import figures, formats, publishing
 from atp_tune.report.contents import gather
-from atp_tune.results.status import status_of, to_json
-from atp_tune.results.stored import best_config, facts_of
+from atp_tune.results.status import best_config, facts_of, status_of, to_json
 from atp_tune.results.summary import summarise
 from atp_tune.storage import fingerprint, opening
+from atp_tune.storage.fingerprint import facts
 
 SMOL = Path(__file__).parents[1] / "studies" / "smol.toml"
 JUNK: list[Any] = [
@@ -245,8 +241,8 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     now = datetime(2026, 1, 1)
     summary = summarise(study)
     to_json(status_of(summary, now)).encode()
-    check_screen(lambda: tables.show_status(summary, file))
-    tables.progress_line(status_of(summary, now))
+    check_screen(lambda: display.show_status(summary, file))
+    display.progress_line(status_of(summary, now))
     publishing.study_note(summary, "sqlite:///x.db").encode()
     for trial in summary.trials:
         publishing.trial_note(trial, summary).encode()

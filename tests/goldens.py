@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tinystudy import TOPICS, stored
 
 from atp_tune.cli import main
-from atp_tune.dashboard.publishing import study_note, trial_note
+from atp_tune.report.publishing import study_note, trial_note
 from atp_tune.results.summary import summarise
 
 HOME = Path(__file__).parent / "golden"

@@ -20,7 +20,7 @@ from atp_tune.config.prune import PruneConfig
 from atp_tune.events import Message
 from atp_tune.inputs.items import LABELS, PIXELS, Items
 from atp_tune.metrics import NAMES, Answers, ImageAnswer
-from atp_tune.report.html import _answers
+from atp_tune.report.formats import _answers
 from atp_tune.run.observers import ImageAnswers, LeftOut
 from atp_tune.run.session import Session
 

@@ -17,21 +17,21 @@ from atp_tune.api.configuration import weights_of
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import read_config
 from atp_tune.config.data import ImageSet
-from atp_tune.config.facts import _flat
 from atp_tune.config.prune import RecoverConfig
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile
 from atp_tune.errors import UserError
 from atp_tune.events import Place
+from atp_tune.folders import speed
 from atp_tune.folders.applying import config_of
 from atp_tune.folders.finetuning import FinetuningJob, read_items
+from atp_tune.folders.speed import find_pair, passing_pair
 from atp_tune.inputs import windows
 from atp_tune.run import session as contexts
 from atp_tune.run.dense_model import CalibrationGradients
 from atp_tune.run.session import Session, Setup
 from atp_tune.search.space import make_space
-from atp_tune.speed import torch_engine
-from atp_tune.speed.torch_engine import find_pair, passing_pair
+from atp_tune.storage.fingerprint import _flat
 from atp_tune.utils import cache as entries
 from atp_tune.utils.cache import FOLDERS, key
 
@@ -174,7 +174,7 @@ def of_training(file: StudyFile, context: Session) -> str:
 
 def of_sparse(file: StudyFile, context: Session) -> str:
     config = config_of(file, context, plan_of(file, context))
-    return torch_engine._cached(config, context.folder, Place(file.folder, file.study.device)).name
+    return speed._cached(config, context.folder, Place(file.folder, file.study.device)).name
 
 
 def plan_of(file: StudyFile, context: Session) -> Any:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from atp_tune.allocations.channels import BlockChannels, ChannelSet, rounded
 from atp_tune.blocks.channels import find_channels, too_sparse
-from atp_tune.config.patterns import make_plan, parse
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan, parse
 from atp_tune.errors import TrialError
 from atp_tune.pruners.selection import HessianAndMoments, channel_scores, refitted
 from atp_tune.pruners.settings import ChannelSettings

@@ -8,10 +8,9 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.testing.pytest_storages import StorageTestCase
 from pgserver import PostgreSQL
 
-from atp_tune.dashboard.servers import ServedDatabase, proxy
+from atp_tune.report.servers import ServedDatabase, proxy
 from atp_tune.storage.database import Database
-from atp_tune.storage.opening import Kind, open_database
-from atp_tune.storage.remote import connect
+from atp_tune.storage.opening import Kind, connect, open_database
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_optuna")]
 

@@ -21,8 +21,8 @@ from preloaded import add_trials
 from processes import at_end
 from tinystudy import HANGS, CommandLine, finish, hear, quiet, run, settings, start, wait_until
 
-from atp_tune.dashboard.publishing import study_note
-from atp_tune.dashboard.servers import Maintenance, ServedDatabase, make_view
+from atp_tune.report.publishing import study_note
+from atp_tune.report.servers import Maintenance, ServedDatabase, make_view
 from atp_tune.results.summary import summarise
 from atp_tune.storage import database, fingerprint, opening
 from atp_tune.storage.attributes import PREFIX

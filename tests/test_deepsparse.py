@@ -14,7 +14,7 @@ from expect import parametrize, slow
 from tinystudy import HANGS, CommandLine, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from atp_tune.speed.torch_engine import Workload
+from atp_tune.folders.speed import Workload
 from atp_tune.utils.system import cpu_flags
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "deepsparse" / "speed.py"

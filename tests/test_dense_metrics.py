@@ -11,7 +11,7 @@ from families import bench_of, few, random_ids, tiny
 
 from atp_tune.allocations import DenseMetricsProtocol
 from atp_tune.blocks import dense_metrics
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.run.session import Session
 
 FAMILIES = ["llama", "gpt2", "opt"]

@@ -18,8 +18,7 @@ import atp_tune
 from atp_tune.cli.application import app
 from atp_tune.config.finding import known
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import load
-from atp_tune.config.writing import choices
+from atp_tune.config.studyfile import choices, load
 
 README = REPO / "README.md"
 STUDIES = {path.stem for path in known()}

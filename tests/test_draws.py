@@ -16,13 +16,12 @@ from tinystudy import TOKENS, CommandLine, copied, copy_of, few_steps, run, sett
 
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.data import Calibration
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import TrialError
 from atp_tune.events import Event, Place, TrialStarted, ignore_events
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TokenWindows
-from atp_tune.inputs.windows import load_tokenizer, token_windows
+from atp_tune.inputs.windows import TokenWindows, load_tokenizer, token_windows
 from atp_tune.measures import perplexity
 from atp_tune.metrics import over_draws
 from atp_tune.plan import Plan

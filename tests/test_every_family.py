@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.errors import UserError
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"

@@ -6,9 +6,10 @@ from expect import parametrize, refusal
 from optuna.trial import TrialState, create_trial
 from synthetic import BLOCKS, BOUND, made_up, new_study
 
-from atp_tune import figures, report
-from atp_tune.figures import draw_history
-from atp_tune.figures.style import CYCLE
+from atp_tune import report
+from atp_tune.report import figures
+from atp_tune.report.figures import draw_history
+from atp_tune.report.style import CYCLE
 from atp_tune.results.summary import summarise
 from atp_tune.utils.extras import EXTRAS, install
 

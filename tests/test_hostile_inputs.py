@@ -37,8 +37,8 @@ from atp_tune.checkpoints.models import resolve
 from atp_tune.cli.application import MODEL, app
 from atp_tune.config import finding
 from atp_tune.config.study import ModelConfig
-from atp_tune.dashboard import servers
-from atp_tune.speed import benchmark, torch_engine
+from atp_tune.folders import speed
+from atp_tune.report import servers
 
 WRITES = os.environ.get("ATP_TUNE_WRITE_DOCS") == "1"
 EVERY = 1 if os.environ.get("ATP_TUNE_CASES") == "all" else 10  # inputs of which a command tries one
@@ -200,7 +200,7 @@ def short_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     """`speedup` measures two tokens after the prompt in the place of 32: how fast they come is not looked at here."""
-    monkeypatch.setattr(torch_engine, "Workload", partial(torch_engine.Workload, steps=2))
+    monkeypatch.setattr(speed, "Workload", partial(speed.Workload, steps=2))
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def begin() -> None:
         for name in ("evaluate", "generate"):
             once(Configuration, name, monkeypatch)
-        once(benchmark, "measure", monkeypatch)
+        once(speed, "measure", monkeypatch)
 
     return begin
 

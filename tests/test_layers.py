@@ -42,12 +42,9 @@ LAYERS = [
     "run",
     "results",
     "search",
-    "figures",
     "report",
-    "dashboard",
     "folders",
     "cost",
-    "speed",
     "api",
     "cli",
     "__main__",
@@ -76,7 +73,7 @@ def test_there_is_something_to_check() -> None:
         "atp_tune.search.objective",
         "atp_tune.pruners",
         "atp_tune.pruners.wanda",
-        "atp_tune.cli.commands.tune",
+        "atp_tune.cli.tune",
     ):
         assert name in FILES
 
@@ -226,15 +223,13 @@ LIGHT = [
     "api.environment",
     "errors",
     "events",
-    "figures",
     "report",
-    "dashboard",
     "results.status",
     "results.summary",
     "search.samplers",
     "search.space",
     "search.runner",
-    "dashboard.servers",
+    "report.servers",
     "folders.card",
     "folders.exporting",
     "folders.publishing",
@@ -244,13 +239,12 @@ LIGHT = [
     "metrics",
     "storage.opening",
     "storage.fingerprint",
-    "storage.remote",
     "storage.progress",
 ]
 
 
 def test_reports_and_exports_need_no_torch() -> None:
-    for name in [*(f"atp_tune.{name}" for name in LIGHT), *modules_of("cli", "figures", "report")]:
+    for name in [*(f"atp_tune.{name}" for name in LIGHT), *modules_of("cli", "report")]:
         assert not reached_libraries(name, {"torch", "transformers"}), name
 
 
@@ -261,7 +255,7 @@ HEAVY = {  # libraries whose import takes longer than all that `--help` needs
 
 
 def test_help_needs_no_library_but_its_own() -> None:
-    for name in ("atp_tune", "atp_tune.cli.application", "atp_tune.cli.commands", "atp_tune.__main__"):
+    for name in ("atp_tune", "atp_tune.cli.application", "atp_tune.cli.tune", "atp_tune.__main__"):
         assert name != "atp_tune.cli.application" or reached_libraries(name, {"typer"})  # or the search is broken
         assert not reached_libraries(name, HEAVY | {"pydantic", "rich"}), name
 
@@ -282,7 +276,7 @@ def test_a_study_file_is_read_without_torch() -> None:
     """Run, not read from the source: what is registered is imported by its name."""
     script = (
         "import sys\n"
-        "from atp_tune.config.facts import facts\n"
+        "from atp_tune.storage.fingerprint import facts\n"
         "from atp_tune.config.studyfile import from_settings, load, settings\n"
         "file = load('smol', ['prune.pruners=[\"wanda\", \"alps\"]', 'prune.alps.rho=1', 'allocation=owl'])\n"
         "assert from_settings(settings(file)).study == file.study\n"

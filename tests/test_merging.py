@@ -15,7 +15,7 @@ from tinystudy import CommandLine, run, stored
 
 from atp_tune.api import merging
 from atp_tune.api.merging import Share, merge
-from atp_tune.dashboard.servers import Maintenance
+from atp_tune.report.servers import Maintenance
 from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import summarise
 

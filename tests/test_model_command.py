@@ -20,13 +20,12 @@ from atp_tune.api.presets import (
     texts_of,
 )
 from atp_tune.checkpoints.models import resolve
-from atp_tune.cli.commands import tune
+from atp_tune.cli import tune
 from atp_tune.config.data import Text
 from atp_tune.config.prune import RecoverConfig
 from atp_tune.config.study import ModelConfig, Study
-from atp_tune.config.studyfile import StudyFile, load, tables
+from atp_tune.config.studyfile import StudyFile, load, tables, write_study
 from atp_tune.config.typed import WHOLE, goal, parse_limit, parse_sparsity
-from atp_tune.config.writing import write_study
 from atp_tune.inputs.sources import documents
 
 QUICK = ("--preset", "quick", "--trials", "2", "--set", "texts.calibration.draws=1")

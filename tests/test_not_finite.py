@@ -16,7 +16,7 @@ from atp_tune.blocks import gradients
 from atp_tune.blocks.gradients import BlockGradients, Sample
 from atp_tune.blocks.replay import AutoBatch
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.inputs.windows import TOKEN_WINDOWS
 from atp_tune.pruners.rounding import Grid
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.scores import next_token

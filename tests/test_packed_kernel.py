@@ -19,13 +19,13 @@ from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
 
-from atp_tune.packed import kernel, kernel_dense, library
+from atp_tune.packed import kernel
 from atp_tune.packed.kernel import BATCH, PackedMatrix, kernel_name, multiplies
 from atp_tune.utils import system
 
 TYPES = (*FLOATS, torch.int8)
 SHAPES = [(1, 1), (3, 7), (5, 31), (1, 33), (5, 64), (3, 576), (5, 1000), (150, 1000)]
-VARIANTS = [*library.variants(), "torch"]
+VARIANTS = [*kernel.variants(), "torch"]
 MANY = (9, 16, 40, 100, 128, 200, 390, 800)  # tokens, in every part of a tile and in several groups of tiles
 HERE = Path(__file__).parent
 SOURCE = Path(kernel.__file__).with_name("kernel.c")
@@ -34,7 +34,7 @@ SOURCE = Path(kernel.__file__).with_name("kernel.c")
 @pytest.fixture(autouse=True, scope="module")
 def compiled() -> None:
     """The library is beside its source after an editable install."""
-    if library.library() is None and "CI" not in os.environ:
+    if kernel.library() is None and "CI" not in os.environ:
         pytest.skip("not compiled; run: python hatch_build.py")
 
 
@@ -195,13 +195,13 @@ def test_the_variant_of_a_cpu(
     vendor: str, flags: str, name: str, by_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether many tokens in bfloat16 are left to torch, too."""
-    if library.library() is None or sys.platform != "linux" or "avx2" not in library.variants():
+    if kernel.library() is None or sys.platform != "linux" or "avx2" not in kernel.variants():
         pytest.skip("needs the library for x86")
-    fields = {"vendor_id": vendor, "flags": f"{' '.join(library._AVX512)} {flags}"}
+    fields = {"vendor_id": vendor, "flags": f"{' '.join(kernel._AVX512)} {flags}"}
     monkeypatch.setattr(system, "_cpuinfo", fields.get)
-    compiled = library._compiled() | 1 << library.VARIANTS["amx"]  # which the system may have refused here
-    monkeypatch.setattr(library, "_compiled", lambda: compiled)
-    assert library.variants.__wrapped__()[0] == name
+    compiled = kernel._compiled() | 1 << kernel.VARIANTS["amx"]  # which the system may have refused here
+    monkeypatch.setattr(kernel, "_compiled", lambda: compiled)
+    assert kernel.variants.__wrapped__()[0] == name
     monkeypatch.setattr(kernel, "torch_multiplies_bf16_fast", system.multiplies_bf16_fast)
     bf16, wide = torch.bfloat16, torch.float32
     assert multiplies(name, bf16, 100, bf16) is multiplies(name, bf16, 100, torch.int8) is not by_torch
@@ -214,8 +214,8 @@ def test_dense_weights(variant: str, guarded: Guarded) -> None:
         weight, bias = guarded.place(torch.randn(shape).to(dtype)), torch.randn(shape[0]).to(dtype)
         for tokens in (1, 2, 3, 4, 7, 8):
             x = torch.randn(1, tokens, shape[1]).to(dtype)
-            y, other = kernel_dense.linear(x, weight), kernel_dense.linear(x, weight, bias)
-            if variant not in kernel_dense.FASTER:
+            y, other = kernel.dense_linear(x, weight), kernel.dense_linear(x, weight, bias)
+            if variant not in kernel.FASTER:
                 assert y is None and other is None
                 continue
             assert y is not None and other is not None and y.shape == (1, tokens, shape[0]) and y.dtype == dtype
@@ -224,10 +224,10 @@ def test_dense_weights(variant: str, guarded: Guarded) -> None:
 
 
 def test_dense_weights_that_are_left_to_torch() -> None:
-    if kernel_name() not in kernel_dense.FASTER:
+    if kernel_name() not in kernel.FASTER:
         pytest.skip("needs a variant for dense weights")
     weight, x = torch.randn(6, 128), torch.randn(4, 128)
-    assert kernel_dense.linear(x, weight) is not None
+    assert kernel.dense_linear(x, weight) is not None
     for other, values in (
         (weight.half(), x.half()),
         (weight, x.bfloat16()),
@@ -241,8 +241,8 @@ def test_dense_weights_that_are_left_to_torch() -> None:
         (weight.as_subclass(Elsewhere), x),
         (weight, x.as_subclass(Elsewhere)),
     ):
-        assert kernel_dense.linear(values, other) is None
-    assert kernel_dense.linear(x, weight, torch.randn(6).half()) is None
+        assert kernel.dense_linear(values, other) is None
+    assert kernel.dense_linear(x, weight, torch.randn(6).half()) is None
 
 
 class Elsewhere(Tensor):
@@ -340,16 +340,16 @@ OTHERS = """
 import sys
 from pathlib import Path
 import torch
-from atp_tune.packed import library
-library.LIBRARY = Path(sys.argv[1])
-library._flags = lambda: frozenset().union(*library._NEEDS.values())
-library.system.is_amd = lambda: False  # whose CPUs have no tiles
+from atp_tune.packed import kernel
+kernel.LIBRARY = Path(sys.argv[1])
+kernel._flags = lambda: frozenset().union(*kernel._NEEDS.values())
+kernel.system.is_amd = lambda: False  # whose CPUs have no tiles
 from packedweights import FLOATS, Guarded, close, pack, sparse
-from atp_tune.packed import kernel_dense
+from atp_tune.packed import kernel
 from atp_tune.packed.kernel import PackedMatrix, multiplies
 guarded = Guarded()
 for variant in sys.argv[2:]:
-    assert variant in library.variants(), library.variants()
+    assert variant in kernel.variants(), kernel.variants()
     for shape in ((1, 1), (3, 7), (5, 31), (6, 64), (3, 100), (5, 384), (9, 576), (150, 1000)):
         for dtype in (*FLOATS, torch.int8):
             for density in (0.0, 0.05, 0.3, 1.0):
@@ -375,13 +375,13 @@ for variant in sys.argv[2:]:
                         assert not multiplies(variant, inputs, tokens, dtype)
                     else:
                         close(y, x, full)
-    library._chosen = lambda asked: variant
+    kernel._chosen = lambda asked: variant
     for dtype in (torch.bfloat16, torch.float32):
         weight = guarded.place(torch.randn(7, 192).to(dtype))
         for tokens in (1, 2, 4, 8):
             x = guarded.place(torch.randn(tokens, 192).to(dtype))
-            y = kernel_dense.linear(x, weight)
-            assert (y is None) == (variant not in kernel_dense.FASTER)
+            y = kernel.dense_linear(x, weight)
+            assert (y is None) == (variant not in kernel.FASTER)
             if y is not None:
                 close(y, x, weight)
 print("done")
@@ -399,7 +399,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
         pytest.skip("needs a C compiler")
     build(tmp_path / "checked.so", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     asan = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    names = [name for name in library.variants() if name in ("portable", "avx2", "neon")]
+    names = [name for name in kernel.variants() if name in ("portable", "avx2", "neon")]
     variables = {"LD_PRELOAD": asan.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
     done = python(OTHERS, tmp_path / "checked.so", *names, **variables)
     assert done.stdout == "done\n", done.stderr[-3000:]
@@ -409,7 +409,7 @@ def test_with_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIMDe")
 def test_avx512_emulated(tmp_path: Path) -> None:
     """Each instruction by SIMDe, a library of headers; the rounding of the bfloat16 dot product is its own."""
-    if "avx2" not in library.variants():
+    if "avx2" not in kernel.variants():
         pytest.skip("needs AVX2")
     if not Path("/usr/include/simde").is_dir() and "CI" not in os.environ:
         pytest.skip("needs libsimde-dev")

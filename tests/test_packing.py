@@ -34,6 +34,7 @@ from atp_tune.checkpoints.convert import ABOUT, unpack_folder
 from atp_tune.checkpoints.models import resolve
 from atp_tune.config.study import ModelConfig
 from atp_tune.folders.packing import pack_folder
+from atp_tune.packed import register
 from atp_tune.packed.layout import pack, zeros_of
 from atp_tune.packed.modeling_atp_sparse import (
     BITMASK,
@@ -42,7 +43,6 @@ from atp_tune.packed.modeling_atp_sparse import (
     SparseLinear,
     unpack,
 )
-from atp_tune.packed.registering import register
 from atp_tune.search.objective import Record
 
 REPO = Path(__file__).parents[1]

@@ -22,12 +22,11 @@ from atp_tune.blocks.verification import check_batch, verified
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.data import Text
-from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan
 from atp_tune.config.study import ModelConfig
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, _stacked, read_items, read_pairs
+from atp_tune.inputs.windows import TOKEN_WINDOWS, _stacked, read_items, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 

@@ -5,7 +5,7 @@ import pytest
 from expect import parametrize, refused
 
 from atp_tune.errors import UserError
-from atp_tune.utils.paths import check_free, check_writable, written
+from atp_tune.utils.system import check_free, check_writable, written
 
 
 def test_a_path_starts_at_its_base_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

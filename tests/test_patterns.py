@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from atp_tune.config.patterns import Pattern, parse
+from atp_tune.config.prune import Pattern, parse
 
 
 def test_names() -> None:

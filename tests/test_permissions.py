@@ -15,8 +15,8 @@ from test_trust import CODE, change
 from tinystudy import CommandLine
 
 import atp_tune
-from atp_tune.config.facts import facts
 from atp_tune.config.studyfile import load
+from atp_tune.storage.fingerprint import facts
 
 PLUGINS = ("--trust-plugins",)
 YAML = """\

@@ -6,7 +6,7 @@ from plans import linears_of, planned
 
 from atp_tune.allocations import ALLOCATIONS, Budget
 from atp_tune.allocations.budget import LinearSparsities, Shape
-from atp_tune.config.patterns import make_plan, parse
+from atp_tune.config.prune import make_plan, parse
 from atp_tune.plan import Plan
 
 

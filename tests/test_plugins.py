@@ -23,24 +23,22 @@ from torch import Tensor
 from atp_tune import plugins
 from atp_tune.allocations import ALLOCATIONS, Budget, CheckedAllocation, Shape, finished
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.facts import facts
 from atp_tune.config.plugged import named_in, plug_in, plug_in_config, records
 from atp_tune.config.prune import NLL_SHARES, PruneConfig
 from atp_tune.config.search import SAMPLERS
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import from_settings, load
+from atp_tune.config.studyfile import from_settings, load, study_text
 from atp_tune.config.studyfile import settings as settings_of
-from atp_tune.config.writing import study_text
 from atp_tune.errors import PluginError
 from atp_tune.inputs.sources import documents
 from atp_tune.pruners import PRUNERS, make_pruner
-from atp_tune.pruners.checked import CheckedPruner
+from atp_tune.pruners.selection import CheckedPruner
 from atp_tune.pruners.statistics import InputNorms
 from atp_tune.scores import SCORES
 from atp_tune.search.samplers import make_sampler
 from atp_tune.search.space import make_space
-from atp_tune.utils.frozen import STORED, SettingsTable
-from atp_tune.utils.registry import Origin, points_of
+from atp_tune.storage.fingerprint import facts
+from atp_tune.utils.registry import STORED, Origin, SettingsTable, points_of
 
 GUIDE = Path(__file__).parents[1] / "docs" / "plugins.md"
 GOLDEN = Path(__file__).parent / "golden" / "config.json"

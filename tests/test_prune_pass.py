@@ -30,8 +30,7 @@ from atp_tune.blocks.channels import ChannelPruner
 from atp_tune.blocks.prune_pass import PrunedBlock, advance, measure
 from atp_tune.blocks.replay import AutoBatch, Replay
 from atp_tune.checkpoints import devices
-from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan
 from atp_tune.plan import Plan
 from atp_tune.pruners.settings import SparseGPTSettings
 from atp_tune.pruners.statistics import Hessian, InputNorms

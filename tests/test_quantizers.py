@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from test_pruners import Problem, dtypes, hessian_of, norms_of, problem, problems, small, tied_problems
 
 from atp_tune.blocks.prune_pass import unmeasured
-from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import QuantizeConfig
+from atp_tune.config.prune import QuantizeConfig, make_plan
 from atp_tune.plan import Plan
 from atp_tune.pruners import QUANTIZERS
 from atp_tune.pruners.refinement import Treatment

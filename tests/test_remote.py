@@ -14,13 +14,13 @@ from optuna.storages import get_storage
 from optuna.trial import TrialState
 from tinystudy import HANGS, run, wait_until
 
-from atp_tune.dashboard.servers import ServedDatabase, proxy
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
-from atp_tune.storage import database, fingerprint, opening, process, progress, remote
+from atp_tune.report.servers import ServedDatabase, proxy
+from atp_tune.storage import database, fingerprint, opening, process, progress
+from atp_tune.storage.opening import connect
 from atp_tune.storage.process import identity
 from atp_tune.storage.progress import SAME
-from atp_tune.storage.remote import connect
 
 
 class Server:
@@ -54,7 +54,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST", 1)
+    monkeypatch.setattr(opening, "FIRST", 1)
     monkeypatch.setattr(database, "RETRY_PAUSES", (0.05,))
 
 

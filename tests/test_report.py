@@ -12,12 +12,12 @@ from synthetic import made_up, new_study
 
 from atp_tune import report
 from atp_tune.errors import UserError
-from atp_tune.report import formats, html
+from atp_tune.report import formats
 from atp_tune.report.contents import gather, toml
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-MAKERS = {"html": html.make, "md": formats.markdown, "json": formats.machine, "latex": formats.latex}
+MAKERS = {"html": formats.html, "md": formats.markdown, "json": formats.machine, "latex": formats.latex}
 
 
 pytestmark = pytest.mark.usefixtures("without_warnings")
@@ -36,7 +36,7 @@ def found(study: optuna.Study) -> optuna.Study:
 
 
 def page(*studies: optuna.Study) -> str:
-    return html.make([gather(study, NOW) for study in studies]).decode()
+    return formats.html([gather(study, NOW) for study in studies]).decode()
 
 
 class Page(HTMLParser):
@@ -132,8 +132,8 @@ def test_perplexities_of_different_texts_are_not_drawn_together() -> None:
     for study in studies:
         study.add_trials([made_up(0.0), made_up(0.006)])
     studies[1].set_user_attr("fingerprint", {"model.content": "ab" * 32, "texts.validation.content": "other"})
-    assert list(html.overlays([gather(study, NOW) for study in studies])) == ["sparsities"]
-    assert html.overlays([gather(studies[0], NOW)]) == {}
+    assert list(formats.overlays([gather(study, NOW) for study in studies])) == ["sparsities"]
+    assert formats.overlays([gather(studies[0], NOW)]) == {}
 
 
 # JSON, Markdown, LaTeX

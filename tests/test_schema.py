@@ -12,8 +12,7 @@ from tinystudy import HANGS, CommandLine
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import override, read
-from atp_tune.config.writing import SCHEMA, study_schema
+from atp_tune.config.studyfile import SCHEMA, override, read, study_schema
 from atp_tune.pruners import PRUNERS
 
 REPO = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from tinystudy import HANGS, CommandLine, finish, go_silent, run, start, wait_until
 
 from atp_tune.config.best import read_config
-from atp_tune.dashboard.servers import Served, Service, serve
+from atp_tune.report.servers import Served, Service, serve
 from atp_tune.storage import opening
 
 

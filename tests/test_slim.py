@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.patterns import make_plan, parse
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan, parse
 from atp_tune.events import Event, EventHandler, Message, ignore_events
 from atp_tune.folders import slim
 from atp_tune.folders.applying import OURS, plan_of, write_sparse

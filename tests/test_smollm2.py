@@ -20,7 +20,7 @@ from tinystudy import HANGS, finish, settings, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp_tune.blocks import prune_pass
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.config.studyfile import load
 from atp_tune.cost import probe
 from atp_tune.cost.planning import foresee

@@ -21,17 +21,15 @@ from transformers import (
 from atp_tune.api.pruning import prune_study
 from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
-from atp_tune.cli.commands.evaluate import rates_table
+from atp_tune.cli.evaluate import rates_table
 from atp_tune.config.best import read_config
 from atp_tune.events import ignore_events
-from atp_tune.folders import comparing
+from atp_tune.folders import comparing, speed
 from atp_tune.folders.comparing import pack_linears, packed_copy
+from atp_tune.folders.speed import About, Workload, in_format_of, measured
 from atp_tune.metrics import GRAPH, SIDES, Measured, Phase, Rates, Side, Sizes, Speed
 from atp_tune.packed.layout import Kind
 from atp_tune.run import observers
-from atp_tune.speed import torch_engine
-from atp_tune.speed.benchmark import in_format_of
-from atp_tune.speed.torch_engine import About, Workload, measured
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -192,7 +190,7 @@ class Fixed:
         self.engine.close()
 
 
-def decoders(dense: Any, kind: Kind = "same") -> tuple[torch_engine.Eager, Workload]:
+def decoders(dense: Any, kind: Kind = "same") -> tuple[speed.Eager, Workload]:
     """A model and its packed copy with half of its weights, decoded by torch's compiler too, on a CPU in one graph."""
     checkpoint = Checkpoint(copy.deepcopy(dense).requires_grad_(False), torch.device("cpu"))
     for index, linears in enumerate(checkpoint.linears):
@@ -200,10 +198,10 @@ def decoders(dense: Any, kind: Kind = "same") -> tuple[torch_engine.Eager, Workl
             checkpoint.weights(index)[linear.key][:, ::2] = 0
     assert pack_linears(checkpoint, kind)
     task = Workload(tokens=6, steps=4, runs=1, batch=2)
-    about = torch_engine.about_torch("packed", torch.float32, torch.device("cpu"))
+    about = speed.about_torch("packed", torch.float32, torch.device("cpu"))
     models = {"dense": dense, "sparse": checkpoint.model}
     ids = torch.randint(60, (2, 10), generator=torch.Generator().manual_seed(1))
-    return torch_engine.Eager(about, models, ids, task, {"backend": "aot_eager"}), task  # type: ignore[arg-type]
+    return speed.Eager(about, models, ids, task, {"backend": "aot_eager"}), task  # type: ignore[arg-type]
 
 
 @slow
@@ -229,7 +227,7 @@ def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatc
     pytest.importorskip("triton")
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     assert decoders(random_model())[0].phases == ("prefill", "decode", GRAPH)
-    monkeypatch.setitem(torch_engine.EXACT, torch.float32, -1.0)
+    monkeypatch.setitem(speed.EXACT, torch.float32, -1.0)
     assert decoders(random_model())[0].phases == ("prefill", "decode")
     assert "ValueError: with a static cache logits differ by " in caplog.messages[0]
 
@@ -240,20 +238,20 @@ def test_another_result_is_no_graph(caplog: pytest.LogCaptureFixture, monkeypatc
 def test_two_zeros_in_each_group_of_four_inputs() -> None:
     weight = torch.ones(3, 8)
     weight[:, ::2] = 0
-    torch_engine.check_groups("q_proj", weight)
+    speed.check_groups("q_proj", weight)
     weight[1, 0] = 1
     with refused("--engine semi-structured: q_proj is not 2:4 everywhere"):
-        torch_engine.check_groups("q_proj", weight)
+        speed.check_groups("q_proj", weight)
     weight[1, 1] = 0  # another of the same group
-    torch_engine.check_groups("q_proj", weight)
+    speed.check_groups("q_proj", weight)
     with refused("not 2:4"):
-        torch_engine.check_groups("q_proj", torch.zeros(2, 6))
+        speed.check_groups("q_proj", torch.zeros(2, 6))
 
 
 def test_other_linears_are_not_compressed() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     with refused(r"attn.c_attn is no nn.Linear, and torch.sparse compresses no other"):
-        torch_engine.compress(Checkpoint(model, torch.device("cpu")))
+        speed.compress(Checkpoint(model, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -270,7 +268,7 @@ def test_semi_structured_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
     with refused(r"of compute capability 8\.0 or above, AMD Instinct MI300X is none"):
-        torch_engine.check_semi_structured("2:4", torch.device("cuda", 0))
+        speed.check_semi_structured("2:4", torch.device("cuda", 0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

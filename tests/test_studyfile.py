@@ -9,12 +9,12 @@ from synthetic import storage_in
 
 from atp_tune.config import finding
 from atp_tune.config.data import LOCAL, text_name
-from atp_tune.config.facts import facts
 from atp_tune.config.finding import find, known
 from atp_tune.config.studyfile import (
     load,
 )
 from atp_tune.errors import UserError
+from atp_tune.storage.fingerprint import facts
 
 REPO = Path(__file__).parents[1]
 SHIPPED = sorted((REPO / "studies").rglob("*.toml"))

@@ -9,12 +9,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from atp_tune.measures import perplexity
-from atp_tune.report import formats, html
+from atp_tune.report import formats
 from atp_tune.report.contents import gather
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import status_of
-from atp_tune.results.summary import summarise
-from atp_tune.results.tables import kinds
+from atp_tune.results.summary import kinds, summarise
 
 DISTRIBUTIONS = {
     "pruner": CategoricalDistribution(("wanda", "magnitude")),
@@ -69,7 +68,7 @@ def test_test_perplexity_by_kind(study: optuna.Study) -> None:
     now = datetime(2026, 1, 2)
     row = "| wanda atp β=0.10000 | 3.21 (1.00×) | 15.64 (1.65×) |"
     contents = [gather(study, now)]
-    assert row in formats.markdown(contents).decode() and "25.79 (2.72×)" in html.make(contents).decode()
+    assert row in formats.markdown(contents).decode() and "25.79 (2.72×)" in formats.html(contents).decode()
     (made,) = json.loads(formats.machine(contents))["studies"]
     assert made["kinds"] == status_of(summary, now).model_dump(mode="json")["kinds"]
     assert [*made["kinds"]] == ["dense", "0", "1", "trained"]

@@ -16,13 +16,12 @@ from atp_tune.blocks.verification import verified_with_tower
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.models import ModelFolder
 from atp_tune.config.best import read_config
-from atp_tune.config.patterns import make_plan
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan
 from atp_tune.config.study import ModelConfig
 from atp_tune.errors import UserError
 from atp_tune.events import Place
 from atp_tune.inputs.items import Items
-from atp_tune.inputs.tokens import TOKEN_WINDOWS, has_text, read_pairs
+from atp_tune.inputs.windows import TOKEN_WINDOWS, has_text, read_pairs
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import SCORES
 

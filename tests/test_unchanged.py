@@ -98,7 +98,7 @@ def test_a_model_is_as_it_was_after_an_error_in_its_arguments(
     def refuse(*_: object) -> None:
         raise UserError("as windows that are too long")
 
-    monkeypatch.setattr("atp_tune.inputs.tokens.check_length", refuse)
+    monkeypatch.setattr("atp_tune.inputs.windows.check_length", refuse)
     model = in_training(make)
     before = state_of(model)
     with refused("too long"):

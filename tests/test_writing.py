@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atp_tune.config.study import Study
-from atp_tune.config.studyfile import load
-from atp_tune.config.writing import study_text, write_study
+from atp_tune.config.studyfile import load, study_text, write_study
 
 SHIPPED = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
 SETTINGS: dict[str, Any] = {

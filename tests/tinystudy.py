@@ -35,8 +35,8 @@ from atp_tune.blocks import replay
 from atp_tune.cli import main
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.studyfile import StudyFile, load
-from atp_tune.dashboard.publishing import publish
 from atp_tune.events import EventHandler, ignore_events
+from atp_tune.report.publishing import publish
 from atp_tune.search.runner import StudyRun, tune
 from atp_tune.storage import opening
 from atp_tune.storage.attributes import PREFIX

@@ -2,9 +2,9 @@
 
 from __future__ import annotations  # help() shows the types as they stand here
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from atp_tune.measures import Perplexity
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session, Setup
 from atp_tune.utils.cache import cache_dir, temporary_folder
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.system import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,7 +151,7 @@ def copied(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
         parameter = model.get_parameter(name)
         own = torch.empty_like(parameter).copy_(weight)
         known[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
-    found: PreTrainedModel = copy.deepcopy(model, known)
+    found: PreTrainedModel = deepcopy(model, known)
     return found
 
 
@@ -205,7 +205,7 @@ class Configuration:
         """
         from atp_tune.folders.packing import Codes, pack_folder, to_pack
         from atp_tune.folders.slim import SLIM, check_pattern
-        from atp_tune.utils.paths import check_free
+        from atp_tune.utils.system import check_free
 
         out = Path(folder).expanduser()
         with self._working() as place:

@@ -20,7 +20,7 @@ from atp_tune import __version__
 from atp_tune.config.manifest import INSTRUCTIONS
 from atp_tune.utils.cache import cache_root
 from atp_tune.utils.extras import EXTRAS
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 Found = TypeVar("Found")
 

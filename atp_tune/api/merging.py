@@ -26,11 +26,11 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.config.studyfile import absolute_storage
 from atp_tune.errors import UserError
-from atp_tune.storage import artifacts, fingerprint, opening, progress
+from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.attributes import TABLES, readable
 from atp_tune.storage.database import Database, without_password
 from atp_tune.utils.cache import rename_new, temporary_folder
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.system import check_writable
 
 Attributes: TypeAlias = dict[str, Any]
 NOTE = re.compile(r"dashboard:(\d+:)?note_(ver|str:\d+)")
@@ -137,7 +137,7 @@ def _open(places: Sequence[str], name: str | None) -> tuple[optuna.Study, list[S
 def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
     """The trial with new numbers in its attributes."""
     trial, user, system = copy(trial), dict(trial.user_attrs), dict(trial.system_attrs)
-    system = {key: value for key, value in system.items() if artifacts.is_kept(key, value)}
+    system = {key: value for key, value in system.items() if database.is_kept(key, value)}
     for attributes, key in ((user, "repeats"), (system, "failed_trial")):
         if attributes.get(key) in numbers:
             attributes[key] = numbers[attributes[key]]
@@ -150,7 +150,7 @@ def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
 
 
 def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
-    from atp_tune.dashboard.publishing import note_in, note_parts, own_words
+    from atp_tune.report.publishing import note_in, note_parts, own_words
 
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, Database)
@@ -167,18 +167,18 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], kept: Seq
             table |= {names[row]: value for row, value in stored.items() if row in names}
         # Attributes of the system, without invalid artifacts and those that `serve` makes anew.
         new_ids = {trial._trial_id: ids[share.numbers[trial.number]] for trial in share.trials}
-        anew = {of for of, file in artifacts.file_names(share.attrs).items() if file in artifacts.MADE_ANEW}
-        own = {key for key, value in share.attrs.items() if artifacts.is_kept(key, value)}
-        own = {key for key in own if artifacts.name_in(key) not in anew and not NOTE.fullmatch(key)}
+        anew = {of for of, file in database.file_names(share.attrs).items() if file in database.MADE_ANEW}
+        own = {key for key, value in share.attrs.items() if database.is_kept(key, value)}
+        own = {key for key in own if database.name_in(key) not in anew and not NOTE.fullmatch(key)}
         for key in own:
-            found = artifacts.OF_TRIAL.fullmatch(key)
+            found = database.OF_TRIAL.fullmatch(key)
             if found and int(found["trial"]) in new_ids:
                 system[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = share.attrs[key]
             elif not found:
                 system[key] = share.attrs[key]
         # Artifacts of the study and its trials, without links and invalid ids.
         named = chain(own, *(trial.system_attrs for trial in share.trials))
-        for file in filter(None, (artifacts.own_file(share.artifacts, artifacts.name_in(key)) for key in named)):
+        for file in filter(None, (database.own_file(share.artifacts, database.name_in(key)) for key in named)):
             files.mkdir(exist_ok=True)
             shutil.copyfile(file, files / file.name)
     user["total"] = max(sum(map(progress.counts, kept)), *(share.user.get("total", 0) for share in shares))

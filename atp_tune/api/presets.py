@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import KINDS, MANUAL, MEMORY, MIXED, Text, short_source
-from atp_tune.config.patterns import CHANNELS
+from atp_tune.config.prune import CHANNELS
 from atp_tune.config.study import ModelConfig, Study
+from atp_tune.config.studyfile import toml_value
 from atp_tune.config.typed import WHOLE as WHOLE_INTERVAL
 from atp_tune.config.typed import Interval, in_percent
-from atp_tune.config.writing import toml_value
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.measures import Limit
 from atp_tune.plan import percent

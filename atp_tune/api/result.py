@@ -16,9 +16,8 @@ from atp_tune.measures import PERPLEXITY, TEXTS
 from atp_tune.results.formatting import method_of, plan_of, remark_of, spent, texts_note
 from atp_tune.results.goals import Choice, chosen
 from atp_tune.results.results import DENSE, TRAINED, Model, allocation_of
-from atp_tune.results.stored import best_config, file_as_run, stored_study
-from atp_tune.results.summary import Summary, made_from, summarise
-from atp_tune.results.tables import overview
+from atp_tune.results.status import best_config, file_as_run, stored_study
+from atp_tune.results.summary import Summary, made_from, overview, summarise
 from atp_tune.storage import opening
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class Result:
         By default the points of a front, else perplexity against β or by trial. UserError for a figure that the study
         has no data for.
         """
-        from atp_tune.figures import draw
+        from atp_tune.report.figures import draw
 
         drawn = draw(self.summary)
         name = figure or self.summary.goal.figures[0]

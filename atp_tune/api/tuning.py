@@ -21,14 +21,14 @@ from atp_tune.config.prune import RecoverConfig, Recovered
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile, settings, tables
 from atp_tune.config.typed import goal
-from atp_tune.cost.remaining import foretold
+from atp_tune.cost.planning import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.metrics import AT_THE_END, Speed
 from atp_tune.results.annotations import store
 from atp_tune.results.goals import best_trial
 from atp_tune.results.results import uniform_of
-from atp_tune.results.stored import best_config
+from atp_tune.results.status import best_config
 from atp_tune.results.summary import summarise
 from atp_tune.search.final_scores import write_best
 from atp_tune.search.goals import goal_of
@@ -87,8 +87,7 @@ def _time(
     from atp_tune.checkpoints.devices import find_device, oom_as_user_error
     from atp_tune.folders.applying import plan_of
     from atp_tune.folders.comparing import is_fast, open_config
-    from atp_tune.speed.benchmark import measure_in_memory
-    from atp_tune.speed.torch_engine import Workload
+    from atp_tune.folders.speed import Workload, measure_in_memory
 
     try:
         with lent_as(config, lender, place) as there:
@@ -262,7 +261,7 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
 
     A complete study is returned at once. None if a pool ended before it began the study.
     """
-    from atp_tune.dashboard.publishing import publish
+    from atp_tune.report.publishing import publish
 
     run = replace(run, watch=foretold(run.watch), publisher=publish)
     study = finished_study(run)

@@ -38,8 +38,8 @@ from atp_tune.config.manifest import FileName
 from atp_tune.errors import UserError
 from atp_tune.events import Notify, silent
 from atp_tune.utils.cache import cache_dir, check_room, folder_atomically, keep, sha256_of, temporary_folder, write_out
-from atp_tune.utils.frozen import FrozenModel
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.registry import FrozenModel
+from atp_tune.utils.system import check_writable
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The commands and their options, from what typer reads in the functions of `cli/commands`."""
+"""The commands and their options, from what typer reads in the functions of `cli`."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from atp_tune.cli.commands import apply, evaluate, serve, studies, tune
+from atp_tune.cli import apply, evaluate, serve, studies, tune
 from atp_tune.cli.options import UsageError, expanded, rejoin
 from atp_tune.config.finding import known
 from atp_tune.errors import UserError

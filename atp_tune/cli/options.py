@@ -191,7 +191,7 @@ class BestOptions(Permissions):
     def best(self, config: Path | None = None, set_: list[str] | None = None) -> Best:
         """The configuration in a file, or else of the best trial of the study."""
         from atp_tune.config.best import read_config
-        from atp_tune.results.stored import best_config, file_as_run, stored_study
+        from atp_tune.results.status import best_config, file_as_run, stored_study
 
         if config is not None:
             return Best(read_config(config), config, self.allowed, self.device or "auto", self.storage)
@@ -243,7 +243,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
     A second completion, if only a made-up one, keeps bash from adding a space after `=`.
     """
-    from atp_tune.config.writing import choices
+    from atp_tune.config.studyfile import choices
 
     found, key = choices(), os.environ.get(KEY, "")
     if key:  # bash completes what comes after `=` as a word of its own

@@ -58,7 +58,7 @@ def run_on_ray(job: WorkerJob, display: Display, count: int | None, address: str
         news = _NEWS.options(scheduling_strategy=here).remote()
         job = replace(job, file=_for_travel(job.file))
         workers: list[RayWorker] = [RayWorker(index, display, job, kind, news) for index in range(count)]
-        supervise(workers, lambda alive: _listen(alive, workers, news))
+        supervise(workers, lambda alive: _listen_to_actors(alive, workers, news))
     finally:
         ray.shutdown()
 
@@ -87,7 +87,7 @@ def _for_travel(file: StudyFile) -> StudyFile:
     return replace(file, path=file.path.absolute(), study=study)
 
 
-def _listen(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: Any) -> None:
+def _listen_to_actors(alive: "Sequence[RayWorker]", workers: "Sequence[RayWorker]", news: Any) -> None:
     """Shows new events, then handles workers that have ended."""
     by_task = {worker.task: worker for worker in alive}
     ended, _ = ray.wait(list(by_task), timeout=POLL)

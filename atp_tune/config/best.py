@@ -34,7 +34,7 @@ from atp_tune.measures import MEASURES, PERPLEXITY, TEXTS, Estimate, Measure, Ro
 from atp_tune.metrics import Continuations, OverDraws, Speed
 from atp_tune.plan import Plan, Share
 from atp_tune.utils.cache import write_out
-from atp_tune.utils.frozen import STORED, FrozenModel
+from atp_tune.utils.registry import STORED, FrozenModel
 
 FORMAT: Literal["atp_tune.config/4"] = "atp_tune.config/4"
 OLDER = tuple(f"atp_tune.config/{number}" for number in (1, 2, 3))

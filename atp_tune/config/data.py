@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
 from atp_tune.plan import Share
-from atp_tune.utils.frozen import SettingsTable
+from atp_tune.utils.registry import SettingsTable
 
 MANUAL = "package:pydoc_data.topics:topics"  # in every Python: a part of its manual
 MIXED = "mixed"

@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from atp_tune.errors import UserError, did_you_mean
-from atp_tune.utils.paths import is_special
+from atp_tune.utils.system import is_special
 
 HERE = Path("studies")
 PACKAGE = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from atp_tune import __version__
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "optuna")

@@ -25,9 +25,8 @@ from atp_tune.errors import UserError
 from atp_tune.plugins import ASK, REGISTRIES, content_of, digest, file_of, is_place, load, registry, short_name
 from atp_tune.pruners import PRUNERS, QUANTIZERS, SETTINGS
 from atp_tune.utils.cache import sha256_of_json
-from atp_tune.utils.frozen import FrozenModel, relocated
-from atp_tune.utils.paths import written
-from atp_tune.utils.registry import Origin, Registry
+from atp_tune.utils.registry import FrozenModel, Origin, Registry, relocated
+from atp_tune.utils.system import written
 
 if TYPE_CHECKING:
     from atp_tune.config.best import Config

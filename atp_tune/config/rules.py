@@ -9,8 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from atp_tune.config.data import CLASSES, Text
-from atp_tune.config.patterns import parse
-from atp_tune.config.prune import OF_ZEROS, PER_LINEAR, QuantizeConfig
+from atp_tune.config.prune import OF_ZEROS, PER_LINEAR, QuantizeConfig, parse
 from atp_tune.config.search import ACCURACY, NEXT_TOKEN, STEP
 
 if TYPE_CHECKING:

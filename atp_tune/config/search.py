@@ -8,8 +8,7 @@ from atp_tune.config.prune import check_names
 from atp_tune.measures import Limit
 from atp_tune.plan import Share
 from atp_tune.plugins import IN_SCHEMA
-from atp_tune.utils.frozen import OneOf, SettingsTable
-from atp_tune.utils.registry import Registry
+from atp_tune.utils.registry import OneOf, Registry, SettingsTable
 
 Objective = Literal["perplexity", "kl", "accuracy"]
 MIN = Field(min_length=1)
@@ -36,7 +35,7 @@ SCORES = Registry[Any](  # objects of type `scores.Score`
     "score",
     {NEXT_TOKEN: "atp_tune.scores.next_token:NEXT_TOKEN", "classes": "atp_tune.scores.classes:CLASSES"},
     "atp_tune.scores",
-    "atp_tune.scores.checked:finished",
+    "atp_tune.scores.next_token:finished",
 )
 
 

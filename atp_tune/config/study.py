@@ -17,7 +17,7 @@ from atp_tune.config.prune import PruneConfig, QuantizeConfig, RecoverConfig, Tr
 from atp_tune.config.rules import check_together
 from atp_tune.config.search import DENSITY, LimitConfig, SearchConfig
 from atp_tune.plugins import IN_SCHEMA, short_name
-from atp_tune.utils.frozen import OneOf, SettingsTable
+from atp_tune.utils.registry import OneOf, SettingsTable
 
 BY_GRADIENT_ROWS = "gradient-rows"  # the allocation that has offsets of rows
 

@@ -22,7 +22,7 @@ from atp_tune.checkpoints.files import Free, ModelSizes, Offload, states
 from atp_tune.config.prune import FEWEST
 from atp_tune.config.study import Study
 from atp_tune.metrics import PROMPTS, RUNS, STEPS, TOKENS
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 # --- The memory of a study: peak bytes on host and device, and which of them do not fit. Needs no torch.
 

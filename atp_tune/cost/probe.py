@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atp_tune.blocks.prune_pass import Pass, advance, embed, entering, wait_for
 from atp_tune.checkpoints.devices import peak_memory, reset_peak_memory
-from atp_tune.config.patterns import make_plan
+from atp_tune.config.prune import make_plan
 from atp_tune.cost.forecast import ProbeRates, PrunerRate
 from atp_tune.inputs import Batch
 from atp_tune.run.session import Session

@@ -35,7 +35,7 @@ from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session, Setup
 from atp_tune.scores import Scores
 from atp_tune.utils.cache import folder_atomically, versions
-from atp_tune.utils.paths import check_free, check_writable
+from atp_tune.utils.system import check_free, check_writable
 
 OnGone = Callable[[int, Mapping[str, Tensor]], None]  # index of a block, and its channels that are gone, by reader
 Write = Callable[..., None]  # of context, plan, folder and configuration, as `write_sparse`

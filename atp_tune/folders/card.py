@@ -25,8 +25,7 @@ from atp_tune.checkpoints.files import Table, config_in, is_slim
 from atp_tune.config.best import Baseline, Config, read_config
 from atp_tune.config.data import ImageSet, Text, is_local_text, short_source, text_name
 from atp_tune.config.manifest import Manifest, environment, sha256_by_name
-from atp_tune.config.patterns import parse
-from atp_tune.config.prune import UPDATING, Training
+from atp_tune.config.prune import UPDATING, Training, parse
 from atp_tune.config.study import Data
 from atp_tune.errors import UserError
 from atp_tune.inputs.sources import hub_arguments
@@ -37,8 +36,8 @@ from atp_tune.report.formats import escaped, fenced
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.results.results import NOTHING
 from atp_tune.utils.cache import write_out
-from atp_tune.utils.frozen import FrozenModel
-from atp_tune.utils.paths import written
+from atp_tune.utils.registry import FrozenModel
+from atp_tune.utils.system import written
 
 # --- The files beside the weights of a sparse checkpoint that say how it was pruned and fine-tuned.
 

@@ -26,8 +26,7 @@ from atp_tune.checkpoints.devices import device_name, find_device, find_dtype, i
 from atp_tune.checkpoints.models import ModelFolder, resolve
 from atp_tune.config.best import SHARES, Config, TaskScores, ZeroShot, read_config
 from atp_tune.config.data import CLASSES, ImageSet
-from atp_tune.config.patterns import make_plan, parse
-from atp_tune.config.prune import PruneConfig
+from atp_tune.config.prune import PruneConfig, make_plan, parse
 from atp_tune.config.study import Data, ModelConfig, of_model
 from atp_tune.errors import UserError
 from atp_tune.events import Place, TrialStarted
@@ -49,7 +48,7 @@ from atp_tune.run.observers import Kept, Prompts, RoleScores, TaskResults, check
 from atp_tune.run.session import Session, Setup
 from atp_tune.utils.cache import versions
 from atp_tune.utils.extras import require
-from atp_tune.utils.frozen import FrozenModel
+from atp_tune.utils.registry import FrozenModel
 
 TASKS = ("zero-shot",)  # the default of --tasks, which are of texts
 METRIC = "acc"  # as lm-eval calls it
@@ -148,7 +147,7 @@ def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | Ro
         return RoleScores("test")
     require("eval", "evaluate")
     find_device(place.device)
-    from atp_tune.scores.tasks import find_tasks
+    from atp_tune.scores.classes import find_tasks
 
     place.note("reading the tasks")
     found = find_tasks(asked.tasks, place.watch, images=True)

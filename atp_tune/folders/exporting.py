@@ -37,8 +37,7 @@ import yaml
 from atp_tune.checkpoints.files import Table
 from atp_tune.config.best import Config
 from atp_tune.config.data import Text
-from atp_tune.config.patterns import parse
-from atp_tune.config.prune import QuantizeConfig
+from atp_tune.config.prune import QuantizeConfig, parse
 from atp_tune.config.typed import block_name
 from atp_tune.errors import UserError
 from atp_tune.utils.cache import write_out

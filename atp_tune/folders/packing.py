@@ -64,7 +64,7 @@ from atp_tune.packed.modeling_atp_sparse import (
 from atp_tune.pruners.rounding import Grid
 from atp_tune.run.session import Setup
 from atp_tune.utils.cache import sha256_of, temporary_folder
-from atp_tune.utils.paths import check_free
+from atp_tune.utils.system import check_free
 
 # --- Codes of rounded weights on their way from the pass over the blocks to a packed folder.
 #

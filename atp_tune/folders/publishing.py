@@ -22,13 +22,13 @@ from atp_tune.checkpoints.convert import one_line
 from atp_tune.checkpoints.files import WEIGHTS
 from atp_tune.config.best import Config, read_config
 from atp_tune.config.data import is_local_text, text_name
-from atp_tune.config.facts import is_local
 from atp_tune.config.manifest import Environment, Manifest, digest, environment
 from atp_tune.config.plugged import parts_of
 from atp_tune.errors import UserError
 from atp_tune.folders.card import ABOUT, CARD, DESCRIPTIONS, FINETUNED, stored_manifest
 from atp_tune.plugins import digest as digest_of
 from atp_tune.plugins import is_place
+from atp_tune.storage.fingerprint import is_local
 from atp_tune.utils.cache import temporary_folder
 
 # --- Uploads a sparse checkpoint to the Hugging Face hub, with the login that the hub's own tools keep.

@@ -27,7 +27,7 @@ from atp_tune.checkpoints.convert import one_line, quiet
 from atp_tune.checkpoints.devices import device_name, free_memory, host_memory
 from atp_tune.checkpoints.files import CODE, FITS, Table, is_slim, read_header, read_table, write_table
 from atp_tune.config.best import Config, read_config
-from atp_tune.config.patterns import parse
+from atp_tune.config.prune import parse
 from atp_tune.errors import UserError
 from atp_tune.events import Message, TrialStarted
 from atp_tune.folders.applying import (
@@ -47,7 +47,7 @@ from atp_tune.packed.modeling_atp_sparse import SLIM as MODEL_TYPE
 from atp_tune.plan import Plan
 from atp_tune.run.session import Session
 from atp_tune.utils.cache import temporary_folder
-from atp_tune.utils.paths import check_free
+from atp_tune.utils.system import check_free
 
 # --- Compares a slim model with the masked one, which has zeros in the place of the channels that are gone.
 #

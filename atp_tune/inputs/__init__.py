@@ -76,5 +76,5 @@ def cut_draws(whole: "Items", count: int, nsamples: int, stride: int, pool: int)
 
 KINDS = Registry[InputKind](
     "kind of input",
-    {"tokens": "atp_tune.inputs.tokens:TOKEN_WINDOWS", "images": "atp_tune.inputs.images:LABELLED_IMAGES"},
+    {"tokens": "atp_tune.inputs.windows:TOKEN_WINDOWS", "images": "atp_tune.inputs.images:LABELLED_IMAGES"},
 )

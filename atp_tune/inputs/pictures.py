@@ -26,7 +26,7 @@ from atp_tune.config.data import ImageSet
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.utils.cache import cache_dir, file_atomically, key, sha256_of, version_of
 from atp_tune.utils.extras import require
-from atp_tune.utils.paths import is_special, written
+from atp_tune.utils.system import is_special, written
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of `SUFFIXES`: others start programs, such as EPS
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")

@@ -18,8 +18,8 @@ from atp_tune.config.plugged import parts_of
 from atp_tune.errors import PluginError, UserError, is_text
 from atp_tune.plugins import digest, guarded, short_name
 from atp_tune.utils.cache import sha256_of, sha256_of_json
-from atp_tune.utils.paths import written
 from atp_tune.utils.registry import Origin, Registry
+from atp_tune.utils.system import written
 
 C4_FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",  # the file that Wanda and SparseGPT read

@@ -38,7 +38,7 @@ try:
     from atp_tune.packed import kernel
 
     kernel.check_interface(5)
-    from atp_tune.packed import gpu, kernel_dense
+    from atp_tune.packed import gpu, kernel
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
@@ -379,7 +379,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x [..., in] to y [..., out]."""
-        y = None if kernel is None else kernel_dense.linear(x, self.weight, self.bias)
+        y = None if kernel is None else kernel.dense_linear(x, self.weight, self.bias)
         return super().forward(x) if y is None else y
 
 

@@ -8,8 +8,7 @@ what comes out are the values, as floats.
 
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from atp_tune.utils.frozen import SettingsTable
-from atp_tune.utils.registry import Registry
+from atp_tune.utils.registry import Registry, SettingsTable
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +118,7 @@ def make_pruner(
     if origin is None:
         pruner: Pruner = kind(**settings or {})
     else:
-        from atp_tune.pruners.checked import CheckedPruner
+        from atp_tune.pruners.selection import CheckedPruner
 
         pruner = CheckedPruner.of(kind, origin, settings or {})
     if not refine and quantizer is None:

@@ -5,8 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from atp_tune.errors import UserError
-from atp_tune.utils.frozen import SettingsTable
-from atp_tune.utils.registry import Origin
+from atp_tune.utils.registry import Origin, SettingsTable
 
 
 class WandaSettings(SettingsTable):

@@ -30,7 +30,7 @@ from atp_tune.pruners import Statistics
 from atp_tune.pruners.selection import lowest_in_matrix, lowest_in_rows, order_in_rows, zeroed, zeros_in_row
 from atp_tune.pruners.settings import WandaSettings
 from atp_tune.pruners.statistics import InputNorms
-from atp_tune.utils.frozen import SettingsTable
+from atp_tune.utils.registry import SettingsTable
 
 # --- Magnitude pruning: zeroes the smallest |W_ij| of a linear; needs no inputs.
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from atp_tune import figures
 from atp_tune.errors import UserError
-from atp_tune.report import formats, html
+from atp_tune.report import figures, formats
 from atp_tune.report.contents import Contents
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.extras import install, require
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.system import check_writable
 
 # --- Several figures in one picture, rendered by Chrome or Chromium through kaleido.
 
@@ -124,7 +123,7 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
 
 
 FORMATS: dict[str, tuple[str, Callable[[Sequence[Contents]], bytes]]] = {  # ending and maker
-    "html": (".html", html.make),
+    "html": (".html", formats.html),
     "md": (".md", formats.markdown),
     "json": (".json", formats.machine),
     "png": (".png", make_picture),

@@ -23,8 +23,7 @@ from atp_tune.measures import Gain, Role, TaskScore
 from atp_tune.metrics import Continuations, Speed, spread
 from atp_tune.results.formatting import duration, errors_of, in_one_line, spent, study_remarks, texts_note
 from atp_tune.results.results import DENSE, NOTHING
-from atp_tune.results.summary import Summary, summarise
-from atp_tune.results.tables import Table
+from atp_tune.results.summary import Summary, Table, summarise
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.progress import is_given_up, is_lost, ranked, values_of
 from atp_tune.utils.extras import as_typed

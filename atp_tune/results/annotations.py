@@ -24,7 +24,7 @@ from atp_tune.plan import Plan
 from atp_tune.storage import opening
 from atp_tune.storage.database import without_password
 from atp_tune.utils.cache import alone_with, write_atomically
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.system import check_writable
 
 Key = Literal["zero_shot", "speed", "continuations", "recovered"]
 KINDS: dict[Key, TypeAdapter[Any]] = {

@@ -29,10 +29,8 @@ from atp_tune.checkpoints.devices import find_device, oom_as_user_error, other_p
 from atp_tune.checkpoints.models import Ask, ModelFolder, resolve
 from atp_tune.config.best import Config
 from atp_tune.config.data import CLASSES, IMAGES, Text
-from atp_tune.config.facts import BOS
-from atp_tune.config.patterns import Pattern, parse
 from atp_tune.config.plugged import plug_in_config
-from atp_tune.config.prune import PruneConfig, QuantizeConfig, Treatments
+from atp_tune.config.prune import Pattern, PruneConfig, QuantizeConfig, Treatments, parse
 from atp_tune.config.study import Data, ModelConfig, Study
 from atp_tune.config.typed import Interval
 from atp_tune.events import Event, EventHandler, Message, Place, Step, TrialStarted, ignore_events
@@ -57,6 +55,7 @@ from atp_tune.run.dense_model import (
 )
 from atp_tune.scores import SCORES, Score
 from atp_tune.scores.next_token import compare_bos
+from atp_tune.storage.fingerprint import BOS
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import Observer

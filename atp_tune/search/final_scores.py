@@ -21,7 +21,7 @@ from atp_tune.metrics import NAMES, PROMPTS
 from atp_tune.results.annotations import Key, answers_of, attached, store
 from atp_tune.results.goals import best_trial, goal_in
 from atp_tune.results.results import allocation_of, is_uniform, uniform_of
-from atp_tune.results.stored import best_config
+from atp_tune.results.status import best_config
 from atp_tune.results.summary import fits_anew, undrawn, unreported
 from atp_tune.search.space import Space
 from atp_tune.search.trial_loop import POLL

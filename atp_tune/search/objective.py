@@ -31,7 +31,7 @@ from atp_tune.measures import PERPLEXITY as MEASURE
 from atp_tune.packed.layout import matrix_bytes
 from atp_tune.plan import Plan
 from atp_tune.results.goals import best_trial
-from atp_tune.results.stored import measured_columns
+from atp_tune.results.status import measured_columns
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores

@@ -13,7 +13,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
-from atp_tune.config.facts import facts
 from atp_tune.config.plugged import records
 from atp_tune.config.search import ScreenConfig
 from atp_tune.config.studyfile import TRIALS, StudyFile, settings
@@ -21,7 +20,7 @@ from atp_tune.errors import UserError, printable
 from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import perplexity
 from atp_tune.results.goals import best_trial
-from atp_tune.results.stored import facts_of
+from atp_tune.results.status import facts_of
 from atp_tune.results.summary import made_from, undrawn, unreported
 from atp_tune.search.final_scores import report, write_best
 from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
@@ -29,10 +28,10 @@ from atp_tune.search.samplers import make_stopper
 from atp_tune.search.trial_loop import recover_lost, run_trials
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.database import reason_of
-from atp_tune.storage.fingerprint import SUFFIX, is_screening
+from atp_tune.storage.fingerprint import SUFFIX, facts, is_screening
 from atp_tune.storage.process import Trace
 from atp_tune.utils.cache import cache_dir, check_room, versions
-from atp_tune.utils.paths import check_writable
+from atp_tune.utils.system import check_writable
 
 if TYPE_CHECKING:
     from atp_tune.run.observers import TaskResults

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
-from atp_tune.config.patterns import Pattern, make_plan, parse
+from atp_tune.config.prune import Pattern, make_plan, parse
 from atp_tune.config.search import STEP
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError

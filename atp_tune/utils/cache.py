@@ -31,7 +31,7 @@ import psutil
 
 from atp_tune import __version__
 from atp_tune.errors import UserError
-from atp_tune.utils.paths import check_writable, is_special
+from atp_tune.utils.system import check_writable, is_special
 
 POLL = 1  # seconds between looks at what another process makes
 HASHED_AT_ONCE = 4  # files

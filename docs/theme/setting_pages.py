@@ -1,13 +1,13 @@
 """The page of settings: every key of a study file with its type, default and meaning, from the JSON schema.
 
-`atp_tune.config.writing` makes the schema from the pydantic models; nothing here names a key.
+`atp_tune.config.studyfile` makes the schema from the pydantic models; nothing here names a key.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from atp_tune.config.writing import study_schema
+from atp_tune.config.studyfile import study_schema
 
 HEAD = """# Settings
 

@@ -22,15 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atp_tune.cli.commands.evaluate import rates_table, summary_of
 from atp_tune.cli.display import Display
+from atp_tune.cli.evaluate import rates_table, summary_of
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.best import read_config
 from atp_tune.errors import UserError
 from atp_tune.events import EventHandler, Message, Place, Step
+from atp_tune.folders.speed import (
+    About,
+    Pair,
+    Workload,
+    about,
+    check_positions,
+    dtypes,
+    find_pair,
+    measured,
+    opened,
+    random_ids,
+)
 from atp_tune.metrics import SIDES, Phase, Side, Sizes, Speed
-from atp_tune.speed.benchmark import check_positions
-from atp_tune.speed.torch_engine import About, Pair, Workload, about, dtypes, find_pair, measured, opened, random_ids
 from atp_tune.utils.cache import cache_dir, folder_atomically, temporary_folder
 from atp_tune.utils.system import cpu_flags, cpu_name
 

@@ -18,7 +18,7 @@ from atp_tune.checkpoints import devices
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.devices import free_memory
 from atp_tune.errors import TrialError
-from atp_tune.inputs.tokens import TOKEN_WINDOWS
+from atp_tune.inputs.windows import TOKEN_WINDOWS
 
 pytestmark = pytest.mark.gpu
 

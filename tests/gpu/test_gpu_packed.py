@@ -13,12 +13,12 @@ from tinystudy import quiet
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from atp_tune.folders import speed
 from atp_tune.folders.packing import pack_folder
+from atp_tune.folders.speed import Workload
 from atp_tune.metrics import GRAPH, SIDES
 from atp_tune.packed import gpu, kernel
 from atp_tune.packed.kernel import kernel_name
-from atp_tune.speed import torch_engine
-from atp_tune.speed.torch_engine import Workload
 
 pytestmark = pytest.mark.gpu
 
@@ -94,9 +94,9 @@ def test_a_token_in_a_cuda_graph(device: torch.device, folders: tuple[Path, Path
         pytest.skip("needs a kernel")
     dense, sparse = (AutoModelForCausalLM.from_pretrained(folder).to(device).eval() for folder in folders)
     models: Any = {"dense": dense, "sparse": sparse}
-    compiler: Any = torch_engine.COMPILER if device.type == "cuda" else {"backend": "aot_eager"}
-    about = torch_engine.about_torch("packed", torch.bfloat16, device)
+    compiler: Any = speed.COMPILER if device.type == "cuda" else {"backend": "aot_eager"}
+    about = speed.about_torch("packed", torch.bfloat16, device)
     ids = torch.randint(VOCABULARY, (1, 12), device=device)
-    with quiet(), closing(torch_engine.Eager(about, models, ids, Workload(tokens=8, steps=4), compiler)) as engine:
+    with quiet(), closing(speed.Eager(about, models, ids, Workload(tokens=8, steps=4), compiler)) as engine:
         assert engine.phases[-1] == GRAPH
         assert all(engine.seconds(side, GRAPH) > 0 for side in SIDES)

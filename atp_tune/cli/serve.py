@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import optuna
 
     from atp_tune.config.best import Config
-    from atp_tune.dashboard.servers import Served, Service
+    from atp_tune.report.servers import Served, Service
 
 
 def serve(
@@ -40,8 +40,8 @@ def serve(
         artifacts DIR: Folder of the dashboard's files; default: beside the database.
     """
     from atp_tune.cli.terminal import STOPS, quiet
-    from atp_tune.dashboard.servers import choose
-    from atp_tune.dashboard.servers import serve as answer
+    from atp_tune.report.servers import choose
+    from atp_tune.report.servers import serve as answer
 
     service = choose(study, storage, listen, port, grpc_port, artifacts)
     told: list[int] = []
@@ -57,7 +57,7 @@ def serve(
 
 def _show(service: "Service", served: "Served") -> None:
     """Prints which studies are served, the dashboard's address, and the command by which workers join."""
-    from atp_tune.dashboard.servers import host_of, is_loopback
+    from atp_tune.report.servers import host_of, is_loopback
     from atp_tune.storage.database import without_password
 
     names = served.studies if len(served.studies) <= 5 else [*served.studies[:4], f"… {len(served.studies)} studies"]
@@ -157,8 +157,8 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
     summary = summarise(study)
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
-    from atp_tune.cli.tables import drawn
-    from atp_tune.results.tables import overview
+    from atp_tune.cli.display import drawn
+    from atp_tune.results.summary import overview
 
     made = overview(summary)
     rows = [[str(row or ""), *cells] for row, cells in enumerate(made.rows)]
@@ -222,9 +222,9 @@ def export(
     from atp_tune.config.best import read_config
     from atp_tune.errors import printable
     from atp_tune.folders.exporting import FORMATS, write
-    from atp_tune.results.stored import best_config, file_as_run, stored_study
+    from atp_tune.results.status import best_config, file_as_run, stored_study
     from atp_tune.utils.cache import alone_with
-    from atp_tune.utils.paths import format_of
+    from atp_tune.utils.system import format_of
 
     if (study is None) == (config is None):
         raise wrong("--study", "give either --study NAME or --config FILE")

@@ -114,7 +114,7 @@ def generate(
     """
     options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
-    from atp_tune.cli.tables import show_continuations
+    from atp_tune.cli.display import show_continuations
     from atp_tune.metrics import PROMPTS
     from atp_tune.results.annotations import attach, check
     from atp_tune.results.status import to_json
@@ -247,18 +247,17 @@ def speedup(
         raise wrong("--config", "give one of DIR, --config FILE and --study NAME")
     if batch > 1 and options.study is not None:
         raise wrong("--batch", "not with --study, whose points are compared at one")
-    from atp_tune.cli.tables import show_summary
+    from atp_tune.cli.display import show_summary
     from atp_tune.config.best import read_config
     from atp_tune.config.data import CLASSES
     from atp_tune.events import Message, Place
     from atp_tune.plan import percent
 
     with working() as watch:
+        from atp_tune.folders.speed import Workload, about, check, default_engine, find_pair, measure, passing_pair
         from atp_tune.results import annotations
-        from atp_tune.results.stored import best_config, file_as_run, stored_study
+        from atp_tune.results.status import best_config, file_as_run, stored_study
         from atp_tune.results.summary import summarise
-        from atp_tune.speed.benchmark import check, default_engine, measure
-        from atp_tune.speed.torch_engine import Workload, about, find_pair, passing_pair
 
         # What is measured, and what computes it.
         place = options.device or "auto"

@@ -15,7 +15,9 @@ from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import Budget
 from atp_tune.allocations.formulas import atp
-from atp_tune.figures.style import (
+from atp_tune.measures import KL, PERPLEXITY
+from atp_tune.plan import method_in, percent
+from atp_tune.report.style import (
     BEST,
     CYCLE,
     DASHES,
@@ -36,8 +38,6 @@ from atp_tune.figures.style import (
     role,
     rounded,
 )
-from atp_tune.measures import KL, PERPLEXITY
-from atp_tune.plan import method_in, percent
 from atp_tune.results.formatting import spent
 from atp_tune.results.results import is_uniform, levels_of
 from atp_tune.results.summary import Summary

@@ -135,7 +135,7 @@ def schema() -> None:
 
     Example: `python tune.py schema > study.schema.json`
     """
-    from atp_tune.config.writing import schema_text
+    from atp_tune.config.studyfile import schema_text
 
     print(schema_text(), end="")
 
@@ -228,10 +228,9 @@ def status(
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
-    from atp_tune.cli.tables import show_status
-    from atp_tune.cli.tables import watch as follow
-    from atp_tune.results.status import status_of, to_json
-    from atp_tune.results.stored import stored_study
+    from atp_tune.cli.display import show_status
+    from atp_tune.cli.display import watch as follow
+    from atp_tune.results.status import status_of, stored_study, to_json
     from atp_tune.results.summary import summarise
 
     file = load_study(study, storage, None, set_)
@@ -267,8 +266,8 @@ def report(
     from atp_tune.cli.terminal import quiet
     from atp_tune.report import FORMATS, check, name_of, write
     from atp_tune.report.contents import gather
-    from atp_tune.results.stored import stored_study
-    from atp_tune.utils.paths import format_of
+    from atp_tune.results.status import stored_study
+    from atp_tune.utils.system import format_of
 
     kind = format_of(format_, out, FORMATS)
     # Studies with their names in the storage: none, one for each, or several of one study file.

@@ -27,7 +27,11 @@ from optuna_dashboard import wsgi
 
 from atp_tune.config.finding import known
 from atp_tune.config.studyfile import absolute_storage, load
-from atp_tune.dashboard.publishing import (
+from atp_tune.errors import UserError
+from atp_tune.report import formats
+from atp_tune.report.contents import gather
+from atp_tune.report.figures import FIGURES
+from atp_tune.report.publishing import (
     PREFIX,
     attach,
     columns,
@@ -38,19 +42,24 @@ from atp_tune.dashboard.publishing import (
     trial_note,
     without_rests,
 )
-from atp_tune.errors import UserError
-from atp_tune.figures import FIGURES
-from atp_tune.report import html
-from atp_tune.report.contents import gather
 from atp_tune.results.goals import best_trial, front_of
-from atp_tune.results.stored import facts_of
+from atp_tune.results.status import facts_of
 from atp_tune.results.summary import final_numbers, summarise
-from atp_tune.storage import artifacts, opening, progress
-from atp_tune.storage.artifacts import Store, refuse_link
+from atp_tune.storage import database, opening, progress
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.database import Database, is_away, may_pass, reason_of, without_password
-from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
-from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
+from atp_tune.storage.database import Database, Store, is_away, may_pass, reason_of, refuse_link, without_password
+from atp_tune.storage.opening import (
+    ALIVE,
+    BROKEN,
+    DATABASE,
+    artifacts_of,
+    in_order,
+    is_remote,
+    names_in,
+    network_warning,
+    open_database,
+    with_order,
+)
 from atp_tune.utils.compat import FrozenStudy, serve_storage
 
 # --- The storage as the dashboard sees it: with notes, figures and readable columns.
@@ -213,9 +222,9 @@ class Maintenance:
         state = best and (best.number, final_numbers(study), front)
         if best is None or self._seen.get(study._study_id) == state:
             return False
-        attach(study, self._folder, artifacts.REPORT, html.make([gather(study, datetime.now())]))
+        attach(study, self._folder, database.REPORT, formats.html([gather(study, datetime.now())]))
         if (config := config_of(study, summarise(study))) is not None:
-            attach(study, self._folder, artifacts.CONFIG, config)
+            attach(study, self._folder, database.CONFIG, config)
         self._seen[study._study_id] = state
         return True
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import atp_tune
-from atp_tune.cli.commands.studies import cost_beside, show_plan
 from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wrong
+from atp_tune.cli.studies import cost_beside, show_plan
 from atp_tune.cli.terminal import echo, working
 from atp_tune.config.finding import BARE
 from atp_tune.errors import UserError, named
@@ -123,7 +123,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
         show_plan(file, study_name)
         return
     from atp_tune.api.tuning import run_study
-    from atp_tune.cli.tables import show_summary
+    from atp_tune.cli.display import show_summary
     from atp_tune.cli.terminal import interruptible
     from atp_tune.cli.tracking import Follower
     from atp_tune.events import Message
@@ -266,9 +266,8 @@ def model(
     from atp_tune.api.presets import StudyRequest
     from atp_tune.config.finding import HERE, known
     from atp_tune.config.plugged import rooted
-    from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, tables
+    from atp_tune.config.studyfile import StudyFile, absolute_storage, overridden, study_text, tables, write_study
     from atp_tune.config.typed import goal
-    from atp_tune.config.writing import study_text, write_study
     from atp_tune.events import Message
     from atp_tune.storage.opening import check_writable
 
@@ -355,7 +354,7 @@ def _remove_unused(path: Path, storage: str | None) -> None:
     The database stays, since other workers may be at their first trial; the same command writes the same file again.
     """
     try:
-        from atp_tune.results.stored import stored_study
+        from atp_tune.results.status import stored_study
 
         is_used = bool(stored_study(load_study(str(path), storage, None, None), None).trials)
     except UserError:

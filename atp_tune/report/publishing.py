@@ -14,19 +14,17 @@ from optuna.trial import FrozenTrial, TrialState
 from atp_tune.config.data import short_source
 from atp_tune.config.plugged import permission
 from atp_tune.errors import printable
-from atp_tune.figures import draw
 from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
+from atp_tune.report.figures import draw
 from atp_tune.report.formats import escaped, fenced, table
 from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
 from atp_tune.results.results import is_uniform
-from atp_tune.results.stored import best_config, measured_columns
-from atp_tune.results.summary import Summary, summarise
-from atp_tune.results.tables import front, overview
-from atp_tune.storage import artifacts
-from atp_tune.storage.artifacts import MADE_ANEW
+from atp_tune.results.status import best_config, measured_columns
+from atp_tune.results.summary import Summary, front, overview, summarise
+from atp_tune.storage import database
 from atp_tune.storage.attributes import StudySnapshot, readable
-from atp_tune.storage.database import Database, without_password
+from atp_tune.storage.database import MADE_ANEW, Database, without_password
 from atp_tune.storage.progress import is_lost
 from atp_tune.utils.cache import temporary_folder, write_atomically
 from atp_tune.utils.extras import as_typed
@@ -232,14 +230,14 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
         return
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
-    note = study_note(summary, without_password(address), files=() if folder is None else (artifacts.CONFIG,))
+    note = study_note(summary, without_password(address), files=() if folder is None else (database.CONFIG,))
     made = figures_of(summary) | note_of(note, stored)
     db.set_study_system_attrs(study._study_id, without_rests(made, stored))
     if folder is not None and (config := config_of(study, summary)) is not None:
         # Makes the folder of a study's files; UserError for a link, which a stranger may have made.
-        artifacts.refuse_link(folder)
+        database.refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        attach(study, folder, artifacts.CONFIG, config)
+        attach(study, folder, database.CONFIG, config)
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:
@@ -271,14 +269,14 @@ def config_of(study: Study, summary: Summary) -> bytes | None:
     """The best configuration, for downloads to any folder; None without a best trial or its study file."""
     if summary.made_from is None or summary.best_trial is None:
         return None
-    config = best_config(summary.made_from, study, Path(artifacts.CONFIG))
+    config = best_config(summary.made_from, study, Path(database.CONFIG))
     return config.model_copy(update={"folder": str(summary.made_from.folder)}).to_json().encode()
 
 
 def attach(study: Study, folder: Path, name: str, content: bytes) -> None:
     """Attaches a file to a study, replacing an earlier one of that name; `folder`: of the artifacts."""
     with readable(study.study_name):
-        known = artifacts.file_names(study._storage.get_study_system_attrs(study._study_id))
+        known = database.file_names(study._storage.get_study_system_attrs(study._study_id))
     for artifact, file_name in known.items():
         if file_name == name:
             write_atomically(folder / artifact, content)

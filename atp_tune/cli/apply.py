@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from atp_tune.cli.options import Best, BestOptions, DType, UsageError, wrong
 from atp_tune.cli.terminal import echo, gib, markdown, working
 from atp_tune.errors import printable
-from atp_tune.utils.paths import check_free
+from atp_tune.utils.system import check_free
 
 if TYPE_CHECKING:
     from atp_tune.folders.card import Finetuned

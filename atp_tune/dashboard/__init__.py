@@ -1,1 +1,0 @@
-"""Notes, figures, columns and files of a study for Optuna's dashboard."""

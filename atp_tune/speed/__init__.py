@@ -1,1 +1,0 @@
-"""Size and speed of a sparse model against the dense one, on this machine."""
