@@ -167,6 +167,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path,
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", cache)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # of a test before, if that imported it
         yield root, asked
 
 

@@ -1,12 +1,13 @@
 """A tiny random model of every causal and image-text type that transformers knows.
 
-Sizes go by the names of a config's fields, which most types share; `OTHERWISE` has what a type wants besides.
+Sizes go by the names of a config's fields, which most types share; tests/models.yaml has what a type wants besides.
 """
 
 import dataclasses
 from typing import Any
 
 import torch
+from families import SETTINGS
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import modeling_auto
 
@@ -44,105 +45,9 @@ SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 Settings = dict[str, Any]
-ROPE: Settings = {"rope_type": "default", "rope_theta": 10000.0}
-
-
-def _turned(*sections: int) -> Settings:
-    return {"rope_parameters": {**ROPE, "mrope_section": list(sections)}}
-
-
-LATENT: Settings = {"num_key_value_heads": 4}  # attention of DeepSeek's kind
-MAMBA: Settings = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
-COMPASS: Settings = {
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
-}
-INDEXED: Settings = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-    "indexer_compress_ratio": 2, "hc_lowrank": 4,
-}  # fmt: skip
-HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
-LATENTS = """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 mistral4 sarvam_mla
-youtu"""
-TURNED = """cosmos3_edge glm46v glm4v hunyuan_vl paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl
-qwen3_omni_moe_thinker"""
 OTHERWISE: dict[str, Settings] = {
-    **{kind: LATENT for kind in LATENTS.split()},  # noqa: C420 - a constant
-    **{kind: {"text_config": LATENT} for kind in ("kimi_k25", "mistral_large4")},
-    **{kind: {"text_config": _turned(1, 1, 2)} for kind in TURNED.split()},
-    **{kind: {"text_config": _turned(2, 1, 1)} for kind in ("glm_ocr", "glmga")},
-    **{kind: {"rotary_dim": 4} for kind in ("codegen", "gptj")},
-    "glm4v_moe": {"text_config": _turned(1, 1, 0)},
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "blt": {
-        "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
-        "encoder_hash_byte_group_vocab": 50,
-    },
-    "chameleon": {
-        "vocabulary_map": {"<image>": 96, "IMGIMGAZ": 95},
-        "vq_config": {"base_channels": 32, "channel_multiplier": [1], "latent_channels": 32, "num_embeddings": 32},
-    },
-    "cohere_compass": {"text_config": COMPASS},
-    "cohere_compass_text": COMPASS,
-    "cpmant": {"prompt_length": 4, "position_bias_max_distance": 64, "dim_head": 8},
-    "dots3_note_text": {
-        **LATENT, "head_dim": 12, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
-        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "n_group": 1, "topk_group": 1}},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [48, 48], **_turned(1, 1, 2)}},
-    "florence2": {
-        "vision_config": {
-            "patch_size": [7, 3, 3, 3], "embed_dim": [8] * 4, "num_heads": [1] * 4, "num_groups": [1] * 4,
-            "depths": [1] * 4,
-        }
-    },
-    "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-    },
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
-    "glm5_next": {"text_config": {**LATENT, "qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 4}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {
-        "deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64},
-    },
-    "granitemoehybrid": {**MAMBA, "layers_block_type": ["mamba", "attention"] * 2},
-    "hy_v4_vl": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}}},
-    "janus": {
-        "vq_config": {"base_channels": 32, "channel_multiplier": [1], "latent_channels": 32, "num_embeddings": 32}
-    },
-    "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
-    **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
-    "longcat_flash": {**LATENT, "head_dim": 4},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
-    "molmo2": {"vision_config": {"image_size": [16, 16]}, "adapter_config": {"vision_feature_layer": [1, 2]}},
-    "muse_spark": {
-        "audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4}, "projector_hidden_size": 32,
-        "text_config": {"moe_hidden_size": 32}, "vision_config": {"pos_emb_height": 4, "pos_emb_width": 4},
-    },
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"]},
-    "phi4_multimodal": {"audio_config": {"num_blocks": 1}, "vision_config": {"num_hidden_layers": 1}},
-    "nemotron_h_omni": {
-        "vision_config": {"model_type": "radio", "video_temporal_patch_size": 2},
-        "text_config": {"model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "mlp", "moe"]},
-    },
-    "qwen4_exp": {"text_config": INDEXED},
-    "qwen4_exp_text": INDEXED,
-    "reformer": {
-        "is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16], "attention_head_size": 8,
-        "max_position_embeddings": 16, "feed_forward_size": 48,
-    },
-    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-    "xmod": {"default_language": "en_XX", "is_decoder": True},
-    "zamba": {"layers_block_type": HYBRID, "attention_head_dim": 16, "attention_hidden_size": 64},
-    "zamba2": {"layers_block_type": HYBRID, "num_mem_blocks": 1, "n_mamba_heads": 8},
-    "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+    kind: settings for kinds, settings in SETTINGS["types"].items() for kind in kinds.split()
+}
 
 
 def types() -> list[str]:

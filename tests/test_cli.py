@@ -13,7 +13,7 @@ from time import sleep
 
 import optuna
 import pytest
-from expect import parametrize, slow
+from expect import slow
 from tinystudy import HANGS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.terminal import interruptible
@@ -176,12 +176,6 @@ def test_ctrl_c_does_not_break_a_transaction(tmp_path: Path) -> None:
 # --- status, export, studies
 
 
-@parametrize("name", ["status", "export"])
-def test_another_name_that_is_not_there(name: str, done: Path, command: CommandLine) -> None:
-    answer = command(name, "--study", done / "tiny.toml", "--study-name", "other")
-    assert answer.error.startswith("study other: has no trials yet; run: ")
-
-
 def test_export_refuses_a_study_file_that_says_something_else_now(done: Path, command: CommandLine) -> None:
     """Its sparsity and texts go into the configuration: they would not be what the trials were measured with."""
     before = (done / "tiny.best.json").read_bytes()
@@ -234,7 +228,6 @@ def remove(name: str) -> Edit:
 
 def test_apply_refuses_in_one_line(done: Path, command: CommandLine) -> None:
     options = ("apply", "--config", done / "tiny.best.json", "--device", "cpu", "--out")
-    assert command(*options, done).error == f"--out {done}: exists already; choose another folder or remove it"
     content = json.loads((done / "tiny.best.json").read_text())
     content["model"]["fingerprint"] = "0" * 64
     (done / "tiny.best.json").write_text(json.dumps(content))

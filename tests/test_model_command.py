@@ -253,13 +253,6 @@ def test_limits_as_people_type_them() -> None:
     assert goal("60%", {}, {}) == (0.6, None)
 
 
-def test_options_may_come_first(here: Path, command: CommandLine) -> None:
-    answer = command("--sparsity", "0", "Tiny_Llama")
-    assert answer.error.startswith("--sparsity: must be between 0 and 1")
-    answer = command("--sparsity=0", "--device", "cpu", "Tiny_Llama")
-    assert answer.error.startswith("--sparsity: must be between 0 and 1")
-
-
 def test_paragraphs_are_the_documents_of_one_file(tmp_path: Path) -> None:
     """Joined again they are the text: a file without parts is read as before."""
     file = tmp_path / "a.txt"

@@ -5,6 +5,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from huggingface_hub import constants
 from pages import REPO
 from safetensors.torch import load_file, save_file
@@ -27,10 +28,8 @@ from atp_tune.folders.packing import pack_folder
 from atp_tune.utils import extras
 
 Patch = pytest.MonkeyPatch
-DEVICE = ("--device", "cuda:99")
 CONFIG = ("--config", "tiny.best.json")
 STUDY = ("--study", "tiny.toml")
-LIMIT = ("--set", "sparsity=[0.1, 0.9]", "--set", 'allocation.beta="auto"', "--set")
 
 
 def lacks(extra: str) -> Callable[[Patch], None]:
@@ -58,128 +57,26 @@ def is_fine(patch: Patch) -> None:
     """What is wrong is in the command's words."""
 
 
-FREE = "exists already; choose another folder or remove it"
-ROOM = r"needs 0 MB, and 0 MB are free there; make room"
-WRITE = r"cannot be written: .* does not let you write; "
-HERE = "cuda:99 is not on this machine"
-NEEDS: dict[str, dict[str, list[tuple[tuple[str, ...], Callable[[Patch], None], str]]]] = {
-    "--study": {
-        "package": [
-            ((*STUDY, "--trials", "9", "--track", "wandb"), lacks("wandb"), "--track wandb: it is not installed"),
-            ((*STUDY, "--trials", "9", "--engine", "ray"), lacks("ray"), "--engine ray: it is not installed"),
-            ((*STUDY, "--study-name", "x", *LIMIT, "limit={min_accuracy={piqa=0.5}}"),
-             lacks("eval"), "limit.min_accuracy: it is not installed"),
-        ],
-        "output": [((*STUDY, "--trials", "9", "--storage", "sqlite:///{away}/x.db"), is_read_only, WRITE)],
-        "disk": [((*STUDY, "--study-name", "x", "--set", "recover={}"), is_full, "cache folder .*" + ROOM)],
-        "device": [((*STUDY, "--study-name", "x", *DEVICE), is_fine, HERE)],
-        "task": [
-            ((*STUDY, "--study-name", "x", *LIMIT, "limit={min_accuracy={'./no'=0.5}}", "--trust-plugins"),
-             is_fine,
-             "limit.min_accuracy .*no: there is no such folder"),
-        ],
-    },
-    "MODEL": {
-        "package": [(("./model", "--min-accuracy", "piqa=0.5"), lacks("eval"), "--min-accuracy: it is not installed")],
-        "device": [(("./model", *DEVICE), is_fine, HERE)],
-        "kind": [(("nosuch", "--sparsity", "0.5"), is_fine, "No such command 'nosuch'. A model is ORG/NAME")],
-    },
-    "plan": {"device": [(("plan", *STUDY, *DEVICE), is_fine, HERE)]},
-    "apply": {
-        "output": [
-            (("apply", *CONFIG, "--out", "model"), is_fine, FREE),
-            (("apply", *CONFIG, "--out", "tiny.toml/out"), is_fine, "tiny.toml is no folder; choose another place"),
-            (("apply", *CONFIG, "--out", "new/out"), is_read_only, WRITE),
-            (("apply", *CONFIG, "--out", "model", "--packed"), is_fine, FREE),
-        ],
-        "disk": [
-            (("apply", *CONFIG, "--out", "new/out"), is_full, ROOM),
-            (("apply", *CONFIG, "--out", "new/out", "--packed"), is_full, ROOM),
-        ],
-        "device": [(("apply", *CONFIG, "--out", "out", *DEVICE), is_fine, HERE)],
-        "login": [(("apply", *CONFIG, "--out", "out", "--push", "a/b"), has_no_login, "a/b: ")],
-        "kind": [(("apply", *CONFIG, "--out", "out", "--slim"), is_fine, "--slim: only whole channels can be cut")],
-    },
-    "pack": {
-        "output": [(("pack", "sparse", "--out", "model"), is_fine, FREE)],
-        "disk": [(("pack", "sparse", "--out", "out"), is_full, ROOM)],
-        "device": [(("pack", "sparse", "--out", "out", "--values", "int8", *DEVICE), is_fine, HERE)],
-        "kind": [(("pack", "packed", "--out", "out"), is_fine, "packed: is packed already")],
-    },
-    "unpack": {
-        "output": [(("unpack", "packed", "--out", "model"), is_fine, FREE)],
-        "disk": [(("unpack", "packed", "--out", "out"), is_full, ROOM)],
-        "kind": [(("unpack", "sparse", "--out", "out"), is_fine, "sparse: is no packed folder")],
-    },
-    "push": {
-        "login": [(("push", "sparse", "a/b"), has_no_login, "a/b: ")],
-        "kind": [(("push", "model", "a/b"), is_fine, "model: holds no atp_tune.json")],
-    },
-    "prune": {
-        "output": [(("prune", *STUDY, "--beta", "0", "--out", "model"), is_fine, FREE)],
-        "disk": [(("prune", *STUDY, "--beta", "0", "--out", "out"), is_full, ROOM)],
-        "device": [(("prune", *STUDY, "--beta", "0", *DEVICE), is_fine, HERE)],
-    },
-    "finetune": {
-        "package": [
-            (("finetune", "sparse", "--out", "out", "--train", "lora"), lacks("finetune"), "LoRA: it is not installed"),
-        ],
-        "output": [(("finetune", "sparse", "--out", "model"), is_fine, FREE)],
-        "disk": [(("finetune", "sparse", "--out", "out"), is_full, ROOM)],
-        "device": [(("finetune", "sparse", "--out", "out", *DEVICE), is_fine, HERE)],
-        "kind": [
-            (("finetune", "sparse", "--out", "out", "--images", "folder:x"), is_fine, "language model: give --text"),
-        ],
-    },
-    "speedup": {
-        "package": [
-            (("speedup", *CONFIG), lacks("speed"), "speedup: it is not installed"),
-            (("speedup", "sparse"), lacks("speed"), "speedup: it is not installed"),
-        ],
-        "output": [(("speedup", *CONFIG, "--engine", "torch"), is_read_only, "tiny.best.json: cannot be written")],
-        "device": [(("speedup", "sparse", "--engine", "torch", *DEVICE), is_fine, HERE)],
-        "kind": [(("speedup", "model"), is_fine, "model: has no atp_tune.json")],
-        "study": [
-            (("speedup", *CONFIG, "--engine", "torch", "--storage", "sqlite:///none.db"), is_fine, "has no study tiny"),
-        ],
-    },
-    "evaluate": {
-        "package": [(("evaluate", *CONFIG), lacks("eval"), "evaluate: it is not installed")],
-        "output": [(("evaluate", *CONFIG), is_read_only, "tiny.best.json: cannot be written")],
-        "device": [(("evaluate", "sparse", *DEVICE), is_fine, HERE)],
-        "kind": [(("evaluate", "vit", "--tasks", "piqa"), is_fine, "--tasks: are of texts; an image classifier is")],
-        "task": [(("evaluate", *CONFIG, "--tasks", "no/"), is_fine, "--tasks no/: there is no such folder")],
-        "study": [(("evaluate", *CONFIG, "--storage", "sqlite:///none.db"), is_fine, "has no study tiny")],
-    },
-    "generate": {
-        "output": [(("generate", *CONFIG), is_read_only, "tiny.best.json: cannot be written")],
-        "device": [(("generate", *CONFIG, *DEVICE), is_fine, HERE)],
-        "study": [(("generate", *CONFIG, "--storage", "sqlite:///none.db"), is_fine, "has no study tiny")],
-    },
-    "chat": {
-        "device": [(("chat", "sparse", *DEVICE), is_fine, HERE)],
-        "kind": [(("chat", "vit"), is_fine, "chat: vit is an image classifier, which has no text; take `classify`")],
-    },
-    "classify": {
-        "package": [(("classify", "vit", "tiny.toml"), lacks("images"), "FILE: it is not installed")],
-        "kind": [(("classify", "sparse", "a.png"), is_fine, "sparse is no image classifier of transformers")],
-        "device": [(("classify", "vit", "a.png", *DEVICE), is_fine, HERE)],
-    },
-    "export": {
-        "output": [(("export", *STUDY, "--out", "tiny.toml/x.json"), is_fine, "choose another place with --out FILE")],
-    },
-    "report": {
-        "package": [(("report", *STUDY, "--format", "png"), lacks("png"), "a picture: it is not installed")],
-        "output": [(("report", *STUDY, "--out", "x.md"), is_read_only, WRITE)],
-    },
-    "merge": {"output": [(("merge", "tiny.db", "--out", "x.db"), is_read_only, "--out x.db: cannot be written: ")]},
-    "serve": {"output": [(("serve", *STUDY, "--artifacts", "tiny.toml/x"), is_fine, "name a folder that can be")]},
-}  # fmt: skip
+WRONG = {"": is_fine, "full": is_full, "read-only": is_read_only, "no-login": has_no_login}
+ROOM = "needs 0 MB, and 0 MB are free there; make room"
+
+
+def read() -> Iterator[tuple[str, str, str, str]]:
+    """Command, need and condition, words, and what is said, of each line of the table."""
+    command = ""
+    for line in (Path(__file__).parent / "needs.txt").read_text().splitlines():
+        if line.startswith("["):
+            command = line.strip("[]")
+        elif line and not line.startswith("#"):
+            need, case = line.split(": ", 1)
+            words, said = case.rsplit(" => ", 1)
+            yield command, need, words.replace("$", shlex.join(STUDY)).replace("@", shlex.join(CONFIG)), said
+
+
+NEEDS = list(read())
 CASES = [
-    pytest.param(words, wrong, said, id=f"{command}-{need}-{number}", marks=[pytest.mark.slow] * (need == "task"))
-    for command, needs in NEEDS.items()
-    for need, cases in needs.items()
-    for number, (words, wrong, said) in enumerate(cases)
+    pytest.param(*row[1:], id=f"{row[0]}-{row[1]}-{number}", marks=[slow] * (row[1] == "task"))
+    for number, row in enumerate(NEEDS)
 ]
 COLUMNS = {
     "package": "package of an extra", "output": "place to write to", "disk": "free disk", "device": "device",
@@ -222,14 +119,14 @@ def untouched(folders: Path, cache: Path, monkeypatch: Patch) -> Iterator[Path]:
     assert files(folders, cache) == before and not read
 
 
-@parametrize(("words", "wrong", "said"), CASES)
+@parametrize(("need", "words", "said"), CASES)
 def test_what_is_needed_is_asked_first(
-    words: tuple[str, ...], wrong: Callable[[Patch], None], said: str, untouched: Path, command: CommandLine,
-    monkeypatch: Patch, tmp_path: Path,
-) -> None:  # fmt: skip
+    need: str, words: str, said: str, untouched: Path, command: CommandLine, monkeypatch: Patch, tmp_path: Path
+) -> None:
     (tmp_path / "away").mkdir()
-    wrong(monkeypatch)
-    error = command(*(word.replace("{away}", str(tmp_path / "away")) for word in words)).error
+    wrong = need.partition(" ")[2]
+    WRONG.get(wrong, lacks(wrong))(monkeypatch)
+    error = command(*shlex.split(words.replace("{away}", str(tmp_path / "away")))).error
     assert re.search(said, error), error
 
 
@@ -275,7 +172,8 @@ def test_from_python_too(call: Callable[[Any], object], said: str, untouched: Pa
 
 def test_the_table_of_the_documents() -> None:
     rows = [f"| command | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, needs in NEEDS.items():
+    for name in dict.fromkeys(command for command, *_ in NEEDS):
+        needs = {need.partition(" ")[0] for command, need, *_ in NEEDS if command == name}
         rows.append(f"| `{name}` | {' | '.join('✓' if need in needs else '' for need in COLUMNS)} |")
     assert "\n".join(rows) in (REPO / "docs" / "reliability.md").read_text(), "\n".join(rows)
 

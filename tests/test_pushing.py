@@ -182,8 +182,6 @@ def test_a_public_repository_is_no_place_for_a_private_folder(done: Path, site: 
 
 
 def test_folders_that_are_no_sparse_checkpoints(done: Path, site: Site, command: CommandLine) -> None:
-    assert command("push", done / "nowhere", "alice/tiny").error.startswith(f"{done / 'nowhere'}: is no folder")
-    assert command("push", done / "model", "alice/tiny").error.startswith(f"{done / 'model'}: holds no atp_tune.json")
     (done / "model" / "atp_tune.json").write_bytes((done / "tiny.best.json").read_bytes())
     (done / "model" / "notes.txt").symlink_to(done / "test.txt")
     said = command("push", done / "model", "alice/tiny").error

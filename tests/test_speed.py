@@ -276,12 +276,6 @@ def test_semi_structured_on_a_card(two_four: Path, command: CommandLine) -> None
     command.ok("speedup", two_four, "--engine", "semi-structured", "--tokens", 8, "--runs", 1)
 
 
-def test_semi_structured_with_zeros_elsewhere(done: Path, command: CommandLine) -> None:
-    assert command("speedup", "--config", done / "tiny.best.json", "--engine", "semi-structured").error == (
-        '--engine semi-structured: needs zeros in the pattern "2:4", those of this model are unstructured'
-    )
-
-
 # --- the command
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import plans
 import pytest
-from expect import parametrize, slow
+from expect import slow
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import popen
@@ -105,13 +105,6 @@ def test_time_left(study: optuna.Study) -> None:
 def test_export_prints_what_it_writes(done: Path, command: CommandLine, tmp_path: Path) -> None:
     answer = command("export", "--study", done / "tiny.toml", "--json", "--out", tmp_path / "a" / "b.json")
     assert answer.out == (tmp_path / "a" / "b.json").read_text()
-
-
-@parametrize("arguments", [["status", "--json"], ["status"], ["export", "--json"]], ids=str)
-def test_a_study_that_is_not_there(arguments: list[str], place: Path, command: CommandLine) -> None:
-    answer = command(*arguments, "--study", place / "tiny.toml")
-    assert answer.error == f"study tiny: has no trials yet; run: python tune.py --study {place / 'tiny.toml'}"
-    assert answer.out == ""
 
 
 # --- watching

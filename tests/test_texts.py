@@ -201,25 +201,6 @@ def test_a_folder_never_hides_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-@parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.jsonl", "[" * 100_000, "line 1 of BASE/a.jsonl is not JSON: "),
-        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 of BASE/a.jsonl is not JSON: "),
-        ("a.jsonl", r'{"text": "\ud800"}', 'column: "text" in line 1 of BASE/a.jsonl is no text'),
-        ("a.txt", Path("/proc/self/mem"), "source: BASE/a.txt cannot be read: "),
-        ("a.txt", Path("/dev/null"), "source: there is no file BASE/a.txt"),
-        ("a.txt", Path("a.txt"), "source: there is no file BASE/a.txt"),
-    ],
-)
-def test_texts_of_strangers(name: str, content: str | Path, expected: str, tmp_path: Path) -> None:
-    if isinstance(content, Path):
-        (tmp_path / name).symlink_to(content)
-    else:
-        (tmp_path / name).write_text(content)
-    assert expected in message(Text(source=f"file:{name}"), tmp_path)
-
-
 def test_shuffled_parts_repeat_no_paragraph() -> None:
     """Of Python's manual a seventh stands in several topics, which shuffled parts would have in common."""
     parts = [
