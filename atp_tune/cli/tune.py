@@ -18,7 +18,7 @@ from atp_tune.cli.options import DType, checked_prompts, load_study, placed, wro
 from atp_tune.cli.studies import cost_beside, show_plan
 from atp_tune.cli.terminal import echo, working
 from atp_tune.config.finding import BARE
-from atp_tune.errors import UserError, named
+from atp_tune.errors import TrialError, UserError, named
 from atp_tune.utils.cache import TakenError
 from atp_tune.utils.extras import as_typed, require
 
@@ -316,7 +316,7 @@ def model(
     echo(f"study: {path}; the same command, or --study {path.stem}{trusts}, resumes it")
     try:
         _start(path, whole, partial(_cost, wishes, options.device))
-    except UserError:
+    except (UserError, TrialError):
         _remove_unused(path, options.storage)
         raise
 
