@@ -68,9 +68,11 @@ _RULES = {  # error type of pydantic → message, with the fields of the error's
 }
 
 
-def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, KeyPath]]) -> UserError:
-    """The UserError for a study file at `path`; `changed` holds each override and the key that it set."""
-    found = _by_place(error)
+def invalid(
+    path: Path | str, error: ValidationError, changed: Sequence[tuple[str, KeyPath]] = (), table: KeyPath = ()
+) -> UserError:
+    """The UserError for a study file at `path`, or one `table` of it; `changed`: each override, and the key it set."""
+    found = _by_place(error, table)
     place, text = _worded(*next(iter(found.items())))
     causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
     origin = " with --set ".join([str(path), *causes])
@@ -79,13 +81,13 @@ def invalid(path: Path, error: ValidationError, changed: Sequence[tuple[str, Key
     return UserError(f"{origin}: {text}{more}")
 
 
-def _by_place(error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:
+def _by_place(error: ValidationError, table: KeyPath) -> dict[KeyPath, list[ErrorDetails]]:
     """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
     found: dict[KeyPath, list[ErrorDetails]] = {}
     problems = error.errors(include_url=False)
     problems.sort(key=lambda details: details["type"] != "extra_forbidden")
     for details in problems:
-        found.setdefault(_place(details["loc"]), []).append(details)
+        found.setdefault(_place((*table, *details["loc"])), []).append(details)
     # If a value in a list is wrong, errors about the list itself are left out.
     outer = {place[:length] for place in found for length in range(len(place))}
     return {place: details for place, details in found.items() if place not in outer}

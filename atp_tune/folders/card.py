@@ -27,6 +27,7 @@ from atp_tune.config.data import ImageSet, Text, is_local_text, short_source, te
 from atp_tune.config.manifest import Manifest, environment, sha256_by_name
 from atp_tune.config.prune import UPDATING, Training, parse
 from atp_tune.config.study import Data
+from atp_tune.config.studyfile import invalid
 from atp_tune.errors import UserError
 from atp_tune.inputs.sources import hub_arguments
 from atp_tune.measures import MEASURES, Accuracy, Change, Estimate, Gain, Perplexity, error_over
@@ -95,15 +96,14 @@ def read_text(option: str, value: str, seqlen: int | None) -> Data:
     `seqlen`: tokens per window, unless the table says it; None: images. UserError that names the option.
     """
     try:
-        table = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
-        read: Data = ImageSet(**table) if seqlen is None else Text(**{"seqlen": seqlen, **table})
+        given = tomllib.loads(f"text = {value}")["text"] if value.startswith("{") else {"source": value}
+        read: Data = ImageSet(**given) if seqlen is None else Text(**{"seqlen": seqlen, **given})
         return rooted(read, Path())
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "text"
-        raise UserError(f"{option}: {place}: {first['msg']}") from None
+        table = "images" if seqlen is None else "texts", "test" if "test" in option else "calibration"
+        raise invalid(option, error, table=table) from None
 
 
 class Zeros(FrozenModel):
