@@ -71,12 +71,12 @@ class Command:
     def finish(self) -> Answer:
         return finish(self.process)
 
-    def kill_when(self, condition: Callable[[], object], pause: float = 0.002) -> bool:
+    def kill_when(self, condition: Callable[[], object]) -> bool:
         """Kills it as soon as a condition holds; False if it ended before."""
         while not condition():
             if not self.lives:
                 return False
-            sleep(pause)
+            sleep(0.002)
         return self.kill().code == -signal.SIGKILL
 
 

@@ -27,6 +27,13 @@ def at_end(action: Callable[..., object], *arguments: object) -> None:
     _scopes[-1].callback(action, *arguments)
 
 
+def output(*words: object, **options: Any) -> str:
+    """What a program prints; it must succeed."""
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(done.stdout)
+
+
 def popen(command: list[str], **options: Any) -> "subprocess.Popen[Any]":
     """As `subprocess.Popen`."""
     process = subprocess.Popen(command, **options)

@@ -20,10 +20,10 @@ from atp_tune.run.session import Session
 WIDTHS, GROUP = (2, 3, 5), 8
 
 
-def costs_of(context: Session, ids: Tensor, windows: int = 4) -> Costs:
+def costs_of(context: Session, ids: Tensor) -> Costs:
     """The costs of asymmetric groups of 8, a few windows at a time."""
     batch = AutoBatch(CPU, 1, 1, lambda text: None)
-    batch.windows = windows
+    batch.windows = 4
     gradients = BlockGradients(context.checkpoint, context.inputs, context.score.gradient, batch, context.heads)
     return BitPricing(gradients, lambda w, bits: RTN(GROUP, False).quantize(w, bits, None), WIDTHS).costs(ids)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from expect import parametrize, slow
-from tinystudy import TOKENS, Answer, CommandLine, copied, copy_of, make_model, make_tokenizer, run, settings
-from tinystudy import stored as reopen
+from tinystudy import TOKENS, Answer, CommandLine, copied, copy_of, make_model, make_tokenizer, run, settings, stored
 from tokenizers import processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -104,7 +103,7 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
     assert answer.is_clean
     assert len(re.findall(f"^{MEASURED}{FEW}$", answer.out, re.M)) == 1
     assert re.search(rf"^{MEASURED}{FEW}\.$".replace(r"texts\.bos", "BOS"), answer.out, re.M)
-    study = reopen(wanting)
+    study = stored(wanting)
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
     windows = by_hand(wanting, "validation", bos=True)
     assert study.user_attrs["dense"] == pytest.approx(nlls(wanting / "model", windows), rel=1e-5)
@@ -114,7 +113,7 @@ def test_a_model_that_needs_bos_is_given_it(wanting: Path, command: CommandLine)
 
 @slow
 def test_both_ways_are_measured_on_the_same_tokens(finished: Path) -> None:
-    found = BosEffect.model_validate(reopen(finished).user_attrs["bos"])
+    found = BosEffect.model_validate(stored(finished).user_attrs["bos"])
     windows = by_hand(finished, "calibration", bos=True, windows=8)
     with_bos = perplexity(nlls(finished / "model", windows, counted=2))
     without = perplexity(nlls(finished / "model", windows[:, 1:], counted=1))
@@ -136,7 +135,7 @@ def test_a_model_that_does_not_need_it_is_not(place: Path, command: CommandLine)
         rf"[\d.]+ without {FEW}$", answer.out, re.M
     )  # fmt: skip
     assert "BOS: " not in answer.out
-    study = reopen(place)
+    study = stored(place)
     assert study.user_attrs["fingerprint"]["texts.bos"] is False
     assert study.user_attrs["dense"] == pytest.approx(
         nlls(place / "model", by_hand(place, "validation", False)), rel=1e-5
@@ -174,7 +173,7 @@ def test_auto_goes_on_as_the_study_was_begun(finished: Path, command: CommandLin
     assert not re.search(r"^texts\.", answer.out, re.M)
     assert "BOS: every window begins with <s>" in answer.out
     assert tune(command, finished, "search.trials=4", "texts.bos=true").code == 0
-    study = reopen(finished)
+    study = stored(finished)
     assert len(study.trials) == 4
     assert study.user_attrs["fingerprint"]["texts.bos"] is True
 
@@ -203,13 +202,13 @@ def test_apply_makes_the_masks_of_the_trial(finished: Path, command: CommandLine
 
 def test_what_is_stored_of_it_is_checked(finished: Path) -> None:
     """A stranger's database cannot bring down what reads it."""
-    study = reopen(finished)
+    study = stored(finished)
     known = study.user_attrs["bos"]
     for strange in (3, {**known, "with_bos": 3}, {**known, "token": "\ud800"}):
         study.set_user_attr("bos", strange)
-        assert "bos" not in reopen(finished).user_attrs
+        assert "bos" not in stored(finished).user_attrs
     study.set_user_attr("bos", known)
-    assert reopen(finished).user_attrs["bos"] == known
+    assert stored(finished).user_attrs["bos"] == known
 
 
 @slow
@@ -219,4 +218,4 @@ def test_two_studies_are_merged_only_if_both_have_it(finished: Path, wanting: Pa
     assert "texts.bos is false, was true" in answer.error
     assert "texts.calibration.content" in answer.error
     run(wanting, name="other", watch=lambda event: None)
-    assert fingerprint.has_bos(reopen(wanting, "other"))
+    assert fingerprint.has_bos(stored(wanting, "other"))

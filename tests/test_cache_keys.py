@@ -35,10 +35,22 @@ from atp_tune.storage.fingerprint import _flat
 from atp_tune.utils import cache as entries
 from atp_tune.utils.cache import FOLDERS, key
 
-TEXT = {
-    "source": '"file:long.txt"', "part": "[0.0, 0.9]", "shuffle": "true", "sampling": '"random"', "nsamples": "7",
-    "seqlen": "30", "stride": "2", "seed": "1",
-}  # fmt: skip
+
+def lines_of(text: str) -> dict[str, str]:
+    """Settings by name, as a study file has them."""
+    return dict(line.split(" = ", 1) for line in text.splitlines())
+
+
+TEXT = lines_of("""\
+source = "file:long.txt"
+part = [0.0, 0.9]
+shuffle = true
+sampling = "random"
+nsamples = 7
+seqlen = 30
+stride = 2
+seed = 1
+""")
 # So that each key of a text matters.
 PART = (
     "texts.calibration.part=[0.0, 0.8]", 'texts.calibration.sampling="random"', 'search.sampler="gp"',
@@ -48,27 +60,64 @@ BASES = {  # allocation and pruner: what the descent asks of the pruner
     "own": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pruners=["sparsegpt"]', "prune.refine=1"),
     "groups": ('allocation=["gradient"]', 'prune.gradient_at="own"', 'prune.pattern="mixed:8"'),
 }
-CHANGES = {  # a setting, and another value of it
-    "description": '"another"', "sparsity": "0.55", "bits": "4", "device": '"auto"', "speed": "true",
-    "storage": '"sqlite:///a.db"',
-    "model.source": '"other"', "model.dtype": '"bfloat16"', "model.offload": '"cpu"', "model.allow_pickle": "true",
-    "model.trust_remote_code": "true",
-    "prune.pruners": '["alps"]', "prune.statistics": '"dense"', "prune.pattern": '"mixed:4"',
-    "prune.refine": "3", "prune.gradient_at": '"own"', "prune.loss": '"kl"', "prune.sparsegpt.damping": "0.1",
-    "prune.sparsegpt.columns": "8",
-    "prune.wanda.compare": '"matrix"', "prune.dsnot.initial": '"magnitude"', "prune.dsnot.cycles": "3",
-    "prune.dsnot.threshold": "0.5", "prune.dsnot.power": "2.0", "prune.alps.damping": "0.1", "prune.alps.rho": "0.3",
-    "prune.alps.iterations": "3", "prune.alps.steps": "2",
-    "allocation.names": '["gradient", "atp"]', "allocation.beta": '[0.0, 0.1]',
-    **{f"texts.{role}.{name}": value for role in ("calibration", "validation", "test") for name, value in TEXT.items()},
-    "texts.calibration.sampling": '"consecutive"',
-    "search.trials": "9", "search.objective": '["kl"]', "search.sampler": '"tpe"', "search.seed": "5",
-    "search.step": "0.1", "search.stopper": '"wilcoxon"', "search.early_termination": "true",
-    "search.screen": "{trials = 2}", "continuations.tokens": "4", "continuations.prompts": '["Once"]',
-    "recover.train": '"scales"', "recover.loss": '"next-token"', "recover.steps": "9", "recover.batch": "3",
-    "recover.seqlen": "16", "recover.learning_rate": "0.5", "recover.rank": "3", "recover.alpha": "3",
-    "recover.eval_every": "2", "recover.patience": "7", "recover.min_increase": "0.3", "recover.seed": "4",
-}  # fmt: skip
+CHANGES = lines_of("""\
+description = "another"
+sparsity = 0.55
+bits = 4
+device = "auto"
+speed = true
+storage = "sqlite:///a.db"
+model.source = "other"
+model.dtype = "bfloat16"
+model.offload = "cpu"
+model.allow_pickle = true
+model.trust_remote_code = true
+prune.pruners = ["alps"]
+prune.statistics = "dense"
+prune.pattern = "mixed:4"
+prune.refine = 3
+prune.gradient_at = "own"
+prune.loss = "kl"
+prune.sparsegpt.damping = 0.1
+prune.sparsegpt.columns = 8
+prune.wanda.compare = "matrix"
+prune.dsnot.initial = "magnitude"
+prune.dsnot.cycles = 3
+prune.dsnot.threshold = 0.5
+prune.dsnot.power = 2.0
+prune.alps.damping = 0.1
+prune.alps.rho = 0.3
+prune.alps.iterations = 3
+prune.alps.steps = 2
+allocation.names = ["gradient", "atp"]
+allocation.beta = [0.0, 0.1]
+search.trials = 9
+search.objective = ["kl"]
+search.sampler = "tpe"
+search.seed = 5
+search.step = 0.1
+search.stopper = "wilcoxon"
+search.early_termination = true
+search.screen = {trials = 2}
+continuations.tokens = 4
+continuations.prompts = ["Once"]
+recover.train = "scales"
+recover.loss = "next-token"
+recover.steps = 9
+recover.batch = 3
+recover.seqlen = 16
+recover.learning_rate = 0.5
+recover.rank = 3
+recover.alpha = 3
+recover.eval_every = 2
+recover.patience = 7
+recover.min_increase = 0.3
+recover.seed = 4
+""")  # a setting, and another value of it
+CHANGES |= {
+    f"texts.{role}.{name}": value for role in ("calibration", "validation", "test") for name, value in TEXT.items()
+}
+CHANGES["texts.calibration.sampling"] = '"consecutive"'
 OF_PRUNING = "sparsity", "bits", "model", "prune", "allocation", "texts.calibration"
 REFUSED = "prune.pruners", "bits", "recover.rank", "recover.alpha"  # which do not go with each base
 ELSEWHERE = (  # settings of texts of the hub, of images, of channels and of bits alone, which have tests of their own

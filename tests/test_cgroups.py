@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from processes import output
 
 from atp_tune.checkpoints import devices
 from atp_tune.checkpoints.devices import PROCESS, cgroup_limit, free_in_cgroups, host_memory
@@ -117,7 +117,6 @@ def test_a_process_in_a_real_group_has_what_its_limit_leaves(group: Path) -> Non
         "held = bytearray(b'1') * (512 << 20)\n"
         "print(before, host_memory())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+    before, after = map(int, output(sys.executable, "-c", code).split())
     assert 2 << 30 < before < 3 << 30
     assert before - after == pytest.approx(512 * MIB, rel=0.1)

@@ -124,8 +124,8 @@ def block(round_to: int = 1, heads: bool = False) -> BlockChannels:
     return BlockChannels(MLP, HEADS if heads else None, linears, round_to)
 
 
-def gone(shares: tuple[float, ...], heads: bool = False) -> float:
-    sizes = [size for _, size in block(heads=heads).linears]
+def gone(shares: tuple[float, ...]) -> float:
+    sizes = [size for _, size in block().linears]
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
 
 

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from time import sleep
 import optuna
 import pytest
 from expect import slow
+from processes import output
 from tinystudy import HANGS, LONG, CommandLine, finish, run, settings, start, study_file, wait_for
 
 from atp_tune.cli.terminal import interruptible
@@ -33,10 +33,8 @@ main()
 
 def spied(*arguments: str | Path) -> tuple[str, set[str]]:
     """Output of a command in a process of its own, and what it imported of the heavy libraries."""
-    command = [sys.executable, "-c", SPY, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
-    output, _, names = done.stdout.rpartition("imported:")
-    return output, set(names.split())
+    printed, _, names = output(sys.executable, "-c", SPY, *arguments, timeout=HANGS).rpartition("imported:")
+    return printed, set(names.split())
 
 
 # --- the whole way, in processes of their own

@@ -65,10 +65,10 @@ def bash(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def tabs(program: str, lines: list[str], cwd: Path, script: str = "") -> list[list[str]]:
+def tabs(program: str, lines: list[str], cwd: Path) -> list[list[str]]:
     """What Tab offers at the end of each line, in one shell, which has read the command's script."""
     calls = [f"tab {shlex.join([program, *split(line)])}; echo --" for line in lines]
-    source = script or f"source <({shlex.quote(program)} --show-completion)"
+    source = f"source <({shlex.quote(program)} --show-completion)"
     done = bash("\n".join([source, TAB, *calls]), cwd=cwd)
     assert (done.returncode, done.stderr) == (0, "")
     *found, rest = done.stdout.split("--\n")

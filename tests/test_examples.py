@@ -1,13 +1,13 @@
 """The examples run: each script on a tiny model, the notebook as a whole."""
 
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from processes import output
 from tinystudy import few_steps
 
 from atp_tune.api.presets import PRESETS
@@ -43,10 +43,7 @@ def example(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_tune_a_model(place: Path) -> None:
     """As a person runs it, in a process of its own."""
-    command = [sys.executable, str(EXAMPLES / "tune_a_model.py"), str(place / "model"), str(place / "out")]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout
+    said = output(sys.executable, EXAMPLES / "tune_a_model.py", place / "model", place / "out", cwd=place)
     assert "<Result model-60-packaged: 4 of 4 trials" in said or "<Result model-60: 4 of 4 trials" in said
     assert f"{place / 'out'}: perplexity" in said
     assert (place / "out" / "model.safetensors").exists()

@@ -18,6 +18,7 @@ from byhand import ByHand
 from expect import parametrize, refusal, refused, slow
 from families import few
 from plans import planned
+from processes import output
 from safetensors.torch import load_file
 from test_config import config
 from tinystudy import BLOCKS, CommandLine, quiet, stored, study_file
@@ -187,6 +188,13 @@ def llmcompressor() -> Iterator[Path]:
         yield python
 
 
+def run_theirs(python: Path, jobs: list[Any], model: Path, windows: Path) -> None:
+    """Has llm-compressor make what the jobs say of a model, with its calibration windows."""
+    file = windows.with_name("jobs.json")
+    file.write_text(json.dumps(jobs))
+    output(python, Path(__file__).with_name("llmcompress.py"), model, windows, file)
+
+
 @slow
 def test_llm_compressor_prunes_as_apply_does(
     done: Path, tmp_path: Path, command: CommandLine, llmcompressor: Path
@@ -202,10 +210,7 @@ def test_llm_compressor_prunes_as_apply_does(
         options = {"pipeline": "sequential", **arguments}
         jobs.append({"recipe": str(made), "out": str(tmp_path / f"{way}.theirs"), "arguments": options})
         np.save(windows, token_windows(file.study.texts.calibration, done / "model", done).ids)
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    words = [Path(__file__).with_name("llmcompress.py"), done / "model", windows, tmp_path / "jobs.json"]
-    ran = subprocess.run([llmcompressor, *words], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_theirs(llmcompressor, jobs, done / "model", windows)
     for way in WAYS:
         ours, theirs = load_file(tmp_path / way / "model.safetensors"), load_file(tmp_path / f"{way}.theirs")
         pruned = [name for name in ours if name.endswith("_proj.weight")]
@@ -245,10 +250,7 @@ def test_llm_compressor_rounds_as_apply_does(
         recipe, theirs = str(out / "atp_tune.recipe.yaml"), str(tmp_path / f"{way}.theirs")
         jobs.append({"recipe": recipe, "out": theirs, "arguments": {"pipeline": "sequential"}})
         np.save(windows, token_windows(file.study.texts.calibration, place / "model", place).ids)
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    words = [Path(__file__).with_name("llmcompress.py"), place / "model", windows, tmp_path / "jobs.json"]
-    ran = subprocess.run([llmcompressor, *words], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_theirs(llmcompressor, jobs, place / "model", windows)
     for way in ways:
         ours, theirs_ = load_file(tmp_path / way / "model.safetensors"), load_file(tmp_path / f"{way}.theirs")
         rounded = [key for key in ours if key.endswith("_proj.weight")]

@@ -29,6 +29,7 @@ from preloaded import (
     kill,
     kill_in_transaction,
 )
+from processes import output
 from test_network import needs, serving
 from tinystudy import (
     CommandLine,
@@ -400,10 +401,12 @@ print("states", *(trial.state.name for trial in study.trials), study.trials[1].u
 @slow
 def test_memory_runs_out_for_real(place: Path) -> None:
     """The system gives the process no more than it has while one trial runs."""
-    words = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(place), *LONG[:2]]
-    answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **AT_ONCE}, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines()[-1].startswith("states COMPLETE FAIL COMPLETE out of memory")
+    words = (sys.executable, "-c", LIMITED, Path(__file__).parent, place, *LONG[:2])
+    assert (
+        output(*words, env={**os.environ, **AT_ONCE})
+        .splitlines()[-1]
+        .startswith("states COMPLETE FAIL COMPLETE out of memory")
+    )
     assert stored(place).user_attrs["test_nlls"]
     ROWS.add("a trial at the memory limit of its process (RLIMIT_AS)", 1, same="that trial fails, the study goes on")
 
@@ -436,8 +439,7 @@ print("sizes", *sizes)
 
 @slow
 def test_memory_is_flat(place: Path) -> None:
-    words = [sys.executable, "-c", GROWTH, str(Path(__file__).parent), str(place)]
-    said = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **AT_ONCE}).stdout
+    said = output(sys.executable, "-c", GROWTH, Path(__file__).parent, place, env={**os.environ, **AT_ONCE})
     sizes = [int(size) / 1e6 for size in said.rpartition("sizes ")[2].split()]
     assert len(sizes) == 100
     early, late = sizes[19], sizes[-1]

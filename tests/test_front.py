@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -52,10 +51,8 @@ def nlls_at(level: float, seed: str) -> list[float]:
     return [math.log(level) + text.gauss(0, 0.2) + own.gauss(0, 0.01) for _ in range(WINDOWS)]
 
 
-def trial_at(sparsity: float, share: float, level: float, kl: bool = False, **more: Any) -> FrozenTrial:
+def trial_at(sparsity: float, share: float, level: float) -> FrozenTrial:
     nlls, beta = nlls_at(level, f"{sparsity} {share}"), 0.1 * share
-    kls = [abs(nll - math.log(DENSE)) for nll in nlls]
-    value = sum(kls) / WINDOWS if kl else math.exp(sum(nlls) / WINDOWS)
     known = {
         "plan": {
             "method": "wanda",
@@ -70,41 +67,34 @@ def trial_at(sparsity: float, share: float, level: float, kl: bool = False, **mo
         "seconds": {"prune": 1.0, "evaluate": 2.0},
         "device": "cpu (2 threads)",
         "versions": VERSIONS,
-        **({"kls": kls} if kl else {}),
     }
     params = {"pruner": "wanda", "allocation": "atp", "sparsity": sparsity, "beta": share}
     return create_trial(
-        values=[value, round(1 - sparsity, 6)], params=params, distributions=DISTRIBUTIONS, user_attrs={**known, **more}
+        values=[math.exp(sum(nlls) / WINDOWS), round(1 - sparsity, 6)],
+        params=params,
+        distributions=DISTRIBUTIONS,
+        user_attrs=known,
     )
 
 
-def made_front(
-    place: Path | None = None,
-    limit: dict[str, float] | None = None,
-    kl: bool = False,
-    levels: Mapping[float, Sequence[float]] = LEVELS,
-) -> optuna.Study:
+def made_front(place: Path | None = None, levels: Mapping[float, Sequence[float]] = LEVELS) -> optuna.Study:
     """Trials 0, 2, … of ATP and 1, 3, … of uniform at four sparsities; in a database beside a study file, or memory."""
     study = optuna.create_study(
         study_name="made",
         directions=["minimize", "minimize"],
         storage=None if place is None else storage_in(place / "made.db"),
     )
-    overrides = [f"limit.{key}={value}" for key, value in (limit or {}).items()]
-    overrides += ["search.trials=12"] * bool(limit) + ['search.objective="kl"'] * kl
     path = STUDIES / "smol-front.toml"
     if place is not None:
         path = Path(shutil.copy(path, place / "made.toml"))
     facts = {"model.content": "ab" * 32, "model.dtype": "float32", "sparsity": [0.2, 0.7]}
-    study.set_user_attr("fingerprint", {**facts, **({"search.objective": ["kl"]} if kl else {})})
+    study.set_user_attr("fingerprint", facts)
     study.set_user_attr("sizes", [1000] * BLOCKS)
     study.set_user_attr("total", 8)
-    study.set_user_attr("made_from", settings(load(str(path), overrides)))
+    study.set_user_attr("made_from", settings(load(str(path))))
     study.set_user_attr("dense", nlls_at(DENSE, "dense"))
-    if limit:
-        study.set_user_attr("limit", limit)
     for sparsity, pair in levels.items():
-        study.add_trials([trial_at(sparsity, 0.5 * (not k), level, kl) for k, level in enumerate(pair)])
+        study.add_trials([trial_at(sparsity, 0.5 * (not k), level) for k, level in enumerate(pair)])
     return study
 
 

@@ -17,8 +17,7 @@ import torch
 from expect import parametrize
 from image_families import write_classifier
 from PIL import Image
-from test_runner import reopen
-from tinystudy import CommandLine, copy_of, run
+from tinystudy import CommandLine, copy_of, run, stored
 from torch.nn import functional
 from transformers import (
     AutoImageProcessor,
@@ -333,7 +332,7 @@ def own_probabilities(folder: Path, place: Path) -> list[float]:
 
 def check_answers(page: str, place: Path) -> None:
     """The report shows the first test images with their classes, and what each model sees in them."""
-    found = summarise(reopen(place)).answers
+    found = summarise(stored(place)).answers
     assert found is not None and len(found.pictures) == 10
     pixels, labels = (
         own_pixels(place / "model", place),

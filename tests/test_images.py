@@ -167,15 +167,15 @@ def test_ranks_and_accuracies_are_those_of_loops() -> None:
 # Sources
 
 
-def write_idx(folder: Path, count: int = 12, side: int = 8, role: str = "train", seed: int = 0) -> Path:
+def write_idx(folder: Path, count: int = 12, seed: int = 0) -> Path:
     """Random images and labels in MNIST's format."""
     folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(seed)
-    x, y = draw.integers(0, 256, (count, side, side), np.uint8), (np.arange(count) % CLASSES).astype(np.uint8)
-    for name, array, magic in ((f"{role}-images-idx3-ubyte", x, 0x803), (f"{role}-labels-idx1-ubyte", y, 0x801)):
+    x, y = draw.integers(0, 256, (count, 8, 8), np.uint8), (np.arange(count) % CLASSES).astype(np.uint8)
+    for name, array, magic in (("train-images-idx3-ubyte", x, 0x803), ("train-labels-idx1-ubyte", y, 0x801)):
         head = struct.pack(f">I{array.ndim}I", magic, *array.shape)
         (folder / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
-    return folder / f"{role}-images-idx3-ubyte.gz"
+    return folder / "train-images-idx3-ubyte.gz"
 
 
 def test_an_idx_file_is_read_as_it_was_written(tmp_path: Path) -> None:

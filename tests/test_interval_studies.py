@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from expect import parametrize, refused, slow
 from families import scores_of
-from test_runner import reopen, states
+from test_runner import states
 from test_zeroshot import make_tasks
-from tinystudy import CommandLine, copied, run, study_file
+from tinystudy import CommandLine, copied, run, stored, study_file
 
 from atp_tune.config.best import read_config
 from atp_tune.events import Event, TrialStarted
@@ -54,14 +54,14 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bytes_and_speed_of_each_point(ran: Path, tmp_path: Path, command: CommandLine, cache: Path) -> None:
     place = tmp_path / "tiny"
     shutil.copytree(ran, place)
-    dense, points = summarise(reopen(place)).dense_bytes, summarise(reopen(place)).points
+    dense, points = summarise(stored(place)).dense_bytes, summarise(stored(place)).points
     sizes = [point.packed_bytes or 0 for point in points]
     assert sizes == sorted(sizes, reverse=True)
     assert dense is not None
     assert dense == sizes[0] > sizes[-1]  # at 30 % nothing is packed
     words = ("speedup", "--study", place / "tiny.toml", "--tokens", 8, "--runs", 1, "--device", "cpu")
     answer = command.ok(*words)
-    found = summarise(reopen(place))
+    found = summarise(stored(place))
     assert found.speed is not None
     names = [[row.engine for row in point.speed.engines] for point in found.points if point.speed]
     dense_rows = names[0]
@@ -111,7 +111,7 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
     make_front(place)
     run(place, timeout=0)  # not even the screening is done
     run(place, "search.trials=2")
-    expected = reopen(ran).trials
+    expected = stored(ran).trials
     whole = run(place, f"search.trials={len(expected)}")
     assert [trial.params for trial in whole.trials] == [trial.params for trial in expected]
     assert [trial.values for trial in whole.trials] == [trial.values for trial in expected]
@@ -120,7 +120,7 @@ def test_a_front_goes_on_as_if_it_had_not_stopped(ran: Path, tiny_place: Path, t
 @slow
 def test_another_limit_goes_on_from_what_is_measured(ran: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(ran, tmp_path / "tiny"))
-    before = reopen(place)
+    before = stored(place)
     count, by_sparsity = len(before.trials), {sparsity_of(trial): trial for trial in front_of(before)}
     found = [change(before.user_attrs["dense"], trial.user_attrs["nlls"]) for trial in by_sparsity.values()]
     low, middle, high = sorted(one.value + one.stderr for one in found)
@@ -151,7 +151,7 @@ def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pyte
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    tasks = make_tasks(tmp_path / "tasks", 20)
+    tasks = make_tasks(tmp_path / "tasks")
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
     least = f'limit.min_accuracy={{"{tasks}/far.yaml" = 0.2, "{tasks}/near.yaml" = 0.1}}'
     study = run(place, *LIMIT[:-1], "search.trials=5", least, "limit.items=10")
@@ -160,7 +160,7 @@ def test_a_limit_of_accuracy(tiny_place: Path, tmp_path: Path, monkeypatch: pyte
         found = trial.user_attrs["accuracies"]
         assert {*found} == {f"{tasks}/far.yaml", f"{tasks}/near.yaml"}
         assert all(0 <= value <= 1 and stderr >= 0 for value, stderr in found.values())
-    assert "accuracies" not in reopen(place, "tiny.screen").trials[0].user_attrs
+    assert "accuracies" not in stored(place, "tiny.screen").trials[0].user_attrs
 
 
 @slow

@@ -27,9 +27,9 @@ def models(texts: Any) -> Any:
     return benchmark("language_models")
 
 
-def pages(count: int, seed: int = 0) -> list[list[str]]:
+def pages(count: int) -> list[list[str]]:
     """Made-up pages of paragraphs, some of which are in several pages."""
-    rng, words = random.Random(seed), prose(40_000).split()
+    rng, words = random.Random(0), prose(40_000).split()
     known = [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(3 * count)]
     return [[rng.choice(known) for _ in range(rng.randint(1, 30))] for _ in range(count)]
 

@@ -4,7 +4,6 @@ import ast
 import importlib.machinery
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from expect import parametrize, slow
+from processes import output
 
 import atp_tune
 
@@ -284,8 +284,7 @@ def test_a_study_file_is_read_without_torch() -> None:
         "found = {'torch', 'transformers', 'optuna', 'numpy'} & set(sys.modules)\n"
         "assert not found, found\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    output(sys.executable, "-c", script, cwd=REPO)
 
 
 @slow
@@ -307,9 +306,8 @@ def test_help_imports_no_heavy_library(options: list[str], said: str, others: se
         f"found = {HEAVY | others} & set(sys.modules)\n"
         "assert not found, found\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout and said in done.stdout
+    shown = output(sys.executable, "-c", script, cwd=REPO)
+    assert "Usage" in shown and said in shown
 
 
 # Code

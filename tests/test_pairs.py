@@ -92,14 +92,14 @@ def write_model(family: str, place: Path) -> Path:
     return place
 
 
-def write_pairs(file: Path, count: int = 12, side: tuple[int, int] = (20, 20)) -> Path:
+def write_pairs(file: Path, count: int = 12) -> Path:
     """Images of noise, and texts of which every third is too short."""
     draw = np.random.default_rng(0)
     images, texts = [], []
     words = WORDS.split()
     for index in range(count):
         stream = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (*side, 3)).astype(np.uint8)).save(stream, "PNG")
+        Image.fromarray(draw.integers(0, 256, (20, 20, 3)).astype(np.uint8)).save(stream, "PNG")
         images.append({"bytes": stream.getvalue(), "path": None})
         texts.append(
             " ".join(draw.permutation(words)[: 3 if index % 3 == 2 else 60].repeat(1 if index % 3 == 2 else 4))

@@ -1,5 +1,6 @@
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import naive
@@ -71,25 +72,15 @@ def decided(form: Callable[[Tensor], tuple[Any, Tensor]], x: Tensor) -> tuple[An
     return result
 
 
-def norms_of(x: Tensor, batches: int = 1) -> InputNorms:
-    norms = InputNorms(x.shape[1], CPU)
+def heard(kind: Any, x: Tensor, batches: int = 1) -> Any:
+    """Statistics of inputs, which come in so many batches."""
+    found = kind(x.shape[1], CPU)
     for part in x.tensor_split(batches):
-        norms.add(part)
-    return norms
+        found.add(part)
+    return found
 
 
-def hessian_of(x: Tensor, batches: int = 1) -> Hessian:
-    hessian = Hessian(x.shape[1], CPU)
-    for part in x.tensor_split(batches):
-        hessian.add(part)
-    return hessian
-
-
-def moments_of(x: Tensor, batches: int = 1) -> InputMoments:
-    moments = InputMoments(x.shape[1], CPU)
-    for part in x.tensor_split(batches):
-        moments.add(part)
-    return moments
+norms_of, hessian_of, moments_of = (partial(heard, kind) for kind in (InputNorms, Hessian, InputMoments))
 
 
 class Made(TorchDispatchMode):

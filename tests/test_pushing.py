@@ -100,14 +100,18 @@ def test_apply_uploads_what_it_writes(done: Path, site: Site, command: CommandLi
     assert len(site.uploads.commits) == 1
 
 
+@pytest.fixture
+def login(site: Site, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+
+
 @slow
 def test_an_upload_that_was_killed_goes_on(
-    sparse: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparse: Path, site: Site, login: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("localhub.LARGE", (".safetensors", "tokenizer.json"))
     last, first = sha256_of(sparse / "tokenizer.json"), sha256_of(sparse / "model.safetensors")
     site.uploads.hold = last
-    login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     process = start("push", sparse, "alice/tiny", environment=login)
     wait_until(lambda: site.uploads.held.is_set() and site.uploads.received == [first])
     process.send_signal(signal.SIGKILL)
@@ -122,9 +126,8 @@ def test_an_upload_that_was_killed_goes_on(
 
 
 @slow
-def test_ctrl_c_says_how_to_go_on(sparse: Path, site: Site, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_go_on(sparse: Path, site: Site, login: dict[str, str]) -> None:
     site.uploads.hold = sha256_of(sparse / "model.safetensors")
-    login = {"HF_ENDPOINT": site.address, "HF_TOKEN": "a", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     process = start("push", sparse, "alice/tiny", "--private", environment=login)
     wait_until(site.uploads.held.is_set)
     process.send_signal(signal.SIGINT)

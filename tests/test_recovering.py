@@ -190,13 +190,11 @@ def test_what_a_killed_training_left_is_removed_by_the_next(place: Path, cache: 
 # The guard.
 
 
-def judged(
-    monkeypatch: pytest.MonkeyPatch, before: float, validation: PerplexityChange | None, first: float = 2.5
-) -> Recovered:
+def judged(monkeypatch: pytest.MonkeyPatch, validation: PerplexityChange | None, first: float = 2.5) -> Recovered:
     """What is made of a run of training whose scores are given."""
     after = Perplexity(value=8, stderr=1)
     record = Finetuned.model_construct(
-        before=Perplexity(value=before, stderr=1), after=after, change=Change(value=8 / before - 1, stderr=0.1),
+        before=Perplexity(value=10, stderr=1), after=after, change=Change(value=-0.2, stderr=0.1),
         held_out=None, losses=(1.0, 0.5), seconds=3.0, validation=validation,
     )  # fmt: skip
     scores = {"test": {"nlls": [first, 1.5]}}
@@ -214,9 +212,9 @@ def changed(by: float) -> PerplexityChange:
 
 
 def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    worse = judged(monkeypatch, 10, changed(0.02))
+    worse = judged(monkeypatch, changed(0.02))
     assert not part().exists()  # no run will write it
-    better = judged(monkeypatch, 10, changed(-0.02))
+    better = judged(monkeypatch, changed(-0.02))
     assert part().exists()
     assert (worse.kept, better.kept) == (False, True)
     assert worse.reason == "perplexity on the validation text changed by +2.0% ± 1.0%"
@@ -231,7 +229,7 @@ def test_the_validation_text_decides_whether_training_counts(monkeypatch: pytest
 @parametrize("nll", [float("nan"), float("inf"), 701.0])
 def test_what_is_not_finite_is_left_out(nll: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the two texts' own scores were, so the configuration could not be written after training."""
-    found = judged(monkeypatch, 10, changed(-0.02), nll)
+    found = judged(monkeypatch, changed(-0.02), nll)
     dumps(found.model_dump(mode="json"), None)
     assert {kind: round(own.value, 2) for kind, own in found.kinds.items()} == {"news": 4.48}
 

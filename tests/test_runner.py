@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from processes import popen
 from safetensors.torch import load_file, save_file
 from synthetic import storage_in
-from tinystudy import few_at_a_time, go_silent, run, study_file
+from tinystudy import few_at_a_time, go_silent, run, stored, study_file
 
 from atp_tune.cli.terminal import quiet
 from atp_tune.config.best import read_config
@@ -30,18 +30,9 @@ from atp_tune.results.summary import unreported
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
 from atp_tune.search import final_scores, runner, trial_loop
-from atp_tune.storage import opening
 from atp_tune.storage.process import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
-
-
-def reopen(place: Path, name: str = "tiny") -> optuna.Study:
-    db = opening.open_storage(study_file(place).storage_url, create=False)
-    assert db
-    study = opening.find_study(db, name)
-    assert study
-    return study
 
 
 def states(study: optuna.Study) -> list[str]:
@@ -70,7 +61,7 @@ def without_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 @slow
 def test_values_equal_a_measurement_by_hand(done: Path) -> None:
     """NLLs are compared window by window."""
-    study = reopen(done)
+    study = stored(done)
     best = best_trial(study)
     assert best
     wanda = next(t for t in study.trials[2:] if t.params["pruner"] == "wanda")
@@ -93,7 +84,7 @@ def test_the_dense_checkpoint_is_not_written_to(done: Path, tiny_place: Path) ->
 
 @slow
 def test_a_larger_total_goes_on(done: Path) -> None:
-    before = reopen(done).trials
+    before = stored(done).trials
     study = run(done, "search.trials=8")
     assert states(study) == ["COMPLETE"] * 8
     assert study.user_attrs["total"] == 8
@@ -125,8 +116,8 @@ def test_reports_that_are_missing_are_measured(done: Path, monkeypatch: pytest.M
 
 @slow
 def test_a_better_best_is_reported_too(done: Path) -> None:
-    reports = reopen(done).user_attrs["test_nlls"]
-    study = reopen(done)
+    reports = stored(done).user_attrs["test_nlls"]
+    study = stored(done)
     best = best_trial(study)
     assert best
     trial = optuna.create_trial(
@@ -162,7 +153,7 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     notes = [event.text for event in events if isinstance(event, Message)]
     assert "waiting for the numbers on the test text, which another process measures" in notes
     assert dies == any(isinstance(event, TrialStarted) and event.title.startswith("test text: ") for event in events)
-    assert not unreported(reopen(place))
+    assert not unreported(stored(place))
     assert (place / "tiny.best.json").exists()
 
 
@@ -183,11 +174,11 @@ def interrupt_at(number: int) -> Any:
 def test_an_interrupted_trial_is_queued_first(place: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(place, watch=interrupt_at(1))
-    study = reopen(place)
+    study = stored(place)
     assert states(study) == ["COMPLETE", "FAIL", "WAITING"]
     with pytest.raises(KeyboardInterrupt):
         run(place, watch=interrupt_at(2))
-    assert states(reopen(place)) == ["COMPLETE", "FAIL", "FAIL", "WAITING"]
+    assert states(stored(place)) == ["COMPLETE", "FAIL", "FAIL", "WAITING"]
     study = run(place)
     assert states(study) == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].params == study.trials[2].params == study.trials[3].params
@@ -206,12 +197,12 @@ def test_an_interruption_while_a_trial_is_told(place: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(optuna.study._optimize, "_tell_with_warning", interrupted)
         run(place)
-    assert states(reopen(place)) == ["COMPLETE", "FAIL", "WAITING"]
+    assert states(stored(place)) == ["COMPLETE", "FAIL", "WAITING"]
     assert states(run(place)) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = True) -> None:
-    """A trial that another process runs; with `beat` it has sent one heartbeat."""
+def add_running(study: optuna.Study, **attributes: Any) -> None:
+    """A trial that another process runs, and that has sent one heartbeat."""
     best = study.trials[0]
     params = {**best.params, "beta": 0.1}
     study.enqueue_trial(params)
@@ -220,8 +211,7 @@ def add_running(study: optuna.Study, attributes: dict[str, Any], beat: bool = Tr
         trial = study.ask(best.distributions)
     for name, value in attributes.items():
         trial.set_user_attr(name, value)
-    if beat:
-        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -233,7 +223,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path) -> None:
     study = run(place, "search.trials=2")
-    add_running(study, {"host": "elsewhere", "pid": 1, "process_started": 0.0})
+    add_running(study, host="elsewhere", pid=1, process_started=0.0)
     waiting = Message("waiting for trial 2, which elsewhere runs (or was running when it stopped)")
     notes: list[Event] = []
 
@@ -252,12 +242,12 @@ def test_a_trial_of_another_machine_is_waited_for_and_then_run_again(place: Path
 @pytest.mark.usefixtures("impatient")
 def test_a_trial_that_ends_elsewhere_counts(place: Path) -> None:
     study = run(place, "search.trials=2")
-    add_running(study, {"host": "elsewhere", "pid": 1, "process_started": 0.0})
+    add_running(study, host="elsewhere", pid=1, process_started=0.0)
     best = study.trials[0].user_attrs
 
     def end_it(event: Event) -> None:
         if isinstance(event, Message) and event.text.startswith("waiting"):
-            other = reopen(place)
+            other = stored(place)
             for name in ("plan", "realised", "nlls", "versions"):
                 other._storage.set_trial_user_attr(other.trials[2]._trial_id, name, best[name])
             with quiet():
@@ -273,7 +263,7 @@ def test_a_process_that_died_before_it_wrote_the_fingerprint(place: Path) -> Non
     with quiet():
         optuna.create_study(study_name="tiny", storage=storage_in(place / "tiny.db"))
     assert states(run(place)) == ["COMPLETE"] * 3
-    assert reopen(place).user_attrs["fingerprint"]["sparsity"] == 0.6
+    assert stored(place).user_attrs["fingerprint"]["sparsity"] == 0.6
 
 
 # --- what a study was made with
@@ -296,14 +286,14 @@ def edit_text(place: Path) -> None:
     ("edit", "key"), [(edit_weights, "model.content"), (edit_text, "texts.validation.content")], ids=["model", "text"]
 )
 def test_other_contents_are_refused(done: Path, edit: Any, key: str) -> None:
-    before = reopen(done).user_attrs["fingerprint"][key]
+    before = stored(done).user_attrs["fingerprint"][key]
     edit(done)
     message = refusal(run, done, "search.trials=7")
     assert message.startswith(f'study tiny: {key} is "')
     assert message.endswith(f'was "{before}". Put it back, or start another study with --study-name NAME')
-    assert len(reopen(done).trials) == 6
+    assert len(stored(done).trials) == 6
     assert len(run(done, "search.trials=1", name="other").trials) == 1
-    assert len(reopen(done).trials) == 6
+    assert len(stored(done).trials) == 6
 
 
 @slow
@@ -496,7 +486,7 @@ def test_a_total_that_was_asked_for_stays(place: Path) -> None:
 def test_a_run_follows_a_total_that_another_one_raises(place: Path) -> None:
     def watch(event: Event) -> None:
         if isinstance(event, TrialStarted) and event.title == "trial 2":
-            reopen(place).set_user_attr("total", 5)
+            stored(place).set_user_attr("total", 5)
 
     assert len(run(place, watch=watch).trials) == 5
-    assert reopen(place).user_attrs["test_nlls"]
+    assert stored(place).user_attrs["test_nlls"]

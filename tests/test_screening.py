@@ -7,9 +7,9 @@ import optuna
 import pytest
 from expect import refused, slow
 from families import nlls_of
-from test_runner import reopen, states
+from test_runner import states
 from test_space import SIZES, space_for, study_of
-from tinystudy import LONG, CommandLine, finish, run, settings, start, study_file, wait_for
+from tinystudy import LONG, CommandLine, finish, run, settings, start, stored, study_file, wait_for
 
 from atp_tune.blocks.prune_pass import Pass
 from atp_tune.config.best import read_config
@@ -56,8 +56,8 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @slow
 def test_a_study_is_screened_before_it_begins(ran: Run) -> None:
-    place, events, study = ran.place, ran.events, reopen(ran.place)
-    screened = reopen(place, "tiny.screen")
+    place, events, study = ran.place, ran.events, stored(ran.place)
+    screened = stored(place, "tiny.screen")
     assert states(screened) == ["COMPLETE"] * 5
     assert [len(t.user_attrs["nlls"]) for t in screened.trials] == [6] * 5  # of 16 windows the first, fourth, …
     assert all(t.user_attrs["errors"] == [] for t in screened.trials)
@@ -85,10 +85,10 @@ def test_a_screening_that_was_killed_goes_on(place: Path) -> None:
     wait_for(place / "tiny.db", 3, process)
     process.kill()
     process.communicate()
-    assert reopen(place, "tiny.screen").trials and not reopen(place).trials
+    assert stored(place, "tiny.screen").trials and not stored(place).trials
     again = finish(start(*words, *settings("search.screen.trials=6")))
     assert again.code == 0, again.err
-    assert [t.state.name for t in reopen(place).trials] == ["COMPLETE"] * 3
+    assert [t.state.name for t in stored(place).trials] == ["COMPLETE"] * 3
 
 
 @slow
@@ -96,7 +96,7 @@ def test_two_workers_share_a_screening(place: Path) -> None:
     words = ("--study", place / "tiny.toml", *settings(*INSIDE, *LONG, "search.screen.trials=24"))
     answers = [finish(process) for process in [start(*words), start(*words)]]
     assert [answer.code for answer in answers] == [0, 0], answers
-    screened, study = reopen(place, "tiny.screen"), reopen(place)
+    screened, study = stored(place, "tiny.screen"), stored(place)
     assert counted(screened) == 24 and counted(study) == 3
     done = [t for t in screened.trials if t.state.name == "COMPLETE"]
     assert len({t.user_attrs["pid"] for t in done}) == 2
@@ -127,7 +127,7 @@ def test_a_bench_for_screening_shares_all_but_the_text(place: Path) -> None:
 def test_a_study_that_goes_on_knows_what_was_screened(place: Path) -> None:
     """Perplexities of the screening, at the level of the main study's, stand beside its own in the sampler's model."""
     run(place, *INSIDE, "search.screen.trials=9", "search.trials=5")
-    study = reopen(place)
+    study = stored(place)
     assert study.user_attrs["gp_posterior"]["before"] == 4 + 9 - 3  # two were confirmed, and uniform is in both
 
 
@@ -172,9 +172,9 @@ def test_a_study_that_a_person_calls_like_a_screening_is_reported(place: Path, c
     """A study is a screening if one was made for another; its name says nothing."""
     words = ["--study", place / "tiny.toml", "--study-name", "mine.screen"]
     command.ok(*words)
-    assert set(reopen(place, "mine.screen").user_attrs["test_nlls"]) > {"dense"}
+    assert set(stored(place, "mine.screen").user_attrs["test_nlls"]) > {"dense"}
     assert read_config(place / "mine.screen.best.json").scored() is not None
     status = json.loads(command("status", *words, "--json").out)
     assert status["complete"] and status["best"]["scores"]["perplexity"]["test"]
     run(place, name="mine")
-    assert summarise(reopen(place, "mine")).screening is None
+    assert summarise(stored(place, "mine")).screening is None

@@ -4,6 +4,7 @@ from typing import Any
 
 import naive
 import pytest
+import test_prune_pass
 import torch
 from expect import parametrize, slow
 from families import ALL, MIXTURES, TOKENS, bench_of, few, random_ids, same_bits, tiny
@@ -73,14 +74,24 @@ def test_each_linear_is_measured_behind_all_that_is_pruned(family: str) -> None:
 
 
 @slow
+@parametrize("statistics", ["block", "dense", "sequential"])
 @parametrize("family", ["olmoe", "gpt_oss"])
-def test_an_expert_that_no_token_is_sent_to(family: str) -> None:
+def test_an_expert_that_no_token_is_sent_to_is_pruned_by_magnitude(family: str, statistics: Any) -> None:
     model = silence(tiny(family))
-    work, plan = bench_of(model, ONE_PASS), planned("wanda", "atp", (0.4, 0.5, 0.6))
+    work, plan = bench_of(model, PruneConfig(statistics=statistics)), planned("wanda", "atp", (0.4, 0.5, 0.6))
     pruned = list(work.prune(plan))
     names = ("mlp.experts.gate_up_proj[2]", "mlp.experts.down_proj[2]")
     assert [block.experts_without_tokens for block in pruned] == [(), names, ()]
-    check_same_weights(pruned, naive_pass(model, work, plan, wanda), work)
+    if statistics == "sequential":
+        expected = naive_pass(model, work, plan, wanda)
+    else:
+        expected = test_prune_pass.naive_pass(model, work, plan, wanda, dense=statistics == "dense")[0]
+    check_same_weights(pruned, expected, work)
+    for linear in work.checkpoint.linears[1]:
+        if linear.name in names:
+            dense = naive.weight_of(model, f"model.layers.1.{linear.name}")
+            assert same_bits(linear.matrix(pruned[1].weights[linear.key]), magnitude(dense, dense, 0.5))
+            assert pruned[1].zeros[linear.name] == int(linear.size * 0.5)
 
 
 @parametrize("family", few(["llama", "mistral", "bloom", *MIXTURES], ("mistral", "gpt_oss")))

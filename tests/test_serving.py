@@ -46,8 +46,8 @@ class Dashboard:
     def study(self, name: str) -> Any:
         return json.loads(self.get(f"/api/studies/{self.studies()[name]}?after=0"))
 
-    def write_note(self, name: str, body: str, version: int, trial: int | None = None) -> None:
-        path = f"/api/studies/{self.studies()[name]}" + (f"/{trial}" if trial is not None else "") + "/note"
+    def write_note(self, body: str, version: int) -> None:
+        path = f"/api/studies/{self.studies()['tiny']}/note"
         content = json.dumps({"body": body, "version": version}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", content, {"Content-Type": "application/json"}, method="PUT"
@@ -64,11 +64,11 @@ class Dashboard:
 
 
 @contextmanager
-def served(database: Path, listen: str = "127.0.0.1") -> Iterator[Dashboard]:
+def served(database: Path) -> Iterator[Dashboard]:
     stop: list[bool] = []
     ready: list[Served] = []
     told: list[str] = []
-    service = Service(f"sqlite:///{database}", listen, 0, 0, database.with_suffix(".artifacts"))
+    service = Service(f"sqlite:///{database}", "127.0.0.1", 0, 0, database.with_suffix(".artifacts"))
     thread = Thread(target=serve, args=(service, lambda: bool(stop), ready.append, told.append))
     thread.start()
     try:
@@ -95,12 +95,12 @@ def open_db(place: Path) -> optuna.storages.BaseStorage:
 @slow
 def test_own_words_are_kept_below_ours(dashboard: Dashboard) -> None:
     note = dashboard.study("tiny")["note"]
-    dashboard.write_note("tiny", note["body"] + "\nAsk Ada about trial 4.\n", note["version"] + 1)
+    dashboard.write_note(note["body"] + "\nAsk Ada about trial 4.\n", note["version"] + 1)
     again = dashboard.study("tiny")["note"]
     assert again["body"].count("## tiny:") == 1
     assert again["body"].endswith("Ask Ada about trial 4.\n")
     assert again["version"] > note["version"]
-    dashboard.write_note("tiny", again["body"].replace("4", "5"), again["version"] + 1)
+    dashboard.write_note(again["body"].replace("4", "5"), again["version"] + 1)
     assert dashboard.study("tiny")["note"]["body"].endswith("Ask Ada about trial 5.\n")
 
 

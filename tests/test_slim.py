@@ -217,17 +217,14 @@ def test_a_damaged_table_or_file_is_refused(folder: Path) -> None:
 # a stranger's slim folder
 
 
-BESIDE = ("tokenizer_config.json", "preprocessor_config.json")
-
-
-def stranger_s(folder: Path, beside: tuple[str, ...] = BESIDE) -> None:
-    """Puts code into a slim folder that its config, and those of its tokenizer and processor (`beside`), name."""
+def stranger_s(folder: Path) -> None:
+    """Puts code into a slim folder that its config, and those of its tokenizer and processor, name."""
     for name in ("evil.py", OURS.name):
         (folder / name).write_text("raise SystemExit")
     config = json.loads((folder / "config.json").read_text())
     evil = {"AutoConfig": "someone/else--evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": evil, "custom_pipelines": {"x": 1}}))
-    for name in beside:
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
         (folder / name).write_text(json.dumps({"kept": 1, "auto_map": {"AutoTokenizer": ["evil.T", None]}}))
 
 

@@ -25,8 +25,8 @@ DENSE = [2.7, 2.9]  # NLLs of the dense model: the loss at sparsity 0 is 2.8
 pytestmark = pytest.mark.usefixtures("quiet_optuna")
 
 
-def space_over(low: float = INTERVAL[0], high: float = INTERVAL[1], **changes: Any) -> Space:
-    study = study_of(sparsity=(low, high), **{"search": TPE, **changes})
+def space_over(**changes: Any) -> Space:
+    study = study_of(sparsity=INTERVAL, **{"search": TPE, **changes})
     return make_space(study, Budget(study.highest, SIZES))
 
 

@@ -10,9 +10,8 @@ import pytest
 from expect import slow
 from optuna.trial import FrozenTrial, TrialState
 from test_benchmarks import benchmark
-from test_runner import reopen
 from test_samplers import fake_perplexity, search_of, space_of
-from tinystudy import run
+from tinystudy import run, stored
 
 from atp_tune.search import trial_loop
 from atp_tune.search.samplers import make_sampler
@@ -173,7 +172,7 @@ def test_a_real_study_settles_and_so_does_one_that_was_interrupted(
     study = run(place, *GP)
     assert LEAST + RUN - 1 <= counted(study) < 40
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
-    assert reopen(place).user_attrs["terminated_early"] == [40, counted(study)]
+    assert stored(place).user_attrs["terminated_early"] == [40, counted(study)]
     run(place, *GP, f"search.trials={counted(study) - 1}", name="again")
     again = run(place, *GP, name="again")
     assert [trial.params for trial in again.trials] == [trial.params for trial in study.trials]

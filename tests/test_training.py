@@ -45,8 +45,8 @@ def windows(count: int) -> Items:
     return Items.windows(random_ids(count).numpy())
 
 
-def trainer(settings: Training = SETTINGS, family: str = "llama") -> Trainer:
-    return Trainer(checkpoint_of(with_zeros(family)), windows(7), settings)
+def trainer(settings: Training = SETTINGS) -> Trainer:
+    return Trainer(checkpoint_of(with_zeros("llama")), windows(7), settings)
 
 
 def naive(parameters: dict[str, Tensor], steps: int) -> list[float]:

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 OFFLINE_TASKS = ROOT / "scripts" / "offline-tasks"
 
 
-def make_tasks(folder: Path, count: int) -> Path:
-    subprocess.run([sys.executable, str(OFFLINE_TASKS), str(folder), str(count)], check=True, capture_output=True)
+def make_tasks(folder: Path) -> Path:
+    subprocess.run([sys.executable, str(OFFLINE_TASKS), str(folder), "20"], check=True, capture_output=True)
     return folder
 
 
@@ -45,7 +45,7 @@ def data_cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tasks(tmp_path_factory.mktemp("tasks"), 20)
+    return make_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def index() -> Any:
 
 @slow
 def test_offline_tasks_are_the_same_each_time_and_fair(made: Path, tmp_path: Path) -> None:
-    again = make_tasks(tmp_path / "again", 20)
+    again = make_tasks(tmp_path / "again")
     for name in ("far", "near"):
         items = items_of(made / f"{name}.test.jsonl")
         assert items == items_of(again / f"{name}.test.jsonl")
