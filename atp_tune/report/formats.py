@@ -28,8 +28,6 @@ from atp_tune.results.results import DENSE, NOTHING, Model
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, trials
 
-_RATES = "Rates are medians over runs; the last column is the median (lowest to highest) of the runs' ratios."
-
 
 def escaped(text: str) -> str:
     """Text in one line without markup, HTML, formulas or entities."""
@@ -44,40 +42,8 @@ def fenced(language: str, text: str) -> str:
 
 def markdown(studies: Sequence[Contents]) -> bytes:
     """The report: a comparison if there are several studies, then each study."""
-    parts = ["# Comparison", table(tables.comparison(studies))] if len(studies) > 1 else []
-    for contents in studies:
-        parts += _study(contents)
-    return ("\n\n".join(parts) + "\n").encode()
-
-
-def _study(contents: Contents) -> list[str]:
-    summary = contents.summary
-    parts = [f"# {escaped(summary.name)}", escaped(contents.description), escaped(contents.verdict)]
-    amount = summary.amount.told.format(contents.sparsity, summary.amount.best(summary)) if contents.sparsity else ""
-    parts.append(f"{contents.state}; as of {contents.made:%Y-%m-%d %H:%M}. {amount}".strip())
-    parts += [
-        *map(escaped, contents.notes),
-        table(overview(summary)),
-        *([table(found)] if (found := kinds(summary)) else []),
-        contents.errors + "".join(f" {by.note}" for by in summary.results.measures if by.note),
-    ]
-    if found := front(summary):
-        parts += ["## Pareto front", table(found)]
-    if summary.zero_shot:
-        made = tables.zero_shot(summary.zero_shot)
-        parts += ["## Zero-shot accuracy", table(made), escaped(tables.zero_shot_note(summary.zero_shot))]
-    if summary.speed:
-        parts += ["## Size and speed", table(tables.speed(summary.speed)), _RATES]
-    if summary.continuations:
-        made = tables.continuations(summary.continuations)
-        parts += ["## Continuations", table(made), escaped(continuations_note(summary.continuations)) + "."]
-    if contents.importance:
-        parts += ["## Importance", table(tables.importance(contents))]
-    parts += ["## Trials", table(trials(summary)), "## How to reproduce"]
-    parts.append(fenced("sh", "\n".join(command for _, command in tables.commands(summary))))
-    if contents.study_file is not None:
-        parts.append(fenced("toml", contents.study_file))
-    return [part for part in [*parts, table(tables.fingerprint(contents))] if part]
+    sections = [_tables(contents) for contents in studies]
+    return (rendered("report.md.jinja", studies=sections, comparison=_comparison(studies)) + "\n").encode()
 
 
 def table(made: Table, gap: str = "") -> str:
@@ -87,6 +53,25 @@ def table(made: Table, gap: str = "") -> str:
             for index, row in enumerate(made.rows)]  # fmt: skip
     head, *body = (f"| {f' | {gap}'.join(cells)} |" for cells in (map(escaped, made.head), *rows))
     return "\n".join((head, f"| {' | '.join(rules)} |", *body))
+
+
+# --- The documents are templates beside this file; values are escaped as their filters say, in HTML all of them.
+
+HERE = Path(__file__).parent
+PAGES = Environment(
+    loader=FileSystemLoader(HERE), autoescape=lambda name: name == "page.html.jinja", trim_blocks=True,
+    lstrip_blocks=True, undefined=StrictUndefined,
+)  # fmt: skip
+PAGES.filters |= {"escaped": escaped, "printable": printable}
+PAGES.globals |= {
+    "table": table, "fenced": fenced, "symbol": tables.symbol, "zero_shot_note": tables.zero_shot_note,
+    "continuations_note": continuations_note, "version": atp_tune.__version__,
+}  # fmt: skip
+
+
+def rendered(name: str, **given: Any) -> str:
+    """The text of a template, with one empty line between its paragraphs."""
+    return re.sub(r" *\n{2,}", "\n\n", PAGES.get_template(name).render(given)).strip()
 
 
 # --- A LaTeX table for a paper: dense, uniform and the best of each allocation.
@@ -220,30 +205,26 @@ def finite(value: Any) -> Any:
 # --- The report as one HTML file with figures, tables and commands, which needs no network.
 
 TITLE = 32  # px of a figure's title, which the page shows instead
-HERE = Path(__file__).parent
 # Facts that must be equal for perplexities to compare.
 SAME = ("model.content", "texts.validation.content", "images.validation.content")
 
 
 def html(studies: Sequence[Contents]) -> bytes:
     """The page of the studies; a comparison comes first if there are several."""
-    places = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    page = places.get_template("page.html.jinja").render(
+    page = PAGES.get_template("page.html.jinja").render(
         studies=[_section(contents, index) for index, contents in enumerate(studies)],
         made=max(contents.made for contents in studies),
-        comparison=tables.comparison(studies) if len(studies) > 1 else None,
+        comparison=_comparison(studies),
         overlays=_drawn(overlays(studies)),
-        symbol=tables.symbol,
-        zero_shot_note=tables.zero_shot_note,
-        continuations_note=continuations_note,
-        version=atp_tune.__version__,
         style=_own("page.css"),
         script=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
     return (page.strip() + "\n").encode()
+
+
+def _comparison(studies: Sequence[Contents]) -> Table | None:
+    return tables.comparison(studies) if len(studies) > 1 else None
 
 
 def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
@@ -259,32 +240,38 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
+def _tables(contents: Contents) -> dict[str, Any]:
+    """What the page and the Markdown show of a study: its contents, and their tables."""
+    summary, makers = contents.summary, (tables.zero_shot, tables.speed, tables.continuations)
+    measured = ((make, getattr(summary, make.__name__)) for make in makers)
+    return {
+        "contents": contents,
+        "summary": summary,
+        "headline": overview(summary),
+        "kinds": kinds(summary),
+        "front": front(summary),
+        **{make.__name__: found and make(found) for make, found in measured},
+        "importance": tables.importance(contents),
+        "trials": trials(summary),
+        "fingerprint": tables.fingerprint(contents),
+        "commands": tables.commands(summary),
+    }
+
+
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
     found, results = figures.draw(summary), summary.results
     went = draw_history(summary) if "perplexity" in found else None
     models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
-    made = _drawn({**found, **({"history": went} if went else {})})
     return {
+        **_tables(contents),
         "id": f"study-{index + 1}",
-        "contents": contents,
-        "summary": summary,
-        "figures": made,
-        "headline": overview(summary),
+        "figures": _drawn({**found, **({"history": went} if went else {})}),
         "scores": {
             name: model and {text: results.shown(model, text, results.main) for text in TEXTS}
             for name, model in models.items()
         },
-        "kinds": kinds(summary),
-        "front": front(summary),
-        "zero_shot": tables.zero_shot(summary.zero_shot) if summary.zero_shot else None,
-        "speed": tables.speed(summary.speed) if summary.speed else None,
-        "continuations": tables.continuations(summary.continuations) if summary.continuations else None,
         "answers": _answers(summary),
-        "importance": sorted(contents.importance.items(), key=lambda pair: -pair[1]),
-        "trials": trials(summary),
-        "fingerprint": tables.fingerprint(contents),
-        "commands": tables.commands(summary),
         "file_name": f"{tables.plain_name(summary.name)}.toml",
     }
 

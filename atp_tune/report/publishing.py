@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from atp_tune.config.data import short_source
 from atp_tune.config.plugged import permission
@@ -17,7 +17,7 @@ from atp_tune.errors import printable
 from atp_tune.measures import MEASURES
 from atp_tune.plan import Plan
 from atp_tune.report.figures import draw
-from atp_tune.report.formats import escaped, fenced, table
+from atp_tune.report.formats import rendered
 from atp_tune.results.formatting import command_of, errors_of, limit_of, plan_of, remark_of, study_remarks, wanted
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import best_config, measured_columns
@@ -33,7 +33,6 @@ from atp_tune.utils.extras import as_typed
 
 OWN = "*Above: written by atp_tune. Below: your own notes, which are kept.*"
 GAP = "&emsp;"  # the dashboard leaves no space between columns
-Attributes = Mapping[str, Any]
 
 
 def with_own_words(ours: str, written: str) -> str:
@@ -54,121 +53,26 @@ def study_note(
 
     `address` is the storage's URL, `join` its URL for other machines; `files`: the study's artifacts.
     """
-    remarks = map(escaped, study_remarks(summary))
-    fronts = f"Pareto front:\n\n{table(found, GAP)}" if (found := front(summary)) else ""
-    errors = f"± is the {errors_of(summary)}; that of a change is paired by {summary.results.unit}."
-    gain = f"**{escaped(summary.goal.said(summary))}** {errors}"
-    results = (_what(summary), table(overview(summary), GAP), fronts, gain, _state(summary))
-    parts = [*results, *remarks, _files(summary, address, files), _commands(summary, join)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _what(summary: Summary) -> str:
-    file = summary.made_from
-    if file is None:
-        return f"## {escaped(summary.name)}"
-    spec = file.study
-    names = ", ".join(spec.allocation.short_names)
-    methods = ", ".join(spec.methods.short_names)
-    settings = f"pattern {escaped(spec.prune.pattern)}"
-    if spec.by_bits:
-        settings = ", ".join(f"{key} {value}" for key, value in spec.quantize.told("rtn").items())
-    others = {"density": "density (1 - sparsity)"}
-    objective = " and ".join(others.get(name) or MEASURES[name].objective or name for name in summary.objectives)
-    data = spec.data.validation.data
-    limit = f" The best is the sparsest plan within {limit_of(summary.limit)}." if summary.limit else ""
-    lines = [
-        f"## {escaped(summary.name)}: {_code(short_source(spec.model.source))} at {wanted(spec)}",
-        escaped(spec.description),
-        f"The study searches for the {'bits' if spec.by_bits else 'sparsities'} of {len(summary.sizes)} blocks "
-        f"({names}; {methods}; {settings}). The objective is {objective} on the validation {data}; lower is "
-        f"better.{limit}",
-    ]
-    return "\n\n".join(line for line in lines if line)
-
-
-def _state(summary: Summary) -> str:
-    counts = {state: sum(trial.state == state for trial in summary.trials) for state in TrialState}
-    total = f" of {summary.total}" if summary.total else ""
-    running = f", {counts[TrialState.RUNNING]} running" if counts[TrialState.RUNNING] else ""
-    failed = f", {counts[TrialState.FAIL]} failed or lost" if counts[TrialState.FAIL] else ""
-    return f"{summary.done}{total} trials are done{running}{failed}."
-
-
-def _commands(summary: Summary, join: str) -> str:
-    if summary.made_from is None:
-        return ""
-    words = ("--config", "best.json", "--out", "DIR", *permission(summary.made_from.study))
-    lines = [
-        f"{command_of(summary)}    # resume, on this machine",
-        f"{command_of(summary, '--storage', join, here=False)}    # join, from another machine",
-        as_typed(f"python tune.py apply {' '.join(words)}    # the sparse checkpoint"),
-    ]
-    return fenced("", "\n".join(map(printable, lines)))
-
-
-def _files(summary: Summary, address: str, names: Sequence[str]) -> str:
-    file = f" Study file: {_code(str(summary.made_from.path))}." if summary.made_from else ""
-    listed = " and ".join(f"`{name}`" for name in names)
-    best = f" This study's artifacts: {listed}." if names and summary.best_trial else ""
-    return f"Database: {_code(address)}.{file}{best}"
-
-
-def _code(text: str) -> str:
-    """Text as inline code."""
-    return "`" + printable(text).replace("`", "'") + "`"
+    return _note("study", summary, file=summary.made_from, address=address, join=join, files=files)
 
 
 def trial_note(trial: FrozenTrial, summary: Summary) -> str:
     """Plan, value or the reason for none, sparsities and times of a trial."""
-    attrs = trial.user_attrs
-    title = f"### {escaped(plan_of(trial))}" if "allocation" in trial.params else "### no plan yet"
-    parts = [title, _why(trial, summary), _measured(trial, summary), _sparsities(attrs), _costs(attrs)]
-    return "\n\n".join(part for part in parts if part)
+    return _note("trial", summary, trial=trial, plan=Plan.stored_in(trial.user_attrs))
 
 
-def _why(trial: FrozenTrial, summary: Summary) -> str:
-    if trial.state == TrialState.RUNNING:
-        return "Runs now."
-    remark = remark_of(trial, summary)
-    if trial.state != TrialState.FAIL:
-        return f"Remark: {escaped(remark)}." if remark else ""
-    again = " It was queued again." if is_lost(trial) else ""
-    return f"**No value:** {_code(remark)}.{again}"
+def _note(name: str, summary: Summary, **given: Any) -> str:
+    asked = (
+        as_typed, command_of, errors_of, front, is_lost, is_uniform, limit_of, overview, permission, plan_of, remark_of,
+        short_source, study_remarks, wanted,
+    )  # fmt: skip
+    functions = {each.__name__: each for each in asked}
+    return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **functions, **given)
 
 
-def _measured(trial: FrozenTrial, summary: Summary) -> str:
-    results, uniform = summary.results, None if is_uniform(trial) else summary.results.uniform(trial)
-    said = []
-    for by in results.measures:
-        if own := results.score(trial, "validation", by):
-            found = results.change(uniform, trial, by, "validation") if uniform else None
-            beside = f", {found.change} against uniform" if found else ""
-            said.append(f"{by.title[0].upper()}{by.title[1:]} on the validation {results.data} {own}{beside}.")
-    return " ".join(said)
-
-
-def _sparsities(attrs: Attributes) -> str:
-    if (found := Plan.stored_in(attrs)) is None:
-        return ""
-    plan = found.amounts
-    if found.by_bits:
-        effective = f" With scales: {attrs['effective_bits']:.2f} a weight." if "effective_bits" in attrs else ""
-        return f"Bits by block: {' '.join(f'{b:.3g}' for b in plan)}.{effective}"
-    counted = f" Zeros counted: {attrs['realised']:.3%}." if "realised" in attrs else ""
-    ends = f"from {min(plan):.1%} to {max(plan):.1%}, first block {plan[0]:.1%}, last block {plan[-1]:.1%}"
-    every = f"{plan[0]:.1%} in every block"
-    return f"Sparsity: {ends if min(plan) < max(plan) else every}.{counted}"
-
-
-def _costs(attrs: Attributes) -> str:
-    phases = attrs.get("seconds")
-    if not phases:
-        return ""
-    parts = ", ".join(f"{escaped(phase)} {seconds:.1f} s" for phase, seconds in phases.items())
-    peak = max(attrs.get("peak_bytes", {}).values(), default=0)
-    device = escaped(attrs.get("device", "?"))
-    return f"{sum(phases.values()):.1f} s: {parts}. Peak memory {peak / 1e9:.2f} GB on {device}."
+def _code(text: object) -> str:
+    """Text as inline code."""
+    return "`" + printable(str(text)).replace("`", "'") + "`"
 
 
 def columns(trial: FrozenTrial) -> dict[str, Any]:

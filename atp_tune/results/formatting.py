@@ -231,7 +231,7 @@ def wanted(study: Study) -> str:
 class Amount:
     """The amount that a study shares out over blocks, in words.
 
-    column    head of the column of amounts; `counted`: of what was counted of a trial
+    column    head of the column of amounts; `counted`: of what was counted of a trial; `several`: amounts
     method    what does it; `form`: what a checkpoint of it is
     title     of the figure by blocks, `axis` its axis, which ends at `top`
     row       name and attribute of a trial's amount in rows
@@ -239,6 +239,7 @@ class Amount:
     """
 
     column: str = "sparsity"
+    several: str = "sparsities"
     counted: str = "zeros"
     method: str = "pruner"
     form: str = "sparse"
@@ -268,6 +269,7 @@ class Bits(Amount):
     """Bits per weight, where weights are rounded and none is pruned."""
 
     column: str = "bits"
+    several: str = "bits"
     counted: str = "bits"
     method: str = "quantizer"
     form: str = "rounded"
