@@ -88,7 +88,7 @@ Found = Annotated[dict[str, JsonValue], AfterValidator(_storable)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 
 
-class ModelRef(FrozenModel):
+class ModelRef(FrozenModel, use_attribute_docstrings=True):
     """The dense checkpoint, and the SHA-256 of its content (`fingerprint`)."""
 
     id: str
@@ -96,7 +96,8 @@ class ModelRef(FrozenModel):
     sha256: str | None = None
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16"]
-    prune: tuple[str, ...] = Field(("language",), description="the parts that are pruned, of a model that reads images")
+    prune: tuple[str, ...] = ("language",)
+    """the parts that are pruned, of a model that reads images"""
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
@@ -176,52 +177,59 @@ class ZeroShot(FrozenModel):
     versions: dict[str, str]
 
 
-class Config(FrozenModel):
+class Config(FrozenModel, use_attribute_docstrings=True):
     """The best configuration of a study."""
 
     format: Literal["atp_tune.config/4"] = FORMAT
     study: str
-    trial: int | None = Field(description="null for a single plan without a search")
+    trial: int | None
+    """null for a single plan without a search"""
     model: ModelRef
-    plan: Plan = Field(description="method, allocation and its parameters, and the level of each block or linear")
-    prune: PruneConfig = Field(description="settings of the pruners and the source of their statistics")
-    blocks: str | None = Field(None, description="name of the module list of blocks, such as model.layers")
-    linears: tuple[tuple[str, ...], ...] | None = Field(
-        None,
-        description="names within their block of the linears, where they differ or weights are only rounded",
-    )
-    conv1d: bool = Field(False, description="where weights are rounded: whether linears are `Conv1D`, as GPT-2's")
+    plan: Plan
+    """method, allocation and its parameters, and the level of each block or linear"""
+    prune: PruneConfig
+    """settings of the pruners and the source of their statistics"""
+    blocks: str | None = None
+    """name of the module list of blocks, such as model.layers"""
+    linears: tuple[tuple[str, ...], ...] | None = None
+    """names within their block of the linears, where they differ or weights are only rounded"""
+    conv1d: bool = False
+    """where weights are rounded: whether linears are `Conv1D`, as GPT-2's"""
     sparsity: Sparsity
-    quantize: QuantizeConfig | None = Field(
-        None,
-        description="where weights are rounded: settings of the quantizer: the method, else `quantizers`",
-    )
-    bits: Bits | None = Field(None, description="bits per weight, where weights are rounded")
-    scores: dict[Baseline, Scores] = Field(
-        {}, description="of dense, uniform with the same pruner and the best plan: by measure, then by text"
-    )
+    quantize: QuantizeConfig | None = None
+    """where weights are rounded: settings of the quantizer: the method, else `quantizers`"""
+    bits: Bits | None = None
+    """bits per weight, where weights are rounded"""
+    scores: dict[Baseline, Scores] = Field({})
+    """of dense, uniform with the same pruner and the best plan: by measure, then by text"""
     calibration: Data
-    batches: dict[str, Batch] = Field(
-        {}, description="windows per batch, by role of the text; they affect near-ties in the masks"
-    )
-    draws: BothDraws | None = Field(None, description="if the calibration text was drawn more than once")
+    batches: dict[str, Batch] = Field({})
+    """windows per batch, by role of the text; they affect near-ties in the masks"""
+    draws: BothDraws | None = None
+    """if the calibration text was drawn more than once"""
     texts: EvaluationTexts
-    score: str = Field(NEXT_TOKEN, description="how windows are scored")
-    plugins: dict[str, PluginRef] = Field({}, description="by short name; relative files start at `folder`")
-    bos: bool = Field(False, description="whether all windows begin with BOS; false in files without the key")
+    score: str = NEXT_TOKEN
+    """how windows are scored"""
+    plugins: dict[str, PluginRef] = Field({})
+    """by short name; relative files start at `folder`"""
+    bos: bool = False
+    """whether all windows begin with BOS; false in files without the key"""
     seed: int
     versions: dict[str, str]
-    folder: Annotated[str, AfterValidator(_a_path)] = Field(
-        ".", description="folder, relative to this file, that relative paths of model and texts start at"
-    )
-    zero_shot: ZeroShot | None = Field(None, description="results of the command `evaluate`")
-    speed: Speed | None = Field(None, description="results of `speedup`, or of the end of a study with `speed`")
-    continuations: Continuations | None = Field(None, description="of prompts, by a study or the command `generate`")
-    recovered: Recovered | None = Field(
-        None, description="training of the kept weights, by a study with `recover`: `apply` does it again if `kept`"
-    )
-    slim: bool = Field(False, description="of a folder: whether the pruned channels are cut off, not zero")
-    manifest: Manifest | None = Field(None, description="of a sparse folder: hashes of its files, and its environment")
+    folder: Annotated[str, AfterValidator(_a_path)] = "."
+    """folder, relative to this file, that relative paths of model and texts start at"""
+    zero_shot: ZeroShot | None = None
+    """results of the command `evaluate`"""
+    speed: Speed | None = None
+    """results of `speedup`, or of the end of a study with `speed`"""
+    continuations: Continuations | None = None
+    """of prompts, by a study or the command `generate`"""
+    recovered: Recovered | None = None
+    """training of the kept weights, by a study with `recover`: `apply` does it again if `kept`"""
+    slim: bool = False
+    """of a folder: whether the pruned channels are cut off, not zero"""
+    manifest: Manifest | None = None
+    """of a sparse folder: hashes of its files, and its environment"""
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -340,11 +348,7 @@ class Config(FrozenModel):
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
     found = _parse(path)
-    if isinstance(found, dict) and found.get("format") in (
-        "atp_tune.config/1",
-        "atp_tune.config/2",
-        "atp_tune.config/3",
-    ):
+    if isinstance(found, dict) and found.get("format") in OLDER:
         raise UserError(
             f"{path}: is of an older format, {found['format']}; search again with another "
             "--study-name, or take the version of atp_tune that wrote it"

@@ -31,13 +31,18 @@ class Source(SettingsTable):
 
     data: ClassVar[str]
     source: str = Field(min_length=1)
-    config: str | None = Field(None, description="configuration of a hub dataset")
-    split: str | None = Field(None, description="split of a hub dataset")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    config: str | None = None
+    """configuration of a hub dataset"""
+    split: str | None = None
+    """split of a hub dataset"""
+    revision: str | None = None
+    """branch, tag or commit of a hub dataset"""
     column: str
-    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the source, as shares")
+    part: tuple[Share, Share] = (0.0, 1.0)
+    """interval of the source, as shares"""
     nsamples: int | None = Field(None, ge=1)
-    stride: int = Field(1, ge=1, description="use every stride-th item only, from the first")
+    stride: int = Field(1, ge=1)
+    """use every stride-th item only, from the first"""
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -71,31 +76,26 @@ class Text(Source):
     """One text and how its windows are drawn."""
 
     data = "text"
-    source: str = Field(
-        min_length=1,
-        description="c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in",
-    )
-    column: str = Field("text", description="column of the text (hub, .jsonl, .parquet)")
-    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the text, as shares of its whole documents")
-    shuffle: bool = Field(
-        False, description="shuffle the documents before the part is cut, in all three texts: parts are of one kind"
-    )
-    sampling: Literal["consecutive", "random"] = Field(
-        "consecutive",
-        description="consecutive: documents are joined and cut without overlap; random: windows from random documents",
-    )
-    nsamples: int | None = Field(
-        None, ge=1, le=1_000_000, description="number of windows; by default all of a text with consecutive sampling"
-    )
-    stride: int = Field(1, ge=1, description="use every stride-th window only, from the first")
-    seqlen: int = Field(2048, ge=2, description="tokens per window")
-    seed: int = Field(0, ge=0, description="seed of random sampling")
-    images: str | None = Field(
-        None,
-        min_length=1,
-        description="of calibration: column of an image beside each text (file:X.parquet, hub:), for models that read "
-        "images too",
-    )
+    source: str = Field(min_length=1)
+    """c4, wikitext2, mixed[:KIND], hub:ORG/NAME, file:PATH, package:MODULE[:ATTRIBUTE] or a plug-in"""
+    column: str = "text"
+    """column of the text (hub, .jsonl, .parquet)"""
+    part: tuple[Share, Share] = (0.0, 1.0)
+    """interval of the text, as shares of its whole documents"""
+    shuffle: bool = False
+    """shuffle the documents before the part is cut, in all three texts: parts are of one kind"""
+    sampling: Literal["consecutive", "random"] = "consecutive"
+    """consecutive: documents are joined and cut without overlap; random: windows from random documents"""
+    nsamples: int | None = Field(None, ge=1, le=1_000_000)
+    """number of windows; by default all of a text with consecutive sampling"""
+    stride: int = Field(1, ge=1)
+    """use every stride-th window only, from the first"""
+    seqlen: int = Field(2048, ge=2)
+    """tokens per window"""
+    seed: int = Field(0, ge=0)
+    """seed of random sampling"""
+    images: str | None = Field(None, min_length=1)
+    """of calibration: column of an image beside each text (file:X.parquet, hub:), for models that read images too"""
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
@@ -144,15 +144,20 @@ class ImageSet(Source):
 
     data = "images"
     source: str = Field(min_length=1, description=f"{KNOWN}; folder: PATH/CLASS/FILE, idx: a file of MNIST's format")
-    column: str = Field("image", description="column of the images (hub, parquet)")
-    label: str = Field("label", description="column of the classes (hub, parquet)")
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
-        None, description="names of the classes 0, 1, … of a source that has numbers; else they are the model's own"
-    )
-    part: tuple[Share, Share] = Field((0.0, 1.0), description="interval of the shuffled images, as shares")
-    nsamples: int | None = Field(None, ge=1, le=10_000_000, description="number of images; by default all of the part")
-    stride: int = Field(1, ge=1, description="use every stride-th image only, from the first")
-    seed: int = Field(0, ge=0, description="of the draw of nsamples images from the part")
+    column: str = "image"
+    """column of the images (hub, parquet)"""
+    label: str = "label"
+    """column of the classes (hub, parquet)"""
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """names of the classes 0, 1, … of a source that has numbers; else they are the model's own"""
+    part: tuple[Share, Share] = (0.0, 1.0)
+    """interval of the shuffled images, as shares"""
+    nsamples: int | None = Field(None, ge=1, le=10_000_000)
+    """number of images; by default all of the part"""
+    stride: int = Field(1, ge=1)
+    """use every stride-th image only, from the first"""
+    seed: int = Field(0, ge=0)
+    """of the draw of nsamples images from the part"""
 
     @model_validator(mode="after")
     def _fetchable(self) -> Self:
@@ -177,11 +182,10 @@ class ImageSet(Source):
 class Drawn(Source):
     """The data on which pruners measure, and the number of its draws."""
 
-    draws: int = Field(
-        1,
-        ge=1,
-        description="number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; "
-        "the study uses the first",
+    draws: int = Field(1, ge=1)
+    (
+        "number of draws for the final scores of best and uniform, for which a fitted plan is fitted anew; the "
+        "study uses the first"
     )
 
     @model_validator(mode="after")
@@ -225,8 +229,10 @@ class Texts(Roles):
     """The texts by role; the test text is used for the final numbers only."""
 
     table, items = "texts", "documents"
-    calibration: Calibration = Field(description="the text on which pruners measure")
-    validation: Text = Field(description="the text on which trials are measured and compared")
+    calibration: Calibration
+    """the text on which pruners measure"""
+    validation: Text
+    """the text on which trials are measured and compared"""
     test: Text | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
     bos: Literal["auto"] | StrictBool = Field(
         "auto",
@@ -239,8 +245,10 @@ class ImageSets(Roles):
     """The images by role; the test images are used for the final numbers only."""
 
     table, items = "images", "images"
-    calibration: CalibrationImages = Field(description="the images on which pruners measure")
-    validation: ImageSet = Field(description="the images on which trials are measured and compared")
+    calibration: CalibrationImages
+    """the images on which pruners measure"""
+    validation: ImageSet
+    """the images on which trials are measured and compared"""
     test: ImageSet | None = Field(None, description='of the final numbers; left out with protocol = "paper"')
 
 

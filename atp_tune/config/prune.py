@@ -55,32 +55,28 @@ RANK = 8  # of LoRA, by default
 class Training(SettingsTable):
     """How kept weights are trained; all zeros stay."""
 
-    train: Literal["scales", "lora"] = Field(
-        "scales", description="scales: one for each row and column of each linear; lora: masked LoRA"
-    )
-    loss: Loss = Field(
-        "both",
-        description="kl: KL divergence from the dense model's predictions; next-token: NLL of the text; both: the mean",
-    )
-    steps: int = Field(64, ge=1, description="training steps, each on one batch")
-    batch: int = Field(2, ge=1, description="windows per step; of an image classifier, images")
-    seqlen: int | None = Field(
-        None, ge=2, description="tokens per window; default: those of the validation text's windows"
-    )
-    learning_rate: float | None = Field(
-        None, gt=0, description="the highest, after warm-up; default: 0.003, of lora 0.001"
-    )
-    rank: int | None = Field(None, ge=1, description="of lora alone; default: 8")
-    alpha: int | None = Field(
-        None, ge=1, description="of lora alone: adapters are scaled by alpha / rank; default: twice the rank"
-    )
-    eval_every: int = Field(8, ge=1, description="steps between two measurements of the loss on held-out windows")
-    patience: int = Field(
-        3,
-        ge=0,
-        description="measurements without a lower held-out loss after which training ends; 0: nothing is held out",
-    )
-    seed: int = Field(0, ge=0, description="of adapters and of the order of the windows")
+    train: Literal["scales", "lora"] = "scales"
+    """scales: one for each row and column of each linear; lora: masked LoRA"""
+    loss: Loss = "both"
+    """kl: KL divergence from the dense model's predictions; next-token: NLL of the text; both: the mean"""
+    steps: int = Field(64, ge=1)
+    """training steps, each on one batch"""
+    batch: int = Field(2, ge=1)
+    """windows per step; of an image classifier, images"""
+    seqlen: int | None = Field(None, ge=2)
+    """tokens per window; default: those of the validation text's windows"""
+    learning_rate: float | None = Field(None, gt=0)
+    """the highest, after warm-up; default: 0.003, of lora 0.001"""
+    rank: int | None = Field(None, ge=1)
+    """of lora alone; default: 8"""
+    alpha: int | None = Field(None, ge=1)
+    """of lora alone: adapters are scaled by alpha / rank; default: twice the rank"""
+    eval_every: int = Field(8, ge=1)
+    """steps between two measurements of the loss on held-out windows"""
+    patience: int = Field(3, ge=0)
+    """measurements without a lower held-out loss after which training ends; 0: nothing is held out"""
+    seed: int = Field(0, ge=0)
+    """of adapters and of the order of the windows"""
 
     @model_validator(mode="after")
     def _of_lora(self) -> Self:
@@ -112,11 +108,8 @@ class Training(SettingsTable):
 class RecoverConfig(Training):
     """How the kept weights of the best plan are trained; training text: the calibration text's."""
 
-    min_increase: float = Field(
-        0.0,
-        ge=0,
-        description="train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %",
-    )
+    min_increase: float = Field(0.0, ge=0)
+    """train only if pruning raises the perplexity on the validation text by this share: 0.2 is 20 %"""
 
 
 class RecoveredScores(FrozenModel):
@@ -170,29 +163,27 @@ class PruneConfig(SettingsTable):
     model_config = ConfigDict(extra="allow", json_schema_extra={"not": {"anyOf": _WITHOUT_TABLES}})
     __pydantic_extra__: dict[str, dict[str, JsonValue]]  # tables of plug-ins, by short name
 
-    pruners: tuple[PrunerName, ...] = Field(
-        ("wanda",), min_length=1, description="Optuna chooses, if there are several"
-    )
-    statistics: Literal["block", "sequential", "dense"] = Field(
-        "block",
-        description="source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model",
-    )
+    pruners: tuple[PrunerName, ...] = Field(("wanda",), min_length=1)
+    """Optuna chooses, if there are several"""
+    statistics: Literal["block", "sequential", "dense"] = "block"
+    """source: inputs with earlier blocks pruned, with all earlier linears pruned, or of the dense model"""
     sparsegpt: Any = None  # keeps its place in the order of keys; `with_tables` sets the type
-    pattern: str = Field("unstructured", description="unstructured, N:M (N zeros in every M inputs) or mixed:M")
-    refine: int = Field(
-        0, ge=0, description="steps of conjugate gradients that update the kept weights, after any pruner; 0: none"
+    pattern: str = "unstructured"
+    """unstructured, N:M (N zeros in every M inputs) or mixed:M"""
+    refine: int = Field(0, ge=0)
+    """steps of conjugate gradients that update the kept weights, after any pruner; 0: none"""
+    gradient_at: Literal["wanda", "own"] = "wanda"
+    (
+        "weights at which allocations by the gradient take it: masks of Wanda (magnitude of itself), or what the "
+        "pruner itself makes of them, refinement included"
     )
-    gradient_at: Literal["wanda", "own"] = Field(
-        "wanda",
-        description="weights at which allocations by the gradient take it: masks of Wanda (magnitude of itself), or "
-        "what the pruner itself makes of them, refinement included",
+    loss: Loss = "both"
+    (
+        "of the descent of gradient-rows. kl: KL divergence from the dense model's predictions; next-token: NLL "
+        "of the text; both: the mean"
     )
-    loss: Loss = Field(
-        "both",
-        description="of the descent of gradient-rows. kl: KL divergence from the dense model's predictions; "
-        "next-token: NLL of the text; both: the mean",
-    )
-    channels: ChannelSettings = Field(ChannelSettings(), description='of pattern = "channels": whole channels go')
+    channels: ChannelSettings = ChannelSettings()
+    """of pattern = "channels": whole channels go"""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -319,16 +310,18 @@ PER_LINEAR = ("gradient", "alphapruning-linear", *OF_ZEROS)  # those that differ
 class QuantizeConfig(SettingsTable):
     """How weights are rounded to fewer bits: the quantizers to compare, the groups that share a scale, the bits."""
 
-    quantizers: tuple[QuantizerName, ...] = Field(
-        ("gptq",), min_length=1, description="rtn: round to nearest, gptq; Optuna chooses, if there are several"
-    )
-    group_size: int = Field(128, ge=-1, description="consecutive inputs of a row that share a scale; -1: the whole row")
-    symmetric: bool = Field(False, description="values from -max to max, without a zero point")
-    damping: float = Field(
-        0.01, gt=0, description="of gptq, added to the diagonal of the Hessian, as a share of its mean"
-    )
-    act_order: bool = Field(False, description="of gptq: columns in the order of their inputs' size, not as they stand")
-    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1, description="the bits that a block, or a linear, may have")
+    quantizers: tuple[QuantizerName, ...] = Field(("gptq",), min_length=1)
+    """rtn: round to nearest, gptq; Optuna chooses, if there are several"""
+    group_size: int = Field(128, ge=-1)
+    """consecutive inputs of a row that share a scale; -1: the whole row"""
+    symmetric: bool = False
+    """values from -max to max, without a zero point"""
+    damping: float = Field(0.01, gt=0)
+    """of gptq, added to the diagonal of the Hessian, as a share of its mean"""
+    act_order: bool = False
+    """of gptq: columns in the order of their inputs' size, not as they stand"""
+    widths: tuple[Width, ...] = Field(WIDTHS, min_length=1)
+    """the bits that a block, or a linear, may have"""
 
     @model_validator(mode="after")
     def _known(self) -> Self:

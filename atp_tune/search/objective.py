@@ -210,7 +210,7 @@ class Record(Observer[None]):
         # Bits per weight with scales, and bytes of all weights of the model so stored, where they are rounded.
         others = self._session.stored_bytes[0] - self._weights * self._itemsize
         effective, stored = self._stored_bits / self._weights, others + -(-self._stored_bits // 8)
-        return {
+        found = {
             "realised": self._zeros / self._weights,
             "packed_bytes": self._packed,
             "errors": self.errors,
@@ -219,11 +219,13 @@ class Record(Observer[None]):
             "device": device_name(self._device),
             "dtype": self._session.dtype,
             "versions": versions(),
-            **({"effective_bits": effective, "quantized_bytes": stored} if self._stored_bits else {}),
+            "effective_bits": effective or None,
+            "quantized_bytes": stored if effective else None,
             **self.items,
-            **({"misses": self.compared} if self.main is ACCURACY else {}),
-            **({"experts_without_tokens": self.experts_without_tokens} if self.experts_without_tokens else {}),
+            "misses": self.compared if self.main is ACCURACY else None,
+            "experts_without_tokens": self.experts_without_tokens or None,
         }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:

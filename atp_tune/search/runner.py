@@ -276,23 +276,18 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
 
 
 def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int, batches: dict[str, int]) -> None:
-    spec, model, is_new_limit = run.file.study, session.checkpoint, _has_other_limit(study, run.file)
-    total = progress.total_of(study, total, run.file.goes_on or is_new_limit)
-    plugged, known = records(spec, run.file.folder), study.user_attrs
+    spec, model, known = run.file.study, session.checkpoint, study.user_attrs
+    total = progress.total_of(study, total, run.file.goes_on or _has_other_limit(study, run.file))
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
-        **({"conv1d": True} if spec.by_bits and model.has_conv1d else {}),
+        "conv1d": (spec.by_bits and model.has_conv1d) or None,
         "dense_bytes": session.stored_bytes[0], "total": total, "made_from": settings(run.file),
-        **({} if "batches" in known else {"batches": batches}),
-        **({"screens": run.screens} if run.screens else {}),
-        **({"limit": spec.limit and spec.limit.given} if is_new_limit else {}),
-        **({"kinds": list(turns)} if (turns := getattr(spec.test_text, "turns", ())) else {}),
-        "model.source": spec.model.source,
-        **({"plugins": plugged} if plugged else {}),
+        "batches": known.get("batches", batches), "screens": run.screens, "limit": spec.limit and spec.limit.given,
+        "kinds": [*getattr(spec.test_text, "turns", ())] or None, "model.source": spec.model.source,
+        "plugins": records(spec, run.file.folder) or None,
+        "bos": known.get("bos") if session.bos_effect is None else session.bos_effect.model_dump(),
         **facts_of({"total": total, "fingerprint": known["fingerprint"]}),
     }  # fmt: skip
-    if session.bos_effect is not None:
-        attributes["bos"] = session.bos_effect.model_dump()
     for name, value in attributes.items():
         if known.get(name) != value:
             study.set_user_attr(name, value)

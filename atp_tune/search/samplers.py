@@ -183,9 +183,9 @@ def make_sampler(search: SearchConfig, space: Space, screened: Sequence[FrozenTr
     Its proposals depend on the study's seed, the trial's place and the stored trials, not on the process: an
     interrupted study resumes as if it had not been interrupted, and workers draw different points.
     """
-    make = SAMPLERS[short_name(search.sampler)]
-    if make is SeededSampler:  # all points of a grid are among the first trials
-        return SeededSampler(search.seed)
+    make: Make = SAMPLERS[short_name(search.sampler)]
+    if make is at_random:
+        return at_random(search.seed)
     return BranchSampler(make, space, search.seed, screened)
 
 
@@ -206,31 +206,46 @@ def seed_of(seed: int, study: Study, trial: FrozenTrial, name: str = "") -> int:
     return zlib.crc32(f"{seed} {position_of(study, trial)} {name}".encode())
 
 
-class SeededSampler(BaseSampler):
-    """Random proposals, seeded with the study's seed, the trial's place and the parameter's name; for grids too."""
+class Proposer(BaseSampler):
+    """Proposes the whole point of a trial; what it lacks is drawn by new samplers that `make` creates from seeds.
 
-    def __init__(self, seed: int) -> None:
+    Those are of the study's seed, the trial's place and the parameter's name.
+    """
+
+    def __init__(self, make: "Make", seed: int) -> None:
+        self._make = make
         self._seed = seed
+        self._point: Params = {}
+
+    def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
+        """Distributions of a point, and the point; none: each parameter is drawn on its own."""
+        return {}, {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Empty: each parameter is drawn on its own."""
-        return {}
+        """The distributions of the trial's point, which is proposed now."""
+        kinds, self._point = self.propose(study, trial)
+        return kinds
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Empty."""
-        return {}
+        """The point."""
+        return self._point
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A uniform draw."""
-        sampler = RandomSampler(seed=seed_of(self._seed, study, trial, param_name))
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
+        """A new sampler's draw."""
+        inner = self._make(seed_of(self._seed, study, trial, param_name))
+        return inner.sample_independent(study, trial, param_name, param_distribution)
 
 
-class BranchSampler(BaseSampler):
+def at_random(seed: int) -> Proposer:
+    """Random points, each parameter drawn on its own; for grids too, whose points are among the first trials."""
+    return Proposer(RandomSampler, seed)
+
+
+class BranchSampler(Proposer):
     """Chooses an allocation, and lets an inner sampler propose its parameters from this allocation's trials.
 
     `make` creates the inner sampler from a seed, a new one for each trial.
@@ -244,53 +259,36 @@ class BranchSampler(BaseSampler):
     Proposals keep away from all these points.
     """
 
-    def __init__(
-        self, make: Callable[[int], BaseSampler], space: Space, seed: int, screened: Sequence[FrozenTrial] = ()
-    ) -> None:
-        self._make = make
+    def __init__(self, make: "Make", space: Space, seed: int, screened: Sequence[FrozenTrial] = ()) -> None:
+        super().__init__(make, seed)
         self._space = space
-        self._seed = seed
         self._screened = screened
-        self._branch = ""
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Pruner, allocation, and the parameters of the allocation whose turn it is."""
-        wait_for_earlier(study, trial, self._space)
-        self._branch = whose_turn(_others(study, trial), self._space)
-        allocations = CategoricalDistribution(tuple(self._space.intervals))
-        return {"allocation": allocations, **self._space.kinds(self._branch)}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """The inner sampler's proposal in an in-memory study of this allocation's trials."""
-        own = {name: kind for name, kind in search_space.items() if name != "allocation"}
+    def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
+        """The allocation whose turn it is, and the inner sampler's proposal in an in-memory study of its trials."""
+        space = self._space
+        wait_for_earlier(study, trial, space)
         others = _others(study, trial)
+        branch = whose_turn(others, space)
+        own = space.kinds(branch)
         known, count = [*others, *levelled(self._screened, others)], len(study.directions)
-        shadow = branch_study(known, self._space, self._branch, own, count)
+        shadow = branch_study(known, space, branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
         inner = self._make(seed_of(self._seed, study, trial))
         found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
-        if self._branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
-            study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, self._space.pruners))
+        if branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
+            study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, space.pruners))
         for name, kind in open_ones.items():
             if name not in found:
                 found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
         found = {name: found[name] if name in found else _only(own[name]) for name in own}
         lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
         lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
-        failed = branch_study(lost, self._space, self._branch, own, count).trials
+        failed = branch_study(lost, space, branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
-        point = {"allocation": self._branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
-        return self._space.at(point, point.get("sparsity"))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """The inner sampler's draw."""
-        inner = self._make(seed_of(self._seed, study, trial, param_name))
-        return inner.sample_independent(study, trial, param_name, param_distribution)
+        point = {"allocation": branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
+        return space.kinds_of(branch), space.at(point, point.get("sparsity"))
 
 
 def wait_for_earlier(study: Study, trial: FrozenTrial, space: Space) -> None:

@@ -11,9 +11,11 @@ Points with the same shares are alike at all S: u = 0 is uniform, and the best u
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
+from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
 
 from atp_tune.allocations import ALLOCATIONS, Budget, contains_uniform, contents_of
 from atp_tune.config.prune import Pattern, make_plan, parse
@@ -24,32 +26,6 @@ from atp_tune.plan import Plan, method_in
 
 Params = dict[str, Any]  # names and values as Optuna stores them
 Interval = tuple[float, float]
-
-
-class Suggests(Protocol):
-    """The methods of an Optuna trial that suggest values."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        """One of the choices."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        """A value in [low, high], a multiple of `step` above `low`."""
-
-
-class MeasuredTrial(Protocol):
-    """The parts of a measured trial that the space reads."""
-
-    @property
-    def number(self) -> int:
-        """Its number in the study."""
-
-    @property
-    def params(self) -> Params:
-        """Its parameters."""
-
-    @property
-    def user_attrs(self) -> dict[str, Any]:
-        """Its attributes."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +50,7 @@ class Space:
         """Whether an allocation has a parameter to search."""
         return any(low < high for low, high in self.intervals[allocation].values())
 
-    def suggest(self, trial: Suggests) -> Plan:
+    def suggest(self, trial: Trial) -> Plan:
         """A trial's plan; only the parameters of the suggested allocation are suggested."""
         params: Params = {self.method: trial.suggest_categorical(self.method, self.pruners)}
         params["allocation"] = trial.suggest_categorical("allocation", tuple(self.intervals))
@@ -88,13 +64,17 @@ class Space:
         own = {name: FloatDistribution(*ends) for name, ends in self.intervals[allocation].items()}
         return {self.method: CategoricalDistribution(self.pruners), **own}
 
+    def kinds_of(self, allocation: str) -> dict[str, BaseDistribution]:
+        """Distributions of a point of an allocation, with that of the allocation itself."""
+        return {"allocation": CategoricalDistribution(tuple(self.intervals)), **self.kinds(allocation)}
+
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters."""
         allocation = params["allocation"]
         values = {name: float(params[name]) for name in self.intervals[allocation]}
         return make_plan(method_in(params), allocation, self.budget, values, self.pattern)
 
-    def plan_of(self, trial: MeasuredTrial) -> Plan:
+    def plan_of(self, trial: FrozenTrial) -> Plan:
         """The plan by which a trial was measured, as it stored it: another version or machine may allocate otherwise.
 
         UserError if what is stored does not fit the model.

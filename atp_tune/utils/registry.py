@@ -231,8 +231,11 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SettingsTable(FrozenModel, allow_inf_nan=False):
-    """A table that a person writes: numbers must be finite, and true and false are not accepted as numbers."""
+class SettingsTable(FrozenModel, allow_inf_nan=False, use_attribute_docstrings=True):
+    """A table that a person writes: numbers must be finite, and true and false are not accepted as numbers.
+
+    The text below a key is its description.
+    """
 
     @model_validator(mode="before")
     @classmethod
