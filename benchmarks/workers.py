@@ -20,7 +20,7 @@ from atp_tune.cli.terminal import quiet
 from atp_tune.errors import TrialError
 from atp_tune.search.trial_loop import Attempt
 from atp_tune.storage import database, fingerprint, opening, progress
-from atp_tune.storage.process import Trace, identity
+from atp_tune.storage.progress import Trace, identity
 
 WORK = "work"  # the word by which this file calls itself
 

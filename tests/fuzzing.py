@@ -29,7 +29,7 @@ from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, setting
 from atp_tune.errors import UserError
 from atp_tune.measures import Perplexity
 from atp_tune.report import figures, formats, publishing
-from atp_tune.report.contents import gather
+from atp_tune.report.formats import gather
 from atp_tune.results.status import best_config, facts_of, status_of, to_json
 from atp_tune.results.summary import summarise
 from atp_tune.storage import fingerprint, opening

@@ -6,7 +6,7 @@ from tinystudy import CommandLine, run, stored
 
 from atp_tune.config.best import Config, ZeroShot, read_config
 from atp_tune.metrics import Speed
-from atp_tune.results.annotations import attach, attached, study_of
+from atp_tune.results.results import attach, attached, study_of
 
 SCORES = ZeroShot(tasks=(), mean={}, dtype="float32", device="cpu", seconds={"dense": 1.0}, versions={"torch": "2.6.0"})
 FOUND = {
@@ -27,7 +27,7 @@ def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
     assert attach(path, config, "speed", FOUND) == [str(path), "study tiny"]
     assert read_config(path) == config.model_copy(update={"speed": SPEED})
     assert stored(done).user_attrs["speed"] == {str(config.trial): FOUND}
-    assert attached(stored(done), config.trial) == {"speed": FOUND}
+    assert attached(stored(done), config.trial) == {"speed": SPEED}
     assert attached(stored(done), config.trial + 1) == {}
 
 
@@ -55,7 +55,7 @@ def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
     next_best.write(path)
     assert attach(path, config, "speed", NEWER) == ["study tiny"]
     assert read_config(path) == next_best
-    assert attached(stored(done), config.trial)["speed"] == NEWER
+    assert attached(stored(done), config.trial)["speed"] == Speed.model_validate(NEWER)
 
 
 # --- where the study is

@@ -13,10 +13,9 @@ from atp_tune.cli import display, terminal
 from atp_tune.config.best import read_config
 from atp_tune.events import Event, Message
 from atp_tune.metrics import PROMPTS, Continuations
-from atp_tune.results.annotations import attached
 from atp_tune.results.formatting import in_one_line
 from atp_tune.results.goals import goal_in
-from atp_tune.results.results import allocation_of
+from atp_tune.results.results import allocation_of, attached
 from atp_tune.results.summary import summarise
 from atp_tune.run import observers
 
@@ -99,7 +98,7 @@ def test_generate_with_a_configuration(done: Path, command: CommandLine) -> None
     found = read_config(done / "tiny.best.json").continuations
     assert found
     assert (found.tokens, found.prompts) == (6, PROMPTS)
-    assert attached(stored(done), best.trial)["continuations"] == found.model_dump(mode="json")
+    assert attached(stored(done), best.trial)["continuations"] == found
     assert f"\n{PROMPTS[2]} …\n  dense    {in_one_line(found.dense[2])}\n" in answer.out
     assert answer.out.endswith(f"stored in {done / 'tiny.best.json'} and on study tiny\n")
 

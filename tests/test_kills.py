@@ -25,7 +25,7 @@ from tinystudy import copied, copy_of, make_model, make_tokenizer, settings, sto
 
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import PREFIX
-from atp_tune.storage.process import left_of
+from atp_tune.storage.progress import left_of
 
 pytestmark = pytest.mark.slow
 ROWS = Rows()

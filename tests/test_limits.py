@@ -26,7 +26,7 @@ from atp_tune.measures import (
     reach_of,
     relative,
 )
-from atp_tune.report.contents import measure
+from atp_tune.report.formats import measure
 
 DENSE = [3.0, 2.5, 3.5, 2.75]
 PRUNED = [3.1, 2.75, 3.6, 2.9]

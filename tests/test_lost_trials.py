@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp_tune.events import Event, Step, TrialStarted
-from atp_tune.storage.process import Trace, forget, left_of
-from atp_tune.storage.progress import MOST, CutOff, why_given_up
+from atp_tune.storage.progress import MOST, CutOff, Trace, forget, left_of, why_given_up
 from atp_tune.utils.cache import cache_dir
 
 PLACES = st.sampled_from(["after prune 1 of 2", "after prune 2 of 2"])
@@ -138,7 +137,7 @@ def test_the_places_of_one_trial_are_not_those_of_the_next() -> None:
 ENDING = """
 import os, sys
 from atp_tune.events import Step
-from atp_tune.storage.process import Trace
+from atp_tune.storage.progress import Trace
 
 trace = Trace()
 watch = trace.heard_by(lambda event: None)

@@ -18,7 +18,7 @@ from atp_tune.run.session import Session
 from atp_tune.search.objective import Objective, estimate, find_measured, reasons
 from atp_tune.search.runner import StudyRun, open_context
 from atp_tune.search.space import Space, make_space
-from atp_tune.storage.process import identity
+from atp_tune.storage.progress import identity
 
 PARAMS = {"pruner": "wanda", "allocation": "atp", "beta": 0.1}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from atp_tune.storage.process import identity, is_alive, is_dead
+from atp_tune.storage.progress import identity, is_alive, is_dead
 
 Child = subprocess.Popen[bytes]
 

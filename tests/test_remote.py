@@ -17,10 +17,9 @@ from tinystudy import HANGS, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.report.servers import ServedDatabase, proxy
-from atp_tune.storage import database, fingerprint, opening, process, progress
+from atp_tune.storage import database, fingerprint, opening, progress
 from atp_tune.storage.opening import connect
-from atp_tune.storage.process import identity
-from atp_tune.storage.progress import SAME
+from atp_tune.storage.progress import SAME, identity
 
 
 class Server:
@@ -155,7 +154,7 @@ def test_what_a_process_of_this_host_left_is_known_to_the_server(server: Server)
         trial = study.ask()
         for name, value in {**identity(), "process_started": 0.0}.items():
             trial.set_user_attr(name, value)
-        process._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
+        progress._file("s", number, os.getpid()).write_bytes(b"after prune 1 of 2")
         assert progress.requeue_lost(study) == [number]
     there = opening.find_study(server.database, "s")
     assert there is not None

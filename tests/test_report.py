@@ -13,7 +13,7 @@ from synthetic import made_up, new_study
 from atp_tune import report
 from atp_tune.errors import UserError
 from atp_tune.report import formats
-from atp_tune.report.contents import gather, toml
+from atp_tune.report.formats import gather, toml
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

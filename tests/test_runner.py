@@ -29,8 +29,8 @@ from atp_tune.results.goals import best_trial
 from atp_tune.results.summary import unreported
 from atp_tune.run.observers import RoleScores
 from atp_tune.run.session import Session
-from atp_tune.search import final_scores, runner, trial_loop
-from atp_tune.storage.process import identity
+from atp_tune.search import runner, trial_loop
+from atp_tune.storage.progress import identity
 
 BOTH = "prune.pruners=['wanda', 'magnitude']"
 
@@ -140,14 +140,14 @@ def test_of_two_that_end_a_study_one_measures_the_report_text(
     other = popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     begun = psutil.Process(other.pid).create_time()
     reporter = {**identity(), "pid": other.pid, "process_started": begun}
-    study._storage.set_study_system_attr(study._study_id, final_scores.REPORTER, reporter)
+    study._storage.set_study_system_attr(study._study_id, runner.REPORTER, reporter)
 
     def ends(_: float) -> None:
         if not dies:
             study.set_user_attr("test_nlls", {name: [1.0, 2.0] for name in unreported(study)})
         other.communicate()
 
-    monkeypatch.setattr(final_scores, "sleep", ends)
+    monkeypatch.setattr(runner, "sleep", ends)
     events: list[Event] = []
     run(place, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Message)]

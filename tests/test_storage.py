@@ -12,11 +12,19 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from atp_tune.results.formatting import loss_of, remark_of
-from atp_tune.storage import database, opening, process, progress
+from atp_tune.storage import database, opening, progress
 from atp_tune.storage.fingerprint import check_facts, create_study
 from atp_tune.storage.opening import check_writable, find_study, open_storage
-from atp_tune.storage.process import identity
-from atp_tune.storage.progress import START, counted, is_repetition, is_surplus, queue_again, requeue_lost, running
+from atp_tune.storage.progress import (
+    START,
+    counted,
+    identity,
+    is_repetition,
+    is_surplus,
+    queue_again,
+    requeue_lost,
+    running,
+)
 from atp_tune.utils.cache import cache_dir
 
 FACTS = {"sparsity": 0.5, "prune.pruners": ["wanda"], "model.content": "ab", "model.dtype": "float32"}
@@ -210,11 +218,11 @@ def die(study: optuna.Study, left: bytes = b"", **identity: Any) -> int:
     for name, value in {**DEAD, **identity}.items():
         trial.set_user_attr(name, value)
     if left:
-        process._file(study.study_name, trial.number, identity.get("pid", DEAD["pid"])).write_bytes(left)
+        progress._file(study.study_name, trial.number, identity.get("pid", DEAD["pid"])).write_bytes(left)
     return trial.number
 
 
-PRUNE = b"after prune 12 of 30".ljust(process.WIDTH)
+PRUNE = b"after prune 12 of 30".ljust(progress.WIDTH)
 
 
 def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna.Study) -> None:
@@ -239,7 +247,7 @@ def test_a_trial_that_dies_at_the_same_place_is_queued_again_twice(study: optuna
 @slow
 def test_a_trial_that_crashes_is_given_up_wherever_it_does(study: optuna.Study) -> None:
     for number in range(3):
-        place = f"after prune {number} of 30".encode().ljust(process.WIDTH)
+        place = f"after prune {number} of 30".encode().ljust(progress.WIDTH)
         die(study, place + b"Fatal Python error: Aborted\n\nCurrent thread 0x00007f5c8ade9990:\n")
         requeue_lost(study)
     assert remark_of(study.trials[2]) == (

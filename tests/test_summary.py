@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from atp_tune.measures import perplexity
 from atp_tune.report import formats
-from atp_tune.report.contents import gather
+from atp_tune.report.formats import gather
 from atp_tune.results.results import is_uniform
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import kinds, summarise

@@ -25,9 +25,8 @@ from tinystudy import HANGS, CommandLine, stored, study_file
 import atp_tune
 from atp_tune.checkpoints.convert import ABOUT as PACKED_ABOUT
 from atp_tune.config.best import read_config
-from atp_tune.results import annotations
-from atp_tune.search.final_scores import store_test_scores, write_best
-from atp_tune.search.runner import StudyRun
+from atp_tune.results import results
+from atp_tune.search.runner import StudyRun, store_test_scores, write_best
 from atp_tune.storage import attributes
 from atp_tune.utils import cache as cache_module
 from atp_tune.utils.cache import (
@@ -71,7 +70,7 @@ def by_trial(place: Path, writer: int) -> Round:
         study.set_user_attr(f"draws:1000:{first + k}", [1.0])
         study.set_user_attr(f"refits:1000:2:{first + k}", [1.0])
         for key in attributes.FOUND:
-            annotations.store(study, key, first + k, FOUND)
+            results.store(study, key, first + k, FOUND)
 
     return store
 
@@ -90,13 +89,13 @@ def attach(place: Path, writer: int) -> Round:
 
     def speed(k: int) -> None:
         zeros = {"self_attn.q_proj": k / ROUNDS}
-        annotations.store(study, "speed", config.trial, {**FOUND, "zeros": zeros})
-        annotations.attach(path, config, "speed", {**FOUND, "zeros": zeros})
+        results.store(study, "speed", config.trial, {**FOUND, "zeros": zeros})
+        results.attach(path, config, "speed", {**FOUND, "zeros": zeros})
         found = read_config(path).speed
         assert found and found.zeros == zeros
 
     def scores(k: int) -> None:
-        annotations.attach(path, config, "zero_shot", SCORES.model_copy(update={"seconds": {"dense": k}}))
+        results.attach(path, config, "zero_shot", SCORES.model_copy(update={"seconds": {"dense": k}}))
         found = read_config(path).zero_shot
         assert found and found.seconds == {"dense": k}
 

@@ -25,17 +25,14 @@ from atp_tune.cost.planning import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.metrics import AT_THE_END, Speed
-from atp_tune.results.annotations import store
 from atp_tune.results.goals import best_trial
-from atp_tune.results.results import uniform_of
+from atp_tune.results.results import store, uniform_of
 from atp_tune.results.status import best_config
 from atp_tune.results.summary import summarise
-from atp_tune.search.final_scores import write_best
 from atp_tune.search.goals import goal_of
-from atp_tune.search.runner import Callback, StudyRun, drive, finished_study, load_existing
+from atp_tune.search.runner import Callback, StudyRun, drive, finished_study, load_existing, write_best
 from atp_tune.storage import opening
-from atp_tune.storage.process import identity
-from atp_tune.storage.progress import counted
+from atp_tune.storage.progress import counted, identity
 from atp_tune.utils.cache import cache_dir
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from atp_tune.events import Ahead, Event, EventHandler, Message, Step, TrialEnde
 from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics import Continuations
 from atp_tune.plan import percent
-from atp_tune.report.contents import speed
+from atp_tune.report.formats import speed
 from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
     continuations_note,

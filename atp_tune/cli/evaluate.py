@@ -61,8 +61,8 @@ def evaluate(
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     from atp_tune.config.best import read_config
     from atp_tune.events import Place
-    from atp_tune.report import contents
-    from atp_tune.results.annotations import attach, check
+    from atp_tune.report import formats
+    from atp_tune.results.results import attach, check
     from atp_tune.results.status import to_json
 
     path, read = config or Path(), config and read_config(config)
@@ -81,9 +81,9 @@ def evaluate(
     if json:
         echo(to_json(found))
         return
-    made = contents.zero_shot(found)
+    made = formats.zero_shot(found)
     echo(markdown(made.head, made.rows))
-    echo(f"\n{contents.zero_shot_note(found)}", style="dim")
+    echo(f"\n{formats.zero_shot_note(found)}", style="dim")
     if read:
         echo(f"stored in {' and on '.join(places) or f'no place: {config} is of another trial by now'}")
 
@@ -116,7 +116,7 @@ def generate(
     prompts = checked_prompts(prompt)
     from atp_tune.cli.display import show_continuations
     from atp_tune.metrics import PROMPTS
-    from atp_tune.results.annotations import attach, check
+    from atp_tune.results.results import attach, check
     from atp_tune.results.status import to_json
 
     with working(json) as watch:
@@ -255,7 +255,7 @@ def speedup(
 
     with working() as watch:
         from atp_tune.folders.speed import Workload, about, check, default_engine, find_pair, measure, passing_pair
-        from atp_tune.results import annotations
+        from atp_tune.results import results
         from atp_tune.results.status import best_config, file_as_run, stored_study
         from atp_tune.results.summary import summarise
 
@@ -277,10 +277,10 @@ def speedup(
         check(named, asked.prune.pattern, place)
         task = Workload(tokens=tokens or TOKENS, runs=runs, batch=batch)
         if options.study is None:
-            annotations.check(path, read, options.storage)
+            results.check(path, read, options.storage)
             pair = find_pair(read, model, Place(path.parent / read.folder, place, options.allowed, watch))
             found = measure(pair, named, task, place, watch)
-            places = annotations.attach(path, read, "speed", found, options.storage) if batch == 1 else []
+            places = results.attach(path, read, "speed", found, options.storage) if batch == 1 else []
         else:
             # The points that have no speed yet, each stored at once.
             summary = summarise(stored)
@@ -292,7 +292,7 @@ def speedup(
                 dense = trial.user_attrs.get("packed_bytes") == summary.dense_bytes is not None  # nothing is packed
                 with passing_pair(read, Place(path.parent / read.folder, place, options.allowed, watch)) as pair:
                     found = measure(pair, "torch" if dense and named == "packed" else named, task, place, watch)
-                annotations.attach(path, read, "speed", found, file.storage_url)
+                results.attach(path, read, "speed", found, file.storage_url)
     if options.study is not None:
         show_summary(summarise(stored), file)
         return

@@ -265,7 +265,7 @@ def report(
     """
     from atp_tune.cli.terminal import quiet
     from atp_tune.report import FORMATS, check, name_of, write
-    from atp_tune.report.contents import gather
+    from atp_tune.report.formats import gather
     from atp_tune.results.status import stored_study
     from atp_tune.utils.system import format_of
 

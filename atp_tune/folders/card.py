@@ -32,8 +32,7 @@ from atp_tune.errors import UserError
 from atp_tune.inputs.sources import hub_arguments
 from atp_tune.measures import MEASURES, Accuracy, Change, Estimate, Gain, Perplexity, error_over
 from atp_tune.plan import shown
-from atp_tune.report.contents import measure, speed
-from atp_tune.report.formats import escaped, fenced
+from atp_tune.report.formats import escaped, fenced, measure, speed
 from atp_tune.results.formatting import continuations_note, in_one_line
 from atp_tune.results.results import NOTHING
 from atp_tune.utils.cache import write_out

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from atp_tune.errors import UserError
 from atp_tune.report import figures, formats
-from atp_tune.report.contents import Contents
+from atp_tune.report.formats import Contents
 from atp_tune.utils.cache import write_out
 from atp_tune.utils.extras import install, require
 from atp_tune.utils.system import check_writable

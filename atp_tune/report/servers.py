@@ -29,8 +29,8 @@ from atp_tune.config.finding import known
 from atp_tune.config.studyfile import absolute_storage, load
 from atp_tune.errors import UserError
 from atp_tune.report import formats
-from atp_tune.report.contents import gather
 from atp_tune.report.figures import FIGURES
+from atp_tune.report.formats import gather
 from atp_tune.report.publishing import (
     PREFIX,
     attach,

@@ -21,9 +21,8 @@ from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
 from atp_tune.plan import percent
-from atp_tune.results.annotations import speed_of
 from atp_tune.results.formatting import against_uniform, drawn, drawn_how, draws_note, limit_of, method_of
-from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, is_uniform, uniform_of
+from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, attached, is_uniform, uniform_of
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import objectives_of
 from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of
@@ -58,10 +57,10 @@ class Point:
         """Whether it is within the study's limit."""
         return self.excess is not None and self.excess <= 0
 
-    @property
-    def name(self) -> str:
-        """The trial with its sparsity and method."""
-        return f"trial {self.trial.number}, {percent(self.sparsity)} {method_of(self.trial)}"
+
+def name_of(trial: FrozenTrial) -> str:
+    """A trial of a study over an interval, with its sparsity and method."""
+    return f"trial {trial.number}, {percent(trial.params['sparsity'])} {method_of(trial)}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        at = percent(self.trial.params["sparsity"])
-        return f"trial {self.trial.number}, {at} {method_of(self.trial)}: {self.why}"
+        return f"{name_of(self.trial)}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ class OverInterval(AtSparsity):
                 is_best=best is not None and trial.number == best.number,
                 on_front=trial.number in numbers,
                 packed_bytes=trial.user_attrs.get("packed_bytes"),
-                speed=speed_of(self.study, trial.number),
+                speed=attached(self.study, trial.number).get("speed"),
             )
             for trial in shown
         ]
@@ -367,7 +365,7 @@ class OverInterval(AtSparsity):
             is_within = found is not None and found.change.value + found.change.stderr <= INCREASE
             why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_of(self.limit)}"
         front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{self._missing(summary)}"
-        return f"{front}; best: {best.name}, {why}"
+        return f"{front}; best: {name_of(best.trial)}, {why}"
 
     def _missing(self, summary: "Summary") -> str:
         """A sentence where the total leaves out sparsities that the screening was to confirm; "" elsewhere."""
@@ -414,8 +412,9 @@ class WithinLimit(OverInterval):
         at_end = abs(best.sparsity - self.interval[best.is_within]) < STEP / 2
         further = f"; the search ends at {percent(best.sparsity)}, unless --sparsity takes it further" * at_end
         if best.is_within:
-            return f"best: {best.name}{on_search}, within the limit of {words}{on_test}{further}"
-        return f"no trial is within the limit of {words}: the nearest is {best.name}{on_search}{on_test}{further}"
+            return f"best: {name_of(best.trial)}{on_search}, within the limit of {words}{on_test}{further}"
+        nearest = f"the nearest is {name_of(best.trial)}{on_search}{on_test}{further}"
+        return f"no trial is within the limit of {words}: {nearest}"
 
     def _bounded(self, summary: "Summary", point: Point, key: str, text: Role) -> str:
         """The quantity that the limit bounds, on a text; "" if it is not measured."""

@@ -32,18 +32,16 @@ from atp_tune.errors import UserError
 from atp_tune.measures import MEASURES, Accuracy
 from atp_tune.metrics import OverDraws
 from atp_tune.plan import Plan, method_in
-from atp_tune.results.annotations import with_attached
 from atp_tune.results.formatting import dense_speed, method_of, plan_of, remark_of, sign_of_beta
 from atp_tune.results.goals import Point, best_trial
-from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of
+from atp_tune.results.results import DENSE, Model, allocation_of, parameters_of, with_attached
 from atp_tune.results.results import Against as Change
 from atp_tune.results.summary import ScreeningProgress, Summary, made_from, summarise
 from atp_tune.storage import fingerprint, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import PERPLEXITY, check_facts, facts
 from atp_tune.storage.opening import find_study, open_storage
-from atp_tune.storage.process import is_dead
-from atp_tune.storage.progress import counts, cut_offs_of, sparsity_of
+from atp_tune.storage.progress import counts, cut_offs_of, is_dead, sparsity_of
 from atp_tune.utils.registry import FrozenModel
 
 # --- The stored study of a study file, and the settings that it was run with.

@@ -17,7 +17,6 @@ from atp_tune.config.typed import in_tower
 from atp_tune.measures import PERPLEXITY, TEXTS, Limit, Perplexity, Role, by_kind
 from atp_tune.metrics import Answers, BosEffect, Continuations, OverDraws, Speed, over_draws
 from atp_tune.plan import percent
-from atp_tune.results.annotations import answers_of, attached, speed_of
 from atp_tune.results.formatting import (
     Amount,
     Bits,
@@ -38,6 +37,8 @@ from atp_tune.results.results import (
     Model,
     Results,
     allocation_of,
+    answers_of,
+    attached,
     is_uniform,
     uniform_of,
     uniforms_of,
@@ -45,8 +46,7 @@ from atp_tune.results.results import (
 from atp_tune.storage import fingerprint, opening, progress
 from atp_tune.storage.attributes import StudySnapshot
 from atp_tune.storage.fingerprint import SUFFIX, is_screening
-from atp_tune.storage.process import is_dead
-from atp_tune.storage.progress import sparsity_of
+from atp_tune.storage.progress import is_dead, sparsity_of
 from atp_tune.utils.registry import FrozenModel
 
 BATCHED = ("calibration", "validation")  # texts whose batch sizes affect a trial's value
@@ -144,8 +144,7 @@ def summarise(study: optuna.Study) -> Summary:
     goal, best = goal_in(study), best_trial(study)
     facts, trials = study.user_attrs.get("fingerprint", {}), study.get_trials(deepcopy=False)
     found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
-    recovered = Recovered.model_validate(found["recovered"]) if "recovered" in found else None
-    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), recovered)
+    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), found.get("recovered"))
     uniform, points = results.uniform(best), goal.points()
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
     return Summary(
@@ -169,16 +168,16 @@ def summarise(study: optuna.Study) -> Summary:
         unlike=_unlike(study),
         screening=_screening(study),
         front=front_of(study),
-        zero_shot=ZeroShot.model_validate(found["zero_shot"]) if "zero_shot" in found else None,
-        speed=speed_of(study, best.number) if best else None,
-        continuations=Continuations.model_validate(found["continuations"]) if "continuations" in found else None,
+        zero_shot=found.get("zero_shot"),
+        speed=found.get("speed"),
+        continuations=found.get("continuations"),
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
         points=points,
         choices=points if goal.is_open else (),
         objectives=results.objectives,
-        recovered=recovered,
+        recovered=results.recovered,
         uniform_trial=uniform,
         is_tested=best is not None and tested[-1],
         text="test" if all(tested) else "validation",
@@ -188,16 +187,16 @@ def summarise(study: optuna.Study) -> Summary:
         bits=None if "sparsity" in facts else facts.get("bits"),
         rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
         answers=answers_of(study, best) if best else None,
-        kinds=_kinds(study, found.get("recovered", {})),
+        kinds=_kinds(results),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
     )
 
 
-def _kinds(study: optuna.Study, recovered: Mapping[str, Any]) -> dict[str, Mapping[str, Perplexity]]:
-    kinds, nlls = study.user_attrs.get("kinds", ()), study.user_attrs.get("test_nlls", {})
+def _kinds(results: Results) -> dict[str, Mapping[str, Perplexity]]:
+    kinds, nlls = results.attrs.get("kinds", ()), results.attrs.get("test_nlls", {})
     found: dict[str, Mapping[str, Perplexity]] = {name: by_kind(own, kinds) for name, own in nlls.items()}
-    if recovered.get("kept"):
-        found["trained"] = Recovered.model_validate(recovered).kinds
+    if results.trained:
+        found["trained"] = results.trained.kinds
     return {name: own for name, own in found.items() if own}
 
 

@@ -33,7 +33,15 @@ from atp_tune.plan import method_in
 from atp_tune.results.goals import best_trial, excess_of
 from atp_tune.results.results import is_uniform, uniform_of
 from atp_tune.search import samplers
-from atp_tune.search.samplers import Distributions, Proposer, branch_study, make_sampler, posterior_at, wait_for_earlier
+from atp_tune.search.samplers import (
+    Distributions,
+    Proposer,
+    branch_study,
+    make_sampler,
+    posterior_at,
+    wait_for_earlier,
+    with_value,
+)
 from atp_tune.search.space import Params, Space, SpaceOverInterval, make_space
 from atp_tune.storage import progress
 from atp_tune.storage.fingerprint import CHANGED
@@ -108,7 +116,9 @@ class Branch:
         self._name = name
         self._seed = seed
         self._kinds = space.kinds(name)
-        shadow = branch_study([_clamped(trial) for trial in trials], space, name, self._kinds)
+        shadow = branch_study(
+            [with_value(trial, max(trial.values[0], SMALLEST)) for trial in trials], space, name, self._kinds
+        )
         done = [trial for trial in shadow.trials if trial.value is not None]
         known = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
         self._known = [(value, params) for value, params in known if self._kinds.keys() <= params.keys()]
@@ -156,12 +166,7 @@ def _with_increase(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenT
     value = trial.values[0]
     if dense is not None:
         value = min(math.log(value / perplexity(dense).value), MOST) if value > 0 else MOST
-    return optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
-
-
-def _clamped(trial: FrozenTrial) -> FrozenTrial:
-    value = max(trial.values[0], SMALLEST)
-    return optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
+    return with_value(trial, value)
 
 
 def _drawn(kind: Any, generator: random.Random) -> Any:

@@ -35,12 +35,11 @@ from atp_tune.results.status import measured_columns
 from atp_tune.run.observers import GROUPS, Observer, RoleScores, TaskResults
 from atp_tune.run.session import Session
 from atp_tune.scores import Scores
-from atp_tune.search.final_scores import store_test_scores
+from atp_tune.search.runner import store_test_scores
 from atp_tune.search.space import Space
 from atp_tune.storage.database import set_attributes
 from atp_tune.storage.fingerprint import PERPLEXITY, batches_of
-from atp_tune.storage.process import identity
-from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up
+from atp_tune.storage.progress import INTERRUPTED, CutOff, counts, given_up, identity
 from atp_tune.utils.cache import versions
 
 

@@ -77,10 +77,15 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
         return []
     factor = math.exp(statistics.fmean(ratios))
     return [
-        optuna.create_trial(value=factor * trial.value, params=trial.params, distributions=trial.distributions)
+        with_value(trial, factor * trial.value)
         for trial in screened
         if _point(trial) not in known and trial.value is not None
     ]
+
+
+def with_value(trial: FrozenTrial, value: float) -> FrozenTrial:
+    """A trial of the same point with this value alone."""
+    return optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
 
 
 def _point(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:

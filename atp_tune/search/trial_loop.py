@@ -26,8 +26,7 @@ from atp_tune.search.space import Space
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.fingerprint import objectives_of
-from atp_tune.storage.process import GRACE, Trace
-from atp_tune.storage.progress import ranked
+from atp_tune.storage.progress import GRACE, Trace, ranked
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session

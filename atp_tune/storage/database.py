@@ -39,7 +39,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError, S
 
 from atp_tune.errors import UserError
 from atp_tune.storage.attributes import AttributeStorage, unreadable
-from atp_tune.storage.process import GRACE, is_alive
+from atp_tune.storage.progress import GRACE, is_alive
 from atp_tune.utils.compat import TrialHeartbeatModel, TrialModel, transaction
 from atp_tune.utils.extras import as_typed
 from atp_tune.utils.system import pause

@@ -13,10 +13,9 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
-from atp_tune.config.data import Text, is_local_text
+from atp_tune.config.data import KINDS, is_local_text
 from atp_tune.config.plugged import contents, parts_of
-from atp_tune.config.prune import PruneConfig
-from atp_tune.config.search import ACCURACY, DENSITY, NEXT_TOKEN, ScreenConfig
+from atp_tune.config.search import ACCURACY, DENSITY
 from atp_tune.config.study import Study
 from atp_tune.errors import UserError
 from atp_tune.plugins import is_place, short_name
@@ -168,6 +167,7 @@ def is_screening(study: optuna.Study) -> bool:
 Fact: TypeAlias = str | int | float | bool | list[str] | list[float]
 
 BOS = "texts.bos"  # stored as true or false, also if the study says "auto"
+ROLES = ("calibration", "validation", "test")
 # These keys do not change the value of a trial.
 NOT_FACTS = (
     "description", "storage", "device", "search.trials", "search.early_termination", "search.screen.trials",
@@ -178,7 +178,7 @@ UNLESS_DEFAULT = (  # these are facts only if they differ from their defaults: f
     "prune.pattern", *(f"prune.{name}." for name in SETTINGS if name != "sparsegpt"), "model.trust_remote_code",
     "model.prune", "prune.refine", "prune.gradient_at", "prune.loss", "prune.channels.",
     "search.screen.", "search.objective", "search.score", "quantize.act_order",
-    *(f"texts.{role}.{key}" for role in ("calibration", "validation", "test") for key in ("stride", "shuffle")),
+    *(f"texts.{role}.{key}" for role in ROLES for key in ("stride", "shuffle")),
 )  # fmt: skip
 
 
@@ -238,17 +238,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-DEFAULTS = {
-    **dict(_flat(PruneConfig().model_dump(mode="json"), "prune.")),
-    **dict(_flat(ScreenConfig(trials=1).model_dump(mode="json"), "search.screen.")),
-    "model.trust_remote_code": False,
-    "model.prune": ["language"],
-    "search.objective": ["perplexity"],
-    "search.score": NEXT_TOKEN,
-    "quantize.act_order": False,
-    **{
-        f"texts.{role}.{key}": Text.model_fields[key].default
-        for role in ("calibration", "validation", "test")
-        for key in ("stride", "shuffle")
-    },
-}
+_TEXTS = {role: {"source": f"mixed:{kind}"} for role, kind in zip(ROLES, KINDS, strict=False)}
+_SEARCH = {"trials": 1, "screen": {"trials": 2}}
+_PLAIN = Study.model_validate({"sparsity": 0.5, "model": {"source": "-"}, "texts": _TEXTS, "search": _SEARCH})
+DEFAULTS = dict(_flat(_PLAIN.model_dump(mode="json")))

@@ -35,8 +35,7 @@ from atp_tune.storage.database import (
     with_driver,
     without_password,
 )
-from atp_tune.storage.process import GRACE, HEARTBEAT
-from atp_tune.storage.progress import queue_lost
+from atp_tune.storage.progress import GRACE, HEARTBEAT, queue_lost
 from atp_tune.utils.compat import BaseHeartbeat, storage_client
 from atp_tune.utils.system import is_special
 
@@ -78,8 +77,6 @@ Kind = TypeVar("Kind", bound=Database)
 def open_storage(address: str, create: bool) -> BaseStorage | None:
     """The storage of a URL; None for a SQLite file that does not exist, without `create`."""
     if is_remote(address):
-        from atp_tune.storage.opening import connect
-
         return connect(address)
     if address.startswith(MEMORY):
         return find_in_memory(address)
