@@ -53,7 +53,7 @@ INTERPRETED = """
 import torch
 from test_columns import by_hand, problem
 from atp_tune.pruners.sparsegpt import on_gpu
-from atp_tune.pruners.sparsegpt import tiles
+from atp_tune.pruners.columns_triton import tiles
 assert on_gpu(torch.device("cpu")) is tiles  # the interpreter needs no compiler
 for shape in ((1, 1), (1, 300), (3, 7), (17, 30), (128, 33), (130, 5)):
     W, U, G = problem(shape)
@@ -73,7 +73,7 @@ def test_the_kernel_in_tritons_interpreter() -> None:
 @parametrize("columns", few([128, 100, 256], [100]))
 def test_the_kernel_compiles(columns: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton", reason=WHY)
-    from atp_tune.pruners.sparsegpt import _sweep
+    from atp_tune.pruners.columns_triton import _sweep
 
     tensors = dict.fromkeys(("w_at", "u_at", "g_at"), "*fp32")
     constants = {"COLUMNS": columns, "PADDED": triton.next_power_of_2(columns), "ROWS": 32}
@@ -103,13 +103,13 @@ def test_without_a_compiler_columns_are_swept_plainly(
 ) -> None:
     from triton.runtime import build
 
-    from atp_tune.pruners import sparsegpt
+    from atp_tune.pruners import columns_triton
 
     getattr(build, "_find_compiler", cache(int)).cache_clear()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr(sparsegpt, "_sweep", Compiles())
+    monkeypatch.setattr(columns_triton, "_sweep", Compiles())
     assert [sparsegpt.on_gpu(CPU) for _ in range(3)] == [plain] * 3
     (record,) = caplog.records
     assert "RuntimeError: Failed to find C compiler" in record.getMessage()
@@ -118,7 +118,7 @@ def test_without_a_compiler_columns_are_swept_plainly(
 
 def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is tried again with less by who knows how, and the kernel is there then."""
-    from atp_tune.pruners import sparsegpt
+    from atp_tune.pruners import columns_triton
 
     errors: list[Exception] = [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -131,7 +131,7 @@ def test_memory_that_ran_out_is_no_reason_to_do_without(launched: None, monkeypa
             raise errors[0]
         return W
 
-    monkeypatch.setattr(sparsegpt, "tiles", tiles)
+    monkeypatch.setattr(columns_triton, "tiles", tiles)
     while errors:
         with pytest.raises(type(errors[0])) as caught:
             sparsegpt.on_gpu(CPU)

@@ -175,9 +175,9 @@ def test_a_task_that_is_not_there_is_named(
     tiny_place: Path, tmp_path: Path, least: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of an index of one task: test_zeroshot.py has lm-eval's own, which takes seconds to read."""
-    from atp_tune.scores import classes
+    from atp_tune.scores import tasks
 
-    monkeypatch.setattr(classes, "TaskManager", lambda **_: SimpleNamespace(all_tasks=["hellaswag"]))
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: SimpleNamespace(all_tasks=["hellaswag"]))
     place = Path(shutil.copytree(tiny_place, tmp_path / "tiny"))
     with refused(words):
         run(place, *LIMIT, f"limit.min_accuracy={least}")

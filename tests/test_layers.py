@@ -4,9 +4,12 @@ import ast
 import importlib.machinery
 import importlib.util
 import json
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -269,6 +272,23 @@ def test_the_package_and_its_entry_need_no_library() -> None:
         if name not in {"atp_tune", *sys.stdlib_module_names}
     ]
     assert third_party == []
+
+
+def test_what_may_not_be_installed_is_imported_where_it_is_needed() -> None:
+    """A module that imports what no dependency brings on every system is itself imported within functions alone."""
+    waiting = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    there = set[str]()
+    while waiting:
+        name = re.split(r"[^\w.-]", waiting.pop())[0].lower().replace("_", "-")
+        if name not in there:
+            there.add(name)
+            waiting += [line for line in metadata.requires(name) or () if ";" not in line]
+    packages = metadata.packages_distributions()
+    brought = {name for name, owners in packages.items() if there & {x.lower().replace("_", "-") for x in owners}}
+    known = brought | set(sys.stdlib_module_names) | {"atp_tune"}
+    special = {name for name, names in on_import().items() if libraries(names) - known}
+    assert "atp_tune.folders.lora" in special
+    assert [(name, via) for name in FILES for other, via in reached(name).items() if other in special] == []
 
 
 @slow

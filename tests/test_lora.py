@@ -9,7 +9,8 @@ from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from atp_tune.folders.training import Adapters, Lora
+from atp_tune.folders.lora import Lora
+from atp_tune.folders.training import Adapters
 
 FEW = ("llama", "gpt2", "falcon", "gemma3", "qwen2_moe", "gpt_oss")  # in the fast suite
 

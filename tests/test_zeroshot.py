@@ -189,10 +189,10 @@ def test_no_room_for_a_pruned_copy(
 @pytest.fixture(scope="module")
 def index() -> Any:
     """Of all tasks that lm-eval has, which takes seconds to read; to be read only."""
-    from atp_tune.scores import classes
+    from atp_tune.scores import tasks
 
-    with classes.quiet(*classes.LIBRARIES):
-        return classes.TaskManager(include_path=[], include_defaults=True)
+    with tasks.quiet(*tasks.LIBRARIES):
+        return tasks.TaskManager(include_path=[], include_defaults=True)
 
 
 # --- what is wrong on the command line

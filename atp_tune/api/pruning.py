@@ -53,7 +53,7 @@ class KeptZeros:
         """UserError if there are none, or an adapter would fill them."""
         others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         if "peft" in sys.modules:
-            from atp_tune.folders.training import adapters_of, mask_adapters
+            from atp_tune.folders.lora import adapters_of, mask_adapters
 
             others |= {id(p) for p in adapters_of(model)}  # an untrained B is all 0
         found = [p for p in model.parameters() if p.dim() > 1 and id(p) not in others and (p == 0).any()]

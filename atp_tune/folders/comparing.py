@@ -147,7 +147,7 @@ def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | Ro
         return RoleScores("test")
     require("eval", "evaluate")
     find_device(place.device)
-    from atp_tune.scores.classes import find_tasks
+    from atp_tune.scores.tasks import find_tasks
 
     place.note("reading the tasks")
     found = find_tasks(asked.tasks, place.watch, images=True)

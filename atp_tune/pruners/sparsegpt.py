@@ -22,14 +22,11 @@ Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from typing import ClassVar
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from atp_tune.pruners import Statistics
@@ -51,7 +48,7 @@ from atp_tune.utils.system import launches
 # `strips`    on the CPU. W_j - Σ U_kj E_k over k < j is one matrix product for a strip of columns, plus one product
 #             with a vector per column of the strip. E_j replaces W_j in the matrix, so that the sum and its first term
 #             are a single call, with factors -U_kj and 1. It uses numpy, whose calls have less overhead than torch's.
-# `triton`    on a GPU: one kernel for the block; each program handles a tile of rows of the weight.
+# `triton`    on a GPU (`columns_triton`): one kernel for the block; each program handles a tile of rows of the weight.
 #             Each process launches it once on zeros; if that fails, it logs a warning and uses `plain`.
 
 STRIP = 16  # columns
@@ -97,13 +94,13 @@ def on_gpu(device: torch.device) -> Sweep:
     """The Triton kernel if it compiles and runs on the device, else `plain`, with a warning in the log."""
 
     def launch() -> None:
-        from atp_tune.pruners.sparsegpt import tiles
+        from atp_tune.pruners.columns_triton import tiles
 
         tiles(*torch.zeros(3, 128, 128, device=device))
 
     if not launches(launch, "SparseGPT without its Triton kernel, column by column"):
         return plain
-    from atp_tune.pruners.sparsegpt import tiles
+    from atp_tune.pruners.columns_triton import tiles
 
     return tiles
 
@@ -156,44 +153,3 @@ def _inverse(R: Tensor) -> Tensor:
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
     inverse: Tensor = torch.linalg.solve_triangular(R, eye, upper=True)
     return inverse
-
-
-# --- The inner loop of SparseGPT as a Triton kernel for a block of columns; see `sparsegpt` for the equations.
-#
-# Rows of the weight are independent. A program keeps ROWS of them with all B columns, a tile [B, ROWS], in registers.
-# For each column it selects W_j by a masked sum, multiplies it by G_j, and subtracts U_jk E_j from the columns k > j.
-# All sums are in float32, and each weight is read and written once.
-#
-# Not run on a GPU so far: the tests compile it for several GPUs, and run it in Triton's interpreter, which accepts more
-# than the compiler.
-
-TILE = 4096  # elements in the registers of a program
-
-
-def tiles(W: Tensor, U: Tensor, G: Tensor) -> Tensor:
-    """The columns [B, out] as updated when the loop reaches them; overwrites W if W is contiguous."""
-    W, U, G = W.contiguous(), U.contiguous(), G.contiguous()
-    columns, out = W.shape
-    padded = max(triton.next_power_of_2(columns), 16)
-    rows = max(TILE // padded, 16)
-    with torch.cuda.device(W.device) if W.is_cuda else nullcontext():
-        _sweep[(triton.cdiv(out, rows),)](W, U, G, out, columns, padded, rows)
-    return W
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sweep(
-    w_at: tl.tensor, u_at: tl.tensor, g_at: tl.tensor, out: int,
-    COLUMNS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-) -> None:  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, PADDED)
-    inside = row < out
-    at = k[:, None] * out + row[None, :]
-    tile = tl.load(w_at + at, mask=(k < COLUMNS)[:, None] & inside[None, :], other=0.0)
-    for j in range(0, COLUMNS):
-        w = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
-        e = w * tl.load(g_at + j * out + row, mask=inside, other=0.0)
-        u = tl.load(u_at + j * COLUMNS + k, mask=(k > j) & (k < COLUMNS), other=0.0)
-        tile -= u[:, None] * e[None, :]
-    tl.store(w_at + at, tile, mask=(k < COLUMNS)[:, None] & inside[None, :])

@@ -38,7 +38,7 @@ from atp_tune.utils.extras import require
 
 if TYPE_CHECKING:
     from atp_tune.run.session import Session
-    from atp_tune.scores.classes import TaskResult, Tasks
+    from atp_tune.scores.tasks import TaskResult, Tasks
 
 T = TypeVar("T")
 GROUPS = 8  # parts of validation items; a stopper may end a trial between two of them
@@ -321,7 +321,7 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         """
         key = "limit.min_accuracy"
         require("eval", key)
-        from atp_tune.scores.classes import find_tasks
+        from atp_tune.scores.tasks import find_tasks
 
         watch(Message(f"reading the tasks of {key}"))
         with named(key, "--tasks"):
@@ -343,7 +343,7 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
 
     def run(self, weights_of: WeightsOf) -> dict[str, dict[str, "TaskResult"]]:
         """Runs the model on all tasks."""
-        from atp_tune.scores.classes import score
+        from atp_tune.scores.tasks import score
 
         session, began = self.session, perf_counter()
         tokenizer = self.tokenizer(session.folder.path, session.folder.trusted)

@@ -27,7 +27,7 @@ def runs(device: torch.device) -> torch.device:
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE])
 def test_the_kernel_equals_the_plain_columns(shape: tuple[int, int], share: float, runs: torch.device) -> None:
-    from atp_tune.pruners.sparsegpt import tiles
+    from atp_tune.pruners.columns_triton import tiles
 
     if runs.type == "cpu" and shape[0] * shape[1] > 5000:
         pytest.skip("the interpreter is slow")
@@ -39,7 +39,7 @@ def test_the_kernel_equals_the_plain_columns(shape: tuple[int, int], share: floa
 
 
 def test_the_kernel_is_what_a_gpu_takes(runs: torch.device) -> None:
-    from atp_tune.pruners.sparsegpt import tiles
+    from atp_tune.pruners.columns_triton import tiles
 
     sparsegpt.on_gpu.cache_clear()
     assert sparsegpt.on_gpu(runs) is tiles

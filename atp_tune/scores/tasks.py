@@ -1,0 +1,327 @@
+"""lm-eval's tasks, loaded before any model.
+
+A task is named by lm-eval's name of it or of its group, by `zero-shot` for the seven of the papers' tables, or by the
+path of a YAML file or a folder of them. Data that is not in the cache comes from the hub; if the hub does not answer
+within seconds, only the cache is used.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import constants
+from lm_eval import evaluate
+from lm_eval.api.group import Group
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor, nn
+
+from atp_tune.checkpoints.blocks import check_known
+from atp_tune.checkpoints.convert import one_line, quiet
+from atp_tune.config.best import SHARES
+from atp_tune.config.plugged import is_task_path
+from atp_tune.errors import UserError
+from atp_tune.events import EventHandler, Message, Step
+from atp_tune.inputs.sources import is_hub_in_reach
+from atp_tune.measures import TaskScore, error_of_share
+from atp_tune.utils.system import written
+
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+ALL_SEVEN = "zero-shot"
+LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "transformers")
+OUT_OF_REACH = "its data is not in the cache, and the hub is out of reach"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Loaded tasks and groups of lm-eval, the names of their scores, and reasons why others could not be loaded."""
+
+    loaded: list[Any]
+    rows: tuple[str, ...]
+    missing: dict[str, str]
+    manager: TaskManager
+    about_images: str = ""  # the first task that asks about images
+
+
+def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False, base: Path = Path()) -> Tasks:
+    """Loads tasks with their data; leaves out, with a message, those that cannot run.
+
+    `images`: they may ask about images. Relative paths start at `base`. The code that YAML files name runs. UserError
+    for unknown names, and if no task is left.
+    """
+    if not asked:
+        raise UserError("--tasks: names no task")
+    paths = [_path(name, base) for name in asked if is_task_path(name)]
+    named = [name for name in asked if not is_task_path(name)]
+    wanted = list(dict.fromkeys(each for name in named for each in (SEVEN if name == ALL_SEVEN else (name,))))
+    with quiet(*LIBRARIES):
+        manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
+        _check_names(wanted, manager.all_tasks)
+        wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
+        loaded, missing = _load(manager, wanted, images)
+    if not loaded:
+        raise UserError(_none_left(missing))
+    _check_apart(loaded)
+    for name, reason in missing.items():
+        watch(Message(f"{name}: left out, {reason}"))
+    rows = dict.fromkeys(row for task in loaded for row in _rows(task))
+    return Tasks(loaded, tuple(rows), missing, manager, next(filter(None, map(_about_images, loaded)), ""))
+
+
+def _path(name: str, base: Path) -> Path:
+    path = written(name, base, "--tasks")
+    if not path.is_dir() and not (path.is_file() and path.suffix in (".yaml", ".yml")):
+        raise UserError(f"--tasks {name}: there is no such folder and no such .yaml file")
+    return path
+
+
+def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name in known:
+            continue
+        near = get_close_matches(name, [*known, ALL_SEVEN], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
+        folder = f"; for the folder of that name write {name}/" if Path(name).is_dir() else ""
+        raise UserError(f"--tasks {name}: lm-eval has no such task or group{folder or hint}")
+
+
+def _inside(folder: Path, manager: TaskManager) -> list[str]:
+    """The groups of a folder, and its tasks that are in none of them."""
+    place = folder.resolve()
+    entries = ((name, entry) for name, entry in manager.task_index.items() if entry.yaml_path is not None)
+    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(place)}
+    groups = [own[name] for name in manager.all_groups if name in own]
+    members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
+    found = [name for name in own if name not in members]
+    if not found:
+        raise UserError(f"--tasks {folder}: holds no task, that is no .yaml file with the keys task and dataset_path")
+    return found
+
+
+def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[list[Any], dict[str, str]]:
+    loaded: list[Any] = []
+    missing: dict[str, str] = {}
+    with _hub_or_cache():
+        for name in names:
+            try:
+                found = manager.load([name])
+                _check_inputs(found["tasks"], images)
+            except Exception as error:  # whatever readers, network and a task's own code raise
+                missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
+                continue
+            loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    return loaded, missing
+
+
+def _check_inputs(tasks: Mapping[str, Any], images: bool) -> None:
+    for task in tasks.values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ValueError("it runs code that the model writes")
+        if not getattr(task, "MULTIMODAL", False):
+            continue
+        if not images or task.config.doc_to_audio:
+            raise ValueError("it needs inputs other than text" + " and images" * images)
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(f"it is of type {task.OUTPUT_TYPE}, and lm-eval asks about images by generate_until alone")
+
+
+def _members(task: Any) -> list[Any]:
+    """The tasks of a group, or the task itself."""
+    return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
+
+
+def _check_apart(loaded: Sequence[Any]) -> None:
+    """UserError for tasks that lm-eval would join, of which some ask about images and others about text."""
+    written = [one for task in loaded for one in _members(task) if one.OUTPUT_TYPE == "generate_until"]
+    text, image = (
+        next((one.task_name for one in written if bool(getattr(one, "MULTIMODAL", False)) == wanted), None)
+        for wanted in (False, True)
+    )
+    if text and image:
+        raise UserError(f"--tasks: {text} asks about text and {image} about images; name them in two commands")
+
+
+def _about_images(task: Any) -> str:
+    """The name of a task, or of the first of a group, that asks about images; "" without one."""
+    return next((str(one.task_name) for one in _members(task) if getattr(one, "MULTIMODAL", False)), "")
+
+
+def _none_left(missing: Mapping[str, str]) -> str:
+    reasons = set(missing.values())
+    if reasons == {OUT_OF_REACH}:
+        return (
+            f"--tasks: the hub is out of reach, and the cache has no data for {', '.join(missing)}; run this once "
+            "where there is a network and bring its HF_HOME along, or give tasks of your own: --tasks FOLDER/"
+        )
+    return "--tasks: none can be run: " + "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+
+
+@contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """Sets the libraries to offline mode if the hub does not answer: its client would retry for minutes."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not is_hub_in_reach():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _rows(task: Any) -> list[str]:
+    """Names of the scores of a task, of a group with an aggregate score, or of the tasks of a group without."""
+    if isinstance(task, Group) and not task.has_aggregation:
+        return [inner.task_name for inner in task.get_all_tasks()]
+    return [task.name if isinstance(task, Group) else task.task_name]
+
+
+# --- Scores of a model in memory on tasks of lm-eval.
+
+SEED = 1234  # lm-eval's seed for few-shot examples
+BOOTSTRAPS = 1000  # resamples for standard errors of metrics that are not means
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of a model on a task: the mean of each metric, and its values by item."""
+
+    items: int
+    num_fewshot: int
+    version: str
+    scores: dict[str, TaskScore]
+    each: dict[str, list[float]]
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch: int,
+    watch: EventHandler,
+) -> dict[str, TaskResult]:
+    """Scores a transformers model in memory on each task, in batches of `batch` sequences.
+
+    `tokenizer`: the model's processor, if a task asks about images. Log-likelihoods are float32 sums of the logits'
+    log-softmax, whatever the model's number format.
+    """
+    with quiet(*LIBRARIES):
+        lm = _kind(tasks)(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32,
+            prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
+        )  # fmt: skip
+        AnswerCounter(watch).listen(lm)
+        found = evaluate(
+            lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
+        )
+    return {row: _result(found, row) for row in tasks.rows}
+
+
+def _kind(tasks: Tasks) -> Any:
+    """The class of lm-eval's model for these tasks."""
+    if not tasks.about_images:
+        return _Checked
+    from atp_tune.scores.classes import ImageModel
+
+    return ImageModel
+
+
+def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
+    """Prepares tasks and seeds as lm-eval's `simple_evaluate` does.
+
+    That function would also query pip, git, compilers and drivers, which takes seconds each time.
+    """
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    found: dict[str, Any] = tasks.manager.load(tasks.loaded)
+    for task in found["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # a task with 0 stays zero-shot
+            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+        task.set_fewshot_seed(seed=SEED)
+    return found
+
+
+class _Checked(HFLM):  # type: ignore[misc]
+    """lm-eval's model; UserError if the tokenizer's ids exceed the model's vocabulary."""
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Any:
+        check_known(self.model, int(inps.max()), "evaluate")
+        return super()._model_call(inps, *arguments, **options)
+
+
+def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
+    """The token of an empty context; None if the tokenizer has one."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    known = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    own = [config.bos_token_id, config.eos_token_id, 0]
+    return None if any(token is not None for token in known) else next(token for token in own if isinstance(token, int))
+
+
+class AnswerCounter:
+    """Takes the place of lm-eval's cache of answers, and so is called for each answer."""
+
+    def __init__(self, watch: EventHandler) -> None:
+        self._watch = watch
+        self._done = self._total = 0
+
+    def listen(self, lm: HFLM) -> None:
+        """Counts the answers of a model from this call on."""
+        lm.set_cache_hook(self)
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, kind, partial(self._begin, getattr(lm, kind)))
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Counts one answer."""
+        self._done += 1
+        self._watch(Step("answer", self._done, self._total))
+
+    def _begin(self, answer: Callable[[list[Any]], Any], requests: list[Any]) -> Any:
+        self._done, self._total = 0, len(requests)
+        return answer(requests)
+
+
+def _result(found: Mapping[str, Any], name: str) -> TaskResult:
+    row, samples = found["results"][name], found["samples"].get(name, [])
+    keys = [key for key, value in row.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    return TaskResult(
+        items=row["sample_len"],
+        num_fewshot=found["n-shot"].get(name) or 0,
+        version=str(found["versions"].get(name)),
+        scores={_short(key): TaskScore(value=row[key], stderr=_stderr(row, key, row["sample_len"])) for key in keys},
+        each={_short(key): _each(samples, *key.split(",", 1)) for key in keys},
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _short(key: str) -> str:
+    """lm-eval's `metric,filter`, without the filter if it is `none`."""
+    return key.removesuffix(",none")
+
+
+def _stderr(row: Mapping[str, Any], key: str, items: int) -> float:
+    """lm-eval's, which is 0 where all items have one score: of a share then that of `measures.accuracy`, else 0."""
+    value = row.get(key.replace(",", "_stderr,", 1))
+    if _is_number(value) and value:
+        return float(value)
+    return error_of_share(row[key] * items, items) if _short(key) in SHARES else 0.0
+
+
+def _each(samples: Iterable[Mapping[str, Any]], metric: str, name: str) -> list[float]:
+    """The metric by item; empty if it is defined only over all items."""
+    own: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == name]
+    return [float(value) for value in own] if all(_is_number(value) for value in own) else []
