@@ -37,7 +37,7 @@ LINES = {
     "a.jsonl": '{"text": "one", "n": 1}\n', "list.jsonl": '["text"]\n', "half.jsonl": '{"text": "one"}\n{"text"\n',
     "deep.jsonl": "[" * 100_000, "surrogate.jsonl": r'{"text": "\ud800"}', "empty.txt": "", "a.csv": "a",
     "no.parquet": "PAR1 not", "short.txt": "too short\n\nto prune with", "notes.txt": "no picture", "empty.json": "{}",
-    "damaged.db": "x" * 5000,
+    "damaged.db": "x" * 5000, "digits.jsonl": '{"text": ' + "9" * 5000 + "}",
 }  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def wrong(tiny_place: Path, tiny_done: Path, tmp_path_factory: pytest.TempPathFa
     Image.new("RGB", (8, 8)).save(place / "ok.png")
     (place / "device.txt").symlink_to("/dev/null")
     (place / "loop.txt").symlink_to("loop.txt")
+    (place / "memory.txt").symlink_to("/proc/self/mem")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "n": [1]}), place / "a.parquet")
     for name in ("empty", "bare", "half"):
         (place / name).mkdir()
