@@ -1,6 +1,6 @@
 from pathlib import Path
 
-import pytest
+from expect import parametrize, slow
 from plans import planned
 from tinystudy import CommandLine, run, stored
 
@@ -31,7 +31,7 @@ def test_what_was_found_is_in_the_file_and_on_the_study(done: Path) -> None:
     assert attached(stored(done), config.trial + 1) == {}
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_written_again_keeps_it(done: Path, command: CommandLine) -> None:
     path, config = best_of(done)
     attach(path, config, "speed", FOUND)
@@ -61,7 +61,7 @@ def test_a_file_that_has_changed_meanwhile(done: Path) -> None:
 # --- where the study is
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "changed",
     [{"trial": 99}, {"plan": planned("wanda", "atp", (0.5,) * 4)}],
 )

@@ -6,6 +6,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from expect import parametrize, slow
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from torch import Tensor
 from torch.nn import functional
@@ -57,7 +58,7 @@ def flat(costs: Any) -> list[float]:
     return [cost for block in costs for linear in block for cost in linear]
 
 
-@pytest.mark.parametrize("family", few([*FAMILIES, *MIXTURES], ("llama",)))
+@parametrize("family", few([*FAMILIES, *MIXTURES], ("llama",)))
 def test_costs_are_by_gradients_of_the_whole_model(family: str) -> None:
     model = tiny(family)
     context, ids = bench_of(model), random_ids(3, seed=5)
@@ -66,7 +67,7 @@ def test_costs_are_by_gradients_of_the_whole_model(family: str) -> None:
     assert min(expected) >= 0
 
 
-@pytest.mark.slow
+@slow
 def test_costs_are_kept_and_give_a_plan(cache: Any) -> None:
     context = bench_of(tiny("llama").requires_grad_(False))
     said: list[Any] = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from families import checkpoint_of, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def ran(tiny_place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 bits_done = copy_of("ran")
 
 
-@pytest.mark.slow
+@slow
 def test_apply_writes_what_the_trial_measured(bits_done: Path, command: CommandLine) -> None:
     best = read_config(bits_done / "tiny.best.json")
     assert best.quantize is not None

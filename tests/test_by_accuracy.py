@@ -7,6 +7,7 @@ from statistics import fmean
 import numpy as np
 import optuna
 import pytest
+from expect import parametrize, slow
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 from test_image_studies import place, trained, tune  # noqa: F401 - fixtures
@@ -44,7 +45,7 @@ def by_error() -> optuna.Study:
     return study
 
 
-@pytest.mark.parametrize("ranks", [None, [0, 1], []])
+@parametrize("ranks", [None, [0, 1], []])
 def test_the_sign_of_beta_in_a_tampered_database(ranks: list[int] | None) -> None:
     study = by_error()
     for beta, misses in ((0.1, [0, 0, 1]), (-0.1, [1, 0, 1])):
@@ -70,7 +71,7 @@ def test_a_drop_of_accuracy_is_paired_by_image() -> None:
     assert limit_of({"max_drop": 0.025}) == "2.5 points of accuracy less than dense"
 
 
-@pytest.mark.slow
+@slow
 def test_the_sparsest_plan_within_a_drop_of_accuracy(place: Path, tune: CommandLine) -> None:  # noqa: F811
     """By the study's limit and by `export --max-drop`; a study of texts, and one limit too many, are refused."""
     screen = "search.screen={trials = 6, confirm = 3}"

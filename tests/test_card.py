@@ -8,9 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
-import pytest
 import yaml
-from expect import parametrize
+from expect import parametrize, slow
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from plans import planned
@@ -238,7 +237,7 @@ def test_names_of_others_are_only_names(name: str) -> None:
 # --- the folder
 
 
-@pytest.mark.slow
+@slow
 def test_the_hub_s_page_is_the_folder_s_card(sparse: Path, hub: tuple[Path, Any]) -> None:
     """Once uploaded it is what transformers finds, so that its own push leaves it as it is."""
     from transformers.utils.hub import create_and_tag_model_card

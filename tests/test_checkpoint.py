@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from expect import parametrize, refusal, refused
+from expect import parametrize, refusal, refused, slow
 from families import CPU, FAMILIES, MIXTURES, checkpoint_of, copy_of, same_bits, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -160,7 +160,7 @@ def _break(folder: Path, how: str) -> None:
             (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.slow
+@slow
 @parametrize("how", ["missing", "shape", "corrupt", "cut", "none", "config", "family", "vision"])
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, how: str) -> None:
     tiny("llama").save_pretrained(tmp_path)

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import naive
-import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import (
     MULTIMODAL,
     multimodal,
@@ -75,7 +74,7 @@ def to_llava(place: Path) -> Any:
     return llava
 
 
-@pytest.mark.slow
+@slow
 def test_a_llava_is_tuned_as_its_language_model_and_applied_with_its_tower(
     done: Path, tmp_path: Path, command: CommandLine
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expect import parametrize, slow
 from image_families import write_classifier
 from PIL import Image
 from tinystudy import CommandLine
@@ -36,7 +37,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.slow
+@slow
 def test_classes_are_those_of_transformers(
     folder: Path, pictures: list[Path], command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +67,7 @@ def test_classes_are_those_of_transformers(
     assert printed == [one.model_dump(mode="json") for one in alone]
 
 
-@pytest.mark.parametrize("side", [3, 24])
+@parametrize("side", [3, 24])
 def test_a_processor_that_does_not_fit_its_model_is_refused(
     side: int, folder: Path, pictures: list[Path], command: CommandLine, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import CPU, bench_of, few, same_bits, tiny
 from plans import planned
 from test_prune_pass import atp_plan
@@ -72,7 +72,7 @@ def test_the_room_that_is_needed(kind: Any, tmp_path: Path) -> None:
     assert is_room(tmp_path, 1000) and not is_room(tmp_path, 1 << 60)
 
 
-@pytest.mark.slow
+@slow
 @parametrize("pruner", few(PRUNERS, ("wanda", "sparsegpt")))
 def test_kept_statistics_prune_alike(pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(pruner, "atp", (0.4, 0.5, 0.6, 0.7))

@@ -5,7 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import CPU, FAMILIES, TOKENS, bench_of, nlls_of, random_ids, replay_of, scores_of, tiny
 from plans import planned
 from torch import Tensor
@@ -83,7 +83,7 @@ def test_kl_is_that_of_the_models_own_logits(family: str) -> None:
     assert max(kls) > 1.001 * min(kls) > 0
 
 
-@pytest.mark.slow
+@slow
 def test_kl_does_not_change_with_batches_slices_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     work = bench_of(tiny("llama"))
     pruned = list(work.prune(planned("wanda", "uniform", (0.5,) * 4)))

@@ -9,7 +9,7 @@ from typing import Any
 import naive_allocations
 import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import bench_of, random_ids, tiny
 from optuna.trial import TrialState
 from plugging import loaded
@@ -166,7 +166,7 @@ def test_the_cost_of_lsa_is_that_of_its_definition(shape: tuple[int, int]) -> No
 # All of them in one study
 
 
-@pytest.mark.slow
+@slow
 def test_one_study_of_all_three_against_atp(place: Path, command: CommandLine, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES, place / "plugins")
     keys = (

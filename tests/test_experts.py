@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_input_hooks import gather
 from tinystudy import make_tokenizer, study_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,8 +80,8 @@ def test_each_expert_hears_its_tokens_over_all_batches() -> None:
     inputs = naive.expert_inputs(block.experts, "experts", flat, chosen)
     assert set(inputs) < set(found)
     for name, x in inputs.items():
-        torch.testing.assert_close(found[name].norms(), x.norm(dim=0))
-    torch.testing.assert_close(found["shared_expert.up_proj"].norms(), flat.norm(dim=0))
+        assert_close(found[name].norms(), x.norm(dim=0))
+    assert_close(found["shared_expert.up_proj"].norms(), flat.norm(dim=0))
     assert len({id(found[name]) for name in inputs}) == len(inputs)
     assert found["shared_expert.up_proj"] is found["shared_expert.gate_proj"]
 
@@ -98,7 +99,7 @@ def test_experts_without_a_gate() -> None:
     (expert, rows), (other, inner) = (list(expert_inputs(experts, w, x, chosen))[1] for w in ("up_proj", "down_proj"))
     assert expert == other == 1
     assert torch.equal(rows, x[[0, 2]])
-    torch.testing.assert_close(inner, torch.relu(x[[0, 2]] @ experts.up_proj[1].T))
+    assert_close(inner, torch.relu(x[[0, 2]] @ experts.up_proj[1].T))
 
 
 # --- experts that hear nothing

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from expect import parametrize
+from expect import parametrize, slow
 from tinystudy import TUNE
 
 from atp_tune.utils.extras import EXTRAS, as_typed, install, remedy
@@ -35,7 +35,7 @@ def test_a_python_that_is_too_old() -> None:
     assert said("-S", "-c", OLD).startswith("error: needs Python >= 3.11, this is 3.9; ")
 
 
-@pytest.mark.slow
+@slow
 @parametrize("module", ["torch", "optuna", "plotly"])
 def test_only_some_packages_are_installed(module: str, place: Path) -> None:
     words = ["tune.py", "--study", str(place / "tiny.toml")]

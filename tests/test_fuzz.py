@@ -2,14 +2,15 @@
 
 import fuzzing
 import pytest
+from expect import parametrize, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = {"config": 100, "toml": 100, "stored": 20}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", fuzzing.TARGETS)
+@slow
+@parametrize("name", fuzzing.TARGETS)
 def test_whatever_is_handed_over(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     @settings(max_examples=EXAMPLES[name])
     @given(st.binary(min_size=8, max_size=48))

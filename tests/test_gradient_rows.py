@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import CPU, FAMILIES, MIXTURES, bench_of, few, random_ids, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -260,7 +260,7 @@ def test_rows_of_an_expert_without_tokens_stay(family: str) -> None:
 STUDY = settings('allocation=["gradient-rows"]', "search.trials=4")
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_with_rows(place: Path, command: CommandLine, cache: Path) -> None:
     """It is resumed, exported, applied and packed with the rows that its trials stored, also without the cache."""
     answer = command("--study", place / "tiny.toml", *STUDY)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from families import CPU, few, scores_of
 from image_families import CLASSES, FAMILIES, context_of, images, make
 from PIL import Image
@@ -475,7 +475,7 @@ def test_a_processor_s_own_code_is_not_run(classifier: ModelFolder, tmp_path: Pa
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_a_dataset_of_the_hub_is_read_by_the_names_of_its_classes(
     hub: tuple[Path, list[str]], classifier: ModelFolder, tmp_path: Path
 ) -> None:

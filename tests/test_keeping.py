@@ -6,7 +6,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from families import random_ids
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_lora import with_zeros
@@ -35,7 +35,7 @@ def same(before: dict[str, Any], model: Any) -> bool:
     return all(torch.equal(mask, after[name]) for name, mask in before.items() if mask.any())
 
 
-@pytest.mark.slow
+@slow
 def test_the_trainer_keeps_zeros(tmp_path: Path) -> None:
     """It filled all of them: 117,952 were none after two steps."""
     from transformers import Trainer, TrainingArguments

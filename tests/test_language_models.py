@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expect import parametrize, slow
 from prose import prose
 from test_benchmarks import BENCHMARKS, benchmark
 from tinystudy import CommandLine, settings
@@ -34,14 +35,14 @@ def pages(count: int) -> list[list[str]]:
     return [[rng.choice(known) for _ in range(rng.randint(1, 30))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@parametrize("name", NAMES)
 def test_studies_are_valid(name: str, models: Any) -> None:
     study = load(str(BENCHMARKS / "studies" / f"{name}.toml"), []).study
     assert study.model.source.endswith(f"build/language/{name}")
     assert set(models.MODELS) == set(NAMES)
 
 
-@pytest.mark.slow
+@slow
 def test_from_a_folder_to_pruned_models(
     models: Any,
     tmp_path: Path,

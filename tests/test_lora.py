@@ -3,8 +3,8 @@
 from typing import Any
 
 import families
-import pytest
 import torch
+from expect import parametrize, slow
 from families import checkpoint_of, copy_of, random_ids, same_bits, tiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -47,7 +47,7 @@ def merge(family: str, adapters: Adapters, dtype: torch.dtype = torch.float32) -
     return model
 
 
-@pytest.mark.parametrize("family", families.few(families.ALL, FEW))
+@parametrize("family", families.few(families.ALL, FEW))
 def test_what_is_trained_is_what_is_merged(family: str) -> None:
     model = with_zeros(family)
     before = copy_of(model)
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_the_formula() -> None:
         assert torch.allclose(b.grad, 1.5 * masked @ a.T, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
+@slow
 def test_without_zeros_they_are_pefts_own() -> None:
     ours, theirs = tiny("llama"), tiny("llama")
     _, parameters = trained(ours)

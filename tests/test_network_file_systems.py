@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from expect import parametrize
+from expect import parametrize, slow
 from tinystudy import run
 
 from atp_tune.events import Event, Message
@@ -62,7 +62,7 @@ def said(place: Path) -> str:
     )
 
 
-@pytest.mark.slow
+@slow
 def test_a_run_says_so_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
 

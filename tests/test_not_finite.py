@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expect import parametrize, slow
 from pages import REPO, filled
 from tinystudy import few_steps, run
 from torch import Tensor
@@ -87,8 +88,8 @@ ELSEWHERE = [  # seen in other tests
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+@slow
+@parametrize("case", CASES, ids=lambda case: case.what)
 def test_a_trial_ends_with_the_reason(case: Case, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_steps(monkeypatch)
     case.breaks(monkeypatch)

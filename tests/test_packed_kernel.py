@@ -18,6 +18,7 @@ from expect import parametrize, slow
 from families import few
 from packedweights import FLOATS, Guarded, close, pack, sparse
 from torch import Tensor
+from torch.testing import assert_close
 
 from atp_tune.packed import kernel
 from atp_tune.packed.kernel import BATCH, PackedMatrix, kernel_name, multiplies
@@ -88,7 +89,7 @@ def test_many_tokens_that_are_not_finite_are_left_to_torch(bad: float, variant: 
     x[11, 69] = bad
     matrix = pack(weight)
     assert matrix.product(x) is None
-    torch.testing.assert_close(operator(matrix, x), x @ weight.T, equal_nan=True)
+    assert_close(operator(matrix, x), x @ weight.T, equal_nan=True)
 
 
 @parametrize("columns, groups", [(64, 2), (96, 3), (192, 2), (1024, 8), (1056, 11)])
@@ -136,9 +137,9 @@ def test_nothing_is_read_behind_the_end(
         for inputs in FLOATS:
             x = guarded.place(torch.randn(3, shape[1]).to(inputs))
             y, expected = at_the_end.product(x), plain.product(x.clone())
-            torch.testing.assert_close(y, expected, rtol=0, atol=1e-2 if variant == "torch" else 0)
+            assert_close(y, expected, rtol=0, atol=1e-2 if variant == "torch" else 0)
             x = guarded.place(torch.randn(33, shape[1]).to(inputs))
-            torch.testing.assert_close(at_the_end.product(x), plain.product(x.clone()), rtol=0, atol=0)
+            assert_close(at_the_end.product(x), plain.product(x.clone()), rtol=0, atol=0)
         assert torch.equal(at_the_end.rows(0, shape[0]), plain.rows(0, shape[0]))
 
 

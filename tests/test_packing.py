@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from families import ALL, MULTIMODAL, TOKENS, VOCABULARY, bench_of, few
 from plans import planned
 from safetensors.torch import load_file, save_file
@@ -172,7 +172,7 @@ def test_bits_that_disagree_with_the_values_are_refused() -> None:
         unpack(torch.ones(5), found[BITMASK], 9)
 
 
-@pytest.mark.slow
+@slow
 def test_the_reader_in_the_documentation(make: Make, tmp_path: Path) -> None:
     text = (REPO / "docs/formats.md").read_text()
     (code,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
@@ -227,7 +227,7 @@ def test_two_processes_unpack_one_folder_into_the_cache(make: Make, monkeypatch:
     assert [*folder.parent.iterdir()] == [folder]
 
 
-@pytest.mark.slow
+@slow
 @parametrize("options", [{"kind": "bf16"}, {"kind": "int8"}, {"kind": "int8", "group_size": 32}])
 def test_rounded_values(options: dict[str, Any], make: Make, tmp_path: Path) -> None:
     packed = make(**options)
@@ -297,7 +297,7 @@ assert not {"optuna", "datasets"} & set(sys.modules)
 """
 
 
-@pytest.mark.slow
+@slow
 @parametrize(
     ("lines", "said"),
     [
@@ -450,7 +450,7 @@ def test_what_cannot_be_packed_is_refused(make: Make, tmp_path: Path) -> None:
 # in the rest of the program
 
 
-@pytest.mark.slow
+@slow
 def test_the_commands(done: Path, command: CommandLine) -> None:
     command.ok("apply", "--config", done / "tiny.best.json", "--out", done / "sparse")
     answer = command.ok("pack", done / "sparse", "--out", done / "packed")

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from families import CPU, few, multimodal
 from PIL import Image
 from tinystudy import make_tokenizer
@@ -181,7 +181,7 @@ def test_a_chat_template_puts_the_image_before_the_text(models: dict[str, Path],
     assert found.ids[0].tolist().count(processor.tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.slow
+@slow
 def test_wanda_on_pairs_is_a_naive_loop(models: dict[str, Path], tmp_path: Path) -> None:
     """Each linear loses its lowest |W|·‖X‖ by the inputs in the model as it is pruned so far, on images and text."""
     text = Text(source="package:pydoc_data.topics:topics", nsamples=2, seqlen=TOKENS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from pages import REPO, filled
 from test_trust import CODE, change
 from tinystudy import CommandLine
@@ -133,7 +133,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.slow
+@slow
 @parametrize("way", WAYS, ids=lambda way: f"{way.key}, {way.what}")
 def test_code_in_a_study_runs_only_with_permission(
     way: Way, done: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

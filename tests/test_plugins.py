@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import optuna
 import pytest
 import torch
-from expect import parametrize, refusal
+from expect import parametrize, refusal, slow
 from plans import planned
 from plugging import forgotten
 from pydantic import Field
@@ -751,7 +751,7 @@ def test_the_command_lists_files_with_permission(
 # A study of plug-ins that break the rules
 
 
-@pytest.mark.slow
+@slow
 def test_a_mended_file_goes_on_as_long_as_nothing_is_measured(place: Path, command: CommandLine) -> None:
     """The loop in which a plug-in is written: its first trial fails, the file is mended, the same command again."""
     head = (

@@ -23,6 +23,7 @@ from families import (
 )
 from plans import planned
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from atp_tune.allocations.formulas import atp
 from atp_tune.blocks import prune_pass
@@ -171,7 +172,7 @@ def test_sparsegpt_is_its_naive_pass(family: str) -> None:
             found = linear.matrix(block.weights[linear.key])
             wanted = linear.matrix(expected[work.checkpoint.key(block.index, linear)])
             assert torch.equal(found == 0, wanted == 0)
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+            assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @slow
@@ -216,10 +217,10 @@ def test_statistics_do_not_depend_on_the_batch_size(family: str, kind: Any, valu
         for linear in replay.checkpoint.linears[0]:
             x = full[f"{replay.checkpoint.blocks_name}.0.{linear.name}"]
             expected = naive.hessian(x).float() if kind is Hessian else x.square().sum(0).sqrt()
-            torch.testing.assert_close(found[-1][linear.name], expected, rtol=1e-4, atol=1e-5)
+            assert_close(found[-1][linear.name], expected, rtol=1e-4, atol=1e-5)
     for other in found[1:]:
         for name, tensor in other.items():
-            torch.testing.assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)
+            assert_close(tensor, found[0][name], rtol=1e-4, atol=1e-5)
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> None:

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atp_tune.errors import TrialError
@@ -142,7 +143,7 @@ def test_sparsegpt_is_the_dense_inverse(case: Problem, sparsity: float, columns:
     expected, mask = decided(lambda x: naive.sparsegpt(weight, x, sparsity, 0.01, columns), x)
     pruned = SparseGPT(columns=columns).prune(weight, sparsity, hessian_of(x, 3))
     assert torch.equal(pruned == 0, mask | (x == 0).all(0))
-    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @given(shapes, sparsities, st.integers(1, 20))
@@ -167,7 +168,7 @@ def test_sparsegpt_column_by_column(shape: tuple[int, int], group: int | None, c
     pruned = SparseGPT(columns=columns, group=group).prune(weight, 0.5, hessian_of(x))
     expected, gone = naive.sparsegpt(weight, x, 0.5, 0.01, columns, group)
     assert torch.equal(pruned == 0, gone | (x == 0).all(0))
-    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_variant_of_wanda_is_where_the_bisection_leads() -> None:
@@ -219,7 +220,7 @@ def test_alps_is_its_dense_inverse(case: Problem, sparsity: float) -> None:
     pruned = ALPS().prune(weight, sparsity, hessian_of(x, 3))
     assert torch.equal(pruned == 0, mask)
     assert int(mask.sum()) == int(weight.numel() * sparsity)
-    torch.testing.assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+    assert_close(pruned.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @slow
@@ -287,7 +288,7 @@ def test_sparsegpt_chooses_a_group_when_its_turn_comes(columns: int) -> None:
     pruned = SparseGPT(columns=columns, group=4).prune(weight, 0.5, hessian_of(x))
     expected, mask = naive.sparsegpt(weight, x, 0.5, 0.01, 12, 4)
     assert torch.equal(pruned == 0, mask)
-    torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @parametrize("name", PRUNERS)
@@ -337,9 +338,9 @@ def test_input_moments(dtype: torch.dtype) -> None:
     for part in (x[:3], x[:0], x[3:5], x[5:]):
         moments.add(part)
     flat = x.reshape(-1, 9).double()
-    torch.testing.assert_close(moments.norms().double(), flat.norm(dim=0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(moments.means().double(), flat.mean(0), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(moments.variances().double(), flat.var(0, correction=0), rtol=1e-4, atol=0)
+    assert_close(moments.norms().double(), flat.norm(dim=0), rtol=1e-6, atol=0)
+    assert_close(moments.means().double(), flat.mean(0), rtol=1e-5, atol=1e-7)
+    assert_close(moments.variances().double(), flat.var(0, correction=0), rtol=1e-4, atol=0)
     assert InputMoments(2, CPU).variances().tolist() == [0, 0]
 
 
@@ -350,12 +351,12 @@ def test_the_scaled_hessian_and_its_inverse() -> None:
     scaled = hessian.scaled(0.01)
     H = 2 * x.double().T @ x.double() / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(12)
-    torch.testing.assert_close(scaled.scales.double() ** 2, H.diagonal(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(scaled.matrix.double() * scaled.scales * scaled.scales[:, None], H, rtol=1e-5, atol=1e-6)
+    assert_close(scaled.scales.double() ** 2, H.diagonal(), rtol=1e-5, atol=0)
+    assert_close(scaled.matrix.double() * scaled.scales * scaled.scales[:, None], H, rtol=1e-5, atol=1e-6)
     inverse = torch.linalg.inv(scaled.matrix.double() + 0.3 * torch.eye(12))
-    torch.testing.assert_close(scaled.inverse(0.3).double(), inverse, rtol=1e-4, atol=1e-5)
+    assert_close(scaled.inverse(0.3).double(), inverse, rtol=1e-4, atol=1e-5)
     rounded = Scaled(scaled.scales, torch.tensor([[1.0, 1.1], [1.1, 1.0]]))  # by rounding not positive definite
-    torch.testing.assert_close(rounded.inverse(0.05), torch.linalg.inv(rounded.matrix + 0.05 * torch.eye(2)))
+    assert_close(rounded.inverse(0.05), torch.linalg.inv(rounded.matrix + 0.05 * torch.eye(2)))
     assert hessian.scaled(0.01) is scaled
     hessian.add(x)
     assert hessian.scaled(0.01) is not scaled
@@ -369,7 +370,7 @@ def test_hessian(dtype: torch.dtype) -> None:
     hessian.add(x[:3])
     hessian.add(x[3:])
     assert hessian.matrix().dtype == torch.float32
-    torch.testing.assert_close(hessian.matrix().double(), naive.hessian(x.reshape(-1, 9)), rtol=1e-5, atol=1e-6)
+    assert_close(hessian.matrix().double(), naive.hessian(x.reshape(-1, 9)), rtol=1e-5, atol=1e-6)
     assert hessian.dead().tolist() == [j == 4 for j in range(9)]
 
 
@@ -377,7 +378,7 @@ def test_hessian(dtype: torch.dtype) -> None:
 def test_a_hessian_in_panels(shape: tuple[int, int]) -> None:
     x = problem(shape)[1]
     matrix = hessian_of(x, 3).matrix()
-    torch.testing.assert_close(matrix.double(), 2 * x.double().T @ x.double() / len(x), rtol=1e-5, atol=1e-5)
+    assert_close(matrix.double(), 2 * x.double().T @ x.double() / len(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(hessian_of(x, 3).matrix(), matrix)
 
@@ -399,7 +400,7 @@ def test_a_hessian_of_wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atp_tune.pruners.statistics.widens", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(torch.ops.aten.mm, "dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), raising=False)
     x = problem((1, 300))[1].bfloat16()
-    torch.testing.assert_close(hessian_of(x, 2).matrix(), hessian_of(x.float(), 2).matrix())
+    assert_close(hessian_of(x, 2).matrix(), hessian_of(x.float(), 2).matrix())
 
 
 def test_the_factor() -> None:
@@ -408,9 +409,9 @@ def test_the_factor() -> None:
     H = naive.hessian(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(12)
     assert torch.equal(R, R.triu())
-    torch.testing.assert_close(R @ R.T, H, rtol=1e-5, atol=1e-6)
+    assert_close(R @ R.T, H, rtol=1e-5, atol=1e-6)
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
-    torch.testing.assert_close(torch.linalg.inv(R), U, rtol=1e-5, atol=1e-6)
+    assert_close(torch.linalg.inv(R), U, rtol=1e-5, atol=1e-6)
 
 
 @parametrize(("ordered", "matrices"), [(False, 2), (True, 3)])
@@ -440,7 +441,7 @@ def test_damping_is_raised_until_the_hessian_is_positive_definite(lowest: float,
     axes = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     H = axes @ torch.diag(torch.tensor([-lowest, *[(8 + lowest) / 7] * 7], dtype=torch.float64)) @ axes.T
     R = _factor(H.float(), 0.01).double()
-    torch.testing.assert_close(R @ R.T, H + damping * torch.eye(8), rtol=1e-4, atol=1e-5)
+    assert_close(R @ R.T, H + damping * torch.eye(8), rtol=1e-4, atol=1e-5)
 
 
 @parametrize(

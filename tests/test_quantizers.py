@@ -3,9 +3,8 @@
 from typing import Any
 
 import naive
-import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import MIXTURES, bench_of, few, same_bits, tiny
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -35,7 +34,7 @@ def test_rtn_is_its_loop(case: Problem, dtype: torch.dtype, bits: int, size: int
     assert not rounded[weight == 0].any()
 
 
-@pytest.mark.slow
+@slow
 @given(problems(small), widths, sizes, st.booleans(), st.booleans(), st.booleans())
 def test_gptq_is_its_loop(case: Problem, bits: int, size: int, symmetric: bool, sparse: bool, ordered: bool) -> None:
     weight, x = case

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import naive
-import pytest
 import torch
-from expect import parametrize
+from expect import parametrize, slow
 from families import MIXTURES, bench_of, few, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from test_prune_pass import naive_pass
 from test_pruners import Problem, dtypes, problem, problems, pruned_by, sparsities, tied_problems
 from tinystudy import CommandLine, run
 from torch import Tensor
+from torch.testing import assert_close
 
 from atp_tune.config.best import read_config
 from atp_tune.config.prune import PruneConfig
@@ -76,7 +76,7 @@ def test_it_is_conjugate_gradients_row_by_row(case: Problem, sparsity: float, st
     ]
     if not gone.any():
         rows = list(weight.double())
-    torch.testing.assert_close(refined.double(), torch.stack(rows), rtol=1e-3, atol=1e-3)
+    assert_close(refined.double(), torch.stack(rows), rtol=1e-3, atol=1e-3)
 
 
 def test_many_steps_are_least_squares_on_the_mask() -> None:
@@ -86,7 +86,7 @@ def test_many_steps_are_least_squares_on_the_mask() -> None:
     for row, (b, w) in enumerate(zip(alone, weight.double(), strict=True)):
         kept = b != 0
         exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
-        torch.testing.assert_close(refined[row, kept].double(), exact, rtol=1e-3, atol=1e-4)
+        assert_close(refined[row, kept].double(), exact, rtol=1e-3, atol=1e-4)
     assert error(weight, refined, H).sum() < 0.9 * error(weight, alone, H).sum()
 
 
@@ -110,7 +110,7 @@ def test_it_is_its_naive_pass(family: str, way: Any) -> None:
             wanted = linear.matrix(expected[work.checkpoint.key(index, linear)])
             pruned = linear.matrix(block.weights[linear.key])
             assert torch.equal(pruned == 0, wanted == 0)
-            torch.testing.assert_close(pruned, wanted, rtol=1e-3, atol=1e-3)
+            assert_close(pruned, wanted, rtol=1e-3, atol=1e-3)
 
 
 # --- by the commands
@@ -119,7 +119,7 @@ def test_it_is_its_naive_pass(family: str, way: Any) -> None:
 REFINED = ("prune.refine=5",)
 
 
-@pytest.mark.slow
+@slow
 def test_a_study_its_best_and_the_folder(place: Path, command: CommandLine) -> None:
     assert run(place, *REFINED).best_value < run(place, name="alone").best_value
     assert read_config(place / "tiny.best.json").prune.refine == 5

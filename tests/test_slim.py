@@ -18,6 +18,7 @@ from expect import parametrize, refused, slow
 from families import bench_of, few, random_ids, tiny
 from plans import linears_of, planned
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from atp_tune.cli.terminal import quiet
@@ -115,14 +116,14 @@ def test_a_slim_model_is_the_masked_one(family: str, make: Make, tmp_path: Path)
     masked, folder = (load(place) for place in make(family))
     before, after = (sum(p.numel() for p in model.parameters()) for model in (masked, folder))
     assert after < before
-    torch.testing.assert_close(logits(folder), logits(masked), rtol=1e-10, atol=1e-12)
+    assert_close(logits(folder), logits(masked), rtol=1e-10, atol=1e-12)
     ids, options = random_ids(2, 5, seed=1), {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     expected = masked.generate(ids, **options, use_cache=False)
     assert torch.equal(folder.generate(ids, **options), expected)  # with cached keys and values
     folder.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     same(again, folder)
-    torch.testing.assert_close(logits(again), logits(folder), rtol=1e-10, atol=1e-12)
+    assert_close(logits(again), logits(folder), rtol=1e-10, atol=1e-12)
 
 
 CLASSIFIERS = ("vit", "deit", "dinov2", "beit", "convnext", "swin", "swinv2", "hiera")
@@ -154,9 +155,9 @@ def test_a_slim_classifier_is_the_masked_one(family: str, heads: bool, tmp_path:
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in masked.parameters())
     with torch.inference_mode():
         expected, found, third = (each(pixel_values=pixels.double()).logits for each in (masked, slim, again))
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    assert_close(found, expected, rtol=1e-8, atol=1e-9)
     same(again, slim)
-    torch.testing.assert_close(third, found, rtol=1e-10, atol=1e-12)
+    assert_close(third, found, rtol=1e-10, atol=1e-12)
 
 
 @parametrize("heads", few([False, True], [True]))
@@ -168,7 +169,7 @@ def test_blocks_of_equal_widths_make_an_ordinary_folder(heads: bool, make: Make)
     assert config["intermediate_size"] < 40
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == ((2, 1) if heads else (4, 2))
     assert not list(folder.glob("*.py"))
-    torch.testing.assert_close(logits(load(folder)), logits(load(masked)), rtol=1e-10, atol=1e-12)
+    assert_close(logits(load(folder)), logits(load(masked)), rtol=1e-10, atol=1e-12)
 
 
 # no silent failure

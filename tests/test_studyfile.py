@@ -4,7 +4,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from expect import parametrize, refusal
+from expect import parametrize, refusal, slow
 from synthetic import storage_in
 
 from atp_tune.config import finding
@@ -152,7 +152,7 @@ def junk(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.slow
+@slow
 def test_junk_is_always_one_line() -> None:
     rng = random.Random(0)
     refused = 0

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from expect import parametrize, refused
+from expect import parametrize, refused, slow
 from tinystudy import TOPICS, few_steps, make_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
@@ -124,7 +124,7 @@ class Faults:
             raise FaultError
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @parametrize("make", [gpt2, mixture])
 @parametrize("call", CALLS)
