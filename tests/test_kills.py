@@ -133,7 +133,7 @@ def undisturbed(deep_place: Path, tmp_path_factory: pytest.TempPathFactory) -> o
 def check(place: Path, undisturbed: optuna.Study, crew: WorkerPool, fault: str, kills: int) -> None:
     seconds = crew.finish()
     study = stored(place)
-    assert not [trial.number for trial in study.trials if progress.is_given_up(trial)]
+    assert not [trial.number for trial in study.trials if progress.given_up(trial)]
     check_equal(study, undisturbed, TOTAL)
     ROWS.add(fault, kills, seconds=seconds)
 
@@ -217,7 +217,7 @@ def check_given_up(place: Path, crew: WorkerPool, times: int | None) -> None:
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL and not is_double(trial)]
     assert len({str(trial.params) for trial in lost}) == 1
     assert times is None or len(lost) == times
-    assert [progress.is_given_up(trial) for trial in lost] == [False] * (len(lost) - 1) + [True]
+    assert [bool(progress.given_up(trial)) for trial in lost] == [False] * (len(lost) - 1) + [True]
     assert progress.counted(study) == 3
     assert len(measured(study)) == 2
 

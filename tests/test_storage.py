@@ -267,7 +267,7 @@ def test_what_dies_with_others_or_with_its_machine_is_run_again(study: optuna.St
         study.tell(dead[1], state=TrialState.COMPLETE, values=1.0)
     lost = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["cut_off"] for trial in lost] == [{"place": "after prune 12 of 30", "alone": False}] * 9
-    assert not any(progress.is_given_up(trial) for trial in lost)
+    assert not any(progress.given_up(trial) for trial in lost)
 
 
 @slow

@@ -126,7 +126,7 @@ class Text(Source):
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves `images` out where there are none, so that files and keys of the cache stay as they were."""
         found: dict[str, Any] = inner(self)
-        return found if self.images is not None else {key: value for key, value in found.items() if key != "images"}
+        return {key: value for key, value in found.items() if value is not None or key != "images"}
 
     def _is_of(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""
@@ -214,10 +214,11 @@ class CalibrationImages(ImageSet, Drawn):
 
 
 class Roles(SettingsTable):
-    """The data by role: `table` is its key in a study file, `items` what a role reads."""
+    """The data by role: `table` is its key in a study file, `items` a role reads, `shown` is what models make of them."""
 
     table: ClassVar[str]
     items: ClassVar[str]
+    shown: ClassVar[str]
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -228,7 +229,7 @@ class Roles(SettingsTable):
 class Texts(Roles):
     """The texts by role; the test text is used for the final numbers only."""
 
-    table, items = "texts", "documents"
+    table, items, shown = "texts", "documents", "continuations"
     calibration: Calibration
     """the text on which pruners measure"""
     validation: Text
@@ -244,7 +245,7 @@ class Texts(Roles):
 class ImageSets(Roles):
     """The images by role; the test images are used for the final numbers only."""
 
-    table, items = "images", "images"
+    table, items, shown = "images", "images", "answers"
     calibration: CalibrationImages
     """the images on which pruners measure"""
     validation: ImageSet

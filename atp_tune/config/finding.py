@@ -3,6 +3,7 @@
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from atp_tune.errors import UserError, did_you_mean
 from atp_tune.utils.system import is_special
@@ -39,27 +40,26 @@ def known() -> list[Path]:
 
 
 def holds(file: Path, study: str) -> bool:
-    """Whether a SQLite file holds an Optuna study of that name; the file is opened read-only."""
-    if is_special(file):  # reading a pipe would block
-        return False
-    try:
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            return bool(database.execute("SELECT 1 FROM studies WHERE study_name = ?", (study,)).fetchone())
-    except sqlite3.Error:
-        return False
+    """Whether a SQLite file holds an Optuna study of that name."""
+    return bool(_rows(file, "SELECT 1 FROM studies WHERE study_name = ?", study))
 
 
 def finished_trials(file: Path, study: str) -> list[int]:
     """Numbers of the trials that a study in a SQLite file has finished, read without Optuna; none if there are none."""
-    if is_special(file):
-        return []
     query = "SELECT number FROM trials JOIN studies USING (study_id) WHERE study_name = ? AND state = 'COMPLETE'"
+    numbers = [number for (number,) in _rows(file, query, study)]
+    return sorted(number for number in numbers if isinstance(number, int))  # another program may have written anything
+
+
+def _rows(file: Path, query: str, study: str) -> list[tuple[Any, ...]]:
+    """What a SQLite file answers, opened read-only; nothing if it cannot be read."""
+    if is_special(file):  # reading a pipe would block
+        return []
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            found = [number for (number,) in database.execute(query, (study,))]
+            return database.execute(query, (study,)).fetchall()
     except sqlite3.Error:
         return []
-    return sorted(number for number in found if isinstance(number, int))  # another program may have written anything
 
 
 def _folders() -> tuple[Path, ...]:

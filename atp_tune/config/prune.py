@@ -355,6 +355,13 @@ class Treatments:
         """The methods to compare, by their short names: pruners, or quantizers where weights are only rounded."""
         return self.prune.short_names if self.prunes or self.quantize is None else self.quantize.quantizers
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Starts of the keys of a study that decide nothing."""
+        if self.quantize is None:
+            return ("quantize.",)
+        return () if self.prunes else ("prune.pruners", "prune.pattern", "prune.sparsegpt.")
+
     def pruner(self, name: str) -> Pruner:
         """A method as the pass over the blocks uses it: zeros stay where kept weights are rounded."""
         own = self.quantize

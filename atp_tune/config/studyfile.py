@@ -452,7 +452,7 @@ def write_study(path: Path, study: Study, head: Sequence[str], is_new: bool = Fa
 
 def study_text(study: Study, head: Sequence[str]) -> str:
     """The text of a study file, with the lines `head` as its first comment."""
-    shown = SHOWN if not study.by_bits else {key for key in SHOWN if not key.startswith("prune.")}
+    shown = {key for key in SHOWN if not key.startswith(study.methods.unused)}
     comment = [f"# {printable(line)}".rstrip() for line in head]
     return "\n".join([*comment, *([""] if comment else []), *_lines(study, "", shown)]) + "\n"
 

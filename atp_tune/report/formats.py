@@ -45,7 +45,7 @@ from atp_tune.results.results import DENSE, NOTHING, Model
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, summarise, trials
 from atp_tune.storage.attributes import StudySnapshot
-from atp_tune.storage.progress import is_given_up, is_lost, ranked, values_of
+from atp_tune.storage.progress import given_up, is_lost, ranked, values_of
 from atp_tune.utils.extras import as_typed
 
 # --- The contents of a report on one study, read from its storage.
@@ -107,7 +107,7 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
     running, failed = (sum(t.state == state for t in trials) for state in (TrialState.RUNNING, TrialState.FAIL))
     counts = (
         (running, "running"), (sum("failure" in t.user_attrs for t in trials), "failed"),
-        (sum(map(is_lost, trials)), "lost and run again"), (sum(map(is_given_up, trials)), "given up"),
+        (sum(map(is_lost, trials)), "lost and run again"), (sum(map(bool, map(given_up, trials))), "given up"),
         (sum("stopped_after" in t.user_attrs for t in trials), "stopped early"),
     )  # fmt: skip
     of = f" of {summary.total}" if summary.total is not None else ""
@@ -337,25 +337,6 @@ def table(made: Table, gap: str = "") -> str:
     return "\n".join((head, f"| {' | '.join(rules)} |", *body))
 
 
-# --- The documents are templates beside this file; values are escaped as their filters say, in HTML all of them.
-
-HERE = Path(__file__).parent
-PAGES = Environment(
-    loader=FileSystemLoader(HERE), autoescape=lambda name: name == "page.html.jinja", trim_blocks=True,
-    lstrip_blocks=True, undefined=StrictUndefined,
-)  # fmt: skip
-PAGES.filters |= {"escaped": escaped, "printable": printable}
-PAGES.globals |= {
-    "table": table, "fenced": fenced, "symbol": symbol, "zero_shot_note": zero_shot_note,
-    "continuations_note": continuations_note, "version": atp_tune.__version__,
-}  # fmt: skip
-
-
-def rendered(name: str, **given: Any) -> str:
-    """The text of a template, with one empty line between its paragraphs."""
-    return re.sub(r" *\n{2,}", "\n\n", PAGES.get_template(name).render(given)).strip()
-
-
 # --- A LaTeX table for a paper: dense, uniform and the best of each allocation.
 
 _SPECIAL = {
@@ -369,42 +350,41 @@ _SPECIAL = {
 
 def latex(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies, with the columns of each; it needs \usepackage{booktabs}."""
-    tables = [overview(contents.summary, "trial") for contents in studies]
-    head = [*dict.fromkeys(name for table in tables for name in table.head)]
-    parts = []
-    for contents, table in zip(studies, tables, strict=True):
-        rows = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
-        lines = [" & ".join(_escaped(row.get(name, NOTHING)) for name in head) + r" \\" for row in rows]
-        if len(studies) > 1:
-            amount = contents.summary.amount.told.lower().partition("{")[0]
-            title = contents.summary.name + (f", {amount}{contents.sparsity}" if contents.sparsity else "")
-            lines.insert(0, f"\\multicolumn{{{len(head)}}}{{l}}{{{_escaped(title)}}} \\\\")
-        parts.append("\n".join(lines))
-    names = ", ".join(_escaped(contents.summary.name) for contents in studies)
+    made = [overview(contents.summary, "trial") for contents in studies]
+    rows = [[dict(zip(table.head, cells, strict=True)) for cells in table.rows] for table in made]
     units = " or ".join(dict.fromkeys(contents.summary.results.unit for contents in studies))
-    errors = errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}"
-    measures = dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)
-    what, body = ", ".join(measures), "\n\\midrule\n".join(parts)
-    return f"""\
-% \\usepackage{{booktabs}}
-\\begin{{table}}
-\\centering
-\\caption{{{what[0].upper()}{what[1:]} ($\\pm$: {_escaped(errors)}) of {names}.}}
-\\begin{{tabular}}{{l{"r" * (len(head) - 1)}}}
-\\toprule
-{" & ".join(map(_escaped, head))} \\\\
-\\midrule
-{body}
-\\bottomrule
-\\end{{tabular}}
-\\end{{table}}
-""".encode()
+    page = PAGES.get_template("table.tex.jinja").render(
+        studies=studies, tables=list(zip(studies, rows, strict=True)), nothing=NOTHING,
+        head=[*dict.fromkeys(name for table in made for name in table.head)],
+        measures=[*dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)],
+        errors=errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}",
+    )  # fmt: skip
+    return (page + "\n").encode()
 
 
-def _escaped(text: str) -> str:
+def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped; the sign of a number is a minus, no hyphen."""
     signed = re.sub(r"(?<!\S)-(?=\d)", "−", " ".join(text.split()))
     return "".join(_SPECIAL.get(char, char) for char in signed)
+
+
+# --- The documents are templates beside this file; values are escaped as their filters say, in HTML all of them.
+
+HERE = Path(__file__).parent
+PAGES = Environment(
+    loader=FileSystemLoader(HERE), autoescape=lambda name: name == "page.html.jinja", trim_blocks=True,
+    lstrip_blocks=True, undefined=StrictUndefined,
+)  # fmt: skip
+PAGES.filters |= {"escaped": escaped, "printable": printable, "tex": tex}
+PAGES.globals |= {
+    "table": table, "fenced": fenced, "symbol": symbol, "zero_shot_note": zero_shot_note,
+    "continuations_note": continuations_note, "version": atp_tune.__version__,
+}  # fmt: skip
+
+
+def rendered(name: str, **given: Any) -> str:
+    """The text of a template, with one empty line between its paragraphs."""
+    return re.sub(r" *\n{2,}", "\n\n", PAGES.get_template(name).render(given)).strip()
 
 
 # --- The report for programs.

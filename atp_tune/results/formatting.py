@@ -19,7 +19,7 @@ from atp_tune.config.study import Study
 from atp_tune.errors import printable
 from atp_tune.events import TrialEnded
 from atp_tune.measures import ACCURACY, MEASURES, PERPLEXITY, Limit, error_over, reach_of
-from atp_tune.metrics import Continuations
+from atp_tune.metrics import Continuations, OverDraws
 from atp_tune.plan import METHODS, Plan, method_in, percent, shown
 from atp_tune.results.results import NOTHING, allocation_of, is_uniform, parameters_of
 from atp_tune.storage.progress import CutOff, cut_offs_of, given_up, ranked, sparsity_of
@@ -169,21 +169,9 @@ def sizes_note(summary: Summary) -> str:
     return "; ".join(note for note in (packed, rates if dense_speed(summary) is not None else "") if note)
 
 
-def drawn(summary: Summary) -> int:
-    """The number of draws of the calibration text with which the best was measured; 0 for its own only."""
-    found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
-    return found.count if found else 0
-
-
-def draws_note(summary: Summary) -> str:
-    """The legend of numbers over draws; "" without draws."""
-    return f"{drawn(summary)} draws: test {summary.results.data}, {drawn_how(summary)}" if drawn(summary) else ""
-
-
-def drawn_how(summary: Summary) -> str:
-    """The meaning of the numbers over draws; "" without draws."""
-    found = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
-    return found.how(summary.results.data, False) if found else ""
+def drawn(summary: Summary) -> OverDraws | None:
+    """The best over draws of the calibration text; None for its own alone."""
+    return summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
 
 
 def _reason(trial: FrozenTrial) -> str:

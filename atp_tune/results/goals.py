@@ -21,7 +21,7 @@ from atp_tune.errors import UserError
 from atp_tune.measures import ACCURACY, PERPLEXITY, Limit, Role, excess, knee
 from atp_tune.metrics import Speed
 from atp_tune.plan import percent
-from atp_tune.results.formatting import against_uniform, drawn, drawn_how, draws_note, limit_of, method_of
+from atp_tune.results.formatting import against_uniform, drawn, limit_of, method_of
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, attached, is_uniform, uniform_of
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import objectives_of
@@ -143,10 +143,9 @@ class AtSparsity:
 
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """Columns of changes of the perplexity, also over draws."""
-        count = drawn(summary)
         yield "against uniform", summary.results.against_uniform
-        if count:
-            over = summary.over_draws
+        if best := drawn(summary):
+            count, over = best.count, summary.over_draws
             yield f"perplexity, {count} draws", lambda m: None if isinstance(m, str) else over.get(m.number)
             yield (
                 f"against uniform, {count} draws",
@@ -155,7 +154,8 @@ class AtSparsity:
 
     def draws(self, summary: "Summary") -> str:
         """The meaning of the numbers over draws of the calibration text; "" without draws."""
-        return draws_note(summary)
+        over, data = drawn(summary), summary.results.data
+        return f"{over.count} draws: test {data}, {over.how(data, False)}" if over else ""
 
     def outcome(self, summary: "Summary") -> str:
         """The best trial in words; "" without one."""
@@ -328,11 +328,10 @@ class OverInterval(AtSparsity):
 
     def draws(self, summary: "Summary") -> str:
         """The best plan over draws of the calibration text."""
-        over = summary.over_draws.get(summary.best_trial.number) if summary.best_trial else None
-        if over is None:
+        if (over := drawn(summary)) is None:
             return ""
-        beside = f", {over.beside('uniform’s')}" if over.change else ""
-        return f"the best over {over.count} draws of the calibration text: {over}{beside} ({drawn_how(summary)})"
+        beside, how = f", {over.beside('uniform’s')}" if over.change else "", over.how(summary.results.data, False)
+        return f"the best over {over.count} draws of the calibration text: {over}{beside} ({how})"
 
     def outcome(self, summary: "Summary") -> str:
         """The ends of the front, and the best with the reason."""

@@ -89,7 +89,7 @@ def _config(file: StudyFile, study: optuna.Study, best: FrozenTrial, out: Path) 
         conv1d=study.user_attrs.get("conv1d", False),
         sparsity=Sparsity(target=best.params.get("sparsity", spec.sparsity or 0.0), realised=attrs["realised"]),
         scores={"dense": results.scores(DENSE), "uniform": results.scores(uniform), "best": results.scores(best)},
-        batches=fingerprint.batches_in(best),
+        batches=fingerprint.batches_of(best),
         draws=draws,
         plugins=study.user_attrs.get("plugins", {}),
         bos=summary.bos,

@@ -231,7 +231,7 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
         own = trial.user_attrs.get("dtype")
         parts = [f"on {device}"] * (began not in (None, device))
         parts += [f"in {own}"] * (own not in (None, facts.get(fingerprint.DTYPE)))
-        for role, windows in fingerprint.batches_in(trial).items():
+        for role, windows in fingerprint.batches_of(trial).items():
             if role in BATCHED and windows != batches.get(role, windows):
                 parts.append(f"in batches of {windows} {role} windows")
         if parts:
@@ -244,7 +244,12 @@ def _is_complete(study: optuna.Study) -> bool:
     total = study.user_attrs.get("total")
     if total is None or progress.counted(study) < total or progress.running(study):
         return False
-    return best_trial(study) is None or not (unreported(study) or undrawn(study, _draws_of(study)))
+    return is_reported(study, _draws_of(study))
+
+
+def is_reported(study: optuna.Study, draws: int) -> bool:
+    """Whether nothing is missing on the test text, nor in so many draws of the calibration text."""
+    return best_trial(study) is None or not (unreported(study) or undrawn(study, draws))
 
 
 def _draws_of(study: optuna.Study) -> int:

@@ -23,9 +23,9 @@ from atp_tune.events import EventHandler, Message, Opened, TrialStarted
 from atp_tune.measures import MEASURES, perplexity
 from atp_tune.metrics import NAMES, PROMPTS
 from atp_tune.results.goals import best_trial, goal_in
-from atp_tune.results.results import Key, allocation_of, answers_of, attached, is_uniform, store, uniform_of
+from atp_tune.results.results import allocation_of, answers_of, attached, is_uniform, store, uniform_of
 from atp_tune.results.status import best_config, facts_of
-from atp_tune.results.summary import fits_anew, made_from, undrawn, unreported
+from atp_tune.results.summary import fits_anew, is_reported, made_from, undrawn, unreported
 from atp_tune.search.goals import Screened, goal_of, renamed, screening_file
 from atp_tune.search.samplers import make_stopper
 from atp_tune.search.space import Space
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 # The models that are pruned for it also continue prompts. Trials of a front have their test scores already: the
 # objective measures them while it has the pruned blocks, since all of them are compared.
 
-CONTINUATIONS: Key = "continuations"  # user attribute of a study: texts by trial
-ANSWERS = "answers"  # the same of an image classifier: answers on test images by trial
 REPORTER = "reporter"  # system attribute of a study: the process that measures on the test text
 
 
@@ -116,7 +114,7 @@ class FinalScores:
         uniform = uniform_of(study, best)
         if best is None or uniform is None or not asked.tokens:
             return {}, None
-        if CONTINUATIONS in attached(study, best.number) or answers_of(study, best) is not None:
+        if "continuations" in attached(study, best.number) or answers_of(study, best) is not None:
             return {}, None
         ranked = goal_in(study).rivals()
         others = {str(trial.number): allocation_of(trial) for trial in ranked if not is_uniform(trial)}
@@ -141,8 +139,7 @@ class FinalScores:
         shown.repeat("best", "uniform")  # one trial may be both
         best, found = best_trial(self.study), shown.result()
         if found and best:
-            key = CONTINUATIONS if self.run.file.study.images is None else ANSWERS
-            store(self.study, key, best.number, found.model_dump(mode="json"))
+            store(self.study, self.run.file.study.data.shown, best.number, found.model_dump(mode="json"))
 
     def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "Scores":
         """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
@@ -199,7 +196,7 @@ class FinalScores:
         trial = None if row == "dense" else self.study.trials[int(row)]
         plan = self.space.plan_of(trial) if trial else None
         self.run.watch(TrialStarted(title, plan))
-        own = fingerprint.batches_in(trial) if trial else {}
+        own = fingerprint.batches_of(trial) if trial else {}
         self.session.begin({**fingerprint.batches_of(self.study), **own})
         session = drawn or self.session
         with oom_as_user_error(title):
@@ -368,12 +365,12 @@ def is_complete(study: optuna.Study, file: StudyFile) -> bool:
 
     Not with another limit than the study's: then another trial may be the best.
     """
-    sizes, best = study.user_attrs.get("sizes"), best_trial(study)
+    sizes = study.user_attrs.get("sizes")
     if sizes is None or progress.running(study) or _has_other_limit(study, file):
         return False
     total = goal_of(file.study, Budget(file.study.highest, tuple(sizes))).total
     done = progress.counted(study) >= progress.total_of(study, total, file.goes_on)
-    return done and (best is None or not (unreported(study) or undrawn(study, file.study.data.calibration.draws)))
+    return done and is_reported(study, file.study.data.calibration.draws)
 
 
 def _has_other_limit(study: optuna.Study, file: StudyFile) -> bool:

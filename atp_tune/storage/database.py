@@ -18,7 +18,6 @@ import shlex
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import chain, repeat
@@ -72,20 +71,20 @@ class Retrying:
         """Whether this thread's last call took several attempts, so that an earlier one may have succeeded unseen."""
         return bool(getattr(self._thread, "has_repeated", False))
 
-    def ask(self, attempt: Callable[[], Answer], away: Callable[[Answer], str]) -> Answer:
-        """The first answer for which `away` gives no reason; UserError after `RETRY_SECONDS` of one outage.
+    def ask(self, attempt: Callable[[], tuple[Answer, str]]) -> Answer:
+        """The first answer that comes without a reason to ask again; UserError after `RETRY_SECONDS` of one outage.
 
         The limit is for the outage, not the call: after a run has given up, its last calls do not wait again.
         """
         pauses, has_repeated = chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])), False
         try:
-            while reason := away(answer := attempt()):
-                self._wait(reason, next(pauses))
+            while (answered := attempt())[1]:
+                self._wait(answered[1], next(pauses))
                 has_repeated = True
         finally:
             self._thread.has_repeated = has_repeated  # set at the end: an attempt may make a call of its own
         self._answered()
-        return answer
+        return answered[0]
 
     def _wait(self, reason: str, seconds: float) -> None:
         with self._lock:
@@ -249,13 +248,6 @@ def is_away(error: BaseException) -> bool:
     return lost or isinstance(cause, OperationalError | PendingRollbackError)
 
 
-@dataclass(frozen=True)
-class Away:
-    """Stands for the answer of a database that is unreachable."""
-
-    reason: str
-
-
 class Errors:
     """Handles an engine's errors; without a reference to the storage, which the engine would keep alive."""
 
@@ -300,15 +292,15 @@ class Database(AttributeStorage):
         if not self.retries:
             return call(*arguments, **options)
 
-        def attempt() -> Any:
+        def attempt() -> tuple[Any, str]:
             try:
-                return call(*arguments, **options)
+                return call(*arguments, **options), ""
             except (StorageInternalError, SQLAlchemyError) as error:
                 if not is_away(error):
                     raise
-                return Away(reason_of(error))
+                return None, reason_of(error)
 
-        return self._retrying.ask(attempt, lambda answer: answer.reason if isinstance(answer, Away) else "")
+        return self._retrying.ask(attempt)
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)

@@ -143,14 +143,9 @@ def device_kind(name: str) -> str:
     return re.sub(r" \(\d+ threads\)$", "", name)
 
 
-def batches_of(study: optuna.Study) -> dict[str, int]:
-    """The batch sizes, in windows per text, with which a study's trials begin."""
-    return dict(study.user_attrs.get("batches", {}))
-
-
-def batches_in(trial: FrozenTrial) -> dict[str, int]:
-    """The batch sizes at a trial's end."""
-    return dict(trial.user_attrs.get("batches", {}))
+def batches_of(found: optuna.Study | FrozenTrial) -> dict[str, int]:
+    """The batch sizes, in windows per text, with which a study's trials begin, or those at a trial's end."""
+    return dict(found.user_attrs.get("batches", {}))
 
 
 def _shown(facts: Facts, key: str) -> str:
@@ -190,11 +185,8 @@ def facts(study: Study, folder: Path = Path()) -> dict[str, Fact]:
     start at `folder`.
     """
     flat = dict(_flat(study.model_dump(mode="json")))
-    hidden = {key for key, value in flat.items() if value is None or key.startswith(NOT_FACTS)}
-    if study.bits is None:
-        hidden |= {key for key in flat if key.startswith("quantize.")}
-    elif study.by_bits:
-        hidden |= {"prune.pruners", *(key for key in flat if key.startswith("prune.sparsegpt."))}
+    never = (*NOT_FACTS, *study.methods.unused)
+    hidden = {key for key, value in flat.items() if value is None or key.startswith(never)}
     hidden |= {key for key, value in flat.items() if key.startswith(UNLESS_DEFAULT) and value == DEFAULTS[key]}
     if study.model.dtype == "auto":
         hidden.add("model.dtype")

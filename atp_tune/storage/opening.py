@@ -370,7 +370,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor):
         details = _Details(details.method, DEADLINE, [*(details.metadata or ()), *self._metadata])
         if not self.is_known:
             return continuation(details, request)
-        call = self.retrying.ask(lambda: continuation(details, request), _absence)
+        call = self.retrying.ask(lambda: _answered(continuation(details, request)))
         if call.code() == BROKEN and (words := _words(call)).startswith(DATABASE):  # Optuna uses this code too
             raise UserError(f"{self._name}: {words}")
         return call
@@ -382,12 +382,12 @@ class _Details(grpc.ClientCallDetails):
         self.credentials = self.wait_for_ready = self.compression = None
 
 
-def _absence(call: Any) -> str:
-    """Why there is no answer: the server or its database is unreachable; "" for an answer."""
+def _answered(call: Any) -> tuple[Any, str]:
+    """An answer, and why it is none: the server or its database is unreachable."""
     if call.code() not in AWAY:
-        return ""
+        return call, ""
     words = _words(call)
-    return f"says of {words}" if words.startswith(DATABASE) else "does not answer"
+    return call, f"says of {words}" if words.startswith(DATABASE) else "does not answer"
 
 
 def _words(call: Any) -> str:

@@ -211,7 +211,7 @@ def sparsity_of(trial: FrozenTrial) -> float | None:
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards the study's total: it has a value, its plan failed, or it was given up."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
-        trial.state == TrialState.FAIL and ("failure" in trial.user_attrs or is_given_up(trial))
+        trial.state == TrialState.FAIL and ("failure" in trial.user_attrs or bool(given_up(trial)))
     )
 
 
@@ -353,7 +353,7 @@ def requeue_lost(study: optuna.Study, trials: Sequence[FrozenTrial] | None = Non
     for trial in orphans:
         queue_again(study, trial)
     _end_doubles(study, study.get_trials(deepcopy=False) if orphans else trials)
-    ended = [trials[trial.number] for trial in dead if is_given_up(trials[trial.number])]
+    ended = [trials[trial.number] for trial in dead if given_up(trials[trial.number])]
     return sorted(trial.number for trial in (*orphans, *ended))
 
 
@@ -458,15 +458,10 @@ def given_up(trial: FrozenTrial) -> str:
     return why_given_up(cut_offs_of(trial)) if _is_cut_off(trial) else ""
 
 
-def is_given_up(trial: FrozenTrial) -> bool:
-    """Whether a trial was cut off and is not run again."""
-    return bool(given_up(trial))
-
-
 def is_lost(trial: FrozenTrial) -> bool:
     """Whether a trial failed, but not because of its plan, and is to be run again."""
     own = "failure" in trial.user_attrs or trial.user_attrs.get("lost") == SURPLUS
-    return trial.state == TrialState.FAIL and not own and not is_given_up(trial)
+    return trial.state == TrialState.FAIL and not own and not given_up(trial)
 
 
 def is_double(trials: Sequence[FrozenTrial], number: int) -> bool:
