@@ -274,7 +274,7 @@ def load_study(
     except UserError:  # perhaps a study without a file, with the settings that it was made from
         db = opening.open_storage(storage, create=False) if storage else None
         found = opening.find_study(db, study_name or str(study)) if db else None
-        made = made_from(found.user_attrs.get("made_from")) if found else None
+        made = made_from(found) if found else None
         if found is None or made is None:
             raise
         there, file = found, replace(made, study=made.study.model_copy(update={"storage": storage}))

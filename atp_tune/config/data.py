@@ -214,7 +214,7 @@ class CalibrationImages(ImageSet, Drawn):
 
 
 class Roles(SettingsTable):
-    """The data by role: `table` is its key in a study file, `items` a role reads, `shown` is what models make of them."""
+    """The data by role: `table` is its key in a study file, `items` a role reads, `shown` what models make of it."""
 
     table: ClassVar[str]
     items: ClassVar[str]

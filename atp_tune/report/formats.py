@@ -45,6 +45,7 @@ from atp_tune.results.results import DENSE, NOTHING, Model
 from atp_tune.results.status import status_of
 from atp_tune.results.summary import Summary, Table, front, kinds, overview, summarise, trials
 from atp_tune.storage.attributes import StudySnapshot
+from atp_tune.storage.fingerprint import facts_in
 from atp_tune.storage.progress import given_up, is_lost, ranked, values_of
 from atp_tune.utils.extras import as_typed
 
@@ -116,7 +117,7 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
     names = dict.fromkeys(name for each in versions for name in each)
     return Contents(
         summary,
-        facts=dict(study.user_attrs.get("fingerprint", {})),
+        facts=facts_in(study),
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
         made=made,
         target=target,

@@ -24,7 +24,7 @@ from atp_tune.plan import percent
 from atp_tune.results.formatting import against_uniform, drawn, limit_of, method_of
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, attached, is_uniform, uniform_of
 from atp_tune.storage.attributes import readable
-from atp_tune.storage.fingerprint import objectives_of
+from atp_tune.storage.fingerprint import facts_in, objectives_of
 from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class AtSparsity:
 
     def nearest(self, asked: Any) -> Choice:
         """The trial of the front that is nearest to a sparsity, as typed; UserError for one that the study has not."""
-        only = self.study.user_attrs.get("fingerprint", {}).get("sparsity")
+        only = facts_in(self.study).get("sparsity")
         at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
         name = f"study {self.study.study_name}"
         raise UserError(f"{name}: measures plans {at}; choose one of its trials with --trial N")
@@ -195,7 +195,7 @@ class OverInterval(AtSparsity):
     @property
     def _of_logs(self) -> bool:
         """Whether first values are perplexities, whose logs count, in nats as KL does."""
-        return objectives_of(self.study.user_attrs.get("fingerprint", {}))[0] == PERPLEXITY.name
+        return objectives_of(facts_in(self.study))[0] == PERPLEXITY.name
 
     def _knee(self, done: Iterable[FrozenTrial]) -> FrozenTrial | None:
         """The knee of the front of ranked trials over sparsity; None without one."""
@@ -433,7 +433,7 @@ class WithinLimit(OverInterval):
 
 def goal_in(study: optuna.Study) -> AtSparsity:
     """The goal of a stored study."""
-    limit, found = study.user_attrs.get("limit"), study.user_attrs.get("fingerprint", {}).get("sparsity")
+    limit, found = study.user_attrs.get("limit"), facts_in(study).get("sparsity")
     if not (isinstance(found, list) and len(found) == 2):
         return AtSparsity(study)
     interval = found[0], found[1]

@@ -22,6 +22,7 @@ from atp_tune.metrics import Answers, Continuations, Speed
 from atp_tune.plan import METHODS, Plan, is_zero, method_in
 from atp_tune.storage import opening, progress
 from atp_tune.storage.database import without_password
+from atp_tune.storage.fingerprint import facts_in
 from atp_tune.utils.cache import alone_with, write_atomically
 from atp_tune.utils.system import check_writable
 
@@ -356,7 +357,7 @@ def _databases(path: Path, config: Config) -> Iterator[Path]:
 def _in_storage(address: str, config: Config) -> optuna.Study | None:
     db = opening.open_storage(address, create=False)
     study = opening.find_study(db, config.study) if db else None
-    if study is None or study.user_attrs.get("fingerprint", {}).get("model.content") != config.model.fingerprint:
+    if study is None or facts_in(study).get("model.content") != config.model.fingerprint:
         return None
     plans = (
         Plan.stored_in(trial.user_attrs) for trial in study.get_trials(deepcopy=False) if trial.number == config.trial

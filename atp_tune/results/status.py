@@ -114,7 +114,7 @@ def file_as_run(study: optuna.Study, file: StudyFile, is_overridden: bool = Fals
 
     `is_overridden`: other settings are asked for; UserError if the study's values depend on one of them.
     """
-    made = None if is_overridden else made_from(study.user_attrs.get("made_from"))
+    made = None if is_overridden else made_from(study)
     if made is None:
         check_facts(study, facts(file.study, file.folder), partly=True)
         return file

@@ -142,7 +142,7 @@ def summarise(study: optuna.Study) -> Summary:
     """A study's present summary."""
     study = StudySnapshot(study)
     goal, best = goal_in(study), best_trial(study)
-    facts, trials = study.user_attrs.get("fingerprint", {}), study.get_trials(deepcopy=False)
+    facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
     found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
     results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), found.get("recovered"))
     uniform, points = results.uniform(best), goal.points()
@@ -158,7 +158,7 @@ def summarise(study: optuna.Study) -> Summary:
         results=results,
         goal=goal,
         amount=Bits() if "bits" in facts and "sparsity" not in facts else Amount(),
-        made_from=made_from(study.user_attrs.get("made_from")),
+        made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
         uniforms=uniforms_of(study),
@@ -214,16 +214,16 @@ def _screening(study: optuna.Study) -> ScreeningProgress | None:
     return ScreeningProgress(study=other.study_name, done=progress.counted(other), total=other.user_attrs.get("total"))
 
 
-def made_from(stored: Any) -> StudyFile | None:
-    """The study file of a study, from its attribute; None if this version cannot read it."""
+def made_from(study: optuna.Study) -> StudyFile | None:
+    """The study file of a study with all overrides; None if this version cannot read it."""
     try:
-        return from_settings(stored)
+        return from_settings(study.user_attrs["made_from"])
     except (ValidationError, KeyError, TypeError, ValueError):
         return None
 
 
 def _unlike(study: optuna.Study) -> dict[int, str]:
-    facts = study.user_attrs.get("fingerprint", {})
+    facts = fingerprint.facts_in(study)
     began, batches = fingerprint.device_of(study), fingerprint.batches_of(study)
     found = {}
     for trial in study.get_trials(deepcopy=False):
@@ -254,7 +254,7 @@ def is_reported(study: optuna.Study, draws: int) -> bool:
 
 def _draws_of(study: optuna.Study) -> int:
     """`texts.calibration.draws` of the study's last run."""
-    made = made_from(study.user_attrs.get("made_from"))
+    made = made_from(study)
     return made.study.data.calibration.draws if made else 1
 
 
@@ -279,7 +279,7 @@ def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
 
 def fits_anew(study: optuna.Study) -> bool:
     """Whether plans are fitted to the calibration text by an allocation of the last run, so anew to each draw's own."""
-    made = made_from(study.user_attrs.get("made_from"))
+    made = made_from(study)
     return made is not None and any(map(is_fitted, made.study.allocation.short_names))
 
 
@@ -323,7 +323,7 @@ def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
 
     Those by prices take a pool of the calibration text, the others measure its windows.
     """
-    made, stored = made_from(study.user_attrs.get("made_from")), study.user_attrs.get("fitted_to", {}).get(str(count))
+    made, stored = made_from(study), study.user_attrs.get("fitted_to", {}).get(str(count))
     if made is None or not stored:
         return {}
     (each, own), text, names = stored, made.study.data.calibration, made.study.allocation

@@ -351,7 +351,7 @@ def load_existing(run: StudyRun) -> optuna.Study | None:
 
 def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
     """The run with the total of the study's last run, unless this command sets one."""
-    made = made_from(study.user_attrs.get("made_from"))
+    made = made_from(study)
     if made is None or run.file.sets_trials or not made.sets_trials:
         return run
     search = run.file.study.search.model_copy(update={"trials": made.study.search.trials})

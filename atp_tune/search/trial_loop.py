@@ -25,7 +25,7 @@ from atp_tune.search.samplers import branch_study
 from atp_tune.search.space import Space
 from atp_tune.storage import progress
 from atp_tune.storage.attributes import ValidatedStudy
-from atp_tune.storage.fingerprint import objectives_of
+from atp_tune.storage.fingerprint import facts_in, objectives_of
 from atp_tune.storage.progress import GRACE, Trace, ranked
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _optimise(
         best, done = goal_in(study).best(trials), sum(map(progress.counts, trials))
         reason = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
         if trial.values is not None or reason:
-            objectives = objectives_of(study.user_attrs.get("fingerprint", {}))
+            objectives = objectives_of(facts_in(study))
             # The event of a trial's end, with its values and the best.
             results = Results({}, trials, objectives)
             scores = {

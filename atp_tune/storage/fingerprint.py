@@ -63,9 +63,14 @@ def bos_of(spec: Study, study: optuna.Study | None) -> bool | None:
     return has_bos(study)
 
 
+def facts_in(study: optuna.Study) -> dict[str, Any]:
+    """The facts of a stored study; empty while it is new."""
+    return dict(study.user_attrs.get("fingerprint", {}))
+
+
 def has_bos(study: optuna.Study) -> bool:
     """Whether the windows of a stored study begin with BOS."""
-    return bool(study.user_attrs.get("fingerprint", {}).get(BOS))
+    return bool(facts_in(study).get(BOS))
 
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ def is_new(study: optuna.Study) -> bool:
 
 def take_plugins(study: optuna.Study, facts: Facts) -> None:
     """Takes over the hashes of changed plug-ins as long as no trial is measured: none of its values depends on them."""
-    stored = study.user_attrs.get("fingerprint", {})
+    stored = facts_in(study)
     changed = {
         key: facts[key] for key in facts if key.startswith(PLUGINS) and key in stored and stored[key] != facts[key]
     }
@@ -113,7 +118,7 @@ def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
 
 
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
-    stored = dict(study.user_attrs.get("fingerprint", {}))
+    stored = facts_in(study)
     if partly:
         unknown = {key for key in stored if key.endswith(".content") or key in (DTYPE, PRODUCTS, BOS)} - {*facts}
         stored = {key: value for key, value in stored.items() if key not in unknown}
