@@ -391,11 +391,11 @@ def _entry(known: Registry[Any], name: str) -> Entry:
 def _source(origin: Origin | None) -> str:
     if origin is None:
         return "built in"
-    if origin.via == "entry point":
-        return f"entry point of {origin.package.removeprefix('the package ')}"
-    if origin.via == "decorator":
-        return f"decorator in {origin.file or origin.place}"
-    return str(origin.file)
+    ways = {
+        "entry point": f"entry point of {origin.package.removeprefix('the package ')}",
+        "decorator": f"decorator in {origin.file or origin.place}",
+    }
+    return ways.get(origin.via, str(origin.file))
 
 
 def _settings(pruner: str) -> Iterator[Setting]:

@@ -145,7 +145,7 @@ def summarise(study: optuna.Study) -> Summary:
     facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
     found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
     results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), found.get("recovered"))
-    uniform, points = results.uniform(best), goal.points()
+    uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
     return Summary(
         name=study.study_name,
@@ -157,7 +157,7 @@ def summarise(study: optuna.Study) -> Summary:
         ranks=goal.leaders(),
         results=results,
         goal=goal,
-        amount=Bits() if "bits" in facts and "sparsity" not in facts else Amount(),
+        amount=Bits() if shared else Amount(),
         made_from=made_from(study),
         sizes=tuple(study.user_attrs.get("sizes", ())),
         in_tower=in_tower(study.user_attrs.get("blocks")),
@@ -184,8 +184,8 @@ def summarise(study: optuna.Study) -> Summary:
         dense_bytes=study.user_attrs.get("dense_bytes"),
         limit=study.user_attrs.get("limit"),
         of_channels=facts.get("prune.pattern") == "channels",
-        bits=None if "sparsity" in facts else facts.get("bits"),
-        rounded="" if "sparsity" not in facts or "bits" not in facts else _rounded(facts),
+        bits=shared,
+        rounded=_rounded(facts) if "bits" in facts and not shared else "",
         answers=answers_of(study, best) if best else None,
         kinds=_kinds(results),
         training="" if is_dead(process := study.user_attrs.get("training", {})) else str(process.get("host", "")),
