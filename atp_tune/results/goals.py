@@ -144,7 +144,8 @@ class AtSparsity:
     def columns(self, summary: "Summary") -> Iterator[Column]:
         """Columns of changes of the perplexity, also over draws."""
         yield "against uniform", summary.results.against_uniform
-        if best := drawn(summary):
+        best = drawn(summary)
+        if best:
             count, over = best.count, summary.over_draws
             yield f"perplexity, {count} draws", lambda m: None if isinstance(m, str) else over.get(m.number)
             yield (
@@ -328,7 +329,8 @@ class OverInterval(AtSparsity):
 
     def draws(self, summary: "Summary") -> str:
         """The best plan over draws of the calibration text."""
-        if (over := drawn(summary)) is None:
+        over = drawn(summary)
+        if over is None:
             return ""
         beside, how = f", {over.beside('uniform’s')}" if over.change else "", over.how(summary.results.data, False)
         return f"the best over {over.count} draws of the calibration text: {over}{beside} ({how})"
