@@ -30,13 +30,12 @@ BROWSER = "a Chrome or Chromium, found in PATH or named by BROWSER_PATH"
 
 def png(figures: Sequence[go.Figure]) -> bytes:
     """All figures on white, two in a row, as PNG; UserError if kaleido or a browser is missing."""
-    check_installed()
-    try:
-        return asyncio.run(_draw(figures))
-    except Exception as error:  # kaleido and its browser driver have no common class of errors
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        needs = f"it needs: {install('png')} and {BROWSER}"
-        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); {needs}") from None
+    return _drawn(figures, "png")
+
+
+def svg(figures: Sequence[go.Figure]) -> str:
+    """All figures on white, two in a row, as SVG."""
+    return _drawn(figures, "svg").decode()
 
 
 def check_installed() -> None:
@@ -44,14 +43,24 @@ def check_installed() -> None:
     require("png", "a picture", otherwise=" and a Chrome or Chromium")
 
 
-async def _draw(figures: Sequence[go.Figure]) -> bytes:
+def _drawn(figures: Sequence[go.Figure], kind: str) -> bytes:
+    check_installed()
+    try:
+        return asyncio.run(_draw(figures, kind))
+    except Exception as error:  # kaleido and its browser driver have no common class of errors
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        needs = f"it needs: {install('png')} and {BROWSER}"
+        raise UserError(f"a picture could not be drawn ({reason.rstrip('.')}); {needs}") from None
+
+
+async def _draw(figures: Sequence[go.Figure], kind: str) -> bytes:
     import kaleido
 
     look = {"font_color": TEXT, "width": WIDTH, "height": HEIGHT}
     async with kaleido.Kaleido() as browser:
         cells = [await _draw_one(browser, go.Figure(figure).update_layout(look), "svg") for figure in figures]
         picture = _sheet([cell.decode() for cell in cells])
-        return await _draw_one(browser, _frame(picture, len(cells)), "png")
+        return picture.encode() if kind == "svg" else await _draw_one(browser, _frame(picture, len(cells)), "png")
 
 
 async def _draw_one(browser: Any, figure: go.Figure, kind: str) -> bytes:
