@@ -178,7 +178,7 @@ __all__ = [
     "watched",
 ]  # fmt: skip
 
-INTERFACE = 5  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
+INTERFACE = 6  # of what modeling_atp_sparse.py calls; a copy of it lies in each packed folder, perhaps an older one
 BATCH = 8  # tokens up to which each weight is expanded to a vector
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the numbers are those of kernel.c
 # Tokens up to which they go BATCH by BATCH, as in kernel.c.

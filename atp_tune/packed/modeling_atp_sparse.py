@@ -37,8 +37,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 try:
     from atp_tune.packed import kernel
 
-    kernel.check_interface(5)
-    from atp_tune.packed import gpu, kernel
+    kernel.check_interface(6)
+    from atp_tune.packed import gpu
 except ImportError as error:  # a folder is loaded where atp_tune, or a version that fits this file, is not installed
     kernel, MISSING = None, str(error)  # type: ignore[assignment]
 else:
