@@ -22,7 +22,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from synthetic import BOUND, made_up, new_study
 
-from atp_tune.cli import apply, display, terminal
+from atp_tune.cli import apply, tables, terminal
 from atp_tune.config import studyfile
 from atp_tune.config.best import read_config
 from atp_tune.config.studyfile import StudyFile, from_settings, keys_of, settings
@@ -241,8 +241,8 @@ def look(study: optuna.Study, file: StudyFile) -> None:
     now = datetime(2026, 1, 1)
     summary = summarise(study)
     to_json(status_of(summary, now)).encode()
-    check_screen(lambda: display.show_status(summary, file))
-    display.progress_line(status_of(summary, now))
+    check_screen(lambda: tables.show_status(summary, file))
+    tables.progress_line(status_of(summary, now))
     publishing.study_note(summary, "sqlite:///x.db").encode()
     for trial in summary.trials:
         publishing.trial_note(trial, summary).encode()

@@ -45,7 +45,7 @@ with quiet():  # which libraries read as they are imported
     from atp_tune.cli import main
     from atp_tune.pruners.wanda import Wanda
     from atp_tune.run import observers
-    from atp_tune.storage import fingerprint, opening
+    from atp_tune.storage import fingerprint, opening, remote
 
     get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, once
 gc.collect()
@@ -139,8 +139,8 @@ def enter(namespace: str) -> None:
     with Path("/run/netns", namespace).open() as file:
         if library.setns(file.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
-    opening.DEADLINE = 3
-    opening.CHANNEL = tuple((name, QUICK.get(name, value)) for name, value in opening.CHANNEL)
+    remote.DEADLINE = 3
+    remote.CHANNEL = tuple((name, QUICK.get(name, value)) for name, value in remote.CHANNEL)
 
 
 def add_trials(address: str, number: int) -> None:

@@ -10,7 +10,8 @@ from pgserver import PostgreSQL
 
 from atp_tune.report.servers import ServedDatabase, proxy
 from atp_tune.storage.database import Database
-from atp_tune.storage.opening import Kind, connect, open_database
+from atp_tune.storage.opening import Kind, open_database
+from atp_tune.storage.remote import connect
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_optuna")]
 

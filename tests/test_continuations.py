@@ -9,7 +9,7 @@ from byhand import ByHand
 from expect import parametrize, slow
 from tinystudy import CommandLine, run, stored
 
-from atp_tune.cli import display, terminal
+from atp_tune.cli import tables, terminal
 from atp_tune.config.best import read_config
 from atp_tune.events import Event, Message
 from atp_tune.metrics import PROMPTS, Continuations
@@ -113,10 +113,10 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, int], str]:
             soft_wrap=True, markup=False, highlight=False, emoji=False, force_terminal=is_terminal, width=width,
             color_system=None, legacy_windows=False,
         )  # fmt: skip
-        for module in (display, terminal):
+        for module in (tables, terminal):
             monkeypatch.setattr(module, "console", lambda: console)
         with console.capture() as captured:
-            display.show_continuations(FOUND)
+            tables.show_continuations(FOUND)
         return captured.get()
 
     return show

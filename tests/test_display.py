@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from atp_tune.api import arguments
 from atp_tune.cli import display
 from atp_tune.cli.display import Display
-from atp_tune.cost.planning import Remaining
+from atp_tune.cost.remaining import Remaining
 from atp_tune.events import Ahead, Message, Step, TrialEnded, TrialStarted
 
 PARTS = {

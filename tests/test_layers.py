@@ -274,6 +274,10 @@ def test_the_package_and_its_entry_need_no_library() -> None:
     assert third_party == []
 
 
+def test_progress_is_shown_without_optuna_or_figures() -> None:
+    assert not reached_libraries("atp_tune.cli.display", HEAVY)
+
+
 def test_what_may_not_be_installed_is_imported_where_it_is_needed() -> None:
     """A module that imports what no dependency brings on every system is itself imported within functions alone."""
     waiting = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]

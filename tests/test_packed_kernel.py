@@ -224,13 +224,6 @@ def test_dense_weights(variant: str, guarded: Guarded) -> None:
             close(other[0], x[0], weight, bias)
 
 
-def test_folders_of_before_find_what_their_file_asks_for() -> None:
-    from atp_tune.packed import kernel_dense
-
-    kernel.check_interface(5)
-    assert kernel_dense.linear is kernel.dense_linear
-
-
 def test_dense_weights_that_are_left_to_torch() -> None:
     if kernel_name() not in kernel.FASTER:
         pytest.skip("needs a variant for dense weights")

@@ -9,7 +9,8 @@ from atp_tune.cli.studies import cost_beside
 from atp_tune.cost import forecast, probe
 from atp_tune.cost.forecast import Amounts, Done
 from atp_tune.cost.forecast import parts as parts_of
-from atp_tune.cost.planning import foresee, foresee_open, foretold
+from atp_tune.cost.planning import foresee, foresee_open
+from atp_tune.cost.remaining import foretold
 from atp_tune.events import Ahead, Event, Opened, ignore_events
 from atp_tune.results.goals import front_of
 from atp_tune.results.results import is_uniform

@@ -17,9 +17,9 @@ from tinystudy import HANGS, run, wait_until
 from atp_tune.errors import UserError
 from atp_tune.events import Event, Message, TrialStarted
 from atp_tune.report.servers import ServedDatabase, proxy
-from atp_tune.storage import database, fingerprint, opening, progress
-from atp_tune.storage.opening import connect
+from atp_tune.storage import database, fingerprint, opening, progress, remote
 from atp_tune.storage.progress import SAME, identity
+from atp_tune.storage.remote import connect
 
 
 class Server:
@@ -53,7 +53,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "FIRST", 1)
+    monkeypatch.setattr(remote, "FIRST", 1)
     monkeypatch.setattr(database, "RETRY_PAUSES", (0.05,))
 
 

@@ -24,7 +24,8 @@ from tinystudy import HANGS
 from atp_tune.report.servers import ServedDatabase, proxy
 from atp_tune.storage import database
 from atp_tune.storage.database import CALLS
-from atp_tune.storage.opening import connect, open_database, open_storage
+from atp_tune.storage.opening import open_database, open_storage
+from atp_tune.storage.remote import connect
 from atp_tune.utils.system import interruptible
 
 pytestmark = pytest.mark.usefixtures("quiet_optuna")

@@ -11,7 +11,7 @@ from tinystudy import CommandLine, run, study_file
 from atp_tune.errors import without_secrets
 from atp_tune.report.publishing import study_note
 from atp_tune.results.summary import summarise
-from atp_tune.storage import opening
+from atp_tune.storage import remote
 from atp_tune.storage.database import without_password
 
 MARKER = "s3cr3t-marker"
@@ -34,7 +34,7 @@ COMMANDS = [["--study"], ["status", "--study"], ["export", "--study"], ["report"
 def test_no_command_prints_it(
     words: list[str], place: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "FIRST", 0.05)
+    monkeypatch.setattr(remote, "FIRST", 0.05)
     for address in ADDRESSES:
         answer = command(*words, place / "tiny.toml", "--storage", address)
         assert answer.code == 2, address

@@ -23,7 +23,7 @@ from processes import popen
 from rich.console import Console
 from tinystudy import HANGS, LONG, TUNE, CommandLine, finish, hear, settings, start, stored
 
-from atp_tune.cli import display, terminal
+from atp_tune.cli import tables, terminal
 from atp_tune.results.status import status_of, to_json
 from atp_tune.results.summary import Summary, summarise
 
@@ -78,7 +78,7 @@ def document(study: optuna.Study) -> dict[str, Any]:
 
 
 def words(study: optuna.Study) -> str:
-    return display.progress_line(status_of(summarise(study), NOW))
+    return tables.progress_line(status_of(summarise(study), NOW))
 
 
 # --- the document
@@ -138,7 +138,7 @@ def test_a_watch_ends_with_the_study(place: Path) -> None:
 
 def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], study: optuna.Study) -> None:
     """The clock alone is no change; a new trial is, and then it alone is shown."""
-    view = display.Changes()
+    view = tables.Changes()
     add(study, 0.0, 10.0)
     add(study, 0.1, state=TrialState.RUNNING)
     view.show(summarise(study))
@@ -157,13 +157,13 @@ def test_nothing_is_said_twice(place: Path, capsys: pytest.CaptureFixture[str], 
 
 def screen(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> Console:
     made = Console(file=StringIO(), width=width, height=height, force_terminal=True, soft_wrap=True, markup=False)
-    for module in (display, terminal):
+    for module in (tables, terminal):
         monkeypatch.setattr(module, "console", lambda: made)
     return made
 
 
 def drawn(console: Console, summary: Summary) -> list[str]:
-    lines = console.render_lines(display.fitting(summary, NOW), pad=False)
+    lines = console.render_lines(tables.fitting(summary, NOW), pad=False)
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 

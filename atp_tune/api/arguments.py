@@ -17,7 +17,7 @@ from typing import Any
 from atp_tune.config import finding
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile, absolute_storage, load, overridden, toml_value
-from atp_tune.cost.planning import Remaining
+from atp_tune.cost.remaining import Remaining
 from atp_tune.errors import UserError
 from atp_tune.events import Event, EventHandler, Message, Step, TrialEnded, TrialStarted
 from atp_tune.results.formatting import best_so_far, duration, trial_line

@@ -21,7 +21,7 @@ from atp_tune.config.prune import RecoverConfig, Recovered
 from atp_tune.config.study import Study
 from atp_tune.config.studyfile import StudyFile, settings, tables
 from atp_tune.config.typed import goal
-from atp_tune.cost.planning import foretold
+from atp_tune.cost.remaining import foretold
 from atp_tune.errors import UserError
 from atp_tune.events import Message, Place, TrialStarted
 from atp_tune.metrics import AT_THE_END, Speed

@@ -114,7 +114,7 @@ def generate(
     """
     options.check("--config FILE", config, set=set_)
     prompts = checked_prompts(prompt)
-    from atp_tune.cli.display import show_continuations
+    from atp_tune.cli.tables import show_continuations
     from atp_tune.metrics import PROMPTS
     from atp_tune.results.results import attach, check
     from atp_tune.results.status import to_json
@@ -247,7 +247,7 @@ def speedup(
         raise wrong("--config", "give one of DIR, --config FILE and --study NAME")
     if batch > 1 and options.study is not None:
         raise wrong("--batch", "not with --study, whose points are compared at one")
-    from atp_tune.cli.display import show_summary
+    from atp_tune.cli.tables import show_summary
     from atp_tune.config.best import read_config
     from atp_tune.config.data import CLASSES
     from atp_tune.events import Message, Place

@@ -157,7 +157,7 @@ def _chosen(stored: "optuna.Study", choice: ChoiceOptions, may_ask: bool) -> int
     summary = summarise(study)
     if len(summary.points) < 2 or summary.best_trial is None:
         return None
-    from atp_tune.cli.display import drawn
+    from atp_tune.cli.tables import drawn
     from atp_tune.results.summary import overview
 
     made = overview(summary)

@@ -228,8 +228,8 @@ def status(
     """
     if every is not None and not watch:
         raise wrong("--every", "only with --watch")
-    from atp_tune.cli.display import show_status
-    from atp_tune.cli.display import watch as follow
+    from atp_tune.cli.tables import show_status
+    from atp_tune.cli.tables import watch as follow
     from atp_tune.results.status import status_of, stored_study, to_json
     from atp_tune.results.summary import summarise
 

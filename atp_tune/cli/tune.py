@@ -123,7 +123,7 @@ def start(study: str, options: RunOptions, study_name: str | None = None, said: 
         show_plan(file, study_name)
         return
     from atp_tune.api.tuning import run_study
-    from atp_tune.cli.display import show_summary
+    from atp_tune.cli.tables import show_summary
     from atp_tune.cli.terminal import interruptible
     from atp_tune.cli.tracking import Follower
     from atp_tune.events import Message

@@ -116,7 +116,7 @@ def supervise(workers: Sequence[AnyWorker], listen: Callable[[Sequence[AnyWorker
 def work(job: WorkerJob, index: int, device: str, tell: EventHandler) -> str | None:
     """Runs the study in a worker until SIGINT, with `tell` as event handler; the reason if it could not run."""
     from atp_tune.config.plugged import plug_in
-    from atp_tune.cost.planning import foretold
+    from atp_tune.cost.remaining import foretold
     from atp_tune.report.publishing import publish
     from atp_tune.search.runner import StudyRun, tune
 

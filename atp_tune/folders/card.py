@@ -101,8 +101,7 @@ def read_text(option: str, value: str, seqlen: int | None) -> Data:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{option}: {value} is not a TOML table: {error}") from None
     except ValidationError as error:
-        table = "images" if seqlen is None else "texts", "test" if "test" in option else "calibration"
-        raise invalid(option, error, table=table) from None
+        raise invalid(option, error, table=("images" if seqlen is None else "texts", "test")) from None
 
 
 class Zeros(FrozenModel):

@@ -194,8 +194,9 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, b
 
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
-    if not 1 <= version <= INTERFACE:
-        raise ImportError(f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}")
+    if version != INTERFACE:
+        asked = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
+        raise ImportError(f"{asked}; pack the folder again")
 
 
 class PackedMatrix:

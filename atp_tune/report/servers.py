@@ -48,18 +48,8 @@ from atp_tune.results.summary import final_numbers, summarise
 from atp_tune.storage import database, opening, progress
 from atp_tune.storage.attributes import ValidatedStudy
 from atp_tune.storage.database import Database, Store, is_away, may_pass, reason_of, refuse_link, without_password
-from atp_tune.storage.opening import (
-    ALIVE,
-    BROKEN,
-    DATABASE,
-    artifacts_of,
-    in_order,
-    is_remote,
-    names_in,
-    network_warning,
-    open_database,
-    with_order,
-)
+from atp_tune.storage.opening import artifacts_of, is_remote, names_in, network_warning, open_database
+from atp_tune.storage.remote import ALIVE, BROKEN, DATABASE, in_order, with_order
 from atp_tune.utils.compat import FrozenStudy, serve_storage
 
 # --- The storage as the dashboard sees it: with notes, figures and readable columns.

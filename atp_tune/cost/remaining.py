@@ -1,0 +1,152 @@
+"""The time that a study has yet to take, from what is ahead and the seconds that its parts have taken. Needs no torch.
+
+A part that has not been measured takes as long for its size as those that were. What is under way and takes longer than
+it should is thought to be 9/10 done, so the time left is never 0.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from atp_tune.events import Ahead, Event, EventHandler, Opened, Step, TrialEnded, TrialStarted
+
+Key = tuple[str, str]
+
+# The parts, by the first word of the titles, and the stages in which a study runs them.
+STAGES = {
+    "dense": 0, "screening": 0, "gradient": 0, "trial": 0,
+    "test": 1, "generate": 1, "continuations": 1, "draw": 2, "training": 3, "speed": 4,
+}  # fmt: skip
+SHARED = ("screening", "gradient", "trial")  # by all workers
+EVEN = ("step", "block", "generate", "loss")  # phases that are a part, or most of it, in steps of one length
+OVER = 0.1  # of its seconds so far, the least that is left of what is under way
+LEAST = 1.0  # seconds
+
+
+@dataclass
+class Part:
+    """Work of one kind that is ahead: `number` of times, and the `size` of each in tokens."""
+
+    number: int
+    size: float
+    took: list[float] = field(default_factory=list)  # seconds of each that ended
+
+    def each(self, rate: float | None) -> float | None:
+        """Seconds of each; `rate`: seconds per token of other parts, if one is known."""
+        return fmean(self.took) if self.took else rate and rate * self.size
+
+
+@dataclass
+class Item:
+    """The present work of a process: the part, since when, and the share that is done, if that is known."""
+
+    part: str
+    began: float
+    share: float = 0.0
+
+
+class Remaining:
+    """Hears the events of a study's processes, and estimates the seconds that the whole of it has yet to take."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Part] = {}
+        self._at: dict[Hashable, Item] = {}  # by process
+        self._descended: set[Key] = set()
+        self._stage = 0
+
+    def hear(self, event: Event, now: float, who: Hashable = None) -> None:
+        """Takes an event of one process."""
+        match event:
+            case Ahead(parts):
+                self._parts = {name: Part(*part) for name, part in parts.items()}
+            case TrialStarted(title, plan):
+                self._start(title.split()[0].rstrip(":"), now, who)
+                if plan is not None and "gradient" in plan.allocation and "gradient" in self._parts:
+                    if (key := (plan.method, plan.allocation)) not in self._descended:
+                        self._parts["gradient"].number -= 1
+                    self._descended.add(key)
+            case Step(phase, done, total):
+                if phase == "generate":
+                    self._start(phase, now, who)
+                if phase.split()[0] in EVEN and who in self._at:
+                    self._at[who].share = done / total
+            case TrialEnded(what=what, done=done, total=total) if what in self._parts:
+                self._end(who, now)
+                self._parts[what].number = total - done
+                self._at[who] = Item(what, now)
+
+    def leave(self, who: Hashable) -> None:
+        """Counts a process that has ended no more."""
+        self._at.pop(who, None)
+
+    def left(self, now: float) -> float | None:
+        """Seconds, at least 1; None where nothing has been measured yet."""
+        rate = self._rate()
+        found = [self._left(name, part, rate, now) for name, part in self._parts.items()]
+        known = [seconds for seconds in found if seconds is not None]
+        return max(LEAST, sum(known)) if len(known) == len(found) > 0 else None
+
+    def _start(self, word: str, now: float, who: Hashable) -> None:
+        name, stage = "generate" if word == "continuations" else word, STAGES.get(word, -1)
+        before = self._at.get(who)
+        if name not in self._parts or stage < self._stage or (before and before.part == name == "generate"):
+            return
+        if before and before.part not in ("trial", "screening"):  # which end by events of their own
+            self._end(who, now)
+            self._parts[before.part].number -= before.part != "gradient"  # each worker descends by itself
+        for other, part in self._parts.items():
+            if STAGES[other] < stage or (other, name) == ("screening", "trial"):
+                part.number = 0
+        self._stage, self._at[who] = stage, Item(name, now)
+
+    def _end(self, who: Hashable, now: float) -> None:
+        if who in self._at:
+            self._parts[self._at[who].part].took.append(now - self._at[who].began)
+
+    def _rate(self) -> float | None:
+        """Seconds per token."""
+        known = [part for part in self._parts.values() if part.took and part.size]
+        tokens = sum(len(part.took) * part.size for part in known)
+        return sum(sum(part.took) for part in known) / tokens if tokens else None
+
+    def _left(self, name: str, part: Part, rate: float | None, now: float) -> float | None:
+        running = [item for item in self._at.values() if item.part == name]
+        number, each = max(part.number, 0), part.each(rate)
+        if not part.took and (by_steps := [(now - item.began) / item.share for item in running if item.share]):
+            each = fmean(by_steps)
+        if number == 0:
+            return 0.0
+        if each is None:
+            return None
+        under_way = sum(max(each - now + item.began, OVER * (now - item.began)) for item in running[:number])
+        whole = under_way + each * max(0, number - len(running))
+        return whole / max(1, sum(item.part in SHARED for item in self._at.values())) if name in SHARED else whole
+
+
+def foretold(watch: EventHandler) -> EventHandler:
+    """A handler that adds to the opening of a study what is ahead of it."""
+
+    def on_event(event: Event) -> None:
+        watch(Ahead(_parts(event)) if isinstance(event, Opened) else event)
+
+    return on_event
+
+
+def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
+    """The number and the mean size of what is ahead, by part."""
+    from atp_tune.blocks.gradients import PASSES
+    from atp_tune.cost.forecast import UNKNOWN, Amounts, Done, Tokens, parts
+
+    study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
+    size = {role: number * length for role, (number, length) in opened.items.items()}
+    tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
+    known = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
+    screened = study.search.screen.trials if study.search.screen else 0
+    found: dict[str, tuple[int, float]] = {}
+    for part in parts(known, Done(opened.total, opened.done, screened), UNKNOWN):
+        if part.name in STAGES and part.number:
+            number, each = found.get(part.name, (0, 0.0))
+            whole = number + int(part.number)
+            found[part.name] = whole, (number * each + part.number * part.size) / whole
+    found["trial"] = opened.total - opened.done, found["trial"][1]
+    return found
