@@ -220,6 +220,7 @@ class Proposer(BaseSampler):
     def __init__(self, make: "Make", seed: int) -> None:
         self._make = make
         self._seed = seed
+        self._kinds: Distributions = {}
         self._point: Params = {}
 
     def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
@@ -228,8 +229,8 @@ class Proposer(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The distributions of the trial's point, which is proposed now."""
-        kinds, self._point = self.propose(study, trial)
-        return kinds
+        self._kinds, self._point = self.propose(study, trial)
+        return self._kinds
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -271,11 +272,22 @@ class BranchSampler(Proposer):
 
     def propose(self, study: Study, trial: FrozenTrial) -> tuple[Distributions, Params]:
         """The allocation whose turn it is, and the inner sampler's proposal in an in-memory study of its trials."""
-        space = self._space
-        wait_for_earlier(study, trial, space)
-        others = _others(study, trial)
-        branch = whose_turn(others, space)
-        own = space.kinds(branch)
+        wait_for_earlier(study, trial, self._space)
+        branch = whose_turn(_others(study, trial), self._space)
+        return self._space.kinds_of(branch), self._drawn(study, trial, branch, self._space.kinds(branch))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The point; of a space that was not inferred here one that the inner sampler draws, as Optuna asks for."""
+        if search_space.keys() == self._kinds.keys():
+            return self._point
+        return self._drawn(
+            study, trial, "", {name: kind for name, kind in search_space.items() if name != "allocation"}
+        )
+
+    def _drawn(self, study: Study, trial: FrozenTrial, branch: str, own: Distributions) -> Params:
+        space, others = self._space, _others(study, trial)
         known, count = [*others, *levelled(self._screened, others)], len(study.directions)
         shadow = branch_study(known, space, branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
@@ -293,7 +305,7 @@ class BranchSampler(Proposer):
         failed = branch_study(lost, space, branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
         point = {"allocation": branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
-        return space.kinds_of(branch), space.at(point, point.get("sparsity"))
+        return space.at(point, point.get("sparsity"))
 
 
 def wait_for_earlier(study: Study, trial: FrozenTrial, space: Space) -> None:
