@@ -223,7 +223,7 @@ def _shared(sets: Sequence[ChannelSet]) -> str | None:
 #
 # For each set of channels, as many as the plan says go: those with the lowest scores, measured on the inputs of the
 # reader while the block runs dense, behind blocks that are pruned already. The reader's other columns are then fitted
-# to its outputs before (`pruners.channels`). Biases stay; nothing reads what they add to a channel that is gone.
+# to its outputs before. Biases stay; nothing reads what they add to a channel that is gone.
 
 
 def too_sparse(target: float, blocks: Sequence[BlockChannels], settings: ChannelSettings) -> UserError:
