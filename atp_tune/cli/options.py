@@ -273,7 +273,6 @@ def allocations(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 @silent
 def trials(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     """Numbers of the trials that a study has finished, from its SQLite file."""
-    from atp_tune.cli.options import load_study
     from atp_tune.config.finding import finished_trials
 
     options: dict[str, Any] = ctx.params

@@ -28,7 +28,6 @@ from atp_tune.errors import UserError, printable
 from atp_tune.measures import MEASURES, PERPLEXITY
 from atp_tune.metrics import Continuations
 from atp_tune.plan import percent
-from atp_tune.report.formats import speed
 from atp_tune.results import summary as tables
 from atp_tune.results.formatting import (
     continuations_note,
@@ -87,6 +86,8 @@ def show_summary(summary: Summary, file: StudyFile) -> None:
         means = ", ".join(f"{name} {mean.value:.1%}" for name, mean in scores.mean.items())
         echo(f"zero-shot accuracy: {means} (mean of {len(scores.tasks)} tasks; the report has them)")
     if summary.speed is not None and summary.speed.engines:
+        from atp_tune.report.formats import speed  # here: it brings Plotly and the pages
+
         made = speed(summary.speed, where=False)
         where = ", ".join(dict.fromkeys(row.where for row in summary.speed.engines))
         echo(f"\n{markdown((f'best, on {where}', *made.head[1:]), made.rows)}\n")
