@@ -142,7 +142,7 @@ def write_sparse(
         if stored is not None:
             declare(folder, stored)
         context.folder.check_unchanged()
-        known = {
+        fields = {
             "model": config.model.model_copy(update={"revision": context.folder.revision}),
             "sparsity": Sparsity(target=config.sparsity.target, realised=sum(zeros) / sum(checkpoint.sizes)),
             "blocks": checkpoint.blocks_name,
@@ -152,7 +152,7 @@ def write_sparse(
             "slim": False,
             "manifest": manifest_of(folder, device_name(checkpoint.device)),
         }
-        describe(folder, config.model_copy(update=known))
+        describe(folder, config.model_copy(update=fields))
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ class Shards:
     def find(self, name: str) -> tuple[str, str]:
         """Shard and key of a tensor, with or without the prefix; UserError if the source lacks it."""
         names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
-        found = ((shard, key) for shard, keys in self._places.items() for key in names if key in keys)
-        if (first := next(found, None)) is None:
+        matches = ((shard, key) for shard, keys in self._places.items() for key in names if key in keys)
+        if (first := next(matches, None)) is None:
             raise UserError(
                 f"model {self.source}: has no tensor for {name}; save it with this transformers version first"
             )
@@ -254,7 +254,7 @@ class Shards:
 
     def write(self, out: Path, names: set[str], pruned: Iterator[tuple[str, Tensor, Tensor]]) -> None:
         """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
-        found = {name: self.find(name) for name in names}
+        locations = {name: self.find(name) for name in names}
         for shard in self._places:
             if self.dtype is not None:
                 cast(self.source / shard, out / shard, self.dtype)
@@ -263,10 +263,10 @@ class Shards:
             (out / shard).chmod(0o644)
         there = {shard: places(out / shard) for shard in self._places}
         with ExitStack() as stack:
-            shards = {shard for shard, _ in found.values()}
+            shards = {shard for shard, _ in locations.values()}
             files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}
             for name, dense, sparse in pruned:
-                shard, key = found.pop(name)
+                shard, key = locations.pop(name)
                 with safe_open(self.source / shard, framework="pt") as tensors:
                     source = tensors.get_tensor(key)
                 if source.shape != dense.shape or not torch.equal(source.to(dense.dtype), dense.cpu()):
@@ -277,19 +277,19 @@ class Shards:
                     written = torch.where((sparse != dense).cpu(), written, source)
                 files[shard].seek(there[shard][key])
                 files[shard].write(bytes_of(written.to(self.dtype or source.dtype)))
-        assert not found
+        assert not locations
 
 
 def rewrite(source: Path, out: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> list[str]:
     """Writes a file of weights with what is made of each of its tensors, and returns the names; it is in memory."""
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     with safe_open(source, framework="pt") as opened:
         metadata = opened.metadata() or {"format": "pt"}
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
-            made |= change(name, opened.get_tensor(name))
-    save_file(made, out, metadata=metadata)
+            tensors |= change(name, opened.get_tensor(name))
+    save_file(tensors, out, metadata=metadata)
     out.chmod(0o644)  # as the others; safetensors lets only the owner read it
-    return [*made]
+    return [*tensors]
 
 
 def cast(source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -317,10 +317,10 @@ def declare(folder: Path, dtype: torch.dtype) -> None:
 def say_size(folder: Path) -> None:
     """Says in the index of a folder, if it has one, how large its weights are."""
     for index in folder.glob("*.safetensors.index.json"):
-        named = read_table(index)
-        headers = [read_header(folder / file) for file in {*named["weight_map"].values()}]
+        table = read_table(index)
+        headers = [read_header(folder / file) for file in {*table["weight_map"].values()}]
         size = sum(max(entry["data_offsets"][1] for entry in header.values()) for header in headers)
-        write_table(index, {**named, "metadata": {**named.get("metadata", {}), "total_size": size}})
+        write_table(index, {**table, "metadata": {**table.get("metadata", {}), "total_size": size}})
 
 
 @contextmanager
@@ -355,8 +355,8 @@ def bring_own_code(folder: Path) -> None:
     shutil.copyfile(OURS, folder / OURS.name)
     for file in folder.glob(f"*{CONFIG}"):  # also tokenizer_config.json and those of processors
         table = read_table(file)
-        kept = {key: value for key, value in table.items() if key not in NAMING}
+        rest = {key: value for key, value in table.items() if key not in NAMING}
         if file.name == CONFIG:
-            kept["auto_map"] = auto_map(SLIM, checked_table(table, SLIM).get("class", LANGUAGE))
-        if kept != table:
-            write_table(file, kept)
+            rest["auto_map"] = auto_map(SLIM, checked_table(table, SLIM).get("class", LANGUAGE))
+        if rest != table:
+            write_table(file, rest)

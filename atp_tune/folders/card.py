@@ -65,10 +65,10 @@ def origin(folder: Path) -> PrunedWith | None:
     file = folder / ABOUT
     if not file.is_file():
         return None
-    made = read_config(file)
-    base, texts, dense = folder / made.folder, made.texts, made.scored("dense")
-    calibration, validation, test = (rooted(text, base) for text in (made.calibration, texts.validation, texts.test))
-    return PrunedWith(made, base, calibration, validation, test, made.model.dtype, dense, made.bos)
+    config = read_config(file)
+    base, texts, dense = folder / config.folder, config.texts, config.scored("dense")
+    calibration, validation, test = (rooted(text, base) for text in (config.calibration, texts.validation, texts.test))
+    return PrunedWith(config, base, calibration, validation, test, config.model.dtype, dense, config.bos)
 
 
 def manifest_of(folder: Path, device: str) -> Manifest:
@@ -83,8 +83,8 @@ def rooted(text: T, base: Path) -> T:
     """The text, or the images, with the absolute path of their file or folder."""
     if not is_local_text(text.source):
         return text
-    kind, _, place = text.source.partition(":")
-    path = os.path.realpath(written(place, base, "source"))  # no error for a loop of links
+    kind, _, file = text.source.partition(":")
+    path = os.path.realpath(written(file, base, "source"))  # no error for a loop of links
     moved: T = text.model_copy(update={"source": f"{kind}:{path}"})  # type: ignore[assignment]
     return moved
 
@@ -265,7 +265,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     """The card of the folder that is made of a configuration."""
     from atp_tune.checkpoints.blocks import reads_images  # loads torch
 
-    plan, text, done, made = config.plan, config.texts.test, finetuned(folder), config_in(folder)
+    plan, text, done, hf_config = config.plan, config.texts.test, finetuned(folder), config_in(folder)
     of_images = isinstance(text, ImageSet)
     # The name of the dense model, without the folders of the machine that pruned it.
     name = Path(short_source(config.model.id).removeprefix("pypi:")).name.partition("==")[0].removesuffix(".gguf")
@@ -276,17 +276,17 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
         amount = f"{bits.nominal:.2f} bits" if config.by_bits else f"{amount} and {bits.nominal:g} bits"
     # The dense model's card says its licence. Other folders' cards name what they were tuned from, often a path.
     own = read_card(folder / CARD)
-    found = own.data.to_dict() if own else {}
-    kept: Table = {key: found[key] for key in LICENCE if isinstance(found.get(key), str | list)}
-    is_unknown = kept.get("license_name") == UNKNOWN
-    licensed = "license" in kept and (kept["license"] != "other" or not is_unknown)
+    metadata = own.data.to_dict() if own else {}
+    licence: Table = {key: metadata[key] for key in LICENCE if isinstance(metadata.get(key), str | list)}
+    is_unknown = licence.get("license_name") == UNKNOWN
+    licensed = "license" in licence and (licence["license"] != "other" or not is_unknown)
     if licensed and is_unknown:
-        del kept["license_name"]  # a person has put a licence in the place of `other`
+        del licence["license_name"]  # a person has put a licence in the place of `other`
     if not licensed:
         files = sorted(file.name for file in folder.glob("LICENSE*"))
-        kept |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
+        licence |= {"license": "other", "license_name": UNKNOWN} | ({"license_link": files[0]} if files else {})
     on_hub = config.model.id if config.model.revision else None
-    base = found.get("base_model") if (folder / ORIGIN).is_file() else on_hub
+    base = metadata.get("base_model") if (folder / ORIGIN).is_file() else on_hub
     kinds = ["sparse", "pruned"] * (not config.by_bits) + ["quantized"] * (bits is not None)
     task = "image-text-to-text" if reads_images(folder) else "text-generation"
     data = ModelCardData(
@@ -297,7 +297,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
         tags=["atp-tune", *kinds, plan.method, allocation.split()[0]],
         model_name=f"{name} at {amount}",
         eval_results=(result(done.after, done.test, done.bos) if done else list(_results(config))) or None,
-        **kept,
+        **licence,
     )
     # What changed the weights that are kept.
     channels = parse(config.prune.pattern).channels
@@ -308,7 +308,7 @@ def model_card(config: Config, folder: Path, packed: Packed | None = None) -> Mo
     style, width = ("<4.3g", 4) if config.by_bits else ("6.1%", WIDTH)
     bars = (f"block {k:>3}  {s:{style}}  {'█' * round(width * s)}" for k, s in enumerate(plan.amounts))
     values = {
-        "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": made,
+        "card_data": data.to_yaml(), "config": config, "plan": plan, "done": done, "packed": packed, "made": hf_config,
         "title": data.model_name, "name": name, "allocation": allocation, "after": SOURCES.get(plan.allocation, ""),
         "fitted": is_fitted(plan.allocation), "quantizer": quantizer, "channels": channels, "updated": updated,
         "classifies": of_images, "reads_images": reads_images(folder), "own_code": packed or is_slim(folder),
@@ -331,19 +331,19 @@ def _scores(config: Config, done: Finetuned | None, allocation: str) -> Table:
         "uniform": f"{config.plan.method}, uniform",
         "best": f"{OLDER if done else THIS} ({config.plan.method}, {escaped(allocation)})",
     }
-    told = [by for by in MEASURES.values() if any(config.scored(model, measure=by) for model in names)]
+    measures = [by for by in MEASURES.values() if any(config.scored(model, measure=by) for model in names)]
     scores = [
         [
             name,
-            *(str(config.scored(model, measure=by) or (model == "dense" and by.dense) or NOTHING) for by in told),
+            *(str(config.scored(model, measure=by) or (model == "dense" and by.dense) or NOTHING) for by in measures),
         ]
         for model, name in names.items()
         if config.scored(model)
     ]
     if done and scores and words(done.test) == words(config.texts.test):
         new = {"perplexity": done.after, "accuracy": done.accuracy and done.accuracy.after}
-        scores.append([f"{THIS}, fine-tuned", *(str(new.get(by.name) or NOTHING) for by in told)])
-    return {"measures": [by.column for by in told], "scores": scores, "models": [*names]}
+        scores.append([f"{THIS}, fine-tuned", *(str(new.get(by.name) or NOTHING) for by in measures)])
+    return {"measures": [by.column for by in measures], "scores": scores, "models": [*names]}
 
 
 def read_card(file: Path) -> Any:
@@ -357,19 +357,19 @@ def read_card(file: Path) -> Any:
 
 def _repeating(texts: Sequence[str]) -> int:
     """How many texts repeat themselves."""
-    said = (text.encode() for text in texts)
-    return sum(len(each) >= SHORTEST and len(zlib.compress(each, 9)) < REPEATS * len(each) for each in said)
+    encoded = (text.encode() for text in texts)
+    return sum(len(each) >= SHORTEST and len(zlib.compress(each, 9)) < REPEATS * len(each) for each in encoded)
 
 
 def _results(config: Config) -> Iterator[EvalResult]:
     """The metrics of this model in the schema of the hub."""
     yield from result(config.scored(), config.texts.test, config.bos)
     for task in config.zero_shot.tasks if config.zero_shot else ():
-        if found := task.scores.get("best", {}).get(task.metric):
+        if score := task.scores.get("best", {}).get(task.metric):
             yield EvalResult(
                 task_type="text-generation", dataset_type=task.task, dataset_name=task.task,
                 metric_type=task.metric, metric_name=f"{task.num_fewshot}-shot {task.metric}",
-                metric_value=round(found.value, 4),
+                metric_value=round(score.value, 4),
             )  # fmt: skip
 
 
@@ -386,11 +386,11 @@ def result(score: Estimate | None, text: Data, bos: bool) -> list[EvalResult]:
     dataset: Table = {"dataset_type": kind, "dataset_name": words(text)}
     if not isinstance(text, ImageSet):
         with suppress(KeyError, UserError):  # of a file or a module: no data set of the hub
-            found = hub_arguments(text)
+            arguments = hub_arguments(text)
             dataset = {
-                "dataset_type": found["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
-                "dataset_config": found.get("name"), "dataset_split": found["split"],
-                "dataset_revision": found["revision"],
+                "dataset_type": arguments["path"], "dataset_name": short_source(text.source).removeprefix("hub:"),
+                "dataset_config": arguments.get("name"), "dataset_split": arguments["split"],
+                "dataset_revision": arguments["revision"],
             }  # fmt: skip
     value = round(score.value, 4)
     return [EvalResult(task_type=task, metric_type="perplexity", metric_name=metric, metric_value=value, **dataset)]

@@ -86,18 +86,18 @@ def continuations(config: Config, prompts: Sequence[str], tokens: int, place: Pl
         return work.result()
 
 
-def evaluate(config: Config, asked: TaskOptions, place: Place) -> ZeroShot:
+def evaluate(config: Config, options: TaskOptions, place: Place) -> ZeroShot:
     """Scores dense, uniform with the same pruner, and best on tasks, or on test images.
 
     UserError, before the model is loaded, for tasks that cannot be loaded, and if the model is not the configuration's.
     """
-    work = _work(config.score == CLASSES, asked, place)
+    work = _work(config.score == CLASSES, options, place)
     texts = {"test": config.texts.test} if isinstance(work, RoleScores) else {}
     with open_config(config, place, **texts) as session:
-        return _scores(session, _plans(config, session), work, asked)
+        return _scores(session, _plans(config, session), work, options)
 
 
-def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
+def evaluate_folder(folder: Path, options: TaskOptions, place: Place) -> ZeroShot:
     """Scores the model in a folder, in the number format of its `atp_tune.json`, if it has one.
 
     A classifier is scored on the test images that this file names.
@@ -105,27 +105,27 @@ def evaluate_folder(folder: Path, asked: TaskOptions, place: Place) -> ZeroShot:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     trusted = of_model(place.allowed).get("trust_remote_code", False)
-    work, dtype = _work(classifies_images(folder), asked, place), "auto"
+    work, dtype = _work(classifies_images(folder), options, place), "auto"
     if (folder / ABOUT).is_file():
         with suppress(UserError):
             dtype = read_config(folder / ABOUT).model.dtype
     texts, score = dict[str, Data](), "next-token"
     if isinstance(work, RoleScores):
-        made = origin(folder)
-        if made is None or not isinstance(made.test, ImageSet):
+        pruning = origin(folder)
+        if pruning is None or not isinstance(pruning.test, ImageSet):
             raise UserError(
                 f"{folder}: has no atp_tune.json that says on which images; give --config FILE, or a folder that "
                 "`apply` has written"
             )
-        texts, score, place = {"test": made.test}, CLASSES, replace(place, base=made.base)
+        texts, score, place = {"test": pruning.test}, CLASSES, replace(place, base=pruning.base)
 
-    def ask(found: Path, size: int) -> None:  # a missing tokenizer is said before the weights are loaded
+    def ask(path: Path, size: int) -> None:  # a missing tokenizer is said before the weights are loaded
         if isinstance(work, TaskResults):
-            work.tokenizer(found, trusted)
+            work.tokenizer(path, trusted)
 
     model = ModelConfig.model_validate({"source": str(folder.absolute()), "dtype": dtype, **of_model(place.allowed)})
     with Session.open(Setup(model, PruneConfig(), texts, place, score=score, ask=ask)) as session:
-        return _scores(session, {"model": None}, work, asked, {"model": str(folder)})
+        return _scores(session, {"model": None}, work, options, {"model": str(folder)})
 
 
 def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
@@ -134,15 +134,15 @@ def _plans(config: Config, session: Session) -> dict[str, Plan | None]:
     return {"dense": None, "uniform": uniform_plan(config, session), "best": best}
 
 
-def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | RoleScores:
+def _work(of_images: bool, options: TaskOptions, place: Place) -> TaskResults | RoleScores:
     """The tasks, loaded, or test images; UserError for tasks that are unknown or cannot be loaded, or without lm-eval.
 
     Image classifiers have no options of tasks.
     """
     if of_images:
-        if tuple(asked.tasks) != TASKS:
+        if tuple(options.tasks) != TASKS:
             raise UserError("--tasks: are of texts; an image classifier is measured on its test images, leave it out")
-        if asked.num_fewshot is not None:
+        if options.num_fewshot is not None:
             raise UserError("--num-fewshot: goes with tasks of texts; leave it out")
         return RoleScores("test")
     require("eval", "evaluate")
@@ -150,8 +150,8 @@ def _work(of_images: bool, asked: TaskOptions, place: Place) -> TaskResults | Ro
     from atp_tune.scores.tasks import find_tasks
 
     place.note("reading the tasks")
-    found = find_tasks(asked.tasks, place.watch, images=True)
-    return TaskResults({"": found}, asked.limit, asked.num_fewshot, asked.batch)
+    tasks = find_tasks(options.tasks, place.watch, images=True)
+    return TaskResults({"": tasks}, options.limit, options.num_fewshot, options.batch)
 
 
 def compared(name: str, results: Mapping[Any, Any]) -> TaskScores:
@@ -174,21 +174,21 @@ def _scores(
     session: Session,
     plans: Mapping[str, Plan | None],
     work: TaskResults | RoleScores,
-    asked: TaskOptions,
+    options: TaskOptions,
     titles: Mapping[str, str] | None = None,
 ) -> ZeroShot:
     """The scores of models on tasks, with their differences; top-1 and top-5 accuracies on images in the same form."""
     if isinstance(work, RoleScores):
-        session = session if asked.limit is None else session.limited("test", asked.limit)
+        session = session if options.limit is None else session.limited("test", options.limit)
         seconds: Any = session.compare(plans, [work])
         ranks = {model: scores["ranks"] for model, scores in work.found.items()}
         tasks, more = tuple(_top(name, top, ranks) for name, top in TOPS.items()), dict[str, Any](mean={})
     else:
         session.compare(plans, [work], titles)
-        results: Any = {model: found[""] for model, found in work.found.items()}
+        results: Any = {model: sets[""] for model, sets in work.found.items()}
         seconds = {model: work.seconds.get(model, 0.0) for model in results}
         tasks = tuple(
-            compared(name, {model: found[name] for model, found in results.items()}) for name in work.sets[""].rows
+            compared(name, {model: scores[name] for model, scores in results.items()}) for name in work.sets[""].rows
         )
         shares = [task for task in tasks if task.metric in SHARES]
         paired = [task.best_minus_uniform for task in shares]
@@ -204,7 +204,7 @@ def _scores(
     return ZeroShot(
         tasks=tasks,
         **more,
-        limit=asked.limit,
+        limit=options.limit,
         dtype=session.dtype,
         device=device_name(session.checkpoint.device),
         seconds=seconds,
@@ -214,7 +214,7 @@ def _scores(
 
 def _top(name: str, top: int, ranks: Mapping[Any, list[float]]) -> TaskScores:
     """An accuracy on the test images by the ranks of the right classes, as a score on a task."""
-    found: Any = {model: accuracy(own, top) for model, own in ranks.items()}
+    accuracies: Any = {model: accuracy(own, top) for model, own in ranks.items()}
     paired = gain(ranks["uniform"], ranks["best"], top) if "best" in ranks else None
     return TaskScores(
         task=f"test images, {name}",
@@ -222,7 +222,7 @@ def _top(name: str, top: int, ranks: Mapping[Any, list[float]]) -> TaskScores:
         num_fewshot=0,
         version="",
         metric=METRIC,
-        scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in found.items()},
+        scores={model: {METRIC: TaskScore(value=one.value, stderr=one.stderr)} for model, one in accuracies.items()},
         best_minus_uniform=paired and TaskScore(value=paired.value, stderr=paired.stderr),
     )
 
@@ -259,7 +259,7 @@ def packed_copy(
     """
     check_room(checkpoint, what, instead)
     model, packed = checkpoint.model, 0
-    known: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for block in blocks:
         for linear in checkpoint.linears[block.index]:
             weight = nn.Parameter(block.weights[linear.key], requires_grad=False)
@@ -268,13 +268,13 @@ def packed_copy(
             if is_packable(module) and zeros_of(weight.detach()) >= LEAST:
                 pruned = copy.copy(module)
                 pruned._parameters = {**module._parameters, "weight": weight}
-                known[id(module)] = packed_linear(pruned)
+                memo[id(module)] = packed_linear(pruned)
                 packed += 1
             else:
-                known[id(model.get_parameter(checkpoint.key(block.index, linear)))] = weight
-    found = copy.deepcopy(model, known)
-    speed_dense_linears(found)
-    return found, packed
+                memo[id(model.get_parameter(checkpoint.key(block.index, linear)))] = weight
+    sparse = copy.deepcopy(model, memo)
+    speed_dense_linears(sparse)
+    return sparse, packed
 
 
 # --- The sparse, dense and uniform model of a folder that `apply` wrote, or of a configuration, each made when asked.
@@ -318,33 +318,33 @@ class WholeModel:
 class BothModels(Released):
     """The two models of a sparse folder, or of a configuration, and uniform with the same pruner and target."""
 
-    def __init__(self, found: Path, use: Use, place: Place, dense: bool = False) -> None:
-        """`found`: the folder, or the file; `dense`: that model will be asked for.
+    def __init__(self, path: Path, use: Use, place: Place, dense: bool = False) -> None:
+        """`path`: of the folder, or the file; `dense`: that model will be asked for.
 
-        UserError, before anything is loaded, for a place that is neither, a model of another kind, an unknown dense
+        UserError, before anything is loaded, for a path that is neither, a model of another kind, an unknown dense
         model, and a device that is not here.
         """
-        self._found, self._use = found, use
-        self._place = replace(place, base=found if found.is_dir() else found.parent)
+        self._path, self._use = path, use
+        self._place = replace(place, base=path if path.is_dir() else path.parent)
         find_device(place.device)
         self._open: list[Released] = []
         self._models: dict[Which, WholeModel] = {}
         self._speakers: dict[Which, Speaker] = {}
         self._context: Session | None = None
-        if not found.is_dir() and not found.is_file():
-            raise UserError(f"{found}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
-        file = found / ABOUT if found.is_dir() else found
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"{path}: is no folder and no file; give a folder that `apply` wrote, or a configuration")
+        file = path / ABOUT if path.is_dir() else path
         self._about = read_config(file) if file.is_file() else None
-        of_images = self._about.score == CLASSES if self._about else classifies_images(found)
-        if of_images == (use.images is None) and (self._about or (found / "config.json").is_file()):
-            raise UserError(f"{use.command}: {found} {OTHER[of_images]}")
+        of_images = self._about.score == CLASSES if self._about else classifies_images(path)
+        if of_images == (use.images is None) and (self._about or (path / "config.json").is_file()):
+            raise UserError(f"{use.command}: {path} {OTHER[of_images]}")
         if dense:
-            self._made_from()
+            self._config()
 
     def model(self, side: Which) -> WholeModel:
         """A model, loaded when it is first asked; UserError if it cannot be loaded, or if there is no such model."""
         if side not in self._models:
-            self._models[side] = self._of_file(side) if self._found.is_file() or side == "uniform" else self._load(side)
+            self._models[side] = self._of_file(side) if self._path.is_file() or side == "uniform" else self._load(side)
         return self._models[side]
 
     def speaker(self, side: Which) -> Speaker:
@@ -362,7 +362,7 @@ class BothModels(Released):
 
     def _of_file(self, side: Which) -> WholeModel:
         """A model in the memory of the dense one: that itself, or a plan's, which has linears of its own."""
-        config = self._made_from()
+        config = self._config()
         if self._context is None:  # the dense model, ready to be pruned
             self._context = open_config(config, replace(self._place, base=self._place.base / config.folder))
             self._open.append(self._context)
@@ -384,16 +384,16 @@ class BothModels(Released):
         """The model of the folder, or the dense one that it was made from; UserError if that is another by now."""
         if side == "sparse":
             source = {
-                "source": str(self._found.absolute()),
+                "source": str(self._path.absolute()),
                 "dtype": self._about.model.dtype if self._about else "auto",
             }
             model = ModelConfig.model_validate({**source, **of_model(self._place.allowed)})
             folder = resolve(model, Path(), self._place.note)
         else:
-            made = self._made_from()
-            model = made.model.model(self._place.allowed)
-            folder = resolve(model, self._place.base / made.folder, self._place.note)
-            check_model(made, folder)
+            config = self._config()
+            model = config.model.model(self._place.allowed)
+            folder = resolve(model, self._place.base / config.folder, self._place.note)
+            check_model(config, folder)
         device, images = find_device(self._place.device), self._use.images
         inputs = KINDS["tokens"] if images is None else LABELLED_IMAGES.of({"test": images(folder)})
         self._place.note(f"loading {model.source}")
@@ -415,10 +415,10 @@ class BothModels(Released):
     def _packs(self, checkpoint: Checkpoint) -> bool:
         return self._use.images is None and is_fast(checkpoint.device) and checkpoint.offload == "none"
 
-    def _made_from(self) -> Config:
+    def _config(self) -> Config:
         """The configuration; UserError for a folder without one."""
         if self._about is None:
-            raise UserError(f"{self._found}: has no {ABOUT}, so its dense model is not known")
+            raise UserError(f"{self._path}: has no {ABOUT}, so its dense model is not known")
         return self._about
 
 
@@ -448,15 +448,15 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
     `both`: by its dense model too. UserError, before a model is loaded, for a file that is
     no picture.
     """
-    pictures, made = pictures_of(files, "FILE"), list[Items]()
+    pictures, cache = pictures_of(files, "FILE"), list[Items]()
     for index in range(len(pictures)):
         pictures.picture(index)  # decoded once to see that all can be
 
-    def images(found: ModelFolder) -> Items:  # their pixels, by the processor of the first model
-        if not made:
-            pixels = ImageProcessor.of(found.path, found.trusted).pixels(pictures)
-            made.append(Items.of({PIXELS: pixels, LABELS: torch.zeros(len(pixels), dtype=torch.int64)}, 1))
-        return made[0]
+    def images(model_folder: ModelFolder) -> Items:  # their pixels, by the processor of the first model
+        if not cache:
+            pixels = ImageProcessor.of(model_folder.path, model_folder.trusted).pixels(pictures)
+            cache.append(Items.of({PIXELS: pixels, LABELS: torch.zeros(len(pixels), dtype=torch.int64)}, 1))
+        return cache[0]
 
     def guesses(own: WholeModel) -> Iterator[tuple[Guess, ...]]:
         items, names = images(own.folder), model_config(own.folder.path, own.folder.trusted).id2label
@@ -466,8 +466,8 @@ def classify(files: Sequence[Path], folder: Path, both: bool, place: Place) -> t
                 logits = LABELLED_IMAGES.forward(model, batch).logits  # [images, classes]
             if not logits.isfinite().all():
                 raise UserError(f"classify: the numbers of {own.folder.id} overflow, or are not defined")
-            for places, values in zip(*_first(logits), strict=True):
-                pairs = zip(places.tolist(), values.tolist(), strict=True)
+            for indices, values in zip(*_first(logits), strict=True):
+                pairs = zip(indices.tolist(), values.tolist(), strict=True)
                 yield tuple(Guess(index=k, name=class_name(names, k), probability=value) for k, value in pairs)
 
     with (

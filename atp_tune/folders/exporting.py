@@ -162,10 +162,10 @@ def _by_number(config: Config, group: int) -> list[Table]:
 
 
 def _modules(config: Config) -> dict[str, float]:
-    found = {row["module"]: row["sparsity"] for row in rows(config)}
-    if expert := next((name for name in found if name.endswith("]")), None):
+    sparsities = {row["module"]: row["sparsity"] for row in rows(config)}
+    if expert := next((name for name in sparsities if name.endswith("]")), None):
         raise _cannot(RECIPE, "linears", expert, "has no name for a single expert in a tensor of many")
-    return found
+    return sparsities
 
 
 def _head(config: Config) -> str:
@@ -208,10 +208,10 @@ def rows(config: Config) -> Iterator[Table]:
 
 def names(config: Config, key: Literal["blocks", "linears"]) -> Any:
     """The model's name of its list of blocks, or its names of the linears of each block."""
-    found = getattr(config, key)
-    if found is None:
+    value = getattr(config, key)
+    if value is None:
         raise UserError(f"{key}: the configuration {NAMELESS.format(key, 'DIR/atp_tune.json')}")
-    return found
+    return value
 
 
 # --- Recipes of a configuration that rounds weights, for what stores the bits themselves.
@@ -265,7 +265,7 @@ def quantize(model: torch.nn.Module) -> None:
 
 def modifier(config: Config) -> Table:
     """llm-compressor's modifier by name, with its arguments."""
-    quantize, groups = _asked(config, "llm-compressor"), Table()
+    quantize, groups = _rounding(config, "llm-compressor"), Table()
     is_row = quantize.group_size == -1
     for index, (bits, linears) in enumerate(_linears(config, "llm-compressor").items()):
         weights: Table = {"num_bits": bits, "type": "int", "symmetric": quantize.symmetric}
@@ -280,7 +280,7 @@ def modifier(config: Config) -> Table:
 
 def as_gptqmodel(config: Config) -> str:
     """The arguments of gptqmodel's `QuantizeConfig` as JSON; UserError for what it has not."""
-    quantize = _asked(config, "gptqmodel")
+    quantize = _rounding(config, "gptqmodel")
     if config.plan.method != "gptq":
         raise _cannot("gptqmodel", "pruner", config.plan.method, "quantizes by gptq alone")
     if config.prune.statistics == "dense":
@@ -288,7 +288,7 @@ def as_gptqmodel(config: Config) -> str:
     by_bits = _linears(config, "gptqmodel")
     most = max(by_bits, key=lambda bits: len(by_bits[bits]))
     of_blocks = not config.plan.by_linear
-    made = {
+    arguments = {
         "bits": most,
         "dynamic": {f"+:{_pattern(linears, of_blocks)}": {"bits": bits} for bits, linears in by_bits.items()},
         "group_size": quantize.group_size, "sym": quantize.symmetric,
@@ -297,7 +297,7 @@ def as_gptqmodel(config: Config) -> str:
         "true_sequential": config.prune.statistics == "sequential",
         "meta": {"calibration": config.calibration.model_dump(mode="json", exclude_none=True) | {"bos": config.bos}},
     }  # fmt: skip
-    return json.dumps(made, indent=2) + "\n"
+    return json.dumps(arguments, indent=2) + "\n"
 
 
 def _pattern(linears: list[str], of_blocks: bool) -> str:
@@ -306,18 +306,18 @@ def _pattern(linears: list[str], of_blocks: bool) -> str:
     """
     numbers: dict[tuple[str, str], dict[str, None]] = {}
     for name in linears:
-        place, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
-        numbers.setdefault((place, "" if of_blocks else linear), {})[number] = None
+        prefix, number, linear = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        numbers.setdefault((prefix, "" if of_blocks else linear), {})[number] = None
     ways = (
-        rf"{re.escape(place)}\.({'|'.join(found)})\.{re.escape(linear)}{'$' * bool(linear)}"
-        for (place, linear), found in numbers.items()
+        rf"{re.escape(prefix)}\.({'|'.join(blocks)})\.{re.escape(linear)}{'$' * bool(linear)}"
+        for (prefix, linear), blocks in numbers.items()
     )
     return f"^({'|'.join(ways)})"
 
 
 def as_torchao(config: Config) -> str:
     """A script that rounds a model by torchao; UserError for GPTQ's weights."""
-    quantize = _asked(config, "torchao")
+    quantize = _rounding(config, "torchao")
     if config.plan.method != "rtn":
         raise _cannot("torchao", "pruner", config.plan.method, "rounds to nearest alone")
     if quantize.symmetric:
@@ -333,23 +333,23 @@ def as_torchao(config: Config) -> str:
 
 def as_llama_cpp(config: Config) -> str:
     """Lines for `llama-quantize --tensor-type-file`; UserError for what it does not read."""
-    _asked(config, "llama.cpp")
+    _rounding(config, "llama.cpp")
     # The blocks in which llama.cpp's tensors, a pattern, have so many bits; UserError for linears without one.
-    found: dict[tuple[str, int], list[int]] = {}
+    blocks_of: dict[tuple[str, int], list[int]] = {}
     for index, block in enumerate(config.plan.levels):
         if not block.linears:
-            found.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
+            blocks_of.setdefault(("(attn|ffn)_.*", int(block.amount)), []).append(index)
             continue
         for linear, level in zip(names(config, "linears")[index], block.linears, strict=True):
             tensor = TENSORS.get(linear.rpartition(".")[2])
             if tensor is None:
                 raise _cannot("llama.cpp", "linears", linear, "is told the tensors of the families of Llama alone")
-            found.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
-    if wrong := next((bits for _, bits in found if bits not in K_QUANTS), None):
+            blocks_of.setdefault((rf"{tensor}\.weight", int(level.amount)), []).append(index)
+    if wrong := next((bits for _, bits in blocks_of if bits not in K_QUANTS), None):
         raise _cannot("llama.cpp", "plan.levels", str(wrong), f"has k-quants of {', '.join(map(str, K_QUANTS))} bits")
     lines = (
         rf"blk\.({'|'.join(map(str, blocks))})\.{tensor}={K_QUANTS[bits]}"
-        for (tensor, bits), blocks in sorted(found.items(), key=lambda row: row[0][1])
+        for (tensor, bits), blocks in sorted(blocks_of.items(), key=lambda row: row[0][1])
     )
     return "\n".join(lines) + "\n"
 
@@ -358,17 +358,17 @@ def _linears(config: Config, kind: str) -> dict[int, list[str]]:
     """The model's names of the linears that have each number of bits; UserError for what is no `nn.Linear`."""
     if config.conv1d:
         raise _cannot(kind, "model", config.model.id, "rounds nn.Linear alone, and this model has Conv1D")
-    place, found = names(config, "blocks"), dict[int, list[str]]()
+    prefix, by_bits = names(config, "blocks"), dict[int, list[str]]()
     for index, linears in enumerate(names(config, "linears")):
         for linear, level in zip(linears, config.plan.of(index, len(linears)), strict=True):
-            found.setdefault(int(level.amount), []).append(f"{place}.{index}.{linear}")
-    found = dict(sorted(found.items()))
-    for name in (name for own in found.values() for name in own):
+            by_bits.setdefault(int(level.amount), []).append(f"{prefix}.{index}.{linear}")
+    by_bits = dict(sorted(by_bits.items()))
+    for name in (name for own in by_bits.values() for name in own):
         if not NAME.fullmatch(name):
             raise UserError(f"linears: {name} is not the name of a module")
         if name.endswith("]"):
             raise _cannot(kind, "linears", name, "has no name for a single expert in a tensor of many")
-    return found
+    return by_bits
 
 
 def refuse_both(config: Config, kind: str) -> None:
@@ -379,7 +379,7 @@ def refuse_both(config: Config, kind: str) -> None:
         )
 
 
-def _asked(config: Config, kind: str) -> QuantizeConfig:
+def _rounding(config: Config, kind: str) -> QuantizeConfig:
     """The settings of rounding; UserError for a configuration that prunes."""
     refuse_both(config, kind)
     if kind in OF_LANGUAGE and not isinstance(config.texts.test, Text):

@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 TEST_SHARE = 0.1  # of the training text: the test text, where no other is known
 
 
-def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tuple[Data, Data]:
+def choose(text: Data | None, test: Data | None, pruning: PrunedWith | None) -> tuple[Data, Data]:
     """The text to train on and the test text, or images; UserError if there is none, or if they share documents."""
-    if made:
-        text, test = text or made.calibration, test or made.test
+    if pruning:
+        text, test = text or pruning.calibration, test or pruning.test
     if text is None:
         raise UserError(
             "--text: is needed, since the folder does not say how it was pruned; for example --text file:PATH.txt"
@@ -70,8 +70,8 @@ def choose(text: Data | None, test: Data | None, made: PrunedWith | None) -> tup
         start, end = text.part
         cut = end - TEST_SHARE * (end - start)
         text, test = (text.model_copy(update={"part": part}) for part in ((start, cut), (cut, end)))
-    kept = {"test": test, **({"validation": made.validation, "study's test": made.test} if made else {})}
-    for role, other in kept.items():
+    others = {"test": test, **({"validation": pruning.validation, "study's test": pruning.test} if pruning else {})}
+    for role, other in others.items():
         if text.overlaps(other):
             option, shared, kind = ("text", "documents", "text") if isinstance(text, Text) else ("images",) * 3
             raise UserError(
@@ -92,24 +92,24 @@ def read_items(
     if isinstance(text, ImageSet):
         with within("--images"):
             whole = text.model_copy(update={"nsamples": min(text.nsamples or needed, needed)})
-            found = images_of(whole, folder, base, at_most=text.nsamples is None)
+            items = images_of(whole, folder, base, at_most=text.nsamples is None)
         with within("--test-images"):
             images = {role: other for role, other in measured.items() if isinstance(other, ImageSet)}
             others = {role: images_of(other, folder, base) for role, other in images.items()}
-        doubles = doubles_of({**others, "training": found})["training"]
-        return found.without(doubles) if doubles else found
+        doubles = doubles_of({**others, "training": items})["training"]
+        return items.without(doubles) if doubles else items
     with within("--text"):
         whole_text = text.model_copy(update={"seqlen": settings.seqlen or text.seqlen})
-        found = first_windows(whole_text, folder.path, base, needed, bos=bos)
+        items = first_windows(whole_text, folder.path, base, needed, bos=bos)
     for role, other in measured.items():
         assert isinstance(other, Text)
         with within(f"--{role}-text"):
             windows = token_windows(other, folder.path, base, bos=bos)
-        if shared := shared_windows(found, windows):
+        if shared := shared_windows(items, windows):
             raise UserError(
                 f"--text: {len(shared)} windows of {text.source} are in the {role} text too; give another source"
             )
-    return found
+    return items
 
 
 SAVED = 20  # steps between two writes of the adapters
@@ -151,8 +151,8 @@ class FinetuningJob:
     def facts(self) -> dict[str, str]:
         """The facts that identify the run, and so its result: settings, and contents of models and text."""
         contents = {"model": self.folder.content, "text": self.items.content}
-        named = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
-        return {**named, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
+        settings = {name.replace("_", "-"): json.dumps(value) for name, value in self.settings.model_dump().items()}
+        return {**settings, **contents, **({"teacher": self.teacher.content} if self.teacher else {})}
 
     @cached_property
     def part(self) -> Path:
@@ -199,8 +199,8 @@ class FinetuningJob:
         seconds, memory, losses = monotonic() - began, peak_memory(device), tuple(trainer.losses)
         zeros, names = Counter[str](), trainer.adapters.names
 
-        def counted(found: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-            for name, was, tuned in found:
+        def counted(tensors: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+            for name, was, tuned in tensors:
                 zeros.update(before=int((was == 0).sum()), after=int((tuned == 0).sum()), weights=was.numel())
                 yield name, was, tuned
 
@@ -256,15 +256,15 @@ class FinetuningJob:
         before, began = len(losses), monotonic()
         while not trainer.has_ended:
             loss = trainer.step()
-            done, said = len(losses), ""
+            done, text = len(losses), ""
             if trainer.must_measure:
-                said = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
+                text = f", held out {trainer.measure():.4f} (lowest after step {trainer.early_stop.best[0]})"
             place.watch(Step(f"loss {loss:.3f}", done, total))
             if done % SAVED == 0 or trainer.has_ended:
                 trainer.save(self.part, self.facts)
-            if said or done % SAVED == 0 or trainer.has_ended:
+            if text or done % SAVED == 0 or trainer.has_ended:
                 left = (monotonic() - began) / (done - before) * (total - done)
-                place.note(f"step {done} of {total}: loss {fmean(losses[-SAVED:]):.3f}{said}, {duration(left)} left")
+                place.note(f"step {done} of {total}: loss {fmean(losses[-SAVED:]):.3f}{text}, {duration(left)} left")
         if len(losses) < total:
             place.note(f"stopped: the held-out loss has not fallen in {self.settings.patience} measurements")
         if not (held := tuple(trainer.early_stop.losses)):
@@ -307,23 +307,23 @@ def finetune(
     find_device(place.device)
     if not model.is_dir():
         raise UserError(f"{model}: is no folder; write one with: python tune.py apply --config FILE --out DIR")
-    made = origin(model)
-    if made:
-        own: dict[str, Data] = {"text": made.calibration} if text is None else {}
-        own |= {"test_text": made.test, "validation_text": made.validation} if test is None else {}
-        plug_in_texts(made.config, own, made.base, place.allowed.get("trust_plugins", False))
-    if made and made.config.bits is not None:
+    pruning = origin(model)
+    if pruning:
+        own: dict[str, Data] = {"text": pruning.calibration} if text is None else {}
+        own |= {"test_text": pruning.test, "validation_text": pruning.validation} if test is None else {}
+        plug_in_texts(pruning.config, own, pruning.base, place.allowed.get("trust_plugins", False))
+    if pruning and pruning.config.bits is not None:
         raise UserError(f"{model}: its weights are rounded, and training would undo that; train it before")
-    own_test, (text, test) = test is None, choose(text, test, made)
-    settings = settings.filled(getattr(made.validation if made else text, "seqlen", None))
-    named = ModelConfig(source=str(model.absolute()), dtype=made.dtype if made else "auto")
-    folder = resolve(named, Path(), place.note, lambda _, size: check_free(out, size))
+    own_test, (text, test) = test is None, choose(text, test, pruning)
+    settings = settings.filled(getattr(pruning.validation if pruning else text, "seqlen", None))
+    config = ModelConfig(source=str(model.absolute()), dtype=pruning.dtype if pruning else "auto")
+    folder = resolve(config, Path(), place.note, lambda _, size: check_free(out, size))
     small_files(folder.path)  # refuses links before anything runs
     dense_model = None
     if settings.has_teacher:
-        dense_model = find_teacher(teacher, made, folder, place.note, place.allowed)
-    place, bos = replace(place, base=made.base if made else Path()), made is not None and made.bos
-    measured = {"validation": made.validation} if made and own_test and made.validation != test else {}
+        dense_model = find_teacher(teacher, pruning, folder, place.note, place.allowed)
+    place, bos = replace(place, base=pruning.base if pruning else Path()), pruning is not None and pruning.bos
+    measured = {"validation": pruning.validation} if pruning and own_test and pruning.validation != test else {}
     measured["test"] = test
     kinds = {isinstance(each, ImageSet) for each in (text, *measured.values())}
     if len(kinds) > 1:
@@ -331,9 +331,9 @@ def finetune(
     if True in kinds:
         settings = settings.model_copy(update={"seqlen": None})
     items = read_items(text, measured, folder, settings, place.base, bos)
-    dense = made.dense if made and made.test == test else None
+    dense = pruning.dense if pruning and pruning.test == test else None
     score = CLASSES if True in kinds else "next-token"
-    setup = Setup(named, PruneConfig(), measured, place, bos=bos, score=score)
+    setup = Setup(config, PruneConfig(), measured, place, bos=bos, score=score)
     with oom_as_user_error("training"):
         return FinetuningJob(setup, folder, out, text, items, settings, dense, dense_model, stays).run()
 
@@ -382,10 +382,10 @@ def recovered(
     test = PerplexityChange(before=record.before, after=record.after, change=record.change)
     against = change(uniform, nlls) if len(uniform) == len(nlls) else None
     validation, own = (
-        RecoveredScores(perplexity=found.after, change=found.change)
-        if _is_finite(found.after) and _is_finite(found.change)
+        RecoveredScores(perplexity=each.after, change=each.change)
+        if _is_finite(each.after) and _is_finite(each.change)
         else None
-        for found in (record.validation or test, test)
+        for each in (record.validation or test, test)
     )
     fell = validation is not None and validation.change.value < 0
     if not fell:
@@ -401,10 +401,10 @@ def recovered(
         validation=validation,
         test=own if record.validation else None,
         against_uniform=against if against and _is_finite(against) else None,
-        kinds={kind: found for kind, found in by_kind(nlls, kinds).items() if _is_finite(found)},
+        kinds={kind: estimate for kind, estimate in by_kind(nlls, kinds).items() if _is_finite(estimate)},
     )
 
 
-def _is_finite(found: Estimate) -> bool:
+def _is_finite(estimate: Estimate) -> bool:
     """Whether JSON can hold it."""
-    return math.isfinite(found.value + found.stderr)
+    return math.isfinite(estimate.value + estimate.stderr)

@@ -89,15 +89,15 @@ class Lora(Adapters):
     def __init__(self, checkpoint: Checkpoint, rank: int, alpha: int, seed: int) -> None:
         """`seed` initialises A; B is zero, so training starts from the pruned model."""
         super().__init__(checkpoint)
-        found = linears_of(checkpoint)
-        places = [f"{i}.{linear.name}" for i, linear in found]
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=places)
+        linears = linears_of(checkpoint)
+        paths = [f"{i}.{linear.name}" for i, linear in linears]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths)
         config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # into the blocks alone: for some whole models peft rewrites target_modules
             inject_adapter_in_model(config, checkpoint.blocks, ADAPTER)
-        for place, (i, linear) in zip(places, found, strict=True):
-            layer: Any = checkpoint.blocks.get_submodule(place)
+        for path, (i, linear) in zip(paths, linears, strict=True):
+            layer: Any = checkpoint.blocks.get_submodule(path)
             layer.fan_in_fan_out = linear.transposed
             name = checkpoint.key(i, linear)
             self._layers[name] = layer

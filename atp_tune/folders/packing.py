@@ -80,7 +80,7 @@ class Codes:
     quantize: QuantizeConfig
 
     def __post_init__(self) -> None:
-        self._known: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
+        self._files: dict[str, tuple[Path, Coded]] = {}  # where their parts are, and the rest
 
     def save(self, checkpoint: Checkpoint, block: PrunedBlock, key: str) -> Tensors:
         """Keeps the codes of a tensor of a block, and returns the weights that they give, by name on the disk: the
@@ -99,27 +99,27 @@ class Codes:
             linear.matrix(bits).fill_(block.bits[linear.name])
         ways = (block.weights[key].cpu(), *(scales, zeros, bits))
         weights, *grids = (checkpoint.as_saved(name, tensor) for tensor in ways)
-        found: Tensors = {}
+        decoded: Tensors = {}
         for part, weight in weights.items():
             try:
                 coded = _encoded([weight, *(grid[part] for grid in grids)], self.quantize, turned)
             except ValueError as error:
                 raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
-            found[part] = coded.decoded()
-            file = self.place / f"{len(self._known)}.safetensors"
+            decoded[part] = coded.decoded()
+            file = self.place / f"{len(self._files)}.safetensors"
             save_file(coded.parts, file)
-            self._known[part] = file, replace(coded, parts={})
-        return found
+            self._files[part] = file, replace(coded, parts={})
+        return decoded
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
         """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
-        found = next((self._known.pop(name) for name in names if name in self._known), None)
-        return found and replace(found[1], parts=load_file(found[0]))
+        entry = next((self._files.pop(name) for name in names if name in self._known), None)
+        return entry and replace(entry[1], parts=load_file(entry[0]))
 
     def check_all_stored(self) -> None:
         """UserError if a rounded tensor was not asked for."""
-        if self._known:
-            raise UserError(f"--packed: the checkpoint has no tensor {min(self._known)}, whose codes are to be stored")
+        if self._files:
+            raise UserError(f"--packed: the checkpoint has no tensor {min(self._files)}, whose codes are to be stored")
 
 
 def _encoded(saved: list[Tensor], quantize: QuantizeConfig, turned: bool) -> Coded:
@@ -167,8 +167,8 @@ def pack_folder(
         find_device(device)
 
     def ask(folder: Path, size: int) -> None:  # room at least for the weights that are not zero
-        made = origin(source)
-        share = 0.0 if made is None or made.config.bits is not None else 1 - made.config.sparsity.realised
+        pruning = origin(source)
+        share = 0.0 if pruning is None or pruning.config.bits is not None else 1 - pruning.config.sparsity.realised
         check_free(out, (share / 2 if kind == "int8" else share) * size)
 
     work = _Packing(source, kind, group_size, codes, ask)
@@ -219,11 +219,11 @@ def to_pack(config: Config, codes: Codes | None) -> Way:
 
 def _rounding(source: Path, folder: Path, device: str, watch: EventHandler) -> tuple[Perplexity, Perplexity] | None:
     """Perplexity on the test text before and after rounding; None if `source` does not say which text that is."""
-    if (made := origin(source)) is None:
+    if (pruning := origin(source)) is None:
         return None
-    model = ModelConfig(source=str(source.absolute()), dtype=made.dtype, prune=made.config.model.prune)
-    place = Place(made.base, device, watch=watch)
-    setup = Setup(model, PruneConfig(), {"test": made.test}, place, bos=made.bos, score=made.config.score)
+    model = ModelConfig(source=str(source.absolute()), dtype=pruning.dtype, prune=pruning.config.model.prune)
+    place = Place(pruning.base, device, watch=watch)
+    setup = Setup(model, PruneConfig(), {"test": pruning.test}, place, bos=pruning.bos, score=pruning.config.score)
     before = perplexity(folder_scores(setup, source, f"checking {source}")["test"]["nlls"])
     with temporary_folder(folder) as rounded:
         unpack_folder(folder, rounded)

@@ -65,10 +65,10 @@ def is_made_from(folder: Path, config: Config, packed: bool = False, slim: bool 
     """
     if not (folder / ABOUT).is_file() or (folder / FINETUNED).exists() != config.is_trained:
         return False
-    found = read_config(folder / ABOUT)
-    is_packed = found.manifest is not None and any(map(PACKED.match, found.manifest.files))
-    training = [each.trained and each.trained.settings for each in (found, config)]
-    return (is_packed, found.slim, found.made_of, training[0]) == (packed, slim, config.made_of, training[1])
+    about = read_config(folder / ABOUT)
+    is_packed = about.manifest is not None and any(map(PACKED.match, about.manifest.files))
+    training = [each.trained and each.trained.settings for each in (about, config)]
+    return (is_packed, about.slim, about.made_of, training[0]) == (packed, slim, config.made_of, training[1])
 
 
 def check_permission(name: str, private: bool) -> None:
@@ -101,10 +101,10 @@ def check_permission(name: str, private: bool) -> None:
         if token.get("role") == READS or not may_write:
             raise UserError(f"{name}: the token of {user} may only read; make one that may write, then {LOGIN}")
         try:
-            found = api.repo_info(name)
+            repo = api.repo_info(name)
         except errors.RepositoryNotFoundError:
             return
-    _check_visibility(name, private, found)
+    _check_visibility(name, private, repo)
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
@@ -115,16 +115,16 @@ def upload(folder: Path, name: str, private: bool) -> str:
     """
     with _hub_errors(name):
         api = HfApi()
-        made = api.create_repo(name, private=private or None, exist_ok=True)
+        url = api.create_repo(name, private=private or None, exist_ok=True)
         _check_visibility(name, private, api.repo_info(name))  # somebody may have made it since it was checked
-        with temporary_folder() as place:
-            stage(folder, place)
-            api.upload_folder(repo_id=name, folder_path=place, commit_message="Upload by atp_tune")
-    return str(made)
+        with temporary_folder() as staging:
+            stage(folder, staging)
+            api.upload_folder(repo_id=name, folder_path=staging, commit_message="Upload by atp_tune")
+    return str(url)
 
 
-def _check_visibility(name: str, private: bool, found: Any) -> None:
-    if private and not found.private:
+def _check_visibility(name: str, private: bool, repo: Any) -> None:
+    if private and not repo.private:
         raise UserError(f"{name}: is public on the hub already; make it private there first, or leave out --private")
 
 
@@ -142,12 +142,12 @@ def _hub_errors(name: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError:
         raise UserError(f"{name}: there is no login to the hub; {LOGIN}") from None
     except Exception as error:  # network and library raise many types
-        raise UserError(f"{name}: {_said(error)}") from error
+        raise UserError(f"{name}: {_message(error)}") from error
     finally:
         log.setLevel(level)
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """Words an error of the hub, and what to do."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__  # the library wraps errors of single files
@@ -173,8 +173,8 @@ TOKENS = ("*vocab*.txt", "*merges*.txt", "dict*.txt", "added_tokens*.txt", "bpe*
 TRAINER = "trainer_state.json"  # of transformers' Trainer: it names the folder of its best checkpoint
 
 
-def stage(folder: Path, place: Path) -> None:
-    """Fills `place` with what is uploaded of a sparse folder: links to its files, and new files for those with paths.
+def stage(folder: Path, out: Path) -> None:
+    """Fills `out` with what is uploaded of a sparse folder: links to its files, and new files for those with paths.
 
     The manifest in it has the hashes of the new files. Hidden files stay where they are, and what people wrote into the
     dense model's folder, but for licences and notices; README.md is the card.
@@ -189,11 +189,11 @@ def stage(folder: Path, place: Path) -> None:
                 json.loads(text := file.read_text(encoding="utf-8"))
                 texts[file.name] = text
                 continue
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).symlink_to(file.resolve())
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(file.resolve())
     base = folder / str(json.loads(texts[ABOUT]).get("folder", "."))
     for json_name, text in published(texts, base).items():
-        (place / json_name).write_bytes(text.encode())
+        (out / json_name).write_bytes(text.encode())
 
 
 def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
@@ -201,7 +201,7 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
 
     Relative paths start at `base`. A packed folder also keeps the texts of the one that it was made from.
     """
-    found = dict(texts)
+    public = dict(texts)
     for name in sorted(filter(_has_paths, texts), key=lambda name: name in OURS):  # ours have the others' hashes
         before = json.loads(texts[name])
         if name == BEFORE_PACKING:
@@ -213,11 +213,11 @@ def published(texts: Mapping[str, str], base: Path) -> dict[str, str]:
         if name in OURS and after.get("manifest"):
             hashes = {file: sha for file, sha in after["manifest"]["files"].items() if not _is_free(PurePath(file))}
             after["manifest"]["files"] = hashes
-            changed = {other for other in hashes.keys() & texts.keys() if found[other] != texts[other]}
-            hashes |= {other: digest_of(found[other].encode()) for other in changed}
+            changed = {other for other in hashes.keys() & texts.keys() if public[other] != texts[other]}
+            hashes |= {other: digest_of(public[other].encode()) for other in changed}
         if after != before:
-            found[name] = json.dumps(after, indent=2) + "\n"
-    return found
+            public[name] = json.dumps(after, indent=2) + "\n"
+    return public
 
 
 def _is_free(name: PurePath) -> bool:
@@ -237,9 +237,9 @@ def _public(key: str, value: str, base: Path) -> str:
         return "."
     if key == "source" and is_local_text(value):
         return text_name(value)
-    place, rest = parts_of(value) if key in ("source", "place") else (value, "")
-    if is_place(place):
-        return _last(place) + f":{_last(rest)}" * bool(rest)
+    name, rest = parts_of(value) if key in ("source", "place") else (value, "")
+    if is_place(name):
+        return _last(name) + f":{_last(rest)}" * bool(rest)
     return _last(value) if key == "id" and is_local(value, base) else value
 
 
@@ -317,14 +317,14 @@ def verify(folder: Path) -> Verified:
     except OSError as error:
         raise UserError(f"{folder}: {error.filename} cannot be read: {error.strerror}") from None
     kinds = (("changed", other), ("missing", missing), ("weights that were not written", surplus))
-    said = [f"{kind}: {_listed(names)}" for kind, names in kinds if names]
-    if said:
+    problems = [f"{kind}: {_listed(names)}" for kind, names in kinds if names]
+    if problems:
         raise UserError(
-            f"{folder}: not what was written; {'; '.join(said)}; copy or download it again, or make it with `apply`"
+            f"{folder}: not what was written; {'; '.join(problems)}; copy or download it again, or make it with `apply`"
         )
     weights = sum(name.endswith(WEIGHTS) for name in manifest.files)
-    found = list(differences(manifest.environment, environment()))
-    return Verified(len(manifest.files), weights, more, manifest.environment, found)
+    changes = list(differences(manifest.environment, environment()))
+    return Verified(len(manifest.files), weights, more, manifest.environment, changes)
 
 
 def _listed(names: list[str]) -> str:
@@ -332,18 +332,18 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + rest
 
 
-def differences(made: Environment, here: Environment) -> Iterator[EnvironmentDifference]:
+def differences(there: Environment, here: Environment) -> Iterator[EnvironmentDifference]:
     """The differences, the most important first: packages and instructions that compute, then all else."""
-    packages = sorted({*made.versions, *here.versions}, key=lambda name: (name not in EXACT, name))
-    rows = [(name, made.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT) for name in packages]
+    packages = sorted({*there.versions, *here.versions}, key=lambda name: (name not in EXACT, name))
+    rows = [(name, there.versions.get(name, "–"), here.versions.get(name, "–"), name in EXACT) for name in packages]
     rows += [
-        ("CPU instructions", " ".join(made.instructions) or "–", " ".join(here.instructions) or "–", True),
-        ("system", made.system, here.system, made.system.partition(" ")[2] != here.system.partition(" ")[2]),
-        ("processor", made.processor, here.processor, False),
-        ("Python", made.python, here.python, False),
+        ("CPU instructions", " ".join(there.instructions) or "–", " ".join(here.instructions) or "–", True),
+        ("system", there.system, here.system, there.system.partition(" ")[2] != here.system.partition(" ")[2]),
+        ("processor", there.processor, here.processor, False),
+        ("Python", there.python, here.python, False),
     ]
-    if made.device and here.device:
-        rows.append(("device", made.device, here.device, True))
+    if there.device and here.device:
+        rows.append(("device", there.device, here.device, True))
     differing = [row for row in rows if row[1] != row[2]]
     for what, was, now, matters in sorted(differing, key=lambda row: not row[3]):
         yield EnvironmentDifference(what, was, now, DIGITS if matters else NOTHING)
@@ -362,7 +362,7 @@ def compared(config: Config, written: Manifest | None) -> str | None:
     other = [name for name in {**promised, **written.files} if promised.get(name) != written.files.get(name)]
     if not other:
         return f"all {len(promised)} files are the configuration's, byte for byte"
-    found = differences(config.manifest.environment, written.environment)
-    reasons = [f"{row.what} {row.made} there, {row.here} here" for row in found if row.effect == DIGITS]
+    rows = differences(config.manifest.environment, written.environment)
+    reasons = [f"{row.what} {row.made} there, {row.here} here" for row in rows if row.effect == DIGITS]
     reason = f" ({'; '.join(reasons)})" if reasons else ""
     return f"{len(other)} of {len(promised)} files differ from the configuration's: {_listed(sorted(other))}{reason}"

@@ -74,16 +74,16 @@ def check_equal(context: Session, masked: Path, slim: Path) -> None:
     tolerance = TOLERANCES.get(dtype, LOOSE)
     if dtype not in TOLERANCES:
         name = str(dtype).removeprefix("torch.")
-        said = f"float32 does not fit into memory: compared in {name}, where {tolerance:.0%} of difference passes"
-        context.watch(Message(f"--slim: {said}"))
+        note = f"float32 does not fit into memory: compared in {name}, where {tolerance:.0%} of difference passes"
+        context.watch(Message(f"--slim: {note}"))
     expected = _logits(context, masked, dtype)[0]
     logits, cached, reason = _logits(context, slim, dtype, has_cache)
     if cached is None and has_cache:
         context.watch(Message(f"--slim: not compared with cached keys and values: {reason}"))
-    for what, found in (("without", logits), ("with", cached)):
-        if found is None:
+    for what, output in (("without", logits), ("with", cached)):
+        if output is None:
             continue
-        difference = float((found.double() - expected.double()).norm() / expected.double().norm())
+        difference = float((output.double() - expected.double()).norm() / expected.double().norm())
         if not difference <= tolerance:
             raise UserError(
                 f"--slim: {type(checkpoint.model).__name__} computes other logits once its channels are cut "
@@ -104,16 +104,16 @@ def _logits(
                 for index in range(len(checkpoint.blocks)):
                     hidden = replay.run(index, checkpoint.weights(index), hidden)
                 return replay.logits(batch, hidden).cpu(), None, "the blocks are copied to the device one by one"
-            found, model = replay.forward(batch).logits.cpu(), checkpoint.model
+            logits, model = replay.forward(batch).logits.cpu(), checkpoint.model
             if not cached:
-                return found, None, ""
+                return logits, None, ""
             # Half of the tokens first, the others after their cached keys and values.
             half = batch.shape[1] // 2
             first = model(batch[:, :half], use_cache=True)
             if getattr(first, "past_key_values", None) is None:
-                return found, None, "the model keeps none"
+                return logits, None, "the model keeps none"
             second = model(batch[:, half:], past_key_values=first.past_key_values, use_cache=True)
-            return found, torch.cat([first.logits, second.logits], 1).cpu(), ""
+            return logits, torch.cat([first.logits, second.logits], 1).cpu(), ""
     except UserError:
         raise
     except Exception as error:  # models raise many types for shapes that do not fit
@@ -136,8 +136,8 @@ class Cut:
         """The weight, or the bias, as stored, after the cut."""
         is_turned = self.transposed and stored.dim() > 1
         matrix = stored.T if is_turned else stored
-        for dim, kept in enumerate((self.rows, self.columns)[: stored.dim()]):
-            matrix = matrix if kept is None else matrix.index_select(dim, kept)
+        for dim, indices in enumerate((self.rows, self.columns)[: stored.dim()]):
+            matrix = matrix if indices is None else matrix.index_select(dim, indices)
         return (matrix.T if is_turned else matrix).contiguous()
 
 
@@ -163,8 +163,8 @@ def write_slim(context: Session, plan: Plan, out: Path, config: Config, dtype: s
     check_slim(context.folder.path)
     check_free(out)
     cuts = _Cuts(context)
-    with temporary_folder(out) as place:
-        masked = place / "masked"
+    with temporary_folder(out) as scratch:
+        masked = scratch / "masked"
         write_sparse(context, plan, masked, config, cuts.add, dtype=dtype)
         context.watch(TrialStarted(f"cutting {out}", None))
         with sparse_folder(masked, out) as folder:
@@ -201,20 +201,20 @@ class _Cuts:
         self.linears: dict[str, Cut] = {}  # by name in the model
         self.counts: list[list[tuple[ChannelSet, int]]] = []  # channels that stay in each set of each block
 
-    def add(self, index: int, gone: Mapping[str, Tensor]) -> None:
+    def add(self, index: int, masks: Mapping[str, Tensor]) -> None:
         """Takes the channels that are gone, by the linear that reads them."""
         by_name = {linear.name: linear for linear in self.checkpoint.linears[index]}
         self.counts.append([])
         for each in self.blocks[index].sets:
-            mask = gone.get(each.reader)
+            mask = masks.get(each.reader)
             kept = torch.ones(each.count, dtype=torch.bool) if mask is None else ~mask.cpu()
             self.counts[-1].append((each, int(kept.sum())))
             if mask is None:
                 continue
             for name, rows in each.writers:
-                places = kept.repeat_interleave(rows).nonzero()[:, 0]
-                shape = [len(places), by_name[name].in_features]
-                self.linears[self._name(index, name)] = Cut(places, None, by_name[name].transposed, shape)
+                indices = kept.repeat_interleave(rows).nonzero()[:, 0]
+                shape = [len(indices), by_name[name].in_features]
+                self.linears[self._name(index, name)] = Cut(indices, None, by_name[name].transposed, shape)
             columns = kept.repeat_interleave(each.columns).nonzero()[:, 0]
             shape = [by_name[each.reader].out_features, len(columns)]
             self.linears[self._name(index, each.reader)] = Cut(None, columns, by_name[each.reader].transposed, shape)
@@ -223,17 +223,17 @@ class _Cuts:
         """Cuts by the names of tensors in a folder's files; of biases only rows are cut."""
         there = {name for file in folder.glob("*.safetensors") for name in read_header(file)}
         prefix = f"{self.checkpoint.model.base_model_prefix}."
-        found: dict[str, Cut] = {}
+        cuts: dict[str, Cut] = {}
         for name, cut in self.linears.items():
             module: Any = self.checkpoint.model.get_submodule(name)
             for end in ("weight", *(["bias"] if module.bias is not None else [])):
                 saved = self.checkpoint.as_saved(f"{name}.{end}", getattr(module, end).to("meta"))
                 key = next(iter(saved)) if len(saved) == 1 else ""
-                known = [other for other in (key, key.removeprefix(prefix), prefix + key) if other in there]
-                if not known:
+                keys = [other for other in (key, key.removeprefix(prefix), prefix + key) if other in there]
+                if not keys:
                     raise UserError(f"--slim: {name} is stored in another form than it runs in; `apply` writes it")
-                found[known[0]] = cut
-        return found
+                cuts[keys[0]] = cut
+        return cuts
 
     def equal(self) -> list[tuple[ChannelSet, int]] | None:
         """The channels that stay in each set, if all blocks have the same; else None."""
@@ -286,10 +286,10 @@ def _plain_config(folder: Path, config: Table, cuts: _Cuts) -> Table | None:
 
 def _makes(config: Table, cuts: _Cuts) -> bool:
     """Whether a config of the family makes a model of the shapes that the cuts leave."""
-    with temporary_folder() as place:
-        (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    with temporary_folder() as folder:
+        (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            made = empty_model(place)
+            model = empty_model(folder)
         except UserError:  # its numbers do not fit
             return False
     wanted = {name: parameter.shape for name, parameter in cuts.checkpoint.model.named_parameters()}
@@ -297,4 +297,4 @@ def _makes(config: Table, cuts: _Cuts) -> bool:
         wanted[f"{name}.weight"] = torch.Size(cut.shape[::-1] if cut.transposed else cut.shape)
         if f"{name}.bias" in wanted:
             wanted[f"{name}.bias"] = torch.Size(cut.shape[:1])
-    return wanted == {name: parameter.shape for name, parameter in made.named_parameters()}
+    return wanted == {name: parameter.shape for name, parameter in model.named_parameters()}

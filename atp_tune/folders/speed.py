@@ -106,8 +106,8 @@ def find_pair(config: Config, sparse: Path | None, place: Place, passing: Path |
         check_files(sparse)
         check_claims(sparse)
     else:
-        known = _cached(config, dense, place)
-        sparse = known if passing is None or known.is_dir() else passing
+        cached = _cached(config, dense, place)
+        sparse = cached if passing is None or cached.is_dir() else passing
         if not sparse.is_dir():
             way = SLIM if parse(config.prune.pattern).channels else PLAIN
             with folder_atomically(sparse, shared=True) as folder:
@@ -191,16 +191,16 @@ def measured(opening: Opening, name: str, task: Workload, watch: EventHandler) -
     """Opens an engine and measures both models in turns; the first round is a warm-up."""
     watch(TrialStarted(f"measuring {name}", None))
     with opening as engine:
-        found: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(engine.phases, SIDES)}
+        rates: dict[tuple[Phase, Side], list[float]] = {key: [] for key in product(engine.phases, SIDES)}
         for run in range(task.runs + 1):
-            for (phase, side), taken in found.items():  # dense, sparse, dense, sparse
+            for (phase, side), taken in rates.items():  # dense, sparse, dense, sparse
                 seconds = engine.seconds(side, phase)
                 if run:
                     taken.append(task.amount(phase) / seconds)
             watch(Step("runs", run + 1, task.runs + 1))
         length = {"tokens": task.tokens, "steps": task.steps} if "prefill" in engine.phases else {}
         fields: Any = {
-            phase.replace(GRAPH, "graph"): {side: found[phase, side] for side in SIDES} for phase in engine.phases
+            phase.replace(GRAPH, "graph"): {side: rates[phase, side] for side in SIDES} for phase in engine.phases
         }
         return Measured(**vars(engine.about), batch=task.batch, **length, **fields)
 
@@ -267,9 +267,9 @@ class Eager:
             wait_for(self._batch.device)
             began = perf_counter()
             for each in inputs:
-                found = compute(**each)
+                output = compute(**each)
             wait_for(self._batch.device)
-            return perf_counter() - began, found.logits.float().clone()
+            return perf_counter() - began, output.logits.float().clone()
 
     def _compile(self, compiler: Mapping[str, Any]) -> None:
         """Compiles the decoding of a token as one graph, and runs it; ValueError if it computes something else."""
@@ -277,9 +277,9 @@ class Eager:
             cache = StaticCache(config=model.config, max_cache_len=self._batch.shape[1])
             self._graphs[side] = torch.compile(model.__call__, fullgraph=True, **compiler), cache
             for _ in range(3):  # is compiled, recorded, replayed
-                found = self._run(side, GRAPH)[1]
+                logits = self._run(side, GRAPH)[1]
             wanted = self._run(side, "decode")[1]
-            if not (difference := relative(found, wanted)) <= EXACT[model.dtype]:
+            if not (difference := relative(logits, wanted)) <= EXACT[model.dtype]:
                 raise ValueError(f"with a static cache logits differ by {difference:.1g} of the largest")
 
 
@@ -335,8 +335,8 @@ def about_torch(name: str, dtype: torch.dtype, device: torch.device) -> About:
 
 def _batch(pair: Pair, dense: Checkpoint, task: Workload) -> Tensor:
     """The input of both models, on the device of the dense one."""
-    made = random_pixels(pair, task).to(dense.dtype) if pair.of_images else random_ids(dense, task)
-    return made.to(dense.device)
+    batch = random_pixels(pair, task).to(dense.dtype) if pair.of_images else random_ids(dense, task)
+    return batch.to(dense.device)
 
 
 def _engine(about: About, models: Mapping[Side, Any], batch: Tensor, task: Workload) -> Eager:
@@ -357,15 +357,15 @@ def _difference(
     after = model(**arguments).logits.float()
     if not before.isfinite().all():
         return None
-    found = relative(after, before)
-    if limit is not None and not found <= limit:
-        raise UserError(f"speedup: the logits differ by {found:.1g} of the largest from transformers'; report it")
-    return found
+    difference = relative(after, before)
+    if limit is not None and not difference <= limit:
+        raise UserError(f"speedup: the logits differ by {difference:.1g} of the largest from transformers'; report it")
+    return difference
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative(actual: Tensor, wanted: Tensor) -> float:
     """The largest difference, over the largest number."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((actual - wanted).abs().max() / wanted.abs().max())
 
 
 def random_ids(checkpoint: Checkpoint, task: Workload) -> Tensor:
@@ -395,15 +395,15 @@ def check_semi_structured(pattern: str, device: torch.device) -> None:
         raise UserError(
             f'--engine semi-structured: needs zeros in the pattern "2:4", those of this model are {pattern}'
         )
-    found = f"{device.type} has none"
+    reason = f"{device.type} has none"
     if device.type == "cuda" and torch.version.hip is not None:
-        found = f"{torch.cuda.get_device_name(device)} is none"
+        reason = f"{torch.cuda.get_device_name(device)} is none"
     elif device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= CAPABILITY:
             return
-        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-    raise UserError(f"--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, {found}")
+        reason = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    raise UserError(f"--engine semi-structured: needs an NVIDIA GPU of compute capability 8.0 or above, {reason}")
 
 
 def compress(checkpoint: Checkpoint) -> None:
@@ -528,18 +528,18 @@ def check_positions(pair: Pair, task: Workload) -> None:
 def measure(pair: Pair, engine: str, task: Workload, device: str, watch: EventHandler) -> Speed:
     """Measures sizes, zeros and rates of a pair of models; torch is measured beside every engine, for comparison."""
     check_positions(pair, task)
-    place = find_device(device)
-    first = ENGINES[engine](pair, task, place) if engine != "torch" else []
+    target = find_device(device)
+    first = ENGINES[engine](pair, task, target) if engine != "torch" else []
     with oom_as_user_error("speedup"):
         watch(TrialStarted("compressing the weight files", None))
         with in_format_of(pair.sparse, pair.dense) as dense:
-            found = sizes(dense, pair.sparse, watch)
+            file_sizes = sizes(dense, pair.sparse, watch)
         with pair.load("sparse", torch.float32, torch.device("cpu")) as sparse:
             zeros = zeros_by_kind(sparse)
-        openings = [("torch", each) for each in ENGINES["torch"](pair, task, place)]
+        openings = [("torch", each) for each in ENGINES["torch"](pair, task, target)]
         openings += [(engine, each) for each in first]
         engines = tuple(measured(opening, name, task, watch) for name, opening in openings)
-        return Speed(sizes=found, zeros=zeros, engines=engines)
+        return Speed(sizes=file_sizes, zeros=zeros, engines=engines)
 
 
 def zeros_by_kind(checkpoint: Checkpoint) -> dict[str, float]:
@@ -568,12 +568,12 @@ def in_format_of(sparse: Path, dense: Path) -> Iterator[Path]:
         yield dense
         return
     files, dtype = list(dense.glob("*.safetensors")), formats()[next(iter(wanted))]
-    with temporary_folder(cache_dir("sparse") / "dense") as place:
+    with temporary_folder(cache_dir("sparse") / "dense") as folder:
         shapes = (entry["shape"] for file in files for entry in read_header(file).values())
-        check_room(place, sum(map(prod, shapes)) * dtype.itemsize)
+        check_room(folder, sum(map(prod, shapes)) * dtype.itemsize)
         for file in files:
-            cast(file, place / file.name, dtype)
-        yield place
+            cast(file, folder / file.name, dtype)
+        yield folder
 
 
 def sizes(dense: Path, sparse: Path, watch: EventHandler) -> Sizes:

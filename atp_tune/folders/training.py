@@ -45,8 +45,8 @@ from atp_tune.utils.cache import write_out
 
 
 def find_teacher(
-    named: str | None,
-    made: PrunedWith | None,
+    source: str | None,
+    pruning: PrunedWith | None,
     model: ModelFolder,
     notify: Callable[[str], None],
     allowed: Mapping[str, bool] | None = None,
@@ -57,32 +57,32 @@ def find_teacher(
 
     UserError if there is none, if it is not what the folder's configuration says, or if it has another vocabulary.
     """
-    if named is None and made is None:
+    if source is None and pruning is None:
         raise UserError(f"loss: {model.path} has no {ABOUT}, so its dense model is not known; name it by --teacher")
     try:
-        if named is None and made is not None:
-            found = resolve(made.config.model.model(allowed), made.base, notify)
+        if source is None and pruning is not None:
+            teacher = resolve(pruning.config.model.model(allowed), pruning.base, notify)
         else:
-            found = resolve(ModelConfig(source=str(named)), Path(), notify)
+            teacher = resolve(ModelConfig(source=str(source)), Path(), notify)
     except UserError as error:
-        where = "loss: the dense model: {}, or name it by --teacher" if named is None else "--teacher: {}"
+        where = "loss: the dense model: {}, or name it by --teacher" if source is None else "--teacher: {}"
         raise UserError(where.format(error)) from None
-    if named is None and made is not None:
-        check_model(made.config, found)
-        return found
+    if source is None and pruning is not None:
+        check_model(pruning.config, teacher)
+        return teacher
     # Unless both models predict the same tokens, or classes.
-    folders = model.path, found.path
+    folders = model.path, teacher.path
     (ours, theirs), wrong = map(classifies_images, folders), ""
     own, other = (model_config(folder, False) for folder in folders)
     if ours or theirs:
         wrong = "has other classes than the sparse model" if ours != theirs or own.id2label != other.id2label else ""
     elif (size := own.get_text_config().vocab_size) != (other_s := other.get_text_config().vocab_size):
         wrong = f"has a vocabulary of {other_s:,} tokens, the sparse model one of {size:,}"
-    elif load_tokenizer(found.path, False).get_vocab() != load_tokenizer(model.path, False).get_vocab():
+    elif load_tokenizer(teacher.path, False).get_vocab() != load_tokenizer(model.path, False).get_vocab():
         wrong = "its tokenizer has other tokens than the sparse model's"
     if wrong:
-        raise UserError(f"--teacher {named}: {wrong}; give the model that it was pruned from")
-    return found
+        raise UserError(f"--teacher {source}: {wrong}; give the model that it was pruned from")
+    return teacher
 
 
 # --- What is trained in the linears of a sparse checkpoint while every zero stays: scales, or masked LoRA (`lora`).
@@ -126,9 +126,9 @@ class ScaledLinear(nn.Module):
     def __init__(self, base: nn.Module, linear: Linear) -> None:
         super().__init__()
         self.base: Any = base
-        self._transposed, place = linear.transposed, self.weight.device
-        self.rows = nn.Parameter(torch.zeros(linear.out_features, device=place))
-        self.columns = nn.Parameter(torch.zeros(linear.in_features, device=place))
+        self._transposed, device = linear.transposed, self.weight.device
+        self.rows = nn.Parameter(torch.zeros(linear.out_features, device=device))
+        self.columns = nn.Parameter(torch.zeros(linear.in_features, device=device))
 
     def get_base_layer(self) -> Any:
         """The linear itself, as in peft's layers."""
@@ -137,8 +137,8 @@ class ScaledLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight, for models that read its format or device."""
-        found: Tensor = self.base.weight
-        return found
+        weight: Tensor = self.base.weight
+        return weight
 
     def tuned(self) -> Tensor:
         """diag(eᵃ) W diag(eᵇ) in W's own shape and format."""
@@ -205,9 +205,9 @@ class Trainer:
         That lies as a whole on the CPU or GPU, in the format that is fast there. UserError if memory is too small, or
         windows exceed the model's positions.
         """
-        known = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        if settings.seqlen is not None and known is not None and settings.seqlen > known:
-            raise UserError(f"seqlen: {settings.seqlen}, the model has {known} positions; lower it")
+        limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        if settings.seqlen is not None and limit is not None and settings.seqlen > limit:
+            raise UserError(f"seqlen: {settings.seqlen}, the model has {limit} positions; lower it")
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         fast, positions = find_dtype("auto", checkpoint.device), None if IDS in items.tensors else items.positions
         size = read_sizes(teacher.path).total * fast.itemsize if teacher else 0
@@ -293,9 +293,9 @@ class Trainer:
         with torch.no_grad():
             dense = None if self._teacher is None else self._logits(self._teacher, batch)
         targets, logits = targets_of(batch), self._logits(self._model, batch)
-        found = logits.detach()
-        logits.backward(loss_gradient(found, targets, dense, 1 / len(found), self._share))  # type: ignore[no-untyped-call]
-        return mean_loss(found, targets, dense, self._share).item()
+        values = logits.detach()
+        logits.backward(loss_gradient(values, targets, dense, 1 / len(values), self._share))  # type: ignore[no-untyped-call]
+        return mean_loss(values, targets, dense, self._share).item()
 
     def _logits(self, model: nn.Module, batch: Data) -> Tensor:
         """Logits [predicted tokens, vocabulary], or [images, classes]."""
@@ -358,9 +358,9 @@ def rate(done: int, settings: Training) -> float:
     return settings.rate * (1 + math.cos(math.pi * (done - warm) / (settings.steps - warm))) / 2
 
 
-def _check_finite(loss: float, said: str) -> None:
+def _check_finite(loss: float, text: str) -> None:
     if not math.isfinite(loss):
-        raise UserError(f"training: {said}; lower the learning rate")
+        raise UserError(f"training: {text}; lower the learning rate")
 
 
 def computed_in(folder: Path, device: torch.device) -> list[str]:
@@ -432,8 +432,8 @@ def bytes_needed(checkpoint: Checkpoint, settings: Training, recompute: bool, po
     else:
         config = checkpoint.config.get_text_config()
         width, logits = config.hidden_size, tokens * config.vocab_size
-    kept = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
-    return int(adapters + kept + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
+    of_blocks = max(blocks) + len(blocks) * tokens * width * 4 if recompute else sum(blocks)
+    return int(adapters + of_blocks + logits * (LOGIT_BYTES + TEACHER_BYTES * settings.has_teacher))
 
 
 @dataclass(eq=False)
@@ -468,7 +468,7 @@ def windows_read(settings: Training) -> int:
     return needed + (min(max(math.ceil(needed / (SHARE - 1)), FEWEST), MOST) if settings.patience else 0)
 
 
-def windows_held_out(found: int, settings: Training) -> int:
+def windows_held_out(count: int, settings: Training) -> int:
     """How many of the windows that were found are held out, at their end; 0 where too few would be left to train on."""
-    own = min(max(found // SHARE, FEWEST), MOST) if settings.patience else 0
-    return own if found - own >= min(settings.steps * settings.batch, own) else 0
+    own = min(max(count // SHARE, FEWEST), MOST) if settings.patience else 0
+    return own if count - own >= min(settings.steps * settings.batch, own) else 0
