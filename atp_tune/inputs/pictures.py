@@ -70,11 +70,11 @@ class Pictures:
         """A Pillow image in RGB; UserError if it cannot be decoded."""
         from PIL import Image, ImageOps
 
-        found = self.read(index)
-        if isinstance(found, np.ndarray):
-            return Image.fromarray(found).convert("RGB")
+        content = self.read(index)
+        if isinstance(content, np.ndarray):
+            return Image.fromarray(content).convert("RGB")
         try:
-            with Image.open(io.BytesIO(found), formats=FORMATS) as opened:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 if opened.width * opened.height > LARGEST or max(opened.size) > LONGEST * min(opened.size):
                     raise ValueError(f"has {opened.width}×{opened.height} pixels")
                 if opened.mode.startswith(DEEP):
@@ -106,14 +106,14 @@ def pictures_of(files: Sequence[Path], key: str) -> Pictures:
     return Pictures([""] * len(files), lambda index: names[index], lambda index: _bytes(files[index], key), key=key)
 
 
-def _in_package(place: str) -> Path:
-    module, _, inside = place.partition("/")
+def _in_package(path: str) -> Path:
+    module, _, inside = path.partition("/")
     try:
         spec = find_spec(module)
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None or not inside:
-        raise UserError(f"source: package:{place}: there is no module {module}, or no path after it")
+        raise UserError(f"source: package:{path}: there is no module {module}, or no path after it")
     return Path(spec.origin).parent / inside
 
 
@@ -192,13 +192,13 @@ def _parquet(path: Path, wanted: ImageSet) -> Pictures:
         table = pyarrow.parquet.read_table(path)
     except Exception as error:  # readers raise many types
         raise UserError(f"source: {path} is no parquet file: {one_line(error)}") from error
-    for place, name in (("column", wanted.column), ("label", wanted.label)):
-        _check_column(place, name, table.column_names, str(path))
+    for option, name in (("column", wanted.column), ("label", wanted.label)):
+        _check_column(option, name, table.column_names, str(path))
     column, labels = table.column(wanted.column), table.column(wanted.label).to_pylist()
 
     def read(index: int) -> bytes:
-        found = column[index].as_py()
-        content = found.get("bytes") if isinstance(found, dict) else found
+        cell = column[index].as_py()
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(content, bytes):
             raise UserError(f"column: row {index} of {path} holds no encoded image in {wanted.column}")
         return content
@@ -217,16 +217,16 @@ def _hub(wanted: ImageSet) -> Pictures:
             rows = datasets.load_dataset(wanted.place, name=wanted.config, split=wanted.split, revision=wanted.revision)
     except Exception as error:  # network and readers raise many types
         raise hub_error(wanted.place, error) from error
-    for place, name in (("column", wanted.column), ("label", wanted.label)):
-        _check_column(place, name, rows.column_names, wanted.source)
+    for option, name in (("column", wanted.column), ("label", wanted.label)):
+        _check_column(option, name, rows.column_names, wanted.source)
     feature, labels = rows.features[wanted.label], list(rows[wanted.label])
     encoded = rows.cast_column(wanted.column, datasets.Image(decode=False))
 
     def read(index: int) -> bytes:
-        found = encoded[index][wanted.column]
-        content = found.get("bytes") if isinstance(found, dict) else None
-        if content is None and isinstance(found, dict) and found.get("path"):
-            content = _bytes(Path(found["path"]))  # of an archive that datasets unpacked
+        cell = encoded[index][wanted.column]
+        content = cell.get("bytes") if isinstance(cell, dict) else None
+        if content is None and isinstance(cell, dict) and cell.get("path"):
+            content = _bytes(Path(cell["path"]))  # of an archive that datasets unpacked
         if not isinstance(content, bytes):
             raise UserError(f"column: row {index} of {wanted.source} holds no encoded image in {wanted.column}")
         return content
@@ -243,9 +243,9 @@ def _rows(labels: list[Any], where: str, read: Callable[[int], bytes], wanted: I
     return Pictures(labels, lambda index: f"row {index} of {where}", read, classes)
 
 
-def _check_column(key: str, name: str, known: Sequence[str], where: str) -> None:
-    if name not in known:
-        raise UserError(f'{key}: {where} has no "{name}"; it has {", ".join(known)}{did_you_mean(name, list(known))}')
+def _check_column(key: str, name: str, names: Sequence[str], where: str) -> None:
+    if name not in names:
+        raise UserError(f'{key}: {where} has no "{name}"; it has {", ".join(names)}{did_you_mean(name, list(names))}')
 
 
 def _why(error: Exception) -> str:
@@ -301,15 +301,15 @@ class ImageProcessor:
         """Its settings, as JSON."""
         return json.loads(self.own.to_json_string())  # type: ignore[no-any-return]
 
-    def pixels(self, found: Pictures) -> Tensor:
+    def pixels(self, pictures: Pictures) -> Tensor:
         """Pixels float32 [images, channels, height, width]; UserError for a picture that cannot be read."""
         whole = torch.empty(0)
-        for index in range(len(found)):
-            part = self._one(found, index)
-            whole = whole if index else part.new_empty(len(found), *part.shape)  # once: it may be most of the memory
+        for index in range(len(pictures)):
+            part = self._one(pictures, index)
+            whole = whole if index else part.new_empty(len(pictures), *part.shape)  # once: it may be most of the memory
             if part.shape != whole.shape[1:]:
                 raise UserError(
-                    f"{found.key}: {found.name(index)} is {_size(part)} after the model's processor, others are "
+                    f"{pictures.key}: {pictures.name(index)} is {_size(part)} after the model's processor, others are "
                     f"{_size(whole[0])}; a preprocessor_config.json with one size is needed"
                 )
             whole[index] = part
@@ -328,16 +328,18 @@ class ImageProcessor:
         shown = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         return shown.expand(-1, -1, 3).contiguous().numpy()
 
-    def _one(self, found: Pictures, index: int) -> Tensor:
-        picture = found.picture(index)
+    def _one(self, pictures: Pictures, index: int) -> Tensor:
+        picture = pictures.picture(index)
         try:
             pixels = self.own(picture, return_tensors="pt")["pixel_values"]
         except Exception as error:  # processors raise many types
-            raise UserError(f"{found.key}: the processor cannot read {found.name(index)}: {one_line(error)}") from error
+            raise UserError(
+                f"{pictures.key}: the processor cannot read {pictures.name(index)}: {one_line(error)}"
+            ) from error
         return torch.as_tensor(pixels, dtype=torch.float32)[0]
 
 
-def class_indices(found: Pictures, wanted: ImageSet, config: Any) -> list[int]:
+def class_indices(pictures: Pictures, wanted: ImageSet, config: Any) -> list[int]:
     """The model's class of each picture: by name where both have names, else by number.
 
     A name may belong to several of the model's classes, as `crane` in ImageNet: then the number decides, if the source
@@ -345,30 +347,30 @@ def class_indices(found: Pictures, wanted: ImageSet, config: Any) -> list[int]:
     """
     names = {index: str(name) for index, name in config.id2label.items()}
     is_named = not all(name.startswith(UNNAMED) for name in names.values())
-    numbered = (wanted.labels or found.names) if is_named else ()
-    known = _by_name(names) if is_named else _unnamed(found, names) if found.classes else {}
+    numbered = (wanted.labels or pictures.names) if is_named else ()
+    by_name = _by_name(names) if is_named else _unnamed(pictures, names) if pictures.classes else {}
     result = []
-    for index, label in enumerate(found.labels):
+    for index, label in enumerate(pictures.labels):
         if isinstance(label, int) and numbered and not 0 <= label < len(numbered):
-            raise UserError(f"labels: {found.name(index)} has class {label}, and there are {len(numbered)} names")
-        own = _class_of(label, numbered, names, known)
+            raise UserError(f"labels: {pictures.name(index)} has class {label}, and there are {len(numbered)} names")
+        own = _class_of(label, numbered, names, by_name)
         if own is None:
             shown = numbered[label] if isinstance(label, int) and numbered else label
             raise UserError(
-                f"source: {found.name(index)} has the class {shown!r}, the model's {len(names)} classes are "
+                f"source: {pictures.name(index)} has the class {shown!r}, the model's {len(names)} classes are "
                 f"{', '.join(list(names.values())[:3])}, …{did_you_mean(str(shown), list(names.values()))}"
             )
         result.append(own)
     return result
 
 
-def _class_of(label: str | int, numbered: Sequence[str], names: dict[int, str], known: dict[str, int]) -> int | None:
+def _class_of(label: str | int, numbered: Sequence[str], names: dict[int, str], by_name: dict[str, int]) -> int | None:
     """The model's class of a label; None if it has none, or several."""
     if isinstance(label, str):
-        return known.get(_plain(label))
+        return by_name.get(_plain(label))
     if not numbered or _plain(names.get(label, "")) == _plain(numbered[label]):
         return label if label in names else None
-    return known.get(_plain(numbered[label]))
+    return by_name.get(_plain(numbered[label]))
 
 
 def _by_name(names: dict[int, str]) -> dict[str, int]:
@@ -376,15 +378,15 @@ def _by_name(names: dict[int, str]) -> dict[str, int]:
     whole, synonyms = Counter(map(_plain, names.values())), Counter[str]()
     for name in names.values():
         synonyms.update({_plain(part) for part in name.split(",")})
-    found = {
+    by_part = {
         _plain(part): index for index, name in names.items() for part in name.split(",") if synonyms[_plain(part)] == 1
     }
-    return found | {_plain(name): index for index, name in names.items() if whole[_plain(name)] == 1}
+    return by_part | {_plain(name): index for index, name in names.items() if whole[_plain(name)] == 1}
 
 
-def _unnamed(found: Pictures, names: dict[int, str]) -> dict[str, int]:
+def _unnamed(pictures: Pictures, names: dict[int, str]) -> dict[str, int]:
     """Class by name for a model whose classes have no names: LABEL_0, by number, else in alphabetical order."""
-    classes, own = sorted(found.classes), {_plain(name): index for index, name in names.items()}
+    classes, own = sorted(pictures.classes), {_plain(name): index for index, name in names.items()}
     if all(_plain(name) in own for name in classes):
         return own
     if all(name.isdecimal() for name in classes):
@@ -396,10 +398,10 @@ def _unnamed(found: Pictures, names: dict[int, str]) -> dict[str, int]:
             f"source: has {len(classes)} classes, and the model has {len(names)} without names; give config.json an "
             "id2label"
         )
-    found_by_name = {_plain(name): index for index, name in enumerate(classes)}
-    if len(found_by_name) != len(classes):
+    by_name = {_plain(name): index for index, name in enumerate(classes)}
+    if len(by_name) != len(classes):
         raise UserError("source: two classes have one name but for case and spaces; rename one")
-    return found_by_name
+    return by_name
 
 
 def _plain(name: str) -> str:
@@ -433,19 +435,19 @@ DECODERS = ("jpg", "libtiff", "webp", "zlib")  # of Pillow
 CHECK = 4  # bytes of the CRC-32, after the array in a file
 
 
-def cached_pixels(processor: ImageProcessor, found: Pictures) -> Tensor:
-    """`processor.pixels(found)`, from the cache if possible; UserError as there."""
-    file = cache_dir("pixels") / f"{_key(processor, found)}.npy"
+def cached_pixels(processor: ImageProcessor, pictures: Pictures) -> Tensor:
+    """`processor.pixels(pictures)`, from the cache if possible; UserError as there."""
+    file = cache_dir("pixels") / f"{_key(processor, pictures)}.npy"
     pixels = _stored(file)
     if pixels is None:
-        pixels = processor.pixels(found)
+        pixels = processor.pixels(pictures)
         if pixels.nbytes <= LARGEST_KEPT:
             _keep(file, pixels.numpy())
     return pixels
 
 
-def _key(processor: ImageProcessor, found: Pictures) -> str:
-    return key("pixels", pictures=_content(found), processor=made_by(processor), libraries=libraries())
+def _key(processor: ImageProcessor, pictures: Pictures) -> str:
+    return key("pixels", pictures=_content(pictures), processor=made_by(processor), libraries=libraries())
 
 
 def made_by(processor: ImageProcessor) -> list[Any]:
@@ -462,11 +464,11 @@ def libraries() -> list[str | None]:
     return [version_of(name) for name in LIBRARIES] + [features.version(name) for name in DECODERS]
 
 
-def _content(found: Pictures) -> str:
+def _content(pictures: Pictures) -> str:
     """SHA-256 of all pictures as their source holds them: encoded, or arrays."""
     whole = hashlib.sha256()
-    for index in range(len(found)):
-        picture = found.read(index)
+    for index in range(len(pictures)):
+        picture = pictures.read(index)
         is_array = isinstance(picture, np.ndarray)
         whole.update(f"{picture.shape if is_array else len(picture)} ".encode())
         whole.update(np.ascontiguousarray(picture).data if is_array else picture)
@@ -486,7 +488,7 @@ def _stored(file: Path) -> Tensor | None:
 
 def _keep(file: Path, pixels: np.ndarray) -> None:
     """Writes a file, if it can be written: without it the next process makes the pixels again."""
-    with suppress(OSError), file_atomically(file) as place, place.open("wb") as stream:
+    with suppress(OSError), file_atomically(file) as path, path.open("wb") as stream:
         np.save(stream, pixels, allow_pickle=False)
         stream.write(_check(pixels))
 

@@ -229,12 +229,12 @@ def read_txt(path: Path, text: Text) -> list[str]:
 
 def read_jsonl(path: Path, text: Text) -> list[str]:
     """One document per line, from a column of JSON objects."""
-    found = []
+    documents = []
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                found.append(_jsonl_text(line, text, f"line {number} of {path}"))
-    return found
+                documents.append(_jsonl_text(line, text, f"line {number} of {path}"))
+    return documents
 
 
 def _jsonl_text(line: str, text: Text, where: str) -> str:
@@ -270,10 +270,10 @@ def _strings(value: object, text: Text) -> list[str]:
     """Documents of a Python value: a str, a list or tuple of str, or a dict of str, sorted by key."""
     if isinstance(value, dict):
         value = [value[key] for key in sorted(value)]
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not all(isinstance(item, str) for item in found):
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(item, str) for item in strings):
         raise UserError(f"source: {text.source} is neither a str nor a list, tuple or dict of str")
-    return list(found)
+    return list(strings)
 
 
 READERS: dict[str, Callable[[Path, Text], list[str]]] = {
@@ -342,15 +342,15 @@ def documents_of(texts: Any, what: str = "texts") -> list[str]:
         if not hasattr(texts, "__len__"):
             raise UserError(f'{what}: the dataset is streamed; give some of it: list(dataset.take(1000)["{COLUMN}"])')
         texts = texts[COLUMN]
-    found = texts if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) else list(texts)
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        ids = "no token ids, " if isinstance(found, list) else ""
+    documents = texts if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) else list(texts)
+    if not isinstance(documents, list) or not all(isinstance(one, str) for one in documents):
+        ids = "no token ids, " if isinstance(documents, list) else ""
         raise UserError(f"{what}: is a {type(texts).__name__}; give {ids}a list of str, or a datasets.Dataset of them")
-    if not any(found):
+    if not any(documents):
         raise UserError(f"{what}: hold no text")
-    if not all(is_text(one.replace("\0", "")) for one in found):
+    if not all(is_text(one.replace("\0", "")) for one in documents):
         raise UserError(f"{what}: hold a document with an unpaired surrogate, which no tokenizer reads")
-    return found
+    return documents
 
 
 # --- Texts as sequences of documents: c4, wikitext2, mixed, hub:ORG/NAME, file:PATH, package:MODULE:ATTRIBUTE.
@@ -403,12 +403,12 @@ def documents(text: Text, base: Path) -> Sequence[str]:
 
     A hub dataset stays on disk and is read by index. Errors: UserError that starts with the key.
     """
-    found = find_source(text).read(text, base)
+    documents = find_source(text).read(text, base)
     if text.part != (0, 1):
-        found = _cut(_paragraphs(found[0]) if len(found) == 1 else found, text)
-    if not any(found):
+        documents = _cut(_paragraphs(documents[0]) if len(documents) == 1 else documents, text)
+    if not any(documents):
         raise UserError(f'source: "{text.source}" holds no text')
-    return found
+    return documents
 
 
 def source_content(text: Text, base: Path) -> str:
@@ -447,20 +447,20 @@ def _between(document: str) -> str:
     return "\n\n" if "\n\n" in document else "\n"
 
 
-def _cut(found: Sequence[str], text: Text) -> Sequence[str]:
+def _cut(documents: Sequence[str], text: Text) -> Sequence[str]:
     if text.shuffle:
-        found = sorted(found, key=lambda document: digest(document.encode(errors="replace")))
-    lengths = np.fromiter(map(len, found), np.int64, len(found))
+        documents = sorted(documents, key=lambda document: digest(document.encode(errors="replace")))
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
     total = int(lengths.sum())
     shares = (np.cumsum(lengths) - lengths) / max(total, 1)
     first, last = np.searchsorted(shares, text.part)
     if first == last and total:
         start, end = text.part
         raise UserError(
-            f"part: none of the {len(found)} documents of {short_source(text.source)} starts in [{start}, {end})"
+            f"part: none of the {len(documents)} documents of {short_source(text.source)} starts in [{start}, {end})"
         )
-    part = found[int(first) : int(last)]
-    return _without_repeats(part, found[: int(first)]) if text.shuffle else part
+    part = documents[int(first) : int(last)]
+    return _without_repeats(part, documents[: int(first)]) if text.shuffle else part
 
 
 def _without_repeats(part: Sequence[str], before: Sequence[str]) -> Sequence[str]:
@@ -488,18 +488,20 @@ class PluginSource:
     def read(self, text: Text, base: Path) -> Sequence[str]:
         """The documents."""
         with guarded(self._origin, "it could not be read"):
-            found = self._function(parts_of(text.source)[1], base)
-        if not isinstance(found, list | tuple) or not all(isinstance(each, str) and is_text(each) for each in found):
+            documents = self._function(parts_of(text.source)[1], base)
+        if not isinstance(documents, list | tuple) or not all(
+            isinstance(each, str) and is_text(each) for each in documents
+        ):
             raise PluginError(f"{self._origin}: returned something else than a list of str of valid text")
-        return found
+        return documents
 
     def identify(self, text: Text, base: Path) -> str:
         """SHA-256 of the documents."""
         return sha256_of_json(list(self.read(text, base)))
 
 
-def finished(found: Any, origin: Origin) -> PluginSource:
+def finished(function: Any, origin: Origin) -> PluginSource:
     """The source of a plug-in; UserError if it is none."""
-    if not callable(found) or isinstance(found, type):
+    if not callable(function) or isinstance(function, type):
         raise UserError(f"{origin}: is no source of texts: must be a function of a str and a folder")
-    return PluginSource(found, origin)
+    return PluginSource(function, origin)

@@ -96,7 +96,7 @@ def first_windows(text: Text, folder: Path, base: Path, most: int, trusted: bool
 def in_turn(parts: Sequence[np.ndarray], draws: int = 1) -> np.ndarray:
     """Windows [windows, tokens] of each part in turn, until one has no more, within each of so many equal draws."""
     of_draws = [part.reshape(draws, -1, part.shape[1]) for part in parts]
-    count = min(part.shape[1] * len(parts) + place for place, part in enumerate(of_draws))
+    count = min(part.shape[1] * len(parts) + index for index, part in enumerate(of_draws))
     return np.stack([of_draws[at % len(parts)][draw, at // len(parts)] for draw in range(draws) for at in range(count)])
 
 
@@ -106,13 +106,13 @@ def _check_text(text: Text) -> None:
         raise UserError("images: pairs of image and text are for calibration; give another text")
 
 
-def check_disjoint(named: Mapping[str, Items]) -> None:
+def check_disjoint(items: Mapping[str, Items]) -> None:
     """UserError if two roles share text, in whatever windows it is cut."""
-    roles = list(named)
+    roles = list(items)
     for index, role in enumerate(roles):
         for other in roles[:index]:
-            if shared := shared_windows(named[role], named[other]):
-                what = "is" if named[role].positions == named[other].positions else "has text that is"
+            if shared := shared_windows(items[role], items[other]):
+                what = "is" if items[role].positions == items[other].positions else "has text that is"
                 raise UserError(
                     f"texts.{role}: window {shared[0]} {what} also in texts.{other}; give them other texts or parts"
                 )
@@ -142,14 +142,14 @@ def _runs(windows: Items, run: int) -> np.ndarray:
     sums = np.zeros((len(ids), ids.shape[1] + 1), np.uint64)
     (ids * powers).cumsum(1, dtype=np.uint64, out=sums[:, 1:])
     inverses = np.full(ids.shape[1], pow(int(BASE), -1, 1 << 64), np.uint64).cumprod(dtype=np.uint64)
-    found: np.ndarray = (sums[:, run:] - sums[:, :-run]) * inverses[: ids.shape[1] - run + 1]
-    return found
+    numbers: np.ndarray = (sums[:, run:] - sums[:, :-run]) * inverses[: ids.shape[1] - run + 1]
+    return numbers
 
 
 def _key(text: Text, folder: Path, base: Path, trusted: bool, bos: bool, draws: int) -> str:
     patterns = (*_TOKENIZER, CODE) if trusted else _TOKENIZER
-    found = (file for pattern in patterns for file in folder.glob(pattern))
-    files = {file.name: sha256_of(file) for file in found if file.exists() and not file.is_dir()}
+    paths = (file for pattern in patterns for file in folder.glob(pattern))
+    files = {file.name: sha256_of(file) for file in paths if file.exists() and not file.is_dir()}
     return key(
         "windows",
         text=text.model_dump(exclude={"draws"}),
@@ -179,8 +179,8 @@ def bos_of(tokenizer: Any) -> int | None:
 
     The config of the model is not used: that of Qwen has an id, although it was trained without BOS.
     """
-    found = getattr(tokenizer, "bos_token_id", None)
-    return found if isinstance(found, int) else None
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if isinstance(bos, int) else None
 
 
 def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]:
@@ -210,21 +210,21 @@ def _cut(ids: Sequence[int], count: int, tokens: int, first: list[int]) -> np.nd
     return np.hstack([np.full((count, len(first)), first, np.int64), rows])
 
 
-def _random(found: Sequence[str], encode: Encode, text: Text, first: list[int], draws: int) -> np.ndarray:
+def _random(documents: Sequence[str], encode: Encode, text: Text, first: list[int], draws: int) -> np.ndarray:
     """For each window, draws documents until one is longer than it, then its start, in the same order as Wanda.
 
     Each of the draws has a seed of its own. A window that shares a token with one of an earlier draw is drawn again.
     """
-    encoded = lru_cache(maxsize=32)(lambda index: encode(found[index]))
+    encoded = lru_cache(maxsize=32)(lambda index: encode(documents[index]))
     short: dict[int, int] = {}
     rows, tokens, taken = [], text.seqlen - len(first), list[tuple[int, int]]()
     for draw in range(draws):
         generator, own = random.Random(text.seed + draw), list[tuple[int, int]]()
         for _ in range(text.nsamples or 0):
             for _ in range(_TRIES):
-                index, ids = _long_document(generator, encoded, len(found), tokens, short)
+                index, ids = _long_document(generator, encoded, len(documents), tokens, short)
                 start = generator.randint(0, len(ids) - tokens - 1)
-                if not any(index == other and abs(start - place) < tokens for other, place in taken):
+                if not any(index == other and abs(start - offset) < tokens for other, offset in taken):
                     break
             else:
                 raise UserError(
@@ -258,22 +258,22 @@ def _long_document(
     )
 
 
-def _consecutive(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
-    ids = _head(found, encode, None if text.nsamples is None else text.nsamples * text.seqlen)
+def _consecutive(documents: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
+    ids = _head(documents, encode, None if text.nsamples is None else text.nsamples * text.seqlen)
     count = len(ids) // (text.seqlen - len(first))
     if count < (text.nsamples or 1):
-        asked = "one window" if text.nsamples is None else f"{text.nsamples} windows"
+        wanted = "one window" if text.nsamples is None else f"{text.nsamples} windows"
         raise UserError(
             f"nsamples: {short_source(text.source)} has {len(ids)} tokens, that is {count} windows of {text.seqlen}; "
-            f"{asked} cannot be cut, lower nsamples or seqlen"
+            f"{wanted} cannot be cut, lower nsamples or seqlen"
         )
     return _cut(ids, text.nsamples or count, text.seqlen, first)
 
 
-def _first(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
+def _first(documents: Sequence[str], encode: Encode, text: Text, first: list[int]) -> np.ndarray:
     """At most the first `nsamples` windows."""
     assert text.nsamples is not None
-    ids = _head(found, encode, text.nsamples * text.seqlen)
+    ids = _head(documents, encode, text.nsamples * text.seqlen)
     count = min(text.nsamples, len(ids) // (text.seqlen - len(first)))
     if count == 0:
         raise UserError(
@@ -282,24 +282,24 @@ def _first(found: Sequence[str], encode: Encode, text: Text, first: list[int]) -
     return _cut(ids, count, text.seqlen, first)
 
 
-def _head(found: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
+def _head(documents: Sequence[str], encode: Encode, needed: int | None) -> list[int]:
     """Ids of the joined documents: all, or at least the first `needed`, reading as little as possible."""
     if needed is None:
-        return encode("\n\n".join(found))
+        return encode("\n\n".join(documents))
     characters = (needed + _MARGIN) * _CHARACTERS_PER_TOKEN
     while True:
-        head, whole = _first_characters(found, characters)
+        head, whole = _first_characters(documents, characters)
         ids = encode(head)
         if whole or len(ids) >= needed + _MARGIN:
             return ids
         characters *= 4
 
 
-def _first_characters(found: Sequence[str], count: int) -> tuple[str, bool]:
+def _first_characters(documents: Sequence[str], count: int) -> tuple[str, bool]:
     """The first `count` characters of the joined documents, and whether these are all."""
     pieces: list[str] = []
     length = 0
-    for document in found:
+    for document in documents:
         pieces.append(document)
         length += len(document) + 2
         if length > count + 2:
@@ -322,18 +322,18 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
     """The pairs of a calibration text with images; UserError that starts with a key of the text."""
     if not reads_images(folder.path):
         raise UserError(f"images: {folder.id} reads text alone; leave it out, or take a model that reads images too")
-    found, processor = _source(text, base), _processor(folder)
+    pictures, processor = _source(text, base), _processor(folder)
     rows: list[dict[str, Tensor]] = []
-    for index in _order(len(found), text):
-        made = _pair(processor, found, index, text.seqlen)
-        if made is not None:
-            rows.append(made)
+    for index in _order(len(pictures), text):
+        pair = _pair(processor, pictures, index, text.seqlen)
+        if pair is not None:
+            rows.append(pair)
         if len(rows) == text.nsamples:
             break
     wanted = text.nsamples or 1
     if len(rows) < wanted:
         raise UserError(
-            f"nsamples: {len(rows)} of {len(found)} pairs have {text.seqlen} tokens with their image, {wanted} are "
+            f"nsamples: {len(rows)} of {len(pictures)} pairs have {text.seqlen} tokens with their image, {wanted} are "
             "asked for; lower it or seqlen"
         )
     return Items.of(_stacked(rows[:: text.stride]), image=_image_token(processor))
@@ -341,8 +341,8 @@ def read_pairs(text: Text, folder: ModelFolder, base: Path) -> Items:
 
 def _source(text: Text, base: Path) -> Pictures:
     """Images with their texts as labels."""
-    kind, _, place = text.source.partition(":")
-    source = f"parquet:{written(place, base, 'source')}" if kind == "file" else text.source
+    kind, _, path = text.source.partition(":")
+    source = f"parquet:{written(path, base, 'source')}" if kind == "file" else text.source
     options = {"config": text.config, "split": text.split, "revision": text.revision} if kind == "hub" else {}
     return pictures(ImageSet(source=source, column=str(text.images), label=text.column, **options), base)
 
@@ -354,7 +354,7 @@ def _order(count: int, text: Text) -> list[int]:
     if text.sampling == "consecutive":
         return rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(text.seed))
-    return [rows[place] for place in order.tolist()]
+    return [rows[index] for index in order.tolist()]
 
 
 def _processor(folder: ModelFolder) -> Any:
@@ -363,43 +363,43 @@ def _processor(folder: ModelFolder) -> Any:
     require("images", "images")
     try:
         with quiet("transformers"):
-            found = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 str(folder.path), local_files_only=True, trust_remote_code=folder.trusted, backend="pil"
             )
     except Exception as error:  # processors raise many types
         raise UserError(f"images: the processor of {folder.id} cannot be loaded: {one_line(error)}") from error
-    if getattr(found, "tokenizer", None) is None or getattr(found, "image_processor", None) is None:
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"images: {folder.id} has no processor of images beside text")
-    return found
+    return processor
 
 
-def _pair(processor: Any, found: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
+def _pair(processor: Any, pictures: Pictures, index: int, tokens: int) -> dict[str, Tensor] | None:
     """Makes the arguments with which the model is called for one pair, cut to `tokens`; None if the pair is shorter."""
-    picture, words = found.picture(index), str(found.labels[index])
+    picture, words = pictures.picture(index), str(pictures.labels[index])
     try:
         with quiet("transformers"):
             text = _written(processor, words)
             bos = getattr(processor.tokenizer, "bos_token", None)
             once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written BOS
-            made = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
+            arguments = dict(processor(text=text, images=[picture], return_tensors="pt", **once))
     except Exception as error:  # processors raise many types
-        raise UserError(f"images: the processor does not take {found.name(index)}: {one_line(error)}") from error
-    made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    ids, image = made[IDS], _image_token(processor)
+        raise UserError(f"images: the processor does not take {pictures.name(index)}: {one_line(error)}") from error
+    arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    ids, image = arguments[IDS], _image_token(processor)
     if not bool((ids == image).any()):
-        raise UserError(f"images: the processor makes no image token of {found.name(index)}")
+        raise UserError(f"images: the processor makes no image token of {pictures.name(index)}")
     if ids.shape[1] < tokens:
         return None
     if bool((ids[:, tokens:] == image).any()):
-        raise UserError(f"seqlen: {tokens} tokens do not hold the image of {found.name(index)}; raise seqlen")
+        raise UserError(f"seqlen: {tokens} tokens do not hold the image of {pictures.name(index)}; raise seqlen")
     length = ids.shape[1]
     cut = {  # of what has a value for each token, such as the ids and their types
         name: value[:, :tokens] if value.dim() == 2 and value.shape[1] == length else value
-        for name, value in made.items()
+        for name, value in arguments.items()
     }
     mask = cut.pop(MASK, None)
     if mask is not None and not bool((mask == 1).all()):
-        raise UserError(f"images: the processor pads {found.name(index)}; not supported")
+        raise UserError(f"images: the processor pads {pictures.name(index)}; not supported")
     return cut
 
 
@@ -446,9 +446,9 @@ class TokenWindows:
 
     def read(self, texts: Mapping[str, Text], folder: ModelFolder, base: Path, bos: bool) -> dict[str, Items]:
         """The windows of each text; UserError for bad input, or if two texts share a window."""
-        found = {role: read_items(role, text, folder, base, bos) for role, text in texts.items()}
-        self.check_disjoint(found)
-        return found
+        windows = {role: read_items(role, text, folder, base, bos) for role, text in texts.items()}
+        self.check_disjoint(windows)
+        return windows
 
     def draws(
         self, text: Text, count: int, positions: int, folder: ModelFolder, base: Path, bos: bool
@@ -459,19 +459,19 @@ class TokenWindows:
         per = max(text.nsamples, pool if positions else 0)
         if text.sampling == "random":
             more = text.model_copy(update={"nsamples": per, "stride": 1})
-            found = read_text("calibration", more, folder, base, bos, count)
-            return cut_draws(found, count, text.nsamples, text.stride, pool)
+            windows = read_text("calibration", more, folder, base, bos, count)
+            return cut_draws(windows, count, text.nsamples, text.stride, pool)
         try:
             whole = text.model_copy(update={"nsamples": count * text.nsamples, "stride": 1})
-            found = read_text("calibration", whole, folder, base, bos)
+            windows = read_text("calibration", whole, folder, base, bos)
         except UserError as error:
             raise UserError(
                 f"texts.calibration.draws: {count} draws of {text.nsamples} windows follow each other in a text; "
                 f'{error.what}, or draws, or set sampling = "random"'
             ) from None
         if per > text.nsamples:
-            found = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
-        return cut_draws(found, count, text.nsamples, text.stride, pool)
+            windows = first_windows(text, folder.path, base, count * per, folder.trusted, bos)
+        return cut_draws(windows, count, text.nsamples, text.stride, pool)
 
     def many(self, text: Text, positions: int, folder: ModelFolder, base: Path, bos: bool) -> Items:
         """Items of a calibration text with `positions` tokens: the first that are drawn, or of the text."""
@@ -483,7 +483,7 @@ class TokenWindows:
 
     def check_disjoint(self, items: Mapping[str, Items]) -> None:
         """UserError if two texts share a window, or a pair of image and text."""
-        pairs = {role: found for role, found in items.items() if len(found.tensors) > 1}
+        pairs = {role: own for role, own in items.items() if len(own.tensors) > 1}
         check_disjoint({role: windows for role, windows in items.items() if role not in pairs})
         for role, doubles in shared(pairs).items():
             for index, other in doubles.items():
@@ -560,8 +560,8 @@ def check_length(checkpoint: Checkpoint, windows: Items, embed: Callable[[Batch]
     except (IndexError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        known = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        positions = "" if known is None else f", which has {known} positions"
+        limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        positions = "" if limit is None else f", which has {limit} positions"
         raise UserError(
             f"{what}.seqlen: the model{positions}, cannot take windows of {windows.positions} tokens "
             f"({one_line(error)}); lower seqlen"
