@@ -47,14 +47,14 @@ UNSUITED = 'prune.pattern: "channels" cannot prune {kind}: {reason}'
 def find_channels(replay: Replay, settings: ChannelSettings) -> tuple[BlockChannels, ...]:
     """The channels of each block; UserError in one line if a block has none that can go."""
     _, batch, _ = replay.inputs.examples(replay.checkpoint, ITEMS, POSITIONS)
-    hidden, found = replay.embed(batch).clone(), list[BlockChannels]()
+    hidden, blocks = replay.embed(batch).clone(), list[BlockChannels]()
     for index in range(len(replay.checkpoint.blocks)):
         weights = replay.checkpoint.weights(index)
         probe = _Probe(replay, index, weights, hidden)
-        before = found[-1] if found else None
-        found.append(before if before and probe.has(before) else probe.channels(settings))
+        before = blocks[-1] if blocks else None
+        blocks.append(before if before and probe.has(before) else probe.channels(settings))
         hidden = probe.output
-    return tuple(found)
+    return tuple(blocks)
 
 
 @dataclass
@@ -83,14 +83,14 @@ class _Probe:
         """The dense block's output."""
         return self._plain.after
 
-    def has(self, known: BlockChannels) -> bool:
+    def has(self, other: BlockChannels) -> bool:
         """Whether the block has the same linears and channels as another."""
-        same = known.linears == tuple((name, linear.size) for name, linear in self._linears.items())
-        return same and all(self._is_verified(one) for one in known.sets)
+        same = other.linears == tuple((name, linear.size) for name, linear in self._linears.items())
+        return same and all(self._is_verified(one) for one in other.sets)
 
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
-        sets = [found for reader, writers in self._pairs().items() if (found := self._set(reader, writers))]
+        sets = [channels for reader, writers in self._pairs().items() if (channels := self._set(reader, writers))]
         if shared := _shared(sets):
             self._refuse(f"{shared} both reads and writes channels")
         mlps = [one for one in sets if one.columns == 1 and all(rows == 1 for _, rows in one.writers)]
@@ -107,12 +107,12 @@ class _Probe:
 
     def _pairs(self) -> dict[str, list[str]]:
         """The writers of each reader."""
-        found: dict[str, list[str]] = {}
+        by_reader: dict[str, list[str]] = {}
         for name in self._plain.outputs:
             changed = self._changed(self._run({name: self._noise(name, slice(None))}))
             if reader := next((other for other in changed if other != name), None):
-                found.setdefault(reader, []).append(name)
-        return found
+                by_reader.setdefault(reader, []).append(name)
+        return by_reader
 
     def _set(self, reader: str, writers: list[str]) -> ChannelSet | None:
         """The channels between writers and reader; None if they have fewer than two."""
@@ -133,44 +133,44 @@ class _Probe:
         each = tuple((name, size // count) for name, size in rows.items())
         weights = sum(size * self._linears[name].in_features for name, size in each)
         weights += columns * self._linears[reader].out_features
-        found = ChannelSet(count, each, reader, columns, weights)
-        return found if self._is_verified(found) else None
+        channels = ChannelSet(count, each, reader, columns, weights)
+        return channels if self._is_verified(channels) else None
 
-    def _is_verified(self, found: ChannelSet) -> bool:
+    def _is_verified(self, channels: ChannelSet) -> bool:
         """Whether random halves of the channels change their own columns alone, and nothing else on the way."""
-        rows = {name: size * found.count for name, size in found.writers}
+        rows = {name: size * channels.count for name, size in channels.writers}
         for _ in range(HALVES):
-            order = torch.randperm(found.count, generator=self._random)
-            for half in (order[: found.count // 2], order[found.count // 2 :]):
-                if not self._is_split(found.reader, rows, found.count, half.tolist()):
+            order = torch.randperm(channels.count, generator=self._random)
+            for half in (order[: channels.count // 2], order[channels.count // 2 :]):
+                if not self._is_split(channels.reader, rows, channels.count, half.tolist()):
                     return False
-        return not self._leaks(found.reader, list(rows))
+        return not self._leaks(channels.reader, list(rows))
 
     def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
         """Whether these channels of the writers change the columns of the same channels of the reader alone."""
         inside = torch.zeros(count, dtype=torch.bool)
         inside[list(channels)] = True
-        places = {name: inside.repeat_interleave(size // count).nonzero()[:, 0] for name, size in rows.items()}
-        columns = self._columns(reader, places)
+        indices = {name: inside.repeat_interleave(size // count).nonzero()[:, 0] for name, size in rows.items()}
+        columns = self._columns(reader, indices)
         return len(columns) > 0 and bool(inside[columns * count // self._linears[reader].in_features].all())
 
     def _leaks(self, reader: str, writers: list[str]) -> bool:
         """Whether anything but the reader depends on the writers."""
         fixed = self._plain.outputs[reader]
         changes: dict[str, Callable[[Tensor], Tensor]] = {name: self._noise(name, slice(None)) for name in writers}
-        found = self._run({**changes, reader: lambda output: fixed.clone()})
-        others = [name for name in self._changed(found) if name != reader and name not in writers]
-        return bool(others) or not torch.equal(found.after, self._plain.after)
+        run = self._run({**changes, reader: lambda output: fixed.clone()})
+        others = [name for name in self._changed(run) if name != reader and name not in writers]
+        return bool(others) or not torch.equal(run.after, self._plain.after)
 
-    def _columns(self, reader: str, places: dict[str, Any]) -> Tensor:
+    def _columns(self, reader: str, indices: dict[str, Any]) -> Tensor:
         """The columns of a reader's input that change with noise at places of some outputs."""
-        found = self._run({name: self._noise(name, at) for name, at in places.items()})
-        differs = found.inputs[reader] != self._plain.inputs[reader]
+        run = self._run({name: self._noise(name, at) for name, at in indices.items()})
+        differs = run.inputs[reader] != self._plain.inputs[reader]
         return differs.reshape(-1, differs.shape[-1]).any(0).nonzero()[:, 0].cpu()
 
-    def _changed(self, found: _Run) -> list[str]:
+    def _changed(self, run: _Run) -> list[str]:
         """The linears with other inputs than in the plain run, in the order of their calls."""
-        return [name for name, x in found.inputs.items() if not torch.equal(x, self._plain.inputs[name])]
+        return [name for name, x in run.inputs.items() if not torch.equal(x, self._plain.inputs[name])]
 
     def _noise(self, name: str, at: Any) -> Callable[[Tensor], Tensor]:
         output = self._plain.outputs[name]
@@ -185,21 +185,21 @@ class _Probe:
 
     def _run(self, changes: dict[str, Callable[[Tensor], Tensor]]) -> _Run:
         """Runs the block, with some linears' outputs changed."""
-        found = _Run()
-        with _watched(self._block, self._linears.values(), found, changes):
-            found.after = self._replay.run(self._index, self._weights, self._hidden)
-        return found
+        run = _Run()
+        with _watched(self._block, self._linears.values(), run, changes):
+            run.after = self._replay.run(self._index, self._weights, self._hidden)
+        return run
 
 
 @contextmanager
 def _watched(
-    block: nn.Module, linears: Any, found: _Run, changes: dict[str, Callable[[Tensor], Tensor]]
+    block: nn.Module, linears: Any, run: _Run, changes: dict[str, Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
     """Records inputs and outputs of linears, and changes the outputs of some."""
 
     def hook(linear: Linear, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        found.inputs[linear.name] = args[0].clone()
-        found.outputs[linear.name] = output.clone()  # some models add to it in place
+        run.inputs[linear.name] = args[0].clone()
+        run.outputs[linear.name] = output.clone()  # some models add to it in place
         return changes[linear.name](output) if linear.name in changes else output
 
     with ExitStack() as stack:
@@ -228,7 +228,7 @@ def _shared(sets: Sequence[ChannelSet]) -> str | None:
 
 def too_sparse(target: float, blocks: Sequence[BlockChannels], settings: ChannelSettings) -> UserError:
     """The error for a sparsity that channels of these blocks cannot make: names the setting that bounds it."""
-    highest, single = (min(b.highest for b in found) for found in (blocks, [replace(b, round_to=1) for b in blocks]))
+    highest, single = (min(b.highest for b in each) for each in (blocks, [replace(b, round_to=1) for b in blocks]))
     step, width = settings.round_to, min(block.mlp.count for block in blocks)
     if step >= width or target <= single:
         return UserError(
@@ -271,26 +271,26 @@ class ChannelPruner:
     ) -> "PrunedChannels":
         """Block `index` with the share of channels that each linear is to lose; the dense weights are not changed."""
         share = {linear.name: s for linear, s in zip(linears, shares, strict=True)}
-        found = PrunedChannels(dict(weights), {linear.name: 0 for linear in linears})
+        pruned = PrunedChannels(dict(weights), {linear.name: 0 for linear in linears})
         by_name = {linear.name: linear for linear in linears}
         for each in self.blocks[index].sets:
             if count := round(each.count * share[each.reader]):
-                gone = lowest_channels(self._scores(each, by_name, weights, statistics.get(each.reader)), count)
+                mask = lowest_channels(self._scores(each, by_name, weights, statistics.get(each.reader)), count)
                 measured = statistics.get(each.reader)
-                number = int(gone.sum())
-                found.channels[each.reader] = gone
+                number = int(mask.sum())
+                pruned.channels[each.reader] = mask
                 for name, rows in each.writers:
-                    matrix = found.copied(by_name[name])
-                    matrix[gone.repeat_interleave(rows)] = 0
-                    found.gone[name] = number * rows * by_name[name].in_features
-                reader, columns = by_name[each.reader], gone.repeat_interleave(each.columns)
-                matrix = found.copied(reader)
+                    matrix = pruned.copied(by_name[name])
+                    matrix[mask.repeat_interleave(rows)] = 0
+                    pruned.gone[name] = number * rows * by_name[name].in_features
+                reader, columns = by_name[each.reader], mask.repeat_interleave(each.columns)
+                matrix = pruned.copied(reader)
                 if isinstance(measured, HessianAndMoments):
                     matrix.copy_(refitted(matrix, columns, measured.parts["hessian"].matrix(), self.settings.damping))
                 else:
                     matrix[:, columns] = 0
-                found.gone[each.reader] = number * each.columns * reader.out_features
-        return found
+                pruned.gone[each.reader] = number * each.columns * reader.out_features
+        return pruned
 
     def _scores(
         self, each: ChannelSet, linears: dict[str, Linear], weights: Tensors, measured: Statistics | None

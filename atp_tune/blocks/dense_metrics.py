@@ -64,8 +64,8 @@ class PerBlock(Sequence[BlockStatistics]):
         return self._blocks
 
     def __getitem__(self, index: Any) -> Any:
-        found = range(self._blocks)[index]  # raises IndexError
-        return self._of(found) if isinstance(found, int) else [self._of(each) for each in found]
+        indices = range(self._blocks)[index]  # raises IndexError
+        return self._of(indices) if isinstance(indices, int) else [self._of(each) for each in indices]
 
 
 def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device: torch.device) -> PerBlock:
@@ -83,10 +83,10 @@ def cached_statistics(folder: Path, kind: type[Statistics], blocks: int, device:
                 parts.setdefault(int(number), {})[name] = stored.get_tensor(key)
             linears = json.loads(stored.metadata()["linears"])
         restored = {number: kind.restored(tensors) for number, tensors in parts.items()}
-        found = {name: restored[number] for name, number in linears.items()}
+        by_name = {name: restored[number] for name, number in linears.items()}
         if file.stat().st_size <= SMALL:
-            small[index] = found
-        return found
+            small[index] = by_name
+        return by_name
 
     return PerBlock(blocks, of)
 
@@ -99,14 +99,14 @@ def ranked(statistics: Sequence[BlockStatistics], checkpoint: Checkpoint, group:
     ranks: dict[int, BlockStatistics | None] = {}
 
     def of(index: int) -> BlockStatistics:
-        found = statistics[index] if ranks.get(index) is None else {}
+        plain = statistics[index] if ranks.get(index) is None else {}
         if index not in ranks:
             ranks[index] = None
-            return found
+            return plain
         if ranks[index] is None:
             weights = checkpoint.weights(index)
-            linears = [linear for linear in checkpoint.linears[index] if linear.name in found]
-            ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), found[x.name], group) for x in linears}
+            linears = [linear for linear in checkpoint.linears[index] if linear.name in plain]
+            ranks[index] = {x.name: Ranks.of(x.matrix(weights[x.key]), plain[x.name], group) for x in linears}
         return ranks[index] or {}
 
     return PerBlock(len(statistics), of)
@@ -119,10 +119,10 @@ def save_all(folder: Path, measured: Iterable[BlockStatistics]) -> None:
             # Writes statistics; linears that share an object share its tensors.
             file = file_of(temporary, index)
             distinct = {id(each): each for each in statistics.values()}
-            numbers = {known: number for number, known in enumerate(distinct)}
+            numbers = {identity: number for number, identity in enumerate(distinct)}
             tensors = {
-                f"{numbers[known]} {name}": tensor.cpu().contiguous()
-                for known, each in distinct.items()
+                f"{numbers[identity]} {name}": tensor.cpu().contiguous()
+                for identity, each in distinct.items()
                 for name, tensor in each.tensors().items()
             }
             linears = {name: numbers[id(each)] for name, each in statistics.items()}
@@ -227,25 +227,25 @@ class DenseMetrics:
         """`measure` of the linears of each block: pairs of a copy of the weight [out, in] and its statistics."""
 
         def measured() -> tuple[T, ...]:
-            found = None if kind is None else self.statistics(kind)
-            return tuple(measure(self._pairs(index, found)) for index in range(len(self.checkpoint.linears)))
+            statistics = None if kind is None else self.statistics(kind)
+            return tuple(measure(self._pairs(index, statistics)) for index in range(len(self.checkpoint.linears)))
 
         return self._once(("blocks", key, kind), measured)
 
     def _pairs(
-        self, index: int, found: Sequence[Mapping[str, Statistics]] | None
+        self, index: int, statistics: Sequence[Mapping[str, Statistics]] | None
     ) -> list[tuple[Tensor, Statistics | None]]:
-        weights, known = self.checkpoint.weights(index), found[index] if found else {}
+        weights, by_name = self.checkpoint.weights(index), statistics[index] if statistics else {}
         linears = self.checkpoint.linears[index]
         self.step(index + 1)
-        return [(linear.matrix(weights[linear.key]).clone(), known.get(linear.name)) for linear in linears]
+        return [(linear.matrix(weights[linear.key]).clone(), by_name.get(linear.name)) for linear in linears]
 
     @torch.inference_mode()
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
         if key not in self.cache:
             self.cache[key] = measure()
-        found: T = self.cache[key]
-        return found
+        value: T = self.cache[key]
+        return value
 
     def _blocks(self) -> Iterator[tuple[int, list[tuple[Linear, Tensor]]]]:
         """Index of each block, and its linears with matrices [out, in] in the dtype of the model."""
@@ -258,8 +258,8 @@ class DenseMetrics:
         """Scores [out, in] of each linear of a block, block by block."""
         norms = self.statistics(InputNorms) if score == "wanda" else None
         for index, block in self._blocks():
-            known = norms[index] if norms else {}
-            yield [self._score(weight, known.get(linear.name)) for linear, weight in block]
+            by_name = norms[index] if norms else {}
+            yield [self._score(weight, by_name.get(linear.name)) for linear, weight in block]
 
     def _score(self, weight: Tensor, statistics: Statistics | None) -> Tensor:
         magnitudes = weight.float().abs()
@@ -295,8 +295,8 @@ def float32_below(value: float) -> float:
 
 def share(count: int, size: int) -> float:
     """Count / size, rounded such that ⌊size · share⌋ is the count."""
-    found = count / size
-    return found if int(size * found) == count else math.nextafter(found, 1)
+    ratio = count / size
+    return ratio if int(size * ratio) == count else math.nextafter(ratio, 1)
 
 
 def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
@@ -307,14 +307,14 @@ def lowest_counts(sweep: Sweep, count: int) -> list[list[int]]:
     high, before = bin_at((bits >> HALF for block in patterns(sweep) for bits in block), count)
     inside = (bits[bits >> HALF == high] & (1 << HALF) - 1 for block in patterns(sweep) for bits in block)
     limit = (high << HALF) + bin_at(inside, count - before)[0]
-    found = [[(int((bits < limit).sum()), int((bits == limit).sum())) for bits in block] for block in patterns(sweep)]
-    spare = count - sum(below for block in found for below, _ in block)
-    for block in found:
+    counts = [[(int((bits < limit).sum()), int((bits == limit).sum())) for bits in block] for block in patterns(sweep)]
+    spare = count - sum(below for block in counts for below, _ in block)
+    for block in counts:
         for k, (below, equal) in enumerate(block):
             taken = min(equal, spare)
             block[k] = below + taken, equal - taken
             spare -= taken
-    return [[gone for gone, _ in block] for block in found]
+    return [[number for number, _ in block] for block in counts]
 
 
 def patterns(sweep: Sweep) -> Iterator[list[Tensor]]:
@@ -388,10 +388,10 @@ def middle_exponent(spectrum: Tensor) -> float:
 
 def distances(logs: Tensor, starts: Tensor, exponents: Tensor) -> Tensor:
     """Kolmogorov-Smirnov distance between the power law of each candidate and the eigenvalues from it on."""
-    positions, found = torch.arange(len(logs), device=logs.device), []
+    positions, gaps = torch.arange(len(logs), device=logs.device), []
     for start, exponent in zip(torch.split(starts, CHUNK), torch.split(exponents, CHUNK), strict=True):
         rank = positions - start[:, None]
         law = 1 - torch.exp((1 - exponent[:, None]) * (logs - logs[start][:, None]))
         gap = (law - rank / (len(logs) - start[:, None])).abs()
-        found.append(gap.masked_fill(rank < 0, 0).amax(1))
-    return torch.cat(found)
+        gaps.append(gap.masked_fill(rank < 0, 0).amax(1))
+    return torch.cat(gaps)

@@ -90,24 +90,24 @@ class KeptRuns:
     def pop(self, index: int, start: int, items: int) -> Run | None:
         """The run of a batch; None if it is not kept. When batches have become smaller all are dropped."""
         runs = self._of_blocks.get(index, {})
-        found = runs.pop((start, items), None)
-        if found is None and runs:
+        run = runs.pop((start, items), None)
+        if run is None and runs:
             self._of_blocks.clear()
-        return found
+        return run
 
 
 def graph_bytes(result: Tensor) -> int:
     """Bytes of the tensors that the graph of a result keeps for its gradients."""
-    found, met, left = dict[int, int](), set[Any](), [result.grad_fn]
+    sizes, met, left = dict[int, int](), set[Any](), [result.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in met:
             continue
         met.add(node)
         storages = [tensor.untyped_storage() for tensor in _saved_by(node)]
-        found |= {storage.data_ptr(): storage.nbytes() for storage in storages}
+        sizes |= {storage.data_ptr(): storage.nbytes() for storage in storages}
         left += [after for after, _ in node.next_functions]
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def _saved_by(node: Any) -> Iterator[Tensor]:
@@ -168,17 +168,17 @@ def room(checkpoint: Checkpoint) -> int:
 
 def passes(checkpoint: Checkpoint, positions: int) -> float:
     """Estimate of the forward passes that gradients cost, by items of so many positions in all."""
-    kept = len(checkpoint.blocks) * positions * block_bytes(checkpoint)
-    return PASSES - min(1.0, room(checkpoint) / kept)
+    size = len(checkpoint.blocks) * positions * block_bytes(checkpoint)
+    return PASSES - min(1.0, room(checkpoint) / size)
 
 
 class _Visit:
     """One way through the blocks of a changed model, and back; `kept`: for runs of the first that the second needs."""
 
-    def __init__(self, of: BlockGradients, change: Change, kept: KeptRuns) -> None:
+    def __init__(self, of: BlockGradients, change: Change, runs: KeptRuns) -> None:
         self._checkpoint, self._replay, self._batch = of.checkpoint, of.replay, of.batch
         self._change = change
-        self._kept = kept
+        self._kept = runs
 
     def forward(self, items: Batch) -> list[Tensor]:
         """Hidden states [items, positions, width] that enter each block of the changed model, then the final ones."""
@@ -221,9 +221,9 @@ class _Visit:
         above = leaving[rows]
         run = self._kept.pop(index, rows.start, len(above)) or self._run(index, weights(), entering, rows)
         leaves = [run.entering, *run.weights.values()]
-        found = _by(run.leaving, leaves, above)
-        by_weights = (gradient.float().contiguous() for gradient in found[1:])  # of an expert without tokens 0
-        return found[0], dict(zip(run.weights, by_weights, strict=True))
+        gradients = _by(run.leaving, leaves, above)
+        by_weights = (gradient.float().contiguous() for gradient in gradients[1:])  # of an expert without tokens 0
+        return gradients[0], dict(zip(run.weights, by_weights, strict=True))
 
     def _through(self, index: int, weights: Tensors, entering: Tensor, rows: slice) -> Tensor:
         """The states of some items after a block; their run is kept if there is room."""
@@ -244,13 +244,13 @@ class _Visit:
         """The tensors of a block, its linears changed, none of them of the inference mode."""
         linears, weights = self._checkpoint.linears[index], self._checkpoint.weights(index)
         keys = {linear.key for linear in linears}
-        found = {
+        tensors = {
             name: torch.empty_like(tensor) if name in keys else tensor.clone() if tensor.is_inference() else tensor
             for name, tensor in weights.items()
         }
         for linear in linears:
-            linear.matrix(found[linear.key]).copy_(self._change(index, linear, linear.matrix(weights[linear.key])))
-        return found
+            linear.matrix(tensors[linear.key]).copy_(self._change(index, linear, linear.matrix(weights[linear.key])))
+        return tensors
 
 
 def _wide(gradient: Tensor) -> Tensor:
@@ -270,10 +270,10 @@ def _by(leaving: Tensor, leaves: Sequence[Tensor], above: Tensor) -> Sequence[Te
     exponent = int(torch.frexp(above.abs().max().float()).exponent)
     for less in OVERFLOWS:
         scale = 2.0 ** -(exponent + less)
-        found = [x.float() / scale for x in gradients((above.float() * scale).to(leaving.dtype), retain_graph=True)]
-        if all(bool(x.isfinite().all()) for x in found):
+        values = [x.float() / scale for x in gradients((above.float() * scale).to(leaving.dtype), retain_graph=True)]
+        if all(bool(x.isfinite().all()) for x in values):
             break
-    return found
+    return values
 
 
 def check_finite(prices: Iterable[float], what: str) -> None:
@@ -377,17 +377,17 @@ class ByPruner:
     def pruned(self, index: int, linear: Linear, weight: Tensor, level: int) -> Tensor:
         """Prunes by the pruner, an expert without tokens by magnitude."""
         key = index, linear.name, level
-        found = self._kept.pop(key, None)
-        if found is None:
-            known = self._statistics(index).get(linear.name) if self._pruner.measures else None
-            lacks = self._pruner.measures is not None and known is None
+        sparse = self._kept.pop(key, None)
+        if sparse is None:
+            statistics = self._statistics(index).get(linear.name) if self._pruner.measures else None
+            lacks = self._pruner.measures is not None and statistics is None
             pruner = unmeasured(self._pruner) if lacks else self._pruner
-            found = pruner.prune(weight, level / self.number(weight.shape[1]), known).contiguous()
-            self._free -= found.nbytes
-        self._kept[key] = found.cpu()
+            sparse = pruner.prune(weight, level / self.number(weight.shape[1]), statistics).contiguous()
+            self._free -= sparse.nbytes
+        self._kept[key] = sparse.cpu()
         while self._free < 0:
             self._free += self._kept.pop(next(iter(self._kept))).nbytes
-        return found.to(weight.device)
+        return sparse.to(weight.device)
 
 
 Levels = ByPlaces | ByPruner  # of the linears of a dense checkpoint
@@ -420,9 +420,9 @@ class Pricing:
             ])  # fmt: skip
 
         self._gradients.visit(sample, pruned, price)
-        found = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
-        check_finite(chain.from_iterable(found), "prices")
-        return found
+        prices = tuple(tuple(rows[index].tolist()) for index in range(len(rows)))
+        check_finite(chain.from_iterable(prices), "prices")
+        return prices
 
     def state(self) -> Tensors:
         """The state is empty: prices depend on sparsities and sample alone."""
@@ -458,7 +458,7 @@ class RowPricing:
 
     def prices(self, sparsities: Sequence[Sequence[float]], sample: Sample) -> tuple[tuple[float, ...], ...]:
         """Price of each linear of each block in nats per weight, for the mean loss of the sample; then rows move."""
-        checkpoint, found = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
+        checkpoint, prices = self._gradients.checkpoint, dict[Key, tuple[float, Tensor]]()
         shares = {
             (index, linear.name): s
             for index, (linears, row) in enumerate(zip(checkpoint.linears, sparsities, strict=True))
@@ -482,14 +482,14 @@ class RowPricing:
                 costs = -(linear.matrix(total[linear.key]) * zeroed(weight, others).float()).sum(1)
                 number = (last.int() - first).squeeze(1)  # of those places; each is that of one weight
                 mean = costs.sum() / number.sum().clamp(min=1)
-                found[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
+                prices[key] = float(mean), torch.where(number > 0, costs / number.clamp(min=1), mean).cpu()
 
         self._gradients.visit(sample, pruned, price)
-        check_finite((float(rows.sum()) for _, rows in found.values()), "prices of rows")
-        for key, (_, rows) in found.items():
+        check_finite((float(rows.sum()) for _, rows in prices.values()), "prices of rows")
+        for key, (_, rows) in prices.items():
             self._move(key, rows)
         return tuple(
-            tuple(found[index, linear.name][0] for linear in linears)
+            tuple(prices[index, linear.name][0] for linear in linears)
             for index, linears in enumerate(checkpoint.linears)
         )
 

@@ -89,11 +89,11 @@ class InputCollector:
             if linear.expert is None
         ]
         # The linears of experts by name, for the path of each experts module.
-        found: dict[str, dict[str, Linear]] = {}
+        experts: dict[str, dict[str, Linear]] = {}
         for linear in self.linears:
             if linear.expert is not None:
-                found.setdefault(linear.module, {})[linear.name] = linear
-        for path, linears in found.items():
+                experts.setdefault(linear.module, {})[linear.name] = linear
+        for path, linears in experts.items():
             hook = partial(self._on_expert_input, path, linears)
             handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         try:
@@ -149,8 +149,8 @@ def stop_when_all_seen(linears: Sequence[Linear]) -> OnInputs:
     """A callback that raises `AllInputsSeen` when all linears have their inputs, in each run of a block."""
     missing = {linear.name for linear in linears}
 
-    def on_inputs(found: Sequence[Linear]) -> None:
-        missing.difference_update(linear.name for linear in found)
+    def on_inputs(seen: Sequence[Linear]) -> None:
+        missing.difference_update(linear.name for linear in seen)
         if not missing:
             missing.update(linear.name for linear in linears)
             raise AllInputsSeen
@@ -413,8 +413,8 @@ class Pruning:
 
     def zeros(self) -> dict[str, int]:
         """Number of zeros in each linear, with a single synchronisation of the device."""
-        kept = torch.stack(list(self._kept.values())).tolist()
-        counts = dict(zip(self._kept, kept, strict=True))
+        numbers = torch.stack(list(self._kept.values())).tolist()
+        counts = dict(zip(self._kept, numbers, strict=True))
         return {name: size - counts[name] for name, size in self._sizes.items()}
 
 
@@ -428,9 +428,9 @@ def embed(replay: Replay, batch: AutoBatch, items: Batch, tower: Sequence[Tensor
 
     def step(rows: slice) -> None:
         nonlocal hidden
-        found = replay.embed(items[rows], tower)
-        hidden = hidden if rows.start else found.new_empty(len(items), *found.shape[1:])
-        hidden[rows] = found
+        states = replay.embed(items[rows], tower)
+        hidden = hidden if rows.start else states.new_empty(len(items), *states.shape[1:])
+        hidden[rows] = states
 
     batch.over(len(items), step)
     return hidden
@@ -461,10 +461,10 @@ def advance(replay: Replay, batch: AutoBatch, index: int, weights: Tensors, hidd
 
     def step(rows: slice) -> None:
         nonlocal after
-        found = replay.run(index, weights, hidden[rows])
-        if not rows.start and found.shape[1:] != hidden.shape[1:]:
-            after = found.new_empty(len(hidden), *found.shape[1:])
-        after[rows] = found
+        states = replay.run(index, weights, hidden[rows])
+        if not rows.start and states.shape[1:] != hidden.shape[1:]:
+            after = states.new_empty(len(hidden), *states.shape[1:])
+        after[rows] = states
 
     batch.over(len(hidden), step)
     return after
@@ -514,7 +514,7 @@ def measure_and_advance(
     block, linears = replay.checkpoint.blocks[index], replay.checkpoint.linears[index]
 
     def step(windows: int) -> tuple[BlockStatistics, Tensor]:
-        collector = InputCollector(linears, kind, lambda found: None)
+        collector = InputCollector(linears, kind, lambda seen: None)
         with collector.attached(block):
             after = [replay.run(index, weights, rows) for rows in torch.split(hidden, windows)]
         return collector.result(), joined(after, hidden)

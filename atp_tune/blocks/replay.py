@@ -85,11 +85,11 @@ class Replay:
         """
         if index not in self._steps:
             return hidden
-        found: list[Tensor] = []
+        states: list[Tensor] = []
 
         def stand_in(i: int, *args: Any, **kwargs: Any) -> Any:
             if i == index + 1:
-                found.append(split(args, kwargs)[0])
+                states.append(split(args, kwargs)[0])
                 raise Reached
             return self._wrap(i, hidden if i == index else split(args, kwargs)[0])
 
@@ -97,12 +97,12 @@ class Replay:
             self._blank = {len(hidden): self.inputs.examples(self.checkpoint, len(hidden), 1)[0]}
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(self._blank[len(hidden)])
-        return found[0]
+        return states[0]
 
     def within(self, index: int, weights: Tensors, body: Callable[[], T]) -> T:
         """Result of `body()`, run while block `index` has the given weights."""
-        named = {f"block.{name}": tensor for name, tensor in weights.items()}
-        result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), named, ())
+        tensors = {f"block.{name}": tensor for name, tensor in weights.items()}
+        result: T = torch.func.functional_call(_Within(self.checkpoint.blocks[index], body), tensors, ())
         return result
 
     @contextmanager
@@ -148,10 +148,10 @@ class Replay:
         recorded: list[tuple[Tensor, Call]] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
-            found = split(args, kwargs)
-            if self.inputs.has_steps and recorded and found[0] is not recorded[-1][0]:
+            entry = split(args, kwargs)
+            if self.inputs.has_steps and recorded and entry[0] is not recorded[-1][0]:
                 self._steps.add(index - 1)
-            recorded.append(found)
+            recorded.append(entry)
             if len(recorded) == len(self.checkpoint.blocks):
                 raise Reached  # the rest of the model is not needed
             return self._wrap(index, recorded[-1][0])
@@ -190,12 +190,12 @@ class Replay:
 
         Of language models those of the block that runs first, for all blocks.
         """
-        found: dict[int, Any] = {}
+        outputs: dict[int, Any] = {}
         own, each = [block.forward for block in self.checkpoint.blocks], self.inputs.has_steps
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             output = self.within(index, self.checkpoint.weights(index), partial(own[index], *args, **kwargs))
-            found[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            outputs[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
             if not each:
                 raise Reached
             return output
@@ -203,9 +203,9 @@ class Replay:
         blank, *_ = self.inputs.examples(self.checkpoint, 1, 1 if each else 2)
         with bypassed(self.checkpoint.blocks, stand_in), suppress(Reached):
             self.forward(blank)
-        if len(found) < (len(own) if each else 1):
-            self._refuse_skipped(len(found))
-        return [found[index] for index in range(len(own))] if each else [*found.values()] * len(own)
+        if len(outputs) < (len(own) if each else 1):
+            self._refuse_skipped(len(outputs))
+        return [outputs[index] for index in range(len(own))] if each else [*outputs.values()] * len(own)
 
     def _refuse_skipped(self, ran: int) -> NoReturn:
         kind, blocks = type(self.checkpoint.model).__name__, len(self.checkpoint.blocks)

@@ -276,14 +276,14 @@ class OfPairs:
 
         def filled(seed: int) -> Items:
             draw = torch.Generator().manual_seed(seed)
-            found = {}
+            tensors = {}
             for name, tensor in self._pair.tensors.items():
                 rows = tensor.expand(items, *tensor.shape[1:]).clone()
                 if tensor.is_floating_point():
                     noise = torch.randn(rows.shape, generator=draw) if seed else torch.ones(rows.shape)
                     rows.copy_(noise)
-                found[name] = rows
-            return replace(self._pair, tensors=found)
+                tensors[name] = rows
+            return replace(self._pair, tensors=tensors)
 
         return filled(0), filled(1), filled(2)
 
@@ -345,7 +345,7 @@ def _check_tower(tower: Replay, batch: Batch) -> None:
         raise Difference("does not run each block of its vision tower once, in their order")
     hidden = tower.embed(batch[:2])
     for index, given, output in ran:
-        found = tower.alone(index, weights(index), hidden)
-        if not is_equal(given, hidden) or not is_equal(found, output):
+        states = tower.alone(index, weights(index), hidden)
+        if not is_equal(given, hidden) or not is_equal(states, output):
             raise Difference(f"gives block {index} of its tower other numbers than when it is run alone")
-        hidden = found
+        hidden = states
