@@ -64,19 +64,19 @@ def model_config(folder: Path, trusted: bool) -> Any:
 
 def width_of(config: Any, of_images: bool) -> int:
     """Width of the hidden states of the part that is pruned; of a model with stages the largest."""
-    found = getattr(config, "vision_config", config) if of_images else config.get_text_config()
+    part = getattr(config, "vision_config", config) if of_images else config.get_text_config()
     names = ("hidden_sizes", "hidden_size", "embed_dim")
-    widths = next((value for name in names if (value := getattr(found, name, None))), 0)
+    widths = next((value for name in names if (value := getattr(part, name, None))), 0)
     return max(widths) if isinstance(widths, list | tuple) else int(widths)
 
 
 def check_known(model: nn.Module, highest: int, what: str) -> None:
     """UserError if the highest token of a text has no embedding, so the tokenizer is of another model."""
     embeddings: Any = model
-    known = len(embeddings.get_input_embeddings().weight)
-    if highest >= known:
+    count = len(embeddings.get_input_embeddings().weight)
+    if highest >= count:
         raise UserError(
-            f"{what}: the tokenizer makes token {highest} of it, the model knows {known}; take the model's own"
+            f"{what}: the tokenizer makes token {highest} of it, the model knows {count}; take the model's own"
         )
 
 
@@ -87,8 +87,8 @@ def reads_images(folder: Path) -> bool:
 
 def _classifiers() -> set[str]:
     """Names of the classes of transformers that classify images."""
-    found = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    return {name for names in found for name in ([names] if isinstance(names, str) else names)}
+    values = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return {name for names in values for name in ([names] if isinstance(names, str) else names)}
 
 
 def is_image_classifier(model: nn.Module) -> bool:
@@ -119,8 +119,8 @@ def language_model(model: nn.Module) -> nn.Module:
 def vision_tower(model: nn.Module) -> nn.Module | None:
     """The tower of a model that reads images beside text; None if transformers knows of none."""
     find: Any = getattr(model, "get_encoder", None)
-    found: nn.Module | None = None if find is None else find(modality="image")
-    return None if found is None or language_model(model) in found.modules() else found
+    tower: nn.Module | None = None if find is None else find(modality="image")
+    return None if tower is None or language_model(model) in tower.modules() else tower
 
 
 # --- The linears of a block, the weight matrices that are pruned.
@@ -187,19 +187,19 @@ def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
             if "position_bias" not in name
         ]
     experts = {name: _expert_linears(name, module) for name, module in block.named_modules() if holds_experts(module)}
-    gates, found = find_gates(block), []
+    gates, prunable = find_gates(block), []
     for name, module in block.named_modules():
         if name in experts:
-            found += experts[name]
+            prunable += experts[name]
         elif isinstance(module, nn.Linear | Conv1D) and module not in gates and not is_state_space(name):
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.T.shape if transposed else module.weight.shape
-            found.append(Linear(name, rows, columns, transposed))
-    check_plain(block, (linear.key for linear in found))
-    if not found:
+            prunable.append(Linear(name, rows, columns, transposed))
+    check_plain(block, (linear.key for linear in prunable))
+    if not prunable:
         raise UserError(f"model block {type(block).__name__}: has no linear that can be pruned")
     # UserError if matrices outside the linears hold more than `OTHERS`: the block would be denser than reported.
-    known = {linear.key for linear in found} | {
+    known = {linear.key for linear in prunable} | {
         f"{name}.weight" for name, module in block.named_modules() if module in gates
     }
     others = {
@@ -209,23 +209,23 @@ def find_linears(block: nn.Module, of_images: bool = False) -> list[Linear]:
         and sum(size > 1 for size in parameter.shape) > 1
         and not is_state_space(name.rpartition(".")[0])
     }
-    if sum(others.values()) > OTHERS * sum(linear.size for linear in found):
+    if sum(others.values()) > OTHERS * sum(linear.size for linear in prunable):
         name = max(others, key=others.__getitem__)
         kind = type(block.get_submodule(name.rpartition(".")[0])).__name__
         raise UserError(f"model module {kind}: {name.rpartition('.')[2]} is a matrix in a form that is not known")
-    return found
+    return prunable
 
 
 def _expert_linears(path: str, module: nn.Module) -> list[Linear]:
-    found = []
+    linears = []
     for weight in expert_weights(module):
         experts, *shape = getattr(module, weight).shape
         rows, columns = shape[::-1] if module.is_transposed else shape
-        found += [
+        linears += [
             Linear(expert_name(path, weight, expert), rows, columns, bool(module.is_transposed), expert)
             for expert in range(experts)
         ]
-    return found
+    return linears
 
 
 # --- Experts of a mixture, as transformers 5 stores and runs them.
@@ -336,12 +336,12 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
             raise UserError(
                 f'model.prune: {type(model).__name__} has no vision tower that transformers knows of; take ["language"]'
             )
-        name, found = _largest(model, tower)
-        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found) + find_blocks(model)
-    name, found = _largest(model, language_model(model))
+        name, modules = _largest(model, tower)
+        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(modules))), modules) + find_blocks(model)
+    name, modules = _largest(model, language_model(model))
     if not is_image_classifier(model):
-        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(found))), found)
-    leaves = list(_leaves(name, found))
+        return Blocks(name, tuple(f"{name}.{index}" for index in range(len(modules))), modules)
+    leaves = list(_leaves(name, modules))
     without = next((block for _, block in leaves if not _has_linear(block)), None)
     if without is not None:
         raise UserError(
@@ -356,8 +356,8 @@ def find_blocks(model: nn.Module, with_tower: bool = False) -> Blocks:
 def _largest(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name in the model, and list, of the most parameters in a part of it; UserError if it has no list."""
     inside = set(part.modules())
-    named = ((name, module) for name, module in model.named_modules() if module in inside)
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList) and len(module)]
+    modules = ((name, module) for name, module in model.named_modules() if module in inside)
+    lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(f"model {type(model).__name__}: has no list of blocks; only transformer models can be pruned")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
@@ -369,8 +369,8 @@ def _leaves(name: str, members: nn.ModuleList | nn.Sequential) -> Iterator[tuple
         inner = list(_lists(f"{name}.{index}", member))
         if not inner:
             yield f"{name}.{index}", member
-        for place, found in inner:
-            yield from _leaves(place, found)
+        for path, modules in inner:
+            yield from _leaves(path, modules)
 
 
 def _lists(name: str, module: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:

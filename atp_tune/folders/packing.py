@@ -246,7 +246,7 @@ class _Packing:
         self.linears: dict[str, Table] = {}
         self.stored: dict[str, Table] = {}
         self._original = Original()
-        self._places: dict[str, str] = {}  # packed shard of each tensor
+        self._weight_map: dict[str, str] = {}  # packed shard of each tensor
         self.bytes = (0, 0)  # of the packed tensors before and after
         self.auto = auto_class(self.source).__name__
         model = empty_model(self.source)
@@ -268,7 +268,7 @@ class _Packing:
         read_header(file)  # UserError if it is none
         with file.open("rb") as stream:
             self._original.headers[shard] = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-        self._places.update(dict.fromkeys(rewrite(file, out, self._pack), out.name))
+        self._weight_map.update(dict.fromkeys(rewrite(file, out, self._pack), out.name))
         self._original.sha256[shard] = sha256_of(file) if self._kind == "same" else None
 
     def _pack(self, name: str, dense: Tensor) -> Tensors:
@@ -325,7 +325,7 @@ class _Packing:
         shutil.copyfile(CODE, folder / CODE.name)
         original.added.append(CODE.name)
         if len(self.shards) > 1:
-            index = {"metadata": {}, "weight_map": dict(sorted(self._places.items()))}
+            index = {"metadata": {}, "weight_map": dict(sorted(self._weight_map.items()))}
             write_table(folder / PACKED_INDEX, index)
             original.added.append(PACKED_INDEX)
         if (folder / INDEX).is_file():
