@@ -58,10 +58,8 @@ def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    weight_map = read_table(index).get("weight_map")
-    shards = (
-        set(weight_map.values()) if isinstance(weight_map, dict) and all(map(_is_name, weight_map.values())) else None
-    )
+    files = read_table(index).get("weight_map")
+    shards = set(files.values()) if isinstance(files, dict) and all(map(_is_name, files.values())) else None
     if shards is None:
         raise UserError(f"model.source: {index} names weights that are no *.safetensors of its folder; do not use it")
     if missing := sorted(name for name in shards if not (folder / name).is_file()):
