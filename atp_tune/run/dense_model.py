@@ -110,8 +110,8 @@ class DenseMeasurements:
 
     def clear(self) -> None:
         """Frees all measurements."""
-        for kept in (self._statistics, self._ranked, self._metrics):
-            kept.clear()
+        for cache in (self._statistics, self._ranked, self._metrics):
+            cache.clear()
         vars(self).pop("states", None)
         self._calibration = None
 
@@ -161,13 +161,13 @@ class DenseMeasurements:
 
     def fast_statistics(self, pruner: Pruner) -> Sequence[BlockStatistics]:
         """The statistics, as ranks if the pruner can use ranks, which are faster."""
-        found, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
+        statistics, kind, checkpoint = self.statistics(pruner), pruner.measures, self._replay.checkpoint
         assert kind is not None
         group = getattr(pruner, "group", None)
         name = self.key_of(pruner, kind), group
         if name not in self._ranked and can_rank(pruner, checkpoint):
-            self._ranked[name] = ranked(found, checkpoint, group)
-        return self._ranked.get(name, found)
+            self._ranked[name] = ranked(statistics, checkpoint, group)
+        return self._ranked.get(name, statistics)
 
     def key_of(self, pruner: Pruner | Measuring, kind: type[Statistics]) -> str:
         """SHA-256 of everything that determines a pruner's statistics."""
@@ -206,10 +206,10 @@ class DenseMeasurements:
         tower = self._replay.checkpoint.tower_weights()
         for index, weights in dense_blocks(self._replay.checkpoint):
             hidden = entering(self._replay, self._batch, index, hidden, self._calibration, tower)
-            found, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
-            for statistics in set(found.values()):
+            by_name, hidden = measure_and_advance(self._replay, self._batch, index, weights, hidden, kind)
+            for statistics in set(by_name.values()):
                 pruner.prepare(statistics)
-            yield found
+            yield by_name
             self._step(index + 1)
 
     def _step(self, done: int) -> None:
@@ -297,7 +297,7 @@ class CalibrationGradients:
             [states] = dense_final_states(self.of_blocks.replay, self._batch, [items], self.watch, "dense model")
             return states
 
-    def kept(self, measure: Callable[[Path], Any], **own: Any) -> Any:
+    def cached(self, measure: Callable[[Path], Any], **own: Any) -> Any:
         """The numbers that `measure` finds, lists or tuples, from the cache if they were kept there.
 
         `own`: ingredients of its key: `dense`, SHA-256 of all that determines the dense model and the calibration
@@ -312,13 +312,13 @@ class CalibrationGradients:
         with made_once(file, wait):
             if file.is_file():
                 return json.loads(file.read_text(encoding="utf-8"))
-            found = measure(begun := file.with_suffix(".part"))
+            numbers = measure(begun := file.with_suffix(".part"))
             try:
-                write_atomically(file, json.dumps(found).encode())
+                write_atomically(file, json.dumps(numbers).encode())
                 begun.unlink(missing_ok=True)
             except OSError as error:
                 self.watch(Message(f"cache folder {file.parent}: {error}; the descent is kept in memory"))
-        return found
+        return numbers
 
     def _key(self, **own: Any) -> str:
         score = getattr(self._score, "content", type(self._score).__name__)
@@ -338,9 +338,9 @@ class DescentSteps:
         self.ends: list[Any] = []
         self.state: dict[str, Tensor] = {}
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError), safe_open(file, "pt") as stored:
-            found = json.loads(stored.metadata()["steps"])
+            table = json.loads(stored.metadata()["steps"])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            self.prices, self.ends, self.state = found["prices"], found["ends"], state
+            self.prices, self.ends, self.state = table["prices"], table["ends"], state
 
     def add(self, prices: Prices, state: dict[str, Tensor]) -> None:
         """Keeps one more step; without room on the disk it is not kept."""
@@ -384,8 +384,8 @@ class Descent:
         `measured`: SHA-256 of all that determines the statistics, such as model and calibration windows.
         """
         own = {"targets": list(targets), "levels": self._levels, "constants": list(CONSTANTS)}
-        found = self._gradients.kept(lambda place: self._descend(targets, place), dense=measured, **own)
-        return tuple(self._read(end) for end in found)
+        ends = self._gradients.cached(lambda file: self._descend(targets, file), dense=measured, **own)
+        return tuple(self._read(end) for end in ends)
 
     def _read(self, end: Any) -> RowSparsities:
         """An end as `_descend` returns it, read from JSON."""
@@ -395,10 +395,10 @@ class Descent:
         """An end that was just reached, as JSON."""
         return end
 
-    def _descend(self, targets: Sequence[float], place: Path) -> list[Any]:
-        """The ends, by way of the steps that an interrupted run has left at `place`."""
+    def _descend(self, targets: Sequence[float], file: Path) -> list[Any]:
+        """The ends, by way of the steps that an interrupted run has left in `file`."""
         gradients, watch = self._gradients, self._gradients.watch
-        pricing, steps = self._pricing(), DescentSteps(place)
+        pricing, steps = self._pricing(), DescentSteps(file)
         windows, total = windows_of_step(gradients.pool.positions, targets), steps_along(targets)
         samples = gradients.samples(windows, total, self.share)
         watch(TrialStarted("gradient", None))
@@ -448,12 +448,12 @@ def by_score(
     """
 
     def by_wanda(index: int, linear: Linear, weight: Tensor) -> Tensor:
-        known = statistics(index).get(linear.name)
-        if isinstance(known, Ranks):
-            return known.places
-        if known is None:
+        own = statistics(index).get(linear.name)
+        if isinstance(own, Ranks):
+            return own.places
+        if own is None:
             return by_magnitude(weight, group)
-        return order_in_rows(Wanda.scores(weight, known), group)
+        return order_in_rows(Wanda.scores(weight, own), group)
 
     places = by_wanda if score == "wanda" else lambda index, linear, weight: by_magnitude(weight, group)
     if rows:
@@ -490,8 +490,8 @@ def bit_costs(gradients: CalibrationGradients, quantize: QuantizeConfig, measure
     """
     levels = [quantize.group_size, quantize.symmetric, list(quantize.widths)]
     own = {"dense": measured, "targets": [], "levels": levels, "constants": [COST_TOKENS, COST_ITEMS]}
-    found: Costs = gradients.kept(lambda _: _measured_costs(gradients, quantize), **own)
-    return found
+    costs: Costs = gradients.cached(lambda _: _measured_costs(gradients, quantize), **own)
+    return costs
 
 
 def _measured_costs(gradients: CalibrationGradients, quantize: QuantizeConfig) -> Costs:
@@ -519,5 +519,5 @@ def priced_shares(
     `costs`: by block, linear and width, see `BitPricing`.
     """
     sizes = [shape.size for row in linears for shape in row]
-    found = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_of(target, widths)))
-    return tuple(tuple(share_of(next(found), widths) for _ in row) for row in costs)
+    bits = iter(cheapest(list(chain.from_iterable(costs)), sizes, widths, bits_of(target, widths)))
+    return tuple(tuple(share_of(next(bits), widths) for _ in row) for row in costs)

@@ -64,11 +64,11 @@ def generate(
     )  # fmt: skip
     criteria = StoppingCriteriaList([PerToken(on_token)] if on_token else [])
     with _without_own_settings(model):
-        found: Tensor = model.generate(
+        sequences: Tensor = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer,
             stopping_criteria=criteria,
         )  # fmt: skip
-    return found[:, ids.shape[1] :]
+    return sequences[:, ids.shape[1] :]
 
 
 @contextmanager
@@ -84,18 +84,18 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text, by the model's generation settings, its config and the tokenizer."""
     config: Any = model.config
-    found: list[Any] = []
+    tokens: list[Any] = []
     for source in (getattr(model, "generation_config", None), config.get_text_config(), tokenizer):
         ends = getattr(source, "eos_token_id", None)
-        found += ends if isinstance(ends, list) else [ends]
-    return list(dict.fromkeys(token for token in found if isinstance(token, int)))
+        tokens += ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys(token for token in tokens if isinstance(token, int)))
 
 
 def longest(model: nn.Module) -> int | None:
     """The number of positions of a model; None if its config names none."""
     config: Any = model.config
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 WeightsOf = Callable[[int], dict[str, Tensor]]  # tensors of a block on the compute device
@@ -118,7 +118,7 @@ def continued(
     with replay.whole(weights_of) as model:
         rows = [encode(prompt, tokenizer, end_tokens(model, tokenizer), bos) for prompt in prompts]
         lengths = dict.fromkeys(map(len, rows))
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for batch, length in enumerate(lengths):
             numbers = [number for number, row in enumerate(rows) if len(row) == length]
             ids = torch.tensor([rows[number] for number in numbers], device=replay.checkpoint.device)
@@ -128,8 +128,8 @@ def continued(
                 return False
 
             new = generate(model, tokenizer, ids, tokens, on_token=count)
-            found.update(zip(numbers, (tokenizer.decode(row, skip_special_tokens=True) for row in new), strict=True))
-    return tuple(found[number] for number in range(len(prompts)))
+            texts.update(zip(numbers, (tokenizer.decode(row, skip_special_tokens=True) for row in new), strict=True))
+    return tuple(texts[number] for number in range(len(prompts)))
 
 
 def encode(prompt: str, tokenizer: Any, ends: Sequence[int], bos: bool) -> list[int]:
@@ -219,7 +219,7 @@ class Speaker:
         if not self.has_template:
             return encode(messages[-1]["content"], self.tokenizer, (), self.bos)
         try:
-            found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-            return list(found["input_ids"])
+            encoding = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+            return list(encoding["input_ids"])
         except Exception as error:  # a template is a program of the model's author
             raise UserError(f"the chat template cannot write these messages: {one_line(error)}") from error

@@ -118,7 +118,7 @@ class RoleScores(Observer[Scores]):
 
         UserError if the model's files were changed meanwhile: memory-mapped weights change with them.
         """
-        session, found = self.session, list[Scores]()
+        session, scores = self.session, list[Scores]()
         for index, part in enumerate(self._parts):
             if self._kept is not None:
                 self._passing = self._embedded([part])
@@ -126,11 +126,11 @@ class RoleScores(Observer[Scores]):
                     self._pass(block)
             hidden = self._passing.states[index if self._kept is None else 0]
             dense = self._dense[index] if self._dense else None
-            found.append(head_scores(session.replay, session.score, session.heads, part, hidden, dense))
+            scores.append(head_scores(session.replay, session.score, session.heads, part, hidden, dense))
             session.folder.check_unchanged()
-            self._heard(found[-1])
+            self._heard(scores[-1])
         del self._passing, self._kept, self._dense
-        return joined(found)
+        return joined(scores)
 
 
 def parts_of(items: Batch, least: int) -> list[Batch]:
@@ -240,8 +240,8 @@ class Prompts(Whole[tuple[str, ...]]):
         """The continuations by dense, uniform and best, and by others."""
         own = {name: self.found[name] for name in NAMES}
         others = {name: texts for name, texts in self.found.items() if name not in NAMES}
-        asked: Any = {"prompts": self._prompts, "tokens": self._tokens, "dtype": self.session.dtype}
-        return Continuations(**asked, **own, others=others)
+        fields: Any = {"prompts": self._prompts, "tokens": self._tokens, "dtype": self.session.dtype}
+        return Continuations(**fields, **own, others=others)
 
 
 class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
@@ -270,10 +270,10 @@ class ImageAnswers(Observer[tuple[ImageAnswer, ...]]):
         """The most probable class of each image."""
         logits = self.session.replay.logits(self._images, self._passing.states[0]).float()
         del self._passing
-        found = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
+        pairs = zip(logits.argmax(1).tolist(), logits.softmax(1).amax(1).tolist(), strict=True)
         return tuple(
             ImageAnswer(name=class_name(self.names, index), index=index, probability=min(1.0, value))
-            for index, value in found
+            for index, value in pairs
         )
 
     def result(self) -> Answers:
@@ -310,7 +310,7 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         """`limit`: items of each task, at most; `batch`: sequences at a time; `what`: for errors."""
         super().__init__(what, "evaluate DIR")
         self.sets = sets
-        self._asked = limit, num_fewshot, batch
+        self._options = limit, num_fewshot, batch
         self.seconds: dict[str, float] = {}  # that each model was run
 
     @classmethod
@@ -326,9 +326,9 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         watch(Message(f"reading the tasks of {key}"))
         with named(key, "--tasks"):
             sets = {name: find_tasks((name,), watch, base=base) for name in least}
-        for name, found in sets.items():
-            if found.missing:
-                reasons = "; ".join(f"{task}: {reason}" for task, reason in found.missing.items())
+        for name, tasks in sets.items():
+            if tasks.missing:
+                reasons = "; ".join(f"{task}: {reason}" for task, reason in tasks.missing.items())
                 raise UserError(f"{key} {name}: cannot be measured whole: {reasons}")
         return cls(sets, items, what=key)
 
@@ -348,15 +348,15 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
         session, began = self.session, perf_counter()
         tokenizer = self.tokenizer(session.folder.path, session.folder.trusted)
         with session.replay.whole(weights_of) as model, oom_as_user_error(self.name or self._names[0]):
-            found = {
-                name: score(model, tokenizer, tasks, *self._asked, session.watch) for name, tasks in self.sets.items()
+            results = {
+                name: score(model, tokenizer, tasks, *self._options, session.watch) for name, tasks in self.sets.items()
             }
         self.seconds[self.name] = round(perf_counter() - began, 1)
-        return found
+        return results
 
     def accuracies(self, name: str) -> dict[str, list[float]]:
         """The accuracy of a model, and its standard error, by set of tasks: the mean over the tasks of the set."""
-        found: dict[str, list[float]] = {}
+        accuracies: dict[str, list[float]] = {}
         for tasks, results in self.found[name].items():
             shares = []
             for result in results.values():
@@ -365,8 +365,8 @@ class TaskResults(Whole[dict[str, dict[str, "TaskResult"]]]):
                     raise UserError(f"{self._names[0]} {tasks}: has no accuracy, only {', '.join(result.scores)}")
                 shares.append(result.scores[share])
             mean = mean_of_tasks(shares)
-            found[tasks] = [mean.value, mean.stderr]
-        return found
+            accuracies[tasks] = [mean.value, mean.stderr]
+        return accuracies
 
 
 class LeftOut(Observer[None]):

@@ -232,9 +232,9 @@ class Session(Released):
         if text is not None:
             pool = partial(kind.many, text, POOL, folder, base, bos)
         if setup.draws > 1:
-            found = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, base, bos)
-            draws = [(items, pool if setup.by_prices else items) for items, pool in found]
-            for drawn in chain.from_iterable(found):
+            pairs = kind.draws(text, setup.draws, POOL if setup.by_prices else 0, folder, base, bos)
+            draws = [(items, pool if setup.by_prices else items) for items, pool in pairs]
+            for drawn in chain.from_iterable(pairs):
                 kind.check_disjoint({**windows, "calibration": drawn})
         session = cls(
             folder,
@@ -398,9 +398,9 @@ class Session(Released):
         gradients = CalibrationGradients(self.checkpoint, self.inputs, self.score, pool, self.heads, self.watch)
         measured = self.measured.key_of(Wanda(), InputNorms)
         if self.quantize is not None and self.bits is None:
-            found = bit_costs(gradients, self.quantize, measured)
+            costs = bit_costs(gradients, self.quantize, measured)
             shapes, widths = self.checkpoint.shapes, self.quantize.widths
-            return tuple(RowSparsities(priced_shares(found, shapes, widths, s)) for s in targets)
+            return tuple(RowSparsities(priced_shares(costs, shapes, widths, s)) for s in targets)
         if self.prune_settings.has_own_prices(pruner):
             return self._by_own_weights(gradients, self.prune_settings.pruner(pruner)).ends(targets, measured)
         statistics = self.measured.fast_statistics(Wanda(group=group))
@@ -493,7 +493,7 @@ class Session(Released):
         """
         seconds: dict[str, float] = {}
         for name, plan in plans.items():
-            equal = [other for other in seconds if plan and (known := plans[other]) and known.does == plan.does]
+            equal = [other for other in seconds if plan and (earlier := plans[other]) and earlier.does == plan.does]
             if equal:
                 seconds[name] = 0.0
                 for observer in observers:
