@@ -101,16 +101,16 @@ def load_processor(folder: Path, trusted: bool, tasks: str) -> Any:
         raise UserError(f"--tasks: {tasks} asks about images, and the model in {folder} reads text alone")
     try:
         with quiet("transformers"):
-            found = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 str(folder), local_files_only=True, trust_remote_code=trusted, backend="pil"
             )
     except Exception as error:  # processors raise many types, such as for a missing torchvision
         raise UserError(
             f"--tasks: {tasks} asks about images, and the processor in {folder} cannot be loaded: {one_line(error)}"
         ) from error
-    if getattr(found, "tokenizer", None) is None or getattr(found, "image_processor", None) is None:
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"--tasks: {tasks} asks about images, and {folder} has no processor of images beside text")
-    return found
+    return processor
 
 
 class ImageModel(HFMultimodalLM):  # type: ignore[misc]
@@ -126,10 +126,10 @@ class ImageModel(HFMultimodalLM):  # type: ignore[misc]
         """Tokens and pixels of a batch of questions."""
         longest = options.pop("left_truncate_len", None)
         try:
-            found = super().tok_batch_multimodal_encode(strings, images, *arguments, **options)
+            batch = super().tok_batch_multimodal_encode(strings, images, *arguments, **options)
         except (ValueError, TypeError, IndexError, KeyError) as error:
             raise UserError(f"--tasks: the model's processor does not take a question: {one_line(error)}") from error
-        ids = found["input_ids"]
+        ids = batch["input_ids"]
         if longest is not None and ids.shape[1] > longest:
             raise UserError(
                 f"--tasks: a question has {ids.shape[1]} tokens with its images, and {longest} fit beside the answer"
@@ -140,9 +140,9 @@ class ImageModel(HFMultimodalLM):  # type: ignore[misc]
             raise UserError(
                 f"--tasks: a question has an image, and the processor makes no image token ({self.image_token}) of it"
             )
-        return found
+        return batch
 
     def _model_multimodal_generate(self, inputs: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         with torch.inference_mode():
-            found: torch.Tensor = super()._model_multimodal_generate(inputs, *arguments, **options)
-        return found
+            tokens: torch.Tensor = super()._model_multimodal_generate(inputs, *arguments, **options)
+        return tokens

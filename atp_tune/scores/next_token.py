@@ -79,15 +79,15 @@ def loss_gradient(
     logits: Tensor, targets: Tensor, dense: Tensor | None, weight: float = 1.0, share: float = 0.5
 ) -> Tensor:
     """Gradient of `weight` times the summed loss by the logits, in their format; without `dense` logits of the NLL."""
-    found, rows = torch.empty_like(logits), rows_compared(logits)
+    gradient, rows = torch.empty_like(logits), rows_compared(logits)
     for start in range(0, len(logits), rows):
         here = slice(start, start + rows)
         q, target = logits[here].float().softmax(1), targets[here]
         if dense is not None:
             q.sub_(dense[here].float().softmax(1), alpha=1 - share)
         q[torch.arange(len(q), device=q.device), target] -= 1.0 if dense is None else share
-        found[here] = q.mul_(weight)
-    return found
+        gradient[here] = q.mul_(weight)
+    return gradient
 
 
 def rows_at_a_time(logits: Tensor) -> int | None:
@@ -153,9 +153,9 @@ class NextToken:
             nlls += (token_nlls(logits, targets).view_as(of_text) * of_text).sum(1)
             if dense is not None:
                 others = replay.logits(ids[:, here], dense[:, here].to(ids.device)).flatten(0, 1)
-                found = token_kls(others, logits).view_as(of_text)
-                kls += (found * of_text).sum(1)
-                beside.append((found, (others.argmax(1) == logits.argmax(1)).view_as(found)))
+                divergences = token_kls(others, logits).view_as(of_text)
+                kls += (divergences * of_text).sum(1)
+                beside.append((divergences, (others.argmax(1) == logits.argmax(1)).view_as(divergences)))
         predicted = counted.sum(1)
         scores = {"nlls": (nlls / predicted).tolist()}
         if dense is not None:
@@ -170,7 +170,7 @@ class NextToken:
         Of float16, whose range is too small for it, in float32.
         """
         predicted, is_half = batch.shape[1] - 1, hidden.dtype == torch.float16
-        found = torch.zeros_like(hidden, dtype=torch.float32 if is_half else hidden.dtype)
+        gradient = torch.zeros_like(hidden, dtype=torch.float32 if is_half else hidden.dtype)
         scale = SCALE * predicted if is_half else 1.0
         for start in range(0, predicted, POSITIONS):
             here = slice(start, min(start + POSITIONS, predicted))
@@ -181,8 +181,8 @@ class NextToken:
             with torch.enable_grad():
                 logits = replay.logits(batch[:, here], part).flatten(0, 1)
             by_logits = loss_gradient(logits.detach(), targets, likely, scale / predicted, share)
-            found[:, here] = torch.autograd.grad(logits, part, by_logits)[0].to(found.dtype) / scale
-        return found
+            gradient[:, here] = torch.autograd.grad(logits, part, by_logits)[0].to(gradient.dtype) / scale
+        return gradient
 
 
 NEXT_TOKEN: Score = NextToken()
@@ -335,13 +335,13 @@ class CheckedScore(Checked):
         """The plug-in's scores, by the items of measures."""
         with guarded(self._origin, "items"):
             given = dict(self._plugin.items(replay, batch, hidden, dense))
-            found = {key: [float(one) for one in row] for key, row in given.items()}
+            scores = {key: [float(one) for one in row] for key, row in given.items()}
         needed = {"nlls"} if dense is None else {"nlls", "kls"}
-        if not needed <= found.keys() <= ITEMS or any(len(row) != len(hidden) for row in found.values()):
-            many = ", ".join(f"{len(row)} {key}" for key, row in found.items()) or "nothing"
+        if not needed <= scores.keys() <= ITEMS or any(len(row) != len(hidden) for row in scores.values()):
+            many = ", ".join(f"{len(row)} {key}" for key, row in scores.items()) or "nothing"
             must = f"there must be {len(hidden)} {' and '.join(sorted(needed))}"
             raise self.wrong("items", f"returned {many}, where {must}")
-        return found
+        return scores
 
     def gradient(
         self, replay: Replay, batch: Batch, hidden: Tensor, dense: Tensor | None = None, share: float = 0.5
@@ -353,20 +353,20 @@ class CheckedScore(Checked):
         if not hasattr(self._plugin, "gradient"):
             raise self.wrong("has no method", "gradient, which the allocation gradient needs")
         with guarded(self._origin, "gradient"):
-            known, takes = signature(self._plugin.gradient).parameters, {"dense": dense, "share": share}
-            if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
-                takes = {name: value for name, value in takes.items() if name in known}
+            parameters, takes = signature(self._plugin.gradient).parameters, {"dense": dense, "share": share}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                takes = {name: value for name, value in takes.items() if name in parameters}
             if len(takes) < 2 and dense is not None and share != NLL_SHARES["both"]:
                 lacks = "share" if "dense" in takes else "dense"
                 raise self.wrong(
                     "gradient", f"takes no {lacks}, which prune.loss needs; add it, or leave prune.loss out"
                 )
-            found: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
-        if not isinstance(found, Tensor) or found.shape != hidden.shape:
+            gradient: Tensor = self._plugin.gradient(replay, batch, hidden, **takes)
+        if not isinstance(gradient, Tensor) or gradient.shape != hidden.shape:
             raise self.wrong("gradient", f"returned something else than a tensor {list(hidden.shape)}")
-        return found
+        return gradient
 
 
-def finished(found: Any, origin: Origin) -> CheckedScore:
+def finished(plugin: Any, origin: Origin) -> CheckedScore:
     """The score of a plug-in; UserError if it is none."""
-    return CheckedScore.finished(found, origin, **dict.fromkeys(METHODS, "; inherit from NextToken, or see Score"))
+    return CheckedScore.finished(plugin, origin, **dict.fromkeys(METHODS, "; inherit from NextToken, or see Score"))

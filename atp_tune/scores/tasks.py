@@ -52,19 +52,19 @@ class Tasks:
     about_images: str = ""  # the first task that asks about images
 
 
-def find_tasks(asked: Sequence[str], watch: EventHandler, images: bool = False, base: Path = Path()) -> Tasks:
+def find_tasks(names: Sequence[str], watch: EventHandler, images: bool = False, base: Path = Path()) -> Tasks:
     """Loads tasks with their data; leaves out, with a message, those that cannot run.
 
     `images`: they may ask about images. Relative paths start at `base`. The code that YAML files name runs. UserError
     for unknown names, and if no task is left.
     """
-    if not asked:
+    if not names:
         raise UserError("--tasks: names no task")
-    paths = [_path(name, base) for name in asked if is_task_path(name)]
-    named = [name for name in asked if not is_task_path(name)]
-    wanted = list(dict.fromkeys(each for name in named for each in (SEVEN if name == ALL_SEVEN else (name,))))
+    paths = [_path(name, base) for name in names if is_task_path(name)]
+    others = [name for name in names if not is_task_path(name)]
+    wanted = list(dict.fromkeys(each for name in others for each in (SEVEN if name == ALL_SEVEN else (name,))))
     with quiet(*LIBRARIES):
-        manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(named))
+        manager = TaskManager(include_path=[path for path in paths if path.is_dir()], include_defaults=bool(others))
         _check_names(wanted, manager.all_tasks)
         wanted += [spec for path in paths for spec in (_inside(path, manager) if path.is_dir() else [str(path)])]
         loaded, missing = _load(manager, wanted, images)
@@ -96,15 +96,15 @@ def _check_names(names: Iterable[str], known: Sequence[str]) -> None:
 
 def _inside(folder: Path, manager: TaskManager) -> list[str]:
     """The groups of a folder, and its tasks that are in none of them."""
-    place = folder.resolve()
+    root = folder.resolve()
     entries = ((name, entry) for name, entry in manager.task_index.items() if entry.yaml_path is not None)
-    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(place)}
+    own = {name: entry for name, entry in entries if entry.yaml_path.resolve().is_relative_to(root)}
     groups = [own[name] for name in manager.all_groups if name in own]
     members = {member for group in groups for member in (group.cfg or {}).get("task", []) if isinstance(member, str)}
-    found = [name for name in own if name not in members]
-    if not found:
+    names = [name for name in own if name not in members]
+    if not names:
         raise UserError(f"--tasks {folder}: holds no task, that is no .yaml file with the keys task and dataset_path")
-    return found
+    return names
 
 
 def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[list[Any], dict[str, str]]:
@@ -113,12 +113,12 @@ def _load(manager: TaskManager, names: Sequence[str], images: bool) -> tuple[lis
     with _hub_or_cache():
         for name in names:
             try:
-                found = manager.load([name])
-                _check_inputs(found["tasks"], images)
+                entry = manager.load([name])
+                _check_inputs(entry["tasks"], images)
             except Exception as error:  # whatever readers, network and a task's own code raise
                 missing[name] = OUT_OF_REACH if isinstance(error, ConnectionError) else one_line(error)
                 continue
-            loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+            loaded += [entry["groups"][name]] if name in entry["groups"] else entry["tasks"].values()
     return loaded, missing
 
 
@@ -221,10 +221,10 @@ def score(
             prefix_token_id=_prefix(model, getattr(tokenizer, "tokenizer", tokenizer)),
         )  # fmt: skip
         AnswerCounter(watch).listen(lm)
-        found = evaluate(
+        output = evaluate(
             lm, _ready(tasks, num_fewshot), limit=limit, bootstrap_iters=BOOTSTRAPS, fewshot_as_multiturn=True
         )
-    return {row: _result(found, row) for row in tasks.rows}
+    return {row: _result(output, row) for row in tasks.rows}
 
 
 def _kind(tasks: Tasks) -> Any:
@@ -244,13 +244,13 @@ def _ready(tasks: Tasks, num_fewshot: int | None) -> dict[str, Any]:
     random.seed(0)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    found: dict[str, Any] = tasks.manager.load(tasks.loaded)
-    for task in found["tasks"].values():
+    loaded: dict[str, Any] = tasks.manager.load(tasks.loaded)
+    for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own != 0:  # a task with 0 stays zero-shot
             task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
         task.set_fewshot_seed(seed=SEED)
-    return found
+    return loaded
 
 
 class _Checked(HFLM):  # type: ignore[misc]
@@ -264,9 +264,9 @@ class _Checked(HFLM):  # type: ignore[misc]
 def _prefix(model: nn.Module, tokenizer: Any) -> int | None:
     """The token of an empty context; None if the tokenizer has one."""
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    known = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     own = [config.bos_token_id, config.eos_token_id, 0]
-    return None if any(token is not None for token in known) else next(token for token in own if isinstance(token, int))
+    return None if any(token is not None for token in ends) else next(token for token in own if isinstance(token, int))
 
 
 class AnswerCounter:
@@ -292,13 +292,13 @@ class AnswerCounter:
         return answer(requests)
 
 
-def _result(found: Mapping[str, Any], name: str) -> TaskResult:
-    row, samples = found["results"][name], found["samples"].get(name, [])
+def _result(output: Mapping[str, Any], name: str) -> TaskResult:
+    row, samples = output["results"][name], output["samples"].get(name, [])
     keys = [key for key, value in row.items() if "," in key and "_stderr," not in key and _is_number(value)]
     return TaskResult(
         items=row["sample_len"],
-        num_fewshot=found["n-shot"].get(name) or 0,
-        version=str(found["versions"].get(name)),
+        num_fewshot=output["n-shot"].get(name) or 0,
+        version=str(output["versions"].get(name)),
         scores={_short(key): TaskScore(value=row[key], stderr=_stderr(row, key, row["sample_len"])) for key in keys},
         each={_short(key): _each(samples, *key.split(",", 1)) for key in keys},
     )
