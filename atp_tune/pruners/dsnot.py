@@ -74,7 +74,7 @@ class DSnoT(DSnoTSettings):
         grow, prune, change, possible = (torch.stack(part) for part in zip(*sides, strict=True))
         change[0] = -change[0]
         used, first = torch.zeros(2, len(gone), dtype=torch.long, device=gone.device), error.sign()
-        made, alive = torch.zeros_like(possible), torch.ones_like(first, dtype=torch.bool)
+        swaps, alive = torch.zeros_like(possible), torch.ones_like(first, dtype=torch.bool)
         for _ in range(steps):
             alive = alive & (error.abs() > self.threshold)
             side = (error > 0).long()
@@ -82,11 +82,11 @@ class DSnoT(DSnoTSettings):
             after = error + change[here]
             if self.group is not None:
                 alive = alive & ((after.sign() == first) | ~possible[here])
-            made[here] = alive & possible[here]
-            error = torch.where(made[here], after, error)
+            swaps[here] = alive & possible[here]
+            error = torch.where(swaps[here], after, error)
             used[side, rows] += 1
         for k in range(2):
-            row, step = made[k].nonzero(as_tuple=True)
+            row, step = swaps[k].nonzero(as_tuple=True)
             gone[row, grow[k, row, step]] = False
             gone[row, prune[k, row, step]] = True
         return zeroed(weight, gone)
@@ -109,8 +109,8 @@ class DSnoT(DSnoTSettings):
             earlier = (
                 (home[:, :, None] == home[:, None, :]).tril(-1).sum(2)
             )  # [out, K] earlier weights in the same group
-            place = order[torch.arange(rows, device=scores.device)[:, None], home, earlier.clamp(max=self.group - 1)]
-            prune, prunes = (home * self.group + place).clamp(max=columns - 1), earlier < kept.gather(1, home)
+            offset = order[torch.arange(rows, device=scores.device)[:, None], home, earlier.clamp(max=self.group - 1)]
+            prune, prunes = (home * self.group + offset).clamp(max=columns - 1), earlier < kept.gather(1, home)
         return Swaps(grow, prune, effects.gather(1, prune) - effects.gather(1, grow), grows & prunes)
 
 

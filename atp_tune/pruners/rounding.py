@@ -82,20 +82,20 @@ class RTN:
 
     def quantize(self, weight: Tensor, bits: int, statistics: Statistics | None, zeros: Tensor | None = None) -> Tensor:
         """A copy of weight [out, in] with at most 2^bits values in each group; 0 stays 0."""
-        found = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        rounded = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
         for columns, size in parts_of(weight.shape[1], self.group_size):
             groups = weight[:, columns].float().reshape(len(weight), -1, size)
-            found[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
-        return found.to(weight.dtype)
+            rounded[:, columns] = Grid.of(groups, bits, self.symmetric).nearest(groups).flatten(1)
+        return rounded.to(weight.dtype)
 
     def grid(self, weight: Tensor, bits: int) -> Grid:
         """The scale and zero point [out, groups] of each group of weight [out, in]; GPTQ's are the same."""
-        found = [
+        grids = [
             Grid.of(weight[:, columns].float().reshape(len(weight), -1, size), bits, self.symmetric)
             for columns, size in parts_of(weight.shape[1], self.group_size)
         ]
-        scale, zero = torch.cat([one.scale for one in found], 1), torch.cat([one.zero for one in found], 1)
-        return Grid(scale.squeeze(-1), zero.squeeze(-1), found[0].top)
+        scale, zero = torch.cat([one.scale for one in grids], 1), torch.cat([one.zero for one in grids], 1)
+        return Grid(scale.squeeze(-1), zero.squeeze(-1), grids[0].top)
 
 
 # --- GPTQ: rounds column by column and updates the columns to the right to compensate for the error.
@@ -141,12 +141,12 @@ class GPTQ(RTN):
         R = statistics.factor(self.damping, self.act_order)
         W = torch.empty_like(weight.T, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight.T)
         # The grid of each column of W [in, out], with scales and zero points [out].
-        found: list[Grid] = []
+        by_column: list[Grid] = []
         for columns, size in parts_of(len(W), self.group_size):
             for group in torch.split(W[columns], size):
                 grid = Grid.of(group.T, bits, self.symmetric)
-                found += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
-        grids = found
+                by_column += [Grid(grid.scale[:, 0], grid.zero[:, 0], grid.top)] * size
+        grids = by_column
         W[statistics.dead()] = 0  # W is [in, out], so that columns are contiguous
         order = statistics.order() if self.act_order else None
         if order is not None:

@@ -127,11 +127,11 @@ def ranks(scores: Tensor) -> Tensor:
     kind = torch.int16 if columns <= 2**15 else torch.int32
     if scores.device.type != "cpu":
         order = scores.argsort(dim=1, stable=True)
-        places = torch.arange(columns, dtype=kind, device=scores.device).expand(rows, -1)
-        return torch.empty_like(order, dtype=kind).scatter_(1, order, places)
-    found = np.empty((rows, columns), dtype=np.int16 if kind == torch.int16 else np.int32)
-    _in_threads(_rank, scores.float().numpy(force=True), found)
-    return torch.from_numpy(found)
+        positions = torch.arange(columns, dtype=kind, device=scores.device).expand(rows, -1)
+        return torch.empty_like(order, dtype=kind).scatter_(1, order, positions)
+    array = np.empty((rows, columns), dtype=np.int16 if kind == torch.int16 else np.int32)
+    _in_threads(_rank, scores.float().numpy(force=True), array)
+    return torch.from_numpy(array)
 
 
 def zeroed(weight: Tensor, gone: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _threshold(scores: Tensor, count: int) -> Tensor:
     # The same with torch, on any device and in any dtype, with a sample of this size; a 0-d tensor.
     size = SAMPLE if scores.device.type == "cpu" else LARGE_SAMPLE
     sample = scores[:: max(1, len(scores) // size)].sort().values
-    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
+    low, high = (sample[index] for index in _enclosing(len(sample), count / len(scores)))
     left = count - int((scores < low).sum())
     between = scores[(scores >= low) & (scores <= high)]
     if not 0 < left <= len(between):
@@ -180,7 +180,7 @@ def _threshold(scores: Tensor, count: int) -> Tensor:
 def _select(scores: Floats, count: int) -> float:
     """The `count`-th lowest of the scores [n]: searched between two sample values, if it is there, else among all."""
     sample = np.sort(scores[:: max(1, len(scores) // SAMPLE)])
-    low, high = (sample[place] for place in _enclosing(len(sample), count / len(scores)))
+    low, high = (sample[index] for index in _enclosing(len(sample), count / len(scores)))
     between = scores[np.flatnonzero((scores >= low) & (scores <= high))]
     left = count - int(np.count_nonzero(scores < low))
     if not 0 < left <= len(between):
@@ -303,9 +303,9 @@ def refitted(weight: Tensor, gone: Tensor, hessian: Tensor, damping: float) -> T
         raise TrialError(
             f"refit of channels: Hessian not positive definite, even with damping {damping * 10**RAISES:g}"
         )
-    made = torch.zeros_like(dense)
-    made[:, there] = dense[:, there] + torch.cholesky_solve(right.T, lower).T
-    return made.to(weight.device, weight.dtype)
+    fitted = torch.zeros_like(dense)
+    fitted[:, there] = dense[:, there] + torch.cholesky_solve(right.T, lower).T
+    return fitted.to(weight.device, weight.dtype)
 
 
 # --- A pruner that is a plug-in, checked each time that it prunes: the dense weight stays as it is, and the result
@@ -350,31 +350,31 @@ class CheckedPruner(Checked):
     def prune(self, weight: Tensor, sparsity: float, statistics: Statistics | None) -> Tensor:
         """A pruned copy of weight [out, in] at a sparsity in [0, 1]."""
         with guarded(self._origin, f"prune at sparsity {sparsity:g}"):
-            found = self._plugin.prune(weight.clone(), sparsity, statistics)
-        wrong = _unlike(weight, found) or _miscounted(weight, found, sparsity, self.group)
+            matrix = self._plugin.prune(weight.clone(), sparsity, statistics)
+        wrong = _unlike(weight, matrix) or _miscounted(weight, matrix, sparsity, self.group)
         if wrong:
             raise self.wrong("prune", wrong)
-        pruned: Tensor = found
+        pruned: Tensor = matrix
         return pruned
 
 
-def _unlike(weight: Tensor, found: Any) -> str:
+def _unlike(weight: Tensor, result: Any) -> str:
     """How a result differs in kind from the weight; "" if it does not."""
-    if not isinstance(found, Tensor):
-        return f"returned {type(found).__name__}, not a tensor"
+    if not isinstance(result, Tensor):
+        return f"returned {type(result).__name__}, not a tensor"
     for name in ("shape", "dtype", "device"):
-        own, there = getattr(found, name), getattr(weight, name)
+        own, there = getattr(result, name), getattr(weight, name)
         if own != there:
             own, there = (tuple(each) if name == "shape" else each for each in (own, there))
             return f"returned a weight of {name} {own} for one of {there}"
-    return "" if found.isfinite().all() or not weight.isfinite().all() else "returned a weight with NaN or infinity"
+    return "" if result.isfinite().all() or not weight.isfinite().all() else "returned a weight with NaN or infinity"
 
 
-def _miscounted(weight: Tensor, found: Tensor, sparsity: float, group: int | None) -> str:
+def _miscounted(weight: Tensor, pruned: Tensor, sparsity: float, group: int | None) -> str:
     """How the number of zeros is wrong; "" if it is not."""
     rows, columns = weight.shape
-    gone = found == 0
-    count, before = int(gone.sum()), int((weight == 0).sum())
+    zeros = pruned == 0
+    count, before = int(zeros.sum()), int((weight == 0).sum())
     at = f"at sparsity {sparsity:g}, where there must be"
     if group is None:
         low = rows * int(columns * sparsity)
@@ -382,7 +382,7 @@ def _miscounted(weight: Tensor, found: Tensor, sparsity: float, group: int | Non
         wanted = f"{low}" if low == high else f"{low} to {high}"
         return "" if low <= count <= high else f"left {count} zeros of {rows * columns} weights {at} {wanted}"
     whole, most = columns - columns % group, before
-    for part, size in ((gone[:, :whole].reshape(-1, group), group), (gone[:, whole:], columns - whole)):
+    for part, size in ((zeros[:, :whole].reshape(-1, group), group), (zeros[:, whole:], columns - whole)):
         least = int(size * sparsity + SLACK)
         most += least * len(part)
         if part.numel() and (fewest := int(part.sum(1).min())) < least:

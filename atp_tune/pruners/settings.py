@@ -68,20 +68,20 @@ class ChannelSettings(SettingsTable):
     """MLP channels that stay are a multiple of this"""
 
 
-def finished(found: Any, origin: Origin) -> type[SettingsTable]:
+def finished(pruner: Any, origin: Origin) -> type[SettingsTable]:
     """The class of a pruner that is a plug-in; UserError if it is none, or if its settings have no defaults."""
-    if not isinstance(found, type) or not issubclass(found, SettingsTable):
+    if not isinstance(pruner, type) or not issubclass(pruner, SettingsTable):
         raise UserError(f"{origin}: is no pruner: must be a class that inherits from atp_tune.SettingsTable")
-    if not callable(getattr(found, "prune", None)):
+    if not callable(getattr(pruner, "prune", None)):
         raise UserError(f"{origin}: is no pruner: has no method prune(self, weight, sparsity, statistics)")
-    measures = getattr(found, "measures", origin)
+    measures = getattr(pruner, "measures", origin)
     if measures is origin:
         raise UserError(f"{origin}: has no class variable measures: None, or a class of statistics such as InputNorms")
     if measures is not None and not all(
         hasattr(measures, name) for name in ("add", "tensors", "restored", "bytes_for")
     ):
         raise UserError(f"{origin}: measures must be None or a class of statistics, such as InputNorms")
-    needed = [name for name, field in found.model_fields.items() if field.is_required()]
+    needed = [name for name, field in pruner.model_fields.items() if field.is_required()]
     if needed:
         raise UserError(f"{origin}: its setting {needed[0]} needs a default")
-    return found
+    return pruner

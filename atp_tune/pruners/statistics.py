@@ -46,9 +46,9 @@ class InputNorms:
     @classmethod
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
-        found = cls.__new__(cls)
-        found._squares = tensors["squares"]
-        return found
+        statistics = cls.__new__(cls)
+        statistics._squares = tensors["squares"]
+        return statistics
 
     def norms(self) -> Tensor:
         """The norms [in]; TrialError if one is not finite."""
@@ -93,11 +93,11 @@ class InputMoments:
     @classmethod
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
-        found = cls.__new__(cls)
-        found._norms = InputNorms.restored(tensors)
-        found._means, found._deviations = tensors["means"], tensors["deviations"]
-        found._tokens = int(tensors["tokens"])
-        return found
+        statistics = cls.__new__(cls)
+        statistics._norms = InputNorms.restored(tensors)
+        statistics._means, statistics._deviations = tensors["means"], tensors["deviations"]
+        statistics._tokens = int(tensors["tokens"])
+        return statistics
 
     def norms(self) -> Tensor:
         """The norms [in]."""
@@ -132,12 +132,12 @@ class Several:
     @classmethod
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
-        found = cls.__new__(cls)
-        found.parts = {}
+        statistics = cls.__new__(cls)
+        statistics.parts = {}
         for part, kind in cls.kinds.items():
             own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-            found.parts[part] = kind.restored(own)
-        return found
+            statistics.parts[part] = kind.restored(own)
+        return statistics
 
     @classmethod
     def bytes_for(cls, inputs: int) -> int:
@@ -154,7 +154,7 @@ class Scaled:
 
     def inverse(self, rho: float) -> Tensor:
         """(H̃ + ρI)⁻¹ [in, in]; by elimination, if rounding has made that matrix one that is not positive definite."""
-        raised = self.matrix.to(_place_of_factors(self.matrix.device), copy=True)
+        raised = self.matrix.to(_device_of_factors(self.matrix.device), copy=True)
         raised.diagonal().add_(rho)
         factor, failed = torch.linalg.cholesky_ex(raised)
         inverse = torch.linalg.inv(raised) if failed else torch.cholesky_inverse(factor)
@@ -205,11 +205,11 @@ class Hessian:
     @classmethod
     def restored(cls, tensors: Tensors) -> Self:
         """Restores statistics from `tensors`."""
-        found = cls.__new__(cls)
-        found._gram, found._tokens, found._scaled = tensors["gram"], int(tensors["tokens"]), {}
+        statistics = cls.__new__(cls)
+        statistics._gram, statistics._tokens, statistics._scaled = tensors["gram"], int(tensors["tokens"]), {}
         factors = {name: part for name, part in tensors.items() if name.startswith("factor ")}
-        found._factors = {name.removeprefix("factor "): part for name, part in factors.items()}
-        return found
+        statistics._factors = {name.removeprefix("factor "): part for name, part in factors.items()}
+        return statistics
 
     def matrix(self) -> Tensor:
         """H [in, in]; inputs that were always zero get 1 on the diagonal, so that H can be inverted."""
@@ -282,7 +282,7 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     """
     device, mean = hessian.device, finite(hessian.diagonal(), "Hessian").mean()
     diagonal = hessian.diagonal().flip(0)
-    hessian = hessian.flip(0, 1).to(_place_of_factors(device))
+    hessian = hessian.flip(0, 1).to(_device_of_factors(device))
     for power in range(DAMPING_RAISES + 1):
         hessian.diagonal().copy_(diagonal + damping * 10**power * mean)
         lower: Tensor
@@ -294,7 +294,7 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     raise TrialError(f"Hessian not positive definite, even with damping {damping * 10**DAMPING_RAISES:g}")
 
 
-def _place_of_factors(device: torch.device) -> torch.device:
+def _device_of_factors(device: torch.device) -> torch.device:
     """Where Cholesky factors are computed: MPS lacks, or lacked, what that takes."""
     return torch.device("cpu") if device.type == "mps" else device
 

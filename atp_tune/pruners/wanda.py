@@ -115,9 +115,9 @@ class Ranks(InputNorms):
     @classmethod
     def of(cls, weight: Tensor, statistics: Statistics, group: int | None = None) -> "Ranks":
         """Ranks the scores of weight [out, in]."""
-        found = cls.restored(statistics.tensors())
-        found.places, found.group = order_in_rows(Wanda.scores(weight, statistics), group), group
-        return found
+        ranks = cls.restored(statistics.tensors())
+        ranks.places, ranks.group = order_in_rows(Wanda.scores(weight, statistics), group), group
+        return ranks
 
     def lowest(self, sparsity: float) -> Tensor:
         """Mask [out, in] of the ⌊in·s⌋ lowest scores of each row, or the ⌊M·s⌋ lowest of each group."""
