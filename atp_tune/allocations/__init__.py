@@ -101,10 +101,10 @@ class CheckedAllocation(Checked):
     def bounds(self, budget: Budget) -> Bounds:
         """The interval of each parameter."""
         with guarded(self._origin, "bounds"):
-            found = self._plugin.bounds(budget) if hasattr(self._plugin, "bounds") else {}
-            if not isinstance(found, Mapping):
-                raise self.wrong("bounds", f"returned {found!r}, not a dict of intervals")
-            return {name: self._interval(name, ends) for name, ends in found.items()}
+            bounds = self._plugin.bounds(budget) if hasattr(self._plugin, "bounds") else {}
+            if not isinstance(bounds, Mapping):
+                raise self.wrong("bounds", f"returned {bounds!r}, not a dict of intervals")
+            return {name: self._interval(name, ends) for name, ends in bounds.items()}
 
     def initial_points(self, budget: Budget) -> list[dict[str, float]]:
         """The plug-in's first points, or the middle of its bounds."""
@@ -130,13 +130,13 @@ class CheckedAllocation(Checked):
         budget.check(names, **values)
         at = ", ".join(f"{name}={value:g}" for name, value in values.items())
         with guarded(self._origin, f"sparsities at {at}" if at else "sparsities"):
-            found = list(self._plugin.sparsities(budget, **values))
-            by_linear = any(isinstance(row, tuple | list) for row in found)
-            rows = [list(row) for row in found] if by_linear else [[one] for one in found]
+            sparsities = list(self._plugin.sparsities(budget, **values))
+            by_linear = any(isinstance(row, tuple | list) for row in sparsities)
+            rows = [list(row) for row in sparsities] if by_linear else [[one] for one in sparsities]
         shapes = [[shape.size for shape in row] for row in budget.linears] if by_linear else [[n] for n in budget.sizes]
         if [len(row) for row in rows] != [len(row) for row in shapes]:
             many = "one row per block, of one value per linear" if by_linear else f"{len(shapes)}, one per block"
-            raise self.wrong("sparsities", f"returned {len(found)} values, where there must be {many}")
+            raise self.wrong("sparsities", f"returned {len(sparsities)} values, where there must be {many}")
         flat, sizes = [s for row in rows for s in row], [size for row in shapes for size in row]
         wrong = next((s for s in flat if not _is_number(s) or not -ROUNDING <= s <= 1 + ROUNDING), None)
         if wrong is not None:
@@ -158,9 +158,9 @@ class CheckedAllocation(Checked):
         return float(low), float(high)
 
 
-def finished(found: Any, origin: Origin) -> CheckedAllocation:
+def finished(allocation: Any, origin: Origin) -> CheckedAllocation:
     """The allocation of a plug-in; UserError if it is none."""
-    return CheckedAllocation.finished(found, origin, sparsities="(budget, **parameters)")
+    return CheckedAllocation.finished(allocation, origin, sparsities="(budget, **parameters)")
 
 
 def _is_number(value: Any) -> bool:

@@ -57,7 +57,7 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], widths: Seq
     that take no more bits than it (Everett, "Generalized Lagrange multiplier method", Operations Research 1963). The
     steps of a linear are those of its lower convex hull. One that exceeds the bits ends its linear; others go on.
     """
-    found, left = [widths[0]] * len(costs), (bits - widths[0] + SLACK) * sum(sizes)
+    plan, left = [widths[0]] * len(costs), (bits - widths[0] + SLACK) * sum(sizes)
     steps = [
         (-saved / (widths[above] - widths[below]) / size, linear, widths[below], widths[above])
         for linear, (row, size) in enumerate(zip(costs, sizes, strict=True))
@@ -65,22 +65,22 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[int], widths: Seq
     ]
     for _, linear, below, above in sorted(steps):
         needed = (above - below) * sizes[linear]
-        if found[linear] == below and needed <= left:
-            found[linear], left = above, left - needed
-    return found
+        if plan[linear] == below and needed <= left:
+            plan[linear], left = above, left - needed
+    return plan
 
 
 def _falls(costs: Sequence[float], widths: Sequence[int]) -> list[tuple[int, int, float]]:
     """The steps down the lower convex hull of costs over widths: places of both ends, and what the step saves."""
-    found, here = list[tuple[int, int, float]](), 0
+    steps, here = list[tuple[int, int, float]](), 0
     while here + 1 < len(costs):
         slopes = {to: (costs[here] - costs[to]) / (widths[to] - widths[here]) for to in range(here + 1, len(costs))}
         best = max(slopes, key=lambda to: (slopes[to], to))
         if slopes[best] <= 0:
             break
-        found.append((here, best, costs[here] - costs[best]))
+        steps.append((here, best, costs[here] - costs[best]))
         here = best
-    return found
+    return steps
 
 
 def evenly(count: int) -> list[int]:

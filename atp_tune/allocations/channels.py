@@ -83,10 +83,10 @@ class BlockChannels:
 
     def shares(self, heads: int, mlp: int) -> tuple[float, ...]:
         """The share of each linear that goes, with these numbers of heads and MLP channels."""
-        gone = dict.fromkeys(self.mlp.linears, mlp / self.mlp.count)
+        shares = dict.fromkeys(self.mlp.linears, mlp / self.mlp.count)
         if self.heads is not None:
-            gone |= dict.fromkeys(self.heads.linears, heads / self.heads.count)
-        return tuple(gone.get(name, 0.0) for name, _ in self.linears)
+            shares |= dict.fromkeys(self.heads.linears, heads / self.heads.count)
+        return tuple(shares.get(name, 0.0) for name, _ in self.linears)
 
 
 def check_whole(rows: Sequence[Sequence[float]], blocks: Sequence[BlockChannels]) -> None:
@@ -112,11 +112,11 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
     one step if that brings the number of weights that go closer to what was asked.
     """
     sizes = [block.size for block in blocks]
-    asked = level(sparsities, sizes, target, 0.0, min(block.highest for block in blocks))
-    heads = [block.heads_gone(s) for block, s in zip(blocks, asked, strict=True)]
+    wanted = level(sparsities, sizes, target, 0.0, min(block.highest for block in blocks))
+    heads = [block.heads_gone(s) for block, s in zip(blocks, wanted, strict=True)]
     steps, rests, jumps = list[int](), list[float](), list[int]()
-    for block, s, gone in zip(blocks, asked, heads, strict=True):
-        left = s * block.size - (gone * block.heads.weights if block.heads else 0)
+    for block, s, number in zip(blocks, wanted, heads, strict=True):
+        left = s * block.size - (number * block.heads.weights if block.heads else 0)
         exact = min(max(left / block.mlp.weights, 0.0), block.mlp.count - block.kept[-1])
         step = max(i for i, kept in enumerate(block.kept) if block.mlp.count - kept <= exact + SLACK)
         last = step + 1 == len(block.kept)
@@ -130,6 +130,6 @@ def rounded(sparsities: Sequence[float], blocks: Sequence[BlockChannels], target
             steps[i] += 1
             missing -= jumps[i]
     return tuple(
-        block.shares(gone, block.mlp.count - block.kept[step])
-        for block, gone, step in zip(blocks, heads, steps, strict=True)
+        block.shares(number, block.mlp.count - block.kept[step])
+        for block, number, step in zip(blocks, heads, steps, strict=True)
     )

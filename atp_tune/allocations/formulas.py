@@ -105,9 +105,9 @@ class Curve(Formula):
 
     def initial_points(self, budget: Budget) -> list[dict[str, float]]:
         """The initial point of ATP; then half its `beta`, with half the bound of `ends` and the bound of `value`."""
-        found = self.bounds(budget)
-        middle = {**dict.fromkeys(found, 0.0), **atp.initial_points(budget)[0]}
-        bent = {"beta": middle["beta"] / 2, "ends": found["ends"][0] / 2, "value": found["value"][0]}
+        bounds = self.bounds(budget)
+        middle = {**dict.fromkeys(bounds, 0.0), **atp.initial_points(budget)[0]}
+        bent = {"beta": middle["beta"] / 2, "ends": bounds["ends"][0] / 2, "value": bounds["value"][0]}
         return [middle, {**middle, **bent}]
 
     def sparsities(
@@ -231,8 +231,8 @@ class AlphaPruningLinear(AlphaPruning):
         """One sparsity per linear, or per block if all exponents are equal; ValueError for an ε outside [0, 1]."""
         budget.check({"epsilon": (0.0, 1.0)}, epsilon=epsilon)
         exponents = [*chain(*budget.require_dense_metrics("alphapruning-linear").tail_exponents("middle"))]
-        found = _by_exponents(budget, epsilon, exponents, [shape.size for shape in chain(*budget.linears)])
-        return found if min(exponents) == max(exponents) else rows_of(found, budget.linears)
+        sparsities = _by_exponents(budget, epsilon, exponents, [shape.size for shape in chain(*budget.linears)])
+        return sparsities if min(exponents) == max(exponents) else rows_of(sparsities, budget.linears)
 
 
 def _by_exponents(

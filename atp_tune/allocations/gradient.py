@@ -130,14 +130,14 @@ def path(low: float, high: float) -> tuple[float, ...]:
 
 def steps_along(targets: Sequence[float]) -> int:
     """Number of steps of a descent along these targets."""
-    return sum(_steps(targets, place) for place in range(len(targets)))
+    return sum(_steps(targets, index) for index in range(len(targets)))
 
 
-def _steps(targets: Sequence[float], place: int) -> int:
+def _steps(targets: Sequence[float], index: int) -> int:
     """Number of steps at one of these targets."""
     if len(targets) == 1:
         return STEPS
-    return FURTHER if place else AT_LOWEST
+    return FURTHER if index else AT_LOWEST
 
 
 def descend(
@@ -150,18 +150,18 @@ def descend(
     `prices_at(step, sparsities)` measures prices, in nats per weight.
     """
     sizes, done = _sizes(linears), 0
-    found, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
-    for place, target in enumerate(targets):
+    sparsities, smooth = [targets[0]] * len(sizes), [0.0] * len(sizes)
+    for index, target in enumerate(targets):
         low, high = min(LIMITS[0], target), max(LIMITS[1], target)
-        found = _levelled(found, sizes, target, low, high) if place else found
-        for step in range(STEPS - _steps(targets, place), STEPS):
-            prices = chain.from_iterable(prices_at(done, rows_of(found, linears)))
+        sparsities = _levelled(sparsities, sizes, target, low, high) if index else sparsities
+        for step in range(STEPS - _steps(targets, index), STEPS):
+            prices = chain.from_iterable(prices_at(done, rows_of(sparsities, linears)))
             smooth = [KEPT * v + (1 - KEPT) * p for v, p in zip(smooth, prices, strict=True)]
             distance = FIRST * (1 - step / STEPS) + LAST
-            wanted = [s - distance * u for s, u in zip(found, _standardised(smooth, sizes), strict=True)]
-            found = _levelled(wanted, sizes, target, low, high)
+            wanted = [s - distance * u for s, u in zip(sparsities, _standardised(smooth, sizes), strict=True)]
+            sparsities = _levelled(wanted, sizes, target, low, high)
             done += 1
-        yield rows_of(found, linears)
+        yield rows_of(sparsities, linears)
 
 
 def between(targets: Sequence[float], ends: Sequence[RowSparsities], target: float) -> RowSparsities:

@@ -39,8 +39,8 @@ class RowOffsets:
     def read(cls, text: str, shapes: Sequence[Sequence[Shape]]) -> "RowOffsets":
         """Offsets from `stored`; ValueError if they are not those of linears with these shapes."""
         rows = [[shape.rows for shape in block] for block in shapes]
-        found, ends = offsets_of(text, sum(map(sum, rows))), accumulate(count for block in rows for count in block)
-        return cls(tuple(tuple(found[(end := next(ends)) - count : end] for count in block) for block in rows))
+        offsets, ends = offsets_of(text, sum(map(sum, rows))), accumulate(count for block in rows for count in block)
+        return cls(tuple(tuple(offsets[(end := next(ends)) - count : end] for count in block) for block in rows))
 
     def stored(self) -> str:
         """The offsets as text: bytes of all linears one after the other, compressed, in base64."""
@@ -81,12 +81,12 @@ def offsets_of(text: str, rows: int) -> bytes:
     """Offsets from `text_of`; ValueError if they are not those of so many rows."""
     try:
         unpacking = zlib.decompressobj()
-        found = unpacking.decompress(base64.b64decode(text, validate=True), rows + 1)
+        offsets = unpacking.decompress(base64.b64decode(text, validate=True), rows + 1)
     except (ValueError, zlib.error):
         raise ValueError("rows: no offsets of rows in base64") from None
-    if len(found) != rows or not unpacking.eof:
+    if len(offsets) != rows or not unpacking.eof:
         raise ValueError(f"rows: not one offset for each of the {rows} rows")
-    return found
+    return offsets
 
 
 def zeros_of_rows(columns: int, sparsity: float, offsets: bytes) -> "Zeros":
@@ -107,10 +107,10 @@ def zeros_of_rows(columns: int, sparsity: float, offsets: bytes) -> "Zeros":
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if int(rows_at(middle).sum()) <= total else (low, middle)
-    found = rows_at(low)
-    more = np.flatnonzero(rows_at(low + 1) - found)[: total - int(found.sum())]
-    found[more] += 1
-    return found
+    zeros = rows_at(low)
+    more = np.flatnonzero(rows_at(low + 1) - zeros)[: total - int(zeros.sum())]
+    zeros[more] += 1
+    return zeros
 
 
 def _numbers(row: bytes) -> "NDArray[Any]":
