@@ -20,7 +20,7 @@ from atp_tune.pruners import PRUNERS, make_pruner, statistics
 from atp_tune.pruners.alps import ALPS
 from atp_tune.pruners.dsnot import DSnoT
 from atp_tune.pruners.sparsegpt import SparseGPT
-from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _factor, _device_of_factors, widens
+from atp_tune.pruners.statistics import Hessian, InputMoments, InputNorms, Scaled, _device_of_factors, _factor, widens
 from atp_tune.pruners.wanda import Magnitude, Wanda
 
 Problem = tuple[Tensor, Tensor]  # weight and inputs
