@@ -163,7 +163,7 @@ class Keys:
             patch.setattr(ModelFolder, "checkpoint", lambda _, model, *__: self._model(model)[0])
             patch.setattr(contexts, "verified_replay", lambda *_: self._model(file.study.model)[1])
             patch.setattr(Session, "release", lambda _: None)
-            patch.setattr(CalibrationGradients, "kept", self._stop)
+            patch.setattr(CalibrationGradients, "cached", self._stop)
             with Session.open(setup_of(file)) as context:
                 return {name: made(file, context) for name, made in MAKERS.items()}
 
