@@ -96,8 +96,8 @@ def sha256_of_files(files: Iterable[Path], notify: Callable[[str], None]) -> dic
         notify(f"hashing {unread / 2**30:.0f} GiB in {files[0].parent}, once: by its content a study knows its model")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         try:
-            found = pool.map(lambda file: sha256_of(file, stopped), files)
-            return {file.name: digest for file, digest in zip(files, found, strict=True)}
+            digests = pool.map(lambda file: sha256_of(file, stopped), files)
+            return {file.name: digest for file, digest in zip(files, digests, strict=True)}
         except BaseException:  # Ctrl-C too: the pool waits for its threads
             stopped.set()
             raise
@@ -226,15 +226,15 @@ def made_once(path: Path, waiting: Callable[[Path], None]) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    place = path.with_name(f".{path.name}.lock")
-    lock, is_said = FileLock(place), False
+    file = path.with_name(f".{path.name}.lock")
+    lock, is_said = FileLock(file), False
     with suppress(OSError, NotImplementedError):
         while not (lock.is_locked or path.exists()):
             try:
                 lock.acquire(timeout=POLL if is_said else 0)
             except Timeout:
                 if not is_said:
-                    waiting(place)
+                    waiting(file)
                 is_said = True
     try:
         yield
@@ -298,7 +298,7 @@ def folder_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
 def _saved(temporary: Path, path: Path) -> str:
     """Gives a folder the next free name beside `path`; says where it is."""
     names = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return f"the result is in {temporary.rename(next(place for place in names if not os.path.lexists(place)))}"
+    return f"the result is in {temporary.rename(next(name for name in names if not os.path.lexists(name)))}"
 
 
 def _prefix(path: Path) -> str:
@@ -309,17 +309,17 @@ def _prefix(path: Path) -> str:
 @cache
 def _space() -> str:
     """The scope of a process's number: the boot of a machine, and the container on it; hosts may share a name."""
-    found = []
+    facts = []
     with suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text())
-        found.append(str(Path("/proc/self/ns/pid").readlink()))
-    return sha256_of_json(found)[:8]
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return sha256_of_json(facts)[:8]
 
 
 def named_for(path: Path) -> str:
     """The name of a folder; of a temporary one that of what it is made for, without host and process."""
-    found = re.fullmatch(rf"\.+(.+?)\.{re.escape(platform.node())}-\d+-.+", path.name)
-    return found[1] if found else path.name
+    match = re.fullmatch(rf"\.+(.+?)\.{re.escape(platform.node())}-\d+-.+", path.name)
+    return match[1] if match else path.name
 
 
 def _began(pid: int) -> float:
@@ -338,14 +338,14 @@ def _sweep(path: Path) -> None:
     name = ".+" if path.is_relative_to(cache_root()) else re.escape(path.name)
     left = re.compile(rf"\.+{name}\.{re.escape(platform.node())}-(\d+)-(-?\d+)-(?:([0-9a-f]{{8}})-)?.+")
     for entry in path.parent.iterdir():
-        found = left.fullmatch(entry.name)
-        if not found:
+        match = left.fullmatch(entry.name)
+        if not match:
             continue
         with suppress(OSError):  # another process removes it too, or another user owns it
-            if found[3] not in (None, _space()):
+            if match[3] not in (None, _space()):
                 is_left = time() - max(each.lstat().st_mtime for each in (entry, *entry.rglob("*"))) > DAY
             else:
-                is_left = abs(_began(int(found[1])) - int(found[2])) > SAME_START
+                is_left = abs(_began(int(match[1])) - int(match[2])) > SAME_START
             if is_left:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 

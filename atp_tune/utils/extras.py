@@ -35,7 +35,7 @@ EXTRA = re.compile(r"-e '\.\[([\w,]+)\]'")
 
 def as_typed(text: str) -> str:
     """A text that names `python tune.py`, or an extra as `-e '.[NAME]'`, with what is typed here in its place."""
-    text = EXTRA.sub(lambda found: _package(f"[{found[1]}]"), text)
+    text = EXTRA.sub(lambda match: _package(f"[{match[1]}]"), text)
     return text if IS_CHECKOUT else SCRIPT.sub("atp-tune", text)
 
 
@@ -48,8 +48,8 @@ def _package(extra: str = "") -> str:
     """The argument of pip for this package: the checkout; without one the name, since pip knows what is installed."""
     if not IS_CHECKOUT:
         return shlex.quote(f"atp-tune{extra}")
-    place = "." if Path().samefile(CHECKOUT) else CHECKOUT
-    return f"-e {shlex.quote(f'{place}{extra}')}"
+    path = "." if Path().samefile(CHECKOUT) else CHECKOUT
+    return f"-e {shlex.quote(f'{path}{extra}')}"
 
 
 def require(extra: str, where: str, *modules: str, otherwise: str = "") -> None:
@@ -63,8 +63,8 @@ def require(extra: str, where: str, *modules: str, otherwise: str = "") -> None:
 
 def missing(extra: str, *modules: str) -> str | None:
     """The first package of an extra that is not installed, if any; it is not imported. `modules`: only these of it."""
-    found = EXTRAS[extra]
-    return next((found[module] for module in modules or found if not _is_installed(module)), None)
+    packages = EXTRAS[extra]
+    return next((packages[module] for module in modules or packages if not _is_installed(module)), None)
 
 
 def _is_installed(module: str) -> bool:
@@ -78,8 +78,8 @@ def remedy(module: str) -> str:
     """The command to type where an import of this module failed, for its extra or for all that is needed."""
     name = module.partition(".")[0]
     for extra, modules in EXTRAS.items():
-        for known, package in modules.items():
-            if name == known.partition(".")[0]:
+        for other, package in modules.items():
+            if name == other.partition(".")[0]:
                 return f"{package} is not installed; run: {install(extra)}"
     return f"{name} is not installed; run: {_install_all()}"
 

@@ -87,8 +87,8 @@ class Registry(UserDict[str, T]):
     def __getitem__(self, name: str) -> T:
         """The object of that name, imported if necessary; UnknownNameError if the name is not registered."""
         if name in self.data:
-            found = self.data[name] = resolved(self.data[name])
-            return cast(T, found)
+            value = self.data[name] = resolved(self.data[name])
+            return cast(T, value)
         plugin = self._plugin(name)
         if plugin is None:
             names = list(self)
@@ -127,8 +127,8 @@ class Registry(UserDict[str, T]):
 
     def is_added_by(self, name: str, file: Path) -> bool:
         """Whether a decorator in this file has registered the name."""
-        known = self._added.get(name)
-        return known is not None and known[1].file is not None and known[1].file.resolve() == file
+        entry = self._added.get(name)
+        return entry is not None and entry[1].file is not None and entry[1].file.resolve() == file
 
     def held(self) -> dict[str, Origin]:
         """The plug-ins whose code has been run, by name."""
@@ -137,63 +137,63 @@ class Registry(UserDict[str, T]):
 
     def entry_points(self) -> Mapping[str, EntryPoint]:
         """Entry points by name; UserError if two have one name, or one has a name of the package."""
-        found = points_of(self._group, tuple(sys.path)) if self._group else {}
-        for name, points in found.items():
+        by_name = points_of(self._group, tuple(sys.path)) if self._group else {}
+        for name, points in by_name.items():
             if len(points) > 1 or name in self.data:
                 other = "is built in" if name in self.data else f"is one of {_package(points[1])} too"
                 raise UserError(f"{self.kind} {name}, of {_package(points[0])}: {other}; uninstall one of the packages")
-        return {name: points[0] for name, points in found.items()}
+        return {name: points[0] for name, points in by_name.items()}
 
-    def add(self, found: Any, origin: Origin) -> None:
+    def add(self, plugin: Any, origin: Origin) -> None:
         """Registers a plug-in for all studies of the process; UserError if another object has its name.
 
         An object of the same place may be registered again, as when a cell of a notebook runs twice.
         """
-        known = self._added.get(origin.name)
-        if known is not None and known[1].place != origin.place:
-            raise UserError(f"{origin}: {known[1].place} has that name too; choose another name")
+        earlier = self._added.get(origin.name)
+        if earlier is not None and earlier[1].place != origin.place:
+            raise UserError(f"{origin}: {earlier[1].place} has that name too; choose another name")
         if origin.name in self.data or origin.name in self.entry_points():
             raise UserError(f"{origin}: {self._clash(origin.name)}; choose another name")
-        self._added[origin.name] = self._finished(found, origin), origin
+        self._added[origin.name] = self._finished(plugin, origin), origin
 
-    def hold(self, found: Any, origin: Origin) -> None:
+    def hold(self, plugin: Any, origin: Origin) -> None:
         """Registers a plug-in that the present study names by its place, instead of that of an earlier study.
 
         UserError if the name is taken.
         """
         if origin.name in self:
             raise UserError(f"{origin}: {self._clash(origin.name)}; rename the object after the colon")
-        self._held[origin.name] = self._finished(found, origin), origin
+        self._held[origin.name] = self._finished(plugin, origin), origin
 
     def _clash(self, name: str) -> str:
         if name in self.data:
             return f"there is a built-in {self.kind} {name}"
         return f"there is another {self.kind} {name}, of {self.origin(name)}"
 
-    def _finished(self, found: Any, origin: Origin) -> Any:
-        return resolved(self._finish)(found, origin) if self._finish else found
+    def _finished(self, plugin: Any, origin: Origin) -> Any:
+        return resolved(self._finish)(plugin, origin) if self._finish else plugin
 
     def _plugin(self, name: str) -> tuple[Any, Origin] | None:
-        known = self._added.get(name) or self._held.get(name)
-        point = None if known else self.entry_points().get(name)
+        entry = self._added.get(name) or self._held.get(name)
+        point = None if entry else self.entry_points().get(name)
         if point is None:
-            return known
+            return entry
         if point not in self._loaded:
-            found, origin = self._imported(point)
-            self._loaded[point] = self._finished(found, origin), origin
+            plugin, origin = self._imported(point)
+            self._loaded[point] = self._finished(plugin, origin), origin
         return self._loaded[point]
 
     def _imported(self, point: EntryPoint) -> tuple[Any, Origin]:
         package = _package(point)
         try:
-            found = point.load()
+            plugin = point.load()
             source = sys.modules[point.module].__file__
             content = Path(str(source)).read_bytes()
         except Exception as error:  # anything that its code may raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.kind} {point.name}, of {package}: {point.value}: {reason}") from None
         digest = hashlib.sha256(content).hexdigest()
-        return found, Origin(self.kind, point.name, "entry point", point.value, Path(str(source)), digest, package)
+        return plugin, Origin(self.kind, point.name, "entry point", point.value, Path(str(source)), digest, package)
 
 
 def resolved(row: Any) -> Any:
@@ -201,18 +201,18 @@ def resolved(row: Any) -> Any:
     if not isinstance(row, str):
         return row
     module, _, attribute = row.partition(":")
-    found = import_module(module)
-    return getattr(found, attribute) if attribute else found
+    imported = import_module(module)
+    return getattr(imported, attribute) if attribute else imported
 
 
 @cache
 def points_of(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     """The entry points of a group by name; `path`: where Python looks for packages, which may change."""
-    found: dict[str, list[EntryPoint]] = {}
+    by_name: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
-        if point not in found.setdefault(point.name, []):
-            found[point.name].append(point)
-    return found
+        if point not in by_name.setdefault(point.name, []):
+            by_name[point.name].append(point)
+    return by_name
 
 
 def _package(point: EntryPoint) -> str:
@@ -265,8 +265,8 @@ class OneOf:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Adds the names to the type."""
-        named = {**handler(schema), "enum": list(self.names)}
-        return named if self.other is None else {"anyOf": [named, {**handler(schema), "pattern": self.other}]}
+        of_names = {**handler(schema), "enum": list(self.names)}
+        return of_names if self.other is None else {"anyOf": [of_names, {**handler(schema), "pattern": self.other}]}
 
     def _check(self, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str) and (value in self.names or self._is_other(value, info.context)):
@@ -280,11 +280,11 @@ class OneOf:
         return context == STORED and _STORED_NAME.fullmatch(value) is not None
 
 
-def relocated(error: ValidationError, *place: str) -> list[InitErrorDetails]:
+def relocated(error: ValidationError, *path: str) -> list[InitErrorDetails]:
     """The errors of an inner table, at their place in an outer one, to be raised again."""
     return [
         InitErrorDetails(
-            type=details["type"], loc=(*place, *details["loc"]), input=details["input"], ctx=details.get("ctx", {})
+            type=details["type"], loc=(*path, *details["loc"]), input=details["input"], ctx=details.get("ctx", {})
         )
         for details in error.errors(include_url=False)
     ]

@@ -288,13 +288,13 @@ def check_writable(path: Path, size: float = 0, named: str = "", instead: str = 
 
     `named`, `instead`: how the message begins, and what it advises.
     """
-    place = path.absolute()
+    target = path.absolute()
     try:
-        os.lstat(f"{place}{'x' * TEMPORARY}")
+        os.lstat(f"{target}{'x' * TEMPORARY}")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{named}{path.name[:20]}…: cannot be written: its name is too long; {instead}") from None
-    there = next(parent for parent in (*place.parents, place) if os.path.lexists(parent))  # / has no parent
+    there = next(parent for parent in (*target.parents, target) if os.path.lexists(parent))  # / has no parent
     if not there.is_dir():
         raise UserError(f"{named}{path}: cannot be written: {there} is no folder; {instead}")
     if not os.access(there, os.W_OK | os.X_OK):
