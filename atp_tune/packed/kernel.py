@@ -147,14 +147,14 @@ def succeed(error: int) -> bool:
 
 
 @cache
-def _chosen(asked: str) -> str | None:
+def _chosen(isa: str) -> str | None:
     """The variant that is asked for, or the fastest."""
     possible = variants()
-    if asked == TORCH:
+    if isa == TORCH:
         return None
-    if asked and asked not in possible:
-        raise ValueError(f"ATP_TUNE_ISA={asked}: possible here: {', '.join((*possible, TORCH))}")
-    return asked or next(iter(possible), None)
+    if isa and isa not in possible:
+        raise ValueError(f"ATP_TUNE_ISA={isa}: possible here: {', '.join((*possible, TORCH))}")
+    return isa or next(iter(possible), None)
 
 
 @cache
@@ -195,8 +195,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # values, b
 def check_interface(version: int) -> None:
     """ImportError unless the file of a packed folder, perhaps of another version of atp_tune, fits this one."""
     if version != INTERFACE:
-        asked = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
-        raise ImportError(f"{asked}; pack the folder again")
+        difference = f"the file of the packed folder wants interface {version} of the kernel, this is {INTERFACE}"
+        raise ImportError(f"{difference}; pack the folder again")
 
 
 class PackedMatrix:
@@ -311,13 +311,13 @@ def linear(x: Tensor, *parts: *Parts) -> Tensor:
     flat, name, loaded = x.reshape(-1, columns), kernel_name(), library()
     if name is None or loaded is None or not multiplies(name, x.dtype, len(flat), values.dtype):
         return _slow_linear(x, PackedMatrix(values, bitmask, columns, scales, bias))
-    known = (name, columns, *((part.data_ptr(), part.dtype, part.shape) for part in parts if part is not None))
-    weight = _WEIGHTS.get(known)
+    key = (name, columns, *((part.data_ptr(), part.dtype, part.shape) for part in parts if part is not None))
+    weight = _WEIGHTS.get(key)
     if weight is None:
         check_parts(values, bitmask, columns, scales, bias, offsets)
         if len(_WEIGHTS) >= MOST_WEIGHTS:
             _WEIGHTS.clear()
-        weight = _WEIGHTS[known] = _weight(name, columns, *parts)
+        weight = _WEIGHTS[key] = _weight(name, columns, *parts)
     if x.dtype not in FLOATS:
         raise ValueError(f"packed weight: x is {_words(x)}; needed: a float type")
     y = product(loaded, ctypes.addressof(weight), flat, FLOATS[x.dtype], rows)

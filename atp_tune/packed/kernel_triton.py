@@ -99,11 +99,11 @@ def _multiply(
         there = byte < length if UNIT % (8 * BYTES) else tl.full((BYTES,), True, tl.int1)  # then without masks
         bits, start, low, high, first = _bits(values_at, bitmask_at, row, inside, byte, there, length, first)
         for bit in tl.static_range(8):
-            # Places grow along a row: the hint keeps lanes along it too. Without it Triton 3.6 puts rows first,
+            # Addresses grow along a row: the hint keeps lanes along it too. Without it Triton 3.6 puts rows first,
             # converts a tile of pointers for each bit, and touches twice as many lines of the cache.
             before = ((low if bit < 4 else high) >> (8 * (bit % 4))) & 0xFF
-            place = tl.max_contiguous(start + before, (1, 2))
-            weight = tl.load(place, mask=(bits & (1 << bit)) != 0, other=0).to(tl.float32)
+            address = tl.max_contiguous(start + before, (1, 2))
+            weight = tl.load(address, mask=(bits & (1 << bit)) != 0, other=0).to(tl.float32)
             if GROUP:
                 weight *= _scales(scales_at, row, inside, byte, there, length, GROUP)
             column = 8 * byte + bit

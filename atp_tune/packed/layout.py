@@ -70,12 +70,12 @@ def packed_linear(linear: Any, kind: Kind = "same") -> SparseLinear:
     """A packed linear with the weight and bias of an `nn.Linear` or a `Conv1D`."""
     dense = linear.weight.detach()
     parts = pack(dense.T.contiguous() if isinstance(linear, Conv1D) else dense, kind)
-    made = SparseLinear(linear, len(parts[VALUES]), parts[VALUES].dtype)
+    packed = SparseLinear(linear, len(parts[VALUES]), parts[VALUES].dtype)
     for end, part in parts.items():
-        setattr(made, f"weight{end}", nn.Parameter(part, requires_grad=False))
-    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-    made.check()  # a graph that is compiled next needs its offsets
-    return made
+        setattr(packed, f"weight{end}", nn.Parameter(part, requires_grad=False))
+    packed.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    packed.check()  # a graph that is compiled next needs its offsets
+    return packed
 
 
 def _kept(dense: Tensor) -> Tensor:
@@ -166,9 +166,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     count, eights = codes.numel(), -(-codes.numel() // 8)
     words = nn.functional.pad(codes.flatten().to(torch.int16), (0, eights * 8 - count)).view(eights, 8)
     octets = torch.zeros(eights, bits, dtype=torch.int16)
-    for place in range(8):
-        first, shift = divmod(place * bits, 8)
-        word = words[:, place] << shift
+    for index in range(8):
+        first, shift = divmod(index * bits, 8)
+        word = words[:, index] << shift
         octets[:, first] |= word & 255
         if shift + bits > 8:
             octets[:, first + 1] |= word >> 8

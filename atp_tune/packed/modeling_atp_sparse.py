@@ -122,12 +122,12 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(f"packed weight: codes {list(packed.shape)} {packed.dtype} are not {count} of {bits} bits")
     eights = -(-count // 8)  # 8 codes take `bits` bytes
     octets = nn.functional.pad(packed, (0, eights * bits - len(packed))).view(eights, bits).short()
-    found = torch.empty(eights, 8, dtype=torch.int16, device=packed.device)
-    for place in range(8):
-        first, shift = divmod(place * bits, 8)
+    codes = torch.empty(eights, 8, dtype=torch.int16, device=packed.device)
+    for index in range(8):
+        first, shift = divmod(index * bits, 8)
         word = octets[:, first] | octets[:, first + 1] << 8 if shift + bits > 8 else octets[:, first]
-        found[:, place] = word >> shift & 2**bits - 1
-    return found.flatten()[:count]
+        codes[:, index] = word >> shift & 2**bits - 1
+    return codes.flatten()[:count]
 
 
 def read_codes(get: Get, name: str, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -149,20 +149,20 @@ def read_codes(get: Get, name: str, about: dict[str, Any]) -> tuple[Tensor, Tens
     if not form["symmetric"]:
         zeros = unpack_codes(_part(get, name + ZEROS), bits, scales.numel()).view(scales.shape)
     of_weights = [part.repeat_interleave(size, -1)[..., :columns] for part in (zeros, scales)]
-    found = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
+    integers = codes.view(of_weights[0].shape) if not form["mask"] else of_weights[0].clone()
     if form["mask"]:
-        found.masked_scatter_(kept_by(_part(get, name + BITMASK), columns, count), codes)
-    found = found - of_weights[0]
-    if int(found.count_nonzero()) != about["nonzeros"]:
-        raise ValueError(f"packed weight: {int(found.count_nonzero())} codes are not 0, not {about['nonzeros']}")
-    return found, of_weights[1].float() * 2.0 ** form["exponent"]
+        integers.masked_scatter_(kept_by(_part(get, name + BITMASK), columns, count), codes)
+    integers = integers - of_weights[0]
+    if int(integers.count_nonzero()) != about["nonzeros"]:
+        raise ValueError(f"packed weight: {int(integers.count_nonzero())} codes are not 0, not {about['nonzeros']}")
+    return integers, of_weights[1].float() * 2.0 ** form["exponent"]
 
 
 def _part(get: Get, name: str) -> Tensor:
-    found = get(name)
-    if found is None:
+    tensor = get(name)
+    if tensor is None:
         raise ValueError(f"packed folder: it has no tensor {name}")
-    return found
+    return tensor
 
 
 def _packed_shape(about: dict[str, Any]) -> list[int]:
@@ -211,8 +211,8 @@ def checked_table(config: dict[str, Any], model_type: str = MODEL_TYPE) -> dict[
     """The table of packed tensors, or of narrower linears, in a `config.json`; ValueError if it is damaged."""
     form, table = FORMS[model_type], config.get(model_type)
     if not isinstance(table, dict) or table.get("version") not in form.versions:
-        known = " or ".join(map(str, form.versions))
-        raise ValueError(f"{form.said}: its config has no table {model_type} of version {known}")
+        versions = " or ".join(map(str, form.versions))
+        raise ValueError(f"{form.said}: its config has no table {model_type} of version {versions}")
     usual = {"values": "same", "class": LANGUAGE} if model_type == SLIM else {}  # keys of packed tables alone
     table = usual | table
     right = table.get("values") in ("same", *DTYPES)
@@ -424,8 +424,8 @@ def groups_of(columns: int, size: int | None) -> int:
 
 def class_of(family: Any, auto_class: str) -> Any:
     """The model class that an auto class loads for a config's class; the first, where a family has several."""
-    found: Any = AUTO_CLASSES[auto_class][family]
-    return found[0] if isinstance(found, tuple | list) else found
+    classes: Any = AUTO_CLASSES[auto_class][family]
+    return classes[0] if isinstance(classes, tuple | list) else classes
 
 
 class PackedConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -473,8 +473,8 @@ class SlimModel(PackedModel):
 
 def auto_map(model_type: str, auto_class: str = LANGUAGE) -> dict[str, str]:
     """The entry of that name in the config of a folder."""
-    place = f"{Path(__file__).stem}.{FORMS[model_type].name}"
-    return {"AutoConfig": f"{place}Config", auto_class: f"{place}Model"}
+    prefix = f"{Path(__file__).stem}.{FORMS[model_type].name}"
+    return {"AutoConfig": f"{prefix}Config", auto_class: f"{prefix}Model"}
 
 
 @cache
@@ -483,18 +483,18 @@ def own_config(model_type: str, family: Any, auto_class: str) -> Any:
 
     def to_dict(self: Any) -> dict[str, Any]:
         names = auto_map(model_type, auto_class)
-        return {**super(made, self).to_dict(), "model_type": model_type, "auto_map": names}
+        return {**super(subclass, self).to_dict(), "model_type": model_type, "auto_map": names}
 
     def of_family(self: Any) -> Any:
-        saved = super(made, self).to_dict()
+        saved = super(subclass, self).to_dict()
         return family.from_dict({key: value for key, value in saved.items() if key not in (model_type, "auto_map")})
 
     reduce = _pickled(model_type, family, auto_class, False)
     methods = {"to_dict": to_dict, "of_family": of_family, "__reduce_ex__": reduce, "__module__": __name__}
-    made: Any = type(f"{FORMS[model_type].name}{family.__name__}", (family,), methods)
-    made.own_model = _own_model(made, class_of(family, auto_class), model_type, auto_class)
-    getattr(transformers, auto_class).register(made, made.own_model, exist_ok=True)
-    return made
+    subclass: Any = type(f"{FORMS[model_type].name}{family.__name__}", (family,), methods)
+    subclass.own_model = _own_model(subclass, class_of(family, auto_class), model_type, auto_class)
+    getattr(transformers, auto_class).register(subclass, subclass.own_model, exist_ok=True)
+    return subclass
 
 
 def _class(model_type: str, family: Any, auto_class: str, is_model: bool) -> Any:
@@ -513,9 +513,9 @@ def _pickled(*words: Any) -> Callable[[Any, Any], Any]:
     """The function by which pickle and `copy` make an object of such a class; a subclass has its own."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made = _class(*words)
-        if type(self) is not made:
-            return super(made, self).__reduce_ex__(protocol)
+        subclass = _class(*words)
+        if type(self) is not subclass:
+            return super(subclass, self).__reduce_ex__(protocol)
         return _blank, words, getattr(self, "__getstate__", lambda: self.__dict__)()
 
     return reduce
@@ -526,7 +526,7 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
     form = FORMS[model_type]
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super(made, self).__init__(config, *args, **kwargs)
+        super(subclass, self).__init__(config, *args, **kwargs)
         form.prepare(self, getattr(config, model_type))
 
     def from_pretrained(
@@ -537,20 +537,20 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
         Errors: ValueError if a weight is not in the files, or if bits and values of one disagree.
         """
         wanted = options.pop("output_loading_info", False)
-        load = family.from_pretrained if dequantize else super(made, cls).from_pretrained
-        model, found = _load(load, path, args, config or model_type, dequantize, options)
-        _check(model, found, form.said)
-        return (model, found) if wanted else model
+        load = family.from_pretrained if dequantize else super(subclass, cls).from_pretrained
+        model, info = _load(load, path, args, config or model_type, dequantize, options)
+        _check(model, info, form.said)
+        return (model, info) if wanted else model
 
     def get_dtype_plan(self: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        plan: dict[str, torch.dtype] = super(made, self)._get_dtype_plan(dtype)
+        plan: dict[str, torch.dtype] = super(subclass, self)._get_dtype_plan(dtype)
         kind = DTYPES.get(getattr(self.config, model_type).get("values"))
         return plan | ({} if kind is None else {"weight_values": kind, "weight_scales": torch.float32})
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **options: Any) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, Path(folder) / Path(__file__).name)  # first: `push_to_hub` uploads what is there
-        super(made, self).save_pretrained(folder, *args, **{**options, **form.variant})
+        super(subclass, self).save_pretrained(folder, *args, **{**options, **form.variant})
 
     methods = {
         "__reduce_ex__": _pickled(model_type, config_class.__base__, auto_class, True),
@@ -561,12 +561,12 @@ def _own_model(config_class: Any, family: Any, model_type: str, auto_class: str)
         "__module__": __name__,
         "_get_dtype_plan": get_dtype_plan,
     }
-    made: Any = type(f"{form.name}{family.__name__}", (family,), methods)
-    for known in (family.__name__, config_class.model_type):  # what transformers would look up for the family
-        if (renamed := get_checkpoint_conversion_mapping(known)) is not None:  # type: ignore[no-untyped-call]
-            register_checkpoint_conversion_mapping(made.__name__, renamed, overwrite=True)
+    subclass: Any = type(f"{form.name}{family.__name__}", (family,), methods)
+    for key in (family.__name__, config_class.model_type):  # what transformers would look up for the family
+        if (renamed := get_checkpoint_conversion_mapping(key)) is not None:  # type: ignore[no-untyped-call]
+            register_checkpoint_conversion_mapping(subclass.__name__, renamed, overwrite=True)
             break
-    return made
+    return subclass
 
 
 def _load(load: Any, path: Any, args: Any, config: Any, dequantize: bool, options: dict[str, Any]) -> Any:
@@ -611,11 +611,11 @@ def _replace_linears(model: Any, table: dict[str, Any]) -> None:
     speed_dense_linears(model)
 
 
-def _find(model: nn.Module, name: str, said: str) -> Any:
+def _find(model: nn.Module, name: str, prefix: str) -> Any:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{said}: its model has no linear {name}") from None
+        raise ValueError(f"{prefix}: its model has no linear {name}") from None
 
 
 def _narrow(model: nn.Module, table: dict[str, Any]) -> None:
@@ -638,14 +638,14 @@ def _narrow(model: nn.Module, table: dict[str, Any]) -> None:
             setattr(linear, side, length)
 
 
-def _check(model: nn.Module, found: dict[str, Any], said: str) -> None:
+def _check(model: nn.Module, info: dict[str, Any], prefix: str) -> None:
     """ValueError for a weight that transformers did not find, and for packed linears whose bits and values disagree.
 
     Linears that are not in memory are checked when they are used.
     """
-    wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
-        raise ValueError(f"{said}: its files have no {min(wrong)} of the shape that its config says")
+        raise ValueError(f"{prefix}: its files have no {min(wrong)} of the shape that its config says")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, module in packed.items():
         module.requires_grad_(False)  # transformers has made each float parameter anew
@@ -661,8 +661,8 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[set[str], Get]]:
     """Opens files; the names of their tensors, and what gets one of them."""
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        place = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
-        yield {*place}, lambda name: place[name].get_tensor(name) if name in place else None
+        by_name = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+        yield {*by_name}, lambda name: by_name[name].get_tensor(name) if name in by_name else None
 
 
 def _unpacked(path: Any, hub: dict[str, Any], table: dict[str, Any], linears: bool) -> Iterator[tuple[str, Tensor]]:
