@@ -74,9 +74,9 @@ from atp_tune.utils.system import check_free
 
 @dataclass(eq=False)
 class Codes:
-    """The codes of each rounded tensor of a checkpoint, by its name on the disk, in files of the folder `place`."""
+    """The codes of each rounded tensor of a checkpoint, by its name on the disk, in files of `folder`."""
 
-    place: Path
+    folder: Path
     quantize: QuantizeConfig
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Codes:
             except ValueError as error:
                 raise UserError(f"--packed: {part} cannot be stored as codes: {error}") from None
             decoded[part] = coded.decoded()
-            file = self.place / f"{len(self._files)}.safetensors"
+            file = self.folder / f"{len(self._files)}.safetensors"
             save_file(coded.parts, file)
             self._files[part] = file, replace(coded, parts={})
         return decoded
