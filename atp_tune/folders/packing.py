@@ -113,7 +113,7 @@ class Codes:
 
     def find(self, names: tuple[str, ...]) -> Coded | None:
         """The codes of a tensor by the names that it may have, once; None if it was not rounded."""
-        entry = next((self._files.pop(name) for name in names if name in self._known), None)
+        entry = next((self._files.pop(name) for name in names if name in self._files), None)
         return entry and replace(entry[1], parts=load_file(entry[0]))
 
     def check_all_stored(self) -> None:
