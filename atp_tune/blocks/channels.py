@@ -90,7 +90,7 @@ class _Probe:
 
     def channels(self, settings: ChannelSettings) -> BlockChannels:
         """The block's channels; UserError if it has no MLP channels, or no heads where heads are asked for."""
-        sets = [channels for reader, writers in self._pairs().items() if (channels := self._set(reader, writers))]
+        sets = [channel_set for reader, writers in self._pairs().items() if (channel_set := self._set(reader, writers))]
         if shared := _shared(sets):
             self._refuse(f"{shared} both reads and writes channels")
         mlps = [one for one in sets if one.columns == 1 and all(rows == 1 for _, rows in one.writers)]
@@ -133,18 +133,18 @@ class _Probe:
         each = tuple((name, size // count) for name, size in rows.items())
         weights = sum(size * self._linears[name].in_features for name, size in each)
         weights += columns * self._linears[reader].out_features
-        channels = ChannelSet(count, each, reader, columns, weights)
-        return channels if self._is_verified(channels) else None
+        channel_set = ChannelSet(count, each, reader, columns, weights)
+        return channel_set if self._is_verified(channel_set) else None
 
-    def _is_verified(self, channels: ChannelSet) -> bool:
+    def _is_verified(self, channel_set: ChannelSet) -> bool:
         """Whether random halves of the channels change their own columns alone, and nothing else on the way."""
-        rows = {name: size * channels.count for name, size in channels.writers}
+        rows = {name: size * channel_set.count for name, size in channel_set.writers}
         for _ in range(HALVES):
-            order = torch.randperm(channels.count, generator=self._random)
-            for half in (order[: channels.count // 2], order[channels.count // 2 :]):
-                if not self._is_split(channels.reader, rows, channels.count, half.tolist()):
+            order = torch.randperm(channel_set.count, generator=self._random)
+            for half in (order[: channel_set.count // 2], order[channel_set.count // 2 :]):
+                if not self._is_split(channel_set.reader, rows, channel_set.count, half.tolist()):
                     return False
-        return not self._leaks(channels.reader, list(rows))
+        return not self._leaks(channel_set.reader, list(rows))
 
     def _is_split(self, reader: str, rows: dict[str, int], count: int, channels: Sequence[int]) -> bool:
         """Whether these channels of the writers change the columns of the same channels of the reader alone."""

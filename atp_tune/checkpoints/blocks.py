@@ -119,8 +119,8 @@ def language_model(model: nn.Module) -> nn.Module:
 def vision_tower(model: nn.Module) -> nn.Module | None:
     """The tower of a model that reads images beside text; None if transformers knows of none."""
     find: Any = getattr(model, "get_encoder", None)
-    tower: nn.Module | None = None if find is None else find(modality="image")
-    return None if tower is None or language_model(model) in tower.modules() else tower
+    encoder: nn.Module | None = None if find is None else find(modality="image")
+    return None if encoder is None or language_model(model) in encoder.modules() else encoder
 
 
 # --- The linears of a block, the weight matrices that are pruned.

@@ -205,9 +205,9 @@ class Trainer:
         That lies as a whole on the CPU or GPU, in the format that is fast there. UserError if memory is too small, or
         windows exceed the model's positions.
         """
-        limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        if settings.seqlen is not None and limit is not None and settings.seqlen > limit:
-            raise UserError(f"seqlen: {settings.seqlen}, the model has {limit} positions; lower it")
+        maximum = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        if settings.seqlen is not None and maximum is not None and settings.seqlen > maximum:
+            raise UserError(f"seqlen: {settings.seqlen}, the model has {maximum} positions; lower it")
         self._model, self._device, self._settings = checkpoint.model, checkpoint.device, settings
         fast, positions = find_dtype("auto", checkpoint.device), None if IDS in items.tensors else items.positions
         size = read_sizes(teacher.path).total * fast.itemsize if teacher else 0

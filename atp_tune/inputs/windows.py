@@ -179,8 +179,8 @@ def bos_of(tokenizer: Any) -> int | None:
 
     The config of the model is not used: that of Qwen has an id, although it was trained without BOS.
     """
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if isinstance(bos, int) else None
+    token = getattr(tokenizer, "bos_token_id", None)
+    return token if isinstance(token, int) else None
 
 
 def _encoder(folder: Path, trusted: bool, bos: bool) -> tuple[Encode, list[int]]:
@@ -560,8 +560,8 @@ def check_length(checkpoint: Checkpoint, windows: Items, embed: Callable[[Batch]
     except (IndexError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        positions = "" if limit is None else f", which has {limit} positions"
+        maximum = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        positions = "" if maximum is None else f", which has {maximum} positions"
         raise UserError(
             f"{what}.seqlen: the model{positions}, cannot take windows of {windows.positions} tokens "
             f"({one_line(error)}); lower seqlen"
