@@ -25,7 +25,7 @@ from atp_tune.results.formatting import against_uniform, drawn, limit_of, method
 from atp_tune.results.results import DENSE, NOTHING, Model, allocation_of, attached, is_uniform, uniform_of
 from atp_tune.storage.attributes import readable
 from atp_tune.storage.fingerprint import facts_in, objectives_of
-from atp_tune.storage.progress import measured, place, ranked, sparsity_of, values_of
+from atp_tune.storage.progress import measured, order, ranked, sparsity_of, values_of
 
 if TYPE_CHECKING:
     from atp_tune.results.summary import Summary
@@ -128,7 +128,7 @@ class AtSparsity:
         """The trials that `speedup` is to measure."""
         return [summary.best_trial] if summary.best_trial else []
 
-    def nearest(self, asked: Any) -> Choice:
+    def nearest(self, text: Any) -> Choice:
         """The trial of the front that is nearest to a sparsity, as typed; UserError for one that the study has not."""
         only = facts_in(self.study).get("sparsity")
         at = f"only at {only:.4g}" if isinstance(only, float) else "at one sparsity"
@@ -207,15 +207,15 @@ class OverInterval(AtSparsity):
                 front, lowest = [trial, *front], value
         values = (values_of(trial)[0] for trial in front)
         heights = [math.log(value) if self._of_logs else value for value in values]
-        found = knee([(sparsity_of(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
-        return None if found is None else front[found]
+        index = knee([(sparsity_of(trial) or 0.0, height) for trial, height in zip(front, heights, strict=True)])
+        return None if index is None else front[index]
 
     def _within(self, done: Sequence[FrozenTrial], limit: Limit) -> FrozenTrial | None:
         """The sparsest of ranked trials within a limit; if none is, the one with the smallest excess."""
-        found = {trial.number: excess_of(self.study, trial, limit) for trial in done}
-        if inside := [trial for trial in done if found[trial.number] <= 0]:
+        excesses = {trial.number: excess_of(self.study, trial, limit) for trial in done}
+        if inside := [trial for trial in done if excesses[trial.number] <= 0]:
             return max(inside, key=lambda trial: (sparsity_of(trial) or 0.0, -values_of(trial)[0], -trial.number))
-        return min(done, key=lambda trial: found[trial.number], default=None)
+        return min(done, key=lambda trial: excesses[trial.number], default=None)
 
     def rivals(self) -> list[FrozenTrial]:
         """None: allocations at different sparsities do not compare."""
@@ -264,21 +264,21 @@ class OverInterval(AtSparsity):
         done = measured(self.study)
         sparsities = {trial.params.get("sparsity") for trial in done if is_uniform(trial)}
         sparsities -= {trial.params.get("sparsity") for trial in front}
-        found: dict[float, FrozenTrial] = {}
-        for trial in sorted(done, key=place):
+        uniforms: dict[float, FrozenTrial] = {}
+        for trial in sorted(done, key=order):
             if trial.params.get("sparsity") in sparsities:
-                found.setdefault(trial.params["sparsity"], trial)
-        return [*front, *found.values()]
+                uniforms.setdefault(trial.params["sparsity"], trial)
+        return [*front, *uniforms.values()]
 
     def timed(self, summary: "Summary") -> list[FrozenTrial]:
         """The points that have no speed yet."""
         return [point.trial for point in summary.points if point.speed is None]
 
-    def nearest(self, asked: str) -> Choice:
+    def nearest(self, text: str) -> Choice:
         """The lower of two that are as near."""
-        wanted, (low, high) = one_sparsity(asked), self.interval
+        wanted, (low, high) = one_sparsity(text), self.interval
         if not low <= wanted <= high:
-            raise UserError(f"--sparsity: {asked} is outside the study's interval, {percent((low, high))}")
+            raise UserError(f"--sparsity: {text} is outside the study's interval, {percent((low, high))}")
         distances = {
             (round(abs(sparsity - wanted), 6), sparsity): trial
             for trial in reversed(front_of(self.study))
@@ -290,23 +290,23 @@ class OverInterval(AtSparsity):
         why = "on the front" if distance == 0 else f"the nearest to {percent(wanted)} on the front"
         return Choice(distances[nearest], why)
 
-    def sparsest(self, asked: Limit) -> Choice:
+    def sparsest(self, limit: Limit) -> Choice:
         """Chooses as the best of a study with this limit is chosen."""
-        found, name = self._within(measured(self.study), asked), f"study {self.study.study_name}"
-        if found is None:
+        trial, name = self._within(measured(self.study), limit), f"study {self.study.study_name}"
+        if trial is None:
             raise UserError(f"{name}: no trial has a value yet")
-        over = excess_of(self.study, found, asked)
+        over = excess_of(self.study, trial, limit)
         if over == math.inf:
             lacking = {
                 "max_kl": "KL divergence; its search.objective has none",
                 "max_drop": "accuracy beside dense; --max-drop is of image classifiers",
-            }.get(next(iter(asked)), "perplexity beside dense")
+            }.get(next(iter(limit)), "perplexity beside dense")
             raise UserError(f"{name}: no trial has a finite {lacking}")
-        words = f"{limit_of(asked)} on the validation {'images' if 'dense_ranks' in self.study.user_attrs else 'text'}"
+        words = f"{limit_of(limit)} on the validation {'images' if 'dense_ranks' in self.study.user_attrs else 'text'}"
         if over > 0:
-            nearest = Choice(found, "it is exported by its number")
+            nearest = Choice(trial, "it is exported by its number")
             raise UserError(f"{name}: no trial is within {words}; the nearest is {nearest}")
-        return Choice(found, f"the sparsest within {words}")
+        return Choice(trial, f"the sparsest within {words}")
 
     def rows(self, summary: "Summary") -> list[FrozenTrial]:
         """The points."""
@@ -338,32 +338,32 @@ class OverInterval(AtSparsity):
     def outcome(self, summary: "Summary") -> str:
         """The ends of the front, and the best with the reason."""
         best = next((point for point in summary.points if point.is_best), None)
-        return "" if best is None else self._told(summary, best)
+        return "" if best is None else self._outcome(summary, best)
 
     def said(self, summary: "Summary") -> str:
         """The outcome as a sentence."""
-        found = self.outcome(summary) or "no trial has been measured yet"
-        return f"{found[0].upper()}{found[1:]}."
+        outcome = self.outcome(summary) or "no trial has been measured yet"
+        return f"{outcome[0].upper()}{outcome[1:]}."
 
-    def _told(self, summary: "Summary", best: Point) -> str:
+    def _outcome(self, summary: "Summary", best: Point) -> str:
         results, main = summary.results, summary.results.main
         points = [point for point in summary.points if point.on_front]
         # The ends of the front, and how many of its points gain by more than chance.
         scores = (results.score(point.trial, "validation", main) for point in (points[0], points[-1]))
-        values = (f"{main.column} {found.alone if found else 'not known'}" for found in scores)
+        values = (f"{main.column} {score.alone if score else 'not known'}" for score in scores)
         ends = [
             f"{percent(point.sparsity)} ({value})" for point, value in zip((points[0], points[-1]), values, strict=True)
         ]
         if len(points) == 1:
             return f"Pareto front: one point, {ends[0]}"
         changes = [results.against_uniform(point.trial, main) for point in points]
-        better = sum(found is not None and main.is_gain(found.change) and not found.is_chance for found in changes)
+        better = sum(change is not None and main.is_gain(change.change) and not change.is_chance for change in changes)
         gained = f"{better} of them beat uniform at the same sparsity by more than chance"
         # Why its best is the best.
         why = "the knee: it lies furthest below the line from the front’s first point to its last"
         if not self._knee(ranked(summary.trials)):
-            found = results.change(DENSE, best.trial, on="validation")
-            is_within = found is not None and found.change.value + found.change.stderr <= INCREASE
+            against = results.change(DENSE, best.trial, on="validation")
+            is_within = against is not None and against.change.value + against.change.stderr <= INCREASE
             why = f"the {'sparsest within' if is_within else 'nearest to'} {limit_of(self.limit)}"
         front = f"Pareto front: {len(points)} points, from {ends[0]} to {ends[1]}; {gained}{self._missing(summary)}"
         return f"{front}; best: {name_of(best.trial)}, {why}"
@@ -375,8 +375,8 @@ class OverInterval(AtSparsity):
             return ""
         count = len({sparsity_of(trial) for trial in summary.trials if trial.values} - {None})
         wanted = min(screen.confirm, 1 + round((high - low) / STEP))
-        said = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
-        return said if count < wanted else ""
+        note = f"; {count} of {wanted} sparsities are measured, --trials {2 * wanted} measures all"
+        return note if count < wanted else ""
 
 
 @dataclass(frozen=True)
@@ -400,11 +400,11 @@ class WithinLimit(OverInterval):
         change = partial(summary.results.change, DENSE, on="validation")
         yield (
             "against dense, validation",
-            lambda m: None if m == DENSE else (found := change(m)) and found.change,
+            lambda m: None if m == DENSE else (against := change(m)) and against.change,
         )
         yield "against uniform", summary.results.against_uniform
 
-    def _told(self, summary: "Summary", best: Point) -> str:
+    def _outcome(self, summary: "Summary", best: Point) -> str:
         """The best point with its distance from dense and the limit."""
         key, words, data = next(iter(self.limit)), limit_of(self.limit), summary.results.data
         search, test = self._bounded(summary, best, key, "validation"), self._bounded(summary, best, key, "test")
@@ -435,27 +435,27 @@ class WithinLimit(OverInterval):
 
 def goal_in(study: optuna.Study) -> AtSparsity:
     """The goal of a stored study."""
-    limit, found = study.user_attrs.get("limit"), facts_in(study).get("sparsity")
-    if not (isinstance(found, list) and len(found) == 2):
+    limit, sparsity = study.user_attrs.get("limit"), facts_in(study).get("sparsity")
+    if not (isinstance(sparsity, list) and len(sparsity) == 2):
         return AtSparsity(study)
-    interval = found[0], found[1]
+    interval = sparsity[0], sparsity[1]
     return WithinLimit(study, interval, limit) if limit else OverInterval(study, interval)
 
 
-def chosen(study: optuna.Study, asked: Mapping[str, Any]) -> int | Choice | None:
+def chosen(study: optuna.Study, options: Mapping[str, Any]) -> int | Choice | None:
     """The trial that one of these names, if it is not None: `trial`, `sparsity` or a limit; UserError for two."""
-    named = {key: value for key, value in asked.items() if value is not None}
-    if len(named) > 1:
-        first, second, *_ = map(option, named)
+    choices = {key: value for key, value in options.items() if value is not None}
+    if len(choices) > 1:
+        first, second, *_ = map(option, choices)
         raise UserError(f"{second}: names one trial, and {first} another; leave one out")
-    match named:
+    match choices:
         case {"trial": number}:
-            found: int = number
-            return found
+            trial: int = number
+            return trial
         case {"sparsity": sparsity}:
             one_sparsity(str(sparsity))  # UserError for none, also where the study has no front
             return goal_in(study).nearest(str(sparsity))
-    limit = only_limit(named)
+    limit = only_limit(choices)
     return goal_in(study).sparsest(limit) if limit else None
 
 
@@ -469,8 +469,8 @@ def excess_of(study: optuna.Study, trial: FrozenTrial, limit: Limit | None = Non
     own, attrs = trial.user_attrs, study.user_attrs
     ranks = attrs.get("dense_ranks"), own.get("ranks")
     numbers = attrs.get("dense"), own.get("nlls"), own.get("kls"), own.get("accuracies"), ranks
-    found = excess(limit or attrs["limit"], *numbers)
-    return math.inf if found is None else found
+    value = excess(limit or attrs["limit"], *numbers)
+    return math.inf if value is None else value
 
 
 def front_of(study: optuna.Study) -> list[FrozenTrial]:

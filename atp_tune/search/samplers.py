@@ -25,7 +25,7 @@ from atp_tune.errors import PluginError, UserError
 from atp_tune.plan import METHODS
 from atp_tune.plugins import guarded, short_name
 from atp_tune.search.space import Params, Space
-from atp_tune.storage.progress import counts, place, position_of, running
+from atp_tune.storage.progress import counts, order, position_of, running
 from atp_tune.utils.registry import Origin
 
 # --- The trials of one allocation as a sampler is fitted to them, and where the points that it proposes may lie.
@@ -47,7 +47,7 @@ Distributions = dict[str, BaseDistribution]
 def branch_study(
     trials: list[FrozenTrial], space: Space, branch: str, kinds: Distributions, objectives: int = 1
 ) -> optuna.Study:
-    """An in-memory study of an allocation's points, with the logs of their first values and what `place` reads."""
+    """An in-memory study of an allocation's points, with the logs of their first values and what `order` reads."""
     shadow = optuna.create_study(directions=["minimize"] * objectives)
     for trial in trials:
         params = space.within(trial.params, branch) or {}
@@ -67,11 +67,11 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
 
     The factor is the geometric mean of full / screened at the points that have both; no trials where no point has both.
     """
-    known = {_point(trial): trial.value for trial in trials} if screened else {}
+    values = {_point(trial): trial.value for trial in trials} if screened else {}
     ratios = [
         math.log(max(full, LEAST) / max(trial.value, LEAST))
         for trial in screened
-        if trial.value is not None and (full := known.get(_point(trial))) is not None
+        if trial.value is not None and (full := values.get(_point(trial))) is not None
     ]
     if not ratios:
         return []
@@ -79,7 +79,7 @@ def levelled(screened: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> 
     return [
         with_value(trial, factor * trial.value)
         for trial in screened
-        if _point(trial) not in known and trial.value is not None
+        if _point(trial) not in values and trial.value is not None
     ]
 
 
@@ -103,7 +103,7 @@ def around_best(study: Study, kinds: Distributions) -> Distributions:
     done = [trial for trial in study.trials if trial.values is not None]
     if len(intervals) <= 2 or not done or len(study.directions) > 1:
         return kinds
-    best, reach = min(done, key=place).params, 0.5 / math.sqrt(len(done))
+    best, reach = min(done, key=order).params, 0.5 / math.sqrt(len(done))
     return kinds | {name: within_reach(best[name], kind, reach) for name, kind in intervals.items()}
 
 
@@ -288,23 +288,23 @@ class BranchSampler(Proposer):
 
     def _drawn(self, study: Study, trial: FrozenTrial, branch: str, own: Distributions) -> Params:
         space, others = self._space, _others(study, trial)
-        known, count = [*others, *levelled(self._screened, others)], len(study.directions)
-        shadow = branch_study(known, space, branch, own, count)
+        trials, count = [*others, *levelled(self._screened, others)], len(study.directions)
+        shadow = branch_study(trials, space, branch, own, count)
         open_ones = around_best(shadow, {name: kind for name, kind in own.items() if not kind.single()})
         shadow.ask()  # stands in for the trial: the inner sampler writes attributes to it
         inner = self._make(seed_of(self._seed, study, trial))
-        found = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
-        if branch == "atp" and found and isinstance(inner, GPSampler) and len(study.directions) == 1:
+        params = inner.sample_relative(shadow, shadow.trials[-1], open_ones)
+        if branch == "atp" and params and isinstance(inner, GPSampler) and len(study.directions) == 1:
             study.set_user_attr("gp_posterior", gp_posterior(inner, shadow, open_ones, space.pruners))
         for name, kind in open_ones.items():
-            if name not in found:
-                found[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
-        found = {name: found[name] if name in found else _only(own[name]) for name in own}
+            if name not in params:
+                params[name] = inner.sample_independent(shadow, shadow.trials[-1], name, kind)
+        params = {name: params[name] if name in params else _only(own[name]) for name in own}
         lost = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # else the inner sampler proposes them again
         lost = [trial for trial in lost if counts(trial) and "allocation" in trial.params]
         failed = branch_study(lost, space, branch, own, count).trials
         seed = seed_of(self._seed, study, trial, "apart")
-        point = {"allocation": branch, **nudge_from_known(found, [*shadow.trials[:-1], *failed], open_ones, seed)}
+        point = {"allocation": branch, **nudge_from_known(params, [*shadow.trials[:-1], *failed], open_ones, seed)}
         return space.at(point, point.get("sparsity"))
 
 
@@ -351,7 +351,7 @@ def whose_turn(trials: list[FrozenTrial], space: Space) -> str:
     done = [trial for trial in trials if trial.values is not None and trial.params["allocation"] in open_ones]
     if len(trials) % 2 == 0 or not done or not space.has_leader:
         return fewest
-    return str(min(done, key=place).params["allocation"])
+    return str(min(done, key=order).params["allocation"])
 
 
 def make_stopper(search: SearchConfig) -> BasePruner:
@@ -383,16 +383,16 @@ class CheckedSampler(BaseSampler):
     ) -> dict[str, Any]:
         """The plug-in's proposal; parameters that it leaves out are drawn one by one."""
         with guarded(self._origin, "sample_relative"):
-            found = dict(self._inner.sample_relative(study, trial, search_space))
-        return {name: self._checked(name, found[name], kind) for name, kind in search_space.items() if name in found}
+            params = dict(self._inner.sample_relative(study, trial, search_space))
+        return {name: self._checked(name, params[name], kind) for name, kind in search_space.items() if name in params}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The plug-in's draw of one parameter."""
         with guarded(self._origin, "sample_independent"):
-            found = self._inner.sample_independent(study, trial, param_name, param_distribution)
-        return self._checked(param_name, found, param_distribution)
+            value = self._inner.sample_independent(study, trial, param_name, param_distribution)
+        return self._checked(param_name, value, param_distribution)
 
     def _checked(self, name: str, value: Any, kind: BaseDistribution) -> Any:
         if not _is_inside(value, kind):
@@ -408,17 +408,17 @@ def _is_inside(value: Any, kind: BaseDistribution) -> bool:
     return is_number and isinstance(kind, FloatDistribution | IntDistribution) and kind.low <= value <= kind.high
 
 
-def finished(found: Any, origin: Origin) -> Make:
+def finished(function: Any, origin: Origin) -> Make:
     """The function of a plug-in; UserError if it is none."""
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"{origin}: is no sampler: must be a function from a seed to an Optuna sampler")
 
     def make(seed: int) -> BaseSampler:
         with guarded(origin, "it could not be made"):
-            made = found(seed)
-        if not isinstance(made, BaseSampler):
-            raise PluginError(f"{origin}: made {type(made).__name__}, not an Optuna sampler")
-        return CheckedSampler(made, origin)
+            sampler = function(seed)
+        if not isinstance(sampler, BaseSampler):
+            raise PluginError(f"{origin}: made {type(sampler).__name__}, not an Optuna sampler")
+        return CheckedSampler(sampler, origin)
 
-    make.__doc__ = getattr(found, "__doc__", None)
+    make.__doc__ = getattr(function, "__doc__", None)
     return make

@@ -57,21 +57,21 @@ def _nll(value: float) -> float:
     return value
 
 
-def _effect(found: dict[str, Any]) -> dict[str, Any]:
-    _written(BosEffect.model_validate(found).token)  # ValidationError is a ValueError
-    return found
+def _effect(effect: dict[str, Any]) -> dict[str, Any]:
+    _written(BosEffect.model_validate(effect).token)  # ValidationError is a ValueError
+    return effect
 
 
-def _plugged(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    for row in found.values():
+def _plugged(rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for row in rows.values():
         PluginRef.model_validate(row)
-    return found
+    return rows
 
 
-def _planned(found: dict[str, Any]) -> dict[str, Any]:
-    plan = Plan.model_validate(found)
+def _planned(fields: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.model_validate(fields)
     _written(plan.method + plan.allocation + "".join(plan.parameters))
-    return found
+    return fields
 
 
 Words = Annotated[str, AfterValidator(_written)]
@@ -168,21 +168,21 @@ def folded(attrs: Mapping[str, Any]) -> dict[str, Any]:
     Rows are stored separately because two hosts may add to one table at the same moment. Earlier versions stored whole
     tables, to which the rows are added. Tables and rows of the wrong type are ignored.
     """
-    found = checked(attrs, {table: STUDY[table] for table in TABLES})
+    attributes = checked(attrs, {table: STUDY[table] for table in TABLES})
     for name in sorted(attrs):
         table, *path = name.split(":")
         if table in TABLES and path:
-            row = found.pop(name)
+            row = attributes.pop(name)
             if checked({table: _with({}, path, row)}, STUDY):
-                found[table] = _with(found.get(table), path, row)
-    return found
+                attributes[table] = _with(attributes.get(table), path, row)
+    return attributes
 
 
 def _with(table: Any, path: Sequence[str], row: Any) -> dict[str, Any]:
     """A table with a row at the end of a path, in the place of what was there."""
-    known = dict(table) if isinstance(table, dict) else {}
-    known[path[0]] = row if len(path) == 1 else _with(known.get(path[0]), path[1:], row)
-    return known
+    rows = dict(table) if isinstance(table, dict) else {}
+    rows[path[0]] = row if len(path) == 1 else _with(rows.get(path[0]), path[1:], row)
+    return rows
 
 
 class ValidatedStudy(optuna.Study):
@@ -212,8 +212,8 @@ class ValidatedStudy(optuna.Study):
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """The validated trials, in any of these states."""
         with readable(self.study_name):
-            found = [self._check(trial) for trial in super().get_trials(deepcopy)]
-        return [trial for trial in found if states is None or trial.state in states]
+            trials = [self._check(trial) for trial in super().get_trials(deepcopy)]
+        return [trial for trial in trials if states is None or trial.state in states]
 
     def _pop_waiting_trial_id(self) -> int | None:
         """Takes the waiting trial whose place is first: what repeats a lost trial, such as uniform, keeps its place."""
@@ -225,8 +225,8 @@ class ValidatedStudy(optuna.Study):
         return None
 
     def _check(self, trial: FrozenTrial) -> FrozenTrial:
-        known, result = self._checked.get(trial._trial_id, (None, None))
-        if result is not None and known is trial:
+        original, result = self._checked.get(trial._trial_id, (None, None))
+        if result is not None and original is trial:
             return result
         result = checked_trial(trial, len(self.directions))
         if trial.state.is_finished():
@@ -249,8 +249,8 @@ class StudySnapshot(optuna.Study):
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """The trials in any of these states."""
-        found = [trial for trial in self._all if states is None or trial.state in states]
-        return deepcopied(found) if deepcopy else found
+        trials = [trial for trial in self._all if states is None or trial.state in states]
+        return deepcopied(trials) if deepcopy else trials
 
 
 def checked_trial(trial: FrozenTrial, values: int = 1) -> FrozenTrial:
@@ -385,9 +385,9 @@ class AttributeStorage(RDBStorage):
         super()._set_trial_attr_without_commit(session, model_cls, trial_id, key, value)
 
     def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
-        found = super()._build_frozen_trial_from_trial_model(trial)
-        found.user_attrs, found.system_attrs = joined(found.user_attrs, found.system_attrs)
-        return found
+        frozen = super()._build_frozen_trial_from_trial_model(trial)
+        frozen.user_attrs, frozen.system_attrs = joined(frozen.user_attrs, frozen.system_attrs)
+        return frozen
 
     def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
         """The attributes of a trial, with the details."""
@@ -408,8 +408,8 @@ class AttributeStorage(RDBStorage):
         """The attributes with the details; the parts of the dashboard's figures, which may be long, are not read."""
         details = (StudySystemAttributeModel.study_id == study_id, StudySystemAttributeModel.key.startswith(PREFIX))
         with transaction(self.scoped_session) as session:
-            found = session.query(StudySystemAttributeModel).filter(*details).all()
-            system = {str(row.key): json.loads(str(row.value_json)) for row in found}
+            rows = session.query(StudySystemAttributeModel).filter(*details).all()
+            system = {str(row.key): json.loads(str(row.value_json)) for row in rows}
         return joined(super().get_study_user_attrs(study_id), system)[0]
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:

@@ -158,20 +158,20 @@ def check_whole(file: Path) -> None:
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY)) as connection:
             connection.text_factory = lambda text: text.decode(errors="replace")  # results may quote damaged bytes
-            found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            state = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             is_made = "version_info" in tables and connection.execute("SELECT 1 FROM version_info").fetchone()
     except sqlite3.OperationalError:  # no damage; opening the storage raises it again
         return
     except sqlite3.DatabaseError as error:
-        found = str(error)
-    if found == "ok" and tables and not tables & OPTUNAS:
+        state = str(error)
+    if state == "ok" and tables and not tables & OPTUNAS:
         raise UserError(f"storage {file}: is another program's database; name another with --storage sqlite:///FILE.db")
     if is_made and (missing := sorted(OPTUNAS - tables)):  # Optuna would create it again, empty
-        found = f"no such table: {missing[0]}"
-    if found != "ok":
+        state = f"no such table: {missing[0]}"
+    if state != "ok":
         raise UserError(
-            f"storage {file}: is damaged ({' '.join(found.split())}); {_MEND.format(file=shlex.quote(str(file)))}"
+            f"storage {file}: is damaged ({' '.join(state.split())}); {_MEND.format(file=shlex.quote(str(file)))}"
         )
 
 
@@ -284,8 +284,8 @@ class Database(AttributeStorage):
         self._listen()
 
     def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        return partial(self._ask, found) if name in CALLS else found
+        value = super().__getattribute__(name)
+        return partial(self._ask, value) if name in CALLS else value
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The answer of a call of one transaction, after retries."""
@@ -352,9 +352,9 @@ class Database(AttributeStorage):
         """
         rows = self._heartbeats(study_id)
         assert self.grace_period is not None
-        found = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
-        silent = [trial for trial, seconds in found if seconds > self.grace_period]
-        attrs = {trial: self.get_trial(trial).user_attrs for trial, _ in found} if silent else {}
+        silences = [(trial, self._silence(trial, beat, now.replace(tzinfo=None))) for trial, beat, now in rows]
+        silent = [trial for trial, seconds in silences if seconds > self.grace_period]
+        attrs = {trial: self.get_trial(trial).user_attrs for trial, _ in silences} if silent else {}
         heard = [attrs[trial]["host"] for trial in attrs if trial not in silent and "host" in attrs[trial]]
         stale = [trial for trial in silent if attrs[trial].get("host") not in heard and not is_alive(attrs[trial])]
         return [] if stale and (monotonic() - self._errors.last < GRACE or self._is_young()) else stale
@@ -442,10 +442,10 @@ def is_kept(key: str, value: object) -> bool:
     if not is_name(name):
         return False
     try:
-        found = json.loads(value) if isinstance(value, str) else ()
+        meta = json.loads(value) if isinstance(value, str) else ()
     except (ValueError, RecursionError):
         return False
-    return found is None or _is_meta(found, name)
+    return meta is None or _is_meta(meta, name)
 
 
 def _is_meta(value: Any, name: str) -> bool:

@@ -75,8 +75,8 @@ def has_bos(study: optuna.Study) -> bool:
 
 def objectives_of(facts: Facts) -> tuple[str, ...]:
     """The objectives in a study's facts, in the order of its trials' values."""
-    found, known = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
-    objectives = tuple(found) if found in known else PERPLEXITY
+    names, choices = facts.get(OBJECTIVE), (["kl"], ["perplexity", "kl"], ["accuracy"])
+    objectives = tuple(names) if names in choices else PERPLEXITY
     return (*objectives, DENSITY) if isinstance(facts.get("sparsity"), list) else objectives
 
 
@@ -112,9 +112,9 @@ def check_facts(study: optuna.Study, facts: Facts, partly: bool = False, any_dty
 
 def differences(study: optuna.Study, facts: Facts, partly: bool = False) -> str:
     """The facts that differ from the study's, with both values; "" if there are none."""
-    found = _differing(study, facts, partly)
-    shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(found.items())[:3])
-    return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    pairs = _differing(study, facts, partly)
+    shown = "; ".join(f"{key} is {here}, was {there}" for key, (here, there) in list(pairs.items())[:3])
+    return shown + (f"; and {len(pairs) - 3} more" if len(pairs) > 3 else "")
 
 
 def _differing(study: optuna.Study, facts: Facts, partly: bool) -> dict[str, tuple[str, str]]:
@@ -138,8 +138,8 @@ def check_device(study: optuna.Study, here: str) -> None:
 
 def device_of(study: optuna.Study) -> str | None:
     """The kind of device of a study's first measured trial."""
-    known = [trial for trial in measured(study) if "device" in trial.user_attrs]
-    first = min(known, key=lambda trial: trial.number, default=None)
+    trials = [trial for trial in measured(study) if "device" in trial.user_attrs]
+    first = min(trials, key=lambda trial: trial.number, default=None)
     return device_kind(first.user_attrs["device"]) if first else None
 
 
@@ -148,9 +148,9 @@ def device_kind(name: str) -> str:
     return re.sub(r" \(\d+ threads\)$", "", name)
 
 
-def batches_of(found: optuna.Study | FrozenTrial) -> dict[str, int]:
+def batches_of(owner: optuna.Study | FrozenTrial) -> dict[str, int]:
     """The batch sizes, in windows per text, with which a study's trials begin, or those at a trial's end."""
-    return dict(found.user_attrs.get("batches", {}))
+    return dict(owner.user_attrs.get("batches", {}))
 
 
 def _shown(facts: Facts, key: str) -> str:

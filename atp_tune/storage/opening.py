@@ -183,8 +183,8 @@ def names_in(storage: BaseStorage) -> list[str]:
 
 def kind_of(file: Path) -> str:
     """The type of a file's file system (the file need not exist); "" if unknown."""
-    place = file.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
+    path = file.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(reversed(mounts), key=lambda part: len(Path(part.mountpoint).parts)).fstype if mounts else ""
 
 

@@ -81,7 +81,7 @@ def _is_same(began: float, identity: Mapping[str, Any]) -> bool:
 # The file is in the cache folder. A step costs a write of microseconds, to the page cache, which outlives the
 # process; a row in the database would cost milliseconds. Python's faulthandler adds the signal of a crash.
 
-WIDTH = 100  # bytes of the place; faulthandler's output follows
+WIDTH = 100  # bytes of the step; faulthandler's output follows
 CRASH = re.compile(rb"^Fatal Python error: (.{1,100})", re.MULTILINE)
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Trace:
 
         def hear(event: Event) -> None:
             if isinstance(event, Step):
-                self._write(self._place(event))
+                self._write(self._line(event))
             watch(event)
 
         return hear
@@ -122,23 +122,23 @@ class Trace:
             finally:
                 self._file = None
 
-    def _place(self, step: Step) -> str:
+    def _line(self, step: Step) -> str:
         """`after evaluate 3 of 30`, with the part for a phase that repeats."""
         part, done = self._last.get(step.phase, (1, 0))
         part += step.done <= done
         self._last[step.phase] = part, step.done
         return f"after {step.phase} {step.done} of {step.total}" + (f", part {part}" if part > 1 else "")
 
-    def _write(self, place: str) -> None:
+    def _write(self, text: str) -> None:
         if self._file is None:
             return
         with suppress(OSError):  # a full disk
             self._file.seek(0)
-            self._file.write(place.encode()[:WIDTH].ljust(WIDTH))
+            self._file.write(text.encode()[:WIDTH].ljust(WIDTH))
 
 
 def left_of(study: str, trial: int, pid: int) -> tuple[str | None, str | None]:
-    """The place and the crash in the trace of a process of this host; None where unknown."""
+    """The step and the crash in the trace of a process of this host; None where unknown."""
     try:
         left = _file(study, trial, pid).read_bytes()
     except (OSError, UserError):
@@ -189,10 +189,10 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     Of equal accuracies, which are common, the one with the lower cross-entropy.
     """
     done = (trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values is not None)
-    return sorted((trial for trial in done if "stopped_after" not in trial.user_attrs), key=place)
+    return sorted((trial for trial in done if "stopped_after" not in trial.user_attrs), key=order)
 
 
-def place(trial: FrozenTrial) -> list[float]:
+def order(trial: FrozenTrial) -> list[float]:
     """The key that orders trials: the values, then, of accuracies, the cross-entropy."""
     nlls = trial.user_attrs.get("nlls") if "misses" in trial.user_attrs else None
     return [*values_of(trial), *([statistics.fmean(nlls)] if nlls else [])]
@@ -249,8 +249,8 @@ def total_of(study: optuna.Study, total: int, goes_on: bool = False) -> int:
 
 def requested(study: optuna.Study) -> int | None:
     """Trials that were asked for, if the study ended after fewer; None if it did not."""
-    asked, have = study.user_attrs.get("terminated_early", (0, 0))
-    return int(asked) if asked and study.user_attrs.get("total") == have else None
+    request, have = study.user_attrs.get("terminated_early", (0, 0))
+    return int(request) if request and study.user_attrs.get("total") == have else None
 
 
 def is_repetition(trials: Sequence[FrozenTrial], number: int) -> bool:
@@ -301,8 +301,8 @@ class CutOff:
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> "CutOff":
         """A cut-off from its attribute; values of other types are ignored."""
-        place, crash = (found if isinstance(found := stored.get(key), str) else None for key in ("place", "crash"))
-        return cls(place, crash, stored.get("alone") is True)
+        step, crash = (value if isinstance(value := stored.get(key), str) else None for key in ("place", "crash"))
+        return cls(step, crash, stored.get("alone") is True)
 
     def stored(self) -> dict[str, str | bool]:
         """The attribute of a trial."""
@@ -310,8 +310,8 @@ class CutOff:
 
     def __str__(self) -> str:
         """` after prune 12 of 30 (Segmentation fault)`; "" if nothing is known."""
-        place = f" {self.place}" if self.place else ""
-        return place + (f" ({self.crash})" if self.crash else "")
+        text = f" {self.place}" if self.place else ""
+        return text + (f" ({self.crash})" if self.crash else "")
 
 
 def why_given_up(cut_offs: Sequence[CutOff]) -> str:
@@ -324,12 +324,12 @@ def why_given_up(cut_offs: Sequence[CutOff]) -> str:
     - It was lost `MOST` times, for example by a leak, or because its machine never lives long enough.
     """
     crashes = [one.crash for one in cut_offs if one.crash]
-    places = [one.place for one in cut_offs if one.alone and one.place]
+    steps = [one.place for one in cut_offs if one.alone and one.place]
     if len(crashes) >= SAME:
         return f"{len(crashes)} times by itself ({', '.join(dict.fromkeys(crashes))})"
-    needed = SAME + (len(set(places)) > 1)
-    if len(places) >= needed and len(set(places[-needed:])) == 1:
-        return f"{needed} times in a row {places[-1]}"
+    needed = SAME + (len(set(steps)) > 1)
+    if len(steps) >= needed and len(set(steps[-needed:])) == 1:
+        return f"{needed} times in a row {steps[-1]}"
     return f"{len(cut_offs)} times" if len(cut_offs) >= MOST else ""
 
 
@@ -397,8 +397,8 @@ def _cut_off(study: str, trial: FrozenTrial, dead: Sequence[FrozenTrial]) -> Cut
     if not is_dead(attrs):
         return CutOff()
     others = {_process(other) for other in dead if is_dead(other.user_attrs)} - {_process(trial)}
-    place, crash = left_of(study, trial.number, attrs["pid"])
-    return CutOff(place, crash, alone=not (others or has_rebooted(attrs)))
+    step, crash = left_of(study, trial.number, attrs["pid"])
+    return CutOff(step, crash, alone=not (others or has_rebooted(attrs)))
 
 
 def _process(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -408,8 +408,8 @@ def _process(trial: FrozenTrial) -> tuple[Any, ...]:
 def _is_nameless(trial: FrozenTrial) -> bool:
     """Whether a trial has lacked its process's identity for `GRACE` seconds; storing it takes milliseconds."""
     began = trial.datetime_start
-    named = "process_started" in trial.user_attrs
-    return not named and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
+    has_name = "process_started" in trial.user_attrs
+    return not has_name and began is not None and abs((datetime.now() - began).total_seconds()) > GRACE
 
 
 def queue_lost(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -449,8 +449,8 @@ def cut_offs_of(trial: FrozenTrial) -> list[CutOff]:
 
 def _is_cut_off(trial: FrozenTrial) -> bool:
     """Whether a trial failed, but not because of its plan, Ctrl-C, or surplus."""
-    known = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
-    return trial.state == TrialState.FAIL and not known
+    has_reason = "failure" in trial.user_attrs or trial.user_attrs.get("lost") in (INTERRUPTED, SURPLUS)
+    return trial.state == TrialState.FAIL and not has_reason
 
 
 def given_up(trial: FrozenTrial) -> str:
