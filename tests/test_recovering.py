@@ -27,7 +27,7 @@ from atp_tune.folders.card import FINETUNED, Finetuned, PerplexityChange
 from atp_tune.folders.finetuning import NO_GAIN, NoGainError, Trained, recovered
 from atp_tune.folders.training import Trainer
 from atp_tune.measures import Change, Perplexity, change, perplexity
-from atp_tune.results.formatting import recovery_said
+from atp_tune.results.formatting import recovery_note
 from atp_tune.results.summary import summarise
 from atp_tune.search.runner import StudyRun
 from atp_tune.utils import cache as entries
@@ -132,7 +132,7 @@ def test_apply_trains_again_or_takes_what_was_trained_and_keeps_the_zeros(
 
 def seen_and_interrupted(run: StudyRun, *_: object) -> None:
     """Training that others see, and that ends at once."""
-    assert recovery_said(summarise(stored(run.file.folder))).startswith(f"The best plan is being trained on {node()}, ")
+    assert recovery_note(summarise(stored(run.file.folder))).startswith(f"The best plan is being trained on {node()}, ")
     raise KeyboardInterrupt
 
 

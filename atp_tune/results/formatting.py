@@ -64,9 +64,9 @@ def trial_line(event: TrialEnded, plan: str, seconds: float, left: str = "") -> 
 
 def best_so_far(event: TrialEnded) -> str:
     """The best value when a trial ended: `best 60.33`, with its sparsity where that is searched."""
-    found = ((MEASURES[name], value) for name, value in event.best.items())
-    said = (f"{'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}" for by, value in found)
-    best = next((f"best {best}" for best in said), "no best yet")
+    values = ((MEASURES[name], value) for name, value in event.best.items())
+    texts = (f"{'' if by is PERPLEXITY else f'{by.column} '}{by.written(value)}" for by, value in values)
+    best = next((f"best {best}" for best in texts), "no best yet")
     return best + ("" if event.best_sparsity is None else f" at {percent(event.best_sparsity)}")
 
 
@@ -104,18 +104,18 @@ def in_one_line(text: str) -> str:
     return printable(re.sub(r"\s*[\r\n]\s*", " ↵ ", text.strip())).strip()
 
 
-def continuations_note(found: Continuations) -> str:
+def continuations_note(result: Continuations) -> str:
     """How the continuations were made."""
-    return f"greedy, without a chat template, at most {found.tokens} tokens, in {found.dtype}; ↵: a line break"
+    return f"greedy, without a chat template, at most {result.tokens} tokens, in {result.dtype}; ↵: a line break"
 
 
 def errors_of(summary: Summary) -> str:
     """The meaning of ±: the standard error, its number of windows, and the factor of a 95 % interval."""
-    known = {role: count for role, count in summary.results.counts.items() if count > 1}
-    if len(set(known.values())) < 2:
-        return error_over(next(iter(known.values()), None), summary.results.unit)
-    counts = " and ".join(f"{count} {role}" for role, count in known.items())
-    factors = " and ".join(f"{reach_of(count):.2f}" for count in known.values())
+    by_role = {role: count for role, count in summary.results.counts.items() if count > 1}
+    if len(set(by_role.values())) < 2:
+        return error_over(next(iter(by_role.values()), None), summary.results.unit)
+    counts = " and ".join(f"{count} {role}" for role, count in by_role.items())
+    factors = " and ".join(f"{reach_of(count):.2f}" for count in by_role.values())
     return f"standard error over {counts} {summary.results.unit} (× {factors} for 95 %)"
 
 
@@ -133,8 +133,8 @@ def dense_speed(summary: Summary) -> float | None:
     """Tokens, or images, per second of the dense model in torch, the median over points; None if none is measured."""
     speeds = [point.speed for point in summary.points if point.speed]
     rows = [(speed, row) for speed in speeds for row in speed.engines if row.engine == "torch"]
-    found = {id(speed): speed.torch_dense(list(row.rates)[-1]) for speed, row in rows}
-    return median(found.values()) if found else None
+    rates = {id(speed): speed.torch_dense(list(row.rates)[-1]) for speed, row in rows}
+    return median(rates.values()) if rates else None
 
 
 def megabytes(size: int) -> str:
@@ -148,13 +148,13 @@ def texts_note(summary: Summary) -> str:
         return ""
     data, kind = summary.made_from.study.data, summary.results.words.several
     test = data.validation if data.test is None else data.test
-    calibration, *measured = (_named(text.source) for text in (data.calibration, data.validation, test))
+    calibration, *measured = (_source_name(text.source) for text in (data.calibration, data.validation, test))
     if {calibration} == set(measured):
         return f"{kind}: parts of {calibration}"
     return f"{kind}: {calibration} to calibrate, {' and '.join(dict.fromkeys(measured))} to measure"
 
 
-def _named(source: str) -> str:
+def _source_name(source: str) -> str:
     if source in (MANUAL, MIXED):
         return "the Python manual" if source == MANUAL else f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
     return text_name(source).removeprefix("file:")
@@ -248,8 +248,8 @@ class Amount:
 
     def best(self, summary: Summary) -> str:
         """The amount of the best trial, behind the target; "" if not known."""
-        found = summary.best_trial.user_attrs.get("realised") if summary.best_trial else None
-        return "" if found is None else f", {found:.4f} counted"
+        realised = summary.best_trial.user_attrs.get("realised") if summary.best_trial else None
+        return "" if realised is None else f", {realised:.4f} counted"
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,8 @@ class Bits(Amount):
 
     def best(self, summary: Summary) -> str:
         """The bits of the best trial, with scales too."""
-        found = self.of(summary.best_trial, summary) if summary.best_trial else ""
-        return found and f", {found} in the best"
+        bits = self.of(summary.best_trial, summary) if summary.best_trial else ""
+        return bits and f", {bits} in the best"
 
 
 # --- What a study came to, and what is unusual in it, in sentences: the same on the screen, in notes and reports.
@@ -317,15 +317,15 @@ def limit_of(limit: Limit) -> str:
 def against_uniform(summary: Summary) -> str:
     """How far the best is from uniform at one sparsity, over the items of a text and over draws; "" without both."""
     best, results, main = summary.best_trial, summary.results, summary.results.main
-    found = results.against_uniform(best, main)
-    if best is None or found is None:
+    against = results.against_uniform(best, main)
+    if best is None or against is None:
         return ""
     over = summary.over_draws.get(best.number) if main is PERPLEXITY else None
-    said = f"The best plan’s {main.title} is {found.change.beside('uniform’s')} on the {found.on} {results.data}"
+    text = f"The best plan’s {main.title} is {against.change.beside('uniform’s')} on the {against.on} {results.data}"
     if over and over.change:
-        said += f" (± standard error over {results.unit}), and over {over.count} draws of the calibration "
-        said += f"{results.data} {over.beside('it')} (± standard deviation between draws)"
-    return f"{said}." + (" That may be chance: zero lies in its 95\u00a0% interval." if found.is_chance else "")
+        text += f" (± standard error over {results.unit}), and over {over.count} draws of the calibration "
+        text += f"{results.data} {over.beside('it')} (± standard deviation between draws)"
+    return f"{text}." + (" That may be chance: zero lies in its 95\u00a0% interval." if against.is_chance else "")
 
 
 def study_remarks(summary: Summary) -> list[str]:
@@ -333,9 +333,9 @@ def study_remarks(summary: Summary) -> list[str]:
     steps = summary.made_from.study.prune.refine if summary.made_from else 0
     by = f"{steps} step{'s' * (steps > 1)} of conjugate gradients"
     refined = f"Pruned weights are refined by {by}, those of uniform too." if steps else ""
-    trained = recovery_said(summary)
-    found = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
-    return [remark for remark in found if remark]
+    trained = recovery_note(summary)
+    remarks = (sign_of_beta(summary), _beginning(summary), refined, summary.rounded, trained, _mixture(summary))
+    return [remark for remark in remarks if remark]
 
 
 def _mixture(summary: Summary) -> str:
@@ -357,27 +357,27 @@ def _beginning(summary: Summary) -> str:
     return f"BOS: {summary.bos_effect or 'every window begins with it, as the study file asks'}."
 
 
-def recovery_said(summary: Summary) -> str:
+def recovery_note(summary: Summary) -> str:
     """How the best plan was trained and what its perplexity came to, or why it was not; "" without `recover`."""
-    found, asked = summary.recovered, summary.made_from.study.recover if summary.made_from else None
-    if found is None or (not found.kept and asked is not None and asked != found.settings):
-        if asked is None or not summary.complete or summary.best_trial is None:
+    recovered, settings = summary.recovered, summary.made_from.study.recover if summary.made_from else None
+    if recovered is None or (not recovered.kept and settings is not None and settings != recovered.settings):
+        if settings is None or not summary.complete or summary.best_trial is None:
             return ""
         if summary.training:
-            return f"The best plan is being trained on {summary.training}, with {_how(asked)}."
-        return f"Not trained yet: the same command trains the best plan, with {_how(asked)}."
-    how = _how(found.settings)
-    if found.skipped:
-        return f"Not trained after pruning: {found.reason}."
-    if not found.kept:
-        return f"Not trained after pruning: with {how}, {found.reason}."
-    texts = {"validation": found.validation, "test": found.test}
+            return f"The best plan is being trained on {summary.training}, with {_how(settings)}."
+        return f"Not trained yet: the same command trains the best plan, with {_how(settings)}."
+    how = _how(recovered.settings)
+    if recovered.skipped:
+        return f"Not trained after pruning: {recovered.reason}."
+    if not recovered.kept:
+        return f"Not trained after pruning: with {how}, {recovered.reason}."
+    texts = {"validation": recovered.validation, "test": recovered.test}
     changes = " and ".join(
         f"{each.change.beside('')} on the {name} {summary.results.data}" for name, each in texts.items() if each
     )
     return (
-        f"Trained after pruning: {how}, of which step {found.step} was taken; its perplexity is {changes}, against the "
-        "same plan as it was pruned. `apply` writes the trained model."
+        f"Trained after pruning: {how}, of which step {recovered.step} was taken; its perplexity is {changes}, against "
+        "the same plan as it was pruned. `apply` writes the trained model."
     )
 
 
@@ -403,15 +403,15 @@ def sign_of_beta(summary: Summary) -> str:
     if other is None:
         return ""
     word = "positive, which keeps early blocks denser," if is_positive else "negative, which keeps late blocks denser,"
-    uniform, found = results.uniform(better), results.change(other, better, main, "validation")
+    uniform, against = results.uniform(better), results.change(other, better, main, "validation")
     values = [str(results.score(trial, "validation", main) or NOTHING) for trial in (better, other, uniform)]
-    said = [
+    texts = [
         f"β = {trial.params['beta']:.4g} has {value}" for trial, value in zip((better, other), values, strict=False)
     ]
     beside = f", uniform {values[2]}" if uniform is not None else ""
     # Of equal accuracies the cross-entropy has decided.
-    chance = found is not None and (found.is_chance or not found.change.value)
+    chance = against is not None and (against.is_chance or not against.change.value)
     return (
-        f"Sign of β: {word} is better: {said[0]}, the best of the other sign, {said[1]}{beside} "
+        f"Sign of β: {word} is better: {texts[0]}, the best of the other sign, {texts[1]}{beside} "
         f"({main.column}, validation){', a difference that may be chance' * chance}."
     )

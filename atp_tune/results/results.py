@@ -76,11 +76,11 @@ def uniform_among(trials: Iterable[FrozenTrial], best: FrozenTrial) -> FrozenTri
 
 def uniforms_of(study: optuna.Study) -> list[FrozenTrial]:
     """The uniform trial of each pruner, in the order of trials."""
-    found: dict[str, FrozenTrial] = {}
+    uniforms: dict[str, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if is_uniform(trial):
-            found.setdefault(method_in(trial.params), trial)
-    return list(found.values())
+            uniforms.setdefault(method_in(trial.params), trial)
+    return list(uniforms.values())
 
 
 def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
@@ -182,7 +182,7 @@ class Results:
         of_trials = (self.items(trial, "validation") for trial in self.trials if trial.values)
         validation = self.items(DENSE, "validation") or next(filter(None, of_trials), ())
         test: Items = next(iter(self.attrs.get("test_nlls", {}).values()), ())
-        return {role: len(found) for role, found in (("validation", validation), ("test", test)) if found}
+        return {role: len(items) for role, items in (("validation", validation), ("test", test)) if items}
 
     def items(self, model: Model, text: Role, measure: Measure = PERPLEXITY) -> Items:
         """The items of a model on a text; empty if it was not measured, or stopped."""
@@ -198,22 +198,22 @@ class Results:
         if isinstance(model, FrozenTrial) and text == "validation":
             return self._measured(model, measure)
         if after := self._after_training(model, measure):
-            told = after.validation if text == "validation" else after.test
-            return told.perplexity if told else None
-        found = () if model is None else self.items(model, text, measure)
-        return measure.score(found) if found else None
+            outcome = after.validation if text == "validation" else after.test
+            return outcome.perplexity if outcome else None
+        items = () if model is None else self.items(model, text, measure)
+        return measure.score(items) if items else None
 
     def _measured(self, trial: FrozenTrial, measure: Measure) -> Estimate | None:
         """The value that the trial has in the study, with its error; the score of its items where it has none."""
         items, values = self.items(trial, "validation", measure), trial.values or []
-        place = self.objectives.index(measure.name) if measure.name in self.objectives else len(values)
-        found = measure.score(items) if items else None
-        if not values or len(values) <= place or (found and measure.is_higher_better):
-            return found if values else None
-        stderr = trial.user_attrs.get("stderr") if not place else None
-        known = stderr if stderr is not None or found is None else found.stderr
+        index = self.objectives.index(measure.name) if measure.name in self.objectives else len(values)
+        score = measure.score(items) if items else None
+        if not values or len(values) <= index or (score and measure.is_higher_better):
+            return score if values else None
+        stderr = trial.user_attrs.get("stderr") if not index else None
+        error = stderr if stderr is not None or score is None else score.stderr
         count = self.counts.get("validation", 1)
-        return measure.kind(value=measure.of_loss(values[place], count), stderr=known or 0.0)
+        return measure.kind(value=measure.of_loss(values[index], count), stderr=error or 0.0)
 
     def _after_training(self, model: Model | None, measure: Measure) -> Recovered | None:
         return self.trained if model == TRAINED and measure is PERPLEXITY else None
@@ -232,15 +232,15 @@ class Results:
         """The change from one model to another on a text, by default the one on which to compare them."""
         text = on or self.on(before, after)
         old, new = (self.items(model, text, measure) for model in (before, after))
-        found = paired(measure.change, old, new)
-        return None if found is None else Against(found, text, len(new))
+        change = paired(measure.change, old, new)
+        return None if change is None else Against(change, text, len(new))
 
     def against_uniform(self, model: Model | None, measure: Measure = PERPLEXITY) -> Against | None:
         """The change of a trial, or of the best after training, from uniform with the same pruner and sparsity."""
         if isinstance(model, str) or model is None:
             after = self._after_training(model, measure)
-            known = after.against_uniform if after else None
-            return Against(known, "test", self.counts.get("test", 0)) if known else None
+            change = after.against_uniform if after else None
+            return Against(change, "test", self.counts.get("test", 0)) if change else None
         uniform = None if is_uniform(model) else self.uniform(model)
         return None if uniform is None else self.change(uniform, model, measure)
 
@@ -260,9 +260,9 @@ class Results:
         """All scores of a model in one flat row: `perplexity`, `perplexity_stderr`, `test_perplexity` and so on."""
         for measure in self.measures:
             for text in TEXTS:
-                found, name = self.score(model, text, measure), f"{'test_' * (text == 'test')}{measure.name}"
-                yield name, found.value if found else None
-                yield f"{name}_stderr", found.stderr or None if found else None
+                score, name = self.score(model, text, measure), f"{'test_' * (text == 'test')}{measure.name}"
+                yield name, score.value if score else None
+                yield f"{name}_stderr", score.stderr or None if score else None
 
 
 # --- Findings on a configuration (zero-shot, speed, continuations, recovery), stored in its JSON file and on its
@@ -281,17 +281,17 @@ KINDS: dict[Key, TypeAdapter[Any]] = {
 def attach(
     path: Path, config: Config, key: Key, value: BaseModel | Mapping[str, Any], address: str | None = None
 ) -> list[str]:
-    """Stores a measurement of a configuration in its file and on its study, if found; the names of those places.
+    """Stores a measurement of a configuration in its file and on its study, if found; the names of both, if written.
 
     `address`: the study's storage, else SQLite files beside the configuration and its study file are searched. A file
     that holds another trial by now is not changed. UserError if the study is not in the storage of `address`.
     """
-    found = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    fields = value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
     study = study_of(path, config, address)
     if study is not None:  # first: a run that writes the file takes what the study has
-        store(study, key, config.trial, found)
-    places = [str(path)] if path.exists() and _write(path, config, {key: found}) else []
-    return places + ([f"study {study.study_name}"] if study is not None else [])
+        store(study, key, config.trial, fields)
+    names = [str(path)] if path.exists() and _write(path, config, {key: fields}) else []
+    return names + ([f"study {study.study_name}"] if study is not None else [])
 
 
 def check(path: Path, config: Config, address: str | None = None) -> None:
@@ -302,26 +302,26 @@ def check(path: Path, config: Config, address: str | None = None) -> None:
         study_of(path, config, address)
 
 
-def store(study: optuna.Study, key: str, trial: int | None, found: Mapping[str, Any]) -> None:
+def store(study: optuna.Study, key: str, trial: int | None, fields: Mapping[str, Any]) -> None:
     """Stores a finding on a trial of its study, in an attribute of its own."""
-    study.set_user_attr(f"{key}:{trial}", dict(found))
+    study.set_user_attr(f"{key}:{trial}", dict(fields))
 
 
-def _write(path: Path, config: Config, found: Mapping[Key, Any]) -> bool:
+def _write(path: Path, config: Config, measurements: Mapping[Key, Any]) -> bool:
     """Adds measurements to the file; False if it holds another trial by now."""
     with alone_with(path):
         now = read_config(path)
         if not is_same(now, config):
             return False
         try:
-            write_atomically(path, _with(now, found).to_json().encode())
+            write_atomically(path, _with(now, measurements).to_json().encode())
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; copy it to where you can write") from None
     return True
 
 
-def _with(config: Config, found: Mapping[Key, Any]) -> Config:
-    return config.model_copy(update={key: KINDS[key].validate_python(value) for key, value in found.items()})
+def _with(config: Config, measurements: Mapping[Key, Any]) -> Config:
+    return config.model_copy(update={key: KINDS[key].validate_python(value) for key, value in measurements.items()})
 
 
 def is_same(one: Config, other: Config) -> bool:
@@ -343,8 +343,8 @@ def study_of(path: Path, config: Config, address: str | None = None) -> optuna.S
                 f"that of {path}"
             )
         return study
-    found = (_in_storage(f"sqlite:///{file}", config) for file in _databases(path, config))
-    return next((study for study in found if study is not None), None)
+    studies = (_in_storage(f"sqlite:///{file}", config) for file in _databases(path, config))
+    return next((study for study in studies if study is not None), None)
 
 
 def _databases(path: Path, config: Config) -> Iterator[Path]:
@@ -372,12 +372,12 @@ def with_attached(config: Config, study: optuna.Study, out: Path) -> Config:
 
 def attached(study: optuna.Study, trial: int | None) -> dict[Key, Any]:
     """The measurements of a trial on its study that this version can read."""
-    found: dict[Key, Any] = {}
+    measurements: dict[Key, Any] = {}
     for key, kind in KINDS.items():
         if row := study.user_attrs.get(key, {}).get(str(trial)):
             with suppress(ValidationError):
-                found[key] = kind.validate_python(row)
-    return found
+                measurements[key] = kind.validate_python(row)
+    return measurements
 
 
 def answers_of(study: optuna.Study, trial: FrozenTrial) -> Answers | None:

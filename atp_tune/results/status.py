@@ -114,11 +114,11 @@ def file_as_run(study: optuna.Study, file: StudyFile, is_overridden: bool = Fals
 
     `is_overridden`: other settings are asked for; UserError if the study's values depend on one of them.
     """
-    made = None if is_overridden else made_from(study)
-    if made is None:
+    original = None if is_overridden else made_from(study)
+    if original is None:
         check_facts(study, facts(file.study, file.folder), partly=True)
         return file
-    return replace(made, path=file.path)
+    return replace(original, path=file.path)
 
 
 # --- The columns of Optuna's dashboard: numbers that sort, stored beside the details that only the program reads.
@@ -126,33 +126,33 @@ def file_as_run(study: optuna.Study, file: StudyFile, is_overridden: bool = Fals
 
 def measured_columns(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a trial's measurement, which are stored too."""
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     if attrs.get("stderr"):
-        found["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
+        columns["± stderr"] = round(attrs["stderr"], 4 if "misses" in attrs else 2)
     for by in MEASURES.values():
         if by.kind is Accuracy and (items := attrs.get(by.items)):
-            found[f"{by.column} %"] = round(100 * by.score(items).value, 2)
+            columns[f"{by.column} %"] = round(100 * by.score(items).value, 2)
     if "effective_bits" in attrs and "quantized_bytes" in attrs:
-        found["bits with scales"] = round(attrs["effective_bits"], 2)
-        found["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
+        columns["bits with scales"] = round(attrs["effective_bits"], 2)
+        columns["quantized MB"] = round(attrs["quantized_bytes"] / 1e6, 1)
     plan = Plan.stored_in(attrs)
     if "realised" in attrs and not (plan and plan.by_bits):
-        found["zeros %"] = round(100 * attrs["realised"], 2)
+        columns["zeros %"] = round(100 * attrs["realised"], 2)
     if "packed_bytes" in attrs and "effective_bits" not in attrs:
-        found["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
+        columns["packed MB"] = round(attrs["packed_bytes"] / 1e6, 1)
     if "seconds" in attrs:
-        found["time (s)"] = round(sum(attrs["seconds"].values()), 1)
+        columns["time (s)"] = round(sum(attrs["seconds"].values()), 1)
     if attrs.get("peak_bytes"):
-        found["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
-    return found
+        columns["peak GB"] = round(max(attrs["peak_bytes"].values()) / 1e9, 2)
+    return columns
 
 
 def facts_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """A study's attributes for the dashboard: its main settings, and no long lists."""
-    known = attrs.get("fingerprint", {})
+    facts = attrs.get("fingerprint", {})
     sources = [f"{table}.{role}.source" for table in ("texts", "images") for role in ("validation", "test")]
     names = ("model.source", "model.dtype", "sparsity", "bits", "protocol", *sources)
-    return {**{name: known[name] for name in names if name in known}, "trials": attrs.get("total", "not known yet")}
+    return {**{name: facts[name] for name in names if name in facts}, "trials": attrs.get("total", "not known yet")}
 
 
 FORMAT: Literal["atp_tune.status/3"] = "atp_tune.status/3"
@@ -171,9 +171,9 @@ class Against(FrozenModel):
     on: Literal["validation", "test"]
 
     @classmethod
-    def of(cls, found: Change | None) -> "Against | None":
+    def of(cls, other: Change | None) -> "Against | None":
         """None without a change."""
-        return None if found is None else cls(value=found.change.value, stderr=found.change.stderr or None, on=found.on)
+        return None if other is None else cls(value=other.change.value, stderr=other.change.stderr or None, on=other.on)
 
 
 class PointStatus(FrozenModel):
@@ -357,7 +357,7 @@ def status_of(summary: Summary, now: datetime) -> Status:
         requested=summary.requested,
         sign=sign_of_beta(summary) or None,
         bits=summary.bits,
-        kinds={row: dict(found) for row, found in summary.kinds.items()},
+        kinds={row: dict(by_kind) for row, by_kind in summary.kinds.items()},
     )
 
 

@@ -143,8 +143,8 @@ def summarise(study: optuna.Study) -> Summary:
     study = StudySnapshot(study)
     goal, best = goal_in(study), best_trial(study)
     facts, trials = fingerprint.facts_in(study), study.get_trials(deepcopy=False)
-    found, target = attached(study, best.number) if best else {}, facts.get("sparsity")
-    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), found.get("recovered"))
+    measurements, target = attached(study, best.number) if best else {}, facts.get("sparsity")
+    results = Results(study.user_attrs, trials, fingerprint.objectives_of(facts), measurements.get("recovered"))
     uniform, points, shared = results.uniform(best), goal.points(), None if "sparsity" in facts else facts.get("bits")
     tested = [bool(results.items(model, "test")) for model in (DENSE, uniform, best) if model]
     return Summary(
@@ -168,9 +168,9 @@ def summarise(study: optuna.Study) -> Summary:
         unlike=_unlike(study),
         screening=_screening(study),
         front=front_of(study),
-        zero_shot=found.get("zero_shot"),
-        speed=found.get("speed"),
-        continuations=found.get("continuations"),
+        zero_shot=measurements.get("zero_shot"),
+        speed=measurements.get("speed"),
+        continuations=measurements.get("continuations"),
         bos=fingerprint.has_bos(study),
         bos_effect=BosEffect.model_validate(study.user_attrs["bos"]) if "bos" in study.user_attrs else None,
         over_draws=_over_draws(study),
@@ -194,10 +194,10 @@ def summarise(study: optuna.Study) -> Summary:
 
 def _kinds(results: Results) -> dict[str, Mapping[str, Perplexity]]:
     kinds, nlls = results.attrs.get("kinds", ()), results.attrs.get("test_nlls", {})
-    found: dict[str, Mapping[str, Perplexity]] = {name: by_kind(own, kinds) for name, own in nlls.items()}
+    rows: dict[str, Mapping[str, Perplexity]] = {name: by_kind(own, kinds) for name, own in nlls.items()}
     if results.trained:
-        found["trained"] = results.trained.kinds
-    return {name: own for name, own in found.items() if own}
+        rows["trained"] = results.trained.kinds
+    return {name: own for name, own in rows.items() if own}
 
 
 def _rounded(facts: Mapping[str, Any]) -> str:
@@ -225,7 +225,7 @@ def made_from(study: optuna.Study) -> StudyFile | None:
 def _unlike(study: optuna.Study) -> dict[int, str]:
     facts = fingerprint.facts_in(study)
     began, batches = fingerprint.device_of(study), fingerprint.batches_of(study)
-    found = {}
+    remarks = {}
     for trial in study.get_trials(deepcopy=False):
         device = fingerprint.device_kind(trial.user_attrs.get("device", began or ""))
         own = trial.user_attrs.get("dtype")
@@ -235,8 +235,8 @@ def _unlike(study: optuna.Study) -> dict[int, str]:
             if role in BATCHED and windows != batches.get(role, windows):
                 parts.append(f"in batches of {windows} {role} windows")
         if parts:
-            found[trial.number] = " ".join(parts)
-    return found
+            remarks[trial.number] = " ".join(parts)
+    return remarks
 
 
 def _is_complete(study: optuna.Study) -> bool:
@@ -254,8 +254,8 @@ def is_reported(study: optuna.Study, draws: int) -> bool:
 
 def _draws_of(study: optuna.Study) -> int:
     """`texts.calibration.draws` of the study's last run."""
-    made = made_from(study)
-    return made.study.data.calibration.draws if made else 1
+    file = made_from(study)
+    return file.study.data.calibration.draws if file else 1
 
 
 def unreported(study: optuna.Study) -> list[str]:
@@ -265,22 +265,22 @@ def unreported(study: optuna.Study) -> list[str]:
     """
     if is_screening(study):
         return []
-    found = study.user_attrs.get("test_nlls", {})
-    return [name for name in ("dense", *goal_in(study).compared()) if name not in found]
+    nlls = study.user_attrs.get("test_nlls", {})
+    return [name for name in ("dense", *goal_in(study).compared()) if name not in nlls]
 
 
 def undrawn(study: optuna.Study, draws: int) -> list[tuple[int, str]]:
     """The missing measurements over draws of the calibration text, as (draw, trial); draw 0 is the study's own."""
     if draws == 1 or is_screening(study):
         return []
-    names, found = goal_in(study).redrawn(), _drawn(study, draws)
-    return [(draw, name) for draw in range(draws) for name in names if str(draw) not in found.get(name, {})]
+    names, nlls = goal_in(study).redrawn(), _drawn(study, draws)
+    return [(draw, name) for draw in range(draws) for name in names if str(draw) not in nlls.get(name, {})]
 
 
 def fits_anew(study: optuna.Study) -> bool:
     """Whether plans are fitted to the calibration text by an allocation of the last run, so anew to each draw's own."""
-    made = made_from(study)
-    return made is not None and any(map(is_fitted, made.study.allocation.short_names))
+    file = made_from(study)
+    return file is not None and any(map(is_fitted, file.study.allocation.short_names))
 
 
 def _drawn(study: optuna.Study, draws: int) -> dict[str, dict[str, list[float]]]:
@@ -305,16 +305,16 @@ def _over_draws(study: optuna.Study) -> dict[int, OverDraws]:
     if not measured or len(measured) < len(names):
         return {}
     fitted_to = _fitted_to(study, count)
-    common = sorted(set.intersection(*(set(found) for found in measured.values())), key=int)
-    nlls = {name: [found[draw] for draw in common] for name, found in measured.items()}
+    common = sorted(set.intersection(*(set(by_draw) for by_draw in measured.values())), key=int)
+    nlls = {name: [by_draw[draw] for draw in common] for name, by_draw in measured.items()}
     result = {}
     for name in names:
         trial = study.trials[int(name)]
         uniform = None if is_uniform(trial) else uniform_of(study, trial)
         fitted = fitted_to.get(allocation_of(trial))
-        found = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None, fitted)
-        if found is not None:
-            result[trial.number] = found
+        spread = over_draws(nlls[name], nlls[str(uniform.number)] if uniform else None, fitted)
+        if spread is not None:
+            result[trial.number] = spread
     return result
 
 
@@ -323,13 +323,13 @@ def _fitted_to(study: optuna.Study, count: int) -> dict[str, tuple[int, int]]:
 
     Those by prices take a pool of the calibration text, the others measure its windows.
     """
-    made, stored = made_from(study), study.user_attrs.get("fitted_to", {}).get(str(count))
-    if made is None or not stored:
+    file, stored = made_from(study), study.user_attrs.get("fitted_to", {}).get(str(count))
+    if file is None or not stored:
         return {}
-    (each, own), text, names = stored, made.study.data.calibration, made.study.allocation
+    (each, own), text, names = stored, file.study.data.calibration, file.study.allocation
     windows = -(-(text.nsamples or 0) // text.stride) * getattr(text, "seqlen", 1)
-    known = {name: (windows, windows) for name in names.short_names if is_fitted(name)}
-    return known | dict.fromkeys(names.by_prices, (each, own))
+    tokens = {name: (windows, windows) for name in names.short_names if is_fitted(name)}
+    return tokens | dict.fromkeys(names.by_prices, (each, own))
 
 
 # --- The tables of a study as text: each surface shows the same ones, and only says how a table is drawn.
@@ -349,9 +349,9 @@ def table_of(columns: Sequence[Column], models: Sequence[Model], best: Model | N
     """A table with one row for each model; `words`: heads of the columns of text."""
     head = [name for name, _ in columns]
     cells = [[cell(model) for _, cell in columns] for model in models]
-    rows = [[NOTHING if found is None else str(found) for found in row] for row in cells]
+    rows = [[NOTHING if value is None else str(value) for value in row] for row in cells]
     where = next((row for row, model in enumerate(models) if best is not None and model == best), None)
-    return Table(head, rows, [place for place, name in enumerate(head) if name in words], where)
+    return Table(head, rows, [index for index, name in enumerate(head) if name in words], where)
 
 
 def overview(summary: Summary, hidden: str = "") -> Table:
@@ -398,13 +398,13 @@ def _sizes(summary: Summary) -> Iterator[Column]:
     points, dense = {point.trial.number: point for point in summary.points}, dense_speed(summary)
 
     def size(model: Model) -> str | None:
-        known = summary.dense_bytes if isinstance(model, str) else points[model.number].packed_bytes
-        return None if known is None else megabytes(known)
+        value = summary.dense_bytes if isinstance(model, str) else points[model.number].packed_bytes
+        return None if value is None else megabytes(value)
 
     def rate(model: Model) -> str | None:
         speed = None if isinstance(model, str) else points[model.number].speed
-        known = dense if isinstance(model, str) else speed and speed.fastest
-        return None if known is None else f"{known:.1f}"
+        value = dense if isinstance(model, str) else speed and speed.fastest
+        return None if value is None else f"{value:.1f}"
 
     if has_bytes(summary):
         yield stored_as(summary), size
@@ -419,7 +419,7 @@ def trials(summary: Summary, shown: Sequence[FrozenTrial] | None = None) -> Tabl
     results, best = summary.results, summary.best_trial
 
     def of(cell: Callable[[FrozenTrial], object]) -> Callable[[Model], object]:
-        return lambda model: "" if isinstance(model, str) or (found := cell(model)) is None else found
+        return lambda model: "" if isinstance(model, str) or (value := cell(model)) is None else value
 
     columns: list[Column] = [
         ("trial", of(lambda trial: trial.number)),
@@ -455,9 +455,9 @@ def kinds(summary: Summary) -> Table | None:
     names = {DENSE: DENSE, **{str(trial.number): plan_of(trial) for trial in shown}, TRAINED: "best, trained"}
 
     def cell(row: str, kind: str) -> str:
-        found, before = summary.kinds[row].get(kind), dense[kind]
-        times = "" if row == DENSE or found is None else f" ({found.value / before.value:.2f}×)"
-        return NOTHING if found is None else f"{found.value:.2f}{times}"
+        score, before = summary.kinds[row].get(kind), dense[kind]
+        times = "" if row == DENSE or score is None else f" ({score.value / before.value:.2f}×)"
+        return NOTHING if score is None else f"{score.value:.2f}{times}"
 
     rows = [[name, *(cell(row, kind) for kind in dense)] for row, name in names.items() if row in summary.kinds]
     return Table(["test perplexity by kind", *dense], rows) if dense else None
