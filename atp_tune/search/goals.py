@@ -103,9 +103,9 @@ class Surrogate:
 
     def best_at(self, sparsity: float) -> Predicted:
         """The best point at a sparsity; the first pruner's uniform point where no model is fitted."""
-        found = [found for branch in self._branches.values() if (found := branch.best_at(sparsity))]
+        points = [point for branch in self._branches.values() if (point := branch.best_at(sparsity))]
         default = Predicted(self._space.uniform(sparsity)[0], None)
-        return min(found, key=lambda one: one.bound, default=default)
+        return min(points, key=lambda one: one.bound, default=default)
 
 
 class Branch:
@@ -120,8 +120,8 @@ class Branch:
             [with_value(trial, max(trial.values[0], SMALLEST)) for trial in trials], space, name, self._kinds
         )
         done = [trial for trial in shadow.trials if trial.value is not None]
-        known = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
-        self._known = [(value, params) for value, params in known if self._kinds.keys() <= params.keys()]
+        pairs = [(float(trial.values[0]), space.within(trial.params, name) or {}) for trial in trials]
+        self._known = [(value, params) for value, params in pairs if self._kinds.keys() <= params.keys()]
         self._process = _fitted(shadow, self._kinds, seed) if len(done) >= LEAST else None
         values = [float(trial.value or 0.0) for trial in done]
         self._mean, self._spread = (statistics.fmean(values), statistics.pstdev(values)) if done else (0.0, 0.0)
@@ -157,8 +157,8 @@ class Branch:
         generator = random.Random(f"{self._seed} {self._name}")
         drawn = [{name: _drawn(kind, generator) for name, kind in self._kinds.items()} for _ in range(CANDIDATES)]
         uniform = [self._space.within(point, self._name) for point in self._space.uniform(sparsity)]
-        known = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
-        return [self._space.at(point, sparsity) for point in (*known, *self._points, *drawn)]
+        points = [{name: point[name] for name in self._kinds} for point in uniform if point is not None]
+        return [self._space.at(point, sparsity) for point in (*points, *self._points, *drawn)]
 
 
 def _with_increase(trial: FrozenTrial, dense: Sequence[float] | None) -> FrozenTrial:
@@ -268,10 +268,10 @@ class AtSparsity:
 
         The default of a study with a screening is uniform per pruner and the confirmed points.
         """
-        screen, asked, space = self.search.screen, self.search.trials, self.space
+        screen, trials, space = self.search.screen, self.search.trials, self.space
         points = len(space.uniform()) + screen.confirm if screen else len(self.starts())
         is_finite = self.search.sampler == "grid" or not (screen or any(map(space.is_open, space.intervals)))
-        return min(asked or points, points) if is_finite else asked or points
+        return min(trials or points, points) if is_finite else trials or points
 
     def starts(self) -> list[Params]:
         """Uniform per pruner, then the allocations' starts, or the grid's points, shuffled.
@@ -379,8 +379,8 @@ class WithinLimit(OverInterval):
         sparsity = self._chosen(study, free) if free else self._levels()[0]
         if leader := self._leader(study):
             return self.space.at(leader, sparsity)
-        found, starts = self.model.best_at(sparsity), self.space.starts()
-        return self.space.at(starts[0], sparsity) if found.increase is None and starts else found.params
+        prediction, starts = self.model.best_at(sparsity), self.space.starts()
+        return self.space.at(starts[0], sparsity) if prediction.increase is None and starts else prediction.params
 
     def _levels(self) -> list[float]:
         low, high = self.space.sparsities
@@ -401,19 +401,19 @@ class WithinLimit(OverInterval):
 
     def _measured(self, study: optuna.Study, only_uniform: bool = False) -> dict[float, float]:
         """The lowest excess at each measured sparsity; a plan that failed is beyond any limit."""
-        found: dict[float, float] = {}
+        excesses: dict[float, float] = {}
         for trial in study.get_trials(deepcopy=False):
             sparsity = progress.sparsity_of(trial)
             if sparsity is not None and progress.counts(trial) and (is_uniform(trial) or not only_uniform):
                 excess = excess_of(study, trial)
-                found[sparsity] = min(excess, found.get(sparsity, math.inf))
-        return found
+                excesses[sparsity] = min(excess, excesses.get(sparsity, math.inf))
+        return excesses
 
     def _free(self, study: optuna.Study) -> list[float]:
         """The sparsities that no trial measures now, between the sparsest trial within the limit and one beyond it."""
         low = max((sparsity for sparsity, excess in self._measured(study).items() if excess <= 0), default=0.0)
-        found = self._measured(study, only_uniform=self._leader(study) is not None)
-        high = min((sparsity for sparsity, excess in found.items() if excess > 0 and sparsity > low), default=1.0)
+        excesses = self._measured(study, only_uniform=self._leader(study) is not None)
+        high = min((sparsity for sparsity, excess in excesses.items() if excess > 0 and sparsity > low), default=1.0)
         busy = [progress.sparsity_of(trial) for trial in progress.running(study)]
         return [
             level
@@ -429,12 +429,12 @@ class WithinLimit(OverInterval):
             # One of these sparsities without a model: the log of the increase is linear.
             allowed = self._excess(0.0)
             measured = self._measured(study, only_uniform=self._leader(study) is not None).items()
-            known = [
+            points = [
                 (math.log(max(1 - excess / allowed, SMALLEST)), sparsity)
                 for sparsity, excess in sorted(measured, key=lambda pair: pair[0])
                 if allowed is not None and allowed < 0 and math.isfinite(excess)
             ]
-            below, above = [one for one in known if one[0] <= 0][-1:], [one for one in known if one[0] > 0][:1]
+            below, above = [one for one in points if one[0] <= 0][-1:], [one for one in points if one[0] > 0][:1]
             match [*below, *above]:
                 case [(low, left), (high, right)]:
                     root = left - low * (right - left) / (high - low)
@@ -448,15 +448,15 @@ class WithinLimit(OverInterval):
 
     def _shifts(self, study: optuna.Study) -> Any:
         """A function of the sparsity: measured minus predicted excess, from the nearest measured ones on both sides."""
-        known = sorted(
+        shifts = sorted(
             (sparsity, excess - predicted)
             for sparsity, excess in self._measured(study).items()
             if math.isfinite(excess) and (predicted := self._predicted(sparsity)) is not None
         )
 
         def shift(level: float) -> float:
-            below = [one for one in known if one[0] <= level]
-            above = [one for one in known if one[0] > level]
+            below = [one for one in shifts if one[0] <= level]
+            above = [one for one in shifts if one[0] > level]
             if below and above:
                 (left, before), (right, after) = below[-1], above[0]
                 return before + (after - before) * (level - left) / (right - left)
@@ -467,8 +467,8 @@ class WithinLimit(OverInterval):
     def _predicted(self, sparsity: float) -> float | None:
         """The excess that the screening's model predicts for the best point at a sparsity."""
         if sparsity not in self._cache:
-            found = self.model.best_at(sparsity).increase
-            self._cache[sparsity] = None if found is None else self._excess(found)
+            increase = self.model.best_at(sparsity).increase
+            self._cache[sparsity] = None if increase is None else self._excess(increase)
         return self._cache[sparsity]
 
     def _excess(self, increase: float) -> float | None:

@@ -185,8 +185,8 @@ class Record(Observer[None]):
 
     def add(self, scores: Scores) -> None:
         """Records the scores of further windows."""
-        for key, found in scores.items():
-            self.items.setdefault(key, []).extend(found)
+        for key, values in scores.items():
+            self.items.setdefault(key, []).extend(values)
 
     @property
     def compared(self) -> list[float]:
@@ -195,11 +195,11 @@ class Record(Observer[None]):
 
     def results(self) -> list[Estimate]:
         """The trial's result in each objective; TrialError if one, or the perplexity, is not finite."""
-        found = {by: by.loss(by.each(self.items[by.items]), None) for by in (*self._measures, MEASURE)}
-        for by, result in found.items():
+        estimates = {by: by.loss(by.each(self.items[by.items]), None) for by in (*self._measures, MEASURE)}
+        for by, result in estimates.items():
             if not math.isfinite(result.value):
                 raise TrialError(f"{by.name} is {result.value}: the pruned model's numbers overflow or are not defined")
-        return [found[by] for by in self._measures]
+        return [estimates[by] for by in self._measures]
 
     def close(self) -> dict[str, Any]:
         """The trial's user attributes; all time outside pruning counts as evaluation."""
@@ -209,7 +209,7 @@ class Record(Observer[None]):
         # Bits per weight with scales, and bytes of all weights of the model so stored, where they are rounded.
         others = self._session.stored_bytes[0] - self._weights * self._itemsize
         effective, stored = self._stored_bits / self._weights, others + -(-self._stored_bits // 8)
-        found = {
+        attributes = {
             "realised": self._zeros / self._weights,
             "packed_bytes": self._packed,
             "errors": self.errors,
@@ -224,7 +224,7 @@ class Record(Observer[None]):
             "misses": self.compared if self.main is ACCURACY else None,
             "experts_without_tokens": self.experts_without_tokens or None,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in attributes.items() if value is not None}
 
 
 def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
@@ -232,10 +232,10 @@ def find_measured(trial: Trial, plan: Plan) -> FrozenTrial | None:
 
     A pattern may round several points to one plan.
     """
-    made = plan.model_dump(mode="json")
+    fields = plan.model_dump(mode="json")
     for other in trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-        found = other.user_attrs.get("plan", {})
-        same = other.params == trial.params or all(found.get(key) == made[key] for key in ("method", "levels"))
+        earlier = other.user_attrs.get("plan", {})
+        same = other.params == trial.params or all(earlier.get(key) == fields[key] for key in ("method", "levels"))
         if same and counts(other) and "stopped_after" not in other.user_attrs:
             return other
     return None

@@ -92,8 +92,8 @@ class FinalScores:
             try:
                 nlls = self._redrawn(row, draw, anew)
             except TrialError as error:  # of a descent: NaN, which ends the study, and has no spread over draws
-                said = f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
-                self.run.note(said)
+                note = f"draw {draw + 1} of trial {row} gives no number: {error}; its spread over draws is left out"
+                self.run.note(note)
                 nlls = [nan] * len(study.user_attrs["test_nlls"][row])
             study.set_user_attr(f"refits:{row}:{draws}:{draw}" if anew else f"draws:{row}:{draw}", nlls)
             if anew:
@@ -110,9 +110,9 @@ class FinalScores:
         from atp_tune.run.observers import ImageAnswers, LeftOut, Prompts, can_keep
 
         study, session, spec = self.study, self.session, self.run.file.study
-        asked, best = spec.continuations, best_trial(study)
+        options, best = spec.continuations, best_trial(study)
         uniform = uniform_of(study, best)
-        if best is None or uniform is None or not asked.tokens:
+        if best is None or uniform is None or not options.tokens:
             return {}, None
         if "continuations" in attached(study, best.number) or answers_of(study, best) is not None:
             return {}, None
@@ -125,7 +125,7 @@ class FinalScores:
             return names, LeftOut(work, NAMES, "answers on images", session.watch)
         if session.inputs is not KINDS["tokens"]:
             return {}, None
-        work = Prompts((*PROMPTS, *asked.prompts), asked.tokens, "memory")
+        work = Prompts((*PROMPTS, *options.prompts), options.tokens, "memory")
         shown = LeftOut(work, tuple(dict.fromkeys((*NAMES, *names.values()))), "continuations", session.watch)
         if not can_keep(session.checkpoint):
             shown.leave_out("the model leaves no room for a pruned copy; `tune.py generate` makes them")
@@ -137,9 +137,9 @@ class FinalScores:
             if name in shown.wanted:
                 self._pass(row, f"continuations: {name}", [shown], name)
         shown.repeat("best", "uniform")  # one trial may be both
-        best, found = best_trial(self.study), shown.result()
-        if found and best:
-            store(self.study, self.run.file.study.data.shown, best.number, found.model_dump(mode="json"))
+        best, result = best_trial(self.study), shown.result()
+        if result and best:
+            store(self.study, self.run.file.study.data.shown, best.number, result.model_dump(mode="json"))
 
     def _on_test_text(self, row: str, name: str, shown: "LeftOut | None") -> "Scores":
         """Scores on the test text, or images (else the validation text), with KLs of a trial if minimised.
@@ -150,13 +150,13 @@ class FinalScores:
 
         spec, is_dense = self.run.file.study, row == "dense"
         if spec.data.test is None:
-            known = self.study.user_attrs if is_dense else self.study.trials[int(row)].user_attrs
+            attrs = self.study.user_attrs if is_dense else self.study.trials[int(row)].user_attrs
             names = (
                 {"dense": "nlls", "dense_ranks": "ranks"}
                 if is_dense
                 else {by.items: by.items for by in MEASURES.values()}
             )
-            return {items: list(known[key]) for key, items in names.items() if key in known}
+            return {items: list(attrs[key]) for key, items in names.items() if key in attrs}
         title = f"test {spec.data.validation.data}: {'dense model' if is_dense else f'trial {row}'}"
         scores = RoleScores("test", "kl" in spec.search.objective and not is_dense)
         self._pass(row, title, [scores, *([shown] if shown else [])], name)
@@ -351,13 +351,13 @@ def load_existing(run: StudyRun) -> optuna.Study | None:
 
 def _with_stored_total(run: StudyRun, study: optuna.Study) -> StudyRun:
     """The run with the total of the study's last run, unless this command sets one."""
-    made = made_from(study)
-    if made is None or run.file.sets_trials or not made.sets_trials:
+    last = made_from(study)
+    if last is None or run.file.sets_trials or not last.sets_trials:
         return run
-    search = run.file.study.search.model_copy(update={"trials": made.study.search.trials})
+    search = run.file.study.search.model_copy(update={"trials": last.study.search.trials})
     spec = run.file.study.model_copy(update={"search": search})
-    asked = tuple(override for override in made.overrides if override.startswith(TRIALS))
-    return replace(run, file=replace(run.file, study=spec, overrides=(*run.file.overrides, *asked)))
+    overrides = tuple(override for override in last.overrides if override.startswith(TRIALS))
+    return replace(run, file=replace(run.file, study=spec, overrides=(*run.file.overrides, *overrides)))
 
 
 def is_complete(study: optuna.Study, file: StudyFile) -> bool:
@@ -409,8 +409,8 @@ def _drive(run: StudyRun) -> optuna.Study:
         total = goal.total
         db = db or opening.open_storage(run.file.storage_url, create=True)
         assert db is not None
-        known = {**facts(run.file.study, run.file.folder), **session.contents()}
-        study = fingerprint.create_study(db, run.name, known, run.mix)
+        study_facts = {**facts(run.file.study, run.file.folder), **session.contents()}
+        study = fingerprint.create_study(db, run.name, study_facts, run.mix)
         _describe(run, study, session, total, batches)
         _compare_versions(run, study)
         if run.reports and (done := progress.counted(study)):
@@ -464,8 +464,8 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
     from atp_tune.run.session import Session, Setup
 
     spec = run.file.study
-    if said := spec.without_effect:
-        run.note(said)
+    if note := spec.without_effect:
+        run.note(note)
     run.note(f"loading the model and the {spec.data.table}")
     setup = Setup.of_study(spec, run.file.folder, fingerprint.bos_of(spec, study), run.watch)
     if spec.recover is not None and run.reports:  # at the end: two folders as large as the model
@@ -475,20 +475,20 @@ def open_context(run: StudyRun, study: optuna.Study | None = None) -> "Session":
 
 
 def _describe(run: StudyRun, study: optuna.Study, session: "Session", total: int, batches: dict[str, int]) -> None:
-    spec, model, known = run.file.study, session.checkpoint, study.user_attrs
+    spec, model, attrs = run.file.study, session.checkpoint, study.user_attrs
     total = progress.total_of(study, total, run.file.goes_on or _has_other_limit(study, run.file))
     attributes = {
         "sizes": list(model.sizes), "blocks": model.blocks_name, "linears": model.linear_names,
         "conv1d": (spec.by_bits and model.has_conv1d) or None,
         "dense_bytes": session.stored_bytes[0], "total": total, "made_from": settings(run.file),
-        "batches": known.get("batches", batches), "screens": run.screens, "limit": spec.limit and spec.limit.given,
+        "batches": attrs.get("batches", batches), "screens": run.screens, "limit": spec.limit and spec.limit.given,
         "kinds": [*getattr(spec.test_text, "turns", ())] or None, "model.source": spec.model.source,
         "plugins": records(spec, run.file.folder) or None,
-        "bos": known.get("bos") if session.bos_effect is None else session.bos_effect.model_dump(),
-        **facts_of({"total": total, "fingerprint": known["fingerprint"]}),
+        "bos": attrs.get("bos") if session.bos_effect is None else session.bos_effect.model_dump(),
+        **facts_of({"total": total, "fingerprint": attrs["fingerprint"]}),
     }  # fmt: skip
     for name, value in attributes.items():
-        if known.get(name) != value:
+        if attrs.get(name) != value:
             study.set_user_attr(name, value)
 
 

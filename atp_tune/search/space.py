@@ -107,11 +107,11 @@ class Space:
         for allocation in self.intervals:
             for start in self._starts(allocation):
                 points += [{self.method: pruner, "allocation": allocation, **start} for pruner in self.pruners]
-        known = [*self.uniform(), *points]
+        others = [*self.uniform(), *points]
         return [
             point
             for point in points
-            if not any(point is not other and point == self.within(other, point["allocation"]) for other in known)
+            if not any(point is not other and point == self.within(other, point["allocation"]) for other in others)
         ]
 
     def defaults(self, allocation: str) -> dict[str, float]:
@@ -132,8 +132,8 @@ class Space:
         moved = {name: params.get(name, 0.0) for name in self.intervals[allocation]}
         if not all(low <= moved[name] <= high for name, (low, high) in self.intervals[allocation].items()):
             return None
-        kept: Params = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
-        return {self.method: method_in(params), **kept, "allocation": allocation, **moved}
+        sparsity: Params = {"sparsity": params["sparsity"]} if "sparsity" in params else {}
+        return {self.method: method_in(params), **sparsity, "allocation": allocation, **moved}
 
     def grid(self, step: float) -> list[Params]:
         """The points of a grid, without uniform: β = step, 2·step, … up to the bound; with `both_signs` -β too."""
@@ -177,8 +177,8 @@ class SpaceOverInterval(Space):
 
     def kinds(self, allocation: str) -> dict[str, BaseDistribution]:
         """The distributions of the sparsity, then those of the allocation's parameters."""
-        found = super().kinds(allocation)
-        return {self.method: found[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **found}
+        kinds = super().kinds(allocation)
+        return {self.method: kinds[self.method], "sparsity": FloatDistribution(*self.sparsities, step=STEP), **kinds}
 
     def plan(self, params: Params) -> Plan:
         """The plan of a stored trial's parameters, with its target."""
@@ -249,12 +249,12 @@ def _shares(low: float, high: float) -> Interval:
 
 
 def _intervals(study: Study, allocation: str, budget: Budget) -> dict[str, Interval]:
-    bounds, asked = ALLOCATIONS[allocation].bounds(budget), study.beta
-    if "beta" not in bounds or asked == "both":
+    bounds, beta = ALLOCATIONS[allocation].bounds(budget), study.beta
+    if "beta" not in bounds or beta == "both":
         return bounds
     least, most = bounds["beta"]
-    low, high = (0.0, most) if asked == "auto" else asked
-    if asked != "auto" and (low < least or high > most):
+    low, high = (0.0, most) if beta == "auto" else beta
+    if beta != "auto" and (low < least or high > most):
         raise UserError(
             f"allocation.beta: [{low:g}, {high:g}] leaves the admissible interval [{least:.6g}, {most:.6g}] "
             f"of {len(budget.sizes)} blocks at {'a share of' if budget.widths else 'sparsity'} {budget.target:g}; "

@@ -113,8 +113,8 @@ def has_gap(points: Sequence[FrozenTrial], kinds: dict[str, BaseDistribution]) -
 
 def _stretches(points: Sequence[FrozenTrial], name: str, kind: FloatDistribution) -> list[tuple[float, float]]:
     """Widths between neighbouring points of a parameter and its interval's ends, each with the lower adjacent value."""
-    known = sorted((point.params[name], math.inf if point.value is None else point.value) for point in points)
-    ends = [(kind.low, math.inf), *known, (kind.high, math.inf)]
+    pairs = sorted((point.params[name], math.inf if point.value is None else point.value) for point in points)
+    ends = [(kind.low, math.inf), *pairs, (kind.high, math.inf)]
     return [(right - left, min(a, b)) for (left, a), (right, b) in pairwise(ends)]
 
 
@@ -196,7 +196,7 @@ def _optimise(
             # The event of a trial's end, with its values and the best.
             results = Results({}, trials, objectives)
             scores = {
-                by.name: found.value for by in results.measures if (found := results.score(trial, "validation", by))
+                by.name: score.value for by in results.measures if (score := results.score(trial, "validation", by))
             }
             lowest = results.score(best, "validation", results.main)
             run.watch(
