@@ -108,12 +108,12 @@ def bytes_of(sizes: ModelSizes, itemsize: int, width: int, tokens: Tokens, work:
 
 def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tuple[str, ...]:
     """A line for each peak that does not fit, with the key to change; `windows`: of the calibration text."""
-    found = []
+    lines = []
 
     def check(where: str, size: int, free: int | None, advice: Callable[[int], str]) -> None:
         if free is not None and size > free:
             sizes = f"{size / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free"
-            found.append(f"{where} memory: {sizes}; {advice(size - free)}")
+            lines.append(f"{where} memory: {sizes}; {advice(size - free)}")
 
     def on_device(over: int) -> str:
         if offload == "none" and held.blocks - 2 * held.largest >= over:
@@ -130,7 +130,7 @@ def problems(held: Bytes, needed: Memory, offload: Offload, windows: int) -> tup
     check("host", needed.host - held.process, needed.host_free, on_host)  # the process holds its memory already
     if held.converts:
         check("host", held.total, needed.host_free, lambda _: f"loading converts the weights: {converts}")
-    return tuple(found)
+    return tuple(lines)
 
 
 def _fewer(held: Bytes, over: int, windows: int) -> str:
@@ -350,9 +350,9 @@ class Done:
     is_trained: bool = False
 
 
-def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
+def parts(amounts: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     """Yields the parts of a study, in the order in which it runs them."""
-    study, tokens, costs, dense = known.study, known.tokens, known.costs, known.tokens.validation
+    study, tokens, costs, dense = amounts.study, amounts.tokens, amounts.costs, amounts.tokens.validation
     is_open = done.trials < done.total
     pruning = fmean(cost.total - cost.evaluate for cost in costs.values())
 
@@ -366,7 +366,7 @@ def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     curve = rates.blocks * tokens.curve * rates.run["calibration"]
     yield Part("loading", 1, is_open, tokens.curve + 2 * shared, rates.load + curve + rates.statistics(shared))
     yield Part("dense", 1, is_open and not done.trials, dense, rates.dense_on(dense, "validation"), dense)
-    if screened := known.screened:
+    if screened := amounts.screened:
         ranked = dense_kinds(study) * tokens.calibration
         seconds = rates.statistics(ranked) + rates.dense_on(screened, "validation")
         yield Part("dense", 1, not done.screening, screened + 2 * ranked, seconds, dense)
@@ -375,8 +375,8 @@ def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         left = max(0, done.screening_total - done.screening)
         yield Part("screening", done.screening_total, left, screened, seconds, screened)
     # Descents by prices, then the trials.
-    descended, number = descent_tokens(known), len(study.descents)
-    by_prices = rates.statistics(descended) + _own_weights(known, rates) + _waiting(known, rates)
+    descended, number = descent_tokens(amounts), len(study.descents)
+    by_prices = rates.statistics(descended) + _own_weights(amounts, rates) + _waiting(amounts, rates)
     if descended:
         each, seconds = 2 * descended / number, by_prices / number
         yield Part("gradient", number, 0 if done.trials or not is_open else number, each, seconds, each, seconds)
@@ -389,10 +389,10 @@ def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
         again, each = pruned_again(study, done.total), pruning + tokens.test
         yield Part("test", again, again * is_open, each, plan(tokens.test, "test"), each)
     more = study.data.calibration.draws - 1
-    if plans := more * compared(study) + (known.is_short and plans_anew(known)):
+    if plans := more * compared(study) + (amounts.is_short and plans_anew(amounts)):
         role = "validation" if study.data.test is None else "test"
         evaluated = tokens.validation if study.data.test is None else tokens.test
-        anew, drawn = share_anew(known), more * statistics_kinds(study) * tokens.calibration
+        anew, drawn = share_anew(amounts), more * statistics_kinds(study) * tokens.calibration
         each = pruning + evaluated + 2 * (drawn + round(anew * descended)) / plans
         own = anew * by_prices / plans
         yield Part(
@@ -407,10 +407,10 @@ def parts(known: Amounts, done: Done, rates: ProbeRates) -> Iterator[Part]:
     # What is done with the best plan.
     models, read = continued(study)
     yield Part("generate", models, models * is_open, 0, rates.read(read), read)
-    if measured := speed_tokens(known):
+    if measured := speed_tokens(amounts):
         yield Part("speed", 1, is_open, 0, rates.read(measured) + rates.load, measured)
     if study.recover is not None:
-        sent, loads = training(known)
+        sent, loads = training(amounts)
         yield Part("training", 1, not done.is_trained, sent, rates.read(sent) + loads * rates.load, sent)
 
 
@@ -443,36 +443,36 @@ def compared(study: Study) -> int:
     return max(1, study.leaders + min(study.leaders, len(study.methods.short_names)))
 
 
-def step_tokens(known: Amounts) -> int:
+def step_tokens(amounts: Amounts) -> int:
     """Tokens of a step by prices, of bits the only one; 0 without that allocation."""
     from atp_tune.run.dense_model import items_of_costs, windows_of_step
 
-    length = known.tokens.calibration // known.windows
-    if not known.study.allocation.by_prices:
+    length = amounts.tokens.calibration // amounts.windows
+    if not amounts.study.allocation.by_prices:
         return 0
-    return length * (items_of_costs(length) if known.study.by_bits else windows_of_step(length, _path(known)))
+    return length * (items_of_costs(length) if amounts.study.by_bits else windows_of_step(length, _path(amounts)))
 
 
-def _path(known: Amounts) -> tuple[float, ...]:
+def _path(amounts: Amounts) -> tuple[float, ...]:
     """The targets of a descent by prices."""
     from atp_tune.allocations.gradient import path
 
-    return path(*known.study.interval) if known.study.interval else (known.study.highest,)
+    return path(*amounts.study.interval) if amounts.study.interval else (amounts.study.highest,)
 
 
-def plans_anew(known: Amounts) -> int:
+def plans_anew(amounts: Amounts) -> int:
     """Number of plans that each draw of the calibration text finds anew by a descent."""
-    study = known.study
+    study = amounts.study
     return min(len(study.allocation.by_prices), study.leaders, len(study.descents))
 
 
-def share_anew(known: Amounts) -> float:
+def share_anew(amounts: Amounts) -> float:
     """The descents of all draws of the calibration text, as a share of the study's own."""
-    more = known.study.data.calibration.draws - 1
-    return (more + known.is_short) * plans_anew(known) / max(1, len(known.study.descents)) if more else 0.0
+    more = amounts.study.data.calibration.draws - 1
+    return (more + amounts.is_short) * plans_anew(amounts) / max(1, len(amounts.study.descents)) if more else 0.0
 
 
-def descent_tokens(known: Amounts) -> int:
+def descent_tokens(amounts: Amounts) -> int:
     """Tokens of the descents by prices, counted as those that dense statistics measure, which go through twice.
 
     There is one descent for each score, with rows and without, and for each pruner's own weights. One with rows needs
@@ -480,30 +480,30 @@ def descent_tokens(known: Amounts) -> int:
     """
     from atp_tune.run.dense_model import POOL
 
-    return round(_steps(known) * known.passes * step_tokens(known) + rows_descents(known) * POOL) // 2
+    return round(_steps(amounts) * amounts.passes * step_tokens(amounts) + rows_descents(amounts) * POOL) // 2
 
 
-def _steps(known: Amounts) -> int:
+def _steps(amounts: Amounts) -> int:
     """Steps of all descents by prices."""
     from atp_tune.allocations.gradient import steps_along
 
-    return len(known.study.descents) * (1 if known.study.by_bits else steps_along(_path(known)))
+    return len(amounts.study.descents) * (1 if amounts.study.by_bits else steps_along(_path(amounts)))
 
 
-def rows_descents(known: Amounts) -> int:
+def rows_descents(amounts: Amounts) -> int:
     """The number of descents whose rows move too."""
-    return sum(rows for _, rows in known.study.descents)
+    return sum(rows for _, rows in amounts.study.descents)
 
 
-def _waiting(known: Amounts, rates: ProbeRates) -> float:
+def _waiting(amounts: Amounts, rates: ProbeRates) -> float:
     """Seconds in which descents wait for streamed blocks, which each step copies upwards and on the way back."""
-    return max(0.0, rates.blocks * 2 * _steps(known) * rates.fetch - rates.statistics(descent_tokens(known)))
+    return max(0.0, rates.blocks * 2 * _steps(amounts) * rates.fetch - rates.statistics(descent_tokens(amounts)))
 
 
-def _own_weights(known: Amounts, rates: ProbeRates) -> float:
+def _own_weights(amounts: Amounts, rates: ProbeRates) -> float:
     """Seconds in which pruners make the weights of descents by their own."""
-    pruned = sum(rates.pruners[name].prune for name in known.study.own_prices)
-    return LEVELS * len(_path(known)) * rates.blocks * pruned if pruned else 0.0
+    pruned = sum(rates.pruners[name].prune for name in amounts.study.own_prices)
+    return LEVELS * len(_path(amounts)) * rates.blocks * pruned if pruned else 0.0
 
 
 def continued(study: Study) -> tuple[int, int]:
@@ -514,32 +514,32 @@ def continued(study: Study) -> tuple[int, int]:
     return 2 + max(1, study.leaders), (len(PROMPTS) + len(study.continuations.prompts)) * tokens * GENERATED
 
 
-def speed_tokens(known: Amounts) -> int:
+def speed_tokens(amounts: Amounts) -> int:
     """Tokens that take as long to read as the best plan is pruned once more, and measured beside the dense model."""
-    if not known.study.speed:
+    if not amounts.study.speed:
         return 0
-    pruned = min(cost.total - cost.evaluate for cost in known.costs.values())
+    pruned = min(cost.total - cost.evaluate for cost in amounts.costs.values())
     return pruned + 2 * (1 + RUNS) * (TOKENS + STEPS * ALONE)
 
 
-def training(known: Amounts) -> tuple[int, int]:
+def training(amounts: Amounts) -> tuple[int, int]:
     """Tokens of the training of the best plan's kept weights, at most, and how often a model is loaded for it.
 
     A token goes back through all blocks in the time of two forward passes. The plan is measured before and after; the
     dense model sees the held-out windows once.
     """
-    recover = known.study.recover
+    recover = amounts.study.recover
     assert recover is not None
-    length = recover.seqlen or known.tokens.validation // known.validation_windows
+    length = recover.seqlen or amounts.tokens.validation // amounts.validation_windows
     trained, models = recover.steps * recover.batch * length, 1 + recover.has_teacher
     held_out, times = FEWEST * length, 1 + recover.steps // recover.eval_every
     forward = models * trained + held_out * (times + models - 1)
-    return forward + 2 * trained + 2 * (known.tokens.validation + known.tokens.test), 3 + models
+    return forward + 2 * trained + 2 * (amounts.tokens.validation + amounts.tokens.test), 3 + models
 
 
-def sums(found: list[Part]) -> tuple[int, float | None, float | None]:
+def sums(parts: list[Part]) -> tuple[int, float | None, float | None]:
     """Tokens, seconds and seconds left of parts; None for seconds that are not known."""
-    seconds = sum(part.number * part.seconds for part in found if part.number)
-    left = sum(part.left * part.seconds for part in found if part.left)
+    seconds = sum(part.number * part.seconds for part in parts if part.number)
+    left = sum(part.left * part.seconds for part in parts if part.left)
     known = not math.isnan(seconds)
-    return round(sum(part.number * part.tokens for part in found)), seconds if known else None, left if known else None
+    return round(sum(part.number * part.tokens for part in parts)), seconds if known else None, left if known else None

@@ -61,21 +61,21 @@ class Known(Amounts):
 
     def offload(self) -> Offload:
         """The offload of the study file, or the automatic choice."""
-        named = self.study.model.offload
+        setting = self.study.model.offload
         size = self.itemsize
         chosen = choose(self.sizes.total * size, sum(self.sizes.blocks) * size, self.free, self.held(0).states)
-        return chosen if named == "auto" else named
+        return chosen if setting == "auto" else setting
 
     def held(self, work: int) -> Bytes:
         """The parts of the peak memory."""
-        found = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
+        memory = bytes_of(self.sizes, self.itemsize, self.width, self.tokens, work, self.process)
         if self.study.compares_all:  # both go through the blocks together
             both = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
-            found = replace(found, validation=both)
+            memory = replace(memory, validation=both)
         if "kl" not in self.study.search.objective:
-            return found
+            return memory
         finals = (self.tokens.validation + self.tokens.test) * self.width * self.itemsize
-        return replace(found, dense=found.dense + finals)
+        return replace(memory, dense=memory.dense + finals)
 
 
 def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
@@ -91,48 +91,48 @@ def foresee(file: StudyFile, name: str, watch: EventHandler) -> Forecast:
     setup = Setup.of_study(file.study, file.folder, bool(fingerprint.bos_of(file.study, _stored(file, name))), watch)
     device = find_device(setup.place.device)
     dtype = find_dtype(setup.model.dtype, device)
-    if said := file.study.without_effect:
-        watch(Message(said))
+    if note := file.study.without_effect:
+        watch(Message(note))
     watch(Message(f"loading the model and the {file.study.data.table}"))
     folder = resolve(setup.model, setup.place.base, setup.place.note)
-    known = _known(file, name, setup, folder, device, dtype.itemsize)
+    amounts = _amounts(file, name, setup, folder, device, dtype.itemsize)
     session, rates = None, None
-    needed = peaks(known.held(0), known.offload(), known.free, known.has_own_memory)
-    if not problems(known.held(0), needed, known.offload(), known.windows):
+    needed = peaks(amounts.held(0), amounts.offload(), amounts.free, amounts.has_own_memory)
+    if not problems(amounts.held(0), needed, amounts.offload(), amounts.windows):
         with oom_as_user_error("loading"):
             began = perf_counter()
             session = Session.open(setup)
             load = perf_counter() - began
             from atp_tune.cost.probe import probe
 
-            known = _with_model(known, session)
+            amounts = _with_model(amounts, session)
             session.watch(Message("probing: one batch of each text in three blocks"))
             spec = file.study
             rates = probe(session, spec.methods.short_names, spec.highest, load, "kl" in spec.search.objective)
     format_ = str(dtype).removeprefix("torch.")
     where = device_name(device)
-    offload = session.checkpoint.offload if session else known.offload()
-    work = max(rates.work if rates else 0, _descent_bytes(known))
-    if known.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
-        work += known.held(0).blocks
+    offload = session.checkpoint.offload if session else amounts.offload()
+    work = max(rates.work if rates else 0, _descent_bytes(amounts))
+    if amounts.study.search.stopper != "none" and offload == "none":  # all pruned blocks stay between groups of windows
+        work += amounts.held(0).blocks
     if session is not None:
-        work += _rank_bytes(known.study, session)
-    held = known.held(work)
-    if session is not None and known.study.prune.statistics == "sequential":
+        work += _rank_bytes(amounts.study, session)
+    held = amounts.held(work)
+    if session is not None and amounts.study.prune.statistics == "sequential":
         from atp_tune.blocks.replay import held_bytes
 
-        held = replace(held, sequential=known.tokens.calibration * held_bytes(session.checkpoint))
-    needed = peaks(held, offload, known.free, known.has_own_memory)
-    blocks = len(known.sizes.blocks)
+        held = replace(held, sequential=amounts.tokens.calibration * held_bytes(session.checkpoint))
+    needed = peaks(held, offload, amounts.free, amounts.has_own_memory)
+    blocks = len(amounts.sizes.blocks)
     return Forecast(
         study=name,
         device=where,
         dtype=format_,
         weights=Weights(bytes=held.total, blocks=blocks, largest_block=held.largest, offload=offload),
         memory=needed,
-        trial=tuple(_trials(known, rates)),
-        whole=_whole(known, session, rates),
-        problems=problems(held, needed, offload, known.windows),
+        trial=tuple(_trials(amounts, rates)),
+        whole=_whole(amounts, session, rates),
+        problems=problems(held, needed, offload, amounts.windows),
     )
 
 
@@ -146,12 +146,12 @@ def foresee_open(file: StudyFile, name: str, session: "Session", other: Study | 
 
     setup, study = Setup.of_study(file.study, file.folder, session.bos), file.study
     device, dtype = session.checkpoint.device, session.checkpoint.dtype
-    known = _with_model(_known(file, name, setup, session.folder, device, dtype.itemsize), session)
+    amounts = _with_model(_amounts(file, name, setup, session.folder, device, dtype.itemsize), session)
     rates = probe(session, study.methods.short_names, study.highest, 0.0, "kl" in study.search.objective)
-    return [_whole(each, session, rates) for each in (known, *([_asked(known, other)] if other else []))]
+    return [_whole(each, session, rates) for each in (amounts, *([_with_study(amounts, other)] if other else []))]
 
 
-def _asked(known: Known, study: Study) -> Known:
+def _with_study(amounts: Known, study: Study) -> Known:
     """The facts of another study of a model before its texts are read."""
     from atp_tune.run.dense_model import CURVE_TOKENS
 
@@ -163,13 +163,13 @@ def _asked(known: Known, study: Study) -> Known:
     size = {role: number * length for role, number in windows.items()}
     curve = min(windows["calibration"], max(1, CURVE_TOKENS // length)) * length
     return replace(
-        known, study=study, tokens=Tokens(size["calibration"], size["validation"], size["test"], curve),
+        amounts, study=study, tokens=Tokens(size["calibration"], size["validation"], size["test"], curve),
         windows=windows["calibration"], validation_windows=windows["validation"],
         main=None, screening=None,
     )  # fmt: skip
 
 
-def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
+def _amounts(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", device: Any, itemsize: int) -> Known:
     from atp_tune.blocks.gradients import PASSES
     from atp_tune.checkpoints.blocks import model_config, width_of
     from atp_tune.checkpoints.devices import device_limit, free_memory, host_memory
@@ -192,17 +192,17 @@ def _known(file: StudyFile, name: str, setup: "Setup", folder: "ModelFolder", de
     )  # fmt: skip
 
 
-def _with_model(known: Known, session: "Session") -> Known:
+def _with_model(amounts: Known, session: "Session") -> Known:
     """Adds the sizes of the model's own blocks, since names of tensors do not tell those of stages, and its passes."""
     from atp_tune.blocks.gradients import passes
 
-    known = replace(known, is_short=session.is_short)
-    if (tokens := step_tokens(known)) and not known.study.by_bits:  # whose gradients are those of single items
-        known = replace(known, passes=passes(session.checkpoint, tokens))
-    if len(known.sizes.blocks) == len(session.checkpoint.blocks):
-        return known
+    amounts = replace(amounts, is_short=session.is_short)
+    if (tokens := step_tokens(amounts)) and not amounts.study.by_bits:  # whose gradients are those of single items
+        amounts = replace(amounts, passes=passes(session.checkpoint, tokens))
+    if len(amounts.sizes.blocks) == len(session.checkpoint.blocks):
+        return amounts
     blocks = tuple(sum(part.numel() for part in block.parameters()) for block in session.checkpoint.blocks)
-    return replace(known, sizes=replace(known.sizes, blocks=blocks))
+    return replace(amounts, sizes=replace(amounts.sizes, blocks=blocks))
 
 
 def _stored(file: StudyFile, name: str) -> optuna.Study | None:
@@ -210,36 +210,36 @@ def _stored(file: StudyFile, name: str) -> optuna.Study | None:
     return opening.find_study(db, name) if db else None
 
 
-def _progress(study: optuna.Study | None, asked: int) -> tuple[int, int]:
+def _progress(study: optuna.Study | None, trials: int) -> tuple[int, int]:
     """Trials done, and the total, which early termination may have lowered."""
-    return (progress.counted(study), progress.total_of(study, asked)) if study else (0, asked)
+    return (progress.counted(study), progress.total_of(study, trials)) if study else (0, trials)
 
 
-def _trials(known: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
+def _trials(amounts: Known, rates: ProbeRates | None) -> Iterator[TrialCost]:
     """Yields the cost of a trial of each pruner, in the study and in its screening."""
-    alone = Passes(listen=0, run=0, evaluate=known.screened)
+    alone = Passes(listen=0, run=0, evaluate=amounts.screened)
     for what, costs in (
-        ("trial", known.costs),
-        ("screening", dict.fromkeys(known.costs, alone) if known.screened else {}),
+        ("trial", amounts.costs),
+        ("screening", dict.fromkeys(amounts.costs, alone) if amounts.screened else {}),
     ):
         for pruner, cost in costs.items():
             seconds = rates.trial(pruner, cost) if rates else None
             yield TrialCost(what=what, pruner=pruner, tokens=cost, seconds=seconds)
 
 
-def _descent_bytes(known: Known) -> int:
+def _descent_bytes(amounts: Known) -> int:
     """Bytes of a step by prices: the states that enter all blocks, and a block's weights with their gradients.
 
     With rows also the dense model's final states of the pool.
     """
     from atp_tune.run.dense_model import POOL
 
-    if not (tokens := step_tokens(known)):
+    if not (tokens := step_tokens(amounts)):
         return 0
-    sizes, pool = known.sizes.blocks, POOL * (rows_descents(known) > 0)
-    states = ((len(sizes) + 1) * tokens + pool) * known.width * known.itemsize
-    errors = len(known.study.quantize.widths) * FLOAT32 if known.study.by_bits else 0
-    return states + max(sizes) * (2 * known.itemsize + FLOAT32 + errors)
+    sizes, pool = amounts.sizes.blocks, POOL * (rows_descents(amounts) > 0)
+    states = ((len(sizes) + 1) * tokens + pool) * amounts.width * amounts.itemsize
+    errors = len(amounts.study.quantize.widths) * FLOAT32 if amounts.study.by_bits else 0
+    return states + max(sizes) * (2 * amounts.itemsize + FLOAT32 + errors)
 
 
 def _rank_bytes(study: Study, session: "Session") -> int:
@@ -252,22 +252,22 @@ def _rank_bytes(study: Study, session: "Session") -> int:
     return RANK_BYTES * sum(session.checkpoint.sizes) if any(can_rank(x, session.checkpoint) for x in pruners) else 0
 
 
-def _whole(known: Known, session: "Session | None", rates: ProbeRates | None) -> StudyCost:
+def _whole(amounts: Known, session: "Session | None", rates: ProbeRates | None) -> StudyCost:
     """The sum of a study's parts; without tokens and seconds where the number of its trials is not known."""
-    study, trials, main, screen = known.study, known.study.search.trials, known.main, known.study.search.screen
+    study, trials, main, screen = amounts.study, amounts.study.search.trials, amounts.main, amounts.study.search.screen
     if session is not None:
         trials = goal_of(study, session.budget(study.highest)).total
     elif study.interval is not None:  # the total depends on no size of the model
-        trials = goal_of(study, Budget(study.highest, known.sizes.blocks)).total
+        trials = goal_of(study, Budget(study.highest, amounts.sizes.blocks)).total
     done, total = (0, None) if trials is None else _progress(main, trials)
-    screened, asked = _progress(known.screening, screen.trials) if screen else (0, 0)
+    screened, screening_total = _progress(amounts.screening, screen.trials) if screen else (0, 0)
     is_trained = main is not None and "recovered" in main.user_attrs
-    found = list(parts(known, Done(total or 0, done, asked, screened, is_trained), rates or UNKNOWN))
-    tokens, seconds, left = (None, None, None) if total is None else sums(found)
-    by_prices = sum(part.number * part.prices for part in found)
-    training = next((part.seconds for part in found if part.name == "training"), None)
+    pieces = list(parts(amounts, Done(total or 0, done, screening_total, screened, is_trained), rates or UNKNOWN))
+    tokens, seconds, left = (None, None, None) if total is None else sums(pieces)
+    by_prices = sum(part.number * part.prices for part in pieces)
+    training = next((part.seconds for part in pieces if part.name == "training"), None)
     return StudyCost(
-        trials=total, done=done, screened=asked, tokens=tokens, seconds=seconds, seconds_left=left,
+        trials=total, done=done, screened=screening_total, tokens=tokens, seconds=seconds, seconds_left=left,
         early_termination=study.search.early_termination or study.limit is not None,
         without_tasks=study.limit is not None and study.limit.min_accuracy is not None,
         descents=by_prices or None if rates else None, training=training if rates else None,

@@ -79,8 +79,8 @@ def probe(session: Session, pruners: tuple[str, ...], sparsity: float, load: flo
     dense = max((each[name] for name in measures), default=2 * run["calibration"])
     if session.prune_settings.statistics == "dense":
         each = dict.fromkeys(pruners, run["calibration"])
-    found = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
-    return ProbeRates(last + 1, load, run, dense, ends, clock.typical("fetch"), found, taken[0])
+    rates = {name: PrunerRate(each[name], clock.typical(f"prune {name}")) for name in pruners}
+    return ProbeRates(last + 1, load, run, dense, ends, clock.typical("fetch"), rates, taken[0])
 
 
 def _entering(session: Session, role: str, probed: list[int]) -> dict[int, Tensor]:

@@ -82,9 +82,9 @@ class Remaining:
     def left(self, now: float) -> float | None:
         """Seconds, at least 1; None where nothing has been measured yet."""
         rate = self._rate()
-        found = [self._left(name, part, rate, now) for name, part in self._parts.items()]
-        known = [seconds for seconds in found if seconds is not None]
-        return max(LEAST, sum(known)) if len(known) == len(found) > 0 else None
+        times = [self._left(name, part, rate, now) for name, part in self._parts.items()]
+        known = [seconds for seconds in times if seconds is not None]
+        return max(LEAST, sum(known)) if len(known) == len(times) > 0 else None
 
     def _start(self, word: str, now: float, who: Hashable) -> None:
         name, stage = "generate" if word == "continuations" else word, STAGES.get(word, -1)
@@ -105,9 +105,9 @@ class Remaining:
 
     def _rate(self) -> float | None:
         """Seconds per token."""
-        known = [part for part in self._parts.values() if part.took and part.size]
-        tokens = sum(len(part.took) * part.size for part in known)
-        return sum(sum(part.took) for part in known) / tokens if tokens else None
+        parts = [part for part in self._parts.values() if part.took and part.size]
+        tokens = sum(len(part.took) * part.size for part in parts)
+        return sum(sum(part.took) for part in parts) / tokens if tokens else None
 
     def _left(self, name: str, part: Part, rate: float | None, now: float) -> float | None:
         running = [item for item in self._at.values() if item.part == name]
@@ -140,13 +140,13 @@ def _parts(opened: Opened) -> dict[str, tuple[int, float]]:
     study, windows = opened.study, {role: number for role, (number, _) in opened.items.items()}
     size = {role: number * length for role, (number, length) in opened.items.items()}
     tokens = Tokens(size["calibration"], size["validation"], size.get("test", 0), 0)
-    known = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
+    amounts = Amounts(study, tokens, windows["calibration"], windows["validation"], PASSES, opened.is_short)
     screened = study.search.screen.trials if study.search.screen else 0
-    found: dict[str, tuple[int, float]] = {}
-    for part in parts(known, Done(opened.total, opened.done, screened), UNKNOWN):
+    sizes: dict[str, tuple[int, float]] = {}
+    for part in parts(amounts, Done(opened.total, opened.done, screened), UNKNOWN):
         if part.name in STAGES and part.number:
-            number, each = found.get(part.name, (0, 0.0))
+            number, each = sizes.get(part.name, (0, 0.0))
             whole = number + int(part.number)
-            found[part.name] = whole, (number * each + part.number * part.size) / whole
-    found["trial"] = opened.total - opened.done, found["trial"][1]
-    return found
+            sizes[part.name] = whole, (number * each + part.number * part.size) / whole
+    sizes["trial"] = opened.total - opened.done, sizes["trial"][1]
+    return sizes
