@@ -55,7 +55,7 @@ class Lender:
         """Lends model and texts; they are found by the sources that it yields until the end."""
         with ExitStack() as stack:
             model, device, texts = None, None, self.texts
-            named: str | Mapping[str, str] | None = None
+            sources: str | Mapping[str, str] | None = None
             if self.model is not None:
                 from atp_tune.checkpoints.checkpoint import lent
 
@@ -66,12 +66,12 @@ class Lender:
                 from atp_tune.inputs.sources import lent as lent_texts
 
                 roles = texts if isinstance(texts, Mapping) else {"": texts}
-                known = {
+                by_role = {
                     role: each if isinstance(each, str) else stack.enter_context(lent_texts(each))
                     for role, each in roles.items()
                 }
-                named = known if isinstance(texts, Mapping) else known[""]
-            yield Sources(model, device, named)
+                sources = by_role if isinstance(texts, Mapping) else by_role[""]
+            yield Sources(model, device, sources)
 
 
 def texts_of(texts: Any) -> str | Mapping[str, str | list[str]] | list[str] | None:
@@ -118,8 +118,8 @@ def as_in_python(text: str) -> str:
         return text
     for option, argument in PYTHON.items():
         text = text.replace(option, argument)
-    text = SETTING.sub(lambda found: f'settings={{"{found[1]}": {(found[2] or "").title() or found[3]}}}', text)
-    return OPTION.sub(lambda found: found[1].replace("-", "_"), text)
+    text = SETTING.sub(lambda match: f'settings={{"{match[1]}": {(match[2] or "").title() or match[3]}}}', text)
+    return OPTION.sub(lambda match: match[1].replace("-", "_"), text)
 
 
 @contextmanager
@@ -133,13 +133,13 @@ def as_arguments() -> Iterator[None]:
 
 def overrides(settings: Settings) -> list[str]:
     """Settings as overrides of a study file, `key=value`; UserError for a value that TOML has not."""
-    found = []
+    pairs = []
     for key, value in settings.items():
         try:
-            found.append(f"{key}={toml_value(value)}")
+            pairs.append(f"{key}={toml_value(value)}")
         except (TypeError, ValueError):
             raise UserError(f"settings: {key}: {value!r} is no value of a study file") from None
-    return found
+    return pairs
 
 
 def study_file(
@@ -149,11 +149,11 @@ def study_file(
 
     `plugins`: None where no code of plug-ins is needed, else whether it may run.
     """
-    place = {} if storage is None else {"storage": absolute_storage(storage, Path())}
+    address = {} if storage is None else {"storage": absolute_storage(storage, Path())}
     if isinstance(study, Study):
-        return changed(StudyFile("study", Path("study.toml"), study), {**settings, **place}, bool(plugins))
+        return changed(StudyFile("study", Path("study.toml"), study), {**settings, **address}, bool(plugins))
     with as_arguments():
-        return load(str(study), overrides({**settings, **place}), plugins)
+        return load(str(study), overrides({**settings, **address}), plugins)
 
 
 def changed(file: StudyFile, settings: Settings, plugins: bool) -> StudyFile:
@@ -244,8 +244,8 @@ class Lines:
                 self._describe(f"{self._title}: {phase} {done}/{total}")
             case TrialEnded():
                 left = self._remaining.left(monotonic())
-                said = "" if left is None else f", {duration(left)} left"
-                logger.info("%s", trial_line(event, self._plan, monotonic() - self._began, said))
+                rest = "" if left is None else f", {duration(left)} left"
+                logger.info("%s", trial_line(event, self._plan, monotonic() - self._began, rest))
                 self._results = f"{event.done}/{event.total} {event.what}s, {best_so_far(event)}"
 
     def finish(self) -> None:

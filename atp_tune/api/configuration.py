@@ -126,12 +126,12 @@ def lent_as(config: Config, lender: Lender, place: Place) -> Iterator[Place]:
 def weights_of(session: Session, plan: Plan) -> dict[str, Tensor]:
     """The pruned weights by parameter of the model, in host memory."""
     session.watch(TrialStarted("pruning", plan))
-    checkpoint, found = session.checkpoint, {}
+    checkpoint, weights = session.checkpoint, {}
     for block in session.prune(plan):
         for linear in checkpoint.linears[block.index]:
-            found[checkpoint.key(block.index, linear)] = block.weights[linear.key].cpu()
+            weights[checkpoint.key(block.index, linear)] = block.weights[linear.key].cpu()
     session.folder.check_unchanged()
-    return found
+    return weights
 
 
 @torch.no_grad()
@@ -139,20 +139,20 @@ def written(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model itself, with pruned weights written into its parameters."""
     for name, weight in weights.items():
         model.get_parameter(name).copy_(weight)
-    found: PreTrainedModel = model
-    return found
+    result: PreTrainedModel = model
+    return result
 
 
 @torch.no_grad()
 def copied(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """A copy of the model; the dense weights that are replaced are never copied."""
-    known: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
     for name, weight in weights.items():
         parameter = model.get_parameter(name)
         own = torch.empty_like(parameter).copy_(weight)
-        known[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
-    found: PreTrainedModel = deepcopy(model, known)
-    return found
+        memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+    copy: PreTrainedModel = deepcopy(model, memo)
+    return copy
 
 
 @torch.no_grad()
@@ -161,8 +161,8 @@ def replaced(model: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     for name, weight in weights.items():
         parameter = model.get_parameter(name)
         parameter.data = torch.empty_like(weight, device=parameter.device).copy_(weight)
-    found: PreTrainedModel = model.requires_grad_(True)
-    return found
+    result: PreTrainedModel = model.requires_grad_(True)
+    return result
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -236,9 +236,9 @@ class Configuration:
         from atp_tune.folders.publishing import check_permission, upload
 
         check_permission(repository, private)
-        with temporary_folder() as place:
-            self.save(place / "model")
-            return upload(place / "model", repository, private)
+        with temporary_folder() as folder:
+            self.save(folder / "model")
+            return upload(folder / "model", repository, private)
 
     def generate(self, prompts: Sequence[str], *, tokens: int = 48) -> Continuations:
         """Continues prompts, greedily, by the dense model, uniform with the same pruner, and this configuration.
@@ -269,9 +269,9 @@ class Configuration:
 
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
         with temporary_folder() as folder, self._lent() as there:
-            found = folder / "configuration.json"
-            self.write(found)
-            return classify(paths, found, both, there)
+            path = folder / "configuration.json"
+            self.write(path)
+            return classify(paths, path, both, there)
 
     def evaluate(
         self,
@@ -338,7 +338,7 @@ def load_config(
     Raises:
         UserError: If the file is missing or is no configuration.
     """
-    place = Path(path).expanduser()
-    config = read_config(place)
+    file = Path(path).expanduser()
+    config = read_config(file)
     allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "trust_plugins": trust_plugins}
-    return Configuration(config, place.parent / config.folder, device, allowed, Lender.of(model, tokenizer, texts))
+    return Configuration(config, file.parent / config.folder, device, allowed, Lender.of(model, tokenizer, texts))

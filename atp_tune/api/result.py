@@ -65,16 +65,16 @@ def points(summary: Summary) -> list[Row]:
         for by in results.measures:
             name = "against_uniform" if by is PERPLEXITY else f"{by.name}_against_uniform"
             changes[name] = results.against_uniform(point.trial, by)
-        against = [(name, found and found.change) for name, found in changes.items()]
+        against = [(name, difference and difference.change) for name, difference in changes.items()]
         rows.append(
             {
                 "trial": point.trial.number,
                 "sparsity": point.sparsity,
                 "method": method_of(point.trial),
                 **dict(results.record(point.trial)),
-                **{name: found and found.value for name, found in beside.items()},
-                **{name: found and found.value for name, found in against},
-                **{f"{name}_stderr": found and (found.stderr or None) for name, found in against},
+                **{name: score and score.value for name, score in beside.items()},
+                **{name: change and change.value for name, change in against},
+                **{f"{name}_stderr": change and (change.stderr or None) for name, change in against},
                 "excess": point.excess,
                 "packed_bytes": point.packed_bytes,
                 f"{summary.results.words.rate}_per_second": point.speed and point.speed.fastest,
@@ -207,10 +207,10 @@ class Result:
         max_drop: float | str | None = None,
     ) -> Config:
         """The configuration of a trial; UserError for two choices, and for one that is not there."""
-        asked = {"trial": trial, "sparsity": sparsity, "max_increase": max_increase, "max_drop": max_drop}
+        options = {"trial": trial, "sparsity": sparsity, "max_increase": max_increase, "max_drop": max_drop}
         with as_arguments():
-            found = chosen(self.study, asked)
-            number = found.trial.number if isinstance(found, Choice) else found
+            choice = chosen(self.study, options)
+            number = choice.trial.number if isinstance(choice, Choice) else choice
             return best_config(file_as_run(self.study, self._file), self.study, HERE, number)
 
     def __repr__(self) -> str:
@@ -219,8 +219,8 @@ class Result:
         if summary.best_trial is None:
             return f"<Result {self.name}: {done}>"
         model: Model = TRAINED if summary.results.trained else summary.best_trial
-        found = ((text, summary.results.score(model, text)) for text in TEXTS)
-        scores = ", ".join(f"{text} perplexity {score}" for text, score in found if score)
+        pairs = ((text, summary.results.score(model, text)) for text in TEXTS)
+        scores = ", ".join(f"{text} perplexity {score}" for text, score in pairs if score)
         trained = ", trained" if summary.results.trained else ""
         return f"<Result {self.name}: {done}, best {method_of(summary.best_trial)}{trained}, {scores}>"
 
@@ -273,10 +273,10 @@ def load_study(
         there = stored_study(file, study_name)
     except UserError:  # perhaps a study without a file, with the settings that it was made from
         db = opening.open_storage(storage, create=False) if storage else None
-        found = opening.find_study(db, study_name or str(study)) if db else None
-        made = made_from(found) if found else None
-        if found is None or made is None:
+        candidate = opening.find_study(db, study_name or str(study)) if db else None
+        original = made_from(candidate) if candidate else None
+        if candidate is None or original is None:
             raise
-        there, file = found, replace(made, study=made.study.model_copy(update={"storage": storage}))
+        there, file = candidate, replace(original, study=original.study.model_copy(update={"storage": storage}))
     trusts_model = trust_plugins or file.trusts_model
     return Result(there, replace(file, trusts_plugins=trust_plugins, trusts_model=trusts_model), lender)

@@ -47,12 +47,12 @@ def is_due(run: StudyRun, study: optuna.Study, key: str) -> bool:
 
     A plan that was trained with other settings is trained again.
     """
-    asked = {"recovered": run.file.study.recover, "speed": run.file.study.speed}[key]
-    if not asked or not run.reports:
+    options = {"recovered": run.file.study.recover, "speed": run.file.study.speed}[key]
+    if not options or not run.reports:
         return False
     summary = summarise(study)
-    found = getattr(summary, key)
-    is_done = found is not None and getattr(found, "settings", asked) == asked
+    finding = getattr(summary, key)
+    is_done = finding is not None and getattr(finding, "settings", options) == options
     return summary.complete and summary.best_trial is not None and not is_done
 
 
@@ -68,9 +68,9 @@ def finish(run: StudyRun, study: optuna.Study, lender: Lender) -> None:
         config = best_config(run.file, study, run.file.best_of(run.name))
         base = run.file.best_of(run.name).parent / config.folder
         place = Place(base, run.file.study.device, run.file.permissions, run.watch)
-        found = end(run, study, best, config, place, lender)
-        if found is not None:
-            store(study, key, best.number, found.model_dump(mode="json"))
+        finding = end(run, study, best, config, place, lender)
+        if finding is not None:
+            store(study, key, best.number, finding.model_dump(mode="json"))
             write_best(run, study)
             run.publish(study)
 
@@ -102,43 +102,43 @@ def _train(
     run: StudyRun, study: optuna.Study, best: FrozenTrial, config: Config, place: Place, lender: Lender
 ) -> Recovered | None:
     """Trains the kept weights of the plan; None if they cannot be trained, as with little memory."""
-    asked = run.file.study.recover
-    assert asked is not None
+    recover = run.file.study.recover
+    assert recover is not None
     # Later runs and reports see the `recover` that is asked for now.
-    if (made := settings(run.file)) != study.user_attrs.get("made_from"):
-        study.set_user_attr("made_from", made)
+    if (made_from := settings(run.file)) != study.user_attrs.get("made_from"):
+        study.set_user_attr("made_from", made_from)
     # A plan that pruning hardly changed is not worth it.
     dense, pruned = config.scored("dense", "validation"), config.scored("best", "validation")
-    increase = pruned.value / dense.value - 1 if asked.min_increase and dense and pruned else math.inf
-    if increase < asked.min_increase:
+    increase = pruned.value / dense.value - 1 if recover.min_increase and dense and pruned else math.inf
+    if increase < recover.min_increase:
         cost = f"pruning changes the perplexity on the validation text by {increase:+.1%}"
-        reason = f"{cost}, less than recover.min_increase = {asked.min_increase:g} asks for; a lower one trains it"
-        found = Recovered(settings=asked, kept=False, skipped=True, reason=reason)
+        reason = f"{cost}, less than recover.min_increase = {recover.min_increase:g} asks for; a lower one trains it"
+        outcome = Recovered(settings=recover, kept=False, skipped=True, reason=reason)
     else:
         uniform = uniform_of(study, best)
         nlls = study.user_attrs.get("test_nlls", {}).get(str(uniform.number), ()) if uniform else ()
         study.set_user_attr("training", identity())  # so that others see it
         try:
             run.watch(TrialStarted(f"training the kept weights of trial {best.number}", None))
-            found = _recovered(run, config, asked, nlls, place, lender)
+            outcome = _recovered(run, config, recover, nlls, place, lender)
         except UserError as error:
             run.note(f"warning: the best plan stays as it was pruned: {error}")
             return None
         finally:
             study.set_user_attr("training", {})
-    if not found.kept:
-        run.note(f"the best plan stays as it was pruned: {found.reason}")
-    return found
+    if not outcome.kept:
+        run.note(f"the best plan stays as it was pruned: {outcome.reason}")
+    return outcome
 
 
 def _recovered(
-    run: StudyRun, config: Config, asked: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
+    run: StudyRun, config: Config, recover: RecoverConfig, uniform: Sequence[float], place: Place, lender: Lender
 ) -> Recovered:
     from atp_tune.api.configuration import in_folder
     from atp_tune.folders.finetuning import recovered
 
     with in_folder(config, lender, place, cache_dir("recovered")) as (of_folder, there, _):
-        return recovered(of_folder, asked, there, uniform, getattr(run.file.study.test_text, "turns", ()))
+        return recovered(of_folder, recover, there, uniform, getattr(run.file.study.test_text, "turns", ()))
 
 
 Pool = Callable[[StudyRun], None]  # runs a study in other processes
@@ -229,10 +229,10 @@ def tune(
             file = arguments.study_file(cast("str | Path | Study", model), storage, more, trust_plugins)
         else:
             more |= {} if storage is None else {"storage": storage}
-            asked = tables(arguments.overrides(more))
-            target, limit = goal(sparsity, limits, asked)
+            more_tables = tables(arguments.overrides(more))
+            target, limit = goal(sparsity, limits, more_tables)
             request = StudyRequest(
-                source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, asked
+                source, target, preset, names(pruner), names(allocation), sources.texts, limit, recover, more_tables
             )
             label = study_name or (StudyRequest(type(model).__name__, target) if sources.model else request).name
             permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -248,9 +248,9 @@ def tune(
             file, study_name or file.name, timeout, watch, writes=held is None, mix=allow_device_change,
             callbacks=tuple(callbacks),
         )  # fmt: skip
-        found = run_study(run, lender=lender)
-        assert found is not None
-        return found
+        result = run_study(run, lender=lender)
+        assert result is not None
+        return result
 
 
 def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = None) -> Result | None:
@@ -278,13 +278,13 @@ def run_study(run: StudyRun, pool: Pool | None = None, lender: Lender | None = N
 def _nothing_to_do(study: optuna.Study, run: StudyRun) -> str:
     """Words a study that was complete before the call, with a way to go on if there is one."""
     done, file = counted(study), run.file
-    said = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
+    text = f"complete: {done} of {study.user_attrs.get('total', done)} trials; "
     for key, word in (("recovered", "trained"), ("speed", "measured")):
         if is_due(run, study, key):
-            return f"{said}the best plan is to be {word}"
-    said += "nothing to do"
+            return f"{text}the best plan is to be {word}"
+    text += "nothing to do"
     has_found = file.study.limit is not None and "terminated_early" in study.user_attrs
     more = file.study.model_copy(update={"search": file.study.search.model_copy(update={"trials": done + 1})})
     goal = goal_of(more, Budget(file.study.highest, tuple(study.user_attrs["sizes"])))
     is_open = not has_found and goal.total > done
-    return f"{said} (--trials N adds more)" if is_open else said
+    return f"{text} (--trials N adds more)" if is_open else text
