@@ -53,8 +53,8 @@ def _finite(score: Estimate | None) -> Estimate | None:
     return score if score and math.isfinite(score.value + score.stderr) else None
 
 
-def _by_measure(found: dict[str, dict[Role, Estimate | None]]) -> dict[str, dict[Role, Estimate | None]]:
-    for name, scores in found.items():
+def _by_measure(rows: dict[str, dict[Role, Estimate | None]]) -> dict[str, dict[Role, Estimate | None]]:
+    for name, scores in rows.items():
         if name not in MEASURES:
             raise ValueError(f"{name}: must be one of {', '.join(MEASURES)}")
         for text, score in scores.items():
@@ -62,7 +62,7 @@ def _by_measure(found: dict[str, dict[Role, Estimate | None]]) -> dict[str, dict
                 raise ValueError(f"{text}: must be at least 0")
     return {
         name: {text: score and MEASURES[name].kind(**dict(score)) for text, score in scores.items()}
-        for name, scores in found.items()
+        for name, scores in rows.items()
     }
 
 
@@ -71,9 +71,9 @@ Score = Annotated[Estimate | None, PlainSerializer(_finite)]
 Scores = Annotated[dict[str, dict[Role, Score]], AfterValidator(_by_measure)]  # by measure, then by text
 
 
-def _storable(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
-    return found
+def _storable(fields: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # ValueError for NaN or an unpaired surrogate
+    return fields
 
 
 def _a_path(text: str) -> str:
@@ -116,8 +116,8 @@ class ModelRef(FrozenModel, use_attribute_docstrings=True):
     @model_serializer(mode="wrap")
     def _without_default(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves `prune` out where the language model alone is pruned, so that files stay as they were."""
-        found: dict[str, Any] = inner(self)
-        return {key: value for key, value in found.items() if key != "prune" or self.prune != ("language",)}
+        fields: dict[str, Any] = inner(self)
+        return {key: value for key, value in fields.items() if key != "prune" or self.prune != ("language",)}
 
 
 class Sparsity(FrozenModel):
@@ -232,14 +232,14 @@ class Config(FrozenModel, use_attribute_docstrings=True):
     """of a sparse folder: hashes of its files, and its environment"""
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _check_names(self) -> Self:
         """Checks that the names of methods are known, and that the plan's levels have what belongs to them."""
         check_known(self.plan.method, self.plan.allocation, self.score, self.plugins, self.by_bits)
         if len({self.quantize is None, self.plan.levels[0].bits is None, self.bits is None}) > 1:
             raise ValueError("quantize: is needed with bits and a plan that has bits, and they with it")
-        named = [*map(len, self.linears or ())]
-        fit = [len(level.linears) in (0, own) for level, own in zip(self.plan.levels, named, strict=False)]
-        if named and not (len(named) == len(self.plan.levels) and all(fit)):
+        counts = [*map(len, self.linears or ())]
+        fit = [len(level.linears) in (0, own) for level, own in zip(self.plan.levels, counts, strict=False)]
+        if counts and not (len(counts) == len(self.plan.levels) and all(fit)):
             raise ValueError("linears: not one name for each linear of the plan's levels")
         return self
 
@@ -262,9 +262,9 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         bits = None
         if study.bits is not None:
             bits = Bits(target=study.bits, nominal=plan.mean_bits(sizes), effective=effective)
-        named = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
+        identity = {"id": study.model.source, **study.model.model_dump(include={"revision", "sha256", "prune"})}
         return cls(
-            model=ModelRef.model_validate({**named, **model}),
+            model=ModelRef.model_validate({**identity, **model}),
             plan=plan,
             prune=study.prune,
             quantize=None if bits is None else study.quantize,
@@ -294,8 +294,8 @@ class Config(FrozenModel, use_attribute_docstrings=True):
         """Perplexity of the model that `apply` writes: after training, where the kept weights are trained."""
         if self.trained is None:
             return self.scored("best", text)
-        found = self.trained.validation if text == "validation" else self.trained.test
-        return found.perplexity if found else None
+        scores = self.trained.validation if text == "validation" else self.trained.test
+        return scores.perplexity if scores else None
 
     @property
     def by_bits(self) -> bool:
@@ -320,9 +320,9 @@ class Config(FrozenModel, use_attribute_docstrings=True):
             },
         )
 
-    def seen_from(self, base: Path, place: Path) -> Self:
-        """The configuration for a file in the folder `place`, with relative paths that start at `base`."""
-        return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(place))})
+    def seen_from(self, base: Path, folder: Path) -> Self:
+        """The configuration for a file in `folder`, with relative paths that start at `base`."""
+        return self.model_copy(update={"folder": os.path.relpath(os.path.realpath(base), os.path.realpath(folder))})
 
     def __str__(self) -> str:
         """The plan and its perplexities in a line."""
@@ -347,14 +347,14 @@ class Config(FrozenModel, use_attribute_docstrings=True):
 
 def read_config(path: Path) -> Config:
     """Reads a configuration; UserError if it is missing or invalid."""
-    found = _parse(path)
-    if isinstance(found, dict) and found.get("format") in OLDER:
+    data = _parse(path)
+    if isinstance(data, dict) and data.get("format") in OLDER:
         raise UserError(
-            f"{path}: is of an older format, {found['format']}; search again with another "
+            f"{path}: is of an older format, {data['format']}; search again with another "
             "--study-name, or take the version of atp_tune that wrote it"
         )
     try:
-        return Config.model_validate(found, context=STORED)
+        return Config.model_validate(data, context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"

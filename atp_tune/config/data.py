@@ -110,10 +110,10 @@ class Text(Source):
         """The texts of which windows are taken in turn: of `mixed` one of each kind, else the text itself."""
         if self.source != MIXED:
             return (self,)
-        sizes = [self.nsamples and -(-(self.nsamples - place) // len(KINDS)) for place in range(len(KINDS))]
-        named = zip(KINDS, sizes, strict=True)
+        sizes = [self.nsamples and -(-(self.nsamples - index) // len(KINDS)) for index in range(len(KINDS))]
+        pairs = zip(KINDS, sizes, strict=True)
         return tuple(
-            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in named if size != 0
+            self.model_copy(update={"source": f"{MIXED}:{kind}", "nsamples": size}) for kind, size in pairs if size != 0
         )
 
     @property
@@ -125,8 +125,8 @@ class Text(Source):
     @model_serializer(mode="wrap")
     def _without_none(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves `images` out where there are none, so that files and keys of the cache stay as they were."""
-        found: dict[str, Any] = inner(self)
-        return {key: value for key, value in found.items() if value is not None or key != "images"}
+        fields: dict[str, Any] = inner(self)
+        return {key: value for key, value in fields.items() if value is not None or key != "images"}
 
     def _is_of(self, other: Any) -> bool:
         """Whether both are of one source, or of the same kind of `mixed`."""
@@ -223,7 +223,7 @@ class Roles(SettingsTable):
     @property
     def sources(self) -> dict[str, Source]:
         """The data of each role that has some, by the dotted key of its table."""
-        return {f"{self.table}.{role}": found for role, found in self if isinstance(found, Source)}
+        return {f"{self.table}.{role}": source for role, source in self if isinstance(source, Source)}
 
 
 class Texts(Roles):

@@ -17,8 +17,8 @@ BARE = Path(__file__).parent / "prune.toml"  # the study file of `prune` without
 def find(name: str) -> Path:
     """The file of a study, given its path, or its name in ./studies, the repository or the package."""
     is_path = name.endswith(".toml") or "/" in name or "\\" in name
-    places = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
-    for path in places:
+    paths = [Path(name)] if is_path else [folder / f"{name}.toml" for folder in _folders()]
+    for path in paths:
         if _exists(path):
             return path
     names = [path.stem for path in known()]
@@ -32,11 +32,11 @@ def find(name: str) -> Path:
 
 def known() -> list[Path]:
     """The files of all studies that `find` finds by name, sorted by name."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for folder in _folders():
         for path in folder.glob("*.toml"):
-            found.setdefault(path.stem, path)
-    return [found[name] for name in sorted(found)]
+            paths.setdefault(path.stem, path)
+    return [paths[name] for name in sorted(paths)]
 
 
 def holds(file: Path, study: str) -> bool:

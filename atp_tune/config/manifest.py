@@ -88,10 +88,10 @@ def _cpu_info() -> Mapping[str, str]:
 
 @cache
 def _installed() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

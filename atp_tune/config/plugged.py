@@ -35,10 +35,10 @@ SOURCE = "source of texts"
 TEXT = re.compile(r"(?P<place>(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):[A-Za-z_][\w-]*)(?::(?P<rest>.*))?", re.DOTALL)
 
 
-def _a_path(place: str) -> str:
-    if "\0" in place or not is_place(place):
+def _a_path(address: str) -> str:
+    if "\0" in address or not is_place(address):
         raise ValueError("must be FILE.py:NAME or package.module:NAME")
-    return place
+    return address
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,24 @@ def check_known(
 
     `rounds`: weights are only rounded, so that the method is a quantizer.
     """
-    for place, name, known in (
+    for key, name, objects in (
         (("plan", "method"), method, QUANTIZERS if rounds else PRUNERS),
         (("plan", "allocation"), allocation, ALLOCATIONS),
         (("score",), score, SCORES),
     ):
         plugin = plugins.get(name)
-        if not known.is_built_in(name) and (plugin is None or plugin.kind != known.kind):
-            *others, last = map(repr, known)
+        if not objects.is_built_in(name) and (plugin is None or plugin.kind != objects.kind):
+            *others, last = map(repr, objects)
             expected = f"{', '.join(others)} or {last}" if others else last
-            wrong = InitErrorDetails(type="literal_error", loc=place, input=name, ctx={"expected": expected})
+            wrong = InitErrorDetails(type="literal_error", loc=key, input=name, ctx={"expected": expected})
             raise ValidationError.from_exception_data("Config", [wrong])
 
 
 def parts_of(source: str) -> tuple[str, str]:
     """The name of a source of texts, which may be a place, and what follows it."""
-    found = TEXT.fullmatch(source)
-    if found and source.partition(":")[0] not in TEXT_SOURCES:
-        return found["place"], found["rest"] or ""
+    match = TEXT.fullmatch(source)
+    if match and source.partition(":")[0] not in TEXT_SOURCES:
+        return match["place"], match["rest"] or ""
     name, _, rest = source.partition(":")
     return name, rest
 
@@ -101,12 +101,12 @@ def named_in(study: Study) -> list[Named]:
     rows += [(SCORES, Named("score", "search.score", search.score))]
     texts = {f"{key}.source": data for key, data in study.data.sources.items() if data.data == "text"}
     rows += [(None, Named(SOURCE, key, parts_of(text.source)[0])) for key, text in texts.items()]
-    return [named for known, named in rows if _is_plugged(named, known)]
+    return [plugin for objects, plugin in rows if _is_plugged(plugin, objects)]
 
 
 def code_in(study: Study) -> Iterator[tuple[str, str]]:
     """Each key of a study, with its value, by which code runs that no file can allow: docs/security.md lists them."""
-    yield from ((named.key, named.written) for named in named_in(study) if is_place(named.written))
+    yield from ((plugin.key, plugin.written) for plugin in named_in(study) if is_place(plugin.written))
     yield from _imports({f"{key}.source": data for key, data in study.data.sources.items()})
     if study.limit is not None:
         yield from (("limit.min_accuracy", name) for name in study.limit.min_accuracy or () if is_task_path(name))
@@ -115,8 +115,8 @@ def code_in(study: Study) -> Iterator[tuple[str, str]]:
 def _imports(texts: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
     """Texts and images inside a package that does not come with Python: to read them imports it."""
     for key, text in texts.items():
-        kind, _, place = text.source.partition(":")
-        if kind == "package" and re.split("[.:/]", place)[0] not in sys.stdlib_module_names:
+        kind, _, path = text.source.partition(":")
+        if kind == "package" and re.split("[.:/]", path)[0] not in sys.stdlib_module_names:
             yield key, text.source
 
 
@@ -135,30 +135,30 @@ def permission(study: Study) -> list[str]:
     return [ASK] if any(code_in(study)) else []
 
 
-def _is_plugged(named: Named, known: Registry[Any] | None) -> bool:
+def _is_plugged(plugin: Named, objects: Registry[Any] | None) -> bool:
     """Whether a name is a plug-in's; a source of texts of an unknown name is a mistake, which reading it reports."""
-    if known is not None or is_place(named.written):
-        return is_place(named.written) or not (known and known.is_built_in(named.short))
-    return named.short not in TEXT_SOURCES and named.short in registry(SOURCE)
+    if objects is not None or is_place(plugin.written):
+        return is_place(plugin.written) or not (objects and objects.is_built_in(plugin.short))
+    return plugin.short not in TEXT_SOURCES and plugin.short in registry(SOURCE)
 
 
 def contents(study: Study, folder: Path) -> dict[str, str]:
     """The SHA-256 of the content of each plug-in's file, by short name, as far as known; places start at `folder`."""
-    found = {}
-    for named in named_in(study):
-        known = registry(named.kind).held().get(named.short)
-        if is_place(named.written):
-            file = file_of(named.written, folder, named.key)
-            if file is not None and (known is None or known.file is None or known.file.resolve() != file.resolve()):
-                known = None
-                if sha256 := content_of(named.written, folder, named.key):
-                    found[named.short] = sha256
-        if known is not None:
-            found[named.short] = known.sha256
+    digests = {}
+    for plugin in named_in(study):
+        origin = registry(plugin.kind).held().get(plugin.short)
+        if is_place(plugin.written):
+            file = file_of(plugin.written, folder, plugin.key)
+            if file is not None and (origin is None or origin.file is None or origin.file.resolve() != file.resolve()):
+                origin = None
+                if sha256 := content_of(plugin.written, folder, plugin.key):
+                    digests[plugin.short] = sha256
+        if origin is not None:
+            digests[plugin.short] = origin.sha256
     for key, name in code_in(study):
         if key == "limit.min_accuracy":
-            found[Path(name).stem] = _of_tasks(written(name, folder, key))
-    return found
+            digests[Path(name).stem] = _of_tasks(written(name, folder, key))
+    return digests
 
 
 def _of_tasks(path: Path) -> str:
@@ -170,8 +170,8 @@ def _of_tasks(path: Path) -> str:
 
 def origins(study: Study) -> dict[str, Origin]:
     """The origins of a study's plug-ins, whose code has been run, by short name."""
-    found = {named.short: registry(named.kind).origin(named.short) for named in named_in(study)}
-    return {name: origin for name, origin in found.items() if origin is not None}
+    by_name = {plugin.short: registry(plugin.kind).origin(plugin.short) for plugin in named_in(study)}
+    return {name: origin for name, origin in by_name.items() if origin is not None}
 
 
 def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
@@ -179,13 +179,13 @@ def records(study: Study, folder: Path) -> dict[str, dict[str, str]]:
 
     The place is that of the study file or of the entry point; a decorator's is its file, relative to `folder`.
     """
-    written = {named.short: named.written for named in named_in(study)}
+    written = {plugin.short: plugin.written for plugin in named_in(study)}
     rows = {}
     for name, origin in origins(study).items():
-        place = written[name] if is_place(written[name]) else origin.place
-        if origin.via == "decorator" and origin.file is not None and place == origin.place:
-            place = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{name}"
-        rows[name] = {"kind": origin.kind, "place": place, "sha256": origin.sha256}
+        address = written[name] if is_place(written[name]) else origin.place
+        if origin.via == "decorator" and origin.file is not None and address == origin.place:
+            address = f"{os.path.relpath(os.path.realpath(origin.file), os.path.realpath(folder))}:{name}"
+        rows[name] = {"kind": origin.kind, "place": address, "sha256": origin.sha256}
     return rows
 
 
@@ -195,13 +195,13 @@ def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     `trusted`: code that the study names may run. UserError without that, for a plug-in that is missing or wrong, and if
     two have one name; ValidationError, as of the study, for wrong settings.
     """
-    found = named_in(study)
+    plugins = named_in(study)
     if not trusted:
         for key, name in code_in(study):
             raise _ask(key, name)
-    _check_names(found)
-    for named in found:
-        bring(named, folder, trusted)
+    _check_names(plugins)
+    for plugin in plugins:
+        bring(plugin, folder, trusted)
     for kind in ("pruner", "allocation", "sampler", "score"):
         registry(kind).entry_points()  # UserError for one that has the name of a built-in object
     if not study.prune.tables:
@@ -209,33 +209,33 @@ def plug_in(study: Study, folder: Path, trusted: bool) -> Study:
     return study.model_copy(update={"prune": _with_settings(study.prune)})
 
 
-def _check_names(found: Sequence[Named]) -> None:
+def _check_names(plugins: Sequence[Named]) -> None:
     """UserError if two plug-ins of different kinds or texts have one name: facts are named after it."""
-    known: dict[str, Named] = {}
-    for named in found:
-        other = known.setdefault(named.short, named)
-        if (other.kind, other.written) != (named.kind, named.written):
+    by_name: dict[str, Named] = {}
+    for plugin in plugins:
+        other = by_name.setdefault(plugin.short, plugin)
+        if (other.kind, other.written) != (plugin.kind, plugin.written):
             raise UserError(
-                f"{named.key}: {other.written}, in {other.key}, and {named.written} are both called {named.short}; "
+                f"{plugin.key}: {other.written}, in {other.key}, and {plugin.written} are both called {plugin.short}; "
                 "rename one of the plug-ins"
             )
 
 
-def bring(named: Named, folder: Path, trusted: bool) -> Origin:
+def bring(plugin: Named, folder: Path, trusted: bool) -> Origin:
     """Runs the code of one plug-in; its origin. UserError without permission, or if it is not there."""
-    known = registry(named.kind)
-    if not is_place(named.written):
-        origin = known.origin(named.short)
+    objects = registry(plugin.kind)
+    if not is_place(plugin.written):
+        origin = objects.origin(plugin.short)
         if origin is None:
             raise UserError(
-                f"{named.key}: no {named.kind} {named.short} is known in this process; install its package, or name it "
-                "as FILE.py:NAME"
+                f"{plugin.key}: no {plugin.kind} {plugin.short} is known in this process; install its package, or name "
+                "it as FILE.py:NAME"
             )
         return origin
     if not trusted:
-        raise _ask(named.key, named.written)
-    load(named.kind, named.written, folder, named.key)
-    origin = known.origin(named.short)
+        raise _ask(plugin.key, plugin.written)
+    load(plugin.kind, plugin.written, folder, plugin.key)
+    origin = objects.origin(plugin.short)
     assert origin is not None
     return origin
 
@@ -249,11 +249,11 @@ def _with_settings(prune: PruneConfig) -> PruneConfig:
             wrong.append(InitErrorDetails(type="extra_forbidden", loc=("prune", name, "group"), input=table["group"]))
             continue
         try:
-            made = kind.model_validate(table)
+            settings = kind.model_validate(table)
         except ValidationError as error:
             wrong += relocated(error, "prune", name)
         else:
-            if set_ := made.model_dump(mode="json", exclude_defaults=True):
+            if set_ := settings.model_dump(mode="json", exclude_defaults=True):
                 tables[name] = set_
     if wrong:
         raise ValidationError.from_exception_data("Study", wrong)
@@ -285,9 +285,9 @@ def _bring_recorded(config: "Config", needed: Mapping[str, str], base: Path, tru
     for key, name in needed.items():
         if (ref := config.plugins.get(name)) is None:
             continue
-        known = registry(ref.kind)
-        named = Named(ref.kind, key, name if name in known else ref.place)
-        origin = bring(named, base, trusted)
+        objects = registry(ref.kind)
+        plugin = Named(ref.kind, key, name if name in objects else ref.place)
+        origin = bring(plugin, base, trusted)
         if origin.sha256 != ref.sha256:
             raise UserError(
                 f"plugins.{name}.sha256: {origin.file or origin.place} is {origin.sha256[:12]}… here, the "
@@ -357,33 +357,33 @@ class Entry(FrozenModel):
     parameters: dict[str, tuple[float, float]] = Field({})
 
 
-def entries(named: Sequence[tuple[str, str]] = ()) -> list[Entry]:
-    """All entries, kind by kind; `named`: kind and name of those that a study or a file names too.
+def entries(others: Sequence[tuple[str, str]] = ()) -> list[Entry]:
+    """All entries, kind by kind; `others`: kind and name of those that a study or a file names too.
 
     Imports all that is known. UserError for a plug-in that cannot be imported, and for a name that is given twice.
     """
-    found = []
+    rows = []
     for kind in REGISTRIES:
-        names = dict.fromkeys([*registry(kind), *(name for of, name in named if of == kind)])
+        names = dict.fromkeys([*registry(kind), *(name for of, name in others if of == kind)])
         names.pop("memory", None)  # of the Python interface, which people cannot name
-        found += [_entry(registry(kind), name) for name in names]
-    return found
+        rows += [_entry(registry(kind), name) for name in names]
+    return rows
 
 
-def _entry(known: Registry[Any], name: str) -> Entry:
-    each, origin, parameters = known[name], known.origin(name), dict[str, tuple[float, float]]()
-    if known.kind == "allocation":
+def _entry(objects: Registry[Any], name: str) -> Entry:
+    each, origin, parameters = objects[name], objects.origin(name), dict[str, tuple[float, float]]()
+    if objects.kind == "allocation":
         with suppress(UserError):  # one that cannot say its bounds without a model
             parameters = each.bounds(EXAMPLE)
     # The first sentence of an object's docstring, else of its class; "" without one.
     text = getattr(each, "__doc__", None) or ""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return Entry(
-        kind=known.kind,
+        kind=objects.kind,
         name=name,
         origin=_source(origin),
         about=ABOUT.get(name) or re.split(r"(?<=\.)\s+(?=[A-Z`])", paragraph)[0].rstrip("."),
-        settings=tuple(_settings(name)) if known.kind == "pruner" else (),
+        settings=tuple(_settings(name)) if objects.kind == "pruner" else (),
         parameters=parameters,
     )
 

@@ -187,21 +187,21 @@ class PruneConfig(SettingsTable):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _known(cls, data: Any, inner: Callable[[Any], Self], info: ValidationInfo) -> Self:
+    def _check_keys(cls, data: Any, inner: Callable[[Any], Self], info: ValidationInfo) -> Self:
         """Refuses keys that are neither of this table nor tables of plug-ins, beside what else is wrong."""
         if not isinstance(data, dict) or info.context == STORED:
             return inner(data)
         names = data.get("pruners", ())
-        named = {short_name(name) for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else ()
-        unknown = [key for key in data if key not in cls.model_fields and not _has_table(key, named)]
+        short = {short_name(name) for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else ()
+        unknown = [key for key in data if key not in cls.model_fields and not _has_table(key, short)]
         wrong = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=data[key]) for key in unknown]
         try:
-            found = inner({key: value for key, value in data.items() if key not in unknown})
+            config = inner({key: value for key, value in data.items() if key not in unknown})
         except ValidationError as error:
             raise ValidationError.from_exception_data(cls.__name__, [*wrong, *relocated(error)]) from None
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
-        return found
+        return config
 
     @model_validator(mode="after")
     def _patterned(self) -> Self:
@@ -280,22 +280,22 @@ class PruneConfig(SettingsTable):
         return self.__pydantic_extra__ or {}
 
 
-def _has_table(name: Any, named: Any) -> bool:
+def _has_table(name: Any, short_names: Any) -> bool:
     """Whether a name is that of a plug-in, which may have a table."""
-    return isinstance(name, str) and not PRUNERS.is_built_in(name) and (name in named or name in PRUNERS)
+    return isinstance(name, str) and not PRUNERS.is_built_in(name) and (name in short_names or name in PRUNERS)
 
 
 def check_names(names: tuple[str, ...], key: str, registry: Registry[Any]) -> None:
     """ValueError if a name occurs twice under `key`, two plug-ins have one, or one has that of a built-in object."""
     check_once(names, key)
-    known: dict[str, str] = {}
+    by_short: dict[str, str] = {}
     for name in names:
         short = short_name(name)
         if short != name and registry.is_built_in(short):
             raise ValueError(f"{key}: {name} has the name of the built-in {registry.kind} {short}; rename the plug-in")
-        if short in known:
-            raise ValueError(f"{key}: {known[short]} and {name} are both called {short}; rename one of the plug-ins")
-        known[short] = name
+        if short in by_short:
+            raise ValueError(f"{key}: {by_short[short]} and {name} are both called {short}; rename one of the plug-ins")
+        by_short[short] = name
 
 
 # --- The table `[quantize]` of a study with `bits`: how weights are rounded, and the bits that blocks may have.
@@ -324,7 +324,7 @@ class QuantizeConfig(SettingsTable):
     """the bits that a block, or a linear, may have"""
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _check_values(self) -> Self:
         check_once(self.quantizers, "quantizers")
         if list(self.widths) != sorted(set(self.widths)):
             raise ValueError("widths: must ascend, each once")
@@ -453,8 +453,8 @@ def parse(text: str) -> Pattern:
         zeros, group = None if match[1] == "mixed" else int(match[1]), int(match[2])
         if group > (zeros or 1):
             return Pattern(group, zeros)
-    known = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8"
-    raise ValueError(f'must be {known}, got "{text}"; "channels" removes whole channels')
+    forms = "unstructured, N:M with N < M as in 2:4, or mixed:M as in mixed:8"
+    raise ValueError(f'must be {forms}, got "{text}"; "channels" removes whole channels')
 
 
 def make_plan(
@@ -493,8 +493,8 @@ def make_plan(
         rows = [[next(numbers) for _ in row] for row in budget.linear_sizes]
     if rows:
         find_offsets = getattr(module, "row_offsets", None)  # no plug-in has it: they are checked
-        found: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
-        offsets = found.blocks if found else [[None] * len(row) for row in rows]
+        row_offsets: RowOffsets | None = find_offsets and find_offsets(budget, **parameters)
+        offsets = row_offsets.blocks if row_offsets else [[None] * len(row) for row in rows]
         of_linears = [tuple(map(level, *each)) for each in zip(rows, offsets, strict=True)]
         levels = map(level, budget.block_means(rows), [None] * len(rows), of_linears)
     return Plan(method=method, allocation=allocation, parameters=parameters, levels=tuple(levels))

@@ -171,7 +171,7 @@ class Study(SettingsTable):
         "allocation", mode="before", json_schema_input_type=AllocationConfig | AllocationName | AllocationNames
     )
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _as_table(cls, value: Any) -> Any:
         """Expands `allocation = "atp"` and `allocation = ["atp", "owl"]` to the table."""
         return {"names": value} if isinstance(value, str | list | tuple) else value
 
@@ -267,9 +267,9 @@ class Study(SettingsTable):
     @property
     def data(self) -> Texts | ImageSets:
         """The texts, or the images of an image classifier."""
-        found = self.texts or self.images
-        assert found is not None
-        return found
+        data = self.texts or self.images
+        assert data is not None
+        return data
 
     @property
     def score(self) -> str:

@@ -72,37 +72,37 @@ def invalid(
     path: Path | str, error: ValidationError, changed: Sequence[tuple[str, KeyPath]] = (), table: KeyPath = ()
 ) -> UserError:
     """The UserError for a study file at `path`, or one `table` of it; `changed`: each override, and the key it set."""
-    found = _by_place(error, table)
-    place, text = _worded(*next(iter(found.items())))
-    causes = [override for override, keys in changed if _within(place, keys) or _within(keys, place)]
+    errors = _by_key(error, table)
+    key_path, text = _worded(*next(iter(errors.items())))
+    causes = [override for override, keys in changed if _within(key_path, keys) or _within(keys, key_path)]
     origin = " with --set ".join([str(path), *causes])
-    others = len(found) - 1
+    others = len(errors) - 1
     more = f" (and {others} more mistake{'s' if others > 1 else ''})" if others else ""
     return UserError(f"{origin}: {text}{more}")
 
 
-def _by_place(error: ValidationError, table: KeyPath) -> dict[KeyPath, list[ErrorDetails]]:
+def _by_key(error: ValidationError, table: KeyPath) -> dict[KeyPath, list[ErrorDetails]]:
     """Errors by key, unknown keys first: a misspelt key also makes the correct key missing."""
-    found: dict[KeyPath, list[ErrorDetails]] = {}
+    errors: dict[KeyPath, list[ErrorDetails]] = {}
     problems = error.errors(include_url=False)
     problems.sort(key=lambda details: details["type"] != "extra_forbidden")
     for details in problems:
-        found.setdefault(_place((*table, *details["loc"])), []).append(details)
+        errors.setdefault(_key_path((*table, *details["loc"])), []).append(details)
     # If a value in a list is wrong, errors about the list itself are left out.
-    outer = {place[:length] for place in found for length in range(len(place))}
-    return {place: details for place, details in found.items() if place not in outer}
+    outer = {key_path[:length] for key_path in errors for length in range(len(key_path))}
+    return {key_path: details for key_path, details in errors.items() if key_path not in outer}
 
 
-def _place(loc: KeyPath) -> KeyPath:
+def _key_path(loc: KeyPath) -> KeyPath:
     """The location without the branches of unions, which pydantic adds below a key that is not a table."""
-    place: KeyPath = ()
+    key_path: KeyPath = ()
     table: type[BaseModel] | None = Study
     for part in loc:
         if isinstance(part, int) or table:
-            place = (*place, part)
+            key_path = (*key_path, part)
         if isinstance(part, str) and table:
             table = table_of(table, part)
-    return place
+    return key_path
 
 
 def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
@@ -115,32 +115,32 @@ def table_of(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _worded(place: KeyPath, found: list[ErrorDetails]) -> tuple[KeyPath, str]:
-    first = found[0]
+def _worded(key_path: KeyPath, errors: list[ErrorDetails]) -> tuple[KeyPath, str]:
+    first = errors[0]
     if first["type"] == "extra_forbidden":
-        is_table = place[:-1] == ("prune",) and isinstance(first["input"], dict)
+        is_table = key_path[:-1] == ("prune",) and isinstance(first["input"], dict)
         other = "; a plug-in's table needs its name in prune.pruners" * is_table
-        return place, f"{dotted(place)}: unknown key; {_unknown(place)}{other}"
+        return key_path, f"{dotted(key_path)}: unknown key; {_unknown(key_path)}{other}"
     if first["type"] == "value_error":  # validators of this package raise `key: text`, relative to their table
         key, _, text = str(first["ctx"]["error"]).partition(": ")
-        place = (*place, *key.split("."))
-        return place, f"{dotted(place)}: {text}"
-    absent = first["type"] == "missing" and isinstance(place[-1], str)
+        key_path = (*key_path, *key.split("."))
+        return key_path, f"{dotted(key_path)}: {text}"
+    absent = first["type"] == "missing" and isinstance(key_path[-1], str)
     got = "" if absent else f", got {_shown(first['input'])}"
     if first["type"] in _OF_NUMBERS:  # a number where a list may stand too: the number is what is wrong
-        found = [details for details in found if details["type"] != "tuple_type"]
-    rules = [_rule(place, details) for details in found]
+        errors = [details for details in errors if details["type"] != "tuple_type"]
+    rules = [_rule(key_path, details) for details in errors]
     either = " or ".join([rules[0], *(rule.removeprefix("must ") for rule in rules[1:])])
-    names = [name for details in found for name in _literals(details)]
-    return place, f"{dotted(place)}: {either}{got}{did_you_mean(first['input'], names)}"
+    names = [name for details in errors for name in _literals(details)]
+    return key_path, f"{dotted(key_path)}: {either}{got}{did_you_mean(first['input'], names)}"
 
 
-def _rule(place: KeyPath, details: ErrorDetails) -> str:
+def _rule(key_path: KeyPath, details: ErrorDetails) -> str:
     names = _literals(details)
     if names:
         return f"must be {'one of ' * (len(names) > 1)}{', '.join(names)}"
-    if details["type"] == "string_pattern_mismatch" and dotted(place) in PATTERNS:
-        return PATTERNS[dotted(place)]
+    if details["type"] == "string_pattern_mismatch" and dotted(key_path) in PATTERNS:
+        return PATTERNS[dotted(key_path)]
     rule = _RULES.get(details["type"], "is not valid")
     return rule.format(**details.get("ctx", {}))
 
@@ -149,14 +149,14 @@ def _literals(details: ErrorDetails) -> list[str]:
     return re.findall(r"'([^']*)'", details["ctx"]["expected"]) if details["type"] == "literal_error" else []
 
 
-def _unknown(place: KeyPath) -> str:
+def _unknown(key_path: KeyPath) -> str:
     """Suggests the same key of another table or a similar key of this table, or lists the keys of this table."""
-    *parents, key = map(str, place)
+    *parents, key = map(str, key_path)
     keys = [key.split(".") for key in keys_of()]
     siblings = [own for *table, own in keys if table == parents]
     elsewhere = [".".join(path) for path in keys if path[-1] == key]
     near = [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1, cutoff=NEARLY)]
-    near = near or get_close_matches(dotted(place), elsewhere, n=1, cutoff=0)
+    near = near or get_close_matches(dotted(key_path), elsewhere, n=1, cutoff=0)
     near = near or [".".join([*parents, own]) for own in get_close_matches(key, siblings, n=1)]
     return f"did you mean {near[0]}?" if near else f"known here are {', '.join(siblings)}"
 
@@ -173,14 +173,14 @@ def keys_of(table: type[BaseModel] = Study, prefix: str = "") -> Iterator[str]:
             yield from keys_of(inner, f"{prefix}{key}.")
 
 
-def _within(place: KeyPath, table: KeyPath) -> bool:
-    return place[: len(table)] == table
+def _within(key_path: KeyPath, table: KeyPath) -> bool:
+    return key_path[: len(table)] == table
 
 
-def dotted(place: KeyPath) -> str:
+def dotted(key_path: KeyPath) -> str:
     """Formats `("prune", "pruners", 0)` as `prune.pruners[0]`; quotes keys that TOML would quote."""
     text = ""
-    for part in place:
+    for part in key_path:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
@@ -228,8 +228,8 @@ class StudyFile:
         """The permissions that a configuration of the study cannot give itself: `allowed` of `apply`."""
         model = self.study.model
         trusted = model.trust_remote_code and self.trusts_model
-        found = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}
-        return {**found, "trust_plugins": self.trusts_plugins}
+        permissions = {"allow_pickle": model.allow_pickle, "trust_remote_code": trusted}
+        return {**permissions, "trust_plugins": self.trusts_plugins}
 
     @property
     def sets_trials(self) -> bool:
@@ -317,8 +317,8 @@ def _syntax(message: str, lines: int) -> str:
     what, _, where = message.removesuffix(")").rpartition(" (at ")
     if not what:
         return message[0].lower() + message[1:]
-    place = f"line {lines}" if where == "end of document" else where
-    return f"{place}: {what[0].lower()}{what[1:]}"
+    position = f"line {lines}" if where == "end of document" else where
+    return f"{position}: {what[0].lower()}{what[1:]}"
 
 
 def override(data: dict[str, Any], text: str, path: Path) -> KeyPath:
@@ -396,8 +396,8 @@ def overridden(file: StudyFile, texts: Sequence[str], plugins: bool) -> StudyFil
         study = plug_in(Study.model_validate(data), file.folder, plugins)
     except ValidationError as error:
         raise invalid(file.path, error, keys) from None
-    kept = (text for text in texts if not text.startswith(PLACES))
-    return replace(file, study=study, overrides=(*file.overrides, *kept), trusts_plugins=plugins)
+    rest = (text for text in texts if not text.startswith(PLACES))
+    return replace(file, study=study, overrides=(*file.overrides, *rest), trusts_plugins=plugins)
 
 
 def settings(file: StudyFile) -> dict[str, Any]:
@@ -518,13 +518,13 @@ class TomlSchema(GenerateJsonSchema):
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> dict[str, Any]:
         """The default, unless it is no value."""
-        found = super().default_schema(schema)
-        return {key: value for key, value in found.items() if key != "default" or value is not None}
+        fields = super().default_schema(schema)
+        return {key: value for key, value in fields.items() if key != "default" or value is not None}
 
     def tuple_schema(self, schema: core_schema.TupleSchema) -> dict[str, Any]:
         """`items` for `prefixItems`."""
-        found = super().tuple_schema(schema)
-        return {"items" if key == "prefixItems" else key: value for key, value in found.items()}
+        fields = super().tuple_schema(schema)
+        return {"items" if key == "prefixItems" else key: value for key, value in fields.items()}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         """No title."""
@@ -544,7 +544,7 @@ def study_schema() -> dict[str, Any]:
 def choices() -> dict[str, list[str]]:
     """The dotted keys that hold more than a table, each with the values that it names: choices, else its default."""
     schema = study_schema()
-    return {key: _named(_resolved(schema, value)) or _default(value) for key, value in _values(schema, schema)}
+    return {key: _names(_resolved(schema, value)) or _default(value) for key, value in _values(schema, schema)}
 
 
 def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -557,7 +557,7 @@ def _values(schema: dict[str, Any], table: dict[str, Any], prefix: str = "") -> 
                 yield from _values(schema, form, f"{prefix}{key}.")
 
 
-def _named(forms: list[dict[str, Any]]) -> list[str]:
+def _names(forms: list[dict[str, Any]]) -> list[str]:
     names = [str(name) for form in forms for name in form.get("enum", [form["const"]] if "const" in form else [])]
     return names + ["true", "false"] * any(form.get("type") == "boolean" for form in forms)
 

@@ -40,12 +40,12 @@ def parse_sparsity(text: str) -> float | Interval:
 def one_sparsity(text: str) -> float:
     """The sparsity that `--sparsity` names; UserError for anything else, and for an interval."""
     try:
-        found = parse_sparsity(text)
+        sparsity = parse_sparsity(text)
     except ValueError as error:
         raise UserError(f"--sparsity: {error}") from None
-    if isinstance(found, tuple):
+    if isinstance(sparsity, tuple):
         raise UserError(f"--sparsity: {text} is an interval; give the one sparsity that the plan is to have")
-    return found
+    return sparsity
 
 
 def parse_limit(key: str, text: str) -> float:
@@ -97,7 +97,7 @@ def parse_accuracies(given: Any) -> dict[str, float]:
 
     A task's file or folder is named by its absolute path: the study may be resumed from elsewhere.
     """
-    found: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
     texts = [f"{task}={least}" for task, least in given.items()] if isinstance(given, Mapping) else given
     for text in map(str, texts if isinstance(texts, list) else [texts]):
         task, _, value = text.rpartition("=")
@@ -109,10 +109,10 @@ def parse_accuracies(given: Any) -> dict[str, float]:
             raise ValueError(f"must be TASK=SHARE, such as piqa=0.6 or piqa=60%, got {text}")
         if is_task_path(task):
             task = str(Path(task).expanduser().absolute())
-        if task in found:
+        if task in accuracies:
             raise ValueError(f"{task} is given twice")
-        found[task] = least
-    return found
+        accuracies[task] = least
+    return accuracies
 
 
 def goal(
@@ -131,16 +131,16 @@ def goal(
         return WHOLE, limit or (None if own == "none" else _usual_limit(settings))
     sparsity = "..".join(map(str, sparsity)) if isinstance(sparsity, tuple | list) else str(sparsity)
     try:
-        found = parse_sparsity(sparsity)
+        target = parse_sparsity(sparsity)
     except ValueError as error:
         raise UserError(f"--sparsity: {error}") from None
-    if limit and not isinstance(found, tuple):
+    if limit and not isinstance(target, tuple):
         name = option(next(iter(limit)))
         raise UserError(
             f"--sparsity: {sparsity} is one sparsity, and {name} finds the highest; leave --sparsity out, or give an "
             f"interval {AMONG}"
         )
-    return found, limit
+    return target, limit
 
 
 def _usual_limit(settings: Mapping[str, Any]) -> Limit:
@@ -184,14 +184,14 @@ def joined(tower: str, count: int, rest: str) -> str:
 
 def in_tower(blocks: object) -> int:
     """The number of blocks, the first, that are of a vision tower; 0 for all other names."""
-    found = _BOTH.fullmatch(blocks) if isinstance(blocks, str) else None
-    return int(found["count"]) if found else 0
+    match = _BOTH.fullmatch(blocks) if isinstance(blocks, str) else None
+    return int(match["count"]) if match else 0
 
 
 def block_name(blocks: str, index: int) -> str:
     """The name in the model of one block."""
-    found = _BOTH.fullmatch(blocks)
-    if found is None:
+    match = _BOTH.fullmatch(blocks)
+    if match is None:
         return f"{blocks}.{index}"
-    count = int(found["count"])
-    return f"{found['tower']}.{index}" if index < count else f"{found['rest']}.{index - count}"
+    count = int(match["count"])
+    return f"{match['tower']}.{index}" if index < count else f"{match['rest']}.{index - count}"
