@@ -77,8 +77,8 @@ def _sheet(cells: list[str]) -> str:
     width, height = _size(len(cells))
     page = f'<rect width="100%" height="100%" fill="{PAGE}"/>'
     box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    places = [(index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT) for index in range(len(cells))]
-    moved = [f'<g transform="translate({x},{y})">{cell}</g>' for (x, y), cell in zip(places, cells, strict=True)]
+    corners = [(index % COLUMNS * WIDTH, index // COLUMNS * HEIGHT) for index in range(len(cells))]
+    moved = [f'<g transform="translate({x},{y})">{cell}</g>' for (x, y), cell in zip(corners, cells, strict=True)]
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{page}{"".join(moved)}</svg>'
 
 
@@ -86,8 +86,8 @@ def _frame(picture: str, count: int) -> go.Figure:
     """A figure that holds only an SVG, which the browser renders as PNG."""
     width, height = _size(count)
     source = f"data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}"
-    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
-    bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **place}]}
+    position = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "sizex": 1, "sizey": 1, "sizing": "stretch"}
+    bare = {"template": "none", "margin": dict.fromkeys("lrtb", 0), "images": [{"source": source, **position}]}
     hidden = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
     return go.Figure(layout={**bare, **hidden, "width": width, "height": height})
 
@@ -115,8 +115,8 @@ def make_picture(studies: Sequence[Contents]) -> bytes:
     drawn = []
     for summary in (contents.summary for contents in studies):
         for figure in figures.draw(summary).values():
-            named = f"{escape(summary.name)}: {figure.layout.title.text}" if len(studies) > 1 else None
-            drawn.append(figure.update_layout(title_text=named) if named else figure)
+            title = f"{escape(summary.name)}: {figure.layout.title.text}" if len(studies) > 1 else None
+            drawn.append(figure.update_layout(title_text=title) if title else figure)
     if not drawn:
         raise UserError(f"study {studies[0].summary.name}: no trial has been measured yet, so there is nothing to draw")
     return png(drawn)

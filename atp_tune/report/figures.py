@@ -61,7 +61,7 @@ class Panel:
         """The place of a trial."""
         return rounded([_beta(trial)])[0] if self.axis == "x" else _allocation(trial)
 
-    def named(self, trial: FrozenTrial) -> str:
+    def label(self, trial: FrozenTrial) -> str:
         """The place of a trial, in words."""
         return f"β = {_beta(trial):.4f}" if self.axis == "x" else _allocation(trial)
 
@@ -78,11 +78,11 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
     panels = [Panel("x", over), Panel("x2", [trial for trial in points.trials if trial not in over])]
     name = main.title[0].upper() + main.title[1:]
     figure = new_figure(f"{name} against β" if over else f"{name} of each allocation", "", points.axis)
-    _set_places(figure, panels[0], panels[1], bounds_of(summary))
+    _set_axes(figure, panels[0], panels[1], bounds_of(summary))
     if over:
         add_gp_posterior(figure, summary.gp_posterior, points)
     # A trace for each pruner (and allocation, if several have β) in each panel; trials above the axis are arrows.
-    several, known = len({_allocation(trial) for trial in over if not is_uniform(trial)}) > 1, set()
+    several, pruners = len({_allocation(trial) for trial in over if not is_uniform(trial)}) > 1, set()
     hidden = []
     for panel in panels:
         for (pruner, allocation), group in _grouped(panel.trials, several and panel.axis == "x"):
@@ -90,16 +90,16 @@ def draw_perplexity(summary: Summary) -> go.Figure | None:
             title, colour = f"{pruner}, {allocation}" if allocation else pruner, colour_of(pruner)
             points.add(
                 figure, shown, list(map(panel.at, shown)), escape(title), colour, xaxis=panel.axis, legendgroup=title,
-                showlegend=panel.axis == "x" or pruner not in known,
+                showlegend=panel.axis == "x" or pruner not in pruners,
                 marker={"symbol": SYMBOLS.get(allocation or "atp", "circle")},
             )  # fmt: skip
-            known.add(pruner)
+            pruners.add(pruner)
             if above := [trial for trial in group if trial not in shown]:
                 points.add(
                     figure, above, list(map(panel.at, above)), "off the scale", colour, y=[seen.high] * len(above),
                     error_y=None, showlegend=False, xaxis=panel.axis, marker={"size": 11, "symbol": "triangle-up"},
                 )  # fmt: skip
-        hidden += [(t, f"{panel.named(t)}: {points.said(t)} ↑") for t in panel.trials if points.value(t) > seen.top]
+        hidden += [(t, f"{panel.label(t)}: {points.said(t)} ↑") for t in panel.trials if points.value(t) > seen.top]
     # Lines at uniform and dense, and a ring around the best.
     methods = {method_in(trial.params) for trial in summary.trials}
     best = summary.best_trial
@@ -122,11 +122,11 @@ def bounds_of(summary: Summary) -> tuple[float, float] | None:
     study = summary.made_from.study if summary.made_from else None
     if study is None or not summary.sizes:
         return None
-    found = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
-    return found if found[1] > 0 else None
+    interval = atp.bounds(Budget(study.highest, summary.sizes))["beta"]
+    return interval if interval[1] > 0 else None
 
 
-def _set_places(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float, float] | None) -> None:
+def _set_axes(figure: go.Figure, over: Panel, others: Panel, bounds: tuple[float, float] | None) -> None:
     """Sets the axes of β and of allocations, and draws admissible bounds that are near the data."""
     names = sorted({_allocation(trial) for trial in others.trials})
     strip = min(0.4, 0.06 + 0.07 * len(names)) if names and over.trials else float(bool(names))
@@ -189,14 +189,14 @@ def add_gp_posterior(figure: go.Figure, posterior: Any, points: Points) -> None:
         beta, *losses = (rounded(values, 4) for values in lists)
         mean, low, high = (rounded(points.main.of_loss(value, images) for value in values) for values in losses)
         colour, group = colour_of(str(pruner)), f"belief {pruner}"
-        known = f" after {posterior['before']} trials" if isinstance(posterior.get("before"), int) else ""
+        note = f" after {posterior['before']} trials" if isinstance(posterior.get("before"), int) else ""
         figure.add_scatter(
             x=beta + beta[::-1], y=high + low[::-1], fill="toself", fillcolor=faint(colour, 0.14), name="band",
             line={"width": 0, "color": colour}, mode="lines", hoverinfo="skip", showlegend=False, legendgroup=group,
         )  # fmt: skip
         figure.add_scatter(
             x=beta, y=mean, mode="lines", line={"color": colour, "width": 1.2}, legendgroup=group,
-            name=f"GP{known}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{known}<extra></extra>",
+            name=f"GP{note}, {pruner} (± 2 sd)", hovertemplate=f"β = %{{x:.4f}}: %{{y:.2f}}{note}<extra></extra>",
         )  # fmt: skip
 
 
@@ -253,8 +253,8 @@ def draw_front(summary: Summary) -> go.Figure | None:
 
     def add(trials: list[FrozenTrial], name: str, colour: str, **look: Any) -> None:
         """Trials with both scores, as points with both errors."""
-        found = [(points.score(trial, PERPLEXITY), points.score(trial, KL), trial) for trial in trials]
-        both = [(score, kl, trial) for score, kl, trial in found if isfinite(score.value) and isfinite(kl.value)]
+        scores = [(points.score(trial, PERPLEXITY), points.score(trial, KL), trial) for trial in trials]
+        both = [(score, kl, trial) for score, kl, trial in scores if isfinite(score.value) and isfinite(kl.value)]
         if both:
             own = {
                 "y": rounded(kl.value for _, kl, _ in both), "error_y": bars((kl.stderr for _, kl, _ in both), colour),
@@ -275,21 +275,21 @@ def draw_front(summary: Summary) -> go.Figure | None:
 def draw_points(summary: Summary) -> go.Figure | None:
     """Scores on the validation text against the sparsity; None at one sparsity, or without a point."""
     points, results, main = Points(summary), summary.results, summary.results.main
-    known = {trial.number: trial for trial in points.trials if "sparsity" in trial.params}
-    shown = [known[point.trial.number] for point in summary.points if point.trial.number in known]
+    by_number = {trial.number: trial for trial in points.trials if "sparsity" in trial.params}
+    shown = [by_number[point.trial.number] for point in summary.points if point.trial.number in by_number]
     if not shown:
         return None
     beside = (results.uniform(point.trial) for point in summary.points)
-    around = [known[number] for number in {trial.number for trial in beside if trial} if number in known]
+    around = [by_number[number] for number in {trial.number for trial in beside if trial} if number in by_number]
     figure = new_figure(f"Sparsity and {main.title}", "sparsity (%)", points.axis)
 
     def at(trial: FrozenTrial) -> float:
         return round(100 * float(trial.params["sparsity"]), 4)
 
-    found = shown if summary.choices else [trial for trial in shown if not is_uniform(trial)]
+    plans = shown if summary.choices else [trial for trial in shown if not is_uniform(trial)]
     searched = "best at each sparsity" if summary.choices else "searched"
     for trials, name, colour, symbol, dash in (
-        (around, "uniform", UNIFORM, "square", "dot"), (found, searched, BEST, "circle", "solid"),
+        (around, "uniform", UNIFORM, "square", "dot"), (plans, searched, BEST, "circle", "solid"),
     ):  # fmt: skip
         if trials:
             trials.sort(key=lambda trial: (at(trial), trial.number))
@@ -314,9 +314,9 @@ def draw_points(summary: Summary) -> go.Figure | None:
     for score in map(points.score, (*shown, *around)):
         ends += [score.value - min(score.stderr, score.value / 3), score.value + score.stderr]
     points.set_axis(figure, min(ends), max(ends))
-    places = list(map(at, (*shown, *around)))
-    pad = 0.04 * (max(places) - min(places)) or 1.0
-    figure.update_layout(xaxis_range=[min(places) - pad, max(places) + pad], legend_traceorder="normal")
+    positions = list(map(at, (*shown, *around)))
+    pad = 0.04 * (max(positions) - min(positions)) or 1.0
+    figure.update_layout(xaxis_range=[min(positions) - pad, max(positions) + pad], legend_traceorder="normal")
     return figure
 
 
@@ -351,8 +351,8 @@ def draw_error(summary: Summary) -> go.Figure | None:
 
     def errors(trial: FrozenTrial) -> list[float | None]:
         """None for 0, as after a dense block, which a log axis cannot show; [] without any."""
-        found = trial.user_attrs.get("errors") or []
-        shown = [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in found]
+        numbers = trial.user_attrs.get("errors") or []
+        shown = [rounded([e], 4)[0] if isinstance(e, float) and e > 0 and isfinite(e) else None for e in numbers]
         return shown if any(shown) else []
 
     worst = None if points.worst == points.uniform else points.worst
@@ -387,10 +387,10 @@ def _along_blocks(
         for k, point in enumerate(summary.choices)
     ]
     for name, trial, colour, dash in chosen or plans:
-        if trial is not None and (found := values(trial)):
+        if trial is not None and (heights := values(trial)):
             own = {"color": colour, "width": 2.5 if trial == points.best else 1.75, "dash": dash, **line}
             figure.add_scatter(
-                y=found, name=role(name, trial), line=own, **{"mode": "lines", **look},
+                y=heights, name=role(name, trial), line=own, **{"mode": "lines", **look},
                 hovertemplate=f"block %{{x}}: %{{y:.4f}}<br>{points.told(trial)}<extra></extra>",
             )  # fmt: skip
     blocks = max((len(trace.y) for trace in figure.data), default=0)

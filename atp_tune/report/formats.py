@@ -93,17 +93,17 @@ class Contents:
     verdict: str
 
 
-def gather(study: optuna.Study, made: datetime) -> Contents:
+def gather(study: optuna.Study, now: datetime) -> Contents:
     """The contents of a report on the present state of a study."""
     study = StudySnapshot(study)
     summary = summarise(study)
-    trials, best, file, asked = summary.trials, summary.best_trial, summary.made_from, summary.sparsity
+    trials, best, file, sparsity = summary.trials, summary.best_trial, summary.made_from, summary.sparsity
     # The target, as a number and as text.
-    target = None if isinstance(asked, tuple) else asked
+    target = None if isinstance(sparsity, tuple) else sparsity
     if best is not None and "sparsity" in best.params:
         target = float(best.params["sparsity"])
     parts = [] if target is None else [f"{target:g}"]
-    parts += [f"{asked[0]:g} to {asked[1]:g}"] if isinstance(asked, tuple) else []
+    parts += [f"{sparsity[0]:g} to {sparsity[1]:g}"] if isinstance(sparsity, tuple) else []
     # Numbers of trials by state.
     running, failed = (sum(t.state == state for t in trials) for state in (TrialState.RUNNING, TrialState.FAIL))
     counts = (
@@ -112,14 +112,14 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
         (sum("stopped_after" in t.user_attrs for t in trials), "stopped early"),
     )  # fmt: skip
     of = f" of {summary.total}" if summary.total is not None else ""
-    said = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
+    notes = (f"± is the {errors_of(summary)}", summary.goal.draws(summary), texts_note(summary))
     versions = [trial.user_attrs.get("versions") or {} for trial in trials]
     names = dict.fromkeys(name for each in versions for name in each)
     return Contents(
         summary,
         facts=facts_in(study),
         importance=_importance(study, trials) if summary.goal.compares else {},  # the sparsity would have nearly all
-        made=made,
+        made=now,
         target=target,
         sparsity=" of ".join(parts) if summary.bits is None else f"{summary.bits:g} bits",
         realised=best.user_attrs.get("realised") if best else None,
@@ -132,7 +132,7 @@ def gather(study: optuna.Study, made: datetime) -> Contents:
         state=", ".join([f"{summary.done}{of} trials done", *(f"{count} {what}" for count, what in counts if count)]),
         running=running,
         failed=failed,
-        errors="; ".join(part for part in said if part) + ".",
+        errors="; ".join(part for part in notes if part) + ".",
         verdict=summary.goal.said(summary).replace(" ± ", "\u00a0±\u00a0"),
     )
 
@@ -150,10 +150,10 @@ def _importance(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, flo
         warnings.simplefilter("ignore")  # experimental, and complains of conditional parameters
         try:
             evaluator = PedAnovaImportanceEvaluator()
-            found = get_param_importances(study, evaluator=evaluator, target=lambda trial: values_of(trial)[0])
+            importances = get_param_importances(study, evaluator=evaluator, target=lambda trial: values_of(trial)[0])
         except (ValueError, RuntimeError):
             return {}
-    shares = [(name, share) for name, share in found.items() if name in varied and isfinite(share)]
+    shares = [(name, share) for name, share in importances.items() if name in varied and isfinite(share)]
     return dict(sorted(shares, key=lambda pair: -pair[1]))
 
 
@@ -183,12 +183,12 @@ def importance(contents: Contents) -> Table:
     return Table(("parameter", "share"), [(symbol(name), f"{share:.0%}") for name, share in shares])
 
 
-def zero_shot(found: ZeroShot) -> Table:
+def zero_shot(result: ZeroShot) -> Table:
     """Scores of each model on each task, their mean, and best − uniform paired by items."""
-    models = list(found.seconds)
-    paired = any(task.best_minus_uniform for task in found.tasks)
+    models = list(result.seconds)
+    paired = any(task.best_minus_uniform for task in result.tasks)
     rows = []
-    for task in found.tasks:
+    for task in result.tasks:
         scores = (measure(task.scores.get(model, {}).get(task.metric), task.metric) for model in models)
         shots = f" ({task.num_fewshot}-shot)" if task.num_fewshot else ""
         rows.append(
@@ -199,57 +199,57 @@ def zero_shot(found: ZeroShot) -> Table:
                 *[_points(task.best_minus_uniform, task.metric)] * paired,
             )
         )
-    if len(rows) > 1 and found.mean:
-        means = (measure(found.mean.get(model)) for model in models)
-        rows.append(("mean", "", *means, *[_points(found.mean_best_minus_uniform)] * paired))
+    if len(rows) > 1 and result.mean:
+        means = (measure(result.mean.get(model)) for model in models)
+        rows.append(("mean", "", *means, *[_points(result.mean_best_minus_uniform)] * paired))
     return Table(("task", "items", *models, *["best − uniform"] * paired), rows)
 
 
-def zero_shot_note(found: ZeroShot) -> str:
+def zero_shot_note(result: ZeroShot) -> str:
     """A note under that table: errors, versions, device and limits."""
-    limit = "" if found.limit is None else f", at most the first {found.limit} items of each task"
-    missing = f"; left out: {', '.join(found.missing)}" if found.missing else ""
-    paired = "; best − uniform: item by item" if "best" in found.seconds else ""
-    by = f"lm-eval {found.versions['lm_eval']}, " if "lm_eval" in found.versions else ""
-    where = f"{by}{found.dtype}, {found.device}"
+    limit = "" if result.limit is None else f", at most the first {result.limit} items of each task"
+    missing = f"; left out: {', '.join(result.missing)}" if result.missing else ""
+    paired = "; best − uniform: item by item" if "best" in result.seconds else ""
+    by = f"lm-eval {result.versions['lm_eval']}, " if "lm_eval" in result.versions else ""
+    where = f"{by}{result.dtype}, {result.device}"
     return f"±: standard error over items{paired}; {where}{limit}{missing}"
 
 
-def continuations(found: Continuations) -> Table:
+def continuations(result: Continuations) -> Table:
     """The text of each model for each prompt."""
-    rows = [tuple(map(in_one_line, (prompt, *texts.values()))) for prompt, texts in found.rows()]
-    return Table(("prompt", *found.names), rows, tuple(range(len(found.names) + 1)))
+    rows = [tuple(map(in_one_line, (prompt, *texts.values()))) for prompt, texts in result.rows()]
+    return Table(("prompt", *result.names), rows, tuple(range(len(result.names) + 1)))
 
 
-def speed(found: Speed, where: bool = True) -> Table:
+def speed(result: Speed, where: bool = True) -> Table:
     """Bytes of the weights, compressed and packed; rates of each engine, dense and sparse; the runs' ratios.
 
     `where`: each rate names its device.
     """
-    sizes, rows = found.sizes, []
+    sizes, rows = result.sizes, []
     kinds = ("weight files, zstd, MB", sizes.dense_zstd, sizes.sparse_zstd), ("packed, MB", sizes.dense, sizes.packed)
     for name, before, after in kinds:
         if before is not None and after is not None:
             rows.append((name, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{before / max(1, after):.2f}× smaller"))
-    for row in found.engines:
+    for row in result.engines:
         for phase, rates in row.rates.items():
             dense, sparse = (f"{median(values):.1f}" for values in (rates.dense, rates.sparse))
             ratio = f"{spread(rates.ratios, '.2f')}× as fast"
-            name = f"{phase}, {found.unit} per second: {row.name}" + (f", {row.where}" if where else "")
+            name = f"{phase}, {result.unit} per second: {row.name}" + (f", {row.where}" if where else "")
             rows.append((name, dense, sparse, ratio))
     return Table(("speed", "dense", "sparse", "sparse against dense"), rows)
 
 
-def measure(found: TaskScore | None, metric: str = SHARES[0]) -> str:
+def measure(score: TaskScore | None, metric: str = SHARES[0]) -> str:
     """A score with its standard error, in per cent if the metric is a share."""
-    return NOTHING if found is None else found.written(".1%" if metric in SHARES else ".4g")
+    return NOTHING if score is None else score.written(".1%" if metric in SHARES else ".4g")
 
 
-def _points(found: TaskScore | None, metric: str = SHARES[0]) -> str:
+def _points(score: TaskScore | None, metric: str = SHARES[0]) -> str:
     """A difference, in percentage points if the metric is a share."""
-    if found is not None and metric in SHARES:
-        return str(Gain(value=found.value, stderr=found.stderr))
-    return NOTHING if found is None else found.written("+.4g")
+    if score is not None and metric in SHARES:
+        return str(Gain(value=score.value, stderr=score.stderr))
+    return NOTHING if score is None else score.written("+.4g")
 
 
 def comparison(studies: Sequence[Contents]) -> Table:
@@ -329,12 +329,12 @@ def markdown(studies: Sequence[Contents]) -> bytes:
     return (rendered("report.md.jinja", studies=sections, comparison=_comparison(studies)) + "\n").encode()
 
 
-def table(made: Table, gap: str = "") -> str:
+def table(content: Table, gap: str = "") -> str:
     """A Markdown table with numbers aligned to the right; `gap`: written before each cell but a row's first."""
-    rules = [":--" if column in made.words else "--:" for column in range(len(made.head))]
-    rows = [[f"**{cell}**" if cell and index == made.best else cell for cell in map(escaped, row)]
-            for index, row in enumerate(made.rows)]  # fmt: skip
-    head, *body = (f"| {f' | {gap}'.join(cells)} |" for cells in (map(escaped, made.head), *rows))
+    rules = [":--" if column in content.words else "--:" for column in range(len(content.head))]
+    rows = [[f"**{cell}**" if cell and index == content.best else cell for cell in map(escaped, row)]
+            for index, row in enumerate(content.rows)]  # fmt: skip
+    head, *body = (f"| {f' | {gap}'.join(cells)} |" for cells in (map(escaped, content.head), *rows))
     return "\n".join((head, f"| {' | '.join(rules)} |", *body))
 
 
@@ -351,12 +351,12 @@ _SPECIAL = {
 
 def latex(studies: Sequence[Contents]) -> bytes:
     r"""One table of all studies, with the columns of each; it needs \usepackage{booktabs}."""
-    made = [overview(contents.summary, "trial") for contents in studies]
-    rows = [[dict(zip(table.head, cells, strict=True)) for cells in table.rows] for table in made]
+    tables = [overview(contents.summary, "trial") for contents in studies]
+    rows = [[dict(zip(table.head, cells, strict=True)) for cells in table.rows] for table in tables]
     units = " or ".join(dict.fromkeys(contents.summary.results.unit for contents in studies))
     page = PAGES.get_template("table.tex.jinja").render(
         studies=studies, tables=list(zip(studies, rows, strict=True)), nothing=NOTHING,
-        head=[*dict.fromkeys(name for table in made for name in table.head)],
+        head=[*dict.fromkeys(name for table in tables for name in table.head)],
         measures=[*dict.fromkeys(by.title for contents in studies for by in contents.summary.results.measures)],
         errors=errors_of(studies[0].summary) if len(studies) == 1 else f"standard error over {units}",
     )  # fmt: skip
@@ -416,10 +416,10 @@ def machine(studies: Sequence[Contents]) -> bytes:
 
     Numbers that are not finite are null.
     """
-    made = max((contents.made for contents in studies), default=None)
+    latest = max((contents.made for contents in studies), default=None)
     document = {
         "format": FORMAT,
-        "made": made.isoformat(timespec="seconds") if made else None,
+        "made": latest.isoformat(timespec="seconds") if latest else None,
         "studies": [_document(contents) for contents in studies],
     }
     return (json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -452,8 +452,8 @@ def _document(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _dumped(found: BaseModel | None) -> dict[str, Any] | None:
-    return found.model_dump() if found else None
+def _dumped(value: BaseModel | None) -> dict[str, Any] | None:
+    return value.model_dump() if value else None
 
 
 def finite(value: Any) -> Any:
@@ -496,11 +496,11 @@ def overlays(studies: Sequence[Contents]) -> dict[str, go.Figure]:
         return {}
     summaries = [contents.summary for contents in studies]
     comparable = len({tuple(contents.facts.get(key) for key in SAME) for contents in studies}) == 1
-    found = {
+    by_name = {
         "perplexities": perplexities(summaries) if comparable else None,
         "sparsities": sparsities(summaries),
     }
-    return {name: figure for name, figure in found.items() if figure is not None}
+    return {name: figure for name, figure in by_name.items() if figure is not None}
 
 
 def _tables(contents: Contents) -> dict[str, Any]:
@@ -513,7 +513,7 @@ def _tables(contents: Contents) -> dict[str, Any]:
         "headline": overview(summary),
         "kinds": kinds(summary),
         "front": front(summary),
-        **{make.__name__: found and make(found) for make, found in measured},
+        **{make.__name__: result and make(result) for make, result in measured},
         "importance": importance(contents),
         "trials": trials(summary),
         "fingerprint": fingerprint(contents),
@@ -523,13 +523,13 @@ def _tables(contents: Contents) -> dict[str, Any]:
 
 def _section(contents: Contents, index: int) -> dict[str, Any]:
     summary = contents.summary
-    found, results = figures.draw(summary), summary.results
-    went = draw_history(summary) if "perplexity" in found else None
+    plots, results = figures.draw(summary), summary.results
+    went = draw_history(summary) if "perplexity" in plots else None
     models: dict[str, Model | None] = {"dense": DENSE, "uniform": summary.uniform_trial, "best": summary.best_trial}
     return {
         **_tables(contents),
         "id": f"study-{index + 1}",
-        "figures": _drawn({**found, **({"history": went} if went else {})}),
+        "figures": _drawn({**plots, **({"history": went} if went else {})}),
         "scores": {
             name: model and {text: results.shown(model, text, results.main) for text in TEXTS}
             for name, model in models.items()
@@ -541,18 +541,20 @@ def _section(contents: Contents, index: int) -> dict[str, Any]:
 
 def _answers(summary: Summary) -> list[tuple[str, str, list[tuple[str, ImageAnswer, bool]]]]:
     """PNG, class and the answer of each model, and whether it is right, for the test images of an image classifier."""
-    found = summary.answers
-    if found is None:
+    answers = summary.answers
+    if answers is None:
         return []
     return [
-        (picture, label, [(name, (own := found.of(name)[index]), own.index == right) for name in NAMES])
-        for index, (picture, label, right) in enumerate(zip(found.pictures, found.labels, found.indices, strict=True))
+        (picture, label, [(name, (own := answers.of(name)[index]), own.index == right) for name in NAMES])
+        for index, (picture, label, right) in enumerate(
+            zip(answers.pictures, answers.labels, answers.indices, strict=True)
+        )
     ]
 
 
-def _drawn(made: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
+def _drawn(plots: Mapping[str, go.Figure]) -> dict[str, tuple[str, Markup]]:
     """Titles and data of figures; the page sets the titles itself."""
-    return {name: (figure.layout.title.text, _data(figure)) for name, figure in made.items()}
+    return {name: (figure.layout.title.text, _data(figure)) for name, figure in plots.items()}
 
 
 def _data(figure: go.Figure) -> Markup:

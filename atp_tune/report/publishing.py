@@ -62,11 +62,11 @@ def trial_note(trial: FrozenTrial, summary: Summary) -> str:
 
 
 def _note(name: str, summary: Summary, **given: Any) -> str:
-    asked = (
+    helpers = (
         as_typed, command_of, errors_of, front, is_lost, is_uniform, limit_of, overview, permission, plan_of, remark_of,
         short_source, study_remarks, wanted,
     )  # fmt: skip
-    functions = {each.__name__: each for each in asked}
+    functions = {each.__name__: each for each in helpers}
     return rendered(f"{name}.md.jinja", summary=summary, gap=GAP, measures=MEASURES, code=_code, **functions, **given)
 
 
@@ -78,9 +78,9 @@ def _code(text: object) -> str:
 def columns(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's attributes for the dashboard's table: numbers, which sort, and no long lists."""
     attrs = trial.user_attrs
-    named: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
+    setup: dict[str, Any] = {name: attrs[name] for name in ("device", "dtype", "host") if name in attrs}
     remark = remark_of(trial)
-    return {**measured_columns(attrs), **named, **({"remark": remark} if remark else {})}
+    return {**measured_columns(attrs), **setup, **({"remark": remark} if remark else {})}
 
 
 # --- Notes and figures as Optuna's dashboard stores them: texts in parts, as system attributes of a study.
@@ -135,8 +135,8 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
     study = StudySnapshot(study)
     stored, summary = db.get_study_system_attrs(study._study_id), summarise(study)
     note = study_note(summary, without_password(address), files=() if folder is None else (database.CONFIG,))
-    made = figures_of(summary) | note_of(note, stored)
-    db.set_study_system_attrs(study._study_id, without_rests(made, stored))
+    attributes = figures_of(summary) | note_of(note, stored)
+    db.set_study_system_attrs(study._study_id, without_rests(attributes, stored))
     if folder is not None and (config := config_of(study, summary)) is not None:
         # Makes the folder of a study's files; UserError for a link, which a stranger may have made.
         database.refuse_link(folder)
@@ -146,11 +146,11 @@ def publish(study: Study, address: str, folder: Path | None) -> None:
 
 def figures_of(summary: Summary) -> dict[str, Any]:
     """The figures of a study, as system attributes in the dashboard's format."""
-    made: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for name, figure in draw(summary).items():
         # The attributes of a figure: its name among the study's figures, and Plotly's JSON of it.
-        made |= _parts(f"{PREFIX}plot_data:{name}:", figure.to_json())
-    return made
+        attributes |= _parts(f"{PREFIX}plot_data:{name}:", figure.to_json())
+    return attributes
 
 
 def note_of(text: str, stored: Mapping[str, Any], trial: int | None = None, step: int = 1) -> dict[str, Any]:
@@ -162,11 +162,11 @@ def note_of(text: str, stored: Mapping[str, Any], trial: int | None = None, step
     return note_parts(with_own_words(text, note_in(stored, trial)), note_version(stored, trial) + step, trial)
 
 
-def without_rests(made: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+def without_rests(attributes: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Made attributes, and "" for stored parts beyond them: longer figures and notes are stored in more parts."""
-    series = {key.rpartition(":")[0] for key in made if key.rpartition(":")[2].isdecimal()}
-    rests = {key: "" for key in stored if key not in made and key.rpartition(":")[0] in series}
-    return {**made, **rests}
+    series = {key.rpartition(":")[0] for key in attributes if key.rpartition(":")[2].isdecimal()}
+    rests = {key: "" for key in stored if key not in attributes and key.rpartition(":")[0] in series}
+    return {**attributes, **rests}
 
 
 def config_of(study: Study, summary: Summary) -> bytes | None:
@@ -180,12 +180,12 @@ def config_of(study: Study, summary: Summary) -> bytes | None:
 def attach(study: Study, folder: Path, name: str, content: bytes) -> None:
     """Attaches a file to a study, replacing an earlier one of that name; `folder`: of the artifacts."""
     with readable(study.study_name):
-        known = database.file_names(study._storage.get_study_system_attrs(study._study_id))
-    for artifact, file_name in known.items():
+        names = database.file_names(study._storage.get_study_system_attrs(study._study_id))
+    for artifact, file_name in names.items():
         if file_name == name:
             write_atomically(folder / artifact, content)
             return
-    with temporary_folder() as place:  # outside the folder, where a file may have this name
-        file = place / name
+    with temporary_folder() as temporary:  # outside the folder, where a file may have this name
+        file = temporary / name
         file.write_bytes(content)
         upload_artifact(artifact_store=FileSystemArtifactStore(folder), file_path=str(file), study_or_trial=study)

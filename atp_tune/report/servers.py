@@ -118,15 +118,15 @@ class Later(Mapping[str, Any]):
         self._all: Attributes | None = None
 
     def __getitem__(self, key: str) -> Any:
-        return self._made()[key] if key.startswith(PREFIX) else self._stored[key]
+        return self._whole()[key] if key.startswith(PREFIX) else self._stored[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made())
+        return iter(self._whole())
 
     def __len__(self) -> int:
-        return len(self._made())
+        return len(self._whole())
 
-    def _made(self) -> Attributes:
+    def _whole(self) -> Attributes:
         if self._all is None:
             self._all = {**self._stored, **self._make()}
         return self._all
@@ -298,8 +298,8 @@ def _guarded(app: Any, artifacts: Store, is_local: bool) -> Any:
             study = json.loads(body)
             study["plotly_graph_objects"].sort(key=lambda figure: [*FIGURES, figure["id"]].index(figure["id"]))
             body = json.dumps(study).encode()
-        kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        start_response(status, [*kept, ("Content-Length", str(len(body)))])
+        others = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        start_response(status, [*others, ("Content-Length", str(len(body)))])
         return [body]
 
     return answer
@@ -374,7 +374,7 @@ class Relay(grpc.ServerInterceptor):
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a request, with errors of the database reported."""
         handler = continuation(details)
-        return handler and handler._replace(unary_unary=lambda *asked: self._answer(handler.unary_unary, *asked))
+        return handler and handler._replace(unary_unary=lambda *args: self._answer(handler.unary_unary, *args))
 
     def _answer(self, answer: Callable[..., Any], request: Any, context: grpc.ServicerContext) -> Any:
         try:

@@ -156,8 +156,8 @@ class Points:
 
     def score(self, trial: FrozenTrial, measure: Measure | None = None) -> Estimate:
         """The score of a trial; NaN where that is not known."""
-        found = self.results.score(trial, "validation", measure or self.main)
-        return found or Estimate(value=float("nan"), stderr=0.0)
+        score = self.results.score(trial, "validation", measure or self.main)
+        return score or Estimate(value=float("nan"), stderr=0.0)
 
     def value(self, trial: FrozenTrial) -> float:
         """The score of a trial, without its error."""
@@ -170,8 +170,8 @@ class Points:
     def told(self, trial: FrozenTrial) -> str:
         """Number, plan and scores of a trial in two lines, for its hover text."""
         scores = ((by, self.results.score(trial, "validation", by)) for by in self.results.measures)
-        said = ", ".join(f"{by.column} {found}" for by, found in scores if found or by is PERPLEXITY)
-        return f"trial {trial.number}: {escape(plan_of(trial))}<br>{said}"
+        text = ", ".join(f"{by.column} {score}" for by, score in scores if score or by is PERPLEXITY)
+        return f"trial {trial.number}: {escape(plan_of(trial))}<br>{text}"
 
     def view(self, reach: Estimate | None = None) -> AxisRange:
         """The range of all trials with their errors, and of a score that it is to reach if that is near.
